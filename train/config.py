@@ -1,0 +1,178 @@
+"""The one configuration of a run. Each part is declared beside its consumer; the YAML files in conf/ say only what differs."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..data.config import DataConfig, TokenizerConfig
+from ..moe.config import ModelConfig
+from ..parallel.config import ParallelConfig
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Shape(Enum):
+    cosine = "cosine"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Engine(Enum):
+    torch = "torch"
+
+
+@dataclass
+class BatchConfig:
+    sequences: int = 16
+    """Sequences in the global batch of one optimizer step."""
+    micro: int | None = None
+    """Sequences per rank and micro-step; null takes all of a rank's sequences at once."""
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = None
+    """The run folder; null makes runs/<date>-<time>."""
+    name: str | None = None
+    """Name shown by trackers; null is the run folder's name."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) get none."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; null does not clip."""
+
+
+@dataclass
+class ScheduleConfig:
+    shape: Shape = Shape.cosine
+    """cosine: to `final` over the whole run; wsd: warm-up, stable, decay (MiniCPM); constant: warm-up only."""
+    warmup: int = 40
+    """Steps of linear warm-up from 0."""
+    decay: int | None = None
+    """wsd: steps of linear decay at the end; null is a fifth of the run."""
+    final: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass
+class EvaluateConfig:
+    every: int = 200
+    """Steps between evaluations; 0 evaluates only at the end."""
+    sequences: int = 64
+    """Validation sequences of one evaluation."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 200
+    """Steps between checkpoints; 0 saves only at the end."""
+    resume: str = "auto"
+    """auto: the newest checkpoint of the run folder if there is one; never; or the path of a checkpoint."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass
+class TrackerConfig:
+    names: list[str] = field(default_factory=lambda: ["wandb"])
+    """Views of metrics.jsonl: wandb. metrics.jsonl itself is always written."""
+    project: str = "tokenyard"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null is the account's default."""
+    group: str | None = None
+    """W&B group."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+
+
+@dataclass
+class LogConfig:
+    every: int = 1
+    """Steps between lines of the console and of metrics.jsonl."""
+
+
+@dataclass
+class EngineConfig:
+    kind: Engine = Engine.torch
+    """Who runs backward, reduction and update."""
+
+
+@dataclass
+class SampleConfig:
+    prompt: str = "def "
+    """What the sample at the end of a run continues; empty for no sample."""
+    tokens: int = 64
+    """Length of that sample."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability."""
+
+
+class Launcher(Enum):
+    inline = "inline"
+    torchrun = "torchrun"
+
+
+@dataclass
+class LaunchConfig:
+    kind: Launcher = Launcher.inline
+    """inline: this process is one rank (the environment says which); torchrun: start the ranks through torch's elastic launcher."""
+    nodes: int = 1
+    """Hosts."""
+    ranks: int = 1
+    """Ranks on each host that the launcher starts."""
+    max_restarts: int = 0
+    """How often torch's elastic launcher starts the ranks again after one failed."""
+
+
+@dataclass
+class Config:
+    steps: int = 600
+    """Optimizer steps of the whole run."""
+    seed: int = 1
+    """Decides the initial weights and the order of the data."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    precision: Precision = Precision.fp32
+    """Of activations and products; bf16 keeps fp32 weights, and the router is never below fp32."""
+    device: Device = Device.auto
+    """auto: cuda if there is one, else cpu. The device decides the backend: nccl or gloo."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
