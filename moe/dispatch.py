@@ -1,0 +1,136 @@
+"""Token rows to their experts and back, on one device: one stable sort gives the permutation and its inverse.
+
+T tokens, D width, E experts, K choices per token, A = T * K choices, R rows that arrive (choices that are kept).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .router import Routing
+
+
+class Plan(NamedTuple):
+    """Where each row goes: row r is a copy of token `token_R[r]`; choice k of token t is row `slot_TK[t, k]`, or -1 (dropped)."""
+
+    token_R: Tensor
+    slot_TK: Tensor
+    counts_E: Tensor
+
+
+class Arrived(NamedTuple):
+    """The rows for this device's experts, in the order of the experts, and what `combine` needs to take them back."""
+
+    tokens_RD: Tensor
+    counts_E: Tensor
+    plan: Plan
+    weights_TK: Tensor
+    exchange: Any = None
+
+
+class Dispatcher(ABC):
+    """Brings token rows to the experts and their outputs back. Holds no parameters and no state between the two calls."""
+
+    @abstractmethod
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Arrived:
+        """Copy each token of (T, D) to a row for each of its kept experts."""
+
+    @abstractmethod
+    def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
+        """Each token's weighted sum of its experts' rows: (R, D) to (T, D)."""
+
+
+class LocalDispatcher(Dispatcher):
+    """All experts are on this device."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Arrived:
+        plan = plan_rows(routing, self.experts)
+        return Arrived(copy_to_rows(x_TD, plan), plan.counts_E, plan, routing.weights_TK)
+
+    def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
+        return weighted_sum(y_RD, arrived.weights_TK, arrived.plan)
+
+
+def plan_rows(routing: Routing, experts: int) -> Plan:
+    """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation)."""
+    top_k = routing.experts_TK.shape[1]
+    chosen_A = routing.experts_TK.flatten()
+    if routing.kept_TK is not None:
+        chosen_A = chosen_A.masked_fill(~routing.kept_TK.flatten(), experts)
+    order_A = chosen_A.argsort(stable=True)
+    counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
+    counts_E = counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
+    rows = len(order_A) if routing.kept_TK is None else int(counts_E.sum())
+    slot_A = torch.empty_like(order_A)
+    slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    slot_A = slot_A.masked_fill(slot_A >= rows, -1)
+    return Plan(order_A[:rows] // top_k, slot_A.view_as(routing.experts_TK), counts_E)
+
+
+def copy_to_rows(x_TD: Tensor, plan: Plan) -> Tensor:
+    """(T, D) to (R, D), differentiable."""
+    return _CopyToRows.apply(x_TD, plan.token_R, plan.slot_TK)  # pyright: ignore[reportReturnType]
+
+
+def weighted_sum(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+    """(R, D) to (T, D) in the type of y_RD, summed in the type of the weights; differentiable in both."""
+    return _WeightedSum.apply(y_RD, weights_TK, plan.token_R, plan.slot_TK)  # pyright: ignore[reportReturnType]
+
+
+class _CopyToRows(torch.autograd.Function):
+    """Gather forward and gather-and-add backward: no atomic additions, so the same bits every time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, slot_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_TK)
+        return x_TD.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (slot_TK,) = ctx.saved_tensors
+        return sum_rows(grads[0], slot_TK), None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, token_R: Tensor, slot_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_RD, weights_TK, token_R, slot_TK)
+        return sum_rows(y_RD, slot_TK, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        y_RD, weights_TK, token_R, slot_TK = ctx.saved_tensors
+        grad_TD = grads[0]
+        flat_TK = slot_TK.flatten()
+        weights_R = weights_TK.new_zeros(len(token_R) + 1)
+        weights_R[flat_TK] = weights_TK.flatten()  # dropped choices (-1) land in the extra last place
+        grad_y_RD = (grad_TD.index_select(0, token_R) * weights_R[:-1, None]).to(y_RD.dtype)
+        grad_weights_TK = torch.empty_like(weights_TK)
+        for k in range(slot_TK.shape[1]):
+            rows_TD, kept_T1 = _rows_of_choice(y_RD, slot_TK, k)
+            grad_weights_TK[:, k] = ((rows_TD * grad_TD).to(weights_TK.dtype) * kept_T1).sum(dim=-1)
+        return grad_y_RD, grad_weights_TK, None, None
+
+
+def sum_rows(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """(T, D): for each token the sum of its rows of (R, D), each times its weight; dropped choices add nothing."""
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    total_TD = torch.zeros(len(slot_TK), y_RD.shape[1], dtype=wide, device=y_RD.device)
+    for k in range(slot_TK.shape[1]):
+        rows_TD, kept_T1 = _rows_of_choice(y_RD, slot_TK, k)
+        factor_T1 = kept_T1.to(wide) if weights_TK is None else weights_TK[:, k, None] * kept_T1
+        total_TD.addcmul_(rows_TD.to(wide), factor_T1.to(wide))
+    return total_TD.to(y_RD.dtype)
+
+
+def _rows_of_choice(y_RD: Tensor, slot_TK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The rows (T, D) of everybody's choice k, and (T, 1) whether it was kept (the row of a dropped one is any row)."""
+    slot_T = slot_TK[:, k]
+    if not len(y_RD):
+        return y_RD.new_zeros(len(slot_T), y_RD.shape[1]), (slot_T >= 0)[:, None]
+    return y_RD.index_select(0, slot_T.clamp(min=0)), (slot_T >= 0)[:, None]

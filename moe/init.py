@@ -1,0 +1,55 @@
+"""Initial weights: each tensor (each expert of one) from its own generator, seeded by the run's seed and its global name.
+
+So the weights do not depend on the layout, on the order of construction, or on how many layers there are.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .model import Transformer
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Fill all weights of a model that is whole on its device."""
+    for name, parameter in model.named_parameters():
+        fill(parameter.data, name, tuple(parameter.shape), model.config, seed)
+
+
+def fill(
+    local: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    seed: int,
+    cut: Callable[[Tensor, int], Tensor] | None = None,
+    experts: range | None = None,
+) -> None:
+    """Write into `local` the part of tensor `name` (global `shape`) that it stands for.
+
+    Tensors of experts are made expert by expert, so no rank ever makes those of others: `experts` are the global ids in
+    `local`. `cut(whole, first)` takes the rank's part of a whole tensor whose dimension 0 is dimension `first` of `shape`.
+    """
+    if ".experts." not in name:
+        whole = _draw(name, shape, config, seed)
+        local.copy_(whole if cut is None else cut(whole, 0))
+        return
+    for index, expert in enumerate(experts if experts is not None else range(shape[0])):
+        whole = _draw(f"{name}.{expert}", shape[1:], config, seed)
+        local[index].copy_(whole if cut is None else cut(whole, 1))
+
+
+def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """Ones for norms; else normal, smaller for the projections that write to the residual stream (GPT-2)."""
+    if "norm" in name:
+        return torch.ones(shape)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    std = config.init_std
+    if ".o.weight" in name or ".down" in name:
+        std /= math.sqrt(2 * config.layers)
+    return torch.randn(shape, generator=generator) * std

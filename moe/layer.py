@@ -1,0 +1,39 @@
+"""The MoE layer: route, dispatch, experts, combine.
+
+B sequences, S tokens of each, T = B * S tokens, D width, R rows that arrived at the experts of this device.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .dispatch import Dispatcher, LocalDispatcher
+from .experts import Experts
+from .feedforward import FeedForward
+from .router import Router, RoutingStats
+
+
+class MoELayer(nn.Module):
+    """A sparse feed-forward: each token passes its top-k experts and, if there is one, the shared expert.
+
+    `dispatcher` decides where the experts are: on this device, or (parallel/expert.py) on other ranks too.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        moe = config.moe
+        self.router = Router(config.width, moe, dtype)
+        self.dispatcher: Dispatcher = LocalDispatcher(moe.experts)
+        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype)
+        self.shared = FeedForward(config.width, moe.shared_hidden, dtype) if moe.shared_hidden else None
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+        """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_BSD, valid_BS)
+        arrived = self.dispatcher.dispatch(x_TD, routing)
+        y_RD = self.experts(arrived.tokens_RD, arrived.counts_E)
+        y_BSD = self.dispatcher.combine(y_RD, arrived).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(x_BSD)
+        return y_BSD, routing.stats

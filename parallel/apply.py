@@ -1,0 +1,143 @@
+"""The one place where a model is changed for a layout: in one visible order, one log line each."""
+
+import functools
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from ..moe import init
+from ..moe.model import Transformer
+from .config import ParallelConfig
+from .expert import ExchangeDispatcher
+from .fsdp import apply_fsdp, shard_dim
+from .mesh import Axis, Mesh
+from .pieces import Piece, whole
+from .scopes import RankSurroundings
+from .tensor import apply_tensor_parallel, narrowed, replace_parameter, sliced_dim
+
+log = logging.getLogger("tokenyard")
+
+
+@dataclass
+class Placed:
+    """One parameter on this rank: which piece of the global tensor it is, and the ranks that hold the same piece."""
+
+    parameter: nn.Parameter
+    piece: Piece
+    copies: Axis
+
+
+@dataclass
+class Parallel:
+    """A model on this rank, and where each of its parameters is."""
+
+    model: Transformer
+    mesh: Mesh
+    device: torch.device
+    placed: dict[str, Placed] = field(default_factory=dict)
+
+
+def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
+    """Spread a model that was built on the meta device; its weights are then empty on `device` (see `initialise`)."""
+    pieces = {name: whole(parameter.shape) for name, parameter in model.named_parameters()}
+    if mesh.world > 1:
+        _set_surroundings(model, mesh)
+    if config.tensor > 1:
+        apply_tensor_parallel(model, mesh, pieces)
+        log.info("tensor parallel: %d ranks share dense weights and sequences", config.tensor)
+    if config.expert > 1:
+        _apply_expert_parallel(model, mesh, pieces)
+        log.info("expert parallel: %d ranks share the experts", config.expert)
+    if config.recompute:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        log.info("activation checkpointing: every block is computed again in the backward pass")
+    if compiled:
+        _compile(model)
+        log.info("torch.compile: attention, norms and dense feed-forwards of every block")
+    if mesh.sizes["shard"] > 1:
+        apply_fsdp(model, mesh, device)
+        log.info("FSDP2: %d ranks shard each dense parameter", mesh.sizes["shard"])
+    model.to_empty(device=device)
+    return Parallel(model, mesh, device, _place(model, mesh, pieces))
+
+
+def initialise(parallel: Parallel, seed: int) -> None:
+    """Fill this rank's weights: those of one device with the same seed, cut to its pieces."""
+    for name, placed in parallel.placed.items():
+        piece = placed.piece
+        target = local(placed.parameter.data)
+        if not target.numel():
+            continue
+        experts = range(piece.offsets[0], piece.offsets[0] + piece.sizes[0])
+        init.fill(target, name, piece.shape, parallel.model.config, seed, _cutter(piece), experts)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _set_surroundings(model: Transformer, mesh: Mesh) -> None:
+    for block in model.blocks:
+        if block.moe is not None:
+            block.moe.router.surroundings = RankSurroundings(mesh)
+
+
+def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
+    axis = mesh.axis("expert")
+    for name, parameter in list(model.named_parameters()):
+        if ".experts." in name:
+            replace_parameter(model, name, parameter.chunk(axis.size)[axis.rank].contiguous())
+            pieces[name] = narrowed(pieces[name], 0, axis)
+    for block in model.blocks:
+        if block.moe is not None:
+            block.moe.dispatcher = ExchangeDispatcher(model.config.moe.experts, axis)
+
+
+def _compile(model: Transformer) -> None:
+    """Routing and dispatch stay outside: their shapes and splits are known only when the tokens are."""
+    for block in model.blocks:
+        for module in (block.attention, block.attention_norm, block.feedforward_norm, block.dense):
+            if module is not None:
+                module.compile()
+
+
+def _place(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> dict[str, Placed]:
+    return {name: _place_one(name, parameter, mesh, pieces[name]) for name, parameter in model.named_parameters()}
+
+
+def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece) -> Placed:
+    """A piece is copied by every rank that neither FSDP, nor tensor, nor expert parallelism tells apart."""
+    kind = "expert_" if ".experts." in name else ""
+    sharded = isinstance(parameter, DTensor)
+    if sharded:
+        piece = _shard(piece, mesh.axis(kind + "shard"))
+    names = [kind + "replicate"]
+    if not sharded:
+        names.append(kind + "shard")
+    if not kind and sliced_dim(name) is None:
+        names.append("tensor")
+    assert tuple(local(parameter).shape) == piece.sizes, f"{name} is {tuple(local(parameter).shape)}, not {piece.sizes}"
+    return Placed(parameter, piece, mesh.axis(*names))
+
+
+def _shard(piece: Piece, axis: Axis) -> Piece:
+    """FSDP's share: even chunks of the size rounded up, so the last ranks may have less or nothing."""
+    dim = shard_dim(piece.sizes, axis.size)
+    size = -(-piece.sizes[dim] // axis.size)
+    start = min(axis.rank * size, piece.sizes[dim])
+    offsets, sizes = list(piece.offsets), list(piece.sizes)
+    offsets[dim], sizes[dim] = offsets[dim] + start, min(size, piece.sizes[dim] - start)
+    return Piece(piece.shape, tuple(offsets), tuple(sizes))
+
+
+def _cutter(piece: Piece):
+    def cut(whole_tensor: Tensor, first: int) -> Tensor:
+        return Piece(piece.shape[first:], piece.offsets[first:], piece.sizes[first:]).cut(whole_tensor)
+
+    return cut

@@ -1,0 +1,105 @@
+"""The differentiable collectives of tensor and expert parallelism. Each is the identity on an axis of one rank.
+
+B sequences, S tokens of each, N ranks of the axis.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mesh import Axis
+
+
+def gather_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
+    """(B, S / N, D), each rank's slice of the sequences, to (B, S, D). Its gradient is summed over the ranks and sliced."""
+    return x_BSD if axis.size == 1 else _GatherSequence.apply(x_BSD, axis)  # pyright: ignore[reportReturnType]
+
+
+def scatter_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
+    """(B, S, D), each rank's part of a sum, to the sum's slice (B, S / N, D). Its gradient is gathered."""
+    return x_BSD if axis.size == 1 else _ScatterSequence.apply(x_BSD, axis)  # pyright: ignore[reportReturnType]
+
+
+def exchange_rows(rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
+    """Rows in the order of the ranks they go to (`send` says how many to each) to those that came, in the order of the ranks.
+
+    Every rank takes part, with no rows too. Its gradient takes the same way back.
+    """
+    if axis.size == 1:
+        return rows
+    return _ExchangeRows.apply(rows, send, receive, axis)  # pyright: ignore[reportReturnType]
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """Add up `x` over the ranks, in place; not differentiable."""
+    if axis.group is not None:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """The maximum of `x` over the ranks, in place; not differentiable."""
+    if axis.group is not None:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+    return x
+
+
+def stack_over(x: Tensor, axis: Axis) -> Tensor:
+    """(N, ...): every rank's `x`; not differentiable."""
+    if axis.group is None:
+        return x.unsqueeze(0)
+    out = x.new_empty(axis.size * x.numel())
+    dist.all_gather_into_tensor(out, x.contiguous().flatten(), group=axis.group)
+    return out.view(axis.size, *x.shape)
+
+
+def _gather(x_BSD: Tensor, axis: Axis) -> Tensor:
+    return stack_over(x_BSD, axis).transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(x_BSD: Tensor, axis: Axis) -> Tensor:
+    slices_NBSD = x_BSD.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
+    out_BSD = torch.empty_like(slices_NBSD[0])
+    dist.reduce_scatter_tensor(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
+    return out_BSD
+
+
+def _exchange(rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
+    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=axis.group)
+    return out
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _gather(x_BSD, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _scatter(grads[0], ctx.axis), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _scatter(x_BSD, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _gather(grads[0], ctx.axis), None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
+        ctx.way_back = (receive, send, axis)
+        return _exchange(rows, send, receive, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _exchange(grads[0], *ctx.way_back), None, None, None

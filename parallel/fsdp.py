@@ -1,0 +1,59 @@
+"""FSDP2 for `parallel.shard` > 1: blocks and root over the shard axis, experts over the ranks that hold the same experts.
+
+Only sums travel (never means), in the gradients' own type. Norms and routers stay whole on every rank: they are small, and the
+router must not be cast down.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from ..moe.model import Transformer
+from .mesh import Mesh
+
+
+def stays_whole(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is kept out of FSDP."""
+    return parameter.ndim < 2 or ".router." in name
+
+
+def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device) -> None:
+    """Wrap experts, blocks and root, in that order."""
+    whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter)}
+    policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights)
+    dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
+    dense_mesh = mesh.device_mesh("shard", device) if dense > 1 else None
+    expert_mesh = mesh.device_mesh("expert_shard", device) if experts > 1 else None
+    for block in model.blocks:
+        if block.moe is not None:
+            if expert_mesh is not None:
+                _wrap(block.moe.experts, expert_mesh, experts, policy, set())
+            else:
+                whole |= set(block.moe.experts.parameters())
+        _wrap(block, dense_mesh, dense, policy, whole)
+    _wrap(model, dense_mesh, dense, policy, whole)
+
+
+def shard_dim(shape: torch.Size | tuple[int, ...], ranks: int) -> int:
+    """The first dimension that divides evenly, else the first."""
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:
+    sharded: Any = fully_shard(
+        module,
+        mesh=device_mesh,
+        mp_policy=policy,
+        shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, ranks)),
+        ignored_params={parameter for parameter in module.parameters() if parameter in ignored},
+    )
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _narrow(model: Transformer) -> torch.dtype | None:
+    """The type in which weights travel: that of the activations if it is narrower."""
+    return None if model.activations == model.weights else model.activations

@@ -1,0 +1,90 @@
+"""The ranks as two meshes over the same world: one for dense parameters, one for experts (parallel folding).
+
+    dense    replicate x shard x tensor                     neighbours are tensor-parallel
+    experts  expert_replicate x expert_shard x expert       neighbours are expert-parallel
+
+Expert parallelism takes no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .config import ParallelConfig
+
+DENSE = ("replicate", "shard", "tensor")
+EXPERTS = ("expert_replicate", "expert_shard", "expert")
+
+
+class Axis(NamedTuple):
+    """A group of ranks that this rank is one of. A group of one has no process group and never communicates."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+
+
+@dataclass
+class Mesh:
+    """Both meshes, seen from one rank. Groups are made at first use, which must come in the same order on every rank."""
+
+    world: int
+    rank: int
+    sizes: dict[str, int]
+    axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
+
+    def axis(self, *names: str) -> Axis:
+        """The ranks that differ from this one in the named dimensions (of one of the meshes) alone."""
+        if names not in self.axes:
+            self.axes[names] = self._make(names)
+        return self.axes[names]
+
+    @property
+    def everyone(self) -> Axis:
+        return self.axis(*DENSE)
+
+    @property
+    def data(self) -> Axis:
+        """Ranks with different rows of the batch."""
+        return self.axis("replicate", "shard")
+
+    @property
+    def tensor(self) -> Axis:
+        """Ranks with the same rows and different slices of them and of the dense weights."""
+        return self.axis("tensor")
+
+    def device_mesh(self, name: str, device: torch.device) -> DeviceMesh:
+        """One dimension as torch's own mesh, for FSDP2."""
+        group = self.axis(name).group
+        assert group is not None
+        return DeviceMesh.from_group(group, device.type, mesh_dim_names=(name,))
+
+    def _make(self, names: tuple[str, ...]) -> Axis:
+        dims = DENSE if names[0] in DENSE else EXPERTS
+        ranks = torch.arange(self.world).view([self.sizes[dim] for dim in dims])
+        inside = [dims.index(name) for name in names]
+        outside = [dim for dim in range(3) if dim not in inside]
+        groups = ranks.permute(outside + inside).reshape(-1, math.prod(self.sizes[name] for name in names)).tolist()
+        mine = next(group for group in groups if self.rank in group)
+        if len(mine) == 1:
+            return Axis(1, 0, None)
+        process_group: Any = dist.group.WORLD if len(groups) == 1 else dist.new_subgroups_by_enumeration(groups)[0]
+        return Axis(len(mine), mine.index(self.rank), process_group)
+
+
+def build_mesh(config: ParallelConfig) -> Mesh:
+    """The meshes of the current world (train/validate.py has refused what does not divide).
+
+    Experts are sharded by FSDP over as many of the ranks that hold the same experts as `shard` allows.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    assert world % (config.tensor * config.shard) == 0 and world % config.expert == 0
+    expert_data = world // config.expert
+    expert_shard = math.gcd(config.shard, expert_data)
+    dense = (world // config.tensor // config.shard, config.shard, config.tensor)
+    experts = (expert_data // expert_shard, expert_shard, config.expert)
+    return Mesh(world, rank, dict(zip(DENSE + EXPERTS, dense + experts, strict=True)))

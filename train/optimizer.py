@@ -1,0 +1,44 @@
+"""AdamW over this rank's pieces, with weight decay for matrices only."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..parallel.apply import Parallel, Placed
+from .config import OptimizerConfig
+
+
+def build_optimizer(config: OptimizerConfig, parallel: Parallel) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group."""
+    groups: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
+    for placed in parallel.placed.values():
+        groups[_decays(placed), _kind(placed)].append(placed.parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+            for (decays, _), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _decays(placed: Placed) -> bool:
+    """Matrices decay, norms do not (GPT-2)."""
+    return len(placed.piece.shape) >= 2
+
+
+def _kind(placed: Placed) -> str:
+    """Torch updates the parameters of a group together, which plain tensors and different FSDP meshes refuse."""
+    parameter = placed.parameter
+    return str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"

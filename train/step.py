@@ -1,0 +1,83 @@
+"""One optimizer step: micro-batches, backward, reduction, norm, clip, update."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..parallel.apply import Parallel
+from ..parallel.collectives import sum_over
+from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
+from .loss import IGNORE, Losses, Totals, losses
+from .optimizer import set_learning_rate
+
+
+class Rows(NamedTuple):
+    """This rank's part of a global batch: token ids and targets, both (rows, S); a target of IGNORE is not counted."""
+
+    ids: Tensor
+    targets: Tensor
+
+
+class StepNumbers(NamedTuple):
+    """What a step did, over the global batch, the same on every rank and every layout. Fp64 and int64 tensors."""
+
+    tokens: int
+    cross_entropy: Tensor
+    balance_L: Tensor
+    z_L: Tensor
+    counts_LE: Tensor
+    dropped_L: Tensor
+    gradient_norm: Tensor
+
+
+def train_step(
+    parallel: Parallel, optimizer: torch.optim.Optimizer, micro_batches: list[Rows], lr: float, clip_norm: float | None
+) -> StepNumbers:
+    """Train on one global batch, of which `micro_batches` are this rank's rows."""
+    optimizer.zero_grad(set_to_none=True)
+    totals = count_totals(parallel, micro_batches)
+    shares = []
+    for rows in micro_batches:
+        share = forward(parallel, rows, totals)
+        share.objective.backward()
+        shares.append(share)
+    reduce_gradients(parallel)
+    numbers = add_up(parallel, shares, totals, squared_norm(parallel))
+    if clip_norm is not None:
+        scale_gradients(parallel, (clip_norm / (numbers.gradient_norm + 1e-6)).clamp(max=1.0))
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
+    return numbers
+
+
+def forward(parallel: Parallel, rows: Rows, totals: Totals) -> Losses:
+    """Losses of one micro-batch."""
+    logits_BSV, stats = parallel.model(rows.ids, rows.targets != IGNORE, with_stats=True)
+    return losses(logits_BSV, rows.targets, stats, parallel.model.config.moe, totals, parallel.mesh)
+
+
+def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
+    """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks."""
+    tokens = torch.stack([(rows.targets != IGNORE).sum() for rows in micro_batches]).sum()
+    sequences = tokens.new_tensor(sum(len(rows.ids) for rows in micro_batches))
+    tokens, sequences = sum_over(torch.stack([tokens, sequences]), parallel.mesh.data).tolist()
+    return Totals(max(1, tokens), sequences, len(micro_batches))
+
+
+def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor) -> StepNumbers:
+    """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53)."""
+    layers, experts = shares[0].counts_LE.shape
+    parts = [(s.cross_entropy.view(1), s.balance_L, s.z_L, s.dropped_L, s.counts_LE.flatten()) for s in shares]
+    mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
+    everything = sum_over(torch.cat([squared.view(1), mine]), parallel.mesh.everyone)
+    squared, cross_entropy, balance_L, z_L, dropped_L, counts = everything.split([1, 1, layers, layers, layers, layers * experts])
+    return StepNumbers(
+        totals.tokens,
+        cross_entropy.squeeze(0),
+        balance_L,
+        z_L,
+        counts.long().view(layers, experts),
+        dropped_L.long(),
+        squared.squeeze(0).sqrt(),
+    )
