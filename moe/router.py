@@ -51,7 +51,7 @@ class Router(nn.Module):
         logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
         scores_BSE = logits_BSE.softmax(dim=-1)
         weights_BSK, experts_BSK = scores_BSE.topk(self.config.top_k, dim=-1)
-        if self.config.normalize_top_k:
+        if self.config.normalize_top_k and self.config.top_k > 1:
             weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
         counts_BE = count_choices(experts_BSK, valid_BS, self.config.experts)
         kept_BSK = None
