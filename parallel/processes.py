@@ -36,3 +36,8 @@ def wait_for_all() -> None:
     """Return when every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which alone prints and writes the run folder."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -9,15 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.batches import IGNORE
 from ..moe.balance import balance_loss
 from ..moe.config import MoEConfig, Scope
 from ..moe.router import RoutingStats
 from ..parallel.mesh import Mesh
 from ..parallel.scopes import scope_counts
 from ..parallel.vocabulary import cross_entropy_sum
-
-IGNORE = -100
-"""A target that is not counted."""
 
 
 class Totals(NamedTuple):

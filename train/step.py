@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.batches import IGNORE
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
-from .loss import IGNORE, Losses, Totals, losses
+from .loss import Losses, Totals, losses
 from .optimizer import set_learning_rate
 
 

@@ -1,0 +1,54 @@
+"""Continue a sequence of tokens, one token at a time, with a key-value cache. One device.
+
+V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .attention import KeyValueCache
+from .model import Transformer
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 1,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Up to `tokens` ids that follow `prompt` (which must not be empty); ends early after the id `stop`, which is not given.
+
+    temperature 0 takes the likeliest id; otherwise samples from the likeliest ids that together have probability top_p
+    (nucleus sampling, Holtzman et al. 2020), from a generator of its own.
+    """
+    if not prompt:
+        raise ValueError("prompt must have at least one token")
+    model.eval()
+    device = model.get_parameter("embedding.weight").device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = [KeyValueCache() for _ in model.blocks]
+    ids = prompt
+    for _ in range(tokens):
+        logits_V = model(torch.tensor([ids], device=device), cache=cache)[0, -1].float()
+        token = int(sample(logits_V, temperature, top_p, generator))
+        if token == stop:
+            return
+        yield token
+        ids = [token]
+
+
+def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One id, an int64 scalar, drawn from (V,) logits."""
+    if temperature == 0:
+        return logits_V.argmax()
+    sorted_V, ids_V = (logits_V / temperature).softmax(0).sort(descending=True)
+    before_V = sorted_V.cumsum(0) - sorted_V
+    sorted_V = sorted_V.masked_fill(before_V >= top_p, 0.0)  # the likeliest id always stays
+    return ids_V[torch.multinomial(sorted_V, 1, generator=generator)].squeeze(0)

@@ -1,0 +1,57 @@
+"""Validation: the loss per token over rows that do not depend on the layout, and where the tokens went."""
+
+import argparse
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..data.batches import IGNORE
+from ..parallel.collectives import sum_over
+from .loss import Totals
+from .session import Session
+from .step import Rows, forward
+
+
+class Evaluation(NamedTuple):
+    """Over all ranks."""
+
+    loss: float
+    """Mean cross entropy per token, nats."""
+    tokens: int
+    counts_LE: list[list[int]]
+    """Valid tokens x K routed to each expert of each MoE layer."""
+
+
+@torch.no_grad()
+def evaluate_session(session: Session) -> Evaluation:
+    """The first evaluate.sequences rows of the validation split, dropless; leaves the training state as it is. Collective."""
+    parallel, micro = session.parallel, session.micro
+    data = parallel.mesh.data
+    mine = range(data.rank * micro, (data.rank + 1) * micro)
+    parallel.model.eval()
+    total = None
+    for batch in session.data.validation.batches(session.config.evaluate.sequences, micro * data.size, mine):
+        rows = Rows(batch.ids_BS.to(session.device), batch.targets_BS.to(session.device))
+        shares = forward(parallel, rows, Totals(tokens=1, sequences=1, micro_batches=1))
+        tokens = (batch.targets_BS != IGNORE).sum().to(session.device) / parallel.mesh.tensor.size
+        part = torch.cat([shares.cross_entropy.view(1).double(), tokens.view(1).double(), shares.counts_LE.flatten().double()])
+        total = part if total is None else total + part
+    parallel.model.train()
+    assert total is not None
+    loss, tokens, *counts = sum_over(total, parallel.mesh.everyone).tolist()
+    experts = parallel.model.config.moe.experts
+    rows_of_counts = [[int(n) for n in counts[i : i + experts]] for i in range(0, len(counts), experts)] if counts else []
+    return Evaluation(loss / max(1, tokens), round(tokens), rows_of_counts)
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """`tokenyard evaluate CHECKPOINT [key=value ...]`, as one process: prints loss and perplexity."""
+    from .load import open_for_evaluation
+
+    session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
+    evaluation = evaluate_session(session)
+    entropy = session.data.facts.unigram_entropy
+    print(f"validation loss {evaluation.loss:.4f} nats per token, perplexity {math.exp(min(evaluation.loss, 700)):.2f}")
+    print(f"over {evaluation.tokens:,} tokens of {session.config.data.corpus.value}; unigram entropy {entropy:.4f}")
+    return 0

@@ -1,0 +1,64 @@
+"""Opening a checkpoint on one device, whatever layout wrote it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..moe.model import Transformer
+from .checkpoint.store import read_facts, read_whole
+from .config import Config, ConfigError, Precision
+from .plain import config_from_plain
+from .session import DTYPES, Session, as_checkpoint, first_rank_first
+
+
+class Opened(NamedTuple):
+    """What a checkpoint holds for use."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    path: Path
+
+
+def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Transformer:
+    """The model of a checkpoint (or of the newest one of a run folder), whole on one device, in evaluation mode.
+
+    precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one line, for what is no checkpoint or damaged.
+    """
+    if precision not in Precision.__members__:
+        raise ValueError(f"precision={precision}: must be one of {', '.join(Precision.__members__)}")
+    checkpoint = as_checkpoint(Path(path))
+    config = config_from_plain(read_facts(checkpoint)["config"])
+    with torch.device("meta"):
+        model = Transformer(config.model, DTYPES[Precision[precision]])
+    weights = {name: tensor.to(device, model.weights) for name, tensor in read_whole(checkpoint).items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+def open_checkpoint(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Opened:
+    """Model, tokenizer and configuration."""
+    checkpoint = as_checkpoint(Path(path))
+    config = config_from_plain(read_facts(checkpoint)["config"])
+    return Opened(load_model(checkpoint, precision, device), load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
+
+
+def open_for_evaluation(path: str, overrides: list[str]) -> Session:
+    """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation."""
+    from ..parallel.config import ParallelConfig
+    from ..parallel.processes import pick_device
+    from .optimizer import build_optimizer
+    from .session import build_parallel
+
+    checkpoint = as_checkpoint(Path(path))
+    facts = read_facts(checkpoint)
+    config = config_from_plain(facts["config"], overrides)
+    if config.model != config_from_plain(facts["config"]).model:
+        raise ConfigError("model: the checkpoint's model cannot be changed by overrides")
+    config.parallel, config.batch.micro = ParallelConfig(), config.batch.micro or config.batch.sequences
+    data = first_rank_first(config)
+    parallel = build_parallel(config, pick_device(config.device.value))
+    parallel.model.load_state_dict(read_whole(checkpoint), strict=True)
+    return Session(config, checkpoint.parent, parallel.device, data, parallel, build_optimizer(config.optimizer, parallel))

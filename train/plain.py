@@ -1,0 +1,36 @@
+"""The configuration as plain values: for config.yaml, for checkpoints, for trackers. What is read back is checked by the schema."""
+
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """Nested mappings of numbers, strings and lists."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """The Config of what `plain_config` gave, changed by `key=value` overrides. ConfigError for what the schema does not know."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain, OmegaConf.from_dotlist(overrides or []))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def write_config(config: Config, path: Path) -> None:
+    """As YAML."""
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

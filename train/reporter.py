@@ -1,0 +1,225 @@
+"""What people and trackers see of a run: journals, trackers and the console. Rank 0 alone has any of it."""
+
+import logging
+import os
+import shlex
+from abc import ABC, abstractmethod
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, final
+
+import torch
+
+from ..moe.count import count
+from .config import Config
+from .console import Eta, step_spans
+from .console_startup import StartupFacts, startup_lines
+from .console_summary import EndFacts, end_lines
+from .console_text import Printer
+from .evaluate import Evaluation
+from .journal import Journal
+from .metrics import Meter, StepResult, load_metrics
+from .peak import Peak, peak_flops
+from .plain import plain_config, write_config
+from .session import DTYPES, Session
+from .step import StepNumbers
+from .trackers import build_trackers, run_identity
+
+SAMPLE_LIMIT = 2_000_000_000
+"""Models with more parameters than this are not opened on one device for the sample at the end."""
+
+
+class Reporter(ABC):
+    """Is told what happens. A context: the trackers hear how the run ended, whatever ended it."""
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    @abstractmethod
+    def logged(self, session: Session, numbers: StepNumbers, lr: float, since: tuple[float, int]) -> None:
+        """A step to log; `since`: seconds and tokens since the last one."""
+
+    @abstractmethod
+    def saved(self, path: Path) -> None:
+        """A checkpoint is durable."""
+
+    @abstractmethod
+    def evaluated(self, session: Session, evaluation: Evaluation) -> None:
+        """A validation pass during training."""
+
+    @abstractmethod
+    def finished(self, evaluation: Evaluation) -> None:
+        """The last step is done; its validation."""
+
+
+def build_reporter(session: Session) -> Reporter:
+    """For rank 0 the real one. The peak is measured on all ranks at once, as they will share the machine."""
+    ranks = session.parallel.mesh.world
+    peak = peak_flops(session.device, DTYPES[session.config.precision], ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    return FirstRank(session, peak) if session.parallel.mesh.rank == 0 else OtherRank()
+
+
+@final
+class OtherRank(Reporter):
+    """Says nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def logged(self, session: Session, numbers: StepNumbers, lr: float, since: tuple[float, int]) -> None:
+        pass
+
+    def saved(self, path: Path) -> None:
+        pass
+
+    def evaluated(self, session: Session, evaluation: Evaluation) -> None:
+        pass
+
+    def finished(self, evaluation: Evaluation) -> None:
+        pass
+
+
+@final
+class FirstRank(Reporter):
+    def __init__(self, session: Session, peak: Peak) -> None:
+        config, folder = session.config, session.folder
+        self.session = session
+        self.begin = perf_counter()
+        self.printer = Printer()
+        self.metrics = Journal(folder / "metrics.jsonl", keep_to_step=session.step)
+        self.events = Journal(folder / "events.jsonl")
+        self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
+        self.eta = Eta(config.steps)
+        self.summary: dict[str, Any] = {}
+        resumed = session.step > 0
+        self.trackers = build_trackers(
+            config.tracker, folder, run_identity(folder, resumed), config.run.name, self.printer.say, self.events
+        )
+        write_config(config, folder / "config.yaml")
+        self.trackers.start({"config": plain_config(config), "layout": session.parallel.mesh.sizes})
+        self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes)
+        self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.events.event("failed", step=self.session.step, error=f"{type(error).__name__}: {error}")
+            again = f"tokenyard train run.dir={shlex.quote(str(self.session.folder))} and the same overrides"
+            self.printer.say(f"stopped after step {self.session.step} by {type(error).__name__}; to go on: {again}")
+        self.trackers.finish(0 if error is None else 1, self.summary)
+        self.metrics.close()
+        self.events.close()
+
+    def logged(self, session: Session, numbers: StepNumbers, lr: float, since: tuple[float, int]) -> None:
+        seconds, tokens = since
+        record = self.meter.record(step_result(session.step, numbers, tokens, lr), seconds)
+        self.metrics.write(record)
+        self.trackers.log(record)
+        self.printer.line(step_spans(record, session.config.steps, self.eta.after(session.step)))
+
+    def saved(self, path: Path) -> None:
+        self.events.event("checkpoint", step=self.session.step, path=str(path))
+
+    def evaluated(self, session: Session, evaluation: Evaluation) -> None:
+        record = {"step": session.step, **validation_record(session.config, evaluation)}
+        self.events.event("evaluation", **record)
+        self.trackers.log(record)
+        self.printer.say(f"step {session.step}: validation loss {evaluation.loss:.4f} over {evaluation.tokens:,} tokens")
+
+    def finished(self, evaluation: Evaluation) -> None:
+        session = self.session
+        self.summary = validation_record(session.config, evaluation)
+        self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
+        self.printer.lines(end_lines(end_facts(session, evaluation, perf_counter() - self.begin), self.printer.bars))
+
+
+def step_result(step: int, numbers: StepNumbers, tokens: int, lr: float) -> StepResult:
+    """As plain numbers. This waits for the device, so it happens on logged steps alone."""
+    layers = max(1, len(numbers.balance_L))
+    return StepResult(
+        step=step,
+        tokens=tokens,
+        loss=numbers.cross_entropy.item(),
+        loss_balance=numbers.balance_L.sum().item() / layers,
+        loss_z=numbers.z_L.sum().item() / layers,
+        grad_norm=numbers.gradient_norm.item(),
+        lr=lr,
+        counts_LE=numbers.counts_LE.tolist(),
+        dropped_L=numbers.dropped_L.tolist(),
+    )
+
+
+def validation_record(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+    """Loss and load of a validation pass, under names of their own."""
+    layers = moe_layers(config)
+    load = load_metrics(evaluation.counts_LE, [0] * len(evaluation.counts_LE), layers)
+    peak = load.get("moe/load_max_over_mean")
+    return {"validation_loss": evaluation.loss} | ({} if peak is None else {"validation/load_max_over_mean": peak})
+
+
+def moe_layers(config: Config) -> list[int]:
+    return [index for index in range(config.model.layers) if config.model.moe_layer(index)]
+
+
+def startup_facts(session: Session, peak: Peak) -> StartupFacts:
+    facts, device = session.data.facts, session.device
+    return StartupFacts(
+        run_dir=str(session.folder),
+        resume=session.start,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({os.cpu_count()} cores)",
+        ranks=session.parallel.mesh.world,
+        threads=torch.get_num_threads(),
+        documents=facts.train_documents,
+        tokens=facts.train_tokens,
+        bytes_per_token=facts.bytes_per_token,
+        peak_flops=peak.flops,
+        peak_source=peak.source,
+        first_step=session.step,
+    )
+
+
+def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFacts:
+    folder, checkpoint = shlex.quote(str(session.folder)), shlex.quote(str(session.checkpoint))
+    steps = session.config.steps
+    return EndFacts(
+        steps=session.step,
+        tokens=session.tokens,
+        seconds=seconds,
+        validation_loss=evaluation.loss,
+        unigram_entropy=session.data.facts.unigram_entropy,
+        counts_LE=evaluation.counts_LE,
+        layers=moe_layers(session.config),
+        checkpoint=str(session.checkpoint) if session.checkpoint else None,
+        sample=sample_of(session),
+        commands=[
+            ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
+            ("train longer", f"tokenyard train run.dir={folder} steps={2 * steps}"),
+            ("spread the experts over 2 ranks", "tokenyard train launch=torchrun launch.ranks=2 parallel.expert=2"),
+        ],
+    )
+
+
+def sample_of(session: Session) -> tuple[str, str] | None:
+    """A prompt and its continuation by the checkpoint that was just written, opened on one device."""
+    wish = session.config.sample
+    if not wish.prompt or session.checkpoint is None or count(session.config.model).total > SAMPLE_LIMIT:
+        return None
+    from .generate import continuation
+    from .load import open_checkpoint
+
+    opened = open_checkpoint(session.checkpoint, device=str(session.device))
+    return wish.prompt, "".join(continuation(opened.model, opened.tokenizer, wish, session.config.seed))
+
+
+def set_up_logging(first: bool) -> None:
+    """Lines of the package's own logger on standard output, from rank 0 alone."""
+    log = logging.getLogger("tokenyard")
+    log.setLevel(logging.INFO if first else logging.WARNING)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False

@@ -1,0 +1,113 @@
+"""A training run: step, log, evaluate, checkpoint, stop."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from time import perf_counter
+
+import torch
+
+from ..parallel.processes import is_first, join, leave, pick_device
+from .config import Config
+from .evaluate import evaluate_session
+from .reporter import Reporter, build_reporter, set_up_logging
+from .schedule import learning_rate_factor
+from .session import Session, open_session, save
+from .step import Rows, StepNumbers, train_step
+
+
+def run(config: Config) -> int:
+    """Train to the end as one rank of the world in the environment. Returns the exit code."""
+    device = pick_device(config.device.value)
+    join(device, config.parallel.timeout_seconds)
+    torch.manual_seed(config.seed)
+    set_up_logging(is_first())
+    try:
+        try:
+            session = open_session(config, device)
+        except ValueError as error:
+            return refuse(error)
+        with build_reporter(session) as reporter:
+            train(session, reporter)
+            reporter.finished(evaluate_session(session))
+        return 0
+    finally:
+        leave()
+
+
+def train(session: Session, reporter: Reporter) -> None:
+    """All steps that are left; ends with a checkpoint."""
+    config = session.config
+    session.parallel.model.train()
+    stopwatch = Stopwatch()
+    while session.step < config.steps:
+        numbers, lr = next_step(session)
+        stopwatch.tokens += numbers.tokens
+        if due(session, config.log.every):
+            reporter.logged(session, numbers, lr, stopwatch.take(session.device))
+        with stopwatch.paused(session.device):
+            if due(session, config.checkpoint.every):
+                reporter.saved(save(session))
+            if config.evaluate.every and session.step % config.evaluate.every == 0 and session.step < config.steps:
+                reporter.evaluated(session, evaluate_session(session))
+
+
+def next_step(session: Session) -> tuple[StepNumbers, float]:
+    """One optimizer step; its numbers and its learning rate."""
+    config = session.config
+    lr = config.optimizer.lr * learning_rate_factor(config.schedule, session.step + 1, config.steps)
+    rows = micro_batches(session)
+    numbers = train_step(session.parallel, session.optimizer, rows, lr, config.optimizer.clip_norm)
+    session.step += 1
+    session.tokens += numbers.tokens
+    return numbers, lr
+
+
+def micro_batches(session: Session) -> list[Rows]:
+    """This rank's rows of the next global batch. Micro-step m of all ranks together is the m-th run of the global batch."""
+    data, micro = session.parallel.mesh.data, session.micro
+    together = micro * data.size
+    starts = range(data.rank * micro, session.config.batch.sequences, together)
+    batches = [session.data.train.batch(session.step, range(start, start + micro)) for start in starts]
+    return [Rows(batch.ids_BS.to(session.device), batch.targets_BS.to(session.device)) for batch in batches]
+
+
+def due(session: Session, every: int) -> bool:
+    """Every so many steps, and after the last."""
+    return session.step == session.config.steps or (every > 0 and session.step % every == 0)
+
+
+def refuse(error: ValueError) -> int:
+    """What could not be refused before the ranks had met; all ranks come to the same error. Returns the exit code."""
+    if is_first():
+        print(f"tokenyard: {error}", file=sys.stderr)
+    return 2
+
+
+class Stopwatch:
+    """Seconds and tokens of training since the last look; evaluation and checkpoints are not in it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.start = perf_counter()
+
+    def take(self, device: torch.device) -> tuple[float, int]:
+        """Seconds and tokens since the last call."""
+        synchronise(device)
+        seconds, tokens = perf_counter() - self.start, self.tokens
+        self.start, self.tokens = perf_counter(), 0
+        return seconds, tokens
+
+    @contextlib.contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """Leave out what happens inside."""
+        begin = perf_counter()
+        yield
+        synchronise(device)
+        self.start += perf_counter() - begin
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that the clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

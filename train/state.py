@@ -1,0 +1,57 @@
+"""Everything a resumed run needs, as named pieces of tensors and plain facts."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..parallel.apply import Parallel, local
+from ..parallel.pieces import Held, whole
+
+
+def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer, with_random: bool = True) -> dict[str, Held]:
+    """This rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`, `optimizer.step`, `random.*`.
+
+    The tensors are the live ones: loading into them restores the run (and `restore_random` the generators).
+    """
+    held: dict[str, Held] = {}
+    for name, placed in parallel.placed.items():
+        moments = optimizer_state(optimizer, placed.parameter)
+        held[f"model.{name}"] = Held(placed.piece, local(placed.parameter.detach()))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            held[f"optimizer.{name}.{moment}"] = Held(placed.piece, local(moments[moment]))
+    return held | (random_state() if with_random else {})
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """AdamW's state of one parameter; made here, as AdamW would, if there was no step yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state
+
+
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, parallel: Parallel, steps: int) -> None:
+    """AdamW counts its steps for each parameter; here they are all those of the run."""
+    for placed in parallel.placed.values():
+        optimizer_state(optimizer, placed.parameter)["step"].fill_(steps)
+
+
+def random_state() -> dict[str, Held]:
+    """The states of torch's generators, under names that hold for this rank alone."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {f"random.{kind}.rank_{rank}": Held(whole(state.shape), state) for kind, state in states.items()}
+
+
+def restore_random(held: dict[str, Held]) -> None:
+    """Set the generators to the states in `held`."""
+    for name, (_, state) in held.items():
+        if name.startswith("random.cpu."):
+            torch.set_rng_state(state)
+        elif name.startswith("random.cuda."):
+            torch.cuda.set_rng_state(state)
