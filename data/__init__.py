@@ -1,1 +1,1 @@
-"""data"""
+"""From text on disk to global batches of token ids."""

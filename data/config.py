@@ -13,7 +13,7 @@ class Corpus(Enum):
 @dataclass
 class DataConfig:
     corpus: Corpus = Corpus.stdlib
-    """stdlib: the running interpreter's own standard library; text: files at `path`; synthetic: made from the seed."""
+    """stdlib: the running interpreter's own standard library; text: files at `path`; synthetic: small stories made by a grammar."""
     path: str | None = None
     """A text file, or a folder of text files (one document each); for corpus=text."""
     pattern: str = "**/*.txt"

@@ -1,0 +1,131 @@
+"""The sequence of global batches: a function of the corpus, the seed and the step, and of nothing else.
+
+B: sequences; S: tokens per sequence. A corpus row is S + 1 consecutive tokens; rows start every S tokens, so each token but the
+first is a target once an epoch.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+import xxhash
+
+from .tokens import Tokens
+
+IGNORE = -100
+"""A target that is not counted: F.cross_entropy's default `ignore_index`."""
+
+
+class Batch(NamedTuple):
+    ids_BS: torch.Tensor
+    """int64 token ids."""
+    targets_BS: torch.Tensor
+    """int64: the token that follows each of ids_BS, or IGNORE."""
+
+
+@final
+class GlobalBatches:
+    """The training batches. Stateless: to resume, a run needs its step alone.
+
+    Position p of the endless stream of rows is row `order[p % rows]` of epoch `p // rows`, each epoch with its own permutation;
+    the global batch of step s is the positions from `s * sequences` on. So epochs may end inside of a batch.
+    """
+
+    def __init__(self, tokens: Tokens, *, seed: int, sequences: int, sequence_length: int) -> None:
+        """Raises a ValueError of one line if the corpus has no row."""
+        self._table = _Table(tokens, sequence_length, "training")
+        self._seed = seed
+        self.sequences = sequences
+        self.rows = self._table.rows
+
+    def batch(self, step: int, rows: slice | range | None = None) -> Batch:
+        """The given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
+        return _split(self._tokens(step, rows))
+
+    def digest(self, step: int) -> str:
+        """xxh3-64 of the global batch: its int64 token ids, targets included, row by row."""
+        return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
+
+    def _tokens(self, step: int, rows: slice | range | None) -> np.ndarray:
+        """(B, S + 1), int64."""
+        positions = step * self.sequences + np.array(_chosen(rows, self.sequences), dtype=np.int64)
+        epochs, places = np.divmod(positions, self.rows)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            order = _permutation(self.rows, "train", self._table.fingerprint, self._seed, int(epoch))
+            indices[epochs == epoch] = order[places[epochs == epoch]]
+        return self._table.read(indices)
+
+
+@final
+class ValidationBatches:
+    """The validation rows in one spread order that does not depend on the run's seed."""
+
+    def __init__(self, tokens: Tokens, *, sequence_length: int) -> None:
+        """Raises a ValueError of one line if the corpus has no row."""
+        self._table = _Table(tokens, sequence_length, "validation")
+        self.rows = self._table.rows
+
+    def batches(self, sequences: int, size: int, rows: slice | range | None = None) -> Iterator[Batch]:
+        """The first `sequences` rows, or all if there are fewer, in global batches of `size`; of each the given rows (None: all).
+
+        The last batch is filled up with rows whose targets are all IGNORE, so that every rank gets the same shapes.
+        """
+        order = _permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        chosen = np.array(_chosen(rows, size), dtype=np.int64)
+        for start in range(0, len(order), size):
+            places = start + chosen
+            ids_BS, targets_BS = _split(self._table.read(order[np.minimum(places, len(order) - 1)]))
+            targets_BS[torch.from_numpy(places >= len(order))] = IGNORE
+            yield Batch(ids_BS, targets_BS)
+
+
+def unigram_entropy(tokens: np.ndarray, size: int) -> float:
+    """Entropy, in nats per token, of the frequencies of the `size` ids in `tokens`: the loss of the best model without context."""
+    counts = np.zeros(size, dtype=np.int64)
+    for start in range(0, len(tokens), 1 << 22):
+        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=size)
+    shares = counts[counts > 0] / len(tokens)
+    return float(-(shares * np.log(shares)).sum())
+
+
+@final
+class _Table:
+    """The rows of a flat array of tokens."""
+
+    def __init__(self, tokens: Tokens, sequence_length: int, split: str) -> None:
+        self._ids = tokens.ids
+        self._length = sequence_length
+        self.fingerprint = tokens.manifest.fingerprint
+        self.rows = (len(tokens.ids) - 1) // sequence_length
+        if self.rows < 1:
+            most = len(tokens.ids) - 1
+            rule = f"is more than the {split} documents have; the largest possible value is {most}"
+            raise ValueError(f"sequence_length={sequence_length} {rule}, their {most + 1} tokens less one")
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Shape (indices, S + 1), int64."""
+        at = indices[:, None] * self._length + np.arange(self._length + 1)
+        return self._ids[at].astype(np.int64)
+
+
+def _split(tokens: np.ndarray) -> Batch:
+    tokens_BS1 = torch.from_numpy(tokens)
+    return Batch(tokens_BS1[:, :-1].contiguous(), tokens_BS1[:, 1:].contiguous())
+
+
+def _chosen(rows: slice | range | None, size: int) -> range:
+    if isinstance(rows, slice):
+        rows = range(rows.start or 0, size if rows.stop is None else rows.stop, rows.step or 1)
+    chosen = range(size) if rows is None else rows
+    assert all(0 <= row < size for row in (*chosen[:1], *chosen[-1:])), f"rows {chosen} of a global batch of {size}"
+    return chosen
+
+
+@lru_cache(maxsize=4)
+def _permutation(rows: int, *key: object) -> np.ndarray:
+    # Sorting raw random bits, because numpy keeps those the same between its versions and Generator.permutation not.
+    bits = np.random.Philox(key=xxhash.xxh3_128_intdigest(repr(key).encode()))
+    return np.argsort(bits.random_raw(rows), kind="stable")

@@ -1,0 +1,39 @@
+"""Folders that are written once under the hash of what made them and appear whole or not at all."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .config import DataConfig
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where trained tokenizers and tokenized corpora lie; made if missing."""
+    folder = Path(config.cache or os.environ.get("TOKENYARD_CACHE") or "~/.cache/tokenyard").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"data.cache={folder} must be a folder that can be written; set data.cache or TOKENYARD_CACHE")
+    return folder
+
+
+@contextmanager
+def publish(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill and renames it to `folder` at the end; if another process was first, its copy stays."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

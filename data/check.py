@@ -1,0 +1,111 @@
+"""Refuses data and tokenizer settings that cannot work, before anything is read.
+
+Standard library only, as it runs before torch is imported.
+"""
+
+import difflib
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
+
+
+def check_corpus(config: DataConfig) -> None:
+    """Raise a ValueError of one line if `config` names no text."""
+    if not 0 < config.validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
+    if config.path is not None:
+        _check_exists("data.path", config.path)
+    if config.corpus is Corpus.text:
+        _check_text(config)
+    elif config.path is not None:
+        raise ValueError(f"data.path={config.path} is read by data.corpus=text only, and data.corpus={config.corpus.value}")
+    if config.corpus is Corpus.stdlib and not any(stdlib_files(stdlib_root())):
+        raise ValueError(f"data.corpus=stdlib finds no .py file under {stdlib_root()}; the nearest choice is data.corpus=synthetic")
+    if config.corpus is Corpus.synthetic and config.synthetic_documents < 2:
+        raise ValueError(f"data.synthetic_documents={config.synthetic_documents} must be at least 2, one for each split")
+
+
+def check_tokenizer(config: TokenizerConfig) -> None:
+    """Raise a ValueError of one line if `config` describes no tokenizer."""
+    if config.path is not None:
+        _check_exists("tokenizer.path", config.path)
+        if not Path(config.path).expanduser().is_file():
+            raise ValueError(f"tokenizer.path={config.path} must be a sentencepiece .model file, and it is a folder")
+        if config.kind is TokenizerKind.bytes:
+            raise ValueError(f"tokenizer.path={config.path} is read by tokenizer.kind=sentencepiece only, and tokenizer.kind=bytes")
+    if config.pieces < SMALLEST_PIECES:
+        raise ValueError(f"tokenizer.pieces={config.pieces} must be at least {SMALLEST_PIECES}: 256 bytes, 3 marks and one piece")
+    if config.sample_bytes < 1:
+        raise ValueError(f"tokenizer.sample_bytes={config.sample_bytes} must be at least 1; the default is 6000000")
+
+
+SMALLEST_PIECES = 260
+
+
+def stdlib_root() -> Path:
+    """The folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_files(root: Path) -> Iterator[str]:
+    """Paths below `root` of every .py file, with / between their parts; what pip installed is left out."""
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
+        for name in files:
+            if name.endswith(".py"):
+                yield Path(folder, name).relative_to(root).as_posix()
+
+
+def pattern_files(root: Path, pattern: str) -> Iterator[str]:
+    """Paths below `root` of every file that `pattern` matches, with / between their parts."""
+    for path in root.glob(pattern):
+        if path.is_file():
+            yield path.relative_to(root).as_posix()
+
+
+def _check_text(config: DataConfig) -> None:
+    if config.path is None:
+        raise ValueError(
+            f"data.path=null must name a file or folder for data.corpus=text; the nearest existing path is {Path.cwd()}"
+        )
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        return
+    _check_pattern(config.pattern)
+    if not any(pattern_files(root, config.pattern)):
+        there = _suffixes(root)
+        hint = f"the nearest choice is data.pattern='{there[0]}'" if there else "the folder holds no file"
+        raise ValueError(f"data.path={config.path} must hold files that match data.pattern='{config.pattern}'; {hint}")
+
+
+def _check_pattern(pattern: str) -> None:
+    # What pathlib.Path.glob would raise on, without a line of ours.
+    parts = Path(pattern).parts
+    if not parts or Path(pattern).is_absolute() or ".." in parts or any("**" in part and part != "**" for part in parts):
+        raise ValueError(f"data.pattern='{pattern}' must be a relative pattern, with ** as a whole part; the default is '**/*.txt'")
+
+
+def _suffixes(root: Path) -> list[str]:
+    """Patterns that would match something, the most frequent first."""
+    found = Counter(Path(name).suffix for name in pattern_files(root, "**/*"))
+    return [f"**/*{suffix}" for suffix, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def _check_exists(key: str, value: str) -> None:
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise ValueError(f"{key}={value} must exist; the nearest existing path is {nearest_path(path)}")
+
+
+def nearest_path(path: Path) -> Path:
+    """The existing path most like `path`: a similarly named entry of its deepest existing parent, else that parent."""
+    path = path.absolute()
+    while not path.parent.is_dir():
+        path = path.parent
+    siblings = sorted(entry.name for entry in path.parent.iterdir()) if os.access(path.parent, os.R_OK) else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return path.parent / close[0] if close else path.parent

@@ -1,0 +1,71 @@
+"""Trains the pieces of a sentencepiece tokenizer on a sample of the training documents."""
+
+import io
+import re
+from collections.abc import Iterator
+
+import sentencepiece
+
+from .corpus import Corpus, place
+
+# Byte fallback, no normalisation and no dummy prefix make every round trip exact. Whole runs of spaces as pieces, and pieces that
+# mix letters with punctuation, are for source code: 3.9 bytes a token on the standard library, against 3.4 and 2.3 without.
+RECIPE = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "split_digits": True,
+    "allow_whitespace_only_pieces": True,
+    "split_by_unicode_script": False,
+    "max_sentencepiece_length": 32,
+    "unk_surface": "\ufffd",
+    # The model file records the number of threads; more would change its hash and not its pieces, and are no faster.
+    "num_threads": 1,
+    "minloglevel": 2,
+}
+SENTENCE = 2048
+
+
+def sample(corpus: Corpus, limit: int) -> list[str]:
+    """Beginnings of training documents, together about `limit` bytes: the same for the same documents.
+
+    No document gives more than a few times its even share, so that one large file cannot fill the sample.
+    """
+    share = max(16384, 4 * limit // len(corpus.train))
+    texts: list[str] = []
+    for name in sorted(corpus.train, key=lambda name: place(name, seed=1)):
+        text = corpus.read(name).text[: min(share, limit)]
+        texts.append(text)
+        limit -= len(text.encode())
+        if limit <= 0:
+            break
+    return texts
+
+
+def train_pieces(texts: list[str], pieces: int) -> bytes:
+    """The model file of `pieces` pieces. Raises a ValueError of one line if the text has too little in it for so many."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts), model_writer=model, vocab_size=pieces, **RECIPE
+        )
+    except RuntimeError as error:
+        raise ValueError(_reason(str(error), pieces)) from None
+    return model.getvalue()
+
+
+def _sentences(texts: list[str]) -> Iterator[str]:
+    # The trainer takes nothing above 4192 bytes, and refuses NUL; neither concerns encoding.
+    for text in texts:
+        for start in range(0, len(text), SENTENCE):
+            yield text[start : start + SENTENCE].replace("\0", "")
+
+
+def _reason(message: str, pieces: int) -> str:
+    if found := re.search(r"value <= (\d+)", message):
+        return f"tokenizer.pieces={pieces} is more than this corpus has in it; the largest possible value is {found[1]}"
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"tokenizer.pieces={pieces} is fewer than this corpus has characters; the smallest possible value is {found[1]}"
+    return f"tokenizer.pieces={pieces} cannot be trained on this corpus; take tokenizer.kind=bytes ({' '.join(message.split())})"

@@ -1,0 +1,172 @@
+"""Text to token ids and back, exactly."""
+
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import sentencepiece
+import xxhash
+
+from .cache import publish
+from .check import check_tokenizer
+from .config import TokenizerConfig, TokenizerKind
+from .corpus import Corpus
+from .pieces import RECIPE, sample, train_pieces
+
+MODEL_FILE = "tokenizer.model"
+ABOUT_FILE = "tokenizer_about.json"
+log = logging.getLogger("tokenyard")
+
+
+def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> "Tokenizer":
+    """The tokenizer that `config` describes: bytes, a model at hand, or one trained on the training documents and kept in `cache`.
+
+    Raises a ValueError of one line for settings that cannot work, with this corpus or at all.
+    """
+    check_tokenizer(config)
+    if config.kind is TokenizerKind.bytes:
+        return BytesTokenizer()
+    if config.path is not None:
+        return SentencePieceTokenizer(Path(config.path).expanduser().read_bytes(), f"tokenizer.path={config.path}")
+    texts = sample(corpus, config.sample_bytes)
+    folder = cache / "tokenizers" / _key(config, texts)
+    if not folder.is_dir():
+        _train(texts, config.pieces, folder)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> "Tokenizer":
+    """The tokenizer that `save` wrote into `folder`. Raises a ValueError of one line if its files are missing or were changed."""
+    try:
+        about: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text())
+        bytes_kind = about["kind"] == TokenizerKind.bytes.value
+        tokenizer = BytesTokenizer() if bytes_kind else SentencePieceTokenizer((folder / MODEL_FILE).read_bytes(), str(folder))
+        same = tokenizer.hash == about["hash"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"tokenizer folder {folder} must hold {MODEL_FILE} and {ABOUT_FILE} as they were saved ({error})"
+        ) from None
+    if not same:
+        raise ValueError(f"tokenizer folder {folder} must hold what was saved: hash {tokenizer.hash} is not {about['hash']}")
+    return tokenizer
+
+
+class Tokenizer(ABC):
+    """Turns text into ids in [0, size) and back."""
+
+    size: int
+    """How many ids there are."""
+    end_of_document: int
+    """The id that follows each document in the training data."""
+    hash: str
+    """Tokenizers with the same hash give the same ids for every text."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without marks before or behind."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        """`encode` of each text; the number of threads does not change the ids."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` in [0, size); marks are left out, and bytes that are not UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer` reads into `folder`, which is made if missing."""
+
+
+@final
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model. Those trained here give back any text exactly; of others that is for their makers to say."""
+
+    def __init__(self, model: bytes, origin: str) -> None:
+        """`model`: the bytes of a .model file; `origin`: what an error calls it."""
+        self._model = model
+        self._processor = _processor(model, origin)
+        self.size = self._processor.get_piece_size()
+        self.end_of_document = self._processor.eos_id()
+        self.hash = xxhash.xxh3_128_hexdigest(b"sentencepiece " + model)
+        self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        first, *others = text.split(SPACE_MARK)
+        ids = self._processor.encode(first)
+        for part in others:
+            ids += self._mark + self._processor.encode(part)
+        return ids
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        ids = self._processor.encode(texts, num_threads=threads)
+        return [self.encode(text) if SPACE_MARK in text else found for text, found in zip(texts, ids, strict=True)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MODEL_FILE).write_bytes(self._model)
+        _save_about(self, TokenizerKind.sentencepiece, folder)
+
+
+# Inside of sentencepiece a space is this character, so that the character itself would come back as a space; it is sent as bytes.
+SPACE_MARK = "\u2581"
+
+
+@final
+class BytesTokenizer(Tokenizer):
+    """Three marks (unknown, begin, end of document), then the 256 bytes: the first 259 ids of any model trained here."""
+
+    size = 259
+    end_of_document = 2
+    hash = xxhash.xxh3_128_hexdigest(b"bytes, 3 marks first")
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode()]
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(index - 3 for index in ids if index >= 3).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_about(self, TokenizerKind.bytes, folder)
+
+
+def _save_about(tokenizer: Tokenizer, kind: TokenizerKind, folder: Path) -> None:
+    about = {"kind": kind.value, "size": tokenizer.size, "end_of_document": tokenizer.end_of_document, "hash": tokenizer.hash}
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        raise ValueError(f"{origin} must be a sentencepiece model") from None
+    if processor.eos_id() < 0:
+        raise ValueError(f"{origin} must have an end-of-sentence piece; its eos_id is {processor.eos_id()}")
+    return processor
+
+
+def _key(config: TokenizerConfig, texts: list[str]) -> str:
+    key = xxhash.xxh3_128(f"{RECIPE} {sentencepiece.__version__} {config.pieces}".encode())
+    for text in texts:
+        key.update(b"%d\0" % len(text) + text.encode())
+    return key.hexdigest()
+
+
+def _train(texts: list[str], pieces: int, folder: Path) -> None:
+    started = time.perf_counter()
+    tokenizer = SentencePieceTokenizer(train_pieces(texts, pieces), "the trained model")
+    with publish(folder) as unfinished:
+        tokenizer.save(unfinished)
+    size = sum(map(len, texts)) / 1e6
+    log.info("data: trained %d pieces on %.1f MB in %.1f s", tokenizer.size, size, time.perf_counter() - started)

@@ -1,0 +1,108 @@
+"""A split of the corpus as one flat array of token ids, made once and memory-mapped ever after."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import xxhash
+
+from .cache import publish
+from .corpus import Corpus, Document, Split, place
+from .tokenizer import Tokenizer
+
+TOKENS_FILE = "tokens.npy"
+MANIFEST_FILE = "manifest.json"
+log = logging.getLogger("tokenyard")
+
+
+class Manifest(NamedTuple):
+    documents: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of the documents."""
+    undecodable: list[str]
+    """Names in the whole corpus of what is not UTF-8."""
+    duplicates: int
+    empty: int
+    fingerprint: str
+    """xxh3-128 over the token ids."""
+
+
+class Tokens(NamedTuple):
+    ids: np.ndarray
+    """Shape (tokens,), uint16 or uint32, read-only: the documents in the order of a hash of their names, each with its end mark."""
+    manifest: Manifest
+
+
+def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path) -> Tokens:
+    """The tokens of one split, made now if `cache` does not have them."""
+    key = xxhash.xxh3_128_hexdigest(f"tokens 1 {split} {corpus.fingerprints[split]} {tokenizer.hash}".encode())
+    folder = cache / "tokens" / key
+    if not folder.is_dir():
+        started = time.perf_counter()
+        with publish(folder) as unfinished:
+            manifest = _write(corpus, split, tokenizer, unfinished)
+        seconds = time.perf_counter() - started
+        log.info("data: %s: %d tokens of %d documents in %.1f s", split, manifest.tokens, manifest.documents, seconds)
+    return _load(folder)
+
+
+def _load(folder: Path) -> Tokens:
+    try:
+        manifest = Manifest(**json.loads((folder / MANIFEST_FILE).read_text()))
+        ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"cached tokens in {folder} are damaged ({error}); remove the folder and they are made again") from None
+    if ids.shape != (manifest.tokens,):
+        raise ValueError(f"cached tokens in {folder} are damaged ({ids.shape} for {manifest.tokens}); remove the folder")
+    return Tokens(ids, manifest)
+
+
+def _write(corpus: Corpus, split: Split, tokenizer: Tokenizer, folder: Path) -> Manifest:
+    names = sorted(corpus.names(split), key=lambda name: (place(name, seed=2), name))
+    kind = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
+    running, tokens, size = xxhash.xxh3_128(), 0, 0
+    with (folder / TOKENS_FILE).open("wb") as file:
+        _write_header(file, kind, 0)
+        for texts in _batches(map(corpus.read, names)):
+            ids = _encode(texts, tokenizer, kind)
+            file.write(ids.tobytes())
+            running.update(ids.tobytes())
+            tokens += len(ids)
+            size += sum(len(text.encode()) for text in texts)
+        file.seek(0)
+        _write_header(file, kind, tokens)
+    skipped = corpus.undecodable, corpus.duplicates, corpus.empty
+    manifest = Manifest(len(names), tokens, size, *skipped, running.hexdigest())
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
+    return manifest
+
+
+def _write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
+    # numpy leaves room in the header for a longer shape, so the number of tokens can be filled in at the end.
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, kind: np.dtype) -> np.ndarray:
+    encoded = tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16))
+    return np.concatenate([np.array([*ids, tokenizer.end_of_document], dtype=kind) for ids in encoded])
+
+
+def _batches(documents: Iterator[Document], limit: int = 4_000_000) -> Iterator[list[str]]:
+    """Texts of together at least `limit` characters: enough for all threads, and little in memory."""
+    texts: list[str] = []
+    size = 0
+    for document in documents:
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= limit:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts

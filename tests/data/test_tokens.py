@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenyard.data import tokens as module
+from tokenyard.data.cache import cache_folder, publish
+from tokenyard.data.config import DataConfig
+from tokenyard.data.corpus import documents, survey
+from tokenyard.data.tokenizer import BytesTokenizer
+from tokenyard.data.tokens import MANIFEST_FILE, TOKENS_FILE, open_tokens
+
+
+def test_tokens_are_all_documents_with_their_ends(folder: DataConfig, tmp_path: Path) -> None:
+    ids, manifest = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+    ends = np.flatnonzero(ids == BytesTokenizer.end_of_document)
+    found = [BytesTokenizer().decode(part.tolist()) for part in np.split(ids, ends + 1)[:-1]]
+    texts = [item.text for item in documents(folder, "train")]
+    assert sorted(found) == sorted(texts) and found != texts
+    assert ids[-1] == BytesTokenizer.end_of_document
+    size = sum(len(text.encode()) for text in texts)
+    assert manifest[:3] == (len(texts), size + len(texts), size)
+    assert ids.dtype == np.uint16 and not ids.flags.writeable
+
+
+def test_batches_of_documents_do_not_change_the_tokens(folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path / "a")
+    cut = module._batches
+    monkeypatch.setattr(module, "_batches", lambda documents: cut(documents, limit=1000))
+    parts = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path / "b")
+    assert whole.manifest == parts.manifest and np.array_equal(whole.ids, parts.ids)
+
+
+def test_more_ids_than_16_bits(folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = BytesTokenizer()
+    monkeypatch.setattr(tokenizer, "size", 2**16 + 1, raising=False)
+    monkeypatch.setattr(tokenizer, "end_of_document", 2**16, raising=False)
+    ids, _ = open_tokens(survey(folder), "validation", tokenizer, tmp_path)
+    assert ids.dtype == np.uint32 and ids[-1] == 2**16
+
+
+def test_tokens_are_kept_and_made_again_for_another_text(
+    folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+    write = module._write
+    monkeypatch.setattr(module, "_write", None)
+    assert open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path).manifest == first.manifest
+    monkeypatch.setattr(module, "_write", write)
+    (Path(folder.path or "") / survey(folder).train[0]).write_text("Another text.")
+    assert open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path).manifest.fingerprint != first.manifest.fingerprint
+
+
+def test_damaged_tokens_are_refused(folder: DataConfig, tmp_path: Path) -> None:
+    open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+    (made,) = (tmp_path / "tokens").iterdir()
+    (made / TOKENS_FILE).write_bytes((made / TOKENS_FILE).read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+    (made / MANIFEST_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+
+
+def test_publish_shows_all_or_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), publish(tmp_path / "a") as unfinished:
+        (unfinished / "half").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with publish(tmp_path / "a") as slow:
+        (slow / "slow").touch()
+        with publish(tmp_path / "a") as fast:
+            (fast / "fast").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "fast"]
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "environment"))
+    assert cache_folder(DataConfig()) == tmp_path / "environment"
+    assert cache_folder(DataConfig(cache=str(tmp_path / "setting"))) == tmp_path / "setting"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache=.*file/x must be"):
+        cache_folder(DataConfig(cache=str(tmp_path / "file" / "x")))
