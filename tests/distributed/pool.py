@@ -1,0 +1,263 @@
+"""Real ranks for tests: processes that joined one gloo group, started once per world size and kept for the whole session.
+
+In a test module: a function at top level, and `ranks(4, function, *args)` (fixture of tests/conftest.py) to call it on 4 ranks at
+once; the list of their results comes back. In the function the default process group exists, torch runs on one thread and is
+seeded with 0. Sub-groups and meshes that it makes stay until the session ends, as in any process.
+
+This file is also the program that a rank runs. It is started as a fresh interpreter: nothing of pytest's state is inherited.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+START_SECONDS = 120.0
+# Once one rank has failed, the others may wait for it in a collective for ever; this long they may still answer.
+GRACE_SECONDS = 3.0
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or did not answer in time. The text names the ranks and holds their tracebacks."""
+
+
+class Pools:
+    """One pool per world size; `run` is what tests call."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, limit_seconds: float = 60.0, **kwargs: Any) -> list[Any]:
+        """`function(*args, **kwargs)` on each of `world` ranks at once; the results by rank.
+
+        `function` stands at top level of a module. Arguments and results are what pickle takes; tensors arrive as plain CPU
+        tensors. RankError if a rank raises, dies or does not answer within `limit_seconds`.
+        """
+        call = (*_address(function), _pack((args, kwargs)))
+        if world not in self._pools:
+            self._pools[world] = Pool(world)
+        try:
+            return self._pools[world].run(call, limit_seconds)
+        except BaseException:
+            # Ranks that stopped at different places cannot be used again.
+            self._pools.pop(world).kill()
+            raise
+
+    def close(self) -> None:
+        """End all ranks."""
+        while self._pools:
+            self._pools.popitem()[1].close()
+
+
+class Pool:
+    """`world` processes, a pipe to each, and a temporary folder for their rendezvous and their logs."""
+
+    def __init__(self, world: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tokenyard-ranks-")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Any] = []
+        try:
+            for rank in range(world):
+                self._start(rank, world)
+            self._answers(START_SECONDS, "start")
+        except BaseException:
+            self.kill()
+            raise
+
+    def run(self, call: tuple[str, str, str, bytes], limit_seconds: float) -> list[Any]:
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send(call)
+            except OSError:
+                raise RankError(f"rank {rank} has died{self._log(rank)}") from None
+        return [_unpack(answer) for answer in self._answers(limit_seconds, call[2])]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        deadline = time.monotonic() + 5
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for pipe in self._pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+    def _start(self, rank: int, world: int) -> None:
+        ours, theirs = Pipe()
+        self._pipes.append(ours)
+        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # -P keeps this file's own folder out of the import path.
+        program = [sys.executable, "-P", __file__, str(rank), str(world), self._folder.name, str(theirs.fileno())]
+        with theirs, self._log_path(rank).open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    program,
+                    env={**os.environ, **settings},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[theirs.fileno()],
+                )
+            )
+
+    def _answers(self, limit_seconds: float, what: str) -> list[bytes]:
+        """One answer of each rank. After the first error the others get a short time, and all errors are raised together."""
+        answers: dict[int, bytes] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + limit_seconds
+        while waiting := [rank for rank in range(len(self._pipes)) if rank not in answers and rank not in errors]:
+            ready = wait([self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank in (rank for rank in waiting if self._pipes[rank] in ready):
+                failed, answer = self._answer(rank)
+                (errors if failed else answers)[rank] = answer
+            if errors:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if errors or waiting:
+            raise RankError(self._report(what, limit_seconds, errors, waiting))
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._pipes[rank].recv()
+        except (EOFError, OSError):
+            code = self._processes[rank].wait()
+            return True, f"died with exit code {code}{self._log(rank)}"
+
+    def _report(self, what: str, limit_seconds: float, errors: dict[int, str], waiting: list[int]) -> str:
+        lines = [f"rank {rank} {text}" for rank, text in sorted(errors.items())]
+        if waiting:
+            late = ", ".join(str(rank) for rank in waiting)
+            after = f"within {GRACE_SECONDS:g} s of the first error" if errors else f"within {limit_seconds:g} s"
+            lines.append(f"{what}: no answer from rank {late} {after}" + "".join(self._log(rank) for rank in waiting))
+        return "\n".join(lines)
+
+    def _log_path(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"rank_{rank}.log"
+
+    def _log(self, rank: int) -> str:
+        text = self._log_path(rank).read_text(errors="replace").strip()
+        return f"\n--- last output of rank {rank} ---\n{text[-2000:]}" if text else ""
+
+
+def _address(function: Callable[..., Any]) -> tuple[str, str, str]:
+    """Where another interpreter finds `function`: its module's name and file, and its name there."""
+    name = function.__qualname__
+    path = sys.modules[function.__module__].__file__
+    if "<" in name or path is None:
+        raise ValueError(f"{name} cannot be sent to the ranks: it must stand at top level of a module")
+    return function.__module__, path, name
+
+
+def _find(module: str, path: str, name: str) -> Callable[..., Any]:
+    found: Any = _module(module, path)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _module(name: str, path: str) -> ModuleType:
+    """The module, under its name in pytest so that pickle finds its classes; only the path leads to a test module."""
+    if name in sys.modules:
+        return sys.modules[name]
+    if name.split(".")[0] == "tokenyard":
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _pack(value: Any) -> bytes:
+    """Pickle, with tensors as their bytes: multiprocessing's way would share memory and file descriptors."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes) -> Any:
+    return _Unpickler(io.BytesIO(packed)).load()
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        import torch
+
+        if not isinstance(obj, torch.Tensor):
+            return None
+        flat = obj.detach().cpu().contiguous().reshape(-1)
+        return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), bytearray(flat.view(torch.uint8).numpy())
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        import torch
+
+        dtype, shape, content = pid
+        # torch refuses to make a tensor of no bytes.
+        flat = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        return flat.view(getattr(torch, dtype)).reshape(shape)
+
+
+def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
+    """What a rank does: join the group, then answer calls until it is told to stop or the test process is gone."""
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    address = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    pipe.send((False, b""))
+    while (call := pipe.recv()) is not None:
+        torch.manual_seed(0)
+        pipe.send(_outcome(*call))
+        torch.set_default_dtype(torch.float32)
+    dist.destroy_process_group()
+
+
+def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, Any]:
+    try:
+        function = _find(module, path, name)
+        args, kwargs = _unpack(packed)
+        return False, _pack(function(*args, **kwargs))
+    except BaseException:
+        return True, f"raised\n{traceback.format_exc()}"
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError):
+        _serve(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Connection(int(sys.argv[4])))
