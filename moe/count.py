@@ -1,4 +1,4 @@
-"""How many parameters a model has, by part, and how many FLOPs a token costs. Needs no torch, so it answers before anything is built.
+"""How many parameters a model has, by part, and how many FLOPs a token costs. No torch: it answers before anything is built.
 
 FLOPs follow PaLM (Chowdhery et al. 2022), appendix B, with two differences that matter for MoE: only the experts that a token
 passes are counted, and causal attention looks back over (S + 1) / 2 tokens on average, not S. One multiply-add is 2 FLOPs.
@@ -69,7 +69,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: bool = False) -> int:
-    """FLOPs of one token in forward and backward: 3 x forward, which is what MFU counts; 4 x if activations are recomputed (HFU)."""
+    """FLOPs of one token in forward and backward: 3 x forward, which MFU counts; 4 x if activations are recomputed (HFU)."""
     return (4 if recompute else 3) * flops_per_token(config, sequence_length)
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -38,7 +38,7 @@ class Journal:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a record of something that happened, with the time in UTC."""
-        self.write({"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": kind, **facts})
+        self.write({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **facts})
 
     def close(self) -> None:
         self._file.close()

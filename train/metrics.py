@@ -1,6 +1,6 @@
 """From what a training step returns to one record of metrics.jsonl.
 
-L layers with experts, E experts. The keys are the same for 8 experts or 512: numbers over all experts and layers, not one per expert.
+L layers with experts, E experts. The keys are the same for 8 experts or 512: numbers over all of them, not one per expert.
 """
 
 from collections.abc import Sequence

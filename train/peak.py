@@ -1,4 +1,4 @@
-"""The FLOP/s that the devices could do at best, which MFU is measured against: from data sheets on known GPUs, else by a short product."""
+"""The FLOP/s that the devices could do at best, which MFU is measured against: from data sheets, else by a short product."""
 
 import math
 import os
@@ -16,18 +16,18 @@ class Peak(NamedTuple):
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_per_host: int | None = None) -> Peak:
-    """Peak of `ranks` devices like this rank's `device` for products in `dtype` (fp32 products that torch may do in TF32 count as TF32).
+    """Peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
 
     A CPU is measured with the threads this process has, and ranks beyond the host's cores add nothing.
     """
     if device.type == "cpu":
         per_host = ranks_per_host or ranks
         at_once = min(per_host, max(1.0, _cores() / torch.get_num_threads()))
-        return Peak(measure(device, dtype) * ranks * at_once / per_host, f"measured with {torch.get_num_threads()} threads a rank")
+        return Peak(measure(device, dtype) * ranks * at_once / per_host, "measured by a matrix product")
     name = torch.cuda.get_device_name(device)
     if known := data_sheet(name, _mode(dtype)):
-        return Peak(known * ranks, f"data sheet of {name}")
-    return Peak(measure(device, dtype) * ranks, f"measured, {name} is not in the table")
+        return Peak(known * ranks, "from its data sheet")
+    return Peak(measure(device, dtype) * ranks, f"measured by a matrix product, {name} is not in the table")
 
 
 def data_sheet(name: str, mode: str) -> float | None:
@@ -76,7 +76,7 @@ def _mode(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}[dtype]
 
 
-# Dense teraFLOP/s without sparsity (data sheets print bf16 and tf32 with it: twice as much). fp64 on tensor cores where there are any.
+# Dense teraFLOP/s (data sheets print bf16 and tf32 with sparsity: twice as much); fp64 on tensor cores where there are any.
 # Sources: NVIDIA data sheets "A100 80GB" (2021), "H100" and "H100 NVL" (2024), "H200" (2024), "GB200 NVL72" and "HGX B200" (2024),
 # "L40S" (2023), and the "Ada GPU Architecture" white paper for RTX 4090 (fp32 accumulation). Special forms before general ones.
 _TERAFLOPS = (

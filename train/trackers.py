@@ -69,7 +69,7 @@ def check_trackers(config: TrackerConfig) -> None:
 
 
 def run_identity(run_dir: Path, resumed: bool) -> str:
-    """The id under which trackers know the run, kept in `run_dir`/run_id: a resumed run goes on under the same, a new one gets its own.
+    """The id under which trackers know the run, kept in `run_dir`/run_id: the same after a resume, else a new one.
 
     Not drawn from any seeded generator, as runs with the same seed are different runs.
     """
@@ -82,8 +82,8 @@ def run_identity(run_dir: Path, resumed: bool) -> str:
 class Trackers:
     """All trackers of the run, each behind its own thread and queue of `capacity` records.
 
-    A tracker that raises is reported once, one that is too slow loses records, which `finish` counts. A tracker whose `start` failed
-    is left alone from then on.
+    A tracker that raises is reported once; one that is too slow loses records, which `finish` counts; one whose `start` failed is
+    left alone from then on.
     """
 
     def __init__(

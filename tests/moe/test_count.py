@@ -1,7 +1,6 @@
 """Parameters and FLOPs against numbers worked by hand and against those that the makers of known models publish."""
 
 import pytest
-
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.count import Count, count, flops_per_token, training_flops_per_token
 
@@ -9,7 +8,16 @@ from tokenyard.moe.count import Count, count, flops_per_token, training_flops_pe
 def small(**changes: object) -> ModelConfig:
     """Three layers (dense, MoE, MoE), every dimension different, small enough to work by hand."""
     moe = MoEConfig(experts=4, top_k=2, hidden=5, shared_hidden=3)
-    settings: dict = {"layers": 3, "width": 8, "heads": 4, "kv_heads": 2, "hidden": 16, "vocabulary": 10, "dense_first": 1, "moe": moe}
+    settings: dict = {
+        "layers": 3,
+        "width": 8,
+        "heads": 4,
+        "kv_heads": 2,
+        "hidden": 16,
+        "vocabulary": 10,
+        "dense_first": 1,
+        "moe": moe,
+    }
     return ModelConfig(**(settings | changes))
 
 

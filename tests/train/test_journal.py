@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tokenyard.train.journal import Journal, read_journal
 
 
@@ -64,7 +63,7 @@ def test_resume_cuts_back_and_no_step_stands_twice(path: Path):
         resumed.write({"step": step, "again": True})
     resumed.close()
     assert steps(path) == list(range(1, 9))
-    assert [path.name] == os.listdir(path.parent)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_new_start_empties_the_file(path: Path):
@@ -123,7 +122,10 @@ def test_a_killed_process_loses_nothing_that_was_written(path: Path):
         "for step in range(1, 101): journal.write({'step': step, 'text': 'x' * 20_000})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": _root()}).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": _root()}).returncode
+        == -signal.SIGKILL
+    )
     assert steps(path) == list(range(1, 101))
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from threading import Event
 from time import perf_counter, sleep
 from typing import Any
 
 import pytest
-
 from tokenyard.train.config import TrackerConfig
 from tokenyard.train.journal import Journal, read_journal
 from tokenyard.train.trackers import AbstractTracker, Trackers, build_trackers, check_trackers, run_identity
@@ -75,7 +75,11 @@ def test_a_tracker_that_raises_is_reported_once_and_called_again(events: Journal
     ]
     assert [call for call, _ in tracker.calls] == ["start", "log", "finish"]
     failed, incomplete = read_journal(events.path)
-    assert (failed["event"], failed["tracker"], failed["error"]) == ("tracker_failed", "recorder", "RuntimeError: no route to host 1")
+    assert (failed["event"], failed["tracker"], failed["error"]) == (
+        "tracker_failed",
+        "recorder",
+        "RuntimeError: no route to host 1",
+    )
     assert (incomplete["event"], incomplete["missed"], incomplete["records"]) == ("tracker_incomplete", 2, 3)
 
 
@@ -96,15 +100,16 @@ def test_a_slow_tracker_does_not_delay_training(events: Journal):
     said: list[str] = []
     trackers = Trackers([Recorder(lambda call, argument: sleep(10))], said.append, events, capacity=5, patience=0.2)
     trackers.start({})
-    longest = 0.0
+    took = []
     for step in range(20):
         start = perf_counter()
         trackers.log({"step": step})
-        longest = max(longest, perf_counter() - start)
-    assert longest < 0.05
+        took.append(perf_counter() - start)
+    assert median(took) < 0.002
+    assert max(took) < 1.0
     start = perf_counter()
     trackers.finish()
-    assert perf_counter() - start < 1.0
+    assert perf_counter() - start < 3.0
     assert said == ["tracker recorder missed 20 of 20 records and it did not finish within 0.2 s; metrics.jsonl has all"]
     assert read_journal(events.path)[0]["finished"] is False
 

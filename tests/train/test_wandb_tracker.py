@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tokenyard.train.config import TrackerConfig
 from tokenyard.train.wandb_tracker import account, init_arguments, mode
 
@@ -79,7 +78,11 @@ def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path:
     assert header["tags"] == ["a", "b"]
     update = header["config"]["update"]
     assert (update["seed"], update["model"]) == (1, {"width": 256})
-    metrics = {record["metric"].get("name", "") or record["metric"]["glob_name"]: record["metric"] for record in records if "metric" in record}
+    metrics = {
+        record["metric"].get("name", "") or record["metric"]["glob_name"]: record["metric"]
+        for record in records
+        if "metric" in record
+    }
     assert metrics["*"]["step_metric"] == "global_step"
     assert [record["exit"] for record in records if record["type"] == "exit"] == [{"exit_code": 3}]
     updates = [record["summary"]["update"] for record in records if record["type"] == "summary"]
@@ -147,4 +150,3 @@ def test_importing_the_tracker_does_not_import_wandb():
     code = "import sys, tokenyard.train.wandb_tracker; assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
