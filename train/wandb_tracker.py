@@ -1,0 +1,104 @@
+"""Weights & Biases: the only file that imports wandb. Without an account it writes offline, to be uploaded with `wandb sync`."""
+
+import configparser
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .config import TrackerConfig
+from .trackers import AbstractTracker
+
+
+class WandbTracker(AbstractTracker):
+    """A W&B run in `run_dir`/wandb.
+
+    A tracker.* setting that is not its default wins over wandb's environment variable of the same meaning.
+    """
+
+    name = "wandb"
+
+    def __init__(self, config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None = None):
+        self._config, self._run_dir, self._run_id, self._run_name = config, run_dir, run_id, run_name
+        self._run: Any = None
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        arguments = init_arguments(self._config, self._run_dir, self._run_id, self._run_name)
+        if arguments["mode"] == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; offline means that nothing leaves the machine
+        os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what login prints
+        import wandb
+
+        # console=off: capturing stdout would put wandb between training and its terminal. The time limits stay below those of
+        # Trackers.finish, so that a server out of reach is named as the cause and does not hold up the end of the process.
+        settings = wandb.Settings(silent=True, console="off", init_timeout=45.0, finish_timeout=45.0)
+        self._run = wandb.init(**arguments, config=dict(facts), settings=settings)
+        self._run.define_metric("global_step", hidden=True)
+        self._run.define_metric("*", step_metric="global_step")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        # our own axis, as wandb's never goes back: after a resume it would refuse the steps since the checkpoint
+        self._run.log({"global_step" if key == "step" else key: value for key, value in record.items()})
+
+    def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=exit_code)
+
+
+def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None) -> dict[str, Any]:
+    """What `wandb.init` is called with, from our settings and the environment. ValueError: see `mode`."""
+    usual, environment = TrackerConfig(), os.environ
+    tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    return {
+        "mode": mode(),
+        "dir": str(run_dir),
+        "id": run_id,
+        "resume": "allow",
+        "reinit": "create_new",  # a sweep runs several jobs in one process
+        "project": config.project if config.project != usual.project else environment.get("WANDB_PROJECT") or usual.project,
+        "entity": config.entity or environment.get("WANDB_ENTITY"),
+        "name": run_name or environment.get("WANDB_NAME") or run_dir.name,
+        "group": config.group or environment.get("WANDB_RUN_GROUP"),
+        "tags": config.tags or tags or None,
+        "job_type": environment.get("WANDB_JOB_TYPE") or "train",
+    }
+
+
+def mode() -> str | None:
+    """offline if no account is configured, else None: wandb's own settings (WANDB_MODE, `wandb offline`) decide.
+
+    Raises ValueError where wandb would ask for an account on the terminal.
+    """
+    chosen = os.environ.get("WANDB_MODE")
+    if account():
+        return chosen
+    if chosen in ("online", "shared", "run"):
+        raise ValueError(f"WANDB_MODE is {chosen}, which needs an account: set WANDB_API_KEY, run `wandb login`, or use offline")
+    return chosen or "offline"
+
+
+def account() -> bool:
+    """Whether a key is in the environment, or in netrc for W&B's host."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        known = netrc.netrc(_netrc_path()).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return not _hosts().isdisjoint(known)
+
+
+def _hosts() -> set[str]:
+    """The server of a company, from the environment or where `wandb login --host` keeps it; else W&B's own, by its two names."""
+    settings = configparser.ConfigParser()
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    settings.read(Path(folder).expanduser() / "settings")
+    server = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="")
+    return {urlsplit(server).netloc} if server else {"api.wandb.ai", "api.forge.coreweave.com"}
+
+
+def _netrc_path() -> Path:
+    paths = (Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), Path("~/_netrc").expanduser())
+    return next((path for path in paths if path.exists()), paths[0])
