@@ -8,6 +8,15 @@ from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot run: one line with key, value, rule and the nearest valid value."""
+
+    @classmethod
+    def of(cls, key: str, value: object, rule: str, nearest: str) -> "ConfigError":
+        """`nearest` is what to write instead, as overrides."""
+        return cls(" ".join(f"{key}={value}: {rule}; nearest valid: {nearest}".split()))
+
+
 class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"

@@ -1,0 +1,99 @@
+"""The command line: `tokenyard VERB ...`. Each verb imports what it needs when it is called."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NoReturn, TypeVar
+
+from .. import __version__
+
+Number = TypeVar("Number", int, float)
+
+BAD_USAGE = 2
+"""The exit code of a command line that cannot be understood, as of a wrong configuration."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; `argv` is by default the process's. Returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else BAD_USAGE
+    if words[0] == "--version":
+        print(f"tokenyard {__version__}")
+        return 0
+    if words[0] not in VERBS:
+        nearest = (get_close_matches(words[0], VERBS, 1, 0) or list(VERBS))[0]
+        print(f"tokenyard: {words[0]}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}", file=sys.stderr)
+        return BAD_USAGE
+    return VERBS[words[0]](words[1:])
+
+
+def train(argv: list[str]) -> int:
+    from .train import train as train_verb
+
+    return train_verb(argv)
+
+
+def generate(argv: list[str]) -> int:
+    parser = OneLineParser("tokenyard generate", description="Continues a prompt with the model of a checkpoint.")
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--tokens", type=positive, default=128, help="length of the continuation (%(default)s)")
+    parser.add_argument("--temperature", type=not_negative, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument(
+        "--top-p", type=share, default=0.95, help="sample from the likeliest tokens of this probability (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the sampling (%(default)s)")
+    arguments = parser.parse_args(argv)
+    from ..train.generate import generate_command
+
+    return generate_command(arguments)
+
+
+def evaluate(argv: list[str]) -> int:
+    parser = OneLineParser("tokenyard evaluate", description="Validation loss of a checkpoint.")
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for tokenyard train")
+    arguments = parser.parse_args(argv)
+    from ..train.evaluate import evaluate_command
+
+    return evaluate_command(arguments)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "evaluate": evaluate}
+
+USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
+
+  tokenyard train [group=option ...] [key=value ...]     train a model; -m sweeps, --cfg job prints the configuration
+  tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
+  tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
+  tokenyard VERB --help                                  more about one of them
+  tokenyard --version"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as configuration errors do."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog.replace(' ', ': ', 1)}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(BAD_USAGE)
+
+
+def positive(text: str) -> int:
+    return _checked(int(text), int(text) >= 1, "must be at least 1")
+
+
+def not_negative(text: str) -> float:
+    return _checked(float(text), 0 <= float(text) < float("inf"), "must be 0 or above")
+
+
+def share(text: str) -> float:
+    return _checked(float(text), 0 < float(text) <= 1, "must be in (0, 1]")
+
+
+def _checked(value: Number, holds: bool, rule: str) -> Number:
+    if not holds:
+        raise argparse.ArgumentTypeError(f"{value} {rule}")
+    return value

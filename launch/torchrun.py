@@ -1,0 +1,60 @@
+"""launch=torchrun: ranks on this host, started, watched and restarted by torch's elastic launcher in this process."""
+
+import os
+import sys
+
+from ..train.config import Config, ConfigError
+from ..train.folder import new_run_folder
+from ..train.schema import quoted
+
+
+def start_ranks(config: Config, argv: list[str]) -> int:
+    """Runs `python -m tokenyard.train` with the same `argv` on launch.ranks ranks. Returns 0, or the code of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    # The ranks would otherwise each take all cores, or, by torch's own default, one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.launch.ranks)))
+    try:
+        run(parse_args([*_elastic(config), "-m", "tokenyard.train", *argv, *_shared_folder(config)]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:
+            print(f"tokenyard: rank {rank} was the first to fail, exit code {failure.exitcode}", file=sys.stderr)
+        return _shell_code(failure.exitcode)
+    except SignalException as stop:
+        return 128 + stop.sigval
+    return 0
+
+
+def check_hosts(config: Config) -> None:
+    """ConfigError if ranks on several hosts could not find each other, or would not know of one run folder."""
+    nodes = config.launch.nodes
+    if nodes == 1:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+    if missing:
+        raise ConfigError.of("launch.nodes", nodes, f"needs {', '.join(missing)} in the environment of each host", "launch.nodes=1")
+    if config.run.dir is None:
+        raise ConfigError.of("run.dir", "null", f"must be a folder that all launch.nodes={nodes} hosts see", "run.dir=runs/NAME")
+
+
+def _elastic(config: Config) -> list[str]:
+    """The arguments of torch's launcher."""
+    c = config.launch
+    ranks = [f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
+    if c.nodes == 1:
+        return ["--standalone", *ranks]
+    address = [f"--{flag}={os.environ[name]}" for flag, name in (("master-addr", "MASTER_ADDR"), ("master-port", "MASTER_PORT"))]
+    return [f"--nnodes={c.nodes}", f"--node-rank={os.environ['NODE_RANK']}", *address, *ranks]
+
+
+def _shared_folder(config: Config) -> list[str]:
+    """An override that makes all ranks, and all restarts of them, use one run folder."""
+    return [f"run.dir={quoted(new_run_folder())}"] if config.run.dir is None else []
+
+
+def _shell_code(code: int) -> int:
+    """A process that a signal ended has a negative code in Python, and 128 + signal for a shell."""
+    return code if code >= 0 else 128 - code

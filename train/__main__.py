@@ -1,0 +1,14 @@
+"""`python -m tokenyard.train`, also behind torchrun and the launcher of deepspeed."""
+
+import sys
+
+from .command import train_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; `argv` is by default the process's."""
+    return train_command(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""One rank of a training run, from its command line to its exit code; what can be refused is refused before torch is imported."""
+
+import os
+import sys
+
+from .arguments import parse_arguments
+from .compose import compose_arguments
+from .config import Config, ConfigError
+from .validate import validate
+
+BAD_CONFIGURATION = 2
+"""The exit code of a configuration that cannot run."""
+
+
+def train_command(argv: list[str]) -> int:
+    """`python -m tokenyard.train`: this process is one rank, the environment says which. Returns the exit code."""
+    try:
+        arguments = parse_arguments(argv)
+        if arguments.prints():
+            from .show import show
+
+            return show(arguments)
+        if arguments.multirun:
+            raise ConfigError("--multirun: a rank runs one configuration; nearest valid: tokenyard train -m ...")
+        config = compose_arguments(arguments)
+        validate(config, world_size())
+    except ConfigError as error:
+        return refuse(error)
+    return run_here(config)
+
+
+def run_here(config: Config) -> int:
+    """Trains with this process as one rank. Returns the exit code."""
+    # The import of torch: about two seconds that an error above does not cost.
+    from .run import run
+
+    return run(config)
+
+
+def world_size() -> int:
+    """How many ranks the launcher started, by the environment; 1 without a launcher."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError.of("WORLD_SIZE", value, "must be a positive integer in the environment", "WORLD_SIZE=1")
+    return int(value)
+
+
+def refuse(error: ConfigError) -> int:
+    """Reports a wrong configuration, once for all ranks. Returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"tokenyard: {error}", file=sys.stderr)
+    return BAD_CONFIGURATION

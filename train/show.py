@@ -1,0 +1,41 @@
+"""--help, --cfg, --info and --hydra-help, answered by a real Hydra application; multirun runs the same one with a task."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .arguments import Arguments
+from .compose import CONF, compose_arguments, register_schema
+
+
+def show(arguments: Arguments) -> int:
+    """Prints what the flags ask for, trains nothing. Returns the exit code. ConfigError if the overrides are wrong."""
+    compose_arguments(arguments)
+    flags = ["--help"] if arguments.help else []
+    flags += ["--hydra-help"] if arguments.hydra_help else []
+    flags += ["--resolve"] if arguments.resolve else []
+    flags += [f"--cfg={arguments.cfg}"] if arguments.cfg else []
+    flags += [f"--package={arguments.package}"] if arguments.package else []
+    flags += [f"--info={arguments.info}"] if arguments.info else []
+    return hydra_application(lambda config: None, arguments, flags, [])
+
+
+def hydra_application(task: Callable[[Any], object], arguments: Arguments, flags: list[str], overrides: list[str]) -> int:
+    """hydra.main on our configuration, with `flags` and with `overrides` after those of `arguments`. Returns the exit code."""
+    import hydra
+
+    register_schema()
+    # Hydra then raises its errors, for us to report, instead of printing several lines.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    application = hydra.main(config_path=str(CONF), config_name="config", version_base=None)(task)
+    # Hydra reads the command line of the process and nothing else.
+    before, sys.argv = sys.argv, ["tokenyard train", *flags, *folder, *arguments.overrides, *overrides]
+    try:
+        application()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0

@@ -1,0 +1,103 @@
+"""The configuration against the rules of rules.py and the file system, before any process group exists."""
+
+import copy
+import math
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.config import Corpus
+from .config import Config, ConfigError
+from .rules import Broken, broken_rules
+from .schema import nearest_text, written
+
+
+def validate(config: Config, world: int) -> None:
+    """ConfigError for the first rule that `config` breaks on `world` ranks, with the nearest value that breaks none."""
+    broken = next(broken_rules(config, world), None)
+    if broken is not None:
+        value = attrgetter(broken.key)(config)
+        raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
+    check_files(config)
+
+
+def check_files(config: Config) -> None:
+    """ConfigError for a path that leads nowhere."""
+    if config.data.corpus is Corpus.text:
+        # Imported here because most runs have no corpus of their own to look at.
+        from ..data.corpus import check_corpus
+
+        try:
+            check_corpus(config.data)
+        except ValueError as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+    folder = config.run.dir
+    if folder is not None and Path(folder).is_file():
+        raise ConfigError.of("run.dir", folder, "must be a folder or not exist yet", "run.dir=null")
+    if config.tokenizer.path is not None and not Path(config.tokenizer.path).is_file():
+        raise _missing("tokenizer.path", config.tokenizer.path, "must be an existing file", ["null"])
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise _missing("checkpoint.resume", resume, "must be auto, never or the path of a checkpoint", ["auto", "never"])
+
+
+def nearest_valid(config: Config, world: int, broken: Broken) -> str:
+    """The overrides that mend `broken`: of its candidates those closest to the value, and breaking no other rule if possible."""
+    value = attrgetter(broken.key)(config)
+    fixes = [fix for candidate in broken.candidates if (fix := _try(config, world, broken, candidate)) is not None]
+    whole = [fix for fix in fixes if fix.valid] or fixes or [Fix(attrgetter(broken.key)(Config()), world, False)]
+    least = min(_distance(value, fix.value) for fix in whole)
+    best = sorted(
+        {fix.written(broken.key, world) for fix in whole if _distance(value, fix.value) == least}, key=lambda fix: (len(fix), fix)
+    )
+    return " or ".join(best)
+
+
+class Fix(NamedTuple):
+    """A value that mends a rule on `world` ranks, and whether all other rules hold then as well."""
+
+    value: object
+    world: int
+    valid: bool
+
+    def written(self, key: str, world: int) -> str:
+        started = "" if self.world == world else f" launch=torchrun launch.ranks={self.world}"
+        return f"{key}={written(self.value)}{started}"
+
+
+def _try(config: Config, world: int, broken: Broken, candidate: object) -> Fix | None:
+    """None if the rule stays broken."""
+    changed = copy.deepcopy(config)
+    section, _, name = broken.key.rpartition(".")
+    setattr(attrgetter(section)(changed) if section else changed, name, candidate)
+    mended = None
+    for size in _worlds(changed, world, broken.key):
+        left = next(broken_rules(changed, size), None)
+        if left is None:
+            return Fix(candidate, size, True)
+        later = left.place > broken.place or (left.place == broken.place and left.key != broken.key)
+        if mended is None and later:
+            mended = Fix(candidate, size, False)
+    return mended
+
+
+def _worlds(config: Config, world: int, key: str) -> list[int]:
+    """A single process can be asked to start ranks: the numbers of ranks to try when a parallel degree is at fault."""
+    p = config.parallel
+    unit = math.lcm(p.tensor * p.shard, p.expert)
+    if world > 1 or not key.startswith("parallel."):
+        return [world]
+    return [unit * multiple for multiple in range(1, 5)]
+
+
+def _distance(value: object, candidate: object) -> float:
+    if isinstance(value, int | float) and isinstance(candidate, int | float) and math.isfinite(value):
+        return abs(value - candidate)
+    return 0.0
+
+
+def _missing(key: str, path: str, rule: str, words: list[str]) -> ConfigError:
+    """The error for a path: the nearest is a word that may stand there, or something that exists in the same folder."""
+    folder = Path(path).parent
+    beside = [str(folder / other.name) for other in folder.iterdir()] if folder.is_dir() else []
+    return ConfigError.of(key, path, rule, f"{key}={nearest_text(path, [*words, *beside])}")
