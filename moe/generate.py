@@ -22,11 +22,13 @@ def generate(
     top_p: float = 1.0,
     seed: int = 1,
     stop: int | None = None,
+    vocabulary: int | None = None,
 ) -> Iterator[int]:
     """Up to `tokens` ids that follow `prompt` (which must not be empty); ends early after the id `stop`, which is not given.
 
     temperature 0 takes the likeliest id; otherwise samples from the likeliest ids that together have probability top_p
-    (nucleus sampling, Holtzman et al. 2020), from a generator of its own.
+    (nucleus sampling, Holtzman et al. 2020), from a generator of its own. Ids from `vocabulary` on are never chosen: an embedding
+    may have more rows than the tokenizer has pieces.
     """
     if not prompt:
         raise ValueError("prompt must have at least one token")
@@ -36,7 +38,7 @@ def generate(
     cache = [KeyValueCache() for _ in model.blocks]
     ids = prompt
     for _ in range(tokens):
-        logits_V = model(torch.tensor([ids], device=device), cache=cache)[0, -1].float()
+        logits_V = model(torch.tensor([ids], device=device), cache=cache)[0, -1, :vocabulary].float()
         token = int(sample(logits_V, temperature, top_p, generator))
         if token == stop:
             return

@@ -37,7 +37,9 @@ def continuation(model: Transformer, tokenizer: Tokenizer, wish: SampleConfig, s
     prompt = tokenizer.encode(wish.prompt) or [tokenizer.end_of_document]
     ids, shown = list(prompt), tokenizer.decode(prompt)
     stop = tokenizer.end_of_document
-    for token in generate(model, prompt, wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=seed, stop=stop):
+    for token in generate(
+        model, prompt, wish.tokens, temperature=wish.temperature, top_p=wish.top_p, seed=seed, stop=stop, vocabulary=tokenizer.size
+    ):
         ids.append(token)
         text = tokenizer.decode(ids)
         ready = "" if text.endswith("\ufffd") else text[len(shown) :]

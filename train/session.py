@@ -84,11 +84,9 @@ def first_rank_first(config: Config) -> Prepared:
     def ready() -> Prepared:
         return prepare(config.data, config.tokenizer, config.sequence_length, config.seed, config.batch.sequences)
 
-    first = is_first()
-    if first:
-        data = ready()
+    data = ready() if is_first() else None
     wait_for_all()
-    return data if first else ready()
+    return data or ready()
 
 
 def agree_on_folder(config: Config) -> Path:
