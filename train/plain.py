@@ -1,5 +1,8 @@
 """The configuration as plain values: for config.yaml, for checkpoints, for trackers. What is read back is checked by the schema."""
 
+import json
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +37,29 @@ def write_config(config: Config, path: Path) -> None:
     from omegaconf import OmegaConf
 
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def changed_settings(config: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The `key=value` overrides that make `config` out of the defaults, without those of `leave_out`."""
+    before, now = (dict(_leaves(plain_config(each), "")) for each in (Config(), config))
+    changed = {key: value for key, value in now.items() if value != before[key] and key not in leave_out}
+    return [f"{key}={_written(value)}" for key, value in changed.items()]
+
+
+def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _written(value: Any) -> str:
+    """As Hydra reads it, and quoted for a shell where it must be."""
+    if (
+        (isinstance(value, str) and not value.replace("_", "").replace("/", "").replace(".", "").replace("-", "").isalnum())
+        or value is None
+        or isinstance(value, bool | list)
+    ):
+        value = json.dumps(value)
+    return shlex.quote(str(value))

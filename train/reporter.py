@@ -21,7 +21,7 @@ from .evaluate import Evaluation
 from .journal import Journal
 from .metrics import Meter, StepResult, load_metrics
 from .peak import Peak, peak_flops
-from .plain import plain_config, write_config
+from .plain import changed_settings, plain_config, write_config
 from .session import DTYPES, Session
 from .step import StepNumbers
 from .trackers import build_trackers, run_identity
@@ -107,7 +107,7 @@ class FirstRank(Reporter):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self.events.event("failed", step=self.session.step, error=f"{type(error).__name__}: {error}")
-            again = f"tokenyard train run.dir={shlex.quote(str(self.session.folder))} and the same overrides"
+            again = train_command(self.session.config, run_dir=self.session.folder)
             self.printer.say(f"stopped after step {self.session.step} by {type(error).__name__}; to go on: {again}")
         self.trackers.finish(0 if error is None else 1, self.summary)
         self.metrics.close()
@@ -182,8 +182,7 @@ def startup_facts(session: Session, peak: Peak) -> StartupFacts:
 
 
 def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFacts:
-    folder, checkpoint = shlex.quote(str(session.folder)), shlex.quote(str(session.checkpoint))
-    steps = session.config.steps
+    config, checkpoint = session.config, shlex.quote(str(session.checkpoint))
     return EndFacts(
         steps=session.step,
         tokens=session.tokens,
@@ -191,15 +190,22 @@ def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFa
         validation_loss=evaluation.loss,
         unigram_entropy=session.data.facts.unigram_entropy,
         counts_LE=evaluation.counts_LE,
-        layers=moe_layers(session.config),
+        layers=moe_layers(config),
         checkpoint=str(session.checkpoint) if session.checkpoint else None,
         sample=sample_of(session),
         commands=[
             ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
-            ("train longer", f"tokenyard train run.dir={folder} steps={2 * steps}"),
-            ("spread the experts over 2 ranks", "tokenyard train launch=torchrun launch.ranks=2 parallel.expert=2"),
+            ("train longer", train_command(config, run_dir=session.folder, steps=2 * config.steps)),
+            ("see what is in it and evaluate it again", f"tokenyard evaluate {checkpoint} evaluate.sequences=256"),
         ],
     )
+
+
+def train_command(config: Config, run_dir: Path, steps: int | None = None) -> str:
+    """The command line that goes on with a run, with all its overrides."""
+    changed = changed_settings(config, leave_out=("run.dir", "steps") if steps else ("run.dir",))
+    folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
+    return " ".join(["tokenyard train", *changed, folder, *longer])
 
 
 def sample_of(session: Session) -> tuple[str, str] | None:

@@ -1,0 +1,216 @@
+"""Whole runs of a tiny model: resuming changes no bit, layouts change no number, only rank 0 writes, the folder holds what it should."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenyard
+import torch
+from tokenyard.train.checkpoint.store import read_facts, read_whole
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config, ConfigError
+from tokenyard.train.evaluate import evaluate_session
+from tokenyard.train.journal import read_journal
+from tokenyard.train.reporter import build_reporter
+from tokenyard.train.run import run, train
+from tokenyard.train.session import open_session
+
+TINY = [
+    "steps=6",
+    "sequence_length=32",
+    "batch.sequences=8",
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=4",
+    "model.moe.hidden=32",
+    "model.vocabulary=264",
+    "schedule.warmup=2",
+    "data=synthetic",
+    "data.synthetic_documents=64",
+    "tokenizer=bytes",
+    "tracker=jsonl",
+    "evaluate.every=0",
+    "evaluate.sequences=12",
+    "checkpoint.every=3",
+    "sample.tokens=4",
+]
+LAYOUTS = {
+    "expert 4": ["parallel.expert=4"],
+    "tensor 2 x expert 2": ["parallel.tensor=2", "parallel.expert=2"],
+    "shard 2 x expert 2": ["parallel.shard=2", "parallel.expert=2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "cache"))
+
+
+def configured(folder: Path, *overrides: str) -> Config:
+    return compose([*TINY, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    return [(r["step"], r["loss"], r["loss_balance"], r["loss_z"], r["grad_norm"]) for r in read_journal(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, precision: str) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert run(configured(straight, f"precision={precision}")) == 0
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_00000006")
+    assert run(configured(stopped, f"precision={precision}")) == 0
+    assert losses(stopped) == losses(straight)
+    assert_same_checkpoints(straight, stopped)
+    resumed = [event for event in read_journal(stopped / "events.jsonl") if event["event"] == "resume"]
+    assert [event["step"] for event in resumed] == [3]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_a_resumed_run_on_ranks_is_bitwise_the_uninterrupted_one(ranks, tmp_path: Path, layout: list[str]) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ranks(4, run_on_ranks, straight, layout)
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_00000006")
+    starts = ranks(4, run_on_ranks, stopped, layout)
+    assert all("resumed after step 3" in start for start in starts)
+    assert losses(stopped) == losses(straight)
+    assert_same_checkpoints(straight, stopped)
+
+
+def test_layouts_have_the_losses_of_one_process(ranks, tmp_path: Path) -> None:
+    assert run(configured(tmp_path / "one")) == 0
+    expected = losses(tmp_path / "one")
+    for name, layout in LAYOUTS.items():
+        ranks(4, run_on_ranks, tmp_path / name, layout)
+        for found, wanted in zip(losses(tmp_path / name), expected, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5), name
+        ours, theirs = (evaluated(tmp_path / each) for each in (name, "one"))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_checkpoint_of_any_layout_opens_on_one_device(ranks, tmp_path: Path) -> None:
+    ids = torch.arange(20).view(1, 20)
+    assert run(configured(tmp_path / "one")) == 0
+    expected = tokenyard.load_model(tmp_path / "one")(ids)
+    for name, layout in LAYOUTS.items():
+        ranks(4, run_on_ranks, tmp_path / name, layout)
+        logits = tokenyard.load_model(tmp_path / name / "checkpoints" / "step_00000006")(ids)
+        assert logits.shape == (1, 20, 264)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_another_layout_goes_on_where_the_first_stopped(ranks, tmp_path: Path) -> None:
+    assert run(configured(tmp_path / "one")) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step_00000006")
+    ranks(4, run_on_ranks, tmp_path / "moved", LAYOUTS["tensor 2 x expert 2"])
+    for found, wanted in zip(losses(tmp_path / "moved"), losses(tmp_path / "one"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_only_rank_0_writes_and_the_folder_holds_what_it_should(ranks, tmp_path: Path) -> None:
+    ranks(4, run_on_ranks, tmp_path / "run", LAYOUTS["expert 4"])
+    found = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert found == ["checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "run_id"]
+    assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    facts = read_facts(tmp_path / "run" / "checkpoints" / "step_00000006")
+    assert (facts["step"], facts["tokens"], facts["layout"]["expert"]) == (6, 6 * 8 * 32, 4)
+
+
+def test_metrics_hold_the_contract(tmp_path: Path) -> None:
+    assert run(configured(tmp_path / "run", "batch.micro=2", "model.moe.capacity_factor=0.5")) == 0
+    records = read_journal(tmp_path / "run" / "metrics.jsonl")
+    wanted = [
+        "step",
+        "tokens",
+        "loss",
+        "loss_balance",
+        "loss_z",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "dropped_fraction",
+    ]
+    assert all(set(wanted) <= set(record) for record in records)
+    assert records[-1]["tokens"] == 6 * 8 * 32
+    assert all(0 < record["dropped_fraction"] < 1 for record in records)
+    assert all(1 <= record["loss_balance"] <= 8 for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    assert run(configured(tmp_path / "whole")) == 0
+    assert run(configured(tmp_path / "micro", "batch.micro=2")) == 0
+    for found, wanted in zip(losses(tmp_path / "micro"), losses(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_dense_model_trains_and_reports_no_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(configured(tmp_path / "run", "model.moe.experts=0", "model.hidden=64")) == 0
+    assert read_journal(tmp_path / "run" / "metrics.jsonl")[-1]["loss_balance"] == 0
+    assert "Expert load" not in capsys.readouterr().out
+
+
+def test_evaluation_during_training_changes_nothing(tmp_path: Path) -> None:
+    assert run(configured(tmp_path / "with", "evaluate.every=2", "model.moe.capacity_factor=0.5")) == 0
+    assert run(configured(tmp_path / "without", "model.moe.capacity_factor=0.5")) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("model.moe.top_k=1", "model.moe.top_k=1: the checkpoint"),
+        ("seed=2", "seed=2"),
+        ("batch.sequences=16", "batch.sequences=16"),
+        ("data.synthetic_documents=65", "data="),
+        ("checkpoint.resume=never", "checkpoint.resume=never"),
+    ],
+)
+def test_another_run_is_refused_in_the_folder(tmp_path: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(configured(tmp_path / "run")) == 0
+    capsys.readouterr()
+    assert run(configured(tmp_path / "run", change)) == 2
+    line = capsys.readouterr().err
+    assert words in line and line.count("\n") == 1
+
+
+def test_a_changed_learning_rate_goes_on(tmp_path: Path) -> None:
+    assert run(configured(tmp_path / "run")) == 0
+    assert run(configured(tmp_path / "run", "optimizer.lr=1e-3", "steps=8")) == 0
+    assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run folder"):
+        tokenyard.load_model(tmp_path / "empty")
+
+
+def run_on_ranks(folder: Path, layout: list[str]) -> str:
+    """What `run` does after the ranks have met."""
+    session = open_session(configured(folder, *layout), torch.device("cpu"))
+    with build_reporter(session) as reporter:
+        train(session, reporter)
+        reporter.finished(evaluate_session(session))
+    return session.start
+
+
+def evaluated(folder: Path) -> float:
+    return read_journal(folder / "events.jsonl")[-1]["validation_loss"]
+
+
+def assert_same_checkpoints(one: Path, other: Path) -> None:
+    for path in sorted((one / "checkpoints").iterdir()):
+        ours, theirs = (read_whole(each / "checkpoints" / path.name, "") for each in (one, other))
+        assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        config = json.loads((path / "manifest.json").read_text())["facts"]
+        assert config["step"] == int(path.name[-8:])
