@@ -31,7 +31,7 @@ class MoEConfig:
     shared_hidden: int = 0
     """Hidden width of the expert that every token passes (DeepSeekMoE); 0 for none."""
     normalize_top_k: bool = True
-    """Divide the chosen probabilities by their sum, as Mixtral does; top_k = 1 never does (Switch), or its router would not learn."""
+    """Divide the chosen probabilities by their sum, as Mixtral does; top_k = 1 never does, or its router would not learn."""
     capacity_factor: float | None = None
     """Rows an expert takes, as a multiple of an even share (GShard); null is dropless."""
     capacity_scope: Scope = Scope.sequence

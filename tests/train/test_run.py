@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: resuming changes no bit, layouts change no number, only rank 0 writes, the folder holds what it should."""
+"""Whole runs of a tiny model: resuming changes no bit, layouts change no number, only rank 0 writes the run folder."""
 
 import json
 import shutil
@@ -198,8 +198,7 @@ def run_on_ranks(folder: Path, layout: list[str]) -> str:
     """What `run` does after the ranks have met."""
     session = open_session(configured(folder, *layout), torch.device("cpu"))
     with build_reporter(session) as reporter:
-        train(session, reporter)
-        reporter.finished(evaluate_session(session))
+        reporter.finished(train(session, reporter) or evaluate_session(session))
     return session.start
 
 
