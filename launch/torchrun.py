@@ -9,7 +9,7 @@ from ..train.schema import quoted
 
 
 def start_ranks(config: Config, argv: list[str]) -> int:
-    """Runs `python -m tokenyard.train` with the same `argv` on launch.ranks ranks. Returns 0, or the code of the first that failed."""
+    """Runs `python -m tokenyard.train` with the same `argv` on launch.ranks ranks. Returns 0 or the first failure's code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

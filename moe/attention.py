@@ -79,7 +79,7 @@ def rotary_turns(config: ModelConfig, start: int, length: int, device: torch.dev
     width = config.head_width or config.width // config.heads
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
     positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
-    angles = torch.outer(positions, config.rope_theta**-exponents)
+    angles = torch.outer(positions, config.attention.rope.theta**-exponents)
     return Turns(angles.cos().to(wide), angles.sin().to(wide))
 
 

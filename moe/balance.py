@@ -13,6 +13,6 @@ def balance_loss(counts: Tensor, scores: Tensor, tokens: Tensor, top_k: int) -> 
     this device's tokens; tokens (...): valid tokens of the whole scope. The result E * sum_e f_e * P_e is linear in `scores`,
     so it needs no gradient through a collective; it is 1 when the load is even.
     """
-    fraction = counts / (tokens * top_k).clamp(min=1).unsqueeze(-1)
+    fraction = counts.to(scores.dtype) / (tokens * top_k).clamp(min=1).unsqueeze(-1)  # two int64 would give fp32
     mean_score = scores / tokens.clamp(min=1).unsqueeze(-1)
-    return counts.shape[-1] * (fraction.to(scores.dtype) * mean_score).sum(dim=-1)
+    return counts.shape[-1] * (fraction * mean_score).sum(dim=-1)

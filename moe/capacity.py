@@ -5,6 +5,7 @@ alone. B sequences, S tokens of each, E experts, K choices per token, A = S * K 
 """
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -43,14 +44,18 @@ def keep(tokens: Tokens, config: MoEConfig, surroundings: OneDevice) -> Tensor:
 
     Capacity = ceil(factor * tokens in the scope * K / E), at least 1 (GShard, section 2.2).
     """
-    assert config.capacity_factor is not None
-    queue = surroundings.queue(tokens.counts_BE, tokens.experts_BSK.shape[1], config.capacity_scope)
-    capacity = max(1, math.ceil(config.capacity_factor * queue.tokens * config.top_k / config.experts))
+    queue = surroundings.queue(tokens.counts_BE, tokens.experts_BSK.shape[1], config.capacity.scope)
     places_BSK = _places(tokens, config.experts) + queue.ahead_BE.gather(1, tokens.experts_BSK.flatten(1)).view_as(
         tokens.experts_BSK
     )
-    kept_BSK = places_BSK < capacity
+    kept_BSK = places_BSK < _capacity(config, queue.tokens)
     return kept_BSK if tokens.valid_BS is None else kept_BSK & tokens.valid_BS[..., None]
+
+
+def _capacity(config: MoEConfig, tokens: int) -> int:
+    """In exact decimals: the float product of 1.1 and 100 is above 110, and its tenth would round up to 12."""
+    assert config.capacity.factor is not None
+    return max(1, math.ceil(Fraction(str(config.capacity.factor)) * tokens * config.top_k / config.experts))
 
 
 def _places(tokens: Tokens, experts: int) -> Tensor:

@@ -113,7 +113,8 @@ class _WeightedSum(torch.autograd.Function):
         grad_weights_TK = torch.empty_like(weights_TK)
         for k in range(slot_TK.shape[1]):
             rows_TD, kept_T1 = _rows_of_choice(y_RD, slot_TK, k)
-            grad_weights_TK[:, k] = ((rows_TD * grad_TD).to(weights_TK.dtype) * kept_T1).sum(dim=-1)
+            # Widened before the product: the router's gradient is not rounded to bf16.
+            grad_weights_TK[:, k] = (rows_TD.to(weights_TK.dtype) * grad_TD * kept_T1).sum(dim=-1)
         return grad_y_RD, grad_weights_TK, None, None
 
 

@@ -51,11 +51,11 @@ class Router(nn.Module):
         logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
         scores_BSE = logits_BSE.softmax(dim=-1)
         weights_BSK, experts_BSK = scores_BSE.topk(self.config.top_k, dim=-1)
-        if self.config.normalize_top_k and self.config.top_k > 1:
+        if self.config.router.normalize_top_k and self.config.top_k > 1:
             weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
         counts_BE = count_choices(experts_BSK, valid_BS, self.config.experts)
         kept_BSK = None
-        if self.training and self.config.capacity_factor is not None:
+        if self.training and self.config.capacity.factor is not None:
             kept_BSK = keep(Tokens(experts_BSK, valid_BS, counts_BE), self.config, self.surroundings)
         stats = _statistics(logits_BSE, scores_BSE, valid_BS, counts_BE, kept_BSK)
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)

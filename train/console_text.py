@@ -42,7 +42,7 @@ class Printer:
             return
         from rich.text import Text
 
-        self._rich.print(Text.assemble(*line), soft_wrap=True)
+        self._rich.print(Text.assemble(*line))
 
     def lines(self, lines: Iterable[Line]) -> None:
         for line in lines:

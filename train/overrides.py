@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Config, ConfigError
-from .schema import quoted, refuse_key, refuse_value, settings, suggest, written
+from .schema import nearest_text, quoted, refuse_key, refuse_value, settings, suggest, written
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -101,11 +101,11 @@ def _check(schema: Any, groups: Groups, override: "Override", value: Any) -> Non
 
 
 def _check_option(override: "Override", value: Any, options: list[str]) -> None:
-    """Which options exist is for Hydra to say; here only what it would answer with a traceback."""
-    chosen = value if isinstance(value, list) else [value]
-    if not override.is_delete() and not all(isinstance(option, str) for option in chosen):
-        key = override.key_or_group
-        raise ConfigError.of(key, written(value), f"must be one of {', '.join(options)}", f"{key}={options[0]}")
+    """An option of a group, or a list of them to be laid over one another."""
+    for option in [] if override.is_delete() else value if isinstance(value, list) else [value]:
+        if option not in options:
+            key, text = override.key_or_group, written(option)
+            raise ConfigError.of(key, text, f"must be one of {', '.join(options)}", f"{key}={nearest_text(text, options)}")
 
 
 def _check_value(schema: Any, key: str, value: Any, typed: str) -> None:

@@ -1,6 +1,7 @@
 """The configuration as plain values: for config.yaml, for checkpoints, for trackers. What is read back is checked by the schema."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +57,7 @@ def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _written(value: Any) -> str:
     """As Hydra reads it, and quoted for a shell where it must be."""
-    if (
-        (isinstance(value, str) and not value.replace("_", "").replace("/", "").replace(".", "").replace("-", "").isalnum())
-        or value is None
-        or isinstance(value, bool | list)
-    ):
+    bare = isinstance(value, int | float) and not isinstance(value, bool)
+    if not bare and not (isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)):
         value = json.dumps(value)
     return shlex.quote(str(value))

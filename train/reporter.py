@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 
@@ -30,6 +30,19 @@ SAMPLE_LIMIT = 2_000_000_000
 """Models with more parameters than this are not opened on one device for the sample at the end."""
 
 
+class Logged(NamedTuple):
+    """A step and what belongs to it."""
+
+    numbers: StepNumbers
+    lr: float
+    seconds: float
+    """Of training since the last logged step."""
+    tokens: int
+    """Trained on since then."""
+    evaluation: Evaluation | None
+    """The validation pass after this step, if there was one."""
+
+
 class Reporter(ABC):
     """Is told what happens. A context: the trackers hear how the run ended, whatever ended it."""
 
@@ -40,16 +53,12 @@ class Reporter(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     @abstractmethod
-    def logged(self, session: Session, numbers: StepNumbers, lr: float, since: tuple[float, int]) -> None:
-        """A step to log; `since`: seconds and tokens since the last one."""
+    def logged(self, session: Session, logged: Logged) -> None:
+        """A step to log."""
 
     @abstractmethod
     def saved(self, path: Path) -> None:
         """A checkpoint is durable."""
-
-    @abstractmethod
-    def evaluated(self, session: Session, evaluation: Evaluation) -> None:
-        """A validation pass during training."""
 
     @abstractmethod
     def finished(self, evaluation: Evaluation) -> None:
@@ -70,13 +79,10 @@ class OtherRank(Reporter):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def logged(self, session: Session, numbers: StepNumbers, lr: float, since: tuple[float, int]) -> None:
+    def logged(self, session: Session, logged: Logged) -> None:
         pass
 
     def saved(self, path: Path) -> None:
-        pass
-
-    def evaluated(self, session: Session, evaluation: Evaluation) -> None:
         pass
 
     def finished(self, evaluation: Evaluation) -> None:
@@ -113,21 +119,19 @@ class FirstRank(Reporter):
         self.metrics.close()
         self.events.close()
 
-    def logged(self, session: Session, numbers: StepNumbers, lr: float, since: tuple[float, int]) -> None:
-        seconds, tokens = since
-        record = self.meter.record(step_result(session.step, numbers, tokens, lr), seconds)
+    def logged(self, session: Session, logged: Logged) -> None:
+        record = self.meter.record(step_result(session.step, logged), logged.seconds)
+        if logged.evaluation is not None:
+            record |= validation_record(session.config, logged.evaluation)
         self.metrics.write(record)
         self.trackers.log(record)
         self.printer.line(step_spans(record, session.config.steps, self.eta.after(session.step)))
+        if logged.evaluation is not None:
+            loss, tokens, _ = logged.evaluation
+            self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
 
     def saved(self, path: Path) -> None:
         self.events.event("checkpoint", step=self.session.step, path=str(path))
-
-    def evaluated(self, session: Session, evaluation: Evaluation) -> None:
-        record = {"step": session.step, **validation_record(session.config, evaluation)}
-        self.events.event("evaluation", **record)
-        self.trackers.log(record)
-        self.printer.say(f"step {session.step}: validation loss {evaluation.loss:.4f} over {evaluation.tokens:,} tokens")
 
     def finished(self, evaluation: Evaluation) -> None:
         session = self.session
@@ -136,17 +140,18 @@ class FirstRank(Reporter):
         self.printer.lines(end_lines(end_facts(session, evaluation, perf_counter() - self.begin), self.printer.bars))
 
 
-def step_result(step: int, numbers: StepNumbers, tokens: int, lr: float) -> StepResult:
+def step_result(step: int, logged: Logged) -> StepResult:
     """As plain numbers. This waits for the device, so it happens on logged steps alone."""
+    numbers = logged.numbers
     layers = max(1, len(numbers.balance_L))
     return StepResult(
         step=step,
-        tokens=tokens,
+        tokens=logged.tokens,
         loss=numbers.cross_entropy.item(),
         loss_balance=numbers.balance_L.sum().item() / layers,
         loss_z=numbers.z_L.sum().item() / layers,
         grad_norm=numbers.gradient_norm.item(),
-        lr=lr,
+        lr=logged.lr,
         counts_LE=numbers.counts_LE.tolist(),
         dropped_L=numbers.dropped_L.tolist(),
     )

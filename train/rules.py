@@ -10,7 +10,7 @@ from ..moe.config import ModelConfig
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
 
-TRACKERS = ("wandb",)
+TRACKERS = ("wandb", "jsonl")
 """What tracker.names may hold."""
 
 BYTE_PIECES = 259
@@ -35,7 +35,7 @@ def broken_rules(config: Config, world: int) -> Iterator[Broken]:
 
 INTERVALS = {
     "steps": "[1, inf)",
-    "seed": "[0, inf)",
+    "seed": "[0, 9223372036854775808)",
     "sequence_length": "[1, inf)",
     "batch.sequences": "[1, inf)",
     "batch.micro": "[1, inf)",
@@ -49,13 +49,13 @@ INTERVALS = {
     "model.dense_first": "[0, inf)",
     "model.moe_every": "[1, inf)",
     "model.norm_epsilon": "(0, inf)",
-    "model.rope_theta": "(0, inf)",
+    "model.attention.rope.theta": "(0, inf)",
     "model.init_std": "(0, inf)",
     "model.moe.experts": "[0, inf)",
     "model.moe.top_k": "[1, inf)",
     "model.moe.hidden": "[1, inf)",
     "model.moe.shared_hidden": "[0, inf)",
-    "model.moe.capacity_factor": "(0, inf)",
+    "model.moe.capacity.factor": "(0, inf)",
     "model.moe.balance.coefficient": "[0, inf)",
     "model.moe.z_coefficient": "[0, inf)",
     "parallel.tensor": "[1, inf)",
@@ -63,7 +63,7 @@ INTERVALS = {
     "parallel.expert": "[1, inf)",
     "parallel.timeout_seconds": "(0, inf)",
     "data.validation_fraction": "(0, 1)",
-    "data.synthetic_documents": "[1, inf)",
+    "data.synthetic_documents": "[2, inf)",
     "tokenizer.pieces": "[260, inf)",
     "tokenizer.sample_bytes": "[1, inf)",
     "optimizer.lr": "(0, inf)",
@@ -73,7 +73,7 @@ INTERVALS = {
     "optimizer.weight_decay": "[0, inf)",
     "optimizer.clip_norm": "(0, inf)",
     "schedule.warmup": "[0, inf)",
-    "schedule.decay": "[0, inf)",
+    "schedule.decay": "[1, inf)",
     "schedule.final": "[0, 1]",
     "evaluate.every": "[0, inf)",
     "evaluate.sequences": "[1, inf)",

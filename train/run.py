@@ -9,8 +9,8 @@ import torch
 
 from ..parallel.processes import is_first, join, leave, pick_device
 from .config import Config
-from .evaluate import evaluate_session
-from .reporter import Reporter, build_reporter, set_up_logging
+from .evaluate import Evaluation, evaluate_session
+from .reporter import Logged, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
 from .session import Session, open_session, save
 from .step import Rows, StepNumbers, train_step
@@ -28,28 +28,30 @@ def run(config: Config) -> int:
         except ValueError as error:
             return refuse(error)
         with build_reporter(session) as reporter:
-            train(session, reporter)
-            reporter.finished(evaluate_session(session))
+            reporter.finished(train(session, reporter) or evaluate_session(session))
         return 0
     finally:
         leave()
 
 
-def train(session: Session, reporter: Reporter) -> None:
-    """All steps that are left; ends with a checkpoint."""
-    config = session.config
+def train(session: Session, reporter: Reporter) -> Evaluation | None:
+    """All steps that are left, with a checkpoint and a validation after the last. None if no step was left."""
+    config, evaluation = session.config, None
     session.parallel.model.train()
     stopwatch = Stopwatch()
     while session.step < config.steps:
         numbers, lr = next_step(session)
         stopwatch.tokens += numbers.tokens
-        if due(session, config.log.every):
-            reporter.logged(session, numbers, lr, stopwatch.take(session.device))
+        validate = due(session, config.evaluate.every)
+        log = due(session, config.log.every) or validate
+        since = stopwatch.take(session.device) if log else None
         with stopwatch.paused(session.device):
+            evaluation = evaluate_session(session) if validate else None
+            if since is not None:
+                reporter.logged(session, Logged(numbers, lr, *since, evaluation))
             if due(session, config.checkpoint.every):
                 reporter.saved(save(session))
-            if config.evaluate.every and session.step % config.evaluate.every == 0 and session.step < config.steps:
-                reporter.evaluated(session, evaluate_session(session))
+    return evaluation
 
 
 def next_step(session: Session) -> tuple[StepNumbers, float]:

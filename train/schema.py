@@ -24,7 +24,7 @@ def refuse_key(key: str, value: object, groups: Mapping[str, list[str]]) -> Conf
 def suggest(key: str, value: object, groups: Mapping[str, list[str]]) -> str:
     """The override that is most likely meant: the nearest key, with `value` where it may have it."""
     leaves = [name for name, (kind, _) in settings().items() if not dataclasses.is_dataclass(kind)]
-    meant = nearest_key(key, [*leaves, *groups])
+    meant = nearest_key(key.partition("@")[0], [*leaves, *groups])
     if meant in groups:
         return f"{meant}={nearest_text(str(value), groups[meant])}"
     return f"{meant}={value if admits(meant, value) else written(attrgetter(meant)(Config()))}"

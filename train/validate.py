@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.config import Corpus
+from ..data.check import check_corpus, check_tokenizer
 from .config import Config, ConfigError
 from .rules import Broken, broken_rules
 from .schema import nearest_text, written
@@ -23,22 +23,20 @@ def validate(config: Config, world: int) -> None:
 
 def check_files(config: Config) -> None:
     """ConfigError for a path that leads nowhere."""
-    if config.data.corpus is Corpus.text:
-        # Imported here because most runs have no corpus of their own to look at.
-        from ..data.corpus import check_corpus
-
-        try:
-            check_corpus(config.data)
-        except ValueError as error:
-            raise ConfigError(" ".join(str(error).split())) from error
+    try:
+        check_corpus(config.data)
+        check_tokenizer(config.tokenizer)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     folder = config.run.dir
     if folder is not None and Path(folder).is_file():
         raise ConfigError.of("run.dir", folder, "must be a folder or not exist yet", "run.dir=null")
-    if config.tokenizer.path is not None and not Path(config.tokenizer.path).is_file():
-        raise _missing("tokenizer.path", config.tokenizer.path, "must be an existing file", ["null"])
     resume = config.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise _missing("checkpoint.resume", resume, "must be auto, never or the path of a checkpoint", ["auto", "never"])
+        nearest = nearest_text(resume, ["auto", "never", *_beside(Path(resume))])
+        raise ConfigError.of(
+            "checkpoint.resume", resume, "must be auto, never or the path of a checkpoint", f"checkpoint.resume={nearest}"
+        )
 
 
 def nearest_valid(config: Config, world: int, broken: Broken) -> str:
@@ -96,8 +94,6 @@ def _distance(value: object, candidate: object) -> float:
     return 0.0
 
 
-def _missing(key: str, path: str, rule: str, words: list[str]) -> ConfigError:
-    """The error for a path: the nearest is a word that may stand there, or something that exists in the same folder."""
-    folder = Path(path).parent
-    beside = [str(folder / other.name) for other in folder.iterdir()] if folder.is_dir() else []
-    return ConfigError.of(key, path, rule, f"{key}={nearest_text(path, [*words, *beside])}")
+def _beside(path: Path) -> list[str]:
+    """The folders where `path` should be one."""
+    return [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig, Scope
+from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
@@ -123,8 +123,14 @@ def train(layout: Layout, case: dict[str, Any]) -> dict[str, Any]:
 
 def model_config(balance_scope: Scope = Scope.sequence, **changes: Any) -> ModelConfig:
     model = {name: changes.pop(name) for name in ("tie_embeddings", "dense_first") if name in changes}
+    capacity = CapacityConfig(factor=changes.pop("capacity_factor", None), scope=changes.pop("capacity_scope", Scope.sequence))
     moe = MoEConfig(
-        experts=8, hidden=16, z_coefficient=0.01, balance=BalanceConfig(coefficient=0.05, scope=balance_scope), **changes
+        experts=8,
+        hidden=16,
+        z_coefficient=0.01,
+        balance=BalanceConfig(coefficient=0.05, scope=balance_scope),
+        capacity=capacity,
+        **changes,
     )
     return ModelConfig(layers=2, width=16, heads=4, kv_heads=4, hidden=24, vocabulary=VOCABULARY, init_std=0.3, moe=moe, **model)
 

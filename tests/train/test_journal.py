@@ -103,6 +103,13 @@ def test_damage_in_the_middle_is_named(path: Path):
     assert "\n" not in str(error.value)
 
 
+def test_only_the_last_line_may_be_torn(path: Path):
+    write(path, range(1, 3))
+    path.write_bytes(path.read_bytes() + b'{"step": 3, "lo\n{"step": 4')
+    with pytest.raises(ValueError, match="line 3"):
+        read_journal(path)
+
+
 def test_a_crash_while_cutting_back_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch):
     write(path, range(1, 4))
 
@@ -119,7 +126,7 @@ def test_a_killed_process_loses_nothing_that_was_written(path: Path):
     code = (
         "import os, signal; from tokenyard.train.journal import Journal\n"
         f"journal = Journal({str(path)!r})\n"
-        "for step in range(1, 101): journal.write({'step': step, 'text': 'x' * 20_000})\n"
+        "for step in range(1, 101): journal.write({'step': step, 'text': 'x' * (20_000 if step % 2 else 20)})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert (

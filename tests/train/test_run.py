@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: resuming changes no bit, layouts change no number, only rank 0 writes, the folder holds what it should."""
+"""Whole runs of a tiny model: resuming changes no bit, layouts change no number, only rank 0 writes the run folder."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ def test_only_rank_0_writes_and_the_folder_holds_what_it_should(ranks, tmp_path:
 
 
 def test_metrics_hold_the_contract(tmp_path: Path) -> None:
-    assert run(configured(tmp_path / "run", "batch.micro=2", "model.moe.capacity_factor=0.5")) == 0
+    assert run(configured(tmp_path / "run", "batch.micro=2", "model.moe.capacity.factor=0.5")) == 0
     records = read_journal(tmp_path / "run" / "metrics.jsonl")
     wanted = [
         "step",
@@ -159,8 +159,8 @@ def test_a_dense_model_trains_and_reports_no_experts(tmp_path: Path, capsys: pyt
 
 
 def test_evaluation_during_training_changes_nothing(tmp_path: Path) -> None:
-    assert run(configured(tmp_path / "with", "evaluate.every=2", "model.moe.capacity_factor=0.5")) == 0
-    assert run(configured(tmp_path / "without", "model.moe.capacity_factor=0.5")) == 0
+    assert run(configured(tmp_path / "with", "evaluate.every=2", "model.moe.capacity.factor=0.5")) == 0
+    assert run(configured(tmp_path / "without", "model.moe.capacity.factor=0.5")) == 0
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
@@ -198,8 +198,7 @@ def run_on_ranks(folder: Path, layout: list[str]) -> str:
     """What `run` does after the ranks have met."""
     session = open_session(configured(folder, *layout), torch.device("cpu"))
     with build_reporter(session) as reporter:
-        train(session, reporter)
-        reporter.finished(evaluate_session(session))
+        reporter.finished(train(session, reporter) or evaluate_session(session))
     return session.start
 
 

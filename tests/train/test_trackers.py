@@ -68,8 +68,14 @@ def test_a_tracker_that_raises_is_reported_once_and_called_again(events: Journal
         if call == "log" and argument["step"] <= 2:
             raise RuntimeError(f"no route\nto host {argument['step']}")
 
-    tracker = Recorder(hook)
-    assert run(tracker, events=events) == [
+    tracker, said = Recorder(hook), []
+    trackers = Trackers([tracker], said.append, events)
+    trackers.start({})
+    for step in (1, 2, 3):
+        trackers.log({"step": step})
+        sleep(0.05)  # time for it to fail before the next
+    trackers.finish()
+    assert said == [
         "tracker recorder failed: RuntimeError: no route to host 1; training goes on, metrics.jsonl has all records",
         "tracker recorder missed 2 of 3 records; metrics.jsonl has all",
     ]

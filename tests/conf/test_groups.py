@@ -1,0 +1,82 @@
+"""Every shipped option of every group composes, and is a configuration that could run."""
+
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from tokenyard.train.compose import CONF, compose
+from tokenyard.train.config import Config
+from tokenyard.train.overrides import find_groups
+from tokenyard.train.schema import written
+from tokenyard.train.validate import validate
+
+GROUPS = {
+    "model",
+    "parallel",
+    "data",
+    "tokenizer",
+    "optimizer",
+    "schedule",
+    "checkpoint",
+    "tracker",
+    "engine",
+    "launch",
+    "experiment",
+    "debug",
+}
+OPTIONS = [(group, option) for group, options in find_groups([CONF]).items() for option in options]
+RANKS = {"parallel": 4}
+"""Where an option is for more ranks than its launch settings say."""
+
+
+def test_the_groups_are_those_of_the_contract() -> None:
+    assert set(find_groups([CONF])) == GROUPS
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option(group: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    files = [f"data.path={tmp_path}"] if option == "text" else []
+    config = compose([f"{group}={option}", *files])
+    validate(config, RANKS.get(group, config.launch.nodes * config.launch.ranks))
+
+
+@pytest.mark.parametrize("experiment", ["capacity", "fine_grained"])
+@pytest.mark.parametrize("debug", ["default", "overfit"])
+def test_an_experiment_can_be_debugged(experiment: str, debug: str) -> None:
+    validate(compose([f"experiment={experiment}", f"debug={debug}"]), 1)
+
+
+def test_debug_is_small_and_silent() -> None:
+    config = compose(["debug=default"])
+    assert (config.steps, config.model.layers, config.tracker.names, config.tokenizer.kind.name) == (5, 2, [], "bytes")
+
+
+def test_debug_cpu_splits_in_every_way() -> None:
+    config = compose(["debug=cpu"])
+    assert (config.launch.ranks, config.parallel.tensor, config.parallel.expert) == (4, 2, 2)
+    assert config.launch.ranks // config.parallel.tensor == 2
+
+
+def test_a_choice_on_the_command_line_beats_an_experiment() -> None:
+    config = compose(["debug=default", "model=default", "steps=7", "launch=torchrun", "tracker=wandb", "checkpoint.resume=never"])
+    assert (config.model.layers, config.steps, config.launch.kind.name, config.tracker.names) == (4, 7, "torchrun", ["wandb"])
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS - {"experiment", "debug"}))
+def test_files_say_nothing_that_is_the_default(group: str) -> None:
+    section = attrgetter(group)(Config())
+    files = [OmegaConf.to_container(OmegaConf.load(path)) for path in (CONF / group).glob("*.yaml")]
+    assert [key for file in files for key, value in leaves(file) if value == written(attrgetter(key)(section))] == []
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting in `node` by its dotted key, as one writes it."""
+    for key, value in (node or {}).items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", written(value)

@@ -1,0 +1,153 @@
+"""Ranks and sweeps start real processes; what they would train is replaced by a note of how each was started."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenyard.launch.torchrun import check_hosts
+from tokenyard.train.compose import compose
+from tokenyard.train.config import ConfigError
+
+NOTE = """
+import json, os, sys, types
+
+def run(config):
+    rank = os.environ.get("RANK", "0")
+    note = {"rank": rank, "world": os.environ.get("WORLD_SIZE"), "threads": os.environ.get("OMP_NUM_THREADS"),
+            "folder": config.run.dir, "seed": config.seed, "layers": config.model.layers}
+    with open(os.path.join(os.environ["NOTES"], f"{os.getpid()}.json"), "w") as file:
+        json.dump(note, file)
+    return int(os.environ["CODE"]) if os.environ.get("FAILS") in (rank, f"seed={config.seed}") else 0
+
+module = types.ModuleType("tokenyard.train.run")
+module.run = run
+sys.modules["tokenyard.train.run"] = module
+"""
+
+
+class Job:
+    """`tokenyard WORDS` in a folder of its own, with `run` replaced by NOTE."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "work"
+        self.notes = folder / "notes"
+        self.site = folder / "site"
+        for made in (self.folder, self.notes, self.site):
+            made.mkdir()
+        (self.site / "sitecustomize.py").write_text(NOTE)
+
+    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")]))
+        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment = {**inherited, "PYTHONPATH": path, "NOTES": str(self.notes), **environment}
+        command = [sys.executable, "-m", *words]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    def said(self, by: str = "rank") -> list[dict[str, Any]]:
+        notes = [json.loads(path.read_text()) for path in self.notes.iterdir()]
+        return sorted(notes, key=lambda note: note[by])
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_inline_is_this_process(job: Job) -> None:
+    done = job.run("tokenyard", "train", "seed=5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert job.said() == [{"rank": "0", "world": None, "threads": None, "folder": None, "seed": 5, "layers": 4}]
+    assert list(job.folder.iterdir()) == []
+
+
+def test_torchrun_starts_ranks_that_share_a_folder(job: Job) -> None:
+    done = job.run("tokenyard", "train", "launch=torchrun", "launch.ranks=2", "parallel.expert=2", "seed=5", "model=tiny")
+    assert done.returncode == 0, done.stderr
+    first, second = job.said()
+    assert (first["rank"], second["rank"], first["world"], second["world"]) == ("0", "1", "2", "2")
+    assert first["folder"] == second["folder"]
+    assert first["folder"].startswith("runs/")
+    assert (first["seed"], first["layers"]) == (5, 2)
+    assert first["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+def test_torchrun_keeps_settings_and_hands_on_the_exit_code(job: Job) -> None:
+    words = ["tokenyard", "train", "launch=torchrun", "launch.ranks=2", "run.dir=my folder"]
+    done = job.run(*words, OMP_NUM_THREADS="7", FAILS="1", CODE="9")
+    assert done.returncode == 9
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "tokenyard: rank 1 was the first to fail, exit code 9"
+    assert {(note["folder"], note["threads"]) for note in job.said()} == {("my folder", "7")}
+
+
+def test_a_sweep_goes_on_after_a_failing_point(job: Job) -> None:
+    done = job.run("tokenyard", "train", "-m", "seed=1,2", "model=tiny,default", "run.dir=my sweep", FAILS="seed=1", CODE="3")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines() == [
+        "seed=1 model=tiny: my sweep/0, exit code 3",
+        "seed=1 model=default: my sweep/1, exit code 3",
+        "seed=2 model=tiny: my sweep/2, exit code 0",
+        "seed=2 model=default: my sweep/3, exit code 0",
+    ]
+    assert [(note["seed"], note["layers"], note["folder"]) for note in job.said("folder")] == [
+        (1, 2, "my sweep/0"),
+        (1, 4, "my sweep/1"),
+        (2, 2, "my sweep/2"),
+        (2, 4, "my sweep/3"),
+    ]
+
+
+def test_a_sweep_makes_its_own_folder(job: Job) -> None:
+    done = job.run("tokenyard", "train", "--multirun", "seed=range(1,3)")
+    assert done.returncode == 0, done.stderr
+    folders = [Path(note["folder"]) for note in job.said("folder")]
+    assert [folder.name for folder in folders] == ["0", "1"]
+    assert folders[0].parent == folders[1].parent
+    assert folders[0].parent.parent == Path("runs")
+
+
+@pytest.mark.parametrize(
+    ("words", "begins"),
+    [
+        (["seeed=1,2"], "seeed=1,2: there is no such setting"),
+        (["seed=1,x"], "seed=1,x: must be an integer"),
+        (["model=tiny,tinny"], "model=tinny: must be one of"),
+        (["run.dir=a,b"], "run.dir=a,b: is the folder of the whole sweep"),
+        (["optimizer.lr=interval(0,1)"], "configuration: BasicSweeper does not support"),
+        (["seed=1,2", "optimizer._target_=x"], "optimizer._target_=x: no configuration may hold"),
+    ],
+)
+def test_a_wrong_sweep_runs_no_point(words: list[str], begins: str, job: Job) -> None:
+    done = job.run("tokenyard", "train", "-m", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tokenyard: {begins}")
+    assert done.stderr.count("\n") == 1
+    assert job.said() == []
+
+
+def test_ranks_do_not_sweep(job: Job) -> None:
+    done = job.run("tokenyard.train", "-m", "seed=1,2")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nearest valid: tokenyard train -m" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "NODE_RANK"])
+def test_several_hosts_need_to_find_each_other(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["launch=torchrun", "launch.nodes=2", "run.dir=shared"])
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.setenv(name, "1")
+    check_hosts(config)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ConfigError, match=f"launch.nodes=2: needs {missing} in the environment"):
+        check_hosts(config)
+
+
+def test_several_hosts_need_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=r"run\.dir=null: must be a folder that all launch\.nodes=2 hosts see"):
+        check_hosts(compose(["launch=torchrun", "launch.nodes=2"]))

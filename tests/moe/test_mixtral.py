@@ -1,0 +1,157 @@
+"""The model equals transformers' Mixtral: logits, cross entropy, load-balance loss and all gradients, from the same weights.
+
+Transformers widens norms, rotary angles and router to fp32 even in an fp64 model. For the fp64 comparison each of these
+widenings goes to fp64 instead; nothing else of its code is changed.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, Scope
+from tokenyard.moe.model import Transformer
+from tokenyard.moe.router import Router
+from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train.loss import IGNORE, Losses, Totals, losses
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="the Mixtral comparison needs transformers (pip install 'tokenyard[hf]')")
+from transformers.models.mixtral import modeling_mixtral as mixtral
+
+AUXILIARY = 0.05
+PRECISIONS = [pytest.param(torch.float32, 1e-4, id="fp32"), pytest.param(torch.float64, 1e-8, id="fp64")]
+NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "feedforward_norm.weight": "post_attention_layernorm.weight",
+    "attention.q.weight": "self_attn.q_proj.weight",
+    "attention.k.weight": "self_attn.k_proj.weight",
+    "attention.v.weight": "self_attn.v_proj.weight",
+    "attention.o.weight": "self_attn.o_proj.weight",
+    "moe.router.weight": "mlp.gate.weight",
+    "moe.experts.gate_up": "mlp.experts.gate_up_proj",
+    "moe.experts.down": "mlp.experts.down_proj",
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, ours = pair(2, dtype, monkeypatch)
+    ids, labels = batch()
+    expected = theirs(input_ids=ids, labels=labels)
+    logits, share = forward(ours, ids, labels, balance=0.0)
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=tolerance)
+    torch.testing.assert_close(share.cross_entropy, expected.loss, rtol=0, atol=tolerance)
+    expected.loss.backward()
+    share.objective.backward()
+    assert_same_gradients(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_their_load_balance_loss_is_top_k_times_ours(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs counts choices per token, ours per choice, so that an even load gives 1; they differ in nothing else on one layer."""
+    theirs, ours = pair(1, dtype, monkeypatch)
+    ids, labels = batch()
+    expected = theirs(input_ids=ids, labels=labels, output_router_logits=True)
+    _, share = forward(ours, ids, labels, balance=AUXILIARY * ours.config.moe.top_k)
+    torch.testing.assert_close(ours.config.moe.top_k * share.balance_L[0], expected.aux_loss, rtol=0, atol=tolerance)
+    torch.testing.assert_close(share.objective, expected.loss, rtol=0, atol=tolerance)
+    expected.loss.backward()
+    share.objective.backward()
+    assert_same_gradients(ours, theirs, tolerance)
+
+
+def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
+    torch.manual_seed(1)
+    logits_BSE = torch.randn(2, 5, 4)
+    valid_BS = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = mixtral.load_balancing_loss_func((logits_BSE.flatten(0, 1),), 4, 2, attention_mask=valid_BS)
+    router = Router(4, moe_config(1.0), torch.float32)
+    torch.nn.init.eye_(router.weight)
+    stats = router(logits_BSE, valid_BS.bool()).stats
+    mesh, zeros = build_mesh(ParallelConfig()), torch.zeros(2, 5, dtype=torch.int64)
+    share = losses(torch.zeros(2, 5, 3), zeros, [stats], moe_config(1.0), Totals(8, 2, 1), mesh)
+    torch.testing.assert_close(2 * share.balance_L[0], expected)
+
+
+def pair(layers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Transformer]:
+    """Their model and ours with their weights, which are random (norms too)."""
+    if dtype == torch.float64:
+        monkeypatch.setattr(mixtral, "torch", Widest())
+        monkeypatch.setattr(Tensor, "float", Tensor.double)
+    torch.manual_seed(0)
+    config = mixtral.MixtralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        router_aux_loss_coef=AUXILIARY,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    theirs = mixtral.MixtralForCausalLM(config).to(dtype)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    ours = Transformer(model_config(layers), dtype)
+    for name, parameter in ours.named_parameters():
+        parameter.data.copy_(theirs.get_parameter(their_name(name)).view_as(parameter))
+    return theirs, ours
+
+
+class Widest:
+    """torch, whose fp32 is fp64."""
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
+
+
+def model_config(layers: int) -> ModelConfig:
+    return ModelConfig(
+        layers=layers,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        vocabulary=50,
+        attention=AttentionConfig(rope=RopeConfig(theta=500.0)),
+        norm_epsilon=1e-5,
+        moe=moe_config(0.0),
+    )
+
+
+def moe_config(balance: float) -> MoEConfig:
+    return MoEConfig(experts=4, top_k=2, hidden=24, z_coefficient=0.0, balance=BalanceConfig(balance, Scope.batch))
+
+
+def their_name(name: str) -> str:
+    outside = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+    if name in outside:
+        return outside[name]
+    layers, index, rest = name.split(".", 2)
+    return f"model.{layers}.{index}.{NAMES[rest]}"
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Ids, and labels of which some are not counted; they stand at the token itself (transformers shifts)."""
+    ids = torch.randint(50, (3, 11))
+    return ids, ids.masked_fill(torch.rand(3, 11) < 0.2, IGNORE)
+
+
+def forward(ours: Transformer, ids: Tensor, labels: Tensor, balance: float) -> tuple[Tensor, Losses]:
+    """Their load-balance loss counts all tokens, so ours gets no validity."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    logits, stats = ours(ids, with_stats=True)
+    totals = Totals(int((targets != IGNORE).sum()), len(ids), 1)
+    return logits, losses(logits, targets, stats, moe_config(balance), totals, build_mesh(ParallelConfig()))
+
+
+def assert_same_gradients(ours: Transformer, theirs: Any, tolerance: float) -> None:
+    for name, parameter in ours.named_parameters():
+        expected = theirs.get_parameter(their_name(name)).grad.view_as(parameter)
+        assert expected.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")

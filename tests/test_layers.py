@@ -1,0 +1,217 @@
+"""The arrows between the folders, read from the imports: launch -> train -> {parallel, data}, parallel -> moe, and no other."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ALLOWED = {
+    "": {"launch", "train", "interop"},
+    "launch": {"train"},
+    "train": {"parallel", "data", "moe"},
+    "parallel": {"moe"},
+    "interop": {"moe", "train.checkpoint"},
+    "bench": {"moe", "parallel"},
+    "data": set(),
+    "moe": set(),
+    "conf": set(),
+}
+"""From each folder ("" is the root) to the folders or modules that it may import, besides itself."""
+
+ONE_FILE_EACH = ("deepspeed", "wandb", "datasets", "transformers")
+FORBIDDEN = {"pickle", "cloudpickle", "dill", "torch.load", "torch.save", "hydra.utils.instantiate", "hydra.utils.call"}
+FORBIDDEN_ARGUMENTS = {"allow_pickle", "trust_remote_code"}
+"""May be written as False only."""
+
+
+class Import(NamedTuple):
+    """`module` is dotted and, for our own, begins with `tokenyard`; `top` is whether importing the file imports it."""
+
+    module: str
+    top: bool
+
+
+def test_arrows_point_one_way() -> None:
+    assert [arrow for path in sources() for arrow in wrong_arrows(path.relative_to(ROOT), path.read_text())] == []
+
+
+def test_heavy_libraries_have_one_file_each() -> None:
+    for library in ONE_FILE_EACH:
+        users = {path.relative_to(ROOT).as_posix() for path in sources() if library in third_party(path)}
+        assert len(users) <= 1, f"{library} is imported in {sorted(users)}"
+
+
+def test_help_needs_no_library() -> None:
+    reached = reachable("launch/main.py")
+    assert "launch/main.py" in reached
+    assert third_party_at_top(reached) == set()
+
+
+def test_the_configuration_needs_no_torch() -> None:
+    reached = set[str]().union(*map(reachable, ("launch/train.py", "launch/multirun.py", "train/show.py", "train/__main__.py")))
+    assert {"train/validate.py", "train/config.py", "moe/config.py", "data/config.py"} <= reached
+    assert third_party_at_top(reached) == set()
+
+
+def test_nothing_unpickles_or_instantiates() -> None:
+    assert [what for path in sources() for what in forbidden(path.relative_to(ROOT), path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("moe/x.py", "from ..parallel.mesh import Mesh"),
+        ("moe/x.py", "from ..train import config"),
+        ("moe/x.py", "from .. import train"),
+        ("moe/x.py", "import tokenyard.parallel"),
+        ("moe/deep/x.py", "from ...parallel.mesh import Mesh"),
+        ("moe/x.py", "def f():\n    from ..train.config import Config"),
+        ("data/x.py", "from ..moe.config import ModelConfig"),
+        ("parallel/x.py", "from tokenyard.train.config import Config"),
+        ("train/x.py", "from ..launch.main import main"),
+        ("launch/x.py", "from ..moe.config import ModelConfig"),
+        ("interop/x.py", "from ..train.config import Config"),
+        ("bench/x.py", "from ..train.step import train_step"),
+    ],
+)
+def test_a_wrong_arrow_is_found(file: str, code: str) -> None:
+    assert wrong_arrows(Path(file), code)
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("launch/x.py", "from ..train.config import Config\nfrom .main import main\nfrom .. import __version__"),
+        ("interop/x.py", "from ..train.checkpoint import read\nfrom ..train.checkpoint.reader import read"),
+        ("train/x.py", "import torch\nfrom ..moe.model import Model\nfrom . import step"),
+    ],
+)
+def test_a_right_arrow_is_not(file: str, code: str) -> None:
+    assert not wrong_arrows(Path(file), code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import save",
+        "import torch as t\nt.save",
+        "np.load(f, allow_pickle=True)",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=chosen)",
+        "from hydra.utils import instantiate",
+        "import hydra\nhydra.utils.instantiate(c)",
+    ],
+)
+def test_a_forbidden_call_is_found(code: str) -> None:
+    assert forbidden(Path("train/x.py"), code)
+
+
+def test_a_refusal_is_not_forbidden() -> None:
+    assert not forbidden(Path("data/x.py"), "np.load(f, allow_pickle=False)")
+
+
+def wrong_arrows(file: Path, code: str) -> list[str]:
+    """Each import in `file` (relative to the root) of a folder that its own may not know."""
+    own = folder_of(file)
+    targets = [
+        item.module.partition(".")[2] for item in imports(file, code) if item.module.partition(".")[0] in ("tokenyard", "tests")
+    ]
+    return [f"{file} imports {target}" for target in targets if not may(own, target)]
+
+
+def may(own: str, target: str) -> bool:
+    if not target or target.startswith("__"):
+        return True
+    folder = target.partition(".")[0]
+    return folder == own or any(target == allowed or target.startswith(f"{allowed}.") for allowed in ALLOWED[own])
+
+
+def forbidden(file: Path, code: str) -> list[str]:
+    """What `file` uses of FORBIDDEN, under whatever name, and of FORBIDDEN_ARGUMENTS."""
+    tree = ast.parse(code)
+    found = {item.module for item in imports(file, code)} | {item.module.partition(".")[0] for item in imports(file, code)}
+    names = {
+        alias.asname or alias.name: alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{names.get(head, head)}.{rest}")
+        if isinstance(node, ast.Call):
+            found |= {keyword.arg for keyword in node.keywords if keyword.arg and ast.unparse(keyword.value) != "False"}
+    return [f"{file} uses {name}" for name in sorted(found & (FORBIDDEN | FORBIDDEN_ARGUMENTS))]
+
+
+def imports(file: Path, code: str) -> Iterator[Import]:
+    """Every module that `file` imports, and as a module every name that it imports from one."""
+    tree = ast.parse(code)
+    at_top = {id(node) for node in top_nodes(tree)}
+    package = ["tokenyard", *file.parent.parts]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, id(node) in at_top) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])] if node.level else [node.module or ""]
+            yield from (Import(".".join([*base, alias.name]), id(node) in at_top) for alias in node.names)
+
+
+def top_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the module is imported: not functions, not blocks for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from top_nodes(child)
+
+
+def reachable(start: str) -> set[str]:
+    """Our files that importing `start` imports."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (ROOT / name).is_file():
+            continue
+        found.add(name)
+        ours = [
+            item.module
+            for item in imports(Path(name), (ROOT / name).read_text())
+            if item.top and item.module.startswith("tokenyard")
+        ]
+        waiting += [file for module in ours for file in files_of(module)]
+    return found
+
+
+def files_of(module: str) -> list[str]:
+    """The files that `module`, or the name inside a module that it may be, can come from, packages included."""
+    parts = module.split(".")[1:]
+    heads = ["/".join(parts[:count]) for count in range(len(parts) + 1)]
+    return [f"{head}.py" for head in heads if head] + [f"{head}/__init__.py".lstrip("/") for head in heads]
+
+
+def third_party_at_top(files: set[str]) -> set[str]:
+    """Libraries beyond the standard one that importing all of `files` imports."""
+    names = {item.module.partition(".")[0] for name in files for item in imports(Path(name), (ROOT / name).read_text()) if item.top}
+    return names - set(sys.stdlib_module_names) - {"tokenyard"}
+
+
+def third_party(path: Path) -> set[str]:
+    return {item.module.partition(".")[0] for item in imports(path.relative_to(ROOT), path.read_text())}
+
+
+def sources() -> list[Path]:
+    return [*ROOT.glob("*.py"), *(path for folder in ALLOWED if folder for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+def folder_of(file: Path) -> str:
+    return file.parts[0] if len(file.parts) > 1 else ""

@@ -1,0 +1,149 @@
+"""From words to one typed Config; what is wrong with them is said in one line with key, value, rule and the nearest valid value."""
+
+from pathlib import Path
+
+import pytest
+from tokenyard.data.config import Corpus
+from tokenyard.moe.config import Scope
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config, ConfigError, Engine, Launcher, Precision
+from tokenyard.train.schema import quoted
+
+BAD = [
+    # what was typed, what the message begins with, the nearest valid value
+    ("optimizer.lrr=1", "optimizer.lrr=1:", "optimizer.lr=1"),
+    ("lr=0.1", "lr=0.1:", "optimizer.lr=0.1"),
+    ("stepz=3", "stepz=3:", "steps=3"),
+    ("sequence_lenght=128", "sequence_lenght=128:", "sequence_length=128"),
+    ("top_k=1", "top_k=1:", "model.moe.top_k=1"),
+    ("model.moe.balance.scoop=batch", "model.moe.balance.scoop=batch:", "model.moe.balance.scope=batch"),
+    ("model.moe.expert=4", "model.moe.expert=4:", "model.moe.experts=4"),
+    ("parallel.experts=4", "parallel.experts=4:", "parallel.expert=4"),
+    ("steps.x=1", "steps.x=1:", "steps=1"),
+    ("+model.bar=1", "model.bar=1:", "model.layers=1"),
+    ("++optimizer.lrr=1", "optimizer.lrr=1:", "optimizer.lr=1"),
+    ("model={layrs: 3}", "model.layrs=3:", "model.layers=3"),
+    ("modle=tiny", "modle=tiny:", "model=tiny"),
+    ("modle=tny", "modle=tny:", "model=tiny"),
+    ("model=tinny", "model=tinny:", "model=tiny"),
+    ("launch=torchrum", "launch=torchrum:", "launch=torchrun"),
+    ("experiment=fine", "experiment=fine:", "experiment=fine_grained"),
+    ("debug=[default,cup]", "debug=cup:", "debug=cpu"),
+    ("model=null", "model=null:", "model=default"),
+    ("hydra/launcher=basicc", "hydra/launcher=basicc:", "hydra/launcher=basic"),
+    ("precision=fp16", "precision=fp16:", "precision=bf16"),
+    ("precision=FP32", "precision=FP32:", "precision=fp32"),
+    ("device=gpu", "device=gpu:", "device=cpu"),
+    ("engine.kind=torsh", "engine.kind=torsh:", "engine.kind=torch"),
+    ("steps=1e3", "steps=1e3:", "steps=1000"),
+    ("steps=many", "steps=many:", "steps=600"),
+    ("steps=null", "steps=null:", "steps=600"),
+    ("seed=2.2", "seed=2.2:", "seed=2"),
+    ("optimizer.lr=abc", "optimizer.lr=abc:", "optimizer.lr=0.002"),
+    ("optimizer.lr=[1]", "optimizer.lr=[1]:", "optimizer.lr=0.002"),
+    ("compile=flase", "compile=flase:", "compile=false"),
+    ("checkpoint.resume=null", "checkpoint.resume=null:", "checkpoint.resume=auto"),
+    ("tracker.names=wandb", "tracker.names=wandb:", "tracker.names=[wandb]"),
+    ("batch=8", "batch=8:", "batch.sequences=16"),
+    ("model={moe: {top_k: x}}", "model.moe.top_k=x:", "model.moe.top_k=2"),
+    ("steps=1,2", "steps=1,2:", "tokenyard train -m steps=1,2"),
+    ("run.name=[", "run.name=[:", "run.name='['"),
+    ("run.dir=a=b", "run.dir=a=b:", "run.dir='a=b'"),
+    ("steps", "steps:", "steps=600"),
+    ("~optimizer.lr", "~optimizer.lr:", "leave it out"),
+    ("+steps=3", "+steps=3:", "steps=3"),
+    ("+experiment=capacity", "+experiment=capacity:", "experiment=capacity"),
+    ("model@other=tiny", "model@other=tiny:", "model=tiny"),
+    ("steps=${nope}", "steps:", "steps=600"),
+    ("steps=???", "steps:", "steps=600"),
+    ("optimizer._target_=torch.optim.SGD", "optimizer._target_=torch.optim.SGD:", "optimizer=adamw"),
+    ("+_target_=os.system", "+_target_=os.system:", "leave it out"),
+    ("tracker.tags=[{_target_: os.system}]", "tracker.tags=[{_target_: os.system}]:", "tracker=jsonl"),
+    ("hydra.sweeper._target_=os.system", "hydra.sweeper._target_=os.system:", "leave it out"),
+    ("--confg-dir=x", "--confg-dir=x:", "--config-dir"),
+    ("--mutlirun", "--mutlirun:", "--multirun"),
+]
+
+
+@pytest.mark.parametrize(("typed", "begins", "nearest"), BAD, ids=[typed for typed, _, _ in BAD])
+def test_bad_input(typed: str, begins: str, nearest: str) -> None:
+    message = refused(typed)
+    assert message.startswith(begins)
+    assert message.endswith(f"; nearest valid: {nearest}")
+
+
+@pytest.mark.parametrize("nearest", sorted({nearest for _, _, nearest in BAD if "=" in nearest and " " not in nearest}))
+def test_the_nearest_valid_value_is_valid(nearest: str) -> None:
+    compose([nearest])
+
+
+BAD_FILES = [
+    ("optimizer:\n  lrr: 1\n", "optimizer.lrr=", "optimizer.lr=0.002"),
+    ("optimizer:\n  lr: abc\n", "optimizer.lr=abc:", "optimizer.lr=0.002"),
+    ("precision: bf17\n", "precision=bf17:", "precision=bf16"),
+    ("optimizer:\n  _target_: os.system\n", "optimizer._target_=", "optimizer=adamw"),
+    ("tracker:\n  tags: [{_target_: os.system}]\n", "tracker.tags._target_=os.system:", "tracker=jsonl"),
+    ("foo: 1\n", "foo=", None),
+    ("steps: [1\n", "configuration:", None),
+]
+
+
+@pytest.mark.parametrize(("text", "begins", "nearest"), BAD_FILES)
+def test_bad_file(text: str, begins: str, nearest: str | None, tmp_path: Path) -> None:
+    message = refused("experiment=mine", "--config-dir", str(own_experiment(tmp_path, text)))
+    assert message.startswith(begins)
+    assert nearest is None or message.endswith(f"nearest valid: {nearest}")
+
+
+def test_own_config_folder(tmp_path: Path) -> None:
+    folder = own_experiment(tmp_path / "it's mine", "steps: 7\n")
+    assert compose(["experiment=mine", "-cd", str(folder)]).steps == 7
+    assert refused("experiment=mime", f"--config-dir={folder}").endswith("nearest valid: experiment=mine")
+    assert refused(f"--config-dir={folder}/no").endswith(f"nearest valid: --config-dir={folder}")
+
+
+def test_the_result_is_typed() -> None:
+    config = compose(
+        ["precision=bf16", "data=text", "model.moe.capacity.scope=rank", "launch=torchrun", "engine=torch", "run.dir=3"]
+    )
+    assert isinstance(config, Config)
+    assert config.precision is Precision.bf16
+    assert config.data.corpus is Corpus.text
+    assert config.model.moe.capacity.scope is Scope.rank
+    assert config.launch.kind is Launcher.torchrun
+    assert config.engine.kind is Engine.torch
+    assert config.run.dir == "3"
+
+
+def test_without_overrides_it_is_the_dataclass() -> None:
+    assert compose([]) == Config()
+
+
+@pytest.mark.parametrize("arguments", [["--local_rank", "1"], ["--local_rank=1"], ["--local-rank", "1"], ["--local-rank=1"]])
+def test_launcher_arguments_are_left_out(arguments: list[str]) -> None:
+    assert compose([*arguments, "steps=3"]) == compose(["steps=3", *arguments]) == compose(["steps=3"])
+
+
+@pytest.mark.parametrize("text", ["a b", "it's", "a\\b", "a\\'b", "end\\", "a=b,c", "[1", "", "\\\\'", "ü{}", "x" * 200])
+def test_quoted_text_is_read_back(text: str) -> None:
+    assert compose([f"run.name={quoted(text)}"]).run.name == text
+
+
+def test_composing_twice_does_not_remember() -> None:
+    compose(["steps=3", "model=tiny"])
+    assert compose([]).steps == 600
+    assert compose([]).model.layers == 4
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        compose(list(argv))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def own_experiment(folder: Path, text: str) -> Path:
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    return folder

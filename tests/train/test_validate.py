@@ -1,0 +1,183 @@
+"""Rules between settings: each is refused in one line, and what the line proposes instead breaks no rule."""
+
+import re
+import subprocess
+import sys
+import time
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config, ConfigError
+from tokenyard.train.rules import INTERVALS
+from tokenyard.train.schema import settings
+from tokenyard.train.validate import validate
+
+BAD = [
+    # ranks, overrides, what the message begins with, the nearest valid value
+    (1, "parallel.expert=3", "parallel.expert=3: must divide model.moe.experts=8",
+     "parallel.expert=2 launch=torchrun launch.ranks=2 or parallel.expert=4 launch=torchrun launch.ranks=4"),
+    (4, "parallel.expert=3", "parallel.expert=3: must divide model.moe.experts=8", "parallel.expert=2 or parallel.expert=4"),
+    (2, "parallel.expert=8", "parallel.expert=8: must divide the 2 ranks", "parallel.expert=2"),
+    (1, "parallel.expert=4", "parallel.expert=4: needs 4 ranks", "parallel.expert=4 launch=torchrun launch.ranks=4"),
+    (1, "parallel.expert=4 parallel.tensor=2", "parallel.tensor=2: needs 2 ranks",
+     "parallel.tensor=2 launch=torchrun launch.ranks=4"),
+    (1, "parallel.shard=2", "parallel.shard=2: needs 2 ranks", "parallel.shard=2 launch=torchrun launch.ranks=2"),
+    (4, "model=dense parallel.expert=2", "parallel.expert=2: must be 1", "parallel.expert=1"),
+    (1, "parallel.tensor=3", "parallel.tensor=3: must divide model.heads=8",
+     "parallel.tensor=2 launch=torchrun launch.ranks=2 or parallel.tensor=4 launch=torchrun launch.ranks=4"),
+    (4, "parallel.tensor=3", "parallel.tensor=3: must divide model.heads=8", "parallel.tensor=2 or parallel.tensor=4"),
+    (8, "parallel.tensor=8", "parallel.tensor=8: must divide model.kv_heads=4", "parallel.tensor=4"),
+    (4, "parallel.tensor=4 model.dense_first=1 model.hidden=1022",
+     "parallel.tensor=4: must divide model.hidden=1022", "parallel.tensor=2"),
+    (4, "parallel.tensor=4 model.vocabulary=8194", "parallel.tensor=4: must divide model.vocabulary=8194", "parallel.tensor=2"),
+    (2, "parallel.tensor=2 sequence_length=255", "parallel.tensor=2: must divide sequence_length=255", "parallel.tensor=1"),
+    (3, "parallel.tensor=2 batch.sequences=12", "parallel.tensor=2: must divide the 3 ranks", "parallel.tensor=1"),
+    (4, "parallel.shard=3", "parallel.shard=3: must divide the 4 data ranks", "parallel.shard=2 or parallel.shard=4"),
+    (4, "parallel.shard=4 parallel.tensor=2", "parallel.shard=4: must divide the 2 data ranks", "parallel.shard=2"),
+    (4, "batch.sequences=10", "batch.sequences=10: must be a multiple of the 4 data ranks",
+     "batch.sequences=8 or batch.sequences=12"),
+    (4, "batch.sequences=13 batch.micro=2", "batch.sequences=13: must be a multiple of the 4 data ranks", "batch.sequences=16"),
+    (4, "batch.sequences=3", "batch.sequences=3: must be a multiple of the 4 data ranks", "batch.sequences=4"),
+    (1, "batch.micro=3", "batch.micro=3: must divide the 16 sequences of a rank", "batch.micro=2 or batch.micro=4"),
+    (4, "batch.micro=16", "batch.micro=16: must divide the 4 sequences of a rank", "batch.micro=4"),
+    (1, "batch.micro=0", "batch.micro=0: must be in [1, inf)", "batch.micro=1"),
+    (1, "model.width=100", "model.width=100: must be a multiple of 8", "model.width=96"),
+    (1, "model.width=264", "model.heads=8: must divide model.width=264 into even heads", "model.heads=4 or model.heads=12"),
+    (1, "model.heads=12", "model.heads=12: must divide model.width=256", "model.heads=8 or model.heads=16"),
+    (1, "model.heads=0", "model.heads=0: must be in [1, inf)", "model.heads=4"),
+    (1, "model.kv_heads=3", "model.kv_heads=3: must divide model.heads=8", "model.kv_heads=2 or model.kv_heads=4"),
+    (1, "model.head_width=33", "model.head_width=33: must be even", "model.head_width=32 or model.head_width=34"),
+    (1, "model.dense_first=5", "model.dense_first=5: must be at most model.layers=4", "model.dense_first=4"),
+    (1, "model.moe.top_k=9", "model.moe.top_k=9: must be at most model.moe.experts=8", "model.moe.top_k=8"),
+    (1, "model.moe.hidden=500", "model.moe.hidden=500: must be a multiple of 8", "model.moe.hidden=496 or model.moe.hidden=504"),
+    (1, "model.moe.capacity.factor=0", "model.moe.capacity.factor=0.0: must be in (0, inf)", "model.moe.capacity.factor=1"),
+    (1, "model.moe.experts=-1", "model.moe.experts=-1: must be in [0, inf)", "model.moe.experts=0"),
+    (1, "steps=0", "steps=0: must be in [1, inf)", "steps=1"),
+    (1, "seed=-4", "seed=-4: must be in [0, 9223372036854775808)", "seed=0"),
+    (1, "sequence_length=0", "sequence_length=0: must be in [1, inf)", "sequence_length=1"),
+    (1, "optimizer.lr=0", "optimizer.lr=0.0: must be in (0, inf)", "optimizer.lr=0.002"),
+    (1, "optimizer.lr=nan", "optimizer.lr=nan: must be in (0, inf)", "optimizer.lr=0.002"),
+    (1, "optimizer.lr=inf", "optimizer.lr=inf: must be in (0, inf)", "optimizer.lr=0.002"),
+    (1, "optimizer.beta1=1", "optimizer.beta1=1.0: must be in [0, 1)", "optimizer.beta1=0.9"),
+    (1, "optimizer.beta2=-0.1", "optimizer.beta2=-0.1: must be in [0, 1)", "optimizer.beta2=0.0"),
+    (1, "optimizer.clip_norm=0", "optimizer.clip_norm=0.0: must be in (0, inf)", "optimizer.clip_norm=1.0"),
+    (1, "schedule.final=1.5", "schedule.final=1.5: must be in [0, 1]", "schedule.final=1.0"),
+    (1, "schedule.warmup=-1", "schedule.warmup=-1: must be in [0, inf)", "schedule.warmup=0"),
+    (1, "schedule=wsd schedule.decay=700", "schedule.decay=700: must be at most steps=600", "schedule.decay=600"),
+    (1, "data.validation_fraction=1", "data.validation_fraction=1.0: must be in (0, 1)", "data.validation_fraction=0.05"),
+    (1, "tokenizer.pieces=10000", "tokenizer.pieces=10000: must be at most model.vocabulary=8192", "tokenizer.pieces=8192"),
+    (1, "tokenizer=bytes model.vocabulary=100", "model.vocabulary=100: must be at least 259", "model.vocabulary=259"),
+    (1, "tracker.names=[wandd,wandb]", "tracker.names=[wandd,wandb]: may hold wandb, jsonl", "tracker.names=[wandb]"),
+    (1, "sample.top_p=0", "sample.top_p=0.0: must be in (0, 1]", "sample.top_p=0.95"),
+    (1, "checkpoint.keep=0", "checkpoint.keep=0: must be in [1, inf)", "checkpoint.keep=1"),
+    (1, "checkpoint.resume=atuo", "checkpoint.resume=atuo: must be auto, never or the path", "checkpoint.resume=auto"),
+    (1, "checkpoint.resume=nevre", "checkpoint.resume=nevre: must be auto, never or the path", "checkpoint.resume=never"),
+    (1, "schedule=wsd schedule.decay=0", "schedule.decay=0: must be in [1, inf)", "schedule.decay=1"),
+    (1, "launch.ranks=4", "launch.ranks=4: launch=inline starts no ranks", "launch.ranks=1"),
+    (1, "launch.ranks=0", "launch.ranks=0: must be in [1, inf)", "launch.ranks=1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "overrides", "begins", "nearest"), BAD, ids=[f"{world} {words}" for world, words, _, _ in BAD])
+def test_bad_combination(world: int, overrides: str, begins: str, nearest: str) -> None:
+    message = refused(overrides.split(), world)
+    assert message.startswith(begins)
+    assert message.endswith(f"; nearest valid: {nearest}")
+    for proposal in nearest.split(" or "):
+        config = compose([*overrides.split(), *proposal.split()])
+        validate(config, max(world, config.launch.ranks))
+
+
+GOOD = [
+    (1, ""),
+    (4, "parallel.expert=4"),
+    (4, "parallel.tensor=2 parallel.expert=4 parallel.shard=2"),
+    (8, "parallel.tensor=2 parallel.expert=8 batch.micro=2"),
+    (6, "parallel.tensor=2 batch.sequences=3"),
+    (4, "launch.ranks=4"),
+    (4, "parallel.tensor=4 model.hidden=1022"),
+    (1, "steps=20"),
+    (1, "model=dense model.moe.top_k=9 model.moe.hidden=3 model.width=260 model.heads=10 model.kv_heads=5"),
+    (1, "model.head_width=20 model.heads=12"),
+    (1, "tokenizer=bytes tokenizer.pieces=9000"),
+    (1, "optimizer.clip_norm=null model.moe.capacity.factor=1.25 model.moe.balance.coefficient=0"),
+    (4096, "parallel.tensor=4 parallel.expert=8 parallel.shard=1024 batch.sequences=1024"),
+]
+
+
+@pytest.mark.parametrize(("world", "overrides"), GOOD)
+def test_good_combination(world: int, overrides: str) -> None:
+    validate(compose(overrides.split()), world)
+
+
+def test_every_number_has_an_interval() -> None:
+    numbers = {key for key, (kind, _) in settings().items() if kind in (int, float)}
+    assert numbers == set(INTERVALS)
+
+
+@pytest.mark.parametrize("key", INTERVALS)
+def test_every_number_is_checked(key: str) -> None:
+    config = Config()
+    section, _, name = key.rpartition(".")
+    setattr(attrgetter(section)(config) if section else config, name, -1)
+    with pytest.raises(ConfigError, match=re.escape(f"{key}=-1: must be in {INTERVALS[key]}")):
+        validate(config, 1)
+
+
+def test_resume_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "step_00000100").mkdir()
+    validate(compose([f"checkpoint.resume={tmp_path}/step_00000100"]), 1)
+    assert refused([f"checkpoint.resume={tmp_path}/step_00000010"], 1).endswith(f"checkpoint.resume={tmp_path}/step_00000100")
+
+
+def test_the_run_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refused([f"run.dir={tmp_path}/file"], 1).startswith(f"run.dir={tmp_path}/file: must be a folder")
+
+
+def test_a_corpus_that_is_not_there(tmp_path: Path) -> None:
+    assert refused(["data=text", f"data.path={tmp_path}/corpus"], 1).startswith(f"data.path={tmp_path}/corpus must exist")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("text")
+    validate(compose(["data=text", f"data.path={tmp_path}/corpus"]), 1)
+    assert refused([f"tokenizer.path={tmp_path}/no.model"], 1).startswith(f"tokenizer.path={tmp_path}/no.model must exist")
+
+
+def test_two_errors_are_told_one_at_a_time() -> None:
+    assert refused(["parallel.tensor=5", "parallel.expert=3"], 1).startswith("parallel.tensor=5:")
+
+
+COMMANDS = [
+    (["optimizer.lrr=1"], "optimizer.lrr=1: ", "optimizer.lr=1"),
+    (["parallel.expert=3"], "parallel.expert=3: ", "parallel.expert=4 launch=torchrun launch.ranks=4"),
+    (["parallel.tensor=3"], "parallel.tensor=3: ", "parallel.tensor=4 launch=torchrun launch.ranks=4"),
+    (["batch.sequences=10", "launch=torchrun", "launch.ranks=4"], "batch.sequences=10: ", "batch.sequences=12"),
+    (["data=text", "data.path=/no/such/folder"], "data.path=/no/such/folder must exist", "/"),
+    (["optimizer._target_=torch.optim.SGD"], "optimizer._target_=torch.optim.SGD: ", "optimizer=adamw"),
+]
+
+
+@pytest.mark.parametrize("module", ["tokenyard train", "tokenyard.train --local_rank=0"])
+@pytest.mark.parametrize(("overrides", "begins", "nearest"), COMMANDS, ids=[words[-1] for words, _, _ in COMMANDS])
+def test_the_command_refuses_quickly(module: str, overrides: list[str], begins: str, nearest: str, tmp_path: Path) -> None:
+    if module != "tokenyard train" and "launch=torchrun" in overrides:
+        pytest.skip("ranks ignore launch")
+    start = time.monotonic()
+    command = [sys.executable, "-m", *module.split(), *overrides]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert time.monotonic() - start < 5
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tokenyard: {begins}")
+    assert done.stderr.endswith(f"{nearest}\n")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(overrides: list[str], world: int) -> str:
+    with pytest.raises(ConfigError) as error:
+        validate(compose(overrides), world)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
