@@ -11,6 +11,7 @@ from .routing import (
     auxiliary,
     layer_types,
     moe_layers,
+    normalizes,
     read_auxiliary,
     read_experts,
     read_moe_layers,
@@ -94,7 +95,7 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
     return moe_layers(config) | {
         "moe_intermediate_size": config.moe.hidden,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": config.moe.router.normalize_top_k,
+        "norm_topk_prob": normalizes(config),
         "router_aux_loss_coef": auxiliary(config),
     }
 
