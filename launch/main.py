@@ -62,13 +62,29 @@ def evaluate(argv: list[str]) -> int:
     return evaluate_command(arguments)
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "evaluate": evaluate}
+def params(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard params",
+        usage="%(prog)s [-h] [--json] [--table] [HF_FOLDER] [group=option ...] [key=value ...]",
+        description="Parameters, bytes and FLOPs of a model and of a rank's share of it. Nothing is built, no weights are needed.",
+    )
+    parser.add_argument("words", nargs="*", help="overrides as for tokenyard train; or a folder with a Hugging Face config.json")
+    parser.add_argument("--json", action="store_true", help="one JSON object; parameters as numbers of elements")
+    parser.add_argument("--table", action="store_true", help="all models of conf/model, as Markdown (docs/models.md)")
+    arguments = parser.parse_intermixed_args(argv)
+    from .params import params_command
+
+    return params_command(arguments)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "evaluate": evaluate, "params": params}
 
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
 
   tokenyard train [group=option ...] [key=value ...]     train a model; -m sweeps, --cfg job prints the configuration
   tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
   tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
+  tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard VERB --help                                  more about one of them
   tokenyard --version"""
 
