@@ -53,10 +53,10 @@ def configured(words: list[str]) -> tuple[str, Config]:
 
 def read_model(folder: str) -> Any:
     """The model that the config.json in `folder` describes. ConfigError if there is none, or one that is not supported."""
-    from ..interop.config import read_config
-
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
+    from ..interop.config import read_config
+
     try:
         return read_config(folder)
     except ValueError as error:

@@ -91,7 +91,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, recomput
     Here multi-token prediction counts, as if each module predicted for all tokens of the sequence.
     """
     mtp = {name: shape for name, shape in shapes(config).items() if part_of(name) == "mtp"}
-    windowed = [config.windowed_layer(config.layers - 1)] * config.mtp_depth
+    windowed = [config.windowed_layer(config.layers + index) for index in range(config.mtp_depth)]
     predictions = _flops(config, mtp, windowed, config.mtp_depth, sequence_length)
     return (4 if recompute else 3) * (flops_per_token(config, sequence_length) + predictions)
 
@@ -115,7 +115,11 @@ def _flops(config: ModelConfig, found: Shapes, windowed: Iterable[bool], heads: 
 
 def _multiplied(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
     """How many elements of a parameter a token is multiplied with."""
-    if len(shape) < 2 or name.rpartition(".")[2] not in ("weight", "gate_up", "down") or name in ("embedding.weight", "head.weight"):
+    if (
+        len(shape) < 2
+        or name.rpartition(".")[2] not in ("weight", "gate_up", "down")
+        or name in ("embedding.weight", "head.weight")
+    ):
         return 0
     return _active(config, math.prod(shape)) if ".experts." in name else math.prod(shape)
 

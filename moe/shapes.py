@@ -18,7 +18,7 @@ def shapes(config: ModelConfig) -> Shapes:
     if not config.tie_embeddings:
         found["head.weight"] = (config.vocabulary, D)
     for index in range(config.mtp_depth):
-        found |= _under(f"mtp.{index}", _prediction(config))
+        found |= _under(f"mtp.{index}", _prediction(config, config.layers + index))
     return found
 
 
@@ -110,12 +110,12 @@ def _feedforward(config: ModelConfig, hidden: int) -> Shapes:
     return {"gate_up": (projections(config.activation), hidden, config.width), "down": (config.width, hidden)}
 
 
-def _prediction(config: ModelConfig) -> Shapes:
-    """A multi-token prediction module; embedding and head are the model's. Its block is as the last one."""
+def _prediction(config: ModelConfig, index: int) -> Shapes:
+    """A multi-token prediction module: its block would be the model's next; embedding and head are the model's."""
     D = config.width
     found: Shapes = {f"{name}.weight": (D,) for name in ("embedding_norm", "hidden_norm", "norm")}
     found["projection.weight"] = (D, 2 * D)
-    return found | _under("block", block_shapes(config, config.moe_layer(config.layers - 1)))
+    return found | _under("block", block_shapes(config, config.moe_layer(index)))
 
 
 def _under(prefix: str, found: Shapes) -> Shapes:

@@ -1,4 +1,4 @@
-"""What each rank holds of each parameter, as rules on names and shapes alone. No torch: a layout is counted before anything is built."""
+"""What each rank holds of each parameter, by name and shape. No torch: a layout is counted before anything is built."""
 
 import math
 

@@ -4,7 +4,9 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from ..moe.count import count, flops_per_token, kv_cache_elements, sum_by_part, training_flops_per_token
+from ..moe.count import Count as Count
+from ..moe.count import count as count
+from ..moe.count import flops_per_token, kv_cache_elements, sum_by_part, training_flops_per_token
 from ..moe.describe import describe_routing, moe_layers
 from ..moe.shapes import shapes
 from ..parallel.layout import rank_shape

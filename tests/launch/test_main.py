@@ -12,7 +12,7 @@ from tokenyard.launch.main import main
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"tokenyard {verb}" in out for verb in ("train", "generate", "evaluate"))
+    assert all(f"tokenyard {verb}" in out for verb in ("train", "generate", "evaluate", "params"))
     assert main([]) == 2
 
 
@@ -28,7 +28,9 @@ def test_unknown_verb(typed: str, nearest: str, capsys: pytest.CaptureFixture[st
     assert main([typed]) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
-    assert error.startswith(f"tokenyard: {typed}: must be one of train, generate, evaluate; nearest valid: tokenyard {nearest}")
+    assert error.startswith(
+        f"tokenyard: {typed}: must be one of train, generate, evaluate, params; nearest valid: tokenyard {nearest}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ ASKED = [
     (["train", "--cfg", "job", "--package", "batch", "batch.micro=4"], "micro: 4", ("torch",)),
     (["train", "--info", "defaults", "debug=cpu"], "parallel/tensor_expert", ("torch",)),
     (["train", "--hydra-help"], "hydra", ("torch",)),
+    (["params", "model=deepseek_v3"], "671B total, 37.6B active", ("torch", "numpy", "rich")),
 ]
 
 

@@ -1,0 +1,142 @@
+"""`tokenyard params`: the table, the JSON object, layouts, Hugging Face folders, and what is refused."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenyard.launch.main import main
+from tokenyard.launch.params import gigabytes
+
+
+def asked(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main(["params", *words, "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert (out.count("\n"), error) == (1, "")
+    return json.loads(out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["params", *words]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    return error
+
+
+def test_json_is_one_object_with_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, "model=mixtral_8x7b", "sequence_length=4096")
+    assert found["total"] == 46_702_792_704
+    assert found["active"] == sum(value for part, value in found["parts"].items() if part != "experts")
+    assert found["per_rank"]["total"] == found["total"]
+    assert found["flops_per_token"] == 2 * (found["active"] - 32000 * 4096 - 65 * 4096) + 32 * 2 * 32 * 128 * 4097
+    assert found["training_flops_per_token"] == 3 * found["flops_per_token"]
+    assert found["kv_cache_bytes_per_token"] == 32 * 2 * 8 * 128 * 2
+    assert found["inference_bytes"] == {"bf16": 93_405_585_408, "fp8": 46_702_792_704, "int4": 23_351_396_352}
+    assert found["devices_of_80_gb"] == {"bf16": 2, "fp8": 1, "int4": 1}  # 93.4 of 2 x 72 GB
+
+
+def test_a_layout_is_counted_on_the_ranks_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = asked(capsys, "model=mixtral_8x7b")
+    spread = asked(capsys, "model=mixtral_8x7b", "parallel.expert=8", "parallel.tensor=2")
+    assert spread["world"] == 8
+    assert spread["per_rank"]["experts"] == whole["parts"]["experts"] // 8
+    assert spread["per_rank"]["attention"] == whole["parts"]["attention"] // 2
+    assert spread["per_rank"]["norms"] == whole["parts"]["norms"]
+    assert spread["bytes_per_rank"]["weights"] == 4 * spread["per_rank"]["total"]
+    assert spread["bytes_per_rank"]["total"] == 16 * spread["per_rank"]["total"]
+    assert {key: spread[key] for key in ("total", "active")} == {key: whole[key] for key in ("total", "active")}
+
+
+def test_more_ranks_than_needed_shard_experts_too(capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, "model=mixtral_8x7b", "parallel.expert=8", "parallel.shard=8", "launch=torchrun", "launch.ranks=16")
+    assert found["world"] == 16
+    assert found["per_rank"]["experts"] == found["parts"]["experts"] // 16
+
+
+def test_the_world_of_a_launcher_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    assert asked(capsys, "model=mixtral_8x7b", "parallel.expert=8")["world"] == 32
+
+
+def test_fp64_is_held_in_fp64(capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, "precision=fp64")
+    assert found["bytes_per_rank"]["weights"] == 8 * found["total"]
+
+
+def test_multi_token_prediction_is_held_but_not_in_the_total(capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, "model=deepseek_v3")
+    assert found["per_rank"]["total"] == found["total"] + found["parts"]["mtp"]
+    assert found["training_flops_per_token"] > 3 * found["flops_per_token"]
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "model=deepseek_v3", "parallel.expert=64", "parallel.shard=8", "sequence_length=4096"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "deepseek_v3: 61 layers, experts in 58; 7168 wide, 128 heads (mla)",
+        "top-8 of 256 from 4 of 8 groups, sigmoid scores, normalized, x 2.5, shared expert of 2048, balance by expert bias",
+        "671B total, 37.6B active per token (5.6%)",
+        "64 ranks: replicate 8 x shard 8 x tensor 1; expert 64",
+        "bf16 1.34 TB, fp8 671 GB, int4 336 GB",
+        "19 x 80 GB (bf16)",
+        "68.6 KiB per token",
+    ):
+        assert words in out
+    columns = [line.split() for line in out.splitlines() if re.match(r"  \w+ +[\d,]+ ", line)]
+    numbers = {name: [int(cell.replace(",", "")) for cell in cells] for name, *cells in columns}
+    total = numbers.pop("all")
+    predicted = numbers.pop("prediction")
+    assert [sum(column) for column in zip(*numbers.values(), strict=True)] == [total[0], total[1], total[2] - predicted[2]]
+
+
+def test_dense(capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, "model=dense")
+    assert (found["kind"], found["routing"], found["moe_layers"]) == ("dense", "dense", 0)
+    assert found["total"] == found["active"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model=mixtral"], "nearest valid: model="),
+        (["model=mixtral_8x7b", "parallel.expert=3"], "parallel.expert=3: must divide model.moe.experts=8"),
+        (["model=mixtral_8x7b", "parallel.tensor=3"], "parallel.tensor=3: must divide model.heads=32"),
+        (["model.moe.top_k=9"], "model.moe.top_k=9: must be at most"),
+        (["model.lairs=3"], "nearest valid: model.layers=3"),
+        (["nowhere"], "nowhere: has no config.json"),
+        (["nowhere", "elsewhere"], "one folder at a time"),
+        (["nowhere", "model=tiny"], "model=tiny: nowhere says what the model is"),
+    ],
+)
+def test_refusals_are_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(capsys, *words)
+
+
+def test_what_a_count_does_not_need_is_not_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither does the tokenizer fit this vocabulary, nor does the batch divide."""
+    assert asked(capsys, "model=tiny_mixtral", "parallel.shard=32")["world"] == 32
+
+
+def test_an_answer_takes_less_than_two_seconds() -> None:
+    start = time.monotonic()
+    code = "import time; from tokenyard.launch.main import main; main(['params', 'model=deepseek_v3']); print(time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    # Of processor time: the machine may be busy with other things.
+    assert float(done.stdout.split()[-1]) < 2
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999 bytes"), (1_340_000_000_000, "1.34 TB"), (46_702_792_704, "46.7 GB"), (999.7e9, "1,000 GB")]
+)
+def test_bytes_are_short(number: float, text: str) -> None:
+    assert gigabytes(number) == text
+
+
+def test_a_folder_of_weights_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{")
+    pytest.importorskip("tokenyard.interop.config")
+    assert "config.json" in refused(capsys, str(tmp_path))
