@@ -1,55 +1,109 @@
-"""Causal grouped-query attention (Ainslie et al. 2023) with rotary position embeddings (Su et al. 2021).
+"""Causal grouped-query attention (Ainslie et al. 2023), and the softmax that it shares with latent attention (moe/mla.py).
 
-B sequences, S new tokens, D width, H query heads, G key-value heads, h width of a head.
+B sequences, S new tokens, T tokens seen so far with those, D width, H query heads, G key-value heads, h width of a head.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .linear import Linear
-
-
-class Turns(NamedTuple):
-    """Cosines and sines of the rotary angles, each of shape (S, h / 2)."""
-
-    cos: Tensor
-    sin: Tensor
+from .config import ModelConfig, QKNorm
+from .count import head_width
+from .linear import HeadsNorm, Linear, RMSNorm
+from .rotary import Turns, rotate
 
 
 class Attention(nn.Module):
     """Heads are read off the weights' shapes, so the same code serves a tensor-parallel rank that holds some of them."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
         super().__init__()
-        self.head_width = config.head_width or config.width // config.heads
-        self.q = Linear(config.width, config.heads * self.head_width, dtype)
-        self.k = Linear(config.width, config.kv_heads * self.head_width, dtype)
-        self.v = Linear(config.width, config.kv_heads * self.head_width, dtype)
-        self.o = Linear(config.heads * self.head_width, config.width, dtype)
+        settings, width = config.attention, head_width(config)
+        self.head_width, self.interleaved = width, settings.rope.interleaved
+        self.q = Linear(config.width, config.heads * width, dtype, settings.qkv_bias)
+        self.k = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
+        self.v = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
+        self.o = Linear(config.heads * width, config.width, dtype, settings.output_bias)
+        self.q_norm, self.k_norm = _norm(config, config.heads, dtype), _norm(config, config.kv_heads, dtype)
+        self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if settings.sinks else None
+        self.softmax = softmax_of(config, index, width)
 
     def forward(self, x_BSD: Tensor, turns: Turns, cache: "KeyValueCache | None" = None) -> Tensor:
-        """(B, S, D) to (B, S, D); each token sees itself and those before it."""
-        q_BHSh, k_BGSh, v_BGSh = (self._heads(project(x_BSD)) for project in (self.q, self.k, self.v))
-        q_BHSh, k_BGSh = rotate(q_BHSh, turns), rotate(k_BGSh, turns)
-        mask = None
+        """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
+        q_BHSh = rotate(self._heads(self.q(x_BSD), self.q_norm), turns, self.interleaved)
+        k_BGTh = rotate(self._heads(self.k(x_BSD), self.k_norm), turns, self.interleaved)
+        v_BGTh = self._heads(self.v(x_BSD), None)
         if cache is not None:
-            mask = cache.mask(q_BHSh.shape[2], q_BHSh.device)
-            k_BGSh, v_BGSh = cache.extend(k_BGSh, v_BGSh)
-        y_BHSh = F.scaled_dot_product_attention(
-            q_BHSh, k_BGSh, v_BGSh, attn_mask=mask, is_causal=mask is None, enable_gqa=q_BHSh.shape[1] != k_BGSh.shape[1]
-        )
-        return self.o(y_BHSh.transpose(1, 2).flatten(2))
+            k_BGTh, v_BGTh = cache.extend(k_BGTh, v_BGTh)
+        return self.o(attend(q_BHSh, k_BGTh, v_BGTh, self.softmax, self.sinks).transpose(1, 2).flatten(2))
 
-    def _heads(self, x_BSC: Tensor) -> Tensor:
-        return x_BSC.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+    def _heads(self, x_BSC: Tensor, norm: nn.Module | None) -> Tensor:
+        x_BSHh = x_BSC.unflatten(-1, (-1, self.head_width))
+        return (x_BSHh if norm is None else norm(x_BSHh)).transpose(1, 2)
+
+
+class Softmax(NamedTuple):
+    """How products of queries and keys become probabilities: times `scale`, soft-capped, within the window."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+def softmax_of(config: ModelConfig, index: int, width: int, factor: float = 1.0) -> Softmax:
+    """That of block `index`, whose queries have `width` dimensions; `factor` is one more of the usual scale."""
+    settings = config.attention
+    scale = factor / math.sqrt(width) if settings.scale is None else settings.scale
+    return Softmax(scale, settings.softcap, settings.window if config.windowed_layer(index) else None)
+
+
+def attend(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None = None) -> Tensor:
+    """(B, H, S, width of v): the queries are the last S of the T tokens. Sinks (gpt-oss) are logits that draw on no value."""
+    new, seen = q_BHSh.shape[2], k_BGTh.shape[2]
+    if sinks_H is not None or softmax.softcap is not None:
+        return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H)
+    unlimited, grouped = softmax.window is None or softmax.window >= seen, q_BHSh.shape[1] != k_BGTh.shape[1]
+    causal = unlimited and new == seen
+    mask_ST = None if unlimited and new in (1, seen) else visible(new, seen, softmax.window, q_BHSh.device)
+    return F.scaled_dot_product_attention(
+        q_BHSh, k_BGTh, v_BGTh, mask_ST, is_causal=causal, scale=softmax.scale, enable_gqa=grouped
+    )
+
+
+def visible(new: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """(new, seen) booleans: which keys each of the last `new` tokens sees."""
+    mask_ST = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
+    return mask_ST if window is None else mask_ST.triu(seen - new - window + 1)
+
+
+def _attend_in_steps(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None) -> Tensor:
+    """What torch's fused attention cannot do, in fp32 or wider: soft-cap and sinks."""
+    wide = torch.promote_types(q_BHSh.dtype, torch.float32)
+    repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
+    k_BHTh, v_BHTh = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTh, v_BGTh))
+    logits_BHST = (q_BHSh @ k_BHTh.transpose(-1, -2)).to(wide) * softmax.scale
+    if softmax.softcap is not None:
+        logits_BHST = softcapped(logits_BHST, softmax.softcap)
+    hidden_ST = ~visible(logits_BHST.shape[2], logits_BHST.shape[3], softmax.window, q_BHSh.device)
+    logits_BHST = logits_BHST.masked_fill(hidden_ST, -torch.inf)
+    y_BHSh = logits_BHST.softmax(dim=-1).to(v_BHTh.dtype) @ v_BHTh
+    if sinks_H is None:
+        return y_BHSh
+    # The sink's share of the softmax takes the same fraction from every value.
+    kept_BHS1 = (logits_BHST.logsumexp(dim=-1, keepdim=True) - sinks_H.to(wide)[:, None, None]).sigmoid()
+    return (y_BHSh * kept_BHS1).to(y_BHSh.dtype)
+
+
+def softcapped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): about x where it is small, never beyond the cap (Gemma 2)."""
+    return (x / cap).tanh() * cap
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far by one attention layer, for generation."""
+    """Keys and values, or the latents of these, of the tokens seen so far by one attention layer, for generation."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -60,10 +114,6 @@ class KeyValueCache:
         """Tokens in the cache."""
         return 0 if self.keys is None else self.keys.shape[2]
 
-    def mask(self, new: int, device: torch.device) -> Tensor:
-        """(new, length + new) booleans: which keys each of the `new` tokens sees."""
-        return torch.ones(new, self.length + new, dtype=torch.bool, device=device).tril(self.length)
-
     def extend(self, keys_BGSh: Tensor, values_BGSh: Tensor) -> tuple[Tensor, Tensor]:
         """Append, and return all keys and values."""
         if self.keys is not None and self.values is not None:
@@ -73,18 +123,11 @@ class KeyValueCache:
         return keys_BGSh, values_BGSh
 
 
-def rotary_turns(config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Turns:
-    """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider."""
-    wide = torch.promote_types(dtype, torch.float32)
-    width = config.head_width or config.width // config.heads
-    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
-    angles = torch.outer(positions, config.attention.rope.theta**-exponents)
-    return Turns(angles.cos().to(wide), angles.sin().to(wide))
-
-
-def rotate(x: Tensor, turns: Turns) -> Tensor:
-    """Turn the pairs (x[i], x[i + h/2]) of the last dimension of (B, H, S, h) by each position's angles."""
-    first, second = x.chunk(2, dim=-1)
-    turned = (first * turns.cos - second * turns.sin, second * turns.cos + first * turns.sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+def _norm(config: ModelConfig, heads: int, dtype: torch.dtype) -> nn.Module | None:
+    match config.attention.qk_norm:
+        case QKNorm.none:
+            return None
+        case QKNorm.head:
+            return RMSNorm(head_width(config), config.norm_epsilon, dtype)
+        case QKNorm.full:
+            return HeadsNorm(heads * head_width(config), config.norm_epsilon, dtype)

@@ -1,38 +1,63 @@
-"""The experts of one layer as two grouped products: SwiGLU with gate and up in one tensor.
+"""The experts of one layer as two grouped products, with gate and up in one tensor.
 
-E experts on this device, R rows in the order of the experts, D width, F hidden width of an expert.
+E experts on this device, R rows in the order of the experts, D width, F hidden width of an expert, P projections (gate and up, or
+up alone).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import activate, projections
+from .config import Activation
 from .grouped import grouped_mm
 
 
 class Experts(nn.Module):
-    """down_e(silu(gate_e(x)) * up_e(x)) for the rows x of each expert e; no loop over experts.
+    """down_e(f(gate_e(x), up_e(x))) for the rows x of each expert e; no loop over experts.
 
-    Weights: gate_up (E, 2, F, D) and down (E, D, F); dimension 0 is the expert's global id, whatever rank holds it.
+    Weights: gate_up (E, P, F, D) and down (E, D, F), with `bias` also gate_up_bias (E, P, F) and down_bias (E, D); dimension 0 is
+    the expert's global id, whatever rank holds it.
     """
 
-    def __init__(self, experts: int, width: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        experts: int,
+        width: int,
+        hidden: int,
+        dtype: torch.dtype,
+        activation: Activation = Activation.swiglu,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width, dtype=dtype))
+        parts = projections(activation)
+        self.activation = activation
+        self.gate_up = nn.Parameter(torch.empty(experts, parts, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))
+        self.gate_up_bias = nn.Parameter(torch.empty(experts, parts, hidden, dtype=dtype)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(experts, width, dtype=dtype)) if bias else None
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """(R, D) to (R, D); counts_E (int64) says how many rows each expert has, and they sum to R."""
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        both_RF = grouped_mm(x_RD, self.gate_up.to(x_RD.dtype).flatten(1, 2), ends_E)
-        gate_RF, up_RF = both_RF.chunk(2, dim=-1)
-        return grouped_mm(F.silu(gate_RF) * up_RF, self.down.to(x_RD.dtype), ends_E)
+        inner_RF = grouped_mm(x_RD, self.gate_up.to(x_RD.dtype).flatten(1, 2), ends_E)
+        inner_RF = activate(self.activation, _biased(inner_RF, self.gate_up_bias, counts_E))
+        return _biased(grouped_mm(inner_RF, self.down.to(x_RD.dtype), ends_E), self.down_bias, counts_E)
+
+
+def _biased(x_RN: Tensor, bias: Tensor | None, counts_E: Tensor) -> Tensor:
+    """Each row plus the bias of its expert."""
+    if bias is None:
+        return x_RN
+    return x_RN + bias.to(x_RN.dtype).flatten(1).repeat_interleave(counts_E, dim=0, output_size=len(x_RN))
 
 
 def experts_by_loop(experts: Experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:
     """The same function, one expert after the other: the reference of the tests."""
     outputs = []
-    for rows, gate_up, down in zip(x_RD.split(counts_E.tolist()), experts.gate_up, experts.down, strict=True):
-        gate, up = rows @ gate_up[0].T, rows @ gate_up[1].T
-        outputs.append((F.silu(gate) * up) @ down.T)
+    for expert, rows in enumerate(x_RD.split(counts_E.tolist())):
+        inner = rows @ experts.gate_up[expert].flatten(0, 1).T
+        if experts.gate_up_bias is not None:
+            inner = inner + experts.gate_up_bias[expert].flatten()
+        output = activate(experts.activation, inner) @ experts.down[expert].T
+        outputs.append(output if experts.down_bias is None else output + experts.down_bias[expert])
     return torch.cat(outputs)

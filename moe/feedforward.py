@@ -1,18 +1,25 @@
-"""The dense SwiGLU feed-forward (Shazeer 2020): dense layers, and the shared expert of MoE layers."""
+"""The dense feed-forward: dense layers, and the shared expert of MoE layers."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import activate, projections
+from .config import Activation
+
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)) for x of shape (..., D); gate and up are one tensor of shape (2, hidden, D)."""
+    """down(f(gate(x), up(x))), or without a gate down(f(up(x))), for x of shape (..., D).
 
-    def __init__(self, width: int, hidden: int, dtype: torch.dtype) -> None:
+    Weights: gate_up (P, hidden, D), gate and up or up alone, and down (D, hidden).
+    """
+
+    def __init__(self, width: int, hidden: int, dtype: torch.dtype, activation: Activation = Activation.swiglu) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2, hidden, width, dtype=dtype))
+        self.activation = activation
+        self.gate_up = nn.Parameter(torch.empty(projections(activation), hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up.to(x.dtype).flatten(0, 1)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down.to(x.dtype))
+        between = activate(self.activation, F.linear(x, self.gate_up.to(x.dtype).flatten(0, 1)))
+        return F.linear(between, self.down.to(x.dtype))

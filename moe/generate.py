@@ -35,7 +35,7 @@ def generate(
     model.eval()
     device = model.get_parameter("embedding.weight").device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = [KeyValueCache() for _ in model.blocks]
+    cache = [KeyValueCache() for _ in model.layers]
     ids = prompt
     for _ in range(tokens):
         logits_V = model(torch.tensor([ids], device=device), cache=cache)[0, -1, :vocabulary].float()

@@ -44,9 +44,11 @@ def fill(
 
 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Ones for norms; else normal, smaller for the projections that write to the residual stream (GPT-2)."""
+    """Ones for norms, zeros for biases and sinks; else normal, smaller for what writes to the residual stream (GPT-2)."""
     if "norm" in name:
         return torch.ones(shape)
+    if name.endswith((".bias", ".sinks")) or "_bias" in name:  # of experts: down_bias.7
+        return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     std = config.init_std

@@ -10,6 +10,7 @@ from .config import ModelConfig
 from .dispatch import Dispatcher, LocalDispatcher
 from .experts import Experts
 from .feedforward import FeedForward
+from .linear import Linear
 from .router import Router, RoutingStats
 
 
@@ -24,8 +25,9 @@ class MoELayer(nn.Module):
         moe = config.moe
         self.router = Router(config.width, moe, dtype)
         self.dispatcher: Dispatcher = LocalDispatcher(moe.experts)
-        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype)
-        self.shared = FeedForward(config.width, moe.shared_hidden, dtype) if moe.shared_hidden else None
+        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype, moe.activation, moe.bias)
+        self.shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation) if moe.shared_hidden else None
+        self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
@@ -35,5 +37,8 @@ class MoELayer(nn.Module):
         y_RD = self.experts(arrived.tokens_RD, arrived.counts_E)
         y_BSD = self.dispatcher.combine(y_RD, arrived).view_as(x_BSD)
         if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
+            y_BSD = y_BSD + self._shared(self.shared, x_BSD)
         return y_BSD, routing.stats
+
+    def _shared(self, shared: FeedForward, x_BSD: Tensor) -> Tensor:
+        return shared(x_BSD) if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * shared(x_BSD)

@@ -1,4 +1,6 @@
-"""Linear, embedding and norm whose weights may be wider than the activations: they are cast to the activations' type where used."""
+"""Linear, embedding and norms. Weights may be wider than the activations: they are cast to the activations' type where used."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +8,18 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """x @ weight.T for x of shape (..., inputs); weight of shape (outputs, inputs), no bias."""
+    """x @ weight.T + bias for x of shape (..., inputs); weight of shape (outputs, inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
+        self.adds_bias = bias
+        """False where the output is one part of a sum and another part has the bias already."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = self.bias.to(x.dtype) if self.bias is not None and self.adds_bias else None
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Module):
@@ -48,3 +54,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+
+
+class HeadsNorm(nn.Module):
+    """RMSNorm over all heads together, for x of shape (..., H, h), where this device may hold some of the heads.
+
+    `add_up` sums a tensor over the devices that hold the others; `width` is that of all heads.
+    """
+
+    def __init__(self, width: int, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.epsilon = width, epsilon
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.add_up: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(dim=(-2, -1), keepdim=True)
+        squares = squares if self.add_up is None else self.add_up(squares)
+        normed = wide * (squares / self.width + self.epsilon).rsqrt()
+        return (normed * self.weight.to(wide.dtype).view(x.shape[-2:])).to(x.dtype)

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention, KeyValueCache, Turns, rotary_turns
-from .config import ModelConfig
+from .attention import Attention, KeyValueCache, softcapped
+from .config import AttentionKind, ModelConfig
 from .feedforward import FeedForward
 from .layer import MoELayer
 from .linear import Embedding, Linear, RMSNorm, TiedHead
+from .mla import LatentAttention
+from .mtp import Prediction, ahead
+from .rotary import Turns, rotary_turns
 from .router import RoutingStats
 
 
@@ -35,11 +38,13 @@ class Transformer(nn.Module):
         self.head: nn.Module = (
             TiedHead(self.embedding) if config.tie_embeddings else Linear(config.width, config.vocabulary, dtype=weights)
         )
+        further = (Block(config, config.layers + i, weights) for i in range(config.mtp_depth))
+        self.mtp = nn.ModuleDict({str(i): Prediction(config, block, weights) for i, block in enumerate(further)})
 
     @property
     def blocks(self) -> list["Block"]:
-        """The blocks in order."""
-        return [block for block in self.layers.values() if isinstance(block, Block)]
+        """All blocks in order; those of multi-token prediction, which only training runs, come last."""
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def forward(
         self,
@@ -47,45 +52,86 @@ class Transformer(nn.Module):
         valid_BS: Tensor | None = None,
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
+        with_mtp: bool = False,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
 
-        valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per block, see
-        `KeyValueCache`), ids_BS are the tokens that follow those already in it.
+        valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per layer, see `KeyValueCache`),
+        ids_BS are the tokens that follow those already in it. With `with_mtp` a triple: the third are the logits of each module
+        of multi-token prediction (see moe/mtp.py), and the statistics of their MoE layers follow those of the others. These
+        modules run in training alone.
         """
         start = cache[0].length if cache else 0
-        x_BSD = self.embedding(ids_BS).to(self.activations)
         turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations)
-        stats: list[RoutingStats] = []
-        for index, block in enumerate(self.blocks):
+        x_BSD = self._embed(ids_BS)
+        stats: list[RoutingStats | None] = []
+        for index, block in enumerate(self.layers.values()):
             x_BSD, routed = block(x_BSD, turns, valid_BS, cache[index] if cache else None)
-            if routed is not None:
-                stats.append(routed)
-        logits_BSV = self.head(self.norm(x_BSD))
-        return (logits_BSV, stats) if with_stats else logits_BSV
+            stats.append(routed)
+        logits_BSV = self._logits(self.norm(x_BSD))
+        further = self._predict_further(x_BSD, ids_BS, valid_BS, turns, stats) if with_mtp and self.training else []
+        of_moe_layers = [routed for routed in stats if routed is not None]
+        if with_mtp:
+            return logits_BSV, of_moe_layers, further
+        return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
+
+    def _predict_further(
+        self, x_BSD: Tensor, ids_BS: Tensor, valid_BS: Tensor | None, turns: Turns, stats: list[RoutingStats | None]
+    ) -> list[Tensor]:
+        """Logits of each module, whose positions are valid if their targets are; adds to `stats`."""
+        valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
+        logits = []
+        for depth, module in enumerate(self.mtp.values(), 1):
+            assert isinstance(module, Prediction)
+            embedded_BSD = self._embed(ahead(ids_BS, depth, 0))
+            x_BSD, routed = module(x_BSD, embedded_BSD, turns, ahead(valid_BS, depth, False))
+            stats.append(routed)
+            logits.append(self._logits(module.norm(x_BSD)))
+        return logits
+
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        return _times(self.embedding(ids_BS).to(self.activations), self.config.embedding_multiplier)
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
+        logits_BSV = _times(self.head(x_BSD), self.config.output_multiplier)
+        return logits_BSV if self.config.output_softcap is None else softcapped(logits_BSV, self.config.output_softcap)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor  # a copy of the logits is not cheap
 
 
 class Block(nn.Module):
-    """One transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """One transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
+
+    With sandwich norms also what is added is normed (Gemma 2).
+    """
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
-        self.attention = Attention(config, weights)
-        self.feedforward_norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
-        if config.moe_layer(index):
-            self.moe: MoELayer | None = MoELayer(config, weights)
-            self.dense: FeedForward | None = None
-        else:
-            self.moe, self.dense = None, FeedForward(config.width, config.hidden, weights)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.width, config.norm_epsilon, dtype=weights)
+
+        latent = config.attention.kind is AttentionKind.mla
+        self.attention_norm, self.feedforward_norm = norm(), norm()
+        self.attention = LatentAttention(config, weights, index) if latent else Attention(config, weights, index)
+        self.attention_post_norm = norm() if config.sandwich_norms else None
+        self.feedforward_post_norm = norm() if config.sandwich_norms else None
+        moe = config.moe_layer(index)
+        self.moe = MoELayer(config, weights) if moe else None
+        self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
 
     def forward(
         self, x_BSD: Tensor, turns: Turns, valid_BS: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turns, cache)
-        normed_BSD = self.feedforward_norm(x_BSD)
-        if self.moe is None:
-            assert self.dense is not None
-            return x_BSD + self.dense(normed_BSD), None
-        y_BSD, stats = self.moe(normed_BSD, valid_BS)
-        return x_BSD + y_BSD, stats
+        y_BSD = self.attention(self.attention_norm(x_BSD), turns, cache)
+        x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
+        y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), valid_BS)
+        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
+
+    def _feedforward(self, x_BSD: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+        if self.moe is not None:
+            return self.moe(x_BSD, valid_BS)
+        assert self.dense is not None
+        return self.dense(x_BSD), None

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..moe import init
+from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import ParallelConfig
 from .expert import ExchangeDispatcher
@@ -102,16 +103,17 @@ def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Pie
 def _compile(model: Transformer) -> None:
     """Routing and dispatch stay outside: their shapes and splits are known only when the tokens are."""
     for block in model.blocks:
-        for module in (block.attention, block.attention_norm, block.feedforward_norm, block.dense):
+        norms = (block.attention_norm, block.attention_post_norm, block.feedforward_norm, block.feedforward_post_norm)
+        for module in (block.attention, *norms, block.dense):
             if module is not None:
                 module.compile()
 
 
 def _place(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> dict[str, Placed]:
-    return {name: _place_one(name, parameter, mesh, pieces[name]) for name, parameter in model.named_parameters()}
+    return {name: _place_one(name, parameter, mesh, pieces[name], model.config) for name, parameter in model.named_parameters()}
 
 
-def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece) -> Placed:
+def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece, config: ModelConfig) -> Placed:
     """A piece is copied by every rank that neither FSDP, nor tensor, nor expert parallelism tells apart."""
     kind = "expert_" if ".experts." in name else ""
     sharded = isinstance(parameter, DTensor)
@@ -120,7 +122,7 @@ def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece) -> 
     names = [kind + "replicate"]
     if not sharded:
         names.append(kind + "shard")
-    if not kind and sliced_dim(name) is None:
+    if not kind and sliced_dim(name, config) is None:
         names.append("tensor")
     assert tuple(local(parameter).shape) == piece.sizes, f"{name} is {tuple(local(parameter).shape)}, not {piece.sizes}"
     return Placed(parameter, piece, mesh.axis(*names))

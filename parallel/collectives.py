@@ -22,6 +22,11 @@ def scatter_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
     return x_BSD if axis.size == 1 else _ScatterSequence.apply(x_BSD, axis)  # pyright: ignore[reportReturnType]
 
 
+def add_up_parts(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of the ranks' `x`, on every rank. Each rank uses it for its own part of the loss, so its gradient is summed too."""
+    return x if axis.size == 1 else _AddUpParts.apply(x, axis)  # pyright: ignore[reportReturnType]
+
+
 def exchange_rows(rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
     """Rows in the order of the ranks they go to (`send` says how many to each) to those that came, in the order of the ranks.
 
@@ -92,6 +97,17 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _gather(grads[0], ctx.axis), None
+
+
+class _AddUpParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return sum_over(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return sum_over(grads[0].clone(), ctx.axis), None
 
 
 class _ExchangeRows(torch.autograd.Function):

@@ -3,15 +3,22 @@
 Between the sublayers every tensor rank holds a slice of each sequence. Attention and dense feed-forwards gather the sequence,
 compute their own heads or hidden columns, and scatter the sum. Norms, routers, shared experts work on the slice, with weights
 that every rank holds whole; so does the MoE layer, which routes each token on one rank only.
+
+A weight that is whole on every rank gets from each rank the gradient of that rank's slice, or of that rank's heads (norms of heads
+and latents), so that the sum over the ranks is the gradient.
 """
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..moe.linear import TiedHead
+from ..moe.attention import Attention
+from ..moe.config import AttentionKind, ModelConfig, QKNorm
+from ..moe.linear import HeadsNorm, TiedHead
+from ..moe.mla import LatentAttention
 from ..moe.model import Transformer
-from .collectives import gather_sequence, scatter_sequence
+from .collectives import add_up_parts, gather_sequence, scatter_sequence
 from .mesh import Axis, Mesh
 from .pieces import Piece
 from .vocabulary import VocabularyParallelEmbedding
@@ -22,23 +29,34 @@ SLICED = {
     "attention.q.weight": 0,
     "attention.k.weight": 0,
     "attention.v.weight": 0,
+    "attention.q.bias": 0,
+    "attention.k.bias": 0,
+    "attention.v.bias": 0,
+    "attention.sinks": 0,
+    "attention.q_up.weight": 0,
+    "attention.kv_up.weight": 0,
     "attention.o.weight": 1,
     "dense.gate_up": 1,
     "dense.down": 1,
 }
 """Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
 
+NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
+"""Sliced too where a norm spans all heads."""
 
-def sliced_dim(name: str) -> int | None:
+
+def sliced_dim(name: str, config: ModelConfig) -> int | None:
     """The dimension in which tensor ranks share the parameter, or None."""
-    return next((dim for ending, dim in SLICED.items() if name.endswith(ending)), None)
+    spanning = config.attention.kind is AttentionKind.gqa and config.attention.qk_norm is QKNorm.full
+    sliced = SLICED | NORMS_OF_ALL_HEADS if spanning else SLICED
+    return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
     """Slice the weights, and put the gathers and scatters around the modules as hooks. Updates `pieces`."""
     axis = mesh.tensor
     for name, parameter in list(model.named_parameters()):
-        dim = sliced_dim(name)
+        dim = sliced_dim(name, model.config)
         if dim is not None:
             replace_parameter(model, name, parameter.chunk(axis.size, dim)[axis.rank].contiguous())
             pieces[name] = narrowed(pieces[name], dim, axis)
@@ -49,12 +67,29 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piec
         model.head = TiedHead(model.embedding)
     model.head.register_forward_pre_hook(_gather_input(axis))
     for block in model.blocks:
-        for module in (block.attention, block.dense):
-            if module is not None:
-                module.register_forward_pre_hook(_gather_input(axis))
-                module.register_forward_hook(_scatter_output(axis))
+        _spread_attention(block.attention, axis)
+        if block.dense is not None:
+            block.dense.register_forward_pre_hook(_gather_input(axis))
+            block.dense.register_forward_hook(_scatter_output(axis))
         if block.moe is not None:
             block.moe.register_forward_pre_hook(_slice_validity(axis))
+
+
+def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
+    """Latents are made of the slice and then gathered: they are smaller than what they are made of."""
+    if isinstance(attention, Attention):
+        attention.register_forward_pre_hook(_gather_input(axis))
+        for norm in (attention.q_norm, attention.k_norm):
+            if isinstance(norm, HeadsNorm):
+                norm.add_up = functools.partial(add_up_parts, axis=axis)
+    else:
+        attention.kv_down.register_forward_hook(_gather_output(axis))
+        if attention.widths.q_rank is None:
+            attention.q.register_forward_pre_hook(_gather_input(axis))
+        else:
+            attention.q_down.register_forward_hook(_gather_output(axis))
+    attention.o.adds_bias = axis.rank == 0
+    attention.register_forward_hook(_scatter_output(axis))
 
 
 def narrowed(piece: Piece, dim: int, axis: Axis) -> Piece:
@@ -74,6 +109,10 @@ def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
 
 def _gather_input(axis: Axis) -> Any:
     return lambda _module, inputs: (gather_sequence(inputs[0], axis), *inputs[1:])
+
+
+def _gather_output(axis: Axis) -> Any:
+    return lambda _module, _inputs, output: gather_sequence(output, axis)
 
 
 def _scatter_output(axis: Axis) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import balance_loss
-from ..moe.config import MoEConfig, Scope
+from ..moe.config import ModelConfig, MoEConfig, Scope
+from ..moe.mtp import ahead
 from ..moe.router import RoutingStats
 from ..parallel.mesh import Mesh
 from ..parallel.scopes import scope_counts
@@ -27,6 +28,8 @@ class Totals(NamedTuple):
     """Sequences of the global batch."""
     micro_batches: int
     """Micro-batches of the global batch."""
+    mtp_tokens: tuple[int, ...] = ()
+    """Tokens of the global batch that each module of multi-token prediction predicts."""
 
 
 class Losses(NamedTuple):
@@ -40,6 +43,8 @@ class Losses(NamedTuple):
     z_L: Tensor
     counts_LE: Tensor
     dropped_L: Tensor
+    mtp_D: Tensor = torch.empty(0)
+    """Cross entropy of each module of multi-token prediction, by its own tokens; see `add_mtp`."""
 
 
 def losses(
@@ -65,6 +70,23 @@ def losses(
         counts_LE=counts_LBE.sum(1),
         dropped_L=torch.stack([layer.dropped for layer in stats]),
     )
+
+
+def add_mtp(share: Losses, logits: list[Tensor], targets_BS: Tensor, config: ModelConfig, totals: Totals, mesh: Mesh) -> Losses:
+    """With coefficient x the mean of the modules' cross entropies (DeepSeek-V3, eq. 24-25).
+
+    Module d predicts at position i the target of i + d; there is none where that is beyond the sequence.
+    """
+    if not logits:
+        return share._replace(mtp_D=share.objective.new_zeros(0))
+    parts = []
+    for depth, logits_BSV in enumerate(logits, 1):
+        targets_T = ahead(targets_BS, depth, IGNORE).flatten()
+        summed = cross_entropy_sum(logits_BSV.flatten(0, 1), targets_T, IGNORE, mesh.tensor)
+        parts.append(summed / totals.mtp_tokens[depth - 1])
+    mtp_D = torch.stack(parts)
+    objective = share.objective + config.mtp_coefficient * mtp_D.mean()
+    return share._replace(objective=objective, mtp_D=mtp_D.detach() / mesh.tensor.size)
 
 
 def _balance(counts_LBE: Tensor, scores_LBE: Tensor, config: MoEConfig, totals: Totals, mesh: Mesh) -> Tensor:

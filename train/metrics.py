@@ -36,6 +36,8 @@ class StepResult:
     """Tokens x top-k routed to each expert in the global batch, before any is dropped; int64; no rows for a dense model."""
     dropped_L: "Tensor | Sequence[int]"
     """How many of those each layer dropped; int64."""
+    loss_mtp: float | None = None
+    """Mean cross entropy of the modules of multi-token prediction; None without any."""
 
 
 class Meter:
@@ -48,7 +50,7 @@ class Meter:
         self.tokens = tokens
         self.peak_flops = peak_flops
         self.flops_per_token = training_flops_per_token(model, sequence_length)
-        self.layers = [index for index in range(model.layers) if model.moe_layer(index)]
+        self.layers = [index for index in range(model.layers + model.mtp_depth) if model.moe_layer(index)]
 
     def record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """The record of a step that took `seconds` from batch to update. Call it once for every step, logged or not.
@@ -63,6 +65,7 @@ class Meter:
             "loss": result.loss,
             "loss_balance": result.loss_balance,
             "loss_z": result.loss_z,
+            **({} if result.loss_mtp is None else {"loss_mtp": result.loss_mtp}),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": per_second,

@@ -154,6 +154,7 @@ def step_result(step: int, logged: Logged) -> StepResult:
         lr=logged.lr,
         counts_LE=numbers.counts_LE.tolist(),
         dropped_L=numbers.dropped_L.tolist(),
+        loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
     )
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..data.batches import IGNORE
+from ..moe.mtp import ahead
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
-from .loss import Losses, Totals, losses
+from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
 
 
@@ -29,6 +30,8 @@ class StepNumbers(NamedTuple):
     z_L: Tensor
     counts_LE: Tensor
     dropped_L: Tensor
+    mtp_D: Tensor
+    """Cross entropy of each module of multi-token prediction."""
     gradient_norm: Tensor
 
 
@@ -54,25 +57,30 @@ def train_step(
 
 def forward(parallel: Parallel, rows: Rows, totals: Totals) -> Losses:
     """Losses of one micro-batch."""
-    logits_BSV, stats = parallel.model(rows.ids, rows.targets != IGNORE, with_stats=True)
-    return losses(logits_BSV, rows.targets, stats, parallel.model.config.moe, totals, parallel.mesh)
+    config = parallel.model.config
+    logits_BSV, stats, further = parallel.model(rows.ids, rows.targets != IGNORE, with_mtp=True)
+    share = losses(logits_BSV, rows.targets, stats, config.moe, totals, parallel.mesh)
+    return add_mtp(share, further, rows.targets, config, totals, parallel.mesh)
 
 
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
     """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks."""
-    tokens = torch.stack([(rows.targets != IGNORE).sum() for rows in micro_batches]).sum()
-    sequences = tokens.new_tensor(sum(len(rows.ids) for rows in micro_batches))
-    tokens, sequences = sum_over(torch.stack([tokens, sequences]), parallel.mesh.data).tolist()
-    return Totals(max(1, tokens), sequences, len(micro_batches))
+    depths = range(parallel.model.config.mtp_depth + 1)  # the model itself predicts 0 tokens further
+    valid = [[(ahead(rows.targets, depth, IGNORE) != IGNORE).sum() for depth in depths] for rows in micro_batches]
+    tokens = torch.stack([torch.stack(counts) for counts in valid]).sum(0)
+    sequences = tokens.new_tensor([sum(len(rows.ids) for rows in micro_batches)])
+    sequences, tokens, *mtp_tokens = sum_over(torch.cat([sequences, tokens]), parallel.mesh.data).tolist()
+    return Totals(max(1, tokens), sequences, len(micro_batches), tuple(max(1, count) for count in mtp_tokens))
 
 
 def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor) -> StepNumbers:
     """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53)."""
     layers, experts = shares[0].counts_LE.shape
-    parts = [(s.cross_entropy.view(1), s.balance_L, s.z_L, s.dropped_L, s.counts_LE.flatten()) for s in shares]
+    parts = [(s.cross_entropy.view(1), s.balance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten()) for s in shares]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     everything = sum_over(torch.cat([squared.view(1), mine]), parallel.mesh.everyone)
-    squared, cross_entropy, balance_L, z_L, dropped_L, counts = everything.split([1, 1, layers, layers, layers, layers * experts])
+    sizes = [1, 1, layers, layers, layers, len(shares[0].mtp_D), layers * experts]
+    squared, cross_entropy, balance_L, z_L, dropped_L, mtp_D, counts = everything.split(sizes)
     return StepNumbers(
         totals.tokens,
         cross_entropy.squeeze(0),
@@ -80,5 +88,6 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
         z_L,
         counts.long().view(layers, experts),
         dropped_L.long(),
+        mtp_D,
         squared.squeeze(0).sqrt(),
     )

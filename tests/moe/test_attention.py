@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.attention import Attention, KeyValueCache, Turns, rotary_turns, rotate
+from tokenyard.moe.attention import Attention, KeyValueCache
 from tokenyard.moe.config import AttentionConfig, ModelConfig, RopeConfig
+from tokenyard.moe.rotary import Turns, rotary_turns, rotate
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -1,0 +1,98 @@
+"""Rotary position embeddings (Su et al. 2021), and their scaling to longer contexts: linear, YaRN (Peng et al. 2023), Llama 3.
+
+B sequences, H heads, S tokens, h width of a head, r rotated dimensions of it (the first r).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import AttentionKind, ModelConfig, RopeConfig, RopeScaling
+from .count import head_width
+
+
+class Turns(NamedTuple):
+    """Cosines and sines of the rotary angles, each of shape (S, r / 2), times the factor of YaRN."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_turns(config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Turns:
+    """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rope = config.attention.rope
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
+    angles = torch.outer(positions, frequencies(rope, rotary_width(config), device))
+    factor = turns_factor(rope)
+    return Turns((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide))
+
+
+def rotate(x: Tensor, turns: Turns, interleaved: bool = False) -> Tensor:
+    """Turn pairs of the first r dimensions of (B, H, S, h) by each position's angles: (i, i + r/2), or interleaved (2i, 2i + 1)."""
+    width = 2 * turns.cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], turns, interleaved), x[..., width:]], dim=-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    turned = (first * turns.cos - second * turns.sin, second * turns.cos + first * turns.sin)
+    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
+
+
+def rotary_width(config: ModelConfig) -> int:
+    """How many dimensions of a head are rotated."""
+    if config.attention.kind is AttentionKind.mla:
+        return config.attention.mla.rope_width
+    return int(head_width(config) * config.attention.rope.fraction)
+
+
+def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:
+    """Radians per position of each of the width / 2 pairs, fp64."""
+    plain = rope.theta ** -(torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    match rope.scaling:
+        case RopeScaling.none:
+            return plain
+        case RopeScaling.linear:
+            return plain / rope.factor
+        case RopeScaling.yarn:
+            return torch.lerp(plain, plain / rope.factor, _yarn_ramp(rope, width, plain))
+        case RopeScaling.llama3:
+            turns = rope.original_length * plain / (2 * math.pi)
+            low, high = rope.low_frequency_factor, rope.high_frequency_factor
+            return torch.lerp(plain / rope.factor, plain, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+def turns_factor(rope: RopeConfig) -> float:
+    """What YaRN multiplies cosines and sines by, so the logits by its square; 1 for all others."""
+    if rope.scaling is not RopeScaling.yarn:
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all:
+        return _logarithmic(rope.factor, rope.mscale) / _logarithmic(rope.factor, rope.mscale_all)
+    return _logarithmic(rope.factor, 1.0)
+
+
+def logits_factor(rope: RopeConfig) -> float:
+    """What DeepSeek's YaRN multiplies the attention's scale by; 1 for all others."""
+    return _logarithmic(rope.factor, rope.mscale_all) ** 2 if rope.scaling is RopeScaling.yarn else 1.0
+
+
+def _logarithmic(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
+
+
+def _yarn_ramp(rope: RopeConfig, width: int, like: Tensor) -> Tensor:
+    """From 0 (kept: turns often in the original context) to 1 (interpolated), by pair."""
+
+    def pair(turns: float) -> float:
+        """The pair, as a real number, that turns so often in the original context."""
+        return width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    span = high - low or 0.001
+    return ((torch.arange(width // 2, device=like.device, dtype=like.dtype) - low) / span).clamp(0, 1)
