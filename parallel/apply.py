@@ -14,11 +14,12 @@ from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import ParallelConfig
 from .expert import ExchangeDispatcher
-from .fsdp import apply_fsdp, shard_dim
+from .fsdp import apply_fsdp
+from .layout import shard_dim, sliced_dim
 from .mesh import Axis, Mesh
 from .pieces import Piece, whole
 from .scopes import RankSurroundings
-from .tensor import apply_tensor_parallel, narrowed, replace_parameter, sliced_dim
+from .tensor import apply_tensor_parallel, narrowed, replace_parameter
 
 log = logging.getLogger("tokenyard")
 

@@ -2,6 +2,8 @@
 
 import math
 
+from ..moe.config import AttentionKind, ModelConfig, QKNorm
+from ..moe.shapes import Shapes, shapes
 from .config import ParallelConfig
 
 SLICED = {
@@ -23,13 +25,24 @@ SLICED = {
 """Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
 
 
-def sliced_dim(name: str) -> int | None:
+NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
+"""Sliced too where a norm spans all heads."""
+
+
+def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Shapes:
+    """What rank 0 of `world` holds of each parameter between steps; where a dimension does not divide, no rank holds more."""
+    return {name: _rank_shape(name, shape, config, parallel, world) for name, shape in shapes(config).items()}
+
+
+def sliced_dim(name: str, config: ModelConfig) -> int | None:
     """The dimension in which tensor ranks share the parameter, or None."""
-    return next((dim for ending, dim in SLICED.items() if name.endswith(ending)), None)
+    spanning = config.attention.kind is AttentionKind.gqa and config.attention.qk_norm is QKNorm.full
+    sliced = SLICED | NORMS_OF_ALL_HEADS if spanning else SLICED
+    return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
 
 
 def stays_whole(name: str, dims: int) -> bool:
-    """Whether FSDP leaves a parameter of so many dimensions alone: norms, biases and routers are small."""
+    """Whether FSDP leaves a parameter of so many dimensions alone."""
     return dims < 2 or ".router." in name
 
 
@@ -38,19 +51,18 @@ def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
-def expert_shard(parallel: ParallelConfig, world: int) -> int:
+def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
     """Ways in which FSDP shards experts: over as many of the ranks that hold the same experts as `shard` allows."""
     return math.gcd(parallel.shard, world // parallel.expert)
 
 
-def rank_shape(name: str, shape: tuple[int, ...], parallel: ParallelConfig, world: int) -> tuple[int, ...]:
-    """What rank 0 holds of a parameter between steps; where a dimension does not divide, no rank holds more."""
+def _rank_shape(name: str, shape: tuple[int, ...], config: ModelConfig, parallel: ParallelConfig, world: int) -> tuple[int, ...]:
     sizes = list(shape)
     if ".experts." in name:
         sizes[0] //= parallel.expert
-        ranks = expert_shard(parallel, world)
+        ranks = expert_shard_ranks(parallel, world)
     else:
-        sliced = sliced_dim(name)
+        sliced = sliced_dim(name, config)
         if sliced is not None:
             sizes[sliced] //= parallel.tensor
         ranks = 1 if stays_whole(name, len(sizes)) else parallel.shard

@@ -14,42 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..moe.attention import Attention
-from ..moe.config import AttentionKind, ModelConfig, QKNorm
 from ..moe.linear import HeadsNorm, TiedHead
 from ..moe.mla import LatentAttention
 from ..moe.model import Transformer
 from .collectives import add_up_parts, gather_sequence, scatter_sequence
+from .layout import sliced_dim
 from .mesh import Axis, Mesh
 from .pieces import Piece
 from .vocabulary import VocabularyParallelEmbedding
-
-SLICED = {
-    "embedding.weight": 0,
-    "head.weight": 0,
-    "attention.q.weight": 0,
-    "attention.k.weight": 0,
-    "attention.v.weight": 0,
-    "attention.q.bias": 0,
-    "attention.k.bias": 0,
-    "attention.v.bias": 0,
-    "attention.sinks": 0,
-    "attention.q_up.weight": 0,
-    "attention.kv_up.weight": 0,
-    "attention.o.weight": 1,
-    "dense.gate_up": 1,
-    "dense.down": 1,
-}
-"""Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
-
-NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
-"""Sliced too where a norm spans all heads."""
-
-
-def sliced_dim(name: str, config: ModelConfig) -> int | None:
-    """The dimension in which tensor ranks share the parameter, or None."""
-    spanning = config.attention.kind is AttentionKind.gqa and config.attention.qk_norm is QKNorm.full
-    sliced = SLICED | NORMS_OF_ALL_HEADS if spanning else SLICED
-    return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:

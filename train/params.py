@@ -8,8 +8,7 @@ from ..moe.count import Count as Count
 from ..moe.count import count as count
 from ..moe.count import flops_per_token, kv_cache_elements, sum_by_part, training_flops_per_token
 from ..moe.describe import describe_routing, moe_layers
-from ..moe.shapes import shapes
-from ..parallel.layout import rank_shape
+from ..parallel.layout import rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules import broken_rules
 from .schema import written
@@ -50,8 +49,7 @@ def facts(config: Config, world: int) -> dict[str, Any]:
 
 def per_rank(config: Config, world: int) -> dict[str, int]:
     """Parameters that rank 0 of `world` holds between steps (no rank holds more), by part; with multi-token prediction."""
-    local = {name: rank_shape(name, shape, config.parallel, world) for name, shape in shapes(config.model).items()}
-    parts = sum_by_part(local)
+    parts = sum_by_part(rank_shapes(config.model, config.parallel, world))
     return {"total": sum(parts.values()), **parts}
 
 
