@@ -44,7 +44,7 @@ def rotary_width(config: ModelConfig) -> int:
     """How many dimensions of a head are rotated."""
     if config.attention.kind is AttentionKind.mla:
         return config.attention.mla.rope_width
-    return int(head_width(config) * config.attention.rope.fraction)
+    return round(head_width(config) * config.attention.rope.fraction)
 
 
 def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:

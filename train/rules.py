@@ -6,7 +6,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ..data.config import TokenizerKind
-from ..moe.config import ModelConfig
+from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
+from ..moe.count import head_width
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
 
@@ -49,8 +50,32 @@ INTERVALS = {
     "model.dense_first": "[0, inf)",
     "model.moe_every": "[1, inf)",
     "model.norm_epsilon": "(0, inf)",
-    "model.attention.rope.theta": "(0, inf)",
+    "model.embedding_multiplier": "(0, inf)",
+    "model.output_multiplier": "(0, inf)",
+    "model.output_softcap": "(0, inf)",
     "model.init_std": "(0, inf)",
+    "model.mtp_depth": "[0, inf)",
+    "model.mtp_coefficient": "[0, inf)",
+    "model.attention.window": "[1, inf)",
+    "model.attention.window_every": "[1, inf)",
+    "model.attention.softcap": "(0, inf)",
+    "model.attention.scale": "(0, inf)",
+    "model.attention.rope.theta": "(1, inf)",
+    "model.attention.rope.fraction": "(0, 1]",
+    "model.attention.rope.factor": "[1, inf)",
+    "model.attention.rope.original_length": "[1, inf)",
+    "model.attention.rope.beta_fast": "(0, inf)",
+    "model.attention.rope.beta_slow": "(0, inf)",
+    "model.attention.rope.attention_factor": "(0, inf)",
+    "model.attention.rope.mscale": "[0, inf)",
+    "model.attention.rope.mscale_all": "[0, inf)",
+    "model.attention.rope.low_frequency_factor": "(0, inf)",
+    "model.attention.rope.high_frequency_factor": "(0, inf)",
+    "model.attention.mla.q_rank": "[1, inf)",
+    "model.attention.mla.kv_rank": "[1, inf)",
+    "model.attention.mla.nope_width": "[1, inf)",
+    "model.attention.mla.rope_width": "[2, inf)",
+    "model.attention.mla.value_width": "[1, inf)",
     "model.moe.experts": "[0, inf)",
     "model.moe.top_k": "[1, inf)",
     "model.moe.hidden": "[1, inf)",
@@ -101,16 +126,52 @@ def model(config: Config, world: int) -> Iterator[Broken]:
     c = config.model
     if _moe_layers(c) and c.width % 8:
         yield Broken("model.width", "must be a multiple of 8, grouped products want rows of 16 bytes", _multiples(8, c.width))
+    if c.dense_first > c.layers:
+        yield Broken("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
+    if c.mtp_depth >= config.sequence_length:
+        rule = f"must be below sequence_length={config.sequence_length}, or nothing is left to predict"
+        yield Broken("model.mtp_depth", rule, [config.sequence_length - 1])
+
+
+def attention(config: Config, world: int) -> Iterator[Broken]:
+    kind, rope = config.model.attention.kind, config.model.attention.rope
+    yield from (_latent if kind is AttentionKind.mla else _grouped_query)(config.model)
+    if rope.scaling is RopeScaling.llama3 and rope.high_frequency_factor <= rope.low_frequency_factor:
+        rule = f"must be above model.attention.rope.low_frequency_factor={rope.low_frequency_factor:g}"
+        yield Broken("model.attention.rope.high_frequency_factor", rule, [rope.low_frequency_factor * 4])
+    if rope.scaling is RopeScaling.yarn and rope.beta_fast < rope.beta_slow:
+        rule = f"must be at least model.attention.rope.beta_slow={rope.beta_slow:g}"
+        yield Broken("model.attention.rope.beta_fast", rule, [rope.beta_slow])
+
+
+def _grouped_query(c: ModelConfig) -> Iterator[Broken]:
+    fraction = c.attention.rope.fraction
     if c.heads % c.kv_heads:
         yield Broken("model.kv_heads", f"must divide model.heads={c.heads}", _divisors(c.heads))
     if c.head_width is None and c.width % c.heads:
         yield Broken("model.heads", f"must divide model.width={c.width}", _divisors(c.width))
-    if c.head_width is None and c.width // c.heads % 2:
+    if fraction == 1 and c.head_width is None and c.width // c.heads % 2:
         yield Broken("model.heads", f"must divide model.width={c.width} into even heads, rotation takes pairs", _divisors(c.width))
-    if c.head_width is not None and c.head_width % 2:
+    if fraction == 1 and c.head_width is not None and c.head_width % 2:
         yield Broken("model.head_width", "must be even, rotary embeddings take pairs", _multiples(2, c.head_width))
-    if c.dense_first > c.layers:
-        yield Broken("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
+    width = head_width(c)
+    if abs(fraction * width / 2 - round(fraction * width / 2)) > 1e-9:
+        rule = f"must be an even share of the {width} dimensions of a head, rotation takes pairs"
+        yield Broken("model.attention.rope.fraction", rule, [pairs * 2 / width for pairs in range(1, width // 2 + 1)])
+
+
+def _latent(c: ModelConfig) -> Iterator[Broken]:
+    """What multi-head latent attention has no place for, and its rotary part."""
+    a = c.attention
+    if a.mla.rope_width % 2:
+        yield Broken(
+            "model.attention.mla.rope_width", "must be even, rotary embeddings take pairs", _multiples(2, a.mla.rope_width)
+        )
+    left_out = ("rope.fraction", 1.0), ("qk_norm", QKNorm.none), ("qkv_bias", False), ("output_bias", False), ("sinks", False)
+    for name, value in left_out:
+        if attrgetter(name)(a) != value:
+            text = value.value if isinstance(value, QKNorm) else str(value).lower().removesuffix(".0")
+            yield Broken(f"model.attention.{name}", f"must be {text} with model.attention.kind=mla", [value])
 
 
 def experts(config: Config, world: int) -> Iterator[Broken]:
@@ -194,6 +255,7 @@ def launch(config: Config, world: int) -> Iterator[Broken]:
 RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     intervals,
     model,
+    attention,
     experts,
     tokenizer,
     schedule,
@@ -214,14 +276,16 @@ def _needs(degree: int, world: int) -> str:
 
 def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
     """The sizes that tensor-parallel ranks share."""
-    yield from ("model.heads", "model.kv_heads")
-    if _moe_layers(c) < c.layers:
+    yield "model.heads"
+    if c.attention.kind is AttentionKind.gqa:
+        yield "model.kv_heads"
+    if _moe_layers(c) < c.layers + c.mtp_depth:
         yield "model.hidden"
     yield from ("model.vocabulary", "sequence_length")
 
 
 def _moe_layers(c: ModelConfig) -> int:
-    return sum(c.moe_layer(index) for index in range(c.layers))
+    return sum(c.moe_layer(index) for index in range(c.layers + c.mtp_depth))
 
 
 def _inside(value: float, interval: str) -> bool:

@@ -1,0 +1,92 @@
+"""Every architecture gives the numbers of one process on every layout, in fp64: losses, counts, every gradient, weights.
+
+What tensor parallelism slices, gathers and sums differs between them: see parallel/tensor.py.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from parity import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
+from tokenyard.moe.config import (
+    Activation,
+    AttentionConfig,
+    AttentionKind,
+    BalanceConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    QKNorm,
+    RopeConfig,
+    RopeScaling,
+)
+
+LAYOUTS = {
+    "tensor 2": Layout(2, tensor=2),
+    "tensor 2 x expert 2": Layout(4, tensor=2, expert=2),
+    "tensor 4 x expert 4": Layout(4, tensor=4, expert=4),
+    "shard 2 x expert 2": Layout(2, shard=2, expert=2),
+    "tensor 2 x shard 2, recompute": Layout(4, tensor=2, shard=2, recompute=True),
+}
+
+
+def case(attention: AttentionConfig, moe: dict[str, Any] | None = None, micro_batches: int = 1, **model: Any) -> Case:
+    balance = BalanceConfig(coefficient=0.05)
+    experts = MoEConfig(**({"experts": 8, "hidden": 16, "z_coefficient": 0.01, "balance": balance} | (moe or {})))
+    sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 4, "hidden": 24, "vocabulary": VOCABULARY, "init_std": 0.3}
+    return Case(ModelConfig(**(sizes | {"attention": attention, "moe": experts} | model)), micro_batches)
+
+
+def latent(q_rank: int | None) -> AttentionConfig:
+    rope = RopeConfig(
+        interleaved=True, scaling=RopeScaling.yarn, factor=4.0, original_length=8, mscale=1.0, mscale_all=0.7, beta_fast=4.0
+    )
+    mla = MLAConfig(q_rank=q_rank, kv_rank=12, nope_width=6, rope_width=4, value_width=5)
+    return AttentionConfig(kind=AttentionKind.mla, mla=mla, rope=rope)
+
+
+CASES = {
+    "mla, first layer dense": case(latent(None), dense_first=1),
+    "mla with latent queries": case(latent(10), {"shared_hidden": 16}),
+    "gpt-oss: sinks, alternating window, biases, clamped swiglu": case(
+        AttentionConfig(sinks=True, window=3, window_every=2, qkv_bias=True, output_bias=True),
+        {"activation": Activation.swiglu_clamped, "bias": True},
+    ),
+    "full-width qk norm, sandwich, soft-caps, multipliers": case(
+        AttentionConfig(qk_norm=QKNorm.full, softcap=2.0, scale=0.3, rope=RopeConfig(fraction=0.5)),
+        {"activation": Activation.geglu},
+        sandwich_norms=True,
+        embedding_multiplier=3.0,
+        output_multiplier=0.5,
+        output_softcap=4.0,
+        dense_first=1,
+        activation=Activation.relu_squared,
+    ),
+    "per-head qk norm, gated shared expert, tied": case(
+        AttentionConfig(qk_norm=QKNorm.head), {"shared_hidden": 16, "shared_gate": True}, tie_embeddings=True
+    ),
+    "multi-token prediction": case(latent(10), mtp_depth=2, mtp_coefficient=0.5, micro_batches=2),
+    "multi-token prediction, every second layer, tied": case(
+        AttentionConfig(output_bias=True), mtp_depth=2, moe_every=2, tie_embeddings=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: str) -> None:
+    assert_layout_gives_the_numbers_of_one_process(ranks, layout, CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_worth_comparing_with(name: str) -> None:
+    """Every parameter takes part, and the parts that start at zero or one have been trained away from it."""
+    expected, config = reference(CASES[name]), CASES[name].config
+    idle = [parameter for parameter, gradient in expected["gradients"].items() if not gradient.abs().max() > 1e-6]
+    assert not idle
+    assert all((weight != weight.round()).any() for weight in expected["weights"].values())
+    first = expected["steps"][0]
+    assert len(first.mtp_D) == config.mtp_depth and (first.mtp_D > 0).all()
+    assert len(first.counts_LE) == sum(config.moe_layer(index) for index in range(config.layers + config.mtp_depth))
+    assert first.tokens < SEQUENCES * LENGTH
+    assert torch.isfinite(first.gradient_norm)
