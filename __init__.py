@@ -1,18 +1,25 @@
 """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .train.load import load_model
+    from .moe.model import Transformer
 
 __version__ = "0.1.0"
 __all__ = ["load_model"]
 
 
-def __getattr__(name: str) -> Any:
-    """`tokenyard.load_model`, which imports torch, at first use."""
-    if name == "load_model":
-        from .train.load import load_model
+def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> "Transformer":
+    """The model of a checkpoint (or of the newest one of a run folder) or of a Hugging Face folder, whole on one device.
 
-        return load_model
-    raise AttributeError(f"module 'tokenyard' has no attribute {name!r}")
+    `model(ids_BS)` gives logits of shape (B, S, V). precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one
+    line, for what is neither, is damaged or cannot be expressed.
+    """
+    if (Path(path) / "config.json").is_file():
+        from .interop.load import load_folder
+
+        return load_folder(path, precision, device)
+    from .train.load import load_model as load_checkpoint
+
+    return load_checkpoint(path, precision, device)

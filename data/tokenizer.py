@@ -88,7 +88,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes, origin: str) -> None:
         """`model`: the bytes of a .model file; `origin`: what an error calls it."""
-        self._model = model
+        self.model = model
+        """The bytes of the .model file."""
         self._processor = _processor(model, origin)
         self.size = self._processor.get_piece_size()
         self.end_of_document = self._processor.eos_id()
@@ -111,7 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self._model)
+        (folder / MODEL_FILE).write_bytes(self.model)
         _save_about(self, TokenizerKind.sentencepiece, folder)
 
 

@@ -77,13 +77,51 @@ def params(argv: list[str]) -> int:
     return params_command(arguments)
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "evaluate": evaluate, "params": params}
+def import_(argv: list[str]) -> int:
+    from .exchange import import_command, split_upcycle
+
+    words, upcycle = split_upcycle(argv)
+    parser = OneLineParser("tokenyard import", description="Makes a checkpoint of a Hugging Face folder.")
+    parser.add_argument("folder", help="Hugging Face folder with config.json and safetensors files")
+    parser.add_argument("out", help="new folder, for the checkpoint step_00000000")
+    parser.add_argument(
+        "--upcycle",
+        action="store_true",
+        help="followed by experts=8 top_k=2 [granularity=G] [seed=S]: make experts of a dense model's feed-forwards",
+    )
+    arguments = parser.parse_args(words)
+    arguments.upcycle = upcycle
+    return import_command(arguments)
+
+
+def export(argv: list[str]) -> int:
+    parser = OneLineParser("tokenyard export", description="Makes a Hugging Face folder of a checkpoint.")
+    parser.add_argument("checkpoint", help="folder of a checkpoint or of a run")
+    parser.add_argument("folder", help="new folder")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (as they are in the checkpoint)")
+    parser.add_argument("--architecture", help="as MixtralForCausalLM (the first that can express the model)")
+    arguments = parser.parse_args(argv)
+    from .exchange import export_command
+
+    return export_command(arguments)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "import": import_,
+    "export": export,
+    "params": params,
+}
 
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
 
   tokenyard train [group=option ...] [key=value ...]     train a model; -m sweeps, --cfg job prints the configuration
   tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
   tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
+  tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
+  tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard VERB --help                                  more about one of them
   tokenyard --version"""

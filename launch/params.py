@@ -16,6 +16,10 @@ PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norm
 """In the order of the table; multi-token prediction comes below the sum."""
 
 
+PUBLISHED_LENGTH = 4096
+"""The sequence length for a Hugging Face folder, unless another one is given."""
+
+
 def params_command(arguments: Namespace) -> int:
     """Prints the table, or with --json one object, or with --table docs/models.md. Returns the exit code."""
     try:
@@ -43,24 +47,31 @@ def configured(words: list[str]) -> tuple[str, Config]:
         raise ConfigError(f"{folders[1]}: one folder at a time; nearest valid: tokenyard params {folders[0]}")
     if folders and chosen:
         raise ConfigError(f"{chosen[0]}: {folders[0]} says what the model is; nearest valid: tokenyard params {folders[0]}")
-    config = compose(overrides)
     if not folders:
         named = [word.partition("=")[2] for word in chosen if word.startswith("model=")]
-        return (named or ["default"])[-1], config
-    config.model = read_model(folders[0])
+        return (named or ["default"])[-1], compose(overrides)
+    config = compose([f"sequence_length={PUBLISHED_LENGTH}", *overrides])
+    config.model = read_model(Path(folders[0]))
     return folders[0], config
 
 
-def read_model(folder: str) -> Any:
+def read_model(folder: Path) -> Any:
     """The model that the config.json in `folder` describes. ConfigError if there is none, or one that is not supported."""
-    if not (Path(folder) / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
-    from ..interop.config import read_config
+    from ..interop.translate import read_config
 
     try:
-        return read_config(folder)
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(described, dict):
+            raise ValueError(f"{path}: must hold a JSON object")
+        # Weights of fewer bits are weights all the same.
+        described.pop("quantization_config", None)
+        return read_config(described, f"{path}: ")[1]
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 
 
 def table(found: dict[str, Any], config: Config) -> list[str]:

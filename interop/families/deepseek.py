@@ -1,0 +1,218 @@
+"""DeepSeek-V2 and DeepSeek-V3: multi-head latent attention, shared experts, group-limited routing."""
+
+from typing import Any
+
+from ...moe.config import AttentionKind, GroupScore, ModelConfig, Scope, Score
+from ..keys import Keys
+from ..names import DENSE, NORMS, ROUTER, experts, feedforward, layer_rows
+from ..rope import read_rope, write_rope
+from .base import COMMON, Family, read_common, write_common
+from .routing import read_experts, read_normalize
+
+EPSILON = 1e-6
+"""transformers norms the latents with this whatever rms_norm_eps is."""
+
+
+def read_v2(keys: Keys) -> ModelConfig:
+    config = _read_both(keys, interleaved=True)
+    keys.require("mlp_bias", None, False)
+    keys.require("topk_method", "greedy", "group_limited_greedy")
+    keys.require("scoring_func", None, "softmax")
+    keys.require("norm_topk_prob", None, False, why="transformers would not do it")
+    config.moe.router.normalize_top_k = False
+    if keys.any("topk_method") == "group_limited_greedy":
+        _read_groups(keys, config, GroupScore.max)
+    else:
+        keys.any("n_group"), keys.any("topk_group")
+    config.moe.balance.coefficient = keys.number("aux_loss_alpha")
+    config.moe.balance.scope = Scope.sequence if keys.flag("seq_aux") else Scope.batch
+    return config
+
+
+def read_v3(keys: Keys) -> ModelConfig:
+    config = _read_both(keys, interleaved=keys.flag("rope_interleave"))
+    keys.require("topk_method", None, "noaux_tc")
+    keys.require("scoring_func", None, "sigmoid")
+    router, balance = config.moe.router, config.moe.balance
+    router.score = Score.sigmoid
+    read_normalize(keys, config)
+    _read_groups(keys, config, GroupScore.top2)
+    balance.coefficient, balance.sequence_coefficient, balance.bias_rate = 0.0, 0.0001, 0.001  # of the paper, section 4.2
+    config.mtp_depth = keys.integer("num_nextn_predict_layers", 0)
+    return config
+
+
+def write_v2(config: ModelConfig) -> dict[str, Any]:
+    router, balance = config.moe.router, config.moe.balance
+    return _write_both(config) | {
+        "topk_method": "greedy" if router.groups == 1 else "group_limited_greedy",
+        "n_group": None if router.groups == 1 else router.groups,
+        "topk_group": None if router.groups == 1 else router.top_groups,
+        "scoring_func": "softmax",
+        "aux_loss_alpha": balance.coefficient,
+        "seq_aux": balance.scope is Scope.sequence,
+    }
+
+
+def write_v3(config: ModelConfig) -> dict[str, Any]:
+    router = config.moe.router
+    return _write_both(config) | {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_group": router.groups,
+        "topk_group": router.top_groups,
+        "norm_topk_prob": router.normalize_top_k,
+        "rope_interleave": config.attention.rope.interleaved,
+        "num_nextn_predict_layers": config.mtp_depth,
+    }
+
+
+def _read_both(keys: Keys, interleaved: bool) -> ModelConfig:
+    config = read_common(keys)
+    keys.require("rms_norm_eps", EPSILON, why="the only one with which its latents are normed alike")
+    keys.require("num_key_value_heads", None, config.heads)
+    keys.require("attention_bias", None, False)
+    keys.require("moe_layer_freq", None, 1)
+    read_experts(keys, config, "n_routed_experts", "moe_intermediate_size")
+    config.moe.shared_hidden = keys.integer("n_shared_experts") * config.moe.hidden
+    config.moe.router.scale = keys.number("routed_scaling_factor")
+    config.dense_first = keys.integer("first_k_dense_replace", 0)
+    attention, mla = config.attention, config.attention.mla
+    attention.kind = AttentionKind.mla
+    mla.q_rank, mla.kv_rank = keys.optional_integer("q_lora_rank"), keys.integer("kv_lora_rank")
+    mla.nope_width, mla.rope_width = keys.integer("qk_nope_head_dim"), keys.integer("qk_rope_head_dim")
+    mla.value_width = keys.integer("v_head_dim")
+    keys.require("head_dim", None, mla.rope_width)
+    keys.require("qk_head_dim", None, mla.nope_width + mla.rope_width)
+    attention.rope = read_rope(keys, mscale=True, interleaved=interleaved)
+    return config
+
+
+def _read_groups(keys: Keys, config: ModelConfig, score: GroupScore) -> None:
+    router = config.moe.router
+    router.groups, router.top_groups, router.group_score = keys.integer("n_group"), keys.integer("topk_group"), score
+    if config.moe.experts % router.groups:
+        raise keys.wrong("n_group", f"must divide n_routed_experts={config.moe.experts}")
+    if router.top_groups > router.groups:
+        raise keys.wrong("topk_group", f"must be at most n_group={router.groups}")
+
+
+def _write_both(config: ModelConfig) -> dict[str, Any]:
+    moe, mla = config.moe, config.attention.mla
+    return write_common(config) | {
+        "num_key_value_heads": config.heads,
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.hidden,
+        "n_shared_experts": moe.shared_hidden // moe.hidden,
+        "routed_scaling_factor": moe.router.scale,
+        "first_k_dense_replace": config.dense_first,
+        "q_lora_rank": mla.q_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_nope_head_dim": mla.nope_width,
+        "qk_rope_head_dim": mla.rope_width,
+        "v_head_dim": mla.value_width,
+        "head_dim": mla.rope_width,
+        "qk_head_dim": mla.nope_width + mla.rope_width,
+        "rope_parameters": write_rope(config.attention.rope),
+    }
+
+
+BOTH: dict[str, Any] = COMMON | {
+    "attention_bias": False,
+    "head_dim": None,
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "num_key_value_heads": None,
+    "output_router_logits": False,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_head_dim": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "v_head_dim": 128,
+}
+ROWS = (
+    NORMS
+    | DENSE
+    | ROUTER
+    | experts()
+    | feedforward("moe.shared", "mlp.shared_experts")
+    | layer_rows(
+        {
+            "attention.q.weight": "self_attn.q_proj.weight",
+            "attention.q_down.weight": "self_attn.q_a_proj.weight",
+            "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+            "attention.q_up.weight": "self_attn.q_b_proj.weight",
+            "attention.kv_down.weight": "self_attn.kv_a_proj_with_mqa.weight",
+            "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+            "attention.kv_up.weight": "self_attn.kv_b_proj.weight",
+            "attention.o.weight": "self_attn.o_proj.weight",
+        }
+    )
+)
+
+DEEPSEEK_V2 = Family(
+    architecture="DeepseekV2ForCausalLM",
+    model_type="deepseek_v2",
+    defaults=BOTH
+    | {
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "first_k_dense_replace": 0,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "moe_intermediate_size": 1407,
+        "n_group": None,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": None,
+        "num_hidden_layers": 32,
+        "routed_scaling_factor": 1.0,
+        "seq_aux": True,
+        "topk_group": None,
+        "topk_method": "greedy",
+        "vocab_size": 102400,
+    },
+    read=read_v2,
+    write=write_v2,
+    rows=ROWS,
+    irrelevant=frozenset(("ep_size",)),
+)
+
+DEEPSEEK_V3 = Family(
+    architecture="DeepseekV3ForCausalLM",
+    model_type="deepseek_v3",
+    defaults=BOTH
+    | {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "first_k_dense_replace": 3,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": 2048,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_nextn_predict_layers": 1,
+        "rope_interleave": True,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 4,
+        "vocab_size": 129280,
+    },
+    read=read_v3,
+    write=write_v3,
+    rows=ROWS | layer_rows({"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"}),
+    irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),  # the loss-free bias takes its place
+)

@@ -1,0 +1,111 @@
+"""gpt-oss (OpenAI 2025) in bf16: biases, attention sinks, alternating windows, fused experts that interleave gate and up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...moe.config import Activation, ModelConfig
+from ..keys import Keys
+from ..names import NORMS, PROJECTIONS, Row, Source, layer_rows
+from ..rope import read_rope, write_rope
+from .base import COMMON, ROUTED, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
+from .routing import auxiliary, layer_types, read_auxiliary, read_experts, read_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read(keys: Keys) -> ModelConfig:
+    config = read_common(keys)
+    read_head_width(keys, config)
+    read_experts(keys, config, "num_local_experts", "intermediate_size")
+    keys.require("experts_per_token", None, config.moe.top_k)
+    read_auxiliary(keys, config)
+    config.moe.activation, config.moe.bias = Activation.swiglu_clamped, True
+    keys.require("swiglu_alpha", 1.702)
+    keys.require("swiglu_limit", 7)
+    config.moe.router.softmax_after_top_k = config.moe.router.bias = True
+    read_attention_bias(keys, config)
+    config.attention.sinks = True
+    read_windows(keys, config, lambda index: index % 2 == 0)
+    config.attention.rope = read_rope(keys, theta=150000.0)
+    return config
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    return write_common(config) | {
+        "attention_bias": config.attention.qkv_bias,
+        "head_dim": head_width(config),
+        "intermediate_size": config.moe.hidden,
+        "num_local_experts": config.moe.experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "router_aux_loss_coef": auxiliary(config),
+        "sliding_window": config.attention.window,
+        "layer_types": layer_types(config),
+        "rope_parameters": write_rope(config.attention.rope),
+    }
+
+
+def interleaved(both_EPFD: Tensor) -> Tensor:
+    """(E, D, F, P): inputs first, and each unit's gate beside its up."""
+    return both_EPFD.permute(0, 3, 2, 1)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The last two dimensions change places."""
+    return tensor.mT
+
+
+EXPERTS = "model.layers.{layer}.mlp.experts"
+ROWS: dict[str, Row] = {
+    "moe.experts.gate_up": ((Source(f"{EXPERTS}.gate_up_proj", interleaved, joined=2),),),
+    "moe.experts.gate_up_bias": ((Source(f"{EXPERTS}.gate_up_proj_bias", transposed, joined=1),),),
+    "moe.experts.down": ((Source(f"{EXPERTS}.down_proj", transposed),),),
+    "moe.experts.down_bias": ((Source(f"{EXPERTS}.down_proj_bias"),),),
+}
+
+GPT_OSS = Family(
+    architecture="GptOssForCausalLM",
+    model_type="gpt_oss",
+    defaults=COMMON
+    | ROUTED
+    | {
+        "attention_bias": True,
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "layer_types": None,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "num_local_experts": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "sliding_window": 128,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        "vocab_size": 201088,
+    },
+    read=read,
+    write=write,
+    rows=NORMS
+    | PROJECTIONS
+    | ROWS
+    | layer_rows(
+        {
+            "attention.sinks": "self_attn.sinks",
+            "moe.router.weight": "mlp.router.weight",
+            "moe.router.bias": "mlp.router.bias",
+        }
+    ),
+    irrelevant=frozenset(("initial_context_length",)),  # stands in rope_scaling too
+)

@@ -1,0 +1,70 @@
+"""Mixtral (Jiang et al. 2024)."""
+
+from typing import Any
+
+from ...moe.config import ModelConfig
+from ..keys import Keys
+from ..names import NORMS, PROJECTIONS, ROUTER, Source, experts
+from ..rope import read_rope, write_rope
+from .base import COMMON, ROUTED, Family, read_common, read_head_width, write_common
+from .routing import auxiliary, read_auxiliary, read_experts, refuse_one_expert
+
+
+def read(keys: Keys) -> ModelConfig:
+    config = read_common(keys)
+    read_head_width(keys, config)
+    read_experts(keys, config, "num_local_experts", "intermediate_size")
+    refuse_one_expert(keys, config)
+    read_auxiliary(keys, config)
+    keys.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")
+    config.attention.window = keys.optional_integer("sliding_window")
+    config.attention.rope = read_rope(keys, theta=1e6)
+    return config
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    return write_common(config) | {
+        "head_dim": config.head_width,
+        "intermediate_size": config.moe.hidden,
+        "num_local_experts": config.moe.experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "router_aux_loss_coef": auxiliary(config),
+        "sliding_window": config.attention.window,
+        "rope_parameters": write_rope(config.attention.rope),
+    }
+
+
+MIXTRAL = Family(
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    defaults=COMMON
+    | ROUTED
+    | {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": None,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+        "vocab_size": 32000,
+    },
+    read=read,
+    write=write,
+    rows=NORMS
+    | PROJECTIONS
+    | {
+        "moe.router.weight": (
+            (Source("model.layers.{layer}.block_sparse_moe.gate.weight"),),
+            *ROUTER["moe.router.weight"],
+        )
+    }
+    | experts("block_sparse_moe.experts.{expert}", ("w1", "w3", "w2")),
+)

@@ -1,0 +1,64 @@
+"""OLMoE (Muennighoff et al. 2024): queries and keys are normed over all heads together."""
+
+from typing import Any
+
+from ...moe.config import ModelConfig, QKNorm
+from ..keys import Keys
+from ..names import NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts
+from ..rope import read_rope, write_rope
+from .base import COMMON, ROUTED, Family, read_attention_bias, read_common, write_common
+from .routing import auxiliary, read_auxiliary, read_experts, read_normalize
+
+
+def read(keys: Keys) -> ModelConfig:
+    config = read_common(keys)
+    keys.require("head_dim", None, config.width // config.heads)
+    read_experts(keys, config, "num_experts", "intermediate_size")
+    read_normalize(keys, config)
+    read_auxiliary(keys, config)
+    read_attention_bias(keys, config)
+    keys.require("clip_qkv", None)
+    config.attention.qk_norm = QKNorm.full
+    config.attention.rope = read_rope(keys)
+    return config
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    return write_common(config) | {
+        "attention_bias": config.attention.qkv_bias,
+        "intermediate_size": config.moe.hidden,
+        "num_experts": config.moe.experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "norm_topk_prob": config.moe.router.normalize_top_k,
+        "router_aux_loss_coef": auxiliary(config),
+        "rope_parameters": write_rope(config.attention.rope),
+    }
+
+
+OLMOE = Family(
+    architecture="OlmoeForCausalLM",
+    model_type="olmoe",
+    defaults=COMMON
+    | ROUTED
+    | {
+        "attention_bias": False,
+        "clip_qkv": None,
+        "eos_token_id": 50279,
+        "hidden_size": 2048,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": None,
+        "pad_token_id": 1,
+        "rms_norm_eps": 1e-5,
+        "router_aux_loss_coef": 0.01,
+        "vocab_size": 50304,
+    },
+    read=read,
+    write=write,
+    rows=NORMS | PROJECTIONS | QK_NORMS | ROUTER | experts(),
+)

@@ -1,0 +1,196 @@
+"""Qwen2-MoE (Qwen1.5-MoE too), Qwen3-MoE and Qwen3 (dense)."""
+
+from typing import Any
+
+from ...moe.config import ModelConfig, QKNorm
+from ..keys import Keys
+from ..names import DENSE, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward, layer_rows
+from ..rope import read_rope, write_rope
+from .base import COMMON, ROUTED, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
+from .routing import (
+    auxiliary,
+    layer_types,
+    moe_layers,
+    read_auxiliary,
+    read_experts,
+    read_moe_layers,
+    read_normalize,
+    read_windows,
+)
+
+
+def read_qwen2_moe(keys: Keys) -> ModelConfig:
+    config = read_common(keys)
+    read_head_width(keys, config)
+    _read_routing(keys, config, "num_experts")
+    config.moe.shared_hidden, config.moe.shared_gate = keys.integer("shared_expert_intermediate_size"), True
+    config.attention.qkv_bias = keys.flag("qkv_bias")
+    used, windowed = keys.flag("use_sliding_window"), keys.integer("max_window_layers", 0)
+    read_windows(keys, config, lambda index: used and index % 2 == 0 and index < windowed)
+    config.attention.rope = read_rope(keys)
+    return config
+
+
+def read_qwen3_moe(keys: Keys) -> ModelConfig:
+    config = read_common(keys)
+    read_head_width(keys, config)
+    _read_routing(keys, config, "num_local_experts" if keys.given("num_local_experts") else "num_experts")
+    _read_qwen3_attention(keys, config)
+    used = keys.flag("use_sliding_window")
+    read_windows(keys, config, lambda index: used)
+    return config
+
+
+def read_qwen3(keys: Keys) -> ModelConfig:
+    config = read_common(keys)
+    read_head_width(keys, config)
+    _read_qwen3_attention(keys, config)
+    used, first = keys.flag("use_sliding_window"), keys.integer("max_window_layers", 0)
+    read_windows(keys, config, lambda index: used and index >= first)
+    return config
+
+
+def write_qwen2_moe(config: ModelConfig) -> dict[str, Any]:
+    return (
+        write_common(config)
+        | _routing(config)
+        | _windows(config)
+        | {
+            "num_experts": config.moe.experts,
+            "shared_expert_intermediate_size": config.moe.shared_hidden,
+            "qkv_bias": config.attention.qkv_bias,
+            "rope_parameters": write_rope(config.attention.rope),
+            **({"head_dim": config.head_width} if config.head_width else {}),  # transformers does not take null
+        }
+    )
+
+
+def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
+    window = config.attention.window
+    return (
+        write_common(config)
+        | _routing(config)
+        | _qwen3_attention(config)
+        | {
+            "num_experts": config.moe.experts,
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+        }
+    )
+
+
+def write_qwen3(config: ModelConfig) -> dict[str, Any]:
+    return write_common(config) | _qwen3_attention(config) | _windows(config)
+
+
+def _read_routing(keys: Keys, config: ModelConfig, experts: str) -> None:
+    read_experts(keys, config, experts, "moe_intermediate_size")
+    read_normalize(keys, config)
+    read_auxiliary(keys, config)
+    read_moe_layers(keys, config)
+
+
+def _routing(config: ModelConfig) -> dict[str, Any]:
+    return moe_layers(config) | {
+        "moe_intermediate_size": config.moe.hidden,
+        "num_experts_per_tok": config.moe.top_k,
+        "norm_topk_prob": config.moe.router.normalize_top_k,
+        "router_aux_loss_coef": auxiliary(config),
+    }
+
+
+def _read_qwen3_attention(keys: Keys, config: ModelConfig) -> None:
+    read_attention_bias(keys, config)
+    config.attention.qk_norm = QKNorm.head
+    config.attention.rope = read_rope(keys)
+
+
+def _qwen3_attention(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "head_dim": head_width(config),
+        "attention_bias": config.attention.qkv_bias,
+        "rope_parameters": write_rope(config.attention.rope),
+    }
+
+
+def _windows(config: ModelConfig) -> dict[str, Any]:
+    window = config.attention.window
+    return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": layer_types(config)}
+
+
+QWEN: dict[str, Any] = COMMON | {
+    "hidden_size": 2048,
+    "max_position_embeddings": 32768,
+    "num_hidden_layers": 24,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN_MOE: dict[str, Any] = QWEN | ROUTED | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
+
+QWEN2_MOE = Family(
+    architecture="Qwen2MoeForCausalLM",
+    model_type="qwen2_moe",
+    defaults=QWEN_MOE
+    | {
+        "intermediate_size": 5632,
+        "layer_types": None,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "num_attention_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 5632,
+    },
+    read=read_qwen2_moe,
+    write=write_qwen2_moe,
+    rows=NORMS
+    | PROJECTIONS
+    | DENSE
+    | ROUTER
+    | experts()
+    | feedforward("moe.shared", "mlp.shared_expert")
+    | layer_rows({"moe.shared_gate.weight": "mlp.shared_expert_gate.weight"}),
+)
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    defaults=QWEN_MOE
+    | {
+        "attention_bias": False,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 4,
+    },
+    read=read_qwen3_moe,
+    write=write_qwen3_moe,
+    rows=NORMS | PROJECTIONS | QK_NORMS | DENSE | ROUTER | experts(),
+    irrelevant=frozenset(("max_window_layers",)),  # transformers gives the window to all layers or none
+)
+
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    defaults=QWEN
+    | {
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "layer_types": None,
+        "max_window_layers": 28,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+    },
+    read=read_qwen3,
+    write=write_qwen3,
+    rows=NORMS | PROJECTIONS | QK_NORMS | DENSE,
+)

@@ -1,0 +1,117 @@
+"""A folder as published on Hugging Face: config.json and safetensors files. Read only; nothing in it is run or unpickled."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By safetensors' code; what weights may be in."""
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+ADVICE = "only safetensors are read; transformers' save_pretrained writes them"
+
+
+class Stored(NamedTuple):
+    """A tensor of a file: safetensors' code of its type, its shape."""
+
+    file: str
+    code: str
+    shape: tuple[int, ...]
+
+
+class Folder(NamedTuple):
+    """What a folder says it holds; no tensor is read yet."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+
+    @property
+    def files(self) -> list[str]:
+        """Those with tensors, in order."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether `path` is to be opened as a Hugging Face folder."""
+    return (path / CONFIG).is_file()
+
+
+def open_folder(path: Path) -> Folder:
+    """Configuration and the headers of all files. ValueError, one line, for whatever is missing, unsafe or contradictory."""
+    if not is_hugging_face(path):
+        raise ValueError(f"{path}: must be a Hugging Face folder, it has no {CONFIG}")
+    return Folder(path, read_json(path / CONFIG), _tensors(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """A safetensors file, open; its pages are given back at the end."""
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    with opened as file:
+        yield file
+
+
+def _tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of the files that the index names, or of the one file without an index."""
+    names = _indexed(path)
+    found: dict[str, Stored] = {}
+    for name in sorted(set(names.values())) if names else _files(path):
+        for key, stored in _header(path / name).items():
+            if key in found:
+                raise ValueError(f"{path}: tensor {key} stands in {found[key].file} and in {name}")
+            found[key] = stored
+    for key, name in names.items():
+        if key not in found or found[key].file != name:
+            raise ValueError(f"{path / name}: tensor {key} is missing, {INDEX} says that it is there")
+    return found
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    """The file of each tensor by the index; empty if there is none."""
+    if not (path / INDEX).is_file():
+        return {}
+    names = read_json(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{path / INDEX}: weight_map must name the file of each tensor")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise ValueError(f"{path / INDEX}: weight_map={name!r}: must be the plain name of a .safetensors file. {ADVICE}")
+    return names
+
+
+def _files(path: Path) -> list[str]:
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        raise ValueError(f"{path / pickled[0]}: is a pickle, which can run code; {ADVICE}")
+    raise ValueError(f"{path}: has neither {SINGLE} nor {INDEX}")
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    with open_file(path) as file:
+        views = {key: file.get_slice(key) for key in list(file.keys())}
+        return {key: Stored(path.name, view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}

@@ -1,0 +1,70 @@
+"""config.json read key by key: each one is understood, known not to matter, or refused by name with its value."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+class Keys:
+    """The values of one JSON object, with `defaults` for those that it leaves out. What is read counts as understood.
+
+    `place` begins every error: ValueErrors of one line, as `config.json: hidden_act='gelu': must be 'silu'`.
+    """
+
+    def __init__(self, given: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
+        self._given = given
+        self._values = defaults | given
+        self.place = place
+        self._understood: set[str] = set()
+
+    def given(self, key: str) -> bool:
+        """Whether the file itself has the key."""
+        return key in self._given
+
+    def any(self, key: str) -> Any:
+        """Whatever stands there; None if nothing does."""
+        self._understood.add(key)
+        return self._values.get(key)
+
+    def integer(self, key: str, least: int = 1) -> int:
+        value = self.any(key)
+        if type(value) is not int or value < least:
+            raise self.wrong(key, f"must be a whole number of at least {least}")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        return None if self.any(key) is None else self.integer(key)
+
+    def number(self, key: str) -> float:
+        value = self.any(key)
+        if type(value) not in (int, float):
+            raise self.wrong(key, "must be a number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false; null is false."""
+        value = self.any(key)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(key, "must be true or false")
+        return bool(value)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A JSON object; null is an empty one."""
+        value = self.any(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.wrong(key, "must be an object")
+        return dict(value or {})
+
+    def require(self, key: str, *allowed: Any, why: str = "") -> None:
+        """Only these values can be expressed here."""
+        if self.any(key) not in allowed:
+            raise self.wrong(key, f"must be {' or '.join(map(repr, allowed))}{', ' if why else ''}{why}")
+
+    def finish(self, irrelevant: Iterable[str]) -> None:
+        """Refuse the first key of the file that nobody has read and that is not in `irrelevant`."""
+        for key in self._given:
+            if key not in self._understood and key not in irrelevant:
+                raise self.wrong(key, "is not supported")
+
+    def wrong(self, key: str, rule: str) -> ValueError:
+        """The error about `key`, to be raised."""
+        return ValueError(f"{self.place}{key}={self._values.get(key)!r}: {rule}")

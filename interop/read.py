@@ -1,0 +1,76 @@
+"""The weights of a Hugging Face folder as ours, shard by shard: in memory are ours, whole, and one tensor of theirs."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..moe.config import ModelConfig
+from ..moe.model import Transformer
+from .families import Family
+from .folder import DTYPES, Folder, open_file, open_folder
+from .plan import Planned, copies, read_plan
+from .translate import read_config
+
+
+class Source(NamedTuple):
+    """A folder that is understood; its weights are not read yet."""
+
+    folder: Folder
+    family: Family
+    model: ModelConfig
+    plan: dict[str, Planned]
+    ours: dict[str, Tensor]
+    """Our tensors, on the meta device."""
+
+
+def open_source(path: Path) -> Source:
+    """Understand all keys and account for all tensors. ValueError, one line, for the first that is not."""
+    folder = open_folder(path)
+    family, model = read_config(folder.config, f"{path / 'config.json'}: ")
+    behind = f"model.layers.{model.layers}."
+    if model.mtp_depth and not any(name.startswith(behind) for name in folder.tensors):
+        model.mtp_depth = 0  # transformers writes the key and no such tensors
+    with torch.device("meta"):
+        ours = dict(Transformer(model).state_dict())
+    try:
+        return Source(folder, family, model, read_plan(family, model, ours, folder.tensors), ours)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_weights(source: Source, like: dict[str, Tensor] | None = None, device: str = "cpu") -> dict[str, Tensor]:
+    """All our tensors, by name, on `device`; in the types of `like`, or in those of the files."""
+    weights = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in (like or _as_stored(source)).items()}
+    for file_name in source.folder.files:
+        with open_file(source.folder.path / file_name) as file:
+            for name, stored in source.folder.tensors.items():
+                if stored.file == file_name and name in source.plan:
+                    planned = source.plan[name]
+                    planned.part.read(file.get_tensor(name).to(device), weights[planned.ours])
+    _check_copies(source)
+    return weights
+
+
+def _as_stored(source: Source) -> dict[str, Tensor]:
+    """`source.ours` in the types of the files; of several parts the widest."""
+    dtypes: dict[str, torch.dtype] = {}
+    for name, planned in source.plan.items():
+        dtype = DTYPES[source.folder.tensors[name].code]
+        dtypes[planned.ours] = torch.promote_types(dtype, dtypes.get(planned.ours, dtype))
+    return {name: tensor.to(dtypes[name]) for name, tensor in source.ours.items()}
+
+
+def _check_copies(source: Source) -> None:
+    """ValueError for a tensor that should repeat another one and does not."""
+    for name, original in copies(source.model).items():
+        if name not in source.folder.tensors:
+            continue
+        if not torch.equal(_one(source.folder, name), _one(source.folder, original)):
+            raise ValueError(f"{source.folder.path}: tensor {name} must equal {original}, which stands for both")
+
+
+def _one(folder: Folder, name: str) -> Tensor:
+    with open_file(folder.path / folder.tensors[name].file) as file:
+        return file.get_tensor(name)

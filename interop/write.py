@@ -1,0 +1,141 @@
+"""`tokenyard export`: a checkpoint of ours becomes a Hugging Face folder, whatever layout wrote it."""
+
+import json
+import secrets
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..moe.config import ModelConfig
+from ..moe.model import Transformer
+from .convert import CARRIED
+from .families import FAMILIES, Family
+from .families.base import IRRELEVANT
+from .folder import CONFIG
+from .plain import model_from_plain
+from .plan import copies, write_plan
+from .shards import SHARD_BYTES, Output, write_shards
+from .stored import find_checkpoint, read_weight, verified_manifest, weights_on_meta
+from .tokenizer import write_tokenizer
+from .translate import choose_family, write_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+GENERATION = "generation_config.json"
+
+
+@dataclass
+class Exported:
+    """What an export made."""
+
+    folder: Path
+    architecture: str
+    files: list[str]
+    notes: list[str] = field(default_factory=list)
+    """What could not go along, a line each."""
+
+
+def export_checkpoint(
+    path: Path, folder: Path, dtype: str | None = None, architecture: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Exported:
+    """Write the new folder `folder`, complete or not at all. In memory is one tensor of ours at a time.
+
+    dtype: bf16 or fp32; None leaves each tensor as it is stored. architecture: one of FAMILIES; None takes the one that the model
+    was imported from, or the first that can express it. ValueError, one line, naming a setting or a tensor that has no place.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = verified_manifest(checkpoint)
+    model = model_from_plain(manifest.facts["config"].get("model", {}))
+    family = _family(model, manifest.facts, architecture)
+    config = write_config(family, model) | _kept(manifest.facts, family, model)
+    ours = weights_on_meta(manifest)
+    _check_complete(model, ours, checkpoint)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: must be a new or an empty folder")
+    outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
+    config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
+    unfinished = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
+    try:
+        files = write_shards(unfinished, outputs, lambda name: read_weight(checkpoint, manifest, name), shard_bytes)
+        notes = _write_tokenizer(checkpoint, unfinished, config)
+        _write_json(unfinished / CONFIG, config)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return Exported(folder, family.architecture, files, notes)
+
+
+def _family(model: ModelConfig, facts: dict[str, Any], architecture: str | None) -> Family:
+    if architecture is None:
+        return choose_family(model, facts.get("source", {}).get("architecture"))
+    if architecture not in FAMILIES:
+        raise ValueError(f"--architecture={architecture}: must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]
+
+
+def _kept(facts: dict[str, Any], family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Keys that decide nothing about the function: those of the origin, or what the run says."""
+    origin = facts.get("source", {}).get("config")
+    if origin is not None:
+        return {key: origin[key] for key in IRRELEVANT & family.defaults.keys() & origin.keys()}
+    length = facts["config"].get("sequence_length", 256)
+    scaled = model.attention.rope.factor * model.attention.rope.original_length if model.attention.rope.factor > 1 else 0
+    return {"max_position_embeddings": int(max(length, scaled)), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def _check_complete(model: ModelConfig, ours: dict[str, Tensor], checkpoint: Path) -> None:
+    """The checkpoint holds the tensors that its own configuration asks for."""
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in Transformer(model).state_dict().items()}
+    for name in sorted(wanted.keys() | ours.keys()):
+        if name not in ours:
+            raise ValueError(f"{checkpoint}: tensor {name} is missing")
+        if name not in wanted:
+            raise ValueError(f"{checkpoint}: tensor {name} is no tensor of its model")
+        if wanted[name] != ours[name].shape:
+            raise ValueError(f"{checkpoint}: tensor {name} has the shape {tuple(ours[name].shape)}: must be {tuple(wanted[name])}")
+
+
+def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Output]:
+    """What to write, by their names. Expert biases stay as they are, in fp32."""
+    plan = write_plan(family, model, ours)
+    for name, original in copies(model).items():
+        if name != "lm_head.weight":
+            plan[name] = plan[original]
+    outputs = {}
+    for name, (mine, part) in plan.items():
+        kept = ours[mine].dtype if dtype is None or mine.endswith("expert_bias") else dtype
+        outputs[name] = Output(mine, part, kept, tuple(part.written(ours[mine]).shape))
+    return outputs
+
+
+def _write_tokenizer(checkpoint: Path, folder: Path, config: dict[str, Any]) -> list[str]:
+    """The files that an import carried, or a tokenizer.json of our own; what cannot go along, a line each."""
+    carried = checkpoint / CARRIED
+    notes = []
+    if carried.is_dir():
+        for file in sorted(carried.iterdir()):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        try:
+            tokenizer: Tokenizer = load_tokenizer(checkpoint / "tokenizer")
+            config["eos_token_id"] = tokenizer.end_of_document
+            write_tokenizer(tokenizer, folder)
+        except ValueError as error:
+            notes.append(f"no tokenizer: {error}")
+    if not (folder / GENERATION).is_file():
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+        _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+    return notes
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n")

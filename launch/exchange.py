@@ -1,0 +1,70 @@
+"""`tokenyard import` and `tokenyard export`: the words of the command line, and one line about what was made."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ASSIGNMENT = re.compile(r"(\w+)=(-?\d+)")
+UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
+
+
+def import_command(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 2 with one line for a folder that cannot be imported."""
+    from ..interop.convert import import_folder
+    from ..interop.upcycle import Upcycle
+
+    try:
+        wish = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
+        made = import_folder(Path(arguments.folder), Path(arguments.out), wish)
+    except ValueError as error:
+        return _refuse(error)
+    return _report(f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}", made.notes)
+
+
+def export_command(arguments: argparse.Namespace) -> int:
+    """Returns the exit code: 2 with one line for a checkpoint that cannot be exported."""
+    from ..interop.write import export_checkpoint
+
+    try:
+        made = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
+    except ValueError as error:
+        return _refuse(error)
+    return _report(f"{made.architecture}: {len(made.files)} files of weights in {made.folder}", made.notes)
+
+
+def split_upcycle(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """The words without `--upcycle` and the `key=value` that follow it, and those; None if there is no --upcycle."""
+    if "--upcycle" not in argv:
+        return argv, None
+    begin = end = argv.index("--upcycle") + 1
+    while end < len(argv) and "=" in argv[end] and not argv[end].startswith("-"):
+        end += 1
+    return argv[: begin - 1] + argv[end:], argv[begin:end]
+
+
+def upcycle_settings(words: list[str]) -> dict[str, int]:
+    """ValueError for a word that is no setting of an upcycling, or if `experts` is not among them."""
+    found: dict[str, int] = {}
+    for word in words:
+        match = ASSIGNMENT.fullmatch(word)
+        if match is None or match[1] not in UPCYCLE_KEYS:
+            raise ValueError(
+                f"--upcycle {word}: must be a whole number for one of {', '.join(UPCYCLE_KEYS)}; nearest valid: experts=8"
+            )
+        found[match[1]] = int(match[2])
+    if "experts" not in found:
+        raise ValueError("--upcycle: must say how many experts; nearest valid: --upcycle experts=8 top_k=2")
+    return found
+
+
+def _refuse(error: ValueError) -> int:
+    print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _report(line: str, notes: list[str]) -> int:
+    print(line)
+    for note in notes:
+        print(f"tokenyard: {note}", file=sys.stderr)
+    return 0

@@ -1,0 +1,85 @@
+"""Tiny random models of transformers, saved in folders."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+BASE = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "max_position_embeddings": 64,
+}
+MODULES = {
+    "Mixtral": "mixtral",
+    "Qwen2Moe": "qwen2_moe",
+    "Qwen3Moe": "qwen3_moe",
+    "DeepseekV2": "deepseek_v2",
+    "DeepseekV3": "deepseek_v3",
+    "GptOss": "gpt_oss",
+    "Olmoe": "olmoe",
+    "Llama": "llama",
+    "Qwen3": "qwen3",
+}
+
+
+@pytest.fixture
+def build() -> Callable[..., Any]:
+    """`build("Mixtral", num_local_experts=4)`: their model with random weights (norms and biases too), in fp32, and evaluating."""
+    pytest.importorskip("transformers", reason="comparisons need transformers (pip install 'tokenyard[hf]')")
+    return built
+
+
+@pytest.fixture
+def widest(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`widest("Mixtral")`: transformers widens norms, angles and routers to fp32 even in an fp64 model; from now on to fp64."""
+
+    def widen(family: str) -> None:
+        for name in (f"models.{MODULES[family]}.modeling_{MODULES[family]}", "modeling_rope_utils"):
+            monkeypatch.setattr(importlib.import_module(f"transformers.{name}"), "torch", Widest())
+        monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+    return widen
+
+
+class Widest:
+    """torch, whose fp32 is fp64."""
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
+
+
+def built(family: str, **settings: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**BASE, **settings})
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "inv_freq" not in name:
+            torch.nn.init.normal_(tensor.data, mean=0.5 if "norm" in name else 0.0, std=0.3)
+    return model
+
+
+@pytest.fixture
+def saved(build: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """`saved("Mixtral")`: the folder of such a model, saved by transformers."""
+
+    def save(family: str, **settings: Any) -> Path:
+        folder = tmp_path / f"theirs_{family}"
+        build(family, **settings).save_pretrained(folder)
+        return folder
+
+    return save
