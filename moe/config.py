@@ -130,13 +130,21 @@ class CapacityConfig:
     minimum: int = 1
     """An expert always takes so many rows of a scope."""
     scope: Scope = Scope.sequence
-    """The tokens that compete for one expert's capacity; with sequence and batch the layout does not decide who is dropped."""
+    """The tokens that compete for an expert, in expert_choice and sinkhorn too; all but rank do not depend on the layout."""
     policy: DropPolicy = DropPolicy.position
-    """Earlier tokens first (causal), likelier choices first (looks ahead), or at random."""
+    """Earlier tokens first (causal), likelier choices first (looks ahead), or at random (outside training by position)."""
     pad: bool = False
     """Pad each expert's rows to its capacity, as GShard does: fixed shapes for more computation."""
     schedule: list[float] = field(default_factory=list)
     """Pairs of step and factor, flattened, as [0, 1.0, 1000, 1.5, 2000, 0]: the factor from each step on; 0 is dropless."""
+
+    def factor_at(self, step: int) -> float | None:
+        """The factor in force in training at optimizer step `step` (the first is 1); None is dropless."""
+        factor = self.factor
+        for start, scheduled in zip(self.schedule[::2], self.schedule[1::2], strict=True):
+            if step >= start:
+                factor = scheduled or None
+        return factor
 
 
 @dataclass

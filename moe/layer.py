@@ -11,6 +11,7 @@ from .dispatch import Dispatcher, LocalDispatcher
 from .experts import Experts
 from .feedforward import FeedForward
 from .router import Router, RoutingStats
+from .tokens import Tokens
 
 
 class MoELayer(nn.Module):
@@ -27,10 +28,10 @@ class MoELayer(nn.Module):
         self.experts = Experts(moe.experts, config.width, moe.hidden, dtype)
         self.shared = FeedForward(config.width, moe.shared_hidden, dtype) if moe.shared_hidden else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_BSD, valid_BS)
+        routing = self.router(x_BSD, tokens)
         arrived = self.dispatcher.dispatch(x_TD, routing)
         y_RD = self.experts(arrived.tokens_RD, arrived.counts_E)
         y_BSD = self.dispatcher.combine(y_RD, arrived).view_as(x_BSD)

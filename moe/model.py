@@ -13,7 +13,8 @@ from .config import ModelConfig
 from .feedforward import FeedForward
 from .layer import MoELayer
 from .linear import Embedding, Linear, RMSNorm, TiedHead
-from .router import RoutingStats
+from .router import RoutingStats, warn_of_lookahead
+from .tokens import Place, Tokens, describe
 
 
 class Transformer(nn.Module):
@@ -26,6 +27,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, activations: torch.dtype = torch.float32, weights: torch.dtype | None = None) -> None:
         super().__init__()
+        warn_of_lookahead(config.moe)
         self.config = config
         self.activations = activations
         self.weights = weights = weights or torch.promote_types(activations, torch.float32)
@@ -47,18 +49,21 @@ class Transformer(nn.Module):
         valid_BS: Tensor | None = None,
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
+        place: Place | None = None,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
 
         valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per block, see
-        `KeyValueCache`), ids_BS are the tokens that follow those already in it.
+        `KeyValueCache`), ids_BS are the tokens that follow those already in it. `place` (None: the run's first rows) decides
+        what is random in training; outside of it nothing is.
         """
+        tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
         start = cache[0].length if cache else 0
         x_BSD = self.embedding(ids_BS).to(self.activations)
         turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations)
         stats: list[RoutingStats] = []
         for index, block in enumerate(self.blocks):
-            x_BSD, routed = block(x_BSD, turns, valid_BS, cache[index] if cache else None)
+            x_BSD, routed = block(x_BSD, turns, tokens._replace(layer=index), cache[index] if cache else None)
             if routed is not None:
                 stats.append(routed)
         logits_BSV = self.head(self.norm(x_BSD))
@@ -80,12 +85,12 @@ class Block(nn.Module):
             self.moe, self.dense = None, FeedForward(config.width, config.hidden, weights)
 
     def forward(
-        self, x_BSD: Tensor, turns: Turns, valid_BS: Tensor | None = None, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, turns: Turns, tokens: Tokens | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turns, cache)
         normed_BSD = self.feedforward_norm(x_BSD)
         if self.moe is None:
             assert self.dense is not None
             return x_BSD + self.dense(normed_BSD), None
-        y_BSD, stats = self.moe(normed_BSD, valid_BS)
+        y_BSD, stats = self.moe(normed_BSD, tokens)
         return x_BSD + y_BSD, stats

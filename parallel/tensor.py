@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..moe.linear import TiedHead
 from ..moe.model import Transformer
+from ..moe.tokens import Tokens
 from .collectives import gather_sequence, scatter_sequence
 from .mesh import Axis, Mesh
 from .pieces import Piece
@@ -54,7 +55,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piec
                 module.register_forward_pre_hook(_gather_input(axis))
                 module.register_forward_hook(_scatter_output(axis))
         if block.moe is not None:
-            block.moe.register_forward_pre_hook(_slice_validity(axis))
+            block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
 
 def narrowed(piece: Piece, dim: int, axis: Axis) -> Piece:
@@ -80,11 +81,13 @@ def _scatter_output(axis: Axis) -> Any:
     return lambda _module, _inputs, output: scatter_sequence(output, axis)
 
 
-def _slice_validity(axis: Axis) -> Any:
-    """The MoE layer gets a slice of x_BSD and the validity of whole sequences: take the same slice of that."""
+def _slice_tokens(axis: Axis) -> Any:
+    """The MoE layer gets a slice of x_BSD and the record of whole sequences: take the same slice of that."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        x_BSD, valid_BS = inputs
-        return x_BSD, None if valid_BS is None else valid_BS.chunk(axis.size, dim=1)[axis.rank]
+    def hook(_module: nn.Module, inputs: tuple[Tensor, Tokens | None]) -> tuple[Tensor, Tokens | None]:
+        x_BSD, tokens = inputs
+        if tokens is None:
+            return inputs
+        return x_BSD, Tokens(*(part.chunk(axis.size, dim=1)[axis.rank] if isinstance(part, Tensor) else part for part in tokens))
 
     return hook

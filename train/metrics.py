@@ -4,10 +4,10 @@ L layers with experts, E experts. The keys are the same for 8 experts or 512: nu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..moe.config import ModelConfig
+from ..moe.config import ModelConfig, MoEConfig
 from ..moe.count import training_flops_per_token
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class StepResult:
     """Tokens x top-k routed to each expert in the global batch, before any is dropped; int64; no rows for a dense model."""
     dropped_L: "Tensor | Sequence[int]"
     """How many of those each layer dropped; int64."""
+    auxiliary: dict[str, float] = field(default_factory=dict)
+    """More records of routing: see `auxiliary_metrics`."""
 
 
 class Meter:
@@ -63,6 +65,7 @@ class Meter:
             "loss": result.loss,
             "loss_balance": result.loss_balance,
             "loss_z": result.loss_z,
+            **result.auxiliary,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": per_second,
@@ -70,6 +73,29 @@ class Meter:
             "mfu": per_second * self.flops_per_token / self.peak_flops,
             **load_metrics(result.counts_LE, result.dropped_L, self.layers),
         }
+
+
+def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, step: int) -> dict[str, float]:
+    """What each loss of routing that is on adds to the objective, and the capacity factor in force, 0 for dropless.
+
+    `means`: the losses without coefficients, mean over the `layers` layers that route: balance, balance_sequence, importance, z.
+    The optional ones of them are recorded here as they are, too.
+    """
+    balance = config.balance
+    coefficients = {
+        "balance": balance.coefficient,
+        "balance_sequence": balance.sequence_coefficient,
+        "importance": balance.importance_coefficient,
+        "z": config.z_coefficient,
+    }
+    record = {}
+    for kind, coefficient in coefficients.items():
+        if coefficient and layers:
+            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": coefficient * means[kind] * layers}
+    limits = config.capacity
+    if layers and (limits.factor is not None or limits.schedule):
+        record["moe/capacity_factor"] = limits.factor_at(step) or 0.0
+    return record
 
 
 def load_metrics(

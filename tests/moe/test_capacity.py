@@ -5,9 +5,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tokenyard.moe.capacity import OneDevice, Tokens, keep
+from tokenyard.moe.capacity import OneDevice, keep_earliest
+from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, MoEConfig, Scope
-from tokenyard.moe.router import Router, count_choices
+from tokenyard.moe.router import Router
+from tokenyard.moe.tokens import Tokens
 from torch import Tensor
 
 EXPERTS = 4
@@ -33,7 +35,7 @@ def test_an_expert_takes_the_rounded_up_multiple_of_an_even_share(
     """All tokens choose experts 0 .. k - 1."""
     experts_BSK = torch.arange(top_k).expand(1, tokens, top_k)
     config = MoEConfig(experts=experts, top_k=top_k, capacity=CapacityConfig(factor=factor))
-    kept_BSK = keep(Tokens(experts_BSK, None, count_choices(experts_BSK, None, experts)), config, OneDevice())
+    kept_BSK = kept(experts_BSK, None, config)
     assert kept_BSK[0].sum(0).tolist() == [capacity] * top_k
     assert kept_BSK[0, :capacity].all()
 
@@ -82,7 +84,7 @@ def test_only_training_drops_and_says_how_many() -> None:
     router = Router(8, MoEConfig(experts=EXPERTS, top_k=2, capacity=CapacityConfig(factor=0.5)), torch.float32)
     torch.nn.init.normal_(router.weight)
     x_BSD, valid_BS = torch.randn(2, 12, 8), torch.rand(2, 12) < 0.8
-    trained, evaluated = router.train()(x_BSD, valid_BS), router.eval()(x_BSD, valid_BS)
+    trained, evaluated = router.train()(x_BSD, Tokens(valid_BS)), router.eval()(x_BSD, Tokens(valid_BS))
     assert evaluated.kept_TK is None and evaluated.stats.dropped == 0
     assert trained.stats.dropped == 2 * valid_BS.sum() - trained.kept_TK.sum() > 0
     assert not trained.kept_TK[~valid_BS.flatten()].any()
@@ -90,7 +92,11 @@ def test_only_training_drops_and_says_how_many() -> None:
 
 
 def kept(experts_BSK: Tensor, valid_BS: Tensor | None, config: MoEConfig) -> Tensor:
-    return keep(Tokens(experts_BSK, valid_BS, count_choices(experts_BSK, valid_BS, EXPERTS)), config, OneDevice())
+    wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool) if valid_BS is None else valid_BS[..., None].expand_as(experts_BSK)
+    scope, one = config.capacity.scope, OneDevice()
+    assert config.capacity.factor is not None
+    rows = capacity_of(config.capacity.factor, one.tokens(*experts_BSK.shape[:2], scope), config)
+    return keep_earliest(experts_BSK, wanted_BSK, rows, config.experts, scope, one)
 
 
 def random_choices(sequences: int, length: int, top_k: int) -> tuple[Tensor, Tensor]:
