@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+# tests/distributed/parity.py, which tests import; ranks inherit the path, so they find it too.
+sys.path.append(str(Path(__file__).parent / "distributed"))
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:
