@@ -95,14 +95,14 @@ class Router(nn.Module):
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
         padded = None
         if self.config.capacity.pad and rows is not None:
-            padded = most_rows(rows, *x_BSD.shape[:2], self.config.capacity.scope)
+            padded = most_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
         return Routing(choice.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
 
     def _key(self, x_BSD: Tensor, tokens: Tokens) -> Tensor:
         """int64 (B, S): the key of all randomness of these tokens in this layer. A router on its own sees the run's first rows."""
         place_BS = tokens.place_BS
         if place_BS is None:
-            place_BS = places(Place(), *x_BSD.shape[:2], x_BSD.device)
+            place_BS = places(Place(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
         return fold(place_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: Tokens) -> int | None:
@@ -113,7 +113,7 @@ class Router(nn.Module):
             factor = factor or config.capacity.factor or 1.0
         if factor is None:
             return None
-        return capacity(factor, self.surroundings.tokens(*x_BSD.shape[:2], config.capacity.scope), config)
+        return capacity(factor, self.surroundings.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
 
     def _score(self, x_BSD: Tensor, tokens: Tokens, key_BS: Tensor | None) -> Scored:
         router = self.config.router

@@ -41,7 +41,7 @@ def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: Place | None) -> To
     """The record of whole sequences; `place` is None outside training."""
     if place is None:
         return Tokens(valid_BS, ids_BS)
-    return Tokens(valid_BS, ids_BS, places(place, *ids_BS.shape, ids_BS.device), place.step)
+    return Tokens(valid_BS, ids_BS, places(place, len(ids_BS), ids_BS.shape[1], ids_BS.device), place.step)
 
 
 def places(place: Place, sequences: int, length: int, device: torch.device) -> Tensor:

@@ -84,10 +84,12 @@ def _scatter_output(axis: Axis) -> Any:
 def _slice_tokens(axis: Axis) -> Any:
     """The MoE layer gets a slice of x_BSD and the record of whole sequences: take the same slice of that."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tokens | None]) -> tuple[Tensor, Tokens | None]:
+    def own(part_BS: Tensor | None) -> Tensor | None:
+        return None if part_BS is None else part_BS.chunk(axis.size, dim=1)[axis.rank]
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, Tokens]) -> tuple[Tensor, Tokens]:
         x_BSD, tokens = inputs
-        if tokens is None:
-            return inputs
-        return x_BSD, Tokens(*(part.chunk(axis.size, dim=1)[axis.rank] if isinstance(part, Tensor) else part for part in tokens))
+        whole = (tokens.valid_BS, tokens.ids_BS, tokens.place_BS)
+        return x_BSD, Tokens(*map(own, whole), step=tokens.step, layer=tokens.layer)
 
     return hook

@@ -95,16 +95,22 @@ def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
 def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor) -> StepNumbers:
     """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53)."""
     layers, columns = shares[0].counts_LE.shape
-    kinds = ("balance_L", "sequence_L", "importance_L", "z_L", "dropped_L")
-    parts = [(s.cross_entropy.view(1), *(getattr(s, kind) for kind in kinds), s.counts_LE.flatten()) for s in shares]
+    parts = [
+        (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.counts_LE.flatten())
+        for s in shares
+    ]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     everything = sum_over(torch.cat([squared.view(1), mine]), parallel.mesh.everyone)
-    squared, cross_entropy, *per_layer, counts = everything.split([1, 1, *[layers] * len(kinds), layers * columns])
-    by_kind = dict(zip(kinds, per_layer, strict=True))
+    squared, cross_entropy, *per_layer, counts = everything.split([1, 1, *[layers] * 5, layers * columns])
+    balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
     return StepNumbers(
-        tokens=totals.tokens,
-        cross_entropy=cross_entropy.squeeze(0),
-        **(by_kind | {"dropped_L": by_kind["dropped_L"].long()}),
-        counts_LE=counts.long().view(layers, columns),
-        gradient_norm=squared.squeeze(0).sqrt(),
+        totals.tokens,
+        cross_entropy.squeeze(0),
+        balance_L,
+        sequence_L,
+        importance_L,
+        z_L,
+        counts.long().view(layers, columns),
+        dropped_L.long(),
+        squared.squeeze(0).sqrt(),
     )
