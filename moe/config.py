@@ -112,7 +112,7 @@ class BalanceConfig:
     coefficient: float = 0.01
     """Factor of the load-balance loss of each MoE layer (Switch Transformer, eq. 4); 0 turns it off."""
     scope: Scope = Scope.sequence
-    """sequence and batch (the global micro-batch) do not depend on the layout; rank does, as in most peers."""
+    """Of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
     sequence_coefficient: float = 0.0
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
     importance_coefficient: float = 0.0
@@ -130,7 +130,7 @@ class CapacityConfig:
     minimum: int = 1
     """An expert always takes so many rows of a scope."""
     scope: Scope = Scope.sequence
-    """The tokens that compete for an expert, in expert_choice and sinkhorn too; all but rank do not depend on the layout."""
+    """The tokens that compete for an expert, in expert_choice too; with sequence and batch the layout decides nothing."""
     policy: DropPolicy = DropPolicy.position
     """Earlier tokens first (causal), likelier choices first (looks ahead), or at random (outside training by position)."""
     pad: bool = False

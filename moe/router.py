@@ -69,7 +69,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.columns = config.experts + config.router.null_experts
-        self.weight = nn.Parameter(torch.empty(self.columns, width, dtype=dtype))
+        hashed = config.router.selection is Selection.hash  # it has nothing to learn
+        self.weight = None if hashed else nn.Parameter(torch.empty(self.columns, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.columns, dtype=dtype)) if config.router.bias else None
         self.noise_weight = nn.Parameter(torch.empty(self.columns, width, dtype=dtype)) if config.router.noise else None
         self.expert_bias: Tensor | None
@@ -80,6 +81,7 @@ class Router(nn.Module):
 
     def add_expert_bias(self) -> None:
         """The auxiliary-loss-free bias (DeepSeek-V3): fp32 always, decides who is chosen and not how much they weigh."""
+        assert self.weight is not None
         self.register_buffer("expert_bias", torch.zeros(self.columns, dtype=torch.float32, device=self.weight.device))
 
     def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> Routing:
@@ -118,7 +120,7 @@ class Router(nn.Module):
     def _score(self, x_BSD: Tensor, tokens: Tokens, key_BS: Tensor | None) -> Scored:
         router = self.config.router
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
-        if router.selection is Selection.hash:
+        if self.weight is None:
             return Scored(None, hash_scores(tokens, self.columns, self.config.top_k, wide))
         x_BSD = x_BSD.to(wide)
         if router.jitter > 0 and key_BS is not None:
@@ -174,7 +176,7 @@ class Router(nn.Module):
         valid_BS1 = valid_BS.unsqueeze(-1)
         counted_BSK = valid_BS1 if choice.made_BSK is None else choice.made_BSK & valid_BS1
         counts_BE = count_choices(choice.experts_BSK, counted_BSK, self.columns)
-        scores_BE = (probabilities(scored.scores_BSE, self.config.router.score) * valid_BS1).sum(dim=1)
+        scores_BE = (probabilities(scored.scores_BSE, self.config.router) * valid_BS1).sum(dim=1)
         z_BS = weights_BSK.new_zeros(()) if scored.logits_BSE is None else scored.logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
         if self.config.balance.importance_coefficient == 0:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import MoEConfig, Score, Selection
+from .config import MoEConfig, RouterConfig, Score, Selection
 from .noise import Purpose, fold, normal, uniform
 from .tokens import Tokens
 
@@ -62,9 +62,11 @@ def hash_scores(tokens: Tokens, columns: int, top_k: int, dtype: torch.dtype) ->
     return (distance_BSE < top_k).to(dtype)
 
 
-def probabilities(scores_BSE: Tensor, kind: Score) -> Tensor:
+def probabilities(scores_BSE: Tensor, router: RouterConfig) -> Tensor:
     """Scores that sum to one over the experts (DeepSeek-V3, eq. 19), which balance losses take."""
-    return scores_BSE if kind is Score.softmax else scores_BSE / (scores_BSE.sum(dim=-1, keepdim=True) + TINY)
+    if router.score is Score.softmax and router.selection is not Selection.hash:
+        return scores_BSE
+    return scores_BSE / (scores_BSE.sum(dim=-1, keepdim=True) + TINY)
 
 
 def weigh(logits_BSE: Tensor | None, scores_BSE: Tensor, experts_BSK: Tensor, config: MoEConfig) -> Tensor:

@@ -87,7 +87,7 @@ def _prices(logits_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surr
         share_BSE = (logits_BSE + prices).softmax(dim=-1)
         if valid_BS is not None:
             share_BSE = share_BSE * valid_BS.unsqueeze(-1)
-        load = surroundings.total(share_BSE.sum(dim=1), config.capacity.scope).unsqueeze(1)
+        load = surroundings.total(share_BSE.sum(dim=1), config.balance.scope).unsqueeze(1)
         load = load.clamp(min=torch.finfo(load.dtype).tiny)
         prices = prices + load.mean(dim=-1, keepdim=True).log() - load.log()
     return prices

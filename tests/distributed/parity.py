@@ -41,6 +41,7 @@ class Case(NamedTuple):
     """All tokens choose the same expert in the first step; else expert 2 is starved."""
     idle_rows: int = 0
     """So many rows of each global batch have no target that counts: on some layouts a rank has no token."""
+    steps: int = STEPS
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
@@ -73,7 +74,7 @@ def train(layout: Layout, case: Case) -> dict[str, Any]:
     (favour_one_expert if case.equal_scores else starve_expert)(parallel)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), parallel)
     steps, gradients = [], {}
-    for step in range(STEPS):
+    for step in range(case.steps):
         rows, place = rows_of(parallel, step, case), Place(seed=5, step=step + 1)
         steps.append(train_step(parallel, optimizer, rows, lr=0.01, clip_norm=None, place=place))
         if step == 0:

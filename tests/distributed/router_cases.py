@@ -51,7 +51,7 @@ ROUTERS = {
     "drops by probability": moe({}, BATCH, {"factor": 0.8, "policy": DropPolicy.probability, **BATCH}),
     "hash": moe({"selection": Selection.hash}),
     "sinkhorn": moe({"selection": Selection.sinkhorn}),
-    "sinkhorn by batch": moe({"selection": Selection.sinkhorn, "score": Score.sigmoid}, capacity=BATCH, top_k=1),
+    "sinkhorn by batch": moe({"selection": Selection.sinkhorn, "score": Score.sigmoid}, BATCH, top_k=1),
     "expert choice": moe({"selection": Selection.expert_choice}),
     "expert choice by batch": moe({"selection": Selection.expert_choice}, BATCH, {"factor": 0.75, **BATCH}),
     "null experts": moe({"null_experts": 4}, {"bias_rate": 0.01}, {"factor": 1.0}, top_k=3),

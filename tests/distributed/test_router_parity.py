@@ -25,8 +25,8 @@ def test_layout_gives_the_numbers_of_one_process(ranks: Any, layout: Layout, nam
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_equal_logits_and_ranks_without_tokens(ranks: Any, name: str) -> None:
-    """In the first step all choices are ties; the first data rank has no token that counts."""
-    tied = case(ROUTERS[name], equal_scores=True, idle_rows=2)
+    """All choices are ties (after a step only nearly: rounding would decide); the first data rank has no token that counts."""
+    tied = case(ROUTERS[name], equal_scores=True, idle_rows=2, steps=1)
     assert_layout_gives_the_numbers_of_one_process(ranks, Layout(4, shard=2, expert=2), tied)
 
 
@@ -46,7 +46,8 @@ def test_the_reference_is_worth_comparing_with(name: str) -> None:
     moe, (first, *_) = ROUTERS[name], reference(case(ROUTERS[name]))["steps"]
     gradients = reference(case(ROUTERS[name]))["gradients"]
     routers = {key: gradient for key, gradient in gradients.items() if "router" in key}
-    assert all((gradient.abs().max() > 0) == (moe.router.selection is not Selection.hash) for gradient in routers.values())
+    assert bool(routers) == (moe.router.selection is not Selection.hash)
+    assert all(gradient.abs().max() > 0 for gradient in routers.values())
     limited = moe.capacity.factor_at(1) is not None and moe.router.selection is not Selection.expert_choice
     assert (first.dropped_L > 0).all() == limited
     assert (first.importance_L > 0).all() == (moe.balance.importance_coefficient > 0)
