@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from .config import AttentionKind, ModelConfig
 from .shapes import Shapes, head_width, shapes
 
+PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head", "mtp")
+"""What Count adds up."""
+
 
 @dataclass
 class Count:
@@ -57,7 +60,7 @@ def count(config: ModelConfig) -> Count:
 
 def sum_by_part(found: Shapes) -> dict[str, int]:
     """The elements of `found`, by the part that each name belongs to; a key for every part."""
-    parts = dict.fromkeys(("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head", "mtp"), 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, shape in found.items():
         parts[part_of(name)] += math.prod(shape)
     return parts

@@ -77,6 +77,7 @@ def initialise(parallel: Parallel, seed: int) -> None:
             continue
         experts = range(piece.offsets[0], piece.offsets[0] + piece.sizes[0])
         init.fill(target, name, piece.shape, parallel.model.config, seed, _cutter(piece), experts)
+    init.reset_expert_biases(parallel.model)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..moe.attention import Attention
 from ..moe.linear import HeadsNorm, TiedHead
 from ..moe.mla import LatentAttention
 from ..moe.model import Transformer
+from ..moe.tokens import Tokens
 from .collectives import add_up_parts, gather_sequence, scatter_sequence
 from .layout import sliced_dim
 from .mesh import Axis, Mesh
@@ -44,7 +45,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piec
             block.dense.register_forward_pre_hook(_gather_input(axis))
             block.dense.register_forward_hook(_scatter_output(axis))
         if block.moe is not None:
-            block.moe.register_forward_pre_hook(_slice_validity(axis))
+            block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
 
 def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
@@ -91,11 +92,15 @@ def _scatter_output(axis: Axis) -> Any:
     return lambda _module, _inputs, output: scatter_sequence(output, axis)
 
 
-def _slice_validity(axis: Axis) -> Any:
-    """The MoE layer gets a slice of x_BSD and the validity of whole sequences: take the same slice of that."""
+def _slice_tokens(axis: Axis) -> Any:
+    """The MoE layer gets a slice of x_BSD and the record of whole sequences: take the same slice of that."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        x_BSD, valid_BS = inputs
-        return x_BSD, None if valid_BS is None else valid_BS.chunk(axis.size, dim=1)[axis.rank]
+    def own(part_BS: Tensor | None) -> Tensor | None:
+        return None if part_BS is None else part_BS.chunk(axis.size, dim=1)[axis.rank]
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, Tokens]) -> tuple[Tensor, Tokens]:
+        x_BSD, tokens = inputs
+        whole = (tokens.valid_BS, tokens.ids_BS, tokens.place_BS)
+        return x_BSD, Tokens(*map(own, whole), step=tokens.step, layer=tokens.layer)
 
     return hook

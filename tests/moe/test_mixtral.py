@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
+from tokenyard.moe.tokens import Tokens
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import IGNORE, Losses, Totals, losses
@@ -69,7 +70,7 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
     expected = mixtral.load_balancing_loss_func((logits_BSE.flatten(0, 1),), 4, 2, attention_mask=valid_BS)
     router = Router(4, moe_config(1.0), torch.float32)
     torch.nn.init.eye_(router.weight)
-    stats = router(logits_BSE, valid_BS.bool()).stats
+    stats = router(logits_BSE, Tokens(valid_BS.bool())).stats
     mesh, zeros = build_mesh(ParallelConfig()), torch.zeros(2, 5, dtype=torch.int64)
     share = losses(torch.zeros(2, 5, 3), zeros, [stats], moe_config(1.0), Totals(8, 2, 1), mesh)
     torch.testing.assert_close(2 * share.balance_L[0], expected)
