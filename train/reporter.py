@@ -237,7 +237,7 @@ def sample_of(session: Session) -> tuple[str, str] | None:
 def set_up_logging(first: bool) -> None:
     """Lines of the package's own logger on standard output, from rank 0 alone."""
     log = logging.getLogger("tokenyard")
-    log.setLevel(logging.INFO if first else logging.WARNING)
+    log.setLevel(logging.INFO if first else logging.ERROR)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
