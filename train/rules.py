@@ -9,9 +9,7 @@ from ..data.config import TokenizerKind
 from ..moe.config import ModelConfig
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
-
-TRACKERS = ("wandb", "jsonl")
-"""What tracker.names may hold."""
+from .trackers import TRACKERS
 
 BYTE_PIECES = 259
 """256 bytes and 3 marks."""
