@@ -14,7 +14,6 @@ import operator
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from types import ModuleType
 from typing import Any
 
@@ -70,7 +70,7 @@ class Pool:
 
     def __init__(self, world: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenyard-ranks-")
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Popen[bytes]] = []
         self._pipes: list[Any] = []
         try:
             for rank in range(world):
@@ -106,8 +106,7 @@ class Pool:
         # -P keeps this file's own folder out of the import path.
         program = [sys.executable, "-P", __file__, str(rank), str(world), self._folder.name, str(theirs.fileno())]
         with theirs, self._log_path(rank).open("wb") as log:
-            fds = [theirs.fileno()]
-            process = subprocess.Popen(program, env=settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds)
+            process = Popen(program, env=settings, stdin=DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()])
         self._processes.append(process)
 
     def _answers(self, limit_seconds: float, what: str) -> list[bytes]:
