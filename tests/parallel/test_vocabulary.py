@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenyard.parallel import vocabulary
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
-from tokenyard.parallel.vocabulary import CHUNK, VocabularyParallelEmbedding, cross_entropy_sum
+from tokenyard.parallel.vocabulary import VocabularyParallelEmbedding, cross_entropy_sum
 from torch import Tensor
 
 VOCABULARY, IGNORE, FACTOR = 24, -100, 0.37
+CHUNK = 16
+"""Tokens that are widened at once, here."""
 ALONE = Axis(1, 0, None)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -18,6 +21,11 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 class Result(NamedTuple):
     loss: Tensor
     gradient: Tensor
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", CHUNK * VOCABULARY)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
