@@ -52,6 +52,7 @@ def test_cached_chunks_equal_the_whole_sequence() -> None:
 
 def test_scores_of_turned_heads_depend_on_the_distance_alone() -> None:
     config = ModelConfig(width=8, heads=1, kv_heads=1, rope_theta=50.0)
+    torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(query_at: int, key_at: int) -> Tensor:

@@ -19,6 +19,7 @@ class Pass(NamedTuple):
 
 @WORLDS
 def test_gather_sequence(ranks: Any, world: int) -> None:
+    torch.manual_seed(0)
     x_BSD, weights_NBSD = torch.randn(2, 4 * world, 3), torch.randn(world, 2, 4 * world, 3)
     for rank, result in enumerate(ranks(world, gather, x_BSD, weights_NBSD)):
         assert torch.equal(result.output, x_BSD)
@@ -32,6 +33,7 @@ def gather(x_BSD: Tensor, weights_NBSD: Tensor) -> Pass:
 
 @WORLDS
 def test_scatter_sequence(ranks: Any, world: int) -> None:
+    torch.manual_seed(0)
     parts_NBSD, weights_BSD = torch.randn(world, 2, 4 * world, 3), torch.randn(2, 4 * world, 3)
     for rank, result in enumerate(ranks(world, scatter, parts_NBSD, weights_BSD)):
         torch.testing.assert_close(result.output, parts_NBSD.sum(0).chunk(world, 1)[rank])
@@ -53,6 +55,7 @@ COUNTS = {
 @pytest.mark.parametrize(("world", "counts"), [(world, counts) for world, cases in COUNTS.items() for counts in cases])
 def test_exchange_rows(ranks: Any, world: int, counts: list[list[int]]) -> None:
     """Row i of those from rank a to rank b is [a, b, i]; gradients come back as the weights of where the rows went."""
+    torch.manual_seed(0)
     weights = [torch.randn(sum(row[rank] for row in counts), 3, dtype=torch.float64) for rank in range(world)]
     results = ranks(world, exchange, counts, weights)
     for rank, result in enumerate(results):
@@ -73,6 +76,7 @@ def exchange(counts: list[list[int]], weights: list[Tensor]) -> Pass:
 
 @WORLDS
 def test_sum_maximum_and_stack(ranks: Any, world: int) -> None:
+    torch.manual_seed(0)
     x_NAB = torch.randint(-99, 99, (world, 2, 3))
     for summed, largest, stacked in ranks(world, reduce, x_NAB):
         assert torch.equal(summed, x_NAB.sum(0))

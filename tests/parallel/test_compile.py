@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
@@ -17,6 +18,7 @@ MODEL.moe = MoEConfig(experts=4, hidden=16)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # both are the compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning")
+@inductor.patch(compile_threads=1)  # starting a pool of compilers takes longer than these few kernels
 def test_compiled_model_equals_the_eager_one() -> None:
     torch.manual_seed(0)
     eager, compiled = build(False), build(True)

@@ -28,6 +28,7 @@ def test_every_parameter_is_in_one_group_and_matrices_alone_decay(tied: bool) ->
 
 
 def test_two_updates_by_hand() -> None:
+    torch.manual_seed(0)
     parallel = build(False)
     optimizer = build_optimizer(CONFIG, parallel)
     set_learning_rate(optimizer, 0.02)

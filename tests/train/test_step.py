@@ -31,6 +31,13 @@ def test_accumulation_changes_nothing(micro_batches: int, capacity: float | None
     assert_same_parameters(parts, whole)
 
 
+@pytest.mark.parametrize("scope", [Scope.batch, Scope.rank])
+def test_balance_by_batch_is_the_mean_over_micro_batches(scope: Scope) -> None:
+    expected = [one_step(build(scope=scope), [rows]).balance_L for rows in batch(2)]
+    assert not torch.allclose(*expected)
+    torch.testing.assert_close(one_step(build(scope=scope), batch(2)).balance_L, torch.stack(expected).mean(0))
+
+
 @pytest.mark.parametrize("capacity", [None, 0.7])
 def test_recomputation_changes_nothing(capacity: float | None) -> None:
     kept, recomputed = build(capacity_factor=capacity), build(recompute=True, capacity_factor=capacity)
@@ -112,8 +119,14 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses() -> None:
         assert "norm" in name or (rounded != parameter).double().mean() > 0.9, f"{name} has bf16 values"
 
 
-def build(dtype: torch.dtype = torch.float64, recompute: bool = False, experts: int = EXPERTS, **changes: Any) -> Parallel:
-    moe = MoEConfig(experts=experts, hidden=8, balance=BalanceConfig(0.05, Scope.sequence), z_coefficient=0.01, **changes)
+def build(
+    dtype: torch.dtype = torch.float64,
+    recompute: bool = False,
+    experts: int = EXPERTS,
+    scope: Scope = Scope.sequence,
+    **changes: Any,
+) -> Parallel:
+    moe = MoEConfig(experts=experts, hidden=8, balance=BalanceConfig(0.05, scope), z_coefficient=0.01, **changes)
     config = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, hidden=8, vocabulary=VOCABULARY, init_std=0.3, moe=moe)
     with torch.device("meta"):
         model = Transformer(config, dtype)
