@@ -25,7 +25,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK", CHUNK * VOCABULARY)
+    monkeypatch.setitem(vocabulary.CHUNK, "cpu", CHUNK * VOCABULARY)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -48,11 +48,11 @@ def test_slices_equal_torch(ranks: Any, world: int, dtype: torch.dtype) -> None:
 
 def sliced(logits_TV: Tensor, targets_T: Tensor) -> Result:
     """On a rank, whose chunks are as small as here."""
-    before, vocabulary.CHUNK = vocabulary.CHUNK, CHUNK * VOCABULARY // 4
+    before, vocabulary.CHUNK["cpu"] = vocabulary.CHUNK["cpu"], CHUNK * VOCABULARY // 4
     try:
         return by_slices(logits_TV, targets_T)
     finally:
-        vocabulary.CHUNK = before
+        vocabulary.CHUNK["cpu"] = before
 
 
 def by_slices(logits_TV: Tensor, targets_T: Tensor) -> Result:
