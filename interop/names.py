@@ -3,10 +3,13 @@
 E experts, P = 2 (gate, up), F hidden width, D model width.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def itself(tensor: Tensor) -> Tensor:

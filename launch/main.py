@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NoReturn, TypeVar
 
 from .. import __version__
+from ..train.allocator import restart_with_kept_memory
 
 Number = TypeVar("Number", int, float)
 
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         nearest = (get_close_matches(words[0], VERBS, 1, 0) or list(VERBS))[0]
         print(f"tokenyard: {words[0]}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}", file=sys.stderr)
         return BAD_USAGE
+    if argv is None and words[0] == "train":
+        restart_with_kept_memory()
     return VERBS[words[0]](words[1:])
 
 
@@ -60,6 +63,21 @@ def evaluate(argv: list[str]) -> int:
     from ..train.evaluate import evaluate_command
 
     return evaluate_command(arguments)
+
+
+def params(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard params",
+        usage="%(prog)s [-h] [--json] [--table] [HF_FOLDER] [group=option ...] [key=value ...]",
+        description="Parameters, bytes and FLOPs of a model and of a rank's share of it. Nothing is built, no weights are needed.",
+    )
+    parser.add_argument("words", nargs="*", help="overrides as for tokenyard train; or a folder with a Hugging Face config.json")
+    parser.add_argument("--json", action="store_true", help="one JSON object; parameters as numbers of elements")
+    parser.add_argument("--table", action="store_true", help="all models of conf/model, as Markdown (docs/models.md)")
+    arguments = parser.parse_intermixed_args(argv)
+    from .params import params_command
+
+    return params_command(arguments)
 
 
 def import_(argv: list[str]) -> int:
@@ -97,6 +115,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "import": import_,
     "export": export,
+    "params": params,
 }
 
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
@@ -106,6 +125,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
+  tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard VERB --help                                  more about one of them
   tokenyard --version"""
 

@@ -1,8 +1,11 @@
-"""Load-balance loss and router z-loss as sums over this device's tokens; adding all ranks' values gives the global loss.
+"""Load-balance losses as sums over this device's tokens (adding all ranks' values gives the global loss), and the expert bias.
 
-L MoE layers, B sequences, E experts, K choices per token.
+L MoE layers, B sequences, E router columns (experts, then null experts), K choices per token.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 
@@ -11,8 +14,43 @@ def balance_loss(counts: Tensor, scores: Tensor, tokens: Tensor, top_k: int) -> 
 
     counts (..., E): int64 choices of the WHOLE scope, on every rank the same; scores (..., E): sums of router probabilities of
     this device's tokens; tokens (...): valid tokens of the whole scope. The result E * sum_e f_e * P_e is linear in `scores`,
-    so it needs no gradient through a collective; it is 1 when the load is even.
+    so it needs no gradient through a collective; it is 1 when the load is even. Over one sequence it is DeepSeek-V3's
+    complementary sequence-wise loss (eq. 17-20), with the choices that were made where those include an expert bias.
     """
     fraction = counts.to(scores.dtype) / (tokens * top_k).clamp(min=1).unsqueeze(-1)  # two int64 would give fp32
     mean_score = scores / tokens.clamp(min=1).unsqueeze(-1)
     return counts.shape[-1] * (fraction * mean_score).sum(dim=-1)
+
+
+class Variation(NamedTuple):
+    """A value that is not linear in this device's sums, and what to differentiate in its place."""
+
+    value: Tensor
+    """The same on every rank of the scope; no gradient."""
+    slope: Tensor
+    """Linear in this device's sums: its gradients, added up over the ranks, are those of `value`. Of no use as a number."""
+
+
+def squared_variation(total: Tensor, mine: Tensor) -> Variation:
+    """Squared coefficient of variation over E, variance / mean ** 2 (Shazeer et al. 2017, eq. 6-7), one value per leading index.
+
+    total (..., E): sums over the WHOLE scope; mine (..., E): this device's part of them, with gradient.
+    d value / d total_e = 2 E / sum * (share_e - sum of squared shares), which is constant in each device's part.
+    """
+    total = total.detach()
+    everything = total.sum(dim=-1, keepdim=True)
+    share = total / everything.clamp(min=torch.finfo(total.dtype).tiny)
+    squares = share.square().sum(dim=-1, keepdim=True)
+    experts, some = total.shape[-1], everything > 0
+    value = torch.where(some, experts * squares - 1, 0.0).squeeze(-1)
+    factor = torch.where(some, 2 * experts * (share - squares) / everything, 0.0)
+    return Variation(value, (factor * mine).sum(dim=-1))
+
+
+@torch.no_grad()
+def update_expert_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
+    """Auxiliary-loss-free balancing (Wang et al. 2024; DeepSeek-V3, section 2.1.2): b += rate * sign(mean - count), in place.
+
+    counts_E: int64 choices of the whole optimizer step, over all ranks. In whole numbers, so that an even load changes nothing.
+    """
+    bias_E.add_(torch.sign(counts_E.sum() - counts_E * len(counts_E)).to(bias_E.dtype), alpha=rate)

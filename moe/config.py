@@ -112,7 +112,7 @@ class BalanceConfig:
     coefficient: float = 0.01
     """Factor of the load-balance loss of each MoE layer (Switch Transformer, eq. 4); 0 turns it off."""
     scope: Scope = Scope.sequence
-    """sequence and batch (the global micro-batch) do not depend on the layout; rank does, as in most peers."""
+    """Of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
     sequence_coefficient: float = 0.0
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
     importance_coefficient: float = 0.0
@@ -130,13 +130,21 @@ class CapacityConfig:
     minimum: int = 1
     """An expert always takes so many rows of a scope."""
     scope: Scope = Scope.sequence
-    """The tokens that compete for one expert's capacity; with sequence and batch the layout does not decide who is dropped."""
+    """The tokens that compete for an expert, in expert_choice too; with sequence and batch the layout decides nothing."""
     policy: DropPolicy = DropPolicy.position
-    """Earlier tokens first (causal), likelier choices first (looks ahead), or at random."""
+    """Earlier tokens first (causal), likelier choices first (looks ahead), or at random (outside training by position)."""
     pad: bool = False
     """Pad each expert's rows to its capacity, as GShard does: fixed shapes for more computation."""
     schedule: list[float] = field(default_factory=list)
     """Pairs of step and factor, flattened, as [0, 1.0, 1000, 1.5, 2000, 0]: the factor from each step on; 0 is dropless."""
+
+    def factor_at(self, step: int) -> float | None:
+        """The factor in force in training at optimizer step `step` (the first is 1); None is dropless."""
+        factor = self.factor
+        for start, scheduled in zip(self.schedule[::2], self.schedule[1::2], strict=True):
+            if step >= start:
+                factor = scheduled or None
+        return factor
 
 
 @dataclass
@@ -145,7 +153,7 @@ class MoEConfig:
     """Routed experts per MoE layer; 0 makes every layer dense."""
     top_k: int = 2
     """Experts that each token chooses."""
-    hidden: int = 512
+    hidden: int = 256
     """Hidden width of one routed expert."""
     shared_hidden: int = 0
     """Hidden width of the expert that every token passes (DeepSeekMoE); 0 for none."""
@@ -238,7 +246,7 @@ class AttentionConfig:
 class ModelConfig:
     layers: int = 4
     """Transformer blocks."""
-    width: int = 256
+    width: int = 128
     """Width of the residual stream (d_model)."""
     heads: int = 8
     """Query heads."""
@@ -246,7 +254,7 @@ class ModelConfig:
     """Key and value heads (grouped-query attention); must divide heads."""
     head_width: int | None = None
     """Width of one head; null is width / heads."""
-    hidden: int = 1024
+    hidden: int = 512
     """Hidden width of the feed-forward of dense layers."""
     activation: Activation = Activation.swiglu
     """Function of dense layers and of the shared expert."""

@@ -1,12 +1,19 @@
-"""How many parameters a model has, by part, and how many FLOPs a token costs. No torch: it answers before anything is built.
+"""How many parameters a model has, by part, how many FLOPs a token costs, how much its cache holds. No torch: it answers before
+anything is built.
 
 FLOPs follow PaLM (Chowdhery et al. 2022), appendix B, with two differences that matter for MoE: only the experts that a token
 passes are counted, and causal attention looks back over (S + 1) / 2 tokens on average, not S. One multiply-add is 2 FLOPs.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .config import ModelConfig
+from .config import AttentionKind, ModelConfig
+from .shapes import Shapes, head_width, shapes
+
+PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head", "mtp")
+"""What Count adds up."""
 
 
 @dataclass
@@ -18,11 +25,15 @@ class Count:
     router: int
     experts: int
     active_experts: int
+    """Of top_k experts. With null experts those of an even load: they take their share of the choices."""
     shared: int
     dense: int
     norms: int
+    """Those of queries and keys included."""
     head: int
     """0 if the head uses the embedding's weights."""
+    mtp: int = 0
+    """Multi-token prediction modules: trained, but no part of the model that predicts; so neither in total nor in active."""
 
     @property
     def total(self) -> int:
@@ -35,49 +46,106 @@ class Count:
         always = self.embedding + self.attention + self.router + self.shared + self.dense + self.norms + self.head
         return always + self.active_experts
 
+    @property
+    def trained(self) -> int:
+        """Parameters that a training run holds."""
+        return self.total + self.mtp
+
 
 def count(config: ModelConfig) -> Count:
     """Parameters of the model that `config` describes."""
-    moe, width = config.moe, config.width
-    moe_layers = sum(config.moe_layer(index) for index in range(config.layers))
-    embedding = config.vocabulary * width
-    expert = _swiglu(width, moe.hidden)
-    return Count(
-        embedding=embedding,
-        attention=config.layers * 2 * width * head_width(config) * (config.heads + config.kv_heads),
-        router=moe_layers * moe.experts * width,
-        experts=moe_layers * moe.experts * expert,
-        active_experts=moe_layers * moe.top_k * expert,
-        shared=moe_layers * _swiglu(width, moe.shared_hidden),
-        dense=(config.layers - moe_layers) * _swiglu(width, config.hidden),
-        norms=(2 * config.layers + 1) * width,
-        head=0 if config.tie_embeddings else embedding,
-    )
+    parts = sum_by_part(shapes(config))
+    return Count(active_experts=_active(config, parts["experts"]), **parts)
+
+
+def sum_by_part(found: Shapes) -> dict[str, int]:
+    """The elements of `found`, by the part that each name belongs to; a key for every part."""
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name, shape in found.items():
+        parts[part_of(name)] += math.prod(shape)
+    return parts
+
+
+def part_of(name: str) -> str:
+    """The part that the parameter of this global name belongs to, a field of Count."""
+    if name.startswith("mtp."):
+        return "mtp"
+    if name.endswith("norm.weight"):
+        return "norms"
+    inside = {".attention.": "attention", ".router.": "router", ".experts.": "experts", ".shared": "shared", ".dense.": "dense"}
+    return next((part for word, part in inside.items() if word in name), name.partition(".")[0])
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one token in the forward pass, the mean over a sequence of `sequence_length` tokens that see all before them.
 
     2 x (attention + router + active experts + shared + dense + head weights) for the products with weights, and per layer
-    4 x heads x head width x (S + 1) / 2 for queries with keys and probabilities with values. Look-ups, norms, softmax, rotary
-    embedding and activations are not counted, nor is what masks between packed documents would save.
+    2 x heads x (width of a key + width of a value) x the mean number of tokens that a token sees: (S + 1) / 2, or fewer in a
+    window. Look-ups, norms, biases, softmax, rotary embedding and activations are not counted, nor is what masks between packed
+    documents would save. Latent attention counts as it is trained, with keys and values of every head.
     """
-    parts = count(config)
-    head = config.vocabulary * config.width  # a product also where the weights are the embedding's
-    weights = parts.attention + parts.router + parts.active_experts + parts.shared + parts.dense + head
-    return 2 * weights + config.layers * 2 * config.heads * head_width(config) * (sequence_length + 1)
+    main = {name: shape for name, shape in shapes(config).items() if part_of(name) != "mtp"}
+    return _flops(config, main, [config.windowed_layer(index) for index in range(config.layers)], 1, sequence_length)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: bool = False) -> int:
-    """FLOPs of one token in forward and backward: 3 x forward, which MFU counts; 4 x if activations are recomputed (HFU)."""
-    return (4 if recompute else 3) * flops_per_token(config, sequence_length)
+    """FLOPs of one token in forward and backward: 3 x forward, which MFU counts; 4 x if activations are recomputed (HFU).
+
+    Here multi-token prediction counts, as if each module predicted for all tokens of the sequence.
+    """
+    mtp = {name: shape for name, shape in shapes(config).items() if part_of(name) == "mtp"}
+    windowed = [config.windowed_layer(config.layers + index) for index in range(config.mtp_depth)]
+    predictions = _flops(config, mtp, windowed, config.mtp_depth, sequence_length)
+    return (4 if recompute else 3) * (flops_per_token(config, sequence_length) + predictions)
 
 
-def head_width(config: ModelConfig) -> int:
-    """Width of one attention head."""
-    return config.head_width or config.width // config.heads
+def kv_cache_elements(config: ModelConfig, tokens: int) -> int:
+    """Numbers that the cache keeps for a sequence of `tokens`: keys and values, or the latent and one rotary key (DeepSeek-V2).
+
+    A layer with a window keeps no more tokens than the window.
+    """
+    mla, latent = config.attention.mla, config.attention.kind is AttentionKind.mla
+    each = mla.kv_rank + mla.rope_width if latent else 2 * config.kv_heads * head_width(config)
+    return each * sum(_window(config, config.windowed_layer(index), tokens) for index in range(config.layers))
 
 
-def _swiglu(width: int, hidden: int) -> int:
-    """Weights of gate, up and down."""
-    return 3 * width * hidden
+def _flops(config: ModelConfig, found: Shapes, windowed: Iterable[bool], heads: int, length: int) -> int:
+    """Of the weights in `found`, of `heads` products with the head, and of a layer of attention for each of `windowed`."""
+    products = heads * config.vocabulary * config.width + sum(_multiplied(config, *item) for item in found.items())
+    pairs = sum(_pairs(length, _window(config, each, length)) for each in windowed)
+    return 2 * products + 2 * config.heads * _key_and_value(config) * pairs // length
+
+
+def _multiplied(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
+    """How many elements of a parameter a token is multiplied with."""
+    if (
+        len(shape) < 2
+        or name.rpartition(".")[2] not in ("weight", "gate_up", "down")
+        or name in ("embedding.weight", "head.weight")
+    ):
+        return 0
+    return _active(config, math.prod(shape)) if ".experts." in name else math.prod(shape)
+
+
+def _pairs(length: int, window: int) -> int:
+    """How many tokens the tokens of a sequence see, themselves included, all together."""
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def _window(config: ModelConfig, windowed: bool, length: int) -> int:
+    """The most tokens that a token of a layer sees in a sequence."""
+    return min(length, config.attention.window or length) if windowed else length
+
+
+def _key_and_value(config: ModelConfig) -> int:
+    """The width of a head's key and that of its value, added."""
+    mla = config.attention.mla
+    if config.attention.kind is AttentionKind.mla:
+        return mla.nope_width + mla.rope_width + mla.value_width
+    return 2 * head_width(config)
+
+
+def _active(config: ModelConfig, experts: int) -> int:
+    """Of so many elements of experts those that a token passes; with expert choice or null experts on average."""
+    choices = config.moe.experts + config.moe.router.null_experts
+    return experts * config.moe.top_k // choices if experts else 0

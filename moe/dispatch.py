@@ -13,11 +13,15 @@ from .router import Routing
 
 
 class Plan(NamedTuple):
-    """Where each row goes: row r is a copy of token `token_R[r]`; choice k of token t is row `slot_TK[t, k]`, or -1 (dropped)."""
+    """Where each row goes: row r is a copy of token `token_R[r]`; choice k of token t is row `slot_TK[t, k]`, or -1 (dropped).
+
+    `filled_R` is False for rows of padding: zeros, whose outputs nobody takes; None where there are none.
+    """
 
     token_R: Tensor
     slot_TK: Tensor
     counts_E: Tensor
+    filled_R: Tensor | None = None
 
 
 class Arrived(NamedTuple):
@@ -57,7 +61,10 @@ class LocalDispatcher(Dispatcher):
 
 
 def plan_rows(routing: Routing, experts: int) -> Plan:
-    """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation)."""
+    """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation).
+
+    With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read.
+    """
     top_k = routing.experts_TK.shape[1]
     chosen_A = routing.experts_TK.flatten()
     if routing.kept_TK is not None:
@@ -65,16 +72,31 @@ def plan_rows(routing: Routing, experts: int) -> Plan:
     order_A = chosen_A.argsort(stable=True)
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
     counts_E = counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
-    rows = len(order_A) if routing.kept_TK is None else int(counts_E.sum())
     slot_A = torch.empty_like(order_A)
     slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    if routing.padded_rows is not None:
+        return _padded(Plan(order_A // top_k, slot_A.view_as(routing.experts_TK), counts_E), chosen_A, routing.padded_rows)
+    rows = len(order_A) if routing.kept_TK is None else int(counts_E.sum())
     slot_A = slot_A.masked_fill(slot_A >= rows, -1)
     return Plan(order_A[:rows] // top_k, slot_A.view_as(routing.experts_TK), counts_E)
 
 
+def _padded(plan: Plan, chosen_A: Tensor, rows: int) -> Plan:
+    """`plan` still has all A choices, the dropped ones last."""
+    experts, total = len(plan.counts_E), len(plan.counts_E) * rows
+    shift_E = torch.arange(experts, device=chosen_A.device) * rows - (plan.counts_E.cumsum(0) - plan.counts_E)
+    slot_A = plan.slot_TK.flatten() + torch.cat([shift_E, shift_E.new_zeros(1)])[chosen_A]
+    slot_A = slot_A.masked_fill(chosen_A == experts, -1)
+    choice_R = torch.full((total + 1,), -1, device=chosen_A.device)
+    choice_R[slot_A] = torch.arange(len(slot_A), device=chosen_A.device)  # dropped choices land in the extra last place
+    choice_R, slot_TK = choice_R[:-1], slot_A.view_as(plan.slot_TK)
+    token_R = choice_R.clamp(min=0) // slot_TK.shape[1]
+    return Plan(token_R, slot_TK, torch.full_like(plan.counts_E, rows), choice_R >= 0)
+
+
 def copy_to_rows(x_TD: Tensor, plan: Plan) -> Tensor:
     """(T, D) to (R, D), differentiable."""
-    return _CopyToRows.apply(x_TD, plan.token_R, plan.slot_TK)  # pyright: ignore[reportReturnType]
+    return _CopyToRows.apply(x_TD, plan.token_R, plan.slot_TK, plan.filled_R)  # pyright: ignore[reportReturnType]
 
 
 def weighted_sum(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
@@ -86,14 +108,15 @@ class _CopyToRows(torch.autograd.Function):
     """Gather forward and gather-and-add backward: no atomic additions, so the same bits every time."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, slot_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, slot_TK: Tensor, filled_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(slot_TK)
-        return x_TD.index_select(0, token_R)
+        rows_RD = x_TD.index_select(0, token_R)
+        return rows_RD if filled_R is None else rows_RD.masked_fill_(~filled_R.unsqueeze(-1), 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (slot_TK,) = ctx.saved_tensors
-        return sum_rows(grads[0], slot_TK), None, None
+        return sum_rows(grads[0], slot_TK), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -18,6 +18,18 @@ def initialise(model: Transformer, seed: int) -> None:
     """Fill all weights of a model that is whole on its device."""
     for name, parameter in model.named_parameters():
         fill(parameter.data, name, tuple(parameter.shape), model.config, seed)
+    reset_expert_biases(model)
+
+
+def reset_expert_biases(model: Transformer) -> None:
+    """Zero, as every run begins; a model that comes from the meta device has any bits there."""
+    for bias in expert_biases(model).values():
+        bias.zero_()
+
+
+def expert_biases(model: Transformer) -> dict[str, Tensor]:
+    """The buffers of auxiliary-loss-free balancing by name, in the order of the layers; they are whole on every rank."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.expert_bias")}
 
 
 def fill(

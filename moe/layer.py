@@ -12,6 +12,7 @@ from .experts import Experts
 from .feedforward import FeedForward
 from .linear import Linear
 from .router import Router, RoutingStats
+from .tokens import Tokens
 
 
 class MoELayer(nn.Module):
@@ -29,10 +30,10 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation) if moe.shared_hidden else None
         self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_BSD, valid_BS)
+        routing = self.router(x_BSD, tokens)
         arrived = self.dispatcher.dispatch(x_TD, routing)
         y_RD = self.experts(arrived.tokens_RD, arrived.counts_E)
         y_BSD = self.dispatcher.combine(y_RD, arrived).view_as(x_BSD)

@@ -16,7 +16,8 @@ from .linear import Embedding, Linear, RMSNorm, TiedHead
 from .mla import LatentAttention
 from .mtp import Prediction, ahead
 from .rotary import Turns, rotary_turns
-from .router import RoutingStats
+from .router import RoutingStats, warn_of_lookahead
+from .tokens import Place, Tokens, describe
 
 
 class Transformer(nn.Module):
@@ -29,6 +30,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, activations: torch.dtype = torch.float32, weights: torch.dtype | None = None) -> None:
         super().__init__()
+        warn_of_lookahead(config.moe)
         self.config = config
         self.activations = activations
         self.weights = weights = weights or torch.promote_types(activations, torch.float32)
@@ -53,38 +55,43 @@ class Transformer(nn.Module):
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
         with_mtp: bool = False,
+        place: Place | None = None,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
 
         valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per layer, see `KeyValueCache`),
         ids_BS are the tokens that follow those already in it. With `with_mtp` a triple: the third are the logits of each module
         of multi-token prediction (see moe/mtp.py), and the statistics of their MoE layers follow those of the others. These
-        modules run in training alone.
+        modules run in training alone. `place` (None: the run's first rows) decides what is random in training; outside of it
+        nothing is.
         """
+        tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
         start = cache[0].length if cache else 0
         turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations)
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
-            x_BSD, routed = block(x_BSD, turns, valid_BS, cache[index] if cache else None)
+            x_BSD, routed = block(x_BSD, turns, tokens._replace(layer=index), cache[index] if cache else None)
             stats.append(routed)
         logits_BSV = self._logits(self.norm(x_BSD))
-        further = self._predict_further(x_BSD, ids_BS, valid_BS, turns, stats) if with_mtp and self.training else []
+        further = self._predict_further(x_BSD, ids_BS, tokens, turns, stats) if with_mtp and self.training else []
         of_moe_layers = [routed for routed in stats if routed is not None]
         if with_mtp:
             return logits_BSV, of_moe_layers, further
         return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
 
     def _predict_further(
-        self, x_BSD: Tensor, ids_BS: Tensor, valid_BS: Tensor | None, turns: Turns, stats: list[RoutingStats | None]
+        self, x_BSD: Tensor, ids_BS: Tensor, tokens: Tokens, turns: Turns, stats: list[RoutingStats | None]
     ) -> list[Tensor]:
         """Logits of each module, whose positions are valid if their targets are; adds to `stats`."""
-        valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
+        valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if tokens.valid_BS is None else tokens.valid_BS
         logits = []
         for depth, module in enumerate(self.mtp.values(), 1):
             assert isinstance(module, Prediction)
-            embedded_BSD = self._embed(ahead(ids_BS, depth, 0))
-            x_BSD, routed = module(x_BSD, embedded_BSD, turns, ahead(valid_BS, depth, False))
+            ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False)
+            layer = self.config.layers + depth - 1
+            seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
+            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), turns, seen)
             stats.append(routed)
             logits.append(self._logits(module.norm(x_BSD)))
         return logits
@@ -123,15 +130,15 @@ class Block(nn.Module):
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, turns: Turns, valid_BS: Tensor | None = None, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, turns: Turns, tokens: Tokens | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         y_BSD = self.attention(self.attention_norm(x_BSD), turns, cache)
         x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
-        y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), valid_BS)
+        y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), tokens)
         return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
 
-    def _feedforward(self, x_BSD: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+    def _feedforward(self, x_BSD: Tensor, tokens: Tokens | None) -> tuple[Tensor, RoutingStats | None]:
         if self.moe is not None:
-            return self.moe(x_BSD, valid_BS)
+            return self.moe(x_BSD, tokens)
         assert self.dense is not None
         return self.dense(x_BSD), None

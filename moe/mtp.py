@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .linear import Linear, RMSNorm
 from .rotary import Turns
+from .tokens import Tokens
 
 
 class Prediction(nn.Module):
@@ -25,14 +26,14 @@ class Prediction(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: Turns, valid_BS: Tensor) -> Any:
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: Turns, tokens: Tokens) -> Any:
         """The residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
         hidden_BSD is the residual stream of the module before (of the model: before its last norm), embedded_BSD[:, i] the
         embedding of token i + d. The joined vector has the embedding first, as DeepSeek's published weights.
         """
         joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
-        return self.block(self.projection(joined_BSD), turns, valid_BS)
+        return self.block(self.projection(joined_BSD), turns, tokens)
 
 
 def ahead(x_BS: Tensor, tokens: int, fill: int | bool) -> Tensor:

@@ -1,29 +1,45 @@
-"""From tokens to their experts: scores, top-k, capacity, and the statistics that losses and metrics are made of.
+"""From tokens to their experts: score, choose, weigh, keep, count.
 
-B sequences, S tokens of each, T = B * S tokens, D width, E experts, K chosen experts per token.
+B sequences, S tokens of each, T = B * S tokens, D width, E router columns (experts, then null experts), K chosen per token.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capacity import OneDevice, Tokens, keep
-from .config import MoEConfig
+from .capacity import OneDevice, capacity, count_choices, keep_best, keep_earliest, most_rows
+from .config import DropPolicy, MoEConfig, Selection
+from .noise import Purpose, fold, uniform
+from .scores import Noisy, chance_of_choice, hash_scores, jittered, noisy, probabilities, score, weigh
+from .selection import Choice, choose, second_is_kept
+from .tokens import Place, Tokens, places
+
+log = logging.getLogger("tokenyard")
 
 
 class RoutingStats(NamedTuple):
     """What one MoE layer's router did with the valid tokens of this device. Sums, so that ranks can add theirs."""
 
     counts_BE: Tensor
-    """int64: tokens of each sequence that chose each expert, before any is dropped; sums to valid tokens x K."""
+    """int64: tokens of each sequence that chose each column, null experts included, before any is dropped.
+
+    Sums to valid tokens x K; in expert choice it is what the experts took.
+    """
+    tokens_B: Tensor
+    """int64: valid tokens of each sequence."""
     scores_BE: Tensor
-    """Sum over each sequence's tokens of the router's probabilities; carries the balance loss's gradient."""
+    """Sum over each sequence's tokens of the router's probabilities; carries the balance losses' gradient."""
     z: Tensor
     """Scalar: sum over tokens of logsumexp(logits) ** 2; carries the z-loss's gradient."""
     dropped: Tensor
     """int64 scalar: choices that found their expert full."""
+    importance_BE: Tensor | None = None
+    """Sum of the chosen experts' weights, with gradient; only where balance.importance_coefficient is on."""
+    load_BE: Tensor | None = None
+    """Sum of the probabilities to be chosen under learned noise, with gradient; else the counts."""
 
 
 class Routing(NamedTuple):
@@ -32,49 +48,154 @@ class Routing(NamedTuple):
     experts_TK: Tensor
     weights_TK: Tensor
     kept_TK: Tensor | None
-    """False where the expert was full; None where nothing can be dropped."""
+    """False where nothing is dispatched: the expert was full, is a null expert, or was not chosen after all; None: all are."""
     stats: RoutingStats
+    padded_rows: int | None = None
+    """Rows that each expert gets from this device, zeros included; None: as many as chose it."""
+
+
+class Scored(NamedTuple):
+    """What choices are made by. Hash selection has no logits, and only learned noise has `noise`."""
+
+    logits_BSE: Tensor | None
+    scores_BSE: Tensor
+    noise: Noisy | None = None
 
 
 class Router(nn.Module):
-    """Softmax over all experts, then the K likeliest (Mixtral, OLMoE; Switch for K = 1), in fp32 or wider whatever x is."""
+    """A linear projection to one logit per expert, in fp32 or wider whatever x is, and a choice by those."""
 
     def __init__(self, width: int, config: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.experts, width, dtype=dtype))
+        self.columns = config.experts + config.router.null_experts
+        hashed = config.router.selection is Selection.hash  # it has nothing to learn
+        self.weight = None if hashed else nn.Parameter(torch.empty(self.columns, width, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.columns, dtype=dtype)) if config.router.bias else None
+        self.noise_weight = nn.Parameter(torch.empty(self.columns, width, dtype=dtype)) if config.router.noise else None
+        self.expert_bias: Tensor | None
+        self.register_buffer("expert_bias", None)
+        if config.balance.bias_rate > 0:
+            self.add_expert_bias()
         self.surroundings = OneDevice()
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> Routing:
-        """Route (B, S, D). Tokens outside valid_BS are not counted, and take no capacity. Only training drops tokens."""
-        wide = torch.promote_types(x_BSD.dtype, torch.float32)
-        logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
-        scores_BSE = logits_BSE.softmax(dim=-1)
-        weights_BSK, experts_BSK = scores_BSE.topk(self.config.top_k, dim=-1)
-        if self.config.router.normalize_top_k and self.config.top_k > 1:
-            weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
-        counts_BE = count_choices(experts_BSK, valid_BS, self.config.experts)
-        kept_BSK = None
-        if self.training and self.config.capacity.factor is not None:
-            kept_BSK = keep(Tokens(experts_BSK, valid_BS, counts_BE), self.config, self.surroundings)
-        stats = _statistics(logits_BSE, scores_BSE, valid_BS, counts_BE, kept_BSK)
+    def add_expert_bias(self) -> None:
+        """The auxiliary-loss-free bias (DeepSeek-V3): fp32 always, decides who is chosen and not how much they weigh."""
+        assert self.weight is not None
+        self.register_buffer("expert_bias", torch.zeros(self.columns, dtype=torch.float32, device=self.weight.device))
+
+    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> Routing:
+        """Route (B, S, D). Tokens that are not valid are not counted, and take no capacity."""
+        tokens = tokens or Tokens()
+        key_BS = self._key(x_BSD, tokens) if self.training else None
+        rows = self._capacity(x_BSD, tokens)
+        scored = self._score(x_BSD, tokens, key_BS)
+        choice = choose(self._ranked(scored), tokens.valid_BS, self.config, self.surroundings, self.training, rows)
+        weights_BSK = weigh(scored.logits_BSE, scored.scores_BSE, choice.experts_BSK, self.config)
+        kept_BSK, dropped = self._keep(choice, weights_BSK, scored, tokens, key_BS, rows)
+        stats = self._count(choice, weights_BSK, scored, tokens, dropped)
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
-        return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats)
+        padded = None
+        if self.config.capacity.pad and rows is not None:
+            padded = most_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
+        return Routing(choice.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
+
+    def _key(self, x_BSD: Tensor, tokens: Tokens) -> Tensor:
+        """int64 (B, S): the key of all randomness of these tokens in this layer. A router on its own sees the run's first rows."""
+        place_BS = tokens.place_BS
+        if place_BS is None:
+            place_BS = places(Place(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
+        return fold(place_BS, tokens.layer)
+
+    def _capacity(self, x_BSD: Tensor, tokens: Tokens) -> int | None:
+        """Rows that each expert takes of a scope; None is dropless. Expert choice needs one always."""
+        config = self.config
+        factor = config.capacity.factor_at(tokens.step) if self.training else config.capacity.evaluation_factor
+        if config.router.selection is Selection.expert_choice:
+            factor = factor or config.capacity.factor or 1.0
+        if factor is None:
+            return None
+        return capacity(factor, self.surroundings.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
+
+    def _score(self, x_BSD: Tensor, tokens: Tokens, key_BS: Tensor | None) -> Scored:
+        router = self.config.router
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        if self.weight is None:
+            return Scored(None, hash_scores(tokens, self.columns, self.config.top_k, wide))
+        x_BSD = x_BSD.to(wide)
+        if router.jitter > 0 and key_BS is not None:
+            x_BSD = jittered(x_BSD, key_BS, router.jitter)
+        logits_BSE = F.linear(x_BSD, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        noise = None
+        if self.noise_weight is not None and key_BS is not None:
+            noise = noisy(logits_BSE, F.linear(x_BSD, self.noise_weight.to(wide)), key_BS)
+            logits_BSE = noise.logits_BSE
+        return Scored(logits_BSE, score(logits_BSE, router.score), noise)
+
+    def _ranked(self, scored: Scored) -> Tensor:
+        router, ranked_BSE = self.config.router, scored.scores_BSE
+        if router.softmax_after_top_k or router.selection is Selection.sinkhorn:
+            assert scored.logits_BSE is not None
+            ranked_BSE = scored.logits_BSE
+        return ranked_BSE if self.expert_bias is None else ranked_BSE + self.expert_bias
+
+    def _keep(
+        self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: Tokens, key_BS: Tensor | None, rows: int | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which choices are dispatched (None: all), and how many were dropped for want of capacity."""
+        config, experts_BSK, wanted_BSK = self.config, choice.experts_BSK, choice.made_BSK
+        none = torch.zeros((), dtype=torch.int64, device=experts_BSK.device)
+        if config.router.null_experts:
+            wanted_BSK = experts_BSK < config.experts
+        if config.router.selection is Selection.gshard and key_BS is not None:
+            second_BSK = second_is_kept(weights_BSK.detach(), key_BS)
+            wanted_BSK = second_BSK if wanted_BSK is None else wanted_BSK & second_BSK
+        if rows is None or config.router.selection is Selection.expert_choice:
+            return wanted_BSK, none
+        if wanted_BSK is None:
+            wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool)
+        if tokens.valid_BS is not None:
+            wanted_BSK = wanted_BSK & tokens.valid_BS.unsqueeze(-1)
+        kept_BSK = self._keep_within(experts_BSK, wanted_BSK, scored.scores_BSE.detach(), key_BS, rows)
+        return kept_BSK, wanted_BSK.sum() - kept_BSK.sum()
+
+    def _keep_within(self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor, key_BS: Tensor | None, rows: int) -> Tensor:
+        """Outside training nothing is random: there a random policy drops by position."""
+        limits = self.config.capacity
+        if limits.policy is DropPolicy.probability:
+            return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, self.surroundings)
+        if limits.policy is DropPolicy.random and key_BS is not None:
+            drawn_BSE = uniform(key_BS, self.columns, Purpose.drop)
+            return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, self.surroundings)
+        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, self.surroundings)
+
+    def _count(self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: Tokens, dropped: Tensor) -> RoutingStats:
+        valid_BS = tokens.valid_BS
+        if valid_BS is None:
+            valid_BS = torch.ones(weights_BSK.shape[:2], dtype=torch.bool, device=weights_BSK.device)
+        valid_BS1 = valid_BS.unsqueeze(-1)
+        counted_BSK = valid_BS1 if choice.made_BSK is None else choice.made_BSK & valid_BS1
+        counts_BE = count_choices(choice.experts_BSK, counted_BSK, self.columns)
+        scores_BE = (probabilities(scored.scores_BSE, self.config.router) * valid_BS1).sum(dim=1)
+        z_BS = weights_BSK.new_zeros(()) if scored.logits_BSE is None else scored.logits_BSE.logsumexp(dim=-1).square()
+        stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
+        if self.config.balance.importance_coefficient == 0:
+            return stats
+        chosen_BA = choice.experts_BSK.flatten(1)
+        importance_BE = torch.zeros_like(scores_BE).scatter_add(1, chosen_BA, (weights_BSK * counted_BSK).flatten(1))
+        load_BE = counts_BE.to(scores_BE.dtype)
+        if scored.noise is not None and self._ranked_by_logits():
+            load_BE = (chance_of_choice(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
+        return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
+
+    def _ranked_by_logits(self) -> bool:
+        """Whether the K largest logits are chosen, so that the chance of it is known; and not simply all."""
+        router = self.config.router
+        plain = router.selection in (Selection.top_k, Selection.gshard) and router.groups == 1 and self.expert_bias is None
+        return plain and self.config.top_k < self.columns
 
 
-def count_choices(experts_BSK: Tensor, valid_BS: Tensor | None, experts: int) -> Tensor:
-    """int64 (B, E): how many valid tokens of each sequence chose each expert."""
-    chosen_BA = experts_BSK.flatten(1)
-    ones_BA = torch.ones_like(chosen_BA) if valid_BS is None else valid_BS.long()[..., None].expand_as(experts_BSK).flatten(1)
-    return chosen_BA.new_zeros(len(chosen_BA), experts).scatter_add_(1, chosen_BA, ones_BA)
-
-
-def _statistics(
-    logits_BSE: Tensor, scores_BSE: Tensor, valid_BS: Tensor | None, counts_BE: Tensor, kept_BSK: Tensor | None
-) -> RoutingStats:
-    z_BS = logits_BSE.logsumexp(dim=-1).square()
-    if valid_BS is not None:
-        z_BS = z_BS * valid_BS
-        scores_BSE = scores_BSE * valid_BS[..., None]
-    kept = counts_BE.sum() if kept_BSK is None else kept_BSK.sum()
-    return RoutingStats(counts_BE, scores_BSE.sum(dim=1), z_BS.sum(), counts_BE.sum() - kept)
+def warn_of_lookahead(config: MoEConfig) -> None:
+    """One line where a causal model would see later tokens."""
+    if config.experts and config.router.selection is Selection.expert_choice:
+        log.warning("expert_choice looks ahead: whether an expert takes a token depends on later tokens, which generation has not")

@@ -14,11 +14,12 @@ from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import ParallelConfig
 from .expert import ExchangeDispatcher
-from .fsdp import apply_fsdp, shard_dim
+from .fsdp import apply_fsdp
+from .layout import shard_dim, sliced_dim
 from .mesh import Axis, Mesh
 from .pieces import Piece, whole
 from .scopes import RankSurroundings
-from .tensor import apply_tensor_parallel, narrowed, replace_parameter, sliced_dim
+from .tensor import apply_tensor_parallel, narrowed, replace_parameter
 
 log = logging.getLogger("tokenyard")
 
@@ -76,6 +77,7 @@ def initialise(parallel: Parallel, seed: int) -> None:
             continue
         experts = range(piece.offsets[0], piece.offsets[0] + piece.sizes[0])
         init.fill(target, name, piece.shape, parallel.model.config, seed, _cutter(piece), experts)
+    init.reset_expert_biases(parallel.model)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -12,17 +12,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from ..moe.model import Transformer
+from .layout import shard_dim, stays_whole
 from .mesh import Mesh
-
-
-def stays_whole(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is kept out of FSDP."""
-    return parameter.ndim < 2 or ".router." in name
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device) -> None:
     """Wrap experts, blocks and root, in that order."""
-    whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter)}
+    whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
     policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights)
     dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
     dense_mesh = mesh.device_mesh("shard", device) if dense > 1 else None
@@ -35,11 +31,6 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device) -> None:
                 whole |= set(block.moe.experts.parameters())
         _wrap(block, dense_mesh, dense, policy, whole)
     _wrap(model, dense_mesh, dense, policy, whole)
-
-
-def shard_dim(shape: torch.Size | tuple[int, ...], ranks: int) -> int:
-    """The first dimension that divides evenly, else the first."""
-    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:

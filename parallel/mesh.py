@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
+from .layout import expert_shard_ranks
 
 DENSE = ("replicate", "shard", "tensor")
 EXPERTS = ("expert_replicate", "expert_shard", "expert")
@@ -77,14 +78,11 @@ class Mesh:
 
 
 def build_mesh(config: ParallelConfig) -> Mesh:
-    """The meshes of the current world (train/validate.py has refused what does not divide).
-
-    Experts are sharded by FSDP over as many of the ranks that hold the same experts as `shard` allows.
-    """
+    """The meshes of the current world (train/validate.py has refused what does not divide)."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     assert world % (config.tensor * config.shard) == 0 and world % config.expert == 0
     expert_data = world // config.expert
-    expert_shard = math.gcd(config.shard, expert_data)
+    expert_shard = expert_shard_ranks(config, world)
     dense = (world // config.tensor // config.shard, config.shard, config.tensor)
     experts = (expert_data // expert_shard, expert_shard, config.expert)
     return Mesh(world, rank, dict(zip(DENSE + EXPERTS, dense + experts, strict=True)))

@@ -1,43 +1,62 @@
-"""Scopes across ranks: which choices stand ahead of this rank's, and how often each expert was chosen in a whole scope.
+"""Scopes across ranks: the tokens of a scope that other ranks hold, and sums over all of them.
 
-L MoE layers, B sequences of this rank, E experts, D data ranks, N tensor ranks.
+L MoE layers, B sequences of this rank, S tokens of each here, E router columns, D data ranks, N tensor ranks, T tokens of a scope.
 """
 
 from torch import Tensor
 
-from ..moe.capacity import OneDevice, Queue
+from ..moe.capacity import OneDevice
 from ..moe.config import Scope
 from .collectives import stack_over, sum_over
-from .mesh import Mesh
+from .mesh import Axis, Mesh
 
 
 class RankSurroundings(OneDevice):
-    """The order of choices is that of one device: by data rank, sequence, slice of the sequence (tensor rank), token."""
+    """The order of tokens is that of one device: by data rank, sequence, slice of the sequence (tensor rank), token."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def queue(self, counts_BE: Tensor, tokens_per_sequence: int, scope: Scope) -> Queue:
-        """Gathers the counts of the ranks that share the capacity."""
+    def tokens(self, sequences: int, length: int, scope: Scope) -> int:
+        return super().tokens(sequences, length, scope) * scope_axis(scope, self.mesh).size
+
+    def ahead(self, counts_BE: Tensor, scope: Scope) -> Tensor:
+        """Gathers the counts of the ranks that share the scope."""
         if scope is Scope.rank:
-            return super().queue(counts_BE, tokens_per_sequence, scope)
-        tensor, tokens = self.mesh.tensor, tokens_per_sequence * self.mesh.tensor.size
-        if scope is Scope.sequence:
-            counts_NBE = stack_over(counts_BE, tensor)
-            return Queue((counts_NBE.cumsum(0) - counts_NBE)[tensor.rank], tokens)
-        counts_DNBE = stack_over(counts_BE, self.mesh.everyone).unflatten(0, (-1, tensor.size))
-        counts_DBNE = counts_DNBE.transpose(1, 2)
-        flat = counts_DBNE.flatten(0, 2)
-        ahead_DBNE = (flat.cumsum(0) - flat).view_as(counts_DBNE)
-        return Queue(ahead_DBNE[self.mesh.data.rank, :, tensor.rank], tokens * len(counts_BE) * self.mesh.data.size)
+            return super().ahead(counts_BE, scope)
+        counts_GTE = self.gather(counts_BE.unsqueeze(1), scope)  # as if each slice of a sequence were one token
+        return self.own(counts_GTE.cumsum(1) - counts_GTE, len(counts_BE), scope).squeeze(1)
+
+    def total(self, x_BE: Tensor, scope: Scope) -> Tensor:
+        return sum_over(super().total(x_BE, scope).clone(), scope_axis(scope, self.mesh))
+
+    def gather(self, x_BSE: Tensor, scope: Scope) -> Tensor:
+        if scope is Scope.rank:
+            return super().gather(x_BSE, scope)
+        x_DNBSE = stack_over(x_BSE, scope_axis(scope, self.mesh)).unflatten(0, (-1, self.mesh.tensor.size))
+        x_DBSE = x_DNBSE.transpose(1, 2).flatten(2, 3)
+        return super().gather(x_DBSE.flatten(0, 1), scope)
+
+    def own(self, x_GTE: Tensor, sequences: int, scope: Scope) -> Tensor:
+        if scope is Scope.rank:
+            return super().own(x_GTE, sequences, scope)
+        if scope is Scope.batch:
+            x_GTE = super().own(x_GTE, sequences * self.mesh.data.size, scope)[self.mesh.data.rank * sequences :][:sequences]
+        return x_GTE.chunk(self.mesh.tensor.size, dim=1)[self.mesh.tensor.rank]
 
 
-def scope_counts(counts_LBE: Tensor, scope: Scope, mesh: Mesh) -> Tensor:
-    """Choices of each expert in the whole scope: (L, B, E) for sequence, else (L, E). One all-reduce at most."""
+def scope_axis(scope: Scope, mesh: Mesh) -> Axis:
+    """The ranks that hold tokens of one scope."""
     match scope:
         case Scope.sequence:
-            return sum_over(counts_LBE.clone(), mesh.tensor)
+            return mesh.tensor
         case Scope.batch:
-            return sum_over(counts_LBE.sum(1), mesh.everyone)
+            return mesh.everyone
         case Scope.rank:
-            return counts_LBE.sum(1)
+            return Axis(1, 0, None)
+
+
+def scope_sum(x_LBE: Tensor, scope: Scope, mesh: Mesh) -> Tensor:
+    """Sums over each whole scope, without gradient: (L, B, E) for sequence, else (L, E). One all-reduce at most."""
+    mine = x_LBE if scope is Scope.sequence else x_LBE.sum(1)
+    return sum_over(mine.detach().clone(), scope_axis(scope, mesh))

@@ -14,42 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..moe.attention import Attention
-from ..moe.config import AttentionKind, ModelConfig, QKNorm
 from ..moe.linear import HeadsNorm, TiedHead
 from ..moe.mla import LatentAttention
 from ..moe.model import Transformer
+from ..moe.tokens import Tokens
 from .collectives import add_up_parts, gather_sequence, scatter_sequence
+from .layout import sliced_dim
 from .mesh import Axis, Mesh
 from .pieces import Piece
 from .vocabulary import VocabularyParallelEmbedding
-
-SLICED = {
-    "embedding.weight": 0,
-    "head.weight": 0,
-    "attention.q.weight": 0,
-    "attention.k.weight": 0,
-    "attention.v.weight": 0,
-    "attention.q.bias": 0,
-    "attention.k.bias": 0,
-    "attention.v.bias": 0,
-    "attention.sinks": 0,
-    "attention.q_up.weight": 0,
-    "attention.kv_up.weight": 0,
-    "attention.o.weight": 1,
-    "dense.gate_up": 1,
-    "dense.down": 1,
-}
-"""Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
-
-NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
-"""Sliced too where a norm spans all heads."""
-
-
-def sliced_dim(name: str, config: ModelConfig) -> int | None:
-    """The dimension in which tensor ranks share the parameter, or None."""
-    spanning = config.attention.kind is AttentionKind.gqa and config.attention.qk_norm is QKNorm.full
-    sliced = SLICED | NORMS_OF_ALL_HEADS if spanning else SLICED
-    return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
@@ -72,7 +45,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piec
             block.dense.register_forward_pre_hook(_gather_input(axis))
             block.dense.register_forward_hook(_scatter_output(axis))
         if block.moe is not None:
-            block.moe.register_forward_pre_hook(_slice_validity(axis))
+            block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
 
 def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
@@ -119,11 +92,15 @@ def _scatter_output(axis: Axis) -> Any:
     return lambda _module, _inputs, output: scatter_sequence(output, axis)
 
 
-def _slice_validity(axis: Axis) -> Any:
-    """The MoE layer gets a slice of x_BSD and the validity of whole sequences: take the same slice of that."""
+def _slice_tokens(axis: Axis) -> Any:
+    """The MoE layer gets a slice of x_BSD and the record of whole sequences: take the same slice of that."""
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        x_BSD, valid_BS = inputs
-        return x_BSD, None if valid_BS is None else valid_BS.chunk(axis.size, dim=1)[axis.rank]
+    def own(part_BS: Tensor | None) -> Tensor | None:
+        return None if part_BS is None else part_BS.chunk(axis.size, dim=1)[axis.rank]
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, Tokens]) -> tuple[Tensor, Tokens]:
+        x_BSD, tokens = inputs
+        whole = (tokens.valid_BS, tokens.ids_BS, tokens.place_BS)
+        return x_BSD, Tokens(*map(own, whole), step=tokens.step, layer=tokens.layer)
 
     return hook

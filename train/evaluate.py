@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_session(session: Session) -> Evaluation:
-    """The first evaluate.sequences rows of the validation split, dropless; leaves the training state as it is. Collective."""
+    """The first evaluate.sequences rows of the validation split; leaves the training state as it is. Collective."""
     parallel, micro = session.parallel, session.micro
     data = parallel.mesh.data
     mine = range(data.rank * micro, (data.rank + 1) * micro)
@@ -40,8 +41,9 @@ def evaluate_session(session: Session) -> Evaluation:
     parallel.model.train()
     assert total is not None
     loss, tokens, *counts = sum_over(total, parallel.mesh.everyone).tolist()
-    experts = parallel.model.config.moe.experts
-    rows_of_counts = [[int(n) for n in counts[i : i + experts]] for i in range(0, len(counts), experts)] if counts else []
+    moe = parallel.model.config.moe
+    columns = moe.experts + moe.router.null_experts
+    rows_of_counts = [[int(n) for n in counts[i : i + moe.experts]] for i in range(0, len(counts), columns)] if counts else []
     return Evaluation(loss / max(1, tokens), round(tokens), rows_of_counts)
 
 
@@ -49,7 +51,11 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     """`tokenyard evaluate CHECKPOINT [key=value ...]`, as one process: prints loss and perplexity."""
     from .load import open_for_evaluation
 
-    session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
+    try:
+        session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
+    except ValueError as error:
+        print(f"tokenyard: {error}", file=sys.stderr)
+        return 2
     evaluation = evaluate_session(session)
     entropy = session.data.facts.unigram_entropy
     print(f"validation loss {evaluation.loss:.4f} nats per token, perplexity {math.exp(min(evaluation.loss, 700)):.2f}")

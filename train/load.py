@@ -1,5 +1,6 @@
 """Opening a checkpoint on one device, whatever layout wrote it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.model import Transformer
+from ..moe.router import Router
 from .checkpoint.store import read_facts, read_whole
 from .config import Config, ConfigError, Precision
 from .plain import config_from_plain
@@ -33,9 +35,25 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
     config = config_from_plain(read_facts(checkpoint)["config"])
     with torch.device("meta"):
         model = Transformer(config.model, DTYPES[Precision[precision]])
-    weights = {name: tensor.to(device, model.weights) for name, tensor in read_whole(checkpoint).items()}
+    weights = {name: tensor.to(device, _kept_as(name, model)) for name, tensor in read_whole(checkpoint).items()}
+    add_expert_biases(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
+
+
+def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
+    """For the routers that have an expert bias in `names`: it may have been trained by a run that is not going on."""
+    for name in names:
+        path, _, last = name.rpartition(".")
+        if last == "expert_bias":
+            router = model.get_submodule(path)
+            assert isinstance(router, Router)
+            router.add_expert_bias()
+
+
+def _kept_as(name: str, model: Transformer) -> torch.dtype:
+    """Expert biases are fp32 whatever the weights are."""
+    return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
 def open_checkpoint(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Opened:
@@ -60,5 +78,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     config.parallel, config.batch.micro = ParallelConfig(), config.batch.micro or config.batch.sequences
     data = first_rank_first(config)
     parallel = build_parallel(config, pick_device(config.device.value))
-    parallel.model.load_state_dict(read_whole(checkpoint), strict=True)
+    weights = read_whole(checkpoint)
+    add_expert_biases(parallel.model, weights)
+    parallel.model.load_state_dict(weights, strict=True)
     return Session(config, checkpoint.parent, parallel.device, data, parallel, build_optimizer(config.optimizer, parallel))

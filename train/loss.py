@@ -1,7 +1,7 @@
-"""The loss of a micro-batch: cross entropy, load-balance loss and router z-loss, each this rank's share of the global one.
+"""The loss of a micro-batch: cross entropy, balance losses and router z-loss, each this rank's share of the global one.
 
 Shares ADD UP over ranks and micro-batches to the loss of the global batch, so gradients are summed and no factor depends on the
-layout. L MoE layers, B sequences of this rank, S tokens of each (a slice of them under tensor parallelism), E experts.
+layout. L MoE layers, B sequences of this rank, S tokens of each (a slice under tensor parallelism), E router columns.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..data.batches import IGNORE
-from ..moe.balance import balance_loss
+from ..moe.balance import Variation, balance_loss, squared_variation
 from ..moe.config import ModelConfig, MoEConfig, Scope
 from ..moe.mtp import ahead
 from ..moe.router import RoutingStats
 from ..parallel.mesh import Mesh
-from ..parallel.scopes import scope_counts
+from ..parallel.scopes import scope_axis, scope_sum
 from ..parallel.vocabulary import cross_entropy_sum
 
 
@@ -40,8 +40,13 @@ class Losses(NamedTuple):
     cross_entropy: Tensor
     """Scalar, nats: sum over tokens / the global batch's tokens (and / the tensor ranks, which all have the same sum)."""
     balance_L: Tensor
+    sequence_L: Tensor
+    """DeepSeek-V3's sequence-wise balance loss; zeros if it is off."""
+    importance_L: Tensor
+    """Squared variation of importance and of load, added; zeros if it is off."""
     z_L: Tensor
     counts_LE: Tensor
+    """Null experts included."""
     dropped_L: Tensor
     mtp_D: Tensor = torch.empty(0)
     """Cross entropy of each module of multi-token prediction, by its own tokens; see `add_mtp`."""
@@ -50,24 +55,34 @@ class Losses(NamedTuple):
 def losses(
     logits_BSV: Tensor, targets_BS: Tensor, stats: list[RoutingStats], config: MoEConfig, totals: Totals, mesh: Mesh
 ) -> Losses:
-    """Cross entropy / tokens + sum over layers of (coefficient x balance loss + coefficient x z-loss)."""
+    """Cross entropy / tokens + sum over layers of the balance losses and the z-loss, each times its coefficient."""
     summed = cross_entropy_sum(logits_BSV.flatten(0, 1), targets_BS.flatten(), IGNORE, mesh.tensor)
     cross_entropy = summed / totals.tokens
     if not stats:
         none = cross_entropy.new_zeros(0)
         empty = torch.zeros(0, dtype=torch.int64, device=none.device)
-        return Losses(cross_entropy, cross_entropy.detach() / mesh.tensor.size, none, none, empty.view(0, 0), empty)
-    counts_LBE = torch.stack([layer.counts_BE for layer in stats])
-    scores_LBE = torch.stack([layer.scores_BE for layer in stats])
-    balance_L = _balance(counts_LBE, scores_LBE, config, totals, mesh)
+        return Losses(cross_entropy, cross_entropy.detach() / mesh.tensor.size, none, none, none, none, empty.view(0, 0), empty)
+    on = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
-    auxiliary = config.balance.coefficient * balance_L.sum() + config.z_coefficient * z_L.sum()
+    balance_L = _balance(stats, on.scope, config.top_k, totals, mesh)
+    sequence_L = _balance(stats, Scope.sequence, config.top_k, totals, mesh) if on.sequence_coefficient else torch.zeros_like(z_L)
+    importance = (
+        _importance(stats, on.scope, totals, mesh) if on.importance_coefficient else Variation(*2 * [torch.zeros_like(z_L)])
+    )
+    auxiliary = (
+        on.coefficient * balance_L.sum()
+        + on.sequence_coefficient * sequence_L.sum()
+        + on.importance_coefficient * importance.slope.sum()
+        + config.z_coefficient * z_L.sum()
+    )
     return Losses(
         objective=cross_entropy + auxiliary.to(cross_entropy.dtype),
         cross_entropy=cross_entropy.detach() / mesh.tensor.size,
         balance_L=balance_L.detach(),
+        sequence_L=sequence_L.detach(),
+        importance_L=importance.value,
         z_L=z_L.detach(),
-        counts_LE=counts_LBE.sum(1),
+        counts_LE=torch.stack([layer.counts_BE for layer in stats]).sum(1),
         dropped_L=torch.stack([layer.dropped for layer in stats]),
     )
 
@@ -89,12 +104,30 @@ def add_mtp(share: Losses, logits: list[Tensor], targets_BS: Tensor, config: Mod
     return share._replace(objective=objective, mtp_D=mtp_D.detach() / mesh.tensor.size)
 
 
-def _balance(counts_LBE: Tensor, scores_LBE: Tensor, config: MoEConfig, totals: Totals, mesh: Mesh) -> Tensor:
+def _balance(stats: list[RoutingStats], scope: Scope, top_k: int, totals: Totals, mesh: Mesh) -> Tensor:
     """This rank's share (L,) of the balance loss: a mean over sequences, over micro-batches, or over ranks' micro-batches."""
-    scope, top_k = config.balance.scope, config.top_k
-    counts = scope_counts(counts_LBE, scope, mesh)
-    tokens = counts.sum(-1) // top_k
+    scores_LBE = torch.stack([layer.scores_BE for layer in stats])
+    chosen_LBE = torch.stack([torch.cat([layer.counts_BE, layer.tokens_B.unsqueeze(1)], dim=1) for layer in stats])
+    chosen = scope_sum(chosen_LBE, scope, mesh)
+    counts, tokens = chosen[..., :-1], chosen[..., -1]
     if scope is Scope.sequence:
-        return balance_loss(counts, scores_LBE, tokens, top_k).sum(1) / totals.sequences
-    parts = totals.micro_batches * (mesh.world if scope is Scope.rank else 1)
-    return balance_loss(counts, scores_LBE.sum(1), tokens, top_k) / parts
+        return balance_loss(counts, scores_LBE, tokens, top_k).sum(1) / _scopes(scope, totals, mesh)
+    return balance_loss(counts, scores_LBE.sum(1), tokens, top_k) / _scopes(scope, totals, mesh)
+
+
+def _importance(stats: list[RoutingStats], scope: Scope, totals: Totals, mesh: Mesh) -> Variation:
+    """This rank's share of the squared variations, (L,); of the value, all ranks of a scope have the same and report a part."""
+    mine = torch.stack([part for layer in stats for part in (layer.importance_BE, layer.load_BE) if part is not None])
+    value, slope = squared_variation(scope_sum(mine, scope, mesh), mine if scope is Scope.sequence else mine.sum(1))
+    value = value / scope_axis(scope, mesh).size
+    if scope is Scope.sequence:
+        value, slope = value.sum(1), slope.sum(1)
+    parts = _scopes(scope, totals, mesh)
+    return Variation(value.view(-1, 2).sum(1) / parts, slope.view(-1, 2).sum(1) / parts)
+
+
+def _scopes(scope: Scope, totals: Totals, mesh: Mesh) -> int:
+    """Scopes in the global batch."""
+    if scope is Scope.sequence:
+        return totals.sequences
+    return totals.micro_batches * (mesh.world if scope is Scope.rank else 1)

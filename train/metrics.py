@@ -4,10 +4,10 @@ L layers with experts, E experts. The keys are the same for 8 experts or 512: nu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..moe.config import ModelConfig
+from ..moe.config import ModelConfig, MoEConfig
 from ..moe.count import training_flops_per_token
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class StepResult:
     """How many of those each layer dropped; int64."""
     loss_mtp: float | None = None
     """Mean cross entropy of the modules of multi-token prediction; None without any."""
+    auxiliary: dict[str, float] = field(default_factory=dict)
+    """More records of routing: see `auxiliary_metrics`."""
 
 
 class Meter:
@@ -66,6 +68,7 @@ class Meter:
             "loss_balance": result.loss_balance,
             "loss_z": result.loss_z,
             **({} if result.loss_mtp is None else {"loss_mtp": result.loss_mtp}),
+            **result.auxiliary,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": per_second,
@@ -73,6 +76,29 @@ class Meter:
             "mfu": per_second * self.flops_per_token / self.peak_flops,
             **load_metrics(result.counts_LE, result.dropped_L, self.layers),
         }
+
+
+def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, step: int) -> dict[str, float]:
+    """What each loss of routing that is on adds to the objective, and the capacity factor in force, 0 for dropless.
+
+    `means`: the losses without coefficients, mean over the `layers` layers that route: balance, balance_sequence, importance, z.
+    The optional ones of them are recorded here as they are, too.
+    """
+    balance = config.balance
+    coefficients = {
+        "balance": balance.coefficient,
+        "balance_sequence": balance.sequence_coefficient,
+        "importance": balance.importance_coefficient,
+        "z": config.z_coefficient,
+    }
+    record = {}
+    for kind, coefficient in coefficients.items():
+        if coefficient and layers:
+            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": coefficient * means[kind] * layers}
+    limits = config.capacity
+    if layers and (limits.factor is not None or limits.schedule):
+        record["moe/capacity_factor"] = limits.factor_at(step) or 0.0
+    return record
 
 
 def load_metrics(

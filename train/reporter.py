@@ -19,7 +19,7 @@ from .console_summary import EndFacts, end_lines
 from .console_text import Printer
 from .evaluate import Evaluation
 from .journal import Journal
-from .metrics import Meter, StepResult, load_metrics
+from .metrics import Meter, StepResult, auxiliary_metrics, load_metrics
 from .peak import Peak, peak_flops
 from .plain import changed_settings, plain_config, write_config
 from .session import DTYPES, Session
@@ -120,7 +120,7 @@ class FirstRank(Reporter):
         self.events.close()
 
     def logged(self, session: Session, logged: Logged) -> None:
-        record = self.meter.record(step_result(session.step, logged), logged.seconds)
+        record = self.meter.record(step_result(session.config, session.step, logged), logged.seconds)
         if logged.evaluation is not None:
             record |= validation_record(session.config, logged.evaluation)
         self.metrics.write(record)
@@ -140,21 +140,29 @@ class FirstRank(Reporter):
         self.printer.lines(end_lines(end_facts(session, evaluation, perf_counter() - self.begin), self.printer.bars))
 
 
-def step_result(step: int, logged: Logged) -> StepResult:
-    """As plain numbers. This waits for the device, so it happens on logged steps alone."""
-    numbers = logged.numbers
-    layers = max(1, len(numbers.balance_L))
+def step_result(config: Config, step: int, logged: Logged) -> StepResult:
+    """As plain numbers. This waits for the device, so it happens on logged steps alone. Null experts are left out of the load."""
+    numbers, moe = logged.numbers, config.model.moe
+    layers = len(numbers.balance_L)
+    kinds = {
+        "balance": numbers.balance_L,
+        "balance_sequence": numbers.sequence_L,
+        "importance": numbers.importance_L,
+        "z": numbers.z_L,
+    }
+    means = {kind: values_L.sum().item() / max(1, layers) for kind, values_L in kinds.items()}
     return StepResult(
         step=step,
         tokens=logged.tokens,
         loss=numbers.cross_entropy.item(),
-        loss_balance=numbers.balance_L.sum().item() / layers,
-        loss_z=numbers.z_L.sum().item() / layers,
+        loss_balance=means["balance"],
+        loss_z=means["z"],
         grad_norm=numbers.gradient_norm.item(),
         lr=logged.lr,
-        counts_LE=numbers.counts_LE.tolist(),
+        counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
         dropped_L=numbers.dropped_L.tolist(),
         loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
+        auxiliary=auxiliary_metrics(moe, means, layers, step),
     )
 
 
@@ -227,9 +235,9 @@ def sample_of(session: Session) -> tuple[str, str] | None:
 
 
 def set_up_logging(first: bool) -> None:
-    """Lines of the package's own logger on standard output, from rank 0 alone."""
+    """Lines of the package's own logger on standard error, from rank 0 alone."""
     log = logging.getLogger("tokenyard")
-    log.setLevel(logging.INFO if first else logging.WARNING)
+    log.setLevel(logging.INFO if first else logging.ERROR)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,31 +1,20 @@
 """Every rule that must hold between settings, and the values that may mend a broken one. Types and names are checked by compose."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import NamedTuple
 
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
 from ..moe.count import head_width
+from . import router_rules
+from .broken import Broken
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
-
-TRACKERS = ("wandb", "jsonl")
-"""What tracker.names may hold."""
+from .trackers import TRACKERS
 
 BYTE_PIECES = 259
 """256 bytes and 3 marks."""
-
-
-class Broken(NamedTuple):
-    """A rule that does not hold: `key` is the setting to change, `candidates` the values that may mend it."""
-
-    key: str
-    rule: str
-    candidates: Iterable[object]
-    place: int = 0
-    """Which of RULES it is."""
 
 
 def broken_rules(config: Config, world: int) -> Iterator[Broken]:
@@ -80,8 +69,7 @@ INTERVALS = {
     "model.moe.top_k": "[1, inf)",
     "model.moe.hidden": "[1, inf)",
     "model.moe.shared_hidden": "[0, inf)",
-    "model.moe.capacity.factor": "(0, inf)",
-    "model.moe.balance.coefficient": "[0, inf)",
+    **router_rules.INTERVALS,
     "model.moe.z_coefficient": "[0, inf)",
     "parallel.tensor": "[1, inf)",
     "parallel.shard": "[1, inf)",
@@ -257,6 +245,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     model,
     attention,
     experts,
+    router_rules.routers,
     tokenizer,
     schedule,
     trackers,

@@ -7,6 +7,7 @@ from time import perf_counter
 
 import torch
 
+from ..moe.tokens import Place
 from ..parallel.processes import is_first, join, leave, pick_device
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
@@ -59,7 +60,8 @@ def next_step(session: Session) -> tuple[StepNumbers, float]:
     config = session.config
     lr = config.optimizer.lr * learning_rate_factor(config.schedule, session.step + 1, config.steps)
     rows = micro_batches(session)
-    numbers = train_step(session.parallel, session.optimizer, rows, lr, config.optimizer.clip_norm)
+    place = Place(config.seed, session.step + 1)
+    numbers = train_step(session.parallel, session.optimizer, rows, lr, config.optimizer.clip_norm, place)
     session.step += 1
     session.tokens += numbers.tokens
     return numbers, lr
@@ -70,8 +72,8 @@ def micro_batches(session: Session) -> list[Rows]:
     data, micro = session.parallel.mesh.data, session.micro
     together = micro * data.size
     starts = range(data.rank * micro, session.config.batch.sequences, together)
-    batches = [session.data.train.batch(session.step, range(start, start + micro)) for start in starts]
-    return [Rows(batch.ids_BS.to(session.device), batch.targets_BS.to(session.device)) for batch in batches]
+    batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
+    return [Rows(batch.ids_BS.to(session.device), batch.targets_BS.to(session.device), start) for batch, start in batches]
 
 
 def due(session: Session, every: int) -> bool:

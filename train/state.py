@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..moe.init import expert_biases
 from ..parallel.apply import Parallel, local
 from ..parallel.pieces import Held, whole
 
@@ -20,6 +21,8 @@ def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer, with_random
         held[f"model.{name}"] = Held(placed.piece, local(placed.parameter.detach()))
         for moment in ("exp_avg", "exp_avg_sq"):
             held[f"optimizer.{name}.{moment}"] = Held(placed.piece, local(moments[moment]))
+    for name, bias in expert_biases(parallel.model).items():
+        held[f"model.{name}"] = Held(whole(bias.shape), bias)
     return held | (random_state() if with_random else {})
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, backward, reduction, norm, clip, update."""
+"""One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ..data.batches import IGNORE
+from ..moe.balance import update_expert_bias
+from ..moe.init import expert_biases
 from ..moe.mtp import ahead
+from ..moe.tokens import Place
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
@@ -19,6 +22,8 @@ class Rows(NamedTuple):
 
     ids: Tensor
     targets: Tensor
+    first: int = 0
+    """Row of the global batch that is the first here; the others follow."""
 
 
 class StepNumbers(NamedTuple):
@@ -27,8 +32,11 @@ class StepNumbers(NamedTuple):
     tokens: int
     cross_entropy: Tensor
     balance_L: Tensor
+    sequence_L: Tensor
+    importance_L: Tensor
     z_L: Tensor
     counts_LE: Tensor
+    """Null experts, the last columns, included."""
     dropped_L: Tensor
     mtp_D: Tensor
     """Cross entropy of each module of multi-token prediction."""
@@ -36,14 +44,22 @@ class StepNumbers(NamedTuple):
 
 
 def train_step(
-    parallel: Parallel, optimizer: torch.optim.Optimizer, micro_batches: list[Rows], lr: float, clip_norm: float | None
+    parallel: Parallel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Rows],
+    lr: float,
+    clip_norm: float | None,
+    place: Place | None = None,
 ) -> StepNumbers:
-    """Train on one global batch, of which `micro_batches` are this rank's rows."""
+    """Train on one global batch, of which `micro_batches` are this rank's rows.
+
+    `place` (None: the first step) says which step of which run it is, for capacity schedules and what is random in routing.
+    """
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, micro_batches)
     shares = []
     for rows in micro_batches:
-        share = forward(parallel, rows, totals)
+        share = forward(parallel, rows, totals, place)
         share.objective.backward()
         shares.append(share)
     reduce_gradients(parallel)
@@ -52,15 +68,25 @@ def train_step(
         scale_gradients(parallel, (clip_norm / (numbers.gradient_norm + 1e-6)).clamp(max=1.0))
     set_learning_rate(optimizer, lr)
     optimizer.step()
+    update_expert_biases(parallel, numbers.counts_LE)
     return numbers
 
 
-def forward(parallel: Parallel, rows: Rows, totals: Totals) -> Losses:
+def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None = None) -> Losses:
     """Losses of one micro-batch."""
     config = parallel.model.config
-    logits_BSV, stats, further = parallel.model(rows.ids, rows.targets != IGNORE, with_mtp=True)
+    place = (place or Place())._replace(row=rows.first)
+    logits_BSV, stats, further = parallel.model(rows.ids, rows.targets != IGNORE, with_mtp=True, place=place)
     share = losses(logits_BSV, rows.targets, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, rows.targets, config, totals, parallel.mesh)
+
+
+def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
+    """Once a step and from its global counts, so that every rank makes the same change."""
+    rate = parallel.model.config.moe.balance.bias_rate
+    if rate > 0:
+        for bias_E, counts_E in zip(expert_biases(parallel.model).values(), counts_LE, strict=True):
+            update_expert_bias(bias_E, counts_E, rate)
 
 
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
@@ -75,18 +101,23 @@ def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
 
 def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor) -> StepNumbers:
     """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53)."""
-    layers, experts = shares[0].counts_LE.shape
-    parts = [(s.cross_entropy.view(1), s.balance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten()) for s in shares]
+    (layers, columns), depth = shares[0].counts_LE.shape, len(shares[0].mtp_D)
+    parts = [
+        (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten())
+        for s in shares
+    ]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     everything = sum_over(torch.cat([squared.view(1), mine]), parallel.mesh.everyone)
-    sizes = [1, 1, layers, layers, layers, len(shares[0].mtp_D), layers * experts]
-    squared, cross_entropy, balance_L, z_L, dropped_L, mtp_D, counts = everything.split(sizes)
+    squared, cross_entropy, *per_layer, mtp_D, counts = everything.split([1, 1, *[layers] * 5, depth, layers * columns])
+    balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
     return StepNumbers(
         totals.tokens,
         cross_entropy.squeeze(0),
         balance_L,
+        sequence_L,
+        importance_L,
         z_L,
-        counts.long().view(layers, experts),
+        counts.long().view(layers, columns),
         dropped_L.long(),
         mtp_D,
         squared.squeeze(0).sqrt(),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.check import check_corpus, check_tokenizer
+from .broken import Broken
 from .config import Config, ConfigError
-from .rules import Broken, broken_rules
+from .rules import broken_rules
 from .schema import nearest_text, written
 
 

@@ -1,8 +1,8 @@
 """gpt-oss (OpenAI 2025) in bf16: biases, attention sinks, alternating windows, fused experts that interleave gate and up."""
 
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ...moe.config import Activation, ModelConfig
 from ..keys import Keys
@@ -10,6 +10,9 @@ from ..names import NORMS, PROJECTIONS, Row, Source, layer_rows
 from ..rope import read_rope, write_rope
 from .base import COMMON, ROUTED, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
 from .routing import auxiliary, layer_types, read_auxiliary, read_experts, read_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read(keys: Keys) -> ModelConfig:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenyard.moe.config import ModelConfig
+from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
+from tokenyard.moe.tokens import Place
 from tokenyard.parallel.apply import Parallel, initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.gradients import gradient_of
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.pieces import Piece
+from tokenyard.parallel.pieces import Piece, whole
 from tokenyard.train.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
 from tokenyard.train.step import Rows, StepNumbers, train_step
@@ -37,6 +39,9 @@ class Case(NamedTuple):
     micro_batches: int = 1
     equal_scores: bool = False
     """All tokens choose the same expert in the first step; else expert 2 is starved."""
+    idle_rows: int = 0
+    """So many rows of each global batch have no target that counts: on some layouts a rank has no token."""
+    steps: int = STEPS
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
@@ -69,11 +74,13 @@ def train(layout: Layout, case: Case) -> dict[str, Any]:
     (favour_one_expert if case.equal_scores else starve_expert)(parallel)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), parallel)
     steps, gradients = [], {}
-    for step in range(STEPS):
-        steps.append(train_step(parallel, optimizer, rows_of(parallel, step, case.micro_batches), lr=0.01, clip_norm=None))
+    for step in range(case.steps):
+        rows, place = rows_of(parallel, step, case), Place(seed=5, step=step + 1)
+        steps.append(train_step(parallel, optimizer, rows, lr=0.01, clip_norm=None, place=place))
         if step == 0:
             gradients = {name: (p.piece, gradient_of(p).clone()) for name, p in parallel.placed.items()}
     weights = {name: (p.piece, local(p.parameter).detach().clone()) for name, p in parallel.placed.items()}
+    weights |= {name: (whole(bias.shape), bias.double()) for name, bias in expert_biases(parallel.model).items()}
     return {"steps": steps, "gradients": gradients, "weights": weights}
 
 
@@ -103,31 +110,30 @@ def router_weights(parallel: Parallel) -> list[torch.Tensor]:
     return [local(p.parameter).data for name, p in parallel.placed.items() if name.endswith("router.weight")]
 
 
-def rows_of(parallel: Parallel, step: int, micro_batches: int) -> list[Rows]:
+def rows_of(parallel: Parallel, step: int, case: Case) -> list[Rows]:
     """This rank's rows: a micro-step of all ranks is a run of the global batch."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     targets = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
     targets[torch.rand(SEQUENCES, LENGTH, generator=generator) < 0.1] = -100
-    data = parallel.mesh.data
-    return [
-        Rows(i.chunk(data.size)[data.rank], t.chunk(data.size)[data.rank])
-        for i, t in zip(ids.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
-    ]
+    targets[: case.idle_rows] = -100
+    data, rows = parallel.mesh.data, SEQUENCES // case.micro_batches // parallel.mesh.data.size
+    starts = range(data.rank * rows, SEQUENCES, rows * data.size)
+    return [Rows(ids[start : start + rows], targets[start : start + rows], start) for start in starts]
 
 
 def assemble(parts: list[dict[str, tuple[Piece, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """Whole tensors from all ranks' pieces; every element must be there, and copies must agree."""
     wholes = {}
     for name in parts[0]:
-        whole = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)
+        total = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)
         for piece, value in (part[name] for part in parts):
-            target = Piece(*piece).cut(whole)
+            target = Piece(*piece).cut(total)
             known = ~target.isnan()
             assert torch.equal(target[known], value[known]), f"copies of {name} differ"
             target.copy_(value)
-        assert not whole.isnan().any(), f"a part of {name} is on no rank"
-        wholes[name] = whole
+        assert not total.isnan().any(), f"a part of {name} is on no rank"
+        wholes[name] = total
     return wholes
 
 

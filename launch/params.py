@@ -1,0 +1,144 @@
+"""`tokenyard params`: what a model holds and costs, from its configuration or from a Hugging Face folder's config.json."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..train.command import refuse, world_size
+from ..train.compose import compose
+from ..train.config import Config, ConfigError
+from ..train.console_text import flops, short
+from ..train.params import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
+
+PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")
+"""In the order of the table; multi-token prediction comes below the sum."""
+
+
+PUBLISHED_LENGTH = 4096
+"""The sequence length for a Hugging Face folder, unless another one is given."""
+
+
+def params_command(arguments: Namespace) -> int:
+    """Prints the table, or with --json one object, or with --table docs/models.md. Returns the exit code."""
+    try:
+        if arguments.table:
+            from .models import models_page
+
+            sys.stdout.write(models_page())
+            return 0
+        name, config = configured(arguments.words)
+        world = ranks_of(config, world_size())
+        check(config, world)
+    except ConfigError as error:
+        return refuse(error)
+    found = {"model": name, **facts(config, world)}
+    print(json.dumps(found) if arguments.json else "\n".join(table(found, config)))
+    return 0
+
+
+def configured(words: list[str]) -> tuple[str, Config]:
+    """The model's name and the configuration that the words make: overrides, and at most one Hugging Face folder."""
+    folders = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    chosen = [word for word in overrides if word.lstrip("+~").startswith(("model=", "model."))]
+    if len(folders) > 1:
+        raise ConfigError(f"{folders[1]}: one folder at a time; nearest valid: tokenyard params {folders[0]}")
+    if folders and chosen:
+        raise ConfigError(f"{chosen[0]}: {folders[0]} says what the model is; nearest valid: tokenyard params {folders[0]}")
+    if not folders:
+        named = [word.partition("=")[2] for word in chosen if word.startswith("model=")]
+        return (named or ["default"])[-1], compose(overrides)
+    config = compose([f"sequence_length={PUBLISHED_LENGTH}", *overrides])
+    config.model = read_model(Path(folders[0]))
+    return folders[0], config
+
+
+def read_model(folder: Path) -> Any:
+    """The model that the config.json in `folder` describes. ConfigError if there is none, or one that is not supported."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
+    from ..interop.translate import read_config
+
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(described, dict):
+            raise ValueError(f"{path}: must hold a JSON object")
+        # Weights of fewer bits are weights all the same.
+        described.pop("quantization_config", None)
+        return read_config(described, f"{path}: ")[1]
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+
+
+def table(found: dict[str, Any], config: Config) -> list[str]:
+    """Everything in words and short numbers."""
+    return [*_model(found, config), "", *_parts(found), "", *_memory(found, config), "", *_cost(found)]
+
+
+def _model(found: dict[str, Any], config: Config) -> list[str]:
+    m, share = config.model, found["active"] / found["total"]
+    experts = f", experts in {found['moe_layers']}" if found["moe_layers"] else ""
+    return [
+        _row("model", f"{found['model']}: {m.layers} layers{experts}; {m.width} wide, {m.heads} heads ({m.attention.kind.name})"),
+        _row("routing", found["routing"]),
+        _row("parameters", f"{short(found['total'])} total, {short(found['active'])} active per token ({share:.1%})"),
+    ]
+
+
+def _parts(found: dict[str, Any]) -> list[str]:
+    """The parts of the model, of what a token passes, of what a rank holds."""
+    whole, held = found["parts"], found["per_rank"]
+    lines = [f"  {'part':12}{'total':>20}{'active':>20}{'a rank holds':>20}"]
+    for part in PARTS:
+        if whole[part]:
+            lines.append(_numbers(part, whole[part], whole["active_experts"] if part == "experts" else whole[part], held[part]))
+    if whole["mtp"]:
+        lines.append(_numbers("prediction", whole["mtp"], 0, held["mtp"]))
+    lines.append(_numbers("all", found["total"], found["active"], held["total"]))
+    if whole["mtp"]:
+        lines.append("  prediction (multi-token) is trained and held, but neither in the total nor in the active sum")
+    return lines
+
+
+def _memory(found: dict[str, Any], config: Config) -> list[str]:
+    held, p, world = found["bytes_per_rank"], config.parallel, found["world"]
+    replicate = world // (p.shard * p.tensor)
+    ranks = f"{world} ranks: replicate {replicate} x shard {p.shard} x tensor {p.tensor}; expert {p.expert}"
+    parts = ", ".join(f"{name} {gigabytes(held[name])}" for name in ("weights", "gradients", "optimizer"))
+    inference, devices = found["inference_bytes"], found["devices_of_80_gb"]
+    return [
+        _row("layout", ranks if world > 1 else "1 rank"),
+        _row("training", f"{gigabytes(held['total'])} a rank without activations: {parts}"),
+        _row("inference", ", ".join(f"{kind} {gigabytes(inference[kind])}" for kind in BITS)),
+        _row("held by", ", ".join(f"{devices[kind]} x {DEVICE_BYTES / 1e9:.0f} GB ({kind})" for kind in BITS)),
+        _row("", f"if weights may take {SHARE:.0%} of a device and all are of that type"),
+    ]
+
+
+def _cost(found: dict[str, Any]) -> list[str]:
+    length = found["sequence_length"]
+    compute = f"{flops(found['flops_per_token'])} per token forward, {flops(found['training_flops_per_token'])} in training"
+    return [
+        _row("compute", f"{compute}, mean over {length:,} tokens"),
+        _row("cache", f"{found['kv_cache_bytes_per_token'] / 1024:,.1f} KiB per token in bf16, mean over {length:,} tokens"),
+    ]
+
+
+def gigabytes(number: float) -> str:
+    """Bytes in decimal units, as device memory is sold."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:,.0f} bytes"
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:12}{value}".rstrip()
+
+
+def _numbers(name: str, total: int, active: int, rank: int) -> str:
+    return f"  {name:12}{total:>20,}{active:>20,}{rank:>20,}"

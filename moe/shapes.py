@@ -1,0 +1,122 @@
+"""Every parameter of a model by its global name, with its shape, from the configuration alone. No torch.
+
+V vocabulary, D width, H query heads, G key-value heads, h width of a head, E experts, F hidden width of an expert.
+"""
+
+from .config import Activation, AttentionKind, ModelConfig, QKNorm, Selection
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes(config: ModelConfig) -> Shapes:
+    """All parameters of the model that `config` describes (moe/model.py builds the same); a tied head has none of its own."""
+    D = config.width
+    found: Shapes = {"embedding.weight": (config.vocabulary, D)}
+    for index in range(config.layers):
+        found |= _under(f"layers.{index}", block_shapes(config, config.moe_layer(index)))
+    found["norm.weight"] = (D,)
+    if not config.tie_embeddings:
+        found["head.weight"] = (config.vocabulary, D)
+    for index in range(config.mtp_depth):
+        found |= _under(f"mtp.{index}", _prediction(config, config.layers + index))
+    return found
+
+
+def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
+    """One block, dense or with experts."""
+    D = config.width
+    names = ["attention_norm", "feedforward_norm"]
+    if config.sandwich_norms:
+        names += ["attention_post_norm", "feedforward_post_norm"]
+    latent = config.attention.kind is AttentionKind.mla
+    feedforward = _moe(config) if moe else _under("dense", _feedforward(config, config.hidden))
+    return {
+        **{f"{name}.weight": (D,) for name in names},
+        **_under("attention", _mla(config) if latent else _gqa(config)),
+        **feedforward,
+    }
+
+
+def head_width(config: ModelConfig) -> int:
+    """Width of one head in grouped-query attention."""
+    return config.head_width or config.width // config.heads
+
+
+def projections(activation: Activation) -> int:
+    """2 with a gate (gate and up), 1 without."""
+    return 2 if "glu" in activation.name else 1
+
+
+def _gqa(config: ModelConfig) -> Shapes:
+    D, h, attention = config.width, head_width(config), config.attention
+    widths = {"q": config.heads * h, "k": config.kv_heads * h, "v": config.kv_heads * h}
+    found: Shapes = {f"{name}.weight": (width, D) for name, width in widths.items()}
+    found["o.weight"] = (D, config.heads * h)
+    if attention.qkv_bias:
+        found |= {f"{name}.bias": (width,) for name, width in widths.items()}
+    if attention.output_bias:
+        found["o.bias"] = (D,)
+    if attention.qk_norm is not QKNorm.none:
+        every = attention.qk_norm is QKNorm.full
+        found |= {f"{name}_norm.weight": (widths[name] if every else h,) for name in ("q", "k")}
+    if attention.sinks:
+        found["sinks"] = (config.heads,)
+    return found
+
+
+def _mla(config: ModelConfig) -> Shapes:
+    D, H, mla = config.width, config.heads, config.attention.mla
+    queries = H * (mla.nope_width + mla.rope_width)
+    found: Shapes = {
+        "kv_down.weight": (mla.kv_rank + mla.rope_width, D),
+        "kv_norm.weight": (mla.kv_rank,),
+        "kv_up.weight": (H * (mla.nope_width + mla.value_width), mla.kv_rank),
+        "o.weight": (D, H * mla.value_width),
+    }
+    if mla.q_rank is None:
+        return {**found, "q.weight": (queries, D)}
+    found |= {"q_down.weight": (mla.q_rank, D), "q_norm.weight": (mla.q_rank,), "q_up.weight": (queries, mla.q_rank)}
+    return found
+
+
+def _moe(config: ModelConfig) -> Shapes:
+    D, moe = config.width, config.moe
+    E, F, P = moe.experts, moe.hidden, projections(moe.activation)
+    found: Shapes = {"moe.experts.gate_up": (E, P, F, D), "moe.experts.down": (E, D, F)}
+    if moe.bias:
+        found |= {"moe.experts.gate_up_bias": (E, P, F), "moe.experts.down_bias": (E, D)}
+    if moe.shared_hidden:
+        found |= _under("moe.shared", _feedforward(config, moe.shared_hidden))
+    if moe.shared_hidden and moe.shared_gate:
+        found["moe.shared_gate.weight"] = (1, D)
+    return found | _under("moe.router", _router(config))
+
+
+def _router(config: ModelConfig) -> Shapes:
+    """None for hashed tokens; expert_bias is a buffer, for it is not trained by gradients."""
+    router = config.moe.router
+    if router.selection is Selection.hash:
+        return {}
+    outputs = config.moe.experts + router.null_experts
+    found: Shapes = {"weight": (outputs, config.width)}
+    if router.bias:
+        found["bias"] = (outputs,)
+    if router.noise:
+        found["noise_weight"] = (outputs, config.width)
+    return found
+
+
+def _feedforward(config: ModelConfig, hidden: int) -> Shapes:
+    return {"gate_up": (projections(config.activation), hidden, config.width), "down": (config.width, hidden)}
+
+
+def _prediction(config: ModelConfig, index: int) -> Shapes:
+    """A multi-token prediction module: its block would be the model's next; embedding and head are the model's."""
+    D = config.width
+    found: Shapes = {f"{name}.weight": (D,) for name in ("embedding_norm", "hidden_norm", "norm")}
+    found["projection.weight"] = (D, 2 * D)
+    return found | _under("block", block_shapes(config, config.moe_layer(index)))
+
+
+def _under(prefix: str, found: Shapes) -> Shapes:
+    return {f"{prefix}.{name}": shape for name, shape in found.items()}

@@ -1,0 +1,72 @@
+"""What each rank holds of each parameter, by name and shape. No torch: a layout is counted before anything is built."""
+
+import math
+
+from ..moe.config import AttentionKind, ModelConfig, QKNorm
+from ..moe.shapes import Shapes, shapes
+from .config import ParallelConfig
+
+SLICED = {
+    "embedding.weight": 0,
+    "head.weight": 0,
+    "attention.q.weight": 0,
+    "attention.k.weight": 0,
+    "attention.v.weight": 0,
+    "attention.q.bias": 0,
+    "attention.k.bias": 0,
+    "attention.v.bias": 0,
+    "attention.q_up.weight": 0,
+    "attention.kv_up.weight": 0,
+    "attention.sinks": 0,
+    "attention.o.weight": 1,
+    "dense.gate_up": 1,
+    "dense.down": 1,
+}
+"""Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
+
+
+NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
+"""Sliced too where a norm spans all heads."""
+
+
+def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Shapes:
+    """What rank 0 of `world` holds of each parameter between steps; where a dimension does not divide, no rank holds more."""
+    return {name: _rank_shape(name, shape, config, parallel, world) for name, shape in shapes(config).items()}
+
+
+def sliced_dim(name: str, config: ModelConfig) -> int | None:
+    """The dimension in which tensor ranks share the parameter, or None."""
+    spanning = config.attention.kind is AttentionKind.gqa and config.attention.qk_norm is QKNorm.full
+    sliced = SLICED | NORMS_OF_ALL_HEADS if spanning else SLICED
+    return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
+
+
+def stays_whole(name: str, dims: int) -> bool:
+    """Whether FSDP leaves a parameter of so many dimensions alone."""
+    return dims < 2 or ".router." in name
+
+
+def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
+    """The dimension that FSDP shards: the first that divides evenly, else the first."""
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
+    """Ways in which FSDP shards experts: over as many of the ranks that hold the same experts as `shard` allows."""
+    return math.gcd(parallel.shard, world // parallel.expert)
+
+
+def _rank_shape(name: str, shape: tuple[int, ...], config: ModelConfig, parallel: ParallelConfig, world: int) -> tuple[int, ...]:
+    sizes = list(shape)
+    if ".experts." in name:
+        sizes[0] //= parallel.expert
+        ranks = expert_shard_ranks(parallel, world)
+    else:
+        sliced = sliced_dim(name, config)
+        if sliced is not None:
+            sizes[sliced] //= parallel.tensor
+        ranks = 1 if stays_whole(name, len(sizes)) else parallel.shard
+    if ranks > 1:
+        dim = shard_dim(tuple(sizes), ranks)
+        sizes[dim] = -(-sizes[dim] // ranks)
+    return tuple(sizes)
