@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 COMMON = "debug=default precision=fp64 steps=10 checkpoint.every=0 sample.prompt='' schedule.warmup=3 data.synthetic_documents=64"
 RUNS = {
     "default": "",
-    "capacity": "model.moe.capacity_factor=0.9 model.moe.capacity_scope=batch model.moe.balance.scope=batch batch.micro=2",
+    "capacity": "model.moe.capacity.factor=0.9 model.moe.capacity.scope=batch model.moe.balance.scope=batch batch.micro=2",
     "shared_dense_first": "model.moe.shared_hidden=32 model.dense_first=1 model.tie_embeddings=true model.moe.top_k=1",
 }
 

@@ -87,7 +87,7 @@ class ScheduleConfig:
 class EvaluateConfig:
     every: int = 250
     """Steps between evaluations; 0 evaluates only at the end."""
-    sequences: int = 64
+    sequences: int = 256
     """Validation sequences of one evaluation."""
 
 
@@ -158,7 +158,7 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    steps: int = 1000
+    steps: int = 1150
     """Optimizer steps of the whole run."""
     seed: int = 1
     """Decides the initial weights and the order of the data."""

@@ -63,7 +63,9 @@ def test_shard_of_a_part_keeps_its_place_in_the_whole() -> None:
 def test_which_parameters_are_sliced_and_which_stay_whole() -> None:
     moe = MoEConfig(experts=4, hidden=8, shared_hidden=8)
     model = Transformer(ModelConfig(layers=2, width=16, heads=4, kv_heads=2, dense_first=1, hidden=8, vocabulary=32, moe=moe))
-    sliced = {name: sliced_dim(name) for name, _ in model.named_parameters() if sliced_dim(name) is not None}
+    sliced = {
+        name: sliced_dim(name, model.config) for name, _ in model.named_parameters() if sliced_dim(name, model.config) is not None
+    }
     attention = {f"layers.{i}.attention.{p}.weight": 1 if p == "o" else 0 for i in (0, 1) for p in "qkvo"}
     dense = {"layers.0.dense.gate_up": 1, "layers.0.dense.down": 1}
     assert sliced == {"embedding.weight": 0, "head.weight": 0, **attention, **dense}

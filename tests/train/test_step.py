@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig, Scope
+from tokenyard.moe.config import BalanceConfig, CapacityConfig, MoEConfig, ModelConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
@@ -22,7 +22,7 @@ EXPERTS, VOCABULARY, SEQUENCES, LENGTH = 4, 40, 4, 10
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_accumulation_changes_nothing(micro_batches: int, capacity: float | None) -> None:
     """Micro-batches with different numbers of counted targets; both scopes are by sequence."""
-    whole, parts = build(capacity_factor=capacity), build(capacity_factor=capacity)
+    whole, parts = build(capacity=CapacityConfig(capacity)), build(capacity=CapacityConfig(capacity))
     targets_in_parts = [(rows.targets != IGNORE).sum() for rows in batch(micro_batches)]
     assert len(set(map(int, targets_in_parts))) > 1
     expected, numbers = one_step(whole, batch(1)), one_step(parts, batch(micro_batches))
@@ -40,7 +40,7 @@ def test_balance_by_batch_is_the_mean_over_micro_batches(scope: Scope) -> None:
 
 @pytest.mark.parametrize("capacity", [None, 0.7])
 def test_recomputation_changes_nothing(capacity: float | None) -> None:
-    kept, recomputed = build(capacity_factor=capacity), build(recompute=True, capacity_factor=capacity)
+    kept, recomputed = build(capacity=CapacityConfig(capacity)), build(recompute=True, capacity=CapacityConfig(capacity))
     expected, numbers = one_step(kept, batch(2)), one_step(recomputed, batch(2))
     assert torch.equal(numbers.counts_LE.sum(1), torch.tensor([2, 2]) * numbers.tokens), "each choice is counted once"
     assert_same_numbers(numbers, expected)
