@@ -65,7 +65,12 @@ def test_debug_cpu_splits_in_every_way() -> None:
 
 def test_a_choice_on_the_command_line_beats_an_experiment() -> None:
     config = compose(["debug=default", "model=default", "steps=7", "launch=torchrun", "tracker=wandb", "checkpoint.resume=never"])
-    assert (config.model.layers, config.steps, config.launch.kind.name, config.tracker.names) == (4, 7, "torchrun", ["wandb"])
+    assert (config.model.layers, config.steps, config.launch.kind.name, config.tracker.names) == (
+        Config().model.layers,
+        7,
+        "torchrun",
+        ["wandb"],
+    )
 
 
 @pytest.mark.parametrize("group", sorted(GROUPS - {"experiment", "debug"}))

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|tests|train"
 MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "events.jsonl", "manifest.json"}
-PLACEHOLDERS = {"group=option", "key=value"}
+PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
 
 
@@ -108,6 +108,9 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             make(target, arguments)
         case ["tokenyard", "train", *arguments]:
             trains(arguments, None)
+        case ["tokenyard", "params", *arguments]:
+            own = [word for word in arguments if word not in ("HF_FOLDER", ">", "docs/models.md", "model=NAME")]
+            assert main(["params", *(own or ["model=default"])]) == 0
         case ["tokenyard", *arguments]:
             monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
             monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.moe.config import BalanceConfig, CapacityConfig, MoEConfig, ModelConfig, Scope
+from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
