@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format clean
+.PHONY: help train test check golden format clean
 
 help: ## Show this help
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -22,6 +22,9 @@ check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(MAKE) --no-print-directory test
+
+golden: $(INSTALLED) ## Write tests/golden/*.txt anew, after a change that is meant to change the numbers
+	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/test_golden.py
 
 format: $(INSTALLED) ## Format the code and mend what the linter can mend
 	$(BIN)/ruff format .

@@ -8,8 +8,9 @@ import sentencepiece
 
 from .corpus import Corpus, place
 
-# Byte fallback, no normalisation and no dummy prefix make every round trip exact. Whole runs of spaces as pieces, and pieces that
-# mix letters with punctuation, are for source code: 3.9 bytes a token on the standard library, against 3.4 and 2.3 without.
+# Byte fallback, no normalisation and no dummy prefix make every round trip exact. Whole runs of spaces are pieces, for source code:
+# 3.4 bytes a token on the standard library, 2.3 without. Pieces that mix letters with punctuation would make it 3.9, but a small
+# model learns far less from them (docs/log.md).
 RECIPE = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -18,7 +19,7 @@ RECIPE = {
     "remove_extra_whitespaces": False,
     "split_digits": True,
     "allow_whitespace_only_pieces": True,
-    "split_by_unicode_script": False,
+    "split_by_unicode_script": True,
     "max_sentencepiece_length": 32,
     "unk_surface": "\ufffd",
     # The model file records the number of threads; more would change its hash and not its pieces, and are no faster.

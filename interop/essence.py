@@ -45,13 +45,12 @@ def essence(config: ModelConfig) -> dict[str, Any]:
     if config.attention.kind is AttentionKind.gqa:
         found["model.head_width"] = config.head_width or config.width // config.heads
     layers = range(config.layers)
-    if config.moe.experts:
-        # Said in layers, as different settings may mean the same ones.
-        found["model.moe_every"] = [index for index in layers if config.moe_layer(index)]
+    # Said in layers, as different settings may mean the same ones.
+    found["model.moe_every"] = [index for index in layers if config.moe_layer(index)]
     if config.attention.window is not None:
         found["model.attention.window_every"] = [index for index in layers if config.windowed_layer(index)]
-    if has_expert_bias(config):
-        found["model.moe.balance.bias_rate"] = "an expert bias"
+    # The rate is of training, but with it the router has a bias.
+    found["model.moe.balance.bias_rate"] = bool(found["model.moe_every"]) and config.moe.balance.bias_rate > 0
     return found
 
 
@@ -59,10 +58,6 @@ def differences(wanted: ModelConfig, expressed: ModelConfig) -> dict[str, Any]:
     """The settings of `wanted` that `expressed` does not have, with their values."""
     ours, theirs = essence(wanted), essence(expressed)
     return {key: ours.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
-
-
-def has_expert_bias(config: ModelConfig) -> bool:
-    return config.moe.balance.bias_rate > 0 and any(config.moe_layer(index) for index in range(config.layers))
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,8 @@
-"""A folder as published on Hugging Face: config.json and safetensors files. Read only; nothing in it is run or unpickled."""
+"""A folder as published on Hugging Face: config.json and safetensors files. Nothing in it is run or unpickled."""
 
 import json
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +74,23 @@ def open_file(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
     with opened as file:
         yield file
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder under another name, which is `path` once all went well and is removed if not. ValueError if `path` is in use."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: must be a new or an empty folder")
+    unfinished = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if path.exists():
+            path.rmdir()
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _tensors(path: Path) -> dict[str, Stored]:

@@ -29,6 +29,8 @@ def read_rope(keys: Keys, theta: float = 10000.0, mscale: bool = False, interlea
     rope = RopeConfig(theta=inside.number("rope_theta"), interleaved=interleaved, scaling=TYPES[kind])
     if rope.scaling is not RopeScaling.none:
         rope.factor = inside.number("factor")
+        if rope.factor < 1:
+            raise inside.wrong("factor", "must be at least 1")
     if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
         rope.original_length = inside.integer("original_max_position_embeddings")
     if rope.scaling is RopeScaling.llama3:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.pieces import Piece
-from ..train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from ..train.checkpoint.manifest import MANIFEST, Manifest
 from ..train.checkpoint.shards import DTYPES, hash_file, open_shard, read_rectangle
 from ..train.checkpoint.store import newest_checkpoint
 
@@ -22,13 +22,11 @@ def find_checkpoint(path: Path) -> Path:
     return inside or path
 
 
-def verified_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, once every file has been found to hold what it says. ValueError for the first that does not."""
-    manifest = read_manifest(checkpoint)
+def verify(checkpoint: Path, manifest: Manifest) -> None:
+    """ValueError for the first file that does not hold what the manifest says."""
     for name, record in manifest.files.items():
         if not (checkpoint / name).is_file() or hash_file(checkpoint / name) != record.hash:
             raise ValueError(f"checkpoint file {checkpoint / name} is missing or damaged")
-    return manifest
 
 
 def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """`tokenyard export`: a checkpoint of ours becomes a Hugging Face folder, whatever layout wrote it."""
 
 import json
-import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +12,20 @@ from torch import Tensor
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
+from ..train.checkpoint.manifest import Manifest, read_manifest
 from .convert import CARRIED
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
-from .folder import CONFIG
+from .folder import CONFIG, new_folder
 from .plain import model_from_plain
 from .plan import copies, write_plan
 from .shards import SHARD_BYTES, Output, write_shards
-from .stored import find_checkpoint, read_weight, verified_manifest, weights_on_meta
+from .stored import find_checkpoint, read_weight, verify, weights_on_meta
 from .tokenizer import write_tokenizer
 from .translate import choose_family, write_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPERT_BIAS = "router.expert_bias"
 GENERATION = "generation_config.json"
 
 
@@ -48,29 +49,29 @@ def export_checkpoint(
     was imported from, or the first that can express it. ValueError, one line, naming a setting or a tensor that has no place.
     """
     checkpoint = find_checkpoint(path)
-    manifest = verified_manifest(checkpoint)
-    model = model_from_plain(manifest.facts["config"].get("model", {}))
+    manifest = read_manifest(checkpoint)
+    model, ours = _model(checkpoint, manifest), weights_on_meta(manifest)
     family = _family(model, manifest.facts, architecture)
     config = write_config(family, model) | _kept(manifest.facts, family, model)
-    ours = weights_on_meta(manifest)
     _check_complete(model, ours, checkpoint)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: must be a new or an empty folder")
     outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
-    unfinished = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
-    unfinished.mkdir(parents=True)
-    try:
+    with new_folder(folder) as unfinished:
+        verify(checkpoint, manifest)
         files = write_shards(unfinished, outputs, lambda name: read_weight(checkpoint, manifest, name), shard_bytes)
         notes = _write_tokenizer(checkpoint, unfinished, config)
         _write_json(unfinished / CONFIG, config)
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return Exported(folder, family.architecture, files, notes)
+
+
+def _model(checkpoint: Path, manifest: Manifest) -> ModelConfig:
+    plain = manifest.facts.get("config", {}).get("model")
+    if plain is None:
+        raise ValueError(f"{checkpoint}: must say the configuration of its model")
+    model = model_from_plain(plain)
+    if model.moe.balance.bias_rate == 0 and any(name.endswith(EXPERT_BIAS) for name in manifest.tensors):
+        model.moe.balance.bias_rate = 0.001  # of an earlier run; with any rate there is a bias
+    return model
 
 
 def _family(model: ModelConfig, facts: dict[str, Any], architecture: str | None) -> Family:
@@ -112,7 +113,7 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
             plan[name] = plan[original]
     outputs = {}
     for name, (mine, part) in plan.items():
-        kept = ours[mine].dtype if dtype is None or mine.endswith("expert_bias") else dtype
+        kept = ours[mine].dtype if dtype is None or mine.endswith(EXPERT_BIAS) else dtype
         outputs[name] = Output(mine, part, kept, tuple(part.written(ours[mine]).shape))
     return outputs
 

@@ -17,7 +17,7 @@ def import_command(arguments: argparse.Namespace) -> int:
     try:
         wish = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
         made = import_folder(Path(arguments.folder), Path(arguments.out), wish)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _refuse(error)
     return _report(f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}", made.notes)
 
@@ -28,7 +28,7 @@ def export_command(arguments: argparse.Namespace) -> int:
 
     try:
         made = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _refuse(error)
     return _report(f"{made.architecture}: {len(made.files)} files of weights in {made.folder}", made.notes)
 
@@ -58,7 +58,7 @@ def upcycle_settings(words: list[str]) -> dict[str, int]:
     return found
 
 
-def _refuse(error: ValueError) -> int:
+def _refuse(error: Exception) -> int:
     print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NoReturn, TypeVar
 
 from .. import __version__
+from ..train.allocator import restart_with_kept_memory
 
 Number = TypeVar("Number", int, float)
 
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         nearest = (get_close_matches(words[0], VERBS, 1, 0) or list(VERBS))[0]
         print(f"tokenyard: {words[0]}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}", file=sys.stderr)
         return BAD_USAGE
+    if argv is None and words[0] == "train":
+        restart_with_kept_memory()
     return VERBS[words[0]](words[1:])
 
 

@@ -153,7 +153,7 @@ class MoEConfig:
     """Routed experts per MoE layer; 0 makes every layer dense."""
     top_k: int = 2
     """Experts that each token chooses."""
-    hidden: int = 512
+    hidden: int = 256
     """Hidden width of one routed expert."""
     shared_hidden: int = 0
     """Hidden width of the expert that every token passes (DeepSeekMoE); 0 for none."""
@@ -244,9 +244,9 @@ class AttentionConfig:
 
 @dataclass
 class ModelConfig:
-    layers: int = 4
+    layers: int = 3
     """Transformer blocks."""
-    width: int = 256
+    width: int = 128
     """Width of the residual stream (d_model)."""
     heads: int = 8
     """Query heads."""
@@ -254,7 +254,7 @@ class ModelConfig:
     """Key and value heads (grouped-query attention); must divide heads."""
     head_width: int | None = None
     """Width of one head; null is width / heads."""
-    hidden: int = 1024
+    hidden: int = 512
     """Hidden width of the feed-forward of dense layers."""
     activation: Activation = Activation.swiglu
     """Function of dense layers and of the shared expert."""

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from .mesh import Axis
 
+# torch 2.13 renamed both; the old names only warn there, the new ones do not exist before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
     """(B, S / N, D), each rank's slice of the sequences, to (B, S, D). Its gradient is summed over the ranks and sliced."""
@@ -56,7 +60,7 @@ def stack_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return x.unsqueeze(0)
     out = x.new_empty(axis.size * x.numel())
-    dist.all_gather_into_tensor(out, x.contiguous().flatten(), group=axis.group)
+    _all_gather(out, x.contiguous().flatten(), group=axis.group)
     return out.view(axis.size, *x.shape)
 
 
@@ -67,7 +71,7 @@ def _gather(x_BSD: Tensor, axis: Axis) -> Tensor:
 def _scatter(x_BSD: Tensor, axis: Axis) -> Tensor:
     slices_NBSD = x_BSD.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
     out_BSD = torch.empty_like(slices_NBSD[0])
-    dist.reduce_scatter_tensor(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
+    _reduce_scatter(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
     return out_BSD
 
 

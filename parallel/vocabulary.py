@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
 
-CHUNK = 1024
-"""Tokens whose logits are widened at once: the fp32 copy of all logits never exists."""
+CHUNK = {"cpu": 2**18, "cuda": 2**26}
+"""Logits that are widened at once, so that the fp32 copy of all logits never exists: on a CPU what fits its cache."""
 
 
 class VocabularyParallelEmbedding(nn.Module):
@@ -44,13 +44,14 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> Tensor:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        largest_T = max_over(logits_TV.amax(dim=1).to(wide), axis)
         local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], axis)
-        sums_2T = torch.empty(2, len(targets_T), dtype=wide, device=logits_TV.device)
-        for part in _chunks(len(targets_T)):
-            sums_2T[0, part] = (logits_TV[part].to(wide) - largest_T[part, None]).exp_().sum(dim=1)
-            sums_2T[1, part] = logits_TV[part].gather(1, local_T[part, None]).squeeze(1).to(wide) * here_T[part]
-        exps_T, target_logits_T = sum_over(sums_2T, axis)
+        parts_2T = torch.empty(2, len(targets_T), dtype=wide, device=logits_TV.device)
+        for part in _chunks(logits_TV):
+            parts_2T[0, part] = logits_TV[part].to(wide).logsumexp(dim=1)
+            parts_2T[1, part] = logits_TV[part].gather(1, local_T[part, None]).squeeze(1).to(wide) * here_T[part]
+        largest_T = max_over(parts_2T[0].clone(), axis)
+        parts_2T[0] = (parts_2T[0] - largest_T).exp_()
+        exps_T, target_logits_T = sum_over(parts_2T, axis)
         logsumexp_T = exps_T.log() + largest_T
         ctx.save_for_backward(logits_TV, targets_T, logsumexp_T)
         ctx.ignore, ctx.axis = ignore, axis
@@ -62,7 +63,7 @@ class _CrossEntropySum(torch.autograd.Function):
         local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], ctx.axis)
         factor_T = grads[0] * (targets_T != ctx.ignore)
         grad_TV = torch.empty_like(logits_TV)
-        for part in _chunks(len(targets_T)):
+        for part in _chunks(logits_TV):
             grad = (logits_TV[part].to(logsumexp_T.dtype) - logsumexp_T[part, None]).exp_()
             grad.scatter_add_(1, local_T[part, None], -here_T[part, None].to(grad.dtype))
             grad_TV[part] = grad.mul_(factor_T[part, None])
@@ -76,5 +77,6 @@ def _local_targets(targets_T: Tensor, columns: int, axis: Axis) -> tuple[Tensor,
     return local_T.masked_fill(~here_T, 0), here_T
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, tokens, CHUNK)]
+def _chunks(logits_TV: Tensor) -> list[slice]:
+    tokens = max(1, CHUNK[logits_TV.device.type] // logits_TV.shape[1])
+    return [slice(start, start + tokens) for start in range(0, len(logits_TV), tokens)]

@@ -41,7 +41,7 @@ class Engine(Enum):
 
 @dataclass
 class BatchConfig:
-    sequences: int = 16
+    sequences: int = 8
     """Sequences in the global batch of one optimizer step."""
     micro: int | None = None
     """Sequences per rank and micro-step; null takes all of a rank's sequences at once."""
@@ -57,7 +57,7 @@ class RunConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = 2e-3
+    lr: float = 5e-3
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -85,15 +85,15 @@ class ScheduleConfig:
 
 @dataclass
 class EvaluateConfig:
-    every: int = 200
+    every: int = 250
     """Steps between evaluations; 0 evaluates only at the end."""
-    sequences: int = 64
+    sequences: int = 256
     """Validation sequences of one evaluation."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 200
+    every: int = 250
     """Steps between checkpoints; 0 saves only at the end."""
     resume: str = "auto"
     """auto: the newest checkpoint of the run folder if there is one; never; or the path of a checkpoint."""
@@ -158,7 +158,7 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    steps: int = 600
+    steps: int = 1150
     """Optimizer steps of the whole run."""
     seed: int = 1
     """Decides the initial weights and the order of the data."""

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,11 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     """`tokenyard evaluate CHECKPOINT [key=value ...]`, as one process: prints loss and perplexity."""
     from .load import open_for_evaluation
 
-    session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
+    try:
+        session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
+    except ValueError as error:
+        print(f"tokenyard: {error}", file=sys.stderr)
+        return 2
     evaluation = evaluate_session(session)
     entropy = session.data.facts.unigram_entropy
     print(f"validation loss {evaluation.loss:.4f} nats per token, perplexity {math.exp(min(evaluation.loss, 700)):.2f}")

@@ -235,9 +235,9 @@ def sample_of(session: Session) -> tuple[str, str] | None:
 
 
 def set_up_logging(first: bool) -> None:
-    """Lines of the package's own logger on standard output, from rank 0 alone."""
+    """Lines of the package's own logger on standard error, from rank 0 alone."""
     log = logging.getLogger("tokenyard")
-    log.setLevel(logging.INFO if first else logging.WARNING)
+    log.setLevel(logging.INFO if first else logging.ERROR)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

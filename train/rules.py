@@ -11,9 +11,7 @@ from . import router_rules
 from .broken import Broken
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
-
-TRACKERS = ("wandb", "jsonl")
-"""What tracker.names may hold."""
+from .trackers import TRACKERS
 
 BYTE_PIECES = 259
 """256 bytes and 3 marks."""

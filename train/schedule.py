@@ -17,7 +17,7 @@ def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float
         return 1.0
     if config.shape is Shape.wsd:
         decay = config.decay if config.decay is not None else max(1, steps // 5)
-        done = max(0.0, (step - (steps - decay)) / decay)
+        done = max(0.0, (step - (steps - decay)) / max(1, decay))
         return 1.0 - (1.0 - config.final) * done
     done = (step - config.warmup) / max(1, steps - config.warmup)
     return config.final + (1.0 - config.final) * 0.5 * (1.0 + math.cos(math.pi * done))

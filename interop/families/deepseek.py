@@ -7,7 +7,7 @@ from ..keys import Keys
 from ..names import DENSE, NORMS, ROUTER, experts, feedforward, layer_rows
 from ..rope import read_rope, write_rope
 from .base import COMMON, Family, read_common, write_common
-from .routing import read_experts, read_normalize
+from .routing import normalizes, read_experts, read_normalize
 
 EPSILON = 1e-6
 """transformers norms the latents with this whatever rms_norm_eps is."""
@@ -23,7 +23,8 @@ def read_v2(keys: Keys) -> ModelConfig:
     if keys.any("topk_method") == "group_limited_greedy":
         _read_groups(keys, config, GroupScore.max)
     else:
-        keys.any("n_group"), keys.any("topk_group")
+        for unused in ("n_group", "topk_group"):
+            keys.any(unused)
     config.moe.balance.coefficient = keys.number("aux_loss_alpha")
     config.moe.balance.scope = Scope.sequence if keys.flag("seq_aux") else Scope.batch
     return config
@@ -61,7 +62,7 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "n_group": router.groups,
         "topk_group": router.top_groups,
-        "norm_topk_prob": router.normalize_top_k,
+        "norm_topk_prob": normalizes(config),
         "rope_interleave": config.attention.rope.interleaved,
         "num_nextn_predict_layers": config.mtp_depth,
     }

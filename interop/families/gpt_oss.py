@@ -40,7 +40,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "num_local_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
         "router_aux_loss_coef": auxiliary(config),
-        "sliding_window": config.attention.window,
+        "sliding_window": config.attention.window or 128,  # transformers asks for one even if no layer uses it
         "layer_types": layer_types(config),
         "rope_parameters": write_rope(config.attention.rope),
     }

@@ -7,7 +7,7 @@ from ..keys import Keys
 from ..names import NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts
 from ..rope import read_rope, write_rope
 from .base import COMMON, ROUTED, Family, read_attention_bias, read_common, write_common
-from .routing import auxiliary, read_auxiliary, read_experts, read_normalize
+from .routing import auxiliary, normalizes, read_auxiliary, read_experts, read_normalize
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -29,7 +29,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": config.moe.router.normalize_top_k,
+        "norm_topk_prob": normalizes(config),
         "router_aux_loss_coef": auxiliary(config),
         "rope_parameters": write_rope(config.attention.rope),
     }

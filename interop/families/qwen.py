@@ -11,6 +11,7 @@ from .routing import (
     auxiliary,
     layer_types,
     moe_layers,
+    normalizes,
     read_auxiliary,
     read_experts,
     read_moe_layers,
@@ -54,7 +55,7 @@ def write_qwen2_moe(config: ModelConfig) -> dict[str, Any]:
     return (
         write_common(config)
         | _routing(config)
-        | _windows(config)
+        | _windows(config, none=0, bound=config.layers)
         | {
             "num_experts": config.moe.experts,
             "shared_expert_intermediate_size": config.moe.shared_hidden,
@@ -80,7 +81,7 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    return write_common(config) | _qwen3_attention(config) | _windows(config)
+    return write_common(config) | _qwen3_attention(config) | _windows(config, none=None, bound=0)
 
 
 def _read_routing(keys: Keys, config: ModelConfig, experts: str) -> None:
@@ -94,7 +95,7 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
     return moe_layers(config) | {
         "moe_intermediate_size": config.moe.hidden,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": config.moe.router.normalize_top_k,
+        "norm_topk_prob": normalizes(config),
         "router_aux_loss_coef": auxiliary(config),
     }
 
@@ -113,9 +114,11 @@ def _qwen3_attention(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _windows(config: ModelConfig) -> dict[str, Any]:
+def _windows(config: ModelConfig, none: int | None, bound: int) -> dict[str, Any]:
+    """`none` is what transformers writes where no layer has a window; `bound` says for readers without layer_types which have."""
     window = config.attention.window
-    return {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": layer_types(config)}
+    types = {"use_sliding_window": window is not None, "sliding_window": window or none, "layer_types": layer_types(config)}
+    return types if window is None else types | {"max_window_layers": bound}
 
 
 QWEN: dict[str, Any] = COMMON | {

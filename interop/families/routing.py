@@ -33,6 +33,11 @@ def read_normalize(keys: Keys, config: ModelConfig, key: str = "norm_topk_prob")
     refuse_one_expert(keys, config)
 
 
+def normalizes(config: ModelConfig) -> bool:
+    """`norm_topk_prob`."""
+    return config.moe.router.normalize_top_k and config.moe.top_k > 1
+
+
 def refuse_one_expert(keys: Keys, config: ModelConfig) -> None:
     if config.moe.router.normalize_top_k and config.moe.top_k == 1:
         raise keys.wrong("num_experts_per_tok", "must be at least 2 where the weights are divided by their sum")

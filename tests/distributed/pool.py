@@ -7,13 +7,13 @@ seeded with 0. Sub-groups and meshes that it makes stay until the session ends, 
 This file is also the program that a rank runs. It is started as a fresh interpreter: nothing of pytest's state is inherited.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import io
+import operator
 import os
 import pickle
-import subprocess
+import shutil
 import sys
 import tempfile
 import threading
@@ -24,6 +24,7 @@ from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +62,7 @@ class Pools:
     def close(self) -> None:
         """End all ranks."""
         while self._pools:
-            self._pools.popitem()[1].close()
+            self._pools.popitem()[1].kill()
 
 
 class Pool:
@@ -69,7 +70,7 @@ class Pool:
 
     def __init__(self, world: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenyard-ranks-")
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Popen[bytes]] = []
         self._pipes: list[Any] = []
         try:
             for rank in range(world):
@@ -87,17 +88,8 @@ class Pool:
                 raise RankError(f"rank {rank} has died{self._log(rank)}") from None
         return [_unpack(answer) for answer in self._answers(limit_seconds, call[2])]
 
-    def close(self) -> None:
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        deadline = time.monotonic() + 5
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-        self.kill()
-
     def kill(self) -> None:
+        """End the ranks at once: they own nothing outside of the temporary folder."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -109,20 +101,13 @@ class Pool:
     def _start(self, rank: int, world: int) -> None:
         ours, theirs = Pipe()
         self._pipes.append(ours)
-        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        path = os.pathsep.join(filter(None, sys.path))
+        settings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
         # -P keeps this file's own folder out of the import path.
         program = [sys.executable, "-P", __file__, str(rank), str(world), self._folder.name, str(theirs.fileno())]
         with theirs, self._log_path(rank).open("wb") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    program,
-                    env={**os.environ, **settings},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[theirs.fileno()],
-                )
-            )
+            process = Popen(program, env=settings, stdin=DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()])
+        self._processes.append(process)
 
     def _answers(self, limit_seconds: float, what: str) -> list[bytes]:
         """One answer of each rank. After the first error the others get a short time, and all errors are raised together."""
@@ -174,13 +159,6 @@ def _address(function: Callable[..., Any]) -> tuple[str, str, str]:
     return function.__module__, path, name
 
 
-def _find(module: str, path: str, name: str) -> Callable[..., Any]:
-    found: Any = _module(module, path)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
 def _module(name: str, path: str) -> ModuleType:
     """The module, under its name in pytest so that pickle finds its classes; only the path leads to a test module."""
     if name in sys.modules:
@@ -190,6 +168,9 @@ def _module(name: str, path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Pickle imports the parents of a module too, and those of a test module are no packages.
+    for parent in (name[:end] for end, letter in enumerate(name) if letter == "."):
+        sys.modules.setdefault(parent, ModuleType(parent))
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
@@ -227,8 +208,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
-    """What a rank does: join the group, then answer calls until it is told to stop or the test process is gone."""
-    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    """What a rank does: join the group, then answer calls until it is killed or the test process is gone."""
     import torch
     import torch.distributed as dist
 
@@ -236,28 +216,35 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
     address = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(minutes=10))
     pipe.send((False, b""))
-    while (call := pipe.recv()) is not None:
+    while True:
+        call = pipe.recv()
         torch.manual_seed(0)
         pipe.send(_outcome(*call))
         torch.set_default_dtype(torch.float32)
-    dist.destroy_process_group()
 
 
 def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, Any]:
     try:
-        function = _find(module, path, name)
+        # Before the arguments: they may be of classes that the module defines.
+        function = operator.attrgetter(name)(_module(module, path))
         args, kwargs = _unpack(packed)
         return False, _pack(function(*args, **kwargs))
     except BaseException:
         return True, f"raised\n{traceback.format_exc()}"
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent(parent: int, folder: Path) -> None:
+    """A test process that was killed cannot end its ranks: they see that they are orphans, whatever they wait for."""
     while os.getppid() == parent:
-        time.sleep(1)
+        time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError):
+    watch = threading.Thread(target=_end_with_parent, args=[os.getppid(), Path(sys.argv[3])], daemon=True)
+    watch.start()
+    try:
         _serve(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Connection(int(sys.argv[4])))
+    except (EOFError, ConnectionError):
+        watch.join()

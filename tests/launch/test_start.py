@@ -93,6 +93,7 @@ def test_a_sweep_goes_on_after_a_failing_point(job: Job) -> None:
         "seed=2 model=tiny: my sweep/2, exit code 0",
         "seed=2 model=default: my sweep/3, exit code 0",
     ]
+    assert [path.name for path in job.folder.rglob("*") if path.is_file()] == ["multirun.yaml"]
     assert [(note["seed"], note["layers"], note["folder"]) for note in job.said("folder")] == [
         (1, 2, "my sweep/0"),
         (1, 4, "my sweep/1"),

@@ -1,10 +1,13 @@
-"""The grouped product of the experts equals a loop over them: outputs and all gradients."""
+"""The grouped product of the experts equals a loop over them: outputs and all gradients. Activations, also of dense layers."""
 
 import math
 
 import pytest
 import torch
+from tokenyard.moe.activations import activate, projections
+from tokenyard.moe.config import Activation
 from tokenyard.moe.experts import Experts, experts_by_loop
+from tokenyard.moe.feedforward import FeedForward
 from torch import Tensor
 
 WIDTH, HIDDEN = 16, 24
@@ -17,10 +20,25 @@ COUNTS = {
 }
 
 
+PRECISIONS = [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+
+
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_equals_the_loop(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    experts, x_RD = random_experts(len(counts), dtype), torch.randn(sum(counts), WIDTH, dtype=dtype, requires_grad=True)
+    assert_equals_the_loop(random_experts(len(counts), dtype), counts, tolerance)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS[:2])
+@pytest.mark.parametrize("activation", [Activation.swiglu_clamped, Activation.relu_squared])
+def test_biases_equal_the_loop(counts: list[int], dtype: torch.dtype, tolerance: float, activation: Activation) -> None:
+    assert_equals_the_loop(random_experts(len(counts), dtype, activation, bias=True), counts, 2 * tolerance)
+
+
+def assert_equals_the_loop(experts: Experts, counts: list[int], tolerance: float) -> None:
+    dtype = experts.down.dtype
+    x_RD = torch.randn(sum(counts), WIDTH, dtype=dtype, requires_grad=True)
     counts_E, weight_RD = torch.tensor(counts), torch.randn(sum(counts), WIDTH, dtype=dtype)
     y_RD, gradients = outcome(experts(x_RD, counts_E), weight_RD, experts, x_RD)
     expected_RD, expected = outcome(experts_by_loop(experts, x_RD, counts_E), weight_RD, experts, x_RD)
@@ -29,7 +47,54 @@ def test_equals_the_loop(counts: list[int], dtype: torch.dtype, tolerance: float
     for gradient, reference in zip(gradients, expected, strict=True):
         assert_close(gradient, reference, tolerance)
     for expert, count in enumerate(counts):
-        assert (gradients[1][expert].abs().max() > 0) == (count > 0), "weights of experts without rows get zeros"
+        used = [bool(gradient[expert].abs().max() > 0) for gradient in gradients[1:]]
+        assert used == [count > 0] * len(used), "weights of experts without rows get zeros"
+
+
+FORMULAS = {
+    Activation.swiglu: lambda g, u: g / (1 + math.exp(-g)) * u,
+    Activation.geglu: lambda g, u: 0.5 * g * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u,
+    Activation.swiglu_clamped: lambda g, u: min(g, 7) / (1 + math.exp(-1.702 * min(g, 7))) * (max(-7, min(u, 7)) + 1),
+    Activation.gelu: lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
+    Activation.relu: lambda x: max(x, 0.0),
+    Activation.relu_squared: lambda x: max(x, 0.0) ** 2,
+}
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_activations_are_their_formulas(activation: Activation) -> None:
+    formula, parts = FORMULAS[activation], projections(activation)
+    values = torch.tensor([-30.0, -7.5, -1.0, 0.0, 0.3, 2.0, 7.5, 30.0], dtype=torch.float64)
+    inputs = torch.cartesian_prod(values, values) if parts == 2 else values[:, None]
+    expected = torch.tensor([formula(*row) for row in inputs.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(activate(activation, inputs).squeeze(1), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_the_dense_feedforward_is_one_expert(activation: Activation) -> None:
+    """And both are the formula with gate before up."""
+    experts, dense = random_experts(1, torch.float64, activation), FeedForward(WIDTH, HIDDEN, torch.float64, activation)
+    dense.load_state_dict({"gate_up": experts.gate_up[0], "down": experts.down[0]})
+    x_TD = torch.randn(5, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(dense(x_TD), experts_by_loop(experts, x_TD, torch.tensor([5])))
+    products_TFP = torch.stack([x_TD @ weight.T for weight in experts.gate_up[0]], dim=-1)
+    inner = [[FORMULAS[activation](*values) for values in row] for row in products_TFP.tolist()]
+    torch.testing.assert_close(dense(x_TD), torch.tensor(inner, dtype=torch.float64) @ experts.down[0].T)
+
+
+def test_equals_the_experts_of_gpt_oss() -> None:
+    """Whose gate and up take turns in one dimension, and whose weights are transposed."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    experts = random_experts(3, torch.float64, Activation.swiglu_clamped, bias=True, std=2.0)
+    assert experts.gate_up_bias is not None and experts.down_bias is not None
+    config = gpt_oss.GptOssConfig(num_local_experts=3, hidden_size=WIDTH, intermediate_size=HIDDEN)
+    theirs = gpt_oss.GptOssExperts(config).double()
+    theirs.gate_up_proj.data = experts.gate_up.detach().permute(0, 3, 2, 1).flatten(-2)
+    theirs.gate_up_proj_bias.data = experts.gate_up_bias.detach().transpose(1, 2).flatten(-2)
+    theirs.down_proj.data, theirs.down_proj_bias.data = experts.down.detach().transpose(1, 2), experts.down_bias.detach()
+    x_RD, choice_R1 = torch.randn(9, WIDTH, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])[:, None]
+    expected_RD = gpt_oss.GptOssExperts.forward(theirs, x_RD, choice_R1, torch.ones(9, 1, dtype=torch.float64))
+    torch.testing.assert_close(experts(x_RD, torch.tensor([3, 1, 5])), expected_RD, rtol=0, atol=1e-10)
 
 
 def test_no_rows_give_no_rows_and_zero_gradients() -> None:
@@ -64,11 +129,13 @@ def test_one_by_one_against_the_formula() -> None:
     torch.testing.assert_close(y_RD.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 
-def random_experts(count: int, dtype: torch.dtype) -> Experts:
+def random_experts(
+    count: int, dtype: torch.dtype, activation: Activation = Activation.swiglu, bias: bool = False, std: float = 0.3
+) -> Experts:
     torch.manual_seed(0)
-    experts = Experts(count, WIDTH, HIDDEN, dtype)
+    experts = Experts(count, WIDTH, HIDDEN, dtype, activation, bias)
     for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=std)
     return experts
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.config import ModelConfig, MoEConfig
+from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, MoEConfig, QKNorm
 from tokenyard.moe.init import fill, initialise
 from tokenyard.moe.model import Transformer
 from torch import Tensor
@@ -61,15 +61,24 @@ def test_a_rank_makes_the_part_it_holds() -> None:
     assert torch.equal(part, whole[2:4, :, 2:5])
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_weight_is_filled(tied: bool) -> None:
-    config = ModelConfig(layers=3, width=16, heads=2, kv_heads=1, hidden=8, vocabulary=30, dense_first=1, tie_embeddings=tied)
-    config.moe = MoEConfig(experts=2, hidden=8, shared_hidden=8)
-    model = Transformer(config)
+GPT_OSS = AttentionConfig(sinks=True, qkv_bias=True, output_bias=True, qk_norm=QKNorm.full)
+LATENT = AttentionConfig(kind=AttentionKind.mla, mla=MLAConfig(q_rank=8, kv_rank=8))
+
+
+@pytest.mark.parametrize("attention", [GPT_OSS, LATENT])
+def test_norms_are_ones_biases_and_sinks_zeros_and_all_else_is_drawn(attention: AttentionConfig) -> None:
+    """In every part of the model, with nothing left as it was."""
+    sizes = {"layers": 3, "width": 16, "heads": 2, "kv_heads": 1, "hidden": 8, "vocabulary": 30, "dense_first": 1}
+    moe = MoEConfig(experts=2, hidden=8, shared_hidden=8, shared_gate=True, bias=True)
+    model = Transformer(ModelConfig(**sizes, attention=attention, moe=moe, sandwich_norms=True, mtp_depth=1))
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     initialise(model, 1)
-    assert not any(parameter.isnan().any() for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        values = set(parameter.unique().tolist())
+        kind = "norm" if "norm" in name else "zero" if "bias" in name or "sinks" in name else "drawn"
+        assert values == {"norm": {1.0}, "zero": {0.0}}.get(kind, values), name
+        assert kind != "drawn" or (len(values) > 1 and parameter.abs().max() < 0.2), name
 
 
 def weights(

@@ -1,9 +1,10 @@
 """The model equals transformers' Mixtral: logits, cross entropy, load-balance loss and all gradients, from the same weights.
 
 Transformers widens norms, rotary angles and router to fp32 even in an fp64 model. For the fp64 comparison each of these
-widenings goes to fp64 instead; nothing else of its code is changed.
+widenings goes to fp64 instead (tests/moe/conftest.py); nothing else of its code is changed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, ours = pair(2, dtype, monkeypatch)
+def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, widen) -> None:
+    theirs, ours = pair(2, dtype, widen)
     ids, labels = batch()
     expected = theirs(input_ids=ids, labels=labels)
     logits, share = forward(ours, ids, labels, balance=0.0)
@@ -50,9 +51,9 @@ def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, mo
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_their_load_balance_loss_is_top_k_times_ours(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_their_load_balance_loss_is_top_k_times_ours(dtype: torch.dtype, tolerance: float, widen) -> None:
     """Theirs counts choices per token, ours per choice, so that an even load gives 1; they differ in nothing else on one layer."""
-    theirs, ours = pair(1, dtype, monkeypatch)
+    theirs, ours = pair(1, dtype, widen)
     ids, labels = batch()
     expected = theirs(input_ids=ids, labels=labels, output_router_logits=True)
     _, share = forward(ours, ids, labels, balance=AUXILIARY * ours.config.moe.top_k)
@@ -76,11 +77,10 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
     torch.testing.assert_close(2 * share.balance_L[0], expected)
 
 
-def pair(layers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Transformer]:
+def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None]) -> tuple[Any, Transformer]:
     """Their model and ours with their weights, which are random (norms too)."""
     if dtype == torch.float64:
-        monkeypatch.setattr(mixtral, "torch", Widest())
-        monkeypatch.setattr(Tensor, "float", Tensor.double)
+        widen(mixtral)
     torch.manual_seed(0)
     config = mixtral.MixtralConfig(
         vocab_size=50,
@@ -103,13 +103,6 @@ def pair(layers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tu
     for name, parameter in ours.named_parameters():
         parameter.data.copy_(theirs.get_parameter(their_name(name)).view_as(parameter))
     return theirs, ours
-
-
-class Widest:
-    """torch, whose fp32 is fp64."""
-
-    def __getattr__(self, name: str) -> Any:
-        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
 
 
 def model_config(layers: int) -> ModelConfig:

@@ -55,6 +55,7 @@ def test_statistics_against_plain_counting(top_k: int, masked: bool) -> None:
 
 
 def test_weights_of_a_token() -> None:
+    torch.manual_seed(0)
     x_BSD = torch.randn(1, 8, WIDTH, dtype=torch.float64)
     scores_TE = scores_of(random_router(MoEConfig(experts=EXPERTS), torch.float64), x_BSD)
     for top_k, normalized in ((2, True), (3, False), (1, True), (1, False), (EXPERTS, True)):

@@ -1,5 +1,7 @@
 """Who is chosen: against transformers' routers, plain loops, and what each selection promises."""
 
+import logging
+import math
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.noise import fold
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.scores import hash_scores
+from tokenyard.moe.scores import Noisy, chance_of_choice, hash_scores
 from tokenyard.moe.selection import best, choose, second_is_kept
 from tokenyard.moe.tokens import Place, Tokens, places
 
@@ -197,9 +199,32 @@ def test_each_expert_takes_its_best_tokens(scope: Scope) -> None:
     assert routing.stats.counts_BE.sum() == kept_BSE.sum() and routing.stats.dropped == 0
 
 
+def test_an_expert_takes_no_token_that_does_not_count_even_if_it_has_room() -> None:
+    router = random_router(MoEConfig(experts=EXPERTS, top_k=4, router=RouterConfig(selection=Selection.expert_choice)))
+    valid_BS = torch.zeros(1, 10, dtype=torch.bool)
+    valid_BS[0, 3] = True
+    routing = router(torch.randn(1, 10, WIDTH), Tokens(valid_BS))
+    assert routing.kept_TK is not None
+    assert torch.equal(routing.kept_TK, valid_BS.view(10, 1).expand(10, EXPERTS))
+
+
+def test_chance_of_choice_is_that_of_beating_the_kth_of_the_others() -> None:
+    torch.manual_seed(0)
+    clean, std, drawn = torch.randn(6, 5).double(), torch.rand(6, 5).double() + 0.1, torch.randn(6, 5).double()
+    chance = chance_of_choice(Noisy(clean + std * drawn, clean, std), 2)
+    for t in range(6):
+        for expert in range(5):
+            others = [(clean + std * drawn)[t, e].item() for e in range(5) if e != expert]
+            margin = (clean[t, expert].item() - sorted(others)[-2]) / std[t, expert].item()
+            assert chance[t, expert].item() == pytest.approx(0.5 * (1 + math.erf(margin / math.sqrt(2))), rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.parametrize("selection", [Selection.expert_choice, Selection.top_k])
-def test_expert_choice_sees_later_tokens(selection: Selection, caplog: pytest.LogCaptureFixture) -> None:
+def test_expert_choice_sees_later_tokens(
+    selection: Selection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The leak, and the line that tells of it: another last token, another output for an earlier one."""
+    monkeypatch.setattr(logging.getLogger("tokenyard"), "propagate", True)  # a run in this process may have set up logging
     moe = MoEConfig(experts=4, hidden=8, router=RouterConfig(selection=selection))
     model = Transformer(ModelConfig(layers=2, width=16, heads=2, kv_heads=2, vocabulary=40, init_std=0.3, moe=moe), torch.float64)
     initialise(model, 1)

@@ -37,7 +37,7 @@ def test_newest_is_by_step_and_complete(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     for step in (100, 20, 123456789):
         save(tmp_path, step)
-    (tmp_path / "step_00000300").mkdir()
+    (tmp_path / "step_123456790").mkdir()
     (tmp_path / "step_999999999.tmp-1").mkdir()
     (tmp_path / "step_999999999.tmp-1" / "manifest.json").write_text("{}")
     (tmp_path / "step_9999999999x").mkdir()

@@ -29,18 +29,18 @@ BAD = [
     ("launch=torchrum", "launch=torchrum:", "launch=torchrun"),
     ("experiment=fine", "experiment=fine:", "experiment=fine_grained"),
     ("debug=[default,cup]", "debug=cup:", "debug=cpu"),
-    ("model=null", "model=null:", "model=default"),
+    ("model=null", "model=null:", "model=tiny_null"),
     ("hydra/launcher=basicc", "hydra/launcher=basicc:", "hydra/launcher=basic"),
     ("precision=fp16", "precision=fp16:", "precision=bf16"),
     ("precision=FP32", "precision=FP32:", "precision=fp32"),
     ("device=gpu", "device=gpu:", "device=cpu"),
     ("engine.kind=torsh", "engine.kind=torsh:", "engine.kind=torch"),
     ("steps=1e3", "steps=1e3:", "steps=1000"),
-    ("steps=many", "steps=many:", "steps=600"),
-    ("steps=null", "steps=null:", "steps=600"),
+    ("steps=many", "steps=many:", f"steps={Config().steps}"),
+    ("steps=null", "steps=null:", f"steps={Config().steps}"),
     ("seed=2.2", "seed=2.2:", "seed=2"),
-    ("optimizer.lr=abc", "optimizer.lr=abc:", "optimizer.lr=0.002"),
-    ("optimizer.lr=[1]", "optimizer.lr=[1]:", "optimizer.lr=0.002"),
+    ("optimizer.lr=abc", "optimizer.lr=abc:", f"optimizer.lr={Config().optimizer.lr}"),
+    ("optimizer.lr=[1]", "optimizer.lr=[1]:", f"optimizer.lr={Config().optimizer.lr}"),
     ("compile=flase", "compile=flase:", "compile=false"),
     ("checkpoint.resume=null", "checkpoint.resume=null:", "checkpoint.resume=auto"),
     ("tracker.names=wandb", "tracker.names=wandb:", "tracker.names=[wandb]"),
@@ -49,13 +49,13 @@ BAD = [
     ("steps=1,2", "steps=1,2:", "tokenyard train -m steps=1,2"),
     ("run.name=[", "run.name=[:", "run.name='['"),
     ("run.dir=a=b", "run.dir=a=b:", "run.dir='a=b'"),
-    ("steps", "steps:", "steps=600"),
+    ("steps", "steps:", f"steps={Config().steps}"),
     ("~optimizer.lr", "~optimizer.lr:", "leave it out"),
     ("+steps=3", "+steps=3:", "steps=3"),
     ("+experiment=capacity", "+experiment=capacity:", "experiment=capacity"),
     ("model@other=tiny", "model@other=tiny:", "model=tiny"),
-    ("steps=${nope}", "steps:", "steps=600"),
-    ("steps=???", "steps:", "steps=600"),
+    ("steps=${nope}", "steps:", f"steps={Config().steps}"),
+    ("steps=???", "steps:", f"steps={Config().steps}"),
     ("optimizer._target_=torch.optim.SGD", "optimizer._target_=torch.optim.SGD:", "optimizer=adamw"),
     ("+_target_=os.system", "+_target_=os.system:", "leave it out"),
     ("tracker.tags=[{_target_: os.system}]", "tracker.tags=[{_target_: os.system}]:", "tracker=jsonl"),
@@ -78,8 +78,8 @@ def test_the_nearest_valid_value_is_valid(nearest: str) -> None:
 
 
 BAD_FILES = [
-    ("optimizer:\n  lrr: 1\n", "optimizer.lrr=", "optimizer.lr=0.002"),
-    ("optimizer:\n  lr: abc\n", "optimizer.lr=abc:", "optimizer.lr=0.002"),
+    ("optimizer:\n  lrr: 1\n", "optimizer.lrr=", f"optimizer.lr={Config().optimizer.lr}"),
+    ("optimizer:\n  lr: abc\n", "optimizer.lr=abc:", f"optimizer.lr={Config().optimizer.lr}"),
     ("precision: bf17\n", "precision=bf17:", "precision=bf16"),
     ("optimizer:\n  _target_: os.system\n", "optimizer._target_=", "optimizer=adamw"),
     ("tracker:\n  tags: [{_target_: os.system}]\n", "tracker.tags._target_=os.system:", "tracker=jsonl"),
@@ -116,7 +116,10 @@ def test_the_result_is_typed() -> None:
 
 
 def test_without_overrides_it_is_the_dataclass() -> None:
-    assert compose([]) == Config()
+    """But for what the default model's file says."""
+    expected = Config()
+    expected.model.init_std = 0.06
+    assert compose([]) == expected
 
 
 @pytest.mark.parametrize("arguments", [["--local_rank", "1"], ["--local_rank=1"], ["--local-rank", "1"], ["--local-rank=1"]])
@@ -131,7 +134,7 @@ def test_quoted_text_is_read_back(text: str) -> None:
 
 def test_composing_twice_does_not_remember() -> None:
     compose(["steps=3", "model=tiny"])
-    assert compose([]).steps == 600
+    assert compose([]).steps == Config().steps
     assert compose([]).model.layers == 4
 
 

@@ -98,7 +98,8 @@ def test_a_stream_that_cannot_write_blocks_gets_ascii():
 
 CONFIG = Config(
     batch=BatchConfig(sequences=16),
-    model=ModelConfig(dense_first=1, moe=MoEConfig(experts=8, shared_hidden=64)),
+    steps=600,
+    model=ModelConfig(layers=4, width=256, hidden=1024, dense_first=1, moe=MoEConfig(experts=8, hidden=512, shared_hidden=64)),
     parallel=ParallelConfig(tensor=2, shard=2, expert=4),
 )
 FACTS = StartupFacts(
@@ -139,7 +140,7 @@ def test_startup_table():
 
 
 def test_startup_of_a_resumed_dense_run_on_one_rank():
-    config = Config(model=ModelConfig(moe=MoEConfig(experts=0)), compile=True)
+    config = Config(model=ModelConfig(layers=4, width=256, hidden=1024, moe=MoEConfig(experts=0)), compile=True)
     facts = StartupFacts(**vars(FACTS) | {"ranks": 1, "first_step": 200, "threads": 2})
     table = startup_table(config, count(config.model), facts)
     assert "  model       4 layers, 256 wide, 8 heads; dense\n" in table

@@ -10,7 +10,7 @@ from tokenyard.train.metrics import Meter, StepResult, load_metrics
 from tokenyard.train.peak import data_sheet, measure, peak_flops
 
 MODEL = ModelConfig(
-    layers=4, width=8, heads=2, kv_heads=1, vocabulary=16, dense_first=1, moe=MoEConfig(experts=4, top_k=2, hidden=4)
+    layers=4, width=8, heads=2, kv_heads=1, vocabulary=16, hidden=1024, dense_first=1, moe=MoEConfig(experts=4, top_k=2, hidden=4)
 )
 
 

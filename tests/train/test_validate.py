@@ -40,7 +40,7 @@ BAD = [
      "batch.sequences=8 or batch.sequences=12"),
     (4, "batch.sequences=13 batch.micro=2", "batch.sequences=13: must be a multiple of the 4 data ranks", "batch.sequences=16"),
     (4, "batch.sequences=3", "batch.sequences=3: must be a multiple of the 4 data ranks", "batch.sequences=4"),
-    (1, "batch.micro=3", "batch.micro=3: must divide the 16 sequences of a rank", "batch.micro=2 or batch.micro=4"),
+    (1, "batch.micro=3", "batch.micro=3: must divide the 8 sequences of a rank", "batch.micro=2 or batch.micro=4"),
     (4, "batch.micro=16", "batch.micro=16: must divide the 4 sequences of a rank", "batch.micro=4"),
     (1, "batch.micro=0", "batch.micro=0: must be in [1, inf)", "batch.micro=1"),
     (1, "model.width=100", "model.width=100: must be a multiple of 8", "model.width=96"),

@@ -1,0 +1,234 @@
+"""What the documents name exists: files, links, settings, names in code; and every command they show would run."""
+
+import ast
+import itertools
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch.distributed as dist
+from tokenyard.launch.main import main
+from tokenyard.launch.torchrun import check_hosts
+from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
+from tokenyard.train.arguments import parse_arguments
+from tokenyard.train.compose import CONF, compose
+from tokenyard.train.config import Launcher
+from tokenyard.train.overrides import Groups, find_groups, parse_override
+from tokenyard.train.plain import config_from_plain, plain_config
+from tokenyard.train.reference import reference
+from tokenyard.train.schema import settings
+from tokenyard.train.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|tests|train"
+MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "events.jsonl", "manifest.json"}
+PLACEHOLDERS = {"group=option", "key=value"}
+SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
+
+
+class Part(NamedTuple):
+    """A fenced block (its language before it) or a span of inline code, and the document it stands in."""
+
+    document: Path
+    text: str
+
+
+def blocks(language: str) -> list[Part]:
+    return [Part(d, text) for d in DOCUMENTS for text in re.findall(rf"^```{language}\n(.*?)^```$", d.read_text(), re.M | re.S)]
+
+
+def prose(document: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+
+
+def spans() -> list[Part]:
+    return [Part(document, span) for document in DOCUMENTS for span in re.findall(r"`([^`\n]+)`", prose(document))]
+
+
+def commands() -> list[str]:
+    """Each command once: the lines of shell blocks, and spans that begin like one."""
+    lines = [line for block in blocks("sh") for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]
+    inline = [
+        span.text for span in spans() if re.match(r"(tokenyard|torchrun|make|source|\.venv/bin/[\w-]+) \S|python -m", span.text)
+    ]
+    return sorted({" ".join(command.split()) for command in [*lines, *inline]})
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = [Part(d, target) for d in DOCUMENTS for target in re.findall(r"\]\(([^)\s]+)\)", prose(d))]
+    assert len(links) > 50
+    local = [link for link in links if not link.text.startswith("https://")]
+    assert [link for link in local if not (link.document.parent / link.text.partition("#")[0]).exists()] == []
+
+
+def test_every_named_file_exists() -> None:
+    named = [
+        (document.name, name.rstrip("."))
+        for document in DOCUMENTS
+        for name in re.findall(rf"(?<![\w/.=-])((?:{FOLDERS})/[\w./-]*|[\w-]+\.(?:py|md|toml))", document.read_text())
+    ]
+    assert len(named) > 50
+    assert [name for name in named if not (ROOT / name[1]).exists() and not (ROOT / "docs" / name[1]).exists()] == []
+
+
+def test_every_dotted_name_is_a_setting_or_in_the_code() -> None:
+    dotted = {span.text for span in spans() if re.fullmatch(r"[a-z_]+(\.\w+)+", span.text)} - MADE_BY_RUNS
+    unknown = []
+    for name in sorted(dotted - set(settings())):
+        try:
+            pkgutil.resolve_name(name if name.startswith(("torch.", "tokenyard.")) else f"tokenyard.{name}")
+        except (ImportError, AttributeError):
+            unknown.append(name)
+    assert len(dotted) > 20
+    assert unknown == []
+
+
+@pytest.mark.parametrize("text", sorted({s.text for s in spans() if re.fullmatch(r"([\w.]+=\S+ ?)+", s.text)} - PLACEHOLDERS))
+def test_every_override_composes(text: str) -> None:
+    compose([word for word in shlex.split(text) if not word.startswith("launch.ranks=")])
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of_a_reader(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    match words:
+        case _ if command in SET_UP:
+            pass
+        case ["make", target, *arguments]:
+            make(target, arguments)
+        case ["tokenyard", "train", *arguments]:
+            trains(arguments, None)
+        case ["tokenyard", *arguments]:
+            monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
+            monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)
+            assert main(arguments) == 0
+        case ["torchrun", *arguments]:
+            flags, own = arguments[: arguments.index("-m")], arguments[arguments.index("-m") + 1 :]
+            assert own[0] == "tokenyard.train"
+            trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
+        case ["python" | ".venv/bin/python", "-m", module, ">", file]:
+            assert module.startswith("tokenyard.")
+            assert (ROOT / (module.replace(".", "/").removeprefix("tokenyard/") + ".py")).is_file() and (ROOT / file).is_file()
+        case _:
+            pytest.fail(f"this test does not know {command}")
+
+
+def test_the_contract_is_shown() -> None:
+    shown = "\n".join(commands())
+    for part in (
+        "make train ARGS",
+        "make test",
+        "torchrun --nproc",
+        "launch=torchrun",
+        "--cfg job",
+        "train -m",
+        "generate",
+        "evaluate",
+    ):
+        assert part in shown, part
+
+
+def test_configuration_is_up_to_date() -> None:
+    again = "python -m tokenyard.train.reference > docs/configuration.md"
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), f"run {again}"
+
+
+def test_every_setting_and_option_has_a_sentence() -> None:
+    rows = [line.split(" | ") for line in reference().splitlines() if line.startswith("| `")]
+    leaves = {key for key, (kind, _) in settings().items() if not is_dataclass(kind)}
+    options = {f"{group}={option}" for group, found in find_groups([CONF]).items() for option in found}
+    assert {row[0].strip("|` ") for row in rows} == leaves | options
+    assert [row[0] for row in rows if len(row[-1].strip("| ")) < 5] == []
+
+
+def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks("python"):
+        ast.parse(block.text)
+        if block.document.name == "README.md":
+            exec(compile(block.text, "README.md", "exec"), {})
+    assert "tensor(" in capsys.readouterr().out
+
+
+def test_the_picture_of_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row of the README's picture against the grids of parallel/mesh.py."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    sizes = build_mesh(ParallelConfig(tensor=2, shard=2, expert=4)).sizes
+    expected = {"rank": list(range(8))}
+    for dims in (DENSE, EXPERTS):
+        places = itertools.product(*(range(sizes[dim]) for dim in dims))
+        expected |= {dim: list(column) for dim, column in zip(dims, zip(*places, strict=True), strict=True)}
+    expected["rows of the batch"] = [r * sizes["shard"] + s for r, s in zip(expected["replicate"], expected["shard"], strict=True)]
+    expected["slice of each sequence"] = expected["tensor"]
+    expected["expert ids"] = [expert for group in expected["expert"] for expert in (2 * group, 2 * group + 1)]
+    found = {}
+    (picture,) = [block.text for block in blocks("text") if block.text.startswith("rank ")]
+    for line in picture.splitlines():
+        name, *cells = line.split("|")
+        if numbers := [int(text) for text in re.findall(r"\d+", " ".join(cells[:-1]))]:
+            found[re.sub(r"^(dense|experts)? +", "", name).strip()] = numbers
+    assert found == {name: [int(value) for value in expected[name]] for name in found}
+    assert set(found) == set(expected) - {"expert_replicate"}
+
+
+def folder_of_a_reader(folder: Path) -> None:
+    """What the documents' relative paths may lead to."""
+    (folder / "texts").mkdir()
+    for name in ("a.txt", "a.md"):
+        (folder / "texts" / name).write_text("text")
+    for run in ("first", "one", "four"):
+        (folder / "runs" / run).mkdir(parents=True)
+
+
+def make(target: str, arguments: list[str]) -> None:
+    """The target is one that `make help` lists; its ARGS are for training, or name tests."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    listed = subprocess.run(["make", "-s", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
+    assert target in {line.split()[0] for line in listed.splitlines() if line.strip()}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        assert name == "ARGS"
+        if target == "train":
+            trains(shlex.split(value), None)
+        else:
+            assert all((ROOT / word).exists() for word in shlex.split(value) if "/" in word)
+
+
+def trains(arguments: list[str], world: int | None) -> None:
+    """Every point of a sweep composes and is valid on the ranks that the command, or its launch settings, start."""
+    parsed = parse_arguments(arguments)
+    for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
+        config = compose(point)
+        started = config.launch.kind is Launcher.torchrun
+        validate(config, world or (config.launch.nodes * config.launch.ranks if started else 1))
+        if started and world is None:
+            check_hosts(config)
+
+
+def points(overrides: list[str], groups: Groups) -> list[list[str]]:
+    parsed = [parse_override(text, groups) for text in overrides]
+    choices = [
+        [f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line] for o in parsed
+    ]
+    return [[str(text) for text in point] for point in itertools.product(*choices)]
+
+
+def number(flags: list[str], name: str) -> int:
+    return int(flags[flags.index(name) + 1]) if name in flags else 1
+
+
+def checked_evaluation(arguments) -> int:
+    config_from_plain(plain_config(compose([])), arguments.overrides)
+    return 0

@@ -1,0 +1,45 @@
+"""torch.compile changes no numbers: losses and gradients of compiled and eager models."""
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+from tokenyard.moe.config import ModelConfig, MoEConfig
+from tokenyard.moe.model import Transformer
+from tokenyard.parallel.apply import Parallel, initialise, parallelize
+from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train.loss import Totals
+from tokenyard.train.step import Rows, forward
+
+MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=64, dense_first=1, init_std=0.2)
+MODEL.moe = MoEConfig(experts=4, hidden=16)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # both are the compiler's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning")
+@inductor.patch(compile_threads=1)  # starting a pool of compilers takes longer than these few kernels
+def test_compiled_model_equals_the_eager_one() -> None:
+    torch.manual_seed(0)
+    eager, compiled = build(False), build(True)
+    rows = Rows(torch.randint(64, (2, 12)), torch.randint(64, (2, 12)))
+    for _ in range(2):
+        losses = [forward(parallel, rows, Totals(24, 2, 1)) for parallel in (eager, compiled)]
+        for share in losses:
+            share.objective.backward()
+        torch.testing.assert_close(losses[1].objective, losses[0].objective, rtol=1e-6, atol=0)
+        assert torch.equal(losses[1].counts_LE, losses[0].counts_LE)
+    for name, placed in eager.placed.items():
+        expected, gradient = placed.parameter.grad, compiled.placed[name].parameter.grad
+        assert expected is not None and gradient is not None and expected.norm() > 0
+        assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def build(compiled: bool) -> Parallel:
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model = Transformer(MODEL)
+    spread = ParallelConfig()
+    parallel = parallelize(model, build_mesh(spread), spread, torch.device("cpu"), compiled=compiled)
+    initialise(parallel, seed=1)
+    return parallel

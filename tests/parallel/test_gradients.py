@@ -1,0 +1,61 @@
+"""Gradients over ranks: sums in buckets, and a norm that counts each piece once."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenyard.parallel import gradients
+from tokenyard.parallel.apply import Parallel, Placed
+from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.mesh import Axis, build_mesh
+from tokenyard.parallel.pieces import whole
+from torch import Tensor
+
+SHAPES = [(3, 4), (5,), (2, 2, 2), (50,), (1,), (4, 3)]
+
+
+@pytest.mark.parametrize("bucket", [1, 12, 20, 10**6])
+def test_copies_are_summed_and_others_are_not(ranks: Any, bucket: int) -> None:
+    """The fourth parameter has no copies; the fifth has no gradient on any rank; one rank's last is strided."""
+    torch.manual_seed(0)
+    parts = [[torch.randn(shape, dtype=torch.float64) for shape in SHAPES] for _ in range(2)]
+    found = ranks(2, reduce_in_buckets, parts, bucket)
+    for rank, reduced in enumerate(found):
+        for index, gradient in enumerate(reduced):
+            both = parts[0][index] + parts[1][index]
+            expected = parts[rank][index] if index == 3 else torch.zeros(1) if index == 4 else both
+            assert torch.equal(gradient, expected.to(gradient.dtype))
+
+
+def reduce_in_buckets(parts: list[list[Tensor]], bucket: int) -> list[Tensor]:
+    mesh = build_mesh(ParallelConfig())
+    parallel = placed([mesh.everyone if i != 3 else Axis(1, 0, None) for i in range(len(SHAPES))], parts[mesh.rank])
+    parameters = [p.parameter for p in parallel.placed.values()]
+    parameters[4].grad = None
+    if mesh.rank == 0:
+        parameters[5].grad = parts[0][5].T.contiguous().T
+    usual, gradients.BUCKET = gradients.BUCKET, bucket
+    try:
+        gradients.reduce_gradients(parallel)
+    finally:
+        gradients.BUCKET = usual
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def test_each_rank_contributes_its_share_of_the_squared_norm() -> None:
+    """A piece with 4 copies is counted by each of their ranks for a quarter."""
+    values = [torch.full((3,), 2.0), torch.full((2, 2), 3.0)]
+    parallel = placed([Axis(1, 0, None), Axis(4, 2, None)], values)
+    squared = gradients.squared_norm(parallel)
+    assert squared.dtype == torch.float64 and squared.item() == pytest.approx(3 * 4 + 4 * 9 / 4, rel=1e-6)
+    gradients.scale_gradients(parallel, torch.tensor(0.5, dtype=torch.float64))
+    assert gradients.squared_norm(parallel).item() == pytest.approx((3 * 4 + 4 * 9 / 4) / 4, rel=1e-6)
+
+
+def placed(axes: list[Axis], values: list[Tensor]) -> Parallel:
+    parallel = Parallel(model=None, mesh=None, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    for index, (axis, value) in enumerate(zip(axes, values, strict=True)):
+        parameter = torch.nn.Parameter(torch.zeros_like(value))
+        parameter.grad = value.clone()
+        parallel.placed[str(index)] = Placed(parameter, whole(value.shape), axis)
+    return parallel

@@ -1,0 +1,111 @@
+"""Which ranks form which groups, by coordinates: all ranks of a world are played by this process."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tokenyard.parallel import mesh as mesh_module
+from tokenyard.parallel.collectives import stack_over
+from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
+
+LAYOUTS = [
+    (1, 1, 1, 1),
+    (2, 2, 1, 1),
+    (2, 1, 2, 2),
+    (4, 2, 1, 2),
+    (4, 2, 2, 4),
+    (8, 2, 2, 4),
+    (8, 1, 4, 4),
+    (8, 4, 2, 2),
+    (12, 2, 3, 4),
+    (12, 1, 4, 6),
+    (16, 2, 4, 8),
+    (16, 4, 1, 16),
+]
+AXES = [names for dims in (DENSE, EXPERTS) for n in (1, 2, 3) for names in itertools.combinations(dims, n)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
+    layout: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, tensor, shard, expert = layout
+    expert_shard = math.gcd(shard, world // expert)
+    dense = {rank: (rank // tensor // shard, rank // tensor % shard, rank % tensor) for rank in range(world)}
+    experts = {rank: (rank // expert // expert_shard, rank // expert % expert_shard, rank % expert) for rank in range(world)}
+    for rank in range(world):
+        mesh, made = mesh_of(rank, layout, monkeypatch)
+        for names in AXES:
+            dims, places = (DENSE, dense) if names[0] in DENSE else (EXPERTS, experts)
+            others = [dim for dim, name in enumerate(dims) if name not in names]
+            expected = [r for r in range(world) if all(places[r][dim] == places[rank][dim] for dim in others)]
+            axis = mesh.axis(*names)
+            assert (axis.size, axis.rank) == (len(expected), expected.index(rank))
+            assert_group(axis.group, expected, made, world)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_named_axes(layout: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    world, tensor, shard, expert = layout
+    for rank in range(world):
+        mesh, _ = mesh_of(rank, layout, monkeypatch)
+        assert (mesh.everyone.size, mesh.everyone.rank) == (world, rank)
+        assert (mesh.tensor.size, mesh.tensor.rank) == (tensor, rank % tensor)
+        assert (mesh.data.size, mesh.data.rank) == (world // tensor, rank // tensor)
+        assert mesh.axis("expert").size == expert and mesh.axis("shard").size == shard
+        assert mesh.axis("shard") is mesh.axis("shard"), "made once"
+
+
+def test_experts_are_sharded_as_far_as_their_ranks_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {layout: mesh_of(0, layout, monkeypatch)[0].sizes["expert_shard"] for layout in LAYOUTS}
+    assert sizes[8, 2, 2, 4] == 2 and sizes[12, 1, 4, 6] == 2 and sizes[4, 2, 2, 4] == 1 and sizes[8, 1, 4, 4] == 2
+
+
+def test_layouts_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for layout in ((4, 3, 1, 1), (4, 2, 4, 1), (4, 1, 1, 3)):
+        with pytest.raises(AssertionError):
+            mesh_of(0, layout, monkeypatch)
+
+
+def test_groups_on_real_ranks_hold_those_ranks(ranks: Any) -> None:
+    """Data groups are the columns of a 2 x 2 square, tensor and expert groups its rows."""
+    columns, rows = [[0, 2], [1, 3], [0, 2], [1, 3]], [[0, 1], [0, 1], [2, 3], [2, 3]]
+    found = ranks(4, members, ParallelConfig(tensor=2, expert=2))
+    assert [groups["data"] for groups in found] == columns
+    assert [groups["tensor"] for groups in found] == rows
+    assert [groups["expert"] for groups in found] == rows
+    assert [groups["everyone"] for groups in found] == [[0, 1, 2, 3]] * 4
+
+
+def members(config: ParallelConfig) -> dict[str, list[int]]:
+    mesh = build_mesh(config)
+    axes = {"data": mesh.data, "tensor": mesh.tensor, "expert": mesh.axis("expert"), "everyone": mesh.everyone}
+    return {name: stack_over(torch.tensor(mesh.rank), axis).tolist() for name, axis in axes.items()}
+
+
+def mesh_of(rank: int, layout: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
+    """This rank's mesh, and a list that takes the groups of which process groups would be made."""
+    world, tensor, shard, expert = layout
+    made: list[Any] = []
+
+    def new_groups(groups: list[list[int]]) -> tuple[Any, None]:
+        made.append(groups)
+        return next(group for group in groups if rank in group), None
+
+    fakes = {"is_initialized": True, "get_world_size": world, "get_rank": rank}
+    for name, value in fakes.items():
+        monkeypatch.setattr(mesh_module.dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
+    return build_mesh(ParallelConfig(tensor=tensor, shard=shard, expert=expert)), made
+
+
+def assert_group(group: Any, expected: list[int], made: list[Any], world: int) -> None:
+    if len(expected) in (1, world):
+        assert group is None, "no group of one; no second group of all (WORLD is None in this process)"
+        return
+    assert group == expected
+    assert sorted(rank for part in made[-1] for rank in part) == list(range(world)), "every rank makes every group"

@@ -1,0 +1,115 @@
+"""Writes docs/configuration.md from the dataclasses: python -m tokenyard.train.reference > docs/configuration.md"""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from operator import attrgetter
+from pathlib import Path
+
+from .config import Config
+from .rules import INTERVALS
+from .schema import settings, written
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+INTRODUCTION = """\
+# Configuration
+
+This file is written by `python -m tokenyard.train.reference > docs/configuration.md`; change the dataclasses, not this file.
+
+`tokenyard train` takes options of groups (`group=option`) and settings (`key=value`). An option is a YAML file in `conf/`
+that changes some settings; a setting on the command line wins over every option. A value in an interval may lie on a bound
+that is written with `[` or `]`. `null` turns a setting off or lets it be derived, as its sentence says."""
+
+
+def main() -> None:
+    sys.stdout.write(reference())
+
+
+def reference() -> str:
+    """The whole file."""
+    return (
+        "\n".join([INTRODUCTION, "", "## Groups and their options", "", *group_rows(), "", "## Settings", *section_lines()]) + "\n"
+    )
+
+
+def group_rows() -> Iterator[str]:
+    """A table of every option, with the comment at the top of its file."""
+    yield from table("option", "what it is for")
+    for path in sorted(CONF.glob("*/*.yaml")):
+        yield row(f"`{path.parent.name}={path.stem}`", comment(path.read_text()))
+
+
+def comment(text: str) -> str:
+    """The first line of a YAML file that is a comment for people."""
+    comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in comments if not line.startswith("@package")), "")
+
+
+def section_lines() -> Iterator[str]:
+    """A table for each dataclass, in the order of their fields, those with no name in front first."""
+    for prefix, cls in sections():
+        sentences = docstrings(cls)
+        leaves = [name for name in sentences if not is_section(prefix + name)]
+        yield from ["", f"### {prefix.removesuffix('.') or 'the run'}", "", *table("setting", "value", "default", "meaning")]
+        for name in leaves:
+            key = prefix + name
+            yield row(f"`{key}`", values(key), f"`{written(attrgetter(key)(Config()))}`", sentences[name])
+
+
+def sections() -> Iterator[tuple[str, type]]:
+    """Each dataclass of the configuration with what stands before the names of its fields."""
+    yield "", Config
+    for key, (kind, _) in settings().items():
+        if dataclasses.is_dataclass(kind):
+            yield f"{key}.", kind
+
+
+def is_section(key: str) -> bool:
+    return dataclasses.is_dataclass(settings()[key][0])
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, which Python itself does not keep; empty where there is none."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    found: dict[str, str] = {}
+    for statement, following in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            found[statement.target.id] = sentence(following)
+    return found
+
+
+def sentence(node: ast.stmt) -> str:
+    """The text of a statement that is nothing but a string, on one line."""
+    is_string = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return " ".join(ast.literal_eval(node.value).split()) if isinstance(node, ast.Expr) and is_string else ""
+
+
+def values(key: str) -> str:
+    """What the setting may hold."""
+    kind, optional = settings()[key]
+    if kind is bool:
+        text = "true, false"
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        text = ", ".join(kind.__members__)
+    else:
+        text = {int: "integer", float: "number", str: "text"}.get(kind, "list of text")
+    text += f" in {INTERVALS[key]}" if key in INTERVALS else ""
+    return f"{text}, or null" if optional else text
+
+
+def table(*names: str) -> list[str]:
+    return [row(*names), row(*("---" for _ in names))]
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
