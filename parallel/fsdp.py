@@ -19,7 +19,8 @@ from .mesh import Mesh
 def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device) -> None:
     """Wrap experts, blocks and root, in that order."""
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
-    policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights)
+    # Inputs are not cast: activations are narrow already, and rotary angles must stay wide.
+    policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights, cast_forward_inputs=False)
     dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
     dense_mesh = mesh.device_mesh("shard", device) if dense > 1 else None
     expert_mesh = mesh.device_mesh("expert_shard", device) if experts > 1 else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch.distributed as dist
-from tokenyard.launch.main import main
+from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
@@ -111,6 +111,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
         case ["tokenyard", "params", *arguments]:
             own = [word for word in arguments if word not in ("HF_FOLDER", ">", "docs/models.md", "model=NAME")]
             assert main(["params", *(own or ["model=default"])]) == 0
+        case ["tokenyard", "import" | "export" as verb, *_]:
+            assert verb in VERBS
         case ["tokenyard", *arguments]:
             monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
             monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)
