@@ -12,7 +12,10 @@ from tokenyard.train.journal import read_journal
 from tokenyard.train.run import run
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMON = "optimizer.lr=2e-3 debug=default precision=fp64 steps=10 checkpoint.every=0 sample.prompt='' schedule.warmup=3 data.synthetic_documents=64"
+COMMON = (
+    "optimizer.lr=2e-3 debug=default precision=fp64 steps=10"
+    " checkpoint.every=0 sample.prompt='' schedule.warmup=3 data.synthetic_documents=64"
+)
 RUNS = {
     "default": "",
     "capacity": "model.moe.capacity.factor=0.9 model.moe.capacity.scope=batch model.moe.balance.scope=batch batch.micro=2",
