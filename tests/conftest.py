@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import importlib.util
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,25 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     pools = _pool_module().Pools()
     yield pools.run
     pools.close()
+
+
+@pytest.fixture
+def child_seconds() -> Callable[[], float]:
+    """Processor time of child processes that ended since: on a busy machine the clock on the wall measures the others."""
+
+    def total() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    start = total()
+    return lambda: total() - start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, a file stays on one of them, and so does all that needs ranks, which are started once."""
+    for item in items:
+        needs_ranks = "ranks" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if needs_ranks else str(item.path)))
 
 
 def _pool_module() -> Any:

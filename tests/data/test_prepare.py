@@ -45,7 +45,7 @@ def test_processes_at_once_see_the_same(folder: DataConfig) -> None:
     )
     command = [sys.executable, "-c", program, str(folder.path), str(folder.cache)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment()) for _ in range(3)]
-    answers = {process.communicate(timeout=120)[0].strip() for process in started}
+    answers = {process.communicate(timeout=240)[0].strip() for process in started}
     assert answers == {prepare(folder, SMALL, 32, seed=1, batch_sequences=4).train.digest(3)}
     assert not list(Path(str(folder.cache)).rglob(".*"))
 

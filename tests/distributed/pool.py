@@ -28,7 +28,7 @@ from subprocess import DEVNULL, Popen
 from types import ModuleType
 from typing import Any
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 # Once one rank has failed, the others may wait for it in a collective for ever; this long they may still answer.
 GRACE_SECONDS = 3.0
 
@@ -43,7 +43,7 @@ class Pools:
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, limit_seconds: float = 60.0, **kwargs: Any) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *args: Any, limit_seconds: float = 240.0, **kwargs: Any) -> list[Any]:
         """`function(*args, **kwargs)` on each of `world` ranks at once; the results by rank.
 
         `function` stands at top level of a module. Arguments and results are what pickle takes; tensors arrive as plain CPU

@@ -1,8 +1,8 @@
 """The verbs of the command line, and that asking about them costs no import of torch."""
 
-import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,26 +66,21 @@ ASKED = [
 
 
 @pytest.mark.parametrize(("words", "says", "without"), ASKED, ids=[" ".join(words) for words, _, _ in ASKED])
-def test_asking_imports_no_torch_and_writes_nothing(words: list[str], says: str, without: tuple[str, ...], tmp_path: Path) -> None:
+def test_asking_imports_no_torch_and_writes_nothing(
+    words: list[str], says: str, without: tuple[str, ...], tmp_path: Path, child_seconds: Callable[[], float]
+) -> None:
     code = f"""
 import sys
 from tokenyard.launch.main import main
 code = main({words!r})
 print("imported:", sorted(set({without!r}) & set(sys.modules)))
 sys.exit(code)"""
-    before = children_seconds()
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert children_seconds() - before < 3
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert child_seconds() < 3
     assert (done.returncode, done.stderr) == (0, "")
     assert says in done.stdout
     assert done.stdout.endswith("imported: []\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def children_seconds() -> float:
-    """Processor time of finished child processes: on a busy machine the clock on the wall measures the others."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def test_cfg_refuses_what_training_would(capsys: pytest.CaptureFixture[str]) -> None:

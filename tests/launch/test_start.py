@@ -45,7 +45,7 @@ class Job:
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         environment = {**inherited, "PYTHONPATH": path, "NOTES": str(self.notes), **environment}
         command = [sys.executable, "-m", *words]
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
     def said(self, by: str = "rank") -> list[dict[str, Any]]:
         notes = [json.loads(path.read_text()) for path in self.notes.iterdir()]

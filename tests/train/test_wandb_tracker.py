@@ -44,7 +44,7 @@ def run(tmp_path: Path, first: int) -> Path:
 
     environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1])}
     command = [sys.executable, "-W", "error::DeprecationWarning:tokenyard", "-c", RUN, str(run_dir), str(first)]
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(here.iterdir()) == []
     assert [path.name for path in run_dir.iterdir()] == ["wandb"]
@@ -57,7 +57,7 @@ def read(path: Path) -> list[dict]:
     from wandb.util import get_core_path
 
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
