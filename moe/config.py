@@ -244,7 +244,7 @@ class AttentionConfig:
 
 @dataclass
 class ModelConfig:
-    layers: int = 3
+    layers: int = 4
     """Transformer blocks."""
     width: int = 128
     """Width of the residual stream (d_model)."""

@@ -33,17 +33,6 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-class TiedHead(nn.Module):
-    """x @ weight.T with the weight of an embedding, which stays the only owner of it."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self.owner = (embedding,)  # in a tuple, so that it is not registered a second time
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.owner[0].get_parameter("weight").to(x.dtype))
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 

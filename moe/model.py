@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention, KeyValueCache, softcapped
+from .attention import Attention, KeyValueCache
 from .config import AttentionKind, ModelConfig
 from .feedforward import FeedForward
+from .head import Head, HeadLoss
 from .layer import MoELayer
-from .linear import Embedding, Linear, RMSNorm, TiedHead
+from .linear import Embedding, RMSNorm
 from .mla import LatentAttention
 from .mtp import Prediction, ahead
 from .rotary import Turns, rotary_turns
@@ -37,9 +38,8 @@ class Transformer(nn.Module):
         self.embedding: nn.Module = Embedding(config.vocabulary, config.width, dtype=weights)
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
-        self.head: nn.Module = (
-            TiedHead(self.embedding) if config.tie_embeddings else Linear(config.width, config.vocabulary, dtype=weights)
-        )
+        tied = self.embedding if config.tie_embeddings else None
+        self.head = Head(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
         further = (Block(config, config.layers + i, weights) for i in range(config.mtp_depth))
         self.mtp = nn.ModuleDict({str(i): Prediction(config, block, weights) for i, block in enumerate(further)})
 
@@ -54,16 +54,16 @@ class Transformer(nn.Module):
         valid_BS: Tensor | None = None,
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
-        with_mtp: bool = False,
+        head_losses: list[HeadLoss] | None = None,
         place: Place | None = None,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
 
         valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per layer, see `KeyValueCache`),
-        ids_BS are the tokens that follow those already in it. With `with_mtp` a triple: the third are the logits of each module
-        of multi-token prediction (see moe/mtp.py), and the statistics of their MoE layers follow those of the others. These
-        modules run in training alone. `place` (None: the run's first rows) decides what is random in training; outside of it
-        nothing is.
+        ids_BS are the tokens that follow those already in it. With `head_losses` a pair of losses instead of logits and the
+        statistics: the first is what head_losses[0] makes of the last hidden states, and in training one follows for each module
+        of multi-token prediction (see moe/mtp.py), as do the statistics of its MoE layer. `place` (None: the run's first rows)
+        decides what is random in training; outside of it nothing is.
         """
         tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
         start = cache[0].length if cache else 0
@@ -73,39 +73,34 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.layers.values()):
             x_BSD, routed = block(x_BSD, turns, tokens._replace(layer=index), cache[index] if cache else None)
             stats.append(routed)
-        logits_BSV = self._logits(self.norm(x_BSD))
-        further = self._predict_further(x_BSD, ids_BS, tokens, turns, stats) if with_mtp and self.training else []
         of_moe_layers = [routed for routed in stats if routed is not None]
-        if with_mtp:
-            return logits_BSV, of_moe_layers, further
-        return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
+        if head_losses is None:
+            logits_BSV = self.head(self.norm(x_BSD))
+            return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
+        losses = [self.head(self.norm(x_BSD), head_losses[0])]
+        if self.training:
+            losses += self._predict_further(x_BSD, ids_BS, tokens, turns, of_moe_layers, head_losses[1:])
+        return losses, of_moe_layers
 
     def _predict_further(
-        self, x_BSD: Tensor, ids_BS: Tensor, tokens: Tokens, turns: Turns, stats: list[RoutingStats | None]
+        self, x_BSD: Tensor, ids_BS: Tensor, tokens: Tokens, turns: Turns, stats: list[RoutingStats], head_losses: list[HeadLoss]
     ) -> list[Tensor]:
-        """Logits of each module, whose positions are valid if their targets are; adds to `stats`."""
+        """The loss of each module, whose positions are valid if their targets are; adds to `stats`."""
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if tokens.valid_BS is None else tokens.valid_BS
-        logits = []
-        for depth, module in enumerate(self.mtp.values(), 1):
+        losses = []
+        for depth, (module, head_loss) in enumerate(zip(self.mtp.values(), head_losses, strict=True), 1):
             assert isinstance(module, Prediction)
             ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
             x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), turns, seen)
-            stats.append(routed)
-            logits.append(self._logits(module.norm(x_BSD)))
-        return logits
+            stats += [] if routed is None else [routed]
+            losses.append(self.head(module.norm(x_BSD), head_loss))
+        return losses
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
-        return _times(self.embedding(ids_BS).to(self.activations), self.config.embedding_multiplier)
-
-    def _logits(self, x_BSD: Tensor) -> Tensor:
-        logits_BSV = _times(self.head(x_BSD), self.config.output_multiplier)
-        return logits_BSV if self.config.output_softcap is None else softcapped(logits_BSV, self.config.output_softcap)
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor  # a copy of the logits is not cheap
+        x_BSD = self.embedding(ids_BS).to(self.activations)
+        return x_BSD if self.config.embedding_multiplier == 1.0 else x_BSD * self.config.embedding_multiplier
 
 
 class Block(nn.Module):

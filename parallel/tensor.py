@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..moe.attention import Attention
-from ..moe.linear import HeadsNorm, TiedHead
+from ..moe.linear import HeadsNorm
 from ..moe.mla import LatentAttention
 from ..moe.model import Transformer
 from ..moe.tokens import Tokens
@@ -36,8 +36,8 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piec
     model.embedding = VocabularyParallelEmbedding(
         model.get_parameter("embedding.weight"), pieces["embedding.weight"].offsets[0], axis
     )
-    if isinstance(model.head, TiedHead):
-        model.head = TiedHead(model.embedding)
+    if model.config.tie_embeddings:
+        model.head.owner = (model.embedding,)
     model.head.register_forward_pre_hook(_gather_input(axis))
     for block in model.blocks:
         _spread_attention(block.attention, axis)

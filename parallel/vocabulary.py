@@ -1,6 +1,6 @@
-"""The vocabulary split over tensor-parallel ranks (Megatron-LM): embedding, and cross entropy over sliced logits.
+"""The vocabulary split over tensor-parallel ranks (Megatron-LM): embedding, and the head with its cross entropy.
 
-T tokens, V columns of the vocabulary on this rank; the axis may have one rank, and then this is the ordinary cross entropy.
+T tokens, D width, V columns of the vocabulary on this rank; the axis may have one rank, and then this is the ordinary loss.
 """
 
 from typing import Any
@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..moe.head import Head
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
 
-CHUNK = {"cpu": 2**18, "cuda": 2**26}
-"""Logits that are widened at once, so that the fp32 copy of all logits never exists: on a CPU what fits its cache."""
+LOGITS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits that exist at once: the head and its loss work on so many, a chunk of tokens, and the next chunk overwrites them."""
 
 
 class VocabularyParallelEmbedding(nn.Module):
@@ -32,42 +33,58 @@ class VocabularyParallelEmbedding(nn.Module):
         return scatter_sequence(part_BSD.masked_fill(absent_BS[..., None], 0), self.axis)
 
 
-def cross_entropy_sum(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> Tensor:
+def head_loss(x: Tensor, weight_VD: Tensor, head: Head, targets: Tensor, ignore: int, axis: Axis) -> Tensor:
     """Sum over tokens of -log softmax(logits)[target], in nats, in fp32 or wider; targets equal to `ignore` are left out.
 
-    Every rank of the axis gets the whole sum, and the gradient of its own columns.
+    x (..., D) are hidden states, the same on all ranks of the axis; weight_VD is this rank's columns of the vocabulary. Every rank
+    gets the whole sum, the gradient of its weight, and its columns' part of the gradient of x.
     """
-    return _CrossEntropySum.apply(logits_TV, targets_T, ignore, axis)  # pyright: ignore[reportReturnType]
+    return _HeadLoss.apply(x.flatten(0, -2), weight_VD, head, targets.flatten(), ignore, axis)  # pyright: ignore[reportReturnType]
 
 
-class _CrossEntropySum(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
+    """The gradients are made in the forward pass, while a chunk's logits are there: none are kept, and none computed again."""
+
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> Tensor:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], axis)
-        parts_2T = torch.empty(2, len(targets_T), dtype=wide, device=logits_TV.device)
-        for part in _chunks(logits_TV):
-            parts_2T[0, part] = logits_TV[part].to(wide).logsumexp(dim=1)
-            parts_2T[1, part] = logits_TV[part].gather(1, local_T[part, None]).squeeze(1).to(wide) * here_T[part]
-        largest_T = max_over(parts_2T[0].clone(), axis)
-        parts_2T[0] = (parts_2T[0] - largest_T).exp_()
-        exps_T, target_logits_T = sum_over(parts_2T, axis)
-        logsumexp_T = exps_T.log() + largest_T
-        ctx.save_for_backward(logits_TV, targets_T, logsumexp_T)
-        ctx.ignore, ctx.axis = ignore, axis
-        return ((logsumexp_T - target_logits_T) * (targets_T != ignore)).sum()
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis) -> Tensor:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        narrow_VD = weight_VD.to(x_TD.dtype)
+        grad_x_TD = torch.empty_like(x_TD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        total = torch.zeros((), dtype=wide, device=x_TD.device)
+        for part in _chunks(x_TD, len(weight_VD)):
+            logits_TV = head.shape(F.linear(x_TD[part], narrow_VD))
+            kept_TV = logits_TV.to(wide, copy=head.softcap is not None)
+            loss, gradient_TV = cross_entropy(kept_TV, targets_T[part], ignore, axis)
+            total += loss
+            if any(ctx.needs_input_grad):
+                gradient_TV = head.shape_backward(gradient_TV, logits_TV).to(x_TD.dtype)
+                torch.mm(gradient_TV, narrow_VD, out=grad_x_TD[part])
+                if wide == x_TD.dtype:
+                    grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])
+                else:
+                    grad_weight_VD += gradient_TV.T @ x_TD[part]
+        ctx.save_for_backward(grad_x_TD, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        logits_TV, targets_T, logsumexp_T = ctx.saved_tensors
-        local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], ctx.axis)
-        factor_T = grads[0] * (targets_T != ctx.ignore)
-        grad_TV = torch.empty_like(logits_TV)
-        for part in _chunks(logits_TV):
-            grad = (logits_TV[part].to(logsumexp_T.dtype) - logsumexp_T[part, None]).exp_()
-            grad.scatter_add_(1, local_T[part, None], -here_T[part, None].to(grad.dtype))
-            grad_TV[part] = grad.mul_(factor_T[part, None])
-        return grad_TV, None, None, None
+        grad_x_TD, grad_weight_VD = ctx.saved_tensors
+        return grad_x_TD * grads[0], (grad_weight_VD * grads[0]).to(ctx.weight_dtype), None, None, None, None
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> tuple[Tensor, Tensor]:
+    """The sum over tokens, and its gradient (T, V), which takes the place of the logits."""
+    local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], axis)
+    counted_T = targets_T != ignore
+    target_logits_T = logits_TV.gather(1, local_T[:, None]).squeeze(1) * here_T
+    largest_T = max_over(logits_TV.amax(1), axis)
+    exps_TV = logits_TV.sub_(largest_T[:, None]).exp_()
+    exps_T, target_logits_T = sum_over(torch.stack([exps_TV.sum(1), target_logits_T]), axis)
+    loss = ((exps_T.log() + largest_T - target_logits_T) * counted_T).sum()
+    gradient_TV = exps_TV.mul_((counted_T / exps_T)[:, None])
+    return loss, gradient_TV.scatter_add_(1, local_T[:, None], -(here_T & counted_T)[:, None].to(exps_TV.dtype))
 
 
 def _local_targets(targets_T: Tensor, columns: int, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -77,6 +94,6 @@ def _local_targets(targets_T: Tensor, columns: int, axis: Axis) -> tuple[Tensor,
     return local_T.masked_fill(~here_T, 0), here_T
 
 
-def _chunks(logits_TV: Tensor) -> list[slice]:
-    tokens = max(1, CHUNK[logits_TV.device.type] // logits_TV.shape[1])
-    return [slice(start, start + tokens) for start in range(0, len(logits_TV), tokens)]
+def _chunks(x_TD: Tensor, columns: int) -> list[slice]:
+    tokens = max(1, LOGITS[x_TD.device.type] // columns)
+    return [slice(start, start + tokens) for start in range(0, len(x_TD), tokens)]

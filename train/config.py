@@ -41,7 +41,7 @@ class Engine(Enum):
 
 @dataclass
 class BatchConfig:
-    sequences: int = 8
+    sequences: int = 16
     """Sequences in the global batch of one optimizer step."""
     micro: int | None = None
     """Sequences per rank and micro-step; null takes all of a rank's sequences at once."""
@@ -87,7 +87,7 @@ class ScheduleConfig:
 class EvaluateConfig:
     every: int = 250
     """Steps between evaluations; 0 evaluates only at the end."""
-    sequences: int = 256
+    sequences: int = 512
     """Validation sequences of one evaluation."""
 
 
@@ -162,7 +162,7 @@ class Config:
     """Optimizer steps of the whole run."""
     seed: int = 1
     """Decides the initial weights and the order of the data."""
-    sequence_length: int = 256
+    sequence_length: int = 128
     """Tokens per sequence."""
     precision: Precision = Precision.fp32
     """Of activations and products; bf16 keeps fp32 weights, and the router is never below fp32."""

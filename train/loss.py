@@ -9,14 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.batches import IGNORE
 from ..moe.balance import Variation, balance_loss, squared_variation
 from ..moe.config import ModelConfig, MoEConfig, Scope
-from ..moe.mtp import ahead
 from ..moe.router import RoutingStats
 from ..parallel.mesh import Mesh
 from ..parallel.scopes import scope_axis, scope_sum
-from ..parallel.vocabulary import cross_entropy_sum
 
 
 class Totals(NamedTuple):
@@ -52,11 +49,11 @@ class Losses(NamedTuple):
     """Cross entropy of each module of multi-token prediction, by its own tokens; see `add_mtp`."""
 
 
-def losses(
-    logits_BSV: Tensor, targets_BS: Tensor, stats: list[RoutingStats], config: MoEConfig, totals: Totals, mesh: Mesh
-) -> Losses:
-    """Cross entropy / tokens + sum over layers of the balance losses and the z-loss, each times its coefficient."""
-    summed = cross_entropy_sum(logits_BSV.flatten(0, 1), targets_BS.flatten(), IGNORE, mesh.tensor)
+def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals: Totals, mesh: Mesh) -> Losses:
+    """Cross entropy / tokens + sum over layers of the balance losses and the z-loss, each times its coefficient.
+
+    `summed`: the cross entropy of this rank's tokens, added up; all tensor ranks have the same.
+    """
     cross_entropy = summed / totals.tokens
     if not stats:
         none = cross_entropy.new_zeros(0)
@@ -87,19 +84,11 @@ def losses(
     )
 
 
-def add_mtp(share: Losses, logits: list[Tensor], targets_BS: Tensor, config: ModelConfig, totals: Totals, mesh: Mesh) -> Losses:
-    """With coefficient x the mean of the modules' cross entropies (DeepSeek-V3, eq. 24-25).
-
-    Module d predicts at position i the target of i + d; there is none where that is beyond the sequence.
-    """
-    if not logits:
+def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: Totals, mesh: Mesh) -> Losses:
+    """With coefficient x the mean of the cross entropies (`summed`, as in `losses`) of the modules (DeepSeek-V3, eq. 24-25)."""
+    if not summed:
         return share._replace(mtp_D=share.objective.new_zeros(0))
-    parts = []
-    for depth, logits_BSV in enumerate(logits, 1):
-        targets_T = ahead(targets_BS, depth, IGNORE).flatten()
-        summed = cross_entropy_sum(logits_BSV.flatten(0, 1), targets_T, IGNORE, mesh.tensor)
-        parts.append(summed / totals.mtp_tokens[depth - 1])
-    mtp_D = torch.stack(parts)
+    mtp_D = torch.stack([total / tokens for total, tokens in zip(summed, totals.mtp_tokens, strict=True)])
     objective = share.objective + config.mtp_coefficient * mtp_D.mean()
     return share._replace(objective=objective, mtp_D=mtp_D.detach() / mesh.tensor.size)
 

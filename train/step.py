@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -7,12 +8,14 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
+from ..moe.head import HeadLoss
 from ..moe.init import expert_biases
 from ..moe.mtp import ahead
 from ..moe.tokens import Place
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
+from ..parallel.vocabulary import head_loss
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
 
@@ -76,9 +79,20 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None 
     """Losses of one micro-batch."""
     config = parallel.model.config
     place = (place or Place())._replace(row=rows.first)
-    logits_BSV, stats, further = parallel.model(rows.ids, rows.targets != IGNORE, with_mtp=True, place=place)
-    share = losses(logits_BSV, rows.targets, stats, config.moe, totals, parallel.mesh)
-    return add_mtp(share, further, rows.targets, config, totals, parallel.mesh)
+    (summed, *further), stats = parallel.model(
+        rows.ids, rows.targets != IGNORE, head_losses=head_losses(parallel, rows), place=place
+    )
+    share = losses(summed, stats, config.moe, totals, parallel.mesh)
+    return add_mtp(share, further, config, totals, parallel.mesh)
+
+
+def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
+    """What the model makes of its hidden states: the cross entropy of the next token, and of those that modules predict further.
+
+    Module d predicts at position i the target of i + d; there is none where that is beyond the sequence.
+    """
+    targets = (ahead(rows.targets, depth, IGNORE) for depth in range(parallel.model.config.mtp_depth + 1))
+    return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
 
 
 def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:

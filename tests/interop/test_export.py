@@ -10,6 +10,7 @@ import tokenyard
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenyard.data.batches import IGNORE
 from tokenyard.interop.convert import import_folder
 from tokenyard.interop.plain import plain_model
 from tokenyard.interop.read import open_source
@@ -31,7 +32,7 @@ from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.pieces import Held, whole
 from tokenyard.train.checkpoint.store import read_whole, save_checkpoint
 from tokenyard.train.compose import compose
-from tokenyard.train.loss import IGNORE, Totals, losses
+from tokenyard.train.loss import Totals, losses
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import train
 from tokenyard.train.session import open_session
@@ -206,7 +207,8 @@ def test_an_imported_mixtral_trains_on_their_loss(top_k: int, build: Callable[..
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     logits, stats = ours(IDS, with_stats=True)
     totals = Totals(int((targets != IGNORE).sum()), len(IDS), 1)
-    share = losses(logits, targets, stats, ours.config.moe, totals, build_mesh(ParallelConfig()))
+    summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    share = losses(summed, stats, ours.config.moe, totals, build_mesh(ParallelConfig()))
     torch.testing.assert_close(share.objective, expected, rtol=0, atol=1e-5)
     expected.backward()
     share.objective.backward()

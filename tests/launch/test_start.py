@@ -60,7 +60,7 @@ def job(tmp_path: Path) -> Job:
 def test_inline_is_this_process(job: Job) -> None:
     done = job.run("tokenyard", "train", "seed=5")
     assert (done.returncode, done.stderr) == (0, "")
-    assert job.said() == [{"rank": "0", "world": None, "threads": None, "folder": None, "seed": 5, "layers": 3}]
+    assert job.said() == [{"rank": "0", "world": None, "threads": None, "folder": None, "seed": 5, "layers": 4}]
     assert list(job.folder.iterdir()) == []
 
 
@@ -96,9 +96,9 @@ def test_a_sweep_goes_on_after_a_failing_point(job: Job) -> None:
     assert [path.name for path in job.folder.rglob("*") if path.is_file()] == ["multirun.yaml"]
     assert [(note["seed"], note["layers"], note["folder"]) for note in job.said("folder")] == [
         (1, 2, "my sweep/0"),
-        (1, 3, "my sweep/1"),
+        (1, 4, "my sweep/1"),
         (2, 2, "my sweep/2"),
-        (2, 3, "my sweep/3"),
+        (2, 4, "my sweep/3"),
     ]
 
 

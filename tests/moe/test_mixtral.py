@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenyard.data.batches import IGNORE
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
 from tokenyard.moe.tokens import Tokens
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.loss import IGNORE, Losses, Totals, losses
+from tokenyard.train.loss import Losses, Totals, losses
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="the Mixtral comparison needs transformers (pip install 'tokenyard[hf]')")
@@ -72,8 +73,7 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
     router = Router(4, moe_config(1.0), torch.float32)
     torch.nn.init.eye_(router.weight)
     stats = router(logits_BSE, Tokens(valid_BS.bool())).stats
-    mesh, zeros = build_mesh(ParallelConfig()), torch.zeros(2, 5, dtype=torch.int64)
-    share = losses(torch.zeros(2, 5, 3), zeros, [stats], moe_config(1.0), Totals(8, 2, 1), mesh)
+    share = losses(torch.zeros(()), [stats], moe_config(1.0), Totals(8, 2, 1), build_mesh(ParallelConfig()))
     torch.testing.assert_close(2 * share.balance_L[0], expected)
 
 
@@ -141,7 +141,8 @@ def forward(ours: Transformer, ids: Tensor, labels: Tensor, balance: float) -> t
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     logits, stats = ours(ids, with_stats=True)
     totals = Totals(int((targets != IGNORE).sum()), len(ids), 1)
-    return logits, losses(logits, targets, stats, moe_config(balance), totals, build_mesh(ParallelConfig()))
+    summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return logits, losses(summed, stats, moe_config(balance), totals, build_mesh(ParallelConfig()))
 
 
 def assert_same_gradients(ours: Transformer, theirs: Any, tolerance: float) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenyard.data.batches import IGNORE
 from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.moe.generate import generate
@@ -16,19 +17,20 @@ from tokenyard.parallel.apply import Parallel, parallelize
 from tokenyard.parallel.apply import initialise as initialise_ranks
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.loss import IGNORE
 from tokenyard.train.step import Rows, count_totals, forward
 from torch import Tensor
 
 VOCABULARY, LENGTH = 30, 7
 CPU = torch.device("cpu")
+LOGITS: Any = 3 * [lambda x, _weight, head: head(x)]
+"""For each of a model's heads with two modules: no loss, the logits themselves."""
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_logits_are_those_of_the_definition(dense: bool) -> None:
     """h' = projection [norm(embedding of token i + d); norm(h)], a block over positions that have such a token, norm, the head."""
     model, ids_BS = tiny(depth=2, dense=dense), torch.randint(VOCABULARY, (2, LENGTH))
-    _, stats, further = model(ids_BS, with_mtp=True)
+    (_, *further), stats = model(ids_BS, head_losses=LOGITS)
     assert len(further) == 2 and len(stats) == (0 if dense else 4)
     hidden_BSD = residual_stream(model, ids_BS)
     for depth, logits_BSV in enumerate(further, 1):
@@ -50,10 +52,10 @@ def test_objective_is_the_loss_plus_the_coefficient_times_the_mean() -> None:
     rows = Rows(ids, targets)
     totals = count_totals(parallel, [rows])
     share = forward(parallel, rows, totals)
-    logits, _, further = model(ids, targets != IGNORE, with_mtp=True)
+    logits, _ = model(ids, targets != IGNORE, head_losses=LOGITS)
     expected = [
         F.cross_entropy(part[:, : LENGTH - depth].flatten(0, 1), targets[:, depth:].flatten(), ignore_index=IGNORE)
-        for depth, part in enumerate([logits, *further])
+        for depth, part in enumerate(logits)
     ]
     assert totals.mtp_tokens == tuple(int((targets[:, depth:] != IGNORE).sum()) for depth in (1, 2))
     torch.testing.assert_close(share.cross_entropy, expected[0])
@@ -68,9 +70,9 @@ def test_a_prediction_sees_no_more_than_it_may() -> None:
     """Position i of module d depends on tokens 0 ... i + d and on none after; tokens beyond the sequence drop nobody."""
     model = tiny(depth=2, capacity=0.6)
     ids_BS = torch.randint(VOCABULARY, (1, LENGTH))
-    before = model(ids_BS, with_mtp=True)[2]
+    before = model(ids_BS, head_losses=LOGITS)[0][1:]
     ids_BS[0, 4] = (ids_BS[0, 4] + 1) % VOCABULARY
-    after = model(ids_BS, with_mtp=True)[2]
+    after = model(ids_BS, head_losses=LOGITS)[0][1:]
     for depth, (old, new) in enumerate(zip(before, after, strict=True), 1):
         changed = (old != new)[0].any(-1)[: LENGTH - depth]
         assert changed.tolist() == [position >= 4 - depth for position in range(LENGTH - depth)]
@@ -86,7 +88,7 @@ def test_the_model_itself_is_as_without() -> None:
     assert torch.equal(with_modules(ids_BS), without(ids_BS))
     assert len(with_modules(ids_BS, with_stats=True)[1]) == len(without(ids_BS, with_stats=True)[1])
     assert list(generate(with_modules, [1, 2], 5, seed=3)) == list(generate(without, [1, 2], 5, seed=3))
-    assert with_modules.eval()(ids_BS, with_mtp=True)[2] == [], "nor does evaluation run them"
+    assert len(with_modules.eval()(ids_BS, head_losses=LOGITS)[0]) == 1, "nor does evaluation run them"
     cache = [KeyValueCache() for _ in with_modules.layers]
     in_steps = torch.cat([with_modules(part, cache=cache) for part in ids_BS.split(2, dim=1)], dim=1)
     torch.testing.assert_close(in_steps, with_modules(ids_BS))

@@ -116,7 +116,7 @@ def test_no_token_that_counts(config: MoEConfig) -> None:
     layer, x_BSD = random_layer(config), inputs()
     tokens = token_record(config)._replace(valid_BS=torch.zeros(SEQUENCES, LENGTH, dtype=torch.bool))
     y_BSD, stats = layer(x_BSD, tokens)
-    share = loss_of(stats, config, y_BSD)
+    share = loss_of(stats, config)
     (y_BSD.sum() + share.objective).backward()
     assert not stats.counts_BE.any() and not stats.dropped and not stats.tokens_B.any()
     assert share.balance_L == share.sequence_L == share.importance_L == share.z_L == 0
@@ -184,16 +184,15 @@ def router_gradient(config: MoEConfig) -> Tensor:
     """Of the whole objective, by the projection of the router (zeros where it has none)."""
     layer = random_layer(config)
     y_BSD, stats = layer(inputs(), token_record(config))
-    (y_BSD.square().sum() + loss_of(stats, config, y_BSD).objective).backward()
+    (y_BSD.square().sum() + loss_of(stats, config).objective).backward()
     weight = layer.router.weight
     return torch.zeros(1, dtype=torch.float64) if weight is None else weight.grad.clone()
 
 
-def loss_of(stats, config: MoEConfig, y_BSD: Tensor):
+def loss_of(stats, config: MoEConfig):
     """As the only layer of a model whose cross entropy is constant."""
-    targets = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
-    logits_BSV = torch.zeros(SEQUENCES, LENGTH, 5, dtype=torch.float64)
-    return losses(logits_BSV, targets, [stats], config, Totals(SEQUENCES * LENGTH, SEQUENCES, 1), build_mesh(ParallelConfig()))
+    constant = torch.zeros((), dtype=torch.float64)
+    return losses(constant, [stats], config, Totals(SEQUENCES * LENGTH, SEQUENCES, 1), build_mesh(ParallelConfig()))
 
 
 def with_coefficient(config: MoEConfig, name: str, value: float) -> MoEConfig:

@@ -1,14 +1,18 @@
 """The objective from its parts: formulas, coefficients, scopes, and what padding may not change."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenyard.data.batches import IGNORE
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig, Scope
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.loss import IGNORE, Losses, Totals, losses
+from tokenyard.parallel.vocabulary import head_loss
+from tokenyard.train.loss import Losses, Totals, losses
 from torch import Tensor
 
 EXPERTS, LAYERS, VOCABULARY = 4, 2, 40
@@ -101,9 +105,11 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def losses_of(model: Transformer, ids: Tensor, targets: Tensor) -> Losses:
-    logits, stats = model(ids, targets != IGNORE, with_stats=True)
+    mesh = build_mesh(ParallelConfig())
+    cross_entropy = partial(head_loss, targets=targets, ignore=IGNORE, axis=mesh.tensor)
+    (summed,), stats = model(ids, targets != IGNORE, head_losses=[cross_entropy])
     totals = Totals(int((targets != IGNORE).sum()), len(ids), 1)
-    return losses(logits, targets, stats, model.config.moe, totals, build_mesh(ParallelConfig()))
+    return losses(summed, stats, model.config.moe, totals, mesh)
 
 
 def gradients_of(model: Transformer, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:

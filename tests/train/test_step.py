@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenyard.data.batches import IGNORE
 from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.config import OptimizerConfig
-from tokenyard.train.loss import IGNORE
 from tokenyard.train.optimizer import build_optimizer
 from tokenyard.train.step import Rows, StepNumbers, train_step
 from torch import Tensor
