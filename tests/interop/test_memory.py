@@ -1,63 +1,62 @@
-"""Neither direction has the model in memory twice: an import has it once, an export never whole."""
+"""Neither direction has the model in memory twice: an import and a load have it once, an export never whole."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
-from tokenyard.interop.convert import import_folder
-from tokenyard.interop.load import load_folder
 from tokenyard.interop.plain import plain_model
 from tokenyard.interop.write import export_checkpoint
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.pieces import Held, whole
 from tokenyard.train.checkpoint.store import save_checkpoint
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MODEL = ModelConfig(layers=12, width=512, heads=8, kv_heads=8, vocabulary=1024, moe=MoEConfig(8, 2, 256))
+GROWTH = """
+import resource, sys
+from pathlib import Path
+import torch
+from tokenyard.interop.convert import import_folder
+from tokenyard.interop.load import load_folder
+from tokenyard.interop.write import export_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save
+
+def largest():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+folder, before = Path(sys.argv[1]), largest()
+match sys.argv[2]:
+    case "import": import_folder(folder / "theirs", folder / "again")
+    case "load": load_folder(folder / "theirs")
+    case "export": export_checkpoint(folder / "ours", folder / "new")
+print(largest() - before)
+"""
 
 
-def test_the_largest_set_of_tensors_alive(tmp_path: Path) -> None:
-    size, largest = write(tmp_path / "ours")
-    assert size > 190e6
-    with Alive() as export:
-        export_checkpoint(tmp_path / "ours", tmp_path / "theirs", shard_bytes=50_000_000)
-    assert export.peak < 3 * largest < size / 3
-    with Alive() as load:
-        load_folder(tmp_path / "theirs")
-    assert size <= load.peak < size + 2 * largest
-    with Alive() as again:
-        import_folder(tmp_path / "theirs", tmp_path / "again")
-    assert size <= again.peak < size + 2 * largest
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint `ours` and the same in one file in `theirs`."""
+    folder = tmp_path_factory.mktemp("memory")
+    held = {f"model.{name}": Held(whole(shape), torch.randn(shape)) for name, shape in shapes().items()}
+    save_checkpoint(folder / "ours", 0, held, {"config": {"model": plain_model(MODEL)}})
+    assert len(export_checkpoint(folder / "ours", folder / "theirs").files) == 1
+    return folder
 
 
-def write(folder: Path) -> tuple[int, int]:
-    """A checkpoint of MODEL; the bytes of all its tensors and of the largest."""
+def shapes() -> dict[str, torch.Size]:
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(MODEL).state_dict().items()}
-    held = {f"model.{name}": Held(whole(shape), torch.zeros(shape)) for name, shape in shapes.items()}
-    save_checkpoint(folder, 0, held, {"config": {"model": plain_model(MODEL)}})
-    sizes = [4 * math.prod(shape) for shape in shapes.values()]
-    return sum(sizes), max(sizes)
+        return {name: tensor.shape for name, tensor in Transformer(MODEL).state_dict().items()}
 
 
-class Alive(TorchDispatchMode):
-    """The largest number of bytes in CPU tensors after any operation, of all that went into or came out of one and still are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.known = {key: known for key, known in self.known.items() if not known[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.known.values()))
-        return result
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize(("what", "least", "most"), [("import", 0.8, 1.4), ("load", 0.8, 1.4), ("export", 0.0, 0.5)])
+def test_growth_of_the_process(what: str, least: float, most: float, folder: Path) -> None:
+    size = sum(4 * math.prod(shape) for shape in shapes().values())
+    assert size > 190e6
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(folder), what], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert least * size < int(done.stdout) < most * size
