@@ -27,6 +27,8 @@ SHORT = [
     "evaluate.sequences=4",
 ]
 LAYOUT = ["parallel.expert=2", "parallel.tensor=2"]
+# In fp32 rounding may decide a near tie otherwise: with seed 1 the random second expert of one token does, in step 27. Not in fp64.
+SEEDS = {"tiny_gshard": 2}
 Losses = dict[str, list[StepNumbers]]
 
 pytestmark = pytest.mark.slow
@@ -60,7 +62,8 @@ def trained(names: list[str], folder: Path, layout: list[str]) -> Losses:
     """The numbers of each step of a run of each model on the ranks that there are."""
     found = {}
     for name in names:
-        config = compose([f"model={name}", *SHORT, *layout, f"run.dir={folder / name}", f"data.cache={folder / 'cache'}"])
+        where = [f"run.dir={folder / name}", f"data.cache={folder / 'cache'}"]
+        config = compose([f"model={name}", f"seed={SEEDS.get(name, 1)}", *SHORT, *layout, *where])
         session = open_session(config, torch.device("cpu"))
         session.parallel.model.train()
         found[name] = [next_step(session)[0] for _ in range(STEPS)]
