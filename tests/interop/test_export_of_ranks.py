@@ -42,7 +42,7 @@ def train(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    ranks(4, train, folder, limit_seconds=120)
+    ranks(4, train, folder, limit_seconds=300)
     return folder
 
 

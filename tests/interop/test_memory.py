@@ -59,6 +59,6 @@ def test_growth_of_the_process(what: str, least: float, most: float, folder: Pat
     size = sum(4 * math.prod(shape) for shape in shapes().values())
     assert size > 190e6
     done = subprocess.run(
-        [sys.executable, "-c", GROWTH, str(folder), what], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", GROWTH, str(folder), what], capture_output=True, text=True, timeout=240, check=True
     )
     assert least * size < int(done.stdout) < most * size

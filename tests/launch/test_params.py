@@ -122,7 +122,7 @@ def test_what_a_count_does_not_need_is_not_checked(capsys: pytest.CaptureFixture
 def test_an_answer_takes_less_than_two_seconds() -> None:
     start = time.monotonic()
     code = "import time; from tokenyard.launch.main import main; main(['params', 'model=deepseek_v3']); print(time.process_time())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     # Of processor time: the machine may be busy with other things.
     assert float(done.stdout.split()[-1]) < 2
     assert time.monotonic() - start < 30
