@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
 from ..parallel.pieces import Held, whole
 from ..train.checkpoint.store import newest_checkpoint, save_checkpoint
@@ -53,7 +54,9 @@ def import_folder(path: Path, out: Path, wish: Upcycle | None = None) -> Importe
     weights = read_weights(source)
     model = source.model if wish is None else upcycle(weights, source.model, wish)
     held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in weights.items()}
-    checkpoint = save_checkpoint(out, 0, held, _facts(source, model, wish))
+    facts = _facts(source, model, wish)
+    facts["config"]["tokenizer"] = {"path": str(out.resolve() / "step_00000000" / "tokenizer" / MODEL_FILE)}  # see `carry`
+    checkpoint = save_checkpoint(out, 0, held, facts)
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Imported(checkpoint, source.family.architecture, parameters, carry(path, checkpoint))
 

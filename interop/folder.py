@@ -36,11 +36,6 @@ class Folder(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, Stored]
 
-    @property
-    def files(self) -> list[str]:
-        """Those with tensors, in order."""
-        return sorted({stored.file for stored in self.tensors.values()})
-
 
 def is_hugging_face(path: Path) -> bool:
     """Whether `path` is to be opened as a Hugging Face folder."""

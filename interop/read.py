@@ -43,12 +43,9 @@ def open_source(path: Path) -> Source:
 def read_weights(source: Source, like: dict[str, Tensor] | None = None, device: str = "cpu") -> dict[str, Tensor]:
     """All our tensors, by name, on `device`; in the types of `like`, or in those of the files."""
     weights = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in (like or _as_stored(source)).items()}
-    for file_name in source.folder.files:
-        with open_file(source.folder.path / file_name) as file:
-            for name, stored in source.folder.tensors.items():
-                if stored.file == file_name and name in source.plan:
-                    planned = source.plan[name]
-                    planned.part.read(file.get_tensor(name).to(device), weights[planned.ours])
+    for name in sorted(source.plan, key=lambda name: source.folder.tensors[name].file):
+        mine, part = source.plan[name]
+        part.read(_one(source.folder, name).to(device), weights[mine])
     _check_copies(source)
     return weights
 
@@ -72,5 +69,6 @@ def _check_copies(source: Source) -> None:
 
 
 def _one(folder: Folder, name: str) -> Tensor:
+    """Opened for each tensor: an open file keeps all pages that were ever read from it in memory."""
     with open_file(folder.path / folder.tensors[name].file) as file:
         return file.get_tensor(name)

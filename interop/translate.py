@@ -15,7 +15,7 @@ def family_of(config: dict[str, Any], place: str = "config.json: ") -> Family:
     names = config.get("architectures") or [
         family.architecture for family in FAMILIES.values() if family.model_type == config.get("model_type")
     ]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
         key = "architectures" if config.get("architectures") else "model_type"
         raise ValueError(f"{place}{key}={config.get(key)!r}: must be one of {', '.join(FAMILIES)}")
     return FAMILIES[names[0]]
@@ -25,7 +25,8 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
     """The family and what its keys mean. ValueError, one line, for a key or a value that cannot be expressed."""
     family = family_of(config, place)
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method")
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(f"{place}quantization_config.quant_method={method!r}: weights must be bf16, fp16, fp32 or fp64")
     keys = Keys(config, family.defaults, place)
     model = family.read(keys)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..moe.config import ModelConfig
+from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..train.checkpoint.manifest import Manifest, read_manifest
 from .convert import CARRIED
@@ -87,9 +87,10 @@ def _kept(facts: dict[str, Any], family: Family, model: ModelConfig) -> dict[str
     origin = facts.get("source", {}).get("config")
     if origin is not None:
         return {key: origin[key] for key in IRRELEVANT & family.defaults.keys() & origin.keys()}
-    length = facts["config"].get("sequence_length", 256)
-    scaled = model.attention.rope.factor * model.attention.rope.original_length if model.attention.rope.factor > 1 else 0
-    return {"max_position_embeddings": int(max(length, scaled)), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    length, rope = facts["config"].get("sequence_length", 256), model.attention.rope
+    if rope.scaling is not RopeScaling.none:
+        length = max(length, int(rope.factor * rope.original_length))
+    return {"max_position_embeddings": length, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def _check_complete(model: ModelConfig, ours: dict[str, Tensor], checkpoint: Path) -> None:

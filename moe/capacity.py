@@ -34,7 +34,10 @@ class OneDevice:
 
     def own(self, x_GTE: Tensor, sequences: int, scope: Scope) -> Tensor:
         """(B, S, E): this device's part of what `gather` gave."""
-        return x_GTE if scope is Scope.sequence else x_GTE.squeeze(0).unflatten(0, (sequences, -1))
+        if scope is Scope.sequence:
+            return x_GTE
+        length = x_GTE.shape[1] // max(1, sequences)
+        return x_GTE.reshape(sequences, length, x_GTE.shape[2])
 
 
 def capacity(factor: float, tokens: int, config: MoEConfig) -> int:
@@ -78,7 +81,8 @@ def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, surroundings: O
     gathered_GTE = surroundings.gather(priority_BSE, scope)
     order_GTE = gathered_GTE.argsort(dim=1, descending=True, stable=True)
     taken_GTE = torch.zeros_like(gathered_GTE, dtype=torch.bool).scatter_(1, order_GTE[:, :rows], True)
-    return surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), len(priority_BSE), scope)
+    taken_BSE = surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), len(priority_BSE), scope)
+    return taken_BSE.reshape(priority_BSE.shape)  # without sequences `own` does not know their length
 
 
 def count_choices(experts_BSK: Tensor, counted_BSK: Tensor | None, columns: int) -> Tensor:

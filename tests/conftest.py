@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-# tests/distributed/parity.py, which tests import; ranks inherit the path, so they find it too.
-sys.path.append(str(Path(__file__).parent / "distributed"))
+# Where modules are that tests import (parity.py, their_weights.py); ranks inherit the path, so they find them too.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe")]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""What a rule between settings says when it does not hold."""
+"""What a rule between settings says when it does not hold, and whole numbers that may mend it."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,3 +13,14 @@ class Broken(NamedTuple):
     candidates: Iterable[object]
     place: int = 0
     """Which of RULES it is."""
+
+
+def divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def multiples(unit: int, number: int) -> list[int]:
+    """The positive multiples of `unit` closest to `number`."""
+    below = number // unit
+    return [unit * factor for factor in range(max(1, below - 8), below + 9)]

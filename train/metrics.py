@@ -39,7 +39,7 @@ class StepResult:
     loss_mtp: float | None = None
     """Mean cross entropy of the modules of multi-token prediction; None without any."""
     auxiliary: dict[str, float] = field(default_factory=dict)
-    """More records of routing: see `auxiliary_metrics`."""
+    """More records of routing: see `auxiliary_metrics` and `count_metrics`."""
 
 
 class Meter:
@@ -52,7 +52,7 @@ class Meter:
         self.tokens = tokens
         self.peak_flops = peak_flops
         self.flops_per_token = training_flops_per_token(model, sequence_length)
-        self.layers = [index for index in range(model.layers + model.mtp_depth) if model.moe_layer(index)]
+        self.layers = routing_layers(model)
 
     def record(self, result: StepResult, seconds: float) -> dict[str, Any]:
         """The record of a step that took `seconds` from batch to update. Call it once for every step, logged or not.
@@ -95,10 +95,34 @@ def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, s
     for kind, coefficient in coefficients.items():
         if coefficient and layers:
             record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": coefficient * means[kind] * layers}
-    limits = config.capacity
-    if layers and (limits.factor is not None or limits.schedule):
-        record["moe/capacity_factor"] = limits.factor_at(step) or 0.0
+    if layers and has_capacity(config):
+        record["moe/capacity_factor"] = config.capacity.factor_at(step) or 0.0
     return record
+
+
+def count_metrics(model: ModelConfig, counts_LE: "Tensor", dropped_L: "Tensor") -> dict[str, float]:
+    """What counts say beside how even they are; `counts_LE` with the columns of null experts here, the last ones.
+
+    With null experts `moe/null_fraction` is their share of all choices. With a capacity `moe/dropped/layer_3` is how many choices
+    of the step block 3 dropped, and so on for each layer that routes.
+    """
+    moe, counts, record = model.moe, _lists(counts_LE), {}
+    if moe.router.null_experts and counts:
+        null = sum(sum(row[moe.experts :]) for row in counts)
+        record["moe/null_fraction"] = null / max(1, sum(map(sum, counts)))
+    if has_capacity(moe):
+        record |= {f"moe/dropped/layer_{i}": n for i, n in zip(routing_layers(model), _lists(dropped_L), strict=True)}
+    return record
+
+
+def routing_layers(model: ModelConfig) -> list[int]:
+    """The indices of the blocks that route in training; those of multi-token prediction follow the model's own."""
+    return [index for index in range(model.layers + model.mtp_depth) if model.moe_layer(index)]
+
+
+def has_capacity(moe: MoEConfig) -> bool:
+    """Whether training ever limits how many rows an expert takes."""
+    return moe.capacity.factor is not None or bool(moe.capacity.schedule)
 
 
 def load_metrics(

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from .config import Config
-from .rules import INTERVALS
+from .intervals import INTERVALS
 from .schema import settings, written
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

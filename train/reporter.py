@@ -19,7 +19,7 @@ from .console_summary import EndFacts, end_lines
 from .console_text import Printer
 from .evaluate import Evaluation
 from .journal import Journal
-from .metrics import Meter, StepResult, auxiliary_metrics, load_metrics
+from .metrics import Meter, StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak, peak_flops
 from .plain import changed_settings, plain_config, write_config
 from .session import DTYPES, Session
@@ -162,7 +162,7 @@ def step_result(config: Config, step: int, logged: Logged) -> StepResult:
         counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
         dropped_L=numbers.dropped_L.tolist(),
         loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
-        auxiliary=auxiliary_metrics(moe, means, layers, step),
+        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE, numbers.dropped_L),
     )
 
 

@@ -96,6 +96,8 @@ def _read_groups(keys: Keys, config: ModelConfig, score: GroupScore) -> None:
         raise keys.wrong("n_group", f"must divide n_routed_experts={config.moe.experts}")
     if router.top_groups > router.groups:
         raise keys.wrong("topk_group", f"must be at most n_group={router.groups}")
+    if config.moe.experts // router.groups * router.top_groups < config.moe.top_k:
+        raise keys.wrong("num_experts_per_tok", f"must be at most the experts of topk_group={router.top_groups} groups")
 
 
 def _write_both(config: ModelConfig) -> dict[str, Any]:

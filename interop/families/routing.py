@@ -46,6 +46,8 @@ def refuse_one_expert(keys: Keys, config: ModelConfig) -> None:
 def read_moe_layers(keys: Keys, config: ModelConfig) -> None:
     """`decoder_sparse_step` and `mlp_only_layers`, as dense_first and moe_every."""
     step, dense = keys.integer("decoder_sparse_step"), keys.any("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise keys.wrong("mlp_only_layers", "must be a list of layers")
     wanted = [(index + 1) % step == 0 and index not in dense for index in range(config.layers)]
     for every, first in product((step, *range(1, config.layers + 1)), range(config.layers + 1)):
         config.moe_every, config.dense_first = every, first
@@ -62,13 +64,16 @@ def moe_layers(config: ModelConfig) -> dict[str, object]:
     return {"decoder_sparse_step": step, "mlp_only_layers": dense}
 
 
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
+
 def read_windows(keys: Keys, config: ModelConfig, default: Callable[[int], bool]) -> None:
     """`sliding_window` in the layers that `layer_types` says, or without it `default` by index."""
     types = keys.any("layer_types")
     if types is None:
         types = ["sliding_attention" if default(index) else "full_attention" for index in range(config.layers)]
-    if not isinstance(types, list) or len(types) != config.layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise keys.wrong("layer_types", f"must be {config.layers} times sliding_attention or full_attention")
+    if not isinstance(types, list) or len(types) != config.layers or not all(kind in LAYER_TYPES for kind in types):
+        raise keys.wrong("layer_types", f"must be {config.layers} times {' or '.join(LAYER_TYPES)}")
     wanted = [kind == "sliding_attention" for kind in types]
     if not any(wanted):
         keys.any("sliding_window")

@@ -84,9 +84,9 @@ def train(layout: Layout, case: Case) -> dict[str, Any]:
     return {"steps": steps, "gradients": gradients, "weights": weights}
 
 
-def build(layout: Layout, config: ModelConfig) -> Parallel:
+def build(layout: Layout, config: ModelConfig, activations: torch.dtype = torch.float64) -> Parallel:
     with torch.device("meta"):
-        model = Transformer(config, torch.float64)
+        model = Transformer(config, activations)
     spread = ParallelConfig(tensor=layout.tensor, shard=layout.shard, expert=layout.expert, recompute=layout.recompute)
     parallel = parallelize(model, build_mesh(spread), spread, torch.device("cpu"))
     initialise(parallel, seed=3)

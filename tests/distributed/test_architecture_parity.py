@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from parity import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
+from parity import (
+    LENGTH,
+    SEQUENCES,
+    VOCABULARY,
+    Case,
+    Layout,
+    assert_layout_gives_the_numbers_of_one_process,
+    build,
+    reference,
+)
 from tokenyard.moe.config import (
     Activation,
     AttentionConfig,
@@ -76,6 +85,22 @@ CASES = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: str) -> None:
     assert_layout_gives_the_numbers_of_one_process(ranks, layout, CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fsdp_changes_no_bit_of_bf16_logits(ranks, name: str) -> None:
+    """What it gathers in bf16 is what one process casts; rotary angles and routers stay wide."""
+    expected = logits_in_bf16(Layout(1), CASES[name].config)
+    for logits in ranks(2, logits_in_bf16, Layout(2, shard=2), CASES[name].config):
+        assert logits.dtype == torch.bfloat16
+        assert torch.equal(logits, expected)
+
+
+def logits_in_bf16(layout: Layout, config: ModelConfig) -> torch.Tensor:
+    """Of the same rows on every rank."""
+    with torch.no_grad():
+        ids_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+        return build(layout, config, torch.bfloat16).model(ids_BS)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -107,6 +107,7 @@ REFUSED = [
     ("DeepseekV2ForCausalLM", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
     ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
     ("DeepseekV3ForCausalLM", {"n_group": 7}, "n_group=7: must divide n_routed_experts=256"),
+    ("DeepseekV3ForCausalLM", {"n_group": 64, "topk_group": 1}, "num_experts_per_tok=8: must be at most the experts of"),
     ("DeepseekV3ForCausalLM", {"num_key_value_heads": 8}, "num_key_value_heads=8"),
     ("DeepseekV3ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
     (

@@ -1,4 +1,4 @@
-"""Export: from any layout, to any number of files, complete or not at all; and what training knows of a family's loss."""
+"""Export: to any number of files, complete or not at all; and what training knows of a family's loss."""
 
 import json
 from collections.abc import Callable
@@ -31,11 +31,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.pieces import Held, whole
 from tokenyard.train.checkpoint.store import read_whole, save_checkpoint
-from tokenyard.train.compose import compose
 from tokenyard.train.loss import Totals, losses
-from tokenyard.train.reporter import build_reporter
-from tokenyard.train.run import train
-from tokenyard.train.session import open_session
 from torch import Tensor
 
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % 48
@@ -55,35 +51,6 @@ def written(folder: Path, model: ModelConfig) -> Path:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def run_on_ranks(folder: Path) -> None:
-    """Two steps of a tiny run on 4 ranks, and its checkpoint."""
-    overrides = """steps=2 sequence_length=16 batch.sequences=8 model.layers=2 model.width=32 model.heads=4 model.kv_heads=2
-        model.moe.hidden=32 model.vocabulary=264 model.attention.qk_norm=head data=synthetic data.synthetic_documents=16
-        tokenizer=bytes tracker=jsonl evaluate.every=0 evaluate.sequences=4 checkpoint.every=2 sample.tokens=0
-        parallel.expert=2 parallel.tensor=2"""
-    config = compose([*overrides.split(), f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}"])
-    session = open_session(config, torch.device("cpu"))
-    with build_reporter(session) as reporter:
-        train(session, reporter)
-
-
-def test_a_checkpoint_of_four_ranks(ranks: Callable[..., Any], tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    ranks(4, run_on_ranks, tmp_path / "run")
-    ids = torch.arange(40).view(2, 20)
-    made = export_checkpoint(tmp_path / "run", tmp_path / "theirs", shard_bytes=40_000)
-    assert made.architecture == "Qwen3MoeForCausalLM" and len(made.files) > 1 and made.notes == []
-    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
-    assert {key: value for key, value in loading.items() if value} == {}
-    torch.testing.assert_close(theirs(ids).logits, tokenyard.load_model(tmp_path / "run")(ids), rtol=0, atol=1e-4)
-    import_folder(tmp_path / "theirs", tmp_path / "again")
-    before, after = (read_whole(path) for path in (tmp_path / "run/checkpoints/step_00000002", tmp_path / "again/step_00000000"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert (config["max_position_embeddings"], config["eos_token_id"]) == (16, 2)
-    assert json.loads((tmp_path / "theirs" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_names_are_as_published(tmp_path: Path) -> None:

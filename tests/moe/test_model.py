@@ -61,6 +61,17 @@ def test_tied_head_is_the_embedding() -> None:
     torch.testing.assert_close(tied.get_parameter("embedding.weight").grad, both)
 
 
+def test_multipliers_and_softcap_of_the_logits() -> None:
+    """The factor comes first, as in Grok. Tokens' vectors times a factor are those of an embedding so many times as large."""
+    plain, ids_BS = tiny(), torch.randint(40, (2, 5))
+    logits = plain(ids_BS)
+    torch.testing.assert_close(tiny(output_multiplier=0.5)(ids_BS), logits * 0.5)
+    torch.testing.assert_close(tiny(output_multiplier=0.5, output_softcap=2.0)(ids_BS), 2 * torch.tanh(logits * 0.5 / 2))
+    scaled = tiny(embedding_multiplier=3.0)(ids_BS)
+    plain.get_parameter("embedding.weight").data.mul_(3)
+    torch.testing.assert_close(scaled, plain(ids_BS))
+
+
 def test_bf16_keeps_fp32_weights_and_gradients() -> None:
     """Logits are within 3 % of the fp32 model's, gradients within 10 % in the mean: the same weights, rounded on the way."""
     narrow, wide = tiny(torch.bfloat16), tiny(torch.float32)

@@ -96,18 +96,30 @@ def test_ties_go_to_the_first(config: MoEConfig) -> None:
 
 @ALL
 def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
-    if config.router.selection in (Selection.hash, Selection.expert_choice) or config.router.groups > 1:
-        pytest.skip("nobody can wish for the same expert")
-    layer = random_layer(
-        replace(config, top_k=1, router=replace(config.router, selection=Selection.top_k, softmax_after_top_k=False))
-    )
+    """Equal logits and, for the hash, equal tokens: each has the same experts. Of experts that choose, each takes its share."""
+    layer, tokens = random_layer(config), describe(torch.full((SEQUENCES, LENGTH), 7), None, Place())
     for parameter in layer.router.parameters():
         parameter.data.zero_()
-    y_BSD, stats = layer(inputs(), token_record(config))
-    if not config.router.noise:
-        assert stats.counts_BE[:, 0].tolist() == [LENGTH] * SEQUENCES
-    y_BSD.sum().backward()
+    y_BSD, stats = layer(inputs(), tokens)
+    if config.router.selection is Selection.expert_choice:
+        assert (stats.counts_BE.sum(0) == stats.counts_BE.sum(0)[0]).all()
+    elif not config.router.noise:
+        chosen = stats.counts_BE == LENGTH
+        assert torch.equal(chosen.sum(1), torch.full((SEQUENCES,), config.top_k)), "all tokens chose the same experts"
+        assert chosen[:, : config.top_k].all() or config.router.selection is Selection.hash
+    (y_BSD.sum() + loss_of(stats, config, y_BSD).objective).backward()
     assert y_BSD.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@ALL
+@pytest.mark.parametrize(("sequences", "length"), [(0, LENGTH), (SEQUENCES, 0)])
+def test_no_token_at_all(config: MoEConfig, sequences: int, length: int) -> None:
+    layer, x_BSD = random_layer(config), torch.zeros(sequences, length, WIDTH, dtype=torch.float64, requires_grad=True)
+    y_BSD, stats = layer(x_BSD, describe(torch.zeros(sequences, length, dtype=torch.int64), None, Place()))
+    y_BSD.sum().backward()
+    assert y_BSD.shape == x_BSD.shape == x_BSD.grad.shape
+    assert stats.counts_BE.shape[0] == sequences and not stats.counts_BE.any() and not stats.dropped
+    assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
 
 
 @ALL

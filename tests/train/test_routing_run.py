@@ -74,6 +74,11 @@ def test_a_resumed_run_draws_the_same_and_records_what_is_on(config: Any, tmp_pa
     assert record["loss_z_scaled"] == pytest.approx(0.001 * 2 * record["loss_z"])
     assert [r["moe/capacity_factor"] for r in records[0]] == [0.5, 1.0, 1.0, 0.0]
     assert records[0][0]["dropped_fraction"] > records[0][1]["dropped_fraction"] > 0 == records[0][3]["dropped_fraction"]
+    for r in records[0]:
+        assert 0 < r["moe/null_fraction"] < 1
+        dropped = r["moe/dropped/layer_0"] + r["moe/dropped/layer_1"]
+        real = 2 * 64 * 2 * (1 - r["moe/null_fraction"])  # layers x tokens x top-k
+        assert r["dropped_fraction"] == pytest.approx(dropped / real)
 
 
 def test_a_run_that_goes_on_is_bitwise_the_uninterrupted_one(config: Any, tmp_path: Path) -> None:

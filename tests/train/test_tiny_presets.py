@@ -1,6 +1,6 @@
 """Every tiny model trains to the same losses on one rank and on four (expert 2 x tensor 2), in fp32.
 
-By hand with 30 steps: TINY_STEPS=30 pytest tests/train/test_tiny_presets.py
+By hand with 30 steps: TINY_STEPS=30 pytest -s tests/train/test_tiny_presets.py, and with -k in parts.
 """
 
 import os
@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.train.compose import CONF, compose
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import build_reporter
-from tokenyard.train.run import train
+from tokenyard.train.run import next_step
 from tokenyard.train.session import open_session
+from tokenyard.train.step import StepNumbers
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("tiny_*.yaml"))
-STEPS = int(os.environ.get("TINY_STEPS", "5"))
+STEPS = int(os.environ.get("TINY_STEPS", "3"))
 SHORT = [
     f"steps={STEPS}",
     "sequence_length=16",
@@ -25,32 +24,47 @@ SHORT = [
     "data.synthetic_documents=64",
     "tokenizer=bytes",
     "tracker=jsonl",
-    "evaluate.every=0",
     "evaluate.sequences=4",
-    "checkpoint.every=0",
-    "sample.tokens=0",
 ]
 LAYOUT = ["parallel.expert=2", "parallel.tensor=2"]
+# In fp32 rounding may decide a near tie otherwise: with seed 1 the random second expert of one token does, in step 27. Not in fp64.
+SEEDS = {"tiny_gshard": 2}
+Losses = dict[str, list[StepNumbers]]
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def losses(ranks: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Losses, Losses]:
+    """Of all models that are asked for, on one rank and on four: one call of the ranks trains them all."""
+    names: list[str] = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
+    folder = tmp_path_factory.mktemp("tiny")
+    return trained(names, folder / "one", []), ranks(4, trained, names, folder / "four", LAYOUT, limit_seconds=400)[0]
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_four_ranks_have_the_losses_of_one(ranks, name: str, tmp_path: Path) -> None:
-    expected = trained(name, tmp_path / "one", [])
-    found = ranks(4, trained, name, tmp_path / "four", LAYOUT, limit_seconds=200)[0]
-    assert len(expected) == STEPS
+def test_four_ranks_have_the_losses_of_one(losses: tuple[Losses, Losses], name: str) -> None:
+    expected, found = (numbers[name] for numbers in losses)
+    assert len(found) == len(expected) == STEPS
+    furthest = 0.0
     for ours, theirs in zip(found, expected, strict=True):
-        for key in theirs:
+        assert ours.tokens == theirs.tokens
+        for kind in ("cross_entropy", "mtp_D", "balance_L", "sequence_L", "importance_L", "z_L"):
             # One near-tied choice that rounding makes otherwise moves the routing losses by more than it moves the loss.
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if key in ("loss", "loss_mtp") else 1e-4), key
-    assert expected[-1]["loss"] < expected[0]["loss"] or STEPS < 10
+            tolerance = 1e-4 if kind.endswith("_L") else 1e-5
+            torch.testing.assert_close(getattr(ours, kind), getattr(theirs, kind), rtol=tolerance, atol=0, msg=kind)
+        furthest = max(furthest, abs(1 - (ours.cross_entropy / theirs.cross_entropy).item()))
+    print(f"{name}: {STEPS} steps, loss {expected[0].cross_entropy:.4f} to {expected[-1].cross_entropy:.4f}, apart {furthest:.1e}")
+    assert expected[-1].cross_entropy < expected[0].cross_entropy or STEPS < 10
 
 
-def trained(name: str, folder: Path, layout: list[str]) -> list[dict[str, Any]]:
-    """The losses of each step of a run on the ranks that there are."""
-    config = compose([f"model={name}", *SHORT, *layout, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}"])
-    session = open_session(config, torch.device("cpu"))
-    with build_reporter(session) as reporter:
-        train(session, reporter)
-    records = read_journal(folder / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key.startswith("loss")} for record in records]
+def trained(names: list[str], folder: Path, layout: list[str]) -> Losses:
+    """The numbers of each step of a run of each model on the ranks that there are."""
+    found = {}
+    for name in names:
+        where = [f"run.dir={folder / name}", f"data.cache={folder / 'cache'}"]
+        config = compose([f"model={name}", f"seed={SEEDS.get(name, 1)}", *SHORT, *layout, *where])
+        session = open_session(config, torch.device("cpu"))
+        session.parallel.model.train()
+        found[name] = [next_step(session)[0] for _ in range(STEPS)]
+    return found
