@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
+from sameness import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
 from tokenyard.moe.config import (
     Activation,
     AttentionConfig,

@@ -6,7 +6,7 @@ Both losses are on, one expert never gets a token, some targets are not counted,
 from typing import Any
 
 import pytest
-from parity import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
+from sameness import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
 from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
 from tokenyard.train.step import StepNumbers
 
