@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-# tests/distributed/parity.py, which tests import; ranks inherit the path, so they find it too.
+# tests/distributed/sameness.py, which tests import; ranks inherit the path, so they find it too.
 sys.path.append(str(Path(__file__).parent / "distributed"))
 
 

@@ -1,25 +1,27 @@
-"""What the tests of layouts share: train one model on a layout, and compare it with one process, in fp64.
+"""What the tests of layouts share: train one model on a layout, and compare it with one process, in fp64, as `tokenyard parity` does.
 
-Compared are losses, counts, every gradient of the first step, its norm, and the weights after three steps. Some targets are not
-counted, and one expert never gets a token. Import it as `parity`: tests/conftest.py puts this folder on the path, of ranks too.
+Compared are outputs, losses, counts, every gradient of the first step, norms, and the weights after three steps. Some targets are not
+counted, and one expert never gets a token. Import it as `sameness`: tests/conftest.py puts this folder on the path, of ranks too.
 """
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from tokenyard.moe.config import ModelConfig
-from tokenyard.moe.init import expert_biases
-from tokenyard.moe.model import Transformer
-from tokenyard.moe.tokens import Place
-from tokenyard.parallel.apply import Parallel, initialise, local, parallelize
+from tokenyard.parallel.apply import Parallel, local
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.gradients import gradient_of
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.pieces import Piece, whole
-from tokenyard.train.config import OptimizerConfig
-from tokenyard.train.optimizer import build_optimizer
-from tokenyard.train.step import Rows, StepNumbers, train_step
+from tokenyard.parity import layouts, observe
+from tokenyard.parity.compare import Reference, compare, reference_of
+from tokenyard.parity.finding import Finding, Key
+from tokenyard.parity.report import explained
+from tokenyard.parity.verdict import Verdict, judge, place
+from tokenyard.train.config import BatchConfig, Config, OptimizerConfig, Precision
+from tokenyard.train.session import build_parallel
+from tokenyard.train.step import Rows
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY, TOLERANCE = 3, 8, 12, 40, 1e-9
 
@@ -45,52 +47,83 @@ class Case(NamedTuple):
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
-    expected = reference(case)
-    parts = [train(layout, case)] if layout.world == 1 else ranks(layout.world, train, layout, case)
-    for numbers, reference_numbers in zip(parts[0]["steps"], expected["steps"], strict=True):
-        assert_equal(numbers, reference_numbers)
-    for rank in parts[1:]:
-        for numbers, of_rank_0 in zip(rank["steps"], parts[0]["steps"], strict=True):
-            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(numbers, of_rank_0, strict=True))
-    for kind in ("gradients", "weights"):
-        for name, value in assemble([part[kind] for part in parts]).items():
-            assert_close(value, expected[kind][name], f"{kind} of {name}")
+    expected = compared_with(case)
+    answers = [found(layout, case, expected)] if layout.world == 1 else ranks(layout.world, found, layout, case, expected)
+    assert_equal(verdict_of(spread(layout, case.micro_batches), answers))
 
 
-_references: dict[str, dict[str, Any]] = {}
+def assert_equal(verdict: Verdict) -> None:
+    assert verdict.equal, "\n".join(explained(verdict, set()))
 
 
-def reference(case: Case) -> dict[str, Any]:
-    """One process; weights and gradients are whole."""
+def verdict_of(layout: layouts.Layout, answers: list[tuple[list[Finding], dict[str, int]]]) -> Verdict:
+    places = [place(sizes, rank) for rank, (_, sizes) in enumerate(answers)]
+    return judge(layout, [findings for findings, _ in answers], places)
+
+
+def found(layout: Layout, case: Case, expected: Reference) -> tuple[list[Finding], dict[str, int]]:
+    """On a rank: how what it sees compares, and the sizes of the mesh."""
+    config = configured(layout, case)
+    return compare(seen(config, case), expected), build_mesh(config.parallel).sizes
+
+
+def seen(config: Config, case: Case) -> list[observe.Seen]:
+    prepare = favour_one_expert if case.equal_scores else starve_expert
+    return observe.observe(config, case.steps, prepare, functools.partial(global_batch, case))
+
+
+def compared_with(case: Case) -> Reference:
+    """One process."""
     if repr(case) not in _references:
-        result = train(Layout(1), case)
-        _references[repr(case)] = {**result, **{kind: assemble([result[kind]]) for kind in ("gradients", "weights")}}
+        _references[repr(case)] = reference_of(seen(configured(Layout(1), case), case))
     return _references[repr(case)]
 
 
-def train(layout: Layout, case: Case) -> dict[str, Any]:
-    """Three optimizer steps on this rank: their numbers, the first step's gradients and the last weights, by name and piece."""
-    parallel = build(layout, case.config)
-    (favour_one_expert if case.equal_scores else starve_expert)(parallel)
-    optimizer = build_optimizer(OptimizerConfig(lr=0.01), parallel)
-    steps, gradients = [], {}
-    for step in range(case.steps):
-        rows, place = rows_of(parallel, step, case), Place(seed=5, step=step + 1)
-        steps.append(train_step(parallel, optimizer, rows, lr=0.01, clip_norm=None, place=place))
-        if step == 0:
-            gradients = {name: (p.piece, gradient_of(p).clone()) for name, p in parallel.placed.items()}
-    weights = {name: (p.piece, local(p.parameter).detach().clone()) for name, p in parallel.placed.items()}
-    weights |= {name: (whole(bias.shape), bias.double()) for name, bias in expert_biases(parallel.model).items()}
-    return {"steps": steps, "gradients": gradients, "weights": weights}
+_references: dict[str, Reference] = {}
+
+
+def reference(case: Case) -> dict[str, Any]:
+    """One process: the numbers of its steps, its first gradients and last weights, whole and by name."""
+    tensors = compared_with(case).tensors
+    weights = {key.name: value for key, value in tensors.items() if key.kind == "weight" or key[:2] == (case.steps, "expert bias")}
+    return {
+        "steps": [numbers(tensors, step) for step in range(1, case.steps + 1)],
+        "gradients": {key.name: value for key, value in tensors.items() if key.kind == "gradient"},
+        "weights": weights,
+    }
+
+
+def numbers(tensors: dict[Key, torch.Tensor], step: int) -> Any:
+    """Those of one step, named as in StepNumbers."""
+
+    def of(kind: str) -> torch.Tensor:
+        values = [value for key, value in tensors.items() if key[:2] == (step, kind)]
+        return torch.stack(values) if values else torch.empty(0)
+
+    layers = {field: of(kind) for kind, field in observe.OF_LAYERS.items()}
+    rest = {"tokens": int(of("tokens")), "mtp_D": of("mtp cross entropy"), "gradient_norm": of("gradient norm")[0]}
+    return SimpleNamespace(**layers, **rest, cross_entropy=of("cross entropy")[0])
+
+
+def spread(layout: Layout, micro_batches: int = 1) -> layouts.Layout:
+    parallel = ParallelConfig(**{name: value for name, value in layout._asdict().items() if name != "world"})
+    return layouts.Layout(layout.world, parallel, micro_batches)
+
+
+def configured(layout: Layout, case: Case) -> Config:
+    config = Config(
+        seed=3,
+        sequence_length=LENGTH,
+        precision=Precision.fp64,
+        batch=BatchConfig(SEQUENCES),
+        model=case.config,
+        optimizer=OptimizerConfig(lr=0.01, clip_norm=None),
+    )
+    return spread(layout, case.micro_batches).applied(config)
 
 
 def build(layout: Layout, config: ModelConfig) -> Parallel:
-    with torch.device("meta"):
-        model = Transformer(config, torch.float64)
-    spread = ParallelConfig(tensor=layout.tensor, shard=layout.shard, expert=layout.expert, recompute=layout.recompute)
-    parallel = parallelize(model, build_mesh(spread), spread, torch.device("cpu"))
-    initialise(parallel, seed=3)
-    return parallel
+    return build_parallel(configured(layout, Case(config)), torch.device("cpu"))
 
 
 def starve_expert(parallel: Parallel) -> None:
@@ -111,38 +144,16 @@ def router_weights(parallel: Parallel) -> list[torch.Tensor]:
 
 
 def rows_of(parallel: Parallel, step: int, case: Case) -> list[Rows]:
-    """This rank's rows: a micro-step of all ranks is a run of the global batch."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
-    targets = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
-    targets[torch.rand(SEQUENCES, LENGTH, generator=generator) < 0.1] = -100
+    """This rank's rows of a global batch."""
+    config = configured(Layout(1), case)
+    config.batch.micro = SEQUENCES // case.micro_batches // parallel.mesh.data.size
+    return observe.rows_of(parallel, config, *global_batch(case, config, step))
+
+
+def global_batch(case: Case, config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, targets = observe.random_batch(config, step)
     targets[: case.idle_rows] = -100
-    data, rows = parallel.mesh.data, SEQUENCES // case.micro_batches // parallel.mesh.data.size
-    starts = range(data.rank * rows, SEQUENCES, rows * data.size)
-    return [Rows(ids[start : start + rows], targets[start : start + rows], start) for start in starts]
-
-
-def assemble(parts: list[dict[str, tuple[Piece, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from all ranks' pieces; every element must be there, and copies must agree."""
-    wholes = {}
-    for name in parts[0]:
-        total = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)
-        for piece, value in (part[name] for part in parts):
-            target = Piece(*piece).cut(total)
-            known = ~target.isnan()
-            assert torch.equal(target[known], value[known]), f"copies of {name} differ"
-            target.copy_(value)
-        assert not total.isnan().any(), f"a part of {name} is on no rank"
-        wholes[name] = total
-    return wholes
-
-
-def assert_equal(numbers: StepNumbers, expected: StepNumbers) -> None:
-    for field, value, reference_value in zip(StepNumbers._fields, numbers, expected, strict=True):
-        if isinstance(value, int) or not value.is_floating_point():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(reference_value)), field
-        else:
-            assert_close(value, reference_value, field)
+    return ids, targets
 
 
 def assert_close(value: torch.Tensor, expected: torch.Tensor, what: str) -> None:

@@ -72,10 +72,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: str) -> None:
-    assert_layout_gives_the_numbers_of_one_process(ranks, layout, CASES[name])
+PAIRS = [(list(LAYOUTS)[(index + shift) % len(LAYOUTS)], name) for index, name in enumerate(CASES) for shift in (0, 2)]
+"""Two layouts for each case, one of them at least with slices of heads and sequences."""
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_layout_gives_the_numbers_of_one_process(ranks, layout: str, name: str) -> None:
+    assert_layout_gives_the_numbers_of_one_process(ranks, LAYOUTS[layout], CASES[name])
+
+
+def test_each_case_is_sliced_and_each_layout_tried() -> None:
+    assert {name for layout, name in PAIRS if LAYOUTS[layout].tensor > 1} == set(CASES)
+    assert {layout for layout, _ in PAIRS} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("name", CASES)
