@@ -62,7 +62,7 @@ def _auxiliary(doubt: Doubt) -> Iterator[Hint]:
 def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
     """A hint for each number of the layout that the ratio, or 1 / ratio, is."""
     found = False
-    for name, number in _numbers(layout).items():
+    for name, number in numbers(layout).items():
         if _close(ratio * number, 1.0):
             found = True
             yield Hint(f"1 / {name}", f"{text.format(f'1/{number}')}, 1 / {name}: averaged where it must be summed?")
@@ -73,7 +73,8 @@ def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
         yield Hint(f"{ratio:.6g}", text.format(f"{ratio:.6g} times"))
 
 
-def _numbers(layout: Layout) -> dict[str, int]:
+def numbers(layout: Layout) -> dict[str, int]:
+    """What a layout has more than one of, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
     data = layout.ranks // layout.parallel.tensor
     counted = {"data ranks": data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
@@ -107,10 +108,19 @@ def _by_kind(doubt: Doubt) -> Iterator[Hint]:
         yield Hint(
             "bias per micro-batch", "it moves once a step, from the counts of the global batch: moved once per micro-batch here?"
         )
+    elif kind == "output" and doubt.layout.accumulation > 1 and _only_later_rows(doubt):
+        text = "the first micro-batch agrees and a later one does not: was an expert bias moved per micro-batch?"
+        yield Hint("bias per micro-batch", text)
     elif kind == "gradient norm":
         yield Hint("norm", "all gradients agree: are the squares added up over all ranks, and copies counted once?")
     elif kind == "weight":
         yield Hint("update", "losses, gradients and norms agree: look at clipping and the optimizer")
+
+
+def _only_later_rows(doubt: Doubt) -> bool:
+    """Whether each rank's first piece of the tensor, that of its first micro-batch, is right."""
+    firsts = [next(finding for finding in findings if finding[:3] == doubt.key) for findings in doubt.by_rank]
+    return not any(_differs(finding) for finding in firsts)
 
 
 def _of_key(doubt: Doubt) -> list[Finding]:

@@ -115,11 +115,10 @@ def _others(default: Any) -> list[Any]:
 
 def listed(text: str) -> list[Layout]:
     """The layouts of `[tensor=2 expert=2, shard=4 recompute]`. ConfigError for one that cannot be read."""
-    inside = text.removeprefix("[").removesuffix("]")
-    layouts = [_read(" ".join(part.split())) for part in inside.split(",") if part.strip()]
-    if not layouts or text[:1] + text[-1:] != "[]":
+    parts = [" ".join(part.split()) for part in text[1:-1].split(",") if part.strip()]
+    if not parts or text[:1] + text[-1:] != "[]":
         raise ConfigError.of("parity.layouts", text, "must be auto or a list of layouts", "parity.layouts='[shard=2, expert=2]'")
-    return layouts
+    return [_read(part) for part in parts]
 
 
 def _read(text: str) -> Layout:

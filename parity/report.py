@@ -40,7 +40,7 @@ class Report:
     def end(self, verdicts: list[Verdict], seconds: float) -> None:
         """The differences, and one line that says it all."""
         wrong = [verdict for verdict in verdicts if not verdict.equal]
-        causes = common_causes(wrong)
+        causes = common_causes(verdicts)
         for verdict in wrong[:3]:
             self._print("", *explained(verdict, causes))
         if len(wrong) > 3:
@@ -64,21 +64,23 @@ def explained(verdict: Verdict, causes: set[str]) -> list[str]:
     first = verdict.first
     if first is None:
         return _wrapped(f"{where}: {verdict.error}", "")
-    layer = f" (layer {layer_of(first.name)})" if layer_of(first.name) else ""
+    layer = f"({layer_of(first.name)})" if layer_of(first.name) else ""
     others = f", and on rank {', '.join(str(rank) for rank in first.ranks if rank != first.rank)}" if len(first.ranks) > 1 else ""
     size = f" by {first.difference:.2g}" if first.difference else ""
-    what = " ".join(filter(None, [first.kind, f"of {first.name}" if first.name else "", layer.strip()]))
+    what = " ".join(filter(None, [first.kind, f"of {first.name}" if first.name else "", layer]))
     lines = _wrapped(f"{where}: first in step {first.step} the {what} {first.fault}{size} on rank {first.rank}{others}", "")
     for hint in [hint for hint in verdict.hints if hint.cause in causes] or verdict.hints:
         lines += _wrapped(f"hint: {hint.text}", "  ")
     return lines
 
 
-def common_causes(wrong: list[Verdict]) -> set[str]:
-    """The causes that every layout that differs may have."""
-    causes = [{hint.cause for hint in verdict.hints} for verdict in wrong if verdict.first is not None]
-    return set.intersection(*causes) if causes else set()
+def common_causes(verdicts: list[Verdict]) -> set[str]:
+    """The causes that every layout that differs may have; a degree that a layout without a difference has too is none."""
+    causes = [{hint.cause for hint in verdict.hints} for verdict in verdicts if verdict.first is not None]
+    harmless = {name for verdict in verdicts if verdict.equal for name in verdict.numbers}
+    common = set.intersection(*causes) if causes else set()
+    return {cause for cause in common if cause.removeprefix("1 / ") not in harmless} or common
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, WIDE, initial_indent=indent, subsequent_indent=indent + "  ")
+    return textwrap.wrap(text, WIDE, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)

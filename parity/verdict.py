@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .config import TOLERANCE
 from .finding import KINDS, Finding
-from .hints import Doubt, Hint, hints
+from .hints import Doubt, Hint, hints, numbers
 from .layouts import Layout
 
 
@@ -37,6 +37,8 @@ class Verdict(NamedTuple):
     """The largest relative difference of each kind."""
     first: First | None = None
     hints: tuple[Hint, ...] = ()
+    numbers: tuple[str, ...] = ()
+    """What the layout has more than one of."""
     error: str = ""
     """Why there is no comparison: what a rank raised, or which did not answer."""
 
@@ -47,7 +49,8 @@ class Verdict(NamedTuple):
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         first = self.first and {**self.first._asdict(), "layer": layer_of(self.first.name)}
-        return {"equal": self.equal, **self._asdict(), "first": first, "hints": [hint.text for hint in self.hints]}
+        facts = {name: value for name, value in self._asdict().items() if name != "numbers"}
+        return {"equal": self.equal, **facts, "first": first, "hints": [hint.text for hint in self.hints]}
 
 
 def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, int]], seconds: float = 0.0) -> Verdict:
@@ -61,7 +64,7 @@ def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, i
         differences[kind] = max(differences[kind], *(finding.difference for _, finding in group))
     first = next((found for key, group in groups.items() if (found := _fault(key, group)) is not None), None)
     if first is None:
-        return Verdict(layout.text, layout.ranks, seconds, differences)
+        return Verdict(layout.text, layout.ranks, seconds, differences, numbers=tuple(numbers(layout)))
     doubt = Doubt(layout, by_rank, places, (first.step, first.kind, first.name))
     return Verdict(layout.text, layout.ranks, seconds, differences, first, tuple(hints(doubt)))
 
@@ -77,9 +80,10 @@ def place(sizes: dict[str, int], rank: int) -> dict[str, int]:
 
 
 def layer_of(name: str) -> str:
-    """`layers.2`, `mtp.0` or nothing."""
+    """In words, of a parameter's or module's name; empty if it is in none."""
     head, _, rest = name.partition(".")
-    return f"{head}.{rest.partition('.')[0]}" if head in ("layers", "mtp") else ""
+    words = {"layers": "layer", "mtp": "mtp module"}
+    return f"{words[head]} {rest.partition('.')[0]}" if head in words else ""
 
 
 def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First | None:

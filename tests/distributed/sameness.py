@@ -1,7 +1,7 @@
-"""What the tests of layouts share: train one model on a layout, and compare it with one process, in fp64, as `tokenyard parity` does.
+"""What the tests of layouts share: train one model on a layout, and compare it with one process as `tokenyard parity` does.
 
-Compared are outputs, losses, counts, every gradient of the first step, norms, and the weights after three steps. Some targets are not
-counted, and one expert never gets a token. Import it as `sameness`: tests/conftest.py puts this folder on the path, of ranks too.
+Some targets are not counted, and one expert never gets a token.
+Import it as `sameness`: tests/conftest.py puts this folder on the path, of ranks too.
 """
 
 import functools
