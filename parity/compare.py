@@ -65,8 +65,9 @@ def _finding(seen: Seen, reference: Reference) -> Finding:
     if ratio is None and not difference <= TOLERANCE and key.kind == "gradient" and key.name in reference.auxiliary:
         part = piece.cut(reference.auxiliary[key.name])
         auxiliary = _factor(value - (expected - part), part, scale)
-    place = map(list, piece)
-    return Finding(*key, *place, difference if math.isfinite(difference) else 1e300, _digest(tensor), ratio, auxiliary)
+    shape, offsets, sizes = map(list, piece)
+    finite = difference if math.isfinite(difference) else 1e300  # JSON has no infinity
+    return Finding(*key, shape, offsets, sizes, finite, _digest(tensor), ratio, auxiliary)
 
 
 def _factor(value: Tensor, expected: Tensor, scale: float = 0.0) -> float | None:

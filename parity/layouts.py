@@ -161,7 +161,7 @@ def _splits(world: int) -> Iterator[Layout]:
     degrees = [name for name in DEGREES if hasattr(ParallelConfig, name)]
     divisors = [degree for degree in range(1, world + 1) if world % degree == 0]
     for values in itertools.product(divisors, repeat=len(degrees)):
-        parallel = ParallelConfig(**dict(zip(degrees, values, strict=True)))
+        parallel = dataclasses.replace(ParallelConfig(), **dict(zip(degrees, values, strict=True)))
         if world % (parallel.shard * parallel.tensor) == 0:
             yield Layout(world, parallel)
 

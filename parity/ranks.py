@@ -160,7 +160,8 @@ class Ranks:
 
 def _done(running: Running) -> Done:
     answers = [running.answers.get(rank, {}) for rank in running.ranks]
-    errors = [f"rank {place}: {answer['error']}" for place, answer in enumerate(answers) if "error" in answer]
+    failed = [(rank, answer) for rank, answer in running.answers.items() if "error" in answer]  # as they came
+    errors = [f"rank {running.ranks.index(rank)}: {answer['error']}" for rank, answer in failed]
     if not errors and running.missing:
         late = ", ".join(str(running.ranks.index(rank)) for rank in running.missing)
         errors = [f"no answer from rank {late} within {running.job.limit:g} s"]

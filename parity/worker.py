@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..parallel.mesh import build_mesh
 from ..train.config import Config
-from ..train.plain import config_from_plain
+from ..train.plain import config_from_plain, plain_config
 from .compare import Reference, compare, reference_of
 from .finding import Key
 from .observe import observe
@@ -65,8 +66,6 @@ def write_reference(config: Config, steps: int, path: Path) -> None:
 
 def read_reference(path: Path) -> Reference:
     """What `write_reference` wrote; the file is mapped, so ranks share its memory."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         scales = {_key(name): scale for name, scale in json.loads(file.metadata()["scales"]).items()}
     tensors = load_file(path)
@@ -76,16 +75,10 @@ def read_reference(path: Path) -> Reference:
 
 def without_auxiliary(config: Config) -> Config:
     """The same run, trained on cross entropy alone."""
-    changed = config_from_plain(_plain(config))
+    changed = config_from_plain(plain_config(config))
     moe = changed.model.moe
     moe.z_coefficient = moe.balance.coefficient = moe.balance.sequence_coefficient = moe.balance.importance_coefficient = 0.0
     return changed
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    from ..train.plain import plain_config
-
-    return plain_config(config)
 
 
 def _key(name: str) -> Key:
@@ -102,10 +95,9 @@ def _world(rank: int, world: int, meeting: str, seconds: float) -> Iterator[None
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: the others would fail of the closed connection, and their errors would hide the first.
+    dist.destroy_process_group()
 
 
 def _end_with_parent(parent: int) -> None:
