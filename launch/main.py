@@ -39,6 +39,22 @@ def train(argv: list[str]) -> int:
     return train_verb(argv)
 
 
+def parity(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard parity",
+        usage="%(prog)s [-h] [--json] [group=option ...] [key=value ...] [parity.key=value ...]",
+        description="Trains a model, made small, as one process and on many layouts, in fp64, and compares all numbers.",
+        epilog="parity.layouts=auto|'[tensor=2 expert=2, shard=4 recompute]' parity.ranks=4 parity.steps=3 parity.shrink=true. "
+        "Exit code 0: equal; 1: a layout differs; 2: a wrong configuration.",
+    )
+    parser.add_argument("words", nargs="*", help="overrides as for tokenyard train")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, the table on standard error")
+    arguments, flags = parser.parse_known_intermixed_args(argv)
+    from ..parity.command import parity_command
+
+    return parity_command([*arguments.words, *flags], arguments.json)
+
+
 def generate(argv: list[str]) -> int:
     parser = OneLineParser("tokenyard generate", description="Continues a prompt with the model of a checkpoint.")
     parser.add_argument("checkpoint", help="folder of a checkpoint")
@@ -111,6 +127,7 @@ def export(argv: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "parity": parity,
     "generate": generate,
     "evaluate": evaluate,
     "import": import_,
@@ -121,6 +138,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
 
   tokenyard train [group=option ...] [key=value ...]     train a model; -m sweeps, --cfg job prints the configuration
+  tokenyard parity [group=option ...] [key=value ...]    one model on many layouts: the same numbers, or where they differ
   tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
   tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder

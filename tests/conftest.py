@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Where modules are that tests import (parity.py, their_weights.py); ranks inherit the path, so they find them too.
+# Where modules are that tests import (sameness.py, their_weights.py); ranks inherit the path, so they find them too.
 sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe")]
 
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ALLOWED = {
     "": {"launch", "train", "interop", "moe"},
-    "launch": {"train", "interop"},
+    "launch": {"train", "interop", "parity"},
+    "parity": {"train", "parallel", "data", "moe"},
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
     "interop": {"moe", "train.checkpoint", "parallel.pieces", "data.tokenizer"},

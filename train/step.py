@@ -68,11 +68,16 @@ def train_step(
     reduce_gradients(parallel)
     numbers = add_up(parallel, shares, totals, squared_norm(parallel))
     if clip_norm is not None:
-        scale_gradients(parallel, (clip_norm / (numbers.gradient_norm + 1e-6)).clamp(max=1.0))
+        scale_gradients(parallel, clip_factor(numbers.gradient_norm, clip_norm))
     set_learning_rate(optimizer, lr)
     optimizer.step()
     update_expert_biases(parallel, numbers.counts_LE)
     return numbers
+
+
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None = None) -> Losses:

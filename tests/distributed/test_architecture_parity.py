@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import (
+from sameness import (
     LENGTH,
     SEQUENCES,
     VOCABULARY,
@@ -29,6 +29,7 @@ from tokenyard.moe.config import (
     RopeConfig,
     RopeScaling,
 )
+from tokenyard.train.config import Precision
 
 LAYOUTS = {
     "tensor 2": Layout(2, tensor=2),
@@ -81,10 +82,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: str) -> None:
-    assert_layout_gives_the_numbers_of_one_process(ranks, layout, CASES[name])
+PAIRS = [(list(LAYOUTS)[(index + shift) % len(LAYOUTS)], name) for index, name in enumerate(CASES) for shift in (0, 2)]
+"""Two layouts for each case, one of them at least with slices of heads and sequences."""
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_layout_gives_the_numbers_of_one_process(ranks, layout: str, name: str) -> None:
+    assert_layout_gives_the_numbers_of_one_process(ranks, LAYOUTS[layout], CASES[name])
+
+
+def test_each_case_is_sliced_and_each_layout_tried() -> None:
+    assert {name for layout, name in PAIRS if LAYOUTS[layout].tensor > 1} == set(CASES)
+    assert {layout for layout, _ in PAIRS} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,7 +109,7 @@ def logits_in_bf16(layout: Layout, config: ModelConfig) -> torch.Tensor:
     """Of the same rows on every rank."""
     with torch.no_grad():
         ids_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-        return build(layout, config, torch.bfloat16).model(ids_BS)
+        return build(layout, config, Precision.bf16).model(ids_BS)
 
 
 @pytest.mark.parametrize("name", CASES)

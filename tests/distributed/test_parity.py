@@ -6,9 +6,8 @@ Both losses are on, one expert never gets a token, some targets are not counted,
 from typing import Any
 
 import pytest
-from parity import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
+from sameness import LENGTH, SEQUENCES, VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
 from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
-from tokenyard.train.step import StepNumbers
 
 LAYOUTS = {
     "one process, recompute": Layout(1, recompute=True),
@@ -55,16 +54,30 @@ CASES = {
 }
 
 
+PAIRS = [
+    (layout, case_name)
+    for index, layout in enumerate(LAYOUTS)
+    for case_name in {list(CASES)[(index + shift + index // 6) % len(CASES)] for shift in (0, 2)}
+]
+"""Two cases for each layout, and layouts of all kinds for each case: all of them together take minutes."""
+
+
+@pytest.mark.parametrize(("layout", "name"), sorted(PAIRS))
+def test_layout_gives_the_numbers_of_one_process(ranks, layout: str, name: str) -> None:
+    assert_layout_gives_the_numbers_of_one_process(ranks, LAYOUTS[layout], CASES[name])
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: str) -> None:
-    assert_layout_gives_the_numbers_of_one_process(ranks, layout, CASES[name])
+def test_each_case_meets_each_way_to_split(name: str) -> None:
+    met = [LAYOUTS[layout] for layout, case_name in PAIRS if case_name == name]
+    assert all(any(getattr(layout, degree) > 1 for layout in met) for degree in ("tensor", "shard", "expert"))
+    assert {layout for layout, _ in PAIRS} == set(LAYOUTS)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_is_worth_comparing_with(name: str) -> None:
     expected = reference(CASES[name])
-    first: StepNumbers = expected["steps"][0]
+    first = expected["steps"][0]
     assert all(gradient.abs().max() > 0 for name, gradient in expected["gradients"].items() if "experts" not in name)
     assert (first.counts_LE.amin(1) == 0).all(), "no expert without tokens"
     assert (first.balance_L > 0.99).all() and (first.z_L > 0).all()

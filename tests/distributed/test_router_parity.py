@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import VOCABULARY, Case, Layout, assert_close, assert_layout_gives_the_numbers_of_one_process, reference
 from router_cases import RANDOM, ROUTERS
+from sameness import VOCABULARY, Case, Layout, assert_close, assert_layout_gives_the_numbers_of_one_process, reference
 from tokenyard.moe.config import ModelConfig, MoEConfig, Scope, Selection
 
 LAYOUTS = {
@@ -17,10 +17,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_layout_gives_the_numbers_of_one_process(ranks: Any, layout: Layout, name: str) -> None:
-    assert_layout_gives_the_numbers_of_one_process(ranks, layout, case(ROUTERS[name]))
+PAIRS = [
+    (layout, name)
+    for index, name in enumerate(ROUTERS)
+    for layout in (("tensor 2", "tensor 2 x expert 2, recompute")[index % 2], ("expert 4", "replicate 2 x shard 2")[index // 2 % 2])
+]
+"""For each router one layout that slices sequences and one that does not."""
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_layout_gives_the_numbers_of_one_process(ranks: Any, layout: str, name: str) -> None:
+    assert_layout_gives_the_numbers_of_one_process(ranks, LAYOUTS[layout], case(ROUTERS[name]))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

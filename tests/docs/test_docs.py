@@ -17,6 +17,8 @@ from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
+from tokenyard.parity.command import planned
+from tokenyard.parity.config import split_settings
 from tokenyard.train.arguments import parse_arguments
 from tokenyard.train.compose import CONF, compose
 from tokenyard.train.config import Launcher
@@ -28,7 +30,7 @@ from tokenyard.train.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|tests|train"
+FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|tests|train"
 MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "events.jsonl", "manifest.json"}
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
@@ -93,7 +95,8 @@ def test_every_dotted_name_is_a_setting_or_in_the_code() -> None:
 
 @pytest.mark.parametrize("text", sorted({s.text for s in spans() if re.fullmatch(r"([\w.]+=\S+ ?)+", s.text)} - PLACEHOLDERS))
 def test_every_override_composes(text: str) -> None:
-    compose([word for word in shlex.split(text) if not word.startswith("launch.ranks=")])
+    _, overrides = split_settings(shlex.split(text))
+    compose([word for word in overrides if not word.startswith("launch.ranks=")])
 
 
 @pytest.mark.parametrize("command", commands())
@@ -111,6 +114,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
         case ["tokenyard", "params", *arguments]:
             own = [word for word in arguments if word not in ("HF_FOLDER", ">", "docs/models.md", "model=NAME")]
             assert main(["params", *(own or ["model=default"])]) == 0
+        case ["tokenyard", "parity", *arguments]:
+            assert planned(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
         case ["tokenyard", *arguments]:

@@ -1,0 +1,1 @@
+"""`tokenyard parity`: one model on many layouts, the same numbers or a named difference."""

@@ -1,0 +1,89 @@
+"""What a rank saw against what one process saw: a finding for each tensor, of plain values that can be sent."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from .config import TOLERANCE
+from .finding import Finding, Key
+from .observe import Seen
+
+FLOOR = 1e-6
+"""A tensor whose largest element is below this share of the largest of its kind is measured by that share: it may be rounding."""
+
+
+class Reference(NamedTuple):
+    """Global tensors of one process, and what each is measured by."""
+
+    tensors: dict[Key, Tensor]
+    scales: dict[Key, float]
+    auxiliary: dict[str, Tensor]
+    """The part of each parameter's first gradient that the auxiliary losses make, by the parameter's name."""
+
+
+def reference_of(seen: Iterable[Seen], without_auxiliary: Iterable[Seen] = ()) -> Reference:
+    """Of one process: `seen`, and the same run (or its first step) without auxiliary losses, for hints."""
+    tensors = assembled(seen)
+    largest: dict[tuple[int, str], float] = {}
+    sizes = {key: _largest(tensor) for key, tensor in tensors.items()}
+    for key, size in sizes.items():
+        largest[key[:2]] = max(size, largest.get(key[:2], 0.0))
+    scales = {key: max(size, FLOOR * largest[key[:2]], 1e-30) for key, size in sizes.items()}
+    plain = {key.name: tensor for key, tensor in assembled(without_auxiliary).items() if key.kind == "gradient"}
+    auxiliary = {name: tensors[Key(1, "gradient", name)] - tensor for name, tensor in plain.items()}
+    return Reference(tensors, scales, auxiliary)
+
+
+def assembled(seen: Iterable[Seen]) -> dict[Key, Tensor]:
+    """Whole tensors, in fp64 if they are not whole numbers, from the pieces that one process saw."""
+    wholes: dict[Key, Tensor] = {}
+    for key, piece, tensor in seen:
+        wide = tensor.double() if tensor.is_floating_point() else tensor
+        if key not in wholes:
+            wholes[key] = wide.new_zeros(piece.shape)
+        piece.cut(wholes[key]).copy_(wide)
+    return wholes
+
+
+def compare(seen: Iterable[Seen], reference: Reference) -> list[Finding]:
+    """A finding for each tensor of this rank, in the order in which they were computed."""
+    return [_finding(each, reference) for each in seen]
+
+
+def _finding(seen: Seen, reference: Reference) -> Finding:
+    key, piece, tensor = seen
+    expected, scale = piece.cut(reference.tensors[key]).double(), reference.scales[key]
+    value = tensor.double()
+    difference = _largest(value - expected) / scale
+    ratio = auxiliary = None
+    if not difference <= TOLERANCE:
+        ratio = _factor(value, expected)
+    if ratio is None and not difference <= TOLERANCE and key.kind == "gradient" and key.name in reference.auxiliary:
+        part = piece.cut(reference.auxiliary[key.name])
+        auxiliary = _factor(value - (expected - part), part, scale)
+    shape, offsets, sizes = map(list, piece)
+    finite = difference if math.isfinite(difference) else 1e300  # JSON has no infinity
+    return Finding(*key, shape, offsets, sizes, finite, _digest(tensor), ratio, auxiliary)
+
+
+def _factor(value: Tensor, expected: Tensor, scale: float = 0.0) -> float | None:
+    """What `expected` is multiplied by, if `value` is a multiple of it to within the tolerance."""
+    square = expected.square().sum()
+    if not square > 0:
+        return None
+    factor = float((value * expected).sum() / square)
+    measure = max(_largest(expected), scale) * max(1.0, abs(factor))
+    return factor if _largest(value - factor * expected) <= TOLERANCE * measure else None
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.contiguous().reshape(-1)
+    return xxhash.xxh3_64_hexdigest(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else ""

@@ -1,0 +1,139 @@
+"""What a difference looks like: a factor that is a degree of the layout, copies that were not added up, and the like."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .config import TOLERANCE
+from .finding import Finding
+from .layouts import DEGREES, Layout
+
+
+class Doubt(NamedTuple):
+    """A layout that differs, all that its ranks found, and the first tensor that differs."""
+
+    layout: Layout
+    by_rank: list[list[Finding]]
+    places: list[dict[str, int]]
+    key: tuple[int, str, str]
+
+
+class Hint(NamedTuple):
+    """`cause` is short, the same for all layouts that differ for one reason."""
+
+    cause: str
+    text: str
+
+
+def hints(doubt: Doubt) -> list[Hint]:
+    """The likeliest first; none if it looks like nothing known."""
+    found = list(_scaled_by_rank(doubt)) or [*_factors(doubt), *_auxiliary(doubt), *_not_added_up(doubt)]
+    return found or list(_by_kind(doubt))
+
+
+def _scaled_by_rank(doubt: Doubt) -> Iterator[Hint]:
+    """All gradients of a rank have one factor, and each rank has its own."""
+    if doubt.key[1] != "gradient":
+        return
+    of_ranks = [[f.ratio or (0.0 if _differs(f) else 1.0) for f in rank if _is_gradient(f)] for rank in doubt.by_rank]
+    factors = [ratios[0] for ratios in of_ranks if ratios]
+    if all(_close(ratio, ratios[0]) for ratios in of_ranks for ratio in ratios) and not _close(min(factors), max(factors)):
+        shown = ", ".join(f"{factor:.3g}" for factor in factors)
+        yield Hint(
+            "clipping", f"each rank multiplies all its gradients by a factor of its own ({shown}): clipped by the rank's own norm?"
+        )
+
+
+def _factors(doubt: Doubt) -> Iterator[Hint]:
+    ratios = [finding.ratio for finding in _of_key(doubt) if _differs(finding)]
+    if not ratios or any(ratio is None or not _close(ratio, ratios[0] or 0.0) for ratio in ratios):
+        return
+    yield from _named(ratios[0] or 0.0, doubt.layout, "exactly {} of what one process has")
+
+
+def _auxiliary(doubt: Doubt) -> Iterator[Hint]:
+    factors = [finding.auxiliary for finding in _of_key(doubt) if _differs(finding)]
+    if not factors or any(factor is None or not _close(factor, factors[0] or 0.0) for factor in factors):
+        return
+    yield from _named(
+        factors[0] or 0.0, doubt.layout, "cross entropy's part is right, that of balance losses and z-loss is exactly {}"
+    )
+
+
+def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
+    """A hint for each number of the layout that the ratio, or 1 / ratio, is."""
+    found = False
+    for name, number in numbers(layout).items():
+        if _close(ratio * number, 1.0):
+            found = True
+            yield Hint(f"1 / {name}", f"{text.format(f'1/{number}')}, 1 / {name}: averaged where it must be summed?")
+        if _close(ratio, float(number)):
+            found = True
+            yield Hint(name, f"{text.format(f'{number} times')}, {name}: counted more than once?")
+    if not found:
+        yield Hint(f"{ratio:.6g}", text.format(f"{ratio:.6g} times"))
+
+
+def numbers(layout: Layout) -> dict[str, int]:
+    """What a layout has more than one of, by name."""
+    degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
+    data = layout.ranks // layout.parallel.tensor
+    counted = {"data ranks": data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
+    passes = {"forward passes with recomputation": 1 + layout.parallel.recompute}
+    return {name: number for name, number in (degrees | counted | passes).items() if number > 1}
+
+
+def _not_added_up(doubt: Doubt) -> Iterator[Hint]:
+    """Dimensions of the grid in which neighbours hold copies that disagree."""
+    name, found = doubt.key[2], {}
+    held = [(rank, f) for rank, findings in enumerate(doubt.by_rank) for f in findings if f[:3] == doubt.key]
+    for rank, finding in held:
+        for other, copy in held:
+            if other > rank and copy[4:6] == finding[4:6] and copy.digest != finding.digest:
+                for dim in _apart(doubt.places[rank], doubt.places[other], ".experts." in name):
+                    found.setdefault(dim, (rank, other))
+    for dim, (rank, other) in found.items():
+        what = "each its own part: not summed" if doubt.key[1] == "gradient" else "which must be one value"
+        yield Hint(f"not added up over {dim}", f"ranks {rank} and {other} hold copies that disagree, {what} over the {dim} ranks?")
+
+
+def _apart(one: dict[str, int], other: dict[str, int], experts: bool) -> list[str]:
+    """The dimension in which two ranks differ, if it is the only one of their grid."""
+    dims = [dim for dim in one if dim.startswith("expert") == experts and one[dim] != other[dim]]
+    return dims if len(dims) == 1 else []
+
+
+def _by_kind(doubt: Doubt) -> Iterator[Hint]:
+    kind = doubt.key[1]
+    if kind == "expert bias" and doubt.layout.accumulation > 1:
+        yield Hint(
+            "bias per micro-batch", "it moves once a step, from the counts of the global batch: moved once per micro-batch here?"
+        )
+    elif kind == "output" and doubt.layout.accumulation > 1 and _only_later_rows(doubt):
+        text = "the first micro-batch agrees and a later one does not: was an expert bias moved per micro-batch?"
+        yield Hint("bias per micro-batch", text)
+    elif kind == "gradient norm":
+        yield Hint("norm", "all gradients agree: are the squares added up over all ranks, and copies counted once?")
+    elif kind == "weight":
+        yield Hint("update", "losses, gradients and norms agree: look at clipping and the optimizer")
+
+
+def _only_later_rows(doubt: Doubt) -> bool:
+    """Whether each rank's first piece of the tensor, that of its first micro-batch, is right."""
+    firsts = [next(finding for finding in findings if finding[:3] == doubt.key) for findings in doubt.by_rank]
+    return not any(_differs(finding) for finding in firsts)
+
+
+def _of_key(doubt: Doubt) -> list[Finding]:
+    return [finding for findings in doubt.by_rank for finding in findings if finding[:3] == doubt.key]
+
+
+def _is_gradient(finding: Finding) -> bool:
+    return finding.kind == "gradient" and bool(finding.digest)
+
+
+def _differs(finding: Finding) -> bool:
+    return not finding.difference <= TOLERANCE
+
+
+def _close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))

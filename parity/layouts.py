@@ -1,0 +1,186 @@
+"""Which layouts are compared: those that the user lists, or all that the rules of the configuration allow."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from ..data.config import TokenizerConfig
+from ..moe.config import MoEConfig, Scope, Selection
+from ..parallel.config import ParallelConfig
+from ..train.compose import compose
+from ..train.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
+from ..train.rules import broken_rules
+from ..train.schema import written
+from ..train.validate import nearest_valid
+
+DEGREES = ("shard", "tensor", "expert", "expert_tensor")
+"""The settings of `parallel` that say over how many ranks something is spread, those that there are."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`ranks` ranks, of which those replicate that `parallel` leaves over."""
+
+    ranks: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    accumulation: int = 1
+    """Micro-batches of each rank in a step."""
+
+    @property
+    def replicate(self) -> int:
+        return self.ranks // (self.parallel.shard * self.parallel.tensor)
+
+    @property
+    def text(self) -> str:
+        """As in parity.layouts; what has its default is left out."""
+        changed = {"replicate": self.replicate, **_settings(self.parallel), "accumulation": self.accumulation}
+        default = {"replicate": 1, **_settings(ParallelConfig()), "accumulation": 1}
+        words = (name if value is True else f"{name}={written(value)}" for name, value in changed.items() if value != default[name])
+        return " ".join(words) or "one process"
+
+    def applied(self, config: Config) -> Config:
+        """`config` on this layout."""
+        data = self.ranks // self.parallel.tensor
+        micro = max(1, config.batch.sequences // data // self.accumulation)
+        batch = BatchConfig(config.batch.sequences, micro)
+        return dataclasses.replace(config, parallel=self.parallel, batch=batch)
+
+
+def prepared(config: Config) -> Config:
+    """In fp64, and without what parity does not need: corpus, tokenizer, launcher. ConfigError for what cannot be compared."""
+    _refuse_rank_scopes(config.model.moe)
+    neutral = TokenizerConfig(path="none")  # ids are random: no tokenizer has to fit the vocabulary
+    changed = dataclasses.replace(
+        config, precision=Precision.fp64, compile=False, tokenizer=neutral, launch=LaunchConfig(), parallel=ParallelConfig()
+    )
+    refuse_broken(changed, 1)
+    return changed
+
+
+def refuse_broken(config: Config, world: int) -> None:
+    """ConfigError for the first rule that `config` breaks on `world` ranks."""
+    broken = next(broken_rules(config, world), None)
+    if broken is not None:
+        value: Any = config
+        for name in broken.key.split("."):
+            value = getattr(value, name)
+        raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
+
+
+def legal(config: Config, layout: Layout) -> bool:
+    """Whether no rule forbids it, and each rank has a sequence for every micro-batch."""
+    applied = layout.applied(config)
+    if next(broken_rules(applied, layout.ranks), None) is not None:
+        return False
+    return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * (layout.ranks // layout.parallel.tensor)
+
+
+def automatic(config: Config, ranks: int) -> list[Layout]:
+    """All legal splits of 1, 2, 4, ... `ranks` ranks; and each option on the most mixed split of each number of ranks."""
+    worlds = [1 << power for power in range(ranks.bit_length())]
+    found: list[Layout] = []
+    for world in worlds:
+        splits = [layout for layout in _splits(world) if legal(config, layout)]
+        found += [layout for layout in splits if layout != Layout()]
+        for accumulation, changes in options(most=world == worlds[-1]):
+            variants = (
+                Layout(world, dataclasses.replace(base.parallel, **changes), accumulation)
+                for base in sorted(splits, key=_mixed, reverse=True)
+            )
+            found += itertools.islice((layout for layout in variants if legal(config, layout)), 1)
+    return found
+
+
+def options(most: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Micro-batches and changed settings: each switch and choice of `parallel`, and accumulation; for the `most` ranks together."""
+    yield 2, {}
+    for name, default in _settings(ParallelConfig()).items():
+        for value in [] if name in DEGREES else _others(default):
+            yield 1, {name: value}
+            if most:
+                yield 2, {name: value}
+
+
+def _others(default: Any) -> list[Any]:
+    """The values that a switch, a choice or a small number may have beside its default; the rules decide which are legal."""
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, Enum):
+        return [value for value in type(default) if value is not default]
+    return [value for value in range(1, default + 2) if value != default] if isinstance(default, int) else []
+
+
+def listed(text: str) -> list[Layout]:
+    """The layouts of `[tensor=2 expert=2, shard=4 recompute]`. ConfigError for one that cannot be read."""
+    parts = [" ".join(part.split()) for part in text[1:-1].split(",") if part.strip()]
+    if not parts or text[:1] + text[-1:] != "[]":
+        raise ConfigError.of("parity.layouts", text, "must be auto or a list of layouts", "parity.layouts='[shard=2, expert=2]'")
+    return [_read(part) for part in parts]
+
+
+def _read(text: str) -> Layout:
+    """`replicate` and `accumulation` are ours, the rest are settings of `parallel`; a switch may stand alone."""
+    pairs = dict((word if "=" in word else f"{word}=true").split("=", 1) for word in text.split())
+    own = {name: pairs.pop(name, "1") for name in ("replicate", "accumulation")}
+    for name, value in own.items():
+        if not value.isdecimal() or int(value) < 1:
+            raise ConfigError.of("parity.layouts", f"[{text}]", f"{name} must be an integer from 1 on", f"[{name}=2]")
+    try:
+        parallel = compose([f"parallel.{name}={value}" for name, value in pairs.items()]).parallel
+    except ConfigError as error:
+        raise ConfigError(f"parity.layouts=[{text}]: {error}") from error
+    return Layout(int(own["replicate"]) * parallel.shard * parallel.tensor, parallel, int(own["accumulation"]))
+
+
+def checked(config: Config, layout: Layout, most: int = 8) -> Layout:
+    """`layout`, on as many ranks as its experts need. ConfigError if no rule-abiding number of ranks is found."""
+    unit = layout.ranks
+    sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, most // unit + 1))]
+    for candidate in sizes if layout.replicate == 1 else sizes[:1]:
+        if legal(config, candidate):
+            return candidate
+    wide = max(sizes[0].ranks, *(getattr(layout.parallel, name, 1) for name in DEGREES))
+    at_fault = dataclasses.replace(layout, ranks=wide)
+    try:
+        refuse_broken(at_fault.applied(config), at_fault.ranks)
+    except ConfigError as error:
+        raise ConfigError(f"parity.layouts=[{layout.text}]: {error}") from error
+    rule = f"batch.sequences={config.batch.sequences} does not divide into its data ranks and micro-batches"
+    raise ConfigError.of("parity.layouts", f"[{layout.text}]", rule, f"batch.sequences={2 * wide * layout.accumulation}")
+
+
+def sees_accumulation(config: MoEConfig) -> bool:
+    """Whether something is counted over a micro-batch of all ranks, so that accumulation is a choice of its own."""
+    return Scope.batch in (config.balance.scope, config.capacity.scope)
+
+
+def _splits(world: int) -> Iterator[Layout]:
+    degrees = [name for name in DEGREES if hasattr(ParallelConfig, name)]
+    divisors = [degree for degree in range(1, world + 1) if world % degree == 0]
+    for values in itertools.product(divisors, repeat=len(degrees)):
+        parallel = dataclasses.replace(ParallelConfig(), **dict(zip(degrees, values, strict=True)))
+        if world % (parallel.shard * parallel.tensor) == 0:
+            yield Layout(world, parallel)
+
+
+def _mixed(layout: Layout) -> tuple[int, int]:
+    degrees = [getattr(layout.parallel, name, 1) for name in DEGREES]
+    return sum(degree > 1 for degree in degrees), layout.parallel.expert
+
+
+def _settings(parallel: ParallelConfig) -> dict[str, Any]:
+    """Without what changes no number."""
+    return {name: value for name, value in vars(parallel).items() if not isinstance(value, float)}
+
+
+def _refuse_rank_scopes(config: MoEConfig) -> None:
+    balance, capacity = config.balance, config.capacity
+    counted = balance.coefficient or balance.importance_coefficient or config.router.selection is Selection.sinkhorn
+    rule = "counts what one rank has, so no two layouts can agree"
+    if balance.scope is Scope.rank and counted:
+        raise ConfigError.of("model.moe.balance.scope", "rank", rule, "model.moe.balance.scope=sequence")
+    if capacity.scope is Scope.rank and (capacity.factor is not None or capacity.schedule):
+        raise ConfigError.of("model.moe.capacity.scope", "rank", rule, "model.moe.capacity.scope=sequence")

@@ -1,0 +1,142 @@
+"""What one rank sees of the first steps of a run: outputs, losses, counts, gradients, norm and weights, in order of computation.
+
+Each tensor comes with the piece of a global tensor that it is, so that a rank can compare it with what one process has.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.batches import IGNORE
+from ..moe.init import expert_biases
+from ..moe.tokens import Place
+from ..parallel.apply import Parallel, local
+from ..parallel.gradients import gradient_of
+from ..parallel.pieces import Piece, whole
+from ..train.config import Config
+from ..train.optimizer import build_optimizer
+from ..train.session import build_parallel
+from ..train.step import Rows, StepNumbers, clip_factor, train_step
+from .finding import Key
+
+
+class Seen(NamedTuple):
+    """A tensor of this rank, and which piece of the global one it is."""
+
+    key: Key
+    piece: Piece
+    tensor: Tensor
+
+
+OF_LAYERS = {
+    "count per expert": "counts_LE",
+    "dropped": "dropped_L",
+    "balance loss": "balance_L",
+    "sequence balance loss": "sequence_L",
+    "importance loss": "importance_L",
+    "z-loss": "z_L",
+}
+
+Batch = Callable[[Config, int], tuple[Tensor, Tensor]]
+"""From configuration and step (from 0) to the global batch: ids and targets, both (B, S)."""
+
+
+def observe(
+    config: Config, steps: int, prepare: Callable[[Parallel], None] | None = None, batch: Batch | None = None
+) -> list[Seen]:
+    """Train on this rank of the current world. Collective.
+
+    `prepare` may change the first weights, `batch` says what is trained on (None: random tokens). Gradients are those before
+    clipping. Gradients are kept of the first step, weights of the last.
+    """
+    parallel = build_parallel(config, torch.device("cpu"))
+    if prepare is not None:
+        prepare(parallel)
+    optimizer, seen = build_optimizer(config.optimizer, parallel), []
+    clip_norm = config.optimizer.clip_norm
+    for step in range(1, steps + 1):
+        rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
+        with watched(parallel, rows, step) as outputs:
+            numbers = train_step(parallel, optimizer, rows, config.optimizer.lr, clip_norm, Place(config.seed, step))
+        seen += [*(outputs if step == 1 else []), *reported(parallel, numbers, step)]
+        if step == 1:
+            factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)
+            seen += gradients(parallel, factor)
+        seen.append(_whole(Key(step, "gradient norm", ""), numbers.gradient_norm))
+        seen += [_whole(Key(step, "expert bias", name), bias.clone()) for name, bias in expert_biases(parallel.model).items()]
+    return seen + [
+        Seen(Key(steps, "weight", name), placed.piece, local(placed.parameter).detach().clone())
+        for name, placed in parallel.placed.items()
+    ]
+
+
+def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """Random tokens; a tenth of the targets is not counted."""
+    generator = torch.Generator().manual_seed(config.seed + step)
+    shape = (config.batch.sequences, config.sequence_length)
+    ids, targets = (torch.randint(config.model.vocabulary, shape, generator=generator) for _ in range(2))
+    targets[torch.rand(shape, generator=generator) < 0.1] = IGNORE
+    return ids, targets
+
+
+def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tensor) -> list[Rows]:
+    """This rank's micro-batches: micro-step m of all ranks together is the m-th run of the global batch, as in a run."""
+    data, sequences = parallel.mesh.data, len(ids_BS)
+    micro = config.batch.micro or sequences // data.size
+    starts = range(data.rank * micro, sequences, micro * data.size)
+    return [Rows(ids_BS[start : start + micro], targets_BS[start : start + micro], start) for start in starts]
+
+
+@contextmanager
+def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[Seen]]:
+    """Collects the outputs of attention and feed-forward of each block. A recomputed one comes again, and only the first counts."""
+    seen: dict[tuple[str, int], Seen] = {}
+    started: list[Rows] = []
+    length = micro_batches[0].ids.shape[1]
+    sequences = sum(len(rows.ids) for rows in micro_batches) * parallel.mesh.data.size
+
+    def hook(name: str) -> Any:
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            value, first = output[0] if isinstance(output, tuple) else output, started[-1].first
+            offsets = (first, parallel.mesh.tensor.rank * value.shape[1] if value.shape[1] < length else 0, 0)
+            piece = Piece((sequences, length, value.shape[2]), offsets, tuple(value.shape))
+            seen.setdefault((name, first), Seen(Key(step, "output", name), piece, value.detach()))
+
+        return keep
+
+    parts = ("attention", "moe", "dense")
+    modules = [(name, module) for name, module in parallel.model.named_modules() if name.rpartition(".")[2] in parts]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules]
+    handles.append(parallel.model.register_forward_pre_hook(lambda *_: started.append(micro_batches[len(started)])))
+    collected: list[Seen] = []
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+    collected += seen.values()
+
+
+def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[Seen]:
+    """The step's numbers but its norm, those of MoE layers under the names of the layers."""
+    layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
+    for kind, field in OF_LAYERS.items():
+        for name, value in zip(layers, getattr(numbers, field), strict=True):
+            yield _whole(Key(step, kind, name), value)
+    yield _whole(Key(step, "cross entropy", ""), numbers.cross_entropy)
+    for depth, value in enumerate(numbers.mtp_D):
+        yield _whole(Key(step, "mtp cross entropy", f"mtp.{depth}"), value)
+    yield _whole(Key(step, "tokens", ""), torch.tensor(numbers.tokens))
+
+
+def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[Seen]:
+    """Before they were multiplied by `factor`; those of the last layers, which the backward pass makes first, come first."""
+    for name, placed in reversed(parallel.placed.items()):
+        yield Seen(Key(1, "gradient", name), placed.piece, gradient_of(placed) / factor)
+
+
+def _whole(key: Key, tensor: Tensor) -> Seen:
+    return Seen(key, whole(tensor.shape), tensor)

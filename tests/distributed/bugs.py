@@ -1,0 +1,132 @@
+"""Known mistakes of distributed MoE training, put into this process for the time of a `with`. Import it as `bugs`, on ranks too."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from tokenyard.moe.balance import update_expert_bias
+from tokenyard.moe.init import expert_biases
+from tokenyard.moe.router import Router
+from tokenyard.parallel import gradients
+from tokenyard.parallel.apply import Parallel
+from tokenyard.parallel.collectives import sum_over
+from tokenyard.train import step
+
+
+@contextlib.contextmanager
+def averaged_over_expert_ranks() -> Iterator[None]:
+    """The gradient of experts is a mean over expert-parallel ranks."""
+
+    def reduce(parallel: Parallel) -> None:
+        gradients.reduce_gradients(parallel)
+        for name, placed in parallel.placed.items():
+            if ".experts." in name:
+                gradients.gradient_of(placed).div_(parallel.mesh.sizes["expert"])
+
+    with mock.patch.object(step, "reduce_gradients", reduce):
+        yield
+
+
+@contextlib.contextmanager
+def clipped_by_own_norm() -> Iterator[None]:
+    """Each rank clips by the norm of what it holds, and reports the right norm."""
+
+    def scale(parallel: Parallel, _: Any) -> None:
+        held = [gradients.gradient_of(placed) for placed in parallel.placed.values()]
+        norm = torch.stack([gradient.square().sum() for gradient in held]).sum().sqrt()
+        gradients.scale_gradients(parallel, (0.01 / norm).clamp(max=1.0))
+
+    with mock.patch.object(step, "scale_gradients", scale):
+        yield
+
+
+@contextlib.contextmanager
+def auxiliary_divided_by_data_ranks() -> Iterator[None]:
+    """Balance losses and z-loss count 1 / data ranks in the gradient; what is reported is right."""
+    right = step.losses
+
+    def losses(logits: Any, targets: Any, stats: Any, config: Any, totals: Any, mesh: Any) -> Any:
+        ranks = mesh.data.size
+        less = {name: getattr(config.balance, name) / ranks for name in ("coefficient", "sequence_coefficient")}
+        balance = dataclasses.replace(config.balance, **less)
+        changed = dataclasses.replace(config, balance=balance, z_coefficient=config.z_coefficient / ranks)
+        return right(logits, targets, stats, changed, totals, mesh)
+
+    with mock.patch.object(step, "losses", losses):
+        yield
+
+
+@contextlib.contextmanager
+def router_not_added_up_over_tensor_ranks() -> Iterator[None]:
+    def reduce(parallel: Parallel) -> None:
+        copies = {name: placed.copies for name, placed in parallel.placed.items()}
+        for name, placed in parallel.placed.items():
+            if name.endswith("router.weight"):
+                placed.copies = parallel.mesh.data
+        gradients.reduce_gradients(parallel)
+        for name, placed in parallel.placed.items():
+            placed.copies = copies[name]
+
+    with mock.patch.object(step, "reduce_gradients", reduce):
+        yield
+
+
+@contextlib.contextmanager
+def bias_moved_per_micro_batch() -> Iterator[None]:
+    right = step.forward
+
+    def forward(parallel: Parallel, *args: Any) -> Any:
+        share = right(parallel, *args)
+        counts = sum_over(share.counts_LE.clone(), parallel.mesh.everyone)
+        for bias, counts_E in zip(expert_biases(parallel.model).values(), counts, strict=True):
+            update_expert_bias(bias, counts_E, parallel.model.config.moe.balance.bias_rate)
+        return share
+
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    with mock.patch.object(step, "forward", forward), mock.patch.object(step, "update_expert_biases", nothing):
+        yield
+
+
+@contextlib.contextmanager
+def counts_again_in_recomputation() -> Iterator[None]:
+    """Routers add their counts up on themselves, each time they run."""
+    right_forward, right_sum = Router.forward, step.add_up
+    seen: dict[Router, Any] = {}
+
+    def forward(self: Router, *args: Any) -> Any:
+        routing = right_forward(self, *args)
+        seen[self] = seen.get(self, 0) + routing.stats.counts_BE.sum(0)
+        return routing
+
+    def add_up(parallel: Parallel, shares: list[Any], *args: Any) -> Any:
+        wrong = torch.stack([seen.pop(module) for module in parallel.model.modules() if isinstance(module, Router)])
+        none = [share._replace(counts_LE=torch.zeros_like(share.counts_LE)) for share in shares[1:]]
+        return right_sum(parallel, [shares[0]._replace(counts_LE=wrong), *none], *args)
+
+    with mock.patch.object(Router, "forward", forward), mock.patch.object(step, "add_up", add_up):
+        yield
+
+
+@contextlib.contextmanager
+def raised_on_tensor_ranks() -> Iterator[None]:
+    """No bug of numbers: with tensor parallelism the last rank raises, and the others wait for it."""
+    right = step.count_totals
+
+    def count_totals(parallel: Parallel, rows: Any) -> Any:
+        if parallel.mesh.tensor.size > 1 and parallel.mesh.rank == parallel.mesh.world - 1:
+            raise ArithmeticError("the last rank's reason")
+        return right(parallel, rows)
+
+    with mock.patch.object(step, "count_totals", count_totals):
+        yield
+
+
+def install(name: str) -> None:
+    """For the rest of this process's life: for ranks that a command starts."""
+    _installed.enter_context(globals()[name]())
+
+
+_installed = contextlib.ExitStack()
