@@ -7,7 +7,7 @@ from operator import attrgetter
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
 from ..moe.count import head_width
-from . import router_rules
+from . import layout_rules, router_rules
 from .broken import Broken
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
@@ -70,6 +70,7 @@ INTERVALS = {
     "model.moe.hidden": "[1, inf)",
     "model.moe.shared_hidden": "[0, inf)",
     **router_rules.INTERVALS,
+    **layout_rules.INTERVALS,
     "model.moe.z_coefficient": "[0, inf)",
     "parallel.tensor": "[1, inf)",
     "parallel.shard": "[1, inf)",
@@ -251,6 +252,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     trackers,
     degrees,
     ranks,
+    layout_rules.expert_tensor,
     batch,
     launch,
 ]

@@ -29,6 +29,8 @@ class Layout(NamedTuple):
     tensor: int = 1
     shard: int = 1
     expert: int = 1
+    expert_tensor: int = 1
+    zero: int = 3
     recompute: bool = False
 
 
@@ -87,7 +89,7 @@ def train(layout: Layout, case: Case) -> dict[str, Any]:
 def build(layout: Layout, config: ModelConfig) -> Parallel:
     with torch.device("meta"):
         model = Transformer(config, torch.float64)
-    spread = ParallelConfig(tensor=layout.tensor, shard=layout.shard, expert=layout.expert, recompute=layout.recompute)
+    spread = ParallelConfig(**{name: value for name, value in layout._asdict().items() if name != "world"})
     parallel = parallelize(model, build_mesh(spread), spread, torch.device("cpu"))
     initialise(parallel, seed=3)
     return parallel
