@@ -1,6 +1,6 @@
 """Expert tensor parallelism: the ranks of an expert_tensor group hold the same experts, each some of their hidden columns.
 
-The ranks route different tokens (parallel folding), so each brings its rows to all of the group, all compute their part of everyone's
+The ranks route different tokens (parallel folding), so each brings its rows to all of the group, all compute their part of all
 rows, and each takes the parts of its own rows back and adds them up. It is around the experts and behind any dispatcher.
 N ranks of the group, L experts, R rows of this rank, A rows of all of them.
 """

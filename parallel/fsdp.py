@@ -1,7 +1,7 @@
 """FSDP2 for `parallel.shard` > 1: blocks and root over the shard axis, experts over the ranks that hold the same experts.
 
-What stays gathered within a step is `parallel.zero`. Only sums travel (never means), in the gradients' own type. Norms and routers stay
-whole on every rank: they are small, and the router must not be cast down.
+What stays gathered within a step is `parallel.zero`. Only sums travel (never means), in the gradients' own type. Norms and routers
+stay whole on every rank: they are small, and the router must not be cast down.
 """
 
 from typing import Any, cast

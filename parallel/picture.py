@@ -1,7 +1,7 @@
 """A layout as text: which rank holds what, and which ranks are neighbours. No torch: nothing is started or built for it.
 
-A rank is a column. Between two bars are neighbours that send to each other in every layer: `tensor` groups above, below them the groups
-that hold all experts once, in which colons part those that hold the same experts.
+A rank is a column. Between two bars are neighbours that send to each other in every layer: `tensor` groups above, below them the
+groups that hold all experts once, in which colons part those that hold the same experts.
 """
 
 import math
@@ -47,7 +47,8 @@ class Row(NamedTuple):
 def picture(config: ParallelConfig, world: int, node: int, experts: int) -> list[str]:
     """The lines: the groups in words, then the ranks. A node has `node` ranks (the last one the rest), a layer `experts` or 0."""
     sizes = mesh_sizes(config, world)
-    lines = [*_groups(sizes, world, node), "", BARS, ""] if world > 1 else []
+    dims = [dim for dim in SENDS if sizes[dim] > 1 and (experts or dim in DENSE)]
+    lines = [*_groups(dims, sizes, world, node), "", BARS, ""] if world > 1 else []
     rows = [Row("rank", [str(rank) for rank in range(world)], sizes["tensor"]), *_dense(sizes, world)]
     if experts:
         rows += _experts(sizes, world, experts)
@@ -125,16 +126,15 @@ def _drawn(row: Row, chunk: range, width: int) -> str:
     return text
 
 
-def _groups(sizes: dict[str, int], world: int, node: int) -> Iterator[str]:
-    """A line for each dimension of more than one rank."""
+def _groups(dims: list[str], sizes: dict[str, int], world: int, node: int) -> Iterator[str]:
+    """A line for each of `dims`."""
     yield f"{'group of':{NAMES}}ranks  groups  {'the first':<14}{'where':<16}what they send to each other"
-    for dim, sends in SENDS.items():
+    for dim in dims:
         size, stride = sizes[dim], _stride(dim, sizes)
-        if size > 1:
-            starts = [rank for rank, place in enumerate(places(dim, sizes, world)) if place == 0]
-            nodes = max(len({(start + stride * place) // node for place in range(size)}) for start in starts)
-            where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
-            yield f"{dim:{NAMES}}{size:>5}{len(starts):>8}  {_members(size, stride):<14}{where:<16}{sends}"
+        starts = [rank for rank, place in enumerate(places(dim, sizes, world)) if place == 0]
+        nodes = max(len({(start + stride * place) // node for place in range(size)}) for start in starts)
+        where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
+        yield f"{dim:{NAMES}}{size:>5}{len(starts):>8}  {_members(size, stride):<14}{where:<16}{SENDS[dim]}"
 
 
 def _members(size: int, stride: int) -> str:

@@ -4,16 +4,16 @@ import os
 
 from ..moe.describe import moe_layers
 from ..parallel.picture import picture
+from .arguments import Arguments
 from .command import world_size
 from .compose import compose_arguments
-from .arguments import Arguments
 from .config import Config
 from .console_text import short
 from .params import check, count, per_rank, ranks_of
 
 
 def show_layout(arguments: Arguments) -> int:
-    """Prints it for the ranks that are started or would be, else for the fewest that the degrees fit. ConfigError for a wrong one."""
+    """Prints it for the ranks that are started or would be, else for the fewest that it fits. ConfigError for a wrong layout."""
     config = compose_arguments(arguments)
     world = ranks_of(config, world_size())
     check(config, world)
@@ -37,8 +37,10 @@ def layout_lines(config: Config, world: int) -> list[str]:
 
 def ranks_of_a_node(config: Config, world: int) -> int:
     """launch.ranks if it is set, or what torchrun says; else all ranks are on one node."""
-    known = config.launch.ranks if config.launch.ranks * config.launch.nodes > 1 else int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return min(known, world)
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if config.launch.ranks * config.launch.nodes > 1:
+        return min(config.launch.ranks, world)
+    return min(int(told), world) if told.isdecimal() and int(told) > 0 else world
 
 
 def _plural(word: str, number: int) -> str:

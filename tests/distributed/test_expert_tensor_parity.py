@@ -1,7 +1,7 @@
 """Expert tensor parallelism gives the numbers of one process on every layout, in fp64: losses, counts, every gradient, weights.
 
-The ranks of an expert_tensor group route different tokens. Experts have biases (as in gpt-oss), tokens are dropped, ranks and experts
-get none, and gradients are accumulated.
+The ranks of an expert_tensor group route different tokens. Experts have biases (as in gpt-oss), tokens are dropped, ranks and
+experts get none, and gradients are accumulated.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""parallel.zero changes when FSDP2 gathers weights and reduces gradients, and no number: counted collectives, and parity in fp64."""
+"""parallel.zero changes when FSDP2 gathers and reduces, and no number: counted collectives, and parity in fp64."""
 
 from collections import Counter
 from typing import Any
