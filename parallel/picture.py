@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .config import ParallelConfig
 from .layout import DENSE, EXPERTS, mesh_sizes
 
-COLUMNS = 84
+COLUMNS = 104
 """How wide the ranks of one line may be."""
 MOST = 64
 """Ranks that are all drawn; of more the first two lines and the last one are."""
@@ -53,7 +53,7 @@ def picture(config: ParallelConfig, world: int, node: int, experts: int) -> list
     if experts:
         rows += _experts(sizes, world, experts)
     width = max(len(cell) for row in rows for cell in row.cells)
-    bands = _bands(world, node, max(1, COLUMNS // (width + 3)))
+    bands = _bands(world, node, width)
     left_out = bands[2:-1] if world > MOST else []
     for band in bands:
         if band not in left_out:
@@ -98,21 +98,22 @@ def _parts(dims: list[str], sizes: dict[str, int], world: int, run: int, inner: 
             yield Row(f"{dim}, of {sizes[dim]}", [str(place) for place in places(dim, sizes, world)], run, inner)
 
 
-def _bands(world: int, node: int, fit: int) -> list[list[range]]:
-    """The ranks of each line, of which `fit` fit: those of some nodes, or an even part of one."""
+def _bands(world: int, node: int, width: int) -> list[list[range]]:
+    """The ranks of each line with cells of this `width`: those of as many nodes as fit, or an even part of one."""
+    fit = max(1, COLUMNS // (width + 3))
     part = next(size for size in range(min(fit, node), 0, -1) if node % size == 0)
-    beside = fit // part if part == node else 1
+    title = len(f"node {world // node}")
+    beside = max(1, COLUMNS // (max(part * (width + 3) + 1, title) + 2)) if part == node else 1
     chunks = [range(start, min(start + part, world)) for start in range(0, world, part)]
     return [chunks[start : start + beside] for start in range(0, len(chunks), beside)]
 
 
 def _band(rows: list[Row], chunks: list[range], node: int, width: int) -> Iterator[str]:
-    drawn = [[_drawn(row, chunk, width) for row in rows] for chunk in chunks]
-    titles = [f"node {chunk[0] // node}".ljust(len(lines[0])) for chunk, lines in zip(chunks, drawn, strict=True)]
-    if len(rows[0].cells) > node:
-        yield f"{'':{NAMES}}{'  '.join(titles)}".rstrip()
-    for index, row in enumerate(rows):
-        yield f"{row.name:{NAMES}}{'  '.join(lines[index] for lines in drawn)}"
+    drawn = [[f"node {chunk[0] // node}", *(_drawn(row, chunk, width) for row in rows)] for chunk in chunks]
+    names, several = ["", *(row.name for row in rows)], len(rows[0].cells) > node
+    for index, name in list(enumerate(names))[0 if several else 1 :]:
+        cells = [lines[index].ljust(max(map(len, lines))) for lines in drawn]
+        yield f"{name:{NAMES}}{'  '.join(cells)}".rstrip()
 
 
 def _drawn(row: Row, chunk: range, width: int) -> str:
