@@ -108,6 +108,7 @@ def _memory(found: dict[str, Any], config: Config) -> list[str]:
     held, p, world = found["bytes_per_rank"], config.parallel, found["world"]
     replicate = world // (p.shard * p.tensor)
     ranks = f"{world} ranks: replicate {replicate} x shard {p.shard} x tensor {p.tensor}; expert {p.expert}"
+    ranks += f" x expert_tensor {p.expert_tensor}" if p.expert_tensor > 1 else ""
     parts = ", ".join(f"{name} {gigabytes(held[name])}" for name in ("weights", "gradients", "optimizer"))
     inference, devices = found["inference_bytes"], found["devices_of_80_gb"]
     return [

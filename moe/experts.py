@@ -35,13 +35,16 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))
         self.gate_up_bias = nn.Parameter(torch.empty(experts, parts, hidden, dtype=dtype)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(experts, width, dtype=dtype)) if bias else None
+        self.adds_bias = bias
+        """Of `down`: False where the output is one part of a sum and another part has the bias already."""
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """(R, D) to (R, D); counts_E (int64) says how many rows each expert has, and they sum to R."""
         ends_E = counts_E.cumsum(0).to(torch.int32)
         inner_RF = grouped_mm(x_RD, self.gate_up.to(x_RD.dtype).flatten(1, 2), ends_E)
         inner_RF = activate(self.activation, _biased(inner_RF, self.gate_up_bias, counts_E))
-        return _biased(grouped_mm(inner_RF, self.down.to(x_RD.dtype), ends_E), self.down_bias, counts_E)
+        down_bias = self.down_bias if self.adds_bias else None
+        return _biased(grouped_mm(inner_RF, self.down.to(x_RD.dtype), ends_E), down_bias, counts_E)
 
 
 def _biased(x_RN: Tensor, bias: Tensor | None, counts_E: Tensor) -> Tensor:

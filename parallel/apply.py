@@ -14,8 +14,9 @@ from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import ParallelConfig
 from .expert import ExchangeDispatcher
+from .expert_tensor import apply_expert_tensor_parallel
 from .fsdp import apply_fsdp
-from .layout import shard_dim, sliced_dim
+from .layout import shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .pieces import Piece, whole
 from .scopes import RankSurroundings
@@ -41,6 +42,8 @@ class Parallel:
     mesh: Mesh
     device: torch.device
     placed: dict[str, Placed] = field(default_factory=dict)
+    zero: int = 3
+    """What FSDP2 keeps whole within a step, see parallel/config.py."""
 
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
@@ -54,6 +57,9 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if config.expert > 1:
         _apply_expert_parallel(model, mesh, pieces)
         log.info("expert parallel: %d ranks share the experts", config.expert)
+    if config.expert_tensor > 1:
+        apply_expert_tensor_parallel(model, mesh, pieces)
+        log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
     if config.recompute:
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -62,10 +68,10 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         _compile(model)
         log.info("torch.compile: attention, norms and dense feed-forwards of every block")
     if mesh.sizes["shard"] > 1:
-        apply_fsdp(model, mesh, device)
-        log.info("FSDP2: %d ranks shard each dense parameter", mesh.sizes["shard"])
+        apply_fsdp(model, mesh, device, config.zero)
+        log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, mesh.sizes["shard"])
     model.to_empty(device=device)
-    return Parallel(model, mesh, device, _place(model, mesh, pieces))
+    return Parallel(model, mesh, device, _place(model, mesh, pieces), config.zero)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:
@@ -116,7 +122,7 @@ def _place(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> dict[str
 
 
 def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece, config: ModelConfig) -> Placed:
-    """A piece is copied by every rank that neither FSDP, nor tensor, nor expert parallelism tells apart."""
+    """A piece is copied by every rank that neither FSDP, nor tensor, nor expert (tensor) parallelism tells apart."""
     kind = "expert_" if ".experts." in name else ""
     sharded = isinstance(parameter, DTensor)
     if sharded:
@@ -124,8 +130,8 @@ def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece, con
     names = [kind + "replicate"]
     if not sharded:
         names.append(kind + "shard")
-    if not kind and sliced_dim(name, config) is None:
-        names.append("tensor")
+    if (sliced_dim_of_experts(name) if kind else sliced_dim(name, config)) is None:
+        names.append(kind + "tensor")
     assert tuple(local(parameter).shape) == piece.sizes, f"{name} is {tuple(local(parameter).shape)}, not {piece.sizes}"
     return Placed(parameter, piece, mesh.axis(*names))
 

@@ -1,14 +1,14 @@
 """FSDP2 for `parallel.shard` > 1: blocks and root over the shard axis, experts over the ranks that hold the same experts.
 
-Only sums travel (never means), in the gradients' own type. Norms and routers stay whole on every rank: they are small, and the
-router must not be cast down.
+What stays gathered within a step is `parallel.zero`. Only sums travel (never means), in the gradients' own type. Norms and routers
+stay whole on every rank: they are small, and the router must not be cast down.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from ..moe.model import Transformer
@@ -16,7 +16,7 @@ from .layout import shard_dim, stays_whole
 from .mesh import Mesh
 
 
-def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device) -> None:
+def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) -> None:
     """Wrap experts, blocks and root, in that order."""
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
     # Inputs are not cast: activations are narrow already, and rotary angles must stay wide.
@@ -32,6 +32,15 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device) -> None:
                 whole |= set(block.moe.experts.parameters())
         _wrap(block, dense_mesh, dense, policy, whole)
     _wrap(model, dense_mesh, dense, policy, whole)
+    if zero < 3:
+        cast(FSDPModule, model).set_reshard_after_forward(False)
+
+
+def prepare_backward(model: nn.Module, zero: int, last: bool) -> None:
+    """What FSDP does in the backward pass of the next micro-batch of a step, the `last` or one before it."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or zero > 1)
+        model.set_reshard_after_backward(last or zero == 3)
 
 
 def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:

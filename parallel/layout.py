@@ -25,8 +25,29 @@ SLICED = {
 """Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
 
 
+SLICED_OF_EXPERTS = {"experts.gate_up": 2, "experts.gate_up_bias": 2, "experts.down": 2}
+"""The same for the hidden columns of experts, over expert_tensor ranks. One of them adds the bias of `down`, which is whole."""
+
+
 NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
 """Sliced too where a norm spans all heads."""
+
+DENSE = ("replicate", "shard", "tensor")
+EXPERTS = ("expert_replicate", "expert_shard", "expert", "expert_tensor")
+
+
+def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
+    """Both grids of ranks, the last dimension of each its neighbours. The caller has refused what does not divide."""
+    assert world % (parallel.tensor * parallel.shard) == 0 and world % (parallel.expert * parallel.expert_tensor) == 0
+    shard = expert_shard_ranks(parallel, world)
+    dense = (world // parallel.tensor // parallel.shard, parallel.shard, parallel.tensor)
+    experts = (world // parallel.expert // parallel.expert_tensor // shard, shard, parallel.expert, parallel.expert_tensor)
+    return dict(zip(DENSE + EXPERTS, dense + experts, strict=True))
+
+
+def fewest_ranks(parallel: ParallelConfig) -> int:
+    """The fewest ranks that the degrees fit; others are multiples of it."""
+    return math.lcm(parallel.tensor * parallel.shard, parallel.expert * parallel.expert_tensor)
 
 
 def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Shapes:
@@ -41,6 +62,11 @@ def sliced_dim(name: str, config: ModelConfig) -> int | None:
     return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
 
 
+def sliced_dim_of_experts(name: str) -> int | None:
+    """The dimension in which expert_tensor ranks share the parameter, or None."""
+    return next((dim for ending, dim in SLICED_OF_EXPERTS.items() if name.endswith(ending)), None)
+
+
 def stays_whole(name: str, dims: int) -> bool:
     """Whether FSDP leaves a parameter of so many dimensions alone."""
     return dims < 2 or ".router." in name
@@ -53,13 +79,16 @@ def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
 
 def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
     """Ways in which FSDP shards experts: over as many of the ranks that hold the same experts as `shard` allows."""
-    return math.gcd(parallel.shard, world // parallel.expert)
+    return math.gcd(parallel.shard, world // (parallel.expert * parallel.expert_tensor))
 
 
 def _rank_shape(name: str, shape: tuple[int, ...], config: ModelConfig, parallel: ParallelConfig, world: int) -> tuple[int, ...]:
     sizes = list(shape)
     if ".experts." in name:
         sizes[0] //= parallel.expert
+        sliced = sliced_dim_of_experts(name)
+        if sliced is not None:
+            sizes[sliced] //= parallel.expert_tensor
         ranks = expert_shard_ranks(parallel, world)
     else:
         sliced = sliced_dim(name, config)

@@ -1,7 +1,7 @@
 """The ranks as two meshes over the same world: one for dense parameters, one for experts (parallel folding).
 
-    dense    replicate x shard x tensor                     neighbours are tensor-parallel
-    experts  expert_replicate x expert_shard x expert       neighbours are expert-parallel
+    dense    replicate x shard x tensor                                     neighbours are tensor-parallel
+    experts  expert_replicate x expert_shard x expert x expert_tensor       neighbours share experts, then are expert-parallel
 
 Expert parallelism takes no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
 """
@@ -15,10 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
-from .layout import expert_shard_ranks
-
-DENSE = ("replicate", "shard", "tensor")
-EXPERTS = ("expert_replicate", "expert_shard", "expert")
+from .layout import DENSE, EXPERTS, mesh_sizes
 
 
 class Axis(NamedTuple):
@@ -68,7 +65,7 @@ class Mesh:
         dims = DENSE if names[0] in DENSE else EXPERTS
         ranks = torch.arange(self.world).view([self.sizes[dim] for dim in dims])
         inside = [dims.index(name) for name in names]
-        outside = [dim for dim in range(3) if dim not in inside]
+        outside = [dim for dim in range(len(dims)) if dim not in inside]
         groups = ranks.permute(outside + inside).reshape(-1, math.prod(self.sizes[name] for name in names)).tolist()
         mine = next(group for group in groups if self.rank in group)
         if len(mine) == 1:
@@ -80,9 +77,4 @@ class Mesh:
 def build_mesh(config: ParallelConfig) -> Mesh:
     """The meshes of the current world (train/validate.py has refused what does not divide)."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    assert world % (config.tensor * config.shard) == 0 and world % config.expert == 0
-    expert_data = world // config.expert
-    expert_shard = expert_shard_ranks(config, world)
-    dense = (world // config.tensor // config.shard, config.shard, config.tensor)
-    experts = (expert_data // expert_shard, expert_shard, config.expert)
-    return Mesh(world, rank, dict(zip(DENSE + EXPERTS, dense + experts, strict=True)))
+    return Mesh(world, rank, mesh_sizes(config, world))

@@ -23,6 +23,7 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     parser.add_argument("-r", "--resolve", action="store_true")
     parser.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
     parser.add_argument("-p", "--package")
+    parser.add_argument("--layout-only", action="store_true")
     parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
     arguments, unknown = parser.parse_known_intermixed_args(argv, Arguments())
     if unknown:
@@ -45,10 +46,11 @@ class Arguments(argparse.Namespace):
     cfg: str | None
     package: str | None
     info: str | None
+    layout_only: bool
 
     def prints(self) -> bool:
-        """Whether the configuration is to be shown, not run."""
-        return bool(self.help or self.hydra_help or self.cfg or self.info)
+        """Whether something is to be shown, not run."""
+        return bool(self.help or self.hydra_help or self.cfg or self.info or self.layout_only)
 
 
 class ArgumentParser(argparse.ArgumentParser):

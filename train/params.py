@@ -8,7 +8,7 @@ from ..moe.count import Count as Count
 from ..moe.count import count as count
 from ..moe.count import flops_per_token, kv_cache_elements, sum_by_part, training_flops_per_token
 from ..moe.describe import describe_routing, moe_layers
-from ..parallel.layout import rank_shapes
+from ..parallel.layout import fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules import broken_rules
 from .schema import written
@@ -63,7 +63,7 @@ def training_bytes(parameters: int, precision: Precision) -> dict[str, int]:
 def ranks_of(config: Config, started: int) -> int:
     """How many ranks are meant: those that are started or would be, else the fewest that the degrees need."""
     asked = max(started, config.launch.nodes * config.launch.ranks)
-    return asked if asked > 1 else math.lcm(config.parallel.tensor * config.parallel.shard, config.parallel.expert)
+    return asked if asked > 1 else fewest_ranks(config.parallel)
 
 
 def check(config: Config, world: int) -> None:

@@ -1,4 +1,4 @@
-"""--help, --cfg, --info and --hydra-help, answered by a real Hydra application; multirun runs the same one with a task."""
+"""--help, --cfg, --info, --hydra-help, answered by a real Hydra application; multirun runs the same one with a task."""
 
 import os
 import sys
@@ -7,10 +7,13 @@ from typing import Any
 
 from .arguments import Arguments
 from .compose import CONF, compose_arguments, register_schema
+from .show_layout import show_layout
 
 
 def show(arguments: Arguments) -> int:
     """Prints what the flags ask for, trains nothing. Returns the exit code. ConfigError if the overrides are wrong."""
+    if arguments.layout_only:
+        return show_layout(arguments)
     compose_arguments(arguments)
     flags = ["--help"] if arguments.help else []
     flags += ["--hydra-help"] if arguments.hydra_help else []

@@ -14,6 +14,7 @@ from ..moe.mtp import ahead
 from ..moe.tokens import Place
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
+from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
 from ..parallel.vocabulary import head_loss
 from .loss import Losses, Totals, add_mtp, losses
@@ -61,7 +62,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, micro_batches)
     shares = []
-    for rows in micro_batches:
+    for index, rows in enumerate(micro_batches):
+        prepare_backward(parallel.model, parallel.zero, last=index == len(micro_batches) - 1)
         share = forward(parallel, rows, totals, place)
         share.objective.backward()
         shares.append(share)

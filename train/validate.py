@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.check import check_corpus, check_tokenizer
+from ..parallel.layout import fewest_ranks
 from .broken import Broken
 from .config import Config, ConfigError
 from .rules import broken_rules
@@ -82,8 +83,7 @@ def _try(config: Config, world: int, broken: Broken, candidate: object) -> Fix |
 
 def _worlds(config: Config, world: int, key: str) -> list[int]:
     """A single process can be asked to start ranks: the numbers of ranks to try when a parallel degree is at fault."""
-    p = config.parallel
-    unit = math.lcm(p.tensor * p.shard, p.expert)
+    unit = fewest_ranks(config.parallel)
     if world > 1 or not key.startswith("parallel."):
         return [world]
     return [unit * multiple for multiple in range(1, 5)]

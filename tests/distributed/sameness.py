@@ -32,6 +32,8 @@ class Layout(NamedTuple):
     tensor: int = 1
     shard: int = 1
     expert: int = 1
+    expert_tensor: int = 1
+    zero: int = 3
     recompute: bool = False
 
 

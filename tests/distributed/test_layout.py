@@ -16,6 +16,8 @@ LAYOUTS = [
     "parallel.tensor=2 parallel.expert=2",
     "parallel.shard=2 parallel.expert=2",
     "parallel.shard=4",
+    "parallel.expert=2 parallel.expert_tensor=2",
+    "parallel.tensor=2 parallel.shard=2 parallel.expert_tensor=2",
     "parallel.tensor=2 parallel.shard=2 parallel.expert=4",
 ]
 

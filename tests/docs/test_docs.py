@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch.distributed as dist
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
-from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import split_settings
 from tokenyard.train.arguments import parse_arguments
@@ -169,27 +166,15 @@ def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tensor(" in capsys.readouterr().out
 
 
-def test_the_picture_of_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row of the README's picture against the grids of parallel/mesh.py."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    sizes = build_mesh(ParallelConfig(tensor=2, shard=2, expert=4)).sizes
-    expected = {"rank": list(range(8))}
-    for dims in (DENSE, EXPERTS):
-        places = itertools.product(*(range(sizes[dim]) for dim in dims))
-        expected |= {dim: list(column) for dim, column in zip(dims, zip(*places, strict=True), strict=True)}
-    expected["rows of the batch"] = [r * sizes["shard"] + s for r, s in zip(expected["replicate"], expected["shard"], strict=True)]
-    expected["slice of each sequence"] = expected["tensor"]
-    expected["expert ids"] = [expert for group in expected["expert"] for expert in (2 * group, 2 * group + 1)]
-    found = {}
-    (picture,) = [block.text for block in blocks("text") if block.text.startswith("rank ")]
-    for line in picture.splitlines():
-        name, *cells = line.split("|")
-        if numbers := [int(text) for text in re.findall(r"\d+", " ".join(cells[:-1]))]:
-            found[re.sub(r"^(dense|experts)? +", "", name).strip()] = numbers
-    assert found == {name: [int(value) for value in expected[name]] for name in found}
-    assert set(found) == set(expected) - {"expert_replicate"}
+def test_the_picture_of_the_layout() -> None:
+    """It is what the command above it prints: tests/train/test_show_layout.py checks the file."""
+    (block,) = [block for block in blocks("text") if "group of " in block.text]
+    assert block.document.name == "README.md"
+    assert block.text == (ROOT / "tests" / "golden" / "layouts" / "8_ranks.txt").read_text()
+    assert (
+        "tokenyard train --layout-only parallel.tensor=2 parallel.shard=2 parallel.expert=4 launch=torchrun launch.ranks=8"
+        in commands()
+    )
 
 
 def folder_of_a_reader(folder: Path) -> None:

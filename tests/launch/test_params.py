@@ -55,6 +55,14 @@ def test_more_ranks_than_needed_shard_experts_too(capsys: pytest.CaptureFixture[
     assert found["per_rank"]["experts"] == found["parts"]["experts"] // 16
 
 
+def test_expert_tensor_ranks_share_each_expert(capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, "model=gpt_oss_20b", "parallel.expert=4", "parallel.expert_tensor=2")
+    assert found["world"] == 8
+    # Only the biases of `down` are whole: 24 layers, 32 experts, 2880 wide.
+    biases = 24 * 32 * 2880
+    assert found["per_rank"]["experts"] == (found["parts"]["experts"] - biases) // 8 + biases // 4
+
+
 def test_the_world_of_a_launcher_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "32")
     assert asked(capsys, "model=mixtral_8x7b", "parallel.expert=8")["world"] == 32

@@ -13,30 +13,47 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
 
 LAYOUTS = [
-    (1, 1, 1, 1),
-    (2, 2, 1, 1),
-    (2, 1, 2, 2),
-    (4, 2, 1, 2),
-    (4, 2, 2, 4),
-    (8, 2, 2, 4),
-    (8, 1, 4, 4),
-    (8, 4, 2, 2),
-    (12, 2, 3, 4),
-    (12, 1, 4, 6),
-    (16, 2, 4, 8),
-    (16, 4, 1, 16),
+    # world, tensor, shard, expert, expert_tensor
+    (1, 1, 1, 1, 1),
+    (2, 2, 1, 1, 1),
+    (2, 1, 2, 2, 1),
+    (2, 1, 2, 1, 2),
+    (4, 2, 1, 2, 1),
+    (4, 2, 2, 4, 1),
+    (4, 1, 1, 2, 2),
+    (8, 2, 2, 4, 1),
+    (8, 1, 4, 4, 1),
+    (8, 4, 2, 2, 1),
+    (8, 2, 4, 2, 2),
+    (8, 1, 2, 1, 4),
+    (12, 2, 3, 4, 1),
+    (12, 1, 4, 6, 1),
+    (12, 3, 2, 2, 3),
+    (16, 2, 4, 8, 1),
+    (16, 4, 1, 16, 1),
+    (16, 8, 1, 2, 4),
+    (24, 2, 6, 2, 2),
 ]
-AXES = [names for dims in (DENSE, EXPERTS) for n in (1, 2, 3) for names in itertools.combinations(dims, n)]
+AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for names in itertools.combinations(dims, n)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
-    layout: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+    layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, tensor, shard, expert = layout
-    expert_shard = math.gcd(shard, world // expert)
+    world, tensor, shard, expert, expert_tensor = layout
+    holding = expert * expert_tensor
+    expert_shard = math.gcd(shard, world // holding)
     dense = {rank: (rank // tensor // shard, rank // tensor % shard, rank % tensor) for rank in range(world)}
-    experts = {rank: (rank // expert // expert_shard, rank // expert % expert_shard, rank % expert) for rank in range(world)}
+    experts = {
+        rank: (
+            rank // holding // expert_shard,
+            rank // holding % expert_shard,
+            rank // expert_tensor % expert,
+            rank % expert_tensor,
+        )
+        for rank in range(world)
+    }
     for rank in range(world):
         mesh, made = mesh_of(rank, layout, monkeypatch)
         for names in AXES:
@@ -49,24 +66,26 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_named_axes(layout: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    world, tensor, shard, expert = layout
+def test_named_axes(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    world, tensor, shard, expert, expert_tensor = layout
     for rank in range(world):
         mesh, _ = mesh_of(rank, layout, monkeypatch)
         assert (mesh.everyone.size, mesh.everyone.rank) == (world, rank)
         assert (mesh.tensor.size, mesh.tensor.rank) == (tensor, rank % tensor)
         assert (mesh.data.size, mesh.data.rank) == (world // tensor, rank // tensor)
+        assert (mesh.axis("expert_tensor").size, mesh.axis("expert_tensor").rank) == (expert_tensor, rank % expert_tensor)
         assert mesh.axis("expert").size == expert and mesh.axis("shard").size == shard
         assert mesh.axis("shard") is mesh.axis("shard"), "made once"
 
 
 def test_experts_are_sharded_as_far_as_their_ranks_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {layout: mesh_of(0, layout, monkeypatch)[0].sizes["expert_shard"] for layout in LAYOUTS}
-    assert sizes[8, 2, 2, 4] == 2 and sizes[12, 1, 4, 6] == 2 and sizes[4, 2, 2, 4] == 1 and sizes[8, 1, 4, 4] == 2
+    assert sizes[8, 2, 2, 4, 1] == 2 and sizes[12, 1, 4, 6, 1] == 2 and sizes[4, 2, 2, 4, 1] == 1 and sizes[8, 1, 4, 4, 1] == 2
+    assert sizes[8, 2, 4, 2, 2] == 2 and sizes[24, 2, 6, 2, 2] == 6
 
 
 def test_layouts_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layout in ((4, 3, 1, 1), (4, 2, 4, 1), (4, 1, 1, 3)):
+    for layout in ((4, 3, 1, 1, 1), (4, 2, 4, 1, 1), (4, 1, 1, 3, 1), (4, 1, 1, 4, 2)):
         with pytest.raises(AssertionError):
             mesh_of(0, layout, monkeypatch)
 
@@ -87,9 +106,9 @@ def members(config: ParallelConfig) -> dict[str, list[int]]:
     return {name: stack_over(torch.tensor(mesh.rank), axis).tolist() for name, axis in axes.items()}
 
 
-def mesh_of(rank: int, layout: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
+def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """This rank's mesh, and a list that takes the groups of which process groups would be made."""
-    world, tensor, shard, expert = layout
+    world, tensor, shard, expert, expert_tensor = layout
     made: list[Any] = []
 
     def new_groups(groups: list[list[int]]) -> tuple[Any, None]:
@@ -100,7 +119,7 @@ def mesh_of(rank: int, layout: tuple[int, int, int, int], monkeypatch: pytest.Mo
     for name, value in fakes.items():
         monkeypatch.setattr(mesh_module.dist, name, lambda value=value: value)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
-    return build_mesh(ParallelConfig(tensor=tensor, shard=shard, expert=expert)), made
+    return build_mesh(ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor)), made
 
 
 def assert_group(group: Any, expected: list[int], made: list[Any], world: int) -> None:

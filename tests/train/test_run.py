@@ -40,6 +40,7 @@ LAYOUTS = {
     "expert 4": ["parallel.expert=4"],
     "tensor 2 x expert 2": ["parallel.tensor=2", "parallel.expert=2"],
     "shard 2 x expert 2": ["parallel.shard=2", "parallel.expert=2"],
+    "shard 2 x expert_tensor 2": ["parallel.shard=2", "parallel.expert_tensor=2", "parallel.zero=1"],
 }
 
 
@@ -103,13 +104,19 @@ def test_a_checkpoint_of_any_layout_opens_on_one_device(ranks, tmp_path: Path) -
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_another_layout_goes_on_where_the_first_stopped(ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["tensor 2 x expert 2", "shard 2 x expert_tensor 2"])
+def test_another_layout_goes_on_where_the_first_stopped(ranks, tmp_path: Path, layout: str) -> None:
+    """From one process to ranks, and from ranks to one process."""
     assert run(configured(tmp_path / "one")) == 0
-    shutil.copytree(tmp_path / "one", tmp_path / "moved")
-    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step_00000006")
-    ranks(4, run_on_ranks, tmp_path / "moved", LAYOUTS["tensor 2 x expert 2"])
-    for found, wanted in zip(losses(tmp_path / "moved"), losses(tmp_path / "one"), strict=True):
-        assert found == pytest.approx(wanted, rel=1e-5)
+    ranks(4, run_on_ranks, tmp_path / "spread", LAYOUTS[layout])
+    for name in ("one", "spread"):
+        shutil.copytree(tmp_path / name, tmp_path / "moved" / name)
+        shutil.rmtree(tmp_path / "moved" / name / "checkpoints" / "step_00000006")
+    ranks(4, run_on_ranks, tmp_path / "moved" / "one", LAYOUTS[layout])
+    assert run(configured(tmp_path / "moved" / "spread")) == 0
+    for name in ("one", "spread"):
+        for found, wanted in zip(losses(tmp_path / "moved" / name), losses(tmp_path / "one"), strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_only_rank_0_writes_and_the_folder_holds_what_it_should(ranks, tmp_path: Path) -> None:

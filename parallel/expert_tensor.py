@@ -1,0 +1,47 @@
+"""Expert tensor parallelism: the ranks of an expert_tensor group hold the same experts, each some of their hidden columns.
+
+The ranks route different tokens (parallel folding), so each brings its rows to all of the group, all compute their part of all
+rows, and each takes the parts of its own rows back and adds them up. It is around the experts and behind any dispatcher.
+N ranks of the group, E experts of a rank, R rows of this rank, A rows of all of them.
+"""
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..moe.model import Transformer
+from .collectives import exchange_rows, stack_over
+from .expert import plan_exchange, reorder
+from .layout import sliced_dim_of_experts
+from .mesh import Axis, Mesh
+from .pieces import Piece
+from .tensor import narrowed, replace_parameter
+
+
+def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
+    """Slice the experts' hidden columns, and put the exchange of rows around their computation. Updates `pieces`."""
+    axis = mesh.axis("expert_tensor")
+    for name, parameter in list(model.named_parameters()):
+        dim = sliced_dim_of_experts(name)
+        if dim is not None:
+            replace_parameter(model, name, parameter.chunk(axis.size, dim)[axis.rank].contiguous())
+            pieces[name] = narrowed(pieces[name], dim, axis)
+    for block in model.blocks:
+        if block.moe is not None:
+            experts = block.moe.experts
+            experts.adds_bias = experts.adds_bias and axis.rank == 0
+            experts.forward = functools.partial(share_rows, experts.forward, axis)
+
+
+def share_rows(experts: Callable[[Tensor, Tensor], Tensor], axis: Axis, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+    """(R, D) to (R, D): `experts` gives this rank's part of the rows of all ranks; the sum of the parts is the output.
+
+    Rows are gathered and scattered by all-to-alls, since ranks have different numbers of them; each is the other's gradient.
+    """
+    came_NE = stack_over(counts_E, axis)
+    exchange = plan_exchange(counts_E.expand_as(came_NE), came_NE)
+    x_AD = exchange_rows(x_RD.expand(axis.size, -1, -1).flatten(0, 1), exchange.sent_N, exchange.came_N, axis)
+    part_AD = experts(reorder(x_AD, exchange.order_A, exchange.back_A), came_NE.sum(0))
+    parts_AD = reorder(part_AD, exchange.back_A, exchange.order_A)
+    return exchange_rows(parts_AD, exchange.came_N, exchange.sent_N, axis).view(axis.size, *x_RD.shape).sum(0)
