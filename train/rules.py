@@ -7,7 +7,7 @@ from operator import attrgetter
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
 from ..moe.count import head_width
-from . import router_rules
+from . import exchange_rules, router_rules
 from .broken import Broken
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
@@ -74,6 +74,7 @@ INTERVALS = {
     "parallel.tensor": "[1, inf)",
     "parallel.shard": "[1, inf)",
     "parallel.expert": "[1, inf)",
+    **exchange_rules.INTERVALS,
     "parallel.timeout_seconds": "(0, inf)",
     "data.validation_fraction": "(0, 1)",
     "data.synthetic_documents": "[2, inf)",
@@ -251,6 +252,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     trackers,
     degrees,
     ranks,
+    exchange_rules.exchange,
     batch,
     launch,
 ]

@@ -13,7 +13,7 @@ from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.tokens import Place
 from tokenyard.parallel.apply import Parallel, initialise, local, parallelize
-from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.gradients import gradient_of
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.pieces import Piece, whole
@@ -30,6 +30,9 @@ class Layout(NamedTuple):
     shard: int = 1
     expert: int = 1
     recompute: bool = False
+    exchange: Exchange = Exchange.plain
+    node_ranks: int | None = None
+    overlap_chunks: int = 1
 
 
 class Case(NamedTuple):
@@ -87,7 +90,7 @@ def train(layout: Layout, case: Case) -> dict[str, Any]:
 def build(layout: Layout, config: ModelConfig) -> Parallel:
     with torch.device("meta"):
         model = Transformer(config, torch.float64)
-    spread = ParallelConfig(tensor=layout.tensor, shard=layout.shard, expert=layout.expert, recompute=layout.recompute)
+    spread = ParallelConfig(**{name: value for name, value in layout._asdict().items() if name != "world"})
     parallel = parallelize(model, build_mesh(spread), spread, torch.device("cpu"))
     initialise(parallel, seed=3)
     return parallel
