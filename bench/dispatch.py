@@ -69,7 +69,7 @@ def main() -> None:
     print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.dispatch", description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], help="worlds to start; half of the ranks make a node")
     parser.add_argument("--tokens", type=int, default=1024, help="of each rank")
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[Line]:

@@ -46,7 +46,8 @@ class ExchangingDispatcher(Dispatcher):
             here, sent = sent, None if following is None else self.send(*following)
             arrived = self.receive(here)
             returning.append(self.send_back(experts(arrived.tokens_RD, arrived.counts_E), arrived))
-        return torch.cat([self.receive_back(back) for back in returning]), result
+        y = [self.receive_back(back) for back in returning]
+        return torch.cat(y) if len(y) > 1 else y[0], result
 
 
 def split(routing: Routing, chunks: int) -> list[Routing]:

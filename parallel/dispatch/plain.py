@@ -1,6 +1,7 @@
 """The plain exchange: a row for each token and chosen expert, to the rank of the expert and back.
 
-GShard's, dropless as in MegaBlocks. The counts are exchanged first, then the rows, by all-to-alls with uneven splits. The weights stay at home.
+GShard's, dropless as in MegaBlocks. The counts are exchanged first, then the rows, by all-to-alls with uneven splits. The
+weights stay at home.
 N ranks of the axis, E experts, L = E / N experts of a rank, R rows that leave this rank, A rows that arrive at it.
 """
 
