@@ -158,8 +158,8 @@ def mean(value: float) -> float:
 
 
 def table(lines: list[Line]) -> str:
-    """Markdown. MiB are those that a rank sends; shares of the bound are forward and backward."""
-    heads = ["routing", "ranks", "exchange", "MiB", "of the bound", "of plain", "MiB between nodes", "ms"]
+    """Markdown. MiB are those that a rank sends, forward and backward; shares of the bound are of one and of the other."""
+    heads = ["routing", "ranks", "exchange", "MiB", "bound MiB", "of the bound", "of plain", "MiB between nodes", "ms"]
     plain = {(line.routing, line.ranks): line for line in lines if line.exchange == Exchange.plain.value}
     rows = [heads, ["---"] * len(heads), *(_cells(line, plain[line.routing, line.ranks]) for line in lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -169,7 +169,7 @@ def _cells(line: Line, plain: Line) -> list[str]:
     total = line.forward_bytes + line.backward_bytes
     shares = f"{line.forward_bytes / line.bound_bytes:.4f}, {line.backward_bytes / line.bound_bytes:.4f}"
     of_plain = f"{total / (plain.forward_bytes + plain.backward_bytes):.2f}"
-    sizes = [f"{total / 2**20:.2f}", shares, of_plain, f"{line.between_nodes_bytes / 2**20:.2f}"]
+    sizes = [f"{total / 2**20:.2f}", f"{line.bound_bytes / 2**19:.2f}", shares, of_plain, f"{line.between_nodes_bytes / 2**20:.2f}"]
     return [line.routing, str(line.ranks), line.exchange, *sizes, f"{line.seconds * 1e3:.0f}"]
 
 
