@@ -1,1 +1,1 @@
-"""bench"""
+"""Measurements that print a table or JSON."""

@@ -4,6 +4,7 @@ T tokens, D width, E experts, K choices per token, A = T * K choices, R rows tha
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,13 @@ class Arrived(NamedTuple):
 
     tokens_RD: Tensor
     counts_E: Tensor
-    plan: Plan
-    weights_TK: Tensor
-    exchange: Any = None
+    way_back: Any
+
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""The experts: rows (R, D) in the order of the experts and counts_E to (R, D)."""
+Beside = Callable[[], Any]
+"""Something that needs nothing of the experts."""
 
 
 class Dispatcher(ABC):
@@ -45,6 +50,12 @@ class Dispatcher(ABC):
     def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
         """Each token's weighted sum of its experts' rows: (R, D) to (T, D)."""
 
+    def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> tuple[Tensor, Any]:
+        """Dispatch, experts, combine: (T, D) to (T, D). And what `beside` gives, which is computed while rows travel."""
+        arrived = self.dispatch(x_TD, routing)
+        y_RD = experts(arrived.tokens_RD, arrived.counts_E)
+        return self.combine(y_RD, arrived), beside()
+
 
 class LocalDispatcher(Dispatcher):
     """All experts are on this device."""
@@ -54,31 +65,34 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Arrived:
         plan = plan_rows(routing, self.experts)
-        return Arrived(copy_to_rows(x_TD, plan), plan.counts_E, plan, routing.weights_TK)
+        return Arrived(copy_to_rows(x_TD, plan), plan.counts_E, (plan, routing.weights_TK))
 
     def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
-        return weighted_sum(y_RD, arrived.weights_TK, arrived.plan)
+        plan, weights_TK = arrived.way_back
+        return weighted_sum(y_RD, weights_TK, plan)
 
 
 def plan_rows(routing: Routing, experts: int) -> Plan:
-    """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation).
+    """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation)."""
+    return plan_choices(routing.experts_TK, routing.kept_TK, experts, routing.padded_rows)
 
-    With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read.
-    """
-    top_k = routing.experts_TK.shape[1]
-    chosen_A = routing.experts_TK.flatten()
-    if routing.kept_TK is not None:
-        chosen_A = chosen_A.masked_fill(~routing.kept_TK.flatten(), experts)
+
+def plan_choices(experts_TK: Tensor, kept_TK: Tensor | None, experts: int, padded_rows: int | None) -> Plan:
+    """See `plan_rows`. With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read."""
+    top_k = experts_TK.shape[1]
+    chosen_A = experts_TK.flatten()
+    if kept_TK is not None:
+        chosen_A = chosen_A.masked_fill(~kept_TK.flatten(), experts)
     order_A = chosen_A.argsort(stable=True)
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
     counts_E = counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
     slot_A = torch.empty_like(order_A)
     slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-    if routing.padded_rows is not None:
-        return _padded(Plan(order_A // top_k, slot_A.view_as(routing.experts_TK), counts_E), chosen_A, routing.padded_rows)
-    rows = len(order_A) if routing.kept_TK is None else int(counts_E.sum())
+    if padded_rows is not None:
+        return _padded(Plan(order_A // top_k, slot_A.view_as(experts_TK), counts_E), chosen_A, padded_rows)
+    rows = len(order_A) if kept_TK is None else int(counts_E.sum())
     slot_A = slot_A.masked_fill(slot_A >= rows, -1)
-    return Plan(order_A[:rows] // top_k, slot_A.view_as(routing.experts_TK), counts_E)
+    return Plan(order_A[:rows] // top_k, slot_A.view_as(experts_TK), counts_E)
 
 
 def _padded(plan: Plan, chosen_A: Tensor, rows: int) -> Plan:

@@ -1,6 +1,6 @@
-"""The MoE layer: route, dispatch, experts, combine.
+"""The MoE layer: route, dispatch, experts, combine; beside these the shared expert.
 
-B sequences, S tokens of each, T = B * S tokens, D width, R rows that arrived at the experts of this device.
+B sequences, S tokens of each, T = B * S tokens, D width.
 """
 
 import torch
@@ -18,7 +18,7 @@ from .tokens import Tokens
 class MoELayer(nn.Module):
     """A sparse feed-forward: each token passes its top-k experts and, if there is one, the shared expert.
 
-    `dispatcher` decides where the experts are: on this device, or (parallel/expert.py) on other ranks too.
+    `dispatcher` decides where the experts are: on this device, or (parallel/dispatch/) on other ranks too.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -32,14 +32,12 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
-        x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_BSD, tokens)
-        arrived = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(arrived.tokens_RD, arrived.counts_E)
-        y_BSD = self.dispatcher.combine(y_RD, arrived).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self._shared(self.shared, x_BSD)
-        return y_BSD, routing.stats
+        y_TD, shared_BSD = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, lambda: self._shared(x_BSD))
+        y_BSD = y_TD.view_as(x_BSD)
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, routing.stats
 
-    def _shared(self, shared: FeedForward, x_BSD: Tensor) -> Tensor:
-        return shared(x_BSD) if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * shared(x_BSD)
+    def _shared(self, x_BSD: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        return self.shared(x_BSD) if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * self.shared(x_BSD)

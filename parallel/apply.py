@@ -13,7 +13,7 @@ from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import ParallelConfig
-from .expert import ExchangeDispatcher
+from .dispatch.build import build_dispatcher
 from .expert_tensor import apply_expert_tensor_parallel
 from .fsdp import apply_fsdp
 from .layout import shard_dim, sliced_dim, sliced_dim_of_experts
@@ -55,8 +55,8 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         apply_tensor_parallel(model, mesh, pieces)
         log.info("tensor parallel: %d ranks share dense weights and sequences", config.tensor)
     if config.expert > 1:
-        _apply_expert_parallel(model, mesh, pieces)
-        log.info("expert parallel: %d ranks share the experts", config.expert)
+        _apply_expert_parallel(model, mesh, pieces, config)
+        log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
     if config.expert_tensor > 1:
         apply_expert_tensor_parallel(model, mesh, pieces)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
@@ -97,15 +97,16 @@ def _set_surroundings(model: Transformer, mesh: Mesh) -> None:
             block.moe.router.surroundings = RankSurroundings(mesh)
 
 
-def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
+def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece], config: ParallelConfig) -> None:
     axis = mesh.axis("expert")
+    dispatcher = build_dispatcher(model.config.moe.experts, mesh, config)
     for name, parameter in list(model.named_parameters()):
         if ".experts." in name:
             replace_parameter(model, name, parameter.chunk(axis.size)[axis.rank].contiguous())
             pieces[name] = narrowed(pieces[name], 0, axis)
     for block in model.blocks:
         if block.moe is not None:
-            block.moe.dispatcher = ExchangeDispatcher(model.config.moe.experts, axis)
+            block.moe.dispatcher = dispatcher
 
 
 def _compile(model: Transformer) -> None:

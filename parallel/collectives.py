@@ -1,4 +1,4 @@
-"""The differentiable collectives of tensor and expert parallelism. Each is the identity on an axis of one rank.
+"""The differentiable collectives of tensor parallelism, and small sums. Each is the identity on an axis of one rank.
 
 B sequences, S tokens of each, N ranks of the axis.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from .mesh import Axis
 
 # torch 2.13 renamed both; the old names only warn there, the new ones do not exist before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -29,16 +29,6 @@ def scatter_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
 def add_up_parts(x: Tensor, axis: Axis) -> Tensor:
     """The sum of the ranks' `x`, on every rank. Each rank uses it for its own part of the loss, so its gradient is summed too."""
     return x if axis.size == 1 else _AddUpParts.apply(x, axis)  # pyright: ignore[reportReturnType]
-
-
-def exchange_rows(rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-    """Rows in the order of the ranks they go to (`send` says how many to each) to those that came, in the order of the ranks.
-
-    Every rank takes part, with no rows too. Its gradient takes the same way back.
-    """
-    if axis.size == 1:
-        return rows
-    return _ExchangeRows.apply(rows, send, receive, axis)  # pyright: ignore[reportReturnType]
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
@@ -60,7 +50,7 @@ def stack_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return x.unsqueeze(0)
     out = x.new_empty(axis.size * x.numel())
-    _all_gather(out, x.contiguous().flatten(), group=axis.group)
+    all_gather(out, x.contiguous().flatten(), group=axis.group)
     return out.view(axis.size, *x.shape)
 
 
@@ -73,12 +63,6 @@ def _scatter(x_BSD: Tensor, axis: Axis) -> Tensor:
     out_BSD = torch.empty_like(slices_NBSD[0])
     _reduce_scatter(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
     return out_BSD
-
-
-def _exchange(rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=axis.group)
-    return out
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -112,14 +96,3 @@ class _AddUpParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return sum_over(grads[0].clone(), ctx.axis), None
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-        ctx.way_back = (receive, send, axis)
-        return _exchange(rows, send, receive, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _exchange(grads[0], *ctx.way_back), None, None, None

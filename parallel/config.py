@@ -1,6 +1,16 @@
 """How many ways the work is split. What can be derived (the ranks that replicate) is not a setting."""
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class Exchange(Enum):
+    """How token rows travel to the ranks of their experts and back."""
+
+    plain = "plain"
+    deduplicated = "deduplicated"
+    hierarchical = "hierarchical"
+    gather = "gather"
 
 
 @dataclass
@@ -16,6 +26,12 @@ class ParallelConfig:
     """Ranks that share each MoE layer's experts; laid over data x tensor ranks, so it costs no ranks of its own."""
     expert_tensor: int = 1
     """Ranks that share each expert's hidden columns; laid over data x tensor ranks too, neighbours inside an expert group."""
+    exchange: Exchange = Exchange.plain
+    """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); or all tokens (gather)."""
+    node_ranks: int | None = None
+    """Ranks of a node, for exchange=hierarchical; null is the launcher's number of local ranks."""
+    overlap_chunks: int = 1
+    """Cut a rank's tokens into so many chunks, so that the experts work on one while the next one travels."""
     recompute: bool = False
     """Activation checkpointing: keep only each block's input and compute the block again in the backward pass."""
     timeout_seconds: float = 600.0

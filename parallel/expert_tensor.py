@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..moe.model import Transformer
 from .collectives import exchange_rows, stack_over
-from .expert import plan_exchange, reorder
+from .dispatch.plain import plan_splits, reorder
 from .layout import sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .pieces import Piece
@@ -40,8 +40,8 @@ def share_rows(experts: Callable[[Tensor, Tensor], Tensor], axis: Axis, x_RD: Te
     Rows are gathered and scattered by all-to-alls, since ranks have different numbers of them; each is the other's gradient.
     """
     came_NE = stack_over(counts_E, axis)
-    exchange = plan_exchange(counts_E.expand_as(came_NE), came_NE)
-    x_AD = exchange_rows(x_RD.expand(axis.size, -1, -1).flatten(0, 1), exchange.sent_N, exchange.came_N, axis)
-    part_AD = experts(reorder(x_AD, exchange.order_A, exchange.back_A), came_NE.sum(0))
-    parts_AD = reorder(part_AD, exchange.back_A, exchange.order_A)
-    return exchange_rows(parts_AD, exchange.came_N, exchange.sent_N, axis).view(axis.size, *x_RD.shape).sum(0)
+    splits = plan_splits(counts_E.expand_as(came_NE), came_NE)
+    x_AD = exchange_rows(x_RD.expand(axis.size, -1, -1).flatten(0, 1), splits.sent_N, splits.came_N, axis)
+    part_AD = experts(reorder(x_AD, splits.order_A, splits.back_A), came_NE.sum(0))
+    parts_AD = reorder(part_AD, splits.back_A, splits.order_A)
+    return exchange_rows(parts_AD, splits.came_N, splits.sent_N, axis).view(axis.size, *x_RD.shape).sum(0)

@@ -82,6 +82,11 @@ def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
     return math.gcd(parallel.shard, world // (parallel.expert * parallel.expert_tensor))
 
 
+def node_ranks(parallel: ParallelConfig, world: int, local: str | None) -> int:
+    """Ranks of a node: the setting, else what the launcher says (`local`, of LOCAL_WORLD_SIZE), else all are on one."""
+    return parallel.node_ranks or int(local or world)
+
+
 def _rank_shape(name: str, shape: tuple[int, ...], config: ModelConfig, parallel: ParallelConfig, world: int) -> tuple[int, ...]:
     sizes = list(shape)
     if ".experts." in name:

@@ -67,6 +67,10 @@ class Mesh:
         inside = [dims.index(name) for name in names]
         outside = [dim for dim in range(len(dims)) if dim not in inside]
         groups = ranks.permute(outside + inside).reshape(-1, math.prod(self.sizes[name] for name in names)).tolist()
+        return self.axis_of(groups)
+
+    def axis_of(self, groups: list[list[int]]) -> Axis:
+        """The one of `groups` (which share out the world, in the same order on every rank) that this rank is in."""
         mine = next(group for group in groups if self.rank in group)
         if len(mine) == 1:
             return Axis(1, 0, None)

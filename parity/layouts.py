@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.config import TokenizerConfig
 from ..moe.config import MoEConfig, Scope, Selection
-from ..parallel.config import ParallelConfig
+from ..parallel.config import Exchange, ParallelConfig
 from ..train.compose import compose
 from ..train.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
 from ..train.rules import broken_rules
@@ -99,9 +99,10 @@ def options(most: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     yield 2, {}
     for name, default in _settings(ParallelConfig()).items():
         for value in [] if name in DEGREES else _others(default):
-            yield 1, {name: value}
+            changes = {name: value} | ({"node_ranks": 2} if value is Exchange.hierarchical else {})
+            yield 1, changes
             if most:
-                yield 2, {name: value}
+                yield 2, changes
 
 
 def _others(default: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
-from . import layout_rules, router_rules
+from . import exchange_rules, layout_rules, router_rules
 from .broken import Broken
 from .config import Config
 
@@ -55,6 +55,7 @@ INTERVALS = {
     "model.moe.shared_hidden": "[0, inf)",
     **router_rules.INTERVALS,
     **layout_rules.INTERVALS,
+    **exchange_rules.INTERVALS,
     "model.moe.z_coefficient": "[0, inf)",
     "parallel.tensor": "[1, inf)",
     "parallel.shard": "[1, inf)",

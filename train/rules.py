@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig
-from . import layout_rules, model_rules, router_rules
+from . import exchange_rules, layout_rules, model_rules, router_rules
 from .broken import Broken, divisors, multiples
 from .config import Config, Launcher, Shape
 from .intervals import intervals
@@ -103,6 +103,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     degrees,
     ranks,
     layout_rules.expert_tensor,
+    exchange_rules.exchange,
     batch,
     launch,
 ]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import layouts, observe
 from tokenyard.parity.compare import Reference, compare, reference_of
@@ -34,6 +34,9 @@ class Layout(NamedTuple):
     expert: int = 1
     expert_tensor: int = 1
     zero: int = 3
+    exchange: Exchange = Exchange.plain
+    node_ranks: int | None = None
+    overlap_chunks: int = 1
     recompute: bool = False
 
 

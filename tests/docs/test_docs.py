@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tokenyard.bench.dispatch import parse
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
@@ -123,6 +124,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             flags, own = arguments[: arguments.index("-m")], arguments[arguments.index("-m") + 1 :]
             assert own[0] == "tokenyard.train"
             trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
+        case ["python", "-m", "tokenyard.bench.dispatch", *arguments]:
+            parse(arguments)
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:
             assert module.startswith("tokenyard.")
             assert (ROOT / (module.replace(".", "/").removeprefix("tokenyard/") + ".py")).is_file() and (ROOT / file).is_file()

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenyard.parallel.collectives import exchange_rows, gather_sequence, max_over, scatter_sequence, stack_over, sum_over
+from tokenyard.parallel.collectives import gather_sequence, max_over, scatter_sequence, stack_over, sum_over
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
@@ -46,34 +46,6 @@ def scatter(parts_NBSD: Tensor, weights_BSD: Tensor) -> Pass:
     return there_and_back(parts_NBSD[axis.rank], weight, lambda x: scatter_sequence(x, axis))
 
 
-COUNTS = {
-    2: [[[2, 3], [0, 1]], [[0, 0], [0, 4]], [[0, 0], [0, 0]], [[0, 5], [0, 0]]],
-    4: [[[1, 0, 3, 2], [0, 0, 0, 0], [4, 1, 0, 0], [0, 2, 1, 1]], [[0, 0, 3, 0]] * 4],
-}
-
-
-@pytest.mark.parametrize(("world", "counts"), [(world, counts) for world, cases in COUNTS.items() for counts in cases])
-def test_exchange_rows(ranks: Any, world: int, counts: list[list[int]]) -> None:
-    """Row i of those from rank a to rank b is [a, b, i]; gradients come back as the weights of where the rows went."""
-    torch.manual_seed(0)
-    weights = [torch.randn(sum(row[rank] for row in counts), 3, dtype=torch.float64) for rank in range(world)]
-    results = ranks(world, exchange, counts, weights)
-    for rank, result in enumerate(results):
-        expected = [[a, rank, i] for a in range(world) for i in range(counts[a][rank])]
-        assert result.output.tolist() == expected
-        sent = [(b, i) for b in range(world) for i in range(counts[rank][b])]
-        places = [(b, sum(counts[a][b] for a in range(rank)) + i) for b, i in sent]
-        assert result.gradient.tolist() == [weights[b][place].tolist() for b, place in places]
-
-
-def exchange(counts: list[list[int]], weights: list[Tensor]) -> Pass:
-    axis = everyone()
-    rows = [[axis.rank, b, i] for b in range(axis.size) for i in range(counts[axis.rank][b])]
-    x = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
-    receive = [row[axis.rank] for row in counts]
-    return there_and_back(x, weights[axis.rank], lambda x: exchange_rows(x, counts[axis.rank], receive, axis))
-
-
 @WORLDS
 def test_sum_maximum_and_stack(ranks: Any, world: int) -> None:
     torch.manual_seed(0)
@@ -92,7 +64,7 @@ def reduce(x_NAB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_one_rank_leaves_everything_as_it_is() -> None:
     alone, x = Axis(1, 0, None), torch.randn(2, 4, 3)
-    assert gather_sequence(x, alone) is x and scatter_sequence(x, alone) is x and exchange_rows(x, [2], [2], alone) is x
+    assert gather_sequence(x, alone) is x and scatter_sequence(x, alone) is x
     assert sum_over(x, alone) is x and max_over(x, alone) is x and torch.equal(stack_over(x, alone), x[None])
 
 

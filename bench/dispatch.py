@@ -1,0 +1,177 @@
+"""What each exchange sends and how long it takes: `python -m tokenyard.bench.dispatch`.
+
+Bytes are counted at the collectives, forward and backward, beside the least that could do: each token once to each other rank that
+has any of its experts, and one row back. Time is that of dispatch and combine, with experts that do nothing.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..moe.config import GroupScore, MoEConfig, RouterConfig, Score
+from ..moe.dispatch import Dispatcher
+from ..moe.router import Router, Routing
+from ..parallel.collectives import sum_over
+from ..parallel.config import Exchange, ParallelConfig
+from ..parallel.dispatch.build import build_dispatcher
+from ..parallel.mesh import Axis, build_mesh
+from .ranks import answer, join, on_ranks
+from .traffic import Traffic
+
+V3 = RouterConfig(score=Score.sigmoid, groups=8, top_groups=4, group_score=GroupScore.top2, scale=2.5)
+ROUTINGS = {
+    "mixtral": MoEConfig(experts=8, top_k=2),
+    "qwen3": MoEConfig(experts=128, top_k=8),
+    "deepseek_v3": MoEConfig(experts=256, top_k=8, router=V3),
+}
+"""By the model that routes so."""
+
+
+class Line(NamedTuple):
+    """Bytes and seconds are means over the ranks; seconds are the median of the repetitions."""
+
+    routing: str
+    ranks: int
+    exchange: str
+    forward_bytes: float
+    backward_bytes: float
+    bound_bytes: float
+    between_nodes_bytes: float
+    """Forward and backward."""
+    seconds: float
+
+
+class Counted(NamedTuple):
+    """What this rank sent in one pass."""
+
+    forward: int
+    backward: int
+    between_nodes: int
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.rank:
+        task = join(arguments.rank)
+        answer(arguments.rank, [line._asdict() for line in measure(**task)])
+        return
+    task = {name: getattr(arguments, name) for name in ("tokens", "width", "repeats", "routings")}
+    lines = [Line(**line) for world in arguments.ranks for line in on_ranks("tokenyard.bench.dispatch", world, task)[0]]
+    print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.dispatch", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], help="worlds to start; half of the ranks make a node")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each rank")
+    parser.add_argument("--width", type=int, default=1024, help="numbers of a row, in bf16")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes of each exchange")
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[Line]:
+    """On each rank of the world: all exchanges for each routing, taking turns."""
+    lines = []
+    for name in routings:
+        x_TD, routing = routed(ROUTINGS[name], tokens, width)
+        world, experts = dist.get_world_size(), ROUTINGS[name].experts
+        makers = {exchange.value: dispatcher(exchange, experts, world) for exchange in Exchange}
+        seconds: dict[str, list[float]] = {exchange: [] for exchange in makers}
+        for _ in range(repeats):
+            for exchange, made in makers.items():
+                seconds[exchange].append(timed(functools.partial(one_pass, made, x_TD, routing)))
+        bound = mean(2.0 * len(pairs(routing, experts)) * width * x_TD.element_size())
+        for exchange, made in makers.items():
+            there, back, between = map(mean, count(made, x_TD, routing))
+            lines.append(Line(name, world, exchange, there, back, bound, between, mean(statistics.median(seconds[exchange]))))
+    return lines
+
+
+def routed(config: MoEConfig, tokens: int, width: int) -> tuple[Tensor, Routing]:
+    """Random tokens of this rank in bf16, and what a random router, the same on all ranks, makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    router = Router(width, config, torch.float32)
+    assert router.weight is not None
+    torch.nn.init.normal_(router.weight, std=width**-0.5, generator=generator)
+    if config.router.groups > 1:
+        router.add_expert_bias()
+        assert router.expert_bias is not None
+        torch.nn.init.normal_(router.expert_bias, std=0.01, generator=generator)
+    x_TD = torch.randn(tokens, width, generator=generator.manual_seed(1 + dist.get_rank())).bfloat16()
+    with torch.no_grad():
+        routing = router(x_TD.unsqueeze(0))
+    return x_TD.requires_grad_(), routing._replace(weights_TK=routing.weights_TK.requires_grad_())
+
+
+def dispatcher(exchange: Exchange, experts: int, world: int) -> Dispatcher:
+    config = ParallelConfig(expert=world, exchange=exchange, node_ranks=world // 2)
+    return build_dispatcher(experts, build_mesh(config), config)
+
+
+def pairs(routing: Routing, experts: int) -> set[tuple[int, int]]:
+    """Tokens of this rank, and other ranks that have any of their experts: a row has to go there, and another to come back."""
+    held, rank = experts // dist.get_world_size(), dist.get_rank()
+    chosen = enumerate(routing.experts_TK.tolist())
+    return {(token, expert // held) for token, row in chosen for expert in row if expert // held != rank}
+
+
+def one_pass(made: Dispatcher, x_TD: Tensor, routing: Routing) -> None:
+    forward(made, x_TD, routing).backward(torch.ones_like(x_TD))
+
+
+def forward(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
+    return made.run(x_TD, routing, lambda rows, counts: rows, lambda: None)[0]
+
+
+def count(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Counted:
+    with Traffic() as there:
+        y_TD = forward(made, x_TD, routing)
+    with Traffic() as back:
+        y_TD.backward(torch.ones_like(y_TD))
+    half = dist.get_world_size() // 2
+    return Counted(there.total(), back.total(), there.between_nodes(half) + back.between_nodes(half))
+
+
+def timed(function: Callable[[], None]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def mean(value: float) -> float:
+    """Over the ranks."""
+    everyone = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+    return sum_over(torch.tensor(value, dtype=torch.float64), everyone).item() / everyone.size
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown. MiB are those that a rank sends, forward and backward; shares of the bound are of one and of the other."""
+    heads = ["routing", "ranks", "exchange", "MiB", "bound MiB", "of the bound", "of plain", "MiB between nodes", "ms"]
+    plain = {(line.routing, line.ranks): line for line in lines if line.exchange == Exchange.plain.value}
+    rows = [heads, ["---"] * len(heads), *(_cells(line, plain[line.routing, line.ranks]) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(line: Line, plain: Line) -> list[str]:
+    total = line.forward_bytes + line.backward_bytes
+    shares = f"{line.forward_bytes / line.bound_bytes:.4f}, {line.backward_bytes / line.bound_bytes:.4f}"
+    of_plain = f"{total / (plain.forward_bytes + plain.backward_bytes):.2f}"
+    sizes = [f"{total / 2**20:.2f}", f"{line.bound_bytes / 2**19:.2f}", shares, of_plain, f"{line.between_nodes_bytes / 2**20:.2f}"]
+    return [line.routing, str(line.ranks), line.exchange, *sizes, f"{line.seconds * 1e3:.0f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Which rows want which experts, where a row of a rank may want any number of them; and the rows of this rank's own experts.
+
+P rows, C choices, K the most choices of a row, E experts in reach, D width, R rows of experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...moe.dispatch import plan_choices
+from ...moe.router import Routing
+from .fan import Fan, plan_fan
+
+
+class Choices(NamedTuple):
+    """Choice c: row `row_C[c]` (ascending) wants expert `expert_C[c]` of those in reach (E: none, it was dropped).
+
+    A row's experts differ, as those of a router do.
+    """
+
+    rows: int
+    row_C: Tensor
+    expert_C: Tensor
+    weights_C: Tensor
+    most: int
+    """K."""
+    padded_rows: int | None
+    """Rows that each expert gets in the end, zeros included; None: as many as chose it."""
+
+
+class Counted(NamedTuple):
+    """All choices are of experts of this rank: choice c is its row's `nth_C[c]`-th, and `deeper[k]` rows have more than k."""
+
+    choices: Choices
+    nth_C: Tensor
+    deeper: list[int]
+
+
+def choices_of(routing: Routing, experts: int, ranks: int) -> Choices:
+    """The choices of this rank's tokens; with padding, each of `ranks` ranks may fill its part of an expert's rows."""
+    tokens, top_k = routing.experts_TK.shape
+    expert_TK = routing.experts_TK
+    if routing.kept_TK is not None:
+        expert_TK = expert_TK.masked_fill(~routing.kept_TK, experts)
+    row_C = torch.arange(tokens, device=expert_TK.device).repeat_interleave(top_k)
+    padded = None if routing.padded_rows is None else routing.padded_rows * ranks
+    return Choices(tokens, row_C, expert_TK.flatten(), routing.weights_TK.flatten(), top_k, padded)
+
+
+def plan_expansion(counted: Counted, experts: int) -> tuple[Fan, Tensor]:
+    """How rows fan out to this rank's `experts`, and how many rows each gets."""
+    choices = counted.choices
+    plan = plan_choices(choices.expert_C.unsqueeze(1), None, experts, choices.padded_rows)
+    fan = plan_fan(choices.row_C, counted.nth_C, plan.slot_TK.flatten(), choices.rows, counted.deeper, len(plan.token_R))
+    return fan, plan.counts_E

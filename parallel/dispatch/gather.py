@@ -1,0 +1,85 @@
+"""The exchange by all-gather and reduce-scatter: every rank gets all tokens of the group and computes its own experts' part.
+
+Nothing is sorted for the way and no counts are exchanged; it sends N - 1 rows of a token each way, which is least when a token's
+experts are on most of the N ranks anyway: small groups, large K.
+T tokens here, G tokens of the whole group, K choices per token, E experts, L experts of a rank, C choices of this rank's experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...moe.dispatch import Arrived
+from ...moe.router import Routing
+from ..collectives import stack_over
+from ..mesh import Axis
+from .choices import Choices, Counted, plan_expansion
+from .exchanging import ExchangingDispatcher
+from .fan import Fan, add_up, copy_out
+from .flights import Flight, Gather, depart, land
+
+
+class Sent(NamedTuple):
+    way: Gather
+    rows: Flight
+    choices: Flight
+    padded_rows: int | None
+
+
+class WayBack(NamedTuple):
+    way: Gather
+    fan: Fan
+    weights_C: Tensor
+
+
+class GatherDispatcher(ExchangingDispatcher):
+    """Each rank adds up what its experts give for any token of the group; the sums over the ranks are scattered."""
+
+    def __init__(self, experts: int, axis: Axis, chunks: int = 1) -> None:
+        super().__init__(chunks)
+        self.experts = experts
+        self.axis = axis
+
+    def send(self, x_TD: Tensor, routing: Routing) -> Sent:
+        own = torch.tensor([len(x_TD)], device=x_TD.device)
+        way = Gather(stack_over(own, self.axis).flatten().tolist(), self.axis)
+        padded = None if routing.padded_rows is None else routing.padded_rows * self.axis.size
+        return Sent(way, depart(x_TD, way), depart(_pack(routing, self.experts), way), padded)
+
+    def receive(self, sent: Sent) -> Arrived:
+        held = self.experts // self.axis.size
+        counted = _choices_of_mine(land(sent.choices), self.axis.rank * held, held, sent.padded_rows)
+        fan, counts_L = plan_expansion(counted, held)  # while the rows travel
+        tokens_RD = copy_out(land(sent.rows), fan)
+        return Arrived(tokens_RD, counts_L, WayBack(sent.way, fan, counted.choices.weights_C))
+
+    def send_back(self, y_RD: Tensor, arrived: Arrived) -> Flight:
+        way_back: WayBack = arrived.way_back
+        return depart(add_up(y_RD, way_back.fan, way_back.weights_C), way_back.way.opposite())
+
+    def receive_back(self, sent: Flight) -> Tensor:
+        return land(sent)
+
+
+def _pack(routing: Routing, experts: int) -> Tensor:
+    """(T, 2 K): weights, then expert ids, E for what was dropped."""
+    expert_TK = routing.experts_TK
+    if routing.kept_TK is not None:
+        expert_TK = expert_TK.masked_fill(~routing.kept_TK, experts)
+    return torch.cat([routing.weights_TK, expert_TK.to(routing.weights_TK.dtype)], dim=1)
+
+
+def _choices_of_mine(packed: Tensor, first: int, held: int, padded_rows: int | None) -> Counted:
+    """Of all tokens' choices those of the `held` experts from `first` on. Their number is read on the host (a synchronisation)."""
+    weights_GK, expert_GK = packed.chunk(2, dim=1)
+    expert_GK = expert_GK.detach().long() - first
+    mine_GK = (expert_GK >= 0) & (expert_GK < held)
+    place_C = mine_GK.flatten().nonzero().flatten()
+    tokens, top_k = mine_GK.shape
+    most = min(top_k, held)
+    nth_C = (mine_GK.cumsum(1) - 1).flatten()[place_C]
+    deeper = (mine_GK.sum(1, keepdim=True) > torch.arange(most, device=packed.device)).sum(0).tolist()
+    weights_C = weights_GK.flatten().index_select(0, place_C)
+    choices = Choices(tokens, place_C // top_k, expert_GK.flatten()[place_C], weights_C, most, padded_rows)
+    return Counted(choices, nth_C, [rows for rows in deeper if rows])

@@ -1,0 +1,155 @@
+"""Every exchange on real ranks equals one device that has all experts, rank by rank, in fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenyard.moe.dispatch import Dispatcher, LocalDispatcher
+from tokenyard.moe.experts import Experts
+from tokenyard.moe.router import Routing
+from tokenyard.parallel.config import Exchange, ParallelConfig
+from tokenyard.parallel.dispatch.build import build_dispatcher
+from tokenyard.parallel.dispatch.plain import plan_splits, reorder
+from tokenyard.parallel.mesh import build_mesh
+from torch import Tensor
+
+EXPERTS, WIDTH, HIDDEN, TOP_K = 8, 4, 6, 3
+TOKENS = {"even": [5, 5, 5, 5], "uneven": [7, 1, 4, 2], "one rank without tokens": [3, 0, 6, 2], "nobody has tokens": [0, 0, 0, 0]}
+EXCHANGES = {
+    "plain": ParallelConfig(exchange=Exchange.plain),
+    "plain, 3 chunks": ParallelConfig(exchange=Exchange.plain, overlap_chunks=3),
+    "deduplicated": ParallelConfig(exchange=Exchange.deduplicated),
+    "deduplicated, 2 chunks": ParallelConfig(exchange=Exchange.deduplicated, overlap_chunks=2),
+    "hierarchical": ParallelConfig(exchange=Exchange.hierarchical, node_ranks=2),
+    "hierarchical, 2 chunks": ParallelConfig(exchange=Exchange.hierarchical, node_ranks=2, overlap_chunks=2),
+    "gather": ParallelConfig(exchange=Exchange.gather),
+    "gather, 2 chunks": ParallelConfig(exchange=Exchange.gather, overlap_chunks=2),
+}
+ALL = pytest.mark.parametrize("config", EXCHANGES.values(), ids=EXCHANGES)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (2, 4), (4, 2), (3, 5)])
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_plan_equals_a_loop(shape: tuple[int, int], most: int) -> None:
+    torch.manual_seed(most)
+    sent_NL, came_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
+    plan = plan_splits(sent_NL, came_NL)
+    assert plan.sent_N == [sum(row) for row in sent_NL.tolist()] and plan.came_N == [sum(row) for row in came_NL.tolist()]
+    ranks, experts = shape
+    rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(came_NL[rank, expert]))]
+    arrived = [rows[place] for place in plan.order_A.tolist()]
+    assert arrived == sorted(rows, key=lambda row: (row[1], row[0], row[2]))
+    assert [arrived[place] for place in plan.back_A.tolist()] == rows
+
+
+def test_reorder_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    order = torch.randperm(6)
+    rows = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(reorder(rows, order, order.argsort()), rows[order])
+    assert torch.autograd.gradcheck(lambda x: reorder(x, order, order.argsort()), (rows,))
+
+
+@ALL
+@pytest.mark.parametrize("dropped", [None, 0.4])
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_device(ranks: Any, config: ParallelConfig, world: int, tokens: list[int], dropped: float | None) -> None:
+    """Outputs and gradients of tokens and weights rank by rank; gradients of experts are sums over the ranks' tokens."""
+    torch.manual_seed(0)
+    assert_ranks_equal_one_device(ranks, config, [random_tokens(count, dropped) for count in tokens[:world]])
+
+
+@ALL
+def test_all_tokens_to_one_expert(ranks: Any, config: ParallelConfig) -> None:
+    """Three of four ranks receive nothing."""
+    torch.manual_seed(0)
+    parts = [random_tokens(5, None, top_k=1) for _ in range(4)]
+    for part in parts:
+        part["experts_TK"][:] = 3
+    assert_ranks_equal_one_device(ranks, config, parts)
+
+
+@ALL
+def test_any_number_of_experts_per_token(ranks: Any, config: ParallelConfig) -> None:
+    """Expert choice: a column for each expert, and some tokens have none."""
+    torch.manual_seed(0)
+    parts = [random_tokens(5, 0.6, EXPERTS) for _ in range(4)]
+    for part in parts:
+        part["experts_TK"][:] = torch.arange(EXPERTS)
+        part["kept_TK"][2] = False
+    assert_ranks_equal_one_device(ranks, config, parts)
+
+
+@ALL
+def test_null_experts_get_nothing(ranks: Any, config: ParallelConfig) -> None:
+    torch.manual_seed(0)
+    parts = [random_tokens(6, None, columns=EXPERTS + 4) for _ in range(4)]
+    for part in parts:
+        part["kept_TK"] = part["experts_TK"] < EXPERTS
+        assert not part["kept_TK"].all()
+    assert_ranks_equal_one_device(ranks, config, parts)
+
+
+@pytest.mark.parametrize("name", [name for name in EXCHANGES if "chunks" not in name])
+def test_padding_reaches_the_experts(ranks: Any, name: str) -> None:
+    """Each expert gets as many rows from each rank as it has at most: 5 from each of 4 here."""
+    torch.manual_seed(0)
+    parts = [random_tokens(5, 0.3) | {"padded_rows": 5} for _ in range(4)]
+    for of_rank in assert_ranks_equal_one_device(ranks, EXCHANGES[name], parts):
+        assert of_rank["counts_L"].tolist() == [20, 20]
+
+
+def assert_ranks_equal_one_device(ranks: Any, config: ParallelConfig, parts: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    found = ranks(len(parts), spread, config, parts)
+    expected = [moe(LocalDispatcher(EXPERTS), all_experts(), part) for part in parts]
+    for of_rank, reference in zip(found, expected, strict=True):
+        for name in ("y_TD", "x_TD", "weights_TK", "beside"):
+            torch.testing.assert_close(of_rank[name], reference[name], rtol=1e-12, atol=1e-13)
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        summed = torch.stack([reference[name] for reference in expected]).sum(0)
+        torch.testing.assert_close(torch.cat([of_rank[name] for of_rank in found]), summed, rtol=1e-12, atol=1e-13)
+    return found
+
+
+def spread(config: ParallelConfig, parts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    config.expert = len(parts)
+    mesh, experts = build_mesh(config), all_experts()
+    axis = mesh.axis("expert")
+    for name, parameter in list(experts.named_parameters()):
+        setattr(experts, name, torch.nn.Parameter(parameter.detach().chunk(axis.size)[axis.rank].clone()))
+    return moe(build_dispatcher(EXPERTS, mesh, config), experts, parts[axis.rank])
+
+
+def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs, gradients of the sum of their squares, and what was computed beside, from the same tokens."""
+    x_TD, weights_TK = part["x_TD"].clone().requires_grad_(), part["weights_TK"].clone().requires_grad_()
+    routing = Routing(part["experts_TK"], weights_TK, part["kept_TK"], None, part.get("padded_rows"))  # pyright: ignore[reportArgumentType]
+    seen: list[Tensor] = []
+
+    def compute(x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        seen.append(counts_E)
+        return experts(x_RD, counts_E)
+
+    y_TD, beside = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
+    (y_TD.square() + beside).sum().backward()
+    leaves = {"x_TD": x_TD, "weights_TK": weights_TK, **dict(experts.named_parameters())}
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y_TD": y_TD.detach(), "beside": beside.detach(), "counts_L": torch.stack(seen).sum(0)} | gradients
+
+
+def random_tokens(tokens: int, dropped: float | None, top_k: int = TOP_K, columns: int = EXPERTS) -> dict[str, Any]:
+    return {
+        "x_TD": torch.randn(tokens, WIDTH, dtype=torch.float64),
+        "experts_TK": torch.rand(tokens, columns).argsort(1)[:, :top_k],
+        "weights_TK": torch.rand(tokens, top_k, dtype=torch.float64),
+        "kept_TK": None if dropped is None else torch.rand(tokens, top_k) >= dropped,
+    }
+
+
+def all_experts() -> Experts:
+    generator = torch.Generator().manual_seed(1)
+    experts = Experts(EXPERTS, WIDTH, HIDDEN, torch.float64, bias=True)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return experts
