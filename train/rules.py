@@ -7,9 +7,9 @@ from operator import attrgetter
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
 from ..moe.count import head_width
-from . import router_rules
+from . import launch_rules, router_rules
 from .broken import Broken
-from .config import Config, Launcher, Shape
+from .config import Config, Shape
 from .schema import nearest_text
 from .trackers import TRACKERS
 
@@ -96,9 +96,7 @@ INTERVALS = {
     "sample.tokens": "[0, inf)",
     "sample.temperature": "[0, inf)",
     "sample.top_p": "(0, 1]",
-    "launch.nodes": "[1, inf)",
-    "launch.ranks": "[1, inf)",
-    "launch.max_restarts": "[0, inf)",
+    **launch_rules.INTERVALS,
 }
 """Where each number must lie, unless it is null; ( and ) exclude the bound."""
 
@@ -233,13 +231,6 @@ def batch(config: Config, world: int) -> Iterator[Broken]:
         yield Broken("batch.micro", rule, _divisors(sequences // data))
 
 
-def launch(config: Config, world: int) -> Iterator[Broken]:
-    c = config.launch
-    for key, count in (("launch.ranks", c.ranks), ("launch.nodes", c.nodes)):
-        if c.kind is Launcher.inline and world == 1 and count > 1:
-            yield Broken(key, "launch=inline starts no ranks, launch=torchrun does", [1])
-
-
 RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     intervals,
     model,
@@ -252,7 +243,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     degrees,
     ranks,
     batch,
-    launch,
+    launch_rules.launchers,
 ]
 """In the order of checking: later ones may rely on earlier ones."""
 
