@@ -10,6 +10,8 @@ import pytest
 
 # tests/distributed/parity.py, which tests import; ranks inherit the path, so they find it too.
 sys.path.append(str(Path(__file__).parent / "distributed"))
+# tests/launch/cluster_schema.py.
+sys.path.append(str(Path(__file__).parent / "launch"))
 
 
 @pytest.fixture(scope="session")
