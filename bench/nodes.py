@@ -71,7 +71,7 @@ def start(hosts: tuple[Host, Host], argv: list[str]) -> int:
         environment = os.environ | {name: str(value) for name, value in names.items()}
         words = [sys.executable, "-m", "tokenyard.bench.nodes", *argv]
         processes.append(subprocess.Popen(host.command(words), env=environment))
-    return int(any([process.wait() for process in processes]))
+    return int(max(abs(process.wait()) for process in processes) > 0)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -114,7 +114,7 @@ def with_exchange(config: ParallelConfig, exchange: str) -> ParallelConfig:
         if exchange != "plain":
             raise ValueError(f"{exchange}: there is no setting parallel.exchange; nearest valid: plain")
         return config
-    return dataclasses.replace(config, **{"exchange": type(known["exchange"].default)(exchange)})
+    return dataclasses.replace(config, exchange=type(known["exchange"].default)(exchange))
 
 
 def timed_pass(layer: MoELayer, x_BSD: Tensor) -> float:

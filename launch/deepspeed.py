@@ -16,7 +16,7 @@ PORT = 29500
 
 
 def start_deepspeed(config: Config, arguments: Arguments) -> int:
-    """On one host starts the ranks; on several writes and shows the hostfile and the command, and starts it with launch.submit=true.
+    """Starts the ranks of one host; for several writes the hostfile and shows the command, and runs it with launch.submit=true.
 
     Returns the exit code. ConfigError if DeepSpeed is not installed, or could not carry an override to the other hosts.
     """

@@ -1,4 +1,4 @@
-"""launch=kubernetes: a TrainJob of Kubeflow Trainer 2.2 or newer, which starts torchrun on each host (trainer.kubeflow.org/v1alpha1)."""
+"""launch=kubernetes: a TrainJob (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2 or newer) that starts torchrun on its hosts."""
 
 from typing import Any
 

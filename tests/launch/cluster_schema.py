@@ -1,4 +1,4 @@
-"""What Kubeflow Trainer 2.2's CRD (trainer.kubeflow.org/v1alpha1) wants of the fields of a TrainJob that we set; it has no others."""
+"""What the CRD of Kubeflow Trainer 2.2 (trainer.kubeflow.org/v1alpha1) says of the fields of a TrainJob that we set."""
 
 import re
 from typing import Any

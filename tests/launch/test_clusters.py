@@ -62,7 +62,12 @@ def test_deepspeed_hosts() -> None:
     own, ranks = several_hosts(config, arguments)
     equals_golden("deepspeed.txt", f"{hostfile(config)}\n{joined(['deepspeed', *own], ranks)}\n")
     # Once through the local shell, once through the hosts'.
-    assert shlex.split(" ".join(shlex.split(" ".join(map(shlex.quote, ranks))))) == [*SIZE[2:], "run.dir=runs/first", "seed=2", "tracker.names=[]"]
+    assert shlex.split(" ".join(shlex.split(" ".join(map(shlex.quote, ranks))))) == [
+        *SIZE[2:],
+        "run.dir=runs/first",
+        "seed=2",
+        "tracker.names=[]",
+    ]
 
 
 def test_deepspeed_on_one_host() -> None:
@@ -177,7 +182,11 @@ REFUSED = [
     ([*SLURM, "launch.cores=0"], "launch.cores=0: must be in [1, inf)", "launch.cores=1"),
     (KUBERNETES[:-1], "launch.kubernetes.image=null: must be the name", "launch.kubernetes.image=REGISTRY/NAME:TAG"),
     ([*KUBERNETES, "run.dir=runs/x"], "run.dir=runs/x: must be an absolute path in the containers", "run.dir=/shared/x"),
-    ([*KUBERNETES, "run.dir=/a/x", "launch.kubernetes.claim=c"], "must lie under launch.kubernetes.mount=/shared", "run.dir=/shared/x"),
+    (
+        [*KUBERNETES, "run.dir=/a/x", "launch.kubernetes.claim=c"],
+        "must lie under launch.kubernetes.mount=/shared",
+        "run.dir=/shared/x",
+    ),
     ([*KUBERNETES, "launch.kubernetes.namespace=A"], "launch.kubernetes.namespace=A: must be lower-case", "namespace=null"),
     ([*DEEPSPEED, "launch.hosts=[a]"], "launch.hosts=[a]: must name the launch.nodes=2 hosts", "launch.hosts=[host0,host1]"),
     ([*DEEPSPEED, "launch.hosts=[a,a]"], "each once", "launch.hosts=[host0,host1]"),
