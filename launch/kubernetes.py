@@ -1,4 +1,4 @@
-"""launch=kubernetes: a TrainJob (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2 or newer) that starts torchrun on its hosts."""
+"""launch=kubernetes: a TrainJob (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.2) that starts torchrun on its hosts."""
 
 from typing import Any
 
