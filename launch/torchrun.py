@@ -1,4 +1,4 @@
-"""launch=torchrun: ranks on this host, started, watched and restarted by torch's elastic launcher in this process."""
+"""launch=torchrun: this host's ranks, started, watched and restarted by torch's elastic launcher in this process."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ import sys
 from ..train.config import Config, ConfigError
 from ..train.folder import new_run_folder
 from ..train.schema import quoted
+from .address import interface_of, is_first_here, is_own, own_address
 
 
 def start_ranks(config: Config, argv: list[str]) -> int:
@@ -34,8 +35,9 @@ def check_hosts(config: Config) -> None:
     if nodes == 1:
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
-    if missing:
-        raise ConfigError.of("launch.nodes", nodes, f"needs {', '.join(missing)} in the environment of each host", "launch.nodes=1")
+    if missing and config.launch.rendezvous is None:
+        rule = f"needs {', '.join(missing)} in the environment of each host, or launch.rendezvous"
+        raise ConfigError.of("launch.nodes", nodes, rule, f"launch.nodes={nodes} launch.rendezvous=HOST:29500")
     if config.run.dir is None:
         raise ConfigError.of("run.dir", "null", f"must be a folder that all launch.nodes={nodes} hosts see", "run.dir=runs/NAME")
 
@@ -43,11 +45,32 @@ def check_hosts(config: Config) -> None:
 def _elastic(config: Config) -> list[str]:
     """The arguments of torch's launcher."""
     c = config.launch
-    ranks = [f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
+    ranks = [f"--nnodes={c.nodes}", f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
+    if c.rendezvous is not None:
+        return [*ranks, *_rendezvous(c.rendezvous)]
     if c.nodes == 1:
         return ["--standalone", *ranks]
     address = [f"--{flag}={os.environ[name]}" for flag, name in (("master-addr", "MASTER_ADDR"), ("master-port", "MASTER_PORT"))]
-    return [f"--nnodes={c.nodes}", f"--node-rank={os.environ['NODE_RANK']}", *address, *ranks]
+    return [f"--node-rank={os.environ['NODE_RANK']}", *address, *ranks]
+
+
+def _rendezvous(endpoint: str) -> list[str]:
+    """The same command on each host: whether this is the one at `endpoint` is found here, from the addresses of the host."""
+    host, _, port = endpoint.rpartition(":")
+    own = own_address(host)
+    interface = interface_of(own) if own else None
+    if interface:
+        # By itself gloo takes the address of the host's name, which on many systems is a loopback one.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # Left alone, torch compares names, and where names mislead nobody opens the store and all time out. One process alone may open
+    # it, also where several launchers share a machine.
+    opens = is_own(host) and is_first_here(int(port))
+    return [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-conf=is_host={int(opens)}",
+        *([f"--local-addr={own}"] if own else []),
+    ]
 
 
 def _shared_folder(config: Config) -> list[str]:

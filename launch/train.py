@@ -1,11 +1,11 @@
-"""`tokenyard train`: one process, ranks of our own, or a sweep of jobs."""
+"""`tokenyard train`: one process, ranks of our own, a job for a cluster, or a sweep of any of them."""
 
-from ..train.arguments import parse_arguments
+from ..train.arguments import Arguments, parse_arguments
 from ..train.command import refuse, run_here, world_size
 from ..train.compose import compose_arguments
-from ..train.config import ConfigError, Launcher
+from ..train.config import Config, ConfigError
+from ..train.launch_config import Launcher
 from ..train.validate import validate
-from .torchrun import check_hosts, start_ranks
 
 
 def train(argv: list[str]) -> int:
@@ -21,10 +21,32 @@ def train(argv: list[str]) -> int:
 
             return multirun(arguments)
         config = compose_arguments(arguments)
-        started = config.launch.kind is Launcher.torchrun
+        started = config.launch.kind is not Launcher.inline
         validate(config, config.launch.nodes * config.launch.ranks if started else world_size())
-        if started:
-            check_hosts(config)
+        return start(config, arguments, argv)
     except ConfigError as error:
         return refuse(error)
-    return start_ranks(config, argv) if started else run_here(config)
+
+
+def start(config: Config, arguments: Arguments, argv: list[str]) -> int:
+    """Hands a valid configuration to its launcher. Returns the exit code. ConfigError if that one cannot start here."""
+    match config.launch.kind:
+        case Launcher.inline:
+            return run_here(config)
+        case Launcher.torchrun:
+            from .torchrun import check_hosts, start_ranks
+
+            check_hosts(config)
+            return start_ranks(config, argv)
+        case Launcher.deepspeed:
+            from .deepspeed import start_deepspeed
+
+            return start_deepspeed(config, arguments)
+        case Launcher.slurm:
+            from .slurm import start_job
+
+            return start_job(config, arguments)
+        case Launcher.kubernetes:
+            from .kubernetes import start_train_job
+
+            return start_train_job(config, arguments)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-# Where modules are that tests import (sameness.py, their_weights.py); ranks inherit the path, so they find them too.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe")]
+# Where modules are that tests import, as sameness.py, their_weights.py, cluster_schema.py; ranks inherit the path and find them too.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch")]
 
 
 @pytest.fixture(scope="session")

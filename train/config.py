@@ -6,6 +6,7 @@ from enum import Enum
 from ..data.config import DataConfig, TokenizerConfig
 from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
+from .launch_config import LaunchConfig
 
 
 class ConfigError(ValueError):
@@ -137,23 +138,6 @@ class SampleConfig:
     """0 takes the likeliest token."""
     top_p: float = 0.95
     """Sample from the likeliest tokens that together have this probability."""
-
-
-class Launcher(Enum):
-    inline = "inline"
-    torchrun = "torchrun"
-
-
-@dataclass
-class LaunchConfig:
-    kind: Launcher = Launcher.inline
-    """inline: this process is one rank (the environment says which); torchrun: start the ranks through torch's elastic launcher."""
-    nodes: int = 1
-    """Hosts."""
-    ranks: int = 1
-    """Ranks on each host that the launcher starts."""
-    max_restarts: int = 0
-    """How often torch's elastic launcher starts the ranks again after one failed."""
 
 
 @dataclass

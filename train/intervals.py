@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
-from . import exchange_rules, layout_rules, router_rules
+from . import exchange_rules, launch_rules, layout_rules, router_rules
 from .broken import Broken
 from .config import Config
 
@@ -82,9 +82,7 @@ INTERVALS = {
     "sample.tokens": "[0, inf)",
     "sample.temperature": "[0, inf)",
     "sample.top_p": "(0, 1]",
-    "launch.nodes": "[1, inf)",
-    "launch.ranks": "[1, inf)",
-    "launch.max_restarts": "[0, inf)",
+    **launch_rules.INTERVALS,
 }
 """Where each number must lie, unless it is null; ( and ) exclude the bound."""
 

@@ -5,9 +5,9 @@ from operator import attrgetter
 
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig
-from . import exchange_rules, layout_rules, model_rules, router_rules
+from . import exchange_rules, launch_rules, layout_rules, model_rules, router_rules
 from .broken import Broken, divisors, multiples
-from .config import Config, Launcher, Shape
+from .config import Config, Shape
 from .intervals import intervals
 from .model_rules import moe_layers
 from .schema import nearest_text
@@ -84,13 +84,6 @@ def batch(config: Config, world: int) -> Iterator[Broken]:
         yield Broken("batch.micro", rule, divisors(sequences // data))
 
 
-def launch(config: Config, world: int) -> Iterator[Broken]:
-    c = config.launch
-    for key, count in (("launch.ranks", c.ranks), ("launch.nodes", c.nodes)):
-        if c.kind is Launcher.inline and world == 1 and count > 1:
-            yield Broken(key, "launch=inline starts no ranks, launch=torchrun does", [1])
-
-
 RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     intervals,
     model_rules.model,
@@ -105,7 +98,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     layout_rules.expert_tensor,
     exchange_rules.exchange,
     batch,
-    launch,
+    launch_rules.launchers,
 ]
 """In the order of checking: later ones may rely on earlier ones."""
 

@@ -10,6 +10,7 @@ from ..data.check import check_corpus, check_tokenizer
 from ..parallel.layout import fewest_ranks
 from .broken import Broken
 from .config import Config, ConfigError
+from .launch_config import Launcher
 from .rules import broken_rules
 from .schema import nearest_text, written
 
@@ -20,7 +21,9 @@ def validate(config: Config, world: int) -> None:
     if broken is not None:
         value = attrgetter(broken.key)(config)
         raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
-    check_files(config)
+    # Paths in containers are nothing to look up here; the ranks look them up there.
+    if config.launch.kind is not Launcher.kubernetes:
+        check_files(config)
 
 
 def check_files(config: Config) -> None:

@@ -19,7 +19,7 @@ from tokenyard.parity.command import planned
 from tokenyard.parity.config import split_settings
 from tokenyard.train.arguments import parse_arguments
 from tokenyard.train.compose import CONF, compose
-from tokenyard.train.config import Launcher
+from tokenyard.train.launch_config import Launcher
 from tokenyard.train.overrides import Groups, find_groups, parse_override
 from tokenyard.train.plain import config_from_plain, plain_config
 from tokenyard.train.reference import reference
@@ -209,9 +209,9 @@ def trains(arguments: list[str], world: int | None) -> None:
     parsed = parse_arguments(arguments)
     for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
         config = compose(point)
-        started = config.launch.kind is Launcher.torchrun
+        started = config.launch.kind is not Launcher.inline
         validate(config, world or (config.launch.nodes * config.launch.ranks if started else 1))
-        if started and world is None:
+        if config.launch.kind is Launcher.torchrun and world is None:
             check_hosts(config)
 
 

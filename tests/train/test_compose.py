@@ -6,7 +6,8 @@ import pytest
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
 from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError, Engine, Launcher, Precision
+from tokenyard.train.config import Config, ConfigError, Engine, Precision
+from tokenyard.train.launch_config import Launcher
 from tokenyard.train.schema import quoted
 
 BAD = [

@@ -1,0 +1,44 @@
+"""What a job on other hosts gets of this command line, and how it is shown and handed to the cluster's own command."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ..train.arguments import Arguments
+from ..train.config import Config, ConfigError
+from ..train.overrides import halves
+
+
+def handed_on(arguments: Arguments) -> list[str]:
+    """The flags and overrides that the ranks need: all but those of the launcher."""
+    folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    return folder + [text for text in arguments.overrides if halves(text)[0].lstrip("+~").partition(".")[0] != "launch"]
+
+
+def job_name(config: Config) -> str:
+    """run.name, or the run folder's, as a DNS label of at most 63 characters, which is a name for Slurm as well."""
+    text = config.run.name or Path(config.run.dir or "").name
+    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if not label[:1].isalpha():
+        label = f"tokenyard-{label}"
+    return label[:63].strip("-")
+
+
+def submit(command: list[str], job: str | None = None) -> int:
+    """Runs the cluster's own command, with `job` on its standard input. Returns its exit code. ConfigError if it is not there."""
+    if shutil.which(command[0]) is None:
+        raise ConfigError.of("launch.submit", "true", f"there is no {command[0]} on this host", "launch.submit=false")
+    return subprocess.run(command, input=job, text=True, check=False).returncode
+
+
+def say_not_started(how: str) -> None:
+    """On standard error, so that standard output is the job and nothing else."""
+    print(f"tokenyard: nothing was started; {how}, or add launch.submit=true", file=sys.stderr)
+
+
+def joined(command: list[str], words: list[str]) -> str:
+    """`command` on one line of a POSIX shell, each of `words` on a further one."""
+    return " \\\n    ".join([shlex.join(command), *map(shlex.quote, words)])

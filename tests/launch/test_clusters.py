@@ -1,0 +1,228 @@
+"""Jobs for Slurm, Kubernetes and DeepSpeed's hosts, against golden files, the cluster's schema and the shells that read them."""
+
+import os
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_schema import TRAIN_JOB, violations
+from tokenyard.launch.deepspeed import hostfile, one_host, several_hosts
+from tokenyard.launch.handover import job_name, joined
+from tokenyard.launch.kubernetes import as_yaml, train_job
+from tokenyard.launch.main import main
+from tokenyard.launch.slurm import batch_script
+from tokenyard.train.arguments import parse_arguments
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config, ConfigError
+from tokenyard.train.validate import validate
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
+SIZE = ["launch.nodes=2", "launch.ranks=8", "parallel.expert=8", "batch.sequences=128"]
+SLURM = ["launch=slurm", *SIZE, "run.dir=runs/first"]
+KUBERNETES = ["launch=kubernetes", *SIZE, "run.dir=/shared/runs/first", "launch.kubernetes.image=registry/tokenyard:0.1.0"]
+DEEPSPEED = ["launch=deepspeed", *SIZE, "run.dir=runs/first", "launch.hosts=[host0,host1]"]
+NASTY = """run.name='a "b" $(touch pwned) `touch pwned`; touch pwned # $HOME *'"""
+"""An override that no shell on the way may read anything into."""
+
+
+def composed(words: list[str]) -> tuple[Config, Any]:
+    config = compose(words)
+    validate(config, config.launch.nodes * config.launch.ranks)
+    return config, parse_arguments(words)
+
+
+def equals_golden(name: str, text: str) -> None:
+    if os.environ.get("TOKENYARD_GOLDEN") == "write":
+        (GOLDEN / name).write_text(text)
+    assert text == (GOLDEN / name).read_text()
+
+
+def test_slurm_script() -> None:
+    lines = ["launch.slurm.partition=gpu", "launch.slurm.account=lab", "launch.slurm.lines=['--constraint=h100']", "seed=2"]
+    script = batch_script(*composed([*SLURM, *lines, "launch.max_restarts=1"]), python="python")
+    equals_golden("slurm.sh", script)
+    assert bash_reads(script)
+    assert not bash_reads(script + "\nif")
+
+
+def test_train_job() -> None:
+    words = [*KUBERNETES, "launch.kubernetes.claim=data", "launch.kubernetes.namespace=lab", "seed=2"]
+    text = as_yaml(train_job(*composed(words)))
+    equals_golden("train_job.yaml", text)
+    assert violations(yaml.safe_load(text), TRAIN_JOB) == []
+
+
+def test_deepspeed_hosts() -> None:
+    config, arguments = composed([*DEEPSPEED, "seed=2", "tracker.names=[]"])
+    own, ranks = several_hosts(config, arguments)
+    equals_golden("deepspeed.txt", f"{hostfile(config)}\n{joined(['deepspeed', *own], ranks)}\n")
+    # Once through the local shell, once through the hosts'.
+    assert shlex.split(" ".join(shlex.split(" ".join(map(shlex.quote, ranks))))) == [
+        *SIZE[2:],
+        "run.dir=runs/first",
+        "seed=2",
+        "tracker.names=[]",
+    ]
+
+
+def test_deepspeed_on_one_host() -> None:
+    words = one_host(*composed(["launch=deepspeed", "launch.ranks=2", "parallel.expert=2", NASTY, "run.dir=x"]))
+    assert words[:4] == ["--num_gpus", "2", "--master_port", "29500"]
+    assert words[4:] == ["--no_local_rank", "--module", "tokenyard.train", "parallel.expert=2", NASTY, "run.dir=x"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["metadata", "name"], "Upper"),
+        (["spec", "trainer", "numProcPerNode"], "auto"),
+        (["spec", "trainer", "nodes"], 2),
+        (["spec", "trainer", "command"], "torchrun"),
+        (["spec", "runtimeRef"], {}),
+        (["spec", "trainer", "resourcesPerNode", "requests", "cpu"], 32),
+    ],
+)
+def test_the_schema_can_refuse(path: list[str], value: Any) -> None:
+    job = train_job(*composed(KUBERNETES))
+    place = job
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    assert violations(job, TRAIN_JOB)
+
+
+def test_an_override_is_read_as_typed_in_a_slurm_job(tmp_path: Path) -> None:
+    """The whole script, run by bash, with stubs for Slurm's commands: srun notes its arguments."""
+    script = batch_script(*composed([*SLURM, NASTY]), python="python")
+    stub(tmp_path, "srun", 'printf "%s\\0" "$@" > srun.txt')
+    stub(tmp_path, "scontrol", "echo host0; echo host1")
+    done = run_in(tmp_path, ["bash", "-c", script], SLURM_JOB_ID="7", SLURM_JOB_NODELIST="host[0-1]", SLURM_CPUS_PER_TASK="32")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = (tmp_path / "srun.txt").read_text().split("\0")
+    assert NASTY in words
+    assert "launch.rendezvous=host0:20007" in words
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_warned_slurm_job_is_requeued_and_one_that_failed_is_not(tmp_path: Path) -> None:
+    script = batch_script(*composed(SLURM), python="python")
+    stub(tmp_path, "scontrol", 'echo "$@" >> scontrol.txt')
+    stub(tmp_path, "scancel", 'echo "$@" > scancel.txt; kill -TERM "$(cat srun.pid)"')
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_CPUS_PER_TASK": "32"}
+    stub(tmp_path, "srun", 'echo $$ > srun.pid; trap "exit 143" TERM; kill -USR1 $PPID; while :; do sleep 0.05; done')
+    assert run_in(tmp_path, ["bash", "-c", script], **job).returncode == 143
+    assert (tmp_path / "scancel.txt").read_text() == "--signal=TERM 7\n"
+    assert (tmp_path / "scontrol.txt").read_text().splitlines() == ["show hostnames host[0-1]", "requeue 7"]
+    (tmp_path / "scontrol.txt").unlink()
+    stub(tmp_path, "srun", "exit 3")
+    assert run_in(tmp_path, ["bash", "-c", script], **job).returncode == 3
+    assert (tmp_path / "scontrol.txt").read_text().splitlines() == ["show hostnames host[0-1]"]
+
+
+def test_kubernetes_puts_no_variable_into_an_override() -> None:
+    job = train_job(*composed([*KUBERNETES, "run.name='$(HOME) $$(HOME) $HOME $$'"]))
+    assert "run.name='$(HOME) $$(HOME) $HOME $$'" in [expanded(word) for word in job["spec"]["trainer"]["args"]]
+    assert expanded("a $(HOME) $$(HOME)") == "a VALUE $(HOME)"
+
+
+def test_submitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["train", *SLURM]) == 0
+    shown, said = capfd.readouterr()
+    assert shown == (tmp_path / "runs/first/slurm/job.sh").read_text()
+    assert said == "tokenyard: nothing was started; sbatch runs/first/slurm/job.sh, or add launch.submit=true\n"
+    assert main(["train", *KUBERNETES, "launch.submit=true"]) == 2
+    assert "launch.submit=true: there is no kubectl on this host" in capfd.readouterr().err
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
+    stub(tmp_path, "sbatch", 'cat "$1" > sbatch.txt; echo "Submitted batch job 7"; exit 4')
+    stub(tmp_path, "kubectl", 'echo "$@" > kubectl.args; cat > kubectl.yaml')
+    assert main(["train", *SLURM, "launch.submit=true"]) == 4
+    assert capfd.readouterr().out == f"{shown}Submitted batch job 7\n"
+    assert (tmp_path / "sbatch.txt").read_text() == shown
+    assert main(["train", *KUBERNETES, "launch.submit=true"]) == 0
+    assert (tmp_path / "kubectl.args").read_text() == "create -f -\n"
+    assert (tmp_path / "kubectl.yaml").read_text() == capfd.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["seed=' 1'"], ["run.name=100%"], ["run.name='a\nb'"]])
+def test_deepspeed_refuses_what_it_would_break(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="cannot carry a space, % or line break"):
+        several_hosts(*composed([*DEEPSPEED, *words]) if "seed" not in words[0] else (compose(DEEPSPEED), parse_arguments(words)))
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("first", "first"), ("a b/C_d", "a-b-c-d"), ("2026-11-22", "tokenyard-2026-11-22"), ("x" * 70, "x" * 63), ("--", "tokenyard")],
+)
+def test_names_of_jobs(name: str, label: str) -> None:
+    config = Config()
+    config.run.name = name
+    assert job_name(config) == label
+
+
+REFUSED = [
+    ([*SLURM, "run.dir=null"], "run.dir=null: must be a folder that all hosts see with launch=slurm", "run.dir=/shared/runs/NAME"),
+    ([*SLURM, "run.dir='a b'"], "run.dir=a b: may hold letters", "run.dir=a_b"),
+    ([*SLURM, "run.dir='a%j'"], "run.dir=a%j: may hold letters", "run.dir=a_j"),
+    ([*SLURM, "checkpoint.resume=never"], "checkpoint.resume=never: must be auto", "checkpoint.resume=auto"),
+    ([*SLURM, "launch.slurm.time=1d"], "launch.slurm.time=1d: must be HH:MM:SS", "launch.slurm.time=24:00:00"),
+    ([*SLURM, "launch.slurm.time='00:05:00'"], "launch.slurm.warning=300: must be below", "launch.slurm.warning=299"),
+    ([*SLURM, "launch.slurm.partition='a b'"], "launch.slurm.partition=a b: must be a name", "launch.slurm.partition=null"),
+    ([*SLURM, "launch.slurm.lines=['qos=high']"], "'qos=high' must be one option of sbatch", "launch.slurm.lines=[]"),
+    ([*SLURM, 'launch.slurm.lines=["--a\nrm"]'], "must be one option of sbatch", "launch.slurm.lines=[]"),
+    ([*SLURM, "launch.slurm.lines=['--time=1','--qos=q']"], "--time comes from launch.slurm.time", "launch.slurm.lines=[--qos=q]"),
+    ([*SLURM, "launch.rendezvous=a:1"], "launch=slurm finds the hosts itself", "launch.rendezvous=null"),
+    ([*SLURM, "launch.cores=0"], "launch.cores=0: must be in [1, inf)", "launch.cores=1"),
+    (KUBERNETES[:-1], "launch.kubernetes.image=null: must be the name", "launch.kubernetes.image=REGISTRY/NAME:TAG"),
+    ([*KUBERNETES, "run.dir=runs/x"], "run.dir=runs/x: must be an absolute path in the containers", "run.dir=/shared/x"),
+    (
+        [*KUBERNETES, "run.dir=/a/x", "launch.kubernetes.claim=c"],
+        "must lie under launch.kubernetes.mount=/shared",
+        "run.dir=/shared/x",
+    ),
+    ([*KUBERNETES, "launch.kubernetes.namespace=A"], "launch.kubernetes.namespace=A: must be lower-case", "namespace=null"),
+    ([*DEEPSPEED, "launch.hosts=[a]"], "launch.hosts=[a]: must name the launch.nodes=2 hosts", "launch.hosts=[host0,host1]"),
+    ([*DEEPSPEED, "launch.hosts=[a,a]"], "each once", "launch.hosts=[host0,host1]"),
+    ([*DEEPSPEED, "launch.hosts=['a;b',c]"], "'a;b' is no name of a host", "launch.hosts=["),
+    ([*DEEPSPEED, "launch.max_restarts=1"], "launch=deepspeed starts no ranks again", "launch.max_restarts=0"),
+    (["launch=torchrun", "launch.rendezvous=host"], "launch.rendezvous=host: must be HOST:PORT", "launch.rendezvous=host:29500"),
+    (["launch=torchrun", "launch.rendezvous='h:70000'"], "with a port below 65536", "launch.rendezvous=h:29500"),
+    (["launch=torchrun", "launch.rendezvous='-x:1'"], "must be HOST:PORT", "launch.rendezvous=HOST:29500"),
+]
+
+
+@pytest.mark.parametrize(("words", "rule", "nearest"), REFUSED, ids=[" ".join(words[-2:]) for words, _, _ in REFUSED])
+def test_a_wrong_job_is_refused(words: list[str], rule: str, nearest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        composed(list({word.partition("=")[0]: word for word in words}.values()))
+    found, _, mended = str(error.value).partition("; nearest valid: ")
+    assert rule in found and nearest in mended
+
+
+def bash_reads(script: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).returncode == 0
+
+
+def stub(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(stat.S_IRWXU)
+
+
+def run_in(folder: Path, words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        words, cwd=folder, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def expanded(word: str) -> str:
+    """As Kubernetes does it: $$ is a dollar, $(NAME) a variable."""
+    return re.sub(r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "VALUE", word)
