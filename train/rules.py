@@ -7,7 +7,7 @@ from operator import attrgetter
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
 from ..moe.count import head_width
-from . import router_rules
+from . import deepspeed_settings, router_rules
 from .broken import Broken
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
@@ -252,6 +252,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     degrees,
     ranks,
     batch,
+    deepspeed_settings.engine,
     launch,
 ]
 """In the order of checking: later ones may rely on earlier ones."""
