@@ -48,8 +48,6 @@ class Zero:
         self.stage: int = settings["zero_optimization"]["stage"]
         module = _Computation(parallel, forward, deepspeed)
         self.engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
-        # The JSON has no word for fp64; DeepSpeed would sum in fp32.
-        self.engine.communication_data_type = parallel.model.weights
 
     def compute(self, *arguments: Any, last: bool) -> Any:
         """Forward and backward of one micro-batch. After the `last` one of a step the gradients are summed over ranks."""

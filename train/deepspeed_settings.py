@@ -53,17 +53,16 @@ BUCKET = 2**23
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     """The contents of a DeepSpeed JSON file.
 
-    Clipping is off and so is DeepSpeed's norm: the norm counts each expert once and the gradients are scaled by it before
-    DeepSpeed's step. Weights are fp32 whatever the precision, which is that of activations, so fp16 and bf16 are off.
+    The engine says with each micro-batch whether it is the last; told of accumulation, DeepSpeed would divide by it. Clipping and
+    DeepSpeed's norm are off: our norm counts each expert once, and the gradients are scaled by it before DeepSpeed's step. Weights
+    are fp32 whatever the precision, which is that of activations, so DeepSpeed's fp16 and bf16 are off.
     """
-    rows = config.batch.sequences // (world // config.parallel.tensor)
-    micro = config.batch.micro or rows
     zero: dict[str, Any] = {"stage": config.engine.zero}
     if config.engine.zero:
         zero |= {"compute_grad_norm": False, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     settings = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": rows // micro,
+        "train_micro_batch_size_per_gpu": config.batch.micro or config.batch.sequences * config.parallel.tensor // world,
+        "gradient_accumulation_steps": 1,
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
@@ -86,8 +85,9 @@ def engine(config: Config, world: int) -> Iterator[Broken]:
         yield Broken("engine.zero", rule, [0, 1, 2])
     if config.parallel.shard > 1:
         yield Broken("parallel.shard", "must be 1 with engine=deepspeed, which shards by engine.zero and not by FSDP", [1])
-    if config.precision is Precision.fp64 and c.zero:
-        yield Broken("engine.zero", "must be 0 with precision=fp64, ZeRO keeps its weights in fp32", [0])
+    if config.precision is Precision.fp64:
+        rule = "must be fp32 or bf16 with engine=deepspeed, which cannot sum gradients in fp64"
+        yield Broken("precision", rule, [Precision.fp32])
     for path, value in _leaves(c.extra):
         complaint = _complaint(".".join(path), value)
         if complaint:

@@ -9,7 +9,6 @@ from ..moe.init import expert_biases
 from ..parallel.apply import Parallel, local
 from ..parallel.pieces import Held, whole
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW."""
 

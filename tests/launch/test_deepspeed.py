@@ -11,11 +11,23 @@ from tokenyard.train.journal import read_journal
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 
-TINY = (
-    "steps=2 sequence_length=32 batch.sequences=4 model.layers=1 model.width=32 model.heads=4 model.moe.hidden=32"
-    " model.vocabulary=264 data=synthetic data.synthetic_documents=64 tokenizer=bytes tracker=jsonl evaluate.sequences=4"
-    " sample.tokens=0 device=cpu"
-).split()
+TINY = [
+    "steps=2",
+    "sequence_length=32",
+    "batch.sequences=4",
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=4",
+    "model.moe.hidden=32",
+    "model.vocabulary=264",
+    "data=synthetic",
+    "data.synthetic_documents=64",
+    "tokenizer=bytes",
+    "tracker=jsonl",
+    "evaluate.sequences=4",
+    "sample.tokens=0",
+    "device=cpu",
+]
 
 
 def test_the_launcher_starts_ranks_and_they_train_as_one_process(tmp_path: Path) -> None:

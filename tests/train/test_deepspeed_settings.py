@@ -9,19 +9,20 @@ from tokenyard.train.validate import validate
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value
-    (1, "engine=deepspeed engine.zero=3", "engine.zero=3: must be 0, 1 or 2: DeepSpeed has no ZeRO-3 with experts", "engine.zero=2"),
+    (1, "engine=deepspeed engine.zero=3", "engine.zero=3: must be 0, 1 or 2: DeepSpeed has no ZeRO-3 with experts",
+     "engine.zero=2"),
     (1, "engine=deepspeed engine.zero=-1", "engine.zero=-1: must be 0, 1 or 2", "engine.zero=0"),
     (1, "engine.zero=1", "engine.zero=1: must be 0 with engine=torch", "engine.zero=0"),
     (1, "engine.extra={steps_per_print:5}", "engine.extra={steps_per_print:5}: must be {} with engine=torch", "engine.extra={}"),
-    (1, "engine=deepspeed precision=fp64", "engine.zero=1: must be 0 with precision=fp64", "engine.zero=0"),
+    (1, "engine=deepspeed precision=fp64", "precision=fp64: must be fp32 or bf16 with engine=deepspeed", "precision=fp32"),
     (2, "engine=deepspeed parallel.shard=2", "parallel.shard=2: must be 1 with engine=deepspeed", "parallel.shard=1"),
     (1, "engine=deepspeed engine.extra={zero_optimization:{stage:1,overlap_comm:true}}",
      "engine.extra={zero_optimization:{stage:1,overlap_comm:true}}: zero_optimization.stage is decided by engine.zero",
      "engine.extra={zero_optimization:{overlap_comm:true}}"),
     (1, "engine=deepspeed engine.extra.optimizer.type=Adam",
      "engine.extra={optimizer:{type:Adam}}: optimizer.type is decided by optimizer", "engine.extra={}"),
-    (1, "engine=deepspeed engine.extra={bf16:{enabled:true}}", "engine.extra={bf16:{enabled:true}}: bf16.enabled is decided by precision",
-     "engine.extra={}"),
+    (1, "engine=deepspeed engine.extra={bf16:{enabled:true}}",
+     "engine.extra={bf16:{enabled:true}}: bf16.enabled is decided by precision", "engine.extra={}"),
     (1, "engine=deepspeed engine.extra={zero_optimization:{overlap_com:true}}",
      "engine.extra={zero_optimization:{overlap_com:true}}: zero_optimization.overlap_com is none of the settings that it may hold, "
      "did you mean zero_optimization.overlap_comm", "engine.extra={}"),
@@ -47,7 +48,7 @@ def test_settings_follow_from_the_configuration() -> None:
     config.engine.extra = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     validate(config, 4)
     settings = deepspeed_settings(config, 4)
-    assert (settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]) == (2, 4)
+    assert (settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]) == (2, 1)
     assert settings["gradient_allreduce_op"] == "sum" and settings["gradient_clipping"] == 0.0
     zero = settings["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"], zero["compute_grad_norm"]) == (2, True, 1000, False)
