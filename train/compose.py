@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .arguments import Arguments, parse_arguments
 from .config import Config, ConfigError
-from .overrides import Groups, check_composed, check_overrides, find_groups, refuse_target
+from .overrides import Groups, check_composed, check_overrides, find_groups, forced, refuse_target
 from .schema import nearest_text, quoted, refuse_key, refuse_value, settings, suggest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -28,7 +28,7 @@ def compose_arguments(arguments: Arguments) -> Config:
     groups = check_arguments(arguments)
     register_schema()
     with one_line_errors(groups), initialize_config_dir(config_dir=str(CONF), version_base=None):
-        composed = hydra_compose("config", [*_search_path(arguments), *arguments.overrides])
+        composed = hydra_compose("config", [*_search_path(arguments), *map(forced, arguments.overrides)])
         check_composed(OmegaConf.to_container(composed, resolve=True), groups)
         config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from ..data.config import DataConfig, TokenizerConfig
 from ..moe.config import ModelConfig
@@ -38,6 +39,7 @@ class Shape(Enum):
 
 class Engine(Enum):
     torch = "torch"
+    deepspeed = "deepspeed"
 
 
 @dataclass
@@ -125,7 +127,11 @@ class LogConfig:
 @dataclass
 class EngineConfig:
     kind: Engine = Engine.torch
-    """Who runs backward, reduction and update."""
+    """Who runs backward, reduction and update; the numbers are the same."""
+    zero: int = 0
+    """deepspeed: the ZeRO stage. 0 shards nothing, 1 the optimizer's state, 2 gradients too."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """deepspeed: further settings of its JSON file, the rest of which is written from this configuration."""
 
 
 @dataclass

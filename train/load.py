@@ -10,7 +10,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.model import Transformer
 from ..moe.router import Router
 from .checkpoint.store import read_facts, read_whole
-from .config import Config, ConfigError, Precision
+from .config import Config, ConfigError, EngineConfig, Precision
 from .plain import config_from_plain
 from .session import DTYPES, Session, as_checkpoint, first_rank_first
 
@@ -67,7 +67,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation."""
     from ..parallel.config import ParallelConfig
     from ..parallel.processes import pick_device
-    from .optimizer import build_optimizer
+    from .engine import build_engine
     from .session import build_parallel
 
     checkpoint = as_checkpoint(Path(path))
@@ -75,10 +75,11 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     config = config_from_plain(facts["config"], overrides)
     if config.model != config_from_plain(facts["config"]).model:
         raise ConfigError("model: the checkpoint's model cannot be changed by overrides")
-    config.parallel, config.batch.micro = ParallelConfig(), config.batch.micro or config.batch.sequences
+    config.parallel, config.engine = ParallelConfig(), EngineConfig()
+    config.batch.micro = config.batch.micro or config.batch.sequences
     data = first_rank_first(config)
     parallel = build_parallel(config, pick_device(config.device.value))
     weights = read_whole(checkpoint)
     add_expert_biases(parallel.model, weights)
     parallel.model.load_state_dict(weights, strict=True)
-    return Session(config, checkpoint.parent, parallel.device, data, parallel, build_optimizer(config.optimizer, parallel))
+    return Session(config, checkpoint.parent, parallel.device, data, parallel, build_engine(config, parallel))

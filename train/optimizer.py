@@ -1,6 +1,7 @@
 """AdamW over this rank's pieces, with weight decay for matrices only."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from ..parallel.apply import Parallel, Placed
 from .config import OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, parallel: Parallel) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group."""
+def build_optimizer(
+    config: OptimizerConfig, parallel: Parallel, mark: Callable[[Placed], dict[str, Any]] = lambda _: {}
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group, which has the items of its `mark`."""
     groups: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
     for placed in parallel.placed.values():
-        groups[_decays(placed), _kind(placed)].append(placed.parameter)
+        groups[_decays(placed), _kind(placed), tuple(mark(placed).items())].append(placed.parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-            for (decays, _), parameters in groups.items()
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
+            for (decays, _, marks), parameters in groups.items()
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

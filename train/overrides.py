@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Config, ConfigError
-from .schema import nearest_text, quoted, refuse_key, refuse_value, settings, suggest, written
+from .schema import in_mapping, is_mapping, nearest_text, quoted, refuse_key, refuse_value, settings, suggest, written
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -58,7 +58,7 @@ def check_composed(node: Any, groups: Groups, prefix: str = "") -> None:
     for key, value in node.items():
         if key == "_target_":
             raise refuse_target(f"{prefix}{key}", value, groups)
-        if f"{prefix}{key}" not in settings():
+        if f"{prefix}{key}" not in settings() and not in_mapping(f"{prefix}{key}"):
             raise refuse_key(f"{prefix}{key}", value, groups)
         check_composed(value, groups, f"{prefix}{key}.")
 
@@ -84,9 +84,17 @@ def halves(text: str) -> tuple[str, str]:
     return key, value
 
 
+def forced(text: str) -> str:
+    """The override of a mapping, or inside of one, as Hydra takes it: it adds keys only where it is told to."""
+    key = halves(text)[0]
+    return f"++{text}" if is_mapping(key) or in_mapping(key) else text
+
+
 def _check(schema: Any, groups: Groups, override: "Override", value: Any) -> None:
     key, typed = override.key_or_group, halves(override.input_line or "")[1]
     if key.startswith(("hydra.", "hydra/")):
+        return
+    if in_mapping(key) and override.package is None and not override.is_delete():
         return
     if override.package is not None or not (key in groups or key in settings()):
         raise refuse_key(override.get_key_element().lstrip("+~"), typed, groups)

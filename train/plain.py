@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
+from .schema import is_mapping, written
 
 
 def plain_config(config: Config) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def changed_settings(config: Config, leave_out: tuple[str, ...] = ()) -> list[st
 
 def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not is_mapping(f"{prefix}{key}"):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -57,6 +58,8 @@ def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _written(value: Any) -> str:
     """As Hydra reads it, and quoted for a shell where it must be."""
+    if isinstance(value, dict):
+        return shlex.quote(written(value))
     bare = isinstance(value, int | float) and not isinstance(value, bool)
     if not bare and not (isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)):
         value = json.dumps(value)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import Config
 from .intervals import INTERVALS
-from .schema import settings, written
+from .schema import is_mapping, settings, written
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -98,7 +98,7 @@ def values(key: str) -> str:
     elif isinstance(kind, type) and issubclass(kind, Enum):
         text = ", ".join(kind.__members__)
     else:
-        text = {int: "integer", float: "number", str: "text"}.get(kind, "list of text")
+        text = {int: "integer", float: "number", str: "text"}.get(kind, "mapping" if is_mapping(key) else "list of text")
     text += f" in {INTERVALS[key]}" if key in INTERVALS else ""
     return f"{text}, or null" if optional else text
 

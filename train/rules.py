@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig
-from . import exchange_rules, launch_rules, layout_rules, model_rules, router_rules
+from . import deepspeed_settings, exchange_rules, launch_rules, layout_rules, model_rules, router_rules
 from .broken import Broken, divisors, multiples
 from .config import Config, Shape
 from .intervals import intervals
@@ -98,6 +98,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     layout_rules.expert_tensor,
     exchange_rules.exchange,
     batch,
+    deepspeed_settings.engine,
     launch_rules.launchers,
 ]
 """In the order of checking: later ones may rely on earlier ones."""

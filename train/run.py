@@ -14,7 +14,7 @@ from .evaluate import Evaluation, evaluate_session
 from .reporter import Logged, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
 from .session import Session, open_session, save
-from .step import Rows, StepNumbers, train_step
+from .step import Rows, StepNumbers
 
 
 def run(config: Config) -> int:
@@ -61,7 +61,7 @@ def next_step(session: Session) -> tuple[StepNumbers, float]:
     lr = config.optimizer.lr * learning_rate_factor(config.schedule, session.step + 1, config.steps)
     rows = micro_batches(session)
     place = Place(config.seed, session.step + 1)
-    numbers = train_step(session.parallel, session.optimizer, rows, lr, config.optimizer.clip_norm, place)
+    numbers = session.engine.step(rows, lr, config.optimizer.clip_norm, place)
     session.step += 1
     session.tokens += numbers.tokens
     return numbers, lr

@@ -53,6 +53,17 @@ def admits(key: str, value: object) -> bool:
     return value != ""
 
 
+def in_mapping(key: str) -> bool:
+    """Whether the key lies inside of such a setting."""
+    above = [key[:end] for end, letter in enumerate(key) if letter == "."]
+    return any(is_mapping(name) for name in above)
+
+
+def is_mapping(key: str) -> bool:
+    """Whether the setting is a mapping whose keys are not ours."""
+    return key in settings() and typing.get_origin(settings()[key][0]) is dict
+
+
 @functools.cache
 def settings() -> dict[str, tuple[type, bool]]:
     """Each setting and section by its dotted key, with its type and whether it may be null."""
@@ -87,6 +98,8 @@ def written(value: object) -> str:
             return {None: "null", True: "true", False: "false"}[value]
         case list():
             return f"[{','.join(written(item) for item in value)}]"
+        case dict():
+            return f"{{{','.join(f'{key}:{written(item)}' for key, item in value.items())}}}"
         case _:
             return str(value)
 
@@ -116,6 +129,8 @@ def _without_none(hint: typing.Any) -> tuple[type, bool]:
 def _rule_and_nearest(kind: type, value: object, default: object) -> tuple[str, object]:
     if issubclass(typing.get_origin(kind) or kind, list):
         return "a list, [a,b]", [value] if isinstance(value, str) else default
+    if typing.get_origin(kind) is dict:
+        return "a mapping, {key:value}", default
     if issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}", nearest_text(str(value), kind.__members__)
     if kind is bool:

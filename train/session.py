@@ -16,10 +16,10 @@ from ..parallel.mesh import build_mesh
 from ..parallel.processes import is_first, wait_for_all
 from .checkpoint.store import load_checkpoint, newest_checkpoint, prune, read_facts, remove_leftovers, save_checkpoint
 from .config import Config, ConfigError, Precision
+from .engine import Engine, build_engine
 from .folder import new_run_folder
-from .optimizer import build_optimizer
 from .plain import config_from_plain, plain_config
-from .state import held_state, restore_random, set_optimizer_steps
+from .state import random_state, restore_random
 
 log = logging.getLogger("tokenyard")
 
@@ -35,7 +35,7 @@ class Session:
     device: torch.device
     data: Prepared
     parallel: Parallel
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
@@ -52,7 +52,7 @@ class Session:
 
 
 def open_session(config: Config, device: torch.device) -> Session:
-    """Data, model and optimizer on this rank, and the newest checkpoint's state if the run resumes. Collective.
+    """Data, model and engine on this rank, and the newest checkpoint's state if the run resumes. Collective.
 
     ValueError, one line, for what cannot run.
     """
@@ -62,8 +62,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel = build_parallel(config, device)
-    optimizer = build_optimizer(config.optimizer, parallel)
-    session = Session(config, folder, device, data, parallel, optimizer)
+    session = Session(config, folder, device, data, parallel, build_engine(config, parallel))
     if found is not None:
         resume(session, found)
     return session
@@ -128,7 +127,7 @@ def as_checkpoint(path: Path) -> Path:
 
 def save(session: Session) -> Path:
     """Write a checkpoint of the whole run. Collective."""
-    state = held_state(session.parallel, session.optimizer)
+    state = session.engine.held() | random_state()
     path = save_checkpoint(session.folder / "checkpoints", session.step, state, facts_of(session))
     if session.parallel.mesh.rank == 0:
         session.data.tokenizer.save(path / "tokenizer")
@@ -142,11 +141,11 @@ def resume(session: Session, path: Path) -> None:
     facts = read_facts(path)
     refuse_another_run(session, facts, path)
     same_ranks = facts["ranks"] == session.parallel.mesh.world
-    held = held_state(session.parallel, session.optimizer, with_random=same_ranks)
-    load_checkpoint(path, held, strict=same_ranks)
-    restore_random(held)
+    held, random = session.engine.wanted(), random_state() if same_ranks else {}
+    load_checkpoint(path, held | random, strict=same_ranks)
+    restore_random(random)
+    session.engine.take(held, facts["step"])
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
-    set_optimizer_steps(session.optimizer, session.parallel, session.step)
     session.start = f"resumed after step {session.step} from {path}"
 
 

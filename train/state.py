@@ -9,21 +9,29 @@ from ..moe.init import expert_biases
 from ..parallel.apply import Parallel, local
 from ..parallel.pieces import Held, whole
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW."""
 
-def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer, with_random: bool = True) -> dict[str, Held]:
-    """This rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`, `optimizer.step`, `random.*`.
 
-    The tensors are the live ones: loading into them restores the run (and `restore_random` the generators).
+def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Held]:
+    """This rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`.
+
+    The tensors are the live ones: loading into them restores weights and moments.
     """
-    held: dict[str, Held] = {}
+    held = held_weights(parallel)
     for name, placed in parallel.placed.items():
         moments = optimizer_state(optimizer, placed.parameter)
-        held[f"model.{name}"] = Held(placed.piece, local(placed.parameter.detach()))
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             held[f"optimizer.{name}.{moment}"] = Held(placed.piece, local(moments[moment]))
+    return held
+
+
+def held_weights(parallel: Parallel) -> dict[str, Held]:
+    """Parameters and expert biases, the live tensors."""
+    held = {f"model.{name}": Held(p.piece, local(p.parameter.detach())) for name, p in parallel.placed.items()}
     for name, bias in expert_biases(parallel.model).items():
         held[f"model.{name}"] = Held(whole(bias.shape), bias)
-    return held | (random_state() if with_random else {})
+    return held
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
@@ -36,10 +44,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parame
     return state
 
 
-def set_optimizer_steps(optimizer: torch.optim.Optimizer, parallel: Parallel, steps: int) -> None:
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], steps: int) -> None:
     """AdamW counts its steps for each parameter; here they are all those of the run."""
-    for placed in parallel.placed.values():
-        optimizer_state(optimizer, placed.parameter)["step"].fill_(steps)
+    for parameter in parameters:
+        optimizer_state(optimizer, parameter)["step"].fill_(steps)
 
 
 def random_state() -> dict[str, Held]:

@@ -97,7 +97,7 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_step(config: Any) -> No
     assert len(biases) == 2 and not any(bias.any() for bias in biases)
     rows = micro_batches(session)
     assert [part.first for part in rows] == [0, 1, 2, 3]
-    numbers = train_step(session.parallel, session.optimizer, rows, 0.0, None, Place(1, 1))
+    numbers = train_step(session.parallel, session.engine.optimizer, rows, 0.0, None, Place(1, 1))
     for bias, counts in zip(biases, numbers.counts_LE, strict=True):
         expected = [0.01 * ((counts.sum() > 10 * n).int() - (counts.sum() < 10 * n).int()).item() for n in counts]
         torch.testing.assert_close(bias, torch.tensor(expected))

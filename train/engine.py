@@ -1,0 +1,66 @@
+"""Who runs backward, reduction and update: torch's FSDP2 with our own collectives, or DeepSpeed. The numbers are the same."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from ..moe.tokens import Place
+from ..parallel.apply import Parallel
+from ..parallel.pieces import Held
+from .config import Config
+from .config import Engine as EngineKind
+from .optimizer import build_optimizer
+from .state import held_state, set_optimizer_steps
+from .step import Rows, StepNumbers, train_step
+
+
+@dataclass
+class Engine(ABC):
+    """A model on this rank with its optimizer. All methods are collective."""
+
+    parallel: Parallel
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def step(self, rows: list[Rows], lr: float, clip_norm: float | None, place: Place | None = None) -> StepNumbers:
+        """One optimizer step on a global batch, of which `rows` are this rank's micro-batches; see `train_step`."""
+
+    @abstractmethod
+    def held(self) -> dict[str, Held]:
+        """Weights and moments to save, by global name; ranks together hold every element, and copies are equal."""
+
+    @abstractmethod
+    def wanted(self) -> dict[str, Held]:
+        """Tensors that a checkpoint is to be read into; `take` must follow."""
+
+    @abstractmethod
+    def take(self, loaded: dict[str, Held], step: int) -> None:
+        """Go on from what was read into `wanted()`, after `step` optimizer steps."""
+
+
+class TorchEngine(Engine):
+    """Gradients by parallel/gradients.py and FSDP2; the state is where the optimizer has it."""
+
+    def step(self, rows: list[Rows], lr: float, clip_norm: float | None, place: Place | None = None) -> StepNumbers:
+        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place)
+
+    def held(self) -> dict[str, Held]:
+        return held_state(self.parallel, self.optimizer)
+
+    def wanted(self) -> dict[str, Held]:
+        return self.held()
+
+    def take(self, loaded: dict[str, Held], step: int) -> None:
+        set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
+
+
+def build_engine(config: Config, parallel: Parallel) -> Engine:
+    """The engine of `engine.kind`. Collective."""
+    match config.engine.kind:
+        case EngineKind.torch:
+            return TorchEngine(parallel, build_optimizer(config.optimizer, parallel))
+        case EngineKind.deepspeed:
+            from .zero import build_zero_engine
+
+            return build_zero_engine(config, parallel)
