@@ -11,7 +11,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..moe.model import Transformer
-from .collectives import exchange_rows, stack_over
+from .collectives import stack_over
+from .dispatch.flights import Exchange, depart, land
 from .dispatch.plain import plan_splits, reorder
 from .layout import sliced_dim_of_experts
 from .mesh import Axis, Mesh
@@ -41,7 +42,8 @@ def share_rows(experts: Callable[[Tensor, Tensor], Tensor], axis: Axis, x_RD: Te
     """
     came_NE = stack_over(counts_E, axis)
     splits = plan_splits(counts_E.expand_as(came_NE), came_NE)
-    x_AD = exchange_rows(x_RD.expand(axis.size, -1, -1).flatten(0, 1), splits.sent_N, splits.came_N, axis)
+    out, back = (Exchange(*ways, axis) for ways in ((splits.sent_N, splits.came_N), (splits.came_N, splits.sent_N)))
+    x_AD = land(depart(x_RD.expand(axis.size, -1, -1).flatten(0, 1), out))
     part_AD = experts(reorder(x_AD, splits.order_A, splits.back_A), came_NE.sum(0))
     parts_AD = reorder(part_AD, splits.back_A, splits.order_A)
-    return exchange_rows(parts_AD, splits.came_N, splits.sent_N, axis).view(axis.size, *x_RD.shape).sum(0)
+    return land(depart(parts_AD, back)).view(axis.size, *x_RD.shape).sum(0)

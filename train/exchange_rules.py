@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from ..parallel.config import Exchange
 from ..parallel.layout import node_ranks
 from .broken import Broken
-from .config import Config, Launcher
+from .config import Config
+from .launch_config import Launcher
 
 INTERVALS = {
     "parallel.node_ranks": "[1, inf)",
