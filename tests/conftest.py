@@ -33,6 +33,7 @@ def child_seconds() -> Callable[[], float]:
     return lambda: total() - start
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, a file stays on one of them, and so does all that needs ranks, which are started once."""
     for item in items:
