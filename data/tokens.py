@@ -49,10 +49,11 @@ def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path)
             manifest = _write(corpus, split, tokenizer, unfinished)
         seconds = time.perf_counter() - started
         log.info("data: %s: %d tokens of %d documents in %.1f s", split, manifest.tokens, manifest.documents, seconds)
-    return _load(folder)
+    return load_tokens(folder)
 
 
-def _load(folder: Path) -> Tokens:
+def load_tokens(folder: Path) -> Tokens:
+    """The tokens in a folder of the cache. ValueError of one line if they are damaged."""
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST_FILE).read_text()))
         ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
