@@ -46,7 +46,9 @@ def check_tokenizer(config: TokenizerConfig) -> None:
         if config.kind is TokenizerKind.bytes:
             raise ValueError(f"tokenizer.path={config.path} is read by tokenizer.kind=sentencepiece only, and tokenizer.kind=bytes")
         if config.path.endswith(".json") and config.kind is not TokenizerKind.huggingface:
-            raise ValueError(f"tokenizer.kind={config.kind.value} reads no {config.path}; the nearest is tokenizer.kind=huggingface")
+            raise ValueError(
+                f"tokenizer.kind={config.kind.value} reads no {config.path}; the nearest is tokenizer.kind=huggingface"
+            )
     elif config.kind is TokenizerKind.huggingface:
         raise ValueError("tokenizer.path=null must name a tokenizer.json for tokenizer.kind=huggingface")
     if config.pieces < SMALLEST_PIECES:

@@ -27,7 +27,7 @@ class DataConfig:
     hf: a data set of the Hugging Face hub; parquet, jsonl, lines: files at `path`, streamed; prepared: what tokenyard prepare wrote
     into `path`; mix: several of those, see `mix`."""
     path: str | None = None
-    """A file or a folder; for parquet, jsonl and lines also a pattern or a URL, where {000..127} counts. Each text file is one document."""
+    """A file or a folder; for parquet, jsonl and lines also a pattern or a URL, where {000..127} counts."""
     pattern: str = "**/*.txt"
     """Which files of the folder at `path` are documents of corpus=text."""
     name: str | None = None
@@ -41,11 +41,11 @@ class DataConfig:
     column: str = "text"
     """Column (hf, parquet) or key (jsonl) of the text, or of a list of token ids."""
     mix: list[str] = field(default_factory=list)
-    """corpus=mix: one text for each source, such as 'weight=0.7 corpus=jsonl path=web/*.jsonl.gz repeat=false'; weights are by tokens."""
+    """corpus=mix: a text for each source, as 'weight=0.7 corpus=jsonl path=web/*.jsonl.gz repeat=false'; weights are by tokens."""
     repeat: bool = True
     """Begin a new epoch at the end of the data; false stops there."""
     validation_fraction: float = 0.05
-    """Share of the documents kept for validation, chosen by a hash of the name, or of the text where documents are streamed."""
+    """Share of the documents kept for validation, by a hash of the name, or of the text if streamed."""
     cache: str | None = None
     """Folder for trained tokenizers and tokenized corpora; null is $TOKENYARD_CACHE or ~/.cache/tokenyard."""
     synthetic_documents: int = 512
@@ -61,7 +61,7 @@ class DataConfig:
     longest_row: int = 8_000_000
     """Bytes of a document; a longer one is a bad row."""
     max_bad_fraction: float = 0.001
-    """Share of bad rows at which the run stops; bad rows are skipped, counted and logged until then. The first 10 never stop it."""
+    """Share of bad rows above which the run stops; until then they are skipped and counted. The first 10 never stop it."""
     patience_seconds: float = 240.0
     """How long to try again when a source does not answer, before the run stops with a checkpoint and exit code 75."""
     stall_seconds: float = 30.0
@@ -69,7 +69,7 @@ class DataConfig:
     allow_change: bool = False
     """Go on from a checkpoint with other data: sources that it knows go on where they were, others begin."""
     mask_documents: bool = False
-    """Attention stays inside a document (block-causal) and positions restart with each; the first token of a document is no target."""
+    """Attention stays inside a document (block-causal), positions restart, and the first token of a document is no target."""
 
 
 class TokenizerKind(Enum):
@@ -81,7 +81,7 @@ class TokenizerKind(Enum):
 @dataclass
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.sentencepiece
-    """sentencepiece: BPE with byte fallback, trained on the training documents at first use; huggingface: a tokenizer.json at `path`;
+    """sentencepiece: BPE with byte fallback, trained on the training documents at first use; huggingface: a tokenizer.json;
     bytes: 256 bytes and 3 marks."""
     path: str | None = None
     """An existing sentencepiece .model file, or a tokenizer.json; null trains a sentencepiece model."""

@@ -55,7 +55,9 @@ class HuggingFaceTokenizer(Tokenizer):
         for token in USUAL_ENDS:
             if self._library.token_to_id(token) is not None:
                 return token
-        raise ValueError(f"tokenizer.end=null finds none of {', '.join(USUAL_ENDS)} in {origin}; name the token that ends a document")
+        raise ValueError(
+            f"tokenizer.end=null finds none of {', '.join(USUAL_ENDS)} in {origin}; name the token that ends a document"
+        )
 
 
 def end_beside(path: Path) -> str | None:

@@ -132,13 +132,17 @@ def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, o
 def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> Prepared:
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     patience = patience_of(config)
-    parts = [Opened(part, open_shards(part.config, patience)) if part.config.corpus in STREAMED else part for part in parts_of(config)]
+    parts = [
+        Opened(part, open_shards(part.config, patience)) if part.config.corpus in STREAMED else part for part in parts_of(config)
+    ]
     pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
     mixture = build_mixture(parts, tokenizer, cache, order.seed, order.length, order.world, pool)
     batches = StreamBatches(mixture, sequences=order.sequences, patience=patience, pool=pool)
     wanted = order.validation * order.length + 1
     held_out = [
-        held_out_tokens(part, tokenizer, cache, wanted) if isinstance(part, Opened) else whole_tokens(part.config, "validation", tokenizer, cache)
+        held_out_tokens(part, tokenizer, cache, wanted)
+        if isinstance(part, Opened)
+        else whole_tokens(part.config, "validation", tokenizer, cache)
         for part in parts
     ]
     validation = joined_tokens(held_out, mixture.weights, wanted)

@@ -30,7 +30,8 @@ def _check(config: DataConfig) -> None:
         )
     if path is not None and kind in (Corpus.parquet, Corpus.jsonl, Corpus.lines) and "://" not in path:
         plain = re.sub(r"\{\d+\.\.\d+\}", "*", str(Path(path).expanduser()))
-        if not Path(plain).exists() and not next(glob.iglob(plain, recursive=True), None):
+        # Path.glob wants relative patterns, users write absolute ones.
+        if not Path(plain).exists() and not glob.glob(plain, recursive=True):  # noqa: PTH207
             there = Path(plain)
             while not there.exists():
                 there = there.parent

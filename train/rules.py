@@ -7,7 +7,7 @@ from operator import attrgetter
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
 from ..moe.count import head_width
-from . import router_rules
+from . import data_rules, router_rules
 from .broken import Broken
 from .config import Config, Launcher, Shape
 from .schema import nearest_text
@@ -76,6 +76,7 @@ INTERVALS = {
     "parallel.expert": "[1, inf)",
     "parallel.timeout_seconds": "(0, inf)",
     "data.validation_fraction": "(0, 1)",
+    **data_rules.INTERVALS,
     "data.synthetic_documents": "[2, inf)",
     "tokenizer.pieces": "[260, inf)",
     "tokenizer.sample_bytes": "[1, inf)",
@@ -247,6 +248,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     experts,
     router_rules.routers,
     tokenizer,
+    data_rules.data,
     schedule,
     trackers,
     degrees,

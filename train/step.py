@@ -24,6 +24,8 @@ class Rows(NamedTuple):
     targets: Tensor
     first: int = 0
     """Row of the global batch that is the first here; the others follow."""
+    documents: Tensor | None = None
+    """Which document of its row each token is of, if attention stays inside of documents."""
 
 
 class StepNumbers(NamedTuple):
@@ -76,7 +78,8 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None 
     """Losses of one micro-batch."""
     config = parallel.model.config
     place = (place or Place())._replace(row=rows.first)
-    logits_BSV, stats, further = parallel.model(rows.ids, rows.targets != IGNORE, with_mtp=True, place=place)
+    valid_BS = rows.targets != IGNORE
+    logits_BSV, stats, further = parallel.model(rows.ids, valid_BS, with_mtp=True, place=place, documents_BS=rows.documents)
     share = losses(logits_BSV, rows.targets, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, rows.targets, config, totals, parallel.mesh)
 

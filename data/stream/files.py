@@ -28,10 +28,16 @@ def find_files(path: str, kind: str) -> list[str]:
         endings = tuple(ending + packed for ending in ENDINGS[kind] for packed in ("", *COMPRESSED))
         found = [str(file) for file in place.rglob("*") if file.is_file() and file.name.endswith(endings)]
     else:
-        found = [file for each in _counted(str(place)) for file in glob.glob(each, recursive=True) if Path(file).is_file()]
+        found = [file for each in _counted(str(place)) for file in _matching(each) if Path(file).is_file()]
     if not found:
-        raise ValueError(f"data.path={path} must be a file, a folder with files of kind {kind}, a pattern that matches some, or a URL")
+        raise ValueError(
+            f"data.path={path} must be a file, a folder with files of kind {kind}, a pattern that matches some, or a URL"
+        )
     return sorted(found)
+
+
+def _matching(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob wants relative patterns, users write absolute ones
 
 
 def is_remote(path: str) -> bool:
@@ -62,7 +68,7 @@ def decompressed(file: IO[bytes], path: str) -> IO[bytes]:
         case ".bz2":
             stream = bz2.BZ2File(file)
         case ".xz":
-            stream = lzma.LZMAFile(file)
+            stream = lzma.open(file)
         case ".zst":
             import pyarrow
 

@@ -1,4 +1,4 @@
-"""Several sources as one sequence of rows: which one comes next depends on the weights alone, so proportions of tokens are exact."""
+"""Several sources as one sequence of rows: which one comes next depends on the weights alone, so shares of tokens are exact."""
 
 from typing import Any, final
 
@@ -46,7 +46,7 @@ class Mixture:
         unchanged = [index for index, _ in same] == list(range(len(state["sources"])))
         for name, values in (("rows", self.rows), ("_since", self._since), ("ended", self.ended)):
             saved = state[name.lstrip("_")]
-            values[:] = [values[0] * 0 if index is None else saved[index] for index, _ in same]
+            values[:] = [type(values[0])(0) if index is None else saved[index] for index, _ in same]
             if name == "_since" and not unchanged:
                 values[:] = [0] * len(values)
 
@@ -54,7 +54,10 @@ class Mixture:
         """Up to `count` rows, to the point where a source ends."""
         plan = self._plan(count)
         wanted = np.bincount(plan, minlength=len(self.sources))
-        taken = [source.take(int(rows)) if rows else np.empty((0, 0), np.int64) for source, rows in zip(self.sources, wanted, strict=True)]
+        taken = [
+            source.take(int(rows)) if rows else np.empty((0, 0), np.int64)
+            for source, rows in zip(self.sources, wanted, strict=True)
+        ]
         short = [index for index, rows in enumerate(taken) if len(rows) < wanted[index]]
         at, rows = [0] * len(self.sources), []
         for index in plan:

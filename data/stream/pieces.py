@@ -58,8 +58,8 @@ def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: 
 
     The last window of an epoch has no rows, as one cannot know before that another is the last.
     """
-    place, first = start
-    for place in range(place, len(order)):
+    beginning, first = start
+    for place in range(beginning, len(order)):
         shard, numbers, rows = order[place], [], []
         for number, row in enumerate(shards.rows(shard, first), first):
             numbers.append(number)

@@ -134,7 +134,9 @@ class StreamRows(RowSource):
 
     def restore(self, state: dict[str, Any]) -> None:
         self._epoch: int = state.get("epoch", 0)
-        self._cursors: list[tuple[int, int] | None] = [(a[0], a[1]) if a else None for a in state.get("slots", [(0, 0)] * self._slots)]
+        self._cursors: list[tuple[int, int] | None] = [
+            (a[0], a[1]) if a else None for a in state.get("slots", [(0, 0)] * self._slots)
+        ]
         assert len(self._cursors) == self._slots
         self._counts = Counter[str](state.get("counts", {}))
         self._begin = self._end = state.get("position", 0)

@@ -18,7 +18,6 @@ from ..tokenizer import Tokenizer
 from ..tokens import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, open_tokens
 from .mixture import Mixture
 from .pieces import Recipe, is_held_out, prepared_row
-from .remote import Patience
 from .rows import ArrayRows, RowSource, Settings, StreamRows, World
 from .shards import Shards
 
@@ -33,7 +32,13 @@ class Opened(NamedTuple):
 
 
 def build_mixture(
-    parts: list[Part | Opened], tokenizer: Tokenizer, cache: Path, seed: int, length: int, world: World, pool: ThreadPoolExecutor | None
+    parts: list[Part | Opened],
+    tokenizer: Tokenizer,
+    cache: Path,
+    seed: int,
+    length: int,
+    world: World,
+    pool: ThreadPoolExecutor | None,
 ) -> Mixture:
     """All sources of a run. ValueError of one line for a source that has no row."""
     sources = [_source(part, tokenizer, cache, seed, length, world, pool) for part in parts]
@@ -76,7 +81,9 @@ def sample_texts(opened: Opened, limit: int) -> list[str]:
 
 def joined_tokens(parts: list[Tokens], weights: list[float], wanted: int) -> Tokens:
     """Tokens of each in proportion to the weights, together about `wanted`."""
-    shares = [min(len(part.ids), max(2, round(wanted * weight / sum(weights)))) for part, weight in zip(parts, weights, strict=True)]
+    shares = [
+        min(len(part.ids), max(2, round(wanted * weight / sum(weights)))) for part, weight in zip(parts, weights, strict=True)
+    ]
     ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
     running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
     documents, size = sum(part.manifest.documents for part in parts), sum(part.manifest.bytes for part in parts)
@@ -88,13 +95,13 @@ def _source(
 ) -> RowSource:
     if isinstance(part, Opened):
         config = part.part.config
-        settings = Settings(
-            seed, length, config.window, config.open_shards, config.ahead, config.repeat, config.max_bad_fraction
-        )
+        settings = Settings(seed, length, config.window, config.open_shards, config.ahead, config.repeat, config.max_bad_fraction)
         return StreamRows(part.part.label, part.shards, _recipe(config, tokenizer), settings, world, pool)
     tokens = whole_tokens(part.config, "train", tokenizer, cache)
     if len(tokens.ids) <= length:
-        raise ValueError(f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}")
+        raise ValueError(
+            f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}"
+        )
     return ArrayRows(part.label, tokens, seed, length, part.config.repeat)
 
 
@@ -126,5 +133,3 @@ def _held_out_texts(opened: Opened) -> Iterator[str]:
                 text = prepared_row(row, open_to_all)
                 if isinstance(text, str):
                     yield text
-
-
