@@ -1,4 +1,4 @@
-"""How fast text becomes batches: `python -m tokenyard.bench.data` prints one JSON object. One core; all sides in turns, in one run."""
+"""How fast text becomes batches: `python -m tokenyard.bench.data` prints a JSON object. All sides take turns on one core."""
 
 import argparse
 import json

@@ -7,6 +7,7 @@ import io
 import lzma
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,9 +45,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def open_shard(path: str, patience: Patience) -> IO[bytes]:
-    """The decompressed bytes."""
-    return decompressed(open_raw(path, patience), path)
+@contextmanager
+def open_shard(path: str, patience: Patience) -> Iterator[IO[bytes]]:
+    """The decompressed bytes. Closes what lies below as well, which decompressors do not."""
+    with open_raw(path, patience) as raw, decompressed(raw, path) as file:
+        yield file
 
 
 def open_raw(path: str, patience: Patience) -> IO[bytes]:
@@ -60,22 +63,22 @@ def open_raw(path: str, patience: Patience) -> IO[bytes]:
     return Path(path).open("rb")
 
 
-def decompressed(file: IO[bytes], path: str) -> IO[bytes]:
-    stream: Any = file
+def decompressed(file: IO[bytes], path: str) -> Any:
+    """What is in `file`, by the ending of its name; `file` itself if that is none of a compression."""
     match Path(path.partition("?")[0]).suffix:
         case ".gz":
-            stream = gzip.GzipFile(fileobj=file)
+            return gzip.GzipFile(fileobj=file)
         case ".bz2":
-            stream = bz2.BZ2File(file)
+            return bz2.BZ2File(file)
         case ".xz":
-            stream = lzma.open(file)
+            return lzma.LZMAFile(file)
         case ".zst":
             import pyarrow
 
-            stream = pyarrow.CompressedInputStream(file, "zstd")
+            # A small buffer: where the stream breaks off, what is in the buffer is lost.
+            return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 14)
         case _:
             return file
-    return io.BufferedReader(stream, 1 << 18)
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -41,7 +41,9 @@ def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, pati
                 at += 1
                 backoff.reset()
             return
-        except transient_errors() as error:
+        except Exception as error:
+            if not isinstance(error, transient_errors()):
+                raise
             backoff.wait(error)
 
 

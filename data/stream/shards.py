@@ -72,9 +72,9 @@ class LineShards(Shards):
                     if row >= first:
                         yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
                 row += 1
-        except transient_errors():
-            raise
         except BROKEN_FILE as error:
+            if isinstance(error, transient_errors()):
+                raise
             if row >= first:
                 yield Bad(f"the file breaks off here ({error})")
 
@@ -112,9 +112,9 @@ class ParquetShards(Shards):
                         if row >= first:
                             yield item
                         row += 1
-        except transient_errors():
-            raise
         except (pa.ArrowException, *BROKEN_FILE) as error:
+            if isinstance(error, transient_errors()):
+                raise
             if row >= first:
                 yield Bad(f"the file is broken here ({' '.join(str(error).split())})")
 

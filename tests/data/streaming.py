@@ -20,6 +20,8 @@ from tokenyard.data.tokenizer import BytesTokenizer
 
 BYTES = TokenizerConfig(kind=TokenizerKind.bytes)
 LENGTH = 32
+OPENING = threading.Lock()
+"""Ranks are threads here, and in CPython 3.11 ast.literal_eval, by which numpy reads headers, is not safe in several at once."""
 ROWS = [37, 64, 5, 90, 1, 48]
 
 
@@ -54,7 +56,8 @@ def config_of(folder: Path, kind: Corpus, **more: object) -> DataConfig:
 
 
 def opened(config: DataConfig, world: World | None = None, sequences: int = 4, seed: int = 1) -> StreamBatches:
-    batches = prepare(config, BYTES, LENGTH, seed, sequences, world, 1).train
+    with OPENING:
+        batches = prepare(config, BYTES, LENGTH, seed, sequences, world, 1).train
     assert isinstance(batches, StreamBatches)
     return batches
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from streaming import config_of, names_in, opened, taken
-from tokenyard.data.config import Corpus
-from tokenyard.data.stream.stop import BadData
+from tokenyard.data.config import Corpus, DataConfig
+from tokenyard.data.stream.stop import BadData, EndOfData
 
 
 def good(count: int) -> list[bytes]:
     return [json.dumps({"text": f"<0.{row}> words"}).encode() for row in range(count)]
 
 
-def read_all(config) -> tuple[list[str], dict[str, float], list[str]]:
-    batches = opened(config, sequences=1)
-    seen = set(names_in(taken(batches, range(30))))
-    return sorted(seen), batches.counts(), batches.bad_rows()
+def read_all(config: DataConfig) -> tuple[set[str], dict[str, float], list[str]]:
+    """An epoch: the documents that were seen, what was counted, what was bad."""
+    batches, seen = opened(replace(config, repeat=False, validation_fraction=0.2), sequences=1), []
+    with pytest.raises(EndOfData):
+        while True:
+            seen.append(taken(batches, range(len(seen), len(seen) + 1)))
+    counts = {name.rpartition("/")[2]: count for name, count in batches.counts().items()}
+    return set(names_in(np.concatenate(seen))), counts, batches.bad_rows()
 
 
 def test_bad_lines_are_named(tmp_path: Path) -> None:
@@ -41,8 +46,8 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
         lines.insert(10 * place + 5, line)
     (folder / "a.jsonl").write_bytes(b"\n".join(lines))
     seen, counts, listed = read_all(config_of(folder, Corpus.jsonl, longest_row=4000))
-    assert len(seen) + counts["data/jsonl/held_out"] / max(1, counts["data/jsonl/epoch"] + 1) >= 95
-    assert counts["data/jsonl/bad_rows"] == 8 * (counts["data/jsonl/rows"] // 108)
+    assert 97 <= len(seen) + counts["held_out"] <= 100 and counts["documents"] + counts["held_out"] == 100
+    assert (counts["bad_rows"], counts["rows"]) == (8, 108)
     text = "\n".join(listed)
     reasons = ("not UTF-8", "null", "empty", "no key text", "is int", "no JSON", "id 999", "5000 bytes")
     for place, reason in enumerate(reasons):
@@ -67,8 +72,8 @@ def test_one_bad_string_in_parquet_takes_no_other_row_with_it(tmp_path: Path) ->
     pq.write_table(pa.table({"text": values}), folder / "0.parquet")
     pq.write_table(pa.table({"other": ["x"]}), folder / "1.parquet")
     (folder / "2.parquet").write_bytes((folder / "0.parquet").read_bytes()[:300])
-    seen, _, listed = read_all(config_of(folder, Corpus.parquet))
-    assert len(seen) >= 46
+    seen, counts, listed = read_all(config_of(folder, Corpus.parquet))
+    assert 46 <= len(seen) + counts["held_out"] <= 49 and (counts["documents"] + counts["held_out"], counts["bad_rows"]) == (49, 3)
     assert [line.partition(": ")[2] for line in sorted(set(listed))][:2] == [
         "0.parquet row 20: not UTF-8",
         "1.parquet row 0: no column text, there are other",
@@ -85,11 +90,6 @@ def test_a_truncated_file_gives_its_rows_and_says_so(tmp_path: Path, ending: str
     raw = b"\n".join(lines)
     packed = gzip.compress(raw) if ending == "gz" else pa.compress(raw, "zstd", asbytes=True)
     (folder / f"a.jsonl.{ending}").write_bytes(packed[: len(packed) // 2])
-    batches = opened(config_of(folder, Corpus.jsonl, repeat=False, max_bad_fraction=0.1), sequences=1)
-    taken(batches, range(500))
-    listed = "\n".join(batches.bad_rows())
-    assert "breaks off here" in listed or batches.counts()["data/jsonl/bad_rows"] == 0
-    while not listed:
-        taken(batches, range(batches.state()["step"], batches.state()["step"] + 100))
-        listed = "\n".join(batches.bad_rows())
-    assert "breaks off here" in listed
+    seen, counts, listed = read_all(config_of(folder, Corpus.jsonl))
+    assert 100 < len(seen) + counts["held_out"] < 300 and counts["bad_rows"] == len(listed)
+    assert "breaks off here" in "\n".join(listed)

@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> DataConfig:
 
 
 def test_proportions_after_a_million_tokens(data: DataConfig) -> None:
-    batches = prepare(data, BYTES, 1024, 1, 64, None, 1).train
+    batches = prepare(replace(data, validation_fraction=0.2), BYTES, 128, 1, 512, None, 1).train
     for step in range(16):
         batches.batch(step)
     shares = [batches.counts()[f"data/{label}/share"] for label in ("a", "b", "synthetic")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import config_of, opened, taken, write
+from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus
 from tokenyard.data.stream.remote import Patience, open_url
 from tokenyard.data.stream.stop import DataUnavailable
@@ -66,12 +66,12 @@ def test_the_same_rows_as_from_disk(server, tmp_path: Path, kind: Corpus, ending
     handler, address = server
     local = write(tmp_path / "rows", kind)
     remote = config_of(tmp_path / "rows", kind, path=f"{address}/{{0..5}}.{ending}", stall_seconds=0.2, workers=1)
-    rows = taken(opened(remote), range(40))
-    # The order hangs on the fingerprint, which here is another; without faults it is the same.
+    rows = taken(opened(remote), range(70))
     assert handler.requests > 20
     handler.faults = False
-    assert np.array_equal(rows, taken(opened(remote), range(40)))
-    assert sorted(rows.flat)[:1000] == sorted(taken(opened(local), range(40)).flat)[:1000]
+    assert np.array_equal(rows, taken(opened(remote), range(70)))
+    # Another fingerprint is another order, of the same rows.
+    assert set(names_in(rows)) == set(names_in(taken(opened(local), range(70))))
 
 
 def test_reading_stays_at_its_byte(server, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_an_unavailable_source_is_a_checkpoint_and_exit_code_75(
 
     def failing(self: Any) -> None:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 5:
             raise DataUnavailable("gone")
         original(self)
 
