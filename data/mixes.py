@@ -30,7 +30,8 @@ def parts_of(config: DataConfig) -> list[Part]:
 
 
 def _parse(entry: str, config: DataConfig) -> Part:
-    words = dict(word.partition("=")[::2] for word in shlex.split(entry))
+    split = [word.partition("=") for word in shlex.split(entry)]
+    words: dict[str, str] = {key: value for key, _, value in split}
     for key, value in words.items():
         if key not in WORDS or not value:
             raise ValueError(f"data.mix: '{key}={value}' in '{entry}' must be one of {', '.join(WORDS)} and a value")
@@ -42,7 +43,7 @@ def _parse(entry: str, config: DataConfig) -> Part:
     if repeat not in ("true", "false"):
         raise ValueError(f"data.mix: repeat={repeat} in '{entry}' must be true or false")
     plain = replace(config, corpus=Corpus[corpus], mix=[], path=None, name=None, subset=None)
-    part = replace(plain, repeat=repeat == "true", **words)
+    part = replace(plain, repeat=repeat == "true", **words)  # pyright: ignore[reportArgumentType]
     return Part(label or _label(part), weight, part)
 
 

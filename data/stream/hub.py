@@ -38,7 +38,8 @@ def open_remote(path: str) -> IO[bytes]:
     """A file behind any protocol that `datasets` knows."""
     from datasets.utils.file_utils import xopen
 
-    return xopen(path, "rb")
+    file: Any = xopen(path, "rb")
+    return file
 
 
 @final

@@ -44,7 +44,8 @@ class Mixture:
             if saved is not None:
                 source.restore(saved)
         unchanged = [index for index, _ in same] == list(range(len(state["sources"])))
-        for name, values in (("rows", self.rows), ("_since", self._since), ("ended", self.ended)):
+        lists: list[tuple[str, list[Any]]] = [("rows", self.rows), ("_since", self._since), ("ended", self.ended)]
+        for name, values in lists:
             saved = state[name.lstrip("_")]
             values[:] = [type(values[0])(0) if index is None else saved[index] for index, _ in same]
             if name == "_since" and not unchanged:

@@ -86,10 +86,10 @@ def test_a_truncated_file_gives_its_rows_and_says_so(tmp_path: Path, ending: str
     folder = tmp_path / "rows"
     folder.mkdir()
     chance = np.random.Generator(np.random.Philox(1))
-    lines = [json.dumps({"text": f"<0.{row}> {chance.bytes(200).hex()}"}).encode() for row in range(400)]
+    lines = [json.dumps({"text": f"<0.{row}> {chance.bytes(200).hex()}"}).encode() for row in range(1200)]
     raw = b"\n".join(lines)
     packed = gzip.compress(raw) if ending == "gz" else pa.compress(raw, "zstd", asbytes=True)
     (folder / f"a.jsonl.{ending}").write_bytes(packed[: len(packed) // 2])
     seen, counts, listed = read_all(config_of(folder, Corpus.jsonl))
-    assert 100 < len(seen) + counts["held_out"] < 300 and counts["bad_rows"] == len(listed)
+    assert 100 < len(seen) + counts["held_out"] < 900 and counts["bad_rows"] == len(listed)
     assert "breaks off here" in "\n".join(listed)

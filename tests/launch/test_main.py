@@ -29,7 +29,7 @@ def test_unknown_verb(typed: str, nearest: str, capsys: pytest.CaptureFixture[st
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
     assert error.startswith(
-        f"tokenyard: {typed}: must be one of train, generate, evaluate, import, export, params; nearest valid: tokenyard {nearest}"
+        f"tokenyard: {typed}: must be one of train, generate, evaluate, import, export, params, prepare, data, tokenizer; nearest valid: tokenyard {nearest}"
     )
 
 
