@@ -64,8 +64,8 @@ class Transformer(nn.Module):
         ids_BS are the tokens that follow those already in it. With `head_losses` a pair of losses instead of logits and the
         statistics: the first is what head_losses[0] makes of the last hidden states, and in training one follows for each module
         of multi-token prediction (see moe/mtp.py), as do the statistics of its MoE layer. `place` (None: the run's first rows)
-        decides what is random in training; outside of it nothing is. `documents_BS` (see moe/documents.py) keeps attention inside of
-        each document.
+        decides what is random in training; outside of it nothing is. `documents_BS` (see moe/documents.py) keeps attention inside
+        of each document.
         """
         tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
         start = cache[0].length if cache else 0
