@@ -5,13 +5,13 @@ first is a target once an epoch.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 import xxhash
 
+from .order import kept_permutation
 from .tokens import Tokens
 
 IGNORE = -100
@@ -38,23 +38,38 @@ class GlobalBatches:
         self._table = _Table(tokens, sequence_length, "training")
         self._seed = seed
         self.sequences = sequences
+        self.fingerprint = tokens.manifest.fingerprint
         self.rows = self._table.rows
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
         """The given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
-        return _split(self._tokens(step, rows))
+        return split_rows(self._tokens(step, rows))
 
     def digest(self, step: int) -> str:
         """xxh3-64 of the global batch: its int64 token ids, targets included, row by row."""
         return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
 
+    def state(self) -> dict[str, Any]:
+        """Nothing: a batch is found by its step."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+    def counts(self) -> dict[str, float]:
+        """Nothing is counted: all is known beforehand."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
     def _tokens(self, step: int, rows: slice | range | None) -> np.ndarray:
         """(B, S + 1), int64."""
-        positions = step * self.sequences + np.array(_chosen(rows, self.sequences), dtype=np.int64)
+        positions = step * self.sequences + np.array(chosen_rows(rows, self.sequences), dtype=np.int64)
         epochs, places = np.divmod(positions, self.rows)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
-            order = _permutation(self.rows, "train", self._table.fingerprint, self._seed, int(epoch))
+            order = kept_permutation(self.rows, "train", self._table.fingerprint, self._seed, int(epoch))
             indices[epochs == epoch] = order[places[epochs == epoch]]
         return self._table.read(indices)
 
@@ -73,11 +88,11 @@ class ValidationBatches:
 
         The last batch is filled up with rows whose targets are all IGNORE, so that every rank gets the same shapes.
         """
-        order = _permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
-        chosen = np.array(_chosen(rows, size), dtype=np.int64)
+        order = kept_permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        chosen = np.array(chosen_rows(rows, size), dtype=np.int64)
         for start in range(0, len(order), size):
             places = start + chosen
-            ids_BS, targets_BS = _split(self._table.read(order[np.minimum(places, len(order) - 1)]))
+            ids_BS, targets_BS = split_rows(self._table.read(order[np.minimum(places, len(order) - 1)]))
             targets_BS[torch.from_numpy(places >= len(order))] = IGNORE
             yield Batch(ids_BS, targets_BS)
 
@@ -111,21 +126,16 @@ class _Table:
         return self._ids[at].astype(np.int64)
 
 
-def _split(tokens: np.ndarray) -> Batch:
+def split_rows(tokens: np.ndarray) -> Batch:
+    """Ids and targets of rows of S + 1 tokens."""
     tokens_BS1 = torch.from_numpy(tokens)
     return Batch(tokens_BS1[:, :-1].contiguous(), tokens_BS1[:, 1:].contiguous())
 
 
-def _chosen(rows: slice | range | None, size: int) -> range:
+def chosen_rows(rows: slice | range | None, size: int) -> range:
+    """`rows` (None: all) of a global batch of `size`, as a range."""
     if isinstance(rows, slice):
         rows = range(rows.start or 0, size if rows.stop is None else rows.stop, rows.step or 1)
     chosen = range(size) if rows is None else rows
     assert all(0 <= row < size for row in (*chosen[:1], *chosen[-1:])), f"rows {chosen} of a global batch of {size}"
     return chosen
-
-
-@lru_cache(maxsize=4)
-def _permutation(rows: int, *key: object) -> np.ndarray:
-    # Sorting raw random bits, because numpy keeps those the same between its versions and Generator.permutation not.
-    bits = np.random.Philox(key=xxhash.xxh3_128_intdigest(repr(key).encode()))
-    return np.argsort(bits.random_raw(rows), kind="stable")

@@ -11,17 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
+from .mixes import parts_of
+from .sources_check import check_sources
 
 
 def check_corpus(config: DataConfig) -> None:
     """Raise a ValueError of one line if `config` names no text."""
     if not 0 < config.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
-    if config.path is not None:
+    check_sources(config)
+    for part in parts_of(config):
+        _check_part(part.config)
+
+
+def _check_part(config: DataConfig) -> None:
+    if config.path is not None and config.corpus in (Corpus.text, Corpus.prepared):
         _check_exists("data.path", config.path)
     if config.corpus is Corpus.text:
         _check_text(config)
-    elif config.path is not None:
+    elif config.path is not None and config.corpus in (Corpus.stdlib, Corpus.synthetic, Corpus.hf):
         raise ValueError(f"data.path={config.path} is read by data.corpus=text only, and data.corpus={config.corpus.value}")
     if config.corpus is Corpus.stdlib and not any(stdlib_files(stdlib_root())):
         raise ValueError(f"data.corpus=stdlib finds no .py file under {stdlib_root()}; the nearest choice is data.corpus=synthetic")
@@ -37,6 +45,12 @@ def check_tokenizer(config: TokenizerConfig) -> None:
             raise ValueError(f"tokenizer.path={config.path} must be a sentencepiece .model file, and it is a folder")
         if config.kind is TokenizerKind.bytes:
             raise ValueError(f"tokenizer.path={config.path} is read by tokenizer.kind=sentencepiece only, and tokenizer.kind=bytes")
+        if config.path.endswith(".json") and config.kind is not TokenizerKind.huggingface:
+            raise ValueError(
+                f"tokenizer.kind={config.kind.value} reads no {config.path}; the nearest is tokenizer.kind=huggingface"
+            )
+    elif config.kind is TokenizerKind.huggingface:
+        raise ValueError("tokenizer.path=null must name a tokenizer.json for tokenizer.kind=huggingface")
     if config.pieces < SMALLEST_PIECES:
         raise ValueError(f"tokenizer.pieces={config.pieces} must be at least {SMALLEST_PIECES}: 256 bytes, 3 marks and one piece")
     if config.sample_bytes < 1:
@@ -68,10 +82,7 @@ def pattern_files(root: Path, pattern: str) -> Iterator[str]:
 
 
 def _check_text(config: DataConfig) -> None:
-    if config.path is None:
-        raise ValueError(
-            f"data.path=null must name a file or folder for data.corpus=text; the nearest existing path is {Path.cwd()}"
-        )
+    assert config.path is not None
     root = Path(config.path).expanduser()
     if not root.is_dir():
         return

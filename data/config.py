@@ -1,6 +1,6 @@
 """Which text is trained on and how it becomes tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -8,35 +8,85 @@ class Corpus(Enum):
     stdlib = "stdlib"
     text = "text"
     synthetic = "synthetic"
+    hf = "hf"
+    parquet = "parquet"
+    jsonl = "jsonl"
+    lines = "lines"
+    prepared = "prepared"
+    mix = "mix"
+
+
+STREAMED = (Corpus.hf, Corpus.parquet, Corpus.jsonl, Corpus.lines)
+"""Read while training; the others are opened whole, as arrays of tokens."""
 
 
 @dataclass
 class DataConfig:
     corpus: Corpus = Corpus.stdlib
-    """stdlib: the running interpreter's own standard library; text: files at `path`; synthetic: small stories made by a grammar."""
+    """stdlib: the running interpreter's own standard library; text: files at `path`; synthetic: small stories made by a grammar;
+    hf: a data set of the Hugging Face hub; parquet, jsonl, lines: files at `path`, streamed; prepared: what tokenyard prepare wrote
+    into `path`; mix: several of those, see `mix`."""
     path: str | None = None
-    """A text file, or a folder of text files (one document each); for corpus=text."""
+    """A file or a folder; for parquet, jsonl and lines also a pattern or a URL, where {000..127} counts."""
     pattern: str = "**/*.txt"
-    """Which files of the folder at `path` are documents."""
+    """Which files of the folder at `path` are documents of corpus=text."""
+    name: str | None = None
+    """corpus=hf: the data set on the hub, or a folder that is laid out as one."""
+    subset: str | None = None
+    """corpus=hf: its configuration."""
+    split: str = "train"
+    """corpus=hf: its split."""
+    revision: str | None = None
+    """corpus=hf: commit, branch or tag; null is the newest."""
+    column: str = "text"
+    """Column (hf, parquet) or key (jsonl) of the text, or of a list of token ids."""
+    mix: list[str] = field(default_factory=list)
+    """corpus=mix: a text for each source, as 'weight=0.7 corpus=jsonl path=web/*.jsonl.gz repeat=false'; weights are by tokens."""
+    repeat: bool = True
+    """Begin a new epoch at the end of the data; false stops there."""
     validation_fraction: float = 0.05
-    """Share of the documents kept for validation, chosen by a hash of the document's name."""
+    """Share of the documents kept for validation, by a hash of the name, or of the text if streamed."""
     cache: str | None = None
     """Folder for trained tokenizers and tokenized corpora; null is $TOKENYARD_CACHE or ~/.cache/tokenyard."""
     synthetic_documents: int = 512
     """Documents of the synthetic corpus."""
+    window: int = 256
+    """Neighbouring rows of a shard that are shuffled among themselves, and read and tokenized together."""
+    open_shards: int = 8
+    """Shards that are read in turns, a window of each; the order of the data depends on it."""
+    workers: int = 1
+    """Threads of each rank that read and tokenize ahead; 0 reads when the step needs it."""
+    ahead: int = 2
+    """Windows of each open shard that are read ahead."""
+    longest_row: int = 8_000_000
+    """Bytes of a document; a longer one is a bad row."""
+    max_bad_fraction: float = 0.001
+    """Share of bad rows above which the run stops; until then they are skipped and counted. The first 10 never stop it."""
+    patience_seconds: float = 240.0
+    """How long to try again when a source does not answer, before the run stops with a checkpoint and exit code 75."""
+    stall_seconds: float = 30.0
+    """A source that sends nothing for so long is asked again."""
+    allow_change: bool = False
+    """Go on from a checkpoint with other data: sources that it knows go on where they were, others begin."""
+    mask_documents: bool = False
+    """Attention stays inside a document (block-causal), positions restart, and the first token of a document is no target."""
 
 
 class TokenizerKind(Enum):
     sentencepiece = "sentencepiece"
+    huggingface = "huggingface"
     bytes = "bytes"
 
 
 @dataclass
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.sentencepiece
-    """sentencepiece: BPE with byte fallback, trained on the training documents at first use; bytes: 256 bytes and 3 marks."""
+    """sentencepiece: BPE with byte fallback, trained on the training documents at first use; huggingface: a tokenizer.json;
+    bytes: 256 bytes and 3 marks."""
     path: str | None = None
-    """An existing sentencepiece .model file; null trains one."""
+    """An existing sentencepiece .model file, or a tokenizer.json; null trains a sentencepiece model."""
+    end: str | None = None
+    """huggingface: the token that ends a document; null finds the usual ones."""
     pieces: int = 8192
     """Vocabulary of a tokenizer that is trained here."""
     sample_bytes: int = 6_000_000

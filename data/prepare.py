@@ -1,13 +1,26 @@
 """Everything between the settings and the first batch."""
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
-from .config import DataConfig, TokenizerConfig
-from .corpus import Corpus, survey
-from .tokenizer import Tokenizer, build_tokenizer
+from .check import check_corpus
+from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
+from .corpus import Corpus as Documents
+from .corpus import survey
+from .mixes import Part, parts_of
+from .pieces import sample
+from .prepared import open_prepared, tokenizer_words
+from .stream.batches import StreamBatches
+from .stream.remote import Patience
+from .stream.rows import World
+from .stream.shards import open_shards
+from .stream.source import Opened, build_mixture, held_out_tokens, joined_tokens, sample_texts, whole_tokens
+from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokens import Tokens, open_tokens
 
 log = logging.getLogger("tokenyard")
@@ -16,12 +29,13 @@ log = logging.getLogger("tokenyard")
 class Facts(NamedTuple):
     """What the start-up table and the report say about the data; ranks that train together have equal facts."""
 
-    train_documents: int
-    train_tokens: int
+    train_documents: int | None
+    """None: not known, the documents are streamed."""
+    train_tokens: int | None
     validation_documents: int
     validation_tokens: int
     bytes_per_token: float
-    """Of the training documents."""
+    """Of the training documents; of the validation documents if those are streamed."""
     undecodable: int
     duplicates: int
     empty: int
@@ -34,45 +48,119 @@ class Facts(NamedTuple):
 
 class Prepared(NamedTuple):
     tokenizer: Tokenizer
-    train: GlobalBatches
+    train: GlobalBatches | StreamBatches
     validation: ValidationBatches
     facts: Facts
 
 
 def prepare(
-    config: DataConfig, tokenizer_config: TokenizerConfig, sequence_length: int, seed: int, batch_sequences: int
+    config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    sequence_length: int,
+    seed: int,
+    batch_sequences: int,
+    world: World | None = None,
+    validation_sequences: int = 256,
 ) -> Prepared:
     """Open the corpus, training a tokenizer and tokenizing where the cache has neither.
 
     Any number of processes may call this at once; to save work let rank 0 be first, the others then find all in the cache.
-    Raises a ValueError of one line for settings that cannot work.
+    `world` shares the tokenizing of streamed data. Raises a ValueError of one line for settings that cannot work.
     """
+    check_corpus(config)
     cache = cache_folder(config)
-    corpus = survey(config)
-    tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
-    train = open_tokens(corpus, "train", tokenizer, cache)
-    validation = open_tokens(corpus, "validation", tokenizer, cache)
-    batches = GlobalBatches(train, seed=seed, sequences=batch_sequences, sequence_length=sequence_length)
+    order = Order(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
+    if config.corpus in (*STREAMED, Corpus.mix):
+        prepared = _streamed(config, tokenizer_config, cache, order)
+    else:
+        prepared = _whole(config, tokenizer_config, cache, order)
+    facts = prepared.facts
+    text = f"{facts.train_tokens} tokens" if facts.train_tokens is not None else "a stream of tokens"
+    log.info("data: %s to train on, %.2f bytes each; %d to validate", text, facts.bytes_per_token, facts.validation_tokens)
+    return prepared
+
+
+class Order(NamedTuple):
+    """What decides the batches beside the data, and who makes them."""
+
+    length: int
+    seed: int
+    sequences: int
+    world: World
+    validation: int
+    """Sequences to validate on."""
+
+
+def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path) -> Tokenizer:
+    """The tokenizer of a run, trained on samples of its sources if it is none that exists."""
+    tokenizer = ready_tokenizer(tokenizer_config)
+    if tokenizer is not None:
+        return tokenizer
+    if config.corpus is Corpus.prepared:
+        raise ValueError(f"tokenizer.path=null cannot be trained on tokens; take {tokenizer_words(Path(config.path or ''))}")
+    parts, limit = parts_of(config), tokenizer_config.sample_bytes
+    total = sum(part.weight for part in parts)
+    texts = [text for part in parts for text in part_texts(part, max(1, round(limit * part.weight / total)))]
+    return trained_tokenizer(tokenizer_config, texts, cache)
+
+
+def part_texts(part: Part, limit: int) -> list[str]:
+    """Beginnings of training documents of one source, about `limit` bytes."""
+    if part.config.corpus in STREAMED:
+        return sample_texts(Opened(part, open_shards(part.config, patience_of(part.config))), limit)
+    return [] if part.config.corpus is Corpus.prepared else sample(survey(part.config), limit)
+
+
+def patience_of(config: DataConfig) -> Patience:
+    """That of the settings."""
+    return Patience(config.patience_seconds, config.stall_seconds, threading.Event())
+
+
+def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> Prepared:
+    if config.corpus is Corpus.prepared:
+        tokenizer = open_tokenizer(config, tokenizer_config, cache)
+        corpus, train, validation = None, *(open_prepared(config, tokenizer.hash, split) for split in ("train", "validation"))
+    else:
+        corpus = survey(config)
+        tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
+        train, validation = (open_tokens(corpus, split, tokenizer, cache) for split in ("train", "validation"))
+    batches = GlobalBatches(train, seed=order.seed, sequences=order.sequences, sequence_length=order.length)
     facts = _facts(corpus, train, validation, tokenizer)
-    log.info(
-        "data: %d tokens to train on, %.2f bytes each; %d to validate",
-        facts.train_tokens,
-        facts.bytes_per_token,
-        facts.validation_tokens,
-    )
-    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=sequence_length), facts)
+    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
 
 
-def _facts(corpus: Corpus, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:
+def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> Prepared:
+    tokenizer = open_tokenizer(config, tokenizer_config, cache)
+    patience = patience_of(config)
+    parts = [
+        Opened(part, open_shards(part.config, patience)) if part.config.corpus in STREAMED else part for part in parts_of(config)
+    ]
+    pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
+    mixture = build_mixture(parts, tokenizer, cache, order.seed, order.length, order.world, pool)
+    batches = StreamBatches(mixture, sequences=order.sequences, patience=patience, pool=pool)
+    wanted = order.validation * order.length + 1
+    held_out = [
+        held_out_tokens(part, tokenizer, cache, wanted)
+        if isinstance(part, Opened)
+        else whole_tokens(part.config, "validation", tokenizer, cache)
+        for part in parts
+    ]
+    validation = joined_tokens(held_out, mixture.weights, wanted)
+    facts = _facts(None, validation, validation, tokenizer)
+    facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
+    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
+
+
+def _facts(corpus: Documents | None, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:
     return Facts(
         train_documents=train.manifest.documents,
         train_tokens=train.manifest.tokens,
         validation_documents=validation.manifest.documents,
         validation_tokens=validation.manifest.tokens,
         bytes_per_token=train.manifest.bytes / train.manifest.tokens,
-        undecodable=len(corpus.undecodable),
-        duplicates=corpus.duplicates,
-        empty=corpus.empty,
+        undecodable=len(corpus.undecodable) if corpus else 0,
+        duplicates=corpus.duplicates if corpus else 0,
+        empty=corpus.empty if corpus else 0,
         unigram_entropy=unigram_entropy(validation.ids, tokenizer.size),
         train_fingerprint=train.manifest.fingerprint,
         validation_fingerprint=validation.manifest.fingerprint,

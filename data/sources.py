@@ -24,6 +24,8 @@ def open_source(config: DataConfig) -> "Source":
             assert config.path is not None
             path = Path(config.path).expanduser()
             return Folder(path, sorted(pattern_files(path, config.pattern))) if path.is_dir() else Chunks(path)
+        case _:
+            raise AssertionError(f"{config.corpus} is no corpus of documents")
 
 
 class Source(ABC):

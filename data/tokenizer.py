@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import sentencepiece
 import xxhash
 
@@ -18,6 +19,7 @@ from .corpus import Corpus
 from .pieces import RECIPE, sample, train_pieces
 
 MODEL_FILE = "tokenizer.model"
+TOKENIZER_JSON = "tokenizer.json"
 ABOUT_FILE = "tokenizer_about.json"
 log = logging.getLogger("tokenyard")
 
@@ -27,12 +29,26 @@ def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> "To
 
     Raises a ValueError of one line for settings that cannot work, with this corpus or at all.
     """
+    return ready_tokenizer(config) or trained_tokenizer(config, sample(corpus, config.sample_bytes), cache)
+
+
+def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
+    """The tokenizer that needs no text; None if `config` wants one that is trained."""
     check_tokenizer(config)
     if config.kind is TokenizerKind.bytes:
         return BytesTokenizer()
-    if config.path is not None:
-        return SentencePieceTokenizer(Path(config.path).expanduser().read_bytes(), f"tokenizer.path={config.path}")
-    texts = sample(corpus, config.sample_bytes)
+    if config.path is None:
+        return None
+    path = Path(config.path).expanduser()
+    if config.kind is TokenizerKind.huggingface:
+        from .huggingface import HuggingFaceTokenizer, end_beside
+
+        return HuggingFaceTokenizer(path.read_bytes(), f"tokenizer.path={path}", config.end or end_beside(path))
+    return SentencePieceTokenizer(path.read_bytes(), f"tokenizer.path={config.path}")
+
+
+def trained_tokenizer(config: TokenizerConfig, texts: list[str], cache: Path) -> "Tokenizer":
+    """A sentencepiece model of these texts, kept in `cache`."""
     folder = cache / "tokenizers" / _key(config, texts)
     if not folder.is_dir():
         _train(texts, config.pieces, folder)
@@ -43,8 +59,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     """The tokenizer that `save` wrote into `folder`. Raises a ValueError of one line if its files are missing or were changed."""
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text())
-        bytes_kind = about["kind"] == TokenizerKind.bytes.value
-        tokenizer = BytesTokenizer() if bytes_kind else SentencePieceTokenizer((folder / MODEL_FILE).read_bytes(), str(folder))
+        tokenizer = _saved(folder, about)
         same = tokenizer.hash == about["hash"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -53,6 +68,18 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     if not same:
         raise ValueError(f"tokenizer folder {folder} must hold what was saved: hash {tokenizer.hash} is not {about['hash']}")
     return tokenizer
+
+
+def _saved(folder: Path, about: dict[str, Any]) -> "Tokenizer":
+    match about["kind"]:
+        case TokenizerKind.bytes.value:
+            return BytesTokenizer()
+        case TokenizerKind.huggingface.value:
+            from .huggingface import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer((folder / TOKENIZER_JSON).read_bytes(), str(folder), about["end"])
+        case _:
+            return SentencePieceTokenizer((folder / MODEL_FILE).read_bytes(), str(folder))
 
 
 class Tokenizer(ABC):
@@ -113,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self.model)
-        _save_about(self, TokenizerKind.sentencepiece, folder)
+        save_about(self, "sentencepiece", folder)
 
 
 # Inside of sentencepiece a space is this character, so that the character itself would come back as a space; it is sent as bytes.
@@ -129,7 +156,7 @@ class BytesTokenizer(Tokenizer):
     hash = xxhash.xxh3_128_hexdigest(b"bytes, 3 marks first")
 
     def encode(self, text: str) -> list[int]:
-        return [byte + 3 for byte in text.encode()]
+        return (np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3).tolist()
 
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -139,11 +166,12 @@ class BytesTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _save_about(self, TokenizerKind.bytes, folder)
+        save_about(self, "bytes", folder)
 
 
-def _save_about(tokenizer: Tokenizer, kind: TokenizerKind, folder: Path) -> None:
-    about = {"kind": kind.value, "size": tokenizer.size, "end_of_document": tokenizer.end_of_document, "hash": tokenizer.hash}
+def save_about(tokenizer: Tokenizer, kind: str, folder: Path, **more: str) -> None:
+    """Write what `load_tokenizer` checks."""
+    about = {"kind": kind, "size": tokenizer.size, "end_of_document": tokenizer.end_of_document, "hash": tokenizer.hash, **more}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -49,10 +49,11 @@ def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path)
             manifest = _write(corpus, split, tokenizer, unfinished)
         seconds = time.perf_counter() - started
         log.info("data: %s: %d tokens of %d documents in %.1f s", split, manifest.tokens, manifest.documents, seconds)
-    return _load(folder)
+    return load_tokens(folder)
 
 
-def _load(folder: Path) -> Tokens:
+def load_tokens(folder: Path) -> Tokens:
+    """The tokens in a folder of the cache. ValueError of one line if they are damaged."""
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST_FILE).read_text()))
         ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
@@ -65,10 +66,10 @@ def _load(folder: Path) -> Tokens:
 
 def _write(corpus: Corpus, split: Split, tokenizer: Tokenizer, folder: Path) -> Manifest:
     names = sorted(corpus.names(split), key=lambda name: (place(name, seed=2), name))
-    kind = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
+    kind = id_type(tokenizer)
     running, tokens, size = xxhash.xxh3_128(), 0, 0
     with (folder / TOKENS_FILE).open("wb") as file:
-        _write_header(file, kind, 0)
+        write_header(file, kind, 0)
         for texts in _batches(map(corpus.read, names)):
             ids = _encode(texts, tokenizer, kind)
             file.write(ids.tobytes())
@@ -76,14 +77,20 @@ def _write(corpus: Corpus, split: Split, tokenizer: Tokenizer, folder: Path) -> 
             tokens += len(ids)
             size += sum(len(text.encode()) for text in texts)
         file.seek(0)
-        _write_header(file, kind, tokens)
+        write_header(file, kind, tokens)
     skipped = corpus.undecodable, corpus.duplicates, corpus.empty
     manifest = Manifest(len(names), tokens, size, *skipped, running.hexdigest())
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
     return manifest
 
 
-def _write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
+def id_type(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest that holds every id."""
+    return np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
+
+
+def write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
+    """The beginning of an .npy file of that many ids."""
     # numpy leaves room in the header for a longer shape, so the number of tokens can be filled in at the end.
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)

@@ -1,18 +1,13 @@
 """The command line: `tokenyard VERB ...`. Each verb imports what it needs when it is called."""
 
-import argparse
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import NoReturn, TypeVar
 
 from .. import __version__
 from ..train.allocator import restart_with_kept_memory
-
-Number = TypeVar("Number", int, float)
-
-BAD_USAGE = 2
-"""The exit code of a command line that cannot be understood, as of a wrong configuration."""
+from . import data
+from .parser import BAD_USAGE, OneLineParser, not_negative, positive, share
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,6 +128,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "export": export,
     "params": params,
+    "prepare": data.prepare,
+    "data": data.data,
+    "tokenizer": data.tokenizer,
 }
 
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
@@ -144,31 +142,8 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
+  tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards
+  tokenyard data inspect [key=value ...]                 the first sequences, the mixture and digests of the batches
+  tokenyard tokenizer train FOLDER [key=value ...]       train a sentencepiece tokenizer
   tokenyard VERB --help                                  more about one of them
   tokenyard --version"""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as configuration errors do."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog.replace(' ', ': ', 1)}: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(BAD_USAGE)
-
-
-def positive(text: str) -> int:
-    return _checked(int(text), int(text) >= 1, "must be at least 1")
-
-
-def not_negative(text: str) -> float:
-    return _checked(float(text), 0 <= float(text) < float("inf"), "must be 0 or above")
-
-
-def share(text: str) -> float:
-    return _checked(float(text), 0 < float(text) <= 1, "must be in (0, 1]")
-
-
-def _checked(value: Number, holds: bool, rule: str) -> Number:
-    if not holds:
-        raise argparse.ArgumentTypeError(f"{value} {rule}")
-    return value

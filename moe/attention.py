@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig, QKNorm
 from .count import head_width
+from .documents import same_document
 from .linear import HeadsNorm, Linear, RMSNorm
 from .rotary import Turns, rotate
 
@@ -38,7 +39,8 @@ class Attention(nn.Module):
         v_BGTh = self._heads(self.v(x_BSD), None)
         if cache is not None:
             k_BGTh, v_BGTh = cache.extend(k_BGTh, v_BGTh)
-        return self.o(attend(q_BHSh, k_BGTh, v_BGTh, self.softmax, self.sinks).transpose(1, 2).flatten(2))
+        y_BHSh = attend(q_BHSh, k_BGTh, v_BGTh, self.softmax, self.sinks, turns.documents_BS)
+        return self.o(y_BHSh.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSC: Tensor, norm: nn.Module | None) -> Tensor:
         x_BSHh = x_BSC.unflatten(-1, (-1, self.head_width))
@@ -60,26 +62,37 @@ def softmax_of(config: ModelConfig, index: int, width: int, factor: float = 1.0)
     return Softmax(scale, settings.softcap, settings.window if config.windowed_layer(index) else None)
 
 
-def attend(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None = None) -> Tensor:
-    """(B, H, S, width of v): the queries are the last S of the T tokens. Sinks (gpt-oss) are logits that draw on no value."""
+def attend(
+    q_BHSh: Tensor,
+    k_BGTh: Tensor,
+    v_BGTh: Tensor,
+    softmax: Softmax,
+    sinks_H: Tensor | None = None,
+    documents_BS: Tensor | None = None,
+) -> Tensor:
+    """(B, H, S, width of v): the queries are the last S of the T tokens. Sinks (gpt-oss) are logits that draw on no value.
+
+    With `documents_BS` (then S = T) no token sees another document.
+    """
     new, seen = q_BHSh.shape[2], k_BGTh.shape[2]
     if sinks_H is not None or softmax.softcap is not None:
-        return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H)
+        return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS)
     unlimited, grouped = softmax.window is None or softmax.window >= seen, q_BHSh.shape[1] != k_BGTh.shape[1]
-    causal = unlimited and new == seen
-    mask_ST = None if unlimited and new in (1, seen) else visible(new, seen, softmax.window, q_BHSh.device)
-    return F.scaled_dot_product_attention(
-        q_BHSh, k_BGTh, v_BGTh, mask_ST, is_causal=causal, scale=softmax.scale, enable_gqa=grouped
-    )
+    causal = unlimited and new == seen and documents_BS is None
+    mask = None if causal or (unlimited and new == 1) else visible(new, seen, softmax.window, q_BHSh.device, documents_BS)
+    return F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTh, mask, is_causal=causal, scale=softmax.scale, enable_gqa=grouped)
 
 
-def visible(new: int, seen: int, window: int | None, device: torch.device) -> Tensor:
-    """(new, seen) booleans: which keys each of the last `new` tokens sees."""
+def visible(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:
+    """(new, seen) booleans, or (B, 1, new, seen) with documents: which keys each of the last `new` tokens sees."""
     mask_ST = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
-    return mask_ST if window is None else mask_ST.triu(seen - new - window + 1)
+    mask_ST = mask_ST if window is None else mask_ST.triu(seen - new - window + 1)
+    return mask_ST if documents_BS is None else mask_ST & same_document(documents_BS)
 
 
-def _attend_in_steps(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None) -> Tensor:
+def _attend_in_steps(
+    q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None, documents_BS: Tensor | None
+) -> Tensor:
     """What torch's fused attention cannot do, in fp32 or wider: soft-cap and sinks."""
     wide = torch.promote_types(q_BHSh.dtype, torch.float32)
     repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
@@ -87,8 +100,8 @@ def _attend_in_steps(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: So
     logits_BHST = (q_BHSh @ k_BHTh.transpose(-1, -2)).to(wide) * softmax.scale
     if softmax.softcap is not None:
         logits_BHST = softcapped(logits_BHST, softmax.softcap)
-    hidden_ST = ~visible(logits_BHST.shape[2], logits_BHST.shape[3], softmax.window, q_BHSh.device)
-    logits_BHST = logits_BHST.masked_fill(hidden_ST, -torch.inf)
+    hidden = ~visible(logits_BHST.shape[2], logits_BHST.shape[3], softmax.window, q_BHSh.device, documents_BS)
+    logits_BHST = logits_BHST.masked_fill(hidden, -torch.inf)
     y_BHSh = logits_BHST.softmax(dim=-1).to(v_BHTh.dtype) @ v_BHTh
     if sinks_H is None:
         return y_BHSh

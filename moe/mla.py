@@ -50,7 +50,8 @@ class LatentAttention(nn.Module):
             [widths.nope_width, widths.value_width], dim=-1
         )
         k_BHTh = torch.cat([k_BHTn, key_B1Tr.expand(-1, k_BHTn.shape[1], -1, -1)], dim=-1)
-        return self.o(attend(q_BHSh, k_BHTh, v_BHTv, self.softmax).transpose(1, 2).flatten(2))
+        y_BHSv = attend(q_BHSh, k_BHTh, v_BHTv, self.softmax, documents_BS=turns.documents_BS)
+        return self.o(y_BHSv.transpose(1, 2).flatten(2))
 
     def _turned(self, q_BHSh: Tensor, turns: Turns) -> Tensor:
         q_BHSn, q_BHSr = q_BHSh.split([self.widths.nope_width, self.widths.rope_width], dim=-1)

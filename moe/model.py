@@ -56,6 +56,7 @@ class Transformer(nn.Module):
         with_stats: bool = False,
         head_losses: list[HeadLoss] | None = None,
         place: Place | None = None,
+        documents_BS: Tensor | None = None,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
 
@@ -63,11 +64,12 @@ class Transformer(nn.Module):
         ids_BS are the tokens that follow those already in it. With `head_losses` a pair of losses instead of logits and the
         statistics: the first is what head_losses[0] makes of the last hidden states, and in training one follows for each module
         of multi-token prediction (see moe/mtp.py), as do the statistics of its MoE layer. `place` (None: the run's first rows)
-        decides what is random in training; outside of it nothing is.
+        decides what is random in training; outside of it nothing is. `documents_BS` (see moe/documents.py) keeps attention inside
+        of each document.
         """
         tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
         start = cache[0].length if cache else 0
-        turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations)
+        turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):

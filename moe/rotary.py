@@ -11,23 +11,33 @@ from torch import Tensor
 
 from .config import AttentionKind, ModelConfig, RopeConfig, RopeScaling
 from .count import head_width
+from .documents import positions_of
 
 
 class Turns(NamedTuple):
-    """Cosines and sines of the rotary angles, each of shape (S, r / 2), times the factor of YaRN."""
+    """Cosines and sines of the rotary angles, each of shape (S, r / 2) or (B, 1, S, r / 2), times the factor of YaRN."""
 
     cos: Tensor
     sin: Tensor
+    documents_BS: Tensor | None = None
+    """Which document each token is of; None: all of a sequence are of one."""
 
 
-def rotary_turns(config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype) -> Turns:
-    """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider."""
+def rotary_turns(
+    config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype, documents_BS: Tensor | None = None
+) -> Turns:
+    """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider.
+
+    With `documents_BS` (see moe/documents.py) positions restart with each document.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     rope = config.attention.rope
     positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
-    angles = torch.outer(positions, frequencies(rope, rotary_width(config), device))
+    if documents_BS is not None:
+        positions = positions_of(documents_BS).unsqueeze(1).double()
+    angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device)
     factor = turns_factor(rope)
-    return Turns((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide))
+    return Turns((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS)
 
 
 def rotate(x: Tensor, turns: Turns, interleaved: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ ALLOWED = {
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
     "interop": {"moe", "train.checkpoint", "parallel.pieces", "data.tokenizer"},
-    "bench": {"moe", "parallel"},
+    "bench": {"moe", "parallel", "data"},
     "data": set(),
     "moe": set(),
     "conf": set(),

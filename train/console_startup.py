@@ -21,9 +21,9 @@ class StartupFacts:
     ranks: int
     threads: int
     """CPU threads of each rank."""
-    documents: int
-    """Training documents."""
-    tokens: int
+    documents: int | None
+    """Training documents; None: streamed, nobody knows."""
+    tokens: int | None
     """Training tokens."""
     bytes_per_token: float
     peak_flops: float
@@ -45,13 +45,19 @@ def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Lin
     table = [
         *_model(config, count),
         *_work(config, facts),
-        ("data", f"{config.data.corpus.value}: {facts.documents:,} documents, {_tokens(facts.tokens)}"),
+        ("data", f"{config.data.corpus.value}: {_amount(facts)}"),
         ("tokenizer", f"{config.tokenizer.kind.value}, {facts.bytes_per_token:.2f} bytes a token"),
         *_machine(config, facts),
         ("run folder", facts.run_dir),
         ("start", facts.resume),
     ]
     return [title(f"tokenyard {__version__}"), *rows(table), *commands(facts.commands), []]
+
+
+def _amount(facts: StartupFacts) -> str:
+    if facts.documents is None or facts.tokens is None:
+        return "streamed"
+    return f"{facts.documents:,} documents, {_tokens(facts.tokens)}"
 
 
 def _model(config: Config, count: Count) -> list[tuple[str, str]]:

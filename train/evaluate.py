@@ -9,9 +9,10 @@ import torch
 
 from ..data.batches import IGNORE
 from ..parallel.collectives import sum_over
+from .feed import as_rows
 from .loss import Totals
 from .session import Session
-from .step import Rows, forward
+from .step import forward
 
 
 class Evaluation(NamedTuple):
@@ -33,9 +34,9 @@ def evaluate_session(session: Session) -> Evaluation:
     parallel.model.eval()
     total = None
     for batch in session.data.validation.batches(session.config.evaluate.sequences, micro * data.size, mine):
-        rows = Rows(batch.ids_BS.to(session.device), batch.targets_BS.to(session.device))
+        rows = as_rows(batch, 0, session.config, session.data, session.device)
         shares = forward(parallel, rows, Totals(tokens=1, sequences=1, micro_batches=1))
-        tokens = (batch.targets_BS != IGNORE).sum().to(session.device) / parallel.mesh.tensor.size
+        tokens = (rows.targets != IGNORE).sum() / parallel.mesh.tensor.size
         part = torch.cat([shares.cross_entropy.view(1).double(), tokens.view(1).double(), shares.counts_LE.flatten().double()])
         total = part if total is None else total + part
     parallel.model.train()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
-from . import exchange_rules, launch_rules, layout_rules, router_rules
+from . import data_rules, exchange_rules, launch_rules, layout_rules, router_rules
 from .broken import Broken
 from .config import Config
 
@@ -62,6 +62,7 @@ INTERVALS = {
     "parallel.expert": "[1, inf)",
     "parallel.timeout_seconds": "(0, inf)",
     "data.validation_fraction": "(0, 1)",
+    **data_rules.INTERVALS,
     "data.synthetic_documents": "[2, inf)",
     "tokenizer.pieces": "[260, inf)",
     "tokenizer.sample_bytes": "[1, inf)",

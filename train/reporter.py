@@ -39,6 +39,8 @@ class Logged(NamedTuple):
     """Of training since the last logged step."""
     tokens: int
     """Trained on since then."""
+    waited: float
+    """Seconds of those for data."""
     evaluation: Evaluation | None
     """The validation pass after this step, if there was one."""
 
@@ -121,6 +123,7 @@ class FirstRank(Reporter):
 
     def logged(self, session: Session, logged: Logged) -> None:
         record = self.meter.record(step_result(session.config, session.step, logged), logged.seconds)
+        record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts()}
         if logged.evaluation is not None:
             record |= validation_record(session.config, logged.evaluation)
         self.metrics.write(record)

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig
-from . import deepspeed_settings, exchange_rules, launch_rules, layout_rules, model_rules, router_rules
+from . import data_rules, deepspeed_settings, exchange_rules, launch_rules, layout_rules, model_rules, router_rules
 from .broken import Broken, divisors, multiples
 from .config import Config, Shape
 from .intervals import intervals
@@ -91,6 +91,7 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     model_rules.experts,
     router_rules.routers,
     tokenizer,
+    data_rules.data,
     schedule,
     trackers,
     degrees,

@@ -3,14 +3,17 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from time import perf_counter
 
 import torch
 
+from ..data.stream.stop import DataStop
 from ..moe.tokens import Place
 from ..parallel.processes import is_first, join, leave, pick_device
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
+from .feed import as_rows, say_stop
 from .reporter import Logged, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
 from .session import Session, open_session, save
@@ -23,14 +26,20 @@ def run(config: Config) -> int:
     join(device, config.parallel.timeout_seconds)
     torch.manual_seed(config.seed)
     set_up_logging(is_first())
+    code = 0
     try:
         try:
             session = open_session(config, device)
         except ValueError as error:
             return refuse(error)
-        with build_reporter(session) as reporter:
-            reporter.finished(train(session, reporter) or evaluate_session(session))
-        return 0
+        with closing(session.data.train), build_reporter(session) as reporter:
+            try:
+                evaluation = train(session, reporter)
+            except DataStop as stop:
+                evaluation, code = None, say_stop(stop, session.step)
+                reporter.saved(save(session))
+            reporter.finished(evaluation or evaluate_session(session))
+        return code
     finally:
         leave()
 
@@ -45,7 +54,7 @@ def train(session: Session, reporter: Reporter) -> Evaluation | None:
         stopwatch.tokens += numbers.tokens
         validate = due(session, config.evaluate.every)
         log = due(session, config.log.every) or validate
-        since = stopwatch.take(session.device) if log else None
+        since = (*stopwatch.take(session.device), session.waiting.take()) if log else None
         with stopwatch.paused(session.device):
             evaluation = evaluate_session(session) if validate else None
             if since is not None:
@@ -68,12 +77,16 @@ def next_step(session: Session) -> tuple[StepNumbers, float]:
 
 
 def micro_batches(session: Session) -> list[Rows]:
-    """This rank's rows of the next global batch. Micro-step m of all ranks together is the m-th run of the global batch."""
+    """This rank's rows of the next global batch. Micro-step m of all ranks together is the m-th run of the global batch.
+
+    Raises a DataStop, on all ranks, if there is none.
+    """
     data, micro = session.parallel.mesh.data, session.micro
     together = micro * data.size
     starts = range(data.rank * micro, session.config.batch.sequences, together)
-    batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
-    return [Rows(batch.ids_BS.to(session.device), batch.targets_BS.to(session.device), start) for batch, start in batches]
+    with session.waiting:
+        batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
+    return [as_rows(batch, start, session.config, session.data, session.device) for batch, start in batches]
 
 
 def due(session: Session, every: int) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.prepare import Prepared, prepare
+from ..data.stream.rows import World
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
@@ -17,6 +18,7 @@ from ..parallel.processes import is_first, wait_for_all
 from .checkpoint.store import load_checkpoint, newest_checkpoint, prune, read_facts, remove_leftovers, save_checkpoint
 from .config import Config, ConfigError, Precision
 from .engine import Engine, build_engine
+from .feed import Waiting, data_world
 from .folder import new_run_folder
 from .plain import config_from_plain, plain_config
 from .state import random_state, restore_random
@@ -44,6 +46,8 @@ class Session:
     """Where it started from, in words."""
     checkpoint: Path | None = None
     """The last one written or read."""
+    waiting: Waiting = field(default_factory=Waiting)
+    """For data."""
 
     @property
     def micro(self) -> int:
@@ -58,7 +62,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     """
     folder = agree_on_folder(config)
     found = find_resume(config, folder)
-    data = first_rank_first(config)
+    data = first_rank_first(config, data_world(device))
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel = build_parallel(config, device)
@@ -77,11 +81,12 @@ def build_parallel(config: Config, device: torch.device) -> Parallel:
     return parallel
 
 
-def first_rank_first(config: Config) -> Prepared:
+def first_rank_first(config: Config, world: World | None = None) -> Prepared:
     """Open the data on rank 0, which may have to tokenize it, and then on the others, which find it in the cache."""
 
     def ready() -> Prepared:
-        return prepare(config.data, config.tokenizer, config.sequence_length, config.seed, config.batch.sequences)
+        sizes = config.sequence_length, config.seed, config.batch.sequences
+        return prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
 
     data = ready() if is_first() else None
     wait_for_all()
@@ -146,7 +151,14 @@ def resume(session: Session, path: Path) -> None:
     restore_random(random)
     session.engine.take(held, facts["step"])
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
+    restore_data(session, facts)
     session.start = f"resumed after step {session.step} from {path}"
+
+
+def restore_data(session: Session, facts: dict[str, Any]) -> None:
+    """Where the data was left. With other data, allowed, each source goes on where it was, if it was there."""
+    state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
+    session.data.train.restore({**state, "step": session.step})
 
 
 def facts_of(session: Session) -> dict[str, Any]:
@@ -159,6 +171,7 @@ def facts_of(session: Session) -> dict[str, Any]:
         "layout": session.parallel.mesh.sizes,
         "tokenizer_hash": session.data.facts.tokenizer_hash,
         "data_fingerprint": session.data.facts.train_fingerprint,
+        "data_state": session.data.train.state(),
         "torch": torch.__version__,
         "host_cores": os.cpu_count(),
     }
@@ -175,6 +188,8 @@ def refuse_another_run(session: Session, facts: dict[str, Any], path: Path) -> N
         "tokenizer": (facts["tokenizer_hash"], session.data.facts.tokenizer_hash),
         "data": (facts["data_fingerprint"], session.data.facts.train_fingerprint),
     }
+    if config.data.allow_change:
+        del same["data"]
     for key, (before, now) in same.items():
         if before != now:
             key, before, now = first_difference(key, before, now)

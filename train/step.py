@@ -28,6 +28,8 @@ class Rows(NamedTuple):
     targets: Tensor
     first: int = 0
     """Row of the global batch that is the first here; the others follow."""
+    documents: Tensor | None = None
+    """Which document of its row each token is of, if attention stays inside of documents."""
 
 
 class StepNumbers(NamedTuple):
@@ -86,9 +88,8 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None 
     """Losses of one micro-batch."""
     config = parallel.model.config
     place = (place or Place())._replace(row=rows.first)
-    (summed, *further), stats = parallel.model(
-        rows.ids, rows.targets != IGNORE, head_losses=head_losses(parallel, rows), place=place
-    )
+    valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
+    (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, place=place, documents_BS=rows.documents)
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
 

@@ -39,7 +39,8 @@ def test_the_groups_are_those_of_the_contract() -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option(group: str, option: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    more = [f"data.path={tmp_path}"] if option == "text" else []
+    wants_path = group == "data" and option in ("text", "parquet", "jsonl", "lines", "prepared")
+    more = [f"data.path={tmp_path}"] if wants_path else ["data.name=someone/something"] if option == "hf" else []
     if option.startswith("tiny_"):
         more = ["tokenizer=bytes"]  # their vocabulary is too small for the default tokenizer
     if option in ("slurm", "kubernetes"):

@@ -1,10 +1,13 @@
 """Small corpora on disk."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.sources import Grammar
+
+sys.path.append(str(Path(__file__).parent))  # streaming.py, which tests import
 
 
 @pytest.fixture

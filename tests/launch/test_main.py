@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenyard.launch.main import main
+from tokenyard.launch.main import VERBS, main
 
 
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,9 +28,7 @@ def test_unknown_verb(typed: str, nearest: str, capsys: pytest.CaptureFixture[st
     assert main([typed]) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
-    assert error.startswith(
-        f"tokenyard: {typed}: must be one of train, generate, evaluate, import, export, params; nearest valid: tokenyard {nearest}"
-    )
+    assert error.startswith(f"tokenyard: {typed}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""The global batches of streamed data: one after the other, each whole on every rank."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, final
+
+import numpy as np
+import xxhash
+
+from ..batches import Batch, chosen_rows, split_rows
+from .mixture import Mixture
+from .remote import Patience
+from .stop import EndOfData
+
+
+@final
+class StreamBatches:
+    """Like GlobalBatches, but its batches can only be had in order, and what comes next is in `state`."""
+
+    def __init__(self, mixture: Mixture, *, sequences: int, patience: Patience, pool: ThreadPoolExecutor | None = None) -> None:
+        self.mixture = mixture
+        self.sequences = sequences
+        self.fingerprint = _fingerprint(mixture)
+        self._patience, self._pool = patience, pool
+        self._step, self._current = -1, np.empty((0, 0), np.int64)
+        self._state = {"step": 0, **mixture.state()}
+
+    def batch(self, step: int, rows: slice | range | None = None) -> Batch:
+        """The given rows (None: all) of the global batch of `step`, which is that of the last call or the next. Collective.
+
+        Raises a DataStop, on all ranks, if there is none; `state` is then still that before it.
+        """
+        self._advance(step)
+        return split_rows(self._current[list(chosen_rows(rows, self.sequences))])
+
+    def digest(self, step: int) -> str:
+        """xxh3-64 of the global batch: its int64 token ids, targets included, row by row."""
+        self._advance(step)
+        return xxhash.xxh3_64_hexdigest(self._current.astype("<i8").tobytes())
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to give the batch after the last one: plain JSON, the same on every rank."""
+        return self._state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was made."""
+        self.mixture.restore(state)
+        self._step = state["step"] - 1
+        self._state = {"step": state["step"], **self.mixture.state()}
+
+    def counts(self) -> dict[str, float]:
+        """For the metrics: tokens trained on by source, rows read, bad rows."""
+        record: dict[str, float] = {}
+        total = max(1, sum(self.mixture.rows))
+        for source, rows in zip(self.mixture.sources, self.mixture.rows, strict=True):
+            record[f"data/{source.label}/share"] = rows / total
+            record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
+        return record
+
+    def bad_rows(self) -> list[str]:
+        """The first of those that were skipped by this process, in words."""
+        return [f"{s.label}: {name} row {row}: {reason}" for s in self.mixture.sources for name, row, reason in s.bad_rows()]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._patience.closed.set()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _advance(self, step: int) -> None:
+        if step == self._step:
+            return
+        assert step == self._step + 1, f"batch {step} of a stream whose next one is {self._step + 1}"
+        current = self.mixture.take(self.sequences)
+        if len(current) < self.sequences:
+            raise EndOfData(f"the data ends after step {step}; {len(current)} of {self.sequences} rows are left over")
+        self._step, self._current = step, current
+        self._state = {"step": step + 1, **self.mixture.state()}
+
+
+def _fingerprint(mixture: Mixture) -> str:
+    """Of one source its own; of more, all of theirs with their weights."""
+    if len(mixture.sources) == 1:
+        return mixture.sources[0].fingerprint
+    parts = [[source.fingerprint for source in mixture.sources], mixture.weights]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())

@@ -1,0 +1,155 @@
+"""From rows to tokens: windows of rows, a rank's share of one tokenized, and the shares of all ranks put together again."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from ..order import permutation
+from ..tokenizer import Tokenizer
+from .shards import Bad, Row, Shards
+
+HELD_OUT = -1
+"""Stands for the length of a document that is kept for validation."""
+
+
+class Window(NamedTuple):
+    """Neighbouring rows of one shard, in the order of training."""
+
+    shard: int
+    numbers: list[int]
+    """Row of the shard, of each."""
+    rows: list[Row]
+    after: tuple[int, int] | None
+    """Where the next window begins: place in the order of the shards, and row. None after the last window of an epoch."""
+
+
+class Recipe(NamedTuple):
+    """How rows become tokens."""
+
+    tokenizer: Tokenizer
+    held_out: float
+    """Share of the documents that are not trained on."""
+    longest: int
+    """Bytes."""
+
+
+class Piece(NamedTuple):
+    """What a rank made of its share of a window."""
+
+    slot: int
+    after: tuple[int, int] | None
+    share: tuple[int, int]
+    """Rows share[0], share[0] + share[1], ... of the window are in it."""
+    lengths: list[int]
+    """Tokens of each row: 0 of a bad one, HELD_OUT of one for validation."""
+    bad: list[tuple[str, int, str]]
+    """Shard, row and reason."""
+    bytes: int
+    """Of the documents, UTF-8."""
+    tokens: np.ndarray
+    """int32: all documents, each with its end mark."""
+
+
+def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: int, *key: object) -> Iterator[Window]:
+    """The windows of the shards `order` from (place, row) `start` on. `key` seeds the order of the rows inside of each.
+
+    The last window of an epoch has no rows, as one cannot know before that another is the last.
+    """
+    beginning, first = start
+    for place in range(beginning, len(order)):
+        shard, numbers, rows = order[place], [], []
+        for number, row in enumerate(shards.rows(shard, first), first):
+            numbers.append(number)
+            rows.append(row)
+            if len(rows) == size:
+                yield _shuffled(Window(shard, numbers, rows, (place, number + 1)), *key)
+                numbers, rows = [], []
+        if rows:
+            yield _shuffled(Window(shard, numbers, rows, (place + 1, 0)), *key)
+        first = 0
+    yield Window(-1, [], [], None)
+
+
+def _shuffled(window: Window, *key: object) -> Window:
+    order = permutation(len(window.rows), "rows", *key, window.shard, window.numbers[0]).tolist()
+    return window._replace(numbers=[window.numbers[i] for i in order], rows=[window.rows[i] for i in order])
+
+
+def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe, shards: Shards) -> Piece:
+    """A rank's share of a window."""
+    chosen = range(share[0], len(window.rows), share[1])
+    found = [prepared_row(window.rows[index], recipe) for index in chosen]
+    texts = [text for text in found if isinstance(text, str)]
+    encoded = iter(recipe.tokenizer.encode_batch(texts, threads=1))
+    parts, lengths, bad, end = [], [], [], [recipe.tokenizer.end_of_document]
+    for index, item in zip(chosen, found, strict=True):
+        ids = next(encoded) if isinstance(item, str) else item
+        if isinstance(ids, Bad):
+            bad.append((shards.names[window.shard], window.numbers[index], ids.reason))
+        elif ids is not None:
+            parts += [np.asarray(ids, dtype=np.int32), end]
+        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, Bad) else len(ids) + 1)
+    tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
+    return Piece(slot, window.after, share, lengths, sorted(bad), sum(len(text.encode()) for text in texts), tokens)
+
+
+def prepared_row(row: Row, recipe: Recipe) -> str | np.ndarray | Bad | None:
+    """Text or ids to train on; None for validation."""
+    if isinstance(row, Bad):
+        return row
+    if isinstance(row, np.ndarray):
+        wrong = row[(row < 0) | (row >= recipe.tokenizer.size)]
+        return Bad(f"id {wrong[0]} is not below the tokenizer's {recipe.tokenizer.size}") if len(wrong) else row
+    if len(row) > recipe.longest:
+        return Bad(f"{len(row)} bytes, more than data.longest_row={recipe.longest}")
+    if not row.strip():
+        return Bad("empty")
+    if is_held_out(row, recipe.held_out):
+        return None
+    try:
+        return row.decode()
+    except UnicodeDecodeError:
+        return Bad("not UTF-8")
+
+
+def is_held_out(text: bytes, fraction: float) -> bool:
+    """By a hash of the text, so that equal documents are on the same side."""
+    return xxhash.xxh3_64_intdigest(text) < fraction * 2**64
+
+
+def pack(pieces: list[Piece]) -> bytes:
+    """For the way to the other ranks: a line of JSON, then the tokens."""
+    heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
+    return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
+
+
+def unpack(data: bytes) -> list[Piece]:
+    """What `pack` packed."""
+    head, _, body = data.partition(b"\n")
+    tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
+    for slot, after, share, lengths, bad, size, count in json.loads(head):
+        bad = [(name, row, reason) for name, row, reason in bad]
+        own = tokens[at : at + count]
+        pieces.append(Piece(slot, after and (after[0], after[1]), (share[0], share[1]), lengths, bad, size, own))
+        at += count
+    return pieces
+
+
+def joined(pieces: list[Piece]) -> Piece:
+    """All shares of one window as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    pieces = sorted(pieces, key=lambda piece: piece.share[0])
+    count, lengths, parts = len(pieces), [], []
+    ends = [np.cumsum([max(0, length) for length in piece.lengths]) for piece in pieces]
+    for row in range(sum(len(piece.lengths) for piece in pieces)):
+        piece, index = pieces[row % count], row // count
+        lengths.append(piece.lengths[index])
+        end = int(ends[row % count][index])
+        parts.append(piece.tokens[end - max(0, lengths[-1]) : end])
+    bad = sorted(one for piece in pieces for one in piece.bad)
+    tokens = np.concatenate(parts) if parts else pieces[0].tokens
+    return Piece(pieces[0].slot, pieces[0].after, (0, 1), lengths, bad, sum(piece.bytes for piece in pieces), tokens)

@@ -1,0 +1,238 @@
+"""One source as an endless sequence of packed rows of S + 1 tokens, on all ranks the same, with a state of a few numbers.
+
+Documents follow each other, each with its end mark, and are cut every S tokens: a row begins with the last token of the one before.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import xxhash
+
+from ..order import kept_permutation, permutation
+from ..tokens import Tokens
+from .ahead import Ahead
+from .pieces import HELD_OUT, Piece, Recipe, Window, joined, pack, tokenized, unpack, windows
+from .shards import Shards
+from .stop import BadData, DataUnavailable
+
+FREE_BAD_ROWS = 10
+
+
+class World(NamedTuple):
+    """The ranks that share the work."""
+
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[bytes], list[bytes]] = lambda data: [data]
+    """Gives every rank what each of them has, in the order of ranks."""
+
+
+class Settings(NamedTuple):
+    """Of a streamed source; `window` and `open_shards` decide the order of the data, the others do not."""
+
+    seed: int
+    length: int
+    """Tokens of a row, S."""
+    window: int = 256
+    open_shards: int = 8
+    ahead: int = 2
+    repeat: bool = True
+    max_bad_fraction: float = 0.001
+
+
+class RowSource(ABC):
+    label: str
+    fingerprint: str
+
+    @abstractmethod
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` rows, int64 (count, S + 1); fewer if the source ends before. Every rank must call it alike."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Where the next row begins: plain JSON."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was made, on whatever number of ranks and workers."""
+
+    def counts(self) -> dict[str, int]:
+        """What was read so far."""
+        return {}
+
+    def bad_rows(self) -> list[tuple[str, int, str]]:
+        """The first of those that were skipped: shard, row, reason."""
+        return []
+
+
+@final
+class ArrayRows(RowSource):
+    """A tokenized corpus: the rows of each epoch in an order of their own. Its state is the number of rows taken."""
+
+    def __init__(self, label: str, tokens: Tokens, seed: int, length: int, repeat: bool) -> None:
+        self.label, self.fingerprint = label, tokens.manifest.fingerprint
+        self._ids, self._length, self._seed, self._repeat = tokens.ids, length, seed, repeat
+        self._rows, self._next = (len(tokens.ids) - 1) // length, 0
+
+    def take(self, count: int) -> np.ndarray:
+        if not self._repeat:
+            count = min(count, self._rows - self._next)
+        epochs, places = np.divmod(np.arange(self._next, self._next + count), self._rows)
+        self._next += count
+        orders = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
+        rows = np.array([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64)
+        return self._ids[rows[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
+
+    def state(self) -> dict[str, Any]:
+        return {"row": self._next}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._next = state["row"]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return kept_permutation(self._rows, "train", self.fingerprint, self._seed, epoch)
+
+
+@final
+class StreamRows(RowSource):
+    """Shards in a seeded order, dealt to slots that are read in turns, a window of each; a round is a window of every slot.
+
+    With fewer ranks than slots a rank makes whole windows, with more it makes its share of one: each document is tokenized by one
+    rank, and the tokens of a round are gathered. So every rank knows all rows, and the same state.
+    """
+
+    def __init__(
+        self, label: str, shards: Shards, recipe: Recipe, settings: Settings, world: World, pool: ThreadPoolExecutor | None
+    ) -> None:
+        self.label = label
+        kept = (shards.fingerprint, recipe.tokenizer.hash, recipe.held_out, recipe.longest, settings.window, settings.open_shards)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(repr(kept).encode())
+        """Of everything that decides which tokens follow which, beside the seed and the length of a row."""
+        self._shards, self._recipe, self._settings, self._world, self._pool = shards, recipe, settings, world, pool
+        self._slots = min(settings.open_shards, len(shards.names))
+        self._bad: list[tuple[str, int, str]] = []
+        self.restore({})
+
+    def take(self, count: int) -> np.ndarray:
+        length = self._settings.length
+        while self._end - self._next < count * length + 1 and self._live:
+            self._round()
+        count = min(count, max(0, self._end - self._next - 1) // length)
+        buffer = np.concatenate(self._parts) if len(self._parts) != 1 else self._parts[0]
+        at = self._next - self._begin + length * np.arange(count)[:, None] + np.arange(length + 1)
+        rows = buffer[at].astype(np.int64)
+        self._next += count * length
+        self._forget(buffer)
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        return {**self._marks[0], "offset": self._next - self._marks[0]["position"]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._epoch: int = state.get("epoch", 0)
+        self._cursors: list[tuple[int, int] | None] = [
+            (a[0], a[1]) if a else None for a in state.get("slots", [(0, 0)] * self._slots)
+        ]
+        assert len(self._cursors) == self._slots
+        self._counts = Counter[str](state.get("counts", {}))
+        self._begin = self._end = state.get("position", 0)
+        self._next: int = self._begin + state.get("offset", 0)
+        self._parts = [np.empty(0, np.int32)]
+        self._marks: deque[dict[str, Any]] = deque([self._mark()])
+        self._live: dict[int, Ahead[Window, Piece] | None] = {}
+        self._open_slots()
+
+    def counts(self) -> dict[str, int]:
+        return {"epoch": self._epoch, **self._counts}
+
+    def bad_rows(self) -> list[tuple[str, int, str]]:
+        return self._bad
+
+    def _round(self) -> None:
+        """One window of every live slot, from all ranks."""
+        mine, failure = [], b""
+        try:
+            mine = [reader.next() for reader in self._live.values() if reader is not None]
+        except DataUnavailable as error:
+            failure = str(error).encode()
+        gathered = self._world.gather(b"!" + failure if failure else b"=" + pack(mine))
+        if failed := [data[1:].decode() for data in gathered if data[:1] == b"!"]:
+            raise DataUnavailable(failed[0])
+        shares: dict[int, list[Piece]] = {slot: [] for slot in self._live}
+        for piece in (piece for data in gathered for piece in unpack(data[1:])):
+            shares[piece.slot].append(piece)
+        for pieces in shares.values():
+            self._accept(joined(pieces))
+        self._refuse_too_many_bad_rows()
+        if not self._live:
+            self._next_epoch()
+        self._marks.append(self._mark())
+
+    def _accept(self, piece: Piece) -> None:
+        self._cursors[piece.slot] = piece.after
+        if piece.after is None:
+            del self._live[piece.slot]
+        held_out = piece.lengths.count(HELD_OUT)
+        documents = len(piece.lengths) - held_out - len(piece.bad)
+        self._counts.update(rows=len(piece.lengths), documents=documents, held_out=held_out, bad_rows=len(piece.bad))
+        self._counts.update(bytes=piece.bytes, document_tokens=len(piece.tokens))
+        self._bad += piece.bad[: max(0, 100 - len(self._bad))]
+        self._parts.append(piece.tokens)
+        self._end += len(piece.tokens)
+
+    def _next_epoch(self) -> None:
+        if self._counts["documents"] == 0:
+            listed = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in self._bad[:5])
+            raise BadData(f"{self.label}: no document in {self._counts['rows']} rows{': ' if listed else ''}{listed}")
+        if self._settings.repeat:
+            self._epoch += 1
+            self._cursors = [(0, 0)] * self._slots
+            self._open_slots()
+
+    def _open_slots(self) -> None:
+        """Readers for the slots that this rank makes; None for the others' slots."""
+        key = (self.fingerprint, self._settings.seed, self._epoch)
+        order = permutation(len(self._shards.names), "shards", *key).tolist()
+        for slot, cursor in enumerate(self._cursors):
+            if cursor is not None:
+                items = windows(self._shards, order[slot :: self._slots], cursor, self._settings.window, *key)
+                self._live[slot] = self._reader(slot, items)
+
+    def _reader(self, slot: int, items: Any) -> Ahead[Window, Piece] | None:
+        rank, size = self._world.rank, self._world.size
+        owners = range(slot % size, size, self._slots if size > self._slots else size)
+        if rank not in owners:
+            return None
+        share = (owners.index(rank), len(owners))
+        return Ahead(
+            items,
+            lambda window: tokenized(window, slot, share, self._recipe, self._shards),
+            self._pool,
+            self._settings.ahead,
+        )
+
+    def _mark(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "slots": [list(cursor) if cursor else None for cursor in self._cursors],
+            "position": self._end,
+            "counts": dict(self._counts),
+        }
+
+    def _forget(self, buffer: np.ndarray) -> None:
+        """Drop rounds that are used up, tokens and marks."""
+        while len(self._marks) > 1 and self._marks[1]["position"] <= self._next:
+            self._marks.popleft()
+        self._parts = [buffer[min(self._next, self._end) - self._begin :]]
+        self._begin = min(self._next, self._end)
+
+    def _refuse_too_many_bad_rows(self) -> None:
+        bad, rows = self._counts["bad_rows"], self._counts["rows"]
+        if bad > max(FREE_BAD_ROWS, self._settings.max_bad_fraction * rows):
+            listed = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in self._bad)
+            limit = f"data.max_bad_fraction={self._settings.max_bad_fraction:g}"
+            raise BadData(f"{self.label}: {bad} bad rows of {rows} are more than {limit} (10 are free): {listed}")

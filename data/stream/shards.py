@@ -1,0 +1,164 @@
+"""The shards of a source and their rows, read from any row on. A row that cannot be read is given as such, never left out."""
+
+import json
+import lzma
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from ..config import Corpus, DataConfig
+from .files import find_files, fingerprint, open_raw, open_shard, short_names
+from .remote import Patience, patiently, transient_errors
+
+
+class Bad(NamedTuple):
+    """A row without text."""
+
+    reason: str
+
+
+Row = bytes | np.ndarray | Bad
+"""The UTF-8 text of a document, its token ids, or neither."""
+
+
+class Shards(ABC):
+    names: list[str]
+    """What a message calls each shard."""
+    fingerprint: str
+    """Differs for other data."""
+
+    @abstractmethod
+    def rows(self, shard: int, first: int) -> Iterator[Row]:
+        """The rows of a shard from row `first` on. Raises DataUnavailable if its source stays silent."""
+
+
+def open_shards(config: DataConfig, patience: Patience) -> Shards:
+    """The shards of a streamed source. ValueError of one line if there are none."""
+    if config.corpus is Corpus.hf:
+        from .hub import open_hub
+
+        return open_hub(config, patience)
+    assert config.path is not None
+    return file_shards(find_files(config.path, config.corpus.value), config.corpus, config.column, patience)
+
+
+def file_shards(paths: list[str], kind: Corpus, column: str, patience: Patience) -> Shards:
+    """Shards of known format: parquet, jsonl or lines."""
+    if kind is Corpus.parquet:
+        return ParquetShards(paths, column, patience)
+    return LineShards(paths, column if kind is Corpus.jsonl else None, patience)
+
+
+@final
+class LineShards(Shards):
+    """A row for each line: a JSON object with the text at `key`, or (key None) the text itself."""
+
+    def __init__(self, paths: list[str], key: str | None, patience: Patience) -> None:
+        self.names = short_names(paths)
+        self.fingerprint = fingerprint(paths, "lines", str(key), patience=patience)
+        self._paths, self._key, self._patience = paths, key, patience
+
+    def rows(self, shard: int, first: int) -> Iterator[Row]:
+        return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
+
+    def _read(self, shard: int, first: int) -> Iterator[Row]:
+        row = 0
+        try:
+            with open_shard(self._paths[shard], self._patience) as file:
+                for row, line in enumerate(file):
+                    if row >= first:
+                        yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
+                row += 1
+        except BROKEN_FILE as error:
+            if isinstance(error, transient_errors()):
+                raise
+            if row >= first:
+                yield Bad(f"the file breaks off here ({error})")
+
+
+@final
+class ParquetShards(Shards):
+    """A row for each row of the column; row groups before the first wanted row are not read."""
+
+    def __init__(self, paths: list[str], column: str, patience: Patience) -> None:
+        self.names = short_names(paths)
+        self.fingerprint = fingerprint(paths, "parquet", column, patience=patience)
+        self._paths, self._column, self._patience = paths, column, patience
+
+    def rows(self, shard: int, first: int) -> Iterator[Row]:
+        return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
+
+    def _read(self, shard: int, first: int) -> Iterator[Row]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        row = 0
+        try:
+            with open_raw(self._paths[shard], self._patience) as raw, pq.ParquetFile(raw) as file:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                group = 0
+                while group < len(sizes) and row + sizes[group] <= first:
+                    row, group = row + sizes[group], group + 1
+                names = file.schema_arrow.names
+                if self._column not in names:
+                    if first == 0:
+                        yield Bad(f"no column {self._column}, there are {', '.join(names[:8])}")
+                    return
+                for batch in file.iter_batches(256, range(group, len(sizes)), [self._column]):
+                    for item in column_rows(batch.column(0)):
+                        if row >= first:
+                            yield item
+                        row += 1
+        except (pa.ArrowException, *BROKEN_FILE) as error:
+            if isinstance(error, transient_errors()):
+                raise
+            if row >= first:
+                yield Bad(f"the file is broken here ({' '.join(str(error).split())})")
+
+
+BROKEN_FILE = (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
+"""What truncated or damaged files raise, once errors that may go away are taken out."""
+
+
+def column_rows(values: Any) -> list[Row]:
+    """An Arrow array of text or of lists of ids as rows."""
+    import pyarrow as pa
+    import pyarrow.types as kinds
+
+    if kinds.is_string(values.type) or kinds.is_large_string(values.type):
+        # As bytes: Arrow does not check what a file calls UTF-8, and one bad row must not take the others with it.
+        texts = values.cast(pa.large_binary() if kinds.is_large_string(values.type) else pa.binary()).to_pylist()
+        return [Bad("null") if text is None else text for text in texts]
+    return [value_row(value) for value in values.to_pylist()]
+
+
+def value_row(value: Any) -> Row:
+    """A row of a Python value."""
+    match value:
+        case str():
+            return value.encode(errors="surrogatepass")
+        case None:
+            return Bad("null")
+        case list() if value and all(type(item) is int for item in value):
+            return np.array(value, dtype=np.int64)
+        case list() if not value:
+            return Bad("empty")
+        case _:
+            return Bad(f"is {type(value).__name__}, not text")
+
+
+def _json_row(line: bytes, key: str) -> Row:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        return Bad("not UTF-8")
+    except (ValueError, RecursionError):
+        return Bad("no JSON")
+    if not isinstance(record, dict):
+        return Bad("no JSON object")
+    if key not in record:
+        return Bad(f"no key {key}")
+    return value_row(record[key])

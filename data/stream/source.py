@@ -1,0 +1,135 @@
+"""From the configuration to the mixture of sources that a run trains on, and to what is held out of it."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from ..cache import publish
+from ..config import Corpus, DataConfig
+from ..corpus import survey
+from ..mixes import Part
+from ..prepared import open_prepared
+from ..tokenizer import Tokenizer
+from ..tokens import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, open_tokens
+from .mixture import Mixture
+from .pieces import Recipe, is_held_out, prepared_row
+from .rows import ArrayRows, RowSource, Settings, StreamRows, World
+from .shards import Shards
+
+SAMPLED_SHARDS = 16
+
+
+class Opened(NamedTuple):
+    """The shards of a streamed source."""
+
+    part: Part
+    shards: Shards
+
+
+def build_mixture(
+    parts: list[Part | Opened],
+    tokenizer: Tokenizer,
+    cache: Path,
+    seed: int,
+    length: int,
+    world: World,
+    pool: ThreadPoolExecutor | None,
+) -> Mixture:
+    """All sources of a run. ValueError of one line for a source that has no row."""
+    sources = [_source(part, tokenizer, cache, seed, length, world, pool) for part in parts]
+    return Mixture(sources, [part.part.weight if isinstance(part, Opened) else part.weight for part in parts])
+
+
+def whole_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> Tokens:
+    """A source that is an array: a corpus, tokenized now if need be, or prepared shards."""
+    if config.corpus is Corpus.prepared:
+        return open_prepared(config, tokenizer.hash, split)
+    return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache)
+
+
+def held_out_tokens(opened: Opened, tokenizer: Tokenizer, cache: Path, wanted: int) -> Tokens:
+    """At least `wanted` tokens (if there are so many) of the documents of a streamed source that are kept for validation."""
+    config = opened.part.config
+    parts = ("held out 1", opened.shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row, wanted)
+    folder = cache / "tokens" / xxhash.xxh3_128_hexdigest(repr(parts).encode())
+    if not folder.is_dir():
+        with publish(folder) as unfinished:
+            _write_held_out(opened, tokenizer, wanted, unfinished)
+    return load_tokens(folder)
+
+
+def sample_texts(opened: Opened, limit: int) -> list[str]:
+    """Beginnings of training documents of up to 16 shards, together about `limit` bytes: the same for the same data."""
+    shards, recipe, texts = opened.shards, _recipe(opened.part.config, None), []
+    chosen = range(0, len(shards.names), max(1, len(shards.names) // SAMPLED_SHARDS))
+    for shard in chosen:
+        left = limit // len(chosen)
+        for row in shards.rows(shard, 0):
+            text = prepared_row(row, recipe) if isinstance(row, bytes) else None
+            if isinstance(text, str):
+                texts.append(text[: max(16384, left // 16)])
+                left -= len(texts[-1].encode())
+            if left <= 0:
+                break
+    return texts
+
+
+def joined_tokens(parts: list[Tokens], weights: list[float], wanted: int) -> Tokens:
+    """Tokens of each in proportion to the weights, together about `wanted`."""
+    shares = [
+        min(len(part.ids), max(2, round(wanted * weight / sum(weights)))) for part, weight in zip(parts, weights, strict=True)
+    ]
+    ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
+    running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
+    documents, size = sum(part.manifest.documents for part in parts), sum(part.manifest.bytes for part in parts)
+    return Tokens(ids, Manifest(documents, len(ids), size, [], 0, 0, running.hexdigest()))
+
+
+def _source(
+    part: Part | Opened, tokenizer: Tokenizer, cache: Path, seed: int, length: int, world: World, pool: ThreadPoolExecutor | None
+) -> RowSource:
+    if isinstance(part, Opened):
+        config = part.part.config
+        settings = Settings(seed, length, config.window, config.open_shards, config.ahead, config.repeat, config.max_bad_fraction)
+        return StreamRows(part.part.label, part.shards, _recipe(config, tokenizer), settings, world, pool)
+    tokens = whole_tokens(part.config, "train", tokenizer, cache)
+    if len(tokens.ids) <= length:
+        raise ValueError(
+            f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}"
+        )
+    return ArrayRows(part.label, tokens, seed, length, part.config.repeat)
+
+
+def _recipe(config: DataConfig, tokenizer: Tokenizer | None) -> Recipe:
+    return Recipe(tokenizer, config.validation_fraction, config.longest_row)  # pyright: ignore[reportArgumentType]
+
+
+def _write_held_out(opened: Opened, tokenizer: Tokenizer, wanted: int, folder: Path) -> None:
+    parts, documents, size, tokens = [], 0, 0, 0
+    for text in _held_out_texts(opened):
+        parts.append(np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.uint32))
+        documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(parts[-1])
+        if tokens >= wanted:
+            break
+    if not parts:
+        where = f"data.validation_fraction={opened.part.config.validation_fraction}"
+        raise ValueError(f"{where} keeps no document of source {opened.part.label} for validation; raise it")
+    ids = np.concatenate(parts)
+    np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
+    manifest = Manifest(documents, len(ids), size, [], 0, 0, xxhash.xxh3_128_hexdigest(ids.tobytes()))
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict()) + "\n")
+
+
+def _held_out_texts(opened: Opened) -> Iterator[str]:
+    config, open_to_all = opened.part.config, _recipe(opened.part.config, None)._replace(held_out=0.0)
+    for shard in range(len(opened.shards.names)):
+        for row in opened.shards.rows(shard, 0):
+            if isinstance(row, bytes) and is_held_out(row, config.validation_fraction):
+                text = prepared_row(row, open_to_all)
+                if isinstance(text, str):
+                    yield text

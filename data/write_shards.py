@@ -1,0 +1,226 @@
+"""`tokenyard prepare`: tokenize once into shards, by several processes; what is finished is kept when it is started again."""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import xxhash
+
+from .cache import cache_folder
+from .check import check_corpus
+from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
+from .mixes import Part
+from .prepared import FORMAT, MANIFEST_FILE, VERSION, ShardRecord
+from .stream.pieces import Recipe, Window, is_held_out, tokenized
+from .stream.remote import Patience
+from .stream.shards import Row, Shards, open_shards
+from .tokenizer import Tokenizer, load_tokenizer
+from .tokens import Tokens, id_type, write_header
+
+LEAST_JOBS = 8
+BLOCK = 256
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Job(NamedTuple):
+    """The blocks of 256 rows of a shard whose number has a remainder: part `part` of `parts`."""
+
+    folder: str
+    config: DataConfig
+    shard: int
+    part: int
+    parts: int
+    key: str
+    """Of the data, the tokenizer and the settings."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard:05}_{self.part:02}"
+
+
+def write_shards(
+    config: DataConfig, tokenizer: Tokenizer, folder: Path, processes: int, progress: Callable[[int, int, int], None]
+) -> dict[str, Any]:
+    """Fill `folder` and return its manifest. `progress` is told of shards done, of how many, and tokens.
+
+    Neither the number of processes nor interruptions change a byte. ValueError of one line if the folder has other data.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    patience = Patience(config.patience_seconds, config.stall_seconds)
+    shards = open_shards(config, patience)
+    kept = (shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row)
+    key = xxhash.xxh3_128_hexdigest(repr(kept).encode())
+    _refuse_other(folder, key)
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    parts = max(1, -(-LEAST_JOBS // len(shards.names)))
+    jobs = [Job(str(folder), config, shard, part, parts, key) for shard in range(len(shards.names)) for part in range(parts)]
+    done = {job.name: record for job in jobs if (record := _finished(job)) is not None}
+    waiting, tokens = [job for job in jobs if job.name not in done], _tokens_of(done)
+    progress(len(done), len(jobs), tokens)
+    for name, record in _worked(waiting, processes):
+        done[name] = record
+        tokens += record["train"]["tokens"]
+        progress(len(done), len(jobs), tokens)
+    splits = {
+        split: [done[job.name][split] for job in jobs if done[job.name][split]["tokens"]] for split in ("train", "validation")
+    }
+    return finish(folder, tokenizer, splits, key)
+
+
+def write_arrays(tokenizer: Tokenizer, folder: Path, splits: dict[str, Tokens]) -> dict[str, Any]:
+    """The same of a corpus that is tokenized already: a shard for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    records = {}
+    for split, tokens in splits.items():
+        about = tokens.manifest
+        ids = np.asarray(tokens.ids)
+        np.save(folder / f"{split}_00000_00.npy", ids, allow_pickle=False)
+        digest = xxhash.xxh3_128_hexdigest(ids.tobytes())
+        records[split] = [ShardRecord(f"{split}_00000_00.npy", len(ids), about.documents, about.bytes, digest, [])._asdict()]
+    return finish(folder, tokenizer, records, "")
+
+
+def finish(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[dict[str, Any]]], key: str) -> dict[str, Any]:
+    """Write the manifest, which makes the folder complete."""
+    for split, records in splits.items():
+        if not records:
+            raise ValueError(f"the data has no {split} document; change data.validation_fraction")
+    about = {"format": FORMAT, "version": VERSION, "key": key, "tokenizer_hash": tokenizer.hash, "splits": splits}
+    _write_whole(folder / MANIFEST_FILE, json.dumps(about, indent=1) + "\n")
+    return about
+
+
+def _worked(jobs: list[Job], processes: int) -> Any:
+    if processes <= 1:
+        yield from ((job.name, work(job)) for job in jobs)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        started = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(started):
+            yield started[future].name, future.result()
+
+
+def work(job: Job) -> dict[str, Any]:
+    """One job, in a process of its own."""
+    shards = open_shards(job.config, Patience(job.config.patience_seconds, job.config.stall_seconds))
+    tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
+    writers = {split: ShardWriter(Path(job.folder), f"{split}_{job.name}.npy", tokenizer) for split in ("train", "validation")}
+    for window in _blocks(shards, job):
+        for split, rows in _split(window, job.config.validation_fraction).items():
+            writers[split].write(tokenized(rows, 0, (0, 1), Recipe(tokenizer, 0.0, job.config.longest_row), shards))
+    record = {split: writer.finish()._asdict() for split, writer in writers.items()}
+    _write_whole(Path(job.folder) / f"part_{job.name}.json", json.dumps({"key": job.key, **record}) + "\n")
+    return record
+
+
+class ShardWriter:
+    """An .npy file that grows."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer) -> None:
+        self._path, self._kind = folder / name, id_type(tokenizer)
+        self._file: BinaryIO = self._path.with_suffix(".unfinished").open("wb")
+        self._hash = xxhash.xxh3_128()
+        self._tokens = self._documents = self._bytes = 0
+        self._bad: list[str] = []
+        write_header(self._file, self._kind, 0)
+
+    def write(self, piece: Any) -> None:
+        """Append the documents of a piece."""
+        ids = piece.tokens.astype(self._kind).tobytes()
+        self._file.write(ids)
+        self._hash.update(ids)
+        self._tokens += len(piece.tokens)
+        self._documents += len(piece.lengths) - len(piece.bad)
+        self._bytes += piece.bytes
+        self._bad += [f"{name} row {row}: {reason}" for name, row, reason in piece.bad]
+
+    def finish(self) -> ShardRecord:
+        """Give the file its name."""
+        self._file.seek(0)
+        write_header(self._file, self._kind, self._tokens)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._path.with_suffix(".unfinished").rename(self._path)
+        return ShardRecord(self._path.name, self._tokens, self._documents, self._bytes, self._hash.hexdigest(), self._bad)
+
+
+def _blocks(shards: Shards, job: Job) -> Any:
+    numbers: list[int] = []
+    rows: list[Row] = []
+    for number, row in enumerate(shards.rows(job.shard, 0)):
+        if number // BLOCK % job.parts == job.part:
+            numbers.append(number)
+            rows.append(row)
+        if len(rows) == BLOCK:
+            yield Window(job.shard, numbers, rows, None)
+            numbers, rows = [], []
+    yield Window(job.shard, numbers, rows, None)
+
+
+def _split(window: Window, fraction: float) -> dict[str, Window]:
+    """Documents for validation, chosen as in streams, and everything else."""
+    held = [isinstance(row, bytes) and is_held_out(row, fraction) for row in window.rows]
+    return {
+        split: window._replace(
+            numbers=[number for number, out in zip(window.numbers, held, strict=True) if out is chosen],
+            rows=[row for row, out in zip(window.rows, held, strict=True) if out is chosen],
+        )
+        for split, chosen in (("train", False), ("validation", True))
+    }
+
+
+def _finished(job: Job) -> dict[str, Any] | None:
+    try:
+        record = json.loads((Path(job.folder) / f"part_{job.name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    there = all((Path(job.folder) / record[split]["file"]).is_file() for split in ("train", "validation"))
+    return {split: record[split] for split in ("train", "validation")} if record["key"] == job.key and there else None
+
+
+def _tokens_of(done: dict[str, Any]) -> int:
+    return sum(record["train"]["tokens"] for record in done.values())
+
+
+def _refuse_other(folder: Path, key: str) -> None:
+    for path in (*folder.glob("part_*.json"), *folder.glob(MANIFEST_FILE)):
+        if json.loads(path.read_text()).get("key") != key:
+            raise ValueError(f"{folder} holds shards of other data, another tokenizer or other settings; name a new folder")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.rename(path)
+
+
+def check_preparable(config: DataConfig) -> None:
+    """ValueError of one line for what is no single source of text."""
+    check_corpus(config)
+    if config.corpus in (Corpus.mix, Corpus.prepared):
+        raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
+
+
+def prepare_command(
+    config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
+) -> dict[str, Any]:
+    """All of it. ValueError of one line for what cannot be prepared."""
+    from .prepare import open_tokenizer
+    from .stream.source import whole_tokens
+
+    check_preparable(config)
+    cache = cache_folder(config)
+    tokenizer = open_tokenizer(config, tokenizer_config, cache)
+    if config.corpus in STREAMED:
+        return write_shards(config, tokenizer, folder, processes, progress)
+    part = Part("", 1.0, config)
+    return write_arrays(
+        tokenizer, folder, {split: whole_tokens(part.config, split, tokenizer, cache) for split in ("train", "validation")}
+    )

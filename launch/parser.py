@@ -1,0 +1,36 @@
+"""Command lines that are refused in one line, and what their numbers may be."""
+
+import argparse
+import sys
+from typing import NoReturn, TypeVar
+
+Number = TypeVar("Number", int, float)
+
+BAD_USAGE = 2
+"""The exit code of a command line that cannot be understood, as of a wrong configuration."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as configuration errors do."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog.replace(' ', ': ', 1)}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(BAD_USAGE)
+
+
+def positive(text: str) -> int:
+    return _checked(int(text), int(text) >= 1, "must be at least 1")
+
+
+def not_negative(text: str) -> float:
+    return _checked(float(text), 0 <= float(text) < float("inf"), "must be 0 or above")
+
+
+def share(text: str) -> float:
+    return _checked(float(text), 0 < float(text) <= 1, "must be in (0, 1]")
+
+
+def _checked(value: Number, holds: bool, rule: str) -> Number:
+    if not holds:
+        raise argparse.ArgumentTypeError(f"{value} {rule}")
+    return value

@@ -1,0 +1,77 @@
+"""Mixtures: proportions of tokens, sources that end, and resuming."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming import BYTES, LENGTH, opened, taken, write
+from tokenyard.data.check import check_corpus
+from tokenyard.data.config import Corpus, DataConfig
+from tokenyard.data.prepare import prepare
+from tokenyard.data.stream.stop import EndOfData
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    a, b = write(tmp_path / "a", Corpus.jsonl), write(tmp_path / "b", Corpus.parquet)
+    mix = [f"weight=0.65 corpus=jsonl path={a.path}", f"weight=0.3 corpus=parquet path={b.path}", "weight=0.05 corpus=synthetic"]
+    return replace(a, corpus=Corpus.mix, path=None, mix=mix)
+
+
+def test_proportions_after_a_million_tokens(data: DataConfig) -> None:
+    batches = prepare(replace(data, validation_fraction=0.2), BYTES, 128, 1, 512, None, 1).train
+    for step in range(16):
+        batches.batch(step)
+    shares = [batches.counts()[f"data/{label}/share"] for label in ("a", "b", "synthetic")]
+    assert np.allclose(shares, [0.65, 0.3, 0.05], rtol=0.01)
+
+
+def test_a_stopped_mixture_goes_on(data: DataConfig) -> None:
+    straight, first = taken(opened(data), range(40)), opened(data)
+    parts = [taken(first, range(13))]
+    second = opened(replace(data, workers=2))
+    second.restore(json.loads(json.dumps(first.state())))
+    parts.append(taken(second, range(13, 40)))
+    second.close()
+    assert np.array_equal(np.concatenate(parts), straight)
+
+
+def test_a_source_that_ends_leaves_its_share_to_the_others(data: DataConfig) -> None:
+    ends = replace(data, mix=[f"{data.mix[0]} repeat=false", data.mix[1]])
+    batches = opened(ends)
+    taken(batches, range(200))
+    rows = batches.mixture.rows
+    assert batches.mixture.ended == [True, False] and sum(rows) == 800
+    tokens = batches.counts()["data/a/document_tokens"]
+    assert rows[0] == (tokens - 1) // LENGTH
+    none = opened(replace(data, mix=[f"{entry} repeat=false" for entry in data.mix[:2]]))
+    with pytest.raises(EndOfData, match="the data ends after step"):
+        taken(none, range(200))
+
+
+def test_other_weights_keep_the_places_of_the_sources(data: DataConfig) -> None:
+    first = opened(data)
+    taken(first, range(10))
+    other = opened(replace(data, mix=[data.mix[1].replace("0.3", "1"), data.mix[0]]))
+    other.restore(first.state())
+    places = {source.label: source.state() for source in first.mixture.sources}
+    assert [source.state() for source in other.mixture.sources] == [places["b"], places["a"]]
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ([], r"data\.mix=\[\] must name a source"),
+        (["corpus=stdlib weight=0"], "weight=0 in .* must be a number above 0"),
+        (["corpus=nothing"], "corpus=nothing .* must be one of stdlib"),
+        (["corpus=stdlib", "corpus=stdlib"], "two sources are called stdlib"),
+        (["corpus=stdlib colour=red"], "'colour=red' .* must be one of weight"),
+        (["corpus=jsonl path=/no/such/file.jsonl"], "must exist or match files; the nearest existing path is /"),
+        (["corpus=hf"], r"data\.name=null must name a data set"),
+    ],
+)
+def test_wrong_mixtures_are_refused(mix: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_corpus(DataConfig(corpus=Corpus.mix, mix=mix))

@@ -1,0 +1,138 @@
+"""Whole runs on streamed data: resumed, also on other ranks, they see the same batches; what stops the data leaves a checkpoint."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenyard.data.config import Corpus
+from tokenyard.data.stream.stop import DataUnavailable
+from tokenyard.train.checkpoint.store import newest_checkpoint, read_facts
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config
+from tokenyard.train.journal import read_journal
+from tokenyard.train.run import run
+from tokenyard.train.validate import validate
+
+TINY = [
+    "steps=6",
+    "sequence_length=32",
+    "batch.sequences=8",
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=4",
+    "model.moe.hidden=32",
+    "model.vocabulary=264",
+    "schedule=constant",
+    "schedule.warmup=2",
+    "data=jsonl",
+    "tokenizer=bytes",
+    "tracker=jsonl",
+    "evaluate.every=0",
+    "evaluate.sequences=8",
+    "checkpoint.every=3",
+    "sample.prompt=",
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for shard in range(3):
+        lines = [json.dumps({"text": f"shard {shard} row {row} " + "x" * (row % 11)}) for row in range(300)]
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def configured(rows: Path, folder: Path, *overrides: str) -> Config:
+    own = [f"data.path={rows}", f"data.cache={rows.parent / 'cache'}", "data.window=16", f"run.dir={folder}"]
+    return compose([*TINY, *own, *overrides])
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_journal(folder / "metrics.jsonl")]
+
+
+def run_on_ranks(rows: str, folder: str, overrides: list[str]) -> int:
+    return run(configured(Path(rows), Path(folder), *overrides))
+
+
+def test_resumed_it_is_bitwise_the_same_and_counts_go_on(rows: Path, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert run(configured(rows, straight)) == 0
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_00000006")
+    assert run(configured(rows, stopped, "data.workers=2")) == 0
+    assert losses(stopped) == losses(straight)
+    one, other = (read_journal(folder / "metrics.jsonl")[-1] for folder in (straight, stopped))
+    counts = {key for key in one if key.startswith("data/")}
+    assert "data/jsonl/documents" in counts and {key: one[key] for key in counts} == {key: other[key] for key in counts}
+    assert 0 <= one["data_wait_fraction"] <= 1
+    facts = [read_facts(folder / "checkpoints" / "step_00000006") for folder in (straight, stopped)]
+    assert facts[0]["data_state"] == facts[1]["data_state"] and facts[0]["data_state"]["step"] == 6
+
+
+def test_other_data_is_refused_unless_allowed(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(configured(rows, tmp_path / "run", "steps=3")) == 0
+    (rows / "3.jsonl").write_text(json.dumps({"text": "new"}))
+    assert run(configured(rows, tmp_path / "run")) == 2
+    assert "data=" in capsys.readouterr().err
+    assert run(configured(rows, tmp_path / "run", "data.allow_change=true")) == 0
+
+
+def test_the_end_of_the_data_is_a_checkpoint_and_exit_code_0(rows: Path, tmp_path: Path) -> None:
+    assert run(configured(rows, tmp_path / "run", "data.repeat=false", "steps=1000", "checkpoint.every=0", "log.every=50")) == 0
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and 20 < read_facts(newest)["step"] < 1000
+
+
+def test_an_unavailable_source_is_a_checkpoint_and_exit_code_75(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenyard.data.stream.rows import StreamRows
+
+    original, calls = StreamRows._round, []
+
+    def failing(self: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise DataUnavailable("gone")
+        original(self)
+
+    straight = tmp_path / "straight"
+    assert run(configured(rows, straight)) == 0
+    monkeypatch.setattr(StreamRows, "_round", failing)
+    assert run(configured(rows, tmp_path / "run", "steps=40", "checkpoint.every=0")) == 75
+    monkeypatch.undo()
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and 0 < read_facts(newest)["data_state"]["step"] == read_facts(newest)["step"] < 40
+
+
+def test_on_ranks_it_is_the_same_run(ranks, rows: Path, tmp_path: Path) -> None:
+    """4 ranks, then 2, against 1: the states are equal, the losses to rounding."""
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    assert run(configured(rows, straight)) == 0
+    assert ranks(4, run_kept, str(rows), str(moved), ["steps=3", "parallel.expert=2"]) == [0] * 4
+    assert ranks(2, run_kept, str(rows), str(moved), []) == [0] * 2
+    assert losses(moved)[-3:] == pytest.approx(losses(straight)[-3:], rel=1e-5)
+    states = [read_facts(folder / "checkpoints" / "step_00000006")["data_state"] for folder in (straight, moved)]
+    assert states[0] == states[1]
+
+
+def run_kept(rows: str, folder: str, overrides: list[str]) -> int:
+    """In a rank of the pool, which keeps its process group."""
+    from unittest.mock import patch
+
+    with patch("tokenyard.train.run.leave"), patch("tokenyard.train.run.join"):
+        return run_on_ranks(rows, folder, overrides)
+
+
+def test_patience_must_be_shorter_than_collectives_wait(rows: Path, tmp_path: Path) -> None:
+    config = configured(rows, tmp_path / "run", "data.patience_seconds=700")
+    validate(config, 1)
+    config = replace(config, data=replace(config.data, corpus=Corpus.jsonl))
+    with pytest.raises(ValueError, match=r"data\.patience_seconds=700.*stay below parallel\.timeout_seconds=600"):
+        validate(config, 2)
