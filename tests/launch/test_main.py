@@ -28,9 +28,8 @@ def test_unknown_verb(typed: str, nearest: str, capsys: pytest.CaptureFixture[st
     assert main([typed]) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
-    assert error.startswith(
-        f"tokenyard: {typed}: must be one of train, generate, evaluate, import, export, params, prepare, data, tokenizer; nearest valid: tokenyard {nearest}"
-    )
+    assert error.startswith(f"tokenyard: {typed}: must be one of train, generate, evaluate, import, export, params, prepare, ")
+    assert f"; nearest valid: tokenyard {nearest}" in error
 
 
 @pytest.mark.parametrize(
