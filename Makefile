@@ -15,7 +15,7 @@ train: $(INSTALLED) ## Train the default model, about 5 minutes; make train ARGS
 	$(BIN)/tokenyard train $(ARGS)
 
 test: $(INSTALLED) ## Run all tests; make test ARGS="tests/launch -k sweep"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 	$(BIN)/ruff format --check .

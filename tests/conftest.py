@@ -1,6 +1,8 @@
 """Fixtures for all tests."""
 
+import functools
 import importlib.util
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -33,12 +35,22 @@ def child_seconds() -> Callable[[], float]:
     return lambda: total() - start
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, a file stays on one of them, and so does all that needs ranks, which are started once."""
-    for item in items:
-        needs_ranks = "ranks" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if needs_ranks else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (-n 2), a file stays on one of them, and so do all files that need ranks: these are started once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ranks" if _needs_ranks(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _needs_ranks(file: Path) -> bool:
+    return re.search(r"def test_\w+\([^)]*\branks\b", file.read_text()) is not None
 
 
 def _pool_module() -> Any:
