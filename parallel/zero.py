@@ -6,6 +6,7 @@ the second kind: experts, and slices of tensor parallelism. Gradients are summed
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -155,6 +156,7 @@ def _start_world_of_one(device: torch.device) -> None:
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
     """Late: the import takes half a second, reads the environment and looks for devices, which it reports."""
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed

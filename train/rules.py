@@ -96,6 +96,7 @@ INTERVALS = {
     "sample.tokens": "[0, inf)",
     "sample.temperature": "[0, inf)",
     "sample.top_p": "(0, 1]",
+    **deepspeed_settings.INTERVALS,
     "launch.nodes": "[1, inf)",
     "launch.ranks": "[1, inf)",
     "launch.max_restarts": "[0, inf)",
