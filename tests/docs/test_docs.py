@@ -121,6 +121,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             flags, own = arguments[: arguments.index("-m")], arguments[arguments.index("-m") + 1 :]
             assert own[0] == "tokenyard.train"
             trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
+        case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
+            trains(arguments, int(ranks))
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:
             assert module.startswith("tokenyard.")
             assert (ROOT / (module.replace(".", "/").removeprefix("tokenyard/") + ".py")).is_file() and (ROOT / file).is_file()
