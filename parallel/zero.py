@@ -6,14 +6,14 @@ the second kind: experts, and slices of tensor parallelism. Gradients are summed
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 
 from .apply import Parallel, Placed
 from .gradients import scale_gradients, squared_norm
@@ -64,15 +64,14 @@ class Zero:
         """
         if not self.stage:
             return squared_norm(self.parallel)
-        return torch.stack([gradient.norm().double() for gradient in self._gradients()]).square().sum()
+        return torch.stack([norm.double() for norm in _foreach_norm(self._gradients())]).square().sum()
 
     def scale(self, factor: Tensor) -> None:
         """Multiply all gradients by a scalar."""
         if not self.stage:
             scale_gradients(self.parallel, factor)
         else:
-            for gradient in self._gradients():
-                gradient.mul_(factor.float())
+            _foreach_mul_(self._gradients(), factor.float())
 
     def update(self) -> None:
         """The optimizer's step, after which every rank has all of its weights again."""
@@ -152,11 +151,13 @@ def _start_world_of_one(device: torch.device) -> None:
     """DeepSpeed wants a process group even for one process."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
     """Late: the import takes half a second, reads the environment and looks for devices, which it reports."""
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed

@@ -8,6 +8,9 @@ from .broken import Broken
 from .config import Config, Engine, Precision
 from .schema import nearest_text
 
+INTERVALS = {"engine.zero": "[0, 4)"}
+"""Where each number must lie; that DeepSpeed has a stage does not say that it takes experts."""
+
 OPEN: dict[str, type] = {
     "comms_logger.enabled": bool,
     "comms_logger.verbose": bool,
@@ -80,7 +83,7 @@ def engine(config: Config, world: int) -> Iterator[Broken]:
         if c.extra:
             yield Broken("engine.extra", "must be {} with engine=torch", [{}])
         return
-    if c.zero not in (0, 1, 2):
+    if c.zero == 3:
         rule = "must be 0, 1 or 2: DeepSpeed has no ZeRO-3 with experts; engine=torch with parallel.shard shards weights"
         yield Broken("engine.zero", rule, [0, 1, 2])
     if config.parallel.shard > 1:

@@ -126,6 +126,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
         case ["python", "-m", "tokenyard.bench.dispatch", *arguments]:
             parse(arguments)
+        case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
+            trains(arguments, int(ranks))
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:
             assert module.startswith("tokenyard.")
             assert (ROOT / (module.replace(".", "/").removeprefix("tokenyard/") + ".py")).is_file() and (ROOT / file).is_file()

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenyard.train.compose import compose
 from tokenyard.train.journal import read_journal
+from tokenyard.train.run import run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 
@@ -35,8 +37,7 @@ def test_the_launcher_starts_ranks_and_they_train_as_one_process(tmp_path: Path)
     overrides = [*TINY, "engine=deepspeed", "parallel.expert=2", f"run.dir={tmp_path / 'two'}"]
     started = python(*launcher, "--module", "tokenyard.train", *overrides, cache=tmp_path)
     assert started.returncode == 0, started.stdout + started.stderr
-    alone = python("-m", "tokenyard.train", *TINY, f"run.dir={tmp_path / 'one'}", cache=tmp_path)
-    assert alone.returncode == 0, alone.stderr
+    assert run(compose([*TINY, f"run.dir={tmp_path / 'one'}", f"data.cache={tmp_path / 'cache'}"])) == 0
     found, wanted = ([r["loss"] for r in read_journal(tmp_path / name / "metrics.jsonl")] for name in ("two", "one"))
     assert len(found) == 2 and found == pytest.approx(wanted, rel=1e-5)
 

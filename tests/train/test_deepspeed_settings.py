@@ -11,7 +11,7 @@ BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value
     (1, "engine=deepspeed engine.zero=3", "engine.zero=3: must be 0, 1 or 2: DeepSpeed has no ZeRO-3 with experts",
      "engine.zero=2"),
-    (1, "engine=deepspeed engine.zero=-1", "engine.zero=-1: must be 0, 1 or 2", "engine.zero=0"),
+    (1, "engine=deepspeed engine.zero=-1", "engine.zero=-1: must be in [0, 4)", "engine.zero=0"),
     (1, "engine.zero=1", "engine.zero=1: must be 0 with engine=torch", "engine.zero=0"),
     (1, "engine.extra={steps_per_print:5}", "engine.extra={steps_per_print:5}: must be {} with engine=torch", "engine.extra={}"),
     (1, "engine=deepspeed precision=fp64", "precision=fp64: must be fp32 or bf16 with engine=deepspeed", "precision=fp32"),
