@@ -2,7 +2,7 @@
 
 In a test module: a function at top level, and `ranks(4, function, *args)` (fixture of tests/conftest.py) to call it on 4 ranks at
 once; the list of their results comes back. In the function the default process group exists, torch runs on one thread and is
-seeded with 0. Sub-groups and meshes that it makes stay until the session ends, as in any process.
+seeded with 0. Sub-groups that it makes end when the next call comes.
 
 This file is also the program that a rank runs. It is started as a fresh interpreter: nothing of pytest's state is inherited.
 """
@@ -216,11 +216,30 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
     address = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(minutes=10))
     pipe.send((False, b""))
+    kept = {dist.group.WORLD}
     while True:
         call = pipe.recv()
+        _end_groups(kept)  # all ranks have answered the call before, so nobody is in one of them
         torch.manual_seed(0)
         pipe.send(_outcome(*call))
         torch.set_default_dtype(torch.float32)
+        if "deepspeed" in call[0]:
+            kept |= set(_groups())  # DeepSpeed remembers its groups
+
+
+def _end_groups(kept: set[Any]) -> None:
+    """Each group of gloo has threads of its own: thousands of groups are slow."""
+    import torch.distributed as dist
+
+    for group in _groups():
+        if group not in kept:
+            dist.destroy_process_group(group)
+
+
+def _groups() -> list[Any]:
+    from torch.distributed import distributed_c10d
+
+    return list(distributed_c10d._world.pg_map)
 
 
 def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, Any]:

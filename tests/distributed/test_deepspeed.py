@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sameness import VOCABULARY, Case, Layout, favour_one_expert, rows_of, starve_expert
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
@@ -17,7 +18,7 @@ from tokenyard.moe.tokens import Place
 from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.pieces import whole
+from tokenyard.parallel.pieces import Piece, whole
 from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import BatchConfig, Config, EngineConfig, OptimizerConfig
@@ -25,16 +26,6 @@ from tokenyard.train.config import Engine as EngineKind
 from tokenyard.train.engine import build_engine
 from tokenyard.train.run import next_step
 from tokenyard.train.session import open_session, save
-
-from parity import (
-    VOCABULARY,
-    Case,
-    Layout,
-    assemble,
-    favour_one_expert,
-    rows_of,
-    starve_expert,
-)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 
@@ -166,3 +157,18 @@ def assert_same_state(one: Path, other: Path) -> None:
     kept = [name for name in theirs if not name.startswith("random.")]
     assert sum(name.endswith("exp_avg_sq") for name in kept) == sum(name.startswith("model.") for name in kept) > 0
     assert all(torch.equal(ours[name], theirs[name]) for name in kept)
+
+
+def assemble(parts: list[dict[str, tuple[Piece, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from all ranks' pieces; copies must agree."""
+    wholes = {}
+    for name in parts[0]:
+        total = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)
+        for piece, value in (part[name] for part in parts):
+            target = Piece(*piece).cut(total)
+            known = ~target.isnan()
+            assert torch.equal(target[known], value.double()[known]), f"copies of {name} differ"
+            target.copy_(value)
+        assert not total.isnan().any(), f"a part of {name} is on no rank"
+        wholes[name] = total
+    return wholes
