@@ -107,7 +107,7 @@ def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
         chosen = stats.counts_BE == LENGTH
         assert torch.equal(chosen.sum(1), torch.full((SEQUENCES,), config.top_k)), "all tokens chose the same experts"
         assert chosen[:, : config.top_k].all() or config.router.selection is Selection.hash
-    (y_BSD.sum() + loss_of(stats, config, y_BSD).objective).backward()
+    (y_BSD.sum() + loss_of(stats, config).objective).backward()
     assert y_BSD.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
 
 

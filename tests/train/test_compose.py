@@ -45,7 +45,7 @@ BAD = [
     ("compile=flase", "compile=flase:", "compile=false"),
     ("checkpoint.resume=null", "checkpoint.resume=null:", "checkpoint.resume=auto"),
     ("tracker.names=wandb", "tracker.names=wandb:", "tracker.names=[wandb]"),
-    ("batch=8", "batch=8:", "batch.sequences=8"),
+    ("batch=8", "batch=8:", "batch.sequences=16"),
     ("model={moe: {top_k: x}}", "model.moe.top_k=x:", "model.moe.top_k=2"),
     ("steps=1,2", "steps=1,2:", "tokenyard train -m steps=1,2"),
     ("run.name=[", "run.name=[:", "run.name='['"),
