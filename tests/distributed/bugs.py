@@ -48,12 +48,12 @@ def auxiliary_divided_by_data_ranks() -> Iterator[None]:
     """Balance losses and z-loss count 1 / data ranks in the gradient; what is reported is right."""
     right = step.losses
 
-    def losses(logits: Any, targets: Any, stats: Any, config: Any, totals: Any, mesh: Any) -> Any:
+    def losses(summed: Any, stats: Any, config: Any, totals: Any, mesh: Any) -> Any:
         ranks = mesh.data.size
         less = {name: getattr(config.balance, name) / ranks for name in ("coefficient", "sequence_coefficient")}
         balance = dataclasses.replace(config.balance, **less)
         changed = dataclasses.replace(config, balance=balance, z_coefficient=config.z_coefficient / ranks)
-        return right(logits, targets, stats, changed, totals, mesh)
+        return right(summed, stats, changed, totals, mesh)
 
     with mock.patch.object(step, "losses", losses):
         yield
