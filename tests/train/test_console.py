@@ -99,6 +99,7 @@ def test_a_stream_that_cannot_write_blocks_gets_ascii():
 CONFIG = Config(
     batch=BatchConfig(sequences=16),
     steps=600,
+    sequence_length=256,
     model=ModelConfig(layers=4, width=256, hidden=1024, dense_first=1, moe=MoEConfig(experts=8, hidden=512, shared_hidden=64)),
     parallel=ParallelConfig(tensor=2, shard=2, expert=4),
 )
@@ -120,7 +121,7 @@ tokenyard 0.1.0
   model       4 layers, 256 wide, 8 heads; 8 experts, top-2, in 3 of them
   parameters  15.4M total, 8.28M active per token
               embedding 2.10M, attention 786,432, router 6,144, experts 9.44M, shared 147,456, dense 786,432, norms 2,304, head 2.10M
-  compute     12.6 MFLOP per token forward, 37.9 MFLOP with backward
+  compute     12.9 MFLOP per token forward, 38.7 MFLOP with backward
   batch       16 sequences x 256 = 4,096 tokens a step
   length      600 steps; 2.46M tokens, 1.23 passes over the data
   data        stdlib: 1,432 documents, 2.00M tokens
@@ -153,6 +154,7 @@ def test_startup_of_a_resumed_dense_run_on_one_rank():
 
 END = EndFacts(
     steps=600,
+    sequence_length=256,
     tokens=2_457_600,
     seconds=268.2,
     validation_loss=3.9,
