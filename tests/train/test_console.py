@@ -154,7 +154,6 @@ def test_startup_of_a_resumed_dense_run_on_one_rank():
 
 END = EndFacts(
     steps=600,
-    sequence_length=256,
     tokens=2_457_600,
     seconds=268.2,
     validation_loss=3.9,
