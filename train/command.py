@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 from .arguments import parse_arguments
 from .compose import compose_arguments
@@ -49,4 +50,6 @@ def refuse(error: ConfigError) -> int:
     """Reports a wrong configuration, once for all ranks. Returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(f"tokenyard: {error}", file=sys.stderr)
+    else:
+        time.sleep(2)  # launchers end all ranks with the first: let it be the one that speaks
     return BAD_CONFIGURATION
