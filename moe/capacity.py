@@ -32,12 +32,9 @@ class OneDevice:
         """(G, T, E): all tokens of each scope in the order of one device."""
         return x_BSE if scope is Scope.sequence else x_BSE.flatten(0, 1).unsqueeze(0)
 
-    def own(self, x_GTE: Tensor, sequences: int, scope: Scope) -> Tensor:
-        """(B, S, E): this device's part of what `gather` gave."""
-        if scope is Scope.sequence:
-            return x_GTE
-        length = x_GTE.shape[1] // max(1, sequences)
-        return x_GTE.reshape(sequences, length, x_GTE.shape[2])
+    def own(self, x_GTE: Tensor, sequences: int, length: int, scope: Scope) -> Tensor:
+        """(B, S, E): this device's part, `sequences` of `length` tokens, of what `gather` gave."""
+        return x_GTE if scope is Scope.sequence else x_GTE.reshape(sequences, length, x_GTE.shape[2])
 
 
 def capacity(factor: float, tokens: int, config: MoEConfig) -> int:
@@ -81,8 +78,7 @@ def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, surroundings: O
     gathered_GTE = surroundings.gather(priority_BSE, scope)
     order_GTE = gathered_GTE.argsort(dim=1, descending=True, stable=True)
     taken_GTE = torch.zeros_like(gathered_GTE, dtype=torch.bool).scatter_(1, order_GTE[:, :rows], True)
-    taken_BSE = surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), len(priority_BSE), scope)
-    return taken_BSE.reshape(priority_BSE.shape)  # without sequences `own` does not know their length
+    return surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), *priority_BSE.shape[:2], scope)
 
 
 def count_choices(experts_BSK: Tensor, counted_BSK: Tensor | None, columns: int) -> Tensor:

@@ -74,15 +74,18 @@ class LocalDispatcher(Dispatcher):
 
 def plan_rows(routing: Routing, experts: int) -> Plan:
     """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation)."""
-    return plan_choices(routing.experts_TK, routing.kept_TK, experts, routing.padded_rows)
+    return plan_choices(chosen(routing, experts), experts, routing.padded_rows, dropping=routing.kept_TK is not None)
 
 
-def plan_choices(experts_TK: Tensor, kept_TK: Tensor | None, experts: int, padded_rows: int | None) -> Plan:
+def chosen(routing: Routing, experts: int) -> Tensor:
+    """(T, K): the experts, and `experts` for what was dropped."""
+    return routing.experts_TK if routing.kept_TK is None else routing.experts_TK.masked_fill(~routing.kept_TK, experts)
+
+
+def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool) -> Plan:
     """See `plan_rows`. With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read."""
     top_k = experts_TK.shape[1]
     chosen_A = experts_TK.flatten()
-    if kept_TK is not None:
-        chosen_A = chosen_A.masked_fill(~kept_TK.flatten(), experts)
     order_A = chosen_A.argsort(stable=True)
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
     counts_E = counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
@@ -90,7 +93,7 @@ def plan_choices(experts_TK: Tensor, kept_TK: Tensor | None, experts: int, padde
     slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
     if padded_rows is not None:
         return _padded(Plan(order_A // top_k, slot_A.view_as(experts_TK), counts_E), chosen_A, padded_rows)
-    rows = len(order_A) if kept_TK is None else int(counts_E.sum())
+    rows = int(counts_E.sum()) if dropping else len(order_A)
     slot_A = slot_A.masked_fill(slot_A >= rows, -1)
     return Plan(order_A[:rows] // top_k, slot_A.view_as(experts_TK), counts_E)
 

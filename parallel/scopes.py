@@ -25,7 +25,7 @@ class RankSurroundings(OneDevice):
         if scope is Scope.rank:
             return super().ahead(counts_BE, scope)
         counts_GTE = self.gather(counts_BE.unsqueeze(1), scope)  # as if each slice of a sequence were one token
-        return self.own(counts_GTE.cumsum(1) - counts_GTE, len(counts_BE), scope).squeeze(1)
+        return self.own(counts_GTE.cumsum(1) - counts_GTE, len(counts_BE), 1, scope).squeeze(1)
 
     def total(self, x_BE: Tensor, scope: Scope) -> Tensor:
         return sum_over(super().total(x_BE, scope).clone(), scope_axis(scope, self.mesh))
@@ -37,12 +37,13 @@ class RankSurroundings(OneDevice):
         x_DBSE = x_DNBSE.transpose(1, 2).flatten(2, 3)
         return super().gather(x_DBSE.flatten(0, 1), scope)
 
-    def own(self, x_GTE: Tensor, sequences: int, scope: Scope) -> Tensor:
+    def own(self, x_GTE: Tensor, sequences: int, length: int, scope: Scope) -> Tensor:
         if scope is Scope.rank:
-            return super().own(x_GTE, sequences, scope)
+            return super().own(x_GTE, sequences, length, scope)
+        data, tensor = self.mesh.data, self.mesh.tensor
         if scope is Scope.batch:
-            x_GTE = super().own(x_GTE, sequences * self.mesh.data.size, scope)[self.mesh.data.rank * sequences :][:sequences]
-        return x_GTE.chunk(self.mesh.tensor.size, dim=1)[self.mesh.tensor.rank]
+            x_GTE = super().own(x_GTE, sequences * data.size, length * tensor.size, scope)[data.rank * sequences :][:sequences]
+        return x_GTE.chunk(tensor.size, dim=1)[tensor.rank]
 
 
 def scope_axis(scope: Scope, mesh: Mesh) -> Axis:

@@ -39,39 +39,43 @@ def head_loss(x: Tensor, weight_VD: Tensor, head: Head, targets: Tensor, ignore:
     x (..., D) are hidden states, the same on all ranks of the axis; weight_VD is this rank's columns of the vocabulary. Every rank
     gets the whole sum, the gradient of its weight, and its columns' part of the gradient of x.
     """
-    return _HeadLoss.apply(x.flatten(0, -2), weight_VD, head, targets.flatten(), ignore, axis)  # pyright: ignore[reportReturnType]
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight_VD.requires_grad)
+    arguments = x.flatten(0, -2), weight_VD, head, targets.flatten(), ignore, axis, differentiates
+    return _HeadLoss.apply(*arguments)  # pyright: ignore[reportReturnType]
 
 
 class _HeadLoss(torch.autograd.Function):
     """The gradients are made in the forward pass, while a chunk's logits are there: none are kept, and none computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
+    ) -> Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         narrow_VD = weight_VD.to(x_TD.dtype)
-        grad_x_TD = torch.empty_like(x_TD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         for part in _chunks(x_TD, len(weight_VD)):
             logits_TV = head.shape(F.linear(x_TD[part], narrow_VD))
             kept_TV = logits_TV.to(wide, copy=head.softcap is not None)
             loss, gradient_TV = cross_entropy(kept_TV, targets_T[part], ignore, axis)
             total += loss
-            if any(ctx.needs_input_grad):
+            if gradients is not None:
+                grad_x_TD, grad_weight_VD = gradients
                 gradient_TV = head.shape_backward(gradient_TV, logits_TV).to(x_TD.dtype)
                 torch.mm(gradient_TV, narrow_VD, out=grad_x_TD[part])
                 if wide == x_TD.dtype:
                     grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])
                 else:
                     grad_weight_VD += gradient_TV.T @ x_TD[part]
-        ctx.save_for_backward(grad_x_TD, grad_weight_VD)
+        ctx.save_for_backward(*gradients or ())
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_x_TD * grads[0], (grad_weight_VD * grads[0]).to(ctx.weight_dtype), None, None, None, None
+        return grad_x_TD * grads[0], (grad_weight_VD * grads[0]).to(ctx.weight_dtype), *5 * [None]
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @functools.cache
 def _needs_ranks(file: Path) -> bool:
-    return re.search(r"def test_\w+\([^)]*\branks\b", file.read_text()) is not None
+    """By a test or a fixture that takes the fixture `ranks`."""
+    return re.search(r"^(@pytest\.fixture.*\n)?def (?(1)\w|test_)\w*\([^)]*\branks\b", file.read_text(), re.M) is not None
 
 
 def _pool_module() -> Any:

@@ -24,3 +24,10 @@ def multiples(unit: int, number: int) -> list[int]:
     """The positive multiples of `unit` closest to `number`."""
     below = number // unit
     return [unit * factor for factor in range(max(1, below - 8), below + 9)]
+
+
+def needs(degree: int, world: int) -> str:
+    """The rule of a degree of parallelism that `world` ranks are not a multiple of."""
+    if world == 1:
+        return f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
+    return f"must divide the {world} ranks"

@@ -61,6 +61,6 @@ def build_engine(config: Config, parallel: Parallel) -> Engine:
         case EngineKind.torch:
             return TorchEngine(parallel, build_optimizer(config.optimizer, parallel))
         case EngineKind.deepspeed:
-            from .zero import build_zero_engine
+            from .deepspeed import build_zero_engine
 
             return build_zero_engine(config, parallel)

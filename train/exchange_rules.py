@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ..parallel.config import Exchange
 from ..parallel.layout import node_ranks
-from .broken import Broken
+from .broken import Broken, divisors
 from .config import Config
 from .launch_config import Launcher
 
@@ -38,4 +38,4 @@ def _nodes(config: Config, world: int) -> Iterator[Broken]:
     rule = f"must divide parallel.expert={p.expert} or be a multiple of it"
     if p.node_ranks is None:
         rule += f", and a node has {ranks} ranks"
-    yield Broken("parallel.node_ranks", rule, [size for size in range(1, p.expert + 1) if p.expert % size == 0])
+    yield Broken("parallel.node_ranks", rule, divisors(p.expert))

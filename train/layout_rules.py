@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from .broken import Broken, divisors
+from .broken import Broken, divisors, needs
 from .config import Config
+from .model_rules import moe_layers
 
 INTERVALS = {"parallel.expert_tensor": "[1, inf)", "parallel.zero": "[1, 3]"}
 """Where each of these numbers must lie."""
@@ -12,7 +13,7 @@ INTERVALS = {"parallel.expert_tensor": "[1, inf)", "parallel.zero": "[1, 3]"}
 def expert_tensor(config: Config, world: int) -> Iterator[Broken]:
     """Against the model, and against the ranks that parallel.expert leaves."""
     key, degree, c = "parallel.expert_tensor", config.parallel.expert_tensor, config.model
-    if not any(c.moe_layer(index) for index in range(c.layers + c.mtp_depth)):
+    if not moe_layers(c):
         if degree > 1:
             yield Broken(key, "must be 1, no layer of the model has experts", [1])
         return
@@ -23,7 +24,7 @@ def expert_tensor(config: Config, world: int) -> Iterator[Broken]:
     if holders % degree:
         expert = f" ({world} ranks / parallel.expert={config.parallel.expert})" if config.parallel.expert > 1 else ""
         rule = (
-            f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
+            needs(degree, world)
             if world == 1
             else f"must divide the {holders} ranks{' that hold each expert' if expert else ''}{expert}"
         )

@@ -6,7 +6,7 @@ from operator import attrgetter
 from ..data.config import TokenizerKind
 from ..moe.config import AttentionKind, ModelConfig
 from . import data_rules, deepspeed_settings, exchange_rules, launch_rules, layout_rules, model_rules, router_rules
-from .broken import Broken, divisors, multiples
+from .broken import Broken, divisors, multiples, needs
 from .config import Config, Shape
 from .intervals import intervals
 from .model_rules import moe_layers
@@ -62,11 +62,11 @@ def ranks(config: Config, world: int) -> Iterator[Broken]:
     p = config.parallel
     for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
         if world % degree:
-            yield Broken(key, _needs(degree, world), {degree, *divisors(world)})
+            yield Broken(key, needs(degree, world), {degree, *divisors(world)})
     data = world // p.tensor
     if data % p.shard:
         rule = (
-            _needs(p.shard, world)
+            needs(p.shard, world)
             if world == 1
             else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
         )
@@ -103,12 +103,6 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     launch_rules.launchers,
 ]
 """In the order of checking: later ones may rely on earlier ones."""
-
-
-def _needs(degree: int, world: int) -> str:
-    if world == 1:
-        return f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
-    return f"must divide the {world} ranks"
 
 
 def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:

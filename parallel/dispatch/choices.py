@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.dispatch import plan_choices
+from ...moe.dispatch import chosen, plan_choices
 from ...moe.router import Routing
 from .fan import Fan, plan_fan
 
@@ -40,9 +40,7 @@ class Counted(NamedTuple):
 def choices_of(routing: Routing, experts: int, ranks: int) -> Choices:
     """The choices of this rank's tokens; with padding, each of `ranks` ranks may fill its part of an expert's rows."""
     tokens, top_k = routing.experts_TK.shape
-    expert_TK = routing.experts_TK
-    if routing.kept_TK is not None:
-        expert_TK = expert_TK.masked_fill(~routing.kept_TK, experts)
+    expert_TK = chosen(routing, experts)
     row_C = torch.arange(tokens, device=expert_TK.device).repeat_interleave(top_k)
     padded = None if routing.padded_rows is None else routing.padded_rows * ranks
     return Choices(tokens, row_C, expert_TK.flatten(), routing.weights_TK.flatten(), top_k, padded)
@@ -51,6 +49,6 @@ def choices_of(routing: Routing, experts: int, ranks: int) -> Choices:
 def plan_expansion(counted: Counted, experts: int) -> tuple[Fan, Tensor]:
     """How rows fan out to this rank's `experts`, and how many rows each gets."""
     choices = counted.choices
-    plan = plan_choices(choices.expert_C.unsqueeze(1), None, experts, choices.padded_rows)
+    plan = plan_choices(choices.expert_C.unsqueeze(1), experts, choices.padded_rows, dropping=False)
     fan = plan_fan(choices.row_C, counted.nth_C, plan.slot_TK.flatten(), choices.rows, counted.deeper, len(plan.token_R))
     return fan, plan.counts_E

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.dispatch import Arrived
+from ...moe.dispatch import Arrived, chosen
 from ...moe.router import Routing
 from ..collectives import stack_over
 from ..mesh import Axis
@@ -64,10 +64,7 @@ class GatherDispatcher(ExchangingDispatcher):
 
 def _pack(routing: Routing, experts: int) -> Tensor:
     """(T, 2 K): weights, then expert ids, E for what was dropped."""
-    expert_TK = routing.experts_TK
-    if routing.kept_TK is not None:
-        expert_TK = expert_TK.masked_fill(~routing.kept_TK, experts)
-    return torch.cat([routing.weights_TK, expert_TK.to(routing.weights_TK.dtype)], dim=1)
+    return torch.cat([routing.weights_TK, chosen(routing, experts).to(routing.weights_TK.dtype)], dim=1)
 
 
 def _choices_of_mine(packed: Tensor, first: int, held: int, padded_rows: int | None) -> Counted:

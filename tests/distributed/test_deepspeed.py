@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sameness import VOCABULARY, Case, Layout, favour_one_expert, rows_of, starve_expert
+from tiny_run import TINY_RUN
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
@@ -103,21 +104,7 @@ def steps_of(layout: Layout, case: Case, engine: EngineConfig, dtype: torch.dtyp
     return {"steps": steps, "weights": weights}
 
 
-TINY = [
-    "steps=4",
-    "sequence_length=32",
-    "batch.sequences=8",
-    "model.layers=2",
-    "model.width=32",
-    "model.heads=4",
-    "model.moe.hidden=32",
-    "model.vocabulary=264",
-    "schedule.warmup=2",
-    "data=synthetic",
-    "data.synthetic_documents=64",
-    "tokenizer=bytes",
-    "tracker=jsonl",
-]
+TINY = [*TINY_RUN, "steps=4"]
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,14 @@
 """`tokenyard params`: the table, the JSON object, layouts, and what is refused. test_params_folder.py has Hugging Face's."""
 
-import json
 import re
 import subprocess
 import sys
 import time
 
 import pytest
+from params_answers import asked, refused
 from tokenyard.launch.main import main
 from tokenyard.launch.params import gigabytes
-
-
-def asked(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
-    assert main(["params", *words, "--json"]) == 0
-    out, error = capsys.readouterr()
-    assert (out.count("\n"), error) == (1, "")
-    return json.loads(out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(["params", *words]) == 2
-    out, error = capsys.readouterr()
-    assert (out, error.count("\n")) == ("", 1)
-    return error
 
 
 def test_json_is_one_object_with_the_counts(capsys: pytest.CaptureFixture[str]) -> None:

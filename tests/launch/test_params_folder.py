@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenyard.launch.main import main
+from params_answers import asked, refused
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "published.json").read_text())
 """By preset."""
@@ -70,17 +70,3 @@ def test_auditing_imports_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert "20.9B total" in done.stdout
     assert done.stdout.endswith("False\n")
-
-
-def asked(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
-    assert main(["params", *words, "--json"]) == 0
-    out, error = capsys.readouterr()
-    assert (out.count("\n"), error) == (1, "")
-    return json.loads(out)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(["params", *words]) == 2
-    out, error = capsys.readouterr()
-    assert (out, error.count("\n")) == ("", 1)
-    return error

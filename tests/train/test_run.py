@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from tiny_run import TINY_RUN
 from tokenyard.train.checkpoint.store import read_facts, read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError
@@ -18,19 +19,8 @@ from tokenyard.train.run import run, train
 from tokenyard.train.session import open_session
 
 TINY = [
+    *TINY_RUN,
     "steps=6",
-    "sequence_length=32",
-    "batch.sequences=8",
-    "model.layers=2",
-    "model.width=32",
-    "model.heads=4",
-    "model.moe.hidden=32",
-    "model.vocabulary=264",
-    "schedule.warmup=2",
-    "data=synthetic",
-    "data.synthetic_documents=64",
-    "tokenizer=bytes",
-    "tracker=jsonl",
     "evaluate.every=0",
     "evaluate.sequences=12",
     "checkpoint.every=3",

@@ -9,14 +9,14 @@ from torch import Tensor
 from ..moe.tokens import Place
 from ..parallel.apply import Parallel, Placed
 from ..parallel.collectives import sum_over
+from ..parallel.deepspeed import Fragment, Zero, own_group
 from ..parallel.pieces import Held, Piece
-from ..parallel.zero import Fragment, Zero, own_group
 from .config import Config
 from .deepspeed_settings import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
-from .step import Rows, StepNumbers, add_up, count_totals, forward, update_expert_biases
+from .step import Rows, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
 
 
 def build_zero_engine(config: Config, parallel: Parallel) -> Engine:
@@ -39,7 +39,7 @@ class ZeroEngine(Engine):
         shares = [self.zero.compute(part, totals, place, last=part is rows[-1]) for part in rows]
         numbers = add_up(self.parallel, shares, totals, self.zero.squared_norm())
         if clip_norm is not None:
-            self.zero.scale((clip_norm / (numbers.gradient_norm + 1e-6)).clamp(max=1.0))
+            self.zero.scale(clip_factor(numbers.gradient_norm, clip_norm))
         set_learning_rate(self.optimizer, lr)
         self.zero.update()
         update_expert_biases(self.parallel, numbers.counts_LE)
