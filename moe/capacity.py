@@ -78,7 +78,8 @@ def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, surroundings: O
     gathered_GTE = surroundings.gather(priority_BSE, scope)
     order_GTE = gathered_GTE.argsort(dim=1, descending=True, stable=True)
     taken_GTE = torch.zeros_like(gathered_GTE, dtype=torch.bool).scatter_(1, order_GTE[:, :rows], True)
-    return surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), *priority_BSE.shape[:2], scope)
+    sequences, length, _ = priority_BSE.shape
+    return surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), sequences, length, scope)
 
 
 def count_choices(experts_BSK: Tensor, counted_BSK: Tensor | None, columns: int) -> Tensor:
