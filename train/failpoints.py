@@ -1,0 +1,64 @@
+"""Named places where a test lets a run fail. Nothing happens unless TOKENYARD_FAILPOINTS is set.
+
+    TOKENYARD_FAILPOINTS=checkpoint.shard_written:rank=1:step=6:SIGKILL,step.begin:rank=0:sleep=0.05
+
+A condition that is left out always holds. `times=N` lets the failpoint act in the first N cases only.
+"""
+
+import errno
+import functools
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+VARIABLE = "TOKENYARD_FAILPOINTS"
+
+
+def failpoint(name: str, step: int | None = None) -> bool:
+    """Whether the failpoint `name` is set for this rank and `step`; its action is done first.
+
+    Actions: a signal by name, sent to this process; `raise` (RuntimeError); `enospc` (OSError, as of a full disk); `sleep=SECONDS`;
+    `on`, for places that do something of their own.
+    """
+    if VARIABLE not in os.environ:
+        return False
+    acting = [one for one in _parse(os.environ[VARIABLE]) if one.name == name and one.holds(step)]
+    for one in acting:
+        one.act()
+    return bool(acting)
+
+
+@dataclass
+class Failpoint:
+    """One entry of the variable."""
+
+    name: str
+    action: str
+    conditions: dict[str, int] = field(default_factory=dict)
+    acted: int = 0
+
+    def holds(self, step: int | None) -> bool:
+        here = {"rank": int(os.environ.get("RANK", 0)), "step": step, "times": self.acted}
+        return all(here[key] < value if key == "times" else here[key] == value for key, value in self.conditions.items())
+
+    def act(self) -> None:
+        self.acted += 1
+        if self.action == "raise":
+            raise RuntimeError(f"failpoint {self.name}")
+        if self.action == "enospc":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"failpoint {self.name}")
+        if self.action.startswith("sleep="):
+            time.sleep(float(self.action.removeprefix("sleep=")))
+        elif self.action != "on":
+            os.kill(os.getpid(), signal.Signals[self.action])
+
+
+@functools.cache
+def _parse(text: str) -> list[Failpoint]:
+    return [_entry(*entry.split(":")) for entry in text.split(",")]
+
+
+def _entry(name: str, *words: str) -> Failpoint:
+    conditions = dict(word.split("=") for word in words[:-1])
+    return Failpoint(name, words[-1], {key: int(value) for key, value in conditions.items()})
