@@ -66,8 +66,8 @@ class OptimizerConfig:
     """Decay of the first moment."""
     beta2: float = 0.95
     """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    epsilon: float = 1e-6
+    """Added to the root of the second moment. With 1e-8 AdamW makes whole steps of rounding noise, and fp32 layouts part sooner."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; vectors (norms, biases) get none."""
     clip_norm: float | None = 1.0

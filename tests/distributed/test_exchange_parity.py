@@ -19,6 +19,11 @@ LAYOUTS = {
     "gather 4, recompute": Layout(4, shard=2, expert=4, recompute=True, exchange=Exchange.gather),
     "gather 2, 2 chunks": Layout(4, tensor=2, expert=2, exchange=Exchange.gather, overlap_chunks=2),
     "plain 2, shard 4, 2 chunks": Layout(4, shard=4, expert=2, overlap_chunks=2),
+    "deduplicated 2 x expert_tensor 2": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.deduplicated),
+    "hierarchical 2 x expert_tensor 2, recompute": Layout(
+        4, tensor=2, expert=2, expert_tensor=2, recompute=True, exchange=Exchange.hierarchical, node_ranks=2
+    ),
+    "gather 2 x expert_tensor 2, 2 chunks": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.gather, overlap_chunks=2),
 }
 CHOICES = ("softmax", "deepseek v3", "gshard", "expert choice by batch", "null experts", "padded")
 """Of all routers those that differ in what they hand to the exchange."""
