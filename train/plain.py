@@ -41,10 +41,10 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def changed_settings(config: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """The `key=value` overrides that make `config` out of the defaults, without those of `leave_out`."""
-    before, now = (dict(_leaves(plain_config(each), "")) for each in (Config(), config))
-    changed = {key: value for key, value in now.items() if value != before[key] and key not in leave_out}
+def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The `key=value` overrides that make `config` out of `before`, without those of `leave_out`."""
+    old, new = (dict(_leaves(plain_config(each), "")) for each in (before, config))
+    changed = {key: value for key, value in new.items() if value != old[key] and key not in leave_out}
     return [f"{key}={_written(value)}" for key, value in changed.items()]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from ..moe.count import count
+from .compose import compose
 from .config import Config
 from .console import Eta, step_spans
 from .console_startup import StartupFacts, startup_lines
@@ -220,7 +221,7 @@ def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFa
 
 def train_command(config: Config, run_dir: Path, steps: int | None = None) -> str:
     """The command line that goes on with a run, with all its overrides."""
-    changed = changed_settings(config, leave_out=("run.dir", "steps") if steps else ("run.dir",))
+    changed = changed_settings(config, compose([]), leave_out=("run.dir", "steps") if steps else ("run.dir",))
     folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
     return " ".join(["tokenyard train", *changed, folder, *longer])
 

@@ -8,6 +8,7 @@ from tokenyard.moe.config import Scope
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError, Engine, Precision
 from tokenyard.train.launch_config import Launcher
+from tokenyard.train.reporter import train_command
 from tokenyard.train.schema import quoted
 
 BAD = [
@@ -151,3 +152,11 @@ def own_experiment(folder: Path, text: str) -> Path:
     (folder / "experiment").mkdir(parents=True)
     (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
     return folder
+
+
+def test_the_command_that_goes_on_says_only_what_differs_from_the_command_line_without_overrides(tmp_path: Path) -> None:
+    config = compose(["seed=3", "model=tiny", "model.layers=3"])
+    again = train_command(config, run_dir=tmp_path, steps=12).split()
+    assert train_command(compose([]), run_dir=tmp_path, steps=12).split()[2:] == [f"run.dir={tmp_path}", "steps=12"]
+    assert compose(again[2:-2]).model == config.model
+    assert again[-2:] == [f"run.dir={tmp_path}", "steps=12"]
