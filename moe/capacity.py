@@ -74,12 +74,21 @@ def keep_best(
 
 
 def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, surroundings: OneDevice) -> Tensor:
-    """Booleans (B, S, E): each expert's `rows` best tokens in the scope; ties go to the earlier, -inf is never taken."""
-    gathered_GTE = surroundings.gather(priority_BSE, scope)
+    """Booleans (B, S, E): each expert's `rows` best tokens in the scope; ties go to the earlier, -inf is never taken.
+
+    Values that differ by rounding alone are ties: equal tokens (all sequences that begin alike have some) must tie on any layout.
+    """
+    gathered_GTE = without_last_bits(surroundings.gather(priority_BSE, scope))
     order_GTE = gathered_GTE.argsort(dim=1, descending=True, stable=True)
     taken_GTE = torch.zeros_like(gathered_GTE, dtype=torch.bool).scatter_(1, order_GTE[:, :rows], True)
     sequences, length, _ = priority_BSE.shape
     return surroundings.own(taken_GTE & (gathered_GTE > -torch.inf), sequences, length, scope)
+
+
+def without_last_bits(x: Tensor, kept: int = 16) -> Tensor:
+    """`x` rounded to so many significant bits (the splitting of Veltkamp and Dekker, 1971)."""
+    spread = x * (2.0 / torch.finfo(x.dtype).eps / 2**kept + 1)
+    return torch.where(x.isfinite(), spread - (spread - x), x)
 
 
 def count_choices(experts_BSK: Tensor, counted_BSK: Tensor | None, columns: int) -> Tensor:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tokenyard.moe.capacity import OneDevice, keep_best, keep_earliest
+from tokenyard.moe.capacity import OneDevice, best_of_scope, keep_best, keep_earliest
 from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, DropPolicy, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
@@ -219,3 +219,14 @@ def simulate(experts_BSK: Tensor, valid_BS: Tensor, config: MoEConfig) -> Tensor
                     room[expert] -= 1
                     kept_BSK[b, s, k] = True
     return kept_BSK
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_does_not_decide_between_equal_tokens(dtype: torch.dtype) -> None:
+    """Another layout gives equal tokens scores that differ in the last bits: the earlier ones are taken all the same."""
+    scores_BSE = torch.rand(1, 1, EXPERTS, dtype=dtype, generator=torch.Generator().manual_seed(0)).expand(2, 10, EXPERTS)
+    noise_BSE = torch.randint(-2, 3, scores_BSE.shape, generator=torch.Generator().manual_seed(1))
+    noisy_BSE = scores_BSE * (1 + noise_BSE * torch.finfo(dtype).eps)
+    assert len(noisy_BSE[:, :, 0].unique()) > 1
+    taken_BSE = best_of_scope(noisy_BSE, 7, Scope.batch, OneDevice())
+    assert taken_BSE.flatten(0, 1).T.tolist() == EXPERTS * [7 * [True] + 13 * [False]]
