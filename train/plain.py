@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
+from .redact import redact_plain
 from .schema import is_mapping, written
 
 
@@ -18,6 +19,11 @@ def plain_config(config: Config) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def shown_config(config: Config) -> dict[str, Any]:
+    """The same without secrets: for files, trackers and people."""
+    return redact_plain(plain_config(config))
 
 
 def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
@@ -38,20 +44,21 @@ def write_config(config: Config, path: Path) -> None:
     """As YAML."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
 
 
 def changed_settings(config: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
     """The `key=value` overrides that make `config` out of the defaults, without those of `leave_out`."""
-    before, now = (dict(_leaves(plain_config(each), "")) for each in (Config(), config))
+    before, now = (dict(leaves(shown_config(each))) for each in (Config(), config))
     changed = {key: value for key, value in now.items() if value != before[key] and key not in leave_out}
     return [f"{key}={_written(value)}" for key, value in changed.items()]
 
 
-def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting of a plain configuration by its dotted key."""
     for key, value in node.items():
         if isinstance(value, dict) and not is_mapping(f"{prefix}{key}"):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -3,12 +3,14 @@
 import configparser
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from .config import TrackerConfig
+from .redact import redact
 from .trackers import AbstractTracker
 
 
@@ -31,9 +33,11 @@ class WandbTracker(AbstractTracker):
         os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what login prints
         import wandb
 
+        # The metadata has the command line in it.
+        secret = redact(" ".join(sys.argv)) != " ".join(sys.argv)
         # console=off: capturing stdout would put wandb between training and its terminal. The time limits stay below those of
         # Trackers.finish, so that a server out of reach is named as the cause and does not hold up the end of the process.
-        settings = wandb.Settings(silent=True, console="off", init_timeout=45.0, finish_timeout=45.0)
+        settings = wandb.Settings(silent=True, console="off", x_disable_meta=secret, init_timeout=45.0, finish_timeout=45.0)
         self._run = wandb.init(**arguments, config=dict(facts), settings=settings)
         self._run.define_metric("global_step", hidden=True)
         self._run.define_metric("*", step_metric="global_step")
