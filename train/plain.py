@@ -31,6 +31,7 @@ def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    refuse_code(plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain, OmegaConf.from_dotlist(overrides or []))
         config = OmegaConf.to_object(merged)
@@ -38,6 +39,20 @@ def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None)
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
     return config
+
+
+def refuse_code(plain: Any) -> None:
+    """ConfigError for what would call or look up something: a `_target_`, or a text that OmegaConf would replace."""
+    if isinstance(plain, dict):
+        if "_target_" in plain:
+            raise ConfigError("_target_: a configuration that is read may not hold one; it is of no use here")
+        for value in plain.values():
+            refuse_code(value)
+    elif isinstance(plain, list):
+        for value in plain:
+            refuse_code(value)
+    elif isinstance(plain, str) and "${" in plain:
+        raise ConfigError(f"{plain[:40]}: a configuration that is read may not hold ${{...}}; it is of no use here")
 
 
 def write_config(config: Config, path: Path) -> None:

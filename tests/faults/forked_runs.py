@@ -1,7 +1,6 @@
 """`tokenyard train` on a few ranks that are forked from one process with torch in it: a start costs no import.
 
-`forked(2, ["steps=4", ...], failpoints="...")` ends all ranks when one has failed, as launchers do. tests/conftest.py puts this folder
-on the path.
+`forked(2, ["steps=4", ...], log)` ends all ranks when one has failed, as launchers do.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(RuntimeError, match="step_00000002 was not saved: rank 0: OSError: .*File too large"):
+        with pytest.raises(RuntimeError, match=r"step_00000002 was not saved: rank 0: OSError: .*File too large"):
             save_checkpoint(tmp_path, 2, held, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,4 +1,4 @@
-"""What an asynchronous save writes is the state of its step, byte for byte that of a synchronous one, whatever training does meanwhile."""
+"""An asynchronous save writes the state of its step, byte for byte as a synchronous one, whatever training does meanwhile."""
 
 from contextlib import closing
 from pathlib import Path
