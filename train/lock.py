@@ -40,7 +40,7 @@ def lock_run(folder: Path) -> RunLock:
     except BlockingIOError:
         owner = _owner(descriptor)
         os.close(descriptor)
-        if owner.get("process") == PROCESS:
+        if (owner.get("pid"), owner.get("process")) == (os.getpid(), PROCESS):
             return RunLock(path, None)  # an earlier run of this process, which is over
         raise ConfigError.of("run.dir", str(folder), f"is in use by {_words(owner)}", "another run.dir, or end that job") from None
     except OSError:  # a file system without locks: what the file says is all there is

@@ -82,6 +82,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     parallel = build_parallel(config, device)
     saver = build_saver(config.checkpoint, folder)
     session = Session(config, folder, device, data, parallel, build_engine(config, parallel), saver, lock=lock)
+    session.engine.optimizer.register_step_pre_hook(lambda *_: saver.release())
     if found is not None:
         resume(session, found)
     return session

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .config import TrackerConfig
-from .redact import redact
+from .redact import redact, redact_plain
 from .trackers import AbstractTracker
 
 
@@ -27,7 +27,7 @@ class WandbTracker(AbstractTracker):
         self._run: Any = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        arguments = init_arguments(self._config, self._run_dir, self._run_id, self._run_name)
+        arguments = redact_plain(init_arguments(self._config, self._run_dir, self._run_id, self._run_name))
         if arguments["mode"] == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; offline means that nothing leaves the machine
         os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what login prints

@@ -41,9 +41,8 @@ def test_the_golden_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.chdir(tmp_path)
         write()
     golden = json.loads((GOLDEN / "losses.json").read_text())
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    shutil.copytree(GOLDEN / "step_00000003", tmp_path / "run" / "checkpoints" / "step_00000003")
-    with closing(open_session(configured(tmp_path / "run"), torch.device("cpu"))) as session:
+    shutil.copytree(GOLDEN / "step_00000003", tmp_path / "later" / "checkpoints" / "step_00000003")
+    with closing(open_session(configured(tmp_path / "later"), torch.device("cpu"))) as session:
         assert session.step == 3 and session.extra == {"note": "golden"}
         found = next_losses(session)
     same_machine = golden["machine"] == machine()

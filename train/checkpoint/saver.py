@@ -1,8 +1,9 @@
 """Saves that go on beside the training. The ranks agree where training is anyway; the writing needs no collective.
 
-begin()   every rank copies its pieces to the host: this is all that training waits for
-step()    after each optimizer step while a save is under way: do all ranks write, or has one failed?
-finish()  wait for it
+`begin`: the ranks agree on who writes what; a thread copies this rank's pieces to the host, and then writes them.
+`release`: before the next update of the weights; waits for the copies, which is all that training waits for.
+`step`: after each optimizer step while a save is under way: do all ranks write, or has one failed?
+`finish`: wait for it.
 """
 
 import logging
@@ -14,10 +15,9 @@ from threading import Thread
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import torch
-
 from ...parallel.pieces import Held
 from .agree import any_rank, from_all, from_first, rank_and_world, through_first
+from .copies import Copies
 from .manifest import checked_facts
 from .plan import Offer, Share, offers_of, shares_of
 from .writer import TEMPORARY, Job, Stopped, beside, describe, discard, write_share
@@ -59,7 +59,7 @@ class _Save:
 
 
 class Saver:
-    """Saves of one run, one at a time, to `folder`. All methods are collective but for `flags`, `failure` and `close`.
+    """Saves of one run, one at a time, to `folder`. All methods are collective but for those that say so.
 
     after: called by rank 0's writer with the new checkpoint's path, to tidy up; what it raises does not matter to the save.
     """
@@ -70,7 +70,7 @@ class Saver:
         self.after = after
         self._offers: list[Offer] | None = None
         self._share: Share | None = None
-        self._copies: dict[str, torch.Tensor] = {}
+        self._copies = Copies()
         self._save: _Save | None = None
 
     def begin(
@@ -81,7 +81,7 @@ class Saver:
         attach: Callable[[Path], None] | None = None,
         asynchronous: bool = True,
     ) -> Outcome | None:
-        """Start a save; `held` may change when this returns, unless `asynchronous` is false. No other may be under way.
+        """Start a save; `held` may change after `release`, unless `asynchronous` is false. No other may be under way.
 
         facts: plain JSON; rank 0's are kept. An Outcome if it could not start, for want of space. ValueError, on every rank, for
         pieces that do not make up their tensor or facts that are no JSON.
@@ -94,13 +94,20 @@ class Saver:
         if refused:
             return Outcome(step, final, refused, share.bytes, perf_counter() - begin, perf_counter() - begin)
         job = Job(final, temporary, step, facts, *rank_and_world(), share, self.limit_seconds, attach)
-        mine = {name: self._copy(name, held[name]) if asynchronous else held[name] for name in share.names}
-        if asynchronous and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        save = self._save = _Save(job, Thread(target=self._write, args=[job, mine], name="checkpoint", daemon=True), begin)
-        save.thread.start()
+        mine = {name: held[name] for name in share.names}
+        if asynchronous:
+            self._copies.open()
+        thread = Thread(target=self._write, args=[job, mine, asynchronous], name="checkpoint", daemon=True)
+        save = self._save = _Save(job, thread, begin)
+        thread.start()
         save.blocked = perf_counter() - begin
         return None
+
+    def release(self) -> None:
+        """Return when what is being saved may change; the optimizer calls it before its update. Not collective."""
+        seconds = self._copies.wait()
+        if self._save is not None:
+            self._save.blocked += seconds
 
     def path_of(self, step: int) -> Path:
         """Where a checkpoint of this step is, or would be."""
@@ -176,16 +183,9 @@ class Saver:
             return temporary, {}, describe(error)
         return temporary, facts, None
 
-    def _copy(self, name: str, held: Held) -> Held:
-        """On the host, in memory that is kept for the next save (pinned, for a GPU)."""
-        tensor, copy = held.tensor.detach(), self._copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return Held(held.piece, copy.copy_(tensor, non_blocking=True))
-
-    def _write(self, job: Job, held: dict[str, Held]) -> None:
+    def _write(self, job: Job, held: dict[str, Held], copy: bool) -> None:
         try:
-            write_share(job, held)
+            write_share(job, self._copies.take(held) if copy else held)
         except Stopped:
             return
         except BaseException as error:  # a thread has nobody to tell but the next `flags`
