@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..train.console_text import short
 from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser
+
+if TYPE_CHECKING:
+    from ..train.checkpoint.diff import Difference
 
 MOST_LINES = 40
 """Tensors that `diff` shows; --json has all."""
@@ -74,15 +77,18 @@ def _diff(arguments: argparse.Namespace) -> int:
     print(f"A {one}\nB {other}")
     print(f"{len(found)} tensors differ" if found else "no tensor differs")
     if found:
-        width = max(len(one.name) for one in found[:MOST_LINES])
-        print(f"  {'tensor':{width}}  {'largest':>10}  {'relative':>10}  what")
-    for difference in found[:MOST_LINES]:
-        experts = f"experts {_ranges(difference.experts)}" if difference.experts else ""
-        what = difference.what if difference.what != "values" else experts
-        print(f"  {difference.name:{width}}  {_number(difference.largest)}  {_number(difference.relative)}  {what}".rstrip())
-    if len(found) > MOST_LINES:
-        print(f"  and {len(found) - MOST_LINES} more; --json lists all")
+        print("\n".join(_differences(found)))
     return 1 if found else 0
+
+
+def _differences(found: list["Difference"]) -> list[str]:
+    shown = found[:MOST_LINES]
+    width = max(len(one.name) for one in shown)
+    lines = [f"  {'tensor':{width}}  {'largest':>10}  {'relative':>10}  what"]
+    for one in shown:
+        what = one.what if one.what != "values" else f"experts {_ranges(one.experts)}" if one.experts else ""
+        lines.append(f"  {one.name:{width}}  {_number(one.largest)}  {_number(one.relative)}  {what}".rstrip())
+    return lines + ([f"  and {len(found) - MOST_LINES} more; --json lists all"] if len(found) > MOST_LINES else [])
 
 
 def _all_in(path: str) -> list[Path]:

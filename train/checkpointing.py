@@ -1,5 +1,6 @@
 """Checkpoints of a run while it trains: when they are due, what is in them, and what a failed one means."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def begin(session: "Session", asynchronous: bool) -> Outcome | None:
 
 def facts_of(session: "Session") -> dict[str, Any]:
     """What a checkpoint says beside its tensors: plain JSON."""
-    identity = session.folder / "run_id"
+    identity, loss = session.folder / "run_id", session.validated.get(session.step)
     return {
         "config": shown_config(session.config),
         "step": session.step,
@@ -91,7 +92,7 @@ def facts_of(session: "Session") -> dict[str, Any]:
         "tokenizer_hash": session.data.facts.tokenizer_hash,
         "data_fingerprint": session.data.facts.train_fingerprint,
         "data_state": session.data.train.state(),
-        LOSS: session.validated.get(session.step),
+        LOSS: loss if loss is not None and math.isfinite(loss) else None,
         "run_id": identity.read_text().strip() if identity.exists() else None,
         "extra": session.extra,
         "torch": torch.__version__,

@@ -74,7 +74,7 @@ def restore_random(held: dict[str, Held]) -> None:
                 random.setstate((version, tuple(words), None))
             case "numpy":
                 words = state.numpy()
-                np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1])))
+                np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1]), 0, 0.0))
 
 
 def _python_state() -> torch.Tensor:

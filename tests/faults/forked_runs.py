@@ -42,7 +42,7 @@ def start(world: int, words: list[str], log: Path, **environment: str) -> list[F
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **shared, **environment}
     started = [context.Process(target=_rank, args=(rank, own, words, log)) for rank in range(world)]
@@ -92,7 +92,8 @@ def _rank(rank: int, environment: dict[str, str], words: list[str], log: Path) -
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Nobody listens there at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -141,10 +141,12 @@ class _Writing:
         found = {self.job.rank: mine}
         pause = 0.002
         while waiting := [rank for rank in ranks if rank not in found]:
-            for rank in waiting:
-                if (path := self._place(kind, rank)).exists():
-                    found[rank] = json.loads(path.read_bytes())
-            if any(rank not in found for rank in waiting):
+            there = {path.name for path in self.job.temporary.iterdir()}
+            arrived = [rank for rank in waiting if self._place(kind, rank).name in there]
+            found |= {rank: json.loads(self._place(kind, rank).read_bytes()) for rank in arrived}
+            if len(arrived) < len(waiting):
+                if any(name.startswith("failed_") for name in there):
+                    raise Stopped("another rank failed")
                 self._go_on()
                 self.job.stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -159,8 +161,6 @@ class _Writing:
             raise Stopped("stopped")
         if monotonic() > self.end:
             raise TimeoutError(f"the save took longer than checkpoint.timeout_seconds={self.job.limit_seconds:g}")
-        if self.job.world > 1 and next(self.job.temporary.glob("failed_*.note"), None):
-            raise Stopped("another rank failed")
 
 
 def beside(path: Path, tag: str) -> Path:
