@@ -29,7 +29,8 @@ def test_the_blocking_part(tmp_path: Path, record_property) -> None:
         torch.set_num_threads(threads)
     whole = statistics.median(outcome.seconds for outcome in synchronous)
     blocked = statistics.median(outcome.blocked_seconds for outcome in beside)
-    text = f"{beside[0].bytes / 1e6:.0f} MB: {whole:.3f} s synchronous, {blocked:.4f} s blocked ({blocked / whole:.1%}), medians of {TIMES}"
+    size, share = beside[0].bytes / 1e6, blocked / whole
+    text = f"{size:.0f} MB: {whole:.3f} s synchronous, {blocked:.4f} s blocked ({share:.1%}), medians of {TIMES}"
     print(text)
     record_property("measured", text)
     assert blocked <= 0.1 * whole
