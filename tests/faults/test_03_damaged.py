@@ -12,7 +12,7 @@ from tokenyard.parallel.pieces import Held, Piece
 from tokenyard.train.checkpoint.folder import checkpoints_in
 from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.train.checkpoint.store import newest_verified, save_checkpoint
-from tokenyard.train.resuming import find_resume
+from tokenyard.train.resuming import as_checkpoint, find_resume
 from tokenyard.train.run import run
 
 CASES = 100
@@ -102,6 +102,7 @@ def test_all_ranks_go_on_from_the_same_one_and_a_path_is_refused(ranks, tmp_path
     shard = newest / "shard_00000.safetensors"
     flip_bit(shard, random.Random(1), [])
     assert ranks(2, find, tmp_path / "run", "auto") == [str(newest.with_name("step_00000004"))] * 2
+    assert as_checkpoint(tmp_path / "run") == newest.with_name("step_00000004")  # as generate and evaluate do
     [refused] = events_of(tmp_path / "run", "checkpoint_refused")
     assert refused["file"] == str(shard) and "its hash" in refused["reason"]
     for text in ranks(2, find, tmp_path / "other", str(newest)):
