@@ -6,10 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check golden format clean
+.PHONY: help train test check golden golden-checkpoint format clean
 
 help: ## Show this help
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
 train: $(INSTALLED) ## Train the default model, about 5 minutes; make train ARGS="steps=20 model.moe.top_k=1"
 	$(BIN)/tokenyard train $(ARGS)
@@ -25,6 +25,9 @@ check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 
 golden: $(INSTALLED) ## Write tests/golden/*.txt anew, after a change that is meant to change the numbers
 	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/test_golden.py
+
+golden-checkpoint: $(INSTALLED) ## Write tests/golden/checkpoint anew, after a change of the format that is meant
+	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/faults/test_09_golden.py
 
 format: $(INSTALLED) ## Format the code and mend what the linter can mend
 	$(BIN)/ruff format .

@@ -8,7 +8,8 @@ from typing import Any
 from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
 from ..parallel.pieces import Held, whole
-from ..train.checkpoint.store import newest_checkpoint, save_checkpoint
+from ..train.checkpoint.folder import newest_checkpoint
+from ..train.checkpoint.store import save_checkpoint
 from .plain import plain_model
 from .read import Source, open_source, read_weights
 from .tokenizer import adopt
@@ -56,9 +57,10 @@ def import_folder(path: Path, out: Path, wish: Upcycle | None = None) -> Importe
     held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in weights.items()}
     facts = _facts(source, model, wish)
     facts["config"]["tokenizer"] = {"path": str(out.resolve() / "step_00000000" / "tokenizer" / MODEL_FILE)}  # see `carry`
-    checkpoint = save_checkpoint(out, 0, held, facts)
+    notes: list[str] = []
+    checkpoint = save_checkpoint(out, 0, held, facts, attach=lambda folder: notes.extend(carry(path, folder)))
     parameters = sum(tensor.numel() for tensor in weights.values())
-    return Imported(checkpoint, source.family.architecture, parameters, carry(path, checkpoint))
+    return Imported(checkpoint, source.family.architecture, parameters, notes)
 
 
 def carry(path: Path, checkpoint: Path) -> list[str]:

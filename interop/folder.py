@@ -1,6 +1,7 @@
 """A folder as published on Hugging Face: config.json and safetensors files. Nothing in it is run or unpickled."""
 
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+log = logging.getLogger("tokenyard")
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' code; what weights may be in."""
@@ -76,6 +79,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder under another name, which is `path` once all went well and is removed if not. ValueError if `path` is in use."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: must be a new or an empty folder")
+    for old in path.parent.glob(f"{path.name}.tmp-*"):
+        log.warning("removed %s, which an interrupted export had left", old)
+        shutil.rmtree(old, ignore_errors=True)
     unfinished = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:

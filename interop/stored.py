@@ -6,27 +6,11 @@ import torch
 from torch import Tensor
 
 from ..parallel.pieces import Piece
-from ..train.checkpoint.manifest import MANIFEST, Manifest
-from ..train.checkpoint.shards import DTYPES, hash_file, open_shard, read_rectangle
-from ..train.checkpoint.store import newest_checkpoint
+from ..train.checkpoint.manifest import Manifest
+from ..train.checkpoint.shards import DTYPES, open_shard, read_rectangle
 
 PREFIX = "model."
 """Of the names of weights; the others are the optimizer's and the generators'."""
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself, or the newest checkpoint in it. ValueError if there is none."""
-    inside = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if inside is None and not (path / MANIFEST).is_file():
-        raise ValueError(f"{path}: is neither a checkpoint nor a run folder with one")
-    return inside or path
-
-
-def verify(checkpoint: Path, manifest: Manifest) -> None:
-    """ValueError for the first file that does not hold what the manifest says."""
-    for name, record in manifest.files.items():
-        if not (checkpoint / name).is_file() or hash_file(checkpoint / name) != record.hash:
-            raise ValueError(f"checkpoint file {checkpoint / name} is missing or damaged")
 
 
 def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:

@@ -13,6 +13,9 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..train.checkpoint.manifest import Manifest, read_manifest
+from ..train.checkpoint.store import checkpoint_at
+from ..train.checkpoint.verify import check_files
+from ..train.failpoints import failpoint
 from .convert import CARRIED
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
@@ -20,7 +23,7 @@ from .folder import CONFIG, new_folder
 from .plain import model_from_plain
 from .plan import copies, write_plan
 from .shards import SHARD_BYTES, Output, write_shards
-from .stored import find_checkpoint, read_weight, verify, weights_on_meta
+from .stored import read_weight, weights_on_meta
 from .tokenizer import write_tokenizer
 from .translate import choose_family, write_config
 
@@ -48,7 +51,7 @@ def export_checkpoint(
     dtype: bf16 or fp32; None leaves each tensor as it is stored. architecture: one of FAMILIES; None takes the one that the model
     was imported from, or the first that can express it. ValueError, one line, naming a setting or a tensor that has no place.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = checkpoint_at(path)
     manifest = read_manifest(checkpoint)
     model, ours = _model(checkpoint, manifest), weights_on_meta(manifest)
     family = _family(model, manifest.facts, architecture)
@@ -57,8 +60,9 @@ def export_checkpoint(
     outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
     with new_folder(folder) as unfinished:
-        verify(checkpoint, manifest)
+        check_files(checkpoint, manifest)
         files = write_shards(unfinished, outputs, lambda name: read_weight(checkpoint, manifest, name), shard_bytes)
+        failpoint("export.half", manifest.step)
         notes = _write_tokenizer(checkpoint, unfinished, config)
         _write_json(unfinished / CONFIG, config)
     return Exported(folder, family.architecture, files, notes)

@@ -120,9 +120,16 @@ def export(argv: list[str]) -> int:
     return export_command(arguments)
 
 
+def checkpoint(argv: list[str]) -> int:
+    from .checkpoint import checkpoint as checkpoint_verb
+
+    return checkpoint_verb(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "parity": parity,
+    "checkpoint": checkpoint,
     "generate": generate,
     "evaluate": evaluate,
     "import": import_,
@@ -139,6 +146,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard parity [group=option ...] [key=value ...]    one model on many layouts: the same numbers, or where they differ
   tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
   tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
+  tokenyard checkpoint inspect|verify|diff PATH [PATH]   what a checkpoint holds, whether it is whole, how two differ
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 # Where modules are that tests import, as sameness.py, their_weights.py, cluster_schema.py; ranks inherit the path.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch")]
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch", "faults")]
 
 
 @pytest.fixture(scope="session")

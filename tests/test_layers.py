@@ -16,7 +16,7 @@ ALLOWED = {
     "parity": {"train", "parallel", "data", "moe"},
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
-    "interop": {"moe", "train.checkpoint", "parallel.pieces", "data.tokenizer"},
+    "interop": {"moe", "train.checkpoint", "train.failpoints", "parallel.pieces", "data.tokenizer"},
     "bench": {"moe", "parallel", "data"},
     "data": set(),
     "moe": set(),
@@ -108,6 +108,7 @@ def test_a_right_arrow_is_not(file: str, code: str) -> None:
         "import torch as t\nt.save",
         "np.load(f, allow_pickle=True)",
         "f(trust_remote_code=True)",
+        "load(path, weights_only=False)",
         "f(trust_remote_code=chosen)",
         "from hydra.utils import instantiate",
         "import hydra\nhydra.utils.instantiate(c)",
@@ -150,7 +151,12 @@ def forbidden(file: Path, code: str) -> list[str]:
             found.add(f"{names.get(head, head)}.{rest}")
         if isinstance(node, ast.Call):
             found |= {keyword.arg for keyword in node.keywords if keyword.arg and ast.unparse(keyword.value) != "False"}
-    return [f"{file} uses {name}" for name in sorted(found & (FORBIDDEN | FORBIDDEN_ARGUMENTS))]
+            found |= {"weights_only=False" for keyword in node.keywords if keyword.arg == "weights_only" and not _is_true(keyword)}
+    return [f"{file} uses {name}" for name in sorted(found & (FORBIDDEN | FORBIDDEN_ARGUMENTS | {"weights_only=False"}))]
+
+
+def _is_true(keyword: ast.keyword) -> bool:
+    return ast.unparse(keyword.value) == "True"
 
 
 def imports(file: Path, code: str) -> Iterator[Import]:

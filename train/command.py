@@ -7,6 +7,7 @@ import time
 from .arguments import parse_arguments
 from .compose import compose_arguments
 from .config import Config, ConfigError
+from .redact import redact
 from .validate import validate
 
 BAD_CONFIGURATION = 2
@@ -32,6 +33,8 @@ def train_command(argv: list[str]) -> int:
 
 def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
+    # Checkpoints, logs and what trackers write are for this user alone.
+    os.umask(0o077)
     # The import of torch: about two seconds that an error above does not cost.
     from .run import run
 
@@ -49,7 +52,7 @@ def world_size() -> int:
 def refuse(error: ConfigError) -> int:
     """Reports a wrong configuration, once for all ranks. Returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"tokenyard: {error}", file=sys.stderr)
+        print(f"tokenyard: {redact(str(error))}", file=sys.stderr)
     else:
         time.sleep(2)  # launchers end all ranks with the first: let it be the one that speaks
     return BAD_CONFIGURATION

@@ -37,6 +37,9 @@ class Shape(Enum):
     constant = "constant"
 
 
+OnFailure = Enum("OnFailure", {"continue": "continue", "stop": "stop"})
+
+
 class Engine(Enum):
     torch = "torch"
     deepspeed = "deepspeed"
@@ -99,9 +102,19 @@ class CheckpointConfig:
     every: int = 250
     """Steps between checkpoints; 0 saves only at the end."""
     resume: str = "auto"
-    """auto: the newest checkpoint of the run folder if there is one; never; or the path of a checkpoint."""
+    """auto: the newest checkpoint of the run folder that is whole, if there is one; never; or the path of a checkpoint."""
+    asynchronous: bool = True
+    """Write beside the training, from a copy in host memory; false waits until the checkpoint is durable."""
+    on_failure: OnFailure = OnFailure["continue"]
+    """When a checkpoint cannot be written. continue: say so, and wait for the next one; stop: end the run with exit code 74."""
+    timeout_seconds: float = 1800.0
+    """Seconds after which a save counts as failed."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept. One that was found whole always is."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for that."""
+    keep_best: int = 0
+    """Checkpoints with the lowest validation loss that are kept, of those written right after an evaluation."""
 
 
 @dataclass

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TextIO
 
+from .redact import redact
+
 
 class Span(NamedTuple):
     """Text with a rich style; the style is left out where there is no terminal."""
@@ -35,7 +37,7 @@ class Printer:
 
     def line(self, line: Line) -> None:
         """One line, never wrapped or cropped by us."""
-        line = [Span(self._writable(text), style) for text, style in line]
+        line = [Span(self._writable(redact(text)), style) for text, style in line]
         if self._rich is None:
             self._stream.write(plain(line) + "\n")
             self._stream.flush()

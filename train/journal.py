@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from .redact import redact_plain
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -32,7 +34,7 @@ class Journal:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Tensors and arrays become lists."""
-        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n"
+        line = json.dumps(redact_plain(_plain(record)), allow_nan=False, ensure_ascii=False) + "\n"
         with self._lock:
             self._file.write(line)
 

@@ -10,9 +10,11 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.model import Transformer
 from ..moe.router import Router
 from .checkpoint.store import read_facts, read_whole
+from .checkpointing import build_saver
 from .config import Config, ConfigError, EngineConfig, Precision
 from .plain import config_from_plain
-from .session import DTYPES, Session, as_checkpoint, first_rank_first
+from .resuming import as_checkpoint
+from .session import DTYPES, Session, first_rank_first
 
 
 class Opened(NamedTuple):
@@ -82,4 +84,5 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     weights = read_whole(checkpoint)
     add_expert_biases(parallel.model, weights)
     parallel.model.load_state_dict(weights, strict=True)
-    return Session(config, checkpoint.parent, parallel.device, data, parallel, build_engine(config, parallel))
+    saver = build_saver(config.checkpoint, checkpoint.parent)
+    return Session(config, checkpoint.parent, parallel.device, data, parallel, build_engine(config, parallel), saver)

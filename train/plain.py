@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
+from .redact import redact_plain
 from .schema import is_mapping, written
 
 
@@ -20,11 +21,17 @@ def plain_config(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def shown_config(config: Config) -> dict[str, Any]:
+    """The same without secrets: for files, trackers and people."""
+    return redact_plain(plain_config(config))
+
+
 def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
     """The Config of what `plain_config` gave, changed by `key=value` overrides. ConfigError for what the schema does not know."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    refuse_code(plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain, OmegaConf.from_dotlist(overrides or []))
         config = OmegaConf.to_object(merged)
@@ -34,24 +41,39 @@ def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None)
     return config
 
 
+def refuse_code(plain: Any) -> None:
+    """ConfigError for what would call or look up something: a `_target_`, or a text that OmegaConf would replace."""
+    if isinstance(plain, dict):
+        if "_target_" in plain:
+            raise ConfigError("_target_: a configuration that is read may not hold one; it is of no use here")
+        for value in plain.values():
+            refuse_code(value)
+    elif isinstance(plain, list):
+        for value in plain:
+            refuse_code(value)
+    elif isinstance(plain, str) and "${" in plain:
+        raise ConfigError(f"{plain[:40]}: a configuration that is read may not hold ${{...}}; it is of no use here")
+
+
 def write_config(config: Config, path: Path) -> None:
     """As YAML."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
 
 
 def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
     """The `key=value` overrides that make `config` out of `before`, without those of `leave_out`."""
-    old, new = (dict(_leaves(plain_config(each), "")) for each in (before, config))
+    old, new = (dict(leaves(shown_config(each))) for each in (before, config))
     changed = {key: value for key, value in new.items() if value != old[key] and key not in leave_out}
     return [f"{key}={_written(value)}" for key, value in changed.items()]
 
 
-def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting of a plain configuration by its dotted key."""
     for key, value in node.items():
         if isinstance(value, dict) and not is_mapping(f"{prefix}{key}"):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

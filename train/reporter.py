@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from ..moe.count import count
+from .checkpoint.saver import Outcome
 from .compose import compose
 from .config import Config
 from .console import Eta, step_spans
@@ -22,7 +23,8 @@ from .evaluate import Evaluation
 from .journal import Journal
 from .metrics import Meter, StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak, peak_flops
-from .plain import changed_settings, plain_config, write_config
+from .plain import changed_settings, shown_config, write_config
+from .redact import RedactingFormatter
 from .session import DTYPES, Session
 from .step import StepNumbers
 from .trackers import build_trackers, run_identity
@@ -60,8 +62,8 @@ class Reporter(ABC):
         """A step to log."""
 
     @abstractmethod
-    def saved(self, path: Path) -> None:
-        """A checkpoint is durable."""
+    def saved(self, outcome: Outcome) -> None:
+        """A checkpoint is durable, or its save has failed."""
 
     @abstractmethod
     def finished(self, evaluation: Evaluation) -> None:
@@ -85,7 +87,7 @@ class OtherRank(Reporter):
     def logged(self, session: Session, logged: Logged) -> None:
         pass
 
-    def saved(self, path: Path) -> None:
+    def saved(self, outcome: Outcome) -> None:
         pass
 
     def finished(self, evaluation: Evaluation) -> None:
@@ -109,7 +111,7 @@ class FirstRank(Reporter):
             config.tracker, folder, run_identity(folder, resumed), config.run.name, self.printer.say, self.events
         )
         write_config(config, folder / "config.yaml")
-        self.trackers.start({"config": plain_config(config), "layout": session.parallel.mesh.sizes})
+        self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes})
         self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes)
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
@@ -134,8 +136,11 @@ class FirstRank(Reporter):
             loss, tokens, _ = logged.evaluation
             self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
 
-    def saved(self, path: Path) -> None:
-        self.events.event("checkpoint", step=self.session.step, path=str(path))
+    def saved(self, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            self.printer.say(f"step {outcome.step}: checkpoint {outcome.path} was NOT written: {outcome.error}")
+        kind = "checkpoint" if outcome.error is None else "checkpoint_failed"
+        self.events.event(kind, **outcome.facts(), told_step=self.session.step)
 
     def finished(self, evaluation: Evaluation) -> None:
         session = self.session
@@ -244,6 +249,6 @@ def set_up_logging(first: bool) -> None:
     log.setLevel(logging.INFO if first else logging.ERROR)
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(RedactingFormatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False

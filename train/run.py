@@ -11,12 +11,14 @@ import torch
 from ..data.stream.stop import DataStop
 from ..moe.tokens import Place
 from ..parallel.processes import is_first, join, leave, pick_device
+from .checkpointing import CANNOT_SAVE, SaveFailed, conclude, tend
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
 from .feed import as_rows, say_stop
+from .redact import redact
 from .reporter import Logged, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
-from .session import Session, open_session, save
+from .session import Session, open_session
 from .step import Rows, StepNumbers
 
 
@@ -32,14 +34,17 @@ def run(config: Config) -> int:
             session = open_session(config, device)
         except ValueError as error:
             return refuse(error)
-        with closing(session.data.train), build_reporter(session) as reporter:
+        with closing(session), build_reporter(session) as reporter:
             try:
                 evaluation = train(session, reporter)
             except DataStop as stop:
                 evaluation, code = None, say_stop(stop, session.step)
-                reporter.saved(save(session))
+                for outcome in conclude(session):
+                    reporter.saved(outcome)
             reporter.finished(evaluation or evaluate_session(session))
         return code
+    except SaveFailed as error:
+        return refuse(error, CANNOT_SAVE)
     finally:
         leave()
 
@@ -59,8 +64,11 @@ def train(session: Session, reporter: Reporter) -> Evaluation | None:
             evaluation = evaluate_session(session) if validate else None
             if since is not None:
                 reporter.logged(session, Logged(numbers, lr, *since, evaluation))
-            if due(session, config.checkpoint.every):
-                reporter.saved(save(session))
+            session.validated = {session.step: evaluation.loss} if evaluation else {}
+            for outcome in tend(session, due(session, config.checkpoint.every)):
+                reporter.saved(outcome)
+    for outcome in conclude(session) if evaluation is not None else []:
+        reporter.saved(outcome)
     return evaluation
 
 
@@ -94,11 +102,11 @@ def due(session: Session, every: int) -> bool:
     return session.step == session.config.steps or (every > 0 and session.step % every == 0)
 
 
-def refuse(error: ValueError) -> int:
+def refuse(error: Exception, code: int = 2) -> int:
     """What could not be refused before the ranks had met; all ranks come to the same error. Returns the exit code."""
     if is_first():
-        print(f"tokenyard: {error}", file=sys.stderr)
-    return 2
+        print(f"tokenyard: {redact(str(error))}", file=sys.stderr)
+    return code
 
 
 class Stopwatch:

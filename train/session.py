@@ -1,13 +1,10 @@
 """A run with everything it needs, from its configuration to the step before the first."""
 
-import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..data.prepare import Prepared, prepare
 from ..data.stream.rows import World
@@ -15,15 +12,16 @@ from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
 from ..parallel.processes import is_first, wait_for_all
-from .checkpoint.store import load_checkpoint, newest_checkpoint, prune, read_facts, remove_leftovers, save_checkpoint
+from .checkpoint.agree import from_first
+from .checkpoint.folder import remove_leftovers
+from .checkpoint.saver import Saver
+from .checkpointing import build_saver
 from .config import Config, ConfigError, Precision
 from .engine import Engine, build_engine
 from .feed import Waiting, data_world
 from .folder import new_run_folder
-from .plain import config_from_plain, plain_config
-from .state import random_state, restore_random
-
-log = logging.getLogger("tokenyard")
+from .lock import RunLock, lock_run
+from .resuming import find_resume, note, resume
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 
@@ -38,6 +36,7 @@ class Session:
     data: Prepared
     parallel: Parallel
     engine: Engine
+    saver: Saver
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
@@ -45,7 +44,15 @@ class Session:
     start: str = "new run"
     """Where it started from, in words."""
     checkpoint: Path | None = None
-    """The last one written or read."""
+    """The last one that is durable, or that was read."""
+    careful: bool = False
+    """The last save failed: the next one is waited for."""
+    validated: dict[int, float] = field(default_factory=dict)
+    """The last validation: its step and loss."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Plain JSON that belongs to the run and is kept in its checkpoints: the training loop's own state."""
+    lock: RunLock | None = None
+    """Of the run folder, which no other job may use; rank 0 has it."""
     waiting: Waiting = field(default_factory=Waiting)
     """For data."""
 
@@ -54,19 +61,28 @@ class Session:
         """Sequences of this rank in one micro-step."""
         return self.config.batch.micro or self.config.batch.sequences // self.parallel.mesh.data.size
 
+    def close(self) -> None:
+        """End what goes on beside the training; not collective."""
+        self.saver.close()
+        self.data.train.close()
+        if self.lock is not None:
+            self.lock.release()
+
 
 def open_session(config: Config, device: torch.device) -> Session:
     """Data, model and engine on this rank, and the newest checkpoint's state if the run resumes. Collective.
 
     ValueError, one line, for what cannot run.
     """
-    folder = agree_on_folder(config)
+    folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
     data = first_rank_first(config, data_world(device))
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel = build_parallel(config, device)
-    session = Session(config, folder, device, data, parallel, build_engine(config, parallel))
+    saver = build_saver(config.checkpoint, folder)
+    session = Session(config, folder, device, data, parallel, build_engine(config, parallel), saver, lock=lock)
+    session.engine.optimizer.register_step_pre_hook(lambda *_: saver.release())
     if found is not None:
         resume(session, found)
     return session
@@ -93,115 +109,21 @@ def first_rank_first(config: Config, world: World | None = None) -> Prepared:
     return data or ready()
 
 
-def agree_on_folder(config: Config) -> Path:
-    """The run folder, decided by rank 0, which alone makes it."""
-    choice: list[Any] = [config.run.dir]
-    if is_first():
+def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
+    """The run folder, decided by rank 0, which alone makes it, locks it and removes what an interrupted save has left there."""
+    locks: list[RunLock] = []
+
+    def make() -> str:
         folder = Path(config.run.dir or new_run_folder())
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder / "checkpoints")
-        choice = [str(folder)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(choice)
-    config.run.dir = choice[0]
-    return Path(choice[0])
+        locks.append(lock_run(folder))
+        return str(folder)
 
-
-def find_resume(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from, if any."""
-    wish = config.checkpoint.resume
-    newest = newest_checkpoint(folder / "checkpoints")
-    if wish == "auto":
-        return newest
-    if wish == "never":
-        if newest is not None:
-            raise ConfigError.of(
-                "checkpoint.resume", "never", f"would overwrite {newest}", "checkpoint.resume=auto or a new run.dir"
-            )
-        return None
-    return as_checkpoint(Path(wish))
-
-
-def as_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`."""
-    inside = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if inside is None and not (path / "manifest.json").is_file():
-        raise ConfigError(f"{path}: is neither a checkpoint nor a run folder with one")
-    return inside or path
-
-
-def save(session: Session) -> Path:
-    """Write a checkpoint of the whole run. Collective."""
-    state = session.engine.held() | random_state()
-    path = save_checkpoint(session.folder / "checkpoints", session.step, state, facts_of(session))
-    if session.parallel.mesh.rank == 0:
-        session.data.tokenizer.save(path / "tokenizer")
-        prune(session.folder / "checkpoints", session.config.checkpoint.keep)
-    session.checkpoint = path
-    return path
-
-
-def resume(session: Session, path: Path) -> None:
-    """Continue from a checkpoint, of whatever layout; on the same layout bit for bit. Collective."""
-    facts = read_facts(path)
-    refuse_another_run(session, facts, path)
-    same_ranks = facts["ranks"] == session.parallel.mesh.world
-    held, random = session.engine.wanted(), random_state() if same_ranks else {}
-    load_checkpoint(path, held | random, strict=same_ranks)
-    restore_random(random)
-    session.engine.take(held, facts["step"])
-    session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
-    restore_data(session, facts)
-    session.start = f"resumed after step {session.step} from {path}"
-
-
-def restore_data(session: Session, facts: dict[str, Any]) -> None:
-    """Where the data was left. With other data, allowed, each source goes on where it was, if it was there."""
-    state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
-    session.data.train.restore({**state, "step": session.step})
-
-
-def facts_of(session: Session) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors: plain JSON."""
-    return {
-        "config": plain_config(session.config),
-        "step": session.step,
-        "tokens": session.tokens,
-        "ranks": session.parallel.mesh.world,
-        "layout": session.parallel.mesh.sizes,
-        "tokenizer_hash": session.data.facts.tokenizer_hash,
-        "data_fingerprint": session.data.facts.train_fingerprint,
-        "data_state": session.data.train.state(),
-        "torch": torch.__version__,
-        "host_cores": os.cpu_count(),
-    }
-
-
-def refuse_another_run(session: Session, facts: dict[str, Any], path: Path) -> None:
-    """Another model, tokenizer, corpus or order of the data would not be the same run."""
-    saved, config = config_from_plain(facts["config"]), session.config
-    same = {
-        "model": (saved.model, config.model),
-        "sequence_length": (saved.sequence_length, config.sequence_length),
-        "batch.sequences": (saved.batch.sequences, config.batch.sequences),
-        "seed": (saved.seed, config.seed),
-        "tokenizer": (facts["tokenizer_hash"], session.data.facts.tokenizer_hash),
-        "data": (facts["data_fingerprint"], session.data.facts.train_fingerprint),
-    }
-    if config.data.allow_change:
-        del same["data"]
-    for key, (before, now) in same.items():
-        if before != now:
-            key, before, now = first_difference(key, before, now)
-            raise ConfigError(
-                f"{key}={now}: the checkpoint {path} was made with {before}; nearest valid: {key}={before} or a new run.dir"
-            )
-
-
-def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """Down to the setting that differs."""
-    if hasattr(before, "__dataclass_fields__"):
-        for name in before.__dataclass_fields__:
-            if getattr(before, name) != getattr(now, name):
-                return first_difference(f"{key}.{name}", getattr(before, name), getattr(now, name))
-    return key, getattr(before, "value", before), getattr(now, "value", now)
+    config.run.dir = from_first(make)
+    folder = Path(config.run.dir)
+    if locks and locks[0].previous:
+        text = f"{folder} was in use by {locks[0].previous}, which has ended: this job takes it over"
+        note(folder, "lock_taken_over", text, owner=locks[0].previous)
+    for path in remove_leftovers(folder / "checkpoints") if locks else []:
+        note(folder, "leftover_removed", f"removed {path}, which an interrupted save had left", path=str(path))
+    return folder, locks[0] if locks else None

@@ -1,7 +1,9 @@
 """Everything a resumed run needs, as named pieces of tensors and plain facts."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -51,9 +53,9 @@ def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch
 
 
 def random_state() -> dict[str, Held]:
-    """The states of torch's generators, under names that hold for this rank alone."""
+    """The states of all generators of this process (Python's, numpy's, torch's), under names that hold for this rank alone."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    states = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state(), "python": _python_state(), "numpy": _numpy_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"random.{kind}.rank_{rank}": Held(whole(state.shape), state) for kind, state in states.items()}
@@ -62,7 +64,26 @@ def random_state() -> dict[str, Held]:
 def restore_random(held: dict[str, Held]) -> None:
     """Set the generators to the states in `held`."""
     for name, (_, state) in held.items():
-        if name.startswith("random.cpu."):
-            torch.set_rng_state(state)
-        elif name.startswith("random.cuda."):
-            torch.cuda.set_rng_state(state)
+        match name.split(".")[1]:
+            case "cpu":
+                torch.set_rng_state(state)
+            case "cuda":
+                torch.cuda.set_rng_state(state)
+            case "python":
+                version, *words = state.long().tolist()
+                random.setstate((version, tuple(words), None))
+            case "numpy":
+                words = state.numpy()
+                np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1]), 0, 0.0))
+
+
+def _python_state() -> torch.Tensor:
+    """Version, words and position of `random`; a normal number that it may have in store is not kept."""
+    version, words, _ = random.getstate()
+    return torch.tensor([version, *words])
+
+
+def _numpy_state() -> torch.Tensor:
+    """Words and position of numpy's global generator; as above."""
+    state = np.random.get_state()
+    return torch.tensor([*state[1].tolist(), state[2]])  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue, reportArgumentType]

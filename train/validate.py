@@ -11,8 +11,9 @@ from ..parallel.layout import fewest_ranks
 from .broken import Broken
 from .config import Config, ConfigError
 from .launch_config import Launcher
+from .resume_check import check_resume
 from .rules import broken_rules
-from .schema import nearest_text, written
+from .schema import written
 
 
 def validate(config: Config, world: int) -> None:
@@ -36,12 +37,7 @@ def check_files(config: Config) -> None:
     folder = config.run.dir
     if folder is not None and Path(folder).is_file():
         raise ConfigError.of("run.dir", folder, "must be a folder or not exist yet", "run.dir=null")
-    resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        nearest = nearest_text(resume, ["auto", "never", *_beside(Path(resume))])
-        raise ConfigError.of(
-            "checkpoint.resume", resume, "must be auto, never or the path of a checkpoint", f"checkpoint.resume={nearest}"
-        )
+    check_resume(config)
 
 
 def nearest_valid(config: Config, world: int, broken: Broken) -> str:
@@ -96,8 +92,3 @@ def _distance(value: object, candidate: object) -> float:
     if isinstance(value, int | float) and isinstance(candidate, int | float) and math.isfinite(value):
         return abs(value - candidate)
     return 0.0
-
-
-def _beside(path: Path) -> list[str]:
-    """The folders where `path` should be one."""
-    return [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

@@ -3,12 +3,14 @@
 import configparser
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from .config import TrackerConfig
+from .redact import redact, redact_plain
 from .trackers import AbstractTracker
 
 
@@ -25,15 +27,17 @@ class WandbTracker(AbstractTracker):
         self._run: Any = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        arguments = init_arguments(self._config, self._run_dir, self._run_id, self._run_name)
+        arguments = redact_plain(init_arguments(self._config, self._run_dir, self._run_id, self._run_name))
         if arguments["mode"] == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read at import; offline means that nothing leaves the machine
         os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what login prints
         import wandb
 
+        # The metadata has the command line in it.
+        secret = redact(" ".join(sys.argv)) != " ".join(sys.argv)
         # console=off: capturing stdout would put wandb between training and its terminal. The time limits stay below those of
         # Trackers.finish, so that a server out of reach is named as the cause and does not hold up the end of the process.
-        settings = wandb.Settings(silent=True, console="off", init_timeout=45.0, finish_timeout=45.0)
+        settings = wandb.Settings(silent=True, console="off", x_disable_meta=secret, init_timeout=45.0, finish_timeout=45.0)
         self._run = wandb.init(**arguments, config=dict(facts), settings=settings)
         self._run.define_metric("global_step", hidden=True)
         self._run.define_metric("*", step_metric="global_step")

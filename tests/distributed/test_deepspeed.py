@@ -21,12 +21,13 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.pieces import Piece, whole
 from tokenyard.train.checkpoint.store import read_whole
+from tokenyard.train.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.config import BatchConfig, Config, EngineConfig, OptimizerConfig
 from tokenyard.train.config import Engine as EngineKind
 from tokenyard.train.engine import build_engine
 from tokenyard.train.run import next_step
-from tokenyard.train.session import open_session, save
+from tokenyard.train.session import open_session
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 

@@ -18,6 +18,7 @@ from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import split_settings
 from tokenyard.train.arguments import parse_arguments
+from tokenyard.train.checkpoint.store import save_checkpoint
 from tokenyard.train.compose import CONF, compose
 from tokenyard.train.launch_config import Launcher
 from tokenyard.train.overrides import Groups, find_groups, parse_override
@@ -27,7 +28,13 @@ from tokenyard.train.schema import settings
 from tokenyard.train.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|tests|train"
 MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "events.jsonl", "manifest.json"}
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
@@ -116,6 +123,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             assert planned(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
+        case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
+            pass
         case ["tokenyard", *arguments]:
             monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
             monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)
@@ -189,6 +198,8 @@ def folder_of_a_reader(folder: Path) -> None:
         (folder / "texts" / name).write_text("text")
     for run in ("first", "one", "four"):
         (folder / "runs" / run).mkdir(parents=True)
+    for step in (400, 600):
+        save_checkpoint(folder / "runs" / "first" / "checkpoints", step, {}, {"config": plain_config(compose([]))})
 
 
 def make(target: str, arguments: list[str]) -> None:

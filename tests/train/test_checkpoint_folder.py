@@ -7,15 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from tokenyard.parallel.pieces import Held, whole
-from tokenyard.train.checkpoint import storage
-from tokenyard.train.checkpoint.store import (
-    load_checkpoint,
-    newest_checkpoint,
-    prune,
-    read_facts,
-    remove_leftovers,
-    save_checkpoint,
-)
+from tokenyard.train.checkpoint import writer
+from tokenyard.train.checkpoint.folder import newest_checkpoint, remove_leftovers
+from tokenyard.train.checkpoint.retention import Retention
+from tokenyard.train.checkpoint.store import load_checkpoint, read_facts, save_checkpoint
 
 
 def save(folder, step, value=0.0):
@@ -47,11 +42,11 @@ def test_newest_is_by_step_and_complete(tmp_path):
 def test_prune_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    assert prune(tmp_path, 2) == [tmp_path / "step_00000001", tmp_path / "step_00000002"]
-    assert prune(tmp_path, 5) == []
+    assert Retention(2).prune(tmp_path) == [tmp_path / "step_00000001", tmp_path / "step_00000002"]
+    assert Retention(5).prune(tmp_path) == []
     assert names(tmp_path) == ["step_00000003", "step_00000004"]
-    assert prune(tmp_path, 0) == [tmp_path / "step_00000003"]
-    assert prune(tmp_path, -1) == []
+    assert Retention(0).prune(tmp_path) == [tmp_path / "step_00000003"]
+    assert Retention(-1).prune(tmp_path) == []
     assert newest_checkpoint(tmp_path) == tmp_path / "step_00000004"
 
 
@@ -66,7 +61,7 @@ class Crash(BaseException):
     """As good as the end of the process: nothing between here and the test handles it."""
 
 
-@pytest.mark.parametrize("phase", ["write_shard", "write_manifest", "sync_folder", "_give_name"])
+@pytest.mark.parametrize("phase", ["write_shard", "write_manifest", "sync_folder", "give_name"])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_no_failure_shows_or_loses_a_final_name(tmp_path, monkeypatch, phase, earlier):
     final = save(tmp_path, 5, 1.0) if earlier else tmp_path / "step_00000005"
@@ -76,7 +71,7 @@ def test_no_failure_shows_or_loses_a_final_name(tmp_path, monkeypatch, phase, ea
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, phase, fail)
+        patch.setattr(writer, phase, fail)
         with pytest.raises(RuntimeError, match="step_00000005 was not saved: rank 0: OSError: disk full"):
             save(tmp_path, 5, 2.0)
     assert names(tmp_path) == (["step_00000005"] if earlier else [])
@@ -89,7 +84,7 @@ def test_a_failed_replacement_gives_the_name_back(tmp_path, monkeypatch):
     rename = Path.rename
 
     def fail(path, target):
-        if ".tmp-" in path.name and storage.REPLACED not in path.name:
+        if ".tmp-" in path.name and writer.REPLACED not in path.name:
             raise OSError("stale handle")
         return rename(path, target)
 
@@ -104,15 +99,15 @@ def test_a_failed_replacement_gives_the_name_back(tmp_path, monkeypatch):
 def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
     save(tmp_path, 4, 4.0)
     # The process ended between the two renames of a replacement.
-    save(tmp_path, 5, 5.0).rename(tmp_path / f"step_00000005{storage.REPLACED}aa")
+    save(tmp_path, 5, 5.0).rename(tmp_path / f"step_00000005{writer.REPLACED}aa")
     save(tmp_path, 6, 6.0).rename(tmp_path / "step_00000005.tmp-bb")
     (tmp_path / "step_00000007.tmp-cc").mkdir()
     # After both renames, while the old one was being removed.
-    (tmp_path / f"step_00000004{storage.REPLACED}dd").mkdir()
+    (tmp_path / f"step_00000004{writer.REPLACED}dd").mkdir()
     (tmp_path / "notes.tmp-1").write_text("not ours")
     assert newest_checkpoint(tmp_path) == tmp_path / "step_00000004"
     removed = {path.name for path in remove_leftovers(tmp_path)}
-    assert removed == {"step_00000005.tmp-bb", "step_00000007.tmp-cc", f"step_00000004{storage.REPLACED}dd"}
+    assert removed == {"step_00000005.tmp-bb", "step_00000007.tmp-cc", f"step_00000004{writer.REPLACED}dd"}
     assert names(tmp_path) == ["notes.tmp-1", "step_00000004", "step_00000005"]
     assert value_of(newest_checkpoint(tmp_path)) == 5.0
     assert remove_leftovers(tmp_path / "nowhere") == []
@@ -120,7 +115,7 @@ def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
 
 def save_with_a_failing_rank(folder, how):
     """Rank 1 fails once its file is written and rank 0's may be, too."""
-    write = storage.write_shard
+    write = writer.write_shard
 
     def write_and_fail(*args):
         write(*args)
@@ -128,14 +123,14 @@ def save_with_a_failing_rank(folder, how):
             os._exit(3)
         raise OSError("disk full")
 
-    storage.write_shard = write_and_fail if dist.get_rank() == 1 else write
+    writer.write_shard = write_and_fail if dist.get_rank() == 1 else write
     mine = Held(whole((4,)), torch.zeros(4))
     try:
         save_checkpoint(folder, 5, {f"x{dist.get_rank()}": mine}, {})
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        storage.write_shard = write
+        writer.write_shard = write
 
 
 def test_one_rank_fails(ranks, tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenyard.data.config import Corpus
 from tokenyard.data.stream.stop import DataUnavailable
-from tokenyard.train.checkpoint.store import newest_checkpoint, read_facts
+from tokenyard.train.checkpoint.folder import newest_checkpoint
+from tokenyard.train.checkpoint.store import read_facts
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.journal import read_journal

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def run_on_ranks(folder: Path, layout: list[str]) -> str:
     """What `run` does after the ranks have met."""
     session = open_session(configured(folder, *layout), torch.device("cpu"))
-    with build_reporter(session) as reporter:
+    with closing(session), build_reporter(session) as reporter:
         reporter.finished(train(session, reporter) or evaluate_session(session))
     return session.start
 

@@ -1,16 +1,52 @@
-"""manifest.json: what a checkpoint holds and in which file. Nothing in it is trusted before `read_manifest` has checked it."""
+"""manifest.json: what a checkpoint holds and in which file. Nothing in it is trusted before `read_manifest` has checked it.
+
+No torch here: a wrong `checkpoint.resume` is refused before torch is imported.
+"""
 
 import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from .shards import DTYPES, sync
+from .durable import sync
+from .rectangles import apart
 
 MANIFEST = "manifest.json"
 FORMAT = "tokenyard checkpoint"
 VERSION = 1
+
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+"""Bytes of an element by the code of its dtype, as safetensors writes it."""
+LARGEST_MANIFEST = 1 << 30
+"""Bytes. A manifest of a million tensors in a thousand pieces each is smaller than what is read here at once."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what it was when it was written: `file` is at fault."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class FileRecord(NamedTuple):
@@ -37,18 +73,23 @@ class TensorRecord(NamedTuple):
     chunks: list[ChunkRecord]
 
 
-class Manifest(NamedTuple):
+@dataclass
+class Manifest:
     """All that is known of a checkpoint without opening another file."""
 
     step: int
     facts: dict[str, Any]
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
+    attachments: dict[str, FileRecord] = field(default_factory=dict)
+    """Files beside the tensors, as the tokenizer's, by `folder/name`."""
+    experts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """See identity.py: by layer and kind of tensor, the hash of each expert by global id."""
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write `manifest` to the new file `path`, durably."""
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "step": manifest.step,
@@ -58,6 +99,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
             for name, record in manifest.tensors.items()
         },
         "files": {name: record._asdict() for name, record in manifest.files.items()},
+        "attachments": {name: record._asdict() for name, record in manifest.attachments.items()},
+        "experts": manifest.experts,
     }
     content["hash"] = _hash(content)
     with path.open("x", encoding="ascii") as file:
@@ -67,21 +110,24 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint `folder`. ValueError if it is missing, damaged, of another version or unsafe."""
-    path = folder / MANIFEST
+    """The manifest of the checkpoint `folder`. DamagedCheckpoint if it is missing, damaged, of another version or unsafe."""
+    path = Path(folder) / MANIFEST
     try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise DamagedCheckpoint(path, f"{path} has more than {LARGEST_MANIFEST} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable JSON: {error}") from None
+        raise DamagedCheckpoint(path, f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except DamagedCheckpoint:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(path, f"{path} is no readable JSON: {error}") from None
     try:
-        manifest = _parse(content)
+        return _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        raise DamagedCheckpoint(path, f"{path} is damaged: {type(error).__name__}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return manifest
+        raise DamagedCheckpoint(path, f"{path}: {error}") from None
 
 
 def checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
@@ -92,21 +138,43 @@ def checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the facts of a checkpoint must be plain JSON: {error}") from None
 
 
+def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """DamagedCheckpoint if one of the files `names` (None: all) is missing or has another size than the manifest says."""
+    listed = manifest.files | manifest.attachments
+    for name in sorted(listed if names is None else names):
+        path, expected = folder / name, listed[name].bytes
+        if not path.is_file():
+            raise DamagedCheckpoint(path, f"checkpoint file {path} is missing: {MANIFEST} lists it with {expected} bytes")
+        if (size := path.stat().st_size) != expected:
+            reason = f"checkpoint file {path} is damaged: it has {size} bytes and {MANIFEST} says {expected}"
+            raise DamagedCheckpoint(path, reason)
+
+
 def _parse(content: Any) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not the manifest of a tokenyard checkpoint: format must be {FORMAT!r}")
     if content["version"] != VERSION:
         raise ValueError(f"version = {content['version']!r} cannot be read: it must be {VERSION}")
-    files = {_inside(name): FileRecord(_count(one["bytes"]), str(one["hash"])) for name, one in content["files"].items()}
+    files = {_inside(name): _file(one) for name, one in content["files"].items()}
+    attachments = {_attached(name): _file(one) for name, one in content.get("attachments", {}).items()}
     tensors = {name: _tensor(name, one, files) for name, one in content["tensors"].items()}
+    _check_room(tensors, files)
+    experts = {
+        layer: {kind: [str(value) for value in hashes] for kind, hashes in kinds.items()}
+        for layer, kinds in content.get("experts", {}).items()
+    }
     if content["hash"] != _hash({key: value for key, value in content.items() if key != "hash"}):
         raise ValueError("damaged or changed by hand: its content does not have the hash that it states")
-    return Manifest(_count(content["step"]), dict(content["facts"]), tensors, files)
+    return Manifest(_count(content["step"]), dict(content["facts"]), tensors, files, attachments, experts)
+
+
+def _file(one: dict[str, Any]) -> FileRecord:
+    return FileRecord(_count(one["bytes"]), str(one["hash"]))
 
 
 def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
-    if one["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r}: dtype = {one['dtype']!r} must be one of {', '.join(DTYPES)}")
+    if one["dtype"] not in ITEM_BYTES:
+        raise ValueError(f"tensor {name!r}: dtype = {one['dtype']!r} must be one of {', '.join(ITEM_BYTES)}")
     shape = _counts(one["shape"])
     chunks = [
         ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), str(chunk["key"]))
@@ -117,7 +185,23 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
             raise ValueError(f"tensor {name!r}: file {chunk.file!r} must be listed under files")
         if not len(chunk.offsets) == len(chunk.sizes) == len(shape):
             raise ValueError(f"tensor {name!r}: the offsets and sizes of a chunk must have {len(shape)} dimensions")
+        if any(offset + size > extent for offset, size, extent in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
+            raise ValueError(f"tensor {name!r}: a chunk must lie inside of the shape {shape}")
+    covered, total = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
+    if covered != total or not apart(chunks):
+        raise ValueError(f"tensor {name!r} is incomplete: its chunks must cover each of its {total} elements once")
     return TensorRecord(one["dtype"], shape, chunks)
+
+
+def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:
+    """No file is said to hold more than its bytes: so memory for a tensor is never asked for beyond what files there are."""
+    needed = dict.fromkeys(files, 0)
+    for record in tensors.values():
+        for chunk in record.chunks:
+            needed[chunk.file] += math.prod(chunk.sizes) * ITEM_BYTES[record.dtype]
+    for name, size in needed.items():
+        if size > files[name].bytes:
+            raise ValueError(f"file {name!r} is said to hold {size} bytes of tensors in {files[name].bytes}")
 
 
 def _inside(name: str) -> str:
@@ -127,12 +211,17 @@ def _inside(name: str) -> str:
     return name
 
 
+def _attached(name: str) -> str:
+    """`folder/name` of two plain names."""
+    return "/".join(_inside(part) for part in name.split("/", maxsplit=1))
+
+
 def _counts(values: list[Any]) -> tuple[int, ...]:
     return tuple(_count(value) for value in values)
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{value!r} must be a whole number >= 0")
     return value
 
@@ -145,7 +234,7 @@ def _lines(content: dict[str, Any]) -> str:
     parts = []
     for key, value in content.items():
         text = json.dumps(value)
-        if key in ("tensors", "files") and value:
+        if key in ("tensors", "files", "attachments", "experts") and value:
             text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in value.items()) + "\n}"
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -5,15 +5,17 @@ safetensors' own save_file makes files of mode 0600, holds all tensors in host m
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+
+from .durable import sync
+from .manifest import DamagedCheckpoint
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,20 +33,38 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 READ_BYTES = 1 << 22
+WRITE_BYTES = 1 << 24
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, str]:
-    """Write `tensors` (on any device) by key to the new file `path`, durably; its bytes and its xxh3-128 hash."""
+class Written(NamedTuple):
+    """A file that is on the disk."""
+
+    bytes: int
+    hash: str
+    """xxh3-128 of its bytes, as hexadecimal digits."""
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], see: Callable[[str, memoryview], None] | None = None) -> Written:
+    """Write `tensors` (on any device) by key to the new file `path`, durably. `see` is shown each tensor's bytes as they go by."""
     # Widest elements first: so each tensor begins at a multiple of its element size.
     keys = sorted(tensors, key=lambda key: -tensors[key].element_size())
     digest = xxhash.xxh3_128()
-    with path.open("xb") as file:
-        for part in _parts(tensors, keys):
-            digest.update(part)
-            file.write(part)
+    # Without a buffer: tensors are large, and a copy more would be made of each.
+    with path.open("xb", buffering=0) as file:
+        _write(file, digest, memoryview(_header(tensors, keys)))
+        for key in keys:
+            content = content_of(tensors[key])
+            _write(file, digest, content)
+            if see is not None:
+                see(key, content)
         size = file.tell()
         sync(file)
-    return size, digest.hexdigest()
+    return Written(size, digest.hexdigest())
+
+
+def content_of(tensor: torch.Tensor) -> memoryview:
+    """Its bytes, row-major; copied to the host, or to lie so, where they do not."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_file(path: Path) -> str:
@@ -59,11 +79,11 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Any]:
-    """The safetensors file `path`, open. ValueError if it is none."""
+    """The safetensors file `path`, open. DamagedCheckpoint if it is none."""
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint file {path} is no readable safetensors file: {error}") from None
+        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {error}") from None
     with opened as file:
         yield file
 
@@ -76,23 +96,7 @@ def read_rectangle(file: Any, key: str, offsets: Sequence[int], sizes: Sequence[
     return view[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
 
 
-def sync(file: Any) -> None:
-    """Return only when the written `file` is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Return only when the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _parts(tensors: dict[str, torch.Tensor], keys: list[str]) -> Iterator[Any]:
-    """The bytes of the file, in order; one tensor at a time is copied to the host."""
+def _header(tensors: dict[str, torch.Tensor], keys: list[str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key in keys:
@@ -101,6 +105,13 @@ def _parts(tensors: dict[str, torch.Tensor], keys: list[str]) -> Iterator[Any]:
         header[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for key in keys:
-        yield tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: Any, digest: Any, content: memoryview) -> None:
+    """All of it: one call of the operating system may write less."""
+    for start in range(0, len(content), WRITE_BYTES):
+        part = content[start : start + WRITE_BYTES]
+        digest.update(part)
+        while len(part):
+            part = part[file.write(part) :]

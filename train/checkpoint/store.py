@@ -1,64 +1,100 @@
-"""Save and load training state: `step_00000100/` holds one safetensors file per rank and one manifest.
+"""Save and load training state: `step_00000100/` holds one safetensors file per rank and one manifest."""
 
-A checkpoint is complete exactly when it has its final name: it is written under another name and renamed.
-"""
-
-import re
-import secrets
-import shutil
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...parallel.pieces import Held, whole
-from .manifest import MANIFEST, Manifest, read_manifest
-from .planner import HeldLoadPlanner, HeldSavePlanner
-from .shards import DTYPES, sync_folder
-from .storage import REPLACED, CheckpointReader, CheckpointWriter
+from .agree import from_first, rank_and_world
+from .folder import checkpoints_of
+from .load_planner import HeldLoadPlanner
+from .manifest import DamagedCheckpoint, Manifest, check_sizes, read_manifest
+from .reader import CheckpointReader
+from .saver import Saver
+from .shards import DTYPES
+from .verify import check_files, verified
 
-COMPLETE = re.compile(r"step_(\d{8,})")
-LEFTOVER = re.compile(r"(step_\d{8,})\.tmp-.+")
-Result = TypeVar("Result")
+log = logging.getLogger("tokenyard")
 
 
-def save_checkpoint(folder: Path, step: int, held: dict[str, Held], facts: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, held: dict[str, Held], facts: dict[str, Any], attach: Callable[[Path], None] | None = None
+) -> Path:
     """Write the tensors of all ranks to `folder/step_XXXXXXXX` and return that path once it is durable.
 
     Collective over the default process group, if there is one. Ranks that hold the same piece of a tensor must hold the same
-    values: one of them writes it. `facts` is plain JSON; rank 0's are kept. A checkpoint of the same step is replaced.
-    Raises, on every rank: ValueError for pieces that do not make up their tensor or facts that are no JSON, else RuntimeError.
+    values: one of them writes it. `facts` is plain JSON; rank 0's are kept. `attach(folder)` may write files into folders of that
+    folder. A checkpoint of the same step is replaced. Raises, on every rank: ValueError for pieces that do not make up their tensor
+    or facts that are no JSON, else RuntimeError.
     """
-    writer = CheckpointWriter(Path(folder), step, facts)
-    with _plain_errors(f"checkpoint {writer.final} was not saved"):
-        try:
-            save(dict(held), storage_writer=writer, planner=HeldSavePlanner(), no_dist=not dist.is_initialized())
-        except BaseException:
-            writer.discard()
-            raise
-    return writer.final
+    saver = Saver(Path(folder))
+    outcome = saver.begin(step, held, facts, attach, asynchronous=False) or saver.finish()
+    assert outcome is not None
+    if outcome.error is not None:
+        raise RuntimeError(f"checkpoint {outcome.path} was not saved: {outcome.error}")
+    return outcome.path
 
 
-def load_checkpoint(path: Path, held: dict[str, Held], *, strict: bool = True, verify: bool = True) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, held: dict[str, Held], *, strict: bool = True, verify: bool = True, optional: str | None = None
+) -> dict[str, Any]:
     """Fill the tensors of `held` from the checkpoint `path`, whatever layout it was written on, and return its facts.
 
     Collective over the default process group, if there is one. Each name must be in the checkpoint with the same global shape
-    and dtype, and (if `strict`) each name of the checkpoint must be wanted by some rank. `verify` hashes the files; the ranks
-    share that work. ValueError for whatever does not match, on every rank and before any tensor is changed.
+    and dtype, and (if `strict`) each name of the checkpoint must be wanted by some rank, or begin with `optional`. `verify` hashes
+    the files; the ranks share that work. ValueError for whatever does not match, on every rank and before any tensor is changed.
     """
     path = Path(path)
-    manifest = _on_first_rank(lambda: read_manifest(path))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    manifest = from_first(lambda: read_manifest(path))
+    rank, world = rank_and_world()
     reader = CheckpointReader(path, manifest, rank=rank, world=world, verify=verify)
-    _fill(reader, held, HeldLoadPlanner(path.name, strict), alone=not dist.is_initialized())
+    _fill(reader, held, HeldLoadPlanner(path.name, strict, optional), alone=not dist.is_initialized())
     return manifest.facts
+
+
+def newest_verified(paths: Iterable[Path], refused: Callable[[Path, DamagedCheckpoint], None]) -> Path | None:
+    """The first of `paths` that is what it was when it was written; `refused` hears of those before it. Collective.
+
+    All ranks must give the same paths. None if there is none.
+    """
+    for path in paths:
+        try:
+            verified(path)
+        except DamagedCheckpoint as error:
+            refused(path, error)
+        else:
+            return path
+    return None
+
+
+def checkpoint_at(path: Path) -> Path:
+    """`path` if that is a checkpoint; of a run folder the newest that is whole, with a line about each that is not. Not collective.
+
+    ValueError if there is none.
+    """
+    found = checkpoints_of(path)
+    if found in ([], [path]):
+        if not found:
+            raise ValueError(f"{path}: is neither a checkpoint nor a run folder with one")
+        return path
+    refused: list[DamagedCheckpoint] = []
+    for each in found:
+        try:
+            check_files(each, read_manifest(each))
+        except DamagedCheckpoint as error:
+            refused.append(error)
+            log.warning("%s is refused, the one before it is tried: %s", each, error)
+        else:
+            return each
+    raise ValueError(f"{path}: none of its {len(found)} checkpoints is whole; {refused[0]}")
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -70,6 +106,7 @@ def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> di
     """The whole tensors, on the CPU, of all names that begin with `prefix`, by name without it; not collective."""
     path = Path(path)
     manifest = read_manifest(path)
+    check_sizes(path, manifest)  # before memory is asked for
     held = {
         name: Held(whole(record.shape), torch.empty(record.shape, dtype=DTYPES[record.dtype]))
         for name, record in manifest.tensors.items()
@@ -80,52 +117,6 @@ def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> di
     reader = CheckpointReader(path, manifest, rank=0, world=1, verify=verify)
     _fill(reader, held, HeldLoadPlanner(path.name, strict=False), alone=True)
     return {name.removeprefix(prefix): tensor for name, (_, tensor) in held.items()}
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in `folder`; None if there is none. Not collective."""
-    return max(_complete(Path(folder)), key=_step, default=None)
-
-
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Remove all complete checkpoints but the `keep` newest (at least one) and return their paths. For one rank."""
-    old = sorted(_complete(Path(folder)), key=_step)[: -max(keep, 1)]
-    for path in old:
-        # Renamed first, so that no folder with a final name is ever half removed.
-        doomed = path.with_name(f"{path.name}.tmp-pruned-{secrets.token_hex(4)}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return old
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what interrupted saves left in `folder` and return those paths. For one rank, while nobody saves.
-
-    A checkpoint that had been set aside for its replacement, which then never came, gets its name back.
-    """
-    removed = []
-    for path in sorted(Path(folder).glob("step_*.tmp-*")):
-        match = LEFTOVER.fullmatch(path.name)
-        if match is None or not path.is_dir():
-            continue
-        final = path.with_name(match[1])
-        if REPLACED in path.name and (path / MANIFEST).is_file() and not final.exists():
-            path.rename(final)
-            sync_folder(final.parent)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    return removed
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if COMPLETE.fullmatch(path.name) and (path / MANIFEST).is_file()]
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
 
 
 def _some_names(manifest: Manifest) -> str:
@@ -150,19 +141,3 @@ def _plain_errors(failed: str) -> Iterator[None]:
         if isinstance(cause, ValueError):
             raise ValueError(str(cause)) from None
         raise RuntimeError(f"{failed}: rank {rank}: {type(cause).__name__}: {cause}") from error
-
-
-def _on_first_rank(read: Callable[[], Result]) -> Result:
-    """What rank 0 reads, or its error, on every rank: one reader of a small file, and one opinion about it."""
-    if not dist.is_initialized():
-        return read()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = read()
-        except (OSError, ValueError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]

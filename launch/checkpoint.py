@@ -1,0 +1,153 @@
+"""`tokenyard checkpoint inspect|verify|diff`: what a checkpoint holds, whether it is whole, and how two of them differ."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..train.console_text import short
+from .params import gigabytes
+from .parser import BAD_USAGE, OneLineParser
+
+if TYPE_CHECKING:
+    from ..train.checkpoint.diff import Difference
+
+MOST_LINES = 40
+"""Tensors that `diff` shows; --json has all."""
+
+
+def checkpoint(argv: list[str]) -> int:
+    """Returns the exit code: 0; 1 for what is damaged or differs; 2 for what is no checkpoint."""
+    parser = OneLineParser("tokenyard checkpoint", description="Looks into checkpoints; none is changed.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect|verify|diff")
+    one = verbs.add_parser("inspect", help="step, layout, tensors, bytes, experts and configuration; of a run folder, the newest")
+    one.add_argument("path", help="folder of a checkpoint or of a run")
+    one.add_argument("--json", action="store_true", help="one JSON object, with the whole configuration and all hashes of experts")
+    one = verbs.add_parser("verify", help="read every byte and compare hashes, sizes, shapes and experts; exit code 1 if damaged")
+    one.add_argument("path", help="folder of a checkpoint, or of a run (then all of its checkpoints)")
+    one = verbs.add_parser("diff", help="tensors that differ and by how much; exit code 0 if none does, 1 if any")
+    one.add_argument("a", help="folder of a checkpoint or of a run (then its newest)")
+    one.add_argument("b", help="another one, of whatever layout")
+    one.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args(argv)
+    try:
+        return {"inspect": _inspect, "verify": _verify, "diff": _diff}[arguments.verb](arguments)
+    except (ValueError, OSError) as error:
+        print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_USAGE
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from ..train.checkpoint.inspect import inspect
+
+    found = inspect(_all_in(arguments.path)[0])
+    print(json.dumps(found) if arguments.json else "\n".join(_table(found)))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ..train.checkpoint.manifest import DamagedCheckpoint
+    from ..train.checkpoint.verify import check_all
+
+    damaged = 0
+    for path in _all_in(arguments.path):
+        try:
+            manifest = check_all(path)
+        except DamagedCheckpoint as error:
+            damaged += 1
+            print(f"{path.name}: DAMAGED, {error.file.name}: {' '.join(str(error).split())}")
+            continue
+        files = manifest.files | manifest.attachments
+        size = gigabytes(sum(record.bytes for record in files.values()))
+        experts = sum(len(kinds["weights"]) for kinds in manifest.experts.values())
+        print(f"{path.name}: whole; {len(files)} files, {size}, {len(manifest.tensors)} tensors, {experts} experts")
+    return 1 if damaged else 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from ..train.checkpoint.diff import diff
+
+    one, other = (_all_in(path)[0] for path in (arguments.a, arguments.b))
+    found = diff(one, other)
+    if arguments.json:
+        for difference in found:
+            print(json.dumps(difference._asdict()))
+        return 1 if found else 0
+    print(f"A {one}\nB {other}")
+    print(f"{len(found)} tensors differ" if found else "no tensor differs")
+    if found:
+        print("\n".join(_differences(found)))
+    return 1 if found else 0
+
+
+def _differences(found: list["Difference"]) -> list[str]:
+    shown = found[:MOST_LINES]
+    width = max(len(one.name) for one in shown)
+    lines = [f"  {'tensor':{width}}  {'largest':>10}  {'relative':>10}  what"]
+    for one in shown:
+        what = one.what if one.what != "values" else f"experts {_ranges(one.experts)}" if one.experts else ""
+        lines.append(f"  {one.name:{width}}  {_number(one.largest)}  {_number(one.relative)}  {what}".rstrip())
+    return lines + ([f"  and {len(found) - MOST_LINES} more; --json lists all"] if len(found) > MOST_LINES else [])
+
+
+def _all_in(path: str) -> list[Path]:
+    """Newest first."""
+    from ..train.checkpoint.folder import checkpoints_of
+
+    found = checkpoints_of(Path(path))
+    if not found:
+        raise ValueError(f"{path}: is neither a checkpoint nor a run folder with one")
+    return found
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    loss = found["validation_loss"]
+    layout = " x ".join(f"{name} {size}" for name, size in (found["layout"] or {}).items() if size != 1) or "one rank"
+    experts = found["experts"]
+    lines = [
+        _row("checkpoint", f"{found['path']} ({gigabytes(found['bytes'])} in {len(found['files'])} files)"),
+        _row("step", f"{found['step']:,}, {found['tokens'] or 0:,} tokens" + (f", validation loss {loss:.4f}" if loss else "")),
+        _row("written by", f"torch {found['torch']} on {found['ranks']} ranks: {layout}"),
+        *_config(found["config"]),
+    ]
+    for kind, count in found["tensors"].items():
+        sizes = f"{count['tensors']:>6,} tensors {short(count['elements']):>8} {gigabytes(count['bytes']):>8}"
+        lines.append(_row(kind, sizes))
+    if experts:
+        each = "each with a hash of its weights and moments"
+        lines.append(_row("experts", f"{sum(experts.values()):,} in {len(experts)} layers, {each}"))
+    return lines
+
+
+def _config(config: dict[str, Any]) -> list[str]:
+    """The settings that say most; --json has all."""
+    model, batch = config.get("model", {}), config.get("batch", {})
+    moe = model.get("moe", {})
+    if "width" not in model:
+        return []
+    shape = f"{model['layers']} layers, {model['width']} wide, {moe.get('experts', 0)} experts of {moe.get('hidden')}"
+    rows = [_row("model", f"{shape}, top {moe.get('top_k')}, vocabulary {model['vocabulary']:,}")]
+    if batch:
+        training = f"{batch['sequences']} sequences of {config['sequence_length']}, {config['precision']}, seed {config['seed']}"
+        rows.append(_row("training", f"{training}, lr {config['optimizer']['lr']:g}, {config['steps']:,} steps"))
+    return rows
+
+
+def _ranges(ids: tuple[int, ...]) -> str:
+    """0-3, 7."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _number(value: float | None) -> str:
+    return f"{'' if value is None else f'{value:.3g}':>10}"
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:12}{value}"

@@ -1,0 +1,70 @@
+"""What all ranks must know alike. Every function is collective over the default process group, if there is one."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) without a process group. Not collective."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Each flag: whether it is set on any rank. One small all-reduce."""
+    if not dist.is_initialized():
+        return list(flags)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    values = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all ranks, which are small and plain."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(read: Callable[[], Result]) -> Result:
+    """What rank 0 reads, or its error (OSError, ValueError) as a ValueError, on every rank: one reader, one opinion."""
+    if not dist.is_initialized():
+        return read()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = read()
+        except (OSError, ValueError) as error:
+            outcome[1] = error if isinstance(error, ValueError) else ValueError(str(error))
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def through_first(mine: Any, decide: Callable[[list[Any]], list[Any]]) -> Any:
+    """Rank 0 gets all ranks' `mine` and decides what each of them gets back. Its errors are raised on every rank."""
+    if not dist.is_initialized():
+        return decide([mine])[0]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    gathered: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(mine, gathered, dst=0)
+    answers: list[Any] = [None] * world
+    if gathered is not None:
+        try:
+            answers = [(None, answer) for answer in decide(gathered)]
+        except (OSError, ValueError) as error:
+            answers = [(error, None)] * world
+    answer: list[Any] = [None]
+    dist.scatter_object_list(answer, answers if rank == 0 else None, src=0)
+    failure, value = answer[0]
+    if failure is not None:
+        raise failure
+    return value

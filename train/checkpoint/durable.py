@@ -1,0 +1,29 @@
+"""Files that are on the disk when a call returns, and names that appear only when what they name is complete."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync(file: Any) -> None:
+    """Return only when the written `file` is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return only when the names in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write the new file `path`: other processes see all of it or nothing."""
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        sync(file)
+    unfinished.rename(path)

@@ -1,0 +1,51 @@
+"""What a checkpoint holds, from its manifest alone: no tensor is read, and torch is not needed."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .manifest import ITEM_BYTES, Manifest, read_manifest
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq", "random", "other")
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """As plain JSON. DamagedCheckpoint if the manifest cannot be read."""
+    manifest = read_manifest(path)
+    facts = manifest.facts
+    return {
+        "path": str(path),
+        "step": manifest.step,
+        "tokens": facts.get("tokens"),
+        "validation_loss": facts.get("validation_loss"),
+        "torch": facts.get("torch"),
+        "ranks": facts.get("ranks"),
+        "layout": facts.get("layout"),
+        "tensors": kinds(manifest),
+        "files": {name: record.bytes for name, record in (manifest.files | manifest.attachments).items()},
+        "bytes": sum(record.bytes for record in (manifest.files | manifest.attachments).values()),
+        "experts": {layer: len(next(iter(hashes.values()), [])) for layer, hashes in manifest.experts.items()},
+        "expert_hashes": manifest.experts,
+        "config": facts.get("config", {}),
+    }
+
+
+def kinds(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Tensors, elements and bytes by kind."""
+    found = {kind: {"tensors": 0, "elements": 0, "bytes": 0} for kind in KINDS}
+    for name, record in manifest.tensors.items():
+        count, size = found[kind_of(name)], math.prod(record.shape)
+        count["tensors"] += 1
+        count["elements"] += size
+        count["bytes"] += size * ITEM_BYTES[record.dtype]
+    return {kind: count for kind, count in found.items() if count["tensors"]}
+
+
+def kind_of(name: str) -> str:
+    """By the tensor's name."""
+    first, last = name.partition(".")[0], name.rpartition(".")[2]
+    if first == "model":
+        return "weights"
+    if first == "optimizer" and last in KINDS:
+        return last
+    return "random" if first == "random" else "other"

@@ -1,0 +1,101 @@
+"""Which saved rectangles make up a wanted one.
+
+torch.distributed.checkpoint calls the planner in this order: each rank's local plan, the global plan on rank 0, then the data.
+"""
+
+import difflib
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from ...parallel.pieces import Held, Piece
+from .plan import check_held, dtype_name, span
+
+
+class HeldLoadPlanner(LoadPlanner):
+    """Reads each wanted piece from the saved rectangles that overlap it; refuses names, shapes and dtypes that differ."""
+
+    def __init__(self, checkpoint: str, strict: bool, optional: str | None = None):
+        self.checkpoint = checkpoint
+        self.strict = strict
+        self.optional = optional
+
+    def set_up_planner(self, state_dict: dict[str, Held], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None
+        self.held = state_dict
+        self.saved: dict[str, Any] = metadata.state_dict_metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        items = [item for name, held in self.held.items() for item in self._reads(name, held)]
+        # The names travel too: a rank that wants an empty piece wants the tensor, but reads nothing.
+        return LoadPlan(items, planner_data=list(self.held))
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        wanted = {name for plan in global_plan for name in plan.planner_data}
+        extra = [name for name in self.saved if name not in wanted and not (self.optional and name.startswith(self.optional))]
+        if self.strict and extra:
+            raise ValueError(
+                f"checkpoint {self.checkpoint}: tensor {extra[0]!r}{_and_more(extra)} is in the checkpoint but not in this run: "
+                f"the names must be the same{_nearest(extra[0], wanted)}"
+            )
+        return [replace(plan, planner_data=None) for plan in global_plan]
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise AssertionError("a checkpoint holds tensors only")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        target = self.held[read_item.dest_index.fqn].tensor.detach()
+        return Piece(tuple(target.shape), tuple(read_item.dest_offsets), tuple(read_item.lengths)).cut(target)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing is left to do: `resolve_tensor` gave a view."""
+
+    def _reads(self, name: str, held: Held) -> list[ReadItem]:
+        if name not in self.saved:
+            missing = [other for other in self.held if other not in self.saved]
+            raise ValueError(
+                f"checkpoint {self.checkpoint}: tensor {name!r}{_and_more(missing)} is in this run but not in the checkpoint: "
+                f"the names must be the same{_nearest(name, self.saved)}"
+            )
+        saved = self.saved[name]
+        check_held(name, held)
+        if (saved.size, saved.properties.dtype) != (held.piece.shape, held.tensor.dtype):
+            raise ValueError(
+                f"checkpoint {self.checkpoint}: tensor {name!r} is {_kind(saved.size, saved.properties.dtype)} in the checkpoint "
+                f"and {_kind(held.piece.shape, held.tensor.dtype)} in this run: shape and dtype must be the same"
+            )
+        if held.tensor.numel() == 0:
+            return []
+        items = create_read_items_for_chunk_list(name, saved, [_chunk(held.piece)])
+        if sum(math.prod(item.lengths) for item in items) != held.tensor.numel():
+            raise ValueError(
+                f"checkpoint {self.checkpoint}: tensor {name!r} is incomplete: no file holds all of {span(held.piece)}"
+            )
+        return items
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+
+
+def _kind(shape: Iterable[int], dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} {tuple(shape)}"
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; the nearest name there is {near[0]!r}" if near else ""

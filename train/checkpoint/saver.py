@@ -1,0 +1,218 @@
+"""Saves that go on beside the training. The ranks agree where training is anyway; the writing needs no collective.
+
+`begin`: the ranks agree on who writes what; a thread copies this rank's pieces to the host, and then writes them.
+`release`: before the next update of the weights; waits for the copies, which is all that training waits for.
+`step`: after each optimizer step while a save is under way: do all ranks write, or has one failed?
+`finish`: wait for it.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from ...parallel.pieces import Held
+from .agree import any_rank, from_all, from_first, rank_and_world, through_first
+from .copies import Copies
+from .manifest import checked_facts
+from .plan import Offer, Share, offers_of, shares_of
+from .writer import TEMPORARY, Job, Stopped, beside, describe, discard, write_share
+
+log = logging.getLogger("tokenyard")
+
+ROOM = 1.1
+"""Free space that a save must find, as a multiple of its own size."""
+PATIENCE_AT_EXIT = 5.0
+
+
+class Outcome(NamedTuple):
+    """How a save ended; the same on every rank but for the seconds."""
+
+    step: int
+    path: Path
+    error: str | None
+    """None: the checkpoint is durable."""
+    bytes: int
+    blocked_seconds: float
+    """Of training, on this rank."""
+    seconds: float
+    """From its begin until it was known to have ended, on this rank."""
+
+    def facts(self) -> dict[str, Any]:
+        """For events.jsonl."""
+        return {key: str(value) if key == "path" else value for key, value in self._asdict().items() if value is not None}
+
+
+@dataclass
+class _Save:
+    """One that is under way."""
+
+    job: Job
+    thread: Thread
+    begin: float
+    blocked: float = 0.0
+    error: str | None = None
+
+
+class Saver:
+    """Saves of one run, one at a time, to `folder`. All methods are collective but for those that say so.
+
+    after: called by rank 0's writer with the new checkpoint's path, to tidy up; what it raises does not matter to the save.
+    """
+
+    def __init__(self, folder: Path, limit_seconds: float = 1800.0, after: Callable[[Path], None] | None = None) -> None:
+        self.folder = folder
+        self.limit_seconds = limit_seconds
+        self.after = after
+        self._offers: list[Offer] | None = None
+        self._share: Share | None = None
+        self._copies = Copies()
+        self._save: _Save | None = None
+
+    def begin(
+        self,
+        step: int,
+        held: dict[str, Held],
+        facts: dict[str, Any],
+        attach: Callable[[Path], None] | None = None,
+        asynchronous: bool = True,
+    ) -> Outcome | None:
+        """Start a save; `held` may change after `release`, unless `asynchronous` is false. No other may be under way.
+
+        facts: plain JSON; rank 0's are kept. An Outcome if it could not start, for want of space. ValueError, on every rank, for
+        pieces that do not make up their tensor or facts that are no JSON.
+        """
+        assert self._save is None
+        begin = perf_counter()
+        final = self.path_of(step)
+        share = self._plan(held)
+        temporary, facts, refused = from_first(lambda: self._open(final, facts, share.bytes))
+        if refused:
+            return Outcome(step, final, refused, share.bytes, perf_counter() - begin, perf_counter() - begin)
+        job = Job(final, temporary, step, facts, *rank_and_world(), share, self.limit_seconds, attach)
+        mine = {name: held[name] for name in share.names}
+        if asynchronous:
+            self._copies.open()
+        thread = Thread(target=self._write, args=[job, mine, asynchronous], name="checkpoint", daemon=True)
+        save = self._save = _Save(job, thread, begin)
+        thread.start()
+        save.blocked = perf_counter() - begin
+        return None
+
+    def release(self) -> None:
+        """Return when what is being saved may change; the optimizer calls it before its update. Not collective."""
+        seconds = self._copies.wait()
+        if self._save is not None:
+            self._save.blocked += seconds
+
+    def path_of(self, step: int) -> Path:
+        """Where a checkpoint of this step is, or would be."""
+        return self.folder / f"step_{step:08d}"
+
+    def step(self) -> Outcome | None:
+        """How the save under way ended, if it has. One small all-reduce while there is one, else nothing."""
+        return self.settle(*any_rank(*self.flags())) if self._save else None
+
+    def flags(self) -> tuple[bool, bool]:
+        """(this rank has failed, this rank is writing). Not collective."""
+        if self._save is None:
+            return False, False
+        writing = self._save.thread.is_alive()  # asked first: a thread that has ended has said how
+        return self.failure() is not None, writing
+
+    def failure(self) -> str | None:
+        """What went wrong on this rank with the save under way. Not collective, and known at once."""
+        save = self._save
+        if save is None:
+            return None
+        if save.error is None and save.thread.is_alive() and perf_counter() - save.begin > self.limit_seconds:
+            return f"TimeoutError: the save took longer than checkpoint.timeout_seconds={self.limit_seconds:g}"
+        return save.error
+
+    def settle(self, failed: bool, writing: bool) -> Outcome | None:
+        """`step` for who knows already what `flags` are on any rank."""
+        if self._save is None or (writing and not failed):
+            return None
+        return self._end(failed)
+
+    def finish(self) -> Outcome | None:
+        """Wait for the save under way; how it ended."""
+        while self._save is not None:
+            self._save.thread.join(0.02)
+            if (outcome := self.step()) is not None:
+                return outcome
+        return None
+
+    def close(self) -> None:
+        """At the end, whatever ended the run: a moment for what is nearly done. Not collective."""
+        if self._save is not None:
+            self._save.thread.join(PATIENCE_AT_EXIT)
+            self._save.job.stop.set()
+
+    def _plan(self, held: dict[str, Held]) -> Share:
+        """This rank's share, made anew only if some rank holds other pieces than the last time."""
+        offers, failure = None, None
+        try:
+            offers = offers_of(held)
+        except ValueError as error:
+            failure = error
+        changed, failed = any_rank(offers != self._offers or self._share is None, failure is not None)
+        if failed:
+            raise next(error for error in from_all(failure) if error is not None)
+        if changed:
+            self._share = through_first(offers, shares_of)
+            self._offers = offers
+        assert self._share is not None
+        return self._share
+
+    def _open(self, final: Path, facts: dict[str, Any], size: int) -> tuple[Path, dict[str, Any], str | None]:
+        """For rank 0: the temporary folder, the facts as they will be read, and why not."""
+        facts = checked_facts(facts)
+        temporary = beside(final, TEMPORARY)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(final.parent).free
+            if free < ROOM * size:
+                return temporary, {}, f"it needs {size:,} bytes and a tenth more, and {final.parent} has {free:,} bytes free"
+            temporary.mkdir()
+        except OSError as error:
+            return temporary, {}, describe(error)
+        return temporary, facts, None
+
+    def _write(self, job: Job, held: dict[str, Held], copy: bool) -> None:
+        try:
+            write_share(job, self._copies.take(held) if copy else held)
+        except Stopped:
+            return
+        except BaseException as error:  # a thread has nobody to tell but the next `flags`
+            self._failed(job, describe(error))
+            return
+        if job.rank == 0 and self.after is not None:
+            try:
+                self.after(job.final)
+            except Exception as error:
+                log.warning("checkpoint %s is durable, but tidying up failed: %s", job.final, describe(error))
+
+    def _failed(self, job: Job, error: str) -> None:
+        if self._save is not None and self._save.job is job:
+            self._save.error = error
+
+    def _end(self, failed: bool) -> Outcome:
+        """Collective. After a failure nobody writes any more when the folder is removed."""
+        save, error = self._save, None
+        assert save is not None
+        if failed:
+            mine = self.failure()
+            save.job.stop.set()
+            save.thread.join(PATIENCE_AT_EXIT)
+            texts = from_all(mine)
+            error = next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None)
+            if save.job.rank == 0:
+                discard(save.job.temporary)
+        self._save = None
+        job, seconds = save.job, perf_counter() - save.begin
+        return Outcome(job.step, job.final, error, job.share.bytes, save.blocked, seconds)

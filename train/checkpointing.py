@@ -1,0 +1,117 @@
+"""Checkpoints of a run while it trains: when they are due, what is in them, and what a failed one means."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint.folder import checkpoints_in
+from .checkpoint.retention import LOSS, Retention
+from .checkpoint.saver import Outcome, Saver
+from .config import CheckpointConfig, OnFailure
+from .plain import shown_config
+from .state import random_state
+
+if TYPE_CHECKING:
+    from .session import Session
+
+CANNOT_SAVE = 74
+"""The exit code of a run that ended for want of a checkpoint (EX_IOERR of sysexits.h)."""
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint that the run cannot do without was not written; the same on every rank."""
+
+
+def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
+    """For the run folder `folder`. Old checkpoints go after each new one, beside the training too."""
+    checkpoints = folder / "checkpoints"
+    retention = Retention(config.keep, config.keep_every, config.keep_best)
+
+    def tidy(path: Path) -> None:
+        retention.written(path)
+        retention.prune(checkpoints)
+
+    return Saver(checkpoints, config.timeout_seconds, tidy)
+
+
+def tend(session: "Session", due: bool) -> Iterator[Outcome]:
+    """What became of saves since the last step; if one is due, it is begun. Collective, after each step.
+
+    Raises SaveFailed, after the Outcome, if a save failed and checkpoint.on_failure=stop.
+    """
+    yield from _told(session, session.saver.step())
+    if due:
+        yield from _told(session, session.saver.finish())
+        yield from _told(session, begin(session, session.config.checkpoint.asynchronous and not session.careful))
+
+
+def conclude(session: "Session") -> Iterator[Outcome]:
+    """A durable checkpoint of this step: the one under way, or a new one. Collective.
+
+    Raises SaveFailed, after the Outcome, if there is none.
+    """
+    if (outcome := session.saver.finish()) is not None:
+        yield from _told(session, outcome, may_stop=False)
+    if session.checkpoint != session.saver.path_of(session.step):
+        outcome = begin(session, asynchronous=False)
+        assert outcome is not None
+        yield from _told(session, outcome, may_stop=False)
+        if outcome.error is not None:
+            raise SaveFailed(_words(outcome))
+
+
+def save(session: "Session") -> Path:
+    """A durable checkpoint of this step. Collective. Raises SaveFailed."""
+    for _ in conclude(session):
+        pass
+    assert session.checkpoint is not None
+    return session.checkpoint
+
+
+def begin(session: "Session", asynchronous: bool) -> Outcome | None:
+    """None if the save goes on beside the training."""
+    state = session.engine.held() | random_state()
+    saver, attach = session.saver, lambda path: session.data.tokenizer.save(path / "tokenizer")
+    outcome = saver.begin(session.step, state, facts_of(session), attach, asynchronous)
+    return outcome or (None if asynchronous else saver.finish())
+
+
+def facts_of(session: "Session") -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: plain JSON."""
+    identity, loss = session.folder / "run_id", session.validated.get(session.step)
+    return {
+        "config": shown_config(session.config),
+        "step": session.step,
+        "tokens": session.tokens,
+        "ranks": session.parallel.mesh.world,
+        "layout": session.parallel.mesh.sizes,
+        "tokenizer_hash": session.data.facts.tokenizer_hash,
+        "data_fingerprint": session.data.facts.train_fingerprint,
+        "data_state": session.data.train.state(),
+        LOSS: loss if loss is not None and math.isfinite(loss) else None,
+        "run_id": identity.read_text().strip() if identity.exists() else None,
+        "extra": session.extra,
+        "torch": torch.__version__,
+        "host_cores": os.cpu_count(),
+    }
+
+
+def _told(session: "Session", outcome: Outcome | None, may_stop: bool = True) -> Iterator[Outcome]:
+    """The outcome, kept in mind."""
+    if outcome is None:
+        return
+    session.careful = outcome.error is not None
+    if outcome.error is None:
+        session.checkpoint = outcome.path
+    yield outcome
+    if outcome.error is not None and may_stop and session.config.checkpoint.on_failure is OnFailure.stop:
+        raise SaveFailed(_words(outcome))
+
+
+def _words(outcome: Outcome) -> str:
+    left = checkpoints_in(outcome.path.parent)
+    return f"checkpoint {outcome.path} was not written: {outcome.error}; the newest there is: {left[0] if left else 'none'}"
