@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 # Where modules are that tests import, as sameness.py, their_weights.py, cluster_schema.py; ranks inherit the path.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch")]
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch", "faults")]
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,18 @@ def child_seconds() -> Callable[[], float]:
 
     start = total()
     return lambda: total() - start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The number of a fault travels with the reports of its tests, to the scorecard."""
+    for item in items:
+        item.user_properties += [("fault", mark.args[0]) for mark in item.iter_markers("fault")]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    import scorecard
+
+    scorecard.report(terminalreporter)
 
 
 @pytest.hookimpl(optionalhook=True)

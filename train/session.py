@@ -48,6 +48,8 @@ class Session:
     """The last one written or read."""
     waiting: Waiting = field(default_factory=Waiting)
     """For data."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Plain JSON that the next checkpoint keeps beside the rest, or that the one kept from which the run resumed."""
 
     @property
     def micro(self) -> int:
@@ -149,7 +151,8 @@ def resume(session: Session, path: Path) -> None:
     held, random = session.engine.wanted(), random_state() if same_ranks else {}
     load_checkpoint(path, held | random, strict=same_ranks)
     restore_random(random)
-    session.engine.take(held, facts["step"])
+    session.extra = facts.get("extra", {})
+    session.engine.take(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
     restore_data(session, facts)
     session.start = f"resumed after step {session.step} from {path}"
@@ -172,6 +175,7 @@ def facts_of(session: Session) -> dict[str, Any]:
         "tokenizer_hash": session.data.facts.tokenizer_hash,
         "data_fingerprint": session.data.facts.train_fingerprint,
         "data_state": session.data.train.state(),
+        "extra": session.extra,
         "torch": torch.__version__,
         "host_cores": os.cpu_count(),
     }

@@ -1,0 +1,46 @@
+"""Signals that a launcher hands to the ranks it started, instead of ending by them."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from ..train.signals import SAVING, STOPPING
+
+ENDING = ("SIGHUP", "SIGQUIT")
+"""Still end the launcher and the ranks at once."""
+
+
+@contextmanager
+def forwarding() -> Iterator[None]:
+    """Inside of the block the signals of train/signals.py go to the child processes of this one; only its main thread may."""
+    numbers = (*STOPPING, *SAVING)
+    before = [signal.signal(number, forward) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def forward(number: int, frame: FrameType | None) -> None:
+    """The handler. Without ranks yet, one that asks to stop ends this process."""
+    ranks = children(os.getpid())
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    if not ranks and number in STOPPING:
+        raise SystemExit(128 + number)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that `parent` started and that still run; none where there is no /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, owner, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(owner) == parent and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
