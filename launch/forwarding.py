@@ -15,14 +15,17 @@ ENDING = ("SIGHUP", "SIGQUIT")
 
 @contextmanager
 def forwarding() -> Iterator[None]:
-    """Inside of the block the signals of train/signals.py go to the child processes of this one; only its main thread may."""
-    numbers = (*STOPPING, *SAVING)
-    before = [signal.signal(number, forward) for number in numbers]
+    """Inside of the block the signals of train/signals.py go to the child processes of this one; only its main thread may.
+
+    After it they do nothing: the ranks have ended as they were asked to, and so will this process.
+    """
+    for number in (*STOPPING, *SAVING):
+        signal.signal(number, forward)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number in (*STOPPING, *SAVING):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def forward(number: int, frame: FrameType | None) -> None:

@@ -36,9 +36,10 @@ def child_seconds() -> Callable[[], float]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The number of a fault travels with the reports of its tests, to the scorecard."""
+    """The number of a fault travels with the reports of its tests, to the scorecard; so does what the mark says that it shows."""
     for item in items:
-        item.user_properties += [("fault", mark.args[0]) for mark in item.iter_markers("fault")]
+        for mark in item.iter_markers("fault"):
+            item.user_properties += zip(("fault", "measured"), mark.args, strict=False)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -7,7 +7,7 @@ import time
 from .arguments import parse_arguments
 from .compose import compose_arguments
 from .config import Config, ConfigError
-from .signals import listening
+from .signals import listen
 from .validate import validate
 
 BAD_CONFIGURATION = 2
@@ -33,11 +33,11 @@ def train_command(argv: list[str]) -> int:
 
 def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
-    with listening():
-        # The import of torch: about two seconds that an error above does not cost.
-        from .run import run
+    listen()
+    # The import of torch: about two seconds that an error above does not cost.
+    from .run import run
 
-        return run(config)
+    return run(config)
 
 
 def world_size() -> int:

@@ -32,6 +32,10 @@ SAMPLE_LIMIT = 2_000_000_000
 """Models with more parameters than this are not opened on one device for the sample at the end."""
 
 
+TRACKER_SECONDS = 20.0
+"""That the dry step gives trackers to start."""
+
+
 class Logged(NamedTuple):
     """A step and what belongs to it."""
 
@@ -74,6 +78,9 @@ class Reporter(ABC):
 
     def started(self) -> None:  # noqa: B027
         """The first step begins."""
+
+    def try_trackers(self) -> None:  # noqa: B027
+        """Say which trackers do not start. Training goes on without them."""
 
     @abstractmethod
     def event(self, kind: str, /, **facts: Any) -> None:
@@ -184,6 +191,11 @@ class FirstRank(Reporter):
 
     def started(self) -> None:
         self.accounting.started()
+
+    def try_trackers(self) -> None:
+        late = self.trackers.ready(TRACKER_SECONDS)
+        if late:
+            self.alert("trackers", f"not started within {TRACKER_SECONDS:g} s: {', '.join(late)}; metrics.jsonl has all records")
 
     def finished(self, evaluation: Evaluation) -> None:
         session = self.session

@@ -15,6 +15,7 @@ from ..parallel.pulse import check_before_collectives, doing
 from .attempt import attempt, recover
 from .care import Care, build_care
 from .config import Config
+from .dry_step import dry_step
 from .evaluate import Evaluation, evaluate_session
 from .feed import as_rows, no_rows
 from .reporter import Logged, Reporter, build_reporter, set_up_logging
@@ -57,6 +58,7 @@ def train_session(session: Session, reporter: Reporter) -> int:
     care = build_care(session, reporter)
     try:
         with watched(session):
+            dry_step(session, reporter)
             evaluation = train(session, reporter, care)
     except (DataStop, RunStop) as stop:
         return end_early(stop, session, reporter, care)
