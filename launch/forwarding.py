@@ -19,6 +19,7 @@ def forwarding() -> Iterator[None]:
 
     After it they do nothing: the ranks have ended as they were asked to, and so will this process.
     """
+    forward = Forward()
     for number in (*STOPPING, *SAVING):
         signal.signal(number, forward)
     try:
@@ -28,14 +29,21 @@ def forwarding() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
-def forward(number: int, frame: FrameType | None) -> None:
-    """The handler. Without ranks yet, one that asks to stop ends this process."""
-    ranks = children(os.getpid())
-    for pid in ranks:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-    if not ranks and number in STOPPING:
-        raise SystemExit(128 + number)
+class Forward:
+    """The handler. Without ranks yet, a signal that asks to stop ends this process; later ones may come when the ranks have ended."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        ranks = children(os.getpid())
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if number in STOPPING:
+            if not ranks and not self.stopping:
+                raise SystemExit(128 + number)
+            self.stopping = True
 
 
 def children(parent: int) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .journal import read_journal
 
-KINDS = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")
+KINDS: tuple[str, ...] = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")
 
 
 class Accounting:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..moe.tokens import Place
 from ..parallel.collectives import sum_over
+from ..parallel.pieces import Held
 from ..parallel.pulse import doing
 from .checkpoint.store import load_checkpoint, save_checkpoint
 from .exit_codes import ExitCode
@@ -32,7 +33,7 @@ def dry_step(session: Session, reporter: Reporter) -> None:
     wish = session.config.debug.dry_step
     if not (session.parallel.mesh.world > 1 if wish is None else wish):
         return
-    before = {name: (piece, state.clone()) for name, (piece, state) in random_state().items()}
+    before = {name: Held(piece, state.clone()) for name, (piece, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
         attempt(session, what, test)
     reporter.try_trackers()

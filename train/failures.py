@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
@@ -31,7 +31,7 @@ def _any_bad(tensors: list[Tensor], device: torch.device) -> Tensor:
     """1 if one of them has a NaN or infinite element: their sums of absolute values cannot hide one, and are one read each."""
     if not tensors:
         return torch.zeros((), device=device)
-    sums = torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])
+    sums = torch.stack([norm.double() for norm in _foreach_norm(tensors, float("inf"))])
     return (~sums.isfinite()).any().float()
 
 

@@ -74,5 +74,6 @@ def read(numbers: Tensor) -> Told:
     not_finite, finders, stop, save, bad_data, failed_writer, writing, speakers, *seconds, squared, loss = values
     alone = finders if not_finite == 1 else speakers if bad_data + failed_writer == 1 else 0
     norm = math.sqrt(squared) if squared >= 0 else math.nan
-    counts = (int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite))
-    return Told(*counts, int(alone) - 1 if alone else None, seconds, norm, loss)
+    rank = int(alone) - 1 if alone else None
+    counts = [int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite)]
+    return Told._make([*counts, rank, seconds, norm, loss])
