@@ -30,7 +30,7 @@ def forwarding() -> Iterator[None]:
 
 
 class Forward:
-    """The handler. Without ranks yet, a signal that asks to stop ends this process; later ones may come when the ranks have ended."""
+    """The handler. A signal that asks to stop ends this process if there are no ranks yet; when they have ended it does nothing."""
 
     def __init__(self) -> None:
         self.stopping = False

@@ -7,7 +7,7 @@ import time
 from .arguments import parse_arguments
 from .compose import compose_arguments
 from .config import Config, ConfigError
-from .signals import listen
+from .signals import ignore, listen
 from .validate import validate
 
 BAD_CONFIGURATION = 2
@@ -34,10 +34,13 @@ def train_command(argv: list[str]) -> int:
 def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
     listen()
-    # The import of torch: about two seconds that an error above does not cost.
-    from .run import run
+    try:
+        # The import of torch: about two seconds that an error above does not cost.
+        from .run import run
 
-    return run(config)
+        return run(config)
+    finally:
+        ignore()
 
 
 def world_size() -> int:

@@ -6,7 +6,7 @@ but count, so that no signal, and no second one, can break a step or a save; ran
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,6 +50,13 @@ def listen() -> list[Any]:
         return [signal.signal(number, WISHES.hear) for number in (*STOPPING, *SAVING)]
     except ValueError:
         return []
+
+
+def ignore() -> None:
+    """The run has ended, and nothing is left to ask for: Python itself would let a late signal kill the process on its way out."""
+    with suppress(ValueError):
+        for number in (*STOPPING, *SAVING):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
