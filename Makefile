@@ -2,20 +2,30 @@
 
 PYTHON ?= python3
 ARGS ?=
+SCORECARD ?= print
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check golden golden-checkpoint format clean
+.PHONY: help train test check faults scorecard faults-full golden golden-checkpoint format clean
 
 help: ## Show this help
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
 
 train: $(INSTALLED) ## Train the default model, about 5 minutes; make train ARGS="steps=20 model.moe.top_k=1"
 	$(BIN)/tokenyard train $(ARGS)
 
 test: $(INSTALLED) ## Run all tests; make test ARGS="tests/launch -k sweep"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS)
+
+faults: $(INSTALLED) ## Run the thirty faults and print the scorecard, 15 minutes
+	TOKENYARD_SCORECARD=$(SCORECARD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fault $(ARGS)
+
+scorecard: ## The same, and write the tables of docs/faults.md
+	SCORECARD=write $(MAKE) --no-print-directory faults
+
+faults-full: ## The same with 200 random kills, hours
+	TOKENYARD_KILLS=200 $(MAKE) --no-print-directory faults
 
 check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 	$(BIN)/ruff format --check .

@@ -7,18 +7,25 @@ from ..train.config import Config, ConfigError
 from ..train.folder import new_run_folder
 from ..train.schema import quoted
 from .address import interface_of, is_first_here, is_own, own_address
+from .forwarding import ENDING, forwarding
 
 
 def start_ranks(config: Config, argv: list[str]) -> int:
-    """Runs `python -m tokenyard.train` with the same `argv` on launch.ranks ranks. Returns 0 or the first failure's code."""
+    """Runs `python -m tokenyard.train` with the same `argv` on launch.ranks ranks. Returns 0 or the first failure's code.
+
+    Signals that ask the run to save or to stop go to the ranks, which end by themselves: torch's launcher would end them after 30
+    seconds, whether or not their checkpoint is durable, and report the signal as a failure.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     # The ranks would otherwise each take all cores, or, by torch's own default, one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.launch.ranks)))
+    handed = f"--signals-to-handle={','.join(ENDING)}"
     try:
-        run(parse_args([*_elastic(config), "-m", "tokenyard.train", *argv, *_shared_folder(config)]))
+        with forwarding():
+            run(parse_args([handed, *_elastic(config), "-m", "tokenyard.train", *argv, *_shared_folder(config)]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode != 2:

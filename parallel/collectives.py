@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .mesh import Axis
+from .pulse import collective
 
 # torch 2.13 renamed both; the old names only warn there, the new ones do not exist before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -34,14 +35,16 @@ def add_up_parts(x: Tensor, axis: Axis) -> Tensor:
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Add up `x` over the ranks, in place; not differentiable."""
     if axis.group is not None:
-        dist.all_reduce(x, group=axis.group)
+        with collective("all_reduce", axis):
+            dist.all_reduce(x, group=axis.group)
     return x
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
     """The maximum of `x` over the ranks, in place; not differentiable."""
     if axis.group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+        with collective("all_reduce", axis):
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x
 
 
@@ -50,7 +53,8 @@ def stack_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return x.unsqueeze(0)
     out = x.new_empty(axis.size * x.numel())
-    all_gather(out, x.contiguous().flatten(), group=axis.group)
+    with collective("all_gather", axis):
+        all_gather(out, x.contiguous().flatten(), group=axis.group)
     return out.view(axis.size, *x.shape)
 
 
@@ -61,7 +65,8 @@ def _gather(x_BSD: Tensor, axis: Axis) -> Tensor:
 def _scatter(x_BSD: Tensor, axis: Axis) -> Tensor:
     slices_NBSD = x_BSD.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
     out_BSD = torch.empty_like(slices_NBSD[0])
-    _reduce_scatter(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
+    with collective("reduce_scatter", axis):
+        _reduce_scatter(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
     return out_BSD
 
 

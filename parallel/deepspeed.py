@@ -77,6 +77,13 @@ class Zero:
         """The optimizer's step, after which every rank has all of its weights again."""
         self.engine.step()
 
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not taken."""
+        self.engine.zero_grad() if not self.stage else self.engine.optimizer.zero_grad()
+        if self.stage:
+            gradients = self.engine.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
+
     def fragments(self) -> Iterator[tuple[str, Placed, Fragment | None]]:
         """Of each parameter; None if this rank updates no element of it. For ZeRO 1 and 2."""
         partitions = self.engine.optimizer.single_partition_of_fp32_groups

@@ -6,6 +6,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .pulse import PULSE, waiting
+
 
 def pick_device(name: str) -> torch.device:
     """`auto`: this rank's GPU if there is one, else the CPU."""
@@ -35,7 +37,9 @@ def leave() -> None:
 def wait_for_all() -> None:
     """Return when every rank has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        PULSE.number += 1
+        with waiting("barrier of all ranks"):
+            dist.barrier()
 
 
 def is_first() -> bool:

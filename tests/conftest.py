@@ -35,6 +35,19 @@ def child_seconds() -> Callable[[], float]:
     return lambda: total() - start
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The number of a fault travels with the reports of its tests, to the scorecard; so does what the mark says that it shows."""
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            item.user_properties += zip(("fault", "measured"), mark.args, strict=False)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    import scorecard
+
+    scorecard.report(terminalreporter)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several workers (-n 2), a file stays on one of them, and so do all files that need ranks: these are started once."""

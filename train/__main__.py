@@ -4,12 +4,14 @@ import sys
 
 from .allocator import restart_with_kept_memory
 from .command import train_command
+from .signals import listen
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; `argv` is by default the process's."""
     if argv is None:
         restart_with_kept_memory()
+        listen()  # a signal while torch is imported is heard, too
     return train_command(sys.argv[1:] if argv is None else argv)
 
 

@@ -18,9 +18,6 @@ from .state import random_state
 if TYPE_CHECKING:
     from .session import Session
 
-CANNOT_SAVE = 74
-"""The exit code of a run that ended for want of a checkpoint (EX_IOERR of sysexits.h)."""
-
 
 class SaveFailed(RuntimeError):
     """A checkpoint that the run cannot do without was not written; the same on every rank."""
@@ -38,15 +35,26 @@ def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
     return Saver(checkpoints, config.timeout_seconds, tidy)
 
 
-def tend(session: "Session", due: bool) -> Iterator[Outcome]:
-    """What became of saves since the last step; if one is due, it is begun. Collective, after each step.
+def settled(session: "Session", failed: bool, writing: bool) -> Iterator[Outcome]:
+    """What became of the save under way, if it has ended; `failed` and `writing` are true if they are on any rank.
 
-    Raises SaveFailed, after the Outcome, if a save failed and checkpoint.on_failure=stop.
+    Raises SaveFailed, after the Outcome, if it failed and checkpoint.on_failure=stop. Collective if it has ended.
     """
-    yield from _told(session, session.saver.step())
-    if due:
-        yield from _told(session, session.saver.finish())
-        yield from _told(session, begin(session, session.config.checkpoint.asynchronous and not session.careful))
+    yield from _told(session, session.saver.settle(failed, writing))
+
+
+def finished(session: "Session") -> Iterator[Outcome]:
+    """What became of the save under way, once it has ended. Collective."""
+    yield from _told(session, session.saver.finish(), may_stop=False)
+
+
+def started(session: "Session") -> Iterator[Outcome]:
+    """Begin a save of this step; the Outcome of the one before, and of this one if it is waited for. Collective.
+
+    Raises SaveFailed, after the Outcome, if one failed and checkpoint.on_failure=stop.
+    """
+    yield from _told(session, session.saver.finish())
+    yield from _told(session, begin(session, session.config.checkpoint.asynchronous and not session.careful))
 
 
 def conclude(session: "Session") -> Iterator[Outcome]:

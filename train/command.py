@@ -8,6 +8,7 @@ from .arguments import parse_arguments
 from .compose import compose_arguments
 from .config import Config, ConfigError
 from .redact import redact
+from .signals import ignore, listen
 from .validate import validate
 
 BAD_CONFIGURATION = 2
@@ -35,10 +36,14 @@ def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
     # Checkpoints, logs and what trackers write are for this user alone.
     os.umask(0o077)
-    # The import of torch: about two seconds that an error above does not cost.
-    from .run import run
+    listen()
+    try:
+        # The import of torch: about two seconds that an error above does not cost.
+        from .run import run
 
-    return run(config)
+        return run(config)
+    finally:
+        ignore()
 
 
 def world_size() -> int:

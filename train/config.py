@@ -8,6 +8,7 @@ from ..data.config import DataConfig, TokenizerConfig
 from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
 from .launch_config import LaunchConfig
+from .survival_config import DebugConfig, NumericsConfig
 
 
 class ConfigError(ValueError):
@@ -188,3 +189,5 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..parallel.pieces import Held, Piece
 from .config import Config
 from .deepspeed_settings import deepspeed_settings
 from .engine import Engine
+from .flags import NOTHING, Telling, Told, is_sound
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
 from .step import Rows, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
@@ -33,11 +35,22 @@ class ZeroEngine(Engine):
         super().__init__(parallel, optimizer)
         self.zero = zero
 
-    def step(self, rows: list[Rows], lr: float, clip_norm: float | None, place: Place | None = None) -> StepNumbers:
+    def step(
+        self,
+        rows: list[Rows],
+        lr: float,
+        clip_norm: float | None,
+        place: Place | None = None,
+        telling: Telling = NOTHING,
+        accepts: Callable[[Told], bool] = is_sound,
+    ) -> StepNumbers:
         """What `train_step` does, in the same order."""
         totals = count_totals(self.parallel, rows)
         shares = [self.zero.compute(part, totals, place, last=part is rows[-1]) for part in rows]
-        numbers = add_up(self.parallel, shares, totals, self.zero.squared_norm())
+        numbers = add_up(self.parallel, shares, totals, self.zero.squared_norm(), telling)
+        if not accepts(numbers.told):
+            self.zero.drop()
+            return numbers._replace(updated=False)
         if clip_norm is not None:
             self.zero.scale(clip_factor(numbers.gradient_norm, clip_norm))
         set_learning_rate(self.optimizer, lr)

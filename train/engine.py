@@ -1,6 +1,7 @@
 """Who runs backward, reduction and update: torch's FSDP2 with our own collectives, or DeepSpeed. The numbers are the same."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from ..parallel.apply import Parallel
 from ..parallel.pieces import Held
 from .config import Config
 from .config import Engine as EngineKind
+from .flags import NOTHING, Telling, Told, is_sound
 from .optimizer import build_optimizer
 from .state import held_state, set_optimizer_steps
 from .step import Rows, StepNumbers, train_step
@@ -23,7 +25,15 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def step(self, rows: list[Rows], lr: float, clip_norm: float | None, place: Place | None = None) -> StepNumbers:
+    def step(
+        self,
+        rows: list[Rows],
+        lr: float,
+        clip_norm: float | None,
+        place: Place | None = None,
+        telling: Telling = NOTHING,
+        accepts: Callable[[Told], bool] = is_sound,
+    ) -> StepNumbers:
         """One optimizer step on a global batch, of which `rows` are this rank's micro-batches; see `train_step`."""
 
     @abstractmethod
@@ -42,8 +52,16 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Gradients by parallel/gradients.py and FSDP2; the state is where the optimizer has it."""
 
-    def step(self, rows: list[Rows], lr: float, clip_norm: float | None, place: Place | None = None) -> StepNumbers:
-        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place)
+    def step(
+        self,
+        rows: list[Rows],
+        lr: float,
+        clip_norm: float | None,
+        place: Place | None = None,
+        telling: Telling = NOTHING,
+        accepts: Callable[[Told], bool] = is_sound,
+    ) -> StepNumbers:
+        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, telling, accepts)
 
     def held(self) -> dict[str, Held]:
         return held_state(self.parallel, self.optimizer)

@@ -2,7 +2,8 @@
 
     TOKENYARD_FAILPOINTS=checkpoint.shard_written:rank=1:step=6:SIGKILL,step.begin:rank=0:sleep=0.05
 
-A condition that is left out always holds. `times=N` lets the failpoint act in the first N cases only.
+A condition that is left out always holds. `times=N` lets the failpoint act in the first N cases only; `restart=N` in the N-th start
+of the ranks by torch's elastic launcher, counted from 0.
 """
 
 import errno
@@ -21,7 +22,7 @@ def failpoint(name: str, step: int | None = None) -> bool:
     Actions: a signal by name, sent to this process; `raise` (RuntimeError); `enospc` (OSError, as of a full disk); `sleep=SECONDS`;
     `on`, for places that do something of their own.
     """
-    if VARIABLE not in os.environ:
+    if not os.environ.get(VARIABLE):
         return False
     acting = [one for one in _parse(os.environ[VARIABLE]) if one.name == name and one.holds(step)]
     for one in acting:
@@ -39,7 +40,8 @@ class Failpoint:
     acted: int = 0
 
     def holds(self, step: int | None) -> bool:
-        here = {"rank": int(os.environ.get("RANK", 0)), "step": step, "times": self.acted}
+        rank, restart = (int(os.environ.get(name, 0)) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+        here = {"rank": rank, "restart": restart, "step": step, "times": self.acted}
         return all(here[key] < value if key == "times" else here[key] == value for key, value in self.conditions.items())
 
     def act(self) -> None:

@@ -1,19 +1,16 @@
-"""What the data needs of the ranks, and what a run does when the data stops."""
+"""What the data needs of the ranks, and how a batch becomes rows on the device."""
 
 import logging
-import sys
 from time import perf_counter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..data.batches import Batch
+from ..data.batches import IGNORE, Batch
 from ..data.prepare import Prepared
 from ..data.stream.rows import World
-from ..data.stream.stop import DataStop
 from ..moe.documents import documents_of
-from ..parallel.processes import is_first
 from .config import Config
 from .step import Rows
 
@@ -41,7 +38,12 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
 
 
 def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:
-    """A micro-batch on the device, with its documents told apart if attention is to stay inside of them."""
+    """A micro-batch on the device, with its documents told apart if attention is to stay inside of them.
+
+    ValueError for a token id that the model does not know, which a GPU would answer by ending its context.
+    """
+    if batch.ids_BS.max() >= config.model.vocabulary or batch.targets_BS.max() >= config.model.vocabulary:
+        raise ValueError(f"row {first} and following: a token id is not below model.vocabulary={config.model.vocabulary}")
     ids_BS, targets_BS = batch.ids_BS.to(device), batch.targets_BS.to(device)
     if not config.data.mask_documents:
         return Rows(ids_BS, targets_BS, first)
@@ -49,11 +51,10 @@ def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: to
     return Rows(ids_BS, targets_BS, first, documents_BS)
 
 
-def say_stop(stop: DataStop, step: int) -> int:
-    """Tell why the run ends after `step`. Returns the exit code."""
-    if is_first():
-        print(f"tokenyard: stopped after step {step}: {stop}", file=sys.stderr)
-    return stop.exit_code
+def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Rows:
+    """A micro-batch without a token that counts: the collectives of a step need every rank, also one that has nothing to read."""
+    ids_BS = torch.zeros(sequences, length, dtype=torch.int64, device=device)
+    return Rows(ids_BS, torch.full_like(ids_BS, IGNORE), first)
 
 
 class Waiting:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
-from . import data_rules, deepspeed_settings, exchange_rules, launch_rules, layout_rules, router_rules
+from . import data_rules, deepspeed_settings, exchange_rules, launch_rules, layout_rules, router_rules, survival_rules
 from .broken import Broken
 from .config import Config
 
@@ -88,6 +88,7 @@ INTERVALS = {
     "sample.top_p": "(0, 1]",
     **deepspeed_settings.INTERVALS,
     **launch_rules.INTERVALS,
+    **survival_rules.INTERVALS,
 }
 """Where each number must lie, unless it is null; ( and ) exclude the bound."""
 

@@ -32,13 +32,22 @@ class Journal:
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._lock = Lock()
 
+    @classmethod
+    def appending(cls, path: Path) -> "Journal":
+        """Beside another one of the same file that is open: nothing of it is mended."""
+        journal = cls.__new__(cls)
+        journal.path = path
+        journal._file = path.open("a", encoding="utf-8", buffering=1)
+        journal._lock = Lock()
+        return journal
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Tensors and arrays become lists."""
         line = json.dumps(redact_plain(_plain(record)), allow_nan=False, ensure_ascii=False) + "\n"
         with self._lock:
             self._file.write(line)
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, /, **facts: Any) -> None:
         """Append a record of something that happened, with the time in UTC."""
         self.write({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **facts})
 

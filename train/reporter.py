@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from ..moe.count import count
+from .accounting import Accounting, in_words
 from .checkpoint.saver import Outcome
 from .compose import compose
 from .config import Config
@@ -31,6 +33,10 @@ from .trackers import build_trackers, run_identity
 
 SAMPLE_LIMIT = 2_000_000_000
 """Models with more parameters than this are not opened on one device for the sample at the end."""
+
+
+TRACKER_SECONDS = 20.0
+"""That the dry step gives trackers to start."""
 
 
 class Logged(NamedTuple):
@@ -69,6 +75,32 @@ class Reporter(ABC):
     def finished(self, evaluation: Evaluation) -> None:
         """The last step is done; its validation."""
 
+    def spent(self, kind: str) -> AbstractContextManager[None]:
+        """What runs inside is no training but of this kind; see accounting.py."""
+        return nullcontext()
+
+    def started(self) -> None:  # noqa: B027
+        """The first step begins."""
+
+    def try_trackers(self) -> None:  # noqa: B027
+        """Say which trackers do not start. Training goes on without them."""
+
+    @abstractmethod
+    def event(self, kind: str, /, **facts: Any) -> None:
+        """Something happened that is worth a line of events.jsonl."""
+
+    @abstractmethod
+    def alert(self, kind: str, text: str) -> None:
+        """Something happened that a person should know soon."""
+
+    @abstractmethod
+    def rolled_back(self, session: Session, step: int) -> None:
+        """The run is back at an earlier step, because `step` could not be taken."""
+
+    @abstractmethod
+    def stopped(self, reason: str, code: int) -> None:
+        """The run ends before its last step, with this exit code."""
+
 
 def build_reporter(session: Session) -> Reporter:
     """For rank 0 the real one. The peak is measured on all ranks at once, as they will share the machine."""
@@ -93,6 +125,18 @@ class OtherRank(Reporter):
     def finished(self, evaluation: Evaluation) -> None:
         pass
 
+    def event(self, kind: str, /, **facts: Any) -> None:
+        pass
+
+    def alert(self, kind: str, text: str) -> None:
+        pass
+
+    def rolled_back(self, session: Session, step: int) -> None:
+        pass
+
+    def stopped(self, reason: str, code: int) -> None:
+        pass
+
 
 @final
 class FirstRank(Reporter):
@@ -101,11 +145,13 @@ class FirstRank(Reporter):
         self.session = session
         self.begin = perf_counter()
         self.printer = Printer()
+        self.accounting = Accounting(folder, session.step)
         self.metrics = Journal(folder / "metrics.jsonl", keep_to_step=session.step)
         self.events = Journal(folder / "events.jsonl")
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
         self.summary: dict[str, Any] = {}
+        self.code = 0
         resumed = session.step > 0
         self.trackers = build_trackers(
             config.tracker, folder, run_identity(folder, resumed), config.run.name, self.printer.say, self.events
@@ -120,7 +166,9 @@ class FirstRank(Reporter):
             self.events.event("failed", step=self.session.step, error=f"{type(error).__name__}: {error}")
             again = train_command(self.session.config, run_dir=self.session.folder)
             self.printer.say(f"stopped after step {self.session.step} by {type(error).__name__}; to go on: {again}")
-        self.trackers.finish(0 if error is None else 1, self.summary)
+        self.events.event("accounting", step=self.session.step, **self.accounting.facts())
+        self.printer.say(in_words(self.accounting.facts()))
+        self.trackers.finish(self.code if error is None else 1, self.summary)
         self.metrics.close()
         self.events.close()
 
@@ -129,6 +177,7 @@ class FirstRank(Reporter):
         record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts()}
         if logged.evaluation is not None:
             record |= validation_record(session.config, logged.evaluation)
+        self.accounting.waited(logged.waited)
         self.metrics.write(record)
         self.trackers.log(record)
         self.printer.line(step_spans(record, session.config.steps, self.eta.after(session.step)))
@@ -137,16 +186,49 @@ class FirstRank(Reporter):
             self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
 
     def saved(self, outcome: Outcome) -> None:
-        if outcome.error is not None:
-            self.printer.say(f"step {outcome.step}: checkpoint {outcome.path} was NOT written: {outcome.error}")
-        kind = "checkpoint" if outcome.error is None else "checkpoint_failed"
-        self.events.event(kind, **outcome.facts(), told_step=self.session.step)
+        if outcome.error is None:
+            self.events.event("checkpoint", **outcome.facts(), told_step=self.session.step)
+        else:
+            self.events.event("checkpoint_failed", **outcome.facts(), told_step=self.session.step)
+            self.alert("checkpoint_failed", f"step {outcome.step}: checkpoint {outcome.path} was NOT written: {outcome.error}")
+        self.events.event("accounting", step=self.session.step, **self.accounting.facts())
+
+    def spent(self, kind: str) -> AbstractContextManager[None]:
+        return self.accounting.of(kind)
+
+    def started(self) -> None:
+        self.accounting.started()
+
+    def try_trackers(self) -> None:
+        late = self.trackers.ready(TRACKER_SECONDS)
+        if late:
+            self.alert("trackers", f"not started within {TRACKER_SECONDS:g} s: {', '.join(late)}; metrics.jsonl has all records")
 
     def finished(self, evaluation: Evaluation) -> None:
         session = self.session
         self.summary = validation_record(session.config, evaluation)
         self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
-        self.printer.lines(end_lines(end_facts(session, evaluation, perf_counter() - self.begin), self.printer.bars))
+        with self.spent("evaluation"):
+            facts = end_facts(session, evaluation, perf_counter() - self.begin)
+        self.printer.lines(end_lines(facts, self.printer.bars))
+
+    def event(self, kind: str, /, **facts: Any) -> None:
+        self.events.event(kind, **facts)
+
+    def alert(self, kind: str, text: str) -> None:
+        self.events.event("alert", step=self.session.step, kind=kind, text=text)
+        self.printer.say(f"{kind}: {text}")
+
+    def rolled_back(self, session: Session, step: int) -> None:
+        self.metrics.close()
+        self.metrics = Journal(session.folder / "metrics.jsonl", keep_to_step=session.step)
+        self.meter.tokens = session.tokens
+        self.events.event("rolled_back", step=session.step, around=step)
+
+    def stopped(self, reason: str, code: int) -> None:
+        session, self.code = self.session, code
+        self.events.event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
+        self.printer.say(f"to go on: {train_command(session.config, run_dir=session.folder)}")
 
 
 def step_result(config: Config, step: int, logged: Logged) -> StepResult:

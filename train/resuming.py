@@ -35,6 +35,22 @@ def find_resume(config: Config, folder: Path) -> Path | None:
             raise ConfigError.of("checkpoint.resume", "never", f"would overwrite {found[0]}", nearest)
         return None
     found = from_first(lambda: checkpoints_in(folder / "checkpoints") if wish == "auto" else checkpoints_of(Path(wish)))
+    chosen, refused = first_whole(found, folder)
+    if chosen is None and wish != "auto" and not found:
+        raise ConfigError(f"{wish}: is neither a checkpoint nor a run folder with one")
+    if chosen is None and found:
+        rest = "" if len(found) == 1 else f" (and none of the {len(found) - 1} before it is whole)"
+        raise ConfigError(f"checkpoint.resume={wish}: {refused[0]}{rest}; nearest valid: a new run.dir, or another checkpoint")
+    return chosen
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of the run folder `folder` every byte of which is as it was written; others are named. Collective."""
+    return first_whole(from_first(lambda: checkpoints_in(folder / "checkpoints")), folder)[0]
+
+
+def first_whole(found: list[Path], folder: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
+    """The first that is whole, and what is wrong with those before it, which the run folder's events keep. Collective."""
     refused: list[DamagedCheckpoint] = []
 
     def refuse(path: Path, error: DamagedCheckpoint) -> None:
@@ -43,13 +59,7 @@ def find_resume(config: Config, folder: Path) -> Path | None:
             text = f"{path} is refused, the checkpoint before it is tried: {error}"
             note(folder, "checkpoint_refused", text, path=str(path), file=str(error.file), reason=str(error))
 
-    chosen = newest_verified(found, refuse)
-    if chosen is None and wish != "auto" and not found:
-        raise ConfigError(f"{wish}: is neither a checkpoint nor a run folder with one")
-    if chosen is None and found:
-        rest = "" if len(found) == 1 else f" (and none of the {len(found) - 1} before it is whole)"
-        raise ConfigError(f"checkpoint.resume={wish}: {refused[0]}{rest}; nearest valid: a new run.dir, or another checkpoint")
-    return chosen
+    return newest_verified(found, refuse), refused
 
 
 def as_checkpoint(path: Path) -> Path:

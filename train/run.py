@@ -9,92 +9,153 @@ from time import perf_counter
 import torch
 
 from ..data.stream.stop import DataStop
-from ..moe.tokens import Place
+from ..parallel.fingerprints import compare
 from ..parallel.processes import is_first, join, leave, pick_device
-from .checkpointing import CANNOT_SAVE, SaveFailed, conclude, tend
+from ..parallel.pulse import check_before_collectives, doing
+from .attempt import attempt, recover
+from .care import Care, build_care
+from .checkpointing import SaveFailed
 from .config import Config
+from .dry_step import dry_step
 from .evaluate import Evaluation, evaluate_session
-from .feed import as_rows, say_stop
+from .exit_codes import ExitCode
+from .feed import as_rows, no_rows
 from .redact import redact
 from .reporter import Logged, Reporter, build_reporter, set_up_logging
+from .saving import keep, settle
 from .schedule import learning_rate_factor
 from .session import Session, open_session
+from .signals import listening
 from .step import Rows, StepNumbers
+from .stop import RunStop, say_failure, say_stop
+from .watchdog import watched
+
+GRACE_SECONDS = 30.0
+"""For which a process group waits longer than the watchdog, which knows more about why."""
 
 
 def run(config: Config) -> int:
     """Train to the end as one rank of the world in the environment. Returns the exit code."""
     device = pick_device(config.device.value)
-    join(device, config.parallel.timeout_seconds)
+    join(device, config.parallel.timeout_seconds + GRACE_SECONDS)
     torch.manual_seed(config.seed)
     set_up_logging(is_first())
-    code = 0
     try:
-        try:
-            session = open_session(config, device)
-        except ValueError as error:
-            return refuse(error)
-        with closing(session), build_reporter(session) as reporter:
+        with listening():
             try:
-                evaluation = train(session, reporter)
-            except DataStop as stop:
-                evaluation, code = None, say_stop(stop, session.step)
-                for outcome in conclude(session):
-                    reporter.saved(outcome)
-            reporter.finished(evaluation or evaluate_session(session))
-        return code
+                session = open_session(config, device)
+            except ValueError as error:
+                return refuse(error)
+            with closing(session), build_reporter(session) as reporter:
+                return train_session(session, reporter)
     except SaveFailed as error:
-        return refuse(error, CANNOT_SAVE)
+        return refuse(error, ExitCode.failed_writer)
+    except Exception as error:
+        say_failure(error)
+        raise
     finally:
         leave()
 
 
-def train(session: Session, reporter: Reporter) -> Evaluation | None:
-    """All steps that are left, with a checkpoint and a validation after the last. None if no step was left."""
+def train_session(session: Session, reporter: Reporter) -> int:
+    """Train to the end, or to where the run has to end. Returns the exit code."""
+    check_before_collectives(compare if session.config.debug.collectives else None)
+    care = build_care(session, reporter)
+    try:
+        with watched(session):
+            dry_step(session, reporter)
+            evaluation = train(session, reporter, care)
+    except (DataStop, RunStop) as stop:
+        return end_early(stop, session, reporter, care)
+    reporter.finished(evaluation or validated(session, reporter))
+    return 0
+
+
+def train(session: Session, reporter: Reporter, care: Care) -> Evaluation | None:
+    """All steps that are left, with a checkpoint and a validation after the last. None if no step was left.
+
+    Raises, on all ranks, a DataStop or a RunStop if the run ends before.
+    """
     config, evaluation = session.config, None
     session.parallel.model.train()
     stopwatch = Stopwatch()
+    reporter.started()
     while session.step < config.steps:
-        numbers, lr = next_step(session)
+        numbers, lr = next_step(session, care)
+        if not numbers:
+            continue
         stopwatch.tokens += numbers.tokens
         validate = due(session, config.evaluate.every)
         log = due(session, config.log.every) or validate
         since = (*stopwatch.take(session.device), session.waiting.take()) if log else None
         with stopwatch.paused(session.device):
-            evaluation = evaluate_session(session) if validate else None
+            evaluation = validated(session, reporter) if validate else None
             if since is not None:
                 reporter.logged(session, Logged(numbers, lr, *since, evaluation))
             session.validated = {session.step: evaluation.loss} if evaluation else {}
-            for outcome in tend(session, due(session, config.checkpoint.every)):
-                reporter.saved(outcome)
-    for outcome in conclude(session) if evaluation is not None else []:
-        reporter.saved(outcome)
+            settle(session, reporter, numbers.told)
+            if due(session, config.checkpoint.every) or numbers.told.save:
+                keep(session, reporter, care, durable=numbers.told.save > 0)
+        care.heard(numbers.told)
+    keep(session, reporter, care, durable=True)
     return evaluation
 
 
-def next_step(session: Session) -> tuple[StepNumbers, float]:
-    """One optimizer step; its numbers and its learning rate."""
+def next_step(session: Session, care: Care) -> tuple[StepNumbers | None, float]:
+    """One optimizer step and its learning rate; no numbers if it was skipped, jumped over or rolled back."""
     config = session.config
     lr = config.optimizer.lr * learning_rate_factor(config.schedule, session.step + 1, config.steps)
-    rows = micro_batches(session)
-    place = Place(config.seed, session.step + 1)
-    numbers = session.engine.step(rows, lr, config.optimizer.clip_norm, place)
+    rows = micro_batches(session, care)
+    if session.step + 1 in care.guard.jumps:
+        session.step += 1
+        return None, lr
+    numbers = attempt(session, care, rows, lr)
+    if not numbers.updated:
+        recover(session, care, numbers.told)
+        return None, lr
+    care.guard.took(numbers.told)
     session.step += 1
     session.tokens += numbers.tokens
     return numbers, lr
 
 
-def micro_batches(session: Session) -> list[Rows]:
+@doing("data")
+def micro_batches(session: Session, care: Care) -> list[Rows]:
     """This rank's rows of the next global batch. Micro-step m of all ranks together is the m-th run of the global batch.
 
-    Raises a DataStop, on all ranks, if there is none.
+    Raises a DataStop, on all ranks, if there is none. What this rank alone cannot read is told to all in the step.
     """
     data, micro = session.parallel.mesh.data, session.micro
     together = micro * data.size
     starts = range(data.rank * micro, session.config.batch.sequences, together)
-    with session.waiting:
-        batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
-    return [as_rows(batch, start, session.config, session.data, session.device) for batch, start in batches]
+    try:
+        with session.waiting:
+            batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
+        return [as_rows(batch, start, session.config, session.data, session.device) for batch, start in batches]
+    except (OSError, ValueError) as error:
+        care.bad_data = f"{type(error).__name__}: {error}"
+        return [no_rows(micro, session.config.sequence_length, start, session.device) for start in starts]
+
+
+@doing("evaluation")
+def validated(session: Session, reporter: Reporter) -> Evaluation:
+    """A validation pass, as time that was not spent on training."""
+    with reporter.spent("evaluation"):
+        return evaluate_session(session)
+
+
+def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, care: Care) -> int:
+    """Before the last step, with a checkpoint if the state is sound. Returns the exit code."""
+    code = say_stop(stop, session.step)
+    if not isinstance(stop, RunStop):
+        keep(session, reporter, care, durable=True)
+        reporter.finished(validated(session, reporter))
+        return code
+    if stop.saves:
+        keep(session, reporter, care, durable=True)
+    care.stopped()
+    reporter.stopped(str(stop), code)
+    return code
 
 
 def due(session: Session, every: int) -> bool:
@@ -102,7 +163,7 @@ def due(session: Session, every: int) -> bool:
     return session.step == session.config.steps or (every > 0 and session.step % every == 0)
 
 
-def refuse(error: Exception, code: int = 2) -> int:
+def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
     """What could not be refused before the ranks had met; all ranks come to the same error. Returns the exit code."""
     if is_first():
         print(f"tokenyard: {redact(str(error))}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
+from ..parallel.pulse import doing, waiting_for_device
 from ..parallel.vocabulary import head_loss
+from .flags import NOTHING, Telling, Told, is_sound, numbers_of, read
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
 
@@ -47,6 +50,10 @@ class StepNumbers(NamedTuple):
     mtp_D: Tensor
     """Cross entropy of each module of multi-token prediction."""
     gradient_norm: Tensor
+    told: Told
+    """On the host: loss, norm, and what the ranks told each other."""
+    updated: bool = True
+    """False: weights and moments are bit for bit what they were before the step."""
 
 
 def train_step(
@@ -56,10 +63,13 @@ def train_step(
     lr: float,
     clip_norm: float | None,
     place: Place | None = None,
+    telling: Telling = NOTHING,
+    accepts: Callable[[Told], bool] = is_sound,
 ) -> StepNumbers:
     """Train on one global batch, of which `micro_batches` are this rank's rows.
 
     `place` (None: the first step) says which step of which run it is, for capacity schedules and what is random in routing.
+    `telling` is what this rank has to tell the others. `accepts` decides, on every rank by the same numbers, whether to update.
     """
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, micro_batches)
@@ -67,16 +77,36 @@ def train_step(
     for index, rows in enumerate(micro_batches):
         prepare_backward(parallel.model, parallel.zero, last=index == len(micro_batches) - 1)
         share = forward(parallel, rows, totals, place)
-        share.objective.backward()
+        backward(share)
         shares.append(share)
-    reduce_gradients(parallel)
-    numbers = add_up(parallel, shares, totals, squared_norm(parallel))
+    reduce(parallel)
+    numbers = add_up(parallel, shares, totals, squared_norm(parallel), telling)
+    if not accepts(numbers.told):
+        return numbers._replace(updated=False)
     if clip_norm is not None:
         scale_gradients(parallel, clip_factor(numbers.gradient_norm, clip_norm))
-    set_learning_rate(optimizer, lr)
-    optimizer.step()
+    update(optimizer, lr)
     update_expert_biases(parallel, numbers.counts_LE)
     return numbers
+
+
+@doing("backward")
+def backward(share: Losses) -> None:
+    """Gradients of one micro-batch, added to those of the others."""
+    share.objective.backward()
+
+
+@doing("exchange")
+def reduce(parallel: Parallel) -> None:
+    """The one rule of gradients: see parallel/gradients.py."""
+    reduce_gradients(parallel)
+
+
+@doing("update")
+def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """AdamW."""
+    set_learning_rate(optimizer, lr)
+    optimizer.step()
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
@@ -84,6 +114,7 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+@doing("forward")
 def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None = None) -> Losses:
     """Losses of one micro-batch."""
     config = parallel.model.config
@@ -111,26 +142,37 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
             update_expert_bias(bias_E, counts_E, rate)
 
 
+@doing("count")
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
     """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks."""
     depths = range(parallel.model.config.mtp_depth + 1)  # the model itself predicts 0 tokens further
     valid = [[(ahead(rows.targets, depth, IGNORE) != IGNORE).sum() for depth in depths] for rows in micro_batches]
     tokens = torch.stack([torch.stack(counts) for counts in valid]).sum(0)
     sequences = tokens.new_tensor([sum(len(rows.ids) for rows in micro_batches)])
-    sequences, tokens, *mtp_tokens = sum_over(torch.cat([sequences, tokens]), parallel.mesh.data).tolist()
+    counts = sum_over(torch.cat([sequences, tokens]), parallel.mesh.data)
+    with waiting_for_device():
+        sequences, tokens, *mtp_tokens = counts.tolist()
     return Totals(max(1, tokens), sequences, len(micro_batches), tuple(max(1, count) for count in mtp_tokens))
 
 
-def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor) -> StepNumbers:
-    """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53)."""
-    (layers, columns), depth = shares[0].counts_LE.shape, len(shares[0].mtp_D)
+@doing("exchange")
+def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor, telling: Telling = NOTHING) -> StepNumbers:
+    """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53).
+
+    Flags, loss and norm are read by the host here, and nothing else of the step: whether to update depends on them.
+    """
+    (layers, columns), depth, mesh = shares[0].counts_LE.shape, len(shares[0].mtp_D), parallel.mesh
     parts = [
         (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten())
         for s in shares
     ]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
-    everything = sum_over(torch.cat([squared.view(1), mine]), parallel.mesh.everyone)
-    squared, cross_entropy, *per_layer, mtp_D, counts = everything.split([1, 1, *[layers] * 5, depth, layers * columns])
+    mine = torch.cat([squared.view(1), mine])
+    flags = numbers_of(telling, mine, mesh.rank, mesh.world)
+    everything = sum_over(torch.cat([flags, mine]), mesh.everyone)
+    flags, squared, cross_entropy, *per_layer, mtp_D, counts = everything.split(
+        [len(flags), 1, 1, *[layers] * 5, depth, layers * columns]
+    )
     balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
     return StepNumbers(
         totals.tokens,
@@ -143,4 +185,5 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
         dropped_L.long(),
         mtp_D,
         squared.squeeze(0).sqrt(),
+        read(everything[: len(flags) + 2]),
     )

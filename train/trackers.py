@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from .config import TrackerConfig
@@ -102,6 +102,15 @@ class Trackers:
         """Returns at once; the trackers start beside the run."""
         for worker in self._workers:
             worker.offer(worker.start, facts)
+
+    def ready(self, patience: float) -> list[str]:
+        """Waits until all have started, for `patience` seconds at most; the names of those that have not."""
+        deadline = monotonic() + patience
+        while monotonic() < deadline and any(not worker.started and worker.error is None for worker in self._workers):
+            sleep(0.02)
+        for worker in self._workers:
+            self._report(worker)
+        return [worker.name for worker in self._workers if not worker.started]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Returns at once. The record is copied, so the caller may change it."""

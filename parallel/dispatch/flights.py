@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..collectives import all_gather
 from ..mesh import Axis
+from ..pulse import collective, waiting
 
 
 class Way(ABC):
@@ -43,7 +44,8 @@ class Exchange(Way):
 
     def start(self, rows: Tensor) -> tuple[Tensor, Any]:
         out = rows.new_empty(sum(self.receive), *rows.shape[1:])
-        return out, dist.all_to_all_single(out, rows, self.receive, self.send, group=self.axis.group, async_op=True)
+        with collective("all_to_all", self.axis, self.send, self.receive):
+            return out, dist.all_to_all_single(out, rows, self.receive, self.send, group=self.axis.group, async_op=True)
 
     def unpack(self, filled: Tensor) -> Tensor:
         return filled
@@ -61,7 +63,8 @@ class Gather(Way):
     def start(self, rows: Tensor) -> tuple[Tensor, Any]:
         rows = F.pad(rows, (0, 0, 0, max(self.sizes) - len(rows)))
         out = rows.new_empty(self.axis.size * len(rows), *rows.shape[1:])
-        return out, all_gather(out, rows, group=self.axis.group, async_op=True)
+        with collective("all_gather", self.axis):
+            return out, all_gather(out, rows, group=self.axis.group, async_op=True)
 
     def unpack(self, filled: Tensor) -> Tensor:
         if min(self.sizes) == max(self.sizes):
@@ -109,7 +112,8 @@ class _UnderWay:
     def finish(self) -> Tensor:
         way, _, filled, work = self.current
         self.current = None
-        work.wait()
+        with waiting(f"all_to_all of rows over {way.axis.size} ranks"):
+            work.wait()
         return way.unpack(filled)
 
 

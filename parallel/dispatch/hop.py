@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..mesh import Axis
+from ..pulse import collective, waiting_for_device
 from .choices import Choices, Counted
 from .fan import Fan, add_up, copy_out, plan_fan
 from .flights import Exchange, Flight, depart, land
@@ -90,10 +91,13 @@ def _exchange_sizes(counts_PN: Tensor, most: int, axis: Axis) -> Sizes:
     came_NK = sent_NK
     if axis.group is not None:
         came_NK = torch.empty_like(sent_NK)
-        dist.all_to_all_single(came_NK, sent_NK, group=axis.group)
+        with collective("all_to_all", axis):
+            dist.all_to_all_single(came_NK, sent_NK, group=axis.group)
     pairs_P = (counts_PN > 0).sum(1)
     fan_N = (pairs_P.unsqueeze(1) > torch.arange(ranks, device=pairs_P.device)).sum(0)
-    numbers = torch.cat([sent_NK.flatten(), came_NK.flatten(), fan_N]).tolist()
+    counted = torch.cat([sent_NK.flatten(), came_NK.flatten(), fan_N])
+    with waiting_for_device():
+        numbers = counted.tolist()
     rows = [numbers[start : start + most] for start in range(0, 2 * ranks * most, most)]
     return Sizes(rows[:ranks], rows[ranks:], _trimmed(numbers[-ranks:]))
 

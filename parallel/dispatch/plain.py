@@ -14,6 +14,7 @@ from torch import Tensor
 from ...moe.dispatch import Arrived, Plan, copy_to_rows, plan_rows, weighted_sum
 from ...moe.router import Routing
 from ..mesh import Axis
+from ..pulse import collective, waiting, waiting_for_device
 from .exchanging import ExchangingDispatcher
 from .flights import Exchange, Flight, depart, land
 
@@ -48,10 +49,12 @@ class PlainDispatcher(ExchangingDispatcher):
     def send(self, x_TD: Tensor, routing: Routing) -> Sent:
         plan = plan_rows(routing, self.experts)
         came_E = torch.empty_like(plan.counts_E)
-        counts = dist.all_to_all_single(came_E, plan.counts_E, group=self.axis.group, async_op=True)
+        with collective("all_to_all", self.axis):
+            counts = dist.all_to_all_single(came_E, plan.counts_E, group=self.axis.group, async_op=True)
         rows_RD = copy_to_rows(x_TD, plan)  # while the counts travel
         assert counts is not None
-        counts.wait()
+        with waiting(f"all_to_all of counts over {self.axis.size} ranks"):
+            counts.wait()
         came_NL = came_E.view(self.axis.size, -1)
         splits = plan_splits(plan.counts_E.view(self.axis.size, -1), came_NL)
         flight = depart(rows_RD, Exchange(splits.sent_N, splits.came_N, self.axis))
@@ -72,7 +75,9 @@ class PlainDispatcher(ExchangingDispatcher):
 
 def plan_splits(sent_NL: Tensor, came_NL: Tensor) -> Splits:
     """Splits on the host (a synchronisation), and the permutation from (rank, expert) order to (expert, rank) order."""
-    sent, came = torch.stack([sent_NL.sum(1), came_NL.sum(1)]).tolist()
+    rows = torch.stack([sent_NL.sum(1), came_NL.sum(1)])
+    with waiting_for_device():
+        sent, came = rows.tolist()
     rank_major = came_NL.flatten()
     starts = (rank_major.cumsum(0) - rank_major).view_as(came_NL).T.flatten()
     lengths = came_NL.T.flatten()

@@ -28,6 +28,7 @@ def read_all(config: DataConfig) -> tuple[set[str], dict[str, float], list[str]]
     return set(names_in(np.concatenate(seen))), counts, batches.bad_rows()
 
 
+@pytest.mark.fault(18, "each bad row named with file and row, none dropped in silence")
 def test_bad_lines_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -54,6 +55,7 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
         assert f"a.jsonl row {10 * place + 5}: " in text and reason in text, (place, reason, text)
 
 
+@pytest.mark.fault(18)
 def test_too_many_bad_rows_stop_with_the_list(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -63,6 +65,7 @@ def test_too_many_bad_rows_stop_with_the_list(tmp_path: Path) -> None:
     assert taken(opened(config_of(folder, Corpus.jsonl, max_bad_fraction=0.5)), range(30)).shape[0] == 30
 
 
+@pytest.mark.fault(18)
 def test_one_bad_string_in_parquet_takes_no_other_row_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -81,6 +84,7 @@ def test_one_bad_string_in_parquet_takes_no_other_row_with_it(tmp_path: Path) ->
     assert "2.parquet row 0: the file is broken" in "\n".join(listed)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_a_truncated_file_gives_its_rows_and_says_so(tmp_path: Path, ending: str) -> None:
     folder = tmp_path / "rows"

@@ -48,6 +48,7 @@ def test_each_row_as_often_as_there_were_epochs(data: DataConfig) -> None:
     assert all(len(set(epoch)) == per_epoch for epoch in epochs) and epochs[0] != epochs[1]
 
 
+@pytest.mark.fault(16, "0 lost, 0 repeated, workers 0 to 2")
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_stopped_twice_mid_shard_and_resumed(data: DataConfig, workers: int) -> None:
     straight = taken(opened(data), range(60))
@@ -63,6 +64,7 @@ def test_stopped_twice_mid_shard_and_resumed(data: DataConfig, workers: int) -> 
     assert np.array_equal(np.concatenate(parts), straight)
 
 
+@pytest.mark.fault(17, "same global batches")
 @pytest.mark.parametrize("sizes", [(4, 2, 4), (1, 5, 3)])
 def test_other_numbers_of_ranks(data: DataConfig, sizes: tuple[int, ...]) -> None:
     """More ranks than open shards share windows, fewer make several."""

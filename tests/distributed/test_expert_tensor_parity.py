@@ -39,6 +39,7 @@ CASES = {
 }
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: str) -> None:

@@ -90,6 +90,7 @@ def test_the_end_of_the_data_is_a_checkpoint_and_exit_code_0(rows: Path, tmp_pat
     assert newest is not None and 20 < read_facts(newest)["step"] < 1000
 
 
+@pytest.mark.fault(19)
 def test_an_unavailable_source_is_a_checkpoint_and_exit_code_75(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

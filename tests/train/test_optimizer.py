@@ -13,6 +13,7 @@ from tokenyard.train.optimizer import build_optimizer, set_learning_rate
 CONFIG = OptimizerConfig(lr=0.01, beta1=0.8, beta2=0.9, epsilon=1e-6, weight_decay=0.3)
 
 
+@pytest.mark.fault(14, "each parameter in one group; all change")
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_is_in_one_group_and_matrices_alone_decay(tied: bool) -> None:
     parallel = build(tied)

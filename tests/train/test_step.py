@@ -71,6 +71,7 @@ def test_clipping_scales_down_to_the_norm_and_never_up(share: float | None) -> N
         torch.testing.assert_close(parameter.grad, free.model.get_parameter(name).grad * factor)
 
 
+@pytest.mark.fault(14)
 def test_every_parameter_learns() -> None:
     parallel = build(shared_hidden=8)
     before = {name: parameter.detach().clone() for name, parameter in parallel.model.named_parameters()}
@@ -153,7 +154,8 @@ def norm_of(parallel: Parallel) -> Tensor:
 
 
 def assert_same_numbers(numbers: StepNumbers, expected: StepNumbers) -> None:
-    for field, value, reference in zip(StepNumbers._fields, numbers, expected, strict=True):
+    fields = [field for field in StepNumbers._fields if field != "told"]
+    for field, value, reference in [(field, getattr(numbers, field), getattr(expected, field)) for field in fields]:
         torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(reference), rtol=1e-12, atol=0, msg=field)
 
 

@@ -144,6 +144,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(("world", "overrides", "begins", "nearest"), BAD, ids=[f"{world} {words}" for world, words, _, _ in BAD])
 def test_bad_combination(world: int, overrides: str, begins: str, nearest: str) -> None:
     message = refused(overrides.split(), world)
@@ -232,6 +233,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.fault(28, "each in one line, before torch is imported")
 @pytest.mark.parametrize("module", ["tokenyard train", "tokenyard.train --local_rank=0"])
 @pytest.mark.parametrize(("overrides", "begins", "nearest"), COMMANDS, ids=[words[-1] for words, _, _ in COMMANDS])
 def test_the_command_refuses_quickly(

@@ -1,0 +1,65 @@
+"""debug.collectives: before each collective of ours its ranks compare what they are about to do, which shows at once who is wrong.
+
+Without it a rank that leaves one out, or has other row counts, is seen as a hang or as wrong numbers, later and elsewhere.
+"""
+
+import zlib
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .collectives import all_gather
+from .mesh import Axis
+from .pulse import PULSE
+
+
+class CollectiveMismatch(RuntimeError):
+    """The ranks of a group are about to do different collectives. All of them raise it, with the same text."""
+
+
+def compare(name: str, axis: Axis, send: list[int] | None, receive: list[int] | None) -> None:
+    """(collective, step, phase, layer) must be equal on all ranks, and what one sends to another what that one expects."""
+    if axis.group is None:
+        return
+    own = [_code(name), PULSE.step, _code(PULSE.phase), -1 if PULSE.layer is None else PULSE.layer]
+    splits = [*(send or [0] * axis.size), *(receive or [0] * axis.size)]
+    rows = _gather([*own, *splits], axis)
+    heads = [tuple(row[: len(own)]) for row in rows]
+    usual, _ = Counter(heads).most_common(1)[0]
+    wrong = [rank for rank, head in enumerate(heads) if head != usual]
+    if wrong:
+        raise CollectiveMismatch(f"{_ranks(wrong, axis)} is about to do another collective than {_in_words(heads, usual, name)}")
+    for sender, row in enumerate(rows):
+        for receiver, there in enumerate(rows):
+            sent, expected = row[len(own) + receiver], there[len(own) + axis.size + sender]
+            if sent != expected:
+                between = f"{_ranks([sender], axis)} sends {sent} rows to {_ranks([receiver], axis)}, which expects {expected}"
+                raise CollectiveMismatch(f"{name} at {_place()}: {between}")
+
+
+def _in_words(heads: list[tuple[int, ...]], usual: tuple[int, ...], name: str) -> str:
+    own = (_code(name), PULSE.step, _code(PULSE.phase), -1 if PULSE.layer is None else PULSE.layer)
+    return f"the others; {'they are' if own == usual else 'this rank is'} at {name}, {_place()}"
+
+
+def _place() -> str:
+    return f"step {PULSE.step}, {PULSE.phase}" + ("" if PULSE.layer is None else f", layer {PULSE.layer}")
+
+
+def _ranks(places: list[int], axis: Axis) -> str:
+    ranks: Any = dist.get_process_group_ranks(axis.group or dist.group.WORLD)
+    return "rank " + ", ".join(str(ranks[place]) for place in places)
+
+
+def _gather(numbers: list[int], axis: Axis) -> list[list[int]]:
+    device = torch.device("cuda") if dist.get_backend(axis.group) == "nccl" else torch.device("cpu")
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    out = mine.new_empty(axis.size * len(mine))
+    all_gather(out, mine, group=axis.group)
+    return out.view(axis.size, -1).tolist()
+
+
+def _code(text: str) -> int:
+    return zlib.crc32(text.encode())

@@ -1,0 +1,88 @@
+"""The scorecard of `make faults`: a row for each of the thirty faults, from the reports of the tests that are marked with it.
+
+TOKENYARD_SCORECARD=print prints it after the tests; =write also writes the tables of docs/faults.md.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from thirty import FAULTS, MEASURES
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+WISH = "TOKENYARD_SCORECARD"
+
+
+class Row(NamedTuple):
+    number: int
+    outcome: str
+    """passed, failed or missing."""
+    tests: int
+    measured: str
+    """Figures that the tests recorded."""
+
+
+def rows_of(reports: Iterable[Any]) -> list[Row]:
+    """Of the reports of a session. A fault is passed if all of its tests are, and missing without any."""
+    outcomes, figures = defaultdict(list), defaultdict(dict)
+    for report in reports:
+        properties = getattr(report, "user_properties", [])
+        if report.when != "call" and report.outcome == "passed":
+            continue
+        for number in {value for name, value in properties if name == "fault"}:
+            outcomes[number].append(report.outcome)
+            figures[number] |= dict.fromkeys(value for name, value in properties if name == "measured")
+    return [_row(number, outcomes[number], figures[number]) for number in FAULTS]
+
+
+def lines_of(rows: list[Row]) -> list[str]:
+    """As text, a line each."""
+    found = [f"{row.number:>3}  {row.outcome:<8} {FAULTS[row.number][0]}: {row.measured or '-'}" for row in rows]
+    return [*found, f"{sum(row.outcome == 'passed' for row in rows)} of {len(rows)} faults survived"]
+
+
+def write(rows: list[Row], document: Path = DOCUMENT) -> None:
+    """Put both tables between their marks in the document."""
+    text = document.read_text()
+    for name, table in (("faults", _fault_table(rows)), ("measures", _measure_table(rows))):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        text = re.sub(f"{begin}.*?{end}", lambda _: "\n".join([begin, *table, end]), text, flags=re.S)  # noqa: B023
+    document.write_text(text)
+
+
+def report(terminal: Any) -> None:
+    """After the tests, if it is wished for."""
+    wish = os.environ.get(WISH)
+    if not wish:
+        return
+    rows = rows_of(report for reports in terminal.stats.values() for report in reports if hasattr(report, "when"))
+    terminal.section("scorecard")
+    for line in lines_of(rows):
+        terminal.write_line(line)
+    if wish == "write":
+        write(rows)
+
+
+def _row(number: int, outcomes: list[str], figures: dict[str, None]) -> Row:
+    if not outcomes:
+        return Row(number, "missing", 0, "")
+    good = all(outcome == "passed" for outcome in outcomes)
+    return Row(number, "passed" if good else "failed", len(outcomes), "; ".join(figures))
+
+
+def _fault_table(rows: list[Row]) -> list[str]:
+    head = ["| # | fault | expected | measured | |", "| --- | --- | --- | --- | --- |"]
+    return [*head, *(f"| {r.number} | {' | '.join(FAULTS[r.number])} | {r.measured or '-'} | {r.outcome} |" for r in rows)]
+
+
+def _measure_table(rows: list[Row]) -> list[str]:
+    by_number = {row.number: row for row in rows}
+    head = ["| measure | target | reached |", "| --- | --- | --- |"]
+    return [*head, *(f"| {name} | {target} | {_reached([by_number[n] for n in numbers])} |" for name, target, numbers in MEASURES)]
+
+
+def _reached(rows: list[Row]) -> str:
+    return "; ".join(f"{row.outcome}: {row.measured}" if row.measured else f"{row.outcome}" for row in rows)

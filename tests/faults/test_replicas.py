@@ -1,0 +1,78 @@
+"""Fault 25: a bit that flips in one replica's weight is found, named, and mended from the others."""
+
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from fault_run import checkpoint_steps, configured, events_of, losses
+from tokenyard.parallel.apply import local
+from tokenyard.train.replicas import differences, hash_of
+from tokenyard.train.reporter import build_reporter
+from tokenyard.train.run import train_session
+from tokenyard.train.session import open_session
+
+NAME = "layers.0.attention.qkv"
+
+
+def flipped_run(folder: Path, overrides: list[str], rank: int, steps: list[int]) -> dict[str, Any]:
+    """A run on ranks of the pool; on one of them a bit of one weight flips after each of `steps`."""
+    session = open_session(configured(folder, *overrides), torch.device("cpu"))
+    right, name = session.engine.step, next(name for name in session.parallel.placed if ".attention." in name)
+
+    def step(*args: Any) -> Any:
+        numbers = right(*args)
+        if session.step + 1 in steps and session.parallel.mesh.rank == rank:
+            local(session.parallel.placed[name].parameter.detach()).view(torch.int32).view(-1)[3] ^= 1
+        return numbers
+
+    with ExitStack() as stack:
+        stack.enter_context(closing(session.data.train))
+        reporter = stack.enter_context(build_reporter(session))
+        stack.enter_context(mock.patch.object(session.engine, "step", step))
+        code = train_session(session, reporter)
+    begin = time.perf_counter()
+    found = differences(session.parallel)
+    return {"code": code, "name": name, "found": found, "seconds": time.perf_counter() - begin}
+
+
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("layout", [["parallel.expert=4"], ["parallel.shard=2", "parallel.expert=2"]])
+def test_a_flipped_bit_is_named_within_n_steps(layout: list[str], ranks: Any, tmp_path: Path, record_property: Any) -> None:
+    options = [*layout, "debug.replicas_every=2", "checkpoint.every=0", "debug.on_divergence=stop"]
+    results = ranks(4, flipped_run, tmp_path / "run", options, 2, [3])
+    assert {result["code"] for result in results} == {71}
+    (event,) = events_of(tmp_path / "run", "replicas_differ")
+    assert (event["step"], event["tensors"]) == (4, [results[0]["name"]])
+    assert event["ranks"] == ([2] if len(layout) == 1 else [0, 2])
+    assert checkpoint_steps(tmp_path / "run") == []
+    record_property("measured", "one bit: rank and tensor named within N steps; repaired from the majority; again: exit code 71")
+
+
+@pytest.mark.fault(25)
+def test_it_is_copied_from_the_majority_once(ranks: Any, tmp_path: Path) -> None:
+    """Once: the run goes on as a healthy one. Again on the same rank: the device may be broken, and the run stops."""
+    options = ["parallel.expert=4", "debug.replicas_every=1", "checkpoint.every=0"]
+    healthy = ranks(4, flipped_run, tmp_path / "healthy", options, 2, [])
+    once = ranks(4, flipped_run, tmp_path / "once", options, 2, [3])
+    assert {r["code"] for r in [*healthy, *once]} == {0} and not any(r["found"] for r in once)
+    assert losses(tmp_path / "once") == losses(tmp_path / "healthy")
+    assert [event["repaired"] for event in events_of(tmp_path / "once", "replicas_differ")] == [True]
+    again = ranks(4, flipped_run, tmp_path / "again", options, 2, [3, 5])
+    assert {r["code"] for r in again} == {71}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_flipped_bit_changes_the_hash(dtype: torch.dtype) -> None:
+    tensor = torch.randn(37, 5).to(dtype)
+    expected, bits = hash_of(tensor), tensor.element_size() * 8
+    words = tensor.view({64: torch.int64, 32: torch.int32, 16: torch.int16}[bits]).view(-1)
+    for element in (0, 17, len(words) - 1):
+        for bit in range(bits - 1):
+            words[element] ^= 1 << bit
+            assert hash_of(tensor) != expected
+            words[element] ^= 1 << bit
+    assert hash_of(tensor) == expected

@@ -1,0 +1,103 @@
+"""The parts of survival without ranks: windows, verdicts, who is blamed, where the time went, what ranks tell each other."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenyard.train import accounting
+from tokenyard.train.accounting import before
+from tokenyard.train.blame import Beat, blame
+from tokenyard.train.flags import Telling, numbers_of, read
+from tokenyard.train.guard import Action, Guard
+from tokenyard.train.spikes import Window
+from tokenyard.train.survival_config import NumericsConfig
+
+
+def told(loss: float, squared: float = 1.0, *tellings: Telling) -> Any:
+    """What ranks are told, of which the first has the numbers."""
+    tellings = tellings or (Telling(),)
+    world, total = len(tellings), torch.zeros(0)
+    for rank, telling in enumerate(tellings):
+        mine = torch.tensor([squared, loss] if rank == 0 else [0.0, 0.0], dtype=torch.float64)
+        part = torch.cat([numbers_of(telling, mine, rank, world), mine])
+        total = part if rank == 0 else total + part
+    return read(total)
+
+
+def test_flags_are_counted_and_a_single_rank_is_named() -> None:
+    found = told(2.0, 9.0, Telling(), Telling(stop=True), Telling(stop=True, save=True), Telling(bad_data=True))
+    assert (found.stop, found.save, found.bad_data, found.failed_writer, found.not_finite, found.rank) == (2, 1, 1, 0, 0, 3)
+    assert (found.loss, found.gradient_norm) == (2.0, 3.0)
+    assert told(math.nan, 1.0, Telling(), Telling()).rank == 0
+    assert told(1.0, math.inf).not_finite == 1
+    assert told(1.0, 1.0, Telling(seconds=0.25), Telling(seconds=0.5)).seconds == [0.25, 0.5]
+
+
+def test_a_spike_needs_a_window_and_is_far_above_it() -> None:
+    window = Window(32)
+    for index in range(8):
+        assert window.spike(1000.0, 1000.0, 6.0) is None
+        window.add(4.0 + 0.01 * (index % 2), 1.0)
+    assert window.spike(4.3, 1.1, 6.0) is None
+    assert "loss 5 is" in str(window.spike(5.0, 1.0, 6.0))
+    assert "gradient norm 1.2 is" in str(window.spike(4.0, 1.2, 6.0))
+    other = Window(32)
+    other.restore(json.loads(json.dumps(window.state())))
+    assert other.state() == window.state()
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_the_policy_decides_about_what_is_not_finite(policy: str) -> None:
+    guard = Guard(NumericsConfig(on_nan=NumericsConfig().on_nan.__class__(policy), max_skips=2))
+    fault = guard.fault(told(math.nan))
+    assert fault is not None and (fault.kind, fault.action) == ("not_finite", Action(policy))
+    assert not guard.accepts(told(math.nan)) and not guard.accepts_again(told(1.0, math.inf))
+    assert [guard.may_go_on() for _ in range(3)] == [True, True, False]
+
+
+def test_a_spike_is_taken_the_second_time_if_it_is_only_to_be_reported() -> None:
+    guard = Guard(NumericsConfig(spike_window=8))
+    for _ in range(8):
+        guard.took(told(4.0))
+    assert not guard.accepts(told(9.0)) and guard.accepts_again(told(9.0))
+
+
+def beat(
+    rank: int, number: int = 5, collective: str | None = "all_reduce over 4 ranks", step: int = 3, layer: int | None = 1
+) -> Beat:
+    return Beat(rank, step, "forward", 1, collective, number, 9.0 - rank, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("beats", "ranks", "words"),
+    [
+        ([beat(0), beat(1), beat(3)], [2], "is frozen, or its host is gone"),
+        ([beat(0), beat(1, collective=None), beat(2), beat(3)], [1], "does not come to it"),
+        ([beat(0), beat(1), beat(2, number=4), beat(3)], [2], "is behind"),
+        ([beat(0), beat(1), beat(2), beat(3, collective="all_to_all over 4 ranks")], [3], "has left one out"),
+        ([beat(0), beat(1, step=4), beat(2), beat(3)], [1], "has left one out"),
+    ],
+)
+def test_the_rank_that_the_others_wait_for(beats: list[Beat], ranks: list[int], words: str) -> None:
+    verdict = blame({each.rank: each for each in beats}, 4)
+    assert verdict.ranks == ranks and words in verdict.text
+    assert (verdict.step, verdict.layer, verdict.collective) == (3, 1, "all_reduce over 4 ranks")
+
+
+def test_repeated_work_is_lost_and_no_longer_compute(tmp_path: Path) -> None:
+    """Killed after step 9; the last accounting is of step 6; the run goes on after step 4."""
+    seconds = dict.fromkeys(accounting.KINDS, 0.0) | {"compute": 20.0, "data": 2.0, "startup": 5.0}
+    events = [{"event": "start", "step": 0}, {"event": "accounting", "step": 6, "seconds": seconds}]
+    metrics = [{"step": step, "step_seconds": 2.0, "data_wait_fraction": 0.25} for step in range(1, 10)]
+    for name, records in (("events", events), ("metrics", metrics)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found, restarts = before(tmp_path, 4)
+    assert restarts == 1
+    assert found == seconds | {"lost": 10.0, "compute": 17.0, "data": 1.0}
+
+
+def test_a_new_run_has_nothing_before_it(tmp_path: Path) -> None:
+    assert before(tmp_path, 0) == (dict.fromkeys(accounting.KINDS, 0.0), 0)

@@ -1,0 +1,85 @@
+"""What people and schedulers ask of a run: to save, or to save and stop. A signal to any rank, or a file in the run folder.
+
+SIGTERM, SIGINT and SIGUSR2 or `touch RUN/stop`: save and stop. SIGUSR1 or `touch RUN/save`: save and go on. A handler does nothing
+but count, so that no signal, and no second one, can break a step or a save; ranks agree at the end of the step (flags.py).
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SAVING = (signal.SIGUSR1,)
+
+
+class Wishes:
+    """Of this process. Counted, because one may come while an earlier one is granted."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.stops: list[str] = []
+        """What asked to stop, in words."""
+        self.saves = 0
+        self.granted = 0
+        """Of the saves."""
+
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler of all these signals."""
+        if number in STOPPING:
+            self.stops.append(signal.Signals(number).name)
+        else:
+            self.saves += 1
+
+    @property
+    def save(self) -> bool:
+        return self.saves > self.granted
+
+
+WISHES = Wishes()
+"""Handlers belong to the process, and so does what they heard."""
+
+
+def listen() -> list[Any]:
+    """Hear from now on. Returns the handlers before. Only the main thread may; others hear nothing."""
+    try:
+        return [signal.signal(number, WISHES.hear) for number in (*STOPPING, *SAVING)]
+    except ValueError:
+        return []
+
+
+def ignore() -> None:
+    """The run has ended, and nothing is left to ask for: Python itself would let a late signal kill the process on its way out."""
+    with suppress(ValueError):
+        for number in (*STOPPING, *SAVING):
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def listening() -> Iterator[Wishes]:
+    """Hear inside of the block; what was heard before it began counts too."""
+    before = listen()
+    try:
+        yield WISHES
+    finally:
+        for number, handler in zip((*STOPPING, *SAVING), before, strict=False):
+            signal.signal(number, handler)
+        WISHES.forget()
+
+
+class RequestFiles:
+    """`RUN/save` and `RUN/stop`, which the first rank looks for at every step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def asks(self, what: str) -> bool:
+        return (self.folder / what).exists()
+
+    def granted(self, what: str) -> None:
+        """Remove the file, so that it is granted once."""
+        (self.folder / what).unlink(missing_ok=True)
