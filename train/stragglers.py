@@ -21,7 +21,8 @@ class Stragglers:
         self.own: list[float] = []
         self.whole: list[float] = []
         self.begin: tuple[float, float] | None = None
-        self.paused = 0.0
+        self.suspect: int | None = None
+        """The slow rank of the comparison before: one slow stretch is chance, two are not."""
 
     def seconds(self, step: int) -> float | None:
         """At the begin of each step. The median of this rank's own seconds, on steps on which all ranks tell it."""
@@ -44,7 +45,8 @@ class Stragglers:
         rank = max(range(len(seconds)), key=seconds.__getitem__)
         others = median(seconds[:rank] + seconds[rank + 1 :] or [seconds[rank]])
         lost = (seconds[rank] - others) / max(whole, 1e-9)
-        if lost >= SHARE:
+        before, self.suspect = self.suspect, rank if lost >= SHARE else None
+        if self.suspect is not None and self.suspect == before:
             facts = {"rank": rank, "seconds": seconds[rank], "others": others, "lost_share": lost}
             text = (
                 f"rank {rank} is slow: {seconds[rank]:.3f} s a step of its own, the others {others:.3f} s; {lost:.0%} of all time"

@@ -19,7 +19,7 @@ from tokenyard.train.run import train_session
 from tokenyard.train.session import open_session
 from tokenyard.train.signals import listening
 
-LONG = ["steps=100000", "checkpoint.every=0"]
+LONG = ["steps=3000", "checkpoint.every=0"]
 
 
 def stopped_run(folder: Path, ask: Any, *overrides: str) -> tuple[int, int, float]:
