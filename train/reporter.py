@@ -14,16 +14,21 @@ import torch
 from ..moe.count import count
 from .config import Config
 from .console import Eta, step_spans
+from .console_layers import layer_lines
 from .console_startup import StartupFacts, startup_lines
 from .console_summary import EndFacts, end_lines
-from .console_text import Printer
+from .console_text import Printer, Span
 from .evaluate import Evaluation
+from .git import git_state
 from .journal import Journal
 from .metrics import Meter, StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak, peak_flops
 from .plain import changed_settings, plain_config, write_config
 from .session import DTYPES, Session
 from .step import StepNumbers
+from .telemetry.alarms import TITLES, Alarms
+from .telemetry.config import Tier
+from .telemetry.watch import Seen, table_due
 from .trackers import build_trackers, run_identity
 
 SAMPLE_LIMIT = 2_000_000_000
@@ -43,6 +48,8 @@ class Logged(NamedTuple):
     """Seconds of those for data."""
     evaluation: Evaluation | None
     """The validation pass after this step, if there was one."""
+    seen: Seen = Seen({}, None)
+    """What the watch over the experts has to say."""
 
 
 class Reporter(ABC):
@@ -65,6 +72,10 @@ class Reporter(ABC):
     @abstractmethod
     def finished(self, evaluation: Evaluation) -> None:
         """The last step is done; its validation."""
+
+    @abstractmethod
+    def alert(self, kind: str, text: str) -> None:
+        """Something that people want to be told at once; `kind` is one of telemetry/alarms.py's TITLES."""
 
 
 def build_reporter(session: Session) -> Reporter:
@@ -90,6 +101,9 @@ class OtherRank(Reporter):
     def finished(self, evaluation: Evaluation) -> None:
         pass
 
+    def alert(self, kind: str, text: str) -> None:
+        pass
+
 
 @final
 class FirstRank(Reporter):
@@ -99,7 +113,9 @@ class FirstRank(Reporter):
         self.begin = perf_counter()
         self.printer = Printer()
         self.metrics = Journal(folder / "metrics.jsonl", keep_to_step=session.step)
+        self.telemetry = Journal(folder / "telemetry.jsonl", keep_to_step=session.step)
         self.events = Journal(folder / "events.jsonl")
+        self.alarms = Alarms(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
         self.summary: dict[str, Any] = {}
@@ -108,7 +124,7 @@ class FirstRank(Reporter):
             config.tracker, folder, run_identity(folder, resumed), config.run.name, self.printer.say, self.events
         )
         write_config(config, folder / "config.yaml")
-        self.trackers.start({"config": plain_config(config), "layout": session.parallel.mesh.sizes})
+        self.trackers.start({"config": plain_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
         self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes)
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
@@ -119,11 +135,12 @@ class FirstRank(Reporter):
             self.printer.say(f"stopped after step {self.session.step} by {type(error).__name__}; to go on: {again}")
         self.trackers.finish(0 if error is None else 1, self.summary)
         self.metrics.close()
+        self.telemetry.close()
         self.events.close()
 
     def logged(self, session: Session, logged: Logged) -> None:
         record = self.meter.record(step_result(session.config, session.step, logged), logged.seconds)
-        record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts()}
+        record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts(), **logged.seen.metrics}
         if logged.evaluation is not None:
             record |= validation_record(session.config, logged.evaluation)
         self.metrics.write(record)
@@ -132,6 +149,24 @@ class FirstRank(Reporter):
         if logged.evaluation is not None:
             loss, tokens, _ = logged.evaluation
             self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
+        if logged.seen.record is not None:
+            self.watched(logged.seen.record, logged.evaluation is not None)
+
+    def watched(self, record: dict[str, Any], validated: bool) -> None:
+        """A record of telemetry.jsonl: the file, trackers, the table of the layers, alarms."""
+        config = self.session.config
+        self.telemetry.write(record)
+        if validated or config.telemetry.tier is Tier.detailed:
+            self.trackers.telemetry(record)
+        if table_due(config, self.session.step):
+            self.printer.lines(layer_lines(record, self.printer.bars))
+        for kind, text in self.alarms.heard(record):
+            self.alert(kind, text)
+
+    def alert(self, kind: str, text: str) -> None:
+        self.events.event("alert", step=self.session.step, kind=kind, text=text)
+        self.printer.line([Span(f"step {self.session.step}: {TITLES.get(kind, kind)}: {text}", "bold red")])
+        self.trackers.alert(kind, TITLES.get(kind, kind), f"step {self.session.step}: {text}")
 
     def saved(self, path: Path) -> None:
         self.events.event("checkpoint", step=self.session.step, path=str(path))
@@ -140,7 +175,10 @@ class FirstRank(Reporter):
         session = self.session
         self.summary = validation_record(session.config, evaluation)
         self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
-        self.printer.lines(end_lines(end_facts(session, evaluation, perf_counter() - self.begin), self.printer.bars))
+        facts = end_facts(session, evaluation, perf_counter() - self.begin)
+        if facts.sample is not None:
+            self.trackers.sample(session.step, *facts.sample)
+        self.printer.lines(end_lines(facts, self.printer.bars))
 
 
 def step_result(config: Config, step: int, logged: Logged) -> StepResult:
@@ -165,7 +203,7 @@ def step_result(config: Config, step: int, logged: Logged) -> StepResult:
         counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
         dropped_L=numbers.dropped_L.tolist(),
         loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
-        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE, numbers.dropped_L),
+        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE),
     )
 
 

@@ -18,6 +18,7 @@ from .reporter import Logged, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
 from .session import Session, open_session, save
 from .step import Rows, StepNumbers
+from .telemetry.watch import Watch
 
 
 def run(config: Config) -> int:
@@ -48,18 +49,20 @@ def train(session: Session, reporter: Reporter) -> Evaluation | None:
     """All steps that are left, with a checkpoint and a validation after the last. None if no step was left."""
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch = Stopwatch()
+    stopwatch, watch = Stopwatch(), Watch(session)
     while session.step < config.steps:
         numbers, lr = next_step(session)
+        watch.took(numbers)
         stopwatch.tokens += numbers.tokens
-        validate = due(session, config.evaluate.every)
-        log = due(session, config.log.every) or validate
+        validate, saves = due(session, config.evaluate.every), due(session, config.checkpoint.every)
+        log = due(session, config.log.every) or validate or saves or watch.due()
         since = (*stopwatch.take(session.device), session.waiting.take()) if log else None
         with stopwatch.paused(session.device):
             evaluation = evaluate_session(session) if validate else None
             if since is not None:
-                reporter.logged(session, Logged(numbers, lr, *since, evaluation))
-            if due(session, config.checkpoint.every):
+                seen = watch.look(numbers, validated=validate, saves=saves)
+                reporter.logged(session, Logged(numbers, lr, *since, evaluation, seen))
+            if saves:
                 reporter.saved(save(session))
     return evaluation
 

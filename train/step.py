@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
+from ..moe.gauges import SUMS
 from ..moe.head import HeadLoss
 from ..moe.init import expert_biases
 from ..moe.mtp import ahead
@@ -47,6 +48,10 @@ class StepNumbers(NamedTuple):
     mtp_D: Tensor
     """Cross entropy of each module of multi-token prediction."""
     gradient_norm: Tensor
+    gauges_LG: Tensor = torch.empty(0, 0)
+    """Sums to watch (moe/gauges.py); without columns where nobody watches."""
+    own_LP: Tensor = torch.empty(0, 0)
+    """Of THIS RANK alone, fp64: largest absolute router logit, and rows that its experts computed."""
 
 
 def train_step(
@@ -124,13 +129,15 @@ def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
 def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor) -> StepNumbers:
     """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53)."""
     (layers, columns), depth = shares[0].counts_LE.shape, len(shares[0].mtp_D)
+    gauges_LG = torch.stack([s.gauges_LG for s in shares]).sum(0)
     parts = [
         (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten())
         for s in shares
     ]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
-    everything = sum_over(torch.cat([squared.view(1), mine]), parallel.mesh.everyone)
-    squared, cross_entropy, *per_layer, mtp_D, counts = everything.split([1, 1, *[layers] * 5, depth, layers * columns])
+    everything = sum_over(torch.cat([squared.view(1), mine, gauges_LG.flatten()]), parallel.mesh.everyone)
+    sizes = [1, 1, *[layers] * 5, depth, layers * columns, gauges_LG.numel()]
+    squared, cross_entropy, *per_layer, mtp_D, counts, gauges = everything.split(sizes)
     balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
     return StepNumbers(
         totals.tokens,
@@ -143,4 +150,14 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
         dropped_L.long(),
         mtp_D,
         squared.squeeze(0).sqrt(),
+        gauges_LG=gauges.view_as(gauges_LG),
+        own_LP=own_peaks(shares, gauges_LG),
     )
+
+
+def own_peaks(shares: list[Losses], gauges_LG: Tensor) -> Tensor:
+    """(L, 2) of this rank alone, which its sums `gauges_LG` are too: largest logit of any micro-batch, rows of all of them."""
+    if not gauges_LG.numel():
+        return gauges_LG
+    logit_max_L = torch.stack([s.logit_max_L for s in shares]).amax(0).double()
+    return torch.stack([logit_max_L, gauges_LG[:, SUMS.index("rows")]], dim=1)
