@@ -1,4 +1,4 @@
-"""Nothing that is watched depends on the layout, and every choice counts once: recomputed, accumulated, padded, evaluated between."""
+"""Nothing that is watched depends on the layout; every choice counts once: recomputed, accumulated, padded, evaluated between."""
 
 from pathlib import Path
 from typing import Any
