@@ -36,13 +36,14 @@ class Gauges(NamedTuple):
 @torch.no_grad()
 def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> Gauges:
     """Without the rows, which nobody knows before dispatch."""
-    wide = probabilities_BSE.dtype
-    none = torch.zeros((), dtype=wide, device=valid_BS.device)
-    entropy = (torch.special.entr(probabilities_BSE).sum(-1) * valid_BS).sum()
-    top1 = (probabilities_BSE.amax(-1) * valid_BS).sum()
+    wide, tokens = probabilities_BSE.dtype, valid_BS.sum()
+    valid_T = valid_BS.flatten().to(wide)
+    none = valid_T.new_zeros(())
+    entropy = torch.special.entr(probabilities_BSE).sum(-1).flatten().dot(valid_T)
+    top1 = probabilities_BSE.amax(-1).flatten().dot(valid_T)
     if logits_BSE is None:
-        return Gauges(valid_BS.sum(), entropy, top1, none, none, none)
-    logits_BSE = logits_BSE.detach() * valid_BS.unsqueeze(-1)
-    norm = torch.linalg.vector_norm(logits_BSE, dim=-1).sum()
-    largest = logits_BSE.abs().amax() if logits_BSE.numel() else none
-    return Gauges(valid_BS.sum(), entropy, top1, norm, none, largest)
+        return Gauges(tokens, entropy, top1, none, none, none)
+    logits_TE = logits_BSE.detach().flatten(0, 1)
+    norm = torch.linalg.vector_norm(logits_TE, dim=-1).dot(valid_T)
+    largest = (logits_TE.abs().amax(-1) * valid_T).amax() if len(logits_TE) else none
+    return Gauges(tokens, entropy, top1, norm, none, largest)

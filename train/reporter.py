@@ -164,7 +164,7 @@ class FirstRank(Reporter):
             self.alert(kind, text)
 
     def alert(self, kind: str, text: str) -> None:
-        self.events.event("alert", step=self.session.step, kind=kind, text=text)
+        self.events.event("alert", step=self.session.step, alert=kind, text=text)
         self.printer.line([Span(f"step {self.session.step}: {TITLES.get(kind, kind)}: {text}", "bold red")])
         self.trackers.alert(kind, TITLES.get(kind, kind), f"step {self.session.step}: {text}")
 

@@ -179,11 +179,18 @@ def test_heat_maps_are_pictures():
     assert load_map([[1] * 4000]).shape[1] == 4000
 
 
-@pytest.mark.parametrize("experts", [8, 96])
+@pytest.mark.parametrize("experts", [8, 512])
 def test_a_brief_record_has_at_most_25_keys_of_experts(tmp_path: Path, experts: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "cache"))
     everything = ["model.moe.router.null_experts=2", "model.moe.capacity.factor=1.5", "model.moe.balance.bias_rate=0.01"]
-    sizes = ["steps=2", f"model.moe.experts={experts}", "evaluate.sequences=4", "sample.tokens=0", f"run.dir={tmp_path / 'run'}"]
+    sizes = [
+        "steps=2",
+        "telemetry.window=2",
+        f"model.moe.experts={experts}",
+        "evaluate.sequences=4",
+        "sample.tokens=0",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     assert run(compose([*TINY_RUN, *everything, *sizes])) == 0
     for record in read_journal(tmp_path / "run" / "metrics.jsonl"):
         assert len([key for key in record if key.startswith("moe/")]) == 25
@@ -193,5 +200,10 @@ def test_a_brief_record_has_at_most_25_keys_of_experts(tmp_path: Path, experts: 
     )
     counts_LE = np.array(last["counts_LE"])
     assert counts_LE.shape == (2, experts)
+    alerts = [event for event in read_journal(tmp_path / "run" / "events.jsonl") if event["event"] == "alert"]
+    dead = (counts_LE == 0).sum()
+    assert last["dead_LE"] == (counts_LE == 0).tolist()
+    assert [event["alert"] for event in alerts] == (["dead_experts"] if dead else [])
+    assert all(event["text"].startswith(f"{dead} experts") for event in alerts)
     for pairs_EE, counts_E in zip(last["coactivation"].values(), np.array(list(last["classes"].values())).sum(0), strict=True):
         assert np.array_equal(pairs_EE, np.transpose(pairs_EE)) and np.array_equal(np.diag(pairs_EE), counts_E)
