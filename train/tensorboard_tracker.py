@@ -60,18 +60,18 @@ class TensorboardTracker(AbstractTracker):
         self._writer.close()
 
     def _write(self, values: list[dict[str, Any]], step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        summary = Summary(value=[Summary.Value(**value) for value in values])
-        self._writer.add_event(Event(summary=summary, step=step, wall_time=time.time()))
+        summaries: Any = summary_pb2  # its names are made when it is imported, so that type checkers see none
+        summary = summaries.Summary(value=[summaries.Summary.Value(**value) for value in values])
+        self._writer.add_event(vars(event_pb2)["Event"](summary=summary, step=step, wall_time=time.time()))
 
     def _text(self, tag: str, text: str, step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto import summary_pb2, tensor_pb2
 
-        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()])
+        metadata_of = vars(summary_pb2)["SummaryMetadata"]
+        metadata = metadata_of(plugin_data=metadata_of.PluginData(plugin_name="text"))
+        tensor = vars(tensor_pb2)["TensorProto"](dtype="DT_STRING", string_val=[text.encode()])
         self._write([{"tag": tag, "metadata": metadata, "tensor": tensor}], step)
 
 

@@ -17,7 +17,7 @@ from .trackers import AbstractTracker
 
 LARGEST_TABLE = 1024
 """Experts of all layers together that a table has rows for: more take longer to write than a picture is worth."""
-TABLE_COLUMNS = ["layer", "expert", "tokens", "load over even", "dead"]
+TABLE_COLUMNS: list[Any] = ["layer", "expert", "tokens", "load over even", "dead"]
 
 
 class WandbTracker(AbstractTracker):
@@ -65,9 +65,9 @@ class WandbTracker(AbstractTracker):
         self._run.log(logged)
 
     def alert(self, kind: str, title: str, text: str) -> None:
-        import wandb
+        from wandb.sdk.wandb_alerts import AlertLevel
 
-        level = wandb.AlertLevel.ERROR if kind in ("nan", "stall") else wandb.AlertLevel.WARN
+        level = AlertLevel.ERROR if kind in ("nan", "stall") else AlertLevel.WARN
         self._run.alert(title=title, text=text, level=level)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -81,7 +81,7 @@ class WandbTracker(AbstractTracker):
         self._run.finish(exit_code=exit_code)
 
 
-def table_rows(record: Mapping[str, Any]) -> list[list[float]]:
+def table_rows(record: Mapping[str, Any]) -> list[Any]:
     """A row for each expert of each layer."""
     loads = load_ratio(record["counts_LE"]).tolist()
     rows = zip(record["layers"], record["counts_LE"], loads, record["dead_LE"], strict=True)

@@ -4,7 +4,7 @@ L layers that route, T probe tokens of this rank, K choices per token, E experts
 whole numbers, so that every layout has the same. Training notices nothing: no count, bias, random number or row of it changes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Probe:
         self.last: Tensor | None = None
         self.texts: dict[int, tuple[str, bool]] = {}
 
-    def look(self) -> dict[str, object]:
+    def look(self) -> dict[str, Any]:
         """Route the probe and describe it as telemetry.jsonl does. Collective; the vocabulary is for rank 0."""
         routed, mesh = self.route(), self.session.parallel.mesh
         parts = {"classes": self._by(routed, self._classes(routed.ids_T), len(CLASSES))}
@@ -58,7 +58,7 @@ class Probe:
         flat = sum_over(torch.cat([part.double().flatten() for part in parts.values()]), mesh.everyone).cpu()
         sums = dict(zip(parts, flat.split([part.numel() for part in parts.values()]), strict=True))
         sums = {name: sums[name].view(parts[name].shape) for name in parts}
-        found: dict[str, object] = {"classes": named(CLASSES, sums["classes"])}
+        found: dict[str, Any] = {"classes": named(CLASSES, sums["classes"])}
         if "sources" in sums:
             found["sources"] = named(names, sums["sources"])
         found["coactivation"] = {
@@ -140,7 +140,7 @@ class Probe:
             :, :-1
         ]
 
-    def _vocabulary(self, routed: Routed) -> dict[str, object]:
+    def _vocabulary(self, routed: Routed) -> dict[str, Any]:
         """Each expert's most frequent tokens with their counts, ties by token id."""
         rows = [self.layers.index(layer) for layer in self.picked]
         everyone = self.session.parallel.mesh.everyone
@@ -156,13 +156,13 @@ class Probe:
     def _experts(self) -> range:
         return range(self.session.config.model.moe.experts)
 
-    def _most_frequent(self, ids_N: Tensor) -> list[list[object]]:
+    def _most_frequent(self, ids_N: Tensor) -> list[list[Any]]:
         tokens, counts = ids_N.unique(return_counts=True)
         order = counts.argsort(descending=True, stable=True)[:WORDS]
         return [[self._text(token)[0], count] for token, count in zip(tokens[order].tolist(), counts[order].tolist(), strict=True)]
 
 
-def movement(sums_4L: Tensor) -> dict[str, object]:
+def movement(sums_4L: Tensor) -> dict[str, Any]:
     """Between two probes. stability_L: share of the tokens whose set of experts changed. saturation_L: share of the earlier choices
     that are made again, |then and now| / |then| (OLMoE, section 4.1, with the earlier probe against the later one)."""
     tokens_L, changed_L, then_L, same_L = sums_4L
