@@ -70,6 +70,7 @@ class Runner:
     def steps(self, count: int) -> tuple[float, float]:
         """Mean seconds of a step, and of the watch in it."""
         begin, watching, GAUGES.seconds = perf_counter(), 0.0, 0.0
+        numbers = None
         for _ in range(count):
             numbers, _ = next_step(self.session)
             start = perf_counter()
@@ -79,6 +80,7 @@ class Runner:
                 self.journal.write(seen.record)
             watching += perf_counter() - start
         seconds, watching = (perf_counter() - begin) / count, watching + GAUGES.seconds
+        assert numbers is not None
         start = perf_counter()
         self.watch.look(numbers, validated=True, saves=False)
         self.probes.append(perf_counter() - start)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batches import IGNORE
-from ...moe.router import Routing
+from ...moe.router import Router, Routing
 from ...parallel.apply import Parallel
 from ...parallel.collectives import stack_over, sum_over
 from ..feed import as_rows
@@ -178,7 +178,7 @@ def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, l
     return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
 
 
-def routers(parallel: Parallel, layers: list[int]) -> list[nn.Module]:
+def routers(parallel: Parallel, layers: list[int]) -> list[Router]:
     """Those of the given blocks, in order."""
     return [block.moe.router for index, block in enumerate(parallel.model.blocks) if index in layers and block.moe is not None]
 
