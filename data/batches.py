@@ -78,10 +78,16 @@ class GlobalBatches:
 class ValidationBatches:
     """The validation rows in one spread order that does not depend on the run's seed."""
 
-    def __init__(self, tokens: Tokens, *, sequence_length: int) -> None:
-        """Raises a ValueError of one line if the corpus has no row."""
+    def __init__(self, tokens: Tokens, *, sequence_length: int, sources: list[tuple[str, int]] | None = None) -> None:
+        """Raises a ValueError of one line if the corpus has no row.
+
+        `sources`: the names of those that the tokens are of, and how many of them are of each, in order; None: of one.
+        """
         self._table = _Table(tokens, sequence_length, "validation")
+        self._length = sequence_length
         self.rows = self._table.rows
+        self.source_names = [name for name, _ in sources or [("all", 0)]]
+        self._ends = np.cumsum([size for _, size in sources or []][:-1])
 
     def batches(self, sequences: int, size: int, rows: slice | range | None = None) -> Iterator[Batch]:
         """The first `sequences` rows, or all if there are fewer, in global batches of `size`; of each the given rows (None: all).
@@ -95,6 +101,12 @@ class ValidationBatches:
             ids_BS, targets_BS = split_rows(self._table.read(order[np.minimum(places, len(order) - 1)]))
             targets_BS[torch.from_numpy(places >= len(order))] = IGNORE
             yield Batch(ids_BS, targets_BS)
+
+    def sources(self, sequences: int, rows: range) -> list[int]:
+        """Of the given rows of the first global batch, the index into `source_names` of the source that each begins in."""
+        order = kept_permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
+        return np.searchsorted(self._ends, starts, side="right").tolist()
 
 
 def unigram_entropy(tokens: np.ndarray, size: int) -> float:

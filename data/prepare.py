@@ -19,7 +19,7 @@ from .stream.batches import StreamBatches
 from .stream.remote import Patience
 from .stream.rows import World
 from .stream.shards import open_shards
-from .stream.source import Opened, build_mixture, held_out_tokens, joined_tokens, sample_texts, whole_tokens
+from .stream.source import Opened, build_mixture, held_out_tokens, joined_shares, joined_tokens, sample_texts, whole_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokens import Tokens, open_tokens
 
@@ -148,7 +148,9 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     validation = joined_tokens(held_out, mixture.weights, wanted)
     facts = _facts(None, validation, validation, tokenizer)
     facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
-    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
+    shares = zip(mixture.sources, joined_shares(held_out, mixture.weights, wanted), strict=True)
+    sources = [(source.label, share) for source, share in shares]
+    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
 
 
 def _facts(corpus: Documents | None, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:

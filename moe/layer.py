@@ -32,12 +32,24 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
-        routing = self.router(x_BSD, tokens)
-        y_TD, shared_BSD = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, lambda: self._shared(x_BSD))
+        routing, rows = self.router(x_BSD, tokens), []
+
+        def experts(tokens_RD: Tensor, counts_E: Tensor) -> Tensor:
+            rows.append(len(tokens_RD))
+            return self.experts(tokens_RD, counts_E)
+
+        y_TD, shared_BSD = self.dispatcher.run(x_BSD.flatten(0, 1), routing, experts, lambda: self._shared(x_BSD))
         y_BSD = y_TD.view_as(x_BSD)
-        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, routing.stats
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, with_rows(routing.stats, sum(rows))
 
     def _shared(self, x_BSD: Tensor) -> Tensor | None:
         if self.shared is None:
             return None
         return self.shared(x_BSD) if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * self.shared(x_BSD)
+
+
+def with_rows(stats: RoutingStats, rows: int) -> RoutingStats:
+    """`stats` with the number of rows that the experts computed, where that is watched."""
+    if stats.gauges is None:
+        return stats
+    return stats._replace(gauges=stats.gauges._replace(rows=torch.full_like(stats.gauges.tokens, rows)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .capacity import OneDevice, capacity, count_choices, keep_best, keep_earliest, most_rows
 from .config import DropPolicy, MoEConfig, Selection
+from .gauges import Gauges, gauge
 from .noise import Purpose, fold, uniform
 from .scores import Noisy, chance_of_choice, hash_scores, jittered, noisy, probabilities, score, weigh
 from .selection import Choice, choose, second_is_kept
@@ -40,6 +41,8 @@ class RoutingStats(NamedTuple):
     """Sum of the chosen experts' weights, with gradient; only where balance.importance_coefficient is on."""
     load_BE: Tensor | None = None
     """Sum of the probabilities to be chosen under learned noise, with gradient; else the counts."""
+    gauges: Gauges | None = None
+    """Numbers to watch; only in training and only where the router is `gauged`."""
 
 
 class Routing(NamedTuple):
@@ -78,6 +81,7 @@ class Router(nn.Module):
         if config.balance.bias_rate > 0:
             self.add_expert_bias()
         self.surroundings = OneDevice()
+        self.gauged = False
 
     def add_expert_bias(self) -> None:
         """The auxiliary-loss-free bias (DeepSeek-V3): fp32 always, decides who is chosen and not how much they weigh."""
@@ -176,9 +180,12 @@ class Router(nn.Module):
         valid_BS1 = valid_BS.unsqueeze(-1)
         counted_BSK = valid_BS1 if choice.made_BSK is None else choice.made_BSK & valid_BS1
         counts_BE = count_choices(choice.experts_BSK, counted_BSK, self.columns)
-        scores_BE = (probabilities(scored.scores_BSE, self.config.router) * valid_BS1).sum(dim=1)
+        probabilities_BSE = probabilities(scored.scores_BSE, self.config.router)
+        scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
         z_BS = weights_BSK.new_zeros(()) if scored.logits_BSE is None else scored.logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
+        if self.gauged and self.training:
+            stats = stats._replace(gauges=gauge(scored.logits_BSE, probabilities_BSE.detach(), valid_BS))
         if self.config.balance.importance_coefficient == 0:
             return stats
         chosen_BA = choice.experts_BSK.flatten(1)

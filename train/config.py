@@ -9,6 +9,7 @@ from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
 from .launch_config import LaunchConfig
 from .survival_config import DebugConfig, NumericsConfig
+from .telemetry.config import TelemetryConfig
 
 
 class ConfigError(ValueError):
@@ -121,21 +122,25 @@ class CheckpointConfig:
 @dataclass
 class TrackerConfig:
     names: list[str] = field(default_factory=lambda: ["wandb"])
-    """Views of metrics.jsonl: wandb. metrics.jsonl itself is always written."""
+    """Views of metrics.jsonl: wandb, tensorboard, trackio; several at once. metrics.jsonl itself is always written."""
     project: str = "tokenyard"
-    """W&B project."""
+    """Project of W&B and trackio."""
     entity: str | None = None
     """W&B team or user; null is the account's default."""
     group: str | None = None
-    """W&B group."""
+    """Group of W&B and trackio."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+    job_type: str | None = None
+    """W&B job type; null is WANDB_JOB_TYPE, else train."""
 
 
 @dataclass
 class LogConfig:
     every: int = 1
     """Steps between lines of the console and of metrics.jsonl."""
+    layers_every: int = 250
+    """Steps between tables of the layers' experts on the console; 0 for none."""
 
 
 @dataclass
@@ -186,6 +191,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

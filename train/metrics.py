@@ -100,19 +100,16 @@ def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, s
     return record
 
 
-def count_metrics(model: ModelConfig, counts_LE: "Tensor", dropped_L: "Tensor") -> dict[str, float]:
+def count_metrics(model: ModelConfig, counts_LE: "Tensor") -> dict[str, float]:
     """What counts say beside how even they are; `counts_LE` with the columns of null experts here, the last ones.
 
-    With null experts `moe/null_fraction` is their share of all choices. With a capacity `moe/dropped/layer_3` is how many choices
-    of the step block 3 dropped, and so on for each layer that routes.
+    With null experts `moe/null_fraction` is their share of all choices.
     """
-    moe, counts, record = model.moe, _lists(counts_LE), {}
-    if moe.router.null_experts and counts:
-        null = sum(sum(row[moe.experts :]) for row in counts)
-        record["moe/null_fraction"] = null / max(1, sum(map(sum, counts)))
-    if has_capacity(moe):
-        record |= {f"moe/dropped/layer_{i}": n for i, n in zip(routing_layers(model), _lists(dropped_L), strict=True)}
-    return record
+    moe, counts = model.moe, _lists(counts_LE)
+    if not (moe.router.null_experts and counts):
+        return {}
+    null = sum(sum(row[moe.experts :]) for row in counts)
+    return {"moe/null_fraction": null / max(1, sum(map(sum, counts)))}
 
 
 def routing_layers(model: ModelConfig) -> list[int]:

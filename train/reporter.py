@@ -18,10 +18,12 @@ from .checkpoint.saver import Outcome
 from .compose import compose
 from .config import Config
 from .console import Eta, step_spans
+from .console_layers import layer_lines
 from .console_startup import StartupFacts, startup_lines
 from .console_summary import EndFacts, end_lines
-from .console_text import Printer
+from .console_text import Printer, Span
 from .evaluate import Evaluation
+from .git import git_state
 from .journal import Journal
 from .metrics import Meter, StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak, peak_flops
@@ -29,6 +31,9 @@ from .plain import changed_settings, shown_config, write_config
 from .redact import RedactingFormatter
 from .session import DTYPES, Session
 from .step import StepNumbers
+from .telemetry.alarms import TITLES, Alarms
+from .telemetry.config import Tier
+from .telemetry.watch import Seen, table_due
 from .trackers import build_trackers, run_identity
 
 SAMPLE_LIMIT = 2_000_000_000
@@ -52,6 +57,8 @@ class Logged(NamedTuple):
     """Seconds of those for data."""
     evaluation: Evaluation | None
     """The validation pass after this step, if there was one."""
+    seen: Seen = Seen({}, None)
+    """What the watch over the experts has to say."""
 
 
 class Reporter(ABC):
@@ -91,7 +98,7 @@ class Reporter(ABC):
 
     @abstractmethod
     def alert(self, kind: str, text: str) -> None:
-        """Something happened that a person should know soon."""
+        """Something that people want to be told at once; telemetry/alarms.py has the titles of the kinds."""
 
     @abstractmethod
     def rolled_back(self, session: Session, step: int) -> None:
@@ -147,7 +154,9 @@ class FirstRank(Reporter):
         self.printer = Printer()
         self.accounting = Accounting(folder, session.step)
         self.metrics = Journal(folder / "metrics.jsonl", keep_to_step=session.step)
+        self.telemetry = Journal(folder / "telemetry.jsonl", keep_to_step=session.step)
         self.events = Journal(folder / "events.jsonl")
+        self.alarms = Alarms(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
         self.summary: dict[str, Any] = {}
@@ -157,7 +166,7 @@ class FirstRank(Reporter):
             config.tracker, folder, run_identity(folder, resumed), config.run.name, self.printer.say, self.events
         )
         write_config(config, folder / "config.yaml")
-        self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes})
+        self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
         self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes)
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
@@ -170,11 +179,12 @@ class FirstRank(Reporter):
         self.printer.say(in_words(self.accounting.facts()))
         self.trackers.finish(self.code if error is None else 1, self.summary)
         self.metrics.close()
+        self.telemetry.close()
         self.events.close()
 
     def logged(self, session: Session, logged: Logged) -> None:
         record = self.meter.record(step_result(session.config, session.step, logged), logged.seconds)
-        record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts()}
+        record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts(), **logged.seen.metrics}
         if logged.evaluation is not None:
             record |= validation_record(session.config, logged.evaluation)
         self.accounting.waited(logged.waited)
@@ -184,6 +194,24 @@ class FirstRank(Reporter):
         if logged.evaluation is not None:
             loss, tokens, _ = logged.evaluation
             self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
+        if logged.seen.record is not None:
+            self.watched(logged.seen.record, logged.evaluation is not None)
+
+    def watched(self, record: dict[str, Any], validated: bool) -> None:
+        """A record of telemetry.jsonl: the file, trackers, the table of the layers, alarms."""
+        config = self.session.config
+        self.telemetry.write(record)
+        if validated or config.telemetry.tier is Tier.detailed:
+            self.trackers.telemetry(record)
+        if table_due(config, self.session.step):
+            self.printer.lines(layer_lines(record, self.printer.bars))
+        for kind, text in self.alarms.heard(record):
+            self.alert(kind, text)
+
+    def alert(self, kind: str, text: str) -> None:
+        self.events.event("alert", step=self.session.step, alert=kind, text=text)
+        self.printer.line([Span(f"step {self.session.step}: {TITLES.get(kind, kind)}: {text}", "bold red")])
+        self.trackers.alert(kind, TITLES.get(kind, kind), f"step {self.session.step}: {text}")
 
     def saved(self, outcome: Outcome) -> None:
         if outcome.error is None:
@@ -210,18 +238,18 @@ class FirstRank(Reporter):
         self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
         with self.spent("evaluation"):
             facts = end_facts(session, evaluation, perf_counter() - self.begin)
+        if facts.sample is not None:
+            self.trackers.sample(session.step, *facts.sample)
         self.printer.lines(end_lines(facts, self.printer.bars))
 
     def event(self, kind: str, /, **facts: Any) -> None:
         self.events.event(kind, **facts)
 
-    def alert(self, kind: str, text: str) -> None:
-        self.events.event("alert", step=self.session.step, kind=kind, text=text)
-        self.printer.say(f"{kind}: {text}")
-
     def rolled_back(self, session: Session, step: int) -> None:
         self.metrics.close()
+        self.telemetry.close()
         self.metrics = Journal(session.folder / "metrics.jsonl", keep_to_step=session.step)
+        self.telemetry = Journal(session.folder / "telemetry.jsonl", keep_to_step=session.step)
         self.meter.tokens = session.tokens
         self.events.event("rolled_back", step=session.step, around=step)
 
@@ -253,7 +281,7 @@ def step_result(config: Config, step: int, logged: Logged) -> StepResult:
         counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
         dropped_L=numbers.dropped_L.tolist(),
         loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
-        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE, numbers.dropped_L),
+        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE),
     )
 
 

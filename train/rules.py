@@ -11,7 +11,7 @@ from .config import Config, Shape
 from .intervals import intervals
 from .model_rules import moe_layers
 from .schema import nearest_text
-from .trackers import TRACKERS
+from .trackers import TRACKERS, missing
 
 BYTE_PIECES = 259
 """256 bytes and 3 marks."""
@@ -43,6 +43,9 @@ def trackers(config: Config, world: int) -> Iterator[Broken]:
     if wrong:
         right = [nearest_text(str(name), TRACKERS) if name in wrong else name for name in config.tracker.names]
         yield Broken("tracker.names", f"may hold {', '.join(TRACKERS)}", [list(dict.fromkeys(right))])
+    for name in missing(config.tracker.names):
+        rest = [other for other in config.tracker.names if other != name]
+        yield Broken("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
 
 def degrees(config: Config, world: int) -> Iterator[Broken]:

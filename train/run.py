@@ -21,13 +21,14 @@ from .evaluate import Evaluation, evaluate_session
 from .exit_codes import ExitCode
 from .feed import as_rows, no_rows
 from .redact import redact
-from .reporter import Logged, Reporter, build_reporter, set_up_logging
+from .reporter import Logged, OtherRank, Reporter, build_reporter, set_up_logging
 from .saving import keep, settle
 from .schedule import learning_rate_factor
 from .session import Session, open_session
 from .signals import listening
 from .step import Rows, StepNumbers
 from .stop import RunStop, say_failure, say_stop
+from .telemetry.watch import Watch
 from .watchdog import watched
 
 GRACE_SECONDS = 30.0
@@ -78,23 +79,25 @@ def train(session: Session, reporter: Reporter, care: Care) -> Evaluation | None
     """
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch = Stopwatch()
+    stopwatch, watch = Stopwatch(), Watch(session)
     reporter.started()
     while session.step < config.steps:
         numbers, lr = next_step(session, care)
         if not numbers:
             continue
+        watch.took(numbers)
         stopwatch.tokens += numbers.tokens
-        validate = due(session, config.evaluate.every)
-        log = due(session, config.log.every) or validate
+        validate, saves = due(session, config.evaluate.every), due(session, config.checkpoint.every)
+        log = due(session, config.log.every) or validate or saves or watch.due()
         since = (*stopwatch.take(session.device), session.waiting.take()) if log else None
         with stopwatch.paused(session.device):
             evaluation = validated(session, reporter) if validate else None
             if since is not None:
-                reporter.logged(session, Logged(numbers, lr, *since, evaluation))
+                seen = watch.look(numbers, validated=validate, saves=saves)
+                reporter.logged(session, Logged(numbers, lr, *since, evaluation, seen))
             session.validated = {session.step: evaluation.loss} if evaluation else {}
             settle(session, reporter, numbers.told)
-            if due(session, config.checkpoint.every) or numbers.told.save:
+            if saves or numbers.told.save:
                 keep(session, reporter, care, durable=numbers.told.save > 0)
         care.heard(numbers.told)
     keep(session, reporter, care, durable=True)
@@ -117,6 +120,13 @@ def next_step(session: Session, care: Care) -> tuple[StepNumbers | None, float]:
     session.step += 1
     session.tokens += numbers.tokens
     return numbers, lr
+
+
+def single_step(session: Session) -> StepNumbers:
+    """One optimizer step outside of a run: for tests and benchmarks."""
+    numbers, _ = next_step(session, build_care(session, OtherRank()))
+    assert numbers is not None
+    return numbers
 
 
 @doing("data")

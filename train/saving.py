@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def keep(session: Session, reporter: Reporter, care: "Care", durable: bool = False) -> None:
     """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
 
-    RunStop, and no checkpoint, if a number is not finite or copies differ; SaveFailed if a save failed without which it cannot go on.
+    RunStop, and no checkpoint, if a number is not finite or copies differ; SaveFailed if the run needs the one that failed.
     """
     with reporter.spent("checkpoint"):
         if care.saved_step != session.step:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
+from ..moe.gauges import SUMS
 from ..moe.head import HeadLoss
 from ..moe.init import expert_biases
 from ..moe.mtp import ahead
@@ -54,6 +55,10 @@ class StepNumbers(NamedTuple):
     """On the host: loss, norm, and what the ranks told each other."""
     updated: bool = True
     """False: weights and moments are bit for bit what they were before the step."""
+    gauges_LG: Tensor = torch.empty(0, 0)
+    """Sums to watch (moe/gauges.py); without columns where nobody watches."""
+    own_LP: Tensor = torch.empty(0, 0)
+    """Of THIS RANK alone, fp64: largest absolute router logit, and rows that its experts computed."""
 
 
 def train_step(
@@ -162,6 +167,7 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
     Flags, loss and norm are read by the host here, and nothing else of the step: whether to update depends on them.
     """
     (layers, columns), depth, mesh = shares[0].counts_LE.shape, len(shares[0].mtp_D), parallel.mesh
+    gauges_LG = torch.stack([s.gauges_LG for s in shares]).sum(0)
     parts = [
         (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten())
         for s in shares
@@ -169,10 +175,9 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     mine = torch.cat([squared.view(1), mine])
     flags = numbers_of(telling, mine, mesh.rank, mesh.world)
-    everything = sum_over(torch.cat([flags, mine]), mesh.everyone)
-    flags, squared, cross_entropy, *per_layer, mtp_D, counts = everything.split(
-        [len(flags), 1, 1, *[layers] * 5, depth, layers * columns]
-    )
+    everything = sum_over(torch.cat([flags, mine, gauges_LG.flatten()]), mesh.everyone)
+    sizes = [len(flags), 1, 1, *[layers] * 5, depth, layers * columns, gauges_LG.numel()]
+    flags, squared, cross_entropy, *per_layer, mtp_D, counts, gauges = everything.split(sizes)
     balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
     return StepNumbers(
         totals.tokens,
@@ -186,4 +191,14 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
         mtp_D,
         squared.squeeze(0).sqrt(),
         read(everything[: len(flags) + 2]),
+        gauges_LG=gauges.view_as(gauges_LG),
+        own_LP=own_peaks(shares, gauges_LG),
     )
+
+
+def own_peaks(shares: list[Losses], gauges_LG: Tensor) -> Tensor:
+    """(L, 2) of this rank alone, which its sums `gauges_LG` are too: largest logit of any micro-batch, rows of all of them."""
+    if not gauges_LG.numel():
+        return gauges_LG
+    logit_max_L = torch.stack([s.logit_max_L for s in shares]).amax(0).double()
+    return torch.stack([logit_max_L, gauges_LG[:, SUMS.index("rows")]], dim=1)

@@ -1,10 +1,12 @@
 """Trackers are views of metrics.jsonl for people. Whatever one of them does, training neither stops nor waits for it."""
 
+import json
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
@@ -14,7 +16,11 @@ from typing import Any
 from .config import TrackerConfig
 from .journal import Journal
 
-TRACKERS = ("wandb", "jsonl")
+TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
+
+
+OPTIONAL = ("tensorboard", "trackio")
+"""Trackers whose packages are extras of ours, of the same names."""
 
 
 class AbstractTracker(ABC):
@@ -33,6 +39,15 @@ class AbstractTracker(ABC):
     @abstractmethod
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close the run with the numbers that sum it up."""
+
+    def telemetry(self, record: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take a record of telemetry.jsonl, for pictures of it. Not every service shows any."""
+
+    def alert(self, kind: str, title: str, text: str) -> None:  # noqa: B027
+        """Tell people at once, where the service can."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:  # noqa: B027
+        """What the model wrote after a prompt."""
 
 
 def build_trackers(
@@ -55,17 +70,37 @@ def build_trackers(
                 from .wandb_tracker import WandbTracker
 
                 trackers.append(WandbTracker(config, run_dir, run_id, run_name))
-            case "jsonl":
+            case "tensorboard":
+                from .tensorboard_tracker import TensorboardTracker
+
+                trackers.append(TensorboardTracker(run_dir))
+            case "trackio":
+                from .trackio_tracker import TrackioTracker
+
+                trackers.append(TrackioTracker(config, run_dir, run_id, run_name))
+            case "jsonl" | "none":
                 pass  # metrics.jsonl is written with or without trackers
     return Trackers(trackers, say, events)
 
 
 def check_trackers(config: TrackerConfig) -> None:
-    """Raises ValueError if `tracker.names` names a tracker that does not exist."""
+    """Raises ValueError if `tracker.names` names a tracker that does not exist or is not installed."""
+    for name in missing(config.names):
+        raise ValueError(f"tracker.names has {name!r}, which is not installed: pip install tokenyard[{name}]; nearest: jsonl")
     for name in config.names:
         if name not in TRACKERS:
             nearest = (get_close_matches(name, TRACKERS, n=1, cutoff=0.0) or TRACKERS)[0]
             raise ValueError(f"tracker.names has {name!r}, it takes {', '.join(TRACKERS)}; nearest: {nearest}")
+
+
+def missing(names: list[str]) -> list[str]:
+    """Those of the names whose package is not installed."""
+    return [name for name in names if name in OPTIONAL and find_spec(name) is None]
+
+
+def summary_text(facts: Mapping[str, Any]) -> str:
+    """Nested facts as an indented JSON block of Markdown."""
+    return "".join(f"    {line}\n" for line in json.dumps(facts, indent=2, default=str).splitlines())
 
 
 def run_identity(run_dir: Path, resumed: bool) -> str:
@@ -117,6 +152,19 @@ class Trackers:
         for worker in self._workers:
             worker.offer(worker.log, dict(record))
             self._report(worker)
+
+    def telemetry(self, record: Mapping[str, Any]) -> None:
+        """Returns at once, as do the next two. The caller leaves the record as it is."""
+        for worker in self._workers:
+            worker.offer(worker.telemetry, record)
+
+    def alert(self, kind: str, title: str, text: str) -> None:
+        for worker in self._workers:
+            worker.offer(worker.alert, kind, title, text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        for worker in self._workers:
+            worker.offer(worker.sample, step, prompt, text)
 
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None) -> None:
         """Waits until the trackers have taken all records, but no longer than `patience`."""
@@ -186,6 +234,18 @@ class _Worker:
         if self.started:
             self.tracker.log(record)
             self.delivered += 1
+
+    def telemetry(self, record: Mapping[str, Any]) -> None:
+        if self.started:
+            self.tracker.telemetry(record)
+
+    def alert(self, kind: str, title: str, text: str) -> None:
+        if self.started:
+            self.tracker.alert(kind, title, text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        if self.started:
+            self.tracker.sample(step, prompt, text)
 
     def finish(self, exit_code: int, summary: dict[str, Any]) -> None:
         if self.started:

@@ -5,13 +5,21 @@ import netrc
 import os
 import sys
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from .config import TrackerConfig
 from .redact import redact, redact_plain
+from .telemetry.heatmap import load_map, load_ratio
 from .trackers import AbstractTracker
+
+LARGEST_TABLE = 1024
+"""Experts of all layers together that a table has rows for: more take longer to write than a picture is worth."""
+TABLE_COLUMNS: list[Any] = ["layer", "expert", "tokens", "load over even", "dead"]
 
 
 class WandbTracker(AbstractTracker):
@@ -46,9 +54,46 @@ class WandbTracker(AbstractTracker):
         # our own axis, as wandb's never goes back: after a resume it would refuse the steps since the checkpoint
         self._run.log({"global_step" if key == "step" else key: value for key, value in record.items()})
 
+    def telemetry(self, record: Mapping[str, Any]) -> None:
+        """Load and gradient norms, layer x expert, as a picture, a table and histograms."""
+        import wandb
+
+        load = load_ratio(record["counts_LE"])
+        logged: dict[str, Any] = {"global_step": record["step"]}
+        logged["experts/load"] = wandb.Image(load_map(record["counts_LE"]), caption="load: layers down, experts across")
+        logged["experts/load_over_even"] = wandb.Histogram(np_histogram=np.histogram(load, bins=32))
+        if "grad_norm_LE" in record:
+            logged["experts/grad_norm"] = wandb.Histogram(np_histogram=np.histogram(record["grad_norm_LE"], bins=32))
+        if load.size <= LARGEST_TABLE:
+            logged["experts/table"] = wandb.Table(columns=TABLE_COLUMNS, data=table_rows(record))
+        self._run.log(logged)
+
+    def alert(self, kind: str, title: str, text: str) -> None:
+        from wandb.sdk.wandb_alerts import AlertLevel
+
+        level = AlertLevel.ERROR if kind in ("nan", "stall") else AlertLevel.WARN
+        self._run.alert(title=title, text=text, level=level)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        import wandb
+
+        html = f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>"
+        self._run.log({"global_step": step, "sample": wandb.Html(html, inject=False)})
+
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=exit_code)
+
+
+def table_rows(record: Mapping[str, Any]) -> list[Any]:
+    """A row for each expert of each layer."""
+    loads = load_ratio(record["counts_LE"]).tolist()
+    rows = zip(record["layers"], record["counts_LE"], loads, record["dead_LE"], strict=True)
+    return [
+        [layer, expert, count, load, dead]
+        for layer, counts_E, load_E, dead_E in rows
+        for expert, (count, load, dead) in enumerate(zip(counts_E, load_E, dead_E, strict=True))
+    ]
 
 
 def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None) -> dict[str, Any]:
@@ -66,7 +111,7 @@ def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: 
         "name": run_name or environment.get("WANDB_NAME") or run_dir.name,
         "group": config.group or environment.get("WANDB_RUN_GROUP"),
         "tags": config.tags or tags or None,
-        "job_type": environment.get("WANDB_JOB_TYPE") or "train",
+        "job_type": config.job_type or environment.get("WANDB_JOB_TYPE") or "train",
     }
 
 

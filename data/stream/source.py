@@ -81,13 +81,16 @@ def sample_texts(opened: Opened, limit: int) -> list[str]:
 
 def joined_tokens(parts: list[Tokens], weights: list[float], wanted: int) -> Tokens:
     """Tokens of each in proportion to the weights, together about `wanted`."""
-    shares = [
-        min(len(part.ids), max(2, round(wanted * weight / sum(weights)))) for part, weight in zip(parts, weights, strict=True)
-    ]
+    shares = joined_shares(parts, weights, wanted)
     ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
     running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
     documents, size = sum(part.manifest.documents for part in parts), sum(part.manifest.bytes for part in parts)
     return Tokens(ids, Manifest(documents, len(ids), size, [], 0, 0, running.hexdigest()))
+
+
+def joined_shares(parts: list[Tokens], weights: list[float], wanted: int) -> list[int]:
+    """How many tokens of each part `joined_tokens` takes."""
+    return [min(len(part.ids), max(2, round(wanted * weight / sum(weights)))) for part, weight in zip(parts, weights, strict=True)]
 
 
 def _source(

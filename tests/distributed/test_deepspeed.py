@@ -26,7 +26,7 @@ from tokenyard.train.compose import compose
 from tokenyard.train.config import BatchConfig, Config, EngineConfig, OptimizerConfig
 from tokenyard.train.config import Engine as EngineKind
 from tokenyard.train.engine import build_engine
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
@@ -136,7 +136,7 @@ def train_on(folder: Path, overrides: list[str]) -> list[float]:
     while session.step < 3:
         if session.step == 2:
             save(session)
-        losses.append(next_step(session)[0].cross_entropy.item())
+        losses.append(single_step(session).cross_entropy.item())
     return losses
 
 

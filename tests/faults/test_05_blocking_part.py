@@ -9,7 +9,7 @@ import torch
 from checkpoint_run import configured
 from tokenyard.train.checkpoint.saver import Outcome
 from tokenyard.train.checkpointing import begin
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import Session, open_session
 
 LARGE = """model.layers=4 model.width=512 model.heads=8 model.hidden=512 model.moe.hidden=512 sequence_length=32 batch.sequences=4
@@ -38,10 +38,10 @@ def test_the_blocking_part(tmp_path: Path, record_property) -> None:
 
 def save(session: Session, asynchronous: bool) -> Outcome:
     """With steps before, and beside it until it is durable."""
-    next_step(session)
+    single_step(session)
     outcome = begin(session, asynchronous)
     while outcome is None:
-        next_step(session)
+        single_step(session)
         outcome = session.saver.step()
     assert outcome.error is None
     return outcome

@@ -8,7 +8,7 @@ import torch
 from checkpoint_run import configured
 from tokenyard.train.checkpoint.manifest import read_manifest
 from tokenyard.train.checkpointing import begin
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 
 
@@ -16,7 +16,7 @@ def save_both_ways(folder: Path, overrides: list[str]) -> tuple[int, bool]:
     """At step 3: synchronous, then asynchronous with a slow writer beside which training goes on. Steps taken, still writing?"""
     with closing(open_session(configured(folder, *overrides), torch.device("cpu"))) as session:
         while session.step < 3:
-            next_step(session)
+            single_step(session)
         folder_of_run = session.saver.folder
         session.saver.folder = folder / "synchronous"
         outcome = begin(session, asynchronous=False)
@@ -24,7 +24,7 @@ def save_both_ways(folder: Path, overrides: list[str]) -> tuple[int, bool]:
         session.saver.folder = folder_of_run
         assert begin(session, asynchronous=True) is None
         for _ in range(5):
-            next_step(session)
+            single_step(session)
         writing = session.saver.flags()[1]
         outcome = session.saver.finish()
         assert outcome is not None and outcome.error is None and outcome.step == 3

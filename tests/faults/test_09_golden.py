@@ -15,7 +15,7 @@ import torch
 from tokenyard.train.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import Session, open_session
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
@@ -32,7 +32,7 @@ def configured(folder: Path) -> Config:
 
 
 def next_losses(session: Session) -> list[float]:
-    return [next_step(session)[0].cross_entropy.item() for _ in range(STEPS)]
+    return [single_step(session).cross_entropy.item() for _ in range(STEPS)]
 
 
 @pytest.mark.fault(9)
@@ -62,7 +62,7 @@ def write() -> None:
     """With relative paths: the folder of whoever writes it does not matter."""
     with closing(open_session(configured(Path("run")), torch.device("cpu"))) as session:
         while session.step < 3:
-            next_step(session)
+            single_step(session)
         session.extra = {"note": "golden"}
         path = save(session)
         losses = next_losses(session)

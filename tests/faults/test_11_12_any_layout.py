@@ -16,7 +16,7 @@ from tokenyard.train.checkpoint.store import save_checkpoint
 from tokenyard.train.checkpoint.verify import check_all
 from tokenyard.train.checkpointing import save
 from tokenyard.train.compose import compose
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -54,9 +54,9 @@ def train(folder: Path, overrides: list[str]) -> float:
     """Two steps, a checkpoint, and the loss of the third."""
     with closing(open_session(configured(folder, overrides), torch.device("cpu"))) as session:
         while session.step < 2:
-            next_step(session)
+            single_step(session)
         save(session)
-        return next_step(session)[0].cross_entropy.item()
+        return single_step(session).cross_entropy.item()
 
 
 def move(folder: Path, checkpoint: Path, overrides: list[str]) -> float:
@@ -64,7 +64,7 @@ def move(folder: Path, checkpoint: Path, overrides: list[str]) -> float:
     resumed = configured(folder, overrides, f"checkpoint.resume='{checkpoint}'")
     with closing(open_session(resumed, torch.device("cpu"))) as session:
         save(session)
-        return next_step(session)[0].cross_entropy.item()
+        return single_step(session).cross_entropy.item()
 
 
 def on(ranks: Any, world: int, function: Any, *args: Any) -> float:

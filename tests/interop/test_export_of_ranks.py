@@ -13,7 +13,7 @@ from tokenyard.interop.write import export_checkpoint
 from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.checkpointing import save
 from tokenyard.train.compose import compose
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 
 FAMILIES = {
@@ -36,7 +36,7 @@ def train(folder: Path) -> None:
         config = compose([*SETTINGS.split(), f"model={name}", f"run.dir={folder / name}", f"data.cache={folder / 'cache'}"])
         session = open_session(config, torch.device("cpu"))
         session.parallel.model.train()
-        next_step(session)
+        single_step(session)
         save(session)
 
 

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import pytest
 import torch
-from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
+from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
 from tokenyard.train.metrics import Meter, StepResult, count_metrics, load_metrics
 from tokenyard.train.peak import data_sheet, measure, peak_flops
 
@@ -65,16 +65,13 @@ def test_same_keys_for_any_number_of_experts():
     assert few["moe/load_max_over_mean"] == 1.0
 
 
-def test_null_share_and_drops_of_each_layer():
-    counts_LE, dropped_L = torch.tensor([[10, 20, 6], [8, 16, 4]]), torch.tensor([5, 0])
+def test_null_share():
+    counts_LE = torch.tensor([[10, 20, 6], [8, 16, 4]])
     null = MoEConfig(experts=2, router=RouterConfig(null_experts=1))
-    assert count_metrics(ModelConfig(layers=2, moe=null), counts_LE, dropped_L) == {"moe/null_fraction": 10 / 64}
-    for capacity in (CapacityConfig(factor=1.0), CapacityConfig(schedule=[10, 1.0])):
-        model = ModelConfig(layers=3, dense_first=1, moe=MoEConfig(experts=3, capacity=capacity))
-        assert count_metrics(model, counts_LE, dropped_L) == {"moe/dropped/layer_1": 5, "moe/dropped/layer_2": 0}
-    assert count_metrics(ModelConfig(layers=2, moe=MoEConfig(experts=3)), counts_LE, dropped_L) == {}
-    dense = ModelConfig(moe=MoEConfig(experts=0, router=RouterConfig(null_experts=1), capacity=CapacityConfig(factor=1.0)))
-    assert count_metrics(dense, torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)) == {}
+    assert count_metrics(ModelConfig(layers=2, moe=null), counts_LE) == {"moe/null_fraction": 10 / 64}
+    assert count_metrics(ModelConfig(layers=2, moe=MoEConfig(experts=3)), counts_LE) == {}
+    dense = ModelConfig(moe=MoEConfig(experts=0, router=RouterConfig(null_experts=1)))
+    assert count_metrics(dense, torch.zeros(0, 0, dtype=torch.int64)) == {}
 
 
 def test_counts_beyond_float_precision_stay_exact():

@@ -35,6 +35,7 @@ TINY = [
     "evaluate.sequences=4",
     "checkpoint.every=2",
     "sample.prompt=''",
+    "telemetry.tier=detailed",
 ]
 ROUTED = [
     f"{ROUTER}.score=sigmoid",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.train.compose import CONF, compose
-from tokenyard.train.run import next_step
+from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 from tokenyard.train.step import StepNumbers
 
@@ -66,5 +66,5 @@ def trained(names: list[str], folder: Path, layout: list[str]) -> Losses:
         config = compose([f"model={name}", f"seed={SEEDS.get(name, 1)}", *SHORT, *layout, *where])
         session = open_session(config, torch.device("cpu"))
         session.parallel.model.train()
-        found[name] = [next_step(session)[0] for _ in range(STEPS)]
+        found[name] = [single_step(session) for _ in range(STEPS)]
     return found

@@ -155,7 +155,8 @@ def test_one_broken_tracker_does_not_disturb_another():
 
 
 def test_unknown_names_are_refused_in_one_line(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"^tracker\.names has 'wandbb', it takes wandb, jsonl; nearest: wandb$"):
+    names = "wandb, tensorboard, trackio, jsonl, none"
+    with pytest.raises(ValueError, match=rf"^tracker\.names has 'wandbb', it takes {names}; nearest: wandb$"):
         check_trackers(TrackerConfig(names=["wandbb"]))
     with pytest.raises(ValueError, match="nearest: jsonl"):
         build_trackers(TrackerConfig(names=["json"]), tmp_path, "id")

@@ -1,0 +1,143 @@
+"""What watching the experts costs a step: `python -m tokenyard.bench.telemetry [key=value ...]`, settings as for `tokenyard train`.
+
+The same run three times in one process, one with each tier, taking turns: a round is as many steps of each, in another order every
+time. Beside the difference of whole steps, which on a busy machine is noise, stands the time of the watch's own calls.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from ..moe import router
+from ..moe.gauges import Gauges, gauge
+from ..train.compose import compose
+from ..train.config import Config
+from ..train.journal import Journal
+from ..train.run import single_step
+from ..train.session import open_session
+from ..train.telemetry.watch import Watch
+
+TIERS = ("none", "brief", "detailed")
+
+
+class Line(NamedTuple):
+    """Seconds; medians over the rounds."""
+
+    tier: str
+    step: float
+    """A whole step, its record and its share of what comes every telemetry.every steps."""
+    over_none: float
+    """Its excess over tier none, as a share of that; the median of the rounds' own."""
+    calls: float
+    """Of a step: the watch, writing telemetry.jsonl, and the routers' gauges. On a CPU, where a call takes as long as its work."""
+    calls_share: float
+    probe: float
+    """Of a record after an evaluation: probe, similarity, vocabulary and all."""
+
+
+class Timed:
+    """`gauge` of moe/gauges.py, and how long it has taken."""
+
+    seconds = 0.0
+
+    def __call__(self, *arguments: Any) -> Gauges:
+        start = perf_counter()
+        found = gauge(*arguments)
+        self.seconds += perf_counter() - start
+        return found
+
+
+GAUGES = Timed()
+
+
+class Runner:
+    """A run with one tier."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.session = open_session(config, torch.device("cpu"))
+        self.session.parallel.model.train()
+        self.watch = Watch(self.session)
+        self.journal = Journal(folder / "telemetry.jsonl")
+        self.probes: list[float] = []
+
+    def steps(self, count: int) -> tuple[float, float]:
+        """Mean seconds of a step, and of the watch in it."""
+        begin, watching, GAUGES.seconds = perf_counter(), 0.0, 0.0
+        numbers = None
+        for _ in range(count):
+            numbers = single_step(self.session)
+            start = perf_counter()
+            self.watch.took(numbers)
+            seen = self.watch.look(numbers, validated=False, saves=False)
+            if seen.record is not None:
+                self.journal.write(seen.record)
+            watching += perf_counter() - start
+        seconds, watching = (perf_counter() - begin) / count, watching + GAUGES.seconds
+        assert numbers is not None
+        start = perf_counter()
+        self.watch.look(numbers, validated=True, saves=False)
+        self.probes.append(perf_counter() - start)
+        return seconds, watching / count
+
+
+def main() -> None:
+    arguments = parse()
+    lines = measure(arguments.overrides, arguments.rounds, arguments.steps)
+    print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.telemetry", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="settings of the run, as model.moe.experts=16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=25, help="of each tier in a round")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(words)
+
+
+def measure(overrides: list[str], rounds: int, steps: int) -> list[Line]:
+    """One line a tier."""
+    with patch.object(router, "gauge", GAUGES), tempfile.TemporaryDirectory() as folder:
+        runners = {tier: _runner(tier, overrides, Path(folder) / tier) for tier in TIERS}
+        for runner in runners.values():
+            runner.steps(2)
+        taken: dict[str, list[tuple[float, float]]] = {tier: [] for tier in TIERS}
+        for turn in range(rounds):
+            for place in range(len(TIERS)):
+                tier = TIERS[(turn + place) % len(TIERS)]
+                taken[tier].append(runners[tier].steps(steps))
+        for runner in runners.values():
+            runner.journal.close()
+    return [_line(tier, taken, runners[tier].probes[1:]) for tier in TIERS]
+
+
+def _runner(tier: str, overrides: list[str], folder: Path) -> Runner:
+    config = compose(["tracker=jsonl", *overrides, f"run.dir={folder}", f"telemetry.tier={tier}"])
+    return Runner(config, folder)
+
+
+def _line(tier: str, taken: dict[str, list[tuple[float, float]]], probes: list[float]) -> Line:
+    step, calls = (statistics.median(values) for values in zip(*taken[tier], strict=True))
+    excess = [mine / none - 1 for (mine, _), (none, _) in zip(taken[tier], taken["none"], strict=True)]
+    return Line(tier, step, statistics.median(excess), calls, calls / step, statistics.median(probes))
+
+
+def table(lines: list[Line]) -> str:
+    head = f"{'tier':<9} {'step ms':>8} {'over none':>9} {'calls ms':>9} {'of a step':>9} {'probe ms':>9}"
+    rows = (
+        f"{line.tier:<9} {1e3 * line.step:>8.2f} {100 * line.over_none:>8.2f}% {1e3 * line.calls:>9.3f}"
+        f" {100 * line.calls_share:>8.2f}% {1e3 * line.probe:>9.2f}"
+        for line in lines
+    )
+    return "\n".join([head, *rows])
+
+
+if __name__ == "__main__":
+    main()
