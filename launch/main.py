@@ -120,6 +120,16 @@ def export(argv: list[str]) -> int:
     return export_command(arguments)
 
 
+def report(argv: list[str]) -> int:
+    parser = OneLineParser("tokenyard report", description="Makes a page of one or several runs, to open in a browser.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are laid over each other")
+    parser.add_argument("--out", metavar="FOLDER", help="where the page goes (report/ in the first run folder)")
+    arguments = parser.parse_args(argv)
+    from ..report.command import report_command
+
+    return report_command(arguments)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "parity": parity,
@@ -128,6 +138,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "export": export,
     "params": params,
+    "report": report,
     "prepare": data.prepare,
     "data": data.data,
     "tokenizer": data.tokenizer,
@@ -142,6 +153,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
+  tokenyard report RUN [RUN ...] [--out FOLDER]          a page about runs: loss, load of the experts, events
   tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards
   tokenyard data inspect [key=value ...]                 the first sequences, the mixture and digests of the batches
   tokenyard tokenizer train FOLDER [key=value ...]       train a sentencepiece tokenizer

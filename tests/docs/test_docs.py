@@ -28,7 +28,7 @@ from tokenyard.train.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|tests|train"
+FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|report|tests|train"
 MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "events.jsonl", "manifest.json"}
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
