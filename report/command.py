@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from .page import page
 from .payload import payload
@@ -26,8 +27,19 @@ def report_command(arguments: Namespace) -> int:
     for run in runs:
         for remark in run.remarks():
             print(f"tokenyard: {remark}", file=sys.stderr)
-    print(f"wrote {out / 'report.html'}")
+    print(f"wrote {', '.join([str(out / 'report.html'), *pictures(data, out)])}")
     return 0
+
+
+def pictures(data: dict[str, Any], folder: Path) -> list[str]:
+    """Names of the PNGs written; a hint instead where matplotlib is not installed."""
+    from .pictures import write_pictures
+
+    try:
+        return write_pictures(data, folder)
+    except ImportError:
+        print("tokenyard: no pictures beside the page; for these: pip install 'tokenyard[report]'", file=sys.stderr)
+        return []
 
 
 def refuse(error: Exception) -> int:

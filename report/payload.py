@@ -10,7 +10,7 @@ from .columns import line, rounded
 from .run import Run
 from .settings import described
 from .telemetry import Sums, Telemetry
-from .verdict import is_trouble, state, verdict
+from .verdict import is_trouble, last_validation, state, verdict
 
 MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 """Columns that are drawn with more points than the others."""
@@ -54,7 +54,7 @@ def facts(run: Run) -> dict[str, float | None]:
     typical = run.metrics.typical
     return {
         "loss": run.metrics.last("loss"),
-        "validation_loss": run.metrics.last("validation_loss"),
+        "validation_loss": last_validation(run),
         "tokens_per_second": typical("tokens_per_second"),
         "mfu": typical("mfu"),
         "step_seconds": typical("step_seconds"),

@@ -18,7 +18,8 @@ class Run:
         check_folder(folder)
         self.folder = folder
         self.name = folder.resolve().name
-        self.config = read_config(folder / "config.yaml")
+        self.config: dict[str, Any] = {}
+        self._config_changed = 0
         self.metrics = Columns()
         self.events: list[dict[str, Any]] = []
         self.telemetry = Telemetry()
@@ -28,7 +29,7 @@ class Run:
 
     def refresh(self) -> bool:
         """Reads what is new; whether there was anything."""
-        return sum([self._read(name) for name in self._tails]) > 0
+        return sum([self._read_config(), *(self._read(name) for name in self._tails)]) > 0
 
     def remarks(self) -> list[str]:
         """In words, what could not be read."""
@@ -38,6 +39,15 @@ class Run:
         """The newest step of the metrics; 0 before the first."""
         column = self.metrics.by_name.get("step")
         return int(column.values[-1]) if column else 0
+
+    def _read_config(self) -> bool:
+        """A resumed run writes it again."""
+        path = self.folder / "config.yaml"
+        changed = path.stat().st_mtime_ns
+        if changed == self._config_changed:
+            return False
+        self.config, self._config_changed = read_config(path), changed
+        return True
 
     def _read(self, name: str) -> bool:
         tail, something = self._tails[name], False

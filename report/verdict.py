@@ -79,7 +79,7 @@ def _dropped(share: float, since: str) -> Finding:
 
 
 def _losses(run: Run) -> list[Finding]:
-    loss, validation = run.metrics.last("loss"), _validation(run)
+    loss, validation = run.metrics.last("loss"), last_validation(run)
     words = [] if loss is None else [f"training loss {loss:.4f}"]
     words += [] if validation is None else [f"validation loss {validation:.4f}"]
     if not words:
@@ -88,7 +88,7 @@ def _losses(run: Run) -> list[Finding]:
     return [Finding("fact", f"{text[0].upper()}{text[1:]} after {run.last_step():,} steps.")]
 
 
-def _validation(run: Run) -> float | None:
+def last_validation(run: Run) -> float | None:
     """The last one: that of the end is with the event."""
     ends = [event["validation_loss"] for event in run.events if isinstance(event.get("validation_loss"), int | float)]
     return ends[-1] if ends else run.metrics.last("validation_loss")

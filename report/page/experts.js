@@ -13,7 +13,7 @@ function balanceLines() {
   return el("div", { class: "grid" },
     chart({
       id: "balance", title: "Load of the busiest expert", note: "Over an even share: 1 is perfectly even", zero: true,
-      series: [...series("moe/load_max_over_mean", "worst layer"), ...series("moe/load_max_over_mean_mean", "mean of layers", { dots: true, sx: undefined })],
+      series: [...series("moe/load_max_over_mean", "worst layer"), ...series("moe/load_max_over_mean_mean", "mean of layers", { dots: true })],
     }),
     chart({ id: "dropped", title: "Dropped choices", note: "Share of token-expert choices over capacity", series: series("dropped_fraction", "dropped"), format: percent, zero: true }));
 }

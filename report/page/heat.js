@@ -11,7 +11,8 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
   const sharp = Math.max(2, devicePixelRatio || 1);
   canvas.width = width * sharp;
   canvas.height = height * sharp;
-  let at = null;
+  let at = state.cursors.get(id) || null;
+  if (at && (at[0] >= rows.length || at[1] >= columns.length)) at = null;
 
   function draw() {
     const context = canvas.getContext("2d"), small = document.createElement("canvas");
@@ -75,6 +76,13 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
 
   function go(row, column) {
     at = [Math.max(0, Math.min(rows.length - 1, row)), Math.max(0, Math.min(columns.length - 1, column))];
+    state.cursors.set(id, at);
+    draw();
+  }
+  function leave() {
+    if (state.redrawing) return;
+    at = null;
+    state.cursors.delete(id);
     draw();
   }
   const under = event => {
@@ -86,8 +94,8 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
     const [row, column] = under(event);
     if (row < rows.length && column >= 0 && !(at && at[0] === row && at[1] === column)) go(row, column);
   });
-  canvas.addEventListener("pointerleave", () => { at = null; draw(); });
-  canvas.addEventListener("blur", () => { at = null; draw(); });
+  canvas.addEventListener("pointerleave", leave);
+  canvas.addEventListener("blur", leave);
   canvas.addEventListener("click", event => { if (pick && under(event)[0] < rows.length) pick(under(event)[0]); });
   canvas.addEventListener("keydown", event => {
     const [row, column] = at || [0, 0], stride = event.shiftKey ? 10 : 1;
@@ -111,8 +119,8 @@ function colourScale(stops, none = null) {
   return el("p", { class: "scale", "aria-label": "Colours" }, stops.map(item), none ? item([none, rgb(ink())]) : null);
 }
 
-const ratioScale = () => colourScale([[0.125, "1/8"], [0.25, "1/4"], [0.5, "1/2"], [1, "1 x (even)"], [2, "2 x"], [4, "4 x"], [8, "8 x or more"]]
-  .map(([value, text]) => [text, ratioColour(value)]), "no token");
+const ratioScale = (none = "no token") => colourScale([[0.125, "1/8"], [0.25, "1/4"], [0.5, "1/2"], [1, "1 x (even)"], [2, "2 x"], [4, "4 x"], [8, "8 x or more"]]
+  .map(([value, text]) => [text, ratioColour(value)]), none);
 
 function rangeScale(low, high, colour, format) {
   return colourScale([0, 0.25, 0.5, 0.75, 1].map(part => low + part * (high - low)).map(value => [format(value), colour(value)]));

@@ -49,7 +49,7 @@ function pairMap(found, name) {
   });
   const note = together ? "How often the others are chosen with an expert, over what an even choice would give" : "Cosine of the experts' weights";
   return figure(`${name}-figure`, `${PAIRS[name]} in layer ${state.layer}`, note, map.canvas, map.readout,
-    together ? ratioScale() : rangeScale(-1, 1, colour, short));
+    together ? ratioScale("never") : rangeScale(-1, 1, colour, short));
 }
 
 function vocabulary(found) {

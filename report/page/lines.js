@@ -44,7 +44,7 @@ function axes(scale, width, height, format) {
   const lines = scale.ticks.map(y => [
     svg("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: scale.y(y), y2: scale.y(y) }),
     svg("text", { class: "tick", x: LEFT - 7, y: scale.y(y) + 4, "text-anchor": "end" }, format(y))]);
-  const steps = ticks(scale.first, scale.last, Math.max(3, Math.floor(width / 130))).filter(Number.isInteger).map(step =>
+  const steps = ticks(scale.first, scale.last, Math.max(3, Math.floor(width / 90))).filter(Number.isInteger).map(step =>
     svg("text", { class: "tick", x: scale.x(step), y: height - BOTTOM + 17, "text-anchor": "middle" }, short(step)));
   return [lines, steps, svg("text", { class: "tick", x: width - RIGHT, y: height - 1, "text-anchor": "end" }, "step")];
 }
@@ -129,8 +129,10 @@ function follow(picture, cursor, readout, shown, scale, width, height, format) {
   const lines = shown.filter(s => s.x.length);
   const steps = lines.length ? lines.reduce((a, b) => a.x.length >= b.x.length ? a : b).x : [];
   let at = steps.length - 1;
+  const id = picture.id;
   const show = (index, mark) => {
     at = Math.max(0, Math.min(steps.length - 1, index));
+    if (mark) state.cursors.set(id, at);
     const step = steps[at];
     const values = lines.map(s => [s, nearest(s, step)]);
     readout.textContent = steps.length ? `step ${whole(step)}: ${values.map(([s, i]) => `${s.name} ${format(s.y[i])}${s.x[i] === step ? "" : ` (at ${whole(s.x[i])})`}`).join(", ")}` : "nothing to show";
@@ -138,12 +140,19 @@ function follow(picture, cursor, readout, shown, scale, width, height, format) {
       svg("line", { x1: scale.x(step), x2: scale.x(step), y1: TOP, y2: height - BOTTOM }),
       ...values.map(([s, i]) => svg("circle", { cx: scale.x(s.x[i]), cy: scale.y(s.y[i]), r: 4, fill: runColour(s.run) }))] : []));
   };
-  show(at, false);
+  if (state.cursors.has(id)) show(state.cursors.get(id), true);
+  else show(at, false);
+  const leave = () => {
+    if (state.redrawing) return;
+    state.cursors.delete(id);
+    cursor.replaceChildren();
+  };
   picture.addEventListener("pointermove", event => {
     const box = picture.getBoundingClientRect();
     show(nearest({ x: steps }, scale.step((event.clientX - box.left) / box.width * width)), true);
   });
-  picture.addEventListener("pointerleave", () => cursor.replaceChildren());
+  picture.addEventListener("pointerleave", leave);
+  picture.addEventListener("blur", leave);
   picture.addEventListener("keydown", event => {
     const stride = Math.max(1, Math.round(steps.length / 60)) * (event.shiftKey ? 5 : 1);
     const to = { ArrowLeft: at - stride, ArrowRight: at + stride, Home: 0, End: steps.length - 1 }[event.key];

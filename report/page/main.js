@@ -3,7 +3,7 @@
 const state = {
   data: JSON.parse(document.getElementById("data").textContent),
   run: 0, layer: null, frame: null, measure: "load_L", kind: "classes",
-  hidden: new Set(), log: new Set(), open: new Set(), theme: remembered(), message: "live",
+  hidden: new Set(), log: new Set(), open: new Set(), cursors: new Map(), redrawing: false, touched: 0, theme: remembered(), message: "live",
 };
 
 const chosenRun = () => state.data.runs[Math.min(state.run, state.data.runs.length - 1)];
@@ -16,10 +16,12 @@ function pageWidth(wide) {
 
 function redraw() {
   const active = document.activeElement && document.activeElement.id, page = document.getElementById("page"), y = scrollY;
+  state.redrawing = true;
   page.replaceChildren(head(), el("main", {}, [training, experts, events, others, configuration, parameters, environment].map(part => part())));
   const again = active && document.getElementById(active);
   if (again) again.focus({ preventScroll: true });
   if (scrollY !== y) scrollTo(0, y);
+  state.redrawing = false;
 }
 
 function remembered() {
@@ -31,6 +33,14 @@ function applyTheme() {
   try { localStorage.setItem("tokenyard-theme", state.theme); } catch { /* a page of a file may have no storage */ }
 }
 
+// Whether somebody is choosing or sliding, which drawing anew would end.
+let late = false;
+function busy() {
+  const active = document.activeElement;
+  return active && (active.matches("input:active") || (active.tagName === "SELECT" && performance.now() - state.touched < 10000));
+}
+addEventListener("focusin", () => { state.touched = performance.now(); });
+
 // Asks the server of `tokenyard watch` for what is new; the pause is long against what it costs.
 async function poll(tag) {
   const begin = performance.now();
@@ -39,9 +49,13 @@ async function poll(tag) {
     if (answer.status === 200) {
       state.data = await answer.json();
       tag = answer.headers.get("ETag");
+      late = true;
     }
     state.message = answer.ok || answer.status === 304 ? "live" : await answer.text();
-    if (answer.status === 200) redraw();
+    if (late && !busy()) {
+      late = false;
+      redraw();
+    }
   } catch {
     state.message = "the server is gone; this is the last that it said";
   }

@@ -5,7 +5,7 @@ function short(value) {
   const size = Math.abs(value);
   for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]])
     if (size >= unit) return `${trimmed(value / (letter === "k" ? 1e3 : unit), 3)}${letter}`;
-  if (size !== 0 && size < 1e-3) return value.toExponential(2).replace("e-", "e-");
+  if (size !== 0 && size < 1e-4) return value.toExponential(2);
   return trimmed(value, 4);
 }
 

@@ -76,7 +76,7 @@ function key(kind, text) {
 }
 
 function validation() {
-  return series("validation_loss", "validation", { dots: true, sx: undefined });
+  return series("validation_loss", "validation", { dots: true, sx: undefined, sy: undefined });
 }
 
 const DRAWN = ["loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "dropped_fraction", "tokens",
