@@ -14,8 +14,8 @@ from .verdict import is_trouble, last_validation, state, verdict
 
 MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 """Columns that are drawn with more points than the others."""
-POINTS, FEWER = 1000, 400
-NOT_DRAWN = ("step",)
+POINTS, FEWER, ALL_POINTS = 1000, 400, 20_000
+"""Of each of these; of each of the others, if there are few of them; of all the others together."""
 MOST_EVENTS = 2000
 
 
@@ -36,17 +36,22 @@ def about(run: Run) -> dict[str, Any]:
         "verdict": [finding._asdict() for finding in verdict(run)],
         "remarks": run.remarks(),
         "facts": facts(run),
-        "series": {
-            name: line(column, POINTS if name in MAIN else FEWER)
-            for name, column in run.metrics.by_name.items()
-            if name not in NOT_DRAWN
-        },
+        "series": drawn(run),
         "events": [shown_event(event) for event in run.events[-MOST_EVENTS:]],
         "accounting": accounting(run),
         "environment": environment(run),
         "telemetry": routing(run.telemetry) if run.telemetry.frames else None,
         **described(run.config),
     }
+
+
+def drawn(run: Run) -> dict[str, Any]:
+    """The lines. Numbers of single layers are left out where the telemetry has them as a picture."""
+    columns = {name: column for name, column in run.metrics.by_name.items() if name != "step"}
+    if run.telemetry.frames:
+        columns = {name: column for name, column in columns.items() if "/layer_" not in name}
+    fewer = max(60, min(FEWER, ALL_POINTS // max(1, len(columns))))
+    return {name: line(column, POINTS if name in MAIN else fewer) for name, column in columns.items()}
 
 
 def facts(run: Run) -> dict[str, float | None]:
@@ -66,7 +71,7 @@ def shown_event(event: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
     step = event.get("step")
     return {
-        "kind": str(event.get("event", "unnamed")),
+        "kind": f"alert: {event['kind']}" if "kind" in event else str(event.get("event", "unnamed")),
         "step": step if isinstance(step, int) else None,
         "time": str(event.get("time", "")),
         "trouble": is_trouble(event),
@@ -147,11 +152,11 @@ def latest(telemetry: Telemetry) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("bias_LE", "grad_norm_LE"):
         if name in telemetry.latest:
-            table = np.array(telemetry.latest[name], dtype=float)
+            table = telemetry.latest[name]
             found[name] = codes.amounts(table, *((-widest(table), widest(table)) if name == "bias_LE" else (0.0, None)))
     together, alike = telemetry.latest.get("coactivation", {}), telemetry.latest.get("similarity", {})
     found["coactivation"] = {layer: codes.ratios(partners(table), telemetry.experts) for layer, table in together.items()}
-    found["similarity"] = {layer: codes.amounts(np.array(table, dtype=float), -1.0, 1.0) for layer, table in alike.items()}
+    found["similarity"] = {layer: codes.amounts(table, -1.0, 1.0) for layer, table in alike.items()}
     found["vocabulary"] = vocabulary(telemetry.latest.get("vocabulary", {}))
     return found
 
@@ -163,10 +168,7 @@ MOST_WORDS = 4000
 def vocabulary(by_layer: dict[str, Any]) -> dict[str, Any]:
     """For each layer and expert the most frequent tokens with their counts."""
     each = max(3, min(10, MOST_WORDS // max(1, sum(len(experts) for experts in by_layer.values()))))
-    return {
-        layer: [[[str(text), int(count)] for text, count in tokens[:each]] for tokens in experts]
-        for layer, experts in by_layer.items()
-    }
+    return {layer: [tokens[:each] for tokens in experts] for layer, experts in by_layer.items()}
 
 
 def widest(table: np.ndarray) -> float:

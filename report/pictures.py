@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0064a6", "#c04a00", "#00745a", "#a03f84", "#7a5c00", "#4b4b9a")
 """As in page/palette.js."""
+SHADES = ("#083877", "#2070b4", "#5ba3cf", "#b5d4e9", "#eeeeee", "#fdc692", "#f4822f", "#c84a02", "#6b2303")
+"""From an eighth of an even share to eight times, as there."""
 PARTS = {
     "compute": "#0064a6",
     "data": "#7fb8e6",
@@ -102,6 +104,8 @@ def draw_ratios(
     figure: "Figure", table: np.ndarray, across: str, layers: list[int], title: str, ends: tuple[int, int] | None = None
 ) -> None:
     """Multiples of an even share on a scale of doublings; experts without a token are black."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     axes = figure.subplots()
     with np.errstate(divide="ignore"):
         doublings = np.ma.masked_where(table == 0, np.log2(table))
@@ -110,7 +114,7 @@ def draw_ratios(
     half = 0.5 * (last - first) / max(1, table.shape[1] - 1) or 0.5
     picture = axes.imshow(
         doublings,
-        cmap="PuOr_r",
+        cmap=LinearSegmentedColormap.from_list("load", SHADES),
         vmin=-3,
         vmax=3,
         aspect="auto",

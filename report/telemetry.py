@@ -17,7 +17,7 @@ MOST_FRAMES = 240
 RECENT = 20
 """Records over which classes, sources and dead experts are summed up."""
 PER_LAYER = ("router_entropy_L", "top1_L", "stability_L", "saturation_L")
-LATEST = ("bias_LE", "grad_norm_LE", "coactivation", "similarity", "vocabulary")
+LATEST = ("bias_LE", "grad_norm_LE", "dead_LE", "coactivation", "similarity", "vocabulary")
 
 
 class Sums(NamedTuple):
@@ -60,12 +60,13 @@ class Telemetry:
         try:
             sums = self._sums(record.values)
             kinds = {kind: self._tables(record.values.get(kind)) for kind in ("sources", "classes")}
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            latest = {name: self._latest(name, record.values[name]) for name in LATEST if record.values.get(name)}
+        except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
             raise RunError(f"{record.where}: {' '.join(str(error).split()) or type(error).__name__}") from error
         self.recent.append(sums)
         if any(kinds.values()):
             self.kinds.append(kinds)
-        self.latest |= {name: record.values[name] for name in LATEST if record.values.get(name)}
+        self.latest |= latest
         if self.frames and self.frames[-1].records < self._each:
             self.frames[-1] = self.frames[-1].plus(sums)
         else:
@@ -112,12 +113,25 @@ class Telemetry:
             raise ValueError(f"must have {len(self.layers)} numbers, one for each layer")
         return np.append(row, 1.0)
 
+    def _latest(self, name: str, found: Any) -> Any:
+        """A table of layers x experts; or for some layers, by their index as text, a table or what an expert sees."""
+        if name.endswith("_LE"):
+            return self._checked(name, np.array(found, dtype=float), (len(self.layers), self.experts))
+        if name == "vocabulary":
+            return {
+                str(layer): [[(str(text), int(count)) for text, count in words] for words in each] for layer, each in found.items()
+            }
+        size = (self.experts, self.experts)
+        return {str(layer): self._checked(name, np.array(table, dtype=float), size) for layer, table in found.items()}
+
+    def _checked(self, name: str, table: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        if table.shape != shape:
+            raise ValueError(f"{name} must be {shape[0]} x {shape[1]}")
+        return table
+
     def _tables(self, tables: Any) -> dict[str, np.ndarray]:
-        found = {str(name): np.array(table, dtype=np.int64) for name, table in (tables or {}).items()}
-        wrong = [name for name, table in found.items() if table.shape != (len(self.layers), self.experts)]
-        if wrong:
-            raise ValueError(f"counts of {wrong[0]} must be {len(self.layers)} x {self.experts}")
-        return found
+        size, found = (len(self.layers), self.experts), (tables or {}).items()
+        return {str(name): self._checked(f"{name}", np.array(table, dtype=np.int64), size) for name, table in found}
 
     def _merge(self) -> None:
         most = max(8, min(MOST_FRAMES, FRAME_CELLS // (len(self.layers) * self.experts)))

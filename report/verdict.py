@@ -11,6 +11,7 @@ EVEN, UNEVEN = 1.5, 3.0
 """Load of the busiest expert over the mean: up to the first is balanced, above the second is badly unbalanced."""
 DROPPED = 0.01
 """A share of dropped choices that is worth a warning."""
+TROUBLE = {"failed", "alert", "nan", "spike", "stall", "collapse", "hang", "straggler", "skipped", "rolled_back", "silent"}
 ENDS = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
 
 
@@ -41,16 +42,22 @@ def _balance(run: Run, window: Sums) -> list[Finding]:
     layer, expert, load = run.telemetry.layers[row], int(np.argmax(window.counts_LE[row])), float(load_L[row])
     words = f"Layer {layer} is the least balanced: expert {expert} gets {load:.2f} x an even share"
     findings = [Finding(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x).")]
-    dead = np.argwhere(window.counts_LE == 0)
-    since = f"in steps {window.first} to {window.last}" if window.first < window.last else f"at step {window.last}"
+    since = f"in steps {window.first:,} to {window.last:,}" if window.first < window.last else f"at step {window.last:,}"
+    return [*findings, _dead(run, window, since), _dropped(float(window.dropped_L.sum() / max(1, window.counts_LE.sum())), since)]
+
+
+def _dead(run: Run, window: Sums, since: str) -> Finding:
+    """What the run itself calls dead, by its own window; else experts without a token in the recent records."""
+    told = run.telemetry.latest.get("dead_LE")
+    dead = np.argwhere(told > 0 if told is not None else window.counts_LE == 0)
+    if told is not None:
+        since = f"for {run.config.get('telemetry', {}).get('window', 'many')} steps, at step {window.last:,}"
     if len(dead):
         row, expert = dead[0].tolist()
         first = f"the first is expert {expert} of layer {run.telemetry.layers[row]}"
         experts = f"{len(dead)} of {window.counts_LE.size:,} experts got"
-        findings.append(Finding("bad", f"Dead: {experts} no token {since}; {first}."))
-    else:
-        findings.append(Finding("good", f"No dead experts {since}."))
-    return [*findings, _dropped(float(window.dropped_L.sum() / max(1, window.counts_LE.sum())), since)]
+        return Finding("bad", f"Dead: {experts} no token {since}; {first}.")
+    return Finding("good", f"No dead experts {since}.")
 
 
 def _balance_of_metrics(run: Run) -> list[Finding]:
@@ -106,4 +113,4 @@ def _trouble(run: Run) -> list[Finding]:
 def is_trouble(event: dict[str, Any]) -> bool:
     """Whether the event is a failure or an alert."""
     kind = str(event.get("event", ""))
-    return kind.startswith(("failed", "alert", "nan", "spike", "stall", "collapse")) or "error" in event
+    return kind in TROUBLE or "error" in event

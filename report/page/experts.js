@@ -15,7 +15,12 @@ function balanceLines() {
       id: "balance", title: "Load of the busiest expert", note: "Over an even share: 1 is perfectly even", zero: true,
       series: [...series("moe/load_max_over_mean", "worst layer"), ...series("moe/load_max_over_mean_mean", "mean of layers", { dots: true })],
     }),
-    chart({ id: "dropped", title: "Dropped choices", note: "Share of token-expert choices over capacity", series: series("dropped_fraction", "dropped"), format: percent, zero: true }));
+    chart({ id: "dropped", title: "Dropped choices", note: "Share of token-expert choices over capacity", series: series("dropped_fraction", "dropped"), format: percent, zero: true }),
+    chart({
+      id: "entropy", title: "Router entropy", note: "Of a token's probabilities, in nats; low is sure",
+      series: [...series("moe/router_entropy", "lowest layer"), ...series("moe/router_entropy_mean", "mean of layers", { dots: true })],
+    }),
+    chart({ id: "dead", title: "Dead experts", note: "Share of experts without a token for the whole window", series: series("moe/dead_fraction", "dead"), format: percent, zero: true }));
 }
 
 const decoders = new WeakMap();
@@ -93,7 +98,8 @@ function busiestTable(found, load) {
 const MEASURES = {
   load_L: ["load of the busiest expert over an even share", v => times(v)], dropped_L: ["share of choices dropped", percent],
   router_entropy_L: ["entropy of the router, nats", short], top1_L: ["probability of the first choice", percent],
-  stability_L: ["share of tokens that keep their experts", percent], saturation_L: ["router saturation", percent],
+  stability_L: ["share of probe tokens that changed experts since the last probe", percent],
+  saturation_L: ["share of the last probe's choices that are made again (saturation)", percent],
 };
 
 function layerMap(found) {

@@ -34,8 +34,9 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
     const image = new ImageData(columns.length, rows.length);
     for (let row = 0, i = 0; row < rows.length; row++)
       for (let column = 0; column < columns.length; column++, i += 4) {
-        const [r, g, b] = colour(value(row, column));
-        image.data.set([r, g, b, 255], i);
+        const shown = colour(value(row, column));
+        for (let channel = 0; channel < 3; channel++) image.data[i + channel] = shown[channel];
+        image.data[i + 3] = 255;
       }
     return image;
   }

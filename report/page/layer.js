@@ -36,6 +36,8 @@ const PAIRS = { coactivation: "Chosen together", similarity: "Similarity of weig
 
 function pairs(found) {
   const shown = Object.keys(PAIRS).filter(name => found[name][state.layer]);
+  const known = Object.keys(found.coactivation);
+  if (!shown.length && known.length) return el("p", { class: "note" }, `Which experts are chosen together, and their tokens, is recorded for layers ${known.join(", ")}.`);
   return shown.length ? el("div", { class: "grid" }, shown.map(name => pairMap(found, name))) : null;
 }
 

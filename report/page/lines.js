@@ -36,7 +36,7 @@ function scales(shown, width, height, log, zero, format) {
     x: step => LEFT + (step - first) / (last - first) * (width - LEFT - RIGHT),
     y: value => height - BOTTOM - place(value) * (height - TOP - BOTTOM),
     step: x => first + (x - LEFT) / (width - LEFT - RIGHT) * (last - first),
-    ticks: log ? logTicks(low, high) : ticks(low, high, 5),
+    ticks: log ? logTicks(low, high) : ticks(low, high, Math.round(height / 46)),
   };
 }
 

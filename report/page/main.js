@@ -16,6 +16,7 @@ function pageWidth(wide) {
 
 function redraw() {
   const active = document.activeElement && document.activeElement.id, page = document.getElementById("page"), y = scrollY;
+  lookUpTheme();
   state.redrawing = true;
   page.replaceChildren(head(), el("main", {}, [training, experts, events, others, configuration, parameters, environment].map(part => part())));
   const again = active && document.getElementById(active);

@@ -80,7 +80,8 @@ function validation() {
 }
 
 const DRAWN = ["loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "dropped_fraction", "tokens",
-  "moe/load_max_over_mean", "moe/load_max_over_mean_mean", "moe/load_max_over_mean_layer"];
+  "moe/load_max_over_mean", "moe/load_max_over_mean_mean",
+  "moe/router_entropy", "moe/router_entropy_mean", "moe/dead_fraction"];
 
 // Whatever else was logged, so that nothing is left out.
 function others() {

@@ -12,11 +12,14 @@ const BELOW_AND_ABOVE = {
 const PLAIN = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"];
 const EXTREME = 3;  // doublings at which the colour of a ratio is at its end
 
-let printing = false;
+let printing = false, shade = "light";
 
-function theme() {
-  if (printing) return "light";
-  return state.theme !== "auto" ? state.theme : matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+// Asked for each cell of a heat map, so it is looked up once for each drawing of the page.
+const theme = () => shade;
+
+function lookUpTheme() {
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  shade = printing ? "light" : state.theme !== "auto" ? state.theme : dark ? "dark" : "light";
 }
 
 const runColour = index => RUNS[theme()][index % RUNS.light.length];
@@ -47,10 +50,12 @@ function plainColour(low, high) {
 
 function along(stops, place) {
   const at = Math.max(0, Math.min(1, place)) * (stops.length - 1), i = Math.min(stops.length - 2, Math.floor(at));
-  const from = rgb(stops[i]), to = rgb(stops[i + 1]);
-  return from.map((part, channel) => Math.round(part + (at - i) * (to[channel] - part)));
+  const a = rgb(stops[i]), b = rgb(stops[i + 1]), t = at - i;
+  return [Math.round(a[0] + t * (b[0] - a[0])), Math.round(a[1] + t * (b[1] - a[1])), Math.round(a[2] + t * (b[2] - a[2]))];
 }
 
+const known = new Map();
 function rgb(hex) {
-  return [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16));
+  if (!known.has(hex)) known.set(hex, [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16)));
+  return known.get(hex);
 }

@@ -116,6 +116,9 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             assert planned(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
+        case ["tokenyard", "report" | "watch" as verb, *arguments]:
+            monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else verb}.{verb}_command", lambda arguments: 0)
+            assert main([verb, *arguments]) == 0
         case ["tokenyard", *arguments]:
             monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
             monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)

@@ -81,7 +81,25 @@ def test_the_verdict_names_layer_and_expert(folder: Path) -> None:
 def test_dead_experts_are_named(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "run", steps=1000, detailed=False)
     texts = [finding.text for finding in verdict(Run(folder))]
-    assert "Dead: 1 of 128 experts got no token in steps 810 to 1000; the first is expert 2 of layer 1." in texts
+    assert "Dead: 1 of 128 experts got no token in steps 810 to 1,000; the first is expert 2 of layer 1." in texts
+
+
+def test_what_the_run_calls_dead_is_dead(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", steps=20, telemetry={"window": 77})
+    dead = [[0] * 16 for _ in range(8)]
+    dead[6][9] = 1
+    write(folder / "telemetry.jsonl", [json.loads(broken(dead_LE=dead)) | {"step": 21, "stability_L": [0.5] * 7 + [None]}])
+    texts = [finding.text for finding in verdict(Run(folder))]
+    assert "Dead: 1 of 128 experts got no token for 77 steps, at step 21; the first is expert 9 of layer 6." in texts
+    assert main(["report", str(folder)]) == 0
+
+
+def test_single_layers_are_lines_only_without_telemetry(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", steps=20)
+    write(folder / "metrics.jsonl", [{"step": 21, "moe/dropped/layer_3": 5}])
+    assert "moe/dropped/layer_3" not in payload([Run(folder)])["runs"][0]["series"]
+    (folder / "telemetry.jsonl").unlink()
+    assert "moe/dropped/layer_3" in payload([Run(folder)])["runs"][0]["series"]
 
 
 def test_without_telemetry_the_metrics_speak(tmp_path: Path) -> None:
@@ -174,6 +192,12 @@ def test_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert error == f"tokenyard: {tmp_path}: not a run folder, has no config.yaml; nearest valid: {tmp_path}/real\n"
 
 
+def broken(**wrong: Any) -> str:
+    """A record of telemetry that would be right without `wrong`."""
+    right = {"step": 3, "layers": list(range(8)), "counts_LE": [[1] * 16] * 8, "dropped_L": [0] * 8}
+    return json.dumps(right | wrong)
+
+
 WRONG = [
     ("metrics.jsonl", '{"step": 3,', "not a JSON object; remove this line"),
     ("metrics.jsonl", "[]", "not a JSON object; remove this line"),
@@ -187,6 +211,12 @@ WRONG = [
         "counts_LE must be 8 x 16, as before",
     ),
     ("telemetry.jsonl", '{"step": 3, "layers": [0], "counts_LE": [[1, 2], [3]], "dropped_L": [0]}', ""),
+    ("telemetry.jsonl", broken(bias_LE=[[1]]), "bias_LE must be 8 x 16"),
+    ("telemetry.jsonl", broken(sources={"a": [[1]]}), "a must be 8 x 16"),
+    ("telemetry.jsonl", broken(coactivation={"0": [[1, 2]]}), "coactivation must be 16 x 16"),
+    ("telemetry.jsonl", broken(vocabulary={"0": [["word"]]}), ""),
+    ("telemetry.jsonl", broken(classes=[1]), ""),
+    ("telemetry.jsonl", broken(top1_L=[0.5]), "must have 8 numbers, one for each layer"),
 ]
 
 

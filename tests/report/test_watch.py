@@ -81,7 +81,7 @@ def test_localhost_is_a_name_of_it(server: Server) -> None:
     assert ask(server, Host=f"localhost:{server.server_port}")[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/config.yaml", "/../config.yaml", "/data/", "//", "/data?x", "http://evil.example/data"])
+@pytest.mark.parametrize("path", ["/config.yaml", "/../config.yaml", "/data/", "/data?x", "/report/report.html", "*"])
 def test_nothing_else_is_served(path: str, server: Server) -> None:
     assert ask(server, path)[0] == 404
 
