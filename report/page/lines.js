@@ -25,7 +25,7 @@ function scales(shown, width, height, log, zero, format) {
   let ys = shown.flatMap(s => s.y).filter(y => y !== null && (!log || y > 0));
   if (!ys.length) ys = [0.1, 1];
   let low = ys.reduce((a, b) => Math.min(a, b)), high = ys.reduce((a, b) => Math.max(a, b));
-  if (zero && !log) low = Math.min(0, low);
+  if (zero && !log) [low, high] = [Math.min(0, low), high || 0.01];
   if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
   const margin = log || (zero && low === 0) ? 0 : (high - low) * 0.04;
   [low, high] = log ? [low / 1.1, high * 1.1] : [low - margin, high + (high - low) * 0.04];
