@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_run import made_run, write
 from tokenyard.launch.main import main
@@ -70,7 +71,7 @@ def test_the_page_stands_in_the_run_folder_by_default(folder: Path) -> None:
 def test_the_verdict_names_layer_and_expert(folder: Path) -> None:
     run = Run(folder)
     findings = verdict(run)
-    window = sum(sums.counts_LE for sums in run.telemetry.recent)
+    window = np.sum([sums.counts_LE for sums in run.telemetry.recent], axis=0)
     load = window[3].max() / window[3].mean()
     assert findings[0].text.startswith(f"Layer 3 is the least balanced: expert 5 gets {load:.2f} x an even share")
     # Expert 2 of layer 1 is dead in the second half, but the recent records begin before that.
