@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from .. import __version__
 from ..train.allocator import restart_with_kept_memory
 from . import data
-from .parser import BAD_USAGE, OneLineParser, not_negative, positive, share
+from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,6 +126,26 @@ def checkpoint(argv: list[str]) -> int:
     return checkpoint_verb(argv)
 
 
+def report(argv: list[str]) -> int:
+    parser = OneLineParser("tokenyard report", description="Makes a page of one or several runs, to open in a browser.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are laid over each other")
+    parser.add_argument("--out", metavar="FOLDER", help="where the page goes (report/ in the first run folder)")
+    arguments = parser.parse_args(argv)
+    from ..report.command import report_command
+
+    return report_command(arguments)
+
+
+def watch(argv: list[str]) -> int:
+    parser = OneLineParser("tokenyard watch", description="Serves the page of a run that goes on, on 127.0.0.1 alone.")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--port", type=port, default=8808, help="0 takes a free one (%(default)s)")
+    arguments = parser.parse_args(argv)
+    from ..report.watch import watch_command
+
+    return watch_command(arguments)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "parity": parity,
@@ -135,6 +155,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "export": export,
     "params": params,
+    "report": report,
+    "watch": watch,
     "prepare": data.prepare,
     "data": data.data,
     "tokenizer": data.tokenizer,
@@ -150,6 +172,8 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
+  tokenyard report RUN [RUN ...] [--out FOLDER]          a page about runs: loss, load of the experts, events
+  tokenyard watch RUN [--port N]                         the same page of a run that goes on, on http://127.0.0.1:8808/
   tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards
   tokenyard data inspect [key=value ...]                 the first sequences, the mixture and digests of the batches
   tokenyard tokenizer train FOLDER [key=value ...]       train a sentencepiece tokenizer

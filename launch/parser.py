@@ -26,6 +26,10 @@ def not_negative(text: str) -> float:
     return _checked(float(text), 0 <= float(text) < float("inf"), "must be 0 or above")
 
 
+def port(text: str) -> int:
+    return _checked(int(text), 0 <= int(text) < 65536, "must be in [0, 65535]")
+
+
 def share(text: str) -> float:
     return _checked(float(text), 0 < float(text) <= 1, "must be in (0, 1]")
 

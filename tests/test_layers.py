@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ALLOWED = {
     "": {"launch", "train", "interop", "moe"},
-    "launch": {"train", "interop", "parity"},
+    "launch": {"train", "interop", "parity", "report"},
+    "report": {"train.config", "train.params", "train.plain", "train.schema"},
     "parity": {"train", "parallel", "data", "moe"},
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},

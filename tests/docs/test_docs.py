@@ -35,7 +35,7 @@ DOCUMENTS = [
     ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|tests|train"
+FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|report|tests|train"
 MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "telemetry.jsonl", "events.jsonl", "manifest.json"}
 KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?")
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
@@ -127,6 +127,9 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
+        case ["tokenyard", "report" | "watch" as verb, *arguments]:
+            monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else verb}.{verb}_command", lambda arguments: 0)
+            assert main([verb, *arguments]) == 0
         case ["tokenyard", *arguments]:
             monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
             monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)

@@ -12,7 +12,7 @@ from tokenyard.launch.main import VERBS, main
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"tokenyard {verb}" in out for verb in ("train", "generate", "evaluate", "params"))
+    assert all(f"tokenyard {verb}" in out for verb in ("train", "generate", "evaluate", "params", "report", "watch"))
     assert main([]) == 2
 
 

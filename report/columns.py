@@ -1,0 +1,104 @@
+"""metrics.jsonl as columns: for each number its steps and values, kept small enough for a page by what the eye would see anyway."""
+
+import itertools
+import math
+from array import array
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .tail import Record, RunError
+
+
+class Column(NamedTuple):
+    """One number over time."""
+
+    steps: "array[float]"
+    values: "array[float]"
+
+
+class Columns:
+    """All numbers of a run's metrics; what is not a number (or the word for one that is not finite) is left out."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Column] = {}
+
+    def add(self, record: Record) -> None:
+        """One logged step. RunError without a step."""
+        step = record.values.get("step")
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise RunError(f"{record.where}: has no step")
+        for name, value in record.values.items():
+            number = as_number(value)
+            if number is not None:
+                column = self.by_name.setdefault(name, Column(array("d"), array("d")))
+                column.steps.append(step)
+                column.values.append(number)
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value."""
+        found = self.by_name.get(name)
+        return next((value for value in reversed(found.values) if math.isfinite(value)), None) if found else None
+
+    def typical(self, name: str) -> float | None:
+        """The median of the finite values."""
+        found = self.by_name.get(name)
+        finite = [value for value in found.values if math.isfinite(value)] if found else []
+        return float(np.median(finite)) if finite else None
+
+
+WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How a journal writes what JSON has no number for."""
+
+
+def as_number(value: Any) -> float | None:
+    """`value` as a float, None if it is none."""
+    if isinstance(value, str):
+        return WORDS.get(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+SMOOTHED_FROM = 120
+"""Points; fewer are shown as they are."""
+
+
+def line(column: Column, points: int) -> dict[str, Any]:
+    """For the page: `x`, `y` of about `points` points at most; `sx`, `sy` of the smoothed line; `bad`, where it was not finite."""
+    x, y = np.asarray(column.steps), np.asarray(column.values)
+    finite = np.isfinite(y)
+    bad = x[~finite]
+    x, y = x[finite], y[finite]
+    kept = thinned(y, points)
+    shown: dict[str, Any] = {"x": x[kept].astype(int).tolist(), "y": rounded(y[kept])}
+    if len(y) >= SMOOTHED_FROM:
+        places = np.linspace(0, len(y) - 1, 200).astype(int)
+        shown |= {"sx": x[places].astype(int).tolist(), "sy": rounded(smoothed(y)[places])}
+    if len(bad):
+        shown |= {"bad": bad[:100].astype(int).tolist(), "bad_count": len(bad)}
+    return shown
+
+
+def thinned(y: np.ndarray, points: int) -> np.ndarray:
+    """Indices, in order, of about `points` values at most: the first, the last, the least and greatest of equal stretches."""
+    if len(y) <= points:
+        return np.arange(len(y))
+    edges = np.linspace(0, len(y), max(1, points // 2) + 1).astype(int)
+    spans = list(itertools.pairwise(edges))
+    extremes = [begin + pick(y[begin:end]) for begin, end in spans for pick in (np.argmin, np.argmax)]
+    return np.unique([0, *extremes, len(y) - 1])
+
+
+def smoothed(y: np.ndarray) -> np.ndarray:
+    """The mean around each value, over a fiftieth of all; at the ends over what there is."""
+    half = max(1, len(y) // 100)
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    at = np.arange(len(y))
+    begin, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
+    return (sums[end] - sums[begin]) / (end - begin)
+
+
+def rounded(values: Any, digits: int = 5) -> list[Any]:
+    """As numbers of so many digits; what is not finite becomes None, as JSON has it."""
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float).tolist()]

@@ -1,0 +1,61 @@
+"""The page: one HTML file that holds its data, its style and its code, and is allowed to load nothing."""
+
+import base64
+import hashlib
+import html
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("dom", "numbers", "palette", "lines", "heat", "bars", "overview", "experts", "layer", "tables", "main")
+"""In this order; only the last does anything when it is read."""
+
+
+def page(data: dict[str, Any]) -> str:
+    """The whole file. What comes from files is in it twice, as the title and as JSON, escaped both times."""
+    style, script = (PAGE / "page.css").read_text(encoding="utf-8"), code()
+    names = ", ".join(run["name"] for run in data["runs"])
+    connect = "'self'" if data["live"] else "'none'"
+    policy = (
+        f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; img-src data:; "
+        f"connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{html.escape(names)} - tokenyard</title>
+<style>{style}</style>
+</head>
+<body>
+<noscript><p>The charts of this page are drawn by JavaScript. Pictures of the main ones are beside the file.</p></noscript>
+<div id="page"></div>
+<script type="application/json" id="data">{embedded(data)}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+@cache
+def code() -> str:
+    """All scripts as one function: nothing of them is a global name."""
+    parts = "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    return f'(() => {{\n"use strict";\n{parts}\n}})();'
+
+
+def embedded(data: Any) -> str:
+    """As JSON that cannot end the element it stands in: neither `<` nor `&` is left in it."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def digest(content: str) -> str:
+    """The name by which a content security policy allows this text alone."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,0 +1,187 @@
+"""What the page is told: one object of plain values for each run. The JavaScript in page/ draws nothing that is not in it."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from . import codes
+from .columns import line, rounded
+from .run import Run
+from .settings import described
+from .telemetry import Sums, Telemetry
+from .verdict import is_trouble, last_validation, state, verdict
+
+MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
+"""Columns that are drawn with more points than the others."""
+POINTS, FEWER, ALL_POINTS = 1000, 400, 20_000
+"""Of each of these; of each of the others, if there are few of them; of all the others together."""
+MOST_EVENTS = 2000
+
+
+def payload(runs: list[Run], live: bool = False) -> dict[str, Any]:
+    """All that the page shows."""
+    return {"live": live, "runs": [about(run) for run in runs]}
+
+
+def about(run: Run) -> dict[str, Any]:
+    """One run."""
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "state": state(run),
+        "steps": run.last_step(),
+        "planned": run.config["steps"] if isinstance(run.config.get("steps"), int) else None,
+        "tokens": run.metrics.last("tokens"),
+        "verdict": [finding._asdict() for finding in verdict(run)],
+        "remarks": run.remarks(),
+        "facts": facts(run),
+        "series": drawn(run),
+        "events": [shown_event(event) for event in run.events[-MOST_EVENTS:]],
+        "accounting": accounting(run),
+        "environment": environment(run),
+        "telemetry": routing(run.telemetry) if run.telemetry.frames else None,
+        **described(run.config),
+    }
+
+
+def drawn(run: Run) -> dict[str, Any]:
+    """The lines. Numbers of single layers are left out where the telemetry has them as a picture."""
+    columns = {name: column for name, column in run.metrics.by_name.items() if name != "step"}
+    if run.telemetry.frames:
+        columns = {name: column for name, column in columns.items() if "/layer_" not in name}
+    fewer = max(60, min(FEWER, ALL_POINTS // max(1, len(columns))))
+    return {name: line(column, POINTS if name in MAIN else fewer) for name, column in columns.items()}
+
+
+def facts(run: Run) -> dict[str, float | None]:
+    """The figures on top of the page."""
+    typical = run.metrics.typical
+    return {
+        "loss": run.metrics.last("loss"),
+        "validation_loss": last_validation(run),
+        "tokens_per_second": typical("tokens_per_second"),
+        "mfu": typical("mfu"),
+        "step_seconds": typical("step_seconds"),
+    }
+
+
+def shown_event(event: dict[str, Any]) -> dict[str, Any]:
+    """Its step if it has one, its kind, the rest in words."""
+    rest = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
+    step = event.get("step")
+    return {
+        "kind": f"alert: {event['kind']}" if "kind" in event else str(event.get("event", "unnamed")),
+        "step": step if isinstance(step, int) else None,
+        "time": str(event.get("time", "")),
+        "trouble": is_trouble(event),
+        "text": "; ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in rest.items()),
+    }
+
+
+def accounting(run: Run) -> dict[str, Any] | None:
+    """Where the time went, as the last event of that name says."""
+    found = [event for event in run.events if event.get("event") == "accounting" and isinstance(event.get("seconds"), dict)]
+    if not found:
+        return None
+    seconds = {str(part): value for part, value in found[-1]["seconds"].items() if is_amount(value)}
+    productive = found[-1].get("productive")
+    return {"seconds": seconds, "productive": productive if is_amount(productive) else None}
+
+
+def is_amount(value: Any) -> bool:
+    """Whether it is a number that JSON can hold."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+NOT_SHOWN = ("event", "time", "step", "seconds", "path")
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """What the newest start says of the ranks and of the machine, flat, and when the run began and ended."""
+    starts = [event for event in run.events if event.get("event") in ("start", "resume")]
+    rows = [("first start", str(starts[0].get("time"))), ("starts", str(len(starts)))] if starts else []
+    rows += [("last event", str(run.events[-1].get("time")))] if run.events else []
+    for key, value in starts[-1].items() if starts else ():
+        if isinstance(value, dict):
+            rows += [(f"{key}: {name}", str(each)) for name, each in value.items()]
+        elif key not in NOT_SHOWN:
+            rows.append((key, str(value)))
+    return rows
+
+
+def routing(telemetry: Telemetry) -> dict[str, Any]:
+    """Tables by layer and expert."""
+    return {
+        "layers": telemetry.layers,
+        "experts": telemetry.experts,
+        "frames": [[frame.first, frame.last] for frame in telemetry.frames],
+        "load": codes.ratios(np.stack([shares(frame.counts_LE) for frame in telemetry.frames]), telemetry.experts),
+        "by_layer": by_layer(telemetry.frames),
+        "kinds": {kind: split(telemetry, kind) for kind in ("classes", "sources") if telemetry.of_kind(kind)},
+        **latest(telemetry),
+    }
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Each number over the mean of its row (the last dimension); NaN in a row of nothing."""
+    mean = counts.mean(axis=-1, keepdims=True)
+    return np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
+
+
+def by_layer(frames: list[Sums]) -> dict[str, Any]:
+    """For each number that there is one of per layer: rows of layers, columns of frames."""
+    names = sorted({name for frame in frames for name in frame.layers})
+    nothing = np.zeros(len(frames[0].counts_LE) + 1)
+    columns = {name: [frame.layers.get(name, nothing) for frame in frames] for name in names}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tables = {name: np.stack([row[:-1] / row[-1] for row in rows], axis=1) for name, rows in columns.items()}
+        routed = np.stack([frame.counts_LE.sum(axis=1) for frame in frames], axis=1)
+        tables["dropped_L"] = np.stack([frame.dropped_L for frame in frames], axis=1) / routed
+    return {name: [rounded(row, 4) for row in table] for name, table in tables.items()}
+
+
+def split(telemetry: Telemetry, kind: str) -> dict[str, Any]:
+    """Each layer's load by class of token or source: names, and counts as layers x experts x names."""
+    tables = telemetry.of_kind(kind)
+    return {"names": list(tables), "counts": np.stack(list(tables.values()), axis=-1).tolist()}
+
+
+def latest(telemetry: Telemetry) -> dict[str, Any]:
+    """What is shown as it was last."""
+    found: dict[str, Any] = {}
+    for name in ("bias_LE", "grad_norm_LE"):
+        if name in telemetry.latest:
+            table = telemetry.latest[name]
+            found[name] = codes.amounts(table, *((-widest(table), widest(table)) if name == "bias_LE" else (0.0, None)))
+    together, alike = telemetry.latest.get("coactivation", {}), telemetry.latest.get("similarity", {})
+    found["coactivation"] = {layer: codes.ratios(partners(table), telemetry.experts) for layer, table in together.items()}
+    found["similarity"] = {layer: codes.amounts(table, -1.0, 1.0) for layer, table in alike.items()}
+    found["vocabulary"] = vocabulary(telemetry.latest.get("vocabulary", {}))
+    return found
+
+
+MOST_WORDS = 4000
+"""Tokens that a page may hold; experts share them, each shows the same number."""
+
+
+def vocabulary(by_layer: dict[str, Any]) -> dict[str, Any]:
+    """For each layer and expert the most frequent tokens with their counts."""
+    each = max(3, min(10, MOST_WORDS // max(1, sum(len(experts) for experts in by_layer.values()))))
+    return {layer: [tokens[:each] for tokens in experts] for layer, experts in by_layer.items()}
+
+
+def widest(table: np.ndarray) -> float:
+    """The greatest absolute value; 1 if there is none."""
+    finite = np.abs(table[np.isfinite(table)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def partners(table_EE: Any) -> np.ndarray:
+    """Row i: how often each other expert is chosen with expert i, over what an even choice would give; NaN for itself."""
+    counts = np.array(table_EE, dtype=float)
+    np.fill_diagonal(counts, 0.0)
+    total = counts.sum(axis=1, keepdims=True)
+    ratio = np.divide(counts * (len(counts) - 1), total, out=np.full(counts.shape, np.nan), where=total > 0)
+    np.fill_diagonal(ratio, np.nan)
+    return ratio

@@ -1,0 +1,78 @@
+"""Reads a journal (train/journal.py) that may still be written: each record once, as its line is complete."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class RunError(ValueError):
+    """A run that cannot be shown: one line that names the folder or the file and its line."""
+
+
+class Record(NamedTuple):
+    """An object of a journal, and where it stands, for complaints."""
+
+    where: str
+    values: dict[str, Any]
+
+
+class Tail:
+    """What is new in the file `path` at each call of `read`.
+
+    A resumed run cuts its journals back, by another file under the same name or by a shorter one: `read` then begins anew, and
+    `beginnings` is one more.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.beginnings = 0
+        self.torn: str | None = None
+        """In words, a last line that is not whole."""
+        self._inode = -1
+        self._offset = 0
+        self._line = 0
+
+    def read(self) -> Iterator[Record]:
+        """The records since the last call. RunError for a line that is no JSON object and has others after it."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return
+        if status.st_ino != self._inode or status.st_size < self._offset:
+            self.beginnings += 1
+            self._inode, self._offset, self._line = status.st_ino, 0, 0
+        if status.st_size > self._offset or self.torn:
+            yield from self._lines()
+
+    def _lines(self) -> Iterator[Record]:
+        wrong = None
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            for number, line in enumerate(file, start=self._line + 1):
+                if wrong:
+                    raise RunError(f"{wrong}: not a JSON object; remove this line")
+                where = f"{self.path}, line {number}"
+                values = _parse(line)
+                if values is None and line.strip():
+                    # What a crash tore is the last line; and of a line being written the rest is not there yet.
+                    wrong = where
+                    continue
+                self._offset += len(line)
+                self._line += line.endswith(b"\n")
+                if values is not None:
+                    yield Record(where, values)
+        self.torn = f"{wrong}: not whole, left out" if wrong else None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _refuse(name: str) -> None:
+    """JSON has no NaN; a journal writes the word as a string."""
+    raise ValueError(name)

@@ -1,0 +1,116 @@
+"""The opening lines: is the router balanced, which layer is worst, are experts dead, is anything dropped, where is the loss."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .run import Run
+from .telemetry import Sums, max_over_mean
+
+EVEN, UNEVEN = 1.5, 3.0
+"""Load of the busiest expert over the mean: up to the first is balanced, above the second is badly unbalanced."""
+DROPPED = 0.01
+"""A share of dropped choices that is worth a warning."""
+TROUBLE = {"failed", "alert", "nan", "spike", "stall", "collapse", "hang", "straggler", "skipped", "rolled_back", "silent"}
+ENDS = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
+
+
+class Finding(NamedTuple):
+    """A sentence, and whether it is `good`, to `watch`, `bad` or just a `fact`."""
+
+    level: str
+    text: str
+
+
+def state(run: Run) -> str:
+    """finished, failed, stopped; or going on, for all that the journals say."""
+    ends = [event["event"] for event in run.events if event.get("event") in {*ENDS, "start", "resume"}]
+    return ENDS.get(ends[-1], "no end recorded") if ends else "no end recorded"
+
+
+def verdict(run: Run) -> list[Finding]:
+    """The most important first."""
+    window = run.telemetry.window()
+    balance = _balance(run, window) if window is not None else _balance_of_metrics(run)
+    return [*balance, *_losses(run), *_trouble(run)]
+
+
+def _balance(run: Run, window: Sums) -> list[Finding]:
+    """Of the recent records: the worst layer and its busiest expert, dead experts, drops."""
+    load_L = max_over_mean(window.counts_LE)
+    row = int(np.argmax(load_L))
+    layer, expert, load = run.telemetry.layers[row], int(np.argmax(window.counts_LE[row])), float(load_L[row])
+    words = f"Layer {layer} is the least balanced: expert {expert} gets {load:.2f} x an even share"
+    findings = [Finding(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x).")]
+    since = f"in steps {window.first:,} to {window.last:,}" if window.first < window.last else f"at step {window.last:,}"
+    return [*findings, _dead(run, window, since), _dropped(float(window.dropped_L.sum() / max(1, window.counts_LE.sum())), since)]
+
+
+def _dead(run: Run, window: Sums, since: str) -> Finding:
+    """What the run itself calls dead, by its own window; else experts without a token in the recent records."""
+    told = run.telemetry.latest.get("dead_LE")
+    dead = np.argwhere(told > 0 if told is not None else window.counts_LE == 0)
+    if told is not None:
+        since = f"for {run.config.get('telemetry', {}).get('window', 'many')} steps, at step {window.last:,}"
+    if len(dead):
+        row, expert = dead[0].tolist()
+        first = f"the first is expert {expert} of layer {run.telemetry.layers[row]}"
+        experts = f"{len(dead)} of {window.counts_LE.size:,} experts got"
+        return Finding("bad", f"Dead: {experts} no token {since}; {first}.")
+    return Finding("good", f"No dead experts {since}.")
+
+
+def _balance_of_metrics(run: Run) -> list[Finding]:
+    """As far as metrics.jsonl knows."""
+    load, layer = run.metrics.last("moe/load_max_over_mean"), run.metrics.last("moe/load_max_over_mean_layer")
+    if load is None or layer is None:
+        return [Finding("fact", "No experts: a dense model, or nothing logged yet.")]
+    step = f"at step {run.last_step()}"
+    worst = f"Layer {layer:.0f} is the least balanced {step}: its busiest expert gets {load:.2f} x an even share."
+    findings = [Finding(_level(load), worst)]
+    dead = run.metrics.last("moe/dead_experts")
+    if dead is not None:
+        text = f"Dead: {dead:.0f} experts got no token {step}." if dead else f"No dead experts {step}."
+        findings.append(Finding("bad" if dead else "good", text))
+    return [*findings, _dropped(run.metrics.last("dropped_fraction") or 0.0, step)]
+
+
+def _level(load: float) -> str:
+    return "good" if load <= EVEN else "watch" if load <= UNEVEN else "bad"
+
+
+def _dropped(share: float, since: str) -> Finding:
+    if not share:
+        return Finding("good", f"Nothing dropped {since}.")
+    return Finding("watch" if share > DROPPED else "fact", f"{share:.2%} of the choices were dropped {since}.")
+
+
+def _losses(run: Run) -> list[Finding]:
+    loss, validation = run.metrics.last("loss"), last_validation(run)
+    words = [] if loss is None else [f"training loss {loss:.4f}"]
+    words += [] if validation is None else [f"validation loss {validation:.4f}"]
+    if not words:
+        return [Finding("fact", "No loss logged yet.")]
+    text = " and ".join(words)
+    return [Finding("fact", f"{text[0].upper()}{text[1:]} after {run.last_step():,} steps.")]
+
+
+def last_validation(run: Run) -> float | None:
+    """The last one: that of the end is with the event."""
+    ends = [event["validation_loss"] for event in run.events if isinstance(event.get("validation_loss"), int | float)]
+    return ends[-1] if ends else run.metrics.last("validation_loss")
+
+
+def _trouble(run: Run) -> list[Finding]:
+    """What the events say that nobody hoped for."""
+    alerts = [event for event in run.events if is_trouble(event)]
+    if not alerts:
+        return []
+    newest = f"the last: {alerts[-1].get('event')} at step {alerts[-1].get('step', 'unknown')}"
+    return [Finding("watch", f"{len(alerts)} failures or alerts; {newest}.")]
+
+
+def is_trouble(event: dict[str, Any]) -> bool:
+    """Whether the event is a failure or an alert."""
+    kind = str(event.get("event", ""))
+    return kind in TROUBLE or "error" in event
