@@ -1,6 +1,7 @@
 """`tokenyard watch`: the page of a run that goes on, for this machine alone. It reads the journals and changes nothing."""
 
 import json
+import signal
 import sys
 from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,12 +26,15 @@ def watch_command(arguments: Namespace) -> int:
         return refuse(error)
     except OSError as error:
         return refuse(OSError(f"--port {arguments.port}: {error.strerror}; nearest valid: --port 0, which takes a free one"))
-    with server:
-        print(f"http://{ADDRESS}:{server.server_port}/ shows {arguments.run}; Ctrl-C ends this", flush=True)
-        try:
+    # A shell that starts a job in the background lets it ignore Ctrl-C: what is asked for by name is heard all the same.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with server:
+            print(f"http://{ADDRESS}:{server.server_port}/ shows {arguments.run}; Ctrl-C ends this", flush=True)
             server.serve_forever()
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import TINY_RUN
+from tokenyard.train.care import build_care
 from tokenyard.train.compose import compose
 from tokenyard.train.reporter import Logged, Reporter
 from tokenyard.train.run import train
@@ -114,23 +115,30 @@ class Keeps(Reporter):
         numbers = {"step": session.step, "tokens": logged.numbers.tokens, **logged.seen.metrics}
         self.entries.append(numbers | (logged.seen.record or {}))
 
-    def saved(self, path: Path) -> None: ...
+    def saved(self, outcome: Any) -> None: ...
 
     def finished(self, evaluation: Any) -> None: ...
 
+    def event(self, kind: str, /, **facts: Any) -> None: ...
+
     def alert(self, kind: str, text: str) -> None: ...
+
+    def rolled_back(self, session: Session, step: int) -> None: ...
+
+    def stopped(self, reason: str, code: int) -> None: ...
 
 
 def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """On a rank: a run without files."""
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
     session, reporter = open_session(config, torch.device("cpu")), Keeps()
-    train(session, reporter)
+    train(session, reporter, build_care(session, reporter))
     return reporter.entries
 
 
 def weights_after(folder: Path, overrides: list[str]) -> list[torch.Tensor]:
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", "precision=fp32", *overrides])
     session = open_session(config, torch.device("cpu"))
-    train(session, Keeps())
+    reporter = Keeps()
+    train(session, reporter, build_care(session, reporter))
     return [*session.parallel.model.state_dict().values(), torch.get_rng_state()]

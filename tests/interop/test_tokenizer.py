@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenyard.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tok
 from tokenyard.interop.convert import import_folder
 from tokenyard.interop.tokenizer import TEXTS, adopt, write_tokenizer
 from tokenyard.interop.write import export_checkpoint
+from tokenyard.train.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 
 pytest.importorskip("tokenizers", reason="the comparison needs tokenizers (pip install 'tokenyard[hf]')")
 
@@ -113,6 +115,9 @@ def test_what_cannot_travel_is_said_and_the_weights_do(
     made = import_folder(theirs, tmp_path / "ours")
     assert [note.partition(":")[0] for note in made.notes] == ["tokenizer"] and "there is no tokenizer.model" in made.notes[0]
     shutil.rmtree(made.checkpoint / "tokenizer_hf")
+    manifest = read_manifest(made.checkpoint)
+    (made.checkpoint / MANIFEST).unlink()
+    write_manifest(made.checkpoint / MANIFEST, replace(manifest, attachments={}))
     foreign(model_type="unigram").save(made.checkpoint / "tokenizer")
     exported = export_checkpoint(made.checkpoint, tmp_path / "again")
     assert len(exported.notes) == 1 and exported.notes[0].startswith("no tokenizer: tokenizer.json would give ")

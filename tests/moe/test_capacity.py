@@ -226,7 +226,7 @@ def test_rounding_does_not_decide_between_equal_tokens(dtype: torch.dtype) -> No
     """Another layout gives equal tokens scores that differ in the last bits: the earlier ones are taken all the same."""
     scores_BSE = torch.rand(1, 1, EXPERTS, dtype=dtype, generator=torch.Generator().manual_seed(0)).expand(2, 10, EXPERTS)
     noise_BSE = torch.randint(-2, 3, scores_BSE.shape, generator=torch.Generator().manual_seed(1))
-    noisy_BSE = scores_BSE * (1 + noise_BSE * torch.finfo(dtype).eps)
+    noisy_BSE = scores_BSE * (1 + noise_BSE.to(dtype) * torch.finfo(dtype).eps)
     assert len(noisy_BSE[:, :, 0].unique()) > 1
     taken_BSE = best_of_scope(noisy_BSE, 7, Scope.batch, OneDevice())
     assert taken_BSE.flatten(0, 1).T.tolist() == EXPERTS * [7 * [True] + 13 * [False]]

@@ -116,5 +116,8 @@ def test_ctrl_c_ends_it_with_0(folder: Path) -> None:
         line = process.stdout.readline()
         assert re.match(r"http://127\.0\.0\.1:\d+/ shows ", line)
         os.kill(process.pid, signal.SIGINT)
-        assert process.wait(20) == 0
+        try:
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
         assert process.stderr.read().strip() == ""

@@ -8,11 +8,13 @@ import tokenyard
 import torch
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.tokens import Place
+from tokenyard.train.care import build_care
 from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.evaluate import evaluate_session
 from tokenyard.train.journal import read_journal
+from tokenyard.train.reporter import OtherRank
 from tokenyard.train.run import micro_batches, run
 from tokenyard.train.session import open_session
 from tokenyard.train.step import train_step
@@ -99,7 +101,7 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_step(config: Any) -> No
     session = open_session(config("steps", "batch.micro=1"), torch.device("cpu"))
     biases = list(expert_biases(session.parallel.model).values())
     assert len(biases) == 2 and not any(bias.any() for bias in biases)
-    rows = micro_batches(session)
+    rows = micro_batches(session, build_care(session, OtherRank()))
     assert [part.first for part in rows] == [0, 1, 2, 3]
     numbers = train_step(session.parallel, session.engine.optimizer, rows, 0.0, None, Place(1, 1))
     for bias, counts in zip(biases, numbers.counts_LE, strict=True):

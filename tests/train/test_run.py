@@ -200,7 +200,7 @@ def run_on_ranks(folder: Path, layout: list[str]) -> str:
 
 
 def evaluated(folder: Path) -> float:
-    return read_journal(folder / "events.jsonl")[-1]["validation_loss"]
+    return next(e["validation_loss"] for e in read_journal(folder / "events.jsonl") if e["event"] == "finished")
 
 
 def assert_same_checkpoints(one: Path, other: Path) -> None:
