@@ -2,7 +2,8 @@
 
 import argparse
 import json
-import resource
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +18,15 @@ from ..data.tokenizer import SentencePieceTokenizer
 from ..data.write_shards import prepare_command
 
 LENGTH, SEQUENCES = 256, 8
+MOST_GROWTH_MIB = 16.0
+"""Between the first and the last quarter of a streaming: above it something is kept that should not be."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", help="a text file; the standard library without")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory-seconds", type=float, default=0, help="stream for so long and report the growth of memory")
+    parser.add_argument("--memory-seconds", type=float, default=0, help="stream for so long, and say whether memory grows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(Path(folder), arguments.text, arguments.repeats, arguments.memory_seconds), indent=1))
@@ -112,20 +115,33 @@ def state_cost(config: DataConfig, tokenizer: TokenizerConfig) -> dict[str, floa
 
 
 def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> dict[str, float]:
-    """Growth of the largest resident size after the first fifth of the time."""
+    """Resident size while streaming: medians of the first and of the last quarter of the time, and a verdict on standard error."""
     if not seconds:
         return {}
     data = prepare(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
     assert isinstance(data, StreamBatches)
-    begin, step, early = perf_counter(), 0, 0
-    while perf_counter() - begin < seconds:
+    begin, step = perf_counter(), 0
+    seen: list[tuple[float, float]] = []
+    while (now := perf_counter() - begin) < seconds:
         data.batch(step)
         step += 1
-        if perf_counter() - begin < seconds / 5:
-            early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if not seen or now - seen[-1][0] >= seconds / 400:
+            seen.append((now, resident_mib()))
     data.close()
-    late = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"streamed_tokens": step * LENGTH * SEQUENCES, "memory_mib": late / 1024, "memory_growth_mib": (late - early) / 1024}
+    early = median(size for now, size in seen if now < seconds / 4)
+    late = median(size for now, size in seen if now >= seconds * 3 / 4)
+    growth = late - early
+    verdict = "flat" if growth <= MOST_GROWTH_MIB else "GROWS"
+    print(
+        f"memory: {verdict}: {growth:+.1f} MiB between the first and the last quarter of {seconds:g} s, limit {MOST_GROWTH_MIB:g}",
+        file=sys.stderr,
+    )
+    return {"streamed_tokens": step * LENGTH * SEQUENCES, "memory_mib": late, "memory_growth_mib": growth}
+
+
+def resident_mib() -> float:
+    """Of this process, now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

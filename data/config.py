@@ -68,6 +68,8 @@ class DataConfig:
     """A source that sends nothing for so long is asked again."""
     allow_change: bool = False
     """Go on from a checkpoint with other data: sources that it knows go on where they were, others begin."""
+    verify: bool = False
+    """corpus=prepared: compare each shard's hash before it is first read (every rank reads it whole); sizes are always compared."""
     mask_documents: bool = False
     """Attention stays inside a document (block-causal), positions restart, and the first token of a document is no target."""
 

@@ -160,7 +160,7 @@ def _facts(corpus: Documents | None, train: Tokens, validation: Tokens, tokenize
         validation_documents=validation.manifest.documents,
         validation_tokens=validation.manifest.tokens,
         bytes_per_token=train.manifest.bytes / train.manifest.tokens,
-        undecodable=len(corpus.undecodable) if corpus else 0,
+        undecodable=len({*train.manifest.undecodable, *validation.manifest.undecodable}),
         duplicates=corpus.duplicates if corpus else 0,
         empty=corpus.empty if corpus else 0,
         unigram_entropy=unigram_entropy(validation.ids, tokenizer.size),

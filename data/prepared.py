@@ -1,6 +1,7 @@
 """Tokenized shards on disk: .npy files and a JSON manifest with their hashes, trained on by memory map."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -12,7 +13,9 @@ from .tokens import Manifest, Tokens
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenyard tokens"
-VERSION = 1
+VERSION = 2
+BLOCK = 1 << 24
+"""Ids that are hashed at a time."""
 
 
 class ShardRecord(NamedTuple):
@@ -30,36 +33,59 @@ class ShardRecord(NamedTuple):
 
 
 def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> Tokens:
-    """The shards of a split in the folder `data.path`, as one array. ValueError of one line if something does not fit."""
+    """The shards of a split in the folder `data.path`, as one array. ValueError of one line if something does not fit.
+
+    Sizes and the manifest's own hash are compared here; with `data.verify` that of a shard when it is first read.
+    """
     folder = Path(config.path or "").expanduser()
     about = read_manifest(folder)
     if about["tokenizer_hash"] != tokenizer_hash:
         has = f"tokenizer {about['tokenizer_hash']}, and this one is {tokenizer_hash}"
         raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_words(folder)}")
     records = [ShardRecord(**record) for record in about["splits"][split]]
-    ids = JoinedArrays([_open(folder, record) for record in records])
+    arrays = [_open(folder, record) for record in records]
+    ids = JoinedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
     running = xxhash.xxh3_128(tokenizer_hash.encode() + b"".join(record.hash.encode() for record in records))
     documents, size = sum(record.documents for record in records), sum(record.bytes for record in records)
-    return Tokens(ids, Manifest(documents, len(ids), size, [], 0, 0, running.hexdigest()))  # pyright: ignore[reportArgumentType]
+    manifest = Manifest(documents, len(ids), size, [row for record in records for row in record.bad], 0, 0, running.hexdigest())
+    return Tokens(ids, manifest)  # pyright: ignore[reportArgumentType]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """ValueError of one line if the folder holds none of ours."""
+    """ValueError of one line if the folder holds none of ours, or a damaged one."""
+    path = folder / MANIFEST_FILE
     try:
-        about = json.loads((folder / MANIFEST_FILE).read_text())
-        known = about["format"] == FORMAT and about["version"] == VERSION
+        about = json.loads(path.read_text())
+        known, version = about["format"] == FORMAT and about["version"] == VERSION, about["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"data.path={folder} must be a folder that tokenyard prepare has finished ({error})") from None
     if not known:
-        raise ValueError(f"data.path={folder} must hold version {VERSION} of '{FORMAT}', and it is {about['version']}")
+        raise ValueError(
+            f"data.path={folder} must hold version {VERSION} of '{FORMAT}', and it is {version}; start tokenyard prepare again"
+        )
+    if about.get("hash") != manifest_hash(about):
+        raise ValueError(f"{path} is damaged: its hash is another; start tokenyard prepare again, which keeps what is whole")
     return about
 
 
-def verify(folder: Path) -> list[str]:
-    """The files whose ids are not those that were written."""
+def manifest_hash(about: dict[str, Any]) -> str:
+    """xxh3-128 of everything in a manifest but this hash."""
+    rest = {name: value for name, value in about.items() if name != "hash"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
+
+
+def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
+    """Every shard in the manifest and what is wrong with it, "" if nothing is; each byte is read.
+
+    ValueError of one line if the manifest itself is none or damaged.
+    """
     about = read_manifest(folder)
-    records = [ShardRecord(**record) for split in about["splits"].values() for record in split]
-    return [record.file for record in records if xxhash.xxh3_128_hexdigest(_open(folder, record).tobytes()) != record.hash]
+    for record in (ShardRecord(**record) for split in about["splits"].values() for record in split):
+        try:
+            _check_hash(folder, record, _open(folder, record))
+            yield record, ""
+        except ValueError as error:
+            yield record, str(error)
 
 
 def tokenizer_words(folder: Path) -> str:
@@ -74,8 +100,10 @@ def tokenizer_words(folder: Path) -> str:
 class JoinedArrays:
     """Several memory-mapped arrays as one. Indexed by arrays of places, or by slices, as a numpy array is."""
 
-    def __init__(self, arrays: list[np.ndarray]) -> None:
+    def __init__(self, arrays: list[np.ndarray], check: Callable[[int], None] | None = None) -> None:
+        """`check` is called with the index of an array before that is first read."""
         self._arrays = arrays
+        self._check, self._unchecked = check, set(range(len(arrays)) if check else ())
         self._starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -87,6 +115,9 @@ class JoinedArrays:
         which = np.searchsorted(self._starts, places, side="right") - 1
         found = np.empty(places.shape, dtype=self._arrays[0].dtype)
         for index in np.unique(which):
+            if self._check and index in self._unchecked:
+                self._check(int(index))
+                self._unchecked.remove(int(index))
             inside = which == index
             found[inside] = self._arrays[index][places[inside] - self._starts[index]]
         return found
@@ -97,9 +128,21 @@ def _open(folder: Path, record: ShardRecord) -> np.ndarray:
     if path.parent != folder:
         raise ValueError(f"{folder / MANIFEST_FILE} names a file outside of its folder: {record.file}")
     try:
+        size = path.stat().st_size
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); make it again with tokenyard prepare") from None
-    if ids.shape != (record.tokens,):
-        raise ValueError(f"{path} is damaged: {ids.shape} for {record.tokens} ids; make it again with tokenyard prepare")
+        raise ValueError(f"{path} is missing or damaged ({error}); {AGAIN}") from None
+    if ids.shape != (record.tokens,) or size != getattr(ids, "offset", 0) + ids.nbytes:
+        raise ValueError(f"{path} is damaged: {size:,} bytes, {ids.shape} for {record.tokens} ids; {AGAIN}")
     return ids
+
+
+def _check_hash(folder: Path, record: ShardRecord, ids: np.ndarray) -> None:
+    running = xxhash.xxh3_128()
+    for start in range(0, len(ids), BLOCK):
+        running.update(np.ascontiguousarray(ids[start : start + BLOCK]).data)
+    if running.hexdigest() != record.hash:
+        raise ValueError(f"{folder / record.file} is damaged: its ids have hash {running.hexdigest()}, not {record.hash}; {AGAIN}")
+
+
+AGAIN = "remove it and start tokenyard prepare again"

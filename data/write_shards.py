@@ -15,7 +15,7 @@ from .cache import cache_folder
 from .check import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .mixes import Part
-from .prepared import FORMAT, MANIFEST_FILE, VERSION, ShardRecord
+from .prepared import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
 from .stream.pieces import Recipe, Window, is_held_out, tokenized
 from .stream.remote import Patience
 from .stream.shards import Row, Shards, open_shards
@@ -92,6 +92,7 @@ def finish(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[dict[str, 
         if not records:
             raise ValueError(f"the data has no {split} document; change data.validation_fraction")
     about = {"format": FORMAT, "version": VERSION, "key": key, "tokenizer_hash": tokenizer.hash, "splits": splits}
+    about["hash"] = manifest_hash(about)
     _write_whole(folder / MANIFEST_FILE, json.dumps(about, indent=1) + "\n")
     return about
 

@@ -17,8 +17,10 @@ def prepare(argv: list[str]) -> int:
 
 
 def data(argv: list[str]) -> int:
+    if argv[:1] == ["verify"]:
+        return _verify(argv[1:])
     parser = OneLineParser("tokenyard data", description="Shows what training sees: decoded rows, digests of batches, sources.")
-    parser.add_argument("verb", choices=["inspect"])
+    parser.add_argument("verb", choices=["inspect", "verify"], help="verify FOLDER reads prepared shards and compares hashes")
     parser.add_argument("overrides", nargs="*", help="as for tokenyard train")
     parser.add_argument("--steps", type=positive, default=8, help="global batches to look at (%(default)s)")
     parser.add_argument("--rows", type=positive, default=2, help="sequences to print (%(default)s)")
@@ -26,6 +28,15 @@ def data(argv: list[str]) -> int:
     from ..train.data_commands import inspect as command
 
     return command(arguments.steps, arguments.rows, arguments.overrides)
+
+
+def _verify(argv: list[str]) -> int:
+    description = "Reads all prepared shards and compares sizes and hashes; exit code 1 if one is damaged."
+    parser = OneLineParser("tokenyard data verify", description=description)
+    parser.add_argument("folder", help="that tokenyard prepare filled")
+    from ..train.verify_shards import verify as command
+
+    return command(parser.parse_args(argv).folder)
 
 
 def tokenizer(argv: list[str]) -> int:

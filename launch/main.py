@@ -176,6 +176,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard watch RUN [--port N]                         the same page of a run that goes on, on http://127.0.0.1:8808/
   tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards
   tokenyard data inspect [key=value ...]                 the first sequences, the mixture and digests of the batches
+  tokenyard data verify FOLDER                           whether prepared shards are whole
   tokenyard tokenizer train FOLDER [key=value ...]       train a sentencepiece tokenizer
   tokenyard VERB --help                                  more about one of them
   tokenyard --version"""

@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         losses = []
         for depth, (module, head_loss) in enumerate(zip(self.mtp.values(), head_losses, strict=True), 1):
             assert isinstance(module, Prediction)
-            ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False)
+            ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False, turns.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
             x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), turns, seen)

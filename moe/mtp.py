@@ -36,6 +36,9 @@ class Prediction(nn.Module):
         return self.block(self.projection(joined_BSD), turns, tokens)
 
 
-def ahead(x_BS: Tensor, tokens: int, fill: int | bool) -> Tensor:
-    """(B, S): at position i what stands at i + tokens; `fill` where that is beyond the sequence."""
-    return F.pad(x_BS[:, tokens:], (0, min(tokens, x_BS.shape[1])), value=fill)
+def ahead(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | None = None) -> Tensor:
+    """(B, S): at position i what stands at i + tokens; `fill` where that is beyond the sequence, or beyond i's document."""
+    shifted_BS = F.pad(x_BS[:, tokens:], (0, min(tokens, x_BS.shape[1])), value=fill)
+    if documents_BS is None:
+        return shifted_BS
+    return shifted_BS.masked_fill(ahead(documents_BS, tokens, -1) != documents_BS, fill)

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from .compose import compose
 from .config import Config, ConfigError
@@ -92,7 +91,10 @@ def _path(folder: Path) -> str:
 
 
 def _inspect(steps: int, rows: int, config: Config) -> None:
+    import xxhash
+
     from ..data.prepare import prepare as open_data
+    from .data_table import source_table
 
     validate(config, config.launch.nodes * config.launch.ranks)
     sizes = config.sequence_length, config.seed, config.batch.sequences
@@ -103,14 +105,13 @@ def _inspect(steps: int, rows: int, config: Config) -> None:
         for index, ids in enumerate(first):
             ends = ids.count(data.tokenizer.end_of_document)
             print(f"row {index}: {len(ids)} tokens, {ends} ends of documents\n  {data.tokenizer.decode(ids)!r}")
+        digest = xxhash.xxh3_64()
         for step in range(steps):
-            print(f"step {step + 1}: digest {data.train.digest(step)}")
-        print(f"{tokens:,} tokens; data fingerprint {data.facts.train_fingerprint}, tokenizer {data.facts.tokenizer_hash}")
-        _print_counts(data.train.counts())
+            of_step = data.train.digest(step)
+            digest.update(of_step.encode())
+            print(f"step {step + 1}: digest {of_step}")
+        print(f"all {steps} steps: {tokens:,} tokens, digest {digest.hexdigest()}")
+        print(f"fingerprint of the data {data.facts.train_fingerprint}, of the tokenizer {data.facts.tokenizer_hash}\n")
+        print("\n".join(source_table(data, config.data.corpus.value, steps, config.sequence_length)))
     finally:
         data.train.close()
-
-
-def _print_counts(counts: dict[str, Any]) -> None:
-    for name, value in counts.items():
-        print(f"  {name} {value:.4f}" if isinstance(value, float) else f"  {name} {value:,}")

@@ -133,10 +133,15 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None 
 def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
     """What the model makes of its hidden states: the cross entropy of the next token, and of those that modules predict further.
 
-    Module d predicts at position i the target of i + d; there is none where that is beyond the sequence.
+    Module d predicts at position i the target of i + d.
     """
-    targets = (ahead(rows.targets, depth, IGNORE) for depth in range(parallel.model.config.mtp_depth + 1))
+    targets = (targets_ahead(rows, depth) for depth in range(parallel.model.config.mtp_depth + 1))
     return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
+
+
+def targets_ahead(rows: Rows, depth: int) -> Tensor:
+    """(B, S): of each position the target that is `depth` further; IGNORE beyond its sequence (documents apart: its document)."""
+    return ahead(rows.targets, depth, IGNORE, rows.documents)
 
 
 def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
@@ -151,7 +156,7 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
     """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks."""
     depths = range(parallel.model.config.mtp_depth + 1)  # the model itself predicts 0 tokens further
-    valid = [[(ahead(rows.targets, depth, IGNORE) != IGNORE).sum() for depth in depths] for rows in micro_batches]
+    valid = [[(targets_ahead(rows, depth) != IGNORE).sum() for depth in depths] for rows in micro_batches]
     tokens = torch.stack([torch.stack(counts) for counts in valid]).sum(0)
     sequences = tokens.new_tensor([sum(len(rows.ids) for rows in micro_batches)])
     counts = sum_over(torch.cat([sequences, tokens]), parallel.mesh.data)

@@ -60,7 +60,7 @@ def test_interrupted_and_by_several_processes_it_is_the_same(
     monkeypatch.undo()
     prepared(data, tmp_path / "three", processes=2)
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two", "three")]
-    assert manifests[0] == manifests[1] == manifests[2] and verify(tmp_path / "three") == []
+    assert manifests[0] == manifests[1] == manifests[2] and not any(fault for _, fault in verify(tmp_path / "three"))
 
 
 def test_other_data_and_damage_are_refused(data: DataConfig, tmp_path: Path) -> None:
@@ -73,10 +73,17 @@ def test_other_data_and_damage_are_refused(data: DataConfig, tmp_path: Path) -> 
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert verify(tmp_path / "out") == [shard.name]
+    assert [record.file for record, fault in verify(tmp_path / "out") if fault] == [shard.name]
     shard.write_bytes(content[:-8])
     with pytest.raises(ValueError, match=r"missing or damaged|is damaged"):
         open_prepared(config, BytesTokenizer.hash, "train")
+
+
+def test_each_shard_is_hashed_once_and_when_it_is_first_read() -> None:
+    whole, checked = np.arange(100, dtype=np.uint16), []
+    joined = JoinedArrays([whole[:7], whole[7:50], whole[50:]], checked.append)
+    assert checked == [] and joined[np.array([60, 99])].tolist() == [60, 99] and checked == [2]
+    assert np.array_equal(joined[0:60], whole[:60]) and checked == [2, 0, 1]
 
 
 def test_joined_arrays_are_one_array() -> None:

@@ -1,5 +1,6 @@
 """Multi-token prediction: the definition of DeepSeek-V3 (section 2.2) its loss, and where it takes no part."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from tokenyard.data.batches import IGNORE
 from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
+from tokenyard.moe.documents import documents_of
 from tokenyard.moe.generate import generate
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
@@ -92,6 +94,31 @@ def test_the_model_itself_is_as_without() -> None:
     cache = [KeyValueCache() for _ in with_modules.layers]
     in_steps = torch.cat([with_modules(part, cache=cache) for part in ids_BS.split(2, dim=1)], dim=1)
     torch.testing.assert_close(in_steps, with_modules(ids_BS))
+
+
+def test_with_documents_apart_the_objective_is_that_of_each_alone() -> None:
+    """Documents of 5, 1, 2 and 3 tokens and one that the sequence cuts off: none predicts, sees or counts a token of another."""
+    parallel, end, lengths = one_rank(depth=2), 2, (5, 1, 2, 3, 4)
+    ids = torch.randint(3, VOCABULARY, (1, sum(lengths) + 1))
+    ids[0, torch.tensor(lengths[:-1]).cumsum(0) - 1] = end
+    documents, targets = documents_of(ids[:, :-1], ids[:, 1:], end)
+    rows = Rows(ids[:, :-1], targets, documents=documents)
+    totals = count_totals(parallel, [rows])
+    share = forward(parallel, rows, totals)
+    summed, predictions = torch.zeros(3, dtype=torch.float64), [0, 0, 0]
+    for start, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
+        last = start + length == sum(lengths)
+        following = ids[0, start + 1 : start + length + last]  # what the document itself has to be predicted
+        logits, _ = parallel.model(ids[:, start : start + length], head_losses=LOGITS)
+        for depth, part_BSV in enumerate(logits):
+            count = max(0, len(following) - depth)
+            summed[depth] += F.cross_entropy(part_BSV[0, :count], following[depth:], reduction="sum") if count else 0.0
+            predictions[depth] += count
+    assert (totals.tokens, *totals.mtp_tokens) == tuple(predictions)
+    expected = summed / torch.tensor(predictions)
+    torch.testing.assert_close(torch.cat([share.cross_entropy[None], share.mtp_D]), expected, rtol=0, atol=1e-12)
+    counted = share.counts_LE.sum(1) // parallel.model.config.moe.top_k
+    assert counted.tolist() == [predictions[0], predictions[0], *predictions[1:]], "nor do routing statistics count others"
 
 
 @pytest.mark.parametrize("fill", [0, False, IGNORE])

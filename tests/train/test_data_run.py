@@ -1,7 +1,10 @@
 """Whole runs on streamed data: resumed, also on other ranks, they see the same batches; what stops the data leaves a checkpoint."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,34 @@ def test_an_unavailable_source_is_a_checkpoint_and_exit_code_75(
     monkeypatch.undo()
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and 0 < read_facts(newest)["data_state"]["step"] == read_facts(newest)["step"] < 40
+
+
+def with_bad_rows(rows: Path, count: int) -> None:
+    """So many lines that are no JSON at the end of the last shard: the run has begun when it meets them."""
+    with (rows / "2.jsonl").open("a") as file:
+        file.writelines(f"\nbroken {number}" for number in range(count))
+
+
+@pytest.mark.fault(18, "the command ends with 65, a checkpoint and the list; few of them are counted")
+def test_too_many_bad_rows_are_a_checkpoint_a_list_and_exit_code_65(rows: Path, tmp_path: Path) -> None:
+    with_bad_rows(rows, 12)
+    own = [f"data.path={rows}", f"data.cache={tmp_path / 'cache'}", "data.window=16", "steps=1000", "checkpoint.every=0"]
+    command = [sys.executable, "-m", "tokenyard", "train", *TINY, *own, "log.every=20", f"run.dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert answer.returncode == 65, answer.stderr
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and 0 < read_facts(newest)["data_state"]["step"] == read_facts(newest)["step"] < 1000
+    assert f"stopped after step {read_facts(newest)['step']}: jsonl: 12 bad rows of " in answer.stderr
+    assert [row for row in range(320) if f"2.jsonl row {row}: no JSON" in answer.stderr] == [*range(300, 312)]
+
+
+@pytest.mark.fault(18)
+def test_few_bad_rows_are_counted_in_the_metrics(rows: Path, tmp_path: Path) -> None:
+    with_bad_rows(rows, 5)  # the first epoch takes 72 steps
+    assert run(configured(rows, tmp_path / "run", "steps=80", "checkpoint.every=0", "log.every=20")) == 0
+    counts = [record["data/jsonl/bad_rows"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, 5)
 
 
 def test_on_ranks_it_is_the_same_run(ranks, rows: Path, tmp_path: Path) -> None:
