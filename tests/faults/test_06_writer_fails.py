@@ -10,12 +10,13 @@ from forked_runs import forked
 @pytest.mark.fault(6)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_writer_raises(tmp_path: Path, rank: int, record_property) -> None:
+    """Step 5 begins while it is writing; what happens to it from then on is told by the flags of step 6."""
     folder = tmp_path / "run"
     line = words(folder, "steps=8", "checkpoint.every=4", "parallel.expert=2")
     ended = forked(2, line, tmp_path / "log", TOKENYARD_FAILPOINTS=f"checkpoint.shard_begun:rank={rank}:step=4:raise")
     assert ended.codes == [0, 0], ended.output
     [failed], [saved] = events_of(folder, "checkpoint_failed"), events_of(folder, "checkpoint")
-    assert failed["step"] == 4 and failed["told_step"] <= 5 and f"rank {rank}: RuntimeError: failpoint" in failed["error"]
+    assert failed["step"] == 4 and failed["told_step"] <= 6 and f"rank {rank}: RuntimeError: failpoint" in failed["error"]
     assert saved["step"] == 8 and saved["blocked_seconds"] <= saved["seconds"]
     assert steps_in(folder) == [8] and not list((folder / "checkpoints").glob("*.tmp-*"))
     record_property("measured", f"raised on rank {rank} in the save of step 4: told on all ranks after step {failed['told_step']}")
