@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fault_run import Launched, events_of, losses
+from tokenyard.train.accounting import in_words
 from tokenyard.train.checkpoint.store import read_whole
 
 STEPS, EVERY = 12, 2
@@ -28,7 +29,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.fault(20)
 def test_a_killed_rank_is_started_again(straight: Path, tmp_path: Path, record_property: Any) -> None:
-    """kill -9 of one rank before step 8: torch's launcher starts all again, and they go on after step 6."""
+    """kill -9 of one rank before step 8: torch's launcher starts all again, and they go on after 6, or 4 if 6 was being saved."""
     folder = tmp_path / "run"
     with Launched(folder, *RUN, "launch.max_restarts=3", failpoints="step.begin:rank=1:restart=0:step=8:SIGKILL") as run:
         run.until(lambda: len(run.ranks()) == 2)
@@ -37,9 +38,10 @@ def test_a_killed_rank_is_started_again(straight: Path, tmp_path: Path, record_p
         seconds = run.until_step(8) - killed
         assert run.wait() == 0, run.output()
     assert losses(folder) == losses(straight)
-    assert [event["step"] for event in events_of(folder, "resume")] == [6]
+    assert [event["step"] for event in events_of(folder, "resume")] in ([4], [6])
     assert same_weights(folder, straight)
     (*_, last) = events_of(folder, "accounting")
     assert last["restarts"] == 1 and last["seconds"]["lost"] > 0
     assert seconds <= 15
-    record_property("measured", f"bitwise; {seconds:.1f} s from the kill to the next step; productive {last['productive']:.0%}")
+    record_property("measured", f"bitwise; {seconds:.1f} s from the kill to the next step; {in_words(last)}")
+    print(in_words(last))
