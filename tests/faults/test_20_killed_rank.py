@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from checkpoint_run import everything, same_tensors
 from fault_run import Launched, events_of, losses
 from tokenyard.train.accounting import in_words
-from tokenyard.train.checkpoint.store import read_whole
 
 STEPS, EVERY = 12, 2
 RUN = [f"steps={STEPS}", f"checkpoint.every={EVERY}", "parallel.expert=2", "debug.stragglers_every=0"]
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = (read_whole(folder / "checkpoints" / f"step_{STEPS:08d}", "") for folder in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    """And moments; each process seeds Python's and numpy's generators by itself."""
+    ours, theirs = (everything(folder / "checkpoints" / f"step_{STEPS:08d}") for folder in (one, other))
+    return same_tensors(ours, theirs)
 
 
 @pytest.fixture(scope="module")
