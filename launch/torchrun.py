@@ -22,6 +22,8 @@ def start_ranks(config: Config, argv: list[str]) -> int:
 
     # The ranks would otherwise each take all cores, or, by torch's own default, one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.launch.ranks)))
+    # A store of its own for each start of the ranks: in a shared one, ranks find the addresses of those that were killed.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     handed = f"--signals-to-handle={','.join(ENDING)}"
     try:
         with forwarding():

@@ -82,7 +82,7 @@ def try_checkpoint(session: Session) -> None:
     """The same way as a real one, but of the random states alone: written, read back and removed."""
     folder, held = session.folder / "dry_step", random_state()
     try:
-        path = save_checkpoint(folder, 0, held, {"dry_step": True})
+        path = save_checkpoint(folder, 0, held, {"dry_step": True}, limit_seconds=session.config.checkpoint.timeout_seconds)
         load_checkpoint(path, held)
     finally:
         if session.parallel.mesh.rank == 0:

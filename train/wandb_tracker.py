@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import TrackerConfig
 from .redact import redact, redact_plain
+from .telemetry.alarms import GRAVE
 from .telemetry.heatmap import load_map, load_ratio
 from .trackers import AbstractTracker
 
@@ -71,7 +72,7 @@ class WandbTracker(AbstractTracker):
     def alert(self, kind: str, title: str, text: str) -> None:
         from wandb.sdk.wandb_alerts import AlertLevel
 
-        level = AlertLevel.ERROR if kind in ("nan", "stall") else AlertLevel.WARN
+        level = AlertLevel.ERROR if kind in GRAVE else AlertLevel.WARN
         self._run.alert(title=title, text=text, level=level)
 
     def sample(self, step: int, prompt: str, text: str) -> None:

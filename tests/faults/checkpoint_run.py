@@ -19,6 +19,7 @@ CHECKPOINT_RUN = [
     "evaluate.sequences=8",
     "checkpoint.every=2",
     "sample.prompt=''",
+    "debug.dry_step=false",
 ]
 
 

@@ -22,7 +22,7 @@ DRY = ["debug.dry_step=true"]
 def traces(folder: Path, layout: list[str]) -> bool:
     """On ranks of the pool: whether weights, moments, random state and data are bit for bit what they were."""
     session = open_session(configured(folder, *layout), torch.device("cpu"))
-    with closing(session.data.train), build_reporter(session) as reporter:
+    with closing(session), build_reporter(session) as reporter:
         before, random, data = state_of(session), random_state(), session.data.train.state()
         dry_step(session, reporter)
         after = state_of(session)
@@ -46,7 +46,7 @@ def without_room(folder: Path) -> int:
     """On ranks of the pool: the disk of the run folder is full."""
     full = namedtuple("usage", "total used free")(1, 1, 5000)
     session = open_session(configured(folder, *DRY, "parallel.expert=2"), torch.device("cpu"))
-    with closing(session.data.train), build_reporter(session) as reporter, mock.patch.object(shutil, "disk_usage", lambda _: full):
+    with closing(session), build_reporter(session) as reporter, mock.patch.object(shutil, "disk_usage", lambda _: full):
         return train_session(session, reporter)
 
 
@@ -67,7 +67,7 @@ def short_of_memory(folder: Path) -> int:
             raise torch.OutOfMemoryError("no memory")
         return numbers
 
-    with closing(session.data.train), build_reporter(session) as reporter, mock.patch.object(session.engine, "step", step):
+    with closing(session), build_reporter(session) as reporter, mock.patch.object(session.engine, "step", step):
         return train_session(session, reporter)
 
 

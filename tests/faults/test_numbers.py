@@ -59,7 +59,7 @@ def spoiled_run(folder: Path, overrides: list[str], rank: int, steps: dict[int, 
     session = open_session(configured(folder, *overrides), torch.device("cpu"))
     seen: list[tuple[int, bool, bool]] = []
     with ExitStack() as stack:
-        stack.enter_context(closing(session.data.train))
+        stack.enter_context(closing(session))
         reporter = stack.enter_context(build_reporter(session))
         if steps:
             stack.enter_context(spoiled_gradient(session, rank, steps, value, name))
@@ -89,7 +89,7 @@ def test_nan_in_one_experts_gradient_on_one_rank(kind: str, policy: str, ranks: 
     (fault,) = events_of(tmp_path / "run", "not_finite")
     assert (fault["step"], fault["rank"], fault["again"]) == (5, 1, "persistent")
     assert any(EXPERT in name for name in fault["tensors"])
-    assert [event["kind"] for event in events_of(tmp_path / "run", "alert")] == ["not_finite"]
+    assert [event["alert"] for event in events_of(tmp_path / "run", "alert")] == ["not_finite"]
     steps = [step for step, _ in losses(tmp_path / "run")]
     if policy == "stop":
         assert {r["code"] for r in results} == {70} and steps == [1, 2, 3, 4]

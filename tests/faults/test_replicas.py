@@ -30,7 +30,7 @@ def flipped_run(folder: Path, overrides: list[str], rank: int, steps: list[int])
         return numbers
 
     with ExitStack() as stack:
-        stack.enter_context(closing(session.data.train))
+        stack.enter_context(closing(session))
         reporter = stack.enter_context(build_reporter(session))
         stack.enter_context(mock.patch.object(session.engine, "step", step))
         code = train_session(session, reporter)

@@ -82,7 +82,7 @@ def asked_run(folder: Path, rank: int, step: int, number: int) -> tuple[int, int
 
     with listening(), mock.patch.object(step_module, "count_totals", count_totals):
         session = open_session(configured(folder, "steps=40", "checkpoint.every=0", "parallel.expert=2"), torch.device("cpu"))
-        with closing(session.data.train), build_reporter(session) as reporter:
+        with closing(session), build_reporter(session) as reporter:
             code = train_session(session, reporter)
     return code, session.step, session.checkpoint is not None
 

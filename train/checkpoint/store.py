@@ -26,16 +26,21 @@ log = logging.getLogger("tokenyard")
 
 
 def save_checkpoint(
-    folder: Path, step: int, held: dict[str, Held], facts: dict[str, Any], attach: Callable[[Path], None] | None = None
+    folder: Path,
+    step: int,
+    held: dict[str, Held],
+    facts: dict[str, Any],
+    attach: Callable[[Path], None] | None = None,
+    limit_seconds: float = 1800.0,
 ) -> Path:
     """Write the tensors of all ranks to `folder/step_XXXXXXXX` and return that path once it is durable.
 
     Collective over the default process group, if there is one. Ranks that hold the same piece of a tensor must hold the same
     values: one of them writes it. `facts` is plain JSON; rank 0's are kept. `attach(folder)` may write files into folders of that
     folder. A checkpoint of the same step is replaced. Raises, on every rank: ValueError for pieces that do not make up their tensor
-    or facts that are no JSON, else RuntimeError.
+    or facts that are no JSON, else RuntimeError, also after `limit_seconds`.
     """
-    saver = Saver(Path(folder))
+    saver = Saver(Path(folder), limit_seconds)
     outcome = saver.begin(step, held, facts, attach, asynchronous=False) or saver.finish()
     assert outcome is not None
     if outcome.error is not None:

@@ -1,6 +1,6 @@
 """What of the experts' load people want to be told at once. Each is told once, and again only after it was over.
 
-Titles are of all alerts of a run; a non-finite loss, a spike and a stall are found by the loop.
+Titles are of all alerts of a run; those that are not of the experts are raised where they are found.
 """
 
 import math
@@ -8,12 +8,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 TITLES = {
-    "nan": "Loss or gradient is not finite",
+    "not_finite": "Loss or gradient is not finite",
     "spike": "Loss spike",
     "collapse": "Router collapse",
     "dead_experts": "Dead experts",
-    "stall": "No progress",
+    "replicas": "Copies of a weight differ",
+    "straggler": "A slow rank",
+    "checkpoint_failed": "Checkpoint not written",
+    "trackers": "A tracker did not start",
 }
+
+GRAVE = ("not_finite", "replicas", "checkpoint_failed")
+"""Kinds that are an error; the others are a warning."""
 
 COLLAPSED = 0.2
 """A layer has collapsed if it uses fewer experts than top-k and this share of the others; see `experts_in_use`."""
