@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from itertools import count
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ SEED = 2
 def test_killed_at_random_instants(tmp_path: Path, record_property: Any) -> None:
     """Both ranks, in drawn order, at drawn instants from the start of the processes to the end of the run."""
     assert forked(2, words(tmp_path / "straight", *RUN), tmp_path / "log").codes == [0, 0]
-    draw, kills, lost = random.Random(SEED), 0, [0]
-    for trial in count():
-        folder = tmp_path / str(trial)
+    draw, kills, runs, lost = random.Random(SEED), 0, 0, [0]
+    while kills < KILLS:
+        folder, runs = tmp_path / str(runs), runs + 1
         while kills < KILLS and killed(folder, draw):
             kills += 1
             lost.append(lost_steps(folder))
@@ -37,9 +36,7 @@ def test_killed_at_random_instants(tmp_path: Path, record_property: Any) -> None
         assert losses(folder) == losses(tmp_path / "straight")
         ours, theirs = (everything(each / "checkpoints" / f"step_{STEPS:08d}") for each in (folder, tmp_path / "straight"))
         assert same_tensors(ours, theirs)
-        if kills == KILLS:
-            break
-    text = f"{kills}/{KILLS} kills (seed {SEED}), {trial + 1} runs to their end, all bitwise the straight one"
+    text = f"{kills}/{KILLS} kills (seed {SEED}), {runs} runs to their end, all bitwise the straight one"
     record_property("measured", f"{text}; at most {max(lost)} steps done again, checkpoints every {EVERY}")
 
 

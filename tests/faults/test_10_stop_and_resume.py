@@ -37,7 +37,9 @@ def stretch(folder: Path, stop: int | None, seed: int) -> dict[str, Any]:
     session, drawn = open_session(configured(folder, *LONG), torch.device("cpu")), []
     right, rank = session.engine.step, session.parallel.mesh.rank
     if session.step == 0:
-        random.seed(seed + rank), np.random.seed(seed + rank), torch.manual_seed(seed + rank)
+        random.seed(seed + rank)
+        np.random.seed(seed + rank)
+        torch.manual_seed(seed + rank)
 
     def step(*args: Any) -> Any:
         if rank == 0 and stop is not None and session.step + 1 == stop - 1:
