@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tokenyard.bench.dispatch import parse
+from tokenyard.bench import dispatch, nodes
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
@@ -127,6 +127,9 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
+        case ["tokenyard", "data", "verify", folder]:
+            monkeypatch.setattr("tokenyard.train.verify_shards.verify", lambda path: int(path != folder))
+            assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
             monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else verb}.{verb}_command", lambda arguments: 0)
             assert main([verb, *arguments]) == 0
@@ -139,7 +142,9 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             assert own[0] == "tokenyard.train"
             trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
         case ["python", "-m", "tokenyard.bench.dispatch", *arguments]:
-            parse(arguments)
+            dispatch.parse(arguments)
+        case ["python", "-m", "tokenyard.bench.nodes", *arguments]:
+            nodes.parse(arguments)
         case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
             trains(arguments, int(ranks))
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:
