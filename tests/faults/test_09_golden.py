@@ -24,7 +24,8 @@ SETTINGS = """precision=fp64 sequence_length=8 batch.sequences=4 steps=20 schedu
     model.heads=2 model.kv_heads=1 model.vocabulary=260 model.tie_embeddings=true model.dense_first=1 model.hidden=8
     model.moe.experts=4
     model.moe.hidden=4 model.moe.balance.bias_rate=0.01 data=synthetic data.synthetic_documents=16 tokenizer=bytes tracker=jsonl
-    evaluate.sequences=4 device=cpu"""
+    evaluate.sequences=4 device=cpu optimizer.epsilon=1e-8"""
+"""With AdamW's epsilon of the release that wrote it."""
 
 
 def configured(folder: Path) -> Config:

@@ -233,14 +233,19 @@ COMMANDS = [
 ]
 
 
+ENTRIES = [
+    pytest.param(module, *case, id=f"{case[0][-1]}-{module}")
+    for module in ("tokenyard train", "tokenyard.train --local_rank=0")
+    for case in COMMANDS
+    if module == "tokenyard train" or "launch=torchrun" not in case[0]  # ranks ignore launch
+]
+
+
 @pytest.mark.fault(28, "each in one line, before torch is imported")
-@pytest.mark.parametrize("module", ["tokenyard train", "tokenyard.train --local_rank=0"])
-@pytest.mark.parametrize(("overrides", "begins", "nearest"), COMMANDS, ids=[words[-1] for words, _, _ in COMMANDS])
+@pytest.mark.parametrize(("module", "overrides", "begins", "nearest"), ENTRIES)
 def test_the_command_refuses_quickly(
     module: str, overrides: list[str], begins: str, nearest: str, tmp_path: Path, child_seconds: Callable[[], float]
 ) -> None:
-    if module != "tokenyard train" and "launch=torchrun" in overrides:
-        pytest.skip("ranks ignore launch")
     command = [sys.executable, "-m", *module.split(), *overrides]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert child_seconds() < 5
