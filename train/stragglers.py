@@ -23,6 +23,8 @@ class Stragglers:
         self.begin: tuple[float, float] | None = None
         self.suspect: int | None = None
         """The slow rank of the comparison before: one slow stretch is chance, two are not."""
+        self.alerted: int | None = None
+        """The rank that people were told of last: they are told once, and events.jsonl each time."""
 
     def seconds(self, step: int) -> float | None:
         """At the begin of each step. The median of this rank's own seconds, on steps on which all ranks tell it."""
@@ -52,4 +54,6 @@ class Stragglers:
                 f"rank {rank} is slow: {seconds[rank]:.3f} s a step of its own, the others {others:.3f} s; {lost:.0%} of all time"
             )
             reporter.event("straggler", step=step, **facts)
-            reporter.alert("straggler", text)
+            if self.alerted != rank:
+                reporter.alert("straggler", text)
+            self.alerted = rank
