@@ -27,8 +27,6 @@ class Care:
     replicas: Replicas
     files: RequestFiles
     wishes: Wishes = field(default_factory=lambda: WISHES)
-    saved_step: int = -1
-    """Of the newest checkpoint that this process wrote or read."""
     bad_data: str | None = None
     """Why this rank could not read its rows."""
 
@@ -53,7 +51,6 @@ class Care:
 
     def saved(self) -> None:
         """A checkpoint of the current step is there: wishes for one are granted."""
-        self.saved_step = self.session.step
         self.wishes.granted = self.wishes.saves
         if self.session.parallel.mesh.rank == 0:
             self.files.granted("save")
@@ -73,6 +70,5 @@ def build_care(session: Session, reporter: Reporter) -> Care:
     guard = Guard(session.config.numerics)
     guard.restore(session.extra.get("guard", {}))
     stragglers = Stragglers(session.config.debug.stragglers_every)
-    resumed = session.step if session.checkpoint is not None else -1
     replicas, files = Replicas(session, reporter), RequestFiles(session.folder)
-    return Care(session, reporter, guard, stragglers, replicas, files, saved_step=resumed)
+    return Care(session, reporter, guard, stragglers, replicas, files)

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..parallel.pieces import Held
 from .checkpoint.folder import checkpoints_in
 from .checkpoint.retention import LOSS, Retention
 from .checkpoint.saver import Outcome, Saver
 from .config import CheckpointConfig, OnFailure
+from .exit_codes import ExitCode
+from .failures import bad_state
 from .plain import shown_config
 from .state import random_state
+from .stop import RunStop
 
 if TYPE_CHECKING:
     from .session import Session
@@ -62,8 +66,7 @@ def conclude(session: "Session") -> Iterator[Outcome]:
 
     Raises SaveFailed, after the Outcome, if there is none.
     """
-    if (outcome := session.saver.finish()) is not None:
-        yield from _told(session, outcome, may_stop=False)
+    yield from finished(session)
     if session.checkpoint != session.saver.path_of(session.step):
         outcome = begin(session, asynchronous=False)
         assert outcome is not None
@@ -81,11 +84,21 @@ def save(session: "Session") -> Path:
 
 
 def begin(session: "Session", asynchronous: bool) -> Outcome | None:
-    """None if the save goes on beside the training."""
-    state = session.engine.held() | random_state()
+    """None if the save goes on beside the training. RunStop, and no save, if a weight or a moment is not finite."""
+    held = session.engine.held()
+    refuse_bad(session, held)
+    state = held | random_state()
     saver, attach = session.saver, lambda path: session.data.tokenizer.save(path / "tokenizer")
     outcome = saver.begin(session.step, state, facts_of(session), attach, asynchronous)
     return outcome or (None if asynchronous else saver.finish())
+
+
+def refuse_bad(session: "Session", held: dict[str, Held]) -> None:
+    """RunStop if a number of what would be saved is not finite. Collective."""
+    bad = bad_state(session.parallel, held)
+    if bad:
+        text = f"{', '.join(bad)}: not finite after the update, so no checkpoint is written; the newest is {session.checkpoint}"
+        raise RunStop(text, ExitCode.not_finite, saves=False)
 
 
 def facts_of(session: "Session") -> dict[str, Any]:

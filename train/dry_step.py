@@ -6,15 +6,13 @@ position in the data are afterwards bit for bit what they were.
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ..moe.tokens import Place
-from ..parallel.collectives import sum_over
 from ..parallel.pieces import Held
 from ..parallel.pulse import doing
+from .checkpoint.agree import from_all
 from .checkpoint.store import load_checkpoint, save_checkpoint
 from .exit_codes import ExitCode
 from .reporter import Reporter
@@ -22,9 +20,6 @@ from .session import Session
 from .state import random_state, restore_random
 from .step import Rows
 from .stop import RunStop
-
-SPARE = 1.1
-"""Free space that must be there, as a multiple of one checkpoint."""
 
 
 @doing("dry step")
@@ -48,11 +43,7 @@ def attempt(session: Session, what: str, test: Callable[[Session], None]) -> Non
         test(session)
     except (OSError, ValueError, RuntimeError) as error:
         mine = " ".join(f"{type(error).__name__}: {error}".split())
-    texts = [mine]
-    if dist.is_initialized():
-        texts = [""] * session.parallel.mesh.world
-        dist.all_gather_object(texts, mine)
-    failed = [(rank, text) for rank, text in enumerate(texts) if text]
+    failed = [(rank, text) for rank, text in enumerate(from_all(mine)) if text]
     if failed:
         rank, text = failed[0]
         raise RunStop(f"the dry step failed at {what} on rank {rank}: {text[:500]}", ExitCode.dry_step, saves=False)
@@ -91,25 +82,6 @@ def try_checkpoint(session: Session) -> None:
 
 def try_disk(session: Session) -> None:
     """Room for one more checkpoint. ValueError if there is none."""
-    mine = sum(
-        tensor.numel() * tensor.element_size() / copies(session, name) for name, (_, tensor) in session.engine.held().items()
-    )
-    size = sum_over(torch.tensor([mine], dtype=torch.float64, device=session.device), session.parallel.mesh.everyone).item()
-    free = shutil.disk_usage(existing(session.folder)).free
-    if free < SPARE * size:
-        raise ValueError(f"a checkpoint takes {size:,.0f} bytes, and the disk of {session.folder} has {free:,} free")
-
-
-def copies(session: Session, name: str) -> int:
-    """How many ranks hold this piece of the state."""
-    parameter = name.partition(".")[2]
-    for ending in ("", ".exp_avg", ".exp_avg_sq"):
-        placed = session.parallel.placed.get(parameter.removesuffix(ending) if ending else parameter)
-        if placed is not None:
-            return placed.copies.size
-    return session.parallel.mesh.world
-
-
-def existing(folder: Path) -> Path:
-    """The folder or the first one above it that there is."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    lacking = session.saver.lacking(session.engine.held())
+    if lacking:
+        raise ValueError(f"a checkpoint takes more than there is: {lacking}")

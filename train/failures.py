@@ -1,13 +1,13 @@
 """What is not finite, by name: looked for only after the ranks agreed that something is, and before a checkpoint is written."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import gradient_of
 from ..parallel.pieces import Held
+from .checkpoint.agree import from_all
 
 SHOWN = 4
 
@@ -36,8 +36,4 @@ def _any_bad(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _of_all_ranks(mine: list[str]) -> list[str]:
-    found = [mine[:SHOWN]]
-    if dist.is_initialized():
-        found = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, mine[:SHOWN])
-    return [f"rank {rank}: {name}" for rank, names in enumerate(found) for name in names]
+    return [f"rank {rank}: {name}" for rank, names in enumerate(from_all(mine[:SHOWN])) for name in names]

@@ -7,12 +7,12 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..parallel.apply import Parallel, local
 from ..parallel.collectives import max_over, stack_over
 from ..parallel.mesh import Axis
+from .checkpoint.agree import from_all
 
 BLOCK = 2**20
 """Elements that are hashed at once."""
@@ -39,9 +39,7 @@ def differences(parallel: Parallel) -> list[Difference]:
     found = torch.tensor([float(len(mine))], device=parallel.device)
     if not max_over(found, parallel.mesh.everyone).item():
         return []
-    everywhere: list[list[Difference]] = [[] for _ in range(parallel.mesh.world)]
-    dist.all_gather_object(everywhere, mine)
-    return sorted({difference for each in everywhere for difference in each}, key=lambda one: (one.name, one.copies))
+    return sorted({difference for each in from_all(mine) for difference in each}, key=lambda one: (one.name, one.copies))
 
 
 def hash_of(tensor: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def without_room(folder: Path) -> int:
 def test_a_full_disk_is_found_before_the_first_step(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, without_room, tmp_path / "run") == [73, 73]
     (event,) = events_of(tmp_path / "run", "stopped")
-    assert event["step"] == 0 and "a checkpoint takes" in event["reason"]
+    assert event["step"] == 0 and "5,000 bytes free" in event["reason"]
 
 
 def short_of_memory(folder: Path) -> int:

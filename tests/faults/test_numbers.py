@@ -11,6 +11,7 @@ import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses, state_of
 from tokenyard.train import step as step_module
+from tokenyard.train.journal import read_journal
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import train_session
 from tokenyard.train.session import Session, open_session
@@ -96,6 +97,7 @@ def test_nan_in_one_experts_gradient_on_one_rank(kind: str, policy: str, ranks: 
         assert checkpoint_steps(tmp_path / "run")[-1] == 4
     else:
         assert {r["code"] for r in results} == {0} and steps == [1, 2, 3, 4, 6, 7, 8]
+        assert [record["steps"] for record in read_journal(tmp_path / "run" / "telemetry.jsonl")] == [3, 2, 2]  # none twice
     computed = [step for step, updated, _ in results[0]["seen"] if updated]
     assert computed == {"stop": [1, 2, 3, 4], "skip": [1, 2, 3, 4, 6, 7, 8], "rollback": [1, 2, 3, 4, 4, 6, 7, 8]}[policy]
     record_property("measured", "before the update, 2 of 2 ranks; weights and moments bitwise; 3 policies; 0 poisoned checkpoints")

@@ -103,6 +103,11 @@ class Saver:
         save.blocked = perf_counter() - begin
         return None
 
+    def lacking(self, held: dict[str, Held]) -> str | None:
+        """Why there is no room for a save of `held`, None if there is."""
+        size = self._plan(held).bytes
+        return from_first(lambda: self._lacking(size))
+
     def release(self) -> None:
         """Return when what is being saved may change; the optimizer calls it before its update. Not collective."""
         seconds = self._copies.wait()
@@ -169,15 +174,20 @@ class Saver:
         assert self._share is not None
         return self._share
 
+    def _lacking(self, size: int) -> str | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        return (
+            f"it needs {size:,} bytes and a tenth more, and {self.folder} has {free:,} bytes free" if free < ROOM * size else None
+        )
+
     def _open(self, final: Path, facts: dict[str, Any], size: int) -> tuple[Path, dict[str, Any], str | None]:
         """For rank 0: the temporary folder, the facts as they will be read, and why not."""
         facts = checked_facts(facts)
         temporary = beside(final, TEMPORARY)
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(final.parent).free
-            if free < ROOM * size:
-                return temporary, {}, f"it needs {size:,} bytes and a tenth more, and {final.parent} has {free:,} bytes free"
+            if lacking := self._lacking(size):
+                return temporary, {}, lacking
             temporary.mkdir()
         except OSError as error:
             return temporary, {}, describe(error)

@@ -48,11 +48,18 @@ class Watch:
         self.dropped_L = self.counts_LE.new_zeros(len(self.layers))
         self.gauges_LG = torch.zeros(len(self.layers), len(SUMS), dtype=torch.float64, device=device)
         self.steps = 0
+        """Added up since the last record."""
+        self.last = session.step
+        """The step that was added last."""
 
     def took(self, numbers: StepNumbers) -> None:
         """Add a step's numbers. Waits for nothing."""
         if not self.on:
             return
+        if self.session.step <= self.last:  # the run was rolled back, and telemetry.jsonl cut to the step it went back to
+            self._reset()
+            self.used_LE.clamp_(max=self.session.step - 1)
+        self.last = self.session.step
         counts_LE = numbers.counts_LE[:, : self.counts_LE.shape[1]]
         self.used_LE = self.used_LE.masked_fill(counts_LE > 0, self.session.step)
         self.counts_LE += counts_LE
