@@ -132,7 +132,7 @@ def one_pass(made: Dispatcher, x_TD: Tensor, routing: Routing) -> None:
 
 
 def forward(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
-    return made.run(x_TD, routing, lambda rows, counts: rows, lambda: None)[0]
+    return made.run(x_TD, routing, lambda rows, counts: rows, lambda: None).y_TD
 
 
 def count(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Counted:

@@ -3,6 +3,7 @@
 P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,3 +38,35 @@ def activate(activation: Activation, x: Tensor) -> Tensor:
         case Activation.swiglu_clamped:  # gpt-oss
             gate = gate.clamp(max=CLAMP)
             return gate * (SLOPE * gate).sigmoid() * (up.clamp(-CLAMP, CLAMP) + 1)
+
+
+def activate_backward(activation: Activation, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient (..., P * F) of x, from that (..., F) of what `activate` makes of it."""
+    if activation not in GATED:
+        return _ungated_backward(activation, grad, x)
+    out = torch.empty_like(x)
+    (gate, up), (grad_gate, grad_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    match activation:
+        case Activation.swiglu:
+            torch.mul(grad, F.silu(gate), out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        case Activation.geglu:
+            torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
+            torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+        case Activation.swiglu_clamped:
+            low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
+            chance = (SLOPE * low).sigmoid()
+            torch.mul(grad * low * chance, up.abs() <= CLAMP, out=grad_up)
+            slope = chance * (1 + SLOPE * low * (1 - chance))
+            torch.mul(grad * shifted * slope, gate <= CLAMP, out=grad_gate)
+    return out
+
+
+def _ungated_backward(activation: Activation, grad: Tensor, x: Tensor) -> Tensor:
+    match activation:
+        case Activation.gelu:
+            return torch.ops.aten.gelu_backward(grad, x)
+        case Activation.relu_squared:
+            return grad * (2 * F.relu(x))
+        case _:
+            return grad * (x > 0)

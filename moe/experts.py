@@ -1,7 +1,7 @@
 """The experts of one layer as two grouped products, with gate and up in one tensor.
 
-E experts on this device, R rows in the order of the experts, D width, F hidden width of an expert, P projections (gate and up, or
-up alone).
+E experts on this device, R rows in the order of the experts, T tokens, K choices of each, D width, F hidden width of an expert, P
+projections (gate and up, or up alone).
 """
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .activations import activate, projections
 from .config import Activation
-from .grouped import grouped_mm
+from .expert_function import ExpertFunction
+from .rows import Choices
 
 
 class Experts(nn.Module):
@@ -38,20 +39,17 @@ class Experts(nn.Module):
         self.adds_bias = bias
         """Of `down`: False where the output is one part of a sum and another part has the bias already."""
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """(R, D) to (R, D); counts_E (int64) says how many rows each expert has, and they sum to R."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        inner_RF = grouped_mm(x_RD, self.gate_up.to(x_RD.dtype).flatten(1, 2), ends_E)
-        inner_RF = activate(self.activation, _biased(inner_RF, self.gate_up_bias, counts_E))
-        down_bias = self.down_bias if self.adds_bias else None
-        return _biased(grouped_mm(inner_RF, self.down.to(x_RD.dtype), ends_E), down_bias, counts_E)
+    def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
+        """Rows (R, D) to (R, D); counts_E (int64) says how many rows each expert has, and they sum to R.
 
-
-def _biased(x_RN: Tensor, bias: Tensor | None, counts_E: Tensor) -> Tensor:
-    """Each row plus the bias of its expert."""
-    if bias is None:
-        return x_RN
-    return x_RN + bias.to(x_RN.dtype).flatten(1).repeat_interleave(counts_E, dim=0, output_size=len(x_RN))
+        With `choices` tokens (T, D) to (T, D): rows are made of the tokens, and each token gets the weighted sum of its rows.
+        """
+        gate_up, down, dtype = self.gate_up.to(x.dtype).flatten(1, 2), self.down.to(x.dtype), x.dtype
+        gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype).flatten(1)
+        down_bias = self.down_bias.to(dtype) if self.down_bias is not None and self.adds_bias else None
+        weights_TK, plan = (None, ()) if choices is None else (choices.weights_TK, choices.plan)
+        tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E
+        return ExpertFunction.apply(self.activation, *tensors, *plan)  # pyright: ignore[reportReturnType]
 
 
 def experts_by_loop(experts: Experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:

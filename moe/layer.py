@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .dispatch import Dispatcher, LocalDispatcher
+from .dispatch import Dispatcher, FusedDispatcher
 from .experts import Experts
 from .feedforward import FeedForward
 from .linear import Linear
@@ -25,22 +25,18 @@ class MoELayer(nn.Module):
         super().__init__()
         moe = config.moe
         self.router = Router(config.width, moe, dtype)
-        self.dispatcher: Dispatcher = LocalDispatcher(moe.experts)
+        self.dispatcher: Dispatcher = FusedDispatcher(moe.experts)
         self.experts = Experts(moe.experts, config.width, moe.hidden, dtype, moe.activation, moe.bias)
         self.shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation) if moe.shared_hidden else None
         self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
     def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
-        routing, rows = self.router(x_BSD, tokens), []
-
-        def experts(tokens_RD: Tensor, counts_E: Tensor) -> Tensor:
-            rows.append(len(tokens_RD))
-            return self.experts(tokens_RD, counts_E)
-
-        y_TD, shared_BSD = self.dispatcher.run(x_BSD.flatten(0, 1), routing, experts, lambda: self._shared(x_BSD))
-        y_BSD = y_TD.view_as(x_BSD)
-        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, with_rows(routing.stats, sum(rows))
+        routing = self.router(x_BSD, tokens)
+        passed = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, lambda: self._shared(x_BSD))
+        y_BSD = passed.y_TD.view_as(x_BSD)
+        y_BSD = y_BSD if passed.beside is None else y_BSD + passed.beside
+        return y_BSD, with_rows(routing.stats, passed.rows)
 
     def _shared(self, x_BSD: Tensor) -> Tensor | None:
         if self.shared is None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..moe.dispatch import FusedDispatcher, LocalDispatcher
 from ..moe.model import Transformer
 from .collectives import stack_over
 from .dispatch.flights import Exchange, depart, land
@@ -32,6 +33,8 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[st
         if block.moe is not None:
             experts = block.moe.experts
             experts.adds_bias = experts.adds_bias and axis.rank == 0
+            if isinstance(block.moe.dispatcher, FusedDispatcher):
+                block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # rows must be there to be shared
             experts.forward = functools.partial(share_rows, experts.forward, axis)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...moe.dispatch import Arrived, Beside, Compute, Dispatcher
+from ...moe.dispatch import Arrived, Beside, Compute, Dispatcher, Passed
 from ...moe.router import Routing
 
 
@@ -38,16 +38,17 @@ class ExchangingDispatcher(Dispatcher):
     def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
         return self.receive_back(self.send_back(y_RD, arrived))
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> tuple[Tensor, Any]:
+    def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
         parts = list(zip(x_TD.tensor_split(self.chunks), split(routing, self.chunks), strict=True))
-        sent, result, returning = self.send(*parts[0]), beside(), []
+        sent, result, returning, rows = self.send(*parts[0]), beside(), [], 0
         for following in [*parts[1:], None]:
             # The next rows depart first: their counts are waited for, and the experts' work is only queued on a GPU.
             here, sent = sent, None if following is None else self.send(*following)
             arrived = self.receive(here)
+            rows += len(arrived.tokens_RD)
             returning.append(self.send_back(experts(arrived.tokens_RD, arrived.counts_E), arrived))
         y = [self.receive_back(back) for back in returning]
-        return torch.cat(y) if len(y) > 1 else y[0], result
+        return Passed(torch.cat(y) if len(y) > 1 else y[0], result, rows)
 
 
 def split(routing: Routing, chunks: int) -> list[Routing]:

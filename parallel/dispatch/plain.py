@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...moe.dispatch import Arrived, Plan, copy_to_rows, plan_rows, weighted_sum
+from ...moe.dispatch import Arrived, plan_rows
 from ...moe.router import Routing
+from ...moe.rows import Plan, copy_to_rows, weighted_sum
 from ..mesh import Axis
 from ..pulse import collective, waiting, waiting_for_device
 from .exchanging import ExchangingDispatcher

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tokenyard.moe.dispatch import LocalDispatcher, Plan, copy_to_rows, plan_rows, weighted_sum
+from tokenyard.moe.dispatch import LocalDispatcher, plan_rows
 from tokenyard.moe.router import Routing
+from tokenyard.moe.rows import Plan, copy_to_rows, weighted_sum
 from torch import Tensor
 
 EXPERTS, WIDTH = 5, 3

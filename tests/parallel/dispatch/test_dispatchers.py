@@ -131,7 +131,7 @@ def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[
         seen.append(counts_E)
         return experts(x_RD, counts_E)
 
-    y_TD, beside = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
+    y_TD, beside, _ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
     (y_TD.square() + beside).sum().backward()
     leaves = {"x_TD": x_TD, "weights_TK": weights_TK, **dict(experts.named_parameters())}
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -1,0 +1,91 @@
+"""Gather, two grouped products, weighted sum: the experts' function and its backward pass, which keeps as little as a dense layer.
+
+Kept are the input and the first product: the rows are gathered and the activation is made again, and no output is needed. A row's
+output is a product of its activation a, y = W a; so the gradient of the row's weight, <dy, y>, is also <W.T dy, a>, and W.T dy is
+computed anyhow (SonicMoE, Guo et al. 2025).
+T tokens, K choices of each, R rows in the order of the experts, E experts, D width, F hidden width, N = P * F with P projections.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import activate, activate_backward
+from .config import Activation
+from .grouped import grouped_mm, grouped_outer
+from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
+
+
+class ExpertFunction(torch.autograd.Function):
+    """See `Experts.forward`. The plan and the weights are there if x are tokens, and not if x are rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Activation,
+        x: Tensor,
+        gate_up_END: Tensor,
+        down_EDF: Tensor,
+        gate_up_bias_EN: Tensor | None,
+        down_bias_ED: Tensor | None,
+        weights_TK: Tensor | None,
+        counts_E: Tensor,
+        *plan: Any,
+    ) -> Tensor:
+        rows_RD = gather_rows(x, Plan(*plan)) if plan else x
+        ends_E = ends(counts_E)
+        inner_RN = _biased(grouped_mm(rows_RD, gate_up_END, ends_E), gate_up_bias_EN, counts_E)
+        y_RD = _biased(grouped_mm(activate(activation, inner_RN), down_EDF, ends_E), down_bias_ED, counts_E)
+        ctx.activation = activation
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *plan)
+        return sum_rows(y_RD, Plan(*plan).slot_TK, weights_TK) if plan else y_RD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *saved = ctx.saved_tensors
+        plan, ends_E = Plan(*saved) if saved else None, ends(counts_E)
+        grad_y_RD = gather_rows(grads[0], plan) if plan else grads[0].contiguous()
+        active_RF = activate(ctx.activation, inner_RN)
+        grad_active_RF = grouped_mm(grad_y_RD, down_EDF.transpose(1, 2), ends_E)
+        grad_weights_TK = None
+        if plan:
+            grad_weights_R = (grad_active_RF * active_RF).sum(-1, dtype=weights_TK.dtype)
+            if down_bias_ED is not None:
+                grad_weights_R += (grad_y_RD * _of_rows(down_bias_ED, counts_E, len(grad_y_RD))).sum(-1, dtype=weights_TK.dtype)
+            grad_weights_TK = of_choices(grad_weights_R, plan.slot_TK)
+            weights_R1 = weights_of_rows(weights_TK, plan)[:, None]
+            active_RF.mul_(weights_R1)
+            grad_active_RF.mul_(weights_R1)
+        grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E)
+        del active_RF
+        grad_inner_RN = activate_backward(ctx.activation, grad_active_RF, inner_RN)
+        del grad_active_RF
+        grad_gate_up_END = grouped_outer(grad_inner_RN, gather_rows(x, plan) if plan else x, ends_E)
+        grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.transpose(1, 2), ends_E)
+        grad_gate_up_bias = None if gate_up_bias_EN is None else _sums(grad_inner_RN, counts_E)
+        grad_down_bias = None
+        if down_bias_ED is not None:
+            grad_down_bias = _sums(grad_y_RD * weights_R1 if plan else grad_y_RD, counts_E)
+        grad_x = sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD
+        gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
+        return None, *gradients, None, *[None] * len(saved)
+
+
+def ends(counts_E: Tensor) -> Tensor:
+    """(E,), int32: the row behind each expert's last."""
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:
+    """Each row plus the bias of its expert; writes into x_RN."""
+    return x_RN if bias_EN is None else x_RN.add_(_of_rows(bias_EN, counts_E, len(x_RN)))
+
+
+def _of_rows(values_EN: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    return values_EN.repeat_interleave(counts_E, dim=0, output_size=rows)
+
+
+def _sums(x_RN: Tensor, counts_E: Tensor) -> Tensor:
+    """(E, N): the sum over each expert's rows."""
+    return torch.segment_reduce(x_RN.float() if x_RN.dtype == torch.bfloat16 else x_RN, "sum", lengths=counts_E, axis=0)
