@@ -48,28 +48,34 @@ class ExpertFunction(torch.autograd.Function):
         grad_y_RD = gather_rows(grads[0], plan) if plan else grads[0].contiguous()
         active_RF = activate(ctx.activation, inner_RN)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.transpose(1, 2), ends_E)
-        grad_weights_TK = None
+        weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
+        grad_weights_TK = grad_down_bias = grad_gate_up_bias = None
         if plan:
-            grad_weights_R = (grad_active_RF * active_RF).sum(-1, dtype=weights_TK.dtype)
+            grad_weights_R = _dots(grad_active_RF, active_RF, weights_TK.dtype)
             if down_bias_ED is not None:
-                grad_weights_R += (grad_y_RD * _of_rows(down_bias_ED, counts_E, len(grad_y_RD))).sum(-1, dtype=weights_TK.dtype)
+                grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_TK.dtype)
             grad_weights_TK = of_choices(grad_weights_R, plan.slot_TK)
-            weights_R1 = weights_of_rows(weights_TK, plan)[:, None]
+        if weights_R1 is not None:
             active_RF.mul_(weights_R1)
             grad_active_RF.mul_(weights_R1)
+        if down_bias_ED is not None:
+            grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
         grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E)
-        del active_RF
+        del grad_y_RD, active_RF
         grad_inner_RN = activate_backward(ctx.activation, grad_active_RF, inner_RN)
         del grad_active_RF
+        if gate_up_bias_EN is not None:
+            grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
         grad_gate_up_END = grouped_outer(grad_inner_RN, gather_rows(x, plan) if plan else x, ends_E)
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.transpose(1, 2), ends_E)
-        grad_gate_up_bias = None if gate_up_bias_EN is None else _sums(grad_inner_RN, counts_E)
-        grad_down_bias = None
-        if down_bias_ED is not None:
-            grad_down_bias = _sums(grad_y_RD * weights_R1 if plan else grad_y_RD, counts_E)
         grad_x = sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
         return None, *gradients, None, *[None] * len(saved)
+
+
+def _dots(a_RN: Tensor, b_RN: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R,): each row's product with the other's."""
+    return (a_RN * b_RN).sum(-1, dtype=dtype)
 
 
 def ends(counts_E: Tensor) -> Tensor:

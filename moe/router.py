@@ -7,14 +7,13 @@ import logging
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capacity import OneDevice, capacity, count_choices, keep_best, keep_earliest, most_rows
 from .config import DropPolicy, MoEConfig, Selection
 from .gauges import Gauges, gauge
 from .noise import Purpose, fold, uniform
-from .scores import Noisy, chance_of_choice, hash_scores, jittered, noisy, probabilities, score, weigh
+from .scores import Noisy, chance_of_choice, hash_scores, jittered, noisy, probabilities, project, score, weigh
 from .selection import Choice, choose, second_is_kept
 from .tokens import Place, Tokens, places
 
@@ -126,13 +125,11 @@ class Router(nn.Module):
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
         if self.weight is None:
             return Scored(None, hash_scores(tokens, self.columns, self.config.top_k, wide))
-        x_BSD = x_BSD.to(wide)
         if router.jitter > 0 and key_BS is not None:
-            x_BSD = jittered(x_BSD, key_BS, router.jitter)
-        logits_BSE = F.linear(x_BSD, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
-        noise = None
+            x_BSD = jittered(x_BSD.to(wide), key_BS, router.jitter)
+        logits_BSE, noise = project(x_BSD, self.weight, self.bias), None
         if self.noise_weight is not None and key_BS is not None:
-            noise = noisy(logits_BSE, F.linear(x_BSD, self.noise_weight.to(wide)), key_BS)
+            noise = noisy(logits_BSE, project(x_BSD, self.noise_weight), key_BS)
             logits_BSE = noise.logits_BSE
         return Scored(logits_BSE, score(logits_BSE, router.score), noise)
 

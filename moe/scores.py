@@ -3,7 +3,7 @@
 B sequences, S tokens of each, D width, E router columns (experts, then null experts), K chosen experts per token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,27 @@ class Noisy(NamedTuple):
     logits_BSE: Tensor
     clean_BSE: Tensor
     std_BSE: Tensor
+
+
+def project(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """(..., D) to logits (..., E) in fp32 or wider, whatever x and the weights are. Of x what is kept is x, not a wider copy."""
+    logits = _Projection.apply(x, weight_ED)
+    return logits if bias_E is None else logits + bias_E.to(logits.dtype)  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_ED)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight_ED.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight_ED = ctx.saved_tensors
+        grad_TE = grads[0].flatten(0, -2)
+        grad_x = torch.mm(grad_TE, weight_ED.to(grad_TE.dtype)).view_as(x).to(x.dtype)
+        return grad_x, torch.mm(grad_TE.T, x.flatten(0, -2).to(grad_TE.dtype)).to(weight_ED.dtype)
 
 
 def jittered(x_BSD: Tensor, key_BS: Tensor, jitter: float) -> Tensor:

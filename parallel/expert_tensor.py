@@ -38,15 +38,15 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[st
             experts.forward = functools.partial(share_rows, experts.forward, axis)
 
 
-def share_rows(experts: Callable[[Tensor, Tensor], Tensor], axis: Axis, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-    """(R, D) to (R, D): `experts` gives this rank's part of the rows of all ranks; the sum of the parts is the output.
+def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: Tensor, choices: None = None) -> Tensor:
+    """Rows (R, D) to (R, D): `experts` gives this rank's part of the rows of all ranks; the sum of the parts is the output.
 
     Rows are gathered and scattered by all-to-alls, since ranks have different numbers of them; each is the other's gradient.
     """
     came_NE = stack_over(counts_E, axis)
     splits = plan_splits(counts_E.expand_as(came_NE), came_NE)
     out, back = (Exchange(*ways, axis) for ways in ((splits.sent_N, splits.came_N), (splits.came_N, splits.sent_N)))
-    x_AD = land(depart(x_RD.expand(axis.size, -1, -1).flatten(0, 1), out))
+    x_AD = land(depart(x.expand(axis.size, -1, -1).flatten(0, 1), out))
     part_AD = experts(reorder(x_AD, splits.order_A, splits.back_A), came_NE.sum(0))
     parts_AD = reorder(part_AD, splits.back_A, splits.order_A)
-    return land(depart(parts_AD, back)).view(axis.size, *x_RD.shape).sum(0)
+    return land(depart(parts_AD, back)).view(axis.size, *x.shape).sum(0)

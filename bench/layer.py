@@ -1,0 +1,235 @@
+"""Where the time of an MoE layer goes: `python -m tokenyard.bench.layer`.
+
+Three tables: the parts of forward and backward, with the share that is not matrix products; the cost against the number of experts,
+each token's experts staying the same size; the cost against skew. One device; the sides of a table take turns.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from ..moe import dispatch, expert_function, layer
+from ..moe.config import ModelConfig
+from ..moe.layer import MoELayer
+from ..moe.selection import Choice
+from .turns import Ratio, ratio, take_turns
+
+PARTS = {
+    "route": ((layer.Router, "forward"),),
+    "sort": (
+        (dispatch, "plan_rows"),
+        (dispatch, "rounded_up"),
+        (expert_function, "weights_of_rows"),
+        (expert_function, "of_choices"),
+    ),
+    "gather": ((expert_function, "gather_rows"),),
+    "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
+    "activation": ((expert_function, "activate"), (expert_function, "activate_backward")),
+    "combine": ((expert_function, "sum_rows"),),
+}
+"""The functions that a part is; what is left of the time is `rest`: weighting, the router's backward pass, autograd."""
+
+
+class Shape(NamedTuple):
+    """Of a layer; `hidden` is one expert's."""
+
+    width: int
+    experts: int
+    top_k: int
+    hidden: int
+    tokens: int
+
+
+SHAPES = [Shape(512, 8, 2, 1024, 4096), Shape(1024, 8, 2, 2048, 2048), Shape(1024, 32, 8, 512, 2048)]
+EXPERTS = [8, 16, 32, 64, 128, 256]
+TINY = Shape(16, 4, 2, 16, 64)
+
+
+class Timer:
+    """Seconds in each part, added up. On a GPU the device is waited for before and after: parts there do not overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.device = device
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = self.now()
+            result = function(*arguments, **named)
+            self.seconds[part] += self.now() - start
+            return result
+
+        return run
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Calls of the parts' functions are timed inside."""
+        places = [(part, owner, name) for part, all_of in PARTS.items() for owner, name in all_of]
+        patches = [patch.object(owner, name, self.timed(part, getattr(owner, name))) for part, owner, name in places]
+        for each in patches:
+            each.start()
+        try:
+            yield
+        finally:
+            for each in patches:
+                each.stop()
+
+
+class Bench:
+    """One layer with random weights, and a forward and backward pass of random tokens."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, chosen_TK: Tensor | None = None) -> None:
+        self.shape = shape
+        config = ModelConfig(width=shape.width)
+        config.moe.experts, config.moe.top_k, config.moe.hidden = shape.experts, shape.top_k, shape.hidden
+        with device:
+            self.layer = MoELayer(config, dtype)
+            for parameter in self.layer.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            self.x_BSD = torch.randn(1, shape.tokens, shape.width, dtype=dtype, requires_grad=True)
+            self.grad_BSD = torch.randn_like(self.x_BSD)
+        self.chosen_TK = chosen_TK
+
+    def run(self) -> None:
+        self.backward(self.forward())
+
+    def forward(self) -> Tensor:
+        if self.chosen_TK is None:
+            return self.layer(self.x_BSD)[0]
+        choice = Choice(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
+        with patch("tokenyard.moe.router.choose", lambda *_: choice):
+            return self.layer(self.x_BSD)[0]
+
+    def backward(self, y_BSD: Tensor) -> None:
+        self.layer.zero_grad(set_to_none=True)
+        y_BSD.backward(self.grad_BSD)
+
+
+class Parts(NamedTuple):
+    """Shares of forward and backward together; the parts of each in milliseconds, medians."""
+
+    shape: Shape
+    forward: dict[str, float]
+    backward: dict[str, float]
+    not_products: float
+
+
+def parts(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Parts:
+    """How long each part takes."""
+    bench = Bench(shape, dtype, device)
+    bench.run()
+    taken: dict[str, list[dict[str, float]]] = {"forward": [], "backward": []}
+    for _ in range(rounds):
+        y_BSD, seconds = _watched(bench.forward, device)
+        taken["forward"].append(seconds)
+        taken["backward"].append(_watched(lambda y=y_BSD: bench.backward(y), device)[1])
+    shares = [
+        1 - sum(run["products"] for run in both) / sum(run["all"] for run in both) for both in zip(*taken.values(), strict=True)
+    ]
+    forward, backward = (
+        {part: 1e3 * statistics.median(run[part] for run in runs) for part in (*PARTS, "rest", "all")} for runs in taken.values()
+    )
+    return Parts(shape, forward, backward, statistics.median(shares))
+
+
+def _watched(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, float]]:
+    timer = Timer(device)
+    with timer.watching():
+        start = timer.now()
+        result = call()
+        seconds = timer.now() - start
+    of_parts = {part: timer.seconds[part] for part in PARTS}
+    return result, of_parts | {"rest": seconds - sum(of_parts.values()), "all": seconds}
+
+
+def against_experts(shape: Shape, counts: list[int], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[int, Ratio]:
+    """Tokens a second as a share of those with the fewest experts."""
+    benches = {str(count): Bench(shape._replace(experts=count), dtype, device) for count in counts}
+    seconds = take_turns({name: _whole(bench, device) for name, bench in benches.items()}, rounds)
+    return {count: ratio(seconds[str(counts[0])], seconds[str(count)]) for count in counts}
+
+
+def against_skew(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Ratio]:
+    """Tokens a second as a share of those with a balanced load."""
+    benches = {name: Bench(shape, dtype, device, chosen) for name, chosen in skews(shape).items()}
+    seconds = take_turns({name: _whole(bench, device) for name, bench in benches.items()}, rounds)
+    return {name: ratio(seconds["balanced"], seconds[name]) for name in seconds}
+
+
+def skews(shape: Shape) -> dict[str, Tensor]:
+    """(T, K) experts of each token: equal loads, loads as 1 / rank (Zipf), and the first K experts for everybody."""
+    generator = torch.Generator().manual_seed(0)
+    places_TE = torch.arange(shape.tokens)[:, None] * shape.top_k + torch.arange(shape.top_k)
+    chances_E = 1 / torch.arange(1, shape.experts + 1)
+    zipf_TK = torch.multinomial(chances_E.expand(shape.tokens, -1), shape.top_k, generator=generator)
+    return {
+        "balanced": places_TE % shape.experts,
+        "zipf": zipf_TK,
+        "one": torch.arange(shape.top_k).expand(shape.tokens, -1).contiguous(),
+    }
+
+
+def _whole(bench: Bench, device: torch.device) -> Callable[[], None]:
+    def run() -> None:
+        bench.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def main() -> None:
+    arguments = parse()
+    dtype, device = getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[arguments.precision]), torch.device(arguments.device)
+    shapes, counts, tokens = ([TINY], [4, 8], 64) if arguments.tiny else (SHAPES, EXPERTS, 16384)
+    spread = shapes[0]._replace(width=256, hidden=512, tokens=tokens) if not arguments.tiny else TINY
+    found = {
+        "parts": [parts(shape, dtype, device, arguments.rounds) for shape in shapes],
+        "experts": against_experts(spread, counts, dtype, device, arguments.rounds),
+        "skew": against_skew(spread._replace(experts=16) if not arguments.tiny else TINY, dtype, device, arguments.rounds),
+    }
+    print(json.dumps(found, indent=1) if arguments.json else table(found))
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.layer", description=__doc__)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="sizes of a test")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(words)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Three tables of Markdown."""
+    names = [*PARTS, "rest", "all"]
+    lines = [f"| layer | ms of | {' | '.join(names)} | not products |", f"|{' --- |' * (len(names) + 3)}"]
+    for of in found["parts"]:
+        shape: Shape = of.shape
+        title = f"d {shape.width}, {shape.experts} x {shape.hidden}, top-{shape.top_k}, {shape.tokens} tokens"
+        for name, times in (("forward", of.forward), ("backward", of.backward)):
+            shares = " | ".join(f"{times[part]:.1f}" for part in names)
+            lines.append(f"| {title} | {name} | {shares} | {100 * of.not_products:.1f} % |")
+    lines += ["", "| experts | tokens/s, share of the first |", "| --- | --- |"]
+    lines += [f"| {count} | {value} |" for count, value in found["experts"].items()]
+    lines += ["", "| load | tokens/s, share of balanced |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in found["skew"].items()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What a layer keeps for the backward pass: `python -m tokenyard.bench.memory`, bytes a token; the same on every device.
+
+An MoE layer with its router beside the dense feed-forward of equal active size. Weights, and copies of them in another type, are
+not counted: they do not grow with the tokens.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.config import ModelConfig
+from ..moe.feedforward import FeedForward
+from ..moe.layer import MoELayer
+from .layer import SHAPES, TINY, Shape
+
+FINE = Shape(512, 64, 8, 256, 4096)
+TOKENS = 509
+"""A prime, so that no activation has as many numbers as a weight."""
+
+
+class Line(NamedTuple):
+    """Bytes that are kept for each token."""
+
+    shape: Shape
+    precision: str
+    moe: float
+    dense: float
+    ratio: float
+
+
+def kept(call: Callable[[], Any], module: nn.Module) -> int:
+    """Bytes of the storages that autograd keeps of `call`, each once, without those that hold as many numbers as a weight."""
+    weights = {parameter.numel() for parameter in module.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() // tensor.element_size() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = call()
+    del result
+    return sum(storages.values())
+
+
+def measure(shape: Shape, dtype: torch.dtype) -> Line:
+    """Both layers on the same tokens."""
+    config = ModelConfig(width=shape.width)
+    config.moe.experts, config.moe.top_k, config.moe.hidden = shape.experts, shape.top_k, shape.hidden
+    moe, dense = MoELayer(config, dtype), FeedForward(shape.width, shape.top_k * shape.hidden, dtype)
+    for parameter in (*moe.parameters(), *dense.parameters()):
+        nn.init.normal_(parameter, std=0.02)
+    x_BSD = torch.randn(1, shape.tokens, shape.width, dtype=dtype, requires_grad=True)
+    sizes = [kept(lambda layer=layer: layer(x_BSD), layer) / shape.tokens for layer in (moe, dense)]
+    return Line(shape, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], *sizes, sizes[0] / sizes[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.memory", description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="sizes of a test")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    shapes = [TINY] if arguments.tiny else [SHAPES[0], FINE, *SHAPES[1:]]
+    lines = [measure(shape._replace(tokens=TOKENS), dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
+
+
+def table(lines: list[Line]) -> str:
+    """A table of Markdown."""
+    rows = [
+        f"| d {line.shape.width}, {line.shape.experts} x {line.shape.hidden}, top-{line.shape.top_k} | {line.precision} | {line.moe:,.0f}"
+        f" | {line.dense:,.0f} | {line.ratio:.2f} |"
+        for line in lines
+    ]
+    return "\n".join(["| layer | precision | MoE | dense | ratio |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    main()
