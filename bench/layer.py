@@ -25,18 +25,14 @@ from .turns import Ratio, ratio, take_turns
 
 PARTS = {
     "route": ((layer.Router, "forward"),),
-    "sort": (
-        (dispatch, "plan_rows"),
-        (dispatch, "rounded_up"),
-        (expert_function, "weights_of_rows"),
-        (expert_function, "of_choices"),
-    ),
+    "sort": ((dispatch, "plan_rows"), (dispatch, "rounded_up")),
     "gather": ((expert_function, "gather_rows"),),
     "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
     "activation": ((expert_function, "activate"), (expert_function, "activate_backward")),
+    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices"), (expert_function, "_dots")),
     "combine": ((expert_function, "sum_rows"),),
 }
-"""The functions that a part is; what is left of the time is `rest`: weighting, the router's backward pass, autograd."""
+"""The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""
 
 
 class Shape(NamedTuple):

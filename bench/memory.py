@@ -57,8 +57,8 @@ def measure(shape: Shape, dtype: torch.dtype) -> Line:
     for parameter in (*moe.parameters(), *dense.parameters()):
         nn.init.normal_(parameter, std=0.02)
     x_BSD = torch.randn(1, shape.tokens, shape.width, dtype=dtype, requires_grad=True)
-    sizes = [kept(lambda layer=layer: layer(x_BSD), layer) / shape.tokens for layer in (moe, dense)]
-    return Line(shape, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], *sizes, sizes[0] / sizes[1])
+    of_moe, of_dense = (kept(lambda layer=layer: layer(x_BSD), layer) / shape.tokens for layer in (moe, dense))
+    return Line(shape, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], of_moe, of_dense, of_moe / of_dense)
 
 
 def main() -> None:
@@ -73,12 +73,11 @@ def main() -> None:
 
 def table(lines: list[Line]) -> str:
     """A table of Markdown."""
-    rows = [
-        f"| d {line.shape.width}, {line.shape.experts} x {line.shape.hidden}, top-{line.shape.top_k} | {line.precision} | {line.moe:,.0f}"
-        f" | {line.dense:,.0f} | {line.ratio:.2f} |"
-        for line in lines
-    ]
-    return "\n".join(["| layer | precision | MoE | dense | ratio |", "| --- | --- | --- | --- | --- |", *rows])
+    rows = ["| layer | precision | MoE | dense | ratio |", "| --- | --- | --- | --- | --- |"]
+    for shape, precision, moe, dense, ratio in lines:
+        layer = f"d {shape.width}, {shape.experts} x {shape.hidden}, top-{shape.top_k}"
+        rows.append(f"| {layer} | {precision} | {moe:,.0f} | {dense:,.0f} | {ratio:.2f} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

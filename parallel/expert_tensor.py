@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..moe.dispatch import FusedDispatcher, LocalDispatcher
 from ..moe.model import Transformer
+from ..moe.rows import Choices
 from .collectives import stack_over
 from .dispatch.flights import Exchange, depart, land
 from .dispatch.plain import plan_splits, reorder
@@ -38,11 +39,12 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[st
             experts.forward = functools.partial(share_rows, experts.forward, axis)
 
 
-def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: Tensor, choices: None = None) -> Tensor:
+def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
     """Rows (R, D) to (R, D): `experts` gives this rank's part of the rows of all ranks; the sum of the parts is the output.
 
     Rows are gathered and scattered by all-to-alls, since ranks have different numbers of them; each is the other's gradient.
     """
+    assert choices is None, "rows are shared, and tokens have none yet"
     came_NE = stack_over(counts_E, axis)
     splits = plan_splits(counts_E.expand_as(came_NE), came_NE)
     out, back = (Exchange(*ways, axis) for ways in ((splits.sent_N, splits.came_N), (splits.came_N, splits.sent_N)))
