@@ -1,7 +1,7 @@
 """One training step by tokenyard, by others, and dense: `python -m tokenyard.bench.peers`.
 
-Forward, backward and AdamW of the same transformer on the same tokens, each side in a process of its own, taking turns. The limit is
-a dense transformer with as much computation for each token. What a side is slower by, it loses in its MoE layers.
+Forward, backward and AdamW of the same transformer on the same tokens, each side in a process of its own, taking turns. The limit
+is a dense transformer with as much computation for each token.
 """
 
 import argparse

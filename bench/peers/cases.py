@@ -81,7 +81,7 @@ IMPORTS = {
 }
 """What a side's process imports before memory is counted."""
 PIP = {"torchtitan": "--no-deps torchtitan spmd_types triton"}
-"""What to install, where it is not the distribution's name alone. torchtitan 0.3 asks for datasets < 4.8, which tokenyard is too new for."""
+"""What to install, where it is not the distribution's name. torchtitan 0.3 asks for datasets < 4.8, and tokenyard for >= 5.2."""
 
 
 def sides_of(case: Case, wanted: list[str] | None = None) -> list[Side]:
@@ -100,7 +100,8 @@ def refusal(side: Side, case: Case, memory: int) -> str | None:
     if side.module == "torchtitan" and case.precision != "bf16":
         return "computes experts in bf16 only"
     if side.variant == "batched_mm":
-        copies = case.tokens * case.top_k * case.layers * 3 * case.width * case.hidden * (2 if case.precision == "bf16" else 4)
+        number = 2 if case.precision == "bf16" else 4
+        copies = case.tokens * case.top_k * case.layers * 3 * case.width * case.hidden * number
         if copies > memory / 2:
             return f"needs {copies / 2**30:.0f} GiB: copies an expert's weights for each choice of a token"
     return None

@@ -56,7 +56,7 @@ class Worker:
     """A side's process, which waits for its turn."""
 
     def __init__(self, side: Side, case: Case, plan: Plan) -> None:
-        self.side, self.complaints = side, tempfile.TemporaryFile("w+")
+        self.side, self.complaints = side, tempfile.TemporaryFile("w+")  # noqa: SIM115
         task = {
             "case": asdict(case),
             "module": side.module,

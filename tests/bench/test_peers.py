@@ -43,7 +43,7 @@ def test_another_loss_is_another_work() -> None:
         return SimpleNamespace(side=BY_NAME["DeepSpeed"], losses=[loss])
 
     assert turns._same(worker(9.0), worker(9.00005), TOY)
-    with pytest.raises(RuntimeError, match="DeepSpeed begins with a loss of 9.0, DeepSpeed with 9.001: not the same work"):
+    with pytest.raises(RuntimeError, match=r"DeepSpeed begins with a loss of 9\.0, DeepSpeed with 9\.001: not the same work"):
         turns._same(worker(9.0), worker(9.001), TOY)
 
 
