@@ -1,7 +1,8 @@
 """One training step by tokenyard, by others, and dense: `python -m tokenyard.bench.peers`.
 
 Forward, backward and AdamW of the same transformer on the same tokens, each side in a process of its own, taking turns. The limit
-is a dense transformer with as much computation for each token.
+is a dense transformer with as much computation for each token. The peers: pip install 'tokenyard[peers]', then
+pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 triton (torchtitan asks for an older datasets than tokenyard does).
 """
 
 import argparse
