@@ -1,0 +1,58 @@
+"""One training step by tokenyard, by others, and dense: `python -m tokenyard.bench.peers`.
+
+Forward, backward and AdamW of the same transformer on the same tokens, each side in a process of its own, taking turns. The limit
+is a dense transformer with as much computation for each token. The peers: pip install 'tokenyard[peers]', then
+pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 triton (torchtitan asks for an older datasets than tokenyard does).
+"""
+
+import argparse
+import json
+
+from .cases import CASES, SIDES, sides_of
+from .turns import Line, Plan, measure
+
+
+def main() -> None:
+    arguments = parse()
+    plan = Plan(
+        arguments.rounds, arguments.steps, arguments.warmup, arguments.threads, arguments.together, not arguments.plain_memory
+    )
+    lines = []
+    for name in arguments.cases:
+        lines += measure(name, CASES[name], sides_of(CASES[name], arguments.sides), plan)
+    print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.peers", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["8x2-fp32", "8x2-bf16", "64x8-bf16"], help="experts x top-k")
+    names = [side.name for side in SIDES]
+    parser.add_argument("--sides", nargs="+", choices=names, help="these, and what they are compared with; default: all")
+    parser.add_argument("--rounds", type=int, default=Plan().rounds)
+    parser.add_argument("--steps", type=int, default=Plan().steps, help="of each side in a round")
+    parser.add_argument("--warmup", type=int, default=Plan().warmup, help="steps of each side before the first round")
+    parser.add_argument("--threads", type=int, default=Plan().threads, help="of each side; one works at a time")
+    parser.add_argument("--together", type=int, default=Plan().together, help="sides in memory at once")
+    parser.add_argument("--plain-memory", action="store_true", help="without the settings of memory that tokenyard train makes")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(words)
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown. Shares with their quartiles; `ours` is what tokenyard's tokens/s are of the side's."""
+    heads = ["case", "side", "tokens/s", "of dense", "quartiles", "ours", "peak MiB", "first loss"]
+    rows = [heads, ["---"] * len(heads), *(_cells(line) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(line: Line) -> list[str]:
+    if line.of_dense is None or line.quartiles is None:
+        return [line.case, line.side, line.note, *[""] * 5]
+    shares = [f"{line.of_dense:.2f}", "{:.2f}-{:.2f}".format(*line.quartiles)]
+    shares.append("" if line.ours_is_faster is None else f"{line.ours_is_faster:.2f}")
+    loss = f"{line.first_loss:.5f}{' =' if line.same else ''}"
+    return [line.case, line.side, f"{line.tokens_per_second:.0f}", *shares, f"{(line.peak_bytes or 0) / 2**20:.0f}", loss]
+
+
+if __name__ == "__main__":
+    main()

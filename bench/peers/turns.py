@@ -1,0 +1,184 @@
+"""All sides of a case, taking turns: in each round every side does as many steps, in another order every time."""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from ...train.allocator import SETTINGS
+from .cases import IMPORTS, Case, Side, groups, not_installed, refusal
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+"""Of the relative difference between first losses. In bf16 some sides route by bf16 logits, and a few tokens go elsewhere."""
+
+
+class Plan(NamedTuple):
+    """How to measure."""
+
+    rounds: int = 7
+    steps: int = 1
+    """Of each side in a round."""
+    warmup: int = 2
+    """Steps of each side before the first round."""
+    threads: int = 2
+    together: int = 5
+    """Sides in memory at once."""
+    kept_memory: bool = True
+    """Each side has the settings of memory that `tokenyard train` makes."""
+
+
+class Line(NamedTuple):
+    """Of one side. Shares are of tokens/s, each the median over the rounds of the two sides' steps in the same round."""
+
+    case: str
+    side: str
+    tokens_per_second: float | None = None
+    of_dense: float | None = None
+    quartiles: tuple[float, float] | None = None
+    """Of `of_dense`."""
+    ours_is_faster: float | None = None
+    """Tokens/s of the side of ours that does the same, as a multiple of this one's."""
+    peak_bytes: int | None = None
+    """Resident beyond the imported libraries, at most, in any step."""
+    first_loss: float | None = None
+    same: bool | None = None
+    """The first loss was found equal to that of ours."""
+    note: str = ""
+
+
+class Worker:
+    """A side's process, which waits for its turn."""
+
+    def __init__(self, side: Side, case: Case, plan: Plan) -> None:
+        self.side, self.complaints = side, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        task = {
+            "case": asdict(case),
+            "module": side.module,
+            "variant": side.variant,
+            "threads": plan.threads,
+            "imports": IMPORTS.get(side.needs or "", "torch"),
+        }
+        environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads)} | (SETTINGS if plan.kept_memory else {})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tokenyard.bench.peers.worker", json.dumps(task)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.complaints,
+            env=environment,
+            text=True,
+            bufsize=1,
+        )
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak = 0
+
+    def ready(self) -> str | None:
+        """Waits until it is built; what it misses if it cannot be."""
+        return not_installed(self.side) if "missing" in self._answer() else None
+
+    def steps(self, count: int, timed: bool = True) -> None:
+        assert self.process.stdin is not None
+        print(count, file=self.process.stdin, flush=True)
+        answer = self._answer()
+        self.losses += answer["losses"]
+        self.peak = answer["peak"]
+        if timed:
+            self.seconds.append(answer["seconds"] / count)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.complaints):
+            assert stream is not None
+            stream.close()
+
+    def _answer(self) -> Any:
+        """RuntimeError with its last words if it has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.complaints.seek(0)
+        words = self.complaints.read().strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"{self.side.name} ended with code {self.process.wait()} and said: {words[-1]}")
+
+
+def measure(name: str, case: Case, sides: list[Side], plan: Plan) -> list[Line]:
+    """A line for each side, in their order. RuntimeError if one fails, or if a loss that should be equal is not."""
+    refused = {side: words for side in sides if (words := refusal(side, case, _available()))}
+    lines = {side: Line(name, side.name, note=words) for side, words in refused.items()}
+    for group in groups([side for side in sides if side not in refused], plan.together):
+        workers = [Worker(side, case, plan) for side in group]
+        try:
+            missing = {worker.side: words for worker in workers if (words := worker.ready())}
+            lines |= {side: Line(name, side.name, note=words) for side, words in missing.items()}
+            there = [worker for worker in workers if worker.side not in missing]
+            _take_turns(name, there, plan)
+            by_name = {worker.side.name: worker for worker in there}
+            lines = {worker.side: _line(name, worker, by_name, case) for worker in there} | lines
+        finally:
+            for worker in workers:
+                worker.close()
+    return [lines[side] for side in sides]
+
+
+def _take_turns(name: str, workers: list[Worker], plan: Plan) -> None:
+    for worker in workers:
+        worker.steps(plan.warmup, timed=False)
+    order, chance = list(workers), random.Random(0)
+    for turn in range(plan.rounds):
+        chance.shuffle(order)
+        for worker in order:
+            time.sleep(0.02)  # until the threads of the one before have gone to sleep
+            worker.steps(plan.steps)
+        seconds = ", ".join(f"{worker.side.name} {worker.seconds[-1]:.2f}" for worker in workers)
+        print(f"{name} round {turn + 1} of {plan.rounds}, seconds a step: {seconds}", file=sys.stderr)
+
+
+def _line(name: str, worker: Worker, workers: dict[str, Worker], case: Case) -> Line:
+    side = worker.side
+    of_dense = _speeds(worker, workers[side.dense])
+    ours = workers.get(side.ours)
+    seconds = statistics.median(worker.seconds)
+    return Line(
+        name,
+        side.name,
+        case.tokens / seconds,
+        statistics.median(of_dense),
+        quartiles(of_dense),
+        statistics.median(_speeds(ours, worker)) if ours else None,
+        worker.peak,
+        worker.losses[0],
+        _same(worker, ours, case) if side.same and ours else None,
+    )
+
+
+def _speeds(worker: Worker, other: Worker) -> list[float]:
+    """Tokens/s as a multiple of those of `other`, round by round."""
+    return [theirs / mine for mine, theirs in zip(worker.seconds, other.seconds, strict=True)]
+
+
+def _same(worker: Worker, ours: Worker, case: Case) -> bool:
+    mine, reference = worker.losses[0], ours.losses[0]
+    if abs(mine / reference - 1) > TOLERANCE[case.precision]:
+        raise RuntimeError(f"{worker.side.name} begins with a loss of {mine}, {ours.side.name} with {reference}: not the same work")
+    return True
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and the third."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _available() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
