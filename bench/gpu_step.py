@@ -105,7 +105,7 @@ def _trained(size: Size, device: torch.device, compiled: bool) -> tuple[Parallel
 
 def _random_rows(size: Size, device: torch.device) -> Rows:
     ids = torch.randint(size.model.vocabulary, (size.sequences, size.length + 1), device=device)
-    return Rows(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    return Rows(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), valid=[size.sequences * size.length])
 
 
 def _with_compiled(model: nn.Module, on: bool, step: Any) -> Any:

@@ -51,11 +51,10 @@ def test_dense_products_have_the_flops_of_the_experts() -> None:
     assert Shape(width=2, hidden=3, experts=4, top_k=2, shared=0, tokens=5).flops == 3 * 2 * (3 * 2 * 3) * 10
 
 
-def test_a_step_reads_the_device_twice() -> None:
-    """Without dropping, on one device: the number of tokens before the step, and loss and norm before the update."""
+def test_a_step_reads_the_device_once() -> None:
+    """Without dropping, on one device: loss and norm, before the update."""
     (line,) = measure_steps(SIZES["tiny"], CPU, 1, 0, compiled=False)
-    assert sum(line.host_reads.values()) == 2
-    assert sorted(place.partition(":")[0] for place in line.host_reads) == ["train/flags.py", "train/step.py"]
+    assert [(place.partition(":")[0], count) for place, count in line.host_reads.items()] == [("train/flags.py", 1)]
     assert line.mfu > 0 and line.peak_bytes is None
     assert line.tokens_per_second == 128 / line.seconds.median
 
