@@ -21,6 +21,7 @@ from ..parallel.processes import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session
+from .device_time import spread
 from .stamps import Split, Stamp, split_times, stamped
 from .start import Side, join
 
@@ -163,9 +164,9 @@ def _rotated(names: list[str], by: int) -> list[str]:
 def _line(name: str, precision: str, turns: list[Turn], alone: list[Turn]) -> Line:
     ratios = [one.seconds / many.seconds for one, many in zip(alone, turns, strict=True)]
     off = max(abs(many.loss / one.loss - 1) for one, many in zip(alone, turns, strict=True))
-    split = (statistics.median(values) for values in zip(*(turn.split for turn in turns), strict=True))
+    split = Split(*(statistics.median(values) for values in zip(*(turn.split for turn in turns), strict=True)))
     step, one_process = (statistics.median(turn.seconds for turn in side) for side in (turns, alone))
-    return Line(name, precision, statistics.median(ratios), min(ratios), max(ratios), one_process, step, *split, off)
+    return Line(name, precision, *spread(ratios), one_process, step, *split, off)
 
 
 def table(lines: list[Line]) -> str:

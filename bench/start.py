@@ -56,8 +56,7 @@ class Side:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenyard-bench-")
         folder = Path(self._folder.name)
         (folder / "task.json").write_text(json.dumps(task | {"folder": str(folder)}))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._processes = [_start(module, folder, rank, world, threads, pipes) for rank in range(world)]
+        self._processes = [_start(module, folder, rank, world, threads, subprocess.PIPE) for rank in range(world)]
         self._read()
 
     def ask(self, call: dict[str, Any]) -> list[Any]:
@@ -91,14 +90,14 @@ class Side:
 
 
 def _start(
-    module: str, folder: Path, rank: int, world: int, threads: int = 1, pipes: dict[str, int] | None = None
+    module: str, folder: Path, rank: int, world: int, threads: int = 1, pipe: int | None = None
 ) -> "subprocess.Popen[bytes]":
     """With the memory settings of the command `tokenyard`."""
     settings = SETTINGS | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(threads)}
     interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-m", module, "--rank", str(folder)]
-    return subprocess.Popen(words, env=os.environ | interface | settings | paths, **(pipes or {}))
+    return subprocess.Popen(words, env=os.environ | interface | settings | paths, stdin=pipe, stdout=pipe)
 
 
 def _wait(processes: list["subprocess.Popen[bytes]"], deadline: float) -> None:

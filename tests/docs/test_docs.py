@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tokenyard.bench import dispatch, gpu, nodes, ranks
+from tokenyard.bench import dispatch, gpu, nodes
+from tokenyard.bench import ranks as two_ranks
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
@@ -146,7 +147,7 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
         case ["python", "-m", "tokenyard.bench.nodes", *arguments]:
             nodes.parse(arguments)
         case ["python", "-m", "tokenyard.bench.ranks", *arguments]:
-            ranks.parse(arguments)
+            two_ranks.parse(arguments)
         case ["python", "-m", "tokenyard.bench.gpu", *arguments]:
             gpu.parse(arguments)
         case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
