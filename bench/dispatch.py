@@ -24,7 +24,7 @@ from ..parallel.collectives import sum_over
 from ..parallel.config import Exchange, ParallelConfig
 from ..parallel.dispatch.build import build_dispatcher
 from ..parallel.mesh import Axis, build_mesh
-from .ranks import answer, join, on_ranks
+from .start import answer, join, on_ranks
 from .traffic import Traffic
 
 V3 = RouterConfig(score=Score.sigmoid, groups=8, top_groups=4, group_score=GroupScore.top2, scale=2.5)

@@ -1,58 +1,187 @@
-"""Gloo ranks of this machine that a benchmark starts itself: each runs the benchmark's module again and answers with JSON."""
+"""Two ranks of one thread against one process of two, same global batch: `python -m tokenyard.bench.ranks [key=value ...]`.
 
+Whole training steps, as `tokenyard train` makes them. All layouts take turns: a round is as many steps of the one process and of
+each layout, and who does not compute sleeps. A rank's step is split into computing, exchanging (in collectives that all have
+begun) and waiting for the other rank.
+"""
+
+import argparse
 import json
 import os
-import subprocess
+import statistics
 import sys
-import tempfile
-import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+
+from ..parallel.processes import wait_for_all
+from ..train.compose import compose
+from ..train.run import single_step
+from ..train.session import Session, open_session
+from .device_time import spread
+from .stamps import Split, Stamp, split_times, stamped
+from .start import Side, join
+
+RUN = [
+    "tracker=jsonl",
+    "sequence_length=512",
+    "batch.sequences=8",
+    "model.width=512",
+    "model.heads=8",
+    "model.kv_heads=8",
+    "model.moe.hidden=1024",
+]
+"""4 layers, 8 experts top-2, vocabulary 8192 are the default."""
+
+LAYOUTS = {
+    "data": [],
+    "fsdp": ["parallel.shard=2"],
+    "expert": ["parallel.expert=2"],
+    "expert_chunks": ["parallel.expert=2", "parallel.overlap_chunks=2"],
+    "tensor": ["parallel.tensor=2"],
+}
+"""Of the two ranks. Chunks overlap the exchange of rows with the experts; FSDP2 overlaps its gathering with the layers."""
 
 
-def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600.0) -> list[Any]:
-    """What `python -m MODULE --rank FOLDER` on each of `world` ranks hands to `answer`. RuntimeError if one fails or is late."""
-    with tempfile.TemporaryDirectory(prefix="tokenyard-bench-") as name:
-        folder = Path(name)
-        (folder / "task.json").write_text(json.dumps(task))
-        processes = [_start(module, folder, rank, world) for rank in range(world)]
-        try:
-            _wait(processes, time.monotonic() + seconds)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+class Turn(NamedTuple):
+    """What steps of one side took: means over the steps."""
+
+    seconds: float
+    split: Split
+    loss: float
+    """After the last step."""
 
 
-def join(folder: Path) -> dict[str, Any]:
-    """On a rank: join the group and read the task."""
-    torch.set_num_threads(1)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
-    return json.loads((folder / "task.json").read_text())
+class Line(NamedTuple):
+    """One layout. Seconds are medians over the rounds, of a step."""
+
+    layout: str
+    precision: str
+    throughput: float
+    """Over that of the one process: the median of the rounds' own."""
+    least: float
+    most: float
+    one_process: float
+    step: float
+    computing: float
+    exchanging: float
+    waiting: float
+    loss_off: float
+    """Largest relative difference of the loss from the one process'."""
 
 
-def answer(folder: Path, result: Any) -> None:
-    """On a rank: hand back the result, and leave the group."""
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+def main() -> None:
+    arguments = parse()
+    if arguments.rank:
+        serve(arguments.rank)
+        return
+    chosen = {name: LAYOUTS[name] for name in arguments.layouts}
+    lines = []
+    for precision in arguments.precisions:
+        lines += measure([*arguments.overrides, f"precision={precision}"], chosen, arguments.rounds, arguments.steps)
+    print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
 
 
-def _start(module: str, folder: Path, rank: int, world: int) -> "subprocess.Popen[bytes]":
-    settings = {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    return subprocess.Popen([sys.executable, "-m", module, "--rank", str(folder)], env=os.environ | interface | settings)
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.ranks", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="settings of the run, as model.moe.experts=16")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=1, help="of each side in a round")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
 
 
-def _wait(processes: list["subprocess.Popen[bytes]"], deadline: float) -> None:
-    while any(process.poll() is None for process in processes):
-        if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
-            raise RuntimeError(f"rank {failed[0]} ended with code {processes[failed[0]].returncode}")
-        if time.monotonic() > deadline:
-            raise RuntimeError("the ranks are not done in time")
-        time.sleep(0.05)
+def measure(overrides: list[str], layouts: dict[str, list[str]], rounds: int, steps: int) -> list[Line]:
+    """A line for each layout, in one precision."""
+    overrides = [*RUN, *overrides]
+    module = "tokenyard.bench.ranks"
+    with ExitStack() as stack:
+        # One after the other: the first finds or makes the tokenizer and the tokens for both.
+        alone = stack.enter_context(Side(module, 1, 2, {"overrides": overrides, "layouts": {"one process": []}}))
+        ranks = stack.enter_context(Side(module, 2, 1, {"overrides": overrides, "layouts": layouts}))
+        sides = {"one process": alone} | dict.fromkeys(layouts, ranks)
+        turns: dict[str, list[Turn]] = {name: [] for name in sides}
+        for round_ in range(-1, rounds):
+            for name in _rotated(list(sides), round_):
+                turn = taken(sides[name].ask({"layout": name, "steps": steps}))
+                # The first is for warming up.
+                turns[name] += [turn] if round_ >= 0 else []
+    precision = str(compose(overrides).precision.value)
+    return [_line(name, precision, turns[name], turns["one process"]) for name in layouts]
+
+
+def taken(answers: list[dict[str, Any]]) -> Turn:
+    """From the answers of a side's processes; times are means over them."""
+    splits = split_times([answer["seconds"] for answer in answers], [answer["stamps"] for answer in answers])
+    mean = Split(*(statistics.fmean(values) for values in zip(*splits, strict=True)))
+    steps = answers[0]["steps"]
+    return Turn(sum(mean) / steps, Split(*(value / steps for value in mean)), answers[0]["loss"])
+
+
+def serve(folder: Path) -> None:
+    """One process of a side: a session for each layout, and steps when asked for."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    sys.stdout = sys.stderr
+    task = join(folder)
+    sessions = {name: _session(task, words, str(index)) for index, (name, words) in enumerate(task["layouts"].items())}
+    print(json.dumps("ready"), file=answers)
+    for line in sys.stdin:
+        call = json.loads(line)
+        print(json.dumps(steps_of(sessions[call["layout"]], call["steps"])), file=answers)
+
+
+def steps_of(session: Session, steps: int) -> dict[str, Any]:
+    """So many training steps: seconds from when all ranks are there, the stamps of collectives, and the last loss."""
+    wait_for_all()
+    numbers = None
+    with stamped() as stamps:
+        begin = perf_counter()
+        for _ in range(steps):
+            numbers = single_step(session)
+        seconds = perf_counter() - begin
+    assert numbers is not None
+    return {"seconds": seconds, "steps": steps, "stamps": list[Stamp](stamps), "loss": numbers.told.loss}
+
+
+def _session(task: dict[str, Any], layout: list[str], name: str) -> Session:
+    words = [*task["overrides"], *layout, f"run.dir={task['folder']}/{name}"]
+    session = open_session(compose(words), torch.device("cpu"))
+    session.parallel.model.train()
+    return session
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    place = by % len(names)
+    return names[place:] + names[:place]
+
+
+def _line(name: str, precision: str, turns: list[Turn], alone: list[Turn]) -> Line:
+    ratios = [one.seconds / many.seconds for one, many in zip(alone, turns, strict=True)]
+    off = max(abs(many.loss / one.loss - 1) for one, many in zip(alone, turns, strict=True))
+    split = Split(*(statistics.median(values) for values in zip(*(turn.split for turn in turns), strict=True)))
+    step, one_process = (statistics.median(turn.seconds for turn in side) for side in (turns, alone))
+    return Line(name, precision, *spread(ratios), one_process, step, *split, off)
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown. Shares are of the layout's own step."""
+    heads = ["precision", "2 ranks x 1 thread", "throughput (least, most)", "step s", "1 x 2 step s"]
+    heads += ["computing", "exchanging", "waiting", "loss off by"]
+    rows = [heads, ["---"] * len(heads), *map(_cells, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(line: Line) -> list[str]:
+    ratio = f"{line.throughput:.2f} ({line.least:.2f}, {line.most:.2f})"
+    shares = [f"{part / line.step:.1%}" for part in (line.computing, line.exchanging, line.waiting)]
+    return [line.precision, line.layout, ratio, f"{line.step:.3f}", f"{line.one_process:.3f}", *shares, f"{line.loss_off:.0e}"]
+
+
+if __name__ == "__main__":
+    main()

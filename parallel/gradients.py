@@ -12,6 +12,7 @@ from torch import Tensor, _foreach_mul_, _foreach_norm  # pyright: ignore[report
 
 from .apply import Parallel, Placed, local
 from .collectives import sum_over
+from .host import on_device
 from .mesh import Axis
 
 BUCKET = 2**23
@@ -34,7 +35,7 @@ def squared_norm(parallel: Parallel) -> Tensor:
     """This rank's share of the squared norm of all gradients, fp64: the shares of all ranks add up to it."""
     gradients = [gradient_of(placed) for placed in parallel.placed.values()]
     norms = torch.stack([norm.double() for norm in _foreach_norm(gradients)])
-    copies = torch.tensor([placed.copies.size for placed in parallel.placed.values()], device=norms.device)
+    copies = on_device(torch.tensor([placed.copies.size for placed in parallel.placed.values()]), norms.device)
     return (norms.square() / copies).sum()
 
 

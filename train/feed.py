@@ -11,8 +11,9 @@ from ..data.batches import IGNORE, Batch
 from ..data.prepare import Prepared
 from ..data.stream.rows import World
 from ..moe.documents import documents_of
+from ..parallel.host import on_device
 from .config import Config
-from .step import Rows
+from .step import Rows, valid_targets
 
 log = logging.getLogger("tokenyard")
 
@@ -38,17 +39,19 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
 
 
 def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:
-    """A micro-batch on the device, with its documents told apart if attention is to stay inside of them.
+    """A micro-batch on the device, counted, with its documents told apart if attention is to stay inside of them.
 
     ValueError for a token id that the model does not know, which a GPU would answer by ending its context.
     """
     if batch.ids_BS.max() >= config.model.vocabulary or batch.targets_BS.max() >= config.model.vocabulary:
         raise ValueError(f"row {first} and following: a token id is not below model.vocabulary={config.model.vocabulary}")
-    ids_BS, targets_BS = batch.ids_BS.to(device), batch.targets_BS.to(device)
-    if not config.data.mask_documents:
-        return Rows(ids_BS, targets_BS, first)
-    documents_BS, targets_BS = documents_of(ids_BS, targets_BS, data.tokenizer.end_of_document)
-    return Rows(ids_BS, targets_BS, first, documents_BS)
+    rows = Rows(batch.ids_BS, batch.targets_BS, first)
+    if config.data.mask_documents:
+        documents_BS, targets_BS = documents_of(rows.ids, rows.targets, data.tokenizer.end_of_document)
+        rows = rows._replace(targets=targets_BS, documents=documents_BS)
+    rows = rows._replace(valid=valid_targets(rows, config.model.mtp_depth))
+    documents_BS = None if rows.documents is None else on_device(rows.documents, device)
+    return rows._replace(ids=on_device(rows.ids, device), targets=on_device(rows.targets, device), documents=documents_BS)
 
 
 def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Rows:

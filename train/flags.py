@@ -1,8 +1,8 @@
 """What ranks tell each other in every step: a few numbers in front of those that are added up over all ranks anyway.
 
 The host reads them before the update: a gradient that is not finite on any rank must be known to all ranks before one of them
-changes a weight. That is one copy of some 60 bytes, at a place where a GPU has only the update left to do in this step; the next
-step begins with a wait of its own (`count_totals`).
+changes a weight. That is one copy of some 60 bytes, at a place where a GPU has only the update left to do in this step. On one
+device it is the only wait of a step without dropping; over data ranks `count_totals` is another.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel.host import on_device
 from ..parallel.pulse import waiting_for_device
 
 
@@ -63,7 +64,7 @@ def numbers_of(telling: Telling, mine: Tensor, rank: int, world: int) -> Tensor:
     spoken = rank + 1 if telling.bad_data or telling.failed_writer else 0
     slots = [] if telling.seconds is None else [telling.seconds if place == rank else 0.0 for place in range(world)]
     not_finite = (~mine.isfinite()).any().double().view(1)
-    own = mine.new_tensor([float(value) for value in [*flags, spoken, *slots]])
+    own = on_device(torch.tensor([*flags, spoken, *slots], dtype=mine.dtype), mine.device)
     return torch.cat([not_finite, not_finite * (rank + 1), own])
 
 

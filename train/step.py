@@ -18,6 +18,7 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
+from ..parallel.host import on_device
 from ..parallel.pulse import doing, waiting_for_device
 from ..parallel.vocabulary import head_loss
 from .flags import NOTHING, Telling, Told, is_sound, numbers_of, read
@@ -34,6 +35,8 @@ class Rows(NamedTuple):
     """Row of the global batch that is the first here; the others follow."""
     documents: Tensor | None = None
     """Which document of its row each token is of, if attention stays inside of documents."""
+    valid: list[int] | None = None
+    """What `valid_targets` gives, where the host has counted them before they went to the device."""
 
 
 class StepNumbers(NamedTuple):
@@ -154,15 +157,24 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
 
 @doing("count")
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
-    """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks."""
-    depths = range(parallel.model.config.mtp_depth + 1)  # the model itself predicts 0 tokens further
-    valid = [[(targets_ahead(rows, depth) != IGNORE).sum() for depth in depths] for rows in micro_batches]
-    tokens = torch.stack([torch.stack(counts) for counts in valid]).sum(0)
-    sequences = tokens.new_tensor([sum(len(rows.ids) for rows in micro_batches)])
-    counts = sum_over(torch.cat([sequences, tokens]), parallel.mesh.data)
-    with waiting_for_device():
-        sequences, tokens, *mtp_tokens = counts.tolist()
+    """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks.
+
+    The host waits for that, and on one rank for nothing, if the rows were counted by the host.
+    """
+    valid = [rows.valid or valid_targets(rows, parallel.model.config.mtp_depth) for rows in micro_batches]
+    counts = [sum(len(rows.ids) for rows in micro_batches), *map(sum, zip(*valid, strict=True))]
+    if parallel.mesh.data.size > 1:
+        counts_D = sum_over(on_device(torch.tensor(counts), parallel.device), parallel.mesh.data)
+        with waiting_for_device():
+            counts = counts_D.tolist()
+    sequences, tokens, *mtp_tokens = counts
     return Totals(max(1, tokens), sequences, len(micro_batches), tuple(max(1, count) for count in mtp_tokens))
+
+
+def valid_targets(rows: Rows, mtp_depth: int) -> list[int]:
+    """How many targets count: of the model itself, which predicts 0 tokens further, then of each module."""
+    counts = [(targets_ahead(rows, depth) != IGNORE).sum() for depth in range(mtp_depth + 1)]
+    return torch.stack(counts).tolist()
 
 
 @doing("exchange")

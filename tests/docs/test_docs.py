@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tokenyard.bench import dispatch, nodes
+from tokenyard.bench import dispatch, gpu, nodes
+from tokenyard.bench import ranks as two_ranks
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
@@ -145,6 +146,10 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             dispatch.parse(arguments)
         case ["python", "-m", "tokenyard.bench.nodes", *arguments]:
             nodes.parse(arguments)
+        case ["python", "-m", "tokenyard.bench.ranks", *arguments]:
+            two_ranks.parse(arguments)
+        case ["python", "-m", "tokenyard.bench.gpu", *arguments]:
+            gpu.parse(arguments)
         case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
             trains(arguments, int(ranks))
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:

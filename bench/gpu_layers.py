@@ -1,0 +1,195 @@
+"""Layers that do the same: ours, those of others where they are installed, and the dense products that are their limit.
+
+All have the same weights and a shared expert of ours, if there is one. T tokens, D width, F hidden width of an expert, E experts,
+K choices of a token, R = T * K rows, H hidden width of a dense layer.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..moe.config import ModelConfig, MoEConfig
+from ..moe.feedforward import FeedForward
+from ..moe.layer import MoELayer
+
+
+class Shape(NamedTuple):
+    """Of an MoE layer, with softmax over all experts and weights that add up to one, whatever the model of that name does."""
+
+    width: int
+    hidden: int
+    experts: int
+    top_k: int
+    shared: int
+    tokens: int
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward, the matrix products of the experts alone: 3 x 2 FLOPs a weight and row."""
+        return 18 * self.width * (self.top_k * self.hidden + self.shared) * self.tokens
+
+
+class Absent(Exception):
+    """What cannot be compared here, and why."""
+
+
+Forward = Callable[[Tensor], Tensor]
+"""(1, T, D) to (1, T, D)."""
+
+
+def our_layer(shape: Shape, device: torch.device, dtype: torch.dtype) -> MoELayer:
+    """With random weights, of the scale of a normal initialisation."""
+    moe = MoEConfig(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, shared_hidden=shape.shared)
+    layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype).to_empty(device=device)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=shape.width**-0.5)
+    return layer
+
+
+def contenders(ours: MoELayer, shape: Shape) -> dict[str, Callable[[], Forward]]:
+    """What makes each, by name. Making one raises Absent where it is not installed, and anything where it does not run."""
+    return {
+        "tokenyard": lambda: lambda x: ours(x)[0],
+        "tokenyard, compiled": partial(_compiled, ours),
+        "tokenyard, fp32 weights": partial(_with_wide_weights, ours, shape),
+        "dense layer of the active size": partial(_dense_layer, ours, shape),
+        "transformers, grouped_mm": partial(_transformers, ours, shape),
+        "SonicMoE": partial(_sonic, ours, shape),
+        "MegaBlocks": partial(_megablocks, ours, shape),
+    }
+
+
+class DenseProducts:
+    """The matrix products of forward and backward with one weight for all rows, and nothing else: the limit of the layer."""
+
+    def __init__(self, shape: Shape, like: Tensor) -> None:
+        sizes = [(shape.tokens * shape.top_k, shape.hidden), *([(shape.tokens, shape.shared)] if shape.shared else [])]
+        self.parts = [[like.new_empty(size).normal_() for size in self._sizes(shape.width, *size)] for size in sizes]
+
+    @staticmethod
+    def _sizes(width: int, rows: int, hidden: int) -> list[tuple[int, int]]:
+        return [(rows, width), (2 * hidden, width), (rows, hidden), (width, hidden), (rows, width), (rows, 2 * hidden)]
+
+    def __call__(self) -> None:
+        for x_RD, gate_up_HD, inner_RF, down_DF, grad_RD, grad_inner_RH in self.parts:
+            torch.mm(x_RD, gate_up_HD.T)
+            torch.mm(inner_RF, down_DF.T)
+            torch.mm(grad_RD, down_DF)
+            torch.mm(grad_RD.T, inner_RF)
+            torch.mm(grad_inner_RH, gate_up_HD)
+            torch.mm(grad_inner_RH.T, x_RD)
+
+
+def _compiled(ours: MoELayer) -> Forward:
+    layer = torch.compile(ours, dynamic=True)
+    return lambda x: layer(x)[0]
+
+
+def _with_wide_weights(ours: MoELayer, shape: Shape) -> Forward:
+    """As a training step holds them: cast where they are used."""
+    layer = our_layer(shape, ours.experts.down.device, torch.float32)
+    layer.load_state_dict(ours.state_dict())
+    return lambda x: layer(x)[0]
+
+
+def _dense_layer(ours: MoELayer, shape: Shape) -> Forward:
+    down = ours.experts.down
+    layer = FeedForward(shape.width, shape.top_k * shape.hidden + shape.shared, down.dtype).to(down.device)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=shape.width**-0.5)
+    return layer
+
+
+def _transformers(ours: MoELayer, shape: Shape) -> Forward:
+    """The block of Mixtral, with the implementation of experts that calls torch's grouped product."""
+    mixtral = _module("transformers.models.mixtral.modeling_mixtral")
+    config = _module("transformers").MixtralConfig(
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        experts_implementation="grouped_mm",
+    )
+    with torch.device("meta"):
+        block = mixtral.MixtralSparseMoeBlock(config)
+    names = {"gate.weight": ours.router.weight, "experts.gate_up_proj": _gate_up(ours), "experts.down_proj": ours.experts.down}
+    return _beside_shared(ours, _filled(block, names))
+
+
+def _sonic(ours: MoELayer, shape: Shape) -> Forward:
+    """github.com/Dao-AILab/sonic-moe. Its rows of gate and up alternate."""
+    sonic, enums = _module("sonicmoe"), _module("sonicmoe.enums")
+    layer = sonic.MoE(
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        activation_function=enums.ActivationType.SWIGLU,
+        add_bias=False,
+        std=0.02,
+    )
+    alternating = ours.experts.gate_up.transpose(1, 2).flatten(1, 2)
+    names = {"router.weight": ours.router.weight, "c_fc.weight": alternating, "c_proj.weight": ours.experts.down}
+    layer = _filled(layer.to(ours.experts.down), names)
+    return _beside_shared(ours, lambda x: layer(x)[0])
+
+
+def _megablocks(ours: MoELayer, shape: Shape) -> Forward:
+    """github.com/databricks/megablocks, dropless, SwiGLU. It keeps a balance loss of each pass, which is thrown away."""
+    dmoe, moe = _module("megablocks.layers.dmoe"), _module("megablocks.layers.moe")
+    arguments = _module("megablocks.layers.arguments").Arguments(
+        hidden_size=shape.width,
+        ffn_hidden_size=shape.hidden,
+        moe_num_experts=shape.experts,
+        moe_top_k=shape.top_k,
+        moe_normalize_expert_weights=1,
+        mlp_type="glu",
+        activation_fn=F.silu,
+        bias=False,
+        return_bias=False,
+        fp16=False,
+        bf16=True,
+        device=ours.experts.down.device,
+    )
+    gate_EFD, up_EFD = ours.experts.gate_up.unbind(1)
+    names = {"router.layer.weight": ours.router.weight, "experts.mlp.w1": gate_EFD, "experts.mlp.v1": up_EFD}
+    layer = _filled(dmoe.dMoE(arguments), names | {"experts.mlp.w2": ours.experts.down.transpose(1, 2)})
+
+    def forward(x: Tensor) -> Tensor:
+        y = layer(x)
+        moe.clear_load_balancing_loss()
+        return y[0] if isinstance(y, tuple) else y
+
+    return _beside_shared(ours, forward)
+
+
+def _module(name: str) -> Any:
+    """By name, as it may not be installed."""
+    top = name.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        raise Absent("not installed")
+    return importlib.import_module(name)
+
+
+def _gate_up(ours: MoELayer) -> Tensor:
+    return ours.experts.gate_up.flatten(1, 2)
+
+
+def _filled(module: nn.Module, weights: dict[str, Tensor | None]) -> nn.Module:
+    """The module with copies of these as its parameters, in its own shapes; on their device."""
+    for name, value in weights.items():
+        assert value is not None
+        path, _, last = name.rpartition(".")
+        shape = module.get_parameter(name).shape
+        setattr(module.get_submodule(path), last, nn.Parameter(value.detach().reshape(shape).clone()))
+    return module
+
+
+def _beside_shared(ours: MoELayer, forward: Forward) -> Forward:
+    return forward if ours.shared is None else lambda x: forward(x) + ours.shared(x)  # pyright: ignore[reportOptionalCall]

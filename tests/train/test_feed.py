@@ -1,0 +1,39 @@
+"""Rows on their way to the device: the host has counted them, and the count is that of the rows that arrive."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import TINY_RUN
+from tokenyard.data.batches import IGNORE, Batch
+from tokenyard.train.compose import compose
+from tokenyard.train.feed import as_rows
+from tokenyard.train.session import first_rank_first
+from tokenyard.train.step import targets_ahead, valid_targets
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_host_counts_what_arrives(tmp_path: Path, masked: bool) -> None:
+    words = [*TINY_RUN, f"data.cache={tmp_path}", f"data.mask_documents={masked}", "model.mtp_depth=2"]
+    config = compose(words)
+    data = first_rank_first(config)
+    batch = data.train.batch(0)
+    cut = batch.targets_BS.clone()
+    cut[0, 3:7] = IGNORE
+    end = batch.ids_BS.clone()
+    end[1, 5] = data.tokenizer.end_of_document
+    rows = as_rows(Batch(end, cut), 4, config, data, torch.device("cpu"))
+    assert rows.first == 4 and (rows.documents is not None) == masked
+    expected = [int((targets_ahead(rows, depth) != IGNORE).sum()) for depth in range(3)]
+    assert rows.valid == expected == valid_targets(rows._replace(valid=None), 2)
+    assert rows.valid[0] > rows.valid[1] > rows.valid[2] > 0
+    assert rows.valid[0] <= cut.numel() - 4 - masked
+
+
+def test_an_unknown_token_is_refused_on_the_host(tmp_path: Path) -> None:
+    config = compose([*TINY_RUN, f"data.cache={tmp_path}"])
+    data = first_rank_first(config)
+    batch = data.train.batch(0)
+    batch.ids_BS[2, 2] = config.model.vocabulary
+    with pytest.raises(ValueError, match="row 8 and following: a token id is not below"):
+        as_rows(batch, 8, config, data, torch.device("cpu"))
