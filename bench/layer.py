@@ -28,8 +28,8 @@ PARTS = {
     "sort": ((dispatch, "plan_rows"), (dispatch, "rounded_up")),
     "gather": ((expert_function, "gather_rows"),),
     "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
-    "activation": ((expert_function, "activate"), (expert_function, "activate_backward")),
-    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices"), (expert_function, "_dots")),
+    "activation": ((expert_function, "_activated"), (expert_function, "_back_through_activation")),
+    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices")),
     "combine": ((expert_function, "sum_rows"),),
 }
 """The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""

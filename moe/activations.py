@@ -40,11 +40,11 @@ def activate(activation: Activation, x: Tensor) -> Tensor:
             return gate * (SLOPE * gate).sigmoid() * (up.clamp(-CLAMP, CLAMP) + 1)
 
 
-def activate_backward(activation: Activation, grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient (..., P * F) of x, from that (..., F) of what `activate` makes of it."""
+def activate_backward(activation: Activation, grad: Tensor, x: Tensor, out: Tensor) -> None:
+    """The gradient (..., P * F) of x goes to `out`; `grad` (..., F) is that of what `activate` makes of x."""
     if activation not in GATED:
-        return _ungated_backward(activation, grad, x)
-    out = torch.empty_like(x)
+        out.copy_(_ungated_backward(activation, grad, x))
+        return
     (gate, up), (grad_gate, grad_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     match activation:
         case Activation.swiglu:
@@ -57,9 +57,7 @@ def activate_backward(activation: Activation, grad: Tensor, x: Tensor) -> Tensor
             low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
             chance = (SLOPE * low).sigmoid()
             torch.mul(grad * low * chance, up.abs() <= CLAMP, out=grad_up)
-            slope = chance * (1 + SLOPE * low * (1 - chance))
-            torch.mul(grad * shifted * slope, gate <= CLAMP, out=grad_gate)
-    return out
+            torch.mul(grad * shifted * chance * (1 + SLOPE * low * (1 - chance)), gate <= CLAMP, out=grad_gate)
 
 
 def _ungated_backward(activation: Activation, grad: Tensor, x: Tensor) -> Tensor:

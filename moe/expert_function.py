@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import activate, activate_backward
+from .activations import activate, activate_backward, projections
 from .config import Activation
 from .grouped import grouped_mm, grouped_outer
 from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
+
+BLOCK = 2**18
+"""Numbers: what is done element by element between the products is done on so many at a time."""
 
 
 class ExpertFunction(torch.autograd.Function):
@@ -36,7 +39,7 @@ class ExpertFunction(torch.autograd.Function):
         rows_RD = gather_rows(x, Plan(*plan)) if plan else x
         ends_E = ends(counts_E)
         inner_RN = _biased(grouped_mm(rows_RD, gate_up_END, ends_E), gate_up_bias_EN, counts_E)
-        y_RD = _biased(grouped_mm(activate(activation, inner_RN), down_EDF, ends_E), down_bias_ED, counts_E)
+        y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF, ends_E), down_bias_ED, counts_E)
         ctx.activation = activation
         ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *plan)
         return sum_rows(y_RD, Plan(*plan).slot_TK, weights_TK) if plan else y_RD
@@ -46,24 +49,19 @@ class ExpertFunction(torch.autograd.Function):
         x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *saved = ctx.saved_tensors
         plan, ends_E = Plan(*saved) if saved else None, ends(counts_E)
         grad_y_RD = gather_rows(grads[0], plan) if plan else grads[0].contiguous()
-        active_RF = activate(ctx.activation, inner_RN)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
+        active_RF, grad_inner_RN, grad_weights_R = _back_through_activation(ctx.activation, inner_RN, grad_active_RF, weights_R1)
+        del grad_active_RF
         grad_weights_TK = grad_down_bias = grad_gate_up_bias = None
+        if down_bias_ED is not None and weights_R1 is not None:
+            grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_R1.dtype)
         if plan:
-            grad_weights_R = _dots(grad_active_RF, active_RF, weights_TK.dtype)
-            if down_bias_ED is not None:
-                grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_TK.dtype)
             grad_weights_TK = of_choices(grad_weights_R, plan.slot_TK)
-        if weights_R1 is not None:
-            active_RF.mul_(weights_R1)
-            grad_active_RF.mul_(weights_R1)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
         grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E)
         del grad_y_RD, active_RF
-        grad_inner_RN = activate_backward(ctx.activation, grad_active_RF, inner_RN)
-        del grad_active_RF
         if gate_up_bias_EN is not None:
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
         grad_gate_up_END = grouped_outer(grad_inner_RN, gather_rows(x, plan) if plan else x, ends_E)
@@ -71,6 +69,41 @@ class ExpertFunction(torch.autograd.Function):
         grad_x = sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
         return None, *gradients, None, *[None] * len(saved)
+
+
+def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
+    """(R, F)."""
+    active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // projections(activation))
+    for block in _blocks(inner_RN):
+        active_RF[block] = activate(activation, inner_RN[block])
+    return active_RF
+
+
+def _back_through_activation(
+    activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation times its row's weight, which takes the place of its gradient `grad_RF`; inner's gradient; the weights' (R,).
+
+    `grad_RF` is that of a row with weight 1. Without weights there is no gradient of them.
+    """
+    grad_inner_RN = torch.empty_like(inner_RN)
+    grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
+    for block in _blocks(inner_RN):
+        active, grad = activate(activation, inner_RN[block]), grad_RF[block]
+        if weights_R1 is not None:
+            weights = weights_R1[block]
+            torch.sum(active * grad, -1, dtype=weights.dtype, out=grad_weights_R[block])
+            active.mul_(weights)
+            grad.mul_(weights)
+        activate_backward(activation, grad, inner_RN[block], grad_inner_RN[block])
+        grad.copy_(active)
+    return grad_RF, grad_inner_RN, grad_weights_R
+
+
+def _blocks(x_RN: Tensor) -> list[slice]:
+    """Rows that one after the other stay in a core's cache, on a CPU; on a GPU all at once."""
+    rows = max(1, BLOCK // x_RN.shape[1]) if x_RN.device.type == "cpu" else max(1, len(x_RN))
+    return [slice(start, start + rows) for start in range(0, len(x_RN), rows)]
 
 
 def _dots(a_RN: Tensor, b_RN: Tensor, dtype: torch.dtype) -> Tensor:
