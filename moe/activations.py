@@ -3,6 +3,9 @@
 P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,31 +43,51 @@ def activate(activation: Activation, x: Tensor) -> Tensor:
             return gate * (SLOPE * gate).sigmoid() * (up.clamp(-CLAMP, CLAMP) + 1)
 
 
-def activate_backward(activation: Activation, grad: Tensor, x: Tensor, out: Tensor) -> None:
-    """The gradient (..., P * F) of x goes to `out`; `grad` (..., F) is that of what `activate` makes of x."""
-    if activation not in GATED:
-        out.copy_(_ungated_backward(activation, grad, x))
-        return
+Pull = Callable[[Tensor, Tensor], None]
+"""From the gradient (..., F) of an activation to that of its input, (..., P * F), which goes to the second argument."""
+
+
+def activate_and_pull(activation: Activation, x: Tensor) -> tuple[Tensor, Pull]:
+    """`activate`, and its backward pass without autograd, so that rows can be pulled through while they are in the cache."""
+    if activation is Activation.swiglu:
+        return _swiglu(x)
+    backward = _gated_backward if activation in GATED else _ungated_backward
+    return activate(activation, x), partial(backward, activation, x)
+
+
+def _swiglu(x: Tensor) -> tuple[Tensor, Pull]:
+    """One exponential serves both directions: silu' = sigmoid + silu * (1 - sigmoid) = silu + sigmoid * (1 - silu)."""
+    gate, up = x.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+
+    def pull(grad: Tensor, out: Tensor) -> None:
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
+        slope = torch.lerp(silu, silu.new_ones(()), sigmoid)
+        torch.mul(slope.mul_(up), grad, out=grad_gate)
+
+    return silu * up, pull
+
+
+def _gated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
     (gate, up), (grad_gate, grad_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    match activation:
-        case Activation.swiglu:
-            torch.mul(grad, F.silu(gate), out=grad_up)
-            torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        case Activation.geglu:
-            torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
-            torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
-        case Activation.swiglu_clamped:
-            low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
-            chance = (SLOPE * low).sigmoid()
-            torch.mul(grad * low * chance, up.abs() <= CLAMP, out=grad_up)
-            torch.mul(grad * shifted * chance * (1 + SLOPE * low * (1 - chance)), gate <= CLAMP, out=grad_gate)
+    if activation is Activation.geglu:
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
+        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+        return
+    assert activation is Activation.swiglu_clamped
+    low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
+    chance = (SLOPE * low).sigmoid()
+    torch.mul(grad * low * chance, up.abs() <= CLAMP, out=grad_up)
+    torch.mul(grad * shifted * chance * (1 + SLOPE * low * (1 - chance)), gate <= CLAMP, out=grad_gate)
 
 
-def _ungated_backward(activation: Activation, grad: Tensor, x: Tensor) -> Tensor:
+def _ungated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
     match activation:
         case Activation.gelu:
-            return torch.ops.aten.gelu_backward(grad, x)
+            torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
         case Activation.relu_squared:
-            return grad * (2 * F.relu(x))
+            torch.mul(grad, 2 * F.relu(x), out=out)
         case _:
-            return grad * (x > 0)
+            torch.mul(grad, x > 0, out=out)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import activate, activate_backward, projections
+from .activations import activate, activate_and_pull, projections
 from .config import Activation
 from .grouped import grouped_mm, grouped_outer
 from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
@@ -89,13 +89,13 @@ def _back_through_activation(
     grad_inner_RN = torch.empty_like(inner_RN)
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
     for block in _blocks(inner_RN):
-        active, grad = activate(activation, inner_RN[block]), grad_RF[block]
+        (active, pull), grad = activate_and_pull(activation, inner_RN[block]), grad_RF[block]
         if weights_R1 is not None:
             weights = weights_R1[block]
             torch.sum(active * grad, -1, dtype=weights.dtype, out=grad_weights_R[block])
             active.mul_(weights)
             grad.mul_(weights)
-        activate_backward(activation, grad, inner_RN[block], grad_inner_RN[block])
+        pull(grad, grad_inner_RN[block])
         grad.copy_(active)
     return grad_RF, grad_inner_RN, grad_weights_R
 
