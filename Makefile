@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check faults scorecard faults-full golden golden-checkpoint format clean
+.PHONY: help train test check faults scorecard faults-full replay golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -24,7 +24,10 @@ faults: $(INSTALLED) ## Run the thirty faults and print the scorecard, 15 minute
 scorecard: ## The same, and write the tables of docs/faults.md
 	SCORECARD=write $(MAKE) --no-print-directory faults
 
-faults-full: ## The same with 200 random kills, hours
+replay: $(INSTALLED) ## Kill ranks of a run of 30 minutes, print the productive share; make replay ARGS="--mean 10 --seed 3"
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/distributed $(BIN)/python tests/faults/replay.py $(ARGS)
+
+faults-full: ## The same with 200 random kills, half an hour
 	TOKENYARD_KILLS=200 $(MAKE) --no-print-directory faults
 
 check: $(INSTALLED) ## Format, lint, types, tests: what CI runs

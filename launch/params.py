@@ -6,10 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..train.command import refuse, world_size
+from ..train.command import refuse
 from ..train.compose import compose
 from ..train.config import Config, ConfigError
 from ..train.console_text import flops, short
+from ..train.environment import world_size
 from ..train.params import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")

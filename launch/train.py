@@ -1,9 +1,10 @@
 """`tokenyard train`: one process, ranks of our own, a job for a cluster, or a sweep of any of them."""
 
 from ..train.arguments import Arguments, parse_arguments
-from ..train.command import refuse, run_here, world_size
+from ..train.command import refuse, run_here
 from ..train.compose import compose_arguments
 from ..train.config import Config, ConfigError
+from ..train.environment import world_size
 from ..train.launch_config import Launcher
 from ..train.validate import validate
 

@@ -82,7 +82,7 @@ def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
     return math.gcd(parallel.shard, world // (parallel.expert * parallel.expert_tensor))
 
 
-def node_ranks(parallel: ParallelConfig, world: int, local: str | None) -> int:
+def node_ranks(parallel: ParallelConfig, world: int, local: str | int | None) -> int:
     """Ranks of a node: the setting, else what the launcher says (`local`, of LOCAL_WORLD_SIZE), else all are on one."""
     return parallel.node_ranks or int(local or world)
 

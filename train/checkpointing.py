@@ -15,7 +15,6 @@ from .checkpoint.saver import Outcome, Saver
 from .config import CheckpointConfig, OnFailure
 from .exit_codes import ExitCode
 from .failures import bad_state
-from .plain import shown_config
 from .state import random_state
 from .stop import RunStop
 
@@ -105,7 +104,7 @@ def facts_of(session: "Session") -> dict[str, Any]:
     """What a checkpoint says beside its tensors: plain JSON."""
     identity, loss = session.folder / "run_id", session.validated.get(session.step)
     return {
-        "config": shown_config(session.config),
+        "config": session.shown,
         "step": session.step,
         "tokens": session.tokens,
         "ranks": session.parallel.mesh.world,

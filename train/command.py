@@ -7,12 +7,14 @@ import time
 from .arguments import parse_arguments
 from .compose import compose_arguments
 from .config import Config, ConfigError
+from .environment import may_find_the_dead, world_size
 from .redact import redact
 from .signals import ignore, listen
 from .validate import validate
 
 BAD_CONFIGURATION = 2
 """The exit code of a configuration that cannot run."""
+SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
 
 
 def train_command(argv: list[str]) -> int:
@@ -34,6 +36,8 @@ def train_command(argv: list[str]) -> int:
 
 def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
+    if may_find_the_dead() and os.environ.get("RANK") == "0":
+        print(f"tokenyard: {SHARED_STORE}", file=sys.stderr)
     # Checkpoints, logs and what trackers write are for this user alone.
     os.umask(0o077)
     listen()
@@ -44,14 +48,6 @@ def run_here(config: Config) -> int:
         return run(config)
     finally:
         ignore()
-
-
-def world_size() -> int:
-    """How many ranks the launcher started, by the environment; 1 without a launcher."""
-    value = os.environ.get("WORLD_SIZE", "1")
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigError.of("WORLD_SIZE", value, "must be a positive integer in the environment", "WORLD_SIZE=1")
-    return int(value)
 
 
 def refuse(error: ConfigError) -> int:

@@ -14,6 +14,7 @@ from ..parallel.pieces import Held
 from ..parallel.pulse import doing
 from .checkpoint.agree import from_all
 from .checkpoint.store import load_checkpoint, save_checkpoint
+from .environment import restarted
 from .exit_codes import ExitCode
 from .reporter import Reporter
 from .session import Session
@@ -26,7 +27,7 @@ from .stop import RunStop
 def dry_step(session: Session, reporter: Reporter) -> None:
     """RunStop, one line, for what is missing. Collective."""
     wish = session.config.debug.dry_step
-    if not (session.parallel.mesh.world > 1 if wish is None else wish):
+    if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
         return
     before = {name: Held(piece, state.clone()) for name, (piece, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):

@@ -1,12 +1,12 @@
 """Rules between the settings of the exchange between experts' ranks."""
 
-import os
 from collections.abc import Iterator
 
 from ..parallel.config import Exchange
 from ..parallel.layout import node_ranks
 from .broken import Broken, divisors
 from .config import Config
+from .environment import local_world_size
 from .launch_config import Launcher
 
 INTERVALS = {
@@ -29,9 +29,9 @@ def exchange(config: Config, world: int) -> Iterator[Broken]:
 def _nodes(config: Config, world: int) -> Iterator[Broken]:
     """The ranks that share experts are whole nodes, or lie inside one."""
     p = config.parallel
-    local = os.environ.get("LOCAL_WORLD_SIZE")
+    local = local_world_size()
     if local is None and config.launch.kind is not Launcher.inline:  # they are still to be started
-        local = str(config.launch.ranks)
+        local = config.launch.ranks
     ranks = node_ranks(p, world, local)
     if p.expert % ranks == 0 or ranks % p.expert == 0:
         return

@@ -14,8 +14,10 @@ from ..parallel.collectives import max_over, stack_over
 from ..parallel.mesh import Axis
 from .checkpoint.agree import from_all
 
-BLOCK = 2**20
-"""Elements that are hashed at once."""
+BLOCKS = {"cpu": 2**16}
+"""Words that are hashed at once: on a CPU what stays in its cache, elsewhere LARGE."""
+LARGE = 2**24
+ODD = -7046029254386353131
 
 
 class Difference(NamedTuple):
@@ -43,14 +45,18 @@ def differences(parallel: Parallel) -> list[Difference]:
 
 
 def hash_of(tensor: Tensor) -> Tensor:
-    """int64, of the bits. A single changed bit always changes it: each 32 of them are multiplied by an odd number and added."""
+    """int64, of the bits. A single changed bit always changes it: words of 64 bits are multiplied by odd numbers and added, modulo
+    2^64, where an odd factor loses nothing."""
     flat = tensor.detach().contiguous().flatten()
-    words = flat.view(torch.int32) if flat.element_size() >= 4 else flat.view(torch.int16)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # words must lie on multiples of 8 bytes
+    raw = flat.view(torch.uint8)
+    words, rest = raw[: len(raw) // 8 * 8].view(torch.int64), raw[len(raw) // 8 * 8 :].long()
+    block = min(BLOCKS.get(flat.device.type, LARGE), max(8, len(words)))
+    odd = torch.arange(block, device=flat.device) * ODD | 1
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for number, block in enumerate(words.split(BLOCK)):
-        odd = torch.arange(number * BLOCK, number * BLOCK + len(block), device=flat.device, dtype=torch.int64)
-        odd = odd * -7046029254386353131 | 1
-        total = total + (block.long() * odd).sum()
+    for part in (*words.split(block), rest):
+        total = total * ODD + (part * odd[: len(part)]).sum()
     return total
 
 

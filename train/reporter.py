@@ -79,8 +79,8 @@ class Reporter(ABC):
         """A checkpoint is durable, or its save has failed."""
 
     @abstractmethod
-    def finished(self, evaluation: Evaluation) -> None:
-        """The last step is done; its validation."""
+    def finished(self, evaluation: Evaluation, code: int = 0) -> None:
+        """The last step is done, or the last that the data allow; its validation and the exit code."""
 
     def spent(self, kind: str) -> AbstractContextManager[None]:
         """What runs inside is no training but of this kind; see accounting.py."""
@@ -129,7 +129,7 @@ class OtherRank(Reporter):
     def saved(self, outcome: Outcome) -> None:
         pass
 
-    def finished(self, evaluation: Evaluation) -> None:
+    def finished(self, evaluation: Evaluation, code: int = 0) -> None:
         pass
 
     def event(self, kind: str, /, **facts: Any) -> None:
@@ -232,8 +232,8 @@ class FirstRank(Reporter):
         if late:
             self.alert("trackers", f"not started within {TRACKER_SECONDS:g} s: {', '.join(late)}; metrics.jsonl has all records")
 
-    def finished(self, evaluation: Evaluation) -> None:
-        session = self.session
+    def finished(self, evaluation: Evaluation, code: int = 0) -> None:
+        session, self.code = self.session, code
         self.summary = validation_record(session.config, evaluation)
         self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
         with self.spent("evaluation"):

@@ -159,7 +159,7 @@ def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, ca
     code = say_stop(stop, session.step)
     if not isinstance(stop, RunStop):
         keep(session, reporter, care, durable=True)
-        reporter.finished(validated(session, reporter))
+        reporter.finished(validated(session, reporter), code)
         return code
     if stop.saves:
         keep(session, reporter, care, durable=True)

@@ -1,5 +1,6 @@
 """A run with everything it needs, from its configuration to the step before the first."""
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .engine import Engine, build_engine
 from .feed import Waiting, data_world
 from .folder import new_run_folder
 from .lock import RunLock, lock_run
+from .plain import shown_config
 from .resuming import find_resume, note, resume
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
@@ -60,6 +62,11 @@ class Session:
     def micro(self) -> int:
         """Sequences of this rank in one micro-step."""
         return self.config.batch.micro or self.config.batch.sequences // self.parallel.mesh.data.size
+
+    @functools.cached_property
+    def shown(self) -> dict[str, Any]:
+        """The configuration as checkpoints keep it: a tenth of a second, once."""
+        return shown_config(self.config)
 
     def close(self) -> None:
         """End what goes on beside the training; not collective."""

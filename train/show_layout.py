@@ -5,10 +5,10 @@ import os
 from ..moe.describe import moe_layers
 from ..parallel.picture import picture
 from .arguments import Arguments
-from .command import world_size
 from .compose import compose_arguments
 from .config import Config
 from .console_text import short
+from .environment import world_size
 from .params import check, count, per_rank, ranks_of
 
 

@@ -43,7 +43,7 @@ class NumericsConfig:
 class DebugConfig:
     dry_step: bool | None = None
     """Before the first step try the largest batch without an update, a small checkpoint, the disk and the trackers; null: with more
-    than one rank."""
+    than one rank, but not when the launcher starts them again."""
     collectives: bool = False
     """Compare (collective, layer, rows) over the ranks before each collective of ours; slow."""
     replicas_every: int = 100

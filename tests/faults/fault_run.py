@@ -53,9 +53,13 @@ def state_of(session: Session) -> dict[str, torch.Tensor]:
 class Launched:
     """`tokenyard train launch=torchrun` (or python -m MODULE) as a process group of its own, ended with the block."""
 
-    def __init__(self, folder: Path, *overrides: str, ranks: int = 2, failpoints: str = "", **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, ranks: int = 2, failpoints: str = "", tiny: bool = True, **environment: str
+    ) -> None:
+        """The tiny run, else the default one."""
         self.folder = folder
-        words = [*FAULT_RUN, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides]
+        words = [*FAULT_RUN, f"data.cache={folder.parent / 'cache'}"] if tiny else []
+        words += [f"run.dir={folder}", *overrides]
         words += ["launch=torchrun", f"launch.ranks={ranks}"] if ranks > 1 else []
         own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKENYARD_FAILPOINTS": failpoints, **environment}
         own["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

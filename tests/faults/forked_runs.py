@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GRACE_SECONDS = 1.0
+PRELOADED = ["tokenyard.train.run", "tokenyard.train.reporter", "tokenyard.train.compose", "hydra", "torch._dynamo"]
+"""The last is what torch's optimizers import when the first is made."""
 
 
 class Ended(NamedTuple):
@@ -35,7 +37,7 @@ def forked(world: int, words: list[str], log: Path, *, limit: float = 60.0, **en
 def start(world: int, words: list[str], log: Path, **environment: str) -> list[ForkServerProcess]:
     """Ranks that run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tokenyard.train.run", "tokenyard.train.reporter", "tokenyard.train.compose", "hydra"])
+    context.set_forkserver_preload(PRELOADED)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     shared = {

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -17,42 +18,54 @@ STEPS, EVERY = 30, 5
 RUN = [f"steps={STEPS}", f"checkpoint.every={EVERY}", "parallel.expert=2", "debug.dry_step=false"]
 KILLS = int(os.environ.get("TOKENYARD_KILLS", "10"))
 """make faults-full sets 200."""
-SEED = 2
+KILLS_OF_A_RUN = 8
+"""After so many a run is let to its end; run number n draws from the seed n."""
 
 
 @pytest.mark.fault(2)
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_killed_at_random_instants(tmp_path: Path, record_property: Any) -> None:
     """Both ranks, in drawn order, at drawn instants from the start of the processes to the end of the run."""
+    begin = time.monotonic()
     assert forked(2, words(tmp_path / "straight", *RUN), tmp_path / "log").codes == [0, 0]
-    draw, kills, runs, lost = random.Random(SEED), 0, 0, [0]
-    while kills < KILLS:
-        folder, runs = tmp_path / str(runs), runs + 1
-        while kills < KILLS and killed(folder, draw):
-            kills += 1
+    seconds, runs, lost, places = time.monotonic() - begin, 0, [0], Counter[str]()
+    while places.total() < KILLS:
+        folder, draw, before = tmp_path / str(runs), random.Random(runs), places.total()
+        while places.total() < min(KILLS, before + KILLS_OF_A_RUN) and (place := killed(folder, draw, seconds)):
+            places[place] += 1
             lost.append(lost_steps(folder))
-        again = forked(2, words(folder, *RUN), tmp_path / "log")
+        again = forked(2, words(folder, *RUN), tmp_path / "log", limit=600.0)
         assert again.codes == [0, 0], again.output
         assert losses(folder) == losses(tmp_path / "straight")
         ours, theirs = (everything(each / "checkpoints" / f"step_{STEPS:08d}") for each in (folder, tmp_path / "straight"))
         assert same_tensors(ours, theirs)
-    text = f"{kills}/{KILLS} kills (seed {SEED}), {runs} runs to their end, all bitwise the straight one"
+        runs += 1
+    text = f"{places.total()}/{KILLS} kills ({', '.join(f'{places[place]} {place}' for place in sorted(places))})"
+    text += f", {runs} runs to their end (seeds 0 to {runs - 1}), all bitwise the straight one"
     record_property("measured", f"{text}; at most {max(lost)} steps done again, checkpoints every {EVERY}")
 
 
-def killed(folder: Path, draw: random.Random) -> bool:
-    """Start the run, or go on with it, and kill it; False if it ended before that."""
+def killed(folder: Path, draw: random.Random, seconds: float) -> str | None:
+    """Start the run, or go on with it, and kill it within so many seconds: in what; None if it ended before that."""
+    before = saves(folder)
     started = start(2, words(folder, *RUN), folder.parent / "log")
     with ending(started):
-        wait_until_ended(started, draw.uniform(0.1, 4.0))
+        wait_until_ended(started, draw.uniform(0.05, 1.0) * seconds)
         if all(process.exitcode is not None for process in started):
             assert [process.exitcode for process in started] == [0, 0], (folder.parent / "log").read_text()
-            return False
+            return None
         for process in draw.sample(started, 2):
             if process.is_alive():
                 os.kill(process.pid or 0, signal.SIGKILL)
             time.sleep(draw.uniform(0.0, 0.05))
-    return True
+    if "\nstep " not in (folder.parent / "log").read_text(errors="replace"):
+        return "before a step"
+    return "in a save" if saves(folder) - before else "in a step"
+
+
+def saves(folder: Path) -> set[str]:
+    """That are under way, or were."""
+    return {path.name for path in (folder / "checkpoints").glob("*.tmp-*")}
 
 
 def wait_until_ended(started: list[ForkServerProcess], seconds: float) -> None:

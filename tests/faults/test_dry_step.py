@@ -1,5 +1,6 @@
 """The dry step leaves no trace, and says in one line what the run would have missed later."""
 
+import os
 import shutil
 from collections import namedtuple
 from contextlib import closing
@@ -34,6 +35,19 @@ def traces(folder: Path, layout: list[str]) -> bool:
 def test_it_leaves_no_trace(layout: list[str], ranks: Any, tmp_path: Path) -> None:
     assert all(ranks(2, traces, tmp_path / "run", [*DRY, *layout]))
     assert len(events_of(tmp_path / "run", "dry_step")) == 1 and not (tmp_path / "run" / "dry_step").exists()
+
+
+def dried(folder: Path, restarts: str) -> None:
+    """On ranks of the pool: the default, on ranks that were started again so often."""
+    session = open_session(configured(folder, "debug.dry_step=null", "parallel.expert=2"), torch.device("cpu"))
+    with closing(session), build_reporter(session) as reporter, mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=restarts):
+        dry_step(session, reporter)
+
+
+def test_ranks_that_are_started_again_do_not_try_again(ranks: Any, tmp_path: Path) -> None:
+    for restarts in ("0", "1"):
+        ranks(2, dried, tmp_path / restarts, restarts)
+    assert [len(events_of(tmp_path / restarts, "dry_step")) for restarts in ("0", "1")] == [1, 0]
 
 
 def test_a_run_with_it_is_bitwise_one_without(tmp_path: Path) -> None:

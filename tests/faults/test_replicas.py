@@ -1,8 +1,10 @@
 """Fault 25: a bit that flips in one replica's weight is found, named, and mended from the others."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses
 from tokenyard.parallel.apply import local
+from tokenyard.train.compose import compose
 from tokenyard.train.replicas import differences, hash_of
 from tokenyard.train.reporter import build_reporter
-from tokenyard.train.run import train_session
+from tokenyard.train.run import single_step, train_session
 from tokenyard.train.session import open_session
 
 NAME = "layers.0.attention.qkv"
@@ -65,6 +68,36 @@ def test_it_is_copied_from_the_majority_once(ranks: Any, tmp_path: Path) -> None
     assert {r["code"] for r in again} == {71}
 
 
+def timed(folder: Path) -> dict[str, float]:
+    """The default model on a rank of the pool: seconds of a comparison and of a step, and how often one is due."""
+    data = ["data=synthetic", "data.synthetic_documents=128", f"data.cache={folder.parent / 'cache'}", "tokenizer=bytes"]
+    config = compose([*data, "evaluate.sequences=8", "tracker=jsonl", f"run.dir={folder}"])
+    session = open_session(config, torch.device("cpu"))
+    with closing(session):
+        single_step(session)
+        steps = [lasted(lambda: single_step(session)) for _ in range(5)]
+        comparisons = [lasted(lambda: differences(session.parallel)) for _ in range(6)][1:]
+        held = sum(local(placed.parameter).numel() for placed in session.parallel.placed.values())
+        every = session.config.debug.replicas_every
+        return {"step": median(steps), "comparison": median(comparisons), "every": every, "held": held}
+
+
+def lasted(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.fault(25)
+def test_a_comparison_costs_less_than_a_hundredth_of_the_time(ranks: Any, tmp_path: Path, record_property: Any) -> None:
+    """At the default interval, of every weight of the default model, on ranks that hold all of them."""
+    found = ranks(2, timed, tmp_path / "run")[0]
+    share = found["comparison"] / (found["every"] * found["step"] + found["comparison"])
+    assert share <= 0.01
+    cost = f"{found['held']:,} weights compared in {found['comparison']:.3f} s, a step is {found['step']:.2f} s"
+    record_property("measured", f"{cost}: {share:.3%} of the time at the default of {found['every']} steps")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_every_flipped_bit_changes_the_hash(dtype: torch.dtype) -> None:
     tensor = torch.randn(37, 5).to(dtype)
@@ -76,3 +109,12 @@ def test_every_flipped_bit_changes_the_hash(dtype: torch.dtype) -> None:
             assert hash_of(tensor) != expected
             words[element] ^= 1 << bit
     assert hash_of(tensor) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_hash_is_of_the_values_and_their_places(dtype: torch.dtype) -> None:
+    """However they lie in memory, in more than one block."""
+    tensor = torch.randn(2**19 + 5).to(dtype)
+    part = tensor[1:-2]
+    assert hash_of(part) == hash_of(part.clone()) == hash_of(part.view(1, -1))
+    assert len({int(hash_of(each)) for each in (part, part.roll(1), part.roll(2**18), tensor[2:-1])}) == 4

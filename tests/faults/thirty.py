@@ -50,7 +50,7 @@ MEASURES = [
     ("SIGTERM to durable", "<= 1 step + save; all ranks at one step, 20/20", [21]),
     ("Hang named", "<= timeout + 10 s, right rank 20/20, on gloo too", [22]),
     ("NaN step", "before the update, 3 policies, 0 poisoned checkpoints", [26]),
-    ("Replica divergence", "every N steps, names tensor and rank", [25]),
+    ("Replica divergence", "every N steps, <= 1 % time, names tensor and rank", [25]),
     ("Asynchronous save", "blocks <= 10 % of a synchronous one", [5]),
     ("Restart", "<= 15 s, toy run on a CPU", [20]),
     ("Bad configurations", "40/40 in <= 3 s, before the process group", [28]),

@@ -18,6 +18,7 @@ from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.journal import read_journal
 from tokenyard.train.run import run
+from tokenyard.train.trackers import Trackers
 from tokenyard.train.validate import validate
 
 TINY = [
@@ -110,8 +111,11 @@ def test_an_unavailable_source_is_a_checkpoint_and_exit_code_75(
     straight = tmp_path / "straight"
     assert run(configured(rows, straight)) == 0
     monkeypatch.setattr(StreamRows, "_round", failing)
+    told: list[int] = []
+    monkeypatch.setattr(Trackers, "finish", lambda self, code, summary: told.append(code))
     assert run(configured(rows, tmp_path / "run", "steps=40", "checkpoint.every=0")) == 75
     monkeypatch.undo()
+    assert told == [75]
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and 0 < read_facts(newest)["data_state"]["step"] == read_facts(newest)["step"] < 40
 

@@ -3,6 +3,7 @@
 import pytest
 from tokenyard.train.compose import compose
 from tokenyard.train.config import ConfigError
+from tokenyard.train.environment import world_size
 from tokenyard.train.validate import validate
 
 REFUSED = [
@@ -47,6 +48,17 @@ def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch: pytest.MonkeyP
         validate(config, 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     validate(config, 4)
+
+
+@pytest.mark.parametrize("value", ["two", "0", "", "-1"])
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE"])
+def test_a_number_of_ranks_that_is_none(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value}: must be a positive integer .*; nearest valid: {name}=1"):
+        world_size()
+    if name == "LOCAL_WORLD_SIZE":
+        with pytest.raises(ConfigError, match=f"{name}={value}: must be"):
+            validate(compose(["parallel.expert=4", "parallel.exchange=hierarchical"]), 4)
 
 
 def test_ranks_that_are_still_to_be_started() -> None:
