@@ -22,6 +22,7 @@ from .console_layers import layer_lines
 from .console_startup import StartupFacts, startup_lines
 from .console_summary import EndFacts, end_lines
 from .console_text import Printer, Span
+from .environment import environment
 from .evaluate import Evaluation
 from .git import git_state
 from .journal import Journal
@@ -167,7 +168,8 @@ class FirstRank(Reporter):
         )
         write_config(config, folder / "config.yaml")
         self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
-        self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes)
+        here = environment(session.device, session.parallel.mesh.world)
+        self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -210,8 +212,9 @@ class FirstRank(Reporter):
 
     def alert(self, kind: str, text: str) -> None:
         self.events.event("alert", step=self.session.step, alert=kind, text=text)
-        self.printer.line([Span(f"step {self.session.step}: {TITLES.get(kind, kind)}: {text}", "bold red")])
-        self.trackers.alert(kind, TITLES.get(kind, kind), f"step {self.session.step}: {text}")
+        placed = text if text.startswith("step ") else f"step {self.session.step}: {text}"
+        self.printer.line([Span(f"{TITLES.get(kind, kind)}: {placed}", "bold red")])
+        self.trackers.alert(kind, TITLES.get(kind, kind), placed)
 
     def saved(self, outcome: Outcome) -> None:
         if outcome.error is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 TITLES = {
     "not_finite": "Loss or gradient is not finite",
-    "spike": "Loss spike",
+    "spike": "Spike",
     "collapse": "Router collapse",
     "dead_experts": "Dead experts",
     "replicas": "Copies of a weight differ",
