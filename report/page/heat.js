@@ -67,7 +67,7 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
     const size = inner / columns.length, longest = Math.max(...columns.map(name => context.measureText(name).width));
     const everyColumn = Math.max(1, Math.ceil((longest + 12) / size));
     columns.forEach((name, column) => {
-      if (column % everyColumn === 0) context.fillText(name, gutter + (column + 0.5) * size, rows.length * cell + 4);
+      if (column % everyColumn === 0) context.fillText(name, Math.min(gutter + (column + 0.5) * size, width - 1 - context.measureText(name).width / 2), rows.length * cell + 4);
     });
     context.textAlign = "left";
     context.fillText(rowName, 0, rows.length * cell + 16);
