@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 from ..moe.count import count
 from .accounting import Accounting, in_words
 from .checkpoint.saver import Outcome
-from .console import Eta, step_spans
+from .console import Eta, fitting_spans
 from .console_layers import layer_lines
 from .console_startup import startup_lines
 from .console_summary import end_lines
@@ -191,7 +191,8 @@ class FirstRank(Reporter):
         self.accounting.waited(logged.waited)
         self.metrics.write(record)
         self.trackers.log(record)
-        self.printer.line(step_spans(record, session.config.steps, self.eta.after(session.step)))
+        eta = self.eta.after(session.step)
+        self.printer.line(fitting_spans(record, session.config.steps, eta, self.printer.width))
         if logged.evaluation is not None:
             loss, tokens, _ = logged.evaluation
             self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")

@@ -44,7 +44,7 @@ function axes(scale, width, height, format) {
   const lines = scale.ticks.map(y => [
     svg("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: scale.y(y), y2: scale.y(y) }),
     svg("text", { class: "tick", x: LEFT - 7, y: scale.y(y) + 4, "text-anchor": "end" }, format(y))]);
-  const steps = ticks(scale.first, scale.last, Math.max(3, Math.floor(width / 90))).filter(Number.isInteger).map(step =>
+  const steps = ticks(scale.first, scale.last, Math.max(4, Math.floor(width / 80))).filter(Number.isInteger).map(step =>
     svg("text", { class: "tick", x: scale.x(step), y: height - BOTTOM + 17, "text-anchor": "middle" }, short(step)));
   return [lines, steps, svg("text", { class: "tick", x: width - RIGHT, y: height - 4, "text-anchor": "end" }, "step")];
 }

@@ -226,8 +226,8 @@ def test_after_a_crash_the_last_step_and_the_code_are_there(tmp_path: Path) -> N
     alerts, codes, history = told(tmp_path / "run")
     assert codes == [1]
     assert [item["global_step"] for item in history if "loss" in item] == [1, 2, 3]
-    ((title, text, level),) = alerts
-    assert (title, level) == ("Dead experts", "WARN") and text.startswith("step 1: ")
+    assert {level for _, _, level in alerts} == {"WARN"}
+    assert "step 1" in [text.partition(":")[0] for title, text, _ in alerts if title == "Dead experts"]
 
 
 @pytest.mark.usefixtures("clean")
