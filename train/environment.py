@@ -51,11 +51,13 @@ def _code() -> dict[str, str]:
 
 def _cuda(device: torch.device) -> dict[str, Any]:
     """Of this host; a run's hosts are alike."""
+    from torch.cuda import nccl
+
     return {
         "gpu": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}",
         "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": ".".join(map(str, nccl.version())),
     }
 
 

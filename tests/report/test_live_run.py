@@ -49,7 +49,7 @@ def test_experts_are_told_by_source(folder: Path) -> None:
         assert torch.equal(by_source, by_class) and (torch.tensor(record["sources"]["sums"]).sum(1) > 0).all()
     found: dict[str, Any] = payload([Run(folder)])["runs"][0]["telemetry"]["kinds"]
     assert found["sources"]["names"] == ["stories", "sums"]
-    sums_LE = sum(torch.tensor(record["sources"]["sums"]) for record in records)
+    sums_LE = torch.tensor([record["sources"]["sums"] for record in records]).sum(0)
     assert torch.equal(torch.tensor(found["sources"]["counts"])[:, :, 1], sums_LE)
 
 
