@@ -1,12 +1,13 @@
 """Makes a W&B workspace and a report with panels for the experts: python docs/wandb_workspace.py ENTITY PROJECT
 
 Needs `pip install wandb-workspaces` and an account (`wandb login`). With --print nothing is sent: the workspace is shown as JSON.
+SECTIONS and MEDIA can be imported without either.
 """
 
 import argparse
-
-import wandb_workspaces.reports.v2 as wr
-import wandb_workspaces.workspaces as ws
+import importlib.util
+import sys
+from typing import Any
 
 SECTIONS = {
     "Loss": [
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("project")
     parser.add_argument("--print", action="store_true", help="show the workspace's definition and send nothing")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        sys.exit("wandb-workspaces is not installed: pip install wandb-workspaces")
     view = workspace(arguments.entity, arguments.project)
     if arguments.print:
         print(view._to_model().spec.model_dump_json(indent=1, by_alias=True))
@@ -56,14 +59,21 @@ def main() -> None:
     print(page.url)
 
 
-def workspace(entity: str, project: str) -> ws.Workspace:
+def workspace(entity: str, project: str) -> Any:
+    """A wandb_workspaces Workspace."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
     sections = [ws.Section(name=name, panels=panels(name), is_open=True) for name in SECTIONS]
     sections.append(ws.Section(name="Layer x expert", panels=[wr.MediaBrowser(media_keys=MEDIA)], is_open=True))
     settings = ws.WorkspaceSettings(x_axis="global_step")
     return ws.Workspace(name="tokenyard: experts", entity=entity, project=project, sections=sections, settings=settings)
 
 
-def report(entity: str, project: str) -> wr.Report:
+def report(entity: str, project: str) -> Any:
+    """A wandb_workspaces Report."""
+    import wandb_workspaces.reports.v2 as wr
+
     blocks: list = []
     for name in SECTIONS:
         blocks += [wr.H2(text=name), wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project)], panels=panels(name))]
@@ -72,7 +82,9 @@ def report(entity: str, project: str) -> wr.Report:
     return wr.Report(entity=entity, project=project, title=title, blocks=[*blocks, wr.H2(text="Layer x expert"), media])
 
 
-def panels(section: str) -> list[wr.LinePlot]:
+def panels(section: str) -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr
+
     return [wr.LinePlot(title=title, x="global_step", y=keys) for title, keys in SECTIONS[section]]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("dom", "numbers", "palette", "lines", "heat", "bars", "overview", "experts", "layer", "tables", "main")
+SCRIPTS = ("dom", "numbers", "palette", "lines", "heat", "bars", "balance", "overview", "experts", "layer", "tables", "main")
 """In this order; only the last does anything when it is read."""
 
 

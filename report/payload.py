@@ -9,8 +9,8 @@ from . import codes
 from .columns import line, rounded
 from .run import Run
 from .settings import described
-from .telemetry import Sums, Telemetry
-from .verdict import is_trouble, last_validation, state, verdict
+from .telemetry import Sums, Telemetry, max_over_mean
+from .verdict import is_trouble, last_validation, named, state, verdict
 
 MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 """Columns that are drawn with more points than the others."""
@@ -68,10 +68,10 @@ def facts(run: Run) -> dict[str, float | None]:
 
 def shown_event(event: dict[str, Any]) -> dict[str, Any]:
     """Its step if it has one, its kind, the rest in words."""
-    rest = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
+    rest = {key: value for key, value in event.items() if key not in ("event", "step", "time", "alert", "environment")}
     step = event.get("step")
     return {
-        "kind": f"alert: {event['kind']}" if "kind" in event else str(event.get("event", "unnamed")),
+        "kind": named(event),
         "step": step if isinstance(step, int) else None,
         "time": str(event.get("time", "")),
         "trouble": is_trouble(event),
@@ -94,7 +94,7 @@ def is_amount(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-NOT_SHOWN = ("event", "time", "step", "seconds", "path")
+NOT_SHOWN = ("event", "time", "step", "seconds", "path", "environment")
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
@@ -102,25 +102,34 @@ def environment(run: Run) -> list[tuple[str, str]]:
     starts = [event for event in run.events if event.get("event") in ("start", "resume")]
     rows = [("first start", str(starts[0].get("time"))), ("starts", str(len(starts)))] if starts else []
     rows += [("last event", str(run.events[-1].get("time")))] if run.events else []
-    for key, value in starts[-1].items() if starts else ():
-        if isinstance(value, dict):
-            rows += [(f"{key}: {name}", str(each)) for name, each in value.items()]
-        elif key not in NOT_SHOWN:
-            rows.append((key, str(value)))
-    return rows
+    newest = starts[-1] if starts else {}
+    told = newest.get("environment")
+    rows += [(str(name), str(value)) for name, value in told.items()] if isinstance(told, dict) else []
+    return rows + [(key, str(value)) for key, value in newest.items() if key not in NOT_SHOWN]
 
 
 def routing(telemetry: Telemetry) -> dict[str, Any]:
-    """Tables by layer and expert."""
+    """Tables by layer and expert. After the frames, where there are several, `load` has the recent records as one."""
+    window, several = telemetry.window(), len(telemetry.frames) > 1
+    assert window is not None
+    shown = [*telemetry.frames, window] if several else telemetry.frames
     return {
         "layers": telemetry.layers,
         "experts": telemetry.experts,
         "frames": [[frame.first, frame.last] for frame in telemetry.frames],
-        "load": codes.ratios(np.stack([shares(frame.counts_LE) for frame in telemetry.frames]), telemetry.experts),
+        "recent": [window.first, window.last] if several else None,
+        "balance": balance(window),
+        "load": codes.ratios(np.stack([shares(frame.counts_LE) for frame in shown]), telemetry.experts),
         "by_layer": by_layer(telemetry.frames),
         "kinds": {kind: split(telemetry, kind) for kind in ("classes", "sources") if telemetry.of_kind(kind)},
         **latest(telemetry),
     }
+
+
+def balance(window: Sums) -> list[tuple[int, float]]:
+    """Of each layer the busiest expert, and its load over an even share."""
+    busiest_L = window.counts_LE.argmax(axis=-1).tolist()
+    return list(zip(busiest_L, max_over_mean(window.counts_LE).tolist(), strict=True))
 
 
 def shares(counts: np.ndarray) -> np.ndarray:

@@ -84,11 +84,12 @@ def draw_time(figure: "Figure", runs: list[dict[str, Any]]) -> None:
 
 
 def draw_load(figure: "Figure", runs: list[dict[str, Any]]) -> None:
-    """The newest frame of the first run: layers x experts."""
+    """The recent records of the first run: layers x experts."""
     found = runs[0]["telemetry"]
+    first, last = found["recent"] or found["frames"][-1]
     load = decoded(found["load"])[-1]
     draw_ratios(
-        figure, load, "expert", found["layers"], f"Load of the experts at step {found['frames'][-1][1]}: {plain(runs[0]['name'])}"
+        figure, load, "expert", found["layers"], f"Load of the experts in steps {first} to {last}: {plain(runs[0]['name'])}"
     )
 
 

@@ -1,5 +1,6 @@
 """The opening lines: is the router balanced, which layer is worst, are experts dead, is anything dropped, where is the loss."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +41,9 @@ def _balance(run: Run, window: Sums) -> list[Finding]:
     load_L = max_over_mean(window.counts_LE)
     row = int(np.argmax(load_L))
     layer, expert, load = run.telemetry.layers[row], int(np.argmax(window.counts_LE[row])), float(load_L[row])
-    words = f"Layer {layer} is the least balanced: expert {expert} gets {load:.2f} x an even share"
-    findings = [Finding(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x).")]
     since = f"in steps {window.first:,} to {window.last:,}" if window.first < window.last else f"at step {window.last:,}"
+    words = f"Layer {layer} is the least balanced: expert {expert} gets {load:.2f} x an even share"
+    findings = [Finding(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x) {since}.")]
     return [*findings, _dead(run, window, since), _dropped(float(window.dropped_L.sum() / max(1, window.counts_LE.sum())), since)]
 
 
@@ -87,27 +88,47 @@ def _dropped(share: float, since: str) -> Finding:
 
 def _losses(run: Run) -> list[Finding]:
     loss, validation = run.metrics.last("loss"), last_validation(run)
-    words = [] if loss is None else [f"training loss {loss:.4f}"]
-    words += [] if validation is None else [f"validation loss {validation:.4f}"]
+    words = [] if loss is None else [f"training loss {loss:.4f} at step {run.last_step():,}"]
+    words += [] if validation is None else [f"validation loss {validation:.4f} at step {_validated(run)}"]
     if not words:
         return [Finding("fact", "No loss logged yet.")]
-    text = " and ".join(words)
-    return [Finding("fact", f"{text[0].upper()}{text[1:]} after {run.last_step():,} steps.")]
+    text = "; ".join(words)
+    return [Finding("fact", f"{text[0].upper()}{text[1:]}.")]
 
 
 def last_validation(run: Run) -> float | None:
     """The last one: that of the end is with the event."""
-    ends = [event["validation_loss"] for event in run.events if isinstance(event.get("validation_loss"), int | float)]
-    return ends[-1] if ends else run.metrics.last("validation_loss")
+    end = _end(run)
+    return end["validation_loss"] if end else run.metrics.last("validation_loss")
+
+
+def _validated(run: Run) -> str:
+    """The step of that."""
+    end, column = _end(run), run.metrics.by_name.get("validation_loss")
+    step = end.get("step") if end else column.steps[-1] if column else None
+    return f"{step:,.0f}" if isinstance(step, int | float) else "unknown"
+
+
+def _end(run: Run) -> dict[str, Any] | None:
+    ends = [event for event in run.events if isinstance(event.get("validation_loss"), int | float)]
+    return ends[-1] if ends else None
 
 
 def _trouble(run: Run) -> list[Finding]:
     """What the events say that nobody hoped for."""
-    alerts = [event for event in run.events if is_trouble(event)]
-    if not alerts:
+    told = [event for event in run.events if is_trouble(event)]
+    alerts = {event.get("text") for event in told if "alert" in event}
+    told = [event for event in told if "alert" in event or event.get("text") is None or event["text"] not in alerts]
+    if not told:
         return []
-    newest = f"the last: {alerts[-1].get('event')} at step {alerts[-1].get('step', 'unknown')}"
-    return [Finding("watch", f"{len(alerts)} failures or alerts; {newest}.")]
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(named, told)).most_common())
+    newest = f"the last: {named(told[-1])} at step {told[-1].get('step', 'unknown')}"
+    return [Finding("watch", f"Failures and alerts: {kinds}; {newest}.")]
+
+
+def named(event: dict[str, Any]) -> str:
+    """Its kind; of an alert, what it is about."""
+    return f"alert: {event['alert']}" if "alert" in event else str(event.get("event", "unnamed"))
 
 
 def is_trouble(event: dict[str, Any]) -> bool:

@@ -16,6 +16,17 @@ def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | 
     return plain(step_spans(record, total_steps, eta_seconds))
 
 
+def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None, width: int | None) -> Line:
+    """`step_spans` in `width` characters: on a narrow terminal some columns are left out. None: as wide as it is."""
+    line = step_spans(record, total_steps, eta_seconds)
+    for name in ("MFU", "grad", "ETA"):
+        if width is None or len(plain(line)) <= width:
+            break
+        at = [span.text for span in line].index(f"{name} ")
+        line = line[:at] + line[at + 3 :]
+    return line
+
+
 def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> Line:
     """The same line with colours. A dense model has no expert columns."""
     width = len(str(total_steps))

@@ -35,6 +35,11 @@ class Printer:
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self.bars = BLOCKS if self._writable(BLOCKS) == BLOCKS else ASCII_BARS
 
+    @property
+    def width(self) -> int | None:
+        """Characters of a line of the terminal as it is now; None where there is none."""
+        return None if self._rich is None else self._rich.width
+
     def line(self, line: Line) -> None:
         """One line, never wrapped or cropped by us."""
         line = [Span(self._writable(redact(text)), style) for text, style in line]

@@ -86,6 +86,7 @@ INTERVALS = {
     "log.layers_every": "[0, inf)",
     "telemetry.every": "[1, inf)",
     "telemetry.probe": "[0, inf)",
+    "telemetry.probe_every": "[0, inf)",
     "telemetry.window": "[1, inf)",
     "sample.tokens": "[0, inf)",
     "sample.temperature": "[0, inf)",

@@ -15,20 +15,12 @@ SHORTEST = 8
 
 def redact(text: str) -> str:
     """`text` with the names of secrets, in angle brackets, where their values were."""
-    for value, name in _secrets(_environment()):
-        text = text.replace(value, f"<{name}>")
-    return text
+    return _without(text, _secrets(_environment()))
 
 
 def redact_plain(value: Any, key: str = "") -> Any:
     """The same of all texts in nested mappings and lists; a text under a key that is called as a secret is left out."""
-    if isinstance(value, Mapping):
-        return {name: redact_plain(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact_plain(item, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    return f"<{key}>" if value and KEY.fullmatch(key) else redact(value)
+    return _plain(value, key, _secrets(_environment()))
 
 
 class RedactingFormatter(logging.Formatter):
@@ -36,6 +28,23 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+
+def _plain(value: Any, key: str, secrets: list[tuple[str, str]]) -> Any:
+    """`redact_plain`. The environment is looked through once for all texts: a record may hold hundreds."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item, str(name), secrets) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, key, secrets) for item in value]
+    if not isinstance(value, str):
+        return value
+    return f"<{key}>" if value and KEY.fullmatch(key) else _without(value, secrets)
+
+
+def _without(text: str, secrets: list[tuple[str, str]]) -> str:
+    for value, name in secrets:
+        text = text.replace(value, f"<{name}>")
+    return text
 
 
 def _environment() -> tuple[tuple[str, str], ...]:

@@ -2,33 +2,30 @@
 
 import logging
 import os
-import shlex
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple, final
 
-import torch
-
 from ..moe.count import count
 from .accounting import Accounting, in_words
 from .checkpoint.saver import Outcome
-from .compose import compose
-from .config import Config
-from .console import Eta, step_spans
+from .console import Eta, fitting_spans
 from .console_layers import layer_lines
-from .console_startup import StartupFacts, startup_lines
-from .console_summary import EndFacts, end_lines
+from .console_startup import startup_lines
+from .console_summary import end_lines
 from .console_text import Printer, Span
 from .evaluate import Evaluation
+from .exit_codes import ExitCode
 from .git import git_state
 from .journal import Journal
-from .metrics import Meter, StepResult, auxiliary_metrics, count_metrics, load_metrics
+from .machine import environment
+from .metrics import Meter
 from .peak import Peak, peak_flops
-from .plain import changed_settings, shown_config, write_config
+from .plain import shown_config, write_config
 from .redact import RedactingFormatter
+from .run_facts import end_facts, startup_facts, step_result, train_command, validation_record
 from .session import DTYPES, Session
 from .step import StepNumbers
 from .telemetry.alarms import TITLES, Alarms
@@ -36,12 +33,10 @@ from .telemetry.config import Tier
 from .telemetry.watch import Seen, table_due
 from .trackers import build_trackers, run_identity
 
-SAMPLE_LIMIT = 2_000_000_000
-"""Models with more parameters than this are not opened on one device for the sample at the end."""
-
-
 TRACKER_SECONDS = 20.0
 """That the dry step gives trackers to start."""
+STALL_SECONDS = 20.0
+"""That trackers have to end in a hang: torchrun kills what is still there 30 s after the first rank that ended."""
 
 
 class Logged(NamedTuple):
@@ -99,6 +94,9 @@ class Reporter(ABC):
     @abstractmethod
     def alert(self, kind: str, text: str) -> None:
         """Something that people want to be told at once; telemetry/alarms.py has the titles of the kinds."""
+
+    def stalled(self, text: str) -> None:  # noqa: B027
+        """The ranks hang and the process is about to end. Called by the watchdog's thread."""
 
     @abstractmethod
     def rolled_back(self, session: Session, step: int) -> None:
@@ -167,7 +165,8 @@ class FirstRank(Reporter):
         )
         write_config(config, folder / "config.yaml")
         self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
-        self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes)
+        here = environment(session.device, session.parallel.mesh.world)
+        self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -183,14 +182,17 @@ class FirstRank(Reporter):
         self.events.close()
 
     def logged(self, session: Session, logged: Logged) -> None:
-        record = self.meter.record(step_result(session.config, session.step, logged), logged.seconds)
+        record = self.meter.record(
+            step_result(session.config, session.step, logged.numbers, logged.lr, logged.tokens), logged.seconds
+        )
         record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts(), **logged.seen.metrics}
         if logged.evaluation is not None:
             record |= validation_record(session.config, logged.evaluation)
         self.accounting.waited(logged.waited)
         self.metrics.write(record)
         self.trackers.log(record)
-        self.printer.line(step_spans(record, session.config.steps, self.eta.after(session.step)))
+        eta = self.eta.after(session.step)
+        self.printer.line(fitting_spans(record, session.config.steps, eta, self.printer.width))
         if logged.evaluation is not None:
             loss, tokens, _ = logged.evaluation
             self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
@@ -210,8 +212,9 @@ class FirstRank(Reporter):
 
     def alert(self, kind: str, text: str) -> None:
         self.events.event("alert", step=self.session.step, alert=kind, text=text)
-        self.printer.line([Span(f"step {self.session.step}: {TITLES.get(kind, kind)}: {text}", "bold red")])
-        self.trackers.alert(kind, TITLES.get(kind, kind), f"step {self.session.step}: {text}")
+        placed = text if text.startswith("step ") else f"step {self.session.step}: {text}"
+        self.printer.line([Span(f"{TITLES.get(kind, kind)}: {placed}", "bold red")])
+        self.trackers.alert(kind, TITLES.get(kind, kind), placed)
 
     def saved(self, outcome: Outcome) -> None:
         if outcome.error is None:
@@ -245,6 +248,10 @@ class FirstRank(Reporter):
     def event(self, kind: str, /, **facts: Any) -> None:
         self.events.event(kind, **facts)
 
+    def stalled(self, text: str) -> None:
+        self.alert("stall", text)
+        self.trackers.finish(int(ExitCode.hang), self.summary, STALL_SECONDS)
+
     def rolled_back(self, session: Session, step: int) -> None:
         self.metrics.close()
         self.telemetry.close()
@@ -257,100 +264,6 @@ class FirstRank(Reporter):
         session, self.code = self.session, code
         self.events.event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
         self.printer.say(f"to go on: {train_command(session.config, run_dir=session.folder)}")
-
-
-def step_result(config: Config, step: int, logged: Logged) -> StepResult:
-    """As plain numbers. This waits for the device, so it happens on logged steps alone. Null experts are left out of the load."""
-    numbers, moe = logged.numbers, config.model.moe
-    layers = len(numbers.balance_L)
-    kinds = {
-        "balance": numbers.balance_L,
-        "balance_sequence": numbers.sequence_L,
-        "importance": numbers.importance_L,
-        "z": numbers.z_L,
-    }
-    means = {kind: values_L.sum().item() / max(1, layers) for kind, values_L in kinds.items()}
-    return StepResult(
-        step=step,
-        tokens=logged.tokens,
-        loss=numbers.cross_entropy.item(),
-        loss_balance=means["balance"],
-        loss_z=means["z"],
-        grad_norm=numbers.gradient_norm.item(),
-        lr=logged.lr,
-        counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
-        dropped_L=numbers.dropped_L.tolist(),
-        loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
-        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE),
-    )
-
-
-def validation_record(config: Config, evaluation: Evaluation) -> dict[str, Any]:
-    """Loss and load of a validation pass, under names of their own."""
-    layers = moe_layers(config)
-    load = load_metrics(evaluation.counts_LE, [0] * len(evaluation.counts_LE), layers)
-    peak = load.get("moe/load_max_over_mean")
-    return {"validation_loss": evaluation.loss} | ({} if peak is None else {"validation/load_max_over_mean": peak})
-
-
-def moe_layers(config: Config) -> list[int]:
-    return [index for index in range(config.model.layers) if config.model.moe_layer(index)]
-
-
-def startup_facts(session: Session, peak: Peak) -> StartupFacts:
-    facts, device = session.data.facts, session.device
-    return StartupFacts(
-        run_dir=str(session.folder),
-        resume=session.start,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({os.cpu_count()} cores)",
-        ranks=session.parallel.mesh.world,
-        threads=torch.get_num_threads(),
-        documents=facts.train_documents,
-        tokens=facts.train_tokens,
-        bytes_per_token=facts.bytes_per_token,
-        peak_flops=peak.flops,
-        peak_source=peak.source,
-        first_step=session.step,
-    )
-
-
-def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFacts:
-    config, checkpoint = session.config, shlex.quote(str(session.checkpoint))
-    return EndFacts(
-        steps=session.step,
-        tokens=session.tokens,
-        seconds=seconds,
-        validation_loss=evaluation.loss,
-        unigram_entropy=session.data.facts.unigram_entropy,
-        counts_LE=evaluation.counts_LE,
-        layers=moe_layers(config),
-        checkpoint=str(session.checkpoint) if session.checkpoint else None,
-        sample=sample_of(session),
-        commands=[
-            ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
-            ("train longer", train_command(config, run_dir=session.folder, steps=2 * config.steps)),
-            ("see what is in it and evaluate it again", f"tokenyard evaluate {checkpoint} evaluate.sequences=256"),
-        ],
-    )
-
-
-def train_command(config: Config, run_dir: Path, steps: int | None = None) -> str:
-    """The command line that goes on with a run, with all its overrides."""
-    changed = changed_settings(config, compose([]), leave_out=("run.dir", "steps") if steps else ("run.dir",))
-    folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
-    return " ".join(["tokenyard train", *changed, folder, *longer])
-
-
-def sample_of(session: Session) -> tuple[str, str] | None:
-    """A prompt and its continuation by the checkpoint that was just written, opened on one device."""
-    wish = session.config.sample
-    if not wish.prompt or session.checkpoint is None or count(session.config.model).total > SAMPLE_LIMIT:
-        return None
-    from .generate import continuation
-    from .load import open_checkpoint
-
-    opened = open_checkpoint(session.checkpoint, device=str(session.device))
-    return wish.prompt, "".join(continuation(opened.model, opened.tokenizer, wish, session.config.seed))
 
 
 def set_up_logging(first: bool) -> None:

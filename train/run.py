@@ -63,7 +63,7 @@ def train_session(session: Session, reporter: Reporter) -> int:
     check_before_collectives(compare if session.config.debug.collectives else None)
     care = build_care(session, reporter)
     try:
-        with watched(session):
+        with watched(session, reporter.stalled):
             dry_step(session, reporter)
             evaluation = train(session, reporter, care)
     except (DataStop, RunStop) as stop:

@@ -11,6 +11,10 @@ FLOOR = 0.02
 """The least deviation, as a share of the mean: where nothing moves, little is no spike."""
 
 
+LONG_TAIL = {"loss": 1.0, "gradient norm": 3.0}
+"""So many times the mean, at least. The norm of healthy runs has a long tail, which clipping takes care of."""
+
+
 class Window:
     """The last `size` values of both. They are the same on every rank, and so is all that follows from them."""
 
@@ -24,7 +28,7 @@ class Window:
             if len(values) >= max(LEAST, self.size // 4):
                 mean = fmean(values)
                 deviation = max(pstdev(values), FLOOR * abs(mean))
-                if value > mean + sigma * deviation:
+                if value > max(mean + sigma * deviation, LONG_TAIL[name] * mean):
                     return f"{name} {value:.4g} is {(value - mean) / deviation:.1f} sigma above {mean:.4g}"
         return None
 

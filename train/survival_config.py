@@ -32,7 +32,8 @@ class NumericsConfig:
     max_skips: int = 8
     """Steps of a run that are skipped or rolled back before it stops all the same."""
     spike_sigma: float | None = 6.0
-    """A loss or gradient norm so many standard deviations above those of the last steps is a spike; null looks for none."""
+    """A loss or gradient norm so many standard deviations above those of the last steps is a spike, a norm only if it is also more
+    than 3 times their mean; null looks for none."""
     spike_window: int = 128
     """Steps that a spike is compared with; none is looked for before a quarter of them, at least 8."""
     on_spike: OnSpike = OnSpike.report

@@ -166,9 +166,9 @@ class Trackers:
         for worker in self._workers:
             worker.offer(worker.sample, step, prompt, text)
 
-    def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None) -> None:
-        """Waits until the trackers have taken all records, but no longer than `patience`."""
-        deadline = monotonic() + self._patience
+    def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None, patience: float | None = None) -> None:
+        """Waits until the trackers have taken all records, but no longer than `patience`, by default that of all."""
+        deadline = monotonic() + (self._patience if patience is None else patience)
         for worker in self._workers:
             done = worker.close(deadline, exit_code, dict(summary or {}))
             self._report(worker)

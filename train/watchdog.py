@@ -29,12 +29,20 @@ class Watchdog:
     """Watches the thread that trains from `start` to `close`."""
 
     def __init__(
-        self, folder: Path, rank: int, world: int, timeout_seconds: float, end: Callable[[Verdict], None] | None = None
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        timeout_seconds: float,
+        end: Callable[[Verdict], None] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
-        """`end` is called on every rank when all is said; by default the process ends at once, as its main thread cannot."""
+        """`end` is called on every rank when all is said; by default the process ends at once, as its main thread cannot. `tell` is
+        called before that on the rank that speaks."""
         self.folder, self.rank, self.world, self.timeout = folder, rank, world, timeout_seconds
         self.tick = min(2.0, timeout_seconds / 20)
         self.end = end or (lambda _: os._exit(int(ExitCode.hang)))
+        self.tell = tell or (lambda _: None)
         self.begin = time.time()
         self.closed = Event()
         self.thread = Thread(target=self._watch, name="watchdog", daemon=True)
@@ -91,17 +99,19 @@ class Watchdog:
         journal = Journal.appending(self.folder / "events.jsonl")
         journal.event("hang", **verdict._asdict())
         journal.close()
+        with suppress(Exception):  # the job ends, whatever a tracker does
+            self.tell(verdict.text)
 
 
 @contextmanager
-def watched(session: Session) -> Iterator[None]:
-    """The hang guard of this rank, if there are others."""
+def watched(session: Session, tell: Callable[[str], None]) -> Iterator[None]:
+    """The hang guard of this rank, if there are others. `tell` hears of a hang, from another thread."""
     mesh = session.parallel.mesh
     if mesh.world == 1:
         yield
         return
     name_layers(session.parallel.model.blocks)
-    dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds).start()
+    dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds, tell=tell).start()
     try:
         yield
     finally:

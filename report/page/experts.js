@@ -29,19 +29,21 @@ function values(coded) {
   return decoders.get(coded);
 }
 
-// The layer and expert with the most load in the last frame.
+// The layer and expert with the most load in the recent records, which the verdict is about.
 function worst(found) {
-  const frame = found.frames.length - 1, at = values(found.load), size = found.layers.length * found.experts;
+  const frame = frameNames(found).length - 1, at = values(found.load), size = found.layers.length * found.experts;
   let best = 0;
   for (let i = 1; i < size; i++) if ((at(frame * size + i) || 0) > (at(frame * size + best) || 0)) best = i;
   return { layer: found.layers[Math.floor(best / found.experts)], expert: best % found.experts };
 }
 
 const frameName = ([first, last]) => first === last ? `step ${whole(first)}` : `steps ${whole(first)} to ${whole(last)}`;
+// The frames, and after them, where there are several, the recent records as one.
+const frameNames = found => [...found.frames.map(frameName), ...(found.recent ? [`recent: ${frameName(found.recent)}`] : [])];
 const indices = count => Array.from({ length: count }, (_, i) => String(i));
 
 function loadMap(found) {
-  const at = values(found.load), E = found.experts, size = found.layers.length * E, last = found.frames.length - 1;
+  const at = values(found.load), E = found.experts, size = found.layers.length * E, names = frameNames(found), last = names.length - 1;
   const frame = () => state.frame === null ? last : Math.min(state.frame, last);
   const load = (row, column) => at(frame() * size + row * E + column);
   const busiest = () => {
@@ -56,14 +58,14 @@ function loadMap(found) {
     say: (row, column) => `layer ${found.layers[row]}, expert ${column}: ${load(row, column) ? `${times(load(row, column))} an even share` : times(load(row, column))}`,
     pick: chooseLayer(found), chosen: found.layers.indexOf(state.layer),
   });
-  const output = el("output", { for: "slider", id: "slider-text" }, frameName(found.frames[frame()]));
+  const output = el("output", { for: "slider", id: "slider-text" }, names[frame()]);
   const slider = el("input", {
     type: "range", id: "slider", min: 0, max: last, step: 1, value: frame(), disabled: last === 0,
-    "aria-valuetext": frameName(found.frames[frame()]),
+    "aria-valuetext": names[frame()],
   });
   const show = index => {
     state.frame = index >= last ? null : index;
-    output.textContent = frameName(found.frames[index]);
+    output.textContent = names[index];
     slider.value = index;
     slider.setAttribute("aria-valuetext", output.textContent);
     map.draw();
@@ -112,7 +114,7 @@ function layerMap(found) {
   const map = heatMap({
     id: "layers", label: `${title}, by layer and time. Use the arrow keys to read cells, Enter to choose a layer.`,
     rows: found.layers.map(String), columns: found.frames.map(frame => short(frame[1])), rowName: "layer", columnName: "step",
-    value: (row, column) => data[row][column], colour, pick: chooseLayer(found), tall: 16, chosen: found.layers.indexOf(state.layer),
+    value: (row, column) => data[row][column], colour, pick: chooseLayer(found), tall: 16, chosen: found.layers.indexOf(state.layer), text: format === percent ? percent : undefined,
     say: (row, column) => `layer ${found.layers[row]}, ${frameName(found.frames[column])}: ${format(data[row][column])}`,
   });
   return figure("layers", "Layers over time", null,

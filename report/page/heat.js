@@ -2,8 +2,8 @@
 
 const FOOT = 30;
 
-// value(row, column) -> number or null; colour(value) -> [r, g, b]; say(row, column) -> text. `draw` shows new values in the same place.
-function heatMap({ id, label, rows, columns, rowName, columnName, value, colour, say, wide = true, tall = 22, pick = null, mark = null, chosen = null, gutter = 46 }) {
+// value(row, column) -> number or null; colour(value) -> [r, g, b]; say(row, column) -> text; text(value): in a cell with room for it. `draw` shows new values in the same place.
+function heatMap({ id, label, rows, columns, rowName, columnName, value, colour, say, wide = true, tall = 22, pick = null, mark = null, text = v => trimmed(v, 2), chosen = null, gutter = 46 }) {
   const width = pageWidth(wide), cell = Math.max(5, Math.min(tall, Math.floor((wide ? 440 : 380) / rows.length)));
   const height = cell * rows.length + FOOT, inner = width - gutter - 4;
   const canvas = el("canvas", { id: `${id}-canvas`, class: "heat", tabindex: 0, role: "img", "aria-label": label, "aria-describedby": `${id}-readout` });
@@ -24,6 +24,7 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
     context.imageSmoothingEnabled = false;
     context.drawImage(small, gutter, 0, inner, cell * rows.length);
     labels(context);
+    if (cell >= 15) numbers(context);
     const special = mark ? mark() : null;
     if (special) outline(context, special, ink());
     if (at) outline(context, at, ink(), true);
@@ -41,6 +42,19 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
     return image;
   }
 
+  // Only if all of them fit.
+  function numbers(context) {
+    const cells = rows.flatMap((_, row) => columns.map((_, column) => [row, column, value(row, column)])).filter(([, , v]) => v !== null);
+    const size = inner / columns.length;
+    if (size < 22 || cells.some(([, , v]) => context.measureText(text(v)).width > size - 6)) return;
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    for (const [row, column, v] of cells) {
+      context.fillStyle = readableOn(colour(v));
+      context.fillText(text(v), gutter + (column + 0.5) * size, (row + 0.5) * cell + 1);
+    }
+  }
+
   function labels(context) {
     context.font = `11px ${getComputedStyle(document.body).fontFamily}`;
     context.fillStyle = theme() === "dark" ? "#b4bac2" : "#4c535b";
@@ -53,7 +67,7 @@ function heatMap({ id, label, rows, columns, rowName, columnName, value, colour,
     const size = inner / columns.length, longest = Math.max(...columns.map(name => context.measureText(name).width));
     const everyColumn = Math.max(1, Math.ceil((longest + 12) / size));
     columns.forEach((name, column) => {
-      if (column % everyColumn === 0) context.fillText(name, gutter + (column + 0.5) * size, rows.length * cell + 4);
+      if (column % everyColumn === 0) context.fillText(name, Math.min(gutter + (column + 0.5) * size, width - 1 - context.measureText(name).width / 2), rows.length * cell + 4);
     });
     context.textAlign = "left";
     context.fillText(rowName, 0, rows.length * cell + 16);

@@ -1,6 +1,6 @@
 // Lines over steps: several runs, a legend that hides and shows, a cursor for the pointer and the arrow keys.
 
-const LEFT = 58, RIGHT = 14, TOP = 20, BOTTOM = 30;
+const LEFT = 58, RIGHT = 14, TOP = 20, BOTTOM = 34;
 
 // series: [{run, kind, name, x, y, sx, sy, bad, dots}]; runs are coloured, kinds (training, validation) are hidden one by one.
 function lineChart({ id, title, note, series, format = short, height = 230, wide = false, canLog = false, zero = false, events = [] }) {
@@ -44,9 +44,9 @@ function axes(scale, width, height, format) {
   const lines = scale.ticks.map(y => [
     svg("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: scale.y(y), y2: scale.y(y) }),
     svg("text", { class: "tick", x: LEFT - 7, y: scale.y(y) + 4, "text-anchor": "end" }, format(y))]);
-  const steps = ticks(scale.first, scale.last, Math.max(3, Math.floor(width / 90))).filter(Number.isInteger).map(step =>
+  const steps = ticks(scale.first, scale.last, Math.max(4, Math.floor(width / 80))).filter(Number.isInteger).map(step =>
     svg("text", { class: "tick", x: scale.x(step), y: height - BOTTOM + 17, "text-anchor": "middle" }, short(step)));
-  return [lines, steps, svg("text", { class: "tick", x: width - RIGHT, y: height - 1, "text-anchor": "end" }, "step")];
+  return [lines, steps, svg("text", { class: "tick", x: width - RIGHT, y: height - 4, "text-anchor": "end" }, "step")];
 }
 
 function drawn(series, scale, log) {

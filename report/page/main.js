@@ -10,6 +10,7 @@ const chosenRun = () => state.data.runs[Math.min(state.run, state.data.runs.leng
 
 // Of a chart over the whole page, or of one of two beside each other.
 function pageWidth(wide) {
+  if (printing) return wide ? 712 : 344;
   const full = Math.min(1160, document.documentElement.clientWidth - (document.documentElement.clientWidth < 600 ? 24 : 48));
   return Math.floor(wide || full < 760 ? full : (full - 24) / 2);
 }

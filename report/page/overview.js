@@ -31,7 +31,7 @@ function opening(run, index) {
       el("li", { class: level }, el("span", { class: "sign", "aria-hidden": "true" }, LEVELS[level]),
         WORDS[level] ? el("span", { class: "hidden" }, `${WORDS[level]}: `) : null, text))),
     run.remarks.map(text => el("p", { class: "remark" }, text)),
-    tiles(run));
+    el("div", { class: "glance" }, balanceBars(run), tiles(run)));
 }
 
 function tiles(run) {

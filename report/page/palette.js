@@ -54,6 +54,12 @@ function along(stops, place) {
   return [Math.round(a[0] + t * (b[0] - a[0])), Math.round(a[1] + t * (b[1] - a[1])), Math.round(a[2] + t * (b[2] - a[2]))];
 }
 
+// Black or white, whichever has the greater contrast (WCAG 2.1).
+function readableOn(colour) {
+  const [red, green, blue] = colour.map(part => part / 255).map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff";
+}
+
 const known = new Map();
 function rgb(hex) {
   if (!known.has(hex)) known.set(hex, [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16)));

@@ -12,12 +12,12 @@ function events() {
 function timeline(run) {
   const placed = run.events.filter(event => event.step !== null), kinds = [...new Set(placed.map(event => event.kind))];
   const width = pageWidth(true), height = 22 * kinds.length + 24, last = Math.max(run.steps, ...placed.map(event => event.step), 1);
-  const left = 104, x = step => left + step / last * (width - left - 20);
+  const left = 124, x = step => left + step / last * (width - left - 20);
   return figure("timeline", "Events over time", null, svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "img", "aria-label": `Events: ${kinds.join(", ")}` },
     kinds.map((kind, row) => {
       const y = 22 * row + 12;
       return svg("g", {}, svg("line", { class: "rule", x1: left, x2: width - 20, y1: y, y2: y }),
-        svg("text", { class: "tick", x: left - 8, y: y + 4, "text-anchor": "end" }, kind.slice(0, 14)),
+        svg("text", { class: "tick", x: left - 8, y: y + 4, "text-anchor": "end" }, kind.slice(0, 18)),
         placed.filter(event => event.kind === kind).map(event => svg("circle", { class: `mark ${eventKind(event)}`, cx: x(event.step), cy: y, r: 4.5 },
           svg("title", {}, `step ${event.step}: ${event.text}`))));
     }),

@@ -82,7 +82,9 @@ def events(steps: int) -> Any:
         if step == steps // 2:
             yield event("failed", step + 7, error="RuntimeError: gradient is not finite")
             yield event("resume", step, replicate=1, shard=2, tensor=1, expert=2)
-    yield event("alert", steps * 7 // 10, text="spike: loss 4.1 against 2.6")
+    spike = f"step {steps * 7 // 10}: loss 4.1 is 7.0 sigma above 2.6; repeated, it was there again"
+    yield event("spike", steps * 7 // 10, rank=None, tensors=[], again="persistent", text=spike)
+    yield event("alert", steps * 7 // 10 - 1, alert="spike", text=spike)
     parts = {"startup": 12.5, "compute": 402.0, "data": 8.1, "evaluation": 16.0, "checkpoint": 9.4, "lost": 21.0}
     yield event("accounting", steps, seconds=parts, productive=402.0 / 469.0)
     yield event("finished", steps, seconds=469.0, validation_loss=2.4321)

@@ -60,7 +60,7 @@ def test_it_writes_one_page(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert (run["name"], run["state"], run["steps"]) == ("first", "finished", 200)
     assert run["telemetry"]["layers"] == list(range(8))
     assert run["accounting"]["seconds"]["compute"] == 402.0
-    assert {event["kind"] for event in run["events"]} >= {"start", "checkpoint", "failed", "resume", "alert", "finished"}
+    assert {event["kind"] for event in run["events"]} >= {"start", "checkpoint", "failed", "resume", "alert: spike", "finished"}
 
 
 def test_the_page_stands_in_the_run_folder_by_default(folder: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_verdict_names_layer_and_expert(folder: Path) -> None:
     assert findings[0].text.startswith(f"Layer 3 is the least balanced: expert 5 gets {load:.2f} x an even share")
     # Expert 2 of layer 1 is dead in the second half, but the recent records begin before that.
     assert [finding.level for finding in findings[1:3]] == ["good", "fact"]
-    assert "validation loss 2.4321 after 200 steps" in findings[3].text
+    assert "validation loss 2.4321 at step 200" in findings[3].text
 
 
 def test_dead_experts_are_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from tokenyard.moe.config import Scope
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError, Engine, Precision
 from tokenyard.train.launch_config import Launcher
-from tokenyard.train.reporter import train_command
+from tokenyard.train.run_facts import train_command
 from tokenyard.train.schema import quoted
 
 BAD = [

@@ -8,10 +8,10 @@ from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.count import count
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.train.config import BatchConfig, Config
-from tokenyard.train.console import Eta, step_line, step_spans
+from tokenyard.train.console import Eta, fitting_spans, step_line, step_spans
 from tokenyard.train.console_startup import StartupFacts, startup_lines, startup_table
 from tokenyard.train.console_summary import EndFacts, end_lines, end_summary
-from tokenyard.train.console_text import ASCII_BARS, BLOCKS, Printer
+from tokenyard.train.console_text import ASCII_BARS, BLOCKS, Printer, plain
 
 RECORD = {
     "step": 7,
@@ -57,6 +57,12 @@ def test_columns_stand_under_each_other(change: dict):
     labels = ("loss", "tok/s", "MFU", "grad", "load", "drop", "ETA")
     assert [line.index(label) for label in labels] == [usual.index(label) for label in labels]
     assert len(line) == len(usual)
+
+
+def test_a_narrow_terminal_has_fewer_columns():
+    whole, eighty = (plain(fitting_spans(RECORD, 600, 192.4, width)) for width in (None, 80))
+    assert whole == step_line(RECORD, 600, 192.4) and len(whole) > 80 >= len(eighty)
+    assert "MFU" not in eighty and "loss" in eighty and "load" in eighty and eighty.startswith("step   7/600")
 
 
 def test_eta_is_the_pace_of_the_last_steps():

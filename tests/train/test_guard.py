@@ -43,7 +43,8 @@ def test_a_spike_needs_a_window_and_is_far_above_it() -> None:
         window.add(4.0 + 0.01 * (index % 2), 1.0)
     assert window.spike(4.3, 1.1, 6.0) is None
     assert "loss 5 is" in str(window.spike(5.0, 1.0, 6.0))
-    assert "gradient norm 1.2 is" in str(window.spike(4.0, 1.2, 6.0))
+    assert window.spike(4.0, 2.9, 6.0) is None
+    assert "gradient norm 3.1 is" in str(window.spike(4.0, 3.1, 6.0))
     other = Window(32)
     other.restore(json.loads(json.dumps(window.state())))
     assert other.state() == window.state()

@@ -28,7 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment |= {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1]), "HOME": str(base), "TRACKIO_DIR": str(base / "trackio")}
     environment |= {"TOKENYARD_CACHE": str(base / "cache"), "WANDB_JOB_TYPE": "pretrain", "WANDB_RUN_GROUP": "views"}
     overrides = [*TINY_RUN, f"run.dir={base / 'run'}", "tracker.names=[wandb,tensorboard,trackio]", "telemetry.tier=detailed"]
-    sizes = ["evaluate.every=3", "evaluate.sequences=4", "checkpoint.every=4", "telemetry.every=2", "sample.tokens=4"]
+    sizes = [
+        "evaluate.every=3",
+        "evaluate.sequences=4",
+        "checkpoint.every=4",
+        "telemetry.every=2",
+        "telemetry.probe_every=2",
+        "sample.tokens=4",
+    ]
     for steps in (4, 6):
         command = [sys.executable, "-m", "tokenyard", "train", *overrides, *sizes, f"steps={steps}", "schedule=constant"]
         done = subprocess.run(command, env=environment, cwd=base, capture_output=True, text=True, timeout=240, check=False)

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenyard
+from tiny_run import TINY_RUN
 from tokenyard.train.config import TrackerConfig
+from tokenyard.train.telemetry.alarms import GRAVE, TITLES
 from tokenyard.train.wandb_tracker import account, init_arguments, mode
 
 RUN = """
@@ -21,6 +24,31 @@ trackers.start({"seed": 1, "model": {"width": 256}})
 for step in (first, first + 1, first + 2):
     trackers.log({"step": step, "loss": 0.1 + step if step != 3 else math.nan, "moe/dead_experts": step})
 trackers.finish(3, {"validation_loss": 2.5})
+"""
+
+HANG = """
+import sys
+from types import SimpleNamespace
+from pathlib import Path
+from tokenyard.train.blame import Verdict
+from tokenyard.train.config import TrackerConfig
+from tokenyard.train.console_text import Printer
+from tokenyard.train.journal import Journal
+from tokenyard.train.reporter import FirstRank
+from tokenyard.train.telemetry.alarms import TITLES
+from tokenyard.train.trackers import build_trackers
+from tokenyard.train.watchdog import Watchdog
+folder = Path(sys.argv[1])
+rank = FirstRank.__new__(FirstRank)
+rank.session, rank.summary, rank.printer = SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
+rank.events = Journal(folder / "events.jsonl")
+rank.trackers = build_trackers(TrackerConfig(), folder, "abcd1234", events=rank.events)
+rank.trackers.start({})
+rank.trackers.log({"step": 7, "loss": 2.0})
+for kind in TITLES:
+    if kind != "stall":
+        rank.alert(kind, "some words")
+Watchdog(folder, 0, 2, 1.0, tell=rank.stalled)._report()
 """
 
 
@@ -40,8 +68,6 @@ def run(tmp_path: Path, first: int) -> Path:
     run_dir.mkdir(exist_ok=True)
     here.mkdir(exist_ok=True)
     before = set(run_dir.glob("wandb/offline-run-*/run-abcd1234.wandb"))
-    import tokenyard
-
     environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1])}
     command = [sys.executable, "-W", "error::DeprecationWarning:tokenyard", "-c", RUN, str(run_dir), str(first)]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -145,8 +171,70 @@ def test_netrc_counts_for_the_host_in_use_only(clean: pytest.MonkeyPatch, tmp_pa
 
 
 def test_importing_the_tracker_does_not_import_wandb():
-    import tokenyard
-
     code = "import sys, tokenyard.train.wandb_tracker; assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def python(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1]), "WANDB_MODE": "offline"} | more
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def told(folder: Path) -> tuple[list[tuple[str, str, str]], list[int], list[dict]]:
+    """Alerts, the exit code, and the last values of the summary, of the one W&B run in `folder`."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    records = read(file)
+    alerts = [
+        (record["alert"]["title"], record["alert"]["text"], record["alert"]["level"]) for record in records if "alert" in record
+    ]
+    codes = [record["exit"]["exit_code"] for record in records if record["type"] == "exit"]
+    return alerts, codes, [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_hang_and_every_kind_of_alert_is_told(tmp_path: Path) -> None:
+    done = python(tmp_path, "-c", HANG, str(tmp_path))
+    assert done.returncode == 69, done.stderr
+    alerts, codes, history = told(tmp_path)
+    assert [title for title, _, _ in alerts] == [TITLES[kind] for kind in [*(set_without(TITLES, "stall")), "stall"]]
+    assert all((level == "ERROR") == (title in {TITLES[kind] for kind in GRAVE}) for title, _, level in alerts)
+    assert alerts[0][1] == "step 7: some words" and "rank" in alerts[-1][1]
+    assert codes == [69] and [item["global_step"] for item in history] == [7]
+
+
+def set_without(kinds: dict[str, str], one: str) -> list[str]:
+    return [kind for kind in kinds if kind != one]
+
+
+@pytest.mark.usefixtures("clean")
+def test_after_a_crash_the_last_step_and_the_code_are_there(tmp_path: Path) -> None:
+    """With 512 experts for 512 choices some are dead, which is told too."""
+    sizes = ["steps=6", "model.moe.experts=512", "telemetry.every=1", "telemetry.window=1", f"run.dir={tmp_path / 'run'}"]
+    overrides = [*TINY_RUN[:-1], "tracker=wandb", *sizes]
+    done = python(
+        tmp_path,
+        "-m",
+        "tokenyard",
+        "train",
+        *overrides,
+        TOKENYARD_FAILPOINTS="step.begin:step=4:raise",
+        TOKENYARD_CACHE=str(tmp_path),
+    )
+    assert done.returncode == 1 and "RuntimeError: failpoint step.begin" in done.stderr
+    alerts, codes, history = told(tmp_path / "run")
+    assert codes == [1]
+    assert [item["global_step"] for item in history if "loss" in item] == [1, 2, 3]
+    assert {level for _, _, level in alerts} == {"WARN"}
+    assert "step 1" in [text.partition(":")[0] for title, text, _ in alerts if title == "Dead experts"]
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_nan_is_an_error_and_the_code_is_that_of_the_run(tmp_path: Path) -> None:
+    sizes = ["steps=6", "optimizer.lr=1e30", "optimizer.clip_norm=null", "schedule.warmup=0", f"run.dir={tmp_path / 'run'}"]
+    overrides = [*TINY_RUN[:-1], "tracker=wandb", *sizes, "schedule.warmup=0"]
+    done = python(tmp_path, "-m", "tokenyard", "train", *overrides, TOKENYARD_CACHE=str(tmp_path))
+    assert done.returncode == 70, done.stderr
+    alerts, codes, _ = told(tmp_path / "run")
+    assert codes == [70] and (TITLES["not_finite"], "ERROR") in [(title, level) for title, _, level in alerts]

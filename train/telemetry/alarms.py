@@ -9,7 +9,8 @@ from typing import Any
 
 TITLES = {
     "not_finite": "Loss or gradient is not finite",
-    "spike": "Loss spike",
+    "spike": "Spike",
+    "stall": "The run hangs",
     "collapse": "Router collapse",
     "dead_experts": "Dead experts",
     "replicas": "Copies of a weight differ",
@@ -18,7 +19,7 @@ TITLES = {
     "trackers": "A tracker did not start",
 }
 
-GRAVE = ("not_finite", "replicas", "checkpoint_failed")
+GRAVE = ("not_finite", "stall", "replicas", "checkpoint_failed")
 """Kinds that are an error; the others are a warning."""
 
 COLLAPSED = 0.2

@@ -69,7 +69,8 @@ class Watch:
 
     def due(self) -> bool:
         """Whether a record is, whatever else happens after this step; the step is to be logged then."""
-        return self.on and (self.session.step % self.settings.every == 0 or table_due(self.session.config, self.session.step))
+        step, config = self.session.step, self.session.config
+        return self.on and (step % self.settings.every == 0 or table_due(config, step) or self._probes())
 
     def look(self, numbers: StepNumbers, validated: bool, saves: bool) -> Seen:
         """After a logged step, which was followed by a validation, or will be by a checkpoint, or neither. Collective."""
@@ -77,18 +78,22 @@ class Watch:
             return Seen({}, None)
         step = self._step(numbers)
         metrics = brief_metrics(step)
-        detailed = self.settings.tier is Tier.detailed
-        if detailed:
+        if self.settings.tier is Tier.detailed:
             metrics |= layer_metrics(step)
         if not (self.due() or validated or saves):
             return Seen(metrics, None)
         begin = perf_counter()
         record = self._record(step)
         metrics |= self._gradients(record, numbers)
-        if self.probe is not None and (detailed or validated):
+        if self.probe is not None and (validated or self._probes()):
             record |= self._probed(self.probe)
         self._reset()
         return Seen(metrics, record | {"seconds": perf_counter() - begin})
+
+    def _probes(self) -> bool:
+        """Whether the tier wants a probe after this step."""
+        every = self.settings.probe_every
+        return self.settings.tier is Tier.detailed and every > 0 and self.session.step % every == 0
 
     def _step(self, numbers: StepNumbers) -> Step:
         """The step on the host: one more small all-reduce, of maxima."""
