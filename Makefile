@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check faults scorecard faults-full replay golden golden-checkpoint format clean
+.PHONY: help train test check faults scorecard faults-full replay bench golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -35,6 +35,13 @@ check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(MAKE) --no-print-directory test
+
+bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on a machine that does nothing else
+	$(BIN)/python -m tokenyard.bench.memory
+	$(BIN)/python -m tokenyard.bench.layer
+	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1
+	$(BIN)/python -m tokenyard.bench.ranks
+	$(BIN)/python -m tokenyard.bench.gpu
 
 golden: $(INSTALLED) ## Write tests/golden/*.txt anew, after a change that is meant to change the numbers
 	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/test_golden.py

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .device_time import Spread, peak_bytes, spread, take_turns
 from .gpu_layers import Absent, DenseProducts, Forward, Shape, contenders, our_layer
 from .gpu_step import SIZES, StepLine, measure_steps
 from .host_reads import host_reads
+from .turns import Spread, peak_bytes, spread, take_turns
 
 SHAPES = {
     "full": {

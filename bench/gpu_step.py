@@ -20,8 +20,8 @@ from ..train.config import OptimizerConfig
 from ..train.optimizer import build_optimizer
 from ..train.peak import peak_flops
 from ..train.step import Rows, train_step
-from .device_time import Spread, peak_bytes, spread, take_turns
 from .host_reads import host_reads
+from .turns import Spread, peak_bytes, spread, take_turns
 
 
 class Size(NamedTuple):

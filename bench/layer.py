@@ -155,14 +155,14 @@ def _watched(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[s
 def against_experts(shape: Shape, counts: list[int], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[int, Ratio]:
     """Tokens a second as a share of those with the fewest experts."""
     benches = {str(count): Bench(shape._replace(experts=count), dtype, device) for count in counts}
-    seconds = take_turns({name: _whole(bench, device) for name, bench in benches.items()}, rounds)
+    seconds = take_turns({name: bench.run for name, bench in benches.items()}, device, rounds)
     return {count: ratio(seconds[str(counts[0])], seconds[str(count)]) for count in counts}
 
 
 def against_skew(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Ratio]:
     """Tokens a second as a share of those with a balanced load."""
     benches = {name: Bench(shape, dtype, device, chosen) for name, chosen in skews(shape).items()}
-    seconds = take_turns({name: _whole(bench, device) for name, bench in benches.items()}, rounds)
+    seconds = take_turns({name: bench.run for name, bench in benches.items()}, device, rounds)
     return {name: ratio(seconds["balanced"], seconds[name]) for name in seconds}
 
 
@@ -177,15 +177,6 @@ def skews(shape: Shape) -> dict[str, Tensor]:
         "zipf": zipf_TK,
         "one": torch.arange(shape.top_k).expand(shape.tokens, -1).contiguous(),
     }
-
-
-def _whole(bench: Bench, device: torch.device) -> Callable[[], None]:
-    def run() -> None:
-        bench.run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
 
 
 def main() -> None:

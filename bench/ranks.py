@@ -21,9 +21,9 @@ from ..parallel.processes import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session
-from .device_time import spread
 from .stamps import Split, Stamp, split_times, stamped
 from .start import Side, join
+from .turns import spread
 
 RUN = [
     "tracker=jsonl",

@@ -1,9 +1,25 @@
-"""Sides of a comparison that take turns: on a machine that others use too, only what ran in the same minute can be compared."""
+"""Time and memory of work on a device: events on a GPU, the clock of the host on a CPU. Sides of a comparison take turns.
 
+On a machine that others use too, only what ran in the same minute can be compared.
+"""
+
+import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+
+Work = Callable[[], Any]
+
+
+class Spread(NamedTuple):
+    """Seconds over the repeats."""
+
+    median: float
+    least: float
+    most: float
 
 
 class Ratio(NamedTuple):
@@ -17,19 +33,8 @@ class Ratio(NamedTuple):
         return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
-def take_turns(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call; a round calls each side once, in another order every time."""
-    for side in sides.values():
-        for _ in range(warm_up):
-            side()
-    names, seconds = list(sides), {name: [] for name in sides}
-    for turn in range(rounds):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            start = perf_counter()
-            sides[name]()
-            seconds[name].append(perf_counter() - start)
-    return seconds
+def spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 def ratio(above: list[float], below: list[float]) -> Ratio:
@@ -37,3 +42,49 @@ def ratio(above: list[float], below: list[float]) -> Ratio:
     quotients = [a / b for a, b in zip(above, below, strict=True)]
     low, _, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else 3 * quotients
     return Ratio(statistics.median(quotients), low, high)
+
+
+def take_turns(
+    works: dict[str, Work], device: torch.device, repeats: int, warm_up: int = 1, reset: Work = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each repeat, by name. A repeat is one run of each work, in another order every time.
+
+    `reset` comes before each, outside of the time.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
+    for repeat in range(-warm_up, repeats):
+        for place in range(len(names)):
+            name = names[(repeat + place) % len(names)]
+            reset()
+            seconds = timed(works[name], device)
+            taken[name] += [seconds] if repeat >= 0 else []
+    return taken
+
+
+def timed(work: Work, device: torch.device) -> float:
+    """Seconds from an idle device to the end of the work, launches included."""
+    if device.type != "cuda":
+        start = perf_counter()
+        work()
+        return perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def peak_bytes(work: Work, device: torch.device) -> int | None:
+    """The most memory that the work holds at once above what was held before; None on a CPU, which does not count."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from tokenyard.bench import gpu_layers
-from tokenyard.bench.device_time import take_turns
 from tokenyard.bench.gpu import SHAPES, as_json, main, measure_layer, table
 from tokenyard.bench.gpu_layers import DenseProducts, Shape
 from tokenyard.bench.gpu_step import SIZES, measure_steps
 from tokenyard.bench.host_reads import host_reads
+from tokenyard.bench.turns import take_turns
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_reads_are_found() -> None:
 def test_works_take_turns() -> None:
     order: list[str] = []
     taken = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 2, 1, lambda: order.append("-"))
-    assert "".join(order) == "-a-b" * 3
+    assert "".join(order) == "-b-a" + "-a-b" + "-b-a"
     assert [len(times) for times in taken.values()] == [2, 2]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenyard.bench.layer import PARTS, TINY, against_experts, against_skew, parts, skews, table
 from tokenyard.bench.memory import measure
-from tokenyard.bench.turns import ratio, take_turns
+from tokenyard.bench.turns import ratio
 
 CPU = torch.device("cpu")
 
@@ -45,8 +45,6 @@ def test_an_moe_layer_keeps_less_than_a_dense_one(dtype: torch.dtype) -> None:
     assert line.ratio < 1.1
 
 
-def test_turns() -> None:
-    order: list[str] = []
-    seconds = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3, warm_up=1)
-    assert "".join(order) == "ab" + "ab" + "ba" + "ab" and {len(of) for of in seconds.values()} == {3}
-    assert ratio([2.0, 4.0, 9.0], [1.0, 1.0, 3.0]).median == 3
+def test_ratios_are_of_the_same_round() -> None:
+    found = ratio([2.0, 4.0, 9.0], [1.0, 1.0, 3.0])
+    assert found.median == 3 and found.low < 3 < found.high

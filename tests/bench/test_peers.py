@@ -1,13 +1,14 @@
 """The benchmark of the peers compares the same work, and says what it could not compare."""
 
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenyard.bench.peers import cases, turns
 from tokenyard.bench.peers.__main__ import parse, table
-from tokenyard.bench.peers.cases import CASES, SIDES, Case, groups, refusal, sides_of
+from tokenyard.bench.peers.cases import CASES, SIDES, Case, for_this_machine, groups, multiplies_bf16, refusal, sides_of
 from tokenyard.bench.peers.turns import Line, Plan, measure, quartiles
 
 TOY = Case(8, 2, 32, "fp32", width=64, layers=2, heads=4, vocabulary=256, sequences=2, length=32)
@@ -81,3 +82,11 @@ def test_words() -> None:
     assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 4.0) and quartiles([1.0]) == (1.0, 1.0)
     arguments = parse(["--cases", "8x2-fp32", "--sides", "DeepSpeed, drops", "--plain-memory"])
     assert arguments.cases == ["8x2-fp32"] and arguments.sides == ["DeepSpeed, drops"] and arguments.plain_memory
+
+
+def test_a_cpu_without_bf16_gets_fewer_tokens(tmp_path: Path) -> None:
+    for flags, has in (("fma avx512f avx512_vnni", False), ("avx512f avx512_bf16", True), ("amx_tile amx_bf16", True)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+        assert multiplies_bf16(tmp_path / "cpuinfo") is has
+    assert multiplies_bf16(tmp_path / "none")
+    assert for_this_machine(CASES["8x2-fp32"]) == CASES["8x2-fp32"]
