@@ -13,9 +13,6 @@ from torch import Tensor
 from .router import Routing
 from .rows import Choices, Plan, copy_to_rows, weighted_sum
 
-ALIGNMENT = 32
-"""Rows of an expert are filled up to a multiple of it where oneDNN multiplies: it compiles a kernel for each new number of rows."""
-
 
 class Arrived(NamedTuple):
     """The rows for this device's experts, in the order of the experts, and what `combine` needs to take them back."""
@@ -80,8 +77,8 @@ class FusedDispatcher(LocalDispatcher):
     def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
         plan = plan_rows(routing, self.experts)
         rows = len(plan.token_R)
-        if x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16 and plan.filled_R is None:
-            plan = rounded_up(plan, chosen(routing, self.experts), ALIGNMENT)
+        if plan.filled_R is None and (multiple := alignment(x_TD)) > 1:
+            plan = rounded_up(plan, chosen(routing, self.experts), multiple)
         return Passed(experts(x_TD, plan.counts_E, Choices(plan, routing.weights_TK)), beside(), rows)
 
 
@@ -110,6 +107,14 @@ def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, drop
     rows = int(counts_E.sum()) if dropping else len(order_A)
     slot_A = slot_A.masked_fill(slot_A >= rows, -1)
     return Plan(order_A[:rows] // top_k, slot_A.view_as(experts_TK), counts_E)
+
+
+def alignment(x: Tensor) -> int:
+    """What the number of an expert's rows must be a multiple of.
+
+    Bf16 on a CPU is multiplied by oneDNN, which compiles a kernel for each number of rows that it has not seen.
+    """
+    return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 
 def rounded_up(plan: Plan, experts_TK: Tensor, multiple: int) -> Plan:

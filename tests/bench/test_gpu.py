@@ -10,6 +10,7 @@ from tokenyard.bench.gpu_layers import DenseProducts, Shape
 from tokenyard.bench.gpu_step import SIZES, measure_steps
 from tokenyard.bench.host_reads import host_reads
 from tokenyard.bench.turns import take_turns
+from tokenyard.moe import dispatch
 
 CPU = torch.device("cpu")
 
@@ -51,8 +52,9 @@ def test_dense_products_have_the_flops_of_the_experts() -> None:
     assert Shape(width=2, hidden=3, experts=4, top_k=2, shared=0, tokens=5).flops == 3 * 2 * (3 * 2 * 3) * 10
 
 
-def test_a_step_reads_the_device_once() -> None:
+def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropping, on one device: loss and norm, before the update."""
+    monkeypatch.setattr(dispatch, "alignment", lambda _: 1)  # as on a GPU
     (line,) = measure_steps(SIZES["tiny"], CPU, 1, 0, compiled=False)
     assert [(place.partition(":")[0], count) for place, count in line.host_reads.items()] == [("train/flags.py", 1)]
     assert line.mfu > 0 and line.peak_bytes is None
