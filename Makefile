@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check faults scorecard faults-full replay bench golden golden-checkpoint format clean
+.PHONY: help train test check faults scorecard faults-full replay bench quality golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -40,8 +40,11 @@ bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on 
 	$(BIN)/python -m tokenyard.bench.memory
 	$(BIN)/python -m tokenyard.bench.layer
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1
-	$(BIN)/python -m tokenyard.bench.ranks
-	$(BIN)/python -m tokenyard.bench.gpu
+	$(BIN)/python -m tokenyard.bench.ranks --rounds 5
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python -m tokenyard.bench.gpu; fi
+
+quality: $(INSTALLED) ## Train dense models and MoE variants of equal active size, and compare their losses, an hour and more
+	$(BIN)/python -m tokenyard.bench.quality --processes 2 $(ARGS)
 
 golden: $(INSTALLED) ## Write tests/golden/*.txt anew, after a change that is meant to change the numbers
 	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/test_golden.py

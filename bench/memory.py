@@ -62,13 +62,17 @@ def measure(shape: Shape, dtype: torch.dtype) -> Line:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.memory", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="sizes of a test")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parse()
     shapes = [TINY] if arguments.tiny else [SHAPES[0], FINE, *SHAPES[1:]]
     lines = [measure(shape._replace(tokens=TOKENS), dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.memory", description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="sizes of a test")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(words)
 
 
 def table(lines: list[Line]) -> str:

@@ -21,6 +21,7 @@ from ..parallel.processes import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session
+from .processor import multiplies_bf16
 from .stamps import Split, Stamp, split_times, stamped
 from .start import Side, join
 from .turns import spread
@@ -89,7 +90,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.ranks", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="settings of the run, as model.moe.experts=16")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    precisions = ["bf16", "fp32"] if multiplies_bf16() else ["fp32"]
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=precisions)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="of each side in a round")
     parser.add_argument("--json", action="store_true")

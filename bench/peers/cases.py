@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
+
+from ..processor import multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,6 @@ SHORT = 2
 def for_this_machine(case: Case) -> Case:
     """The case as it is measured here."""
     return replace(case, sequences=SHORT) if case.precision == "bf16" and not multiplies_bf16() else case
-
-
-def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU has instructions for products of bf16; True where that is not known."""
-    flags = cpuinfo.read_text(errors="replace").split() if cpuinfo.exists() else ["bf16"]
-    return any(name in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 CAPACITY = 1.25

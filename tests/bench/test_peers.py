@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from tokenyard.bench.peers import cases, turns
 from tokenyard.bench.peers.__main__ import parse, table
-from tokenyard.bench.peers.cases import CASES, SIDES, Case, for_this_machine, groups, multiplies_bf16, refusal, sides_of
+from tokenyard.bench.peers.cases import CASES, SIDES, Case, for_this_machine, groups, refusal, sides_of
 from tokenyard.bench.peers.turns import Line, Plan, measure, quartiles
+from tokenyard.bench.processor import multiplies_bf16
 
 TOY = Case(8, 2, 32, "fp32", width=64, layers=2, heads=4, vocabulary=256, sequences=2, length=32)
 BY_NAME = {side.name: side for side in SIDES}

@@ -1,6 +1,7 @@
 """What the documents name exists: files, links, settings, names in code; and every command they show would run."""
 
 import ast
+import importlib
 import itertools
 import pkgutil
 import re
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tokenyard.bench import dispatch, gpu, nodes
-from tokenyard.bench import ranks as two_ranks
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
@@ -142,14 +141,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             flags, own = arguments[: arguments.index("-m")], arguments[arguments.index("-m") + 1 :]
             assert own[0] == "tokenyard.train"
             trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
-        case ["python", "-m", "tokenyard.bench.dispatch", *arguments]:
-            dispatch.parse(arguments)
-        case ["python", "-m", "tokenyard.bench.nodes", *arguments]:
-            nodes.parse(arguments)
-        case ["python", "-m", "tokenyard.bench.ranks", *arguments]:
-            two_ranks.parse(arguments)
-        case ["python", "-m", "tokenyard.bench.gpu", *arguments]:
-            gpu.parse(arguments)
+        case ["python", "-m", module, *arguments] if module.startswith("tokenyard.bench."):
+            benchmark(module, arguments)
         case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
             trains(arguments, int(ranks))
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:
@@ -157,6 +150,12 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
             assert (ROOT / (module.replace(".", "/").removeprefix("tokenyard/") + ".py")).is_file() and (ROOT / file).is_file()
         case _:
             pytest.fail(f"this test does not know {command}")
+
+
+def benchmark(module: str, arguments: list[str]) -> None:
+    """Its parser takes the arguments."""
+    found = importlib.import_module(module if module != "tokenyard.bench.peers" else "tokenyard.bench.peers.__main__")
+    found.parse(arguments)
 
 
 def test_the_contract_is_shown() -> None:
