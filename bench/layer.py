@@ -21,6 +21,7 @@ from ..moe import dispatch, expert_function, layer
 from ..moe.config import ModelConfig
 from ..moe.layer import MoELayer
 from ..moe.selection import Choice
+from ..train.allocator import restart_with_kept_memory
 from .turns import Ratio, ratio, take_turns
 
 PARTS = {
@@ -180,6 +181,7 @@ def skews(shape: Shape) -> dict[str, Tensor]:
 
 
 def main() -> None:
+    restart_with_kept_memory()
     arguments = parse()
     dtype, device = getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[arguments.precision]), torch.device(arguments.device)
     shapes, counts, tokens = ([TINY], [4, 8], 64) if arguments.tiny else (SHAPES, EXPERTS, 16384)

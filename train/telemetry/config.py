@@ -18,7 +18,7 @@ class TelemetryConfig:
     """Steps between records of telemetry.jsonl; there is one with each evaluation and checkpoint too."""
     probe: int = 4
     """Validation sequences that are routed to see how experts specialise: at evaluations, in detailed more often; 0 for none."""
-    probe_every: int = 100
+    probe_every: int = 200
     """Steps between these in tier detailed, beside those at evaluations; 0 for none."""
     window: int = 100
     """An expert is dead that got no token for so many steps."""
