@@ -12,16 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..train.allocator import restart_with_kept_memory
-from .quality_cost import relative_costs
+from .quality_cost import causal_loss, relative_costs
+from .quality_curves import complete
 from .quality_picture import draw
-from .quality_plan import DENSE, SIZES, TUNED, Plan, Run, models, variants
+from .quality_plan import CHOOSERS, DENSE, SIZES, TUNED, Plan, Run, models, variants
 from .quality_results import results, table
 from .quality_runs import Lab
 
 STAGES = ("train", "cost", "report")
 EXTENSIONS = 3
 """Of the range of learning rates, at most."""
-PLAN, COSTS = "plan.json", "costs.json"
 
 
 def main(words: list[str] | None = None) -> int:
@@ -32,6 +32,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         lab = laboratory(arguments)
         models(lab.size, lab.variants, lab.more)
+        lab.folder.mkdir(parents=True, exist_ok=True)
         for stage in arguments.stages:
             {"train": train, "cost": cost, "report": report}[stage](lab, arguments)
     except ValueError as error:
@@ -86,13 +87,15 @@ def train(lab: Lab, arguments: argparse.Namespace) -> None:
     """Tunes the learning rates and writes down the plan; then all runs."""
     tried = {name: tune(lab, name, arguments) for name in (DENSE, TUNED)}
     plan = Plan(lab.size.steps, arguments.seeds, arguments.shorter, tried)
-    (lab.folder / PLAN).write_text(json.dumps(asdict(plan), indent=1))
+    named(lab, "plan", "json").write_text(json.dumps(asdict(plan), indent=1))
     lab.train(plan.runs(lab.variants))
 
 
 def tune(lab: Lab, variant: str, arguments: argparse.Namespace) -> list[list[float]]:
-    """Pairs of a learning rate and its loss: the given ones, and beyond their ends as long as the best is at an end."""
+    """Pairs of a learning rate and its loss: the given ones, and others while the best is at an end. A single one is taken."""
     rates, losses = list(arguments.rates), dict[float, float]()
+    if len(rates) == 1:
+        return [[rates[0], 0.0]]
     steps = max(1, round(arguments.tuning * lab.size.steps))
     for _ in range(EXTENSIONS + 1):
         new = [rate for rate in rates if rate not in losses]
@@ -100,24 +103,32 @@ def tune(lab: Lab, variant: str, arguments: argparse.Namespace) -> list[list[flo
         lab.train(runs)
         losses |= {run.rate: lab.curve(run).losses[-1] for run in runs}
         best = min(losses, key=lambda rate: losses[rate])
-        rates = [best / 2, best * 2] if len(arguments.rates) > 1 else []
+        rates = [best / 2, best * 2]
     return [[rate, losses[rate]] for rate in sorted(losses)]
 
 
 def cost(lab: Lab, arguments: argparse.Namespace) -> None:
     """Apart from training, since nothing else may run meanwhile."""
-    lab.folder.mkdir(parents=True, exist_ok=True)
-    (lab.folder / COSTS).write_text(json.dumps(relative_costs(lab, arguments.rounds, 5), indent=1))
+    (lab.folder / "costs.json").write_text(json.dumps(relative_costs(lab, arguments.rounds, 5), indent=1))
 
 
 def report(lab: Lab, _: argparse.Namespace) -> None:
     """What is there so far."""
-    plan = Plan(**json.loads((lab.folder / PLAN).read_text()))
-    costs = json.loads((lab.folder / COSTS).read_text()) if (lab.folder / COSTS).exists() else {}
-    found = results(lab, plan, costs)
-    (lab.folder / "results.json").write_text(json.dumps(found, indent=1))
+    plan, costs = Plan(**json.loads(named(lab, "plan", "json").read_text())), lab.folder / "costs.json"
+    found = results(lab, plan, json.loads(costs.read_text()) if costs.exists() else {})
+    choosers = [plan.full(CHOOSERS, seed) for seed in range(1, plan.seeds + 1)]
+    found["causal"] = [causal_loss(lab.place(run)) for run in choosers if complete(lab.place(run))]
+    named(lab, "results", "json").write_text(json.dumps(found, indent=1))
     print(table(found))
-    draw(lab, plan, found, lab.folder / "quality.png")
+    try:
+        draw(lab, plan, found, named(lab, "quality", "png"))
+    except ImportError:
+        print("quality: no picture without matplotlib: pip install 'tokenyard[report]'")
+
+
+def named(lab: Lab, name: str, kind: str) -> Path:
+    """A file of the results of runs of this length, beside which others may stand."""
+    return lab.folder / f"{name}-{lab.size.steps}.{kind}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..moe.count import count, training_flops_per_token
 from .quality_curves import Curve, crossing, deviation, mean
-from .quality_plan import DENSE, TUNED, Plan, active, models
+from .quality_plan import CHOOSERS, DENSE, TUNED, Plan, active, models
 from .quality_runs import Lab
 
 
@@ -80,6 +80,8 @@ def table(found: dict[str, Any]) -> str:
         f"{TUNED} on fewer tokens: "
         + ", ".join(f"{key} of them {_spread(value['losses'])}" for key, value in found["shorter"].items()),
     ]
+    if found["causal"]:
+        lines += [f"{CHOOSERS}, tokens choosing their experts: {_spread(found['causal'])}"]
     lines += [f"Share of the tokens at which it has the dense model's final loss, decayed: {_shares(found['decayed'], 1.0)}"]
     return "\n".join(lines)
 
