@@ -21,7 +21,7 @@ def draw(lab: Lab, plan: Plan, found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
     axes = figure.subplots(2, 2).flatten()
     variants = found["variants"]
-    colours = dict(zip(variants, COLOURS, strict=False))
+    colours: dict[str, str] = dict(zip(variants, COLOURS, strict=False))
     dense = variants[DENSE]["mean"]
     flops = {name: entry["flops"] for name, entry in variants.items()}
     costs = {name: entry["cost"] or float("nan") for name, entry in variants.items()}
@@ -29,7 +29,7 @@ def draw(lab: Lab, plan: Plan, found: dict[str, Any], path: Path) -> None:
     for axis, (title, factors) in zip(axes, panels, strict=False):
         for name in variants:
             _curve(axis, lab, plan, name, factors[name], colours[name])
-        for share, entry in list(found["shorter"].items())[:-1]:
+        for share, entry in found["shorter"].items():
             axis.plot(float(share) * factors[TUNED], entry["mean"], "D", color=colours[TUNED], markersize=8, zorder=5)
         axis.axhline(dense, color=COLOURS[0], linestyle=":", linewidth=1)
         axis.axvline(1.0, color="#999999", linestyle=":", linewidth=1)

@@ -56,16 +56,17 @@ def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> fl
 
 
 def _shorter(lab: Lab, plan: Plan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
-    """The losses of each length, and for each seed the share of the dense model's tokens."""
-    lengths = [*sorted(plan.shorter), 1.0]
-    ends = {seed: lab.curves([plan.short(length, seed) for length in lengths]) for seed in dense}
-    ends = {seed: found for seed, found in ends.items() if len(found) == len(lengths)}
-    shares = [
-        _share([curve.tokens[-1] for curve in found], [curve.losses[-1] for curve in found], dense[seed])
-        for seed, found in ends.items()
-    ]
-    columns = zip(lengths, zip(*ends.values(), strict=True), strict=True) if ends else []
-    return {f"{length:g}": _losses([curve.losses[-1] for curve in curves]) for length, curves in columns}, shares
+    """The losses of each length, and for each seed with more than one length the share of the dense model's tokens."""
+    by_length: dict[str, list[float]] = {}
+    shares: list[float | None] = []
+    for seed, other in dense.items():
+        lengths = [length for length in (*sorted(plan.shorter), 1.0) if lab.curves([plan.short(length, seed)])]
+        ends = [lab.curve(plan.short(length, seed)) for length in lengths]
+        for length, curve in zip(lengths, ends, strict=True):
+            by_length.setdefault(f"{length:g}", []).append(curve.losses[-1])
+        if len(ends) > 1:
+            shares.append(_share([curve.tokens[-1] for curve in ends], [curve.losses[-1] for curve in ends], other))
+    return {length: _losses(losses) for length, losses in sorted(by_length.items())}, shares
 
 
 HEAD = "variant | rate | active | total | loss | below dense | imbalance | dropped | FLOPs | time | tokens | of FLOPs | of time"
@@ -75,11 +76,8 @@ def table(found: dict[str, Any]) -> str:
     """Markdown. tokens, of FLOPs, of time: what is needed for the dense model's final loss, as a share of what that needed."""
     lines = [f"| {HEAD} |", "| " + " | ".join(["---"] * (HEAD.count("|") + 1)) + " |"]
     lines += ["| " + " | ".join(_row(name, entry)) + " |" for name, entry in found["variants"].items()]
-    lines += [
-        "",
-        f"{TUNED} on fewer tokens: "
-        + ", ".join(f"{key} of them {_spread(value['losses'])}" for key, value in found["shorter"].items()),
-    ]
+    shorter = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["shorter"].items())
+    lines += ["", f"{TUNED} by its share of the tokens: {', '.join(shorter)}"]
     if found["causal"]:
         lines += [f"{CHOOSERS}, tokens choosing their experts: {_spread(found['causal'])}"]
     lines += [f"Share of the tokens at which it has the dense model's final loss, decayed: {_shares(found['decayed'], 1.0)}"]
@@ -106,7 +104,7 @@ def _row(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{mean(values):.4f} +- {deviation(values):.4f}"
+    return f"{mean(values):.4f} +- {deviation(values):.4f} ({len(values)})"
 
 
 def _shares(shares: list[float | None], factor: float) -> str:
