@@ -29,15 +29,15 @@ def draw(lab: Lab, plan: Plan, found: dict[str, Any], path: Path) -> None:
     for axis, (title, factors) in zip(axes, panels, strict=False):
         for name in variants:
             _curve(axis, lab, plan, name, factors[name], colours[name])
-        for share, entry in found["shorter"].items():
-            axis.plot(float(share) * factors[TUNED], entry["mean"], "D", color=colours[TUNED], markersize=8, zorder=5)
+        ends = [(float(share) * factors[TUNED], entry["mean"]) for share, entry in found["shorter"].items()]
+        axis.plot(*zip(*ends, strict=True), "D--", color=colours[TUNED], markersize=7, linewidth=1, zorder=5)
         axis.axhline(dense, color=COLOURS[0], linestyle=":", linewidth=1)
         axis.axvline(1.0, color="#999999", linestyle=":", linewidth=1)
         axis.set(xlabel=f"{title}, as a share of the dense run's", ylabel="validation loss, nats a token", title=f"Against {title}")
         axis.set_ylim(min(entry["mean"] for entry in variants.values()) - 0.03, dense + 0.6)
         axis.grid(alpha=0.25)
-    axes[0].plot([], [], "D", color=colours[TUNED], label=f"{TUNED}, fewer tokens")
-    axes[0].legend(loc="upper right")
+    axes[0].plot([], [], "D--", color=colours[TUNED], label=f"{TUNED}, each decayed")
+    axes[0].legend(loc="lower left")
     _ends(axes[3], variants, colours, dense)
     figure.savefig(path)
     print(f"quality: {path}")
