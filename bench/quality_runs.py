@@ -40,12 +40,13 @@ class Lab:
         return self.folder / run.name
 
     def train(self, runs: Iterable[Run]) -> None:
-        """Those that are not complete; a run that was stopped begins again. RuntimeError for the first that fails."""
+        """Those that are not complete, from their newest checkpoints. RuntimeError for the first that does not come to its end."""
         todo = [run for run in runs if not complete(self.prepared(run))]
         with ThreadPoolExecutor(self.processes) as pool:
             for run, code in zip(todo, pool.map(self.start, todo), strict=True):
-                if code:
-                    raise RuntimeError(f"{run.name} ended with exit code {code}; its output is in {self.place(run) / 'output.txt'}")
+                if not complete(self.place(run)):
+                    end = f"ended before its last step with exit code {code}"
+                    raise RuntimeError(f"{run.name} {end}; its output is in {self.place(run) / 'output.txt'}")
 
     def prepared(self, run: Run) -> Path:
         """The folder of a run. ValueError if it has one of other settings."""

@@ -94,9 +94,11 @@ def test_runs_and_results(words: list[str], folder: Path, capsys: pytest.Capture
 def test_what_is_complete_is_not_run_again(words: list[str], monkeypatch: pytest.MonkeyPatch):
     started = []
     monkeypatch.setattr(Lab, "start", lambda lab, run: started.append(run.variant) or 0)
+    assert main([*words, "--stages", "train"]) == 0 and not started
     lab = laboratory(parse(words))
     (lab.place(Run(TUNED, 1e-2, 6, 1)) / "events.jsonl").unlink()
-    assert main([*words, "--stages", "train"]) == 0
+    with pytest.raises(RuntimeError, match="ended before its last step with exit code 0"):
+        main([*words, "--stages", "train"])
     assert started == [TUNED]
 
 
@@ -108,7 +110,10 @@ def test_a_folder_of_other_settings_is_refused(words: list[str], capsys: pytest.
 def test_a_run_that_fails_is_named(words: list[str], folder: Path):
     lab = laboratory(parse([*words, "data=text", "data.path=/nowhere", "--out", str(folder / "fails")]))
     run = Run(DENSE, 1e-2, 6, 1)
-    with pytest.raises(RuntimeError, match=r"^dense-rate0.01-steps6-seed1 ended with exit code 2; its output is in .*output.txt$"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^dense-rate0.01-steps6-seed1 ended before its last step with exit code 2; its output is in .*output.txt$",
+    ):
         lab.train([run])
     assert not complete(lab.place(run))
 
