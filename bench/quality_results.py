@@ -1,0 +1,116 @@
+"""What the runs came to: losses over the seeds, and the share of the dense model's tokens, FLOPs and time that a variant needs."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ..moe.count import count, training_flops_per_token
+from .quality_curves import Curve, crossing, deviation, mean
+from .quality_plan import CHOOSERS, DENSE, TUNED, Plan, active, models
+from .quality_runs import Lab
+
+
+def results(lab: Lab, plan: Plan, costs: dict[str, list[float]]) -> dict[str, Any]:
+    """Of the seeds whose runs are complete, as plain JSON.
+
+    `shares` are those of the dense model's tokens after which a variant has the final loss of the same seed's dense run, None
+    where it never has: read off the evaluations of full runs, whose learning rate is still high there, so rather too high.
+    `decayed` are the same between the last losses of TUNED's shorter and full runs, each with a decay of its own.
+    """
+    found, shapes = {}, models(lab.size, lab.variants, lab.more)
+    dense = _by_seed(lab, plan, DENSE)
+    flops = {name: training_flops_per_token(model, lab.size.sequence_length) for name, model in shapes.items()}
+    for name, model in shapes.items():
+        curves = {seed: curve for seed, curve in _by_seed(lab, plan, name).items() if seed in dense}
+        if curves:
+            parts = count(model)
+            found[name] = {
+                "rate": plan.rate(name),
+                "active": active(model),
+                "total": active(model) + parts.total - parts.active,
+                "flops": flops[name] / flops[DENSE],
+                "cost": statistics.median(costs[name]) if name in costs else None,
+                "costs": costs.get(name, []),
+                **_losses([curve.losses[-1] for curve in curves.values()]),
+                "below_dense": [dense[seed].losses[-1] - curve.losses[-1] for seed, curve in curves.items()],
+                "imbalance": mean([curve.imbalance for curve in curves.values()]),
+                "dropped": mean([curve.dropped for curve in curves.values()]),
+                "shares": [_share(curve.tokens, curve.losses, dense[seed]) for seed, curve in curves.items()],
+            }
+    shorter, decayed = _shorter(lab, plan, dense)
+    return {"steps": plan.steps, "tried": plan.tried, "variants": found, "shorter": shorter, "decayed": decayed}
+
+
+def _by_seed(lab: Lab, plan: Plan, variant: str) -> dict[int, Curve]:
+    runs = {seed: lab.curves([plan.full(variant, seed)]) for seed in range(1, plan.seeds + 1)}
+    return {seed: found[0] for seed, found in runs.items() if found}
+
+
+def _losses(losses: list[float]) -> dict[str, Any]:
+    return {"losses": losses, "mean": mean(losses), "deviation": deviation(losses)}
+
+
+def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> float | None:
+    reached = crossing(tokens, losses, dense.losses[-1])
+    return None if reached is None else reached / dense.tokens[-1]
+
+
+def _shorter(lab: Lab, plan: Plan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
+    """The losses of each length, and for each seed with more than one length the share of the dense model's tokens."""
+    by_length: dict[str, list[float]] = {}
+    shares: list[float | None] = []
+    for seed, other in dense.items():
+        lengths = [length for length in (*sorted(plan.shorter), 1.0) if lab.curves([plan.short(length, seed)])]
+        ends = [lab.curve(plan.short(length, seed)) for length in lengths]
+        for length, curve in zip(lengths, ends, strict=True):
+            by_length.setdefault(f"{length:g}", []).append(curve.losses[-1])
+        if len(ends) > 1:
+            shares.append(_share([curve.tokens[-1] for curve in ends], [curve.losses[-1] for curve in ends], other))
+    return {length: _losses(losses) for length, losses in sorted(by_length.items())}, shares
+
+
+HEAD = "variant | rate | active | total | loss | below dense | imbalance | dropped | FLOPs | time | tokens | of FLOPs | of time"
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown. tokens, of FLOPs, of time: what is needed for the dense model's final loss, as a share of what that needed."""
+    lines = [f"| {HEAD} |", "| " + " | ".join(["---"] * (HEAD.count("|") + 1)) + " |"]
+    lines += ["| " + " | ".join(_row(name, entry)) + " |" for name, entry in found["variants"].items()]
+    shorter = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["shorter"].items())
+    lines += ["", f"{TUNED} by its share of the tokens: {', '.join(shorter)}"]
+    if found["causal"]:
+        lines += [f"{CHOOSERS}, tokens choosing their experts: {_spread(found['causal'])}"]
+    lines += [f"Share of the tokens at which it has the dense model's final loss, decayed: {_shares(found['decayed'], 1.0)}"]
+    return "\n".join(lines)
+
+
+def _row(name: str, entry: dict[str, Any]) -> list[str]:
+    cost = entry["cost"]
+    return [
+        name,
+        f"{entry['rate']:g}",
+        f"{entry['active']:,}",
+        f"{entry['total']:,}",
+        _spread(entry["losses"]),
+        _spread(entry["below_dense"]),
+        f"{entry['imbalance']:.2f}" if entry["imbalance"] else "",
+        f"{entry['dropped']:.1%}",
+        f"{entry['flops']:.3f}",
+        f"{cost:.2f}" if cost else "",
+        _shares(entry["shares"], 1.0),
+        _shares(entry["shares"], entry["flops"]),
+        _shares(entry["shares"], cost) if cost else "",
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.4f} +- {deviation(values):.4f} ({len(values)})"
+
+
+def _shares(shares: list[float | None], factor: float) -> str:
+    """Mean and deviation, or how many seeds never get there."""
+    there = [share * factor for share in shares if share is not None]
+    missing = len(shares) - len(there)
+    if missing or not there:
+        return f"never ({missing} of {len(shares)})"
+    return f"{mean(there):.2f} +- {deviation(there):.2f}"
