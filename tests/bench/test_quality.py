@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from tiny_run import TINY_RUN
-from tokenyard.bench.quality import laboratory, main, parse
-from tokenyard.bench.quality_curves import complete, crossing, deviation, mean
-from tokenyard.bench.quality_plan import BOUND, DENSE, SIZES, TUNED, Plan, Run, active, models, variants
-from tokenyard.bench.quality_runs import Lab
+from tokenyard.bench.quality.__main__ import laboratory, main, parse
+from tokenyard.bench.quality.curves import complete, crossing, deviation, mean
+from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, Plan, Run, active, models, variants
+from tokenyard.bench.quality.runs import Lab
 from tokenyard.moe.count import count
 
 

@@ -154,7 +154,8 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
 
 def benchmark(module: str, arguments: list[str]) -> None:
     """Its parser takes the arguments."""
-    found = importlib.import_module(module if module != "tokenyard.bench.peers" else "tokenyard.bench.peers.__main__")
+    folder = (ROOT / module.removeprefix("tokenyard.").replace(".", "/")).is_dir()
+    found = importlib.import_module(f"{module}.__main__" if folder else module)
     found.parse(arguments)
 
 

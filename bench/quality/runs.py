@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .quality_curves import Curve, complete, read_curve
-from .quality_plan import Run, Size, run_settings, settings
+from .curves import Curve, complete, read_curve
+from .plan import Run, Size, run_settings, settings
 
 SETTINGS = "settings.json"
 """In a run folder: what it was started with."""

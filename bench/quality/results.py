@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..moe.count import count, training_flops_per_token
-from .quality_curves import Curve, crossing, deviation, mean
-from .quality_plan import CHOOSERS, DENSE, TUNED, Plan, active, models
-from .quality_runs import Lab
+from ...moe.count import count, training_flops_per_token
+from .curves import Curve, crossing, deviation, mean
+from .plan import CHOOSERS, DENSE, TUNED, Plan, active, models
+from .runs import Lab
 
 
 def results(lab: Lab, plan: Plan, costs: dict[str, list[float]]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..train.allocator import restart_with_kept_memory
-from .quality_cost import causal_loss, relative_costs
-from .quality_curves import complete
-from .quality_picture import draw
-from .quality_plan import CHOOSERS, DENSE, SIZES, TUNED, Plan, Run, models, variants
-from .quality_results import results, table
-from .quality_runs import Lab
+from ...train.allocator import restart_with_kept_memory
+from .cost import causal_loss, relative_costs
+from .curves import complete
+from .picture import draw
+from .plan import CHOOSERS, DENSE, SIZES, TUNED, Plan, Run, models, variants
+from .results import results, table
+from .runs import Lab
 
 STAGES = ("train", "cost", "report")
 EXTENSIONS = 3

@@ -1,11 +1,11 @@
-"""The picture of bench/quality.py: curves against tokens, FLOPs and time, and the last losses. Needs matplotlib."""
+"""The picture of bench/quality/: curves against tokens, FLOPs and time, and the last losses. Needs matplotlib."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .quality_curves import mean
-from .quality_plan import DENSE, TUNED, Plan
-from .quality_runs import Lab
+from .curves import mean
+from .plan import DENSE, TUNED, Plan
+from .runs import Lab
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,15 +6,15 @@ from time import perf_counter
 
 import torch
 
-from ..moe.config import Selection
-from ..parallel.processes import pick_device
-from ..train.compose import compose
-from ..train.evaluate import evaluate_session
-from ..train.load import open_for_evaluation
-from ..train.run import single_step, synchronise
-from ..train.session import Session, open_session
-from .quality_plan import DENSE, settings
-from .quality_runs import Lab
+from ...moe.config import Selection
+from ...parallel.processes import pick_device
+from ...train.compose import compose
+from ...train.evaluate import evaluate_session
+from ...train.load import open_for_evaluation
+from ...train.run import single_step, synchronise
+from ...train.session import Session, open_session
+from .plan import DENSE, settings
+from .runs import Lab
 
 
 def relative_costs(lab: Lab, rounds: int, steps: int) -> dict[str, list[float]]:

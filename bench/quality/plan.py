@@ -1,12 +1,12 @@
-"""What bench/quality.py trains: a size, its variants with equal active parameters, each run as settings of `tokenyard train`."""
+"""What bench/quality/ trains: a size, its variants with equal active parameters, each run as settings of `tokenyard train`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..moe.config import ModelConfig
-from ..moe.count import count
-from ..train.compose import compose
+from ...moe.config import ModelConfig
+from ...moe.count import count
+from ...train.compose import compose
 
 BOUND = 0.02
 """By which a variant's active parameters may differ from the dense model's."""
