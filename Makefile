@@ -38,9 +38,9 @@ check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 
 bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on a machine that does nothing else
 	$(BIN)/python -m tokenyard.bench.memory
-	$(BIN)/python -m tokenyard.bench.layer
+	$(BIN)/python -m tokenyard.bench.layer --rounds 5
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1
-	$(BIN)/python -m tokenyard.bench.ranks --rounds 5
+	$(BIN)/python -m tokenyard.bench.ranks --rounds 5 --layouts data expert tensor
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python -m tokenyard.bench.gpu; fi
 
 quality: $(INSTALLED) ## Train dense models and MoE variants of equal active size, and compare their losses, an hour and more
