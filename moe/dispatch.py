@@ -112,7 +112,7 @@ def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, drop
 def alignment(x: Tensor) -> int:
     """What the number of an expert's rows must be a multiple of.
 
-    In bf16 on a CPU oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new ones in each
+    In bf16 on a CPU oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new ones each
     step; with few sizes the allocator finds what fits, too, which saves memory.
     """
     return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
