@@ -15,7 +15,7 @@ from ..moe.model import Transformer
 from ..train.checkpoint.manifest import Manifest, read_manifest
 from ..train.checkpoint.store import checkpoint_at
 from ..train.checkpoint.verify import check_files
-from ..train.failpoints import failpoint
+from ..train.survival.failpoints import failpoint
 from .convert import CARRIED
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..train.console_text import short
+from ..train.console.text import short
 from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser
 

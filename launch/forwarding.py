@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ..train.signals import SAVING, STOPPING
+from ..train.survival.signals import SAVING, STOPPING
 
 ENDING = ("SIGHUP", "SIGQUIT")
 """Still end the launcher and the ranks at once."""
@@ -15,7 +15,7 @@ ENDING = ("SIGHUP", "SIGQUIT")
 
 @contextmanager
 def forwarding() -> Iterator[None]:
-    """Inside of the block the signals of train/signals.py go to the child processes of this one; only its main thread may.
+    """Inside of the block the signals of train/survival/signals.py go to the child processes of this one; only its main thread may.
 
     After it they do nothing: the ranks have ended as they were asked to, and so will this process.
     """

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ..train.compose import CONF, compose
 from ..train.config import Config
-from ..train.console_text import flops, short
+from ..train.console.text import flops, short
 from ..train.params import Count, count, facts
 from .cards import CARDS, Card, unit
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..train.command import refuse
 from ..train.compose import compose
 from ..train.config import Config, ConfigError
-from ..train.console_text import flops, short
+from ..train.console.text import flops, short
 from ..train.environment import world_size
 from ..train.params import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
 

@@ -12,7 +12,7 @@ from ..moe.config import MoEConfig, Scope, Selection
 from ..parallel.config import Exchange, ParallelConfig
 from ..train.compose import compose
 from ..train.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
-from ..train.rules import broken_rules
+from ..train.rules.rules import broken_rules
 from ..train.schema import written
 from ..train.validate import nearest_valid
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "parity": {"train", "parallel", "data", "moe"},
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
-    "interop": {"moe", "train.checkpoint", "train.failpoints", "parallel.pieces", "data.tokenizer"},
+    "interop": {"moe", "train.checkpoint", "train.survival.failpoints", "parallel.pieces", "data.tokenizer"},
     "bench": {"moe", "parallel", "data", "train"},
     "data": set(),
     "moe": set(),

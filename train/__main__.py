@@ -4,7 +4,7 @@ import sys
 
 from .allocator import restart_with_kept_memory
 from .command import train_command
-from .signals import listen
+from .survival.signals import listen
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from .compose import compose_arguments
 from .config import Config, ConfigError
 from .environment import may_find_the_dead, world_size
 from .redact import redact
-from .signals import ignore, listen
+from .survival.signals import ignore, listen
 from .validate import validate
 
 BAD_CONFIGURATION = 2

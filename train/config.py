@@ -8,7 +8,7 @@ from ..data.config import DataConfig, TokenizerConfig
 from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
 from .launch_config import LaunchConfig
-from .survival_config import DebugConfig, NumericsConfig
+from .survival.survival_config import DebugConfig, NumericsConfig
 from .telemetry.config import TelemetryConfig
 
 

@@ -15,10 +15,10 @@ from ..parallel.pieces import Held, Piece
 from .config import Config
 from .deepspeed_settings import deepspeed_settings
 from .engine import Engine
-from .flags import NOTHING, Telling, Told, is_sound
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
 from .step import Rows, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
+from .survival.flags import NOTHING, Telling, Told, is_sound
 
 
 def build_zero_engine(config: Config, parallel: Parallel) -> Engine:

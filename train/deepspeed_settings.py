@@ -4,8 +4,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from .broken import Broken
 from .config import Config, Engine, Precision
+from .rules.broken import Broken
 from .schema import nearest_text
 
 INTERVALS = {"engine.zero": "[0, 4)"}

@@ -11,10 +11,10 @@ from ..parallel.apply import Parallel
 from ..parallel.pieces import Held
 from .config import Config
 from .config import Engine as EngineKind
-from .flags import NOTHING, Telling, Told, is_sound
 from .optimizer import build_optimizer
 from .state import held_state, set_optimizer_steps
 from .step import Rows, StepNumbers, train_step
+from .survival.flags import NOTHING, Telling, Told, is_sound
 
 
 @dataclass

@@ -9,11 +9,11 @@ import torch
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.model import Transformer
 from ..moe.router import Router
+from .checkpoint.checkpointing import build_saver
+from .checkpoint.resuming import as_checkpoint
 from .checkpoint.store import read_facts, read_whole
-from .checkpointing import build_saver
 from .config import Config, ConfigError, EngineConfig, Precision
 from .plain import config_from_plain
-from .resuming import as_checkpoint
 from .session import DTYPES, Session, first_rank_first
 
 

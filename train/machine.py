@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .git import git_state
 from .redact import redact_plain
+from .trackers.git import git_state
 
 LIBRARIES = ("deepspeed", "wandb", "sentencepiece", "numpy")
 """Beside torch, those whose version may matter to somebody who repeats the run."""

@@ -10,7 +10,7 @@ from ..moe.count import flops_per_token, kv_cache_elements, sum_by_part, trainin
 from ..moe.describe import describe_routing, moe_layers
 from ..parallel.layout import fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
-from .rules import broken_rules
+from .rules.rules import broken_rules
 from .schema import written
 from .validate import nearest_valid
 

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from .config import Config
-from .intervals import INTERVALS
+from .rules.intervals import INTERVALS
 from .schema import is_mapping, settings, written
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

@@ -9,16 +9,13 @@ from types import TracebackType
 from typing import Any, NamedTuple, final
 
 from ..moe.count import count
-from .accounting import Accounting, in_words
 from .checkpoint.saver import Outcome
-from .console import Eta, fitting_spans
-from .console_layers import layer_lines
-from .console_startup import startup_lines
-from .console_summary import end_lines
-from .console_text import Printer, Span
+from .console.console import Eta, fitting_spans
+from .console.layers import layer_lines
+from .console.startup import startup_lines
+from .console.summary import end_lines
+from .console.text import Printer, Span
 from .evaluate import Evaluation
-from .exit_codes import ExitCode
-from .git import git_state
 from .journal import Journal
 from .machine import environment
 from .metrics import Meter
@@ -28,10 +25,13 @@ from .redact import RedactingFormatter
 from .run_facts import end_facts, startup_facts, step_result, train_command, validation_record
 from .session import DTYPES, Session
 from .step import StepNumbers
+from .survival.accounting import Accounting, in_words
+from .survival.exit_codes import ExitCode
 from .telemetry.alarms import TITLES, Alarms
 from .telemetry.config import Tier
 from .telemetry.watch import Seen, table_due
-from .trackers import build_trackers, run_identity
+from .trackers.git import git_state
+from .trackers.trackers import build_trackers, run_identity
 
 TRACKER_SECONDS = 20.0
 """That the dry step gives trackers to start."""

@@ -12,24 +12,24 @@ from ..data.stream.stop import DataStop
 from ..parallel.fingerprints import compare
 from ..parallel.processes import is_first, join, leave, pick_device
 from ..parallel.pulse import check_before_collectives, doing
-from .attempt import attempt, recover
-from .care import Care, build_care
-from .checkpointing import SaveFailed
+from .checkpoint.checkpointing import SaveFailed
+from .checkpoint.saving import keep, settle
 from .config import Config
-from .dry_step import dry_step
 from .evaluate import Evaluation, evaluate_session
-from .exit_codes import ExitCode
 from .feed import as_rows, no_rows
 from .redact import redact
 from .reporter import Logged, OtherRank, Reporter, build_reporter, set_up_logging
-from .saving import keep, settle
 from .schedule import learning_rate_factor
 from .session import Session, open_session
-from .signals import listening
 from .step import Rows, StepNumbers
-from .stop import RunStop, say_failure, say_stop
+from .survival.attempt import attempt, recover
+from .survival.care import Care, build_care
+from .survival.dry_step import dry_step
+from .survival.exit_codes import ExitCode
+from .survival.signals import listening
+from .survival.stop import RunStop, say_failure, say_stop
+from .survival.watchdog import watched
 from .telemetry.watch import Watch
-from .watchdog import watched
 
 GRACE_SECONDS = 30.0
 """For which a process group waits longer than the watchdog, which knows more about why."""

@@ -10,8 +10,8 @@ import torch
 from ..moe.count import count
 from .compose import compose
 from .config import Config
-from .console_startup import StartupFacts
-from .console_summary import EndFacts
+from .console.startup import StartupFacts
+from .console.summary import EndFacts
 from .evaluate import Evaluation
 from .metrics import StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak

@@ -14,16 +14,16 @@ from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
 from ..parallel.processes import is_first, wait_for_all
 from .checkpoint.agree import from_first
+from .checkpoint.checkpointing import build_saver
 from .checkpoint.folder import remove_leftovers
+from .checkpoint.lock import RunLock, lock_run
+from .checkpoint.resuming import find_resume, note, resume
 from .checkpoint.saver import Saver
-from .checkpointing import build_saver
 from .config import Config, ConfigError, Precision
 from .engine import Engine, build_engine
 from .feed import Waiting, data_world
 from .folder import new_run_folder
-from .lock import RunLock, lock_run
 from .plain import shown_config
-from .resuming import find_resume, note, resume
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 

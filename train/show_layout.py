@@ -7,7 +7,7 @@ from ..parallel.picture import picture
 from .arguments import Arguments
 from .compose import compose_arguments
 from .config import Config
-from .console_text import short
+from .console.text import short
 from .environment import world_size
 from .params import check, count, per_rank, ranks_of
 

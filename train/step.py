@@ -21,9 +21,9 @@ from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
 from ..parallel.host import on_device
 from ..parallel.pulse import doing, waiting_for_device
 from ..parallel.vocabulary import head_loss
-from .flags import NOTHING, Telling, Told, is_sound, numbers_of, read
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
+from .survival.flags import NOTHING, Telling, Told, is_sound, numbers_of, read
 
 
 class Rows(NamedTuple):

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from ..data.check import check_corpus, check_tokenizer
 from ..parallel.layout import fewest_ranks
-from .broken import Broken
+from .checkpoint.resume_check import check_resume
 from .config import Config, ConfigError
 from .launch_config import Launcher
-from .resume_check import check_resume
-from .rules import broken_rules
+from .rules.broken import Broken
+from .rules.rules import broken_rules
 from .schema import written
 
 

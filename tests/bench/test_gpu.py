@@ -56,7 +56,7 @@ def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropping, on one device: loss and norm, before the update."""
     monkeypatch.setattr(dispatch, "alignment", lambda _: 1)  # as on a GPU
     (line,) = measure_steps(SIZES["tiny"], CPU, 1, 0, compiled=False)
-    assert [(place.partition(":")[0], count) for place, count in line.host_reads.items()] == [("train/flags.py", 1)]
+    assert [(place.partition(":")[0], count) for place, count in line.host_reads.items()] == [("train/survival/flags.py", 1)]
     assert line.mfu > 0 and line.peak_bytes is None
     assert line.tokens_per_second == 128 / line.seconds.median
 

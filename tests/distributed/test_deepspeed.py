@@ -20,8 +20,8 @@ from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.pieces import Piece, whole
+from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.checkpoint.store import read_whole
-from tokenyard.train.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.config import BatchConfig, Config, EngineConfig, OptimizerConfig
 from tokenyard.train.config import Engine as EngineKind

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import TINY_RUN
-from tokenyard.train.care import build_care
 from tokenyard.train.compose import compose
 from tokenyard.train.reporter import Logged, Reporter
 from tokenyard.train.run import train
 from tokenyard.train.session import Session, open_session
+from tokenyard.train.survival.care import build_care
 
 COMMON = [
     *TINY_RUN,

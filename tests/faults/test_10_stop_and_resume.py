@@ -14,8 +14,8 @@ from tokenyard.train.journal import read_journal
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import train_session
 from tokenyard.train.session import open_session
-from tokenyard.train.signals import listening
 from tokenyard.train.state import random_state
+from tokenyard.train.survival.signals import listening
 
 STEPS = 20
 LONG = [

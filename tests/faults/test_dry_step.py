@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import torch
 from fault_run import configured, events_of, losses, state_of
-from tokenyard.train.dry_step import dry_step
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import run, train_session
 from tokenyard.train.session import open_session
 from tokenyard.train.state import random_state
+from tokenyard.train.survival.dry_step import dry_step
 
 DRY = ["debug.dry_step=true"]
 

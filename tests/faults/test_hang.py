@@ -15,8 +15,8 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.dispatch.flights import Exchange, depart, land
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.pulse import PULSE, check_before_collectives, collective, doing
-from tokenyard.train.blame import Verdict
-from tokenyard.train.watchdog import STACKS, Watchdog
+from tokenyard.train.survival.blame import Verdict
+from tokenyard.train.survival.watchdog import STACKS, Watchdog
 
 TIMEOUT = 0.5
 

@@ -13,10 +13,10 @@ import torch
 from fault_run import checkpoint_steps, configured, events_of, losses
 from tokenyard.parallel.apply import local
 from tokenyard.train.compose import compose
-from tokenyard.train.replicas import differences, hash_of
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import single_step, train_session
 from tokenyard.train.session import open_session
+from tokenyard.train.survival.replicas import differences, hash_of
 
 NAME = "layers.0.attention.qkv"
 

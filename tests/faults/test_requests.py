@@ -17,7 +17,7 @@ from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import train_session
 from tokenyard.train.session import open_session
-from tokenyard.train.signals import listening
+from tokenyard.train.survival.signals import listening
 
 LONG = ["steps=3000", "checkpoint.every=0"]
 

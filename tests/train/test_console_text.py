@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tokenyard.train.console_text import ASCII_BARS, bar, duration, flops, printable, short
+from tokenyard.train.console.text import ASCII_BARS, bar, duration, flops, printable, short
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.journal import read_journal
 from tokenyard.train.run import run
-from tokenyard.train.trackers import Trackers
+from tokenyard.train.trackers.trackers import Trackers
 from tokenyard.train.validate import validate
 
 TINY = [

@@ -8,7 +8,6 @@ import tokenyard
 import torch
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.tokens import Place
-from tokenyard.train.care import build_care
 from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
@@ -18,6 +17,7 @@ from tokenyard.train.reporter import OtherRank
 from tokenyard.train.run import micro_batches, run
 from tokenyard.train.session import open_session
 from tokenyard.train.step import train_step
+from tokenyard.train.survival.care import build_care
 
 MOE, ROUTER, BALANCE, CAPACITY = "model.moe", "model.moe.router", "model.moe.balance", "model.moe.capacity"
 TINY = [

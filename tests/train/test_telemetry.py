@@ -13,8 +13,8 @@ from tokenyard.moe.gauges import SUMS
 from tokenyard.moe.router import Router
 from tokenyard.moe.tokens import Tokens
 from tokenyard.train.compose import compose
-from tokenyard.train.console_layers import layer_lines
-from tokenyard.train.console_text import BLOCKS, plain
+from tokenyard.train.console.layers import layer_lines
+from tokenyard.train.console.text import BLOCKS, plain
 from tokenyard.train.journal import read_journal
 from tokenyard.train.run import run
 from tokenyard.train.telemetry.alarms import Alarms, experts_in_use

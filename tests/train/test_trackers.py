@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenyard.train.config import TrackerConfig
 from tokenyard.train.journal import Journal, read_journal
-from tokenyard.train.trackers import AbstractTracker, Trackers, build_trackers, check_trackers, run_identity
+from tokenyard.train.trackers.trackers import AbstractTracker, Trackers, build_trackers, check_trackers, run_identity
 
 
 @pytest.fixture

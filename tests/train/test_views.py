@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from tiny_run import TINY_RUN
-from tokenyard.train.git import git_state
 from tokenyard.train.journal import read_journal
-from tokenyard.train.trackers import check_trackers
+from tokenyard.train.trackers.git import git_state
+from tokenyard.train.trackers.trackers import check_trackers
 
 KEYS = {"loss", "grad_norm", "moe/load_entropy", "moe/router_entropy_layer", "dropped_fraction", "tokens_per_second"}
 
@@ -94,7 +94,7 @@ def test_trackio_has_the_scalars(folder: Path):
 def test_what_is_not_installed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
     from tokenyard.train.config import TrackerConfig
 
-    monkeypatch.setattr("tokenyard.train.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("tokenyard.train.trackers.trackers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^tracker.names has 'trackio', which is not installed: pip install tokenyard\[trackio\]"):
         check_trackers(TrackerConfig(names=["wandb", "trackio"]))
 

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ..failpoints import failpoint
+from ..survival.failpoints import failpoint
 from .durable import sync_folder
 from .manifest import MANIFEST
 

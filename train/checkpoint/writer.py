@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 from ...parallel.pieces import Held
-from ..failpoints import failpoint
+from ..survival.failpoints import failpoint
 from .durable import sync, sync_folder, write_durably
 from .folder import REPLACED
 from .identity import Hashes, expert_hashes, hash_held, hash_stored

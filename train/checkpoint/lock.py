@@ -1,0 +1,84 @@
+"""One run folder, one job: rank 0 holds a lock on `run.dir/lock`, which the operating system ends with the process."""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import weakref
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
+
+NAME = "lock"
+PROCESS = secrets.token_hex(8)
+"""Tells this process from another one with its id: in another container, or before."""
+
+
+class RunLock:
+    """Held until `release`, or until nobody has this object any more."""
+
+    def __init__(self, path: Path, descriptor: int | None, previous: str | None = None) -> None:
+        self.previous = previous
+        """In words, the owner that never gave it back."""
+        self._release = weakref.finalize(self, _release, path, descriptor) if descriptor is not None else None
+
+    def release(self) -> None:
+        if self._release is not None:
+            self._release()
+
+
+def lock_run(folder: Path) -> RunLock:
+    """ConfigError, naming host and process id, if another process has the lock. What a dead one has left is taken over."""
+    path = folder / NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = _owner(descriptor)
+        os.close(descriptor)
+        if (owner.get("pid"), owner.get("process")) == (os.getpid(), PROCESS):
+            return RunLock(path, None)  # an earlier run of this process, which is over
+        raise ConfigError.of("run.dir", str(folder), f"is in use by {_words(owner)}", "another run.dir, or end that job") from None
+    except OSError:  # a file system without locks: what the file says is all there is
+        pass
+    if not _is_at(descriptor, path):  # its owner removed it between our two calls
+        os.close(descriptor)
+        return lock_run(folder)
+    owner = _owner(descriptor)
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": _now(), "process": PROCESS}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+    return RunLock(path, descriptor, _words(owner) if owner else None)
+
+
+def _release(path: Path, descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    os.close(descriptor)
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _words(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('start', '?')}"
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

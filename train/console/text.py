@@ -1,0 +1,137 @@
+"""Lines of styled text that print plainly anywhere and in colour on a terminal; and how numbers are written on them."""
+
+import math
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TextIO
+
+from ..redact import redact
+
+
+class Span(NamedTuple):
+    """Text with a rich style; the style is left out where there is no terminal."""
+
+    text: str
+    style: str = ""
+
+
+Line = list[Span]
+
+ASCII_BARS = "_.:-=+*#@"
+BLOCKS = "_\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+"""Characters of bar charts, from none to full: lower blocks of one to eight eighths."""
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but newline and tab, line separators, changes of the writing direction, halves of characters."""
+
+
+class Printer:
+    """Writes lines to `stream`: through rich if that is a terminal, else as they are, flushed line by line."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stdout
+        self._rich = _rich_console(self._stream) if self._stream.isatty() else None
+        self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self.bars = BLOCKS if self._writable(BLOCKS) == BLOCKS else ASCII_BARS
+
+    @property
+    def width(self) -> int | None:
+        """Characters of a line of the terminal as it is now; None where there is none."""
+        return None if self._rich is None else self._rich.width
+
+    def line(self, line: Line) -> None:
+        """One line, never wrapped or cropped by us."""
+        line = [Span(self._writable(redact(text)), style) for text, style in line]
+        if self._rich is None:
+            self._stream.write(plain(line) + "\n")
+            self._stream.flush()
+            return
+        from rich.text import Text
+
+        self._rich.print(Text.assemble(*line))
+
+    def lines(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            self.line(line)
+
+    def say(self, text: str) -> None:
+        """One line of unstyled text."""
+        self.line([Span(text)])
+
+    def _writable(self, text: str) -> str:
+        """`text` with escapes for what the stream's encoding has no character for."""
+        return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
+
+
+def plain(line: Line) -> str:
+    """The line without styles and without blanks at its end."""
+    return "".join(span.text for span in line).rstrip()
+
+
+def rows(items: Iterable[tuple[str, str]]) -> list[Line]:
+    """Names and values in two columns; an empty name goes on with the row above."""
+    return [[Span(f"  {name:<12}", "cyan"), Span(value)] for name, value in items]
+
+
+def title(text: str) -> Line:
+    return [Span(text, "bold")]
+
+
+def commands(items: Iterable[tuple[str, str]]) -> list[Line]:
+    """What a command is for, and below it the command, alone on its line to be copied."""
+    return [line for purpose, command in items for line in ([Span(f"  {purpose}")], [Span("    "), Span(command, "bold green")])]
+
+
+def short(number: float) -> str:
+    """A number of any size in at most 7 characters: 999, 12,345, 1.23M, 46.7B."""
+    if not math.isfinite(number):
+        return str(number)
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size * 0.9995:
+            return f"{_digits(number / size)}{unit}"
+    return f"{number:,.0f}"
+
+
+def flops(number: float) -> str:
+    """FLOPs with the unit's usual prefix: 12.3 GFLOP."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size * 0.9995:
+            return f"{_digits(number / size)} {unit}FLOP"
+    return f"{number:,.0f} FLOP"
+
+
+def duration(seconds: float | None) -> str:
+    """Two units at most, in 6 characters: 45s, 3m12s, 2h05m, 11d04h; '-' if unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def bar(values: Iterable[float], full: float, marks: str) -> str:
+    """A character a value, from marks[0] (zero) to marks[-1] (`full` and above); any value over 0 shows at least marks[1]."""
+    top = len(marks) - 1
+    return "".join(marks[0 if value <= 0 else min(top, max(1, round(value / full * top)))] for value in values)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: a model may generate sequences that would steer a terminal."""
+    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def _digits(number: float) -> str:
+    """Three significant digits."""
+    return f"{number:.2f}" if abs(number) < 9.995 else f"{number:.1f}" if abs(number) < 99.95 else f"{number:.0f}"
+
+
+def _rich_console(stream: TextIO) -> Any:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, soft_wrap=True)

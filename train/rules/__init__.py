@@ -1,0 +1,1 @@
+"""What a configuration must obey, checked before any process group exists."""

@@ -1,0 +1,119 @@
+"""Every rule that must hold between settings, and the values that may mend a broken one. Types and names are checked by compose."""
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+
+from ...data.config import TokenizerKind
+from ...moe.config import AttentionKind, ModelConfig
+from .. import deepspeed_settings
+from ..config import Config, Shape
+from ..schema import nearest_text
+from ..trackers.trackers import TRACKERS, missing
+from . import data_rules, exchange_rules, launch_rules, layout_rules, model_rules, router_rules
+from .broken import Broken, divisors, multiples, needs
+from .intervals import intervals
+from .model_rules import moe_layers
+
+BYTE_PIECES = 259
+"""256 bytes and 3 marks."""
+
+
+def broken_rules(config: Config, world: int) -> Iterator[Broken]:
+    """Each rule that does not hold. After the first one the others may fail, so take one at a time."""
+    for place, rule in enumerate(RULES):
+        yield from (broken._replace(place=place) for broken in rule(config, world))
+
+
+def tokenizer(config: Config, world: int) -> Iterator[Broken]:
+    rows, trained = config.model.vocabulary, config.tokenizer.path is None
+    if config.tokenizer.kind is TokenizerKind.bytes and rows < BYTE_PIECES:
+        rule = f"must be at least {BYTE_PIECES}, the pieces of tokenizer=bytes"
+        yield Broken("model.vocabulary", rule, range(BYTE_PIECES, 2 * BYTE_PIECES))
+    if config.tokenizer.kind is TokenizerKind.sentencepiece and trained and config.tokenizer.pieces > rows:
+        yield Broken("tokenizer.pieces", f"must be at most model.vocabulary={rows}", [rows])
+
+
+def schedule(config: Config, world: int) -> Iterator[Broken]:
+    decay = config.schedule.decay
+    if config.schedule.shape is Shape.wsd and decay is not None and decay > config.steps:
+        yield Broken("schedule.decay", f"must be at most steps={config.steps}", [config.steps])
+
+
+def trackers(config: Config, world: int) -> Iterator[Broken]:
+    wrong = [name for name in config.tracker.names if name not in TRACKERS]
+    if wrong:
+        right = [nearest_text(str(name), TRACKERS) if name in wrong else name for name in config.tracker.names]
+        yield Broken("tracker.names", f"may hold {', '.join(TRACKERS)}", [list(dict.fromkeys(right))])
+    for name in missing(config.tracker.names):
+        rest = [other for other in config.tracker.names if other != name]
+        yield Broken("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
+
+
+def degrees(config: Config, world: int) -> Iterator[Broken]:
+    """The parallel degrees against the model."""
+    p, c = config.parallel, config.model
+    for key in _cut_by_tensor(c):
+        if attrgetter(key)(config) % p.tensor:
+            yield Broken("parallel.tensor", f"must divide {key}={attrgetter(key)(config)}", divisors(attrgetter(key)(config)))
+    if p.expert > 1 and not moe_layers(c):
+        yield Broken("parallel.expert", "must be 1, no layer of the model has experts", [1])
+    if moe_layers(c) and c.moe.experts % p.expert:
+        yield Broken("parallel.expert", f"must divide model.moe.experts={c.moe.experts}", divisors(c.moe.experts))
+
+
+def ranks(config: Config, world: int) -> Iterator[Broken]:
+    """The parallel degrees against the ranks that there are."""
+    p = config.parallel
+    for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
+        if world % degree:
+            yield Broken(key, needs(degree, world), {degree, *divisors(world)})
+    data = world // p.tensor
+    if data % p.shard:
+        rule = (
+            needs(p.shard, world)
+            if world == 1
+            else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
+        )
+        yield Broken("parallel.shard", rule, {p.shard, *divisors(data)})
+
+
+def batch(config: Config, world: int) -> Iterator[Broken]:
+    sequences, data = config.batch.sequences, world // config.parallel.tensor
+    micro = config.batch.micro or 1
+    if sequences % data:
+        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor})"
+        yield Broken("batch.sequences", rule, multiples(data * micro, sequences))
+    if sequences // data % micro:
+        rule = f"must divide the {sequences // data} sequences of a rank (batch.sequences={sequences} over {data} data ranks)"
+        yield Broken("batch.micro", rule, divisors(sequences // data))
+
+
+RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
+    intervals,
+    model_rules.model,
+    model_rules.attention,
+    model_rules.experts,
+    router_rules.routers,
+    tokenizer,
+    data_rules.data,
+    schedule,
+    trackers,
+    degrees,
+    ranks,
+    layout_rules.expert_tensor,
+    exchange_rules.exchange,
+    batch,
+    deepspeed_settings.engine,
+    launch_rules.launchers,
+]
+"""In the order of checking: later ones may rely on earlier ones."""
+
+
+def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
+    """The sizes that tensor-parallel ranks share."""
+    yield "model.heads"
+    if c.attention.kind is AttentionKind.gqa:
+        yield "model.kv_heads"
+    if moe_layers(c) < c.layers + c.mtp_depth:
+        yield "model.hidden"
+    yield from ("model.vocabulary", "sequence_length")

@@ -1,0 +1,77 @@
+"""One optimizer step of a run, and what is done when its numbers are wrong: repeat, then stop, skip or roll back."""
+
+import sys
+from collections.abc import Callable
+
+from ...moe.tokens import Place
+from ..checkpoint.checkpointing import finished
+from ..checkpoint.resuming import newest_whole, resume
+from ..session import Session
+from ..step import Rows, StepNumbers
+from .care import Care
+from .exit_codes import ExitCode
+from .failures import bad_gradients
+from .flags import Telling, Told
+from .guard import Action, Fault
+from .stop import RunStop
+
+
+def attempt(session: Session, care: Care, rows: list[Rows], lr: float) -> StepNumbers:
+    """A step on these rows, once more if something is wrong with it; `updated` says whether one of them was taken."""
+    guard, step = care.guard, session.step + 1
+    place = Place(session.config.seed, step)
+
+    def compute(telling: Telling, accepts: Callable[[Told], bool]) -> StepNumbers:
+        return session.engine.step(rows, lr, session.config.optimizer.clip_norm, place, telling, accepts)
+
+    telling = care.telling()
+    numbers = compute(telling, guard.accepts)
+    fault = guard.fault(numbers.told)
+    if fault is None or fault.kind == "bad_data":
+        return numbers
+    tensors = bad_gradients(session.parallel)
+    again = compute(telling._replace(seconds=None), guard.accepts_again)
+    repeated = "persistent" if guard.fault(again.told) else "transient"
+    text = f"step {step}: {fault.text}; repeated, it was {'there again' if repeated == 'persistent' else 'gone'}"
+    care.reporter.event(fault.kind, step=step, rank=numbers.told.rank, tensors=tensors, again=repeated, text=text)
+    care.reporter.alert(fault.kind, text)
+    return again
+
+
+def recover(session: Session, care: Care, told: Told) -> None:
+    """The step after `session.step` cannot be taken: do what the policy says. RunStop if that is to stop."""
+    step, fault = session.step + 1, care.guard.fault(told)
+    assert fault is not None
+    if fault.kind == "bad_data" and care.bad_data is not None:
+        print(f"tokenyard: rank {session.parallel.mesh.rank}: {care.bad_data}", file=sys.stderr)
+    if fault.action is Action.stop:
+        code = ExitCode.bad_data if fault.kind == "bad_data" else ExitCode.not_finite
+        raise RunStop(f"step {step}: {fault.text}", code)
+    if not care.guard.may_go_on():
+        rule = f"numerics.max_skips={session.config.numerics.max_skips} steps were skipped or rolled back"
+        raise RunStop(f"step {step}: {fault.text}; {rule} before", ExitCode.not_finite)
+    if fault.action is Action.skip:
+        skip(session, care)
+    else:
+        roll_back(session, care, fault)
+
+
+def skip(session: Session, care: Care) -> None:
+    """Without an update; AdamW does not count it."""
+    session.step += 1
+    care.guard.skipped += 1
+    care.reporter.event("skipped", step=session.step)
+
+
+def roll_back(session: Session, care: Care, fault: Fault) -> None:
+    """To the newest checkpoint, from which the run comes here again, and around the step."""
+    step = session.step + 1
+    for outcome in finished(session):
+        care.reporter.saved(outcome)
+    path = newest_whole(session.folder)
+    if path is None:
+        raise RunStop(f"step {step}: {fault.text}; there is no checkpoint to roll back to", ExitCode.not_finite)
+    resume(session, path)
+    care.guard.jumps.add(step)
+    care.guard.restore(session.extra.get("guard", {}))
+    care.reporter.rolled_back(session, step)

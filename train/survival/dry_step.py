@@ -1,0 +1,88 @@
+"""Before the first step: the largest batch forward and backward, a small checkpoint, the disk, the trackers.
+
+What the run will need is found missing in its first minute and not in its third hour. Weights, moments, random state and the
+position in the data are afterwards bit for bit what they were.
+"""
+
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from ...moe.tokens import Place
+from ...parallel.pieces import Held
+from ...parallel.pulse import doing
+from ..checkpoint.agree import from_all
+from ..checkpoint.store import load_checkpoint, save_checkpoint
+from ..environment import restarted
+from ..reporter import Reporter
+from ..session import Session
+from ..state import random_state, restore_random
+from ..step import Rows
+from .exit_codes import ExitCode
+from .stop import RunStop
+
+
+@doing("dry step")
+def dry_step(session: Session, reporter: Reporter) -> None:
+    """RunStop, one line, for what is missing. Collective."""
+    wish = session.config.debug.dry_step
+    if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
+        return
+    before = {name: Held(piece, state.clone()) for name, (piece, state) in random_state().items()}
+    for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
+        attempt(session, what, test)
+    reporter.try_trackers()
+    restore_random(before)
+    reporter.event("dry_step", step=session.step)
+
+
+def attempt(session: Session, what: str, test: Callable[[Session], None]) -> None:
+    """All ranks fail if one does; a rank that cannot say so, as it died, is found by the others' collectives."""
+    mine = ""
+    try:
+        test(session)
+    except (OSError, ValueError, RuntimeError) as error:
+        mine = " ".join(f"{type(error).__name__}: {error}".split())
+    failed = [(rank, text) for rank, text in enumerate(from_all(mine)) if text]
+    if failed:
+        rank, text = failed[0]
+        raise RunStop(f"the dry step failed at {what} on rank {rank}: {text[:500]}", ExitCode.dry_step, saves=False)
+
+
+def try_step(session: Session) -> None:
+    """All micro-batches of a step as large as they can be, in tokens that count, and the moments of AdamW; without the update."""
+    session.engine.held()  # makes the moments
+    micro, length = session.micro, session.config.sequence_length
+    rows = session.config.batch.sequences // session.parallel.mesh.data.size // micro
+    first = session.parallel.mesh.data.rank * micro
+    batches = [made_up(session, micro, length, first) for _ in range(min(rows, 2))]
+    clip_norm, place = session.config.optimizer.clip_norm, Place(session.config.seed, session.step + 1)
+    session.engine.step(batches, 0.0, clip_norm, place, accepts=lambda _: False)
+    session.engine.optimizer.zero_grad(set_to_none=True)
+
+
+def made_up(session: Session, sequences: int, length: int, first: int) -> Rows:
+    """Rows of other tokens each, all of which count, drawn from a generator of their own."""
+    draw = torch.Generator().manual_seed(first)
+    ids_BS = torch.randint(session.data.tokenizer.size, (sequences, length), generator=draw).to(session.device)
+    documents_BS = torch.zeros_like(ids_BS) if session.config.data.mask_documents else None
+    return Rows(ids_BS, ids_BS.roll(-1, 1), first, documents_BS)
+
+
+def try_checkpoint(session: Session) -> None:
+    """The same way as a real one, but of the random states alone: written, read back and removed."""
+    folder, held = session.folder / "dry_step", random_state()
+    try:
+        path = save_checkpoint(folder, 0, held, {"dry_step": True}, limit_seconds=session.config.checkpoint.timeout_seconds)
+        load_checkpoint(path, held)
+    finally:
+        if session.parallel.mesh.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def try_disk(session: Session) -> None:
+    """Room for one more checkpoint. ValueError if there is none."""
+    lacking = session.saver.lacking(session.engine.held())
+    if lacking:
+        raise ValueError(f"a checkpoint takes more than there is: {lacking}")

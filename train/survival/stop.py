@@ -1,0 +1,38 @@
+"""Why a run ends before its last step. All ranks raise the same one after the same step."""
+
+import sys
+
+import torch.distributed as dist
+
+from ...data.stream.stop import DataStop
+from ...parallel.processes import is_first
+from ...parallel.pulse import PULSE
+from .exit_codes import ExitCode
+
+
+class RunStop(Exception):
+    """The text says why, in words."""
+
+    def __init__(self, text: str, code: ExitCode, saves: bool = True) -> None:
+        """`saves`: whether the state is sound, so that a checkpoint may be written of it."""
+        super().__init__(text)
+        self.exit_code = int(code)
+        self.saves = saves
+
+
+def say_stop(stop: DataStop | RunStop, step: int) -> int:
+    """Tell why the run ends after `step`. Returns the exit code."""
+    if is_first():
+        print(f"tokenyard: stopped after step {step}: {stop}", file=sys.stderr)
+    return stop.exit_code
+
+
+def say_failure(error: BaseException) -> None:
+    """Before this rank leaves and the others fail with it: which rank it was, and what it did."""
+    if not dist.is_initialized():
+        return
+    layer = "" if PULSE.layer is None else f", layer {PULSE.layer}"
+    within = f", in {PULSE.collective}" if PULSE.collective else ""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    place = f"rank {dist.get_rank()}, step {PULSE.step}, {PULSE.phase}{layer}{within}"
+    print(f"tokenyard: {place}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Where numbers go beside metrics.jsonl: W&B, TensorBoard, trackio."""
