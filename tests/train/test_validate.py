@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError
-from tokenyard.train.rules.rules.intervals import INTERVALS
+from tokenyard.train.rules.intervals import INTERVALS
 from tokenyard.train.schema import settings
 from tokenyard.train.validate import validate
 
