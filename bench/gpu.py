@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gpu_layers import Absent, DenseProducts, Forward, Shape, contenders, our_layer
+from .figures import Spread, markdown, spread
+from .gpu_layers import Absent, DenseProducts, Forward, contenders
 from .gpu_step import SIZES, StepLine, measure_steps
 from .host_reads import host_reads
-from .turns import Spread, peak_bytes, spread, take_turns
+from .shapes import Shape, our_layer
+from .turns import peak_bytes, take_turns
 
 SHAPES = {
     "full": {
@@ -152,10 +154,10 @@ def as_json(layers: list[LayerLine], steps: list[StepLine], device: torch.device
 def table(layers: list[LayerLine], steps: list[StepLine]) -> str:
     """Markdown; milliseconds are medians, and waits are how often the host waits for the device."""
     heads = ["layer", "by", "ms (least, most)", "TFLOP/s", "of dense products", "peak MiB", "waits", "output off by"]
-    parts = [[heads, *map(_layer_cells, layers)]] if layers else []
+    parts = [markdown(heads, map(_layer_cells, layers))] if layers else []
     heads = ["step", "ms (least, most)", "MFU", "tokens/s", "peak MiB", "waits"]
-    parts += [[heads, *map(_step_cells, steps)]] if steps else []
-    return "\n\n".join(_markdown(rows) for rows in parts)
+    parts += [markdown(heads, map(_step_cells, steps))] if steps else []
+    return "\n\n".join(parts)
 
 
 def _layer_cells(line: LayerLine) -> list[str]:
@@ -182,10 +184,6 @@ def _mebibytes(count: int | None) -> str:
 def _waits(found: dict[str, int] | None) -> str:
     places = ", ".join(f"{count} x {place}" for place, count in (found or {}).items())
     return places or "0"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 if __name__ == "__main__":

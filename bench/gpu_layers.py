@@ -8,31 +8,15 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.config import ModelConfig, MoEConfig
 from ..moe.feedforward import FeedForward
 from ..moe.layer import MoELayer
-
-
-class Shape(NamedTuple):
-    """Of an MoE layer, with softmax over all experts and weights that add up to one, whatever the model of that name does."""
-
-    width: int
-    hidden: int
-    experts: int
-    top_k: int
-    shared: int
-    tokens: int
-
-    @property
-    def flops(self) -> int:
-        """Of forward and backward, the matrix products of the experts alone: 3 x 2 FLOPs a weight and row."""
-        return 18 * self.width * (self.top_k * self.hidden + self.shared) * self.tokens
+from .shapes import Shape, our_layer
 
 
 class Absent(Exception):
@@ -41,15 +25,6 @@ class Absent(Exception):
 
 Forward = Callable[[Tensor], Tensor]
 """(1, T, D) to (1, T, D)."""
-
-
-def our_layer(shape: Shape, device: torch.device, dtype: torch.dtype) -> MoELayer:
-    """With random weights, of the scale of a normal initialisation."""
-    moe = MoEConfig(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, shared_hidden=shape.shared)
-    layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype).to_empty(device=device)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=shape.width**-0.5)
-    return layer
 
 
 def contenders(ours: MoELayer, shape: Shape) -> dict[str, Callable[[], Forward]]:

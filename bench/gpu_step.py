@@ -20,8 +20,9 @@ from ..train.config import OptimizerConfig
 from ..train.optimizer import build_optimizer
 from ..train.peak import peak_flops
 from ..train.step import Rows, train_step
+from .figures import Spread, spread
 from .host_reads import host_reads
-from .turns import Spread, peak_bytes, spread, take_turns
+from .turns import peak_bytes, take_turns
 
 
 class Size(NamedTuple):
@@ -75,7 +76,7 @@ def measure_steps(size: Size, device: torch.device, repeats: int, warm_up: int, 
     works = {"eager": partial(_with_compiled, parallel.model, False, step)}
     if compiled:
         works["compiled"] = partial(_with_compiled, parallel.model, True, step)
-    taken = take_turns(works, device, repeats, warm_up, lambda: None)
+    taken = take_turns(works, device, repeats, warm_up)
     peak = peak_flops(device, torch.bfloat16)
     tokens = size.sequences * size.length
     flops = tokens * training_flops_per_token(size.model, size.length)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..moe import dispatch, expert_function, layer
-from ..moe.config import ModelConfig
-from ..moe.layer import MoELayer
 from ..moe.selection import Choice
 from ..train.allocator import restart_with_kept_memory
-from .turns import Ratio, ratio, take_turns
+from .figures import Ratio, markdown, ratio
+from .shapes import Shape, our_layer
+from .turns import take_turns
 
 PARTS = {
     "route": ((layer.Router, "forward"),),
@@ -36,19 +36,13 @@ PARTS = {
 """The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""
 
 
-class Shape(NamedTuple):
-    """Of a layer; `hidden` is one expert's."""
-
-    width: int
-    experts: int
-    top_k: int
-    hidden: int
-    tokens: int
-
-
-SHAPES = [Shape(512, 8, 2, 1024, 4096), Shape(1024, 8, 2, 2048, 2048), Shape(1024, 32, 8, 512, 2048)]
+SHAPES = [
+    Shape(width=512, hidden=1024, experts=8, top_k=2, tokens=4096),
+    Shape(width=1024, hidden=2048, experts=8, top_k=2, tokens=2048),
+    Shape(width=1024, hidden=512, experts=32, top_k=8, tokens=2048),
+]
 EXPERTS = [8, 16, 32, 64, 128, 256]
-TINY = Shape(16, 4, 2, 16, 64)
+TINY = Shape(width=16, hidden=16, experts=4, top_k=2, tokens=64)
 
 
 class Timer:
@@ -91,12 +85,8 @@ class Bench:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, chosen_TK: Tensor | None = None) -> None:
         self.shape = shape
-        config = ModelConfig(width=shape.width)
-        config.moe.experts, config.moe.top_k, config.moe.hidden = shape.experts, shape.top_k, shape.hidden
+        self.layer = our_layer(shape, device, dtype)
         with device:
-            self.layer = MoELayer(config, dtype)
-            for parameter in self.layer.parameters():
-                torch.nn.init.normal_(parameter, std=0.02)
             self.x_BSD = torch.randn(1, shape.tokens, shape.width, dtype=dtype, requires_grad=True)
             self.grad_BSD = torch.randn_like(self.x_BSD)
         self.chosen_TK = chosen_TK
@@ -206,18 +196,18 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def table(found: dict[str, Any]) -> str:
     """Three tables of Markdown."""
-    names = [*PARTS, "rest", "all"]
-    lines = [f"| layer | ms of | {' | '.join(names)} | not products |", f"|{' --- |' * (len(names) + 3)}"]
-    for of in found["parts"]:
-        shape: Shape = of.shape
-        title = f"d {shape.width}, {shape.experts} x {shape.hidden}, top-{shape.top_k}, {shape.tokens} tokens"
-        for name, times in (("forward", of.forward), ("backward", of.backward)):
-            shares = " | ".join(f"{times[part]:.1f}" for part in names)
-            lines.append(f"| {title} | {name} | {shares} | {100 * of.not_products:.1f} % |")
-    lines += ["", "| experts | tokens/s, share of the first |", "| --- | --- |"]
-    lines += [f"| {count} | {value} |" for count, value in found["experts"].items()]
-    lines += ["", "| load | tokens/s, share of balanced |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in found["skew"].items()])
+    names, rows = [*PARTS, "rest", "all"], []
+    for shape, forward, backward, not_products in found["parts"]:
+        for name, times in (("forward", forward), ("backward", backward)):
+            cells = [f"{times[part]:.1f}" for part in names]
+            rows.append([f"{shape.title}, {shape.tokens} tokens", name, *cells, f"{100 * not_products:.1f} %"])
+    experts, skew = ([[str(name), str(value)] for name, value in found[key].items()] for key in ("experts", "skew"))
+    tables = [
+        markdown(["layer", "ms of", *names, "not products"], rows),
+        markdown(["experts", "tokens/s, share of the first"], experts),
+        markdown(["load", "tokens/s, share of balanced"], skew),
+    ]
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

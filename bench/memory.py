@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..moe.config import ModelConfig
 from ..moe.feedforward import FeedForward
-from ..moe.layer import MoELayer
-from .layer import SHAPES, TINY, Shape
+from .figures import markdown
+from .layer import SHAPES, TINY
+from .shapes import Shape, our_layer
 
-FINE = Shape(512, 64, 8, 256, 4096)
+FINE = Shape(width=512, hidden=256, experts=64, top_k=8, tokens=4096)
 TOKENS = 509
 """A prime, so that no activation has as many numbers as a weight."""
 
@@ -51,11 +51,9 @@ def kept(call: Callable[[], Any], module: nn.Module) -> int:
 
 def measure(shape: Shape, dtype: torch.dtype) -> Line:
     """Both layers on the same tokens."""
-    config = ModelConfig(width=shape.width)
-    config.moe.experts, config.moe.top_k, config.moe.hidden = shape.experts, shape.top_k, shape.hidden
-    moe, dense = MoELayer(config, dtype), FeedForward(shape.width, shape.top_k * shape.hidden, dtype)
-    for parameter in (*moe.parameters(), *dense.parameters()):
-        nn.init.normal_(parameter, std=0.02)
+    moe, dense = our_layer(shape, torch.device("cpu"), dtype), FeedForward(shape.width, shape.top_k * shape.hidden, dtype)
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter, std=shape.width**-0.5)
     x_BSD = torch.randn(1, shape.tokens, shape.width, dtype=dtype, requires_grad=True)
     of_moe, of_dense = (kept(lambda layer=layer: layer(x_BSD), layer) / shape.tokens for layer in (moe, dense))
     return Line(shape, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], of_moe, of_dense, of_moe / of_dense)
@@ -76,12 +74,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(lines: list[Line]) -> str:
-    """A table of Markdown."""
-    rows = ["| layer | precision | MoE | dense | ratio |", "| --- | --- | --- | --- | --- |"]
-    for shape, precision, moe, dense, ratio in lines:
-        layer = f"d {shape.width}, {shape.experts} x {shape.hidden}, top-{shape.top_k}"
-        rows.append(f"| {layer} | {precision} | {moe:,.0f} | {dense:,.0f} | {ratio:.2f} |")
-    return "\n".join(rows)
+    """Markdown."""
+    rows = ([line.shape.title, line.precision, f"{line.moe:,.0f}", f"{line.dense:,.0f}", f"{line.ratio:.2f}"] for line in lines)
+    return markdown(["layer", "precision", "MoE", "dense", "ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..moe.processor import multiplies_bf16
 from ..parallel.processes import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session
-from .processor import multiplies_bf16
+from .figures import markdown, rotated, spread
 from .stamps import Split, Stamp, split_times, stamped
 from .start import Side, join
-from .turns import spread
 
 RUN = [
     "tracker=jsonl",
@@ -110,7 +110,7 @@ def measure(overrides: list[str], layouts: dict[str, list[str]], rounds: int, st
         sides = {"one process": alone} | dict.fromkeys(layouts, ranks)
         turns: dict[str, list[Turn]] = {name: [] for name in sides}
         for round_ in range(-1, rounds):
-            for name in _rotated(list(sides), round_):
+            for name in rotated(list(sides), round_):
                 turn = taken(sides[name].ask({"layout": name, "steps": steps}))
                 # The first is for warming up.
                 turns[name] += [turn] if round_ >= 0 else []
@@ -158,11 +158,6 @@ def _session(task: dict[str, Any], layout: list[str], name: str) -> Session:
     return session
 
 
-def _rotated(names: list[str], by: int) -> list[str]:
-    place = by % len(names)
-    return names[place:] + names[:place]
-
-
 def _line(name: str, precision: str, turns: list[Turn], alone: list[Turn]) -> Line:
     ratios = [one.seconds / many.seconds for one, many in zip(alone, turns, strict=True)]
     off = max(abs(many.loss / one.loss - 1) for one, many in zip(alone, turns, strict=True))
@@ -175,8 +170,7 @@ def table(lines: list[Line]) -> str:
     """Markdown. Shares are of the layout's own step."""
     heads = ["precision", "2 ranks x 1 thread", "throughput (least, most)", "step s", "1 x 2 step s"]
     heads += ["computing", "exchanging", "waiting", "loss off by"]
-    rows = [heads, ["---"] * len(heads), *map(_cells, lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(heads, map(_cells, lines))
 
 
 def _cells(line: Line) -> list[str]:

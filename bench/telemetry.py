@@ -23,6 +23,7 @@ from ..train.journal import Journal
 from ..train.run import single_step
 from ..train.session import open_session
 from ..train.telemetry.watch import Watch
+from .figures import rotated
 
 TIERS = ("none", "brief", "detailed")
 
@@ -110,8 +111,7 @@ def measure(overrides: list[str], rounds: int, steps: int) -> list[Line]:
             runner.steps(2)
         taken: dict[str, list[tuple[float, float]]] = {tier: [] for tier in TIERS}
         for turn in range(rounds):
-            for place in range(len(TIERS)):
-                tier = TIERS[(turn + place) % len(TIERS)]
+            for tier in rotated(list(TIERS), turn):
                 taken[tier].append(runners[tier].steps(steps))
         for runner in runners.values():
             runner.journal.close()

@@ -4,44 +4,15 @@ On a machine that others use too, only what ran in the same minute can be compar
 """
 
 import gc
-import statistics
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from .figures import rotated
+
 Work = Callable[[], Any]
-
-
-class Spread(NamedTuple):
-    """Seconds over the repeats."""
-
-    median: float
-    least: float
-    most: float
-
-
-class Ratio(NamedTuple):
-    """Of the rounds: the median and the quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
-
-
-def spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-def ratio(above: list[float], below: list[float]) -> Ratio:
-    """Of one side's numbers to another's, round by round."""
-    quotients = [a / b for a, b in zip(above, below, strict=True)]
-    low, _, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else 3 * quotients
-    return Ratio(statistics.median(quotients), low, high)
 
 
 def take_turns(
@@ -52,10 +23,8 @@ def take_turns(
     `reset` comes before each, outside of the time.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
-    names = list(works)
     for repeat in range(-warm_up, repeats):
-        for place in range(len(names)):
-            name = names[(repeat + place) % len(names)]
+        for name in rotated(list(works), repeat):
             reset()
             seconds = timed(works[name], device)
             taken[name] += [seconds] if repeat >= 0 else []

@@ -16,6 +16,8 @@ FORMAT = "tokenyard tokens"
 VERSION = 2
 BLOCK = 1 << 24
 """Ids that are hashed at a time."""
+AGAIN = "remove it and start tokenyard prepare again"
+"""What to do about damage."""
 
 
 class ShardRecord(NamedTuple):
@@ -143,6 +145,3 @@ def _check_hash(folder: Path, record: ShardRecord, ids: np.ndarray) -> None:
         running.update(np.ascontiguousarray(ids[start : start + BLOCK]).data)
     if running.hexdigest() != record.hash:
         raise ValueError(f"{folder / record.file} is damaged: its ids have hash {running.hexdigest()}, not {record.hash}; {AGAIN}")
-
-
-AGAIN = "remove it and start tokenyard prepare again"

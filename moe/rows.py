@@ -44,7 +44,7 @@ def weighted_sum(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
 class _CopyToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, *plan: Any) -> Tensor:
-        ctx.save_for_backward(plan[1])
+        ctx.save_for_backward(Plan(*plan).slot_TK)
         return gather_rows(x_TD, Plan(*plan))
 
     @staticmethod
@@ -57,7 +57,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, *plan: Any) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, *plan)
-        return sum_rows(y_RD, plan[1], weights_TK)
+        return sum_rows(y_RD, Plan(*plan).slot_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

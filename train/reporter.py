@@ -1,7 +1,6 @@
 """What people and trackers see of a run: journals, trackers and the console. Rank 0 alone has any of it."""
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
@@ -15,6 +14,7 @@ from .console.layers import layer_lines
 from .console.startup import startup_lines
 from .console.summary import end_lines
 from .console.text import Printer, Span
+from .environment import local_world_size
 from .evaluate import Evaluation
 from .journal import Journal
 from .machine import environment
@@ -110,7 +110,7 @@ class Reporter(ABC):
 def build_reporter(session: Session) -> Reporter:
     """For rank 0 the real one. The peak is measured on all ranks at once, as they will share the machine."""
     ranks = session.parallel.mesh.world
-    peak = peak_flops(session.device, DTYPES[session.config.precision], ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    peak = peak_flops(session.device, DTYPES[session.config.precision], ranks, local_world_size() or ranks)
     return FirstRank(session, peak) if session.parallel.mesh.rank == 0 else OtherRank()
 
 

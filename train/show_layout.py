@@ -1,14 +1,12 @@
 """`tokenyard train --layout-only ...`: the layout as a picture. Nothing is started, torch is not imported."""
 
-import os
-
 from ..moe.describe import moe_layers
 from ..parallel.picture import picture
 from .arguments import Arguments
 from .compose import compose_arguments
 from .config import Config
 from .console.text import short
-from .environment import world_size
+from .environment import local_world_size, world_size
 from .params import check, count, per_rank, ranks_of
 
 
@@ -37,10 +35,9 @@ def layout_lines(config: Config, world: int) -> list[str]:
 
 def ranks_of_a_node(config: Config, world: int) -> int:
     """launch.ranks if it is set, or what torchrun says; else all ranks are on one node."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
     if config.launch.ranks * config.launch.nodes > 1:
         return min(config.launch.ranks, world)
-    return min(int(told), world) if told.isdecimal() and int(told) > 0 else world
+    return min(local_world_size() or world, world)
 
 
 def _plural(word: str, number: int) -> str:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 
+from ..figures import markdown
 from .cases import CASES, SIDES, for_this_machine, sides_of
 from .turns import Line, Plan, measure
 
@@ -45,8 +46,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def table(lines: list[Line]) -> str:
     """Markdown. Shares with their quartiles; `ours` is what tokenyard's tokens/s are of the side's."""
     heads = ["case", "side", "tokens/s", "of dense", "quartiles", "ours", "peak MiB", "first loss"]
-    rows = [heads, ["---"] * len(heads), *(_cells(line) for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(heads, map(_cells, lines))
 
 
 def _cells(line: Line) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from ..processor import multiplies_bf16
+from ...moe.processor import multiplies_bf16
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from ...train.allocator import SETTINGS
+from ..figures import ratio
 from .cases import IMPORTS, Case, Side, groups, not_installed, refusal
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
@@ -143,25 +144,20 @@ def _take_turns(name: str, workers: list[Worker], plan: Plan) -> None:
 
 def _line(name: str, worker: Worker, workers: dict[str, Worker], case: Case) -> Line:
     side = worker.side
-    of_dense = _speeds(worker, workers[side.dense])
+    of_dense = ratio(workers[side.dense].seconds, worker.seconds)
     ours = workers.get(side.ours)
     seconds = statistics.median(worker.seconds)
     return Line(
         name,
         side.name,
         case.tokens / seconds,
-        statistics.median(of_dense),
-        quartiles(of_dense),
-        statistics.median(_speeds(ours, worker)) if ours else None,
+        of_dense.median,
+        (of_dense.low, of_dense.high),
+        ratio(worker.seconds, ours.seconds).median if ours else None,
         worker.peak,
         worker.losses[0],
         _same(worker, ours, case) if side.same and ours else None,
     )
-
-
-def _speeds(worker: Worker, other: Worker) -> list[float]:
-    """Tokens/s as a multiple of those of `other`, round by round."""
-    return [theirs / mine for mine, theirs in zip(worker.seconds, other.seconds, strict=True)]
 
 
 def _same(worker: Worker, ours: Worker, case: Case) -> bool:
@@ -169,14 +165,6 @@ def _same(worker: Worker, ours: Worker, case: Case) -> bool:
     if abs(mine / reference - 1) > TOLERANCE[case.precision]:
         raise RuntimeError(f"{worker.side.name} begins with a loss of {mine}, {ours.side.name} with {reference}: not the same work")
     return True
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """The first and the third."""
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
 
 
 def _available() -> int:

@@ -1,8 +1,8 @@
 """What a variant's step and its causal loss are worth: time beside the dense model, and expert choice without a look ahead."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -11,8 +11,9 @@ from ...parallel.processes import pick_device
 from ...train.compose import compose
 from ...train.evaluate import evaluate_session
 from ...train.load import open_for_evaluation
-from ...train.run import single_step, synchronise
+from ...train.run import single_step
 from ...train.session import Session, open_session
+from ..turns import take_turns
 from .plan import DENSE, settings
 from .runs import Lab
 
@@ -22,14 +23,11 @@ def relative_costs(lab: Lab, rounds: int, steps: int) -> dict[str, list[float]]:
     torch.set_num_threads(lab.threads)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {name: _opened(lab, model, Path(folder) / name) for name, model in lab.variants.items()}
-        names, taken = list(sessions), []
-        for turn in range(-1, rounds):
-            places = [(turn + place) % len(names) for place in range(len(names))]
-            taken.append({names[place]: _seconds(sessions[names[place]], steps) for place in places})
+        device = sessions[DENSE].device
+        taken = take_turns({name: partial(_take, session, steps) for name, session in sessions.items()}, device, rounds)
         for session in sessions.values():
             session.close()
-    # The first round warms up.
-    return {name: [each[name] / each[DENSE] for each in taken[1:]] for name in names}
+    return {name: [own / dense for own, dense in zip(seconds, taken[DENSE], strict=True)] for name, seconds in taken.items()}
 
 
 def _opened(lab: Lab, model: list[str], folder: Path) -> Session:
@@ -39,14 +37,9 @@ def _opened(lab: Lab, model: list[str], folder: Path) -> Session:
     return session
 
 
-def _seconds(session: Session, steps: int) -> float:
-    """Of a step, the mean of `steps`."""
-    synchronise(session.device)
-    start = perf_counter()
+def _take(session: Session, steps: int) -> None:
     for _ in range(steps):
         single_step(session)
-    synchronise(session.device)
-    return (perf_counter() - start) / steps
 
 
 def causal_loss(folder: Path) -> float:

@@ -1,6 +1,7 @@
 """Validation losses of runs as curves, and where they cross."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,11 +52,6 @@ def crossing(tokens: Sequence[float], losses: Sequence[float], target: float) ->
     return None
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def deviation(values: Sequence[float]) -> float:
     """Sample standard deviation; 0 of a single value."""
-    middle = mean(values)
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / max(1, len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else 0.0

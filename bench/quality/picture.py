@@ -1,9 +1,9 @@
 """The picture of bench/quality/: curves against tokens, FLOPs and time, and the last losses. Needs matplotlib."""
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .curves import mean
 from .plan import DENSE, TUNED, Plan
 from .runs import Lab
 
@@ -49,7 +49,8 @@ def _curve(axis: "Axes", lab: Lab, plan: Plan, name: str, factor: float, colour:
     whole = curves[0].tokens[-1]
     at = [tokens / whole * factor for tokens in curves[0].tokens]
     columns = list(zip(*(curve.losses for curve in curves), strict=True))
-    axis.plot(at, [mean(column) for column in columns], color=colour, label=name, linewidth=2.2 if name == DENSE else 1.5)
+    means = [statistics.fmean(column) for column in columns]
+    axis.plot(at, means, color=colour, label=name, linewidth=2.2 if name == DENSE else 1.5)
     axis.fill_between(at, [min(column) for column in columns], [max(column) for column in columns], color=colour, alpha=0.12)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...moe.count import count, training_flops_per_token
-from .curves import Curve, crossing, deviation, mean
+from ..figures import markdown
+from .curves import Curve, crossing, deviation
 from .plan import CHOOSERS, DENSE, TUNED, Plan, active, models
 from .runs import Lab
 
@@ -33,8 +34,8 @@ def results(lab: Lab, plan: Plan, costs: dict[str, list[float]]) -> dict[str, An
                 "costs": costs.get(name, []),
                 **_losses([curve.losses[-1] for curve in curves.values()]),
                 "below_dense": [dense[seed].losses[-1] - curve.losses[-1] for seed, curve in curves.items()],
-                "imbalance": mean([curve.imbalance for curve in curves.values()]),
-                "dropped": mean([curve.dropped for curve in curves.values()]),
+                "imbalance": statistics.fmean([curve.imbalance for curve in curves.values()]),
+                "dropped": statistics.fmean([curve.dropped for curve in curves.values()]),
                 "shares": [_share(curve.tokens, curve.losses, dense[seed]) for seed, curve in curves.items()],
             }
     shorter, decayed = _shorter(lab, plan, dense)
@@ -47,7 +48,7 @@ def _by_seed(lab: Lab, plan: Plan, variant: str) -> dict[int, Curve]:
 
 
 def _losses(losses: list[float]) -> dict[str, Any]:
-    return {"losses": losses, "mean": mean(losses), "deviation": deviation(losses)}
+    return {"losses": losses, "mean": statistics.fmean(losses), "deviation": deviation(losses)}
 
 
 def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> float | None:
@@ -74,8 +75,7 @@ HEAD = "variant | rate | active | total | loss | below dense | imbalance | dropp
 
 def table(found: dict[str, Any]) -> str:
     """Markdown. tokens, of FLOPs, of time: what is needed for the dense model's final loss, as a share of what that needed."""
-    lines = [f"| {HEAD} |", "| " + " | ".join(["---"] * (HEAD.count("|") + 1)) + " |"]
-    lines += ["| " + " | ".join(_row(name, entry)) + " |" for name, entry in found["variants"].items()]
+    lines = [markdown(HEAD.split(" | "), (_row(name, entry) for name, entry in found["variants"].items()))]
     shorter = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["shorter"].items())
     lines += ["", f"{TUNED} by its share of the tokens: {', '.join(shorter)}"]
     if found["causal"]:
@@ -104,7 +104,7 @@ def _row(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{mean(values):.4f} +- {deviation(values):.4f} ({len(values)})"
+    return f"{statistics.fmean(values):.4f} +- {deviation(values):.4f} ({len(values)})"
 
 
 def _shares(shares: list[float | None], factor: float) -> str:
@@ -113,4 +113,4 @@ def _shares(shares: list[float | None], factor: float) -> str:
     missing = len(shares) - len(there)
     if missing or not there:
         return f"never ({missing} of {len(shares)})"
-    return f"{mean(there):.2f} +- {deviation(there):.2f}"
+    return f"{statistics.fmean(there):.2f} +- {deviation(there):.2f}"

@@ -9,7 +9,7 @@ function balanceBars(run) {
   const left = 40, full = pageWidth(true), pitch = Math.min(64, (full - left) / layers.length), width = left + pitch * layers.length;
   const high = Math.max(...most, 1.2), y = load => TALL - FLOOR - load / high * (TALL - FLOOR - HEAD);
   const bar = Math.max(1, pitch - Math.min(10, Math.max(1, pitch / 5))), all = pitch >= 34;
-  const label = i => layers.length * pitch >= 26 * layers.length || i === worst || i % Math.ceil(26 / pitch) === 0 && Math.abs(i - worst) * pitch > 26;
+  const label = i => pitch >= 26 || i === worst || i % Math.ceil(26 / pitch) === 0 && Math.abs(i - worst) * pitch > 26;
   const words = i => `layer ${layers[i]}: expert ${found.balance[i][0]} gets ${most[i].toFixed(2)} x an even share`;
   const middle = i => left + (i + 0.5) * pitch;
   return figure(`glance-${state.data.runs.indexOf(run)}`, "Balance of the layers",

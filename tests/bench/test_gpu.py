@@ -6,9 +6,10 @@ import pytest
 import torch
 from tokenyard.bench import gpu_layers
 from tokenyard.bench.gpu import SHAPES, as_json, main, measure_layer, table
-from tokenyard.bench.gpu_layers import DenseProducts, Shape
+from tokenyard.bench.gpu_layers import DenseProducts
 from tokenyard.bench.gpu_step import SIZES, measure_steps
 from tokenyard.bench.host_reads import host_reads
+from tokenyard.bench.shapes import Shape
 from tokenyard.bench.turns import take_turns
 from tokenyard.moe import dispatch
 

@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from tiny_run import TINY_RUN
 from tokenyard.bench.quality.__main__ import laboratory, main, parse
-from tokenyard.bench.quality.curves import complete, crossing, deviation, mean
+from tokenyard.bench.quality.curves import complete, crossing, deviation
 from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, Plan, Run, active, models, variants
 from tokenyard.bench.quality.runs import Lab
 from tokenyard.moe.count import count
@@ -49,7 +50,7 @@ def test_half_the_tokens_for_a_curve_twice_as_fast():
 
 
 def test_deviation_is_that_of_a_sample():
-    assert mean([1.0, 2.0, 3.0]) == 2 and deviation([1.0, 2.0, 3.0]) == 1 and deviation([4.0]) == 0
+    assert fmean([1.0, 2.0, 3.0]) == 2 and deviation([1.0, 2.0, 3.0]) == 1 and deviation([4.0]) == 0
 
 
 def test_the_best_rate_of_each_kind_and_a_seed_after_the_other():
