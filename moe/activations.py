@@ -56,16 +56,13 @@ def activate_and_pull(activation: Activation, x: Tensor) -> tuple[Tensor, Pull]:
 
 
 def _swiglu(x: Tensor) -> tuple[Tensor, Pull]:
-    """One exponential serves both directions: silu' = sigmoid + silu * (1 - sigmoid) = silu + sigmoid * (1 - silu)."""
     gate, up = x.chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
+    silu = F.silu(gate)
 
     def pull(grad: Tensor, out: Tensor) -> None:
         grad_gate, grad_up = out.chunk(2, dim=-1)
         torch.mul(grad, silu, out=grad_up)
-        slope = torch.lerp(silu, silu.new_ones(()), sigmoid)
-        torch.mul(slope.mul_(up), grad, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
 
     return silu * up, pull
 

@@ -14,6 +14,7 @@ from .config import ModelConfig, QKNorm
 from .count import head_width
 from .documents import same_document
 from .linear import HeadsNorm, Linear, RMSNorm
+from .products import arithmetic
 from .rotary import Turns, rotate
 
 
@@ -74,13 +75,15 @@ def attend(
 
     With `documents_BS` (then S = T) no token sees another document.
     """
-    new, seen = q_BHSh.shape[2], k_BGTh.shape[2]
+    new, seen, dtype = q_BHSh.shape[2], k_BGTh.shape[2], q_BHSh.dtype
+    q_BHSh, k_BGTh, v_BGTh = (x.to(arithmetic(x)) for x in (q_BHSh, k_BGTh, v_BGTh))
     if sinks_H is not None or softmax.softcap is not None:
-        return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS)
+        return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS).to(dtype)
     unlimited, grouped = softmax.window is None or softmax.window >= seen, q_BHSh.shape[1] != k_BGTh.shape[1]
     causal = unlimited and new == seen and documents_BS is None
     mask = None if causal or (unlimited and new == 1) else visible(new, seen, softmax.window, q_BHSh.device, documents_BS)
-    return F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTh, mask, is_causal=causal, scale=softmax.scale, enable_gqa=grouped)
+    y_BHSh = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTh, mask, is_causal=causal, scale=softmax.scale, enable_gqa=grouped)
+    return y_BHSh.to(dtype)
 
 
 def visible(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .products import arithmetic
 from .router import Routing
 from .rows import Choices, Plan, copy_to_rows, weighted_sum
 
@@ -112,10 +113,10 @@ def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, drop
 def alignment(x: Tensor) -> int:
     """What the number of an expert's rows must be a multiple of.
 
-    In bf16 on a CPU oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new ones each
-    step; with few sizes the allocator finds what fits, too, which saves memory.
+    Where a CPU multiplies bf16, oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new
+    ones each step; with few sizes the allocator finds what fits, too, which saves memory.
     """
-    return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
+    return 32 if x.device.type == "cpu" and arithmetic(x) == torch.bfloat16 else 1
 
 
 def rounded_up(plan: Plan, experts_TK: Tensor, multiple: int) -> Plan:

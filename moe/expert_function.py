@@ -14,6 +14,7 @@ from torch import Tensor
 from .activations import activate, activate_and_pull, projections
 from .config import Activation
 from .grouped import grouped_mm, grouped_outer
+from .products import arithmetic
 from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
 
 BLOCK = 2**18
@@ -36,20 +37,22 @@ class ExpertFunction(torch.autograd.Function):
         counts_E: Tensor,
         *plan: Any,
     ) -> Tensor:
-        rows_RD = gather_rows(x, Plan(*plan)) if plan else x
-        ends_E = ends(counts_E)
-        inner_RN = _biased(grouped_mm(rows_RD, gate_up_END, ends_E), gate_up_bias_EN, counts_E)
-        y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF, ends_E), down_bias_ED, counts_E)
+        wide, ends_E = arithmetic(x), ends(counts_E)
+        rows_RD = gather_rows(x.to(wide), Plan(*plan)) if plan else x.to(wide)
+        inner_RN = _biased(grouped_mm(rows_RD, gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
+        y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
+        inner_RN = inner_RN.to(x.dtype)
         ctx.activation = activation
         ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *plan)
-        return sum_rows(y_RD, Plan(*plan).slot_TK, weights_TK) if plan else y_RD
+        return (sum_rows(y_RD, Plan(*plan).slot_TK, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *saved = ctx.saved_tensors
-        plan, ends_E = Plan(*saved) if saved else None, ends(counts_E)
-        grad_y_RD = gather_rows(grads[0], plan) if plan else grads[0].contiguous()
-        grad_active_RF = grouped_mm(grad_y_RD, down_EDF.transpose(1, 2), ends_E)
+        plan, ends_E, wide = Plan(*saved) if saved else None, ends(counts_E), arithmetic(x)
+        grad_y = grads[0].to(wide)
+        grad_y_RD = gather_rows(grad_y, plan) if plan else grad_y.contiguous()
+        grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
         active_RF, grad_inner_RN, grad_weights_R = _back_through_activation(ctx.activation, inner_RN, grad_active_RF, weights_R1)
         del grad_active_RF
@@ -60,13 +63,14 @@ class ExpertFunction(torch.autograd.Function):
             grad_weights_TK = of_choices(grad_weights_R, plan.slot_TK)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
-        grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E)
+        grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E).to(x.dtype)
         del grad_y_RD, active_RF
         if gate_up_bias_EN is not None:
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
-        grad_gate_up_END = grouped_outer(grad_inner_RN, gather_rows(x, plan) if plan else x, ends_E)
-        grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.transpose(1, 2), ends_E)
-        grad_x = sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD
+        x = x.to(wide)
+        grad_gate_up_END = grouped_outer(grad_inner_RN, gather_rows(x, plan) if plan else x, ends_E).to(gate_up_END.dtype)
+        grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
+        grad_x = (sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD).to(grads[0].dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
         return None, *gradients, None, *[None] * len(saved)
 
@@ -86,17 +90,16 @@ def _back_through_activation(
 
     `grad_RF` is that of a row with weight 1. Without weights there is no gradient of them.
     """
-    grad_inner_RN = torch.empty_like(inner_RN)
+    grad_inner_RN = torch.empty_like(inner_RN, dtype=grad_RF.dtype)
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
     for block in _blocks(inner_RN):
-        (active, pull), grad = activate_and_pull(activation, inner_RN[block]), grad_RF[block]
+        (active, pull), grad = activate_and_pull(activation, inner_RN[block].to(grad_RF.dtype)), grad_RF[block]
         if weights_R1 is not None:
             weights = weights_R1[block]
-            torch.sum(active * grad, -1, dtype=weights.dtype, out=grad_weights_R[block])
-            active.mul_(weights)
+            grad_weights_R[block] = _dots(active, grad, weights.dtype)
             grad.mul_(weights)
         pull(grad, grad_inner_RN[block])
-        grad.copy_(active)
+        torch.mul(active, 1.0 if weights_R1 is None else weights_R1[block], out=grad)
     return grad_RF, grad_inner_RN, grad_weights_R
 
 

@@ -1,11 +1,11 @@
 """The dense feed-forward: dense layers, and the shared expert of MoE layers."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import activate, projections
 from .config import Activation
+from .products import linear
 
 
 class FeedForward(nn.Module):
@@ -21,5 +21,5 @@ class FeedForward(nn.Module):
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        between = activate(self.activation, F.linear(x, self.gate_up.to(x.dtype).flatten(0, 1)))
-        return F.linear(between, self.down.to(x.dtype))
+        between = activate(self.activation, linear(x, self.gate_up.flatten(0, 1)))
+        return linear(between, self.down)

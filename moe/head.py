@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import softcapped
+from .products import linear
 
 HeadLoss = Callable[[Tensor, Tensor, "Head"], Tensor]
 """From hidden states (..., D), the weight (V, D) and the head to a scalar."""
@@ -31,7 +31,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, loss: HeadLoss | None = None) -> Any:
         """Logits (..., V) of hidden states (..., D), or what `loss` makes of these."""
         weight_VD = self.owner[0].get_parameter("weight")
-        return self.shape(F.linear(x, weight_VD.to(x.dtype))) if loss is None else loss(x, weight_VD, self)
+        return self.shape(linear(x, weight_VD)) if loss is None else loss(x, weight_VD, self)
 
     def shape(self, products: Tensor) -> Tensor:
         """Logits from the products with the weight."""

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .products import linear
+
 
 class Linear(nn.Module):
     """x @ weight.T + bias for x of shape (..., inputs); weight of shape (outputs, inputs)."""
@@ -19,7 +21,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None and self.adds_bias else None
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, bias)
 
 
 class Embedding(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.head import Head
+from ..moe.products import arithmetic
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
 
@@ -51,8 +52,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
     ) -> Tensor:
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        narrow_VD = weight_VD.to(x_TD.dtype)
+        wide, dtype = torch.promote_types(x_TD.dtype, torch.float32), x_TD.dtype
+        narrow_VD, x_TD = weight_VD.to(dtype).to(arithmetic(x_TD)), x_TD.to(arithmetic(x_TD))
         gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         for part in _chunks(x_TD, len(weight_VD)):
@@ -68,7 +69,8 @@ class _HeadLoss(torch.autograd.Function):
                     grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])
                 else:
                     grad_weight_VD += gradient_TV.T @ x_TD[part]
-        ctx.save_for_backward(*gradients or ())
+        if gradients is not None:
+            ctx.save_for_backward(gradients[0].to(dtype), gradients[1])
         ctx.weight_dtype = weight_VD.dtype
         return total
 

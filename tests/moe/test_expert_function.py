@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tokenyard.moe import expert_function
+from tokenyard.moe import expert_function, products
 from tokenyard.moe.activations import activate, activate_and_pull, projections
 from tokenyard.moe.config import Activation
-from tokenyard.moe.dispatch import FusedDispatcher, LocalDispatcher, plan_rows, rounded_up
+from tokenyard.moe.dispatch import FusedDispatcher, LocalDispatcher, alignment, plan_rows, rounded_up
 from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.router import Routing
 from tokenyard.moe.rows import Choices, Plan
@@ -68,14 +68,22 @@ def test_rounding_up_changes_no_number() -> None:
         torch.testing.assert_close(plain, padded, rtol=1e-13, atol=1e-13)
 
 
-def test_bf16_on_a_cpu_is_rounded_up_and_close() -> None:
-    experts, narrow = random_experts(torch.float64), random_experts(torch.bfloat16)
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the processor has products of bf16, and experts get a multiple of rows, or not."""
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: multiplies)
+    experts, narrow = random_experts(torch.float64, bias=True), random_experts(torch.bfloat16, bias=True)
     narrow.load_state_dict(experts.state_dict())
-    routing, x_TD = random_routing(40, 2, None, None), torch.randn(40, WIDTH, dtype=torch.float64)
+    routing, x_TD = random_routing(40, 2, None, None), torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert alignment(x_TD.bfloat16()) == (32 if multiplies else 1)
     y_TD = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None).y_TD
     result = FusedDispatcher(EXPERTS).run(x_TD.bfloat16(), routing, narrow, lambda: None)
     assert result.y_TD.dtype == torch.bfloat16 and result.rows == 80
-    torch.testing.assert_close(result.y_TD.double(), y_TD, rtol=0, atol=0.05 * float(y_TD.detach().abs().max()))
+    weight_TD = torch.randn_like(y_TD)
+    expected = torch.autograd.grad(y_TD, (x_TD, routing.weights_TK, *experts.parameters()), weight_TD)
+    gradients = torch.autograd.grad(result.y_TD, (x_TD, routing.weights_TK, *narrow.parameters()), weight_TD.bfloat16())
+    for value, reference in zip((result.y_TD, *gradients), (y_TD, *expected), strict=True):
+        torch.testing.assert_close(value.double(), reference, rtol=0, atol=0.05 * float(reference.detach().abs().max()))
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:

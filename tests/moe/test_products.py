@@ -1,0 +1,79 @@
+"""bf16 where the processor has no products of it: made in fp32, rounded once, and nothing wider is kept for the backward pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenyard.moe import products
+from tokenyard.moe.attention import Softmax, attend
+from tokenyard.moe.products import arithmetic, linear
+from torch import Tensor
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: False)
+
+
+def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (False, True):
+        monkeypatch.setattr(products, "multiplies_bf16", lambda has=has: has)
+        assert arithmetic(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if has else torch.float32)
+        assert arithmetic(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+        for dtype in (torch.float32, torch.float64):
+            assert arithmetic(torch.empty(1, dtype=dtype)) == dtype
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_rounds_once(emulated: None, bias: bool) -> None:
+    """Numbers whose products and sums fp32 has exactly: so the result is the exact one, rounded to bf16. Also the gradients."""
+    x, weight = (torch.randint(-8, 9, shape).bfloat16().requires_grad_() for shape in ((2, 3, 40), (7, 40)))
+    bias_N = torch.randint(-8, 9, (7,)).bfloat16().requires_grad_() if bias else None
+    grad = torch.randint(-8, 9, (2, 3, 7)).bfloat16()
+    inputs = [x, weight, *([bias_N] if bias_N is not None else [])]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    y, expected = linear(x, weight, bias_N), F.linear(*wide)
+    assert torch.equal(linear(x, weight), F.linear(*wide[:2]).bfloat16())
+    torch.testing.assert_close(y.double(), expected, rtol=2.0**-8, atol=2.0**-8 * float(expected.detach().abs().max()))
+    gradients = torch.autograd.grad(y, inputs, grad)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, wide, grad.double()), strict=True):
+        assert torch.equal(gradient, reference.bfloat16())
+
+
+def test_only_what_takes_part_has_a_gradient(emulated: None) -> None:
+    x, weight = torch.randn(3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
+    assert not linear(x, weight).requires_grad
+    for inputs in ((x.clone().requires_grad_(), weight), (x, weight.clone().requires_grad_())):
+        linear(*inputs).sum().backward()
+        assert [tensor.grad is not None for tensor in inputs] == [tensor.requires_grad for tensor in inputs]
+
+
+def test_nothing_wide_is_kept(emulated: None) -> None:
+    x, weight = torch.randn(3, 4).bfloat16().requires_grad_(), torch.randn(5, 4).requires_grad_()
+    kept: list[torch.dtype] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = linear(x, weight)
+    assert y.dtype == torch.bfloat16 and kept == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("softmax", [Softmax(0.3, None, None), Softmax(0.3, 5.0, None), Softmax(0.3, None, 4)])
+def test_attention_is_that_of_fp32_rounded(emulated: None, softmax: Softmax) -> None:
+    heads = [torch.randn(2, 3, 9, 8).bfloat16().requires_grad_() for _ in range(3)]
+    wide = [tensor.detach().float().requires_grad_() for tensor in heads]
+    same_rounded(lambda tensors: attend(*tensors, softmax), heads, wide)
+
+
+def same_rounded(function: Callable[[list[Tensor]], Tensor], narrow: list[Tensor], wide: list[Tensor]) -> None:
+    y, expected = function(narrow), function(wide)
+    grad = torch.randn_like(y)
+    assert torch.equal(y, expected.bfloat16())
+    for gradient, reference in zip(
+        torch.autograd.grad(y, narrow, grad), torch.autograd.grad(expected, wide, grad.float()), strict=True
+    ):
+        assert torch.equal(gradient, reference.bfloat16())
