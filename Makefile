@@ -36,10 +36,13 @@ check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 	$(BIN)/basedpyright
 	$(MAKE) --no-print-directory test
 
+PEERS = tokenyard "transformers grouped_mm" torchtitan Megatron-Core
 bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on a machine that does nothing else
 	$(BIN)/python -m tokenyard.bench.memory
 	$(BIN)/python -m tokenyard.bench.layer --rounds 5
-	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1
+	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 8x2-fp32
+	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 8x2-bf16 --sides $(PEERS) DeepSpeed "DeepSpeed, drops"
+	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 64x8-bf16 --sides $(PEERS)
 	$(BIN)/python -m tokenyard.bench.ranks --rounds 5 --layouts data expert tensor
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python -m tokenyard.bench.gpu; fi
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..moe.processor import multiplies_bf16
 from ..parallel.processes import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
@@ -90,8 +89,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.ranks", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="settings of the run, as model.moe.experts=16")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    precisions = ["bf16", "fp32"] if multiplies_bf16() else ["fp32"]
-    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=precisions)
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="of each side in a round")
     parser.add_argument("--json", action="store_true")

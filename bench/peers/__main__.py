@@ -1,17 +1,15 @@
 """One training step by tokenyard, by others, and dense: `python -m tokenyard.bench.peers`.
 
 Forward, backward and AdamW of the same transformer on the same tokens, each side in a process of its own, taking turns. The limit
-is a dense transformer with as much computation for each token. A CPU that has no products of bf16 gets a quarter of the tokens in
-the cases of bf16. The peers: pip install 'tokenyard[peers]', then
+is a dense transformer with as much computation for each token. The peers: pip install 'tokenyard[peers]', then
 pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 triton (torchtitan asks for an older datasets than tokenyard does).
 """
 
 import argparse
 import json
-import sys
 
 from ..figures import markdown
-from .cases import CASES, SIDES, for_this_machine, sides_of
+from .cases import CASES, SIDES, sides_of
 from .turns import Line, Plan, measure
 
 
@@ -22,8 +20,7 @@ def main() -> None:
     )
     lines = []
     for name in arguments.cases:
-        case = for_this_machine(CASES[name])
-        print(f"{name}: {case.sequences} x {case.length} tokens a step", file=sys.stderr)
+        case = CASES[name]
         lines += measure(name, case, sides_of(case, arguments.sides), plan)
     print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
 

@@ -1,11 +1,9 @@
 """What is compared: the transformers, and the sides that build them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple
-
-from ...moe.processor import multiplies_bf16
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,6 @@ CASES = {
     "64x8-fp32": Case(64, 8, 256, "fp32"),
 }
 """By name: experts x top_k."""
-
-SHORT = 2
-"""Sequences of a bf16 case on a CPU whose products of bf16 are emulated: they take as long as there all of them."""
-
-
-def for_this_machine(case: Case) -> Case:
-    """The case as it is measured here."""
-    return replace(case, sequences=SHORT) if case.precision == "bf16" and not multiplies_bf16() else case
-
 
 CAPACITY = 1.25
 """Rows an expert takes on the sides that drop, as a multiple of an even share."""

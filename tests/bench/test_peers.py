@@ -8,9 +8,8 @@ import pytest
 from tokenyard.bench.figures import quartiles
 from tokenyard.bench.peers import cases, turns
 from tokenyard.bench.peers.__main__ import parse, table
-from tokenyard.bench.peers.cases import CASES, SHORT, SIDES, Case, for_this_machine, groups, refusal, sides_of
+from tokenyard.bench.peers.cases import CASES, SIDES, Case, groups, refusal, sides_of
 from tokenyard.bench.peers.turns import Line, Plan, measure
-from tokenyard.moe.processor import multiplies_bf16
 
 TOY = Case(8, 2, 32, "fp32", width=64, layers=2, heads=4, vocabulary=256, sequences=2, length=32)
 BY_NAME = {side.name: side for side in SIDES}
@@ -83,8 +82,3 @@ def test_words() -> None:
     assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 4.0) and quartiles([1.0]) == (1.0, 1.0)
     arguments = parse(["--cases", "8x2-fp32", "--sides", "DeepSpeed, drops", "--plain-memory"])
     assert arguments.cases == ["8x2-fp32"] and arguments.sides == ["DeepSpeed, drops"] and arguments.plain_memory
-
-
-def test_a_cpu_without_bf16_gets_fewer_tokens() -> None:
-    assert for_this_machine(CASES["8x2-fp32"]) == CASES["8x2-fp32"]
-    assert for_this_machine(CASES["8x2-bf16"]).sequences == (8 if multiplies_bf16() else SHORT)
