@@ -46,6 +46,23 @@ def test_inspect_counts_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert int(cells["documents"]) + int(cells["held_out"]) == 80 and "duplicates" not in cells
 
 
+def test_inspect_ends_as_training_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too many bad rows: one line, and the exit code of bad data."""
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join([json.dumps({"text": f"{row} " + "y" * 40}) for row in range(40)] + ["broken"] * 30)
+    )
+    words = [
+        *SIZES,
+        "data=jsonl",
+        f"data.path={tmp_path}/rows.jsonl",
+        "data.max_bad_fraction=0.1",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
+    assert main(["data", "inspect", "--steps", "3", "--rows", "1", *words]) == 65
+    error = capsys.readouterr().err
+    assert error.startswith("tokenyard: ") and "data.max_bad_fraction=0.1" in error
+
+
 @pytest.fixture
 def shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     words = ["data=synthetic", "tokenizer=bytes", "data.synthetic_documents=60", f"data.cache={tmp_path / 'cache'}"]
