@@ -2,7 +2,8 @@
 
 Kept are the input and the first product: the rows are gathered and the activation is made again, and no output is needed. A row's
 output is a product of its activation a, y = W a; so the gradient of the row's weight, <dy, y>, is also <W.T dy, a>, and W.T dy is
-computed anyhow (SonicMoE, Guo et al. 2025).
+computed anyhow (SonicMoE, Guo et al. 2025). All is computed in the type of the products, `arithmetic(x)`; what goes in, comes out
+and is kept is in that of x.
 T tokens, K choices of each, R rows in the order of the experts, E experts, D width, F hidden width, N = P * F with P projections.
 """
 
