@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..train.allocator import SETTINGS
+from .asked import Asked
 
 
 def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600.0) -> list[Any]:
@@ -49,55 +50,49 @@ def answer(folder: Path, result: Any) -> None:
 class Side:
     """`world` processes that run `python -m MODULE --rank FOLDER` and answer lines of JSON with such lines. They sleep in between.
 
-    One has said that it is ready before this returns. Use it in a `with` statement. RuntimeError if one has ended.
+    All have said that they are ready before this returns. Use it in a `with` statement. RuntimeError if one has ended.
     """
 
     def __init__(self, module: str, world: int, threads: int, task: dict[str, Any]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenyard-bench-")
         folder = Path(self._folder.name)
         (folder / "task.json").write_text(json.dumps(task | {"folder": str(folder)}))
-        self._processes = [_start(module, folder, rank, world, threads, subprocess.PIPE) for rank in range(world)]
-        self._read()
+        words = [module, "--rank", str(folder)]
+        self._ranks = [Asked(f"rank {rank} of {world}", words, _environment(rank, world, threads)) for rank in range(world)]
+        self._answers()
 
     def ask(self, call: dict[str, Any]) -> list[Any]:
         """The answers of all processes, by rank."""
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(call).encode() + b"\n")
-            process.stdin.flush()
-        return self._read()
+        for rank in self._ranks:
+            rank.ask(call)
+        return self._answers()
 
     def __enter__(self) -> "Side":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.communicate()
+        for rank in self._ranks:
+            rank.close()
         self._folder.cleanup()
 
-    def _read(self) -> list[Any]:
-        answers = []
-        for rank, process in enumerate(self._processes):
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                self.__exit__()
-                raise RuntimeError(f"rank {rank} of {len(self._processes)} has ended with code {process.returncode}")
-            answers.append(json.loads(line))
-        return answers
+    def _answers(self) -> list[Any]:
+        try:
+            return [rank.answer() for rank in self._ranks]
+        except RuntimeError:
+            self.__exit__()
+            raise
 
 
-def _start(
-    module: str, folder: Path, rank: int, world: int, threads: int = 1, pipe: int | None = None
-) -> "subprocess.Popen[bytes]":
-    """With the memory settings of the command `tokenyard`."""
+def _start(module: str, folder: Path, rank: int, world: int) -> "subprocess.Popen[bytes]":
+    words = [sys.executable, "-m", module, "--rank", str(folder)]
+    return subprocess.Popen(words, env=os.environ | _environment(rank, world, 1))
+
+
+def _environment(rank: int, world: int, threads: int) -> dict[str, str]:
+    """Of a rank, with the memory settings of the command `tokenyard`."""
     settings = SETTINGS | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(threads)}
     interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, "-m", module, "--rank", str(folder)]
-    return subprocess.Popen(words, env=os.environ | interface | settings | paths, stdin=pipe, stdout=pipe)
+    return settings | interface | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _wait(processes: list["subprocess.Popen[bytes]"], deadline: float) -> None:

@@ -4,14 +4,13 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...train.allocator import SETTINGS
+from ..asked import Asked
 from ..figures import ratio
 from .cases import IMPORTS, Case, Side, groups, not_installed, refusal
 
@@ -57,7 +56,7 @@ class Worker:
     """A side's process, which waits for its turn."""
 
     def __init__(self, side: Side, case: Case, plan: Plan) -> None:
-        self.side, self.complaints = side, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.side = side
         task = {
             "case": asdict(case),
             "module": side.module,
@@ -65,49 +64,23 @@ class Worker:
             "threads": plan.threads,
             "imports": IMPORTS.get(side.needs or "", "torch"),
         }
-        environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads)} | (SETTINGS if plan.kept_memory else {})
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tokenyard.bench.peers.worker", json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.complaints,
-            env=environment,
-            text=True,
-            bufsize=1,
-        )
+        environment = {"OMP_NUM_THREADS": str(plan.threads)} | (SETTINGS if plan.kept_memory else {})
+        self.process = Asked(side.name, ["tokenyard.bench.peers.worker", json.dumps(task)], environment)
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak = 0
 
     def ready(self) -> str | None:
         """Waits until it is built; what it misses if it cannot be."""
-        return not_installed(self.side) if "missing" in self._answer() else None
+        return not_installed(self.side) if "missing" in self.process.answer() else None
 
     def steps(self, count: int, timed: bool = True) -> None:
-        assert self.process.stdin is not None
-        print(count, file=self.process.stdin, flush=True)
-        answer = self._answer()
+        self.process.ask(count)
+        answer = self.process.answer()
         self.losses += answer["losses"]
         self.peak = answer["peak"]
         if timed:
             self.seconds.append(answer["seconds"] / count)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.complaints):
-            assert stream is not None
-            stream.close()
-
-    def _answer(self) -> Any:
-        """RuntimeError with its last words if it has ended."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self.complaints.seek(0)
-        words = self.complaints.read().strip().splitlines() or ["nothing"]
-        raise RuntimeError(f"{self.side.name} ended with code {self.process.wait()} and said: {words[-1]}")
 
 
 def measure(name: str, case: Case, sides: list[Side], plan: Plan) -> list[Line]:
@@ -125,7 +98,7 @@ def measure(name: str, case: Case, sides: list[Side], plan: Plan) -> list[Line]:
             lines = {worker.side: _line(name, worker, by_name, case) for worker in there} | lines
         finally:
             for worker in workers:
-                worker.close()
+                worker.process.close()
     return [lines[side] for side in sides]
 
 

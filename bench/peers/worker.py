@@ -33,7 +33,7 @@ def main() -> None:
     trainer = Trainer(case, task["module"], task["variant"])
     print(json.dumps({}), file=answers)
     for line in sys.stdin:
-        seconds, losses = trainer.steps(int(line))
+        seconds, losses = trainer.steps(json.loads(line))
         print(json.dumps({"seconds": seconds, "losses": losses, "peak": trainer.peak()}), file=answers)
 
 
