@@ -102,13 +102,14 @@ class HttpFile(io.RawIOBase):
 
     def _connect(self) -> None:
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={self._at}-", "Accept-Encoding": "identity"})
-        response = urllib.request.urlopen(request, timeout=self._timeout)
+        response = self._response = urllib.request.urlopen(request, timeout=self._timeout)
         skipped = 0 if response.status == 206 else self._at
         size = int(response.headers.get("Content-Length") or -1) + (self._at - skipped)
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if self.size >= 0 and (size, tag) != (self.size, self.tag):
+            self._hang_up()
             raise ValueError(f"{self.url} changed while it was read: {self.size} bytes {self.tag}, now {size} bytes {tag}")
-        self.size, self.tag, self._response = size, tag, response
+        self.size, self.tag = size, tag
         while skipped:  # a server that knows no ranges begins anew
             skipped -= len(response.read(min(skipped, 1 << 20))) or skipped
 
@@ -122,6 +123,7 @@ class HttpFile(io.RawIOBase):
             try:
                 done = action()
             except urllib.error.HTTPError as error:
+                error.close()
                 self._hang_up()
                 if error.code < 500 and error.code not in TRANSIENT_STATUS:
                     raise ValueError(f"{self.url} cannot be read: HTTP {error.code} {error.reason}") from None

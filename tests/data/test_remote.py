@@ -2,9 +2,12 @@
 
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +95,50 @@ def test_a_missing_file_is_said_at_once(server, tmp_path: Path) -> None:
     handler.faults = False
     with pytest.raises(ValueError, match=r"nothing\.txt cannot be read: HTTP 404"):
         opened(config_of(tmp_path / "rows", Corpus.lines, path=f"{address}/nothing.txt"))
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that servers answered."""
+    seen, right = list[Any](), urllib.request.urlopen
+
+    def urlopen(*arguments: Any, **settings: Any) -> Any:
+        try:
+            seen.append(right(*arguments, **settings))
+        except urllib.error.HTTPError as error:
+            seen.append(error)
+            raise
+        return seen[-1]
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return seen
+
+
+def test_a_file_that_changes_is_refused(server, answers: list[Any]) -> None:
+    """When the connection is opened again. No connection stays open."""
+    handler, address = server
+    handler.folder.mkdir()
+    handler.faults = False
+    (handler.folder / "a.bin").write_bytes(bytes(5_000_000))
+    with open_url(f"{address}/a.bin", Patience(20, 5)) as file:
+        file.read(10)
+        (handler.folder / "a.bin").write_bytes(bytes(5_000_001))
+        file.seek(4_000_000)
+        with pytest.raises(ValueError, match=r"a\.bin changed while it was read: 5000000 bytes \S+, now 5000001 bytes"):
+            file.read(10)
+        assert len(answers) == 2 and all(answer.closed for answer in answers)
+
+
+def test_failed_answers_are_closed(server, answers: list[Any]) -> None:
+    handler, address = server
+    handler.folder.mkdir()
+    handler.faults = False
+    with pytest.raises(ValueError, match="HTTP 404"):
+        open_url(f"{address}/a.bin", Patience(20, 5))
+    handler.down = True
+    with pytest.raises(DataUnavailable, match="HTTP Error 503"):
+        open_url(f"{address}/a.bin", Patience(0.3, 5))
+    assert [answer.code for answer in answers[:2]] == [404, 503] and all(answer.closed for answer in answers)
 
 
 @pytest.mark.fault(19)
