@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..moe.products import arithmetic
+
 
 class Peak(NamedTuple):
     """FLOP/s of all devices of the run together, and in words where the number is from."""
@@ -18,12 +20,14 @@ class Peak(NamedTuple):
 def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_per_host: int | None = None) -> Peak:
     """Peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
 
-    A CPU is measured with the threads this process has, and ranks beyond the host's cores add nothing.
+    A CPU is measured with the threads this process has, in the type that moe/products.py takes; ranks beyond the host's cores add
+    nothing.
     """
     if device.type == "cpu":
         per_host = ranks_per_host or ranks
         at_once = min(per_host, max(1.0, _cores() / torch.get_num_threads()))
-        return Peak(measure(device, dtype) * ranks * at_once / per_host, "measured by a matrix product")
+        made_in = arithmetic(torch.empty(0, dtype=dtype))
+        return Peak(measure(device, made_in) * ranks * at_once / per_host, "measured by a matrix product")
     name = torch.cuda.get_device_name(device)
     if known := data_sheet(name, _mode(dtype)):
         return Peak(known * ranks, "from its data sheet")

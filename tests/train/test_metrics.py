@@ -5,6 +5,7 @@ from time import perf_counter
 
 import pytest
 import torch
+from tokenyard.moe import products
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
 from tokenyard.train.metrics import Meter, StepResult, count_metrics, load_metrics
 from tokenyard.train.peak import data_sheet, measure, peak_flops
@@ -127,3 +128,12 @@ def test_ranks_beyond_the_cores_add_nothing(monkeypatch: pytest.MonkeyPatch):
     cpu = torch.device("cpu")
     assert [peak_flops(cpu, torch.float32, ranks).flops for ranks in (1, 2, 4)] == [100.0, 200.0, 200.0]
     assert peak_flops(cpu, torch.float32, ranks=8, ranks_per_host=2).flops == 800.0
+
+
+@pytest.mark.parametrize(("multiplies", "made_in"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_peak_of_bf16_is_that_of_the_products_that_are_made(multiplies: bool, made_in: torch.dtype, monkeypatch):
+    """Emulated ones would be a fifth of it, and MFU five times too high."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("tokenyard.train.peak.measure", lambda device, dtype: asked.append(dtype) or 100.0)
+    assert peak_flops(torch.device("cpu"), torch.bfloat16).flops == 100.0 and asked == [made_in]
