@@ -23,24 +23,24 @@ def projections(activation: Activation) -> int:
     return 2 if activation in GATED else 1
 
 
-def activate(activation: Activation, x: Tensor) -> Tensor:
-    """(..., P * F), the gate before up, to (..., F)."""
+def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """(..., P * F), the gate before up, to (..., F). Into `out`, if given, without derivatives."""
     match activation:
         case Activation.gelu:
-            return F.gelu(x)
+            return F.gelu(x) if out is None else out.copy_(F.gelu(x))
         case Activation.relu:
-            return F.relu(x)
+            return F.relu(x) if out is None else out.copy_(F.relu(x))
         case Activation.relu_squared:  # Primer (So et al. 2021)
-            return F.relu(x).square()
+            return torch.square(F.relu(x), out=out)
     gate, up = x.chunk(2, dim=-1)
     match activation:
         case Activation.swiglu:  # Shazeer 2020
-            return F.silu(gate) * up
+            return torch.mul(F.silu(gate), up, out=out)
         case Activation.geglu:  # with the tanh approximation, as Gemma and Grok
-            return F.gelu(gate, approximate="tanh") * up
+            return torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
         case Activation.swiglu_clamped:  # gpt-oss
             gate = gate.clamp(max=CLAMP)
-            return gate * (SLOPE * gate).sigmoid() * (up.clamp(-CLAMP, CLAMP) + 1)
+            return torch.mul(gate * (SLOPE * gate).sigmoid(), up.clamp(-CLAMP, CLAMP) + 1, out=out)
 
 
 Pull = Callable[[Tensor, Tensor], None]

@@ -80,7 +80,7 @@ def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
     """(R, F)."""
     active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // projections(activation))
     for block in _blocks(inner_RN):
-        active_RF[block] = activate(activation, inner_RN[block])
+        activate(activation, inner_RN[block], out=active_RF[block])
     return active_RF
 
 
