@@ -4,43 +4,55 @@ A CPU without instructions for bf16 would emulate them, at a fifth of the speed 
 bf16 numbers are made in fp32 and rounded once, as processors with such instructions do it inside.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .processor import multiplies_bf16
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def lists_bf16(cpuinfo: str) -> bool:
+    """Whether these flags, of x86 or ARM, have instructions for products of bf16."""
+    return any(name in cpuinfo.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+MULTIPLIES_BF16 = lists_bf16(CPUINFO.read_text(errors="replace")) if CPUINFO.exists() else True
+"""Of this machine's processor; True if not known. Read when the module is, since torch.compile cannot trace the reading."""
 
 
 def arithmetic(x: Tensor) -> torch.dtype:
     """What x has to be cast to for a product: its own type, or fp32 for bf16 on such a CPU."""
-    emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bf16()
+    emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
     return torch.float32 if emulated else x.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the type of x."""
-    weight = weight.to(x.dtype)
-    if arithmetic(x) == x.dtype:
+    weight, wide = weight.to(x.dtype), arithmetic(x)
+    if wide == x.dtype:
         return F.linear(x, weight, bias)
-    y = _WideLinear.apply(x, weight)
-    return y if bias is None else y + bias  # pyright: ignore[reportReturnType, reportOperatorIssue]
+    y = wide_linear(x, weight, wide).to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def wide_linear(x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """x @ weight.T in the type `wide`. For the backward pass x and weight are kept as they are, not wider copies."""
+    return _WideLinear.apply(x, weight, wide)  # pyright: ignore[reportReturnType]
 
 
 class _WideLinear(torch.autograd.Function):
-    """Keeps what `F.linear` keeps: no wider copies."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.to(arithmetic(x)), weight.to(arithmetic(x))).to(x.dtype)
+        return F.linear(x.to(wide), weight.to(wide))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].to(arithmetic(x))
+        (x, weight), (grad,) = ctx.saved_tensors, grads
         grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_x, None
-        return grad_x, (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+            return grad_x, None, None
+        return grad_x, (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None

@@ -3,7 +3,7 @@
 B sequences, S tokens of each, D width, E router columns (experts, then null experts), K chosen experts per token.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import MoEConfig, RouterConfig, Score, Selection
 from .noise import Purpose, fold, normal, uniform
+from .products import wide_linear
 from .tokens import Tokens
 
 TINY = 1e-20
@@ -27,23 +28,8 @@ class Noisy(NamedTuple):
 
 def project(x: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """(..., D) to logits (..., E) in fp32 or wider, whatever x and the weights are. Of x what is kept is x, not a wider copy."""
-    logits = _Projection.apply(x, weight_ED)
-    return logits if bias_E is None else logits + bias_E.to(logits.dtype)  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
-
-
-class _Projection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_ED)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight_ED.to(wide))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight_ED = ctx.saved_tensors
-        grad_TE = grads[0].flatten(0, -2)
-        grad_x = torch.mm(grad_TE, weight_ED.to(grad_TE.dtype)).view_as(x).to(x.dtype)
-        return grad_x, torch.mm(grad_TE.T, x.flatten(0, -2).to(grad_TE.dtype)).to(weight_ED.dtype)
+    logits = wide_linear(x, weight_ED, torch.promote_types(x.dtype, torch.float32))
+    return logits if bias_E is None else logits + bias_E.to(logits.dtype)
 
 
 def jittered(x_BSD: Tensor, key_BS: Tensor, jitter: float) -> Tensor:

@@ -7,18 +7,25 @@ import torch
 import torch.nn.functional as F
 from tokenyard.moe import products
 from tokenyard.moe.attention import Softmax, attend
-from tokenyard.moe.products import arithmetic, linear
+from tokenyard.moe.feedforward import FeedForward
+from tokenyard.moe.products import arithmetic, linear, lists_bf16
 from torch import Tensor
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(products, "MULTIPLIES_BF16", False)
+
+
+def test_flags_of_processors() -> None:
+    assert lists_bf16("processor : 0\nflags : avx512f avx512_bf16\n")
+    assert lists_bf16("flags : amx_tile amx_bf16") and lists_bf16("Features : fp asimd bf16")
+    assert not lists_bf16("flags : fma avx512f avx512_vnni")
 
 
 def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
-        monkeypatch.setattr(products, "multiplies_bf16", lambda has=has: has)
+        monkeypatch.setattr(products, "MULTIPLIES_BF16", has)
         assert arithmetic(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if has else torch.float32)
         assert arithmetic(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
         for dtype in (torch.float32, torch.float64):
@@ -67,6 +74,21 @@ def test_attention_is_that_of_fp32_rounded(emulated: None, softmax: Softmax) -> 
     heads = [torch.randn(2, 3, 9, 8).bfloat16().requires_grad_() for _ in range(3)]
     wide = [tensor.detach().float().requires_grad_() for tensor in heads]
     same_rounded(lambda tensors: attend(*tensors, softmax), heads, wide)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+def test_compiles_in_one_piece(emulated: None) -> None:
+    """Forward and backward, and what comes out is the same."""
+    torch.compiler.reset()
+    layer, x = FeedForward(8, 16, torch.float32), torch.randn(2, 3, 8).bfloat16().requires_grad_()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outputs = [each(x) for each in (layer, compiled)]
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(y.sum(), [x, *layer.parameters()]) for y in outputs]
+    for gradient, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=2.0**-7, atol=0)
 
 
 def same_rounded(function: Callable[[list[Tensor]], Tensor], narrow: list[Tensor], wide: list[Tensor]) -> None:

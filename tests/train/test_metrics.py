@@ -134,6 +134,6 @@ def test_ranks_beyond_the_cores_add_nothing(monkeypatch: pytest.MonkeyPatch):
 def test_the_peak_of_bf16_is_that_of_the_products_that_are_made(multiplies: bool, made_in: torch.dtype, monkeypatch):
     """Emulated ones would be a fifth of it, and MFU five times too high."""
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(products, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(products, "MULTIPLIES_BF16", multiplies)
     monkeypatch.setattr("tokenyard.train.peak.measure", lambda device, dtype: asked.append(dtype) or 100.0)
     assert peak_flops(torch.device("cpu"), torch.bfloat16).flops == 100.0 and asked == [made_in]
