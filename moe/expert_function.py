@@ -36,23 +36,21 @@ class ExpertFunction(torch.autograd.Function):
         down_bias_ED: Tensor | None,
         weights_TK: Tensor | None,
         counts_E: Tensor,
-        *plan: Any,
+        *places: Any,
     ) -> Tensor:
-        wide, ends_E = arithmetic(x), ends(counts_E)
-        rows_RD = gather_rows(x.to(wide), Plan(*plan)) if plan else x.to(wide)
-        inner_RN = _biased(grouped_mm(rows_RD, gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
+        plan, ends_E, wide = Plan(*places) if places else None, ends(counts_E), arithmetic(x)
+        inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
         ctx.activation = activation
-        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *plan)
-        return (sum_rows(y_RD, Plan(*plan).slot_TK, weights_TK) if plan else y_RD).to(x.dtype)
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places)
+        return (sum_rows(y_RD, plan.slot_TK, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *saved = ctx.saved_tensors
-        plan, ends_E, wide = Plan(*saved) if saved else None, ends(counts_E), arithmetic(x)
-        grad_y = grads[0].to(wide)
-        grad_y_RD = gather_rows(grad_y, plan) if plan else grad_y.contiguous()
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places = ctx.saved_tensors
+        plan, ends_E, wide = Plan(*places) if places else None, ends(counts_E), arithmetic(x)
+        grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
         active_RF, grad_inner_RN, grad_weights_R = _back_through_activation(ctx.activation, inner_RN, grad_active_RF, weights_R1)
@@ -68,12 +66,17 @@ class ExpertFunction(torch.autograd.Function):
         del grad_y_RD, active_RF
         if gate_up_bias_EN is not None:
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
-        x = x.to(wide)
-        grad_gate_up_END = grouped_outer(grad_inner_RN, gather_rows(x, plan) if plan else x, ends_E).to(gate_up_END.dtype)
+        grad_gate_up_END = grouped_outer(grad_inner_RN, _rows(x, plan), ends_E).to(x.dtype)
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
-        grad_x = (sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD).to(grads[0].dtype)
+        grad_x = (sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
-        return None, *gradients, None, *[None] * len(saved)
+        return None, *gradients, None, *[None] * len(places)
+
+
+def _rows(x: Tensor, plan: Plan | None) -> Tensor:
+    """(R, D): what products take, of tokens (T, D) with a plan, else of rows."""
+    x = x.to(arithmetic(x))
+    return gather_rows(x, plan) if plan else x.contiguous()
 
 
 def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
@@ -95,12 +98,12 @@ def _back_through_activation(
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
     for block in _blocks(inner_RN):
         (active, pull), grad = activate_and_pull(activation, inner_RN[block].to(grad_RF.dtype)), grad_RF[block]
+        weights = 1.0 if weights_R1 is None else weights_R1[block]
         if weights_R1 is not None:
-            weights = weights_R1[block]
-            grad_weights_R[block] = _dots(active, grad, weights.dtype)
+            grad_weights_R[block] = _dots(active, grad, weights_R1.dtype)
             grad.mul_(weights)
         pull(grad, grad_inner_RN[block])
-        torch.mul(active, 1.0 if weights_R1 is None else weights_R1[block], out=grad)
+        torch.mul(active, weights, out=grad)
     return grad_RF, grad_inner_RN, grad_weights_R
 
 

@@ -52,19 +52,19 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
     ) -> Tensor:
-        wide, dtype = torch.promote_types(x_TD.dtype, torch.float32), x_TD.dtype
-        narrow_VD, x_TD = weight_VD.to(dtype).to(arithmetic(x_TD)), x_TD.to(arithmetic(x_TD))
+        dtype, made_in, wide = x_TD.dtype, arithmetic(x_TD), torch.promote_types(x_TD.dtype, torch.float32)
+        cast_VD, x_TD = weight_VD.to(dtype).to(made_in), x_TD.to(made_in)
         gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         for part in _chunks(x_TD, len(weight_VD)):
-            logits_TV = head.shape(F.linear(x_TD[part], narrow_VD))
+            logits_TV = head.shape(F.linear(x_TD[part], cast_VD))
             kept_TV = logits_TV.to(wide, copy=head.softcap is not None)
             loss, gradient_TV = cross_entropy(kept_TV, targets_T[part], ignore, axis)
             total += loss
             if gradients is not None:
                 grad_x_TD, grad_weight_VD = gradients
                 gradient_TV = head.shape_backward(gradient_TV, logits_TV).to(x_TD.dtype)
-                torch.mm(gradient_TV, narrow_VD, out=grad_x_TD[part])
+                torch.mm(gradient_TV, cast_VD, out=grad_x_TD[part])
                 if wide == x_TD.dtype:
                     grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])
                 else:
