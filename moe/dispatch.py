@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .device import host_read, kind_of
 from .products import arithmetic
 from .router import Routing
 from .rows import Choices, Plan, copy_to_rows, weighted_sum
@@ -105,7 +106,7 @@ def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, drop
     if padded_rows is not None:
         plan = Plan(order_A // top_k, slot_A.view_as(experts_TK), counts_E)
         return _filled(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
-    rows = int(counts_E.sum()) if dropping else len(order_A)
+    rows = host_read(counts_E.sum(), "kept choices", lambda: len(order_A)) if dropping else len(order_A)
     slot_A = slot_A.masked_fill(slot_A >= rows, -1)
     return Plan(order_A[:rows] // top_k, slot_A.view_as(experts_TK), counts_E)
 
@@ -116,13 +117,16 @@ def alignment(x: Tensor) -> int:
     Where a CPU multiplies bf16, oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new
     ones each step; with few sizes the allocator finds what fits, too, which saves memory.
     """
-    return 32 if x.device.type == "cpu" and arithmetic(x) == torch.bfloat16 else 1
+    return 32 if kind_of(x) == "cpu" and arithmetic(x) == torch.bfloat16 else 1
 
 
 def rounded_up(plan: Plan, experts_TK: Tensor, multiple: int) -> Plan:
     """`plan` with each expert's rows filled up to a multiple; the number of rows is read on the host."""
     rows_E = (plan.counts_E + multiple - 1) // multiple * multiple
-    return _filled(plan, experts_TK.flatten(), rows_E, int(rows_E.sum()))
+    rows = host_read(
+        rows_E.sum(), "rounded rows", lambda: len(rows_E) * -(-experts_TK.numel() // (len(rows_E) * multiple)) * multiple
+    )
+    return _filled(plan, experts_TK.flatten(), rows_E, rows)
 
 
 def _filled(plan: Plan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> Plan:

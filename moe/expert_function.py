@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activations import activate, activate_and_pull, projections
 from .config import Activation
+from .device import kind_of
 from .grouped import grouped_mm, grouped_outer
 from .products import arithmetic
 from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
@@ -109,7 +110,7 @@ def _back_through_activation(
 
 def _blocks(x_RN: Tensor) -> list[slice]:
     """Rows that one after the other stay in a core's cache, on a CPU; on a GPU all at once."""
-    rows = max(1, BLOCK // x_RN.shape[1]) if x_RN.device.type == "cpu" else max(1, len(x_RN))
+    rows = max(1, BLOCK // x_RN.shape[1]) if kind_of(x_RN) == "cpu" else max(1, len(x_RN))
     return [slice(start, start + rows) for start in range(0, len(x_RN), rows)]
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device import kind_of
+
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -25,7 +27,7 @@ MULTIPLIES_BF16 = lists_bf16(CPUINFO.read_text(errors="replace")) if CPUINFO.exi
 
 def arithmetic(x: Tensor) -> torch.dtype:
     """What x has to be cast to for a product: its own type, or fp32 for bf16 on such a CPU."""
-    emulated = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BF16
+    emulated = x.dtype == torch.bfloat16 and kind_of(x) == "cpu" and not MULTIPLIES_BF16
     return torch.float32 if emulated else x.dtype
 
 

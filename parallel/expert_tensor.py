@@ -46,7 +46,7 @@ def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: 
     """
     assert choices is None, "rows are shared, and tokens have none yet"
     came_NE = stack_over(counts_E, axis)
-    splits = plan_splits(counts_E.expand_as(came_NE), came_NE)
+    splits = plan_splits(counts_E.expand_as(came_NE), came_NE, axis.size * len(x))
     out, back = (Exchange(*ways, axis) for ways in ((splits.sent_N, splits.came_N), (splits.came_N, splits.sent_N)))
     x_AD = land(depart(x.expand(axis.size, -1, -1).flatten(0, 1), out))
     part_AD = experts(reorder(x_AD, splits.order_A, splits.back_A), came_NE.sum(0))

@@ -6,7 +6,10 @@
 Expert parallelism takes no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
 """
 
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,11 +66,14 @@ class Mesh:
 
     def _make(self, names: tuple[str, ...]) -> Axis:
         dims = DENSE if names[0] in DENSE else EXPERTS
-        ranks = torch.arange(self.world).view([self.sizes[dim] for dim in dims])
-        inside = [dims.index(name) for name in names]
-        outside = [dim for dim in range(len(dims)) if dim not in inside]
-        groups = ranks.permute(outside + inside).reshape(-1, math.prod(self.sizes[name] for name in names)).tolist()
-        return self.axis_of(groups)
+        firsts = self._ranks(dims, [dim for dim in dims if dim not in names])
+        return self.axis_of([[first + further for further in self._ranks(dims, names)] for first in firsts])
+
+    def _ranks(self, dims: Sequence[str], varied: Sequence[str]) -> list[int]:
+        """The ranks at 0 in all of `dims` but the `varied` ones, the last of these fastest."""
+        places = itertools.product(*(range(self.sizes[dim]) for dim in varied))
+        strides = [math.prod(self.sizes[dim] for dim in dims[dims.index(dim) + 1 :]) for dim in varied]
+        return [sum(map(operator.mul, place, strides)) for place in places]
 
     def axis_of(self, groups: list[list[int]]) -> Axis:
         """The one of `groups` (which share out the world, in the same order on every rank) that this rank is in."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..moe.device import kind_of
 from ..moe.head import Head
 from ..moe.products import arithmetic
 from .collectives import max_over, scatter_sequence, sum_over
@@ -101,5 +102,5 @@ def _local_targets(targets_T: Tensor, columns: int, axis: Axis) -> tuple[Tensor,
 
 
 def _chunks(x_TD: Tensor, columns: int) -> list[slice]:
-    tokens = max(1, LOGITS[x_TD.device.type] // columns)
+    tokens = max(1, LOGITS[kind_of(x_TD)] // columns)
     return [slice(start, start + tokens) for start in range(0, len(x_TD), tokens)]

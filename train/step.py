@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
+from ..moe.device import host_read
 from ..moe.gauges import SUMS
 from ..moe.head import HeadLoss
 from ..moe.init import expert_biases
@@ -166,7 +167,7 @@ def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
     if parallel.mesh.data.size > 1:
         counts_D = sum_over(on_device(torch.tensor(counts), parallel.device), parallel.mesh.data)
         with waiting_for_device():
-            counts = counts_D.tolist()
+            counts = host_read(counts_D, "totals", lambda: [count * parallel.mesh.data.size for count in counts])
     sequences, tokens, *mtp_tokens = counts
     return Totals(max(1, tokens), sequences, len(micro_batches), tuple(max(1, count) for count in mtp_tokens))
 

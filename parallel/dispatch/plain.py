@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...moe.device import host_read
 from ...moe.dispatch import Arrived, plan_rows
 from ...moe.router import Routing
 from ...moe.rows import Plan, copy_to_rows, weighted_sum
@@ -57,7 +58,7 @@ class PlainDispatcher(ExchangingDispatcher):
         with waiting(f"all_to_all of counts over {self.axis.size} ranks"):
             counts.wait()
         came_NL = came_E.view(self.axis.size, -1)
-        splits = plan_splits(plan.counts_E.view(self.axis.size, -1), came_NL)
+        splits = plan_splits(plan.counts_E.view(self.axis.size, -1), came_NL, len(rows_RD))
         flight = depart(rows_RD, Exchange(splits.sent_N, splits.came_N, self.axis))
         return Sent(flight, plan, routing.weights_TK, came_NL.sum(0), splits)
 
@@ -74,11 +75,14 @@ class PlainDispatcher(ExchangingDispatcher):
         return weighted_sum(land(sent.flight), sent.weights_TK, sent.plan)
 
 
-def plan_splits(sent_NL: Tensor, came_NL: Tensor) -> Splits:
-    """Splits on the host (a synchronisation), and the permutation from (rank, expert) order to (expert, rank) order."""
-    rows = torch.stack([sent_NL.sum(1), came_NL.sum(1)])
+def plan_splits(sent_NL: Tensor, came_NL: Tensor, rows: int) -> Splits:
+    """Splits on the host (a synchronisation), and the permutation from (rank, expert) order to (expert, rank) order.
+
+    A dry run assumes that `rows` leave this rank, the same number to each, and as many come.
+    """
+    sums = torch.stack([sent_NL.sum(1), came_NL.sum(1)])
     with waiting_for_device():
-        sent, came = rows.tolist()
+        sent, came = host_read(sums, "rows of each rank", lambda: [even(rows, len(sums[0]))] * 2)
     rank_major = came_NL.flatten()
     starts = (rank_major.cumsum(0) - rank_major).view_as(came_NL).T.flatten()
     lengths = came_NL.T.flatten()
@@ -89,6 +93,11 @@ def plan_splits(sent_NL: Tensor, came_NL: Tensor) -> Splits:
     back_A = torch.empty_like(order_A)
     back_A[order_A] = torch.arange(arrived, device=shift.device)
     return Splits(sent, came, order_A, back_A)
+
+
+def even(rows: int, ranks: int) -> list[int]:
+    """`rows` shared out evenly."""
+    return [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]
 
 
 def reorder(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...moe.device import host_read
 from ...parallel.host import on_device
 from ...parallel.pulse import waiting_for_device
 
@@ -71,7 +72,7 @@ def numbers_of(telling: Telling, mine: Tensor, rank: int, world: int) -> Tensor:
 def read(numbers: Tensor) -> Told:
     """Flags, squared norm and loss, added up over all ranks. The host waits for the device."""
     with waiting_for_device():
-        values = numbers.tolist()
+        values = host_read(numbers, "flags, loss and norm", lambda: [0.0] * len(numbers))
     not_finite, finders, stop, save, bad_data, failed_writer, writing, speakers, *seconds, squared, loss = values
     alone = finders if not_finite == 1 else speakers if bad_data + failed_writer == 1 else 0
     norm = math.sqrt(squared) if squared >= 0 else math.nan

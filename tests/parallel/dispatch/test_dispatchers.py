@@ -33,7 +33,7 @@ ALL = pytest.mark.parametrize("config", EXCHANGES.values(), ids=EXCHANGES)
 def test_plan_equals_a_loop(shape: tuple[int, int], most: int) -> None:
     torch.manual_seed(most)
     sent_NL, came_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
-    plan = plan_splits(sent_NL, came_NL)
+    plan = plan_splits(sent_NL, came_NL, int(sent_NL.sum()))
     assert plan.sent_N == [sum(row) for row in sent_NL.tolist()] and plan.came_N == [sum(row) for row in came_NL.tolist()]
     ranks, experts = shape
     rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(came_NL[rank, expert]))]
