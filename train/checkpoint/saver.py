@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from ...parallel.pieces import Held
+from ...parallel.pulse import progress
 from ...parallel.streams import Event, record
 from .agree import any_rank, from_all, from_first, rank_and_world, through_first
 from .copies import Copies, device_of, in_place
@@ -147,11 +148,12 @@ class Saver:
         return self._end(failed)
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way; how it ended."""
+        """Wait for the save under way, up to `limit_seconds`; how it ended. The hang guard sees that all ranks still answer."""
         while self._save is not None:
             self._save.thread.join(0.02)
             if (outcome := self.step()) is not None:
                 return outcome
+            progress()
         return None
 
     def close(self) -> None:
