@@ -6,12 +6,14 @@ B sequences, S new tokens, T tokens seen so far with those, D width, H query hea
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, QKNorm
 from .count import head_width
+from .device import kind_of
 from .documents import same_document
-from .flexible_attention import attend_by_blocks
+from .flexible_attention import attend_by_blocks, padded
 from .linear import HeadsNorm, Linear, RMSNorm
 from .products import arithmetic
 from .rotary import Turns, rotate
@@ -78,8 +80,38 @@ def attend(
 
 def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float, mask_ST: Tensor | None, causal: bool) -> Tensor:
     """(B, H, S, v): torch's own. A dry run puts a stand-in here."""
+    width = v_BGTv.shape[-1]
+    if kind_of(q_BHSh) == "cuda":
+        k_BGTh, v_BGTv = _suited(q_BHSh, k_BGTh, v_BGTv)
     grouped = q_BHSh.shape[1] != k_BGTh.shape[1]
-    return F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTv, mask_ST, is_causal=causal, scale=scale, enable_gqa=grouped)
+    y_BHSv = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTv, mask_ST, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y_BHSv if y_BHSv.shape[-1] == width else y_BHSv[..., :width]
+
+
+def _suited(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for which CUDA has a kernel, since without one (B, H, S, T) is made.
+
+    That of fp32 knows no groups. Flash attention wants values as wide as keys; only cuDNN's is as fast without.
+    """
+    if q_BHSh.dtype == torch.float32:
+        repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
+        return _repeated(k_BGTh, repeats), _repeated(v_BGTv, repeats)
+    width, narrower = q_BHSh.shape[-1], v_BGTv.shape[-1]
+    if narrower < width and not _by_cudnn(width, narrower, q_BHSh.dtype, q_BHSh.device):
+        v_BGTv = padded(v_BGTv, width)
+    return k_BGTh, v_BGTv
+
+
+@torch.compiler.assume_constant_result
+def _by_cudnn(width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch chooses cuDNN for heads of these widths in training."""
+    q_11Sh, v_11Sv = (torch.empty(1, 1, 128, each, dtype=dtype, device=device).requires_grad_() for each in (width, value_width))
+    chosen = torch._fused_sdp_choice(q_11Sh, q_11Sh, v_11Sv, is_causal=True)  # pyright: ignore[reportPrivateImportUsage]
+    return chosen == SDPBackend.CUDNN_ATTENTION.value
+
+
+def _repeated(x_BGTh: Tensor, repeats: int) -> Tensor:
+    return x_BGTh if repeats == 1 else x_BGTh.repeat_interleave(repeats, dim=1)
 
 
 def visible(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:

@@ -21,6 +21,9 @@ BLOCK = 128
 NARROWEST = 16
 """The kernel's products need heads of this width; narrower ones are padded with zeros."""
 
+VARIANTS = 64
+"""So many kinds of layer, batch sizes and types one process may compile; torch's own limit is 8."""
+
 
 def block_masks(
     config: ModelConfig, ids_BS: Tensor, dtype: torch.dtype, documents_BS: Tensor | None = None
@@ -63,8 +66,8 @@ def attend_by_blocks(
     q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask
 ) -> Tensor:
     """(B, H, S, v) in the type of v: `attend` in moe/attention.py where `blocks` say what is seen. Compiled on a GPU."""
-    # Not kind_of: where fake tensors stand for a GPU there is nothing to compile for.
-    run = _compiled() if q_BHSh.device.type == "cuda" else _attend
+    # Not kind_of: where fake tensors stand for a GPU there is nothing to compile for. Nor inside of what is compiled already.
+    run = _compiled() if q_BHSh.device.type == "cuda" and not torch.compiler.is_compiling() else _attend
     return run(q_BHSh, k_BGSh, v_BGSv, softmax, sinks_H, blocks)
 
 
@@ -100,7 +103,8 @@ def _attend(q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, si
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """One for all layers. With `fullgraph` torch fails where it would fall back to a kernel that makes (B, H, S, S)."""
+    """One for all layers. With `fullgraph` torch ends the run where it would make (B, H, S, S), uncompiled, beyond its limit."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     return torch.compile(_attend, fullgraph=True)
 
 
