@@ -126,10 +126,7 @@ def _sees(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tens
     return sees
 
 
-@functools.cache
 def _capped(cap: float) -> Callable[..., Tensor]:
-    """The same function for the same cap, so that it is compiled once."""
-
     def capped(logit: Tensor, _sequence: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return softcapped(logit, cap)
 
