@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .attention import Attention, KeyValueCache
 from .config import AttentionKind, ModelConfig
 from .feedforward import FeedForward
+from .flexible_attention import block_masks
 from .head import Head, HeadLoss
 from .layer import MoELayer
 from .linear import Embedding, RMSNorm
@@ -70,6 +71,8 @@ class Transformer(nn.Module):
         tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
         start = cache[0].length if cache else 0
         turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
+        if cache is None:
+            turns = turns._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
