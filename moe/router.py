@@ -80,6 +80,7 @@ class Router(nn.Module):
         if config.balance.bias_rate > 0:
             self.add_expert_bias()
         self.surroundings = OneDevice()
+        self.draws = draws(config)
         self.gauged = False
 
     def add_expert_bias(self) -> None:
@@ -90,7 +91,7 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> Routing:
         """Route (B, S, D). Tokens that are not valid are not counted, and take no capacity."""
         tokens = tokens or Tokens()
-        key_BS = self._key(x_BSD, tokens) if self.training else None
+        key_BS = self._key(x_BSD, tokens) if self.training and self.draws else None
         rows = self._capacity(x_BSD, tokens)
         scored = self._score(x_BSD, tokens, key_BS)
         choice = choose(self._ranked(scored), tokens.valid_BS, self.config, self.surroundings, self.training, rows)
@@ -197,6 +198,12 @@ class Router(nn.Module):
         router = self.config.router
         plain = router.selection in (Selection.top_k, Selection.gshard) and router.groups == 1 and self.expert_bias is None
         return plain and self.config.top_k < self.columns
+
+
+def draws(config: MoEConfig) -> bool:
+    """Whether anything in training's routing is random."""
+    router, random_drops = config.router, config.capacity.policy is DropPolicy.random
+    return router.jitter > 0 or router.noise or router.selection is Selection.gshard or random_drops
 
 
 def warn_of_lookahead(config: MoEConfig) -> None:
