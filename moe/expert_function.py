@@ -17,7 +17,7 @@ from .config import Activation
 from .device import kind_of
 from .grouped import grouped_mm, grouped_outer
 from .products import arithmetic
-from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
+from .rows import Plan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
 
 BLOCK = 2**18
 """Numbers: what is done element by element between the products is done on so many at a time."""
@@ -45,7 +45,7 @@ class ExpertFunction(torch.autograd.Function):
         inner_RN = inner_RN.to(x.dtype)
         ctx.activation = activation
         ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places)
-        return (sum_rows(y_RD, plan.slot_TK, weights_TK) if plan else y_RD).to(x.dtype)
+        return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -60,7 +60,7 @@ class ExpertFunction(torch.autograd.Function):
         if down_bias_ED is not None and weights_R1 is not None:
             grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_R1.dtype)
         if plan:
-            grad_weights_TK = of_choices(grad_weights_R, plan.slot_TK)
+            grad_weights_TK = of_choices(grad_weights_R, plan)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
         grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E).to(x.dtype)
@@ -69,7 +69,7 @@ class ExpertFunction(torch.autograd.Function):
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
         grad_gate_up_END = grouped_outer(grad_inner_RN, _rows(x, plan), ends_E).to(x.dtype)
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
-        grad_x = (sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD).to(x.dtype)
+        grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
         return None, *gradients, None, *[None] * len(places)
 
@@ -114,9 +114,9 @@ def _blocks(x_RN: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(x_RN), rows)]
 
 
-def _dots(a_RN: Tensor, b_RN: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R,): each row's product with the other's."""
-    return (a_RN * b_RN).sum(-1, dtype=dtype)
+def _dots(a_RN: Tensor, b_RN: Tensor, wide: torch.dtype) -> Tensor:
+    """(R,): each row's product with the other's. A CPU rounds what it multiplies in bf16 to that."""
+    return (a_RN * b_RN).sum(-1, dtype=wide) if kind_of(a_RN) == "cpu" else dots(a_RN, b_RN, wide)
 
 
 def ends(counts_E: Tensor) -> Tensor:
