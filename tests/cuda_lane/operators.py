@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from tokenyard.moe.config import ModelConfig
-from tokenyard.moe.device import dry_run
+from tokenyard.moe.device import DryRun, dry_run
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.tokens import Place, Tokens, describe
 from tokenyard.parallel.dispatch.plain import PlainDispatcher
@@ -29,18 +29,24 @@ NONE = frozenset({"promote_types", "is_same_size"})
 class Operators(TorchDispatchMode):
     """Inside, operators are recorded by name, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, dry: DryRun) -> None:
         super().__init__()
+        self.dry, self.seen = dry, dry.waits.copy()
         self.all: list[str] = []
         self.launching: list[str] = []
         """Those that launch a kernel (or several, as a sort does): neither views nor allocations."""
+        self.events: list[str] = []
+        """The same, and between them `wait: PLACE` where the host waits."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.events += [f"wait: {place}" for place in (self.dry.waits - self.seen).elements()]
+        self.seen = self.dry.waits.copy()
         space, name = func._schema.name.split("::")
         if space != "prim" and name not in NONE:
             self.all.append(name)
             if not func.is_view and name not in SILENT:
                 self.launching.append(name)
+                self.events.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -67,7 +73,7 @@ def layer_operators(config: ModelConfig, ranks: int, gauged: bool = False, seque
         layer.router.gauged = gauged
         x_BSD = torch.empty(sequences, length, config.width, dtype=torch.bfloat16, requires_grad=True)
         tokens = some_tokens(sequences, length)
-        forward, backward = Operators(), Operators()
+        forward, backward = Operators(dry), Operators(dry)
         with forward:
             y_BSD, stats = layer(x_BSD, tokens)
         outputs = y_BSD, stats.scores_BE, stats.z  # what has a gradient in a step with both losses
