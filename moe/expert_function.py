@@ -44,13 +44,14 @@ class ExpertFunction(torch.autograd.Function):
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
         ctx.activation = activation
-        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places)
+        biases = gate_up_bias_EN, down_bias_ED
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, *places)
         return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places = ctx.saved_tensors
-        plan, ends_E, wide = Plan(*places) if places else None, ends(counts_E), arithmetic(x)
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *places = ctx.saved_tensors
+        plan, wide = Plan(*places) if places else None, arithmetic(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
@@ -91,7 +92,7 @@ def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
 def _back_through_activation(
     activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The activation times its row's weight, which takes the place of its gradient `grad_RF`; inner's gradient; the weights' (R,).
+    """The activation times its row's weight, which may overwrite its gradient `grad_RF`; inner's gradient; the weights' (R,).
 
     `grad_RF` is that of a row with weight 1. Without weights there is no gradient of them.
     """
@@ -104,6 +105,8 @@ def _back_through_activation(
             grad_weights_R[block] = _dots(active, grad, weights_R1.dtype)
             grad.mul_(weights)
         pull(grad, grad_inner_RN[block])
+        if weights_R1 is None and len(active) == len(grad_RF):  # all rows at once: nothing to put together
+            return active, grad_inner_RN, grad_weights_R
         torch.mul(active, weights, out=grad)
     return grad_RF, grad_inner_RN, grad_weights_R
 
@@ -121,7 +124,7 @@ def _dots(a_RN: Tensor, b_RN: Tensor, wide: torch.dtype) -> Tensor:
 
 def ends(counts_E: Tensor) -> Tensor:
     """(E,), int32: the row behind each expert's last."""
-    return counts_E.cumsum(0).to(torch.int32)
+    return counts_E.cumsum(0, dtype=torch.int32)
 
 
 def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ class RoutingStats(NamedTuple):
     tokens_B: Tensor
     """int64: valid tokens of each sequence."""
     scores_BE: Tensor
-    """Sum over each sequence's tokens of the router's probabilities; carries the balance losses' gradient."""
+    """Sum over each sequence's tokens of the router's probabilities; carries the balance losses' gradient, if any is on."""
     z: Tensor
-    """Scalar: sum over tokens of logsumexp(logits) ** 2; carries the z-loss's gradient."""
+    """Scalar: sum over tokens of logsumexp(logits) ** 2; carries the z-loss's gradient, if it is on."""
     dropped: Tensor
     """int64 scalar: choices that found their expert full."""
     importance_BE: Tensor | None = None
@@ -178,9 +178,14 @@ class Router(nn.Module):
         valid_BS1 = valid_BS.unsqueeze(-1)
         counted_BSK = valid_BS1 if choice.made_BSK is None else choice.made_BSK & valid_BS1
         counts_BE = count_choices(choice.experts_BSK, counted_BSK, self.columns)
-        probabilities_BSE = probabilities(scored.scores_BSE, self.config.router)
+        balance, logits_BSE = self.config.balance, scored.logits_BSE
+        # A loss that is off has no backward pass.
+        balanced = balance.coefficient != 0 or balance.sequence_coefficient != 0
+        probabilities_BSE = probabilities(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
         scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
-        z_BS = weights_BSK.new_zeros(()) if scored.logits_BSE is None else scored.logits_BSE.logsumexp(dim=-1).square()
+        if logits_BSE is not None and self.config.z_coefficient == 0:
+            logits_BSE = logits_BSE.detach()
+        z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
         if self.gauged and self.training:
             stats = stats._replace(gauges=gauge(scored.logits_BSE, probabilities_BSE.detach(), valid_BS))

@@ -76,7 +76,7 @@ def layer_operators(config: ModelConfig, ranks: int, gauged: bool = False, seque
         forward, backward = Operators(dry), Operators(dry)
         with forward:
             y_BSD, stats = layer(x_BSD, tokens)
-        outputs = y_BSD, stats.scores_BE, stats.z  # what has a gradient in a step with both losses
+        outputs = [output for output in (y_BSD, stats.scores_BE, stats.z) if output.requires_grad]
         gradients = [torch.empty_like(output) for output in outputs]
         with backward:
             torch.autograd.backward(outputs, gradients)

@@ -169,6 +169,19 @@ def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeyp
     assert made == (["model", "layer"] if name in RANDOM else [])
 
 
+@ALL
+def test_a_loss_that_is_off_has_no_backward_pass(config: MoEConfig) -> None:
+    balance = replace(config.balance, sequence_coefficient=0.0)
+    on, off = (replace(config, balance=replace(balance, coefficient=value), z_coefficient=value) for value in (0.1, 0.0))
+    stats, idle = (random_router(each)(inputs(), token_record(each)).stats for each in (on, off))
+    learns = config.router.selection is not Selection.hash
+    assert stats.scores_BE.requires_grad == stats.z.requires_grad == learns
+    assert not idle.scores_BE.requires_grad and not idle.z.requires_grad
+    assert torch.equal(stats.scores_BE, idle.scores_BE) and torch.equal(stats.z, idle.z)
+    sequences = replace(off, balance=replace(off.balance, sequence_coefficient=0.1))
+    assert random_router(sequences)(inputs(), token_record(sequences)).stats.scores_BE.requires_grad == learns
+
+
 def test_layers_draw_their_own_noise() -> None:
     router, x_BSD, tokens = random_router(ROUTERS["noise, importance and load"]), inputs(), token_record(ROUTERS["softmax"])
     weights = [router(x_BSD, tokens._replace(layer=layer)).weights_TK for layer in (0, 1)]
