@@ -9,7 +9,7 @@ from tokenyard.moe.experts import Experts
 from tokenyard.moe.router import Routing
 from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.dispatch.build import build_dispatcher
-from tokenyard.parallel.dispatch.plain import plan_splits, reorder
+from tokenyard.parallel.dispatch.plain import plan_arrivals, read_splits, reorder
 from tokenyard.parallel.mesh import build_mesh
 from torch import Tensor
 
@@ -33,8 +33,9 @@ ALL = pytest.mark.parametrize("config", EXCHANGES.values(), ids=EXCHANGES)
 def test_plan_equals_a_loop(shape: tuple[int, int], most: int) -> None:
     torch.manual_seed(most)
     sent_NL, came_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
-    plan = plan_splits(sent_NL, came_NL, int(sent_NL.sum()))
-    assert plan.sent_N == [sum(row) for row in sent_NL.tolist()] and plan.came_N == [sum(row) for row in came_NL.tolist()]
+    splits = read_splits(sent_NL, came_NL, int(sent_NL.sum()))
+    assert splits.sent_N == [sum(row) for row in sent_NL.tolist()] and splits.came_N == [sum(row) for row in came_NL.tolist()]
+    plan = plan_arrivals(came_NL, sum(splits.came_N))
     ranks, experts = shape
     rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(came_NL[rank, expert]))]
     arrived = [rows[place] for place in plan.order_A.tolist()]
