@@ -9,7 +9,7 @@ from ..train.arguments import Arguments
 from ..train.config import Config, ConfigError
 from ..train.folder import new_run_folder
 from ..train.schema import quoted
-from .handover import handed_on, joined, say_not_started, submit
+from .handover import handed_on, handed_to_cluster, joined, say_not_started, submit
 
 PORT = 29500
 """DeepSpeed's own default."""
@@ -46,7 +46,7 @@ def several_hosts(config: Config, arguments: Arguments) -> tuple[list[str], list
     """
     host, port = _meeting_point(config)
     own = ["--hostfile", str(_hostfile(config)), "--master_addr", host, "--master_port", port, *MODULE]
-    return own, [_through_shell(word) for word in handed_on(arguments)]
+    return own, [_through_shell(word) for word in handed_to_cluster(config, arguments)]
 
 
 def hostfile(config: Config) -> str:

@@ -12,9 +12,12 @@ from ..moe.router import Router
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.resuming import as_checkpoint
 from .checkpoint.store import read_facts, read_whole
-from .config import Config, ConfigError, EngineConfig, Precision
+from .config import Config, ConfigError, EngineConfig
+from .derive import derive, set_products
 from .plain import config_from_plain
 from .session import DTYPES, Session, first_rank_first
+
+PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 
 
 class Opened(NamedTuple):
@@ -31,12 +34,12 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
 
     precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one line, for what is no checkpoint or damaged.
     """
-    if precision not in Precision.__members__:
-        raise ValueError(f"precision={precision}: must be one of {', '.join(Precision.__members__)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
     checkpoint = as_checkpoint(Path(path))
     config = config_from_plain(read_facts(checkpoint)["config"])
     with torch.device("meta"):
-        model = Transformer(config.model, DTYPES[Precision[precision]])
+        model = Transformer(config.model, PRECISIONS[precision])
     weights = {name: tensor.to(device, _kept_as(name, model)) for name, tensor in read_whole(checkpoint).items()}
     add_expert_biases(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -58,11 +61,13 @@ def _kept_as(name: str, model: Transformer) -> torch.dtype:
     return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
-def open_checkpoint(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Opened:
-    """Model, tokenizer and configuration."""
+def open_checkpoint(path: str | Path, device: torch.device) -> Opened:
+    """Model, in the precision of its run, tokenizer and configuration."""
     checkpoint = as_checkpoint(Path(path))
     config = config_from_plain(read_facts(checkpoint)["config"])
-    return Opened(load_model(checkpoint, precision, device), load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
+    derive(config, device)
+    model = load_model(checkpoint, config.precision.value, str(device))
+    return Opened(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
 
 
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:
@@ -79,8 +84,10 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
         raise ConfigError("model: the checkpoint's model cannot be changed by overrides")
     config.parallel, config.engine = ParallelConfig(), EngineConfig()
     config.batch.micro = config.batch.micro or config.batch.sequences
+    device = pick_device(config.device.value)
+    set_products(config, device, derive(config, device))
     data = first_rank_first(config)
-    parallel = build_parallel(config, pick_device(config.device.value))
+    parallel = build_parallel(config, device)
     weights = read_whole(checkpoint)
     add_expert_biases(parallel.model, weights)
     parallel.model.load_state_dict(weights, strict=True)
