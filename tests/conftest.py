@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-# Where modules are that tests import, as sameness.py, their_weights.py, cluster_schema.py, made_run.py; ranks inherit the path.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch", "faults", "report")]
+# Where modules are that tests import, as sameness.py, their_weights.py, cuda_double.py, cluster_schema.py; ranks inherit the path.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "parallel", "launch", "faults", "report")]
 
 
 @pytest.fixture(scope="session")
