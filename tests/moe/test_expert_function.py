@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenyard.bench.host_reads import host_reads
 from tokenyard.moe import expert_function, products
 from tokenyard.moe.activations import activate, activate_and_pull, projections
 from tokenyard.moe.config import Activation
@@ -52,6 +53,13 @@ def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
     pull(grad, result)
     torch.testing.assert_close(active, activate(activation, x.detach()), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_experts_with_biases_do_not_make_the_host_wait() -> None:
+    experts, routing = random_experts(torch.float32, bias=True), random_routing(11, 2, None, None)
+    x_TD, plan = torch.randn(11, WIDTH, requires_grad=True), plan_rows(routing, EXPERTS)
+    choices = Choices(plan, routing.weights_TK.float())
+    assert host_reads(lambda: experts(x_TD, plan.counts_E, choices).sum().backward(), torch.device("cpu")) == {}
 
 
 def test_rounding_up_changes_no_number() -> None:
