@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenyard.bench.host_reads import host_reads
 from tokenyard.moe import expert_function, products
 from tokenyard.moe.activations import activate, activate_and_pull, projections
 from tokenyard.moe.config import Activation
@@ -63,6 +64,13 @@ def test_the_weights_gradient_is_not_rounded_on_cuda() -> None:
     with dry_run("cuda"):
         *_, found_R = expert_function._back_through_activation(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
     torch.testing.assert_close(found_R.double(), (active_RF.double() * exact).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_with_biases_do_not_make_the_host_wait() -> None:
+    experts, routing = random_experts(torch.float32, bias=True), random_routing(11, 2, None, None)
+    x_TD, plan = torch.randn(11, WIDTH, requires_grad=True), plan_rows(routing, EXPERTS)
+    choices = Choices(plan, routing.weights_TK.float())
+    assert host_reads(lambda: experts(x_TD, plan.counts_E, choices).sum().backward(), torch.device("cpu")) == {}
 
 
 def test_rounding_up_changes_no_number() -> None:
