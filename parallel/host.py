@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..moe.device import kind_of
+
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """The host's tensor `x` on `device`."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if kind_of(device) == "cuda" else x.to(device)
