@@ -12,8 +12,8 @@ from torch import Tensor, _foreach_mul_, _foreach_norm  # pyright: ignore[report
 
 from .apply import Parallel, Placed, local
 from .collectives import sum_over
-from .host import on_device
 from .mesh import Axis
+from .streams import on_device
 
 BUCKET = 2**23
 """Elements that travel in one all-reduce: many small tensors cost latency, one huge copy costs memory."""

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from .pulse import PULSE, waiting
+from .streams import enter_thread
 
 
 def pick_device(name: str) -> torch.device:
@@ -18,8 +19,7 @@ def pick_device(name: str) -> torch.device:
 
 def join(device: torch.device, timeout_seconds: float) -> None:
     """Start the process group if the environment names more than one rank."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    enter_thread(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

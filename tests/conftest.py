@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-# Where modules are that tests import, as sameness.py, their_weights.py, cluster_schema.py, made_run.py; ranks inherit the path.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "launch", "faults", "report", "cuda_lane")]
+# Where modules are that tests import, as sameness.py, their_weights.py, cuda_double.py, cluster_schema.py; ranks inherit the path.
+sys.path += [
+    str(Path(__file__).parent / folder) for folder in ("distributed", "moe", "parallel", "launch", "faults", "report", "cuda_lane")
+]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from ..data.batches import IGNORE, Batch
 from ..data.prepare import Prepared
 from ..data.stream.rows import World
 from ..moe.documents import documents_of
-from ..parallel.host import on_device
+from ..parallel.streams import on_device
 from .config import Config
 from .step import Rows, valid_targets
 

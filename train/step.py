@@ -19,8 +19,8 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
-from ..parallel.host import on_device
 from ..parallel.pulse import doing, waiting_for_device
+from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate

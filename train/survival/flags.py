@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...parallel.host import on_device
 from ...parallel.pulse import waiting_for_device
+from ...parallel.streams import on_device
 
 
 class Telling(NamedTuple):
