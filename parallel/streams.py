@@ -1,7 +1,7 @@
 """CUDA streams, events, pinned memory and asynchronous copies: all that the project makes of them is made here.
 
 On a CPU nothing is made: work is done when the call returns, and so is every event. Choices go by the device that a tensor is
-really on, also in a dry run (moe/device.py).
+really on, also in a dry run (moe/device.py), whose stand-in for a GPU (plan/stand_in.py) has copies and neither streams nor events.
 
 Pinned memory comes from torch's cache, which gives a block out again when its tensor is gone and the copies that read or wrote it
 are done: so it is re-used, and never rewritten while somebody can read it.
@@ -90,17 +90,17 @@ class SideStream:
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """The host's tensor `x` on `device`. A GPU copies when its current stream comes to it, and the host goes on."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type != "cpu" else x.to(device)
 
 
 def host_memory(x: Tensor) -> Tensor:
     """Memory of the host for a copy of `x`; pinned for a GPU's."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu")
 
 
 def copy_to_host(x: Tensor, memory: Tensor) -> Tensor:
     """`x` into `memory`, which must not be read before an event recorded behind this is done. Returns `memory`."""
-    return memory.copy_(x.detach(), non_blocking=x.is_cuda)
+    return memory.copy_(x.detach(), non_blocking=x.device.type != "cpu")
 
 
 class HostCopy:

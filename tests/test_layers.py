@@ -15,6 +15,7 @@ ALLOWED = {
     "launch": {"train", "interop", "parity", "report"},
     "report": {"train.config", "train.params", "train.plain", "train.schema"},
     "parity": {"train", "parallel", "data", "moe"},
+    "plan": {"train", "parallel", "moe"},
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
     "interop": {"moe", "train.checkpoint", "train.survival.failpoints", "parallel.pieces", "data.tokenizer"},

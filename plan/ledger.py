@@ -1,0 +1,123 @@
+"""What a rank does on its device, written down operator by operator: collectives, waits of the host, tensors in the wrong place."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).parents[1]
+KINDS = ("allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "barrier", "gather", "scatter")
+COPIES = ("_to_copy", "copy_")
+CHECKING = ("segment_reduce",)
+"""Operators that read their arguments' numbers on the host, only to check them."""
+
+
+class UnknownNumbers(RuntimeError):
+    """The host wants to know what the device computed, and there is no device."""
+
+
+class Collective(NamedTuple):
+    """As the members of its group must agree on it."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    dtype: str
+    elements: int | None
+    """Of the larger side; None for an all-to-all, which may be uneven."""
+
+
+class Ledger(TorchDispatchMode):
+    """Inside of a fake tensor mode, a dispatch mode that looks at each operator. `device`: the kind of the stand-in's tensors."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.collectives: list[Collective] = []
+        self.waits: Counter[str] = Counter()
+        """Of the host, beside those that have a name in moe/device.py: `file:line`. UnknownNumbers is raised where
+        it cannot go on without them."""
+        self.strangers: Counter[str] = Counter()
+        """Host tensors in an operator of the device, or in a collective: `file:line operator`."""
+        self._pinned: set[StorageWeakRef] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        namespace, name = func.namespace, func._opname
+        if namespace == "prim":
+            return func(*args, **kwargs)
+        if name == "is_pinned":
+            return StorageWeakRef(args[0].untyped_storage()) in self._pinned
+        if name == "_pin_memory":
+            return self._pin(args[0].clone())
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._place(namespace, name, tensors)
+        if namespace == "c10d":
+            self._collective(name, args, tensors)
+        if name in COPIES:
+            self._copy(name, args, kwargs)
+        elif name in CHECKING and not kwargs.get("unsafe", False):
+            self.waits[caller()] += 1
+        try:
+            out = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise UnknownNumbers(f"{caller()}: {name} reads numbers of the device, outside of host_read") from None
+        return self._pin(out) if kwargs.get("pin_memory") and out.device.type == "cpu" else out
+
+    def _pin(self, x: Tensor) -> Tensor:
+        self._pinned.add(StorageWeakRef(x.untyped_storage()))
+        return x
+
+    def _is_pinned(self, x: Tensor) -> bool:
+        return StorageWeakRef(x.untyped_storage()) in self._pinned
+
+    def _place(self, namespace: str, name: str, tensors: list[Tensor]) -> None:
+        here = [x.device.type == self.device for x in tensors]
+        if name in COPIES or not tensors or all(here):
+            return
+        if any(here) or (namespace == "c10d" and name != "barrier"):
+            self.strangers[f"{caller()} {name}"] += 1
+
+    def _collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
+        kind = next(kind for kind in KINDS if kind in name)
+        group = next(
+            leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
+        )
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+        elements = None if kind == "alltoall" else max((x.numel() for x in tensors), default=0)
+        self.collectives.append(Collective(kind, ranks, str(tensors[0].dtype) if tensors else "", elements))
+
+    def _copy(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Between host and device the host waits, unless the copy is asynchronous and the host's side of it pinned."""
+        if name == "copy_":
+            target, source = args[:2]
+            target_kind, asynchronous = target.device.type, args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        else:
+            target, source = None, args[0]
+            target_kind, asynchronous = (kwargs.get("device") or source.device).type, kwargs.get("non_blocking", False)
+        if (source.device.type == self.device) == (target_kind == self.device):
+            return
+        host = source if target_kind == self.device else target  # None: an asynchronous `to` makes pinned memory itself
+        if not asynchronous or (host is not None and not self._is_pinned(host)):
+            self.waits[caller()] += 1
+
+
+def caller() -> str:
+    """The innermost place of ours on the stack, but for this folder: `file:line`; `outside` where torch goes on by itself."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and (place := path.relative_to(ROOT).as_posix()).split("/")[0] not in ("plan", ".venv"):
+            return f"{place}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside"

@@ -1,0 +1,81 @@
+"""One rank of a run, without its device and without the other ranks: the real step on tensors that have no numbers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..moe.device import dry_run
+from ..moe.model import Transformer
+from ..parallel.apply import Parallel, parallelize
+from ..parallel.mesh import build_mesh
+from ..train.config import Config
+from ..train.engine import Engine, build_engine
+from ..train.session import DTYPES
+from ..train.step import Rows, StepNumbers
+from .ledger import Ledger
+from .stand_in import stand_in
+
+
+@dataclass
+class DryRank:
+    """Its parts are those of a run. What it did is in the `ledger`, and the host's reads in `waits`, by place."""
+
+    config: Config
+    parallel: Parallel
+    engine: Engine
+    ledger: Ledger
+    waits: Counter[str]
+
+    def step(self) -> StepNumbers:
+        """One optimizer step, on rows of which every token counts."""
+        return self.engine.step(self._rows(), 1e-3, self.config.optimizer.clip_norm)
+
+    def _rows(self) -> list[Rows]:
+        """This rank's micro-batches of a global batch."""
+        config, data = self.config, self.parallel.mesh.data
+        micro = config.batch.micro or config.batch.sequences // data.size
+        ids_BS = torch.zeros(micro, config.sequence_length, dtype=torch.int64, device=self.parallel.device)
+        valid = [ids_BS.numel()] * (1 + config.model.mtp_depth)
+        starts = range(data.rank * micro, config.batch.sequences, micro * data.size)
+        documents_BS = ids_BS if config.data.mask_documents else None
+        return [Rows(ids_BS, ids_BS, start, documents_BS, valid) for start in starts]
+
+
+@contextmanager
+def dry_rank(config: Config, rank: int, world: int, kind: str = "cuda") -> Iterator[DryRank]:
+    """Rank `rank` of `world` on a device that stands for one of this kind. Inside, every tensor that is made is a fake one."""
+    device = stand_in()
+    fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(device.type)
+    dist.init_process_group(f"cpu:fake,{device.type}:fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            model = Transformer(config.model, DTYPES[config.precision])
+        with dry_run(kind) as seam:
+            with _Births(fake, device):
+                parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
+            with fake, ledger:
+                parallel.model.train()
+                yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Births(TorchDispatchMode):
+    """Tensors that are made on the stand-in are fake. All others are real, as meshes of ranks read numbers off the host's."""
+
+    def __init__(self, fake: FakeTensorMode, device: torch.device) -> None:
+        super().__init__()
+        self.fake, self.device = fake, device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self.fake if kwargs.get("device") == self.device else nullcontext():
+            return func(*args, **kwargs)

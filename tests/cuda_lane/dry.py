@@ -1,0 +1,121 @@
+"""What the tests of this folder run in a process of their own: steps of single ranks under plan/, and what they left in the ledger.
+
+Import it as `dry`: tests/conftest.py puts this folder on the path.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from tokenyard.plan.ledger import Collective, UnknownNumbers
+from tokenyard.plan.rank import DryRank, dry_rank
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config
+
+MICRO_BATCHES = 2
+
+
+class Case(NamedTuple):
+    """A rank of a run."""
+
+    model: str
+    world: int = 1
+    rank: int = 0
+    words: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join([self.model, f"rank_{self.rank}_of_{self.world}", *self.words])
+
+
+class Found(NamedTuple):
+    waits: Counter[str]
+    """At the places that have a name."""
+    unlisted: Counter[str]
+    strangers: Counter[str]
+    collectives: list[Collective]
+    groups: list[tuple[str, ...]]
+    """In the order in which they were made."""
+    conditions: set[str]
+    """Those of the table in docs/performance.md that hold."""
+    passes: int
+    """Forward passes of MoE layers, those of recomputation and of each chunk included."""
+
+
+def step_of(case: Case) -> Found:
+    """What one step of the rank does."""
+    config = config_of(case)
+    with dry_rank(config, case.rank, case.world) as rank:
+        rank.step()
+        return found(rank, config)
+
+
+def config_of(case: Case) -> Config:
+    """In bf16, on short sequences, so many micro-batches of one on each data rank."""
+    tensor = next((int(word.partition("=")[2]) for word in case.words if word.startswith("parallel.tensor=")), 1)
+    sequences = MICRO_BATCHES * case.world // tensor
+    sizes = [f"batch.sequences={sequences}", "batch.micro=1", "sequence_length=128", "precision=bf16"]
+    return compose([f"model={case.model}", *sizes, *case.words])
+
+
+def found(rank: DryRank, config: Config) -> Found:
+    layers = sum(block.moe is not None for block in rank.parallel.model.blocks)
+    passes = layers * MICRO_BATCHES * (2 if config.parallel.recompute else 1) * config.parallel.overlap_chunks
+    ledger, mesh = rank.ledger, rank.parallel.mesh
+    return Found(
+        Counter(rank.waits), ledger.waits, ledger.strangers, ledger.collectives, list(mesh.axes), conditions(config, rank), passes
+    )
+
+
+def conditions(config: Config, rank: DryRank) -> set[str]:
+    """By the words of the table."""
+    parallel, moe = config.parallel, config.model.moe
+    drops = moe.capacity.factor is not None and not moe.capacity.pad
+    holds = {
+        "always": True,
+        "several data ranks": rank.parallel.mesh.data.size > 1,
+        "capacity, null experts, expert choice": drops
+        or moe.router.null_experts > 0
+        or moe.router.selection.value == "expert_choice",
+        "parallel.expert_tensor": parallel.expert_tensor > 1,
+        **{f"parallel.exchange={exchange.value}": False for exchange in type(parallel.exchange)},
+    }
+    if parallel.expert > 1:
+        holds[f"parallel.exchange={parallel.exchange.value}"] = True
+    return {name for name, does in holds.items() if does}
+
+
+def planted(line: str) -> str:
+    """How one line that a step may not have is found."""
+    with dry_rank(config_of(Case("tiny")), 0, 1) as rank:
+        device = rank.parallel.device
+        x, host = torch.zeros(4, 4, device=device), torch.zeros(4, 4)
+        try:
+            eval(line, {"x": x, "host": host, "torch": torch, "device": device})
+        except UnknownNumbers:
+            return "stops"
+        return "waits" if rank.ledger.waits else "stranger" if rank.ledger.strangers else ""
+
+
+PLANTS = {
+    "torch.tensor([1, 2], device=device)": "waits",
+    "x.new_tensor([1.0])": "waits",
+    "host.to(device, non_blocking=True)": "waits",
+    "host.pin_memory().to(device)": "waits",
+    "host.pin_memory().to(device, non_blocking=True)": "",
+    "x.cpu()": "waits",
+    "x.to('cpu', non_blocking=True)": "",
+    "host.copy_(x, non_blocking=True)": "waits",
+    "torch.empty(4, 4, pin_memory=True).copy_(x, non_blocking=True)": "",
+    "torch.segment_reduce(x, 'sum', lengths=x[0].long(), axis=0)": "waits",
+    "x + 1.0": "",
+    "x + torch.tensor(1.0)": "stranger",
+    "x[torch.tensor([0, 1])]": "stranger",
+    "x.sum().item()": "stops",
+    "bool(x.sum() > 0)": "stops",
+    "x.tolist()": "stops",
+    "x.nonzero()": "stops",
+    "x[x[0] > 0]": "stops",
+    "x.repeat_interleave(x[0].long(), 0)": "stops",
+    "x.repeat_interleave(x[0].long(), 0, output_size=6)": "",
+}
+"""Lines, and how the lane takes them."""
