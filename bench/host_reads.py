@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -76,13 +77,20 @@ def _caller() -> str:
     """The innermost place of ours on the stack, but for this file and the rest of bench/."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(str(ROOT)) and not re.match(r"bench/|\.venv/", Path(path).relative_to(ROOT).as_posix()):
-            return _place(path, frame.f_lineno)
+        path = _ours(frame.f_code.co_filename)
+        if path is not None and not re.match(r"bench/|\.venv/", path):
+            return _place(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return "outside"
 
 
 def _place(file: str, line: int) -> str:
-    path = Path(file)
-    return f"{path.relative_to(ROOT).as_posix()}:{line}" if path.is_relative_to(ROOT) else "outside"
+    path = _ours(file)
+    return "outside" if path is None else f"{path}:{line}"
+
+
+@cache
+def _ours(file: str) -> str | None:
+    """The path in the repository, which may have been imported through a link; None for other files."""
+    path = Path(file).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None
