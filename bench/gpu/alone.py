@@ -50,7 +50,7 @@ def compare(teller: Teller, precision: Precision, limits: dict[str, float]) -> N
         reference = trained(teller.device, precision)
     works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}
     works["plain exchange in 2 chunks"] = partial(trained, exchange=Exchange.plain, chunks=2)
-    for zero in (3, 2, 1) if teller.cuda else ():  # gloo has no reduce-scatter for FSDP2
+    for zero in (3, 2, 1):
         works[f"FSDP2 as ZeRO-{zero}"] = partial(trained, zero=zero)
     for name, work in works.items():
         with again(choices):

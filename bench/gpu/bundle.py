@@ -1,6 +1,6 @@
 """`make gpu-bundle`: the wheels that a machine without a network may lack, into `.gpu/`. Runs pip, which needs a network.
 
-antlr4-python3-runtime, which omegaconf needs, is published as source: its wheel is built here. PyYAML is compiled: one wheel for each
+antlr4-python3-runtime, which omegaconf needs, is published as source: its wheel is built here. PyYAML is compiled: a wheel for each
 Python and processor.
 """
 

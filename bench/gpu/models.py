@@ -38,9 +38,16 @@ class Apart(NamedTuple):
 
 
 def run(teller: Teller) -> None:
-    """Every tiny model of conf/model/."""
-    for name in tiny_presets():
-        compare(teller, name, small(preset(name)))
+    """Every tiny model of conf/model/, first those whose attention is torch's own: the others may have to be compiled."""
+    models = {name: small(preset(name)) for name in tiny_presets()}
+    for name, model in sorted(models.items(), key=lambda item: masked(item[1])):
+        compare(teller, name, model)
+
+
+def masked(model: ModelConfig) -> bool:
+    """Whether attention has more than a causal mask: a window, sinks or a soft cap."""
+    attention = model.attention
+    return attention.window is not None or attention.sinks or attention.softcap is not None
 
 
 def compare(teller: Teller, name: str, model: ModelConfig) -> None:

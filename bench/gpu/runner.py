@@ -16,6 +16,8 @@ from .parts import Part
 
 LEAST_SECONDS = 3.0
 """A part that would have less is not begun."""
+LONGEST_LOG = 6000
+"""Characters."""
 Record = dict[str, Any]
 
 
@@ -55,7 +57,7 @@ class Runner:
         if not whole:
             why = f"took longer than {limit:.0f} s" if late else f"ended its process ({worker.ending()})"
             yield {"kind": "check", "name": f"{part.name} came to its end", "ok": False, "text": f"it {why}"}
-        yield {"kind": "log", "text": worker.log()}
+        yield {"kind": "log", "text": worker.log}
 
     def close(self) -> None:
         """End the process, and those that it started."""
@@ -65,6 +67,10 @@ class Runner:
 
 
 class _Worker:
+    """Its process, and, once that is killed, the end of its `log`."""
+
+    log = ""
+
     def __init__(self, words: list[str]) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -91,18 +97,16 @@ class _Worker:
         return self._process.poll() is None
 
     def kill(self) -> None:
+        """And what it started, and keep what it wrote to its standard error."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with self._process, self._errors:  # waits, and closes the pipes
+            self._errors.seek(0)
+            self.log = self._errors.read().decode(errors="replace").strip()[-LONGEST_LOG:]
 
     def ending(self) -> str:
         code = self._process.returncode
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    def log(self, most: int = 6000) -> str:
-        """The end of what it wrote to its standard error."""
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace").strip()[-most:]
 
 
 def _lines(pipe: IO[bytes], end: float) -> Iterator[bytes]:

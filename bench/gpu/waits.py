@@ -69,8 +69,8 @@ def tell(teller: Teller, name: str, waits: Waits, model: ModelConfig, listed: se
     teller.row("waits of a step", of=name, **{"MoE layers": layers}, waits=waits.named.total(), places=places)
     teller.check(f"{name}: no hidden wait", not waits.hidden, f"{waits.hidden or 'none'}")
     through = waits.seen.total() - sum(waits.hidden.values())
-    text = f"{waits.named.total()} reads, of which torch tells {through}"
-    teller.check(f"{name}: each read waits once", through == waits.named.total(), text)
+    text = f"{waits.named.total()} reads, and torch tells of {through} waits in them"
+    teller.check(f"{name}: no read waits twice", through <= waits.named.total(), text)
     if listed is not None:
         unknown = set(waits.named) - listed
         teller.check(f"{name}: each wait is in the table", not unknown, f"{', '.join(unknown) or 'all'}")

@@ -18,12 +18,16 @@ import torch
 from .parts import BY_NAME
 from .tell import Absent, Teller
 
+THREADS = 4
+"""References are small: more threads would wait for each other."""
+
 
 def main(device: str, scale: str) -> int:
     """Serve until standard input ends. Returns the exit code."""
     # Libraries print, NCCL from C: nothing of that may come between the records.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     for line in sys.stdin:
         call = json.loads(line)
         teller = Teller(out, torch.device(device), scale, call["seconds"])
@@ -55,7 +59,6 @@ def run(name: str, teller: Teller) -> bool:
 def exact_products() -> None:
     """Products in fp32 are made in fp32 (not TF32), until a part that measures speed wants it otherwise."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def forget(teller: Teller) -> None:
