@@ -96,19 +96,20 @@ def _caller() -> str:
     """The innermost place of ours on the stack, but for bench/ and `host_read`, whose caller it is."""
     frame = sys._getframe(1)
     while frame is not None:
-        place = _place(frame.f_code.co_filename, frame.f_lineno)
-        if not re.match(r"outside|bench/|moe/device\.py|\.venv/", place):
-            return place
+        path = _ours(frame.f_code.co_filename)
+        if path is not None and not re.match(r"bench/|moe/device\.py|\.venv/", path):
+            return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"
 
 
 def _place(file: str, line: int) -> str:
-    path = _resolved(file)
-    return f"{path.relative_to(ROOT).as_posix()}:{line}" if path.is_relative_to(ROOT) else "outside"
+    path = _ours(file)
+    return "outside" if path is None else f"{path}:{line}"
 
 
 @functools.cache
-def _resolved(file: str) -> Path:
-    """The package may be imported through a link."""
-    return Path(file).resolve()
+def _ours(file: str) -> str | None:
+    """The path in the repository, which may have been imported through a link; None for other files."""
+    path = Path(file).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None
