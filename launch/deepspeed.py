@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..train.arguments import Arguments
 from ..train.config import Config, ConfigError
+from ..train.files import write_private
 from ..train.folder import new_run_folder
 from ..train.schema import quoted
 from .handover import handed_on, handed_to_cluster, joined, say_not_started, submit
@@ -24,7 +25,7 @@ def start_deepspeed(config: Config, arguments: Arguments) -> int:
         return submit([_executable(), *one_host(config, arguments)])
     own, words = several_hosts(config, arguments)
     _hostfile(config).parent.mkdir(parents=True, exist_ok=True)
-    _hostfile(config).write_text(hostfile(config))
+    write_private(_hostfile(config), hostfile(config))
     print(f"# {_hostfile(config)}\n{hostfile(config)}\n{joined(['deepspeed', *own], words)}", flush=True)
     if config.launch.submit:
         return submit([_executable(), *own, *words])

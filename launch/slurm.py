@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..train.arguments import Arguments
 from ..train.config import Config
+from ..train.files import write_private
 from .handover import handed_to_cluster, job_name, joined, say_not_started, submit
 
 
@@ -15,7 +16,7 @@ def start_job(config: Config, arguments: Arguments) -> int:
     file = _folder(config) / "job.sh"
     # Slurm does not make the folder of a log, and a job without its log fails without a word.
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(script)
+    write_private(file, script)
     print(script, end="", flush=True)
     if config.launch.submit:
         return submit(["sbatch", str(file)])
