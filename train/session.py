@@ -26,6 +26,7 @@ from .engine import Engine, build_engine
 from .feed import Waiting, data_world
 from .folder import new_run_folder
 from .plain import shown_config
+from .survival.lone_failure import remove_note
 from .validate import check_rules
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
@@ -143,6 +144,7 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
         folder = Path(config.run.dir or new_run_folder())
         folder.mkdir(parents=True, exist_ok=True)
         locks.append(lock_run(folder))
+        remove_note(folder)
         return str(folder)
 
     config.run.dir = from_first(make)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections import namedtuple
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from fault_run import configured, events_of, losses, state_of
+from tokenyard.moe.layer import MoELayer
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import run, train_session
 from tokenyard.train.session import open_session
@@ -70,21 +72,35 @@ def test_a_full_disk_is_found_before_the_first_step(ranks: Any, tmp_path: Path) 
     assert event["step"] == 0 and "5,000 bytes free" in event["reason"]
 
 
-def short_of_memory(folder: Path) -> int:
-    """On ranks of the pool: one of them cannot do the step."""
-    session = open_session(configured(folder, *DRY, "parallel.expert=1"), torch.device("cpu"))
-    right = session.engine.step
+def short_of_memory(folder: Path, leaves_after: float) -> int:
+    """On ranks of the pool: rank 1 has no memory in layer 1, where the other waits for it in the all-to-all."""
+    session = open_session(configured(folder, *DRY, "parallel.expert=2"), torch.device("cpu"))
 
-    def step(*args: Any, **kwargs: Any) -> Any:
-        numbers = right(*args, **kwargs)
-        if session.parallel.mesh.rank == 1:
-            raise torch.OutOfMemoryError("no memory")
-        return numbers
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 1 has 1.00 GiB free.")
 
-    with closing(session), build_reporter(session) as reporter, mock.patch.object(session.engine, "step", step):
+    def leave(code: int) -> None:
+        time.sleep(leaves_after)
+        end(code)
+
+    end = os._exit
+    if session.parallel.mesh.rank == 1:
+        next(m for m in session.parallel.model.blocks[1].modules() if isinstance(m, MoELayer)).register_forward_pre_hook(fail)
+        os._exit = leave
+    with closing(session), build_reporter(session) as reporter:
         return train_session(session, reporter)
 
 
-def test_one_rank_short_of_memory_is_named(ranks: Any, tmp_path: Path) -> None:
-    assert ranks(2, short_of_memory, tmp_path / "run") == [73, 73]
-    assert "at a step on rank 1: OutOfMemoryError: no memory" in events_of(tmp_path / "run", "stopped")[0]["reason"]
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("leaves_after", [0.0, 6.0], ids=["its connections close", "they stay open, as NCCL's seem to"])
+def test_one_rank_short_of_memory_is_named_and_ends_all(leaves_after: float, ranks: Any, tmp_path: Path) -> None:
+    """Without a launcher. By default a collective may take ten minutes."""
+    with pytest.raises(Exception, match="died with exit code") as error:
+        ranks(2, short_of_memory, tmp_path / "run", leaves_after, limit_seconds=100)
+    said = str(error.value)
+    assert said.count("died with exit code 73") == 2
+    line = "tokenyard: the dry step failed at a step on rank 1, step 0, forward, layer 1: OutOfMemoryError: CUDA out of memory. "
+    assert said.count(line + "Tried to allocate 2.00 GiB. GPU 1 has 1.00 GiB free.") == 1
+    assert said.count("tokenyard: ") == 1
+    (event,) = events_of(tmp_path / "run", "stopped")
+    assert event["code"] == 73 and "on rank 1" in event["reason"]

@@ -4,8 +4,11 @@ What the run will need is found missing in its first minute and not in its third
 position in the data are afterwards bit for bit what they were.
 """
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -15,12 +18,14 @@ from ...parallel.pulse import doing
 from ..checkpoint.agree import from_all
 from ..checkpoint.store import load_checkpoint, save_checkpoint
 from ..environment import restarted
+from ..journal import Journal
 from ..reporter import Reporter
 from ..session import Session
 from ..state import random_state, restore_random
 from ..step import Rows
 from .exit_codes import ExitCode
-from .stop import RunStop
+from .lone_failure import Failure, find_note, leave_note
+from .stop import RunStop, in_one_line, place
 
 
 @doing("dry step")
@@ -38,16 +43,31 @@ def dry_step(session: Session, reporter: Reporter) -> None:
 
 
 def attempt(session: Session, what: str, test: Callable[[Session], None]) -> None:
-    """All ranks fail if one does; a rank that cannot say so, as it died, is found by the others' collectives."""
+    """All ranks fail if one does. In a step, and for want of memory, it fails while the others wait for it in a collective."""
     mine = ""
     try:
         test(session)
     except (OSError, ValueError, RuntimeError) as error:
-        mine = " ".join(f"{type(error).__name__}: {error}".split())
+        mine = in_one_line(error)
+        if session.parallel.mesh.world > 1 and (test is try_step or isinstance(error, torch.OutOfMemoryError)):
+            end_all(session, f"the dry step failed at {what} on {place()}: {mine}")
     failed = [(rank, text) for rank, text in enumerate(from_all(mine)) if text]
     if failed:
         rank, text = failed[0]
         raise RunStop(f"the dry step failed at {what} on rank {rank}: {text[:500]}", ExitCode.dry_step, saves=False)
+
+
+def end_all(session: Session, text: str) -> None:
+    """Ends this process, and the others by a note. What fails here as another rank has left says nothing."""
+    folder, code = session.folder, int(ExitCode.dry_step)
+    if find_note(folder) is None:
+        print(f"tokenyard: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            journal = Journal.appending(folder / "events.jsonl")
+            journal.event("stopped", step=session.step, reason=text, code=code, checkpoint=str(session.checkpoint))
+        leave_note(folder, Failure(session.parallel.mesh.rank, session.step, text, code))
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def try_step(session: Session) -> None:

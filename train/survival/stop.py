@@ -9,6 +9,8 @@ from ...parallel.processes import is_first
 from ...parallel.pulse import PULSE
 from .exit_codes import ExitCode
 
+_said: BaseException | None = None
+
 
 class RunStop(Exception):
     """The text says why, in words."""
@@ -28,11 +30,20 @@ def say_stop(stop: DataStop | RunStop, step: int) -> int:
 
 
 def say_failure(error: BaseException) -> None:
-    """Before this rank leaves and the others fail with it: which rank it was, and what it did."""
-    if not dist.is_initialized():
-        return
+    """Before this rank leaves and the others fail with it: which rank it was, and what it did. Once for an error."""
+    global _said
+    if dist.is_initialized() and error is not _said:
+        _said = error
+        print(f"tokenyard: {place()}: {in_one_line(error)}", file=sys.stderr, flush=True)
+
+
+def place() -> str:
+    """Where the thread that trains is on this rank, in words."""
     layer = "" if PULSE.layer is None else f", layer {PULSE.layer}"
     within = f", in {PULSE.collective}" if PULSE.collective else ""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    place = f"rank {dist.get_rank()}, step {PULSE.step}, {PULSE.phase}{layer}{within}"
-    print(f"tokenyard: {place}: {text}", file=sys.stderr, flush=True)
+    return f"rank {dist.get_rank()}, step {PULSE.step}, {PULSE.phase}{layer}{within}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type and text."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,8 +1,8 @@
 """The hang guard: a collective that does not complete in time ends the job, and all ranks say first where they are.
 
 A thread of each rank looks at the pulse of the thread that trains. One that has waited too long writes down where it is, and so
-do all that see such a note in the run folder, hung or not: a rank without a note is frozen or gone. Then the first of them names
-the rank that the others wait for.
+do all that see such a note in RUN/stacks, hung or not: a rank without a note is frozen or gone. Then the first of them names
+the rank that the others wait for. The same thread ends the process if another rank has left a note that it failed alone.
 """
 
 import faulthandler
@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread, main_thread
+from typing import Any
 
+from ...data.stream.stop import DataStop
 from ...parallel.pulse import PULSE, name_layers
+from ..checkpoint.checkpointing import SaveFailed
 from ..journal import Journal
 from ..session import Session
 from .blame import Beat, Verdict, blame
 from .exit_codes import ExitCode
+from .lone_failure import STACKS, Failure, find_note, leave_note
+from .stop import RunStop, in_one_line, say_failure
 
-STACKS = "stacks"
-"""The folder in the run folder: rank_N.txt, the stacks of all threads, and rank_N.json, where the thread that trains was."""
+GRACE_SECONDS = 3.0
+"""In which the thread that trains may leave by itself when another rank has failed."""
 
 
 class Watchdog:
@@ -57,10 +62,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.closed.wait(self.tick):
+            if (failure := find_note(self.folder)) is not None:
+                self._leave_with(failure)
+                return
             late = time.monotonic() - PULSE.since > self.timeout
             if (late and waits_for() is not None) or self._notes():
                 self._report()
                 return
+
+    def _leave_with(self, failure: Failure) -> None:
+        """Unless the thread that trains finds out by itself, as with gloo."""
+        if self.closed.wait(GRACE_SECONDS):
+            return
+        if self.rank == 0 and failure.code == ExitCode.error:
+            self._event("failed", step=failure.step, error=failure.text)
+        os._exit(failure.code)
 
     def _report(self) -> None:
         self._write_note()
@@ -75,7 +91,7 @@ class Watchdog:
         self.end(verdict)
 
     def _write_note(self) -> None:
-        """The stacks first: once the note is there, others may end the job."""
+        """rank_N.txt, the stacks of all threads, then rank_N.json, where this one was: once it is there, others may end the job."""
         stacks = self.folder / STACKS
         stacks.mkdir(exist_ok=True)
         with (stacks / f"rank_{self.rank}.txt").open("w") as file:
@@ -96,11 +112,14 @@ class Watchdog:
 
     def _say(self, verdict: Verdict) -> None:
         print(f"tokenyard: {verdict.text}; stacks of all ranks: {self.folder / STACKS}", file=sys.stderr, flush=True)
-        journal = Journal.appending(self.folder / "events.jsonl")
-        journal.event("hang", **verdict._asdict())
-        journal.close()
+        self._event("hang", **verdict._asdict())
         with suppress(Exception):  # the job ends, whatever a tracker does
             self.tell(verdict.text)
+
+    def _event(self, kind: str, **facts: Any) -> None:
+        journal = Journal.appending(self.folder / "events.jsonl")
+        journal.event(kind, **facts)
+        journal.close()
 
 
 @contextmanager
@@ -114,6 +133,12 @@ def watched(session: Session, tell: Callable[[str], None]) -> Iterator[None]:
     dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds, tell=tell).start()
     try:
         yield
+    except (DataStop, RunStop, SaveFailed):  # on every rank
+        raise
+    except Exception as error:
+        say_failure(error)
+        leave_note(session.folder, Failure(mesh.rank, session.step, in_one_line(error), int(ExitCode.error)))
+        raise
     finally:
         dog.close()
 
