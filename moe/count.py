@@ -81,8 +81,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
     2 x (attention + router + active experts + shared + dense + head weights) for the products with weights, and per layer
     2 x heads x (width of a key + width of a value) x the mean number of tokens that a token sees: (S + 1) / 2, or fewer in a
-    window. Look-ups, norms, biases, softmax, rotary embedding and activations are not counted, nor is what masks between packed
-    documents would save. Latent attention counts as it is trained, with keys and values of every head.
+    window. Look-ups, norms, biases, softmax, rotary embedding and activations are not counted, nor the rest of the blocks that
+    attention computes whole; what masks between packed documents save is not taken off. Latent attention counts as it is trained,
+    with keys and values of every head.
     """
     main = {name: shape for name, shape in shapes(config).items() if part_of(name) != "mtp"}
     return _flops(config, main, [config.windowed_layer(index) for index in range(config.layers)], 1, sequence_length)

@@ -110,7 +110,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
     """How many of each row are marked, int32 (B, 1, N), and their indices in front of the others', int32 (B, 1, N, N)."""
-    marked_B1NN = blocks_BNN.unsqueeze(1).int()
+    marked_B1NN = blocks_BNN.unsqueeze(1).int().contiguous()  # the kernel takes the last dimension's stride to be 1
     return marked_B1NN.sum(-1, dtype=torch.int32), marked_B1NN.argsort(dim=-1, descending=True, stable=True).int()
 
 
