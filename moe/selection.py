@@ -46,7 +46,7 @@ def choose(
 def best(ranked_BSE: Tensor, top_k: int) -> Tensor:
     """Ids of the K largest, largest first, NaN before all; of equal values the first, while torch.topk does not say which it takes.
 
-    A stable sort is two operators whatever K is, and on a CPU takes two to four times as long as K maxima.
+    A stable sort is two operators whatever K is, and on a CPU takes up to four times as long as K maxima.
     """
     if kind_of(ranked_BSE) != "cpu":
         return ranked_BSE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k].contiguous()

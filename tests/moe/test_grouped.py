@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenyard.moe.device import dry_run
 from tokenyard.moe.grouped import grouped_mm, grouped_outer
 from torch import Tensor
 
@@ -24,6 +25,35 @@ def test_outer_product_equals_a_loop(ends: list[int], dtype: torch.dtype) -> Non
     product = grouped_outer(left, right, torch.tensor(ends, dtype=torch.int32))
     for got, start, end in zip(product, [0, *ends], ends, strict=False):
         torch.testing.assert_close(got, left[start:end].T @ right[start:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_rows_at_all_are_known_without_a_look_at_the_groups(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenyard.moe.grouped._sizes", None)  # reads them on the host
+    (rows, weights), ends_E = operands(0, 3, dtype), torch.zeros(3, dtype=torch.int32)
+    product = grouped_mm(rows, weights, ends_E)
+    product.sum().backward()
+    assert product.shape == (0, OUTPUTS) and product.dtype == dtype
+    assert weights.grad is not None and weights.grad.shape == weights.shape and not weights.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_group_without_rows_has_a_zero_product_whatever_torch_leaves_there(
+    ends: list[int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    left, right, ends_E = torch.randn(6, OUTPUTS), torch.randn(6, INPUTS), torch.tensor(ends, dtype=torch.int32)
+    expected, empty_E = grouped_outer(left, right, ends_E), torch.diff(ends_E, prepend=torch.zeros(1)) == 0
+    assert empty_E.any() and not expected[empty_E].any()
+    product = torch.nn.functional.grouped_mm
+
+    def careless(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        return product(*args, **kwargs).masked_fill(empty_E[:, None, None], torch.nan)
+
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", careless)
+    with dry_run(kind):
+        assert torch.equal(grouped_outer(left, right, ends_E), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
