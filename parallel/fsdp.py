@@ -1,9 +1,14 @@
 """FSDP2 for `parallel.shard` > 1: blocks and root over the shard axis, experts over the ranks that hold the same experts.
 
+While a block computes, the weights of the next one, its experts' too, are on their way: they are asked for before the host waits
+for row counts in the MoE layer, which would delay them. So two blocks are whole at the same time, and not more.
+
 What stays gathered within a step is `parallel.zero`. Only sums travel (never means), in the gradients' own type. Norms and routers
 stay whole on every rank: they are small, and the router must not be cast down.
 """
 
+import itertools
+import warnings
 from typing import Any, cast
 
 import torch
@@ -17,21 +22,25 @@ from .mesh import Mesh
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) -> None:
-    """Wrap experts, blocks and root, in that order."""
+    """Wrap blocks, their experts and the root, in that order.
+
+    Experts are gathered and reduced around their MoE layer: once, into however many chunks it cuts its tokens.
+    """
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
     # Inputs are not cast: activations are narrow already, and rotary angles must stay wide.
     policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights, cast_forward_inputs=False)
+    # Nobody writes into an MoE layer's output, which is added to the residual stream.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPMoELayer\) returned a view")
     dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
     dense_mesh = mesh.device_mesh("shard", device) if dense > 1 else None
     expert_mesh = mesh.device_mesh("expert_shard", device) if experts > 1 else None
     for block in model.blocks:
-        if block.moe is not None:
-            if expert_mesh is not None:
-                _wrap(block.moe.experts, expert_mesh, experts, policy, set())
-            else:
-                whole |= set(block.moe.experts.parameters())
-        _wrap(block, dense_mesh, dense, policy, whole)
+        of_experts = set() if block.moe is None else set(block.moe.experts.parameters())
+        _wrap(block, dense_mesh, dense, policy, whole | of_experts)
+        if block.moe is not None and expert_mesh is not None:
+            _wrap(block.moe, expert_mesh, experts, policy, set(block.moe.parameters()) - of_experts)
     _wrap(model, dense_mesh, dense, policy, whole)
+    _ask_ahead(model)
     if zero < 3:
         cast(FSDPModule, model).set_reshard_after_forward(False)
 
@@ -41,6 +50,21 @@ def prepare_backward(model: nn.Module, zero: int, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or zero > 1)
         model.set_reshard_after_backward(last or zero == 3)
+
+
+def _ask_ahead(model: Transformer) -> None:
+    """Each block asks for the weights of the one that follows it, forward and backward.
+
+    Only training runs the modules of multi-token prediction: the first of them is not asked for by the last layer. Backward, the
+    last block is asked for by torch's own rule: what is set for the root would be asked for again with each of its outputs.
+    """
+    groups: list[list[Any]] = [[m for m in (block, block.moe) if isinstance(m, FSDPModule)] for block in model.blocks]
+    forward: list[list[Any]] = [[model], *groups]
+    for index, (here, following) in enumerate(itertools.pairwise(forward)):
+        if index != len(model.layers):
+            here[0].set_modules_to_forward_prefetch(following)
+    for here, following in itertools.pairwise([*reversed(groups), []]):
+        here[0].set_modules_to_backward_prefetch([*here[1:], *following])
 
 
 def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:

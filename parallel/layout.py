@@ -29,6 +29,10 @@ SLICED_OF_EXPERTS = {"experts.gate_up": 2, "experts.gate_up_bias": 2, "experts.d
 """The same for the hidden columns of experts, over expert_tensor ranks. One of them adds the bias of `down`, which is whole."""
 
 
+ADDED_BY_ONE = ("attention.o.bias", "experts.down_bias")
+"""Endings of the names of biases of a sum that the ranks of an (expert) tensor group share out: one of them adds the bias."""
+
+
 NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
 """Sliced too where a norm spans all heads."""
 

@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from ..moe.tokens import Place
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
-from ..parallel.gradients import reduce_gradients, scale_gradients, squared_norm
+from ..parallel.gradients import scale_gradients, squared_norm, summed_over_copies
 from ..parallel.pulse import doing, waiting_for_device
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
@@ -84,11 +85,12 @@ def train_step(
     totals = count_totals(parallel, micro_batches)
     shares = []
     for index, rows in enumerate(micro_batches):
-        prepare_backward(parallel.model, parallel.zero, last=index == len(micro_batches) - 1)
+        last = index == len(micro_batches) - 1
+        prepare_backward(parallel.model, parallel.zero, last)
         share = forward(parallel, rows, totals, place)
-        backward(share)
+        with summed_over_copies(parallel) if last else nullcontext():
+            backward(share)
         shares.append(share)
-    reduce(parallel)
     numbers = add_up(parallel, shares, totals, squared_norm(parallel), telling)
     if not accepts(numbers.told):
         return numbers._replace(updated=False)
@@ -103,12 +105,6 @@ def train_step(
 def backward(share: Losses) -> None:
     """Gradients of one micro-batch, added to those of the others."""
     share.objective.backward()
-
-
-@doing("exchange")
-def reduce(parallel: Parallel) -> None:
-    """The one rule of gradients: see parallel/gradients.py."""
-    reduce_gradients(parallel)
 
 
 @doing("update")

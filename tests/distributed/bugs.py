@@ -20,13 +20,15 @@ from tokenyard.train import step
 def averaged_over_expert_ranks() -> Iterator[None]:
     """The gradient of experts is a mean over expert-parallel ranks."""
 
-    def reduce(parallel: Parallel) -> None:
-        gradients.reduce_gradients(parallel)
+    @contextlib.contextmanager
+    def summed(parallel: Parallel) -> Iterator[None]:
+        with gradients.summed_over_copies(parallel):
+            yield
         for name, placed in parallel.placed.items():
             if ".experts." in name:
                 gradients.gradient_of(placed).div_(parallel.mesh.sizes["expert"])
 
-    with mock.patch.object(step, "reduce_gradients", reduce):
+    with mock.patch.object(step, "summed_over_copies", summed):
         yield
 
 
@@ -61,16 +63,18 @@ def auxiliary_divided_by_data_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def router_not_added_up_over_tensor_ranks() -> Iterator[None]:
-    def reduce(parallel: Parallel) -> None:
+    @contextlib.contextmanager
+    def summed(parallel: Parallel) -> Iterator[None]:
         copies = {name: placed.copies for name, placed in parallel.placed.items()}
         for name, placed in parallel.placed.items():
             if name.endswith("router.weight"):
                 placed.copies = parallel.mesh.data
-        gradients.reduce_gradients(parallel)
+        with gradients.summed_over_copies(parallel):
+            yield
         for name, placed in parallel.placed.items():
             placed.copies = copies[name]
 
-    with mock.patch.object(step, "reduce_gradients", reduce):
+    with mock.patch.object(step, "summed_over_copies", summed):
         yield
 
 

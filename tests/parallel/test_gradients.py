@@ -36,7 +36,8 @@ def reduce_in_buckets(parts: list[list[Tensor]], bucket: int) -> list[Tensor]:
         parameters[5].grad = parts[0][5].T.contiguous().T
     usual, gradients.BUCKET = gradients.BUCKET, bucket
     try:
-        gradients.reduce_gradients(parallel)
+        with gradients.summed_over_copies(parallel):
+            pass
     finally:
         gradients.BUCKET = usual
     return [p.grad for p in parameters if p.grad is not None]
