@@ -49,9 +49,7 @@ def rows(tmp_path: Path) -> str:
     return f"data.path={folder}"
 
 
-def trained(
-    folder: Path, overrides: list[str], late: bool, trouble: Callable[[Session], Any] | None = None, ranks_read: bool = False
-) -> dict[str, Any]:
+def trained(folder: Path, overrides: list[str], late: bool, trouble: Callable[[Session], Any] | None = None) -> dict[str, Any]:
     """A run as on a CPU, or as on a GPU. `trouble`: a context around it."""
     places: list[str] = []
 
@@ -106,8 +104,9 @@ def test_a_run_writes_the_same(tmp_path: Path, rows: str, data: str, every: int)
     assert len(told(tmp_path / "gpu", "metrics.jsonl")) == (8 if every == 1 else 5)
 
 
-def test_ranks_wait_once_a_step(ranks: Any, tmp_path: Path) -> None:
-    words = ["parallel.shard=2", "batch.micro=2", "model.mtp_depth=1"]
+@pytest.mark.parametrize("data", ["tokenized", "streamed"])
+def test_ranks_wait_once_a_step(ranks: Any, tmp_path: Path, rows: str, data: str) -> None:
+    words = ["parallel.shard=2", "batch.micro=2", "model.mtp_depth=1", *([*STREAMED, rows] if data == "streamed" else [])]
     for name, late in (("cpu", False), ("gpu", True)):
         results = ranks(2, trained, tmp_path / name, words, late)
         assert [result["places"] for result in results] == [["flags, loss and norm"] * 8] * 2
@@ -249,6 +248,26 @@ def test_a_step_is_told_after_the_next_one(tmp_path: Path) -> None:
 
     trained(tmp_path / "run", ["checkpoint.every=4"], True, trouble)
     assert there == [0, 0, 1, 2, 4, 4, 5, 6], "and before a checkpoint"
+
+
+def test_a_hang_leaves_what_has_arrived(tmp_path: Path) -> None:
+    """The watchdog's thread tells what the thread that hangs can tell no more."""
+    found: list[int] = []
+    with closing(open_session(configured(tmp_path / "run"), CPU)) as session, build_reporter(session) as reporter:
+        assert isinstance(reporter, FirstRank)
+        reporter.waits_for_next = True
+        right = session.engine.step
+
+        def hangs(*args: Any) -> Any:
+            if session.step + 1 == 3:
+                found.append(len(losses(tmp_path / "run")))
+                reporter.stalled("rank 0 hangs")
+                found.append(len(losses(tmp_path / "run")))
+            return right(*args)
+
+        with mock.patch.object(session.engine, "step", hangs):
+            train_session(session, reporter)
+    assert found == [1, 2]
 
 
 def test_gauges_are_computed_in_steps_that_are_logged(tmp_path: Path) -> None:
