@@ -76,14 +76,14 @@ class Runner:
             numbers = single_step(self.session)
             start = perf_counter()
             self.watch.took(numbers)
-            seen = self.watch.look(numbers, validated=False, saves=False)
+            seen = self.watch.look(numbers, validated=False, saves=False).seen()
             if seen.record is not None:
                 self.journal.write(seen.record)
             watching += perf_counter() - start
         seconds, watching = (perf_counter() - begin) / count, watching + GAUGES.seconds
         assert numbers is not None
         start = perf_counter()
-        self.watch.look(numbers, validated=True, saves=False)
+        self.watch.look(numbers, validated=True, saves=False).seen()
         self.probes.append(perf_counter() - start)
         return seconds, watching / count
 

@@ -49,14 +49,14 @@ class GlobalBatches:
         """xxh3-64 of the global batch: its int64 token ids, targets included, row by row."""
         return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
 
-    def state(self) -> dict[str, Any]:
+    def state(self, step: int | None = None) -> dict[str, Any]:
         """Nothing: a batch is found by its step."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to do."""
 
-    def counts(self) -> dict[str, float]:
+    def counts(self, step: int | None = None) -> dict[str, float]:
         """Nothing is counted: all is known beforehand."""
         return {}
 

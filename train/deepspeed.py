@@ -43,11 +43,14 @@ class ZeroEngine(Engine):
         place: Place | None = None,
         telling: Telling = NOTHING,
         accepts: Callable[[Told], bool] = is_sound,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> StepNumbers:
         """What `train_step` does, in the same order."""
         totals = count_totals(self.parallel, rows)
         shares = [self.zero.compute(part, totals, place, last=part is rows[-1]) for part in rows]
-        numbers = add_up(self.parallel, shares, totals, self.zero.squared_norm(), telling)
+        squared = self.zero.squared_norm()
+        meanwhile()
+        numbers = add_up(self.parallel, shares, totals, squared, telling)
         if not accepts(numbers.told):
             self.zero.drop()
             return numbers._replace(updated=False)

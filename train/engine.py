@@ -33,6 +33,7 @@ class Engine(ABC):
         place: Place | None = None,
         telling: Telling = NOTHING,
         accepts: Callable[[Told], bool] = is_sound,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> StepNumbers:
         """One optimizer step on a global batch, of which `rows` are this rank's micro-batches; see `train_step`."""
 
@@ -60,8 +61,9 @@ class TorchEngine(Engine):
         place: Place | None = None,
         telling: Telling = NOTHING,
         accepts: Callable[[Told], bool] = is_sound,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> StepNumbers:
-        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, telling, accepts)
+        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, telling, accepts, meanwhile)
 
     def held(self) -> dict[str, Held]:
         return held_state(self.parallel, self.optimizer)

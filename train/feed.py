@@ -1,17 +1,23 @@
-"""What the data needs of the ranks, and how a batch becomes rows on the device."""
+"""What the data needs of the ranks, and how a batch becomes rows on the device, on a GPU a step ahead."""
 
 import logging
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..data.batches import IGNORE, Batch
 from ..data.prepare import Prepared
 from ..data.stream.rows import World
+from ..data.stream.stop import DataStop
+from ..moe.device import kind_of
 from ..moe.documents import documents_of
-from ..parallel.streams import on_device
+from ..parallel.mesh import Axis
+from ..parallel.pulse import doing
+from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
 from .config import Config
 from .step import Rows, valid_targets
 
@@ -38,6 +44,77 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     return [part.cpu().numpy()[: int(each)].tobytes() for part, each in zip(parts, sizes, strict=True)]
 
 
+class Ahead(NamedTuple):
+    """The rows of a step before that begins, or what their making has raised."""
+
+    step: int
+    rows: list[Rows]
+    arrived: Event
+    error: Exception | None
+
+
+class Feed:
+    """This rank's rows of one step after the other. Micro-step m of all ranks together is the m-th run of the global batch.
+
+    On a GPU the host makes the next step's while the device works on this one's, and a side stream copies them. On a CPU both would
+    have the same cores.
+    """
+
+    def __init__(self, config: Config, data: Prepared, axis: Axis, micro: int, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.micro, together = micro, micro * axis.size
+        self.starts = range(axis.rank * micro, config.batch.sequences, together)
+        self.ahead = kind_of(device) == "cuda"
+        self._side, self._begin = SideStream(device), record(device)
+        self._next: Ahead | None = None
+        self._waited = 0.0
+
+    def waited(self) -> float:
+        """Seconds that training waited for rows since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def take(self, step: int) -> list[Rows]:
+        """The rows of `step`, counted from 0. Collective.
+
+        Raises a DataStop, on all ranks, if there are none; OSError or ValueError, on this rank alone, if it cannot read them.
+        """
+        found, self._next = self._next, None
+        if found is None or found.step != step:
+            begin = perf_counter()
+            try:
+                return self._made(step)
+            finally:
+                self._waited += perf_counter() - begin
+        if found.error is not None:
+            raise found.error
+        stream_waits(found.arrived, *(x for rows in found.rows for x in rows if isinstance(x, Tensor)))
+        return found.rows
+
+    @doing("data")
+    def prepare(self, step: int) -> None:
+        """Make the rows that `take(step)` will give. What that raises is kept for it. Collective."""
+        if not self.ahead or step == self.config.steps:
+            return
+        rows, error, begin, work = [], None, perf_counter(), record(self.device)
+        with self._side.behind(self._begin):
+            try:
+                rows = self._made(step)
+            except (DataStop, OSError, ValueError) as found:
+                error = found
+            self._next = Ahead(step, rows, record(self.device), error)
+        if work.done():  # the device had nothing left to do
+            self._waited += perf_counter() - begin
+
+    def nothing(self) -> list[Rows]:
+        """As many rows without a token that counts."""
+        return [no_rows(self.micro, self.config.sequence_length, start, self.device) for start in self.starts]
+
+    def _made(self, step: int) -> list[Rows]:
+        batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self.starts]
+        return [as_rows(batch, start, self.config, self.data, self.device) for batch, start in batches]
+
+
 def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:
     """A micro-batch on the device, counted, with its documents told apart if attention is to stay inside of them.
 
@@ -58,21 +135,3 @@ def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Ro
     """A micro-batch without a token that counts: the collectives of a step need every rank, also one that has nothing to read."""
     ids_BS = torch.zeros(sequences, length, dtype=torch.int64, device=device)
     return Rows(ids_BS, torch.full_like(ids_BS, IGNORE), first)
-
-
-class Waiting:
-    """Seconds that training waited for data since they were last asked for."""
-
-    def __init__(self) -> None:
-        self._seconds, self._begin = 0.0, 0.0
-
-    def __enter__(self) -> None:
-        self._begin = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds += perf_counter() - self._begin
-
-    def take(self) -> float:
-        """And begin anew."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds

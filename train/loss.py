@@ -17,15 +17,15 @@ from ..parallel.scopes import scope_axis, scope_sum
 
 
 class Totals(NamedTuple):
-    """What the shares are shares of, the same on every rank."""
+    """What the shares are shares of, the same on every rank. On a GPU the counts stay there, as scalars: nobody waits for them."""
 
-    tokens: int
+    tokens: int | Tensor
     """Valid tokens of the global batch."""
-    sequences: int
+    sequences: int | Tensor
     """Sequences of the global batch."""
     micro_batches: int
     """Micro-batches of the global batch."""
-    mtp_tokens: tuple[int, ...] = ()
+    mtp_tokens: tuple[int | Tensor, ...] = ()
     """Tokens of the global batch that each module of multi-token prediction predicts."""
 
 
@@ -127,7 +127,7 @@ def _importance(stats: list[RoutingStats], scope: Scope, totals: Totals, mesh: M
     return Variation(value.view(-1, 2).sum(1) / parts, slope.view(-1, 2).sum(1) / parts)
 
 
-def _scopes(scope: Scope, totals: Totals, mesh: Mesh) -> int:
+def _scopes(scope: Scope, totals: Totals, mesh: Mesh) -> int | Tensor:
     """Scopes in the global batch."""
     if scope is Scope.sequence:
         return totals.sequences

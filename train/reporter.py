@@ -5,9 +5,10 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from types import TracebackType
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 from ..moe.count import count
+from ..moe.device import kind_of
 from .checkpoint.saver import Outcome
 from .console.console import Eta, fitting_spans
 from .console.layers import layer_lines
@@ -17,6 +18,7 @@ from .console.text import Printer, Span
 from .environment import local_world_size
 from .evaluate import Evaluation
 from .journal import Journal
+from .logged import Late, Logged, OnHost
 from .machine import environment
 from .metrics import Meter
 from .peak import Peak, peak_flops
@@ -24,12 +26,11 @@ from .plain import shown_config, write_config
 from .redact import RedactingFormatter
 from .run_facts import end_facts, startup_facts, step_result, train_command, validation_record
 from .session import DTYPES, Session
-from .step import StepNumbers
 from .survival.accounting import Accounting, in_words
 from .survival.exit_codes import ExitCode
 from .telemetry.alarms import TITLES, Alarms
 from .telemetry.config import Tier
-from .telemetry.watch import Seen, table_due
+from .telemetry.watch import table_due
 from .trackers.git import git_state
 from .trackers.trackers import build_trackers, run_identity
 
@@ -37,23 +38,6 @@ TRACKER_SECONDS = 20.0
 """That the dry step gives trackers to start."""
 STALL_SECONDS = 20.0
 """That trackers have to end in a hang: torchrun kills what is still there 30 s after the first rank that ended."""
-
-
-class Logged(NamedTuple):
-    """A step and what belongs to it."""
-
-    numbers: StepNumbers
-    lr: float
-    seconds: float
-    """Of training since the last logged step."""
-    tokens: int
-    """Trained on since then."""
-    waited: float
-    """Seconds of those for data."""
-    evaluation: Evaluation | None
-    """The validation pass after this step, if there was one."""
-    seen: Seen = Seen({}, None)
-    """What the watch over the experts has to say."""
 
 
 class Reporter(ABC):
@@ -66,8 +50,11 @@ class Reporter(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     @abstractmethod
-    def logged(self, session: Session, logged: Logged) -> None:
-        """A step to log."""
+    def logged(self, logged: Logged) -> None:
+        """A step to log; on a GPU it is told by the next `catch_up`."""
+
+    def catch_up(self) -> None:  # noqa: B027
+        """Tell what is still to be told. The host waits for nothing if the device has begun another step since."""
 
     @abstractmethod
     def saved(self, outcome: Outcome) -> None:
@@ -121,7 +108,7 @@ class OtherRank(Reporter):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def logged(self, session: Session, logged: Logged) -> None:
+    def logged(self, logged: Logged) -> None:
         pass
 
     def saved(self, outcome: Outcome) -> None:
@@ -157,6 +144,9 @@ class FirstRank(Reporter):
         self.alarms = Alarms(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
+        self.late: Late | None = None
+        self.waits_for_next = kind_of(session.device) == "cuda"
+        """Whether a step is told after the next one, when its numbers have come to the host."""
         self.summary: dict[str, Any] = {}
         self.code = 0
         resumed = session.step > 0
@@ -170,6 +160,10 @@ class FirstRank(Reporter):
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.catch_up()
+        except RuntimeError as lost:  # of a device that has failed
+            self.printer.say(f"the last logged step is lost: {lost}")
         if error is not None:
             self.events.event("failed", step=self.session.step, error=f"{type(error).__name__}: {error}")
             again = train_command(self.session.config, self.session.device, self.session.folder)
@@ -181,38 +175,52 @@ class FirstRank(Reporter):
         self.telemetry.close()
         self.events.close()
 
-    def logged(self, session: Session, logged: Logged) -> None:
-        record = self.meter.record(
-            step_result(session.config, session.step, logged.numbers, logged.lr, logged.tokens), logged.seconds
-        )
-        record |= {"data_wait_fraction": logged.waited / logged.seconds, **session.data.train.counts(), **logged.seen.metrics}
+    def logged(self, logged: Logged) -> None:
+        self.catch_up()
+        self.late = Late(logged)
+        if not self.waits_for_next:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        late, self.late = self.late, None
+        if late is not None:
+            self.tell(late.logged, late.get())
+
+    def tell(self, logged: Logged, found: OnHost) -> None:
+        """A logged step: the files, trackers, the console."""
+        config, step = self.session.config, logged.step
+        record = self.meter.record(step_result(config, step, found.numbers, logged.lr, logged.tokens), found.seconds)
+        record |= {"data_wait_fraction": logged.waited / found.seconds, **logged.data, **found.seen.metrics}
         if logged.evaluation is not None:
-            record |= validation_record(session.config, logged.evaluation)
+            record |= validation_record(config, logged.evaluation)
         self.accounting.waited(logged.waited)
         self.metrics.write(record)
         self.trackers.log(record)
-        eta = self.eta.after(session.step)
-        self.printer.line(fitting_spans(record, session.config.steps, eta, self.printer.width))
+        self.printer.line(fitting_spans(record, config.steps, self.eta.after(step), self.printer.width))
         if logged.evaluation is not None:
             loss, tokens, _ = logged.evaluation
-            self.printer.say(f"step {session.step}: validation loss {loss:.4f} over {tokens:,} tokens")
-        if logged.seen.record is not None:
-            self.watched(logged.seen.record, logged.evaluation is not None)
+            self.printer.say(f"step {step}: validation loss {loss:.4f} over {tokens:,} tokens")
+        if found.seen.record is not None:
+            self.watched(found.seen.record, logged.evaluation is not None)
 
     def watched(self, record: dict[str, Any], validated: bool) -> None:
         """A record of telemetry.jsonl: the file, trackers, the table of the layers, alarms."""
-        config = self.session.config
+        config, step = self.session.config, record["step"]
         self.telemetry.write(record)
         if validated or config.telemetry.tier is Tier.detailed:
             self.trackers.telemetry(record)
-        if table_due(config, self.session.step):
+        if table_due(config, step):
             self.printer.lines(layer_lines(record, self.printer.bars))
         for kind, text in self.alarms.heard(record):
-            self.alert(kind, text)
+            self.alert_at(step, kind, text)
 
     def alert(self, kind: str, text: str) -> None:
-        self.events.event("alert", step=self.session.step, alert=kind, text=text)
-        placed = text if text.startswith("step ") else f"step {self.session.step}: {text}"
+        self.alert_at(self.session.step, kind, text)
+
+    def alert_at(self, step: int, kind: str, text: str) -> None:
+        """Of a step that may be an earlier one."""
+        self.events.event("alert", step=step, alert=kind, text=text)
+        placed = text if text.startswith("step ") else f"step {step}: {text}"
         self.printer.line([Span(f"{TITLES.get(kind, kind)}: {placed}", "bold red")])
         self.trackers.alert(kind, TITLES.get(kind, kind), placed)
 
@@ -236,6 +244,7 @@ class FirstRank(Reporter):
             self.alert("trackers", f"not started within {TRACKER_SECONDS:g} s: {', '.join(late)}; metrics.jsonl has all records")
 
     def finished(self, evaluation: Evaluation, code: int = 0) -> None:
+        self.catch_up()
         session, self.code = self.session, code
         self.summary = validation_record(session.config, evaluation)
         self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
@@ -249,10 +258,13 @@ class FirstRank(Reporter):
         self.events.event(kind, **facts)
 
     def stalled(self, text: str) -> None:
+        if self.late is not None and self.late.done():
+            self.catch_up()
         self.alert("stall", text)
         self.trackers.finish(int(ExitCode.hang), self.summary, STALL_SECONDS)
 
     def rolled_back(self, session: Session, step: int) -> None:
+        self.catch_up()
         self.metrics.close()
         self.telemetry.close()
         self.metrics = Journal(session.folder / "metrics.jsonl", keep_to_step=session.step)
@@ -261,6 +273,7 @@ class FirstRank(Reporter):
         self.events.event("rolled_back", step=session.step, around=step)
 
     def stopped(self, reason: str, code: int) -> None:
+        self.catch_up()
         session, self.code = self.session, code
         self.events.event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
         self.printer.say(f"to go on: {train_command(session.config, session.device, session.folder)}")

@@ -1,10 +1,8 @@
 """A training run: step, log, evaluate, checkpoint, stop."""
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from contextlib import closing
-from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +14,9 @@ from .checkpoint.checkpointing import SaveFailed
 from .checkpoint.saving import keep, settle
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
-from .feed import as_rows, no_rows
+from .logged import Logged, Stopwatch
 from .redact import redact
-from .reporter import Logged, OtherRank, Reporter, build_reporter, set_up_logging
+from .reporter import OtherRank, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
 from .session import Session, open_session
 from .step import Rows, StepNumbers
@@ -79,25 +77,26 @@ def train(session: Session, reporter: Reporter, care: Care) -> Evaluation | None
     """
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch, watch = Stopwatch(), Watch(session)
+    stopwatch, watch = Stopwatch(session.device), Watch(session)
     reporter.started()
     while session.step < config.steps:
+        due = due_after(session.step + 1, config, watch)
+        watch.before(due.log)
         numbers, lr = next_step(session, care)
+        reporter.catch_up()
         if not numbers:
             continue
         watch.took(numbers)
         stopwatch.tokens += numbers.tokens
-        validate, saves = due(session, config.evaluate.every), due(session, config.checkpoint.every)
-        log = due(session, config.log.every) or validate or saves or watch.due()
-        since = (*stopwatch.take(session.device), session.waiting.take()) if log else None
-        with stopwatch.paused(session.device):
-            evaluation = validated(session, reporter) if validate else None
+        since = (*stopwatch.take(), session.feed.waited(), session.data.train.counts(session.step)) if due.log else None
+        with stopwatch.paused():
+            evaluation = validated(session, reporter) if due.validate else None
             if since is not None:
-                seen = watch.look(numbers, validated=validate, saves=saves)
-                reporter.logged(session, Logged(numbers, lr, *since, evaluation, seen))
+                looked = watch.look(numbers, validated=due.validate, saves=due.save)
+                reporter.logged(Logged(session.step, numbers, lr, *since, evaluation, looked))
             session.validated = {session.step: evaluation.loss} if evaluation else {}
             settle(session, reporter, numbers.told)
-            if saves or numbers.told.save:
+            if due.save or numbers.told.save:
                 keep(session, reporter, care, durable=numbers.told.save > 0)
         care.heard(numbers.told)
     keep(session, reporter, care, durable=True)
@@ -131,20 +130,15 @@ def single_step(session: Session) -> StepNumbers:
 
 @doing("data")
 def micro_batches(session: Session, care: Care) -> list[Rows]:
-    """This rank's rows of the next global batch. Micro-step m of all ranks together is the m-th run of the global batch.
+    """This rank's rows of the next global batch.
 
     Raises a DataStop, on all ranks, if there is none. What this rank alone cannot read is told to all in the step.
     """
-    data, micro = session.parallel.mesh.data, session.micro
-    together = micro * data.size
-    starts = range(data.rank * micro, session.config.batch.sequences, together)
     try:
-        with session.waiting:
-            batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
-        return [as_rows(batch, start, session.config, session.data, session.device) for batch, start in batches]
+        return session.feed.take(session.step)
     except (OSError, ValueError) as error:
         care.bad_data = f"{type(error).__name__}: {error}"
-        return [no_rows(micro, session.config.sequence_length, start, session.device) for start in starts]
+        return session.feed.nothing()
 
 
 @doing("evaluation")
@@ -168,9 +162,22 @@ def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, ca
     return code
 
 
-def due(session: Session, every: int | None) -> bool:
-    """Every so many steps, and after the last."""
-    return session.step == session.config.steps or (bool(every) and session.step % every == 0)
+class Due(NamedTuple):
+    """What follows a step."""
+
+    validate: bool
+    save: bool
+    log: bool
+
+
+def due_after(step: int, config: Config, watch: Watch) -> Due:
+    """Known before the step is computed. Each comes every so many steps, and after the last."""
+
+    def due(every: int | None) -> bool:
+        return step == config.steps or (bool(every) and step % every == 0)
+
+    validate, save = due(config.evaluate.every), due(config.checkpoint.every)
+    return Due(validate, save, due(config.log.every) or validate or save or watch.due(step))
 
 
 def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
@@ -178,32 +185,3 @@ def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
     if is_first():
         print(f"tokenyard: {redact(str(error))}", file=sys.stderr)
     return code
-
-
-class Stopwatch:
-    """Seconds and tokens of training since the last look; evaluation and checkpoints are not in it."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.start = perf_counter()
-
-    def take(self, device: torch.device) -> tuple[float, int]:
-        """Seconds and tokens since the last call."""
-        synchronise(device)
-        seconds, tokens = perf_counter() - self.start, self.tokens
-        self.start, self.tokens = perf_counter(), 0
-        return seconds, tokens
-
-    @contextlib.contextmanager
-    def paused(self, device: torch.device) -> Iterator[None]:
-        """Leave out what happens inside."""
-        begin = perf_counter()
-        yield
-        synchronise(device)
-        self.start += perf_counter() - begin
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device, so that the clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

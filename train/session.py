@@ -23,7 +23,7 @@ from .checkpoint.store import read_facts
 from .config import Config, ConfigError, Precision
 from .derive import derive, set_products
 from .engine import Engine, build_engine
-from .feed import Waiting, data_world
+from .feed import Feed, data_world
 from .folder import new_run_folder
 from .plain import shown_config
 from .survival.lone_failure import remove_note
@@ -61,13 +61,16 @@ class Session:
     """Plain JSON that belongs to the run and is kept in its checkpoints: the training loop's own state."""
     lock: RunLock | None = None
     """Of the run folder, which no other job may use; rank 0 has it."""
-    waiting: Waiting = field(default_factory=Waiting)
-    """For data."""
 
     @property
     def micro(self) -> int:
         """Sequences of this rank in one micro-step."""
         return self.config.batch.micro or self.config.batch.sequences // self.parallel.mesh.data.size
+
+    @functools.cached_property
+    def feed(self) -> Feed:
+        """Of this rank's rows."""
+        return Feed(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
 
     @functools.cached_property
     def shown(self) -> dict[str, Any]:

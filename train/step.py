@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
-from ..moe.device import host_read
+from ..moe.device import kind_of
 from ..moe.gauges import SUMS
 from ..moe.head import HeadLoss
 from ..moe.init import expert_biases
@@ -20,7 +20,7 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import scale_gradients, squared_norm, summed_over_copies
-from ..parallel.pulse import doing, waiting_for_device
+from ..parallel.pulse import doing
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .loss import Losses, Totals, add_mtp, losses
@@ -75,11 +75,13 @@ def train_step(
     place: Place | None = None,
     telling: Telling = NOTHING,
     accepts: Callable[[Told], bool] = is_sound,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepNumbers:
     """Train on one global batch, of which `micro_batches` are this rank's rows.
 
     `place` (None: the first step) says which step of which run it is, for capacity schedules and what is random in routing.
     `telling` is what this rank has to tell the others. `accepts` decides, on every rank by the same numbers, whether to update.
+    `meanwhile` is what the host does before it waits for the device, which has the whole step to do.
     """
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, micro_batches)
@@ -91,7 +93,9 @@ def train_step(
         with summed_over_copies(parallel) if last else nullcontext():
             backward(share)
         shares.append(share)
-    numbers = add_up(parallel, shares, totals, squared_norm(parallel), telling)
+    squared = squared_norm(parallel)
+    meanwhile()
+    numbers = add_up(parallel, shares, totals, squared, telling)
     if not accepts(numbers.told):
         return numbers._replace(updated=False)
     if clip_norm is not None:
@@ -156,16 +160,23 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
     """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks.
 
-    The host waits for that, and on one rank for nothing, if the rows were counted by the host.
+    The host has counted this rank's rows before they went to the device. On a GPU nobody waits for the sums.
     """
     valid = [rows.valid or valid_targets(rows, parallel.model.config.mtp_depth) for rows in micro_batches]
     counts = [sum(len(rows.ids) for rows in micro_batches), *map(sum, zip(*valid, strict=True))]
+    if kind_of(parallel.device) == "cuda":
+        return totals_on_device(parallel, counts, len(micro_batches))
     if parallel.mesh.data.size > 1:
-        counts_D = sum_over(on_device(torch.tensor(counts), parallel.device), parallel.mesh.data)
-        with waiting_for_device():
-            counts = host_read(counts_D, "totals", lambda: [count * parallel.mesh.data.size for count in counts])
+        counts = sum_over(torch.tensor(counts), parallel.mesh.data).tolist()
     sequences, tokens, *mtp_tokens = counts
     return Totals(max(1, tokens), sequences, len(micro_batches), tuple(max(1, count) for count in mtp_tokens))
+
+
+def totals_on_device(parallel: Parallel, counts: list[int], micro_batches: int) -> Totals:
+    """The same with scalars of the device. They are int64, so a loss that is divided by one keeps its type."""
+    sums = sum_over(on_device(torch.tensor(counts), parallel.device), parallel.mesh.data)
+    sequences, tokens, *mtp_tokens = sums.clamp(min=1).unbind()
+    return Totals(tokens, sequences, micro_batches, tuple(mtp_tokens))
 
 
 def valid_targets(rows: Rows, mtp_depth: int) -> list[int]:
@@ -193,8 +204,9 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
     sizes = [len(flags), 1, 1, *[layers] * 5, depth, layers * columns, gauges_LG.numel()]
     flags, squared, cross_entropy, *per_layer, mtp_D, counts, gauges = everything.split(sizes)
     balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
+    told, tokens = read(everything[: len(flags) + 2], totals.tokens)
     return StepNumbers(
-        totals.tokens,
+        tokens,
         cross_entropy.squeeze(0),
         balance_L,
         sequence_L,
@@ -204,7 +216,7 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
         dropped_L.long(),
         mtp_D,
         squared.squeeze(0).sqrt(),
-        read(everything[: len(flags) + 2]),
+        told,
         gauges_LG=gauges.view_as(gauges_LG),
         own_LP=own_peaks(shares, gauges_LG),
     )

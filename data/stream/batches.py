@@ -2,7 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import xxhash
@@ -11,6 +11,13 @@ from ..batches import Batch, chosen_rows, split_rows
 from .mixture import Mixture
 from .remote import Patience
 from .stop import EndOfData
+
+
+class Mark(NamedTuple):
+    """Before a batch."""
+
+    state: dict[str, Any]
+    counts: dict[str, float]
 
 
 @final
@@ -23,7 +30,8 @@ class StreamBatches:
         self.fingerprint = _fingerprint(mixture)
         self._patience, self._pool = patience, pool
         self._step, self._current = -1, np.empty((0, 0), np.int64)
-        self._state = {"step": 0, **mixture.state()}
+        self._marks = {0: self._mark(0)}
+        """Of the batch that comes next, and of the last two: one may be made while another is trained on."""
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
         """The given rows (None: all) of the global batch of `step`, which is that of the last call or the next. Collective.
@@ -38,24 +46,30 @@ class StreamBatches:
         self._advance(step)
         return xxhash.xxh3_64_hexdigest(self._current.astype("<i8").tobytes())
 
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs to give the batch after the last one: plain JSON, the same on every rank."""
-        return self._state
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """What `restore` needs to give the batch of `step`: plain JSON, the same on every rank.
+
+        `step` is that of the last batch, of the one before it or of the one after it, which None is.
+        """
+        return self._marks[self._step + 1 if step is None else step].state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was made."""
         self.mixture.restore(state)
         self._step = state["step"] - 1
-        self._state = {"step": state["step"], **self.mixture.state()}
+        self._marks = {state["step"]: self._mark(state["step"])}
 
-    def counts(self) -> dict[str, float]:
-        """For the metrics: tokens trained on by source, rows read, bad rows."""
+    def counts(self, step: int | None = None) -> dict[str, float]:
+        """For the metrics: tokens trained on by source, rows read, bad rows; before `step`, as in `state`."""
+        return self._marks[self._step + 1 if step is None else step].counts
+
+    def _mark(self, step: int) -> Mark:
         record: dict[str, float] = {}
         total = max(1, sum(self.mixture.rows))
         for source, rows in zip(self.mixture.sources, self.mixture.rows, strict=True):
             record[f"data/{source.label}/share"] = rows / total
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
-        return record
+        return Mark({"step": step, **self.mixture.state()}, record)
 
     def bad_rows(self) -> list[str]:
         """The first of those that were skipped by this process, in words."""
@@ -75,7 +89,7 @@ class StreamBatches:
         if len(current) < self.sequences:
             raise EndOfData(f"the data ends after step {step}; {len(current)} of {self.sequences} rows are left over")
         self._step, self._current = step, current
-        self._state = {"step": step + 1, **self.mixture.state()}
+        self._marks = {at: mark for at, mark in self._marks.items() if at >= step - 1} | {step + 1: self._mark(step + 1)}
 
 
 def _fingerprint(mixture: Mixture) -> str:

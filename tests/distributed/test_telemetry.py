@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.compose import compose
-from tokenyard.train.reporter import Logged, Reporter
+from tokenyard.train.logged import Logged
+from tokenyard.train.reporter import Reporter
 from tokenyard.train.run import train
 from tokenyard.train.session import Session, open_session
 from tokenyard.train.survival.care import build_care
@@ -112,9 +113,10 @@ class Keeps(Reporter):
 
     def __exit__(self, *_: Any) -> None: ...
 
-    def logged(self, session: Session, logged: Logged) -> None:
-        numbers = {"step": session.step, "tokens": logged.numbers.tokens, **logged.seen.metrics}
-        self.entries.append(numbers | (logged.seen.record or {}))
+    def logged(self, logged: Logged) -> None:
+        seen = logged.looked.seen()
+        numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **seen.metrics}
+        self.entries.append(numbers | (seen.record or {}))
 
     def saved(self, outcome: Any) -> None: ...
 

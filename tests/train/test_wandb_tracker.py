@@ -40,7 +40,7 @@ from tokenyard.train.trackers.trackers import build_trackers
 from tokenyard.train.survival.watchdog import Watchdog
 folder = Path(sys.argv[1])
 rank = FirstRank.__new__(FirstRank)
-rank.session, rank.summary, rank.printer = SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
+rank.late, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
 rank.events = Journal(folder / "events.jsonl")
 rank.trackers = build_trackers(TrackerConfig(), folder, "abcd1234", events=rank.events)
 rank.trackers.start({})

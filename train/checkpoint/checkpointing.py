@@ -111,7 +111,7 @@ def facts_of(session: "Session") -> dict[str, Any]:
         "layout": session.parallel.mesh.sizes,
         "tokenizer_hash": session.data.facts.tokenizer_hash,
         "data_fingerprint": session.data.facts.train_fingerprint,
-        "data_state": session.data.train.state(),
+        "data_state": session.data.train.state(session.step),
         LOSS: loss if loss is not None and math.isfinite(loss) else None,
         "run_id": identity.read_text().strip() if identity.exists() else None,
         "extra": session.extra,

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 def keep(session: Session, reporter: Reporter, care: "Care", durable: bool = False) -> None:
     """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
 
+    What is logged is told before: a run that goes on from here does not do it again.
+
     RunStop, and no checkpoint, if a number is not finite or copies differ; SaveFailed if the run needs the one that failed.
     """
+    reporter.catch_up()
     with reporter.spent("checkpoint"):
         care.replicas.compare()
         session.extra = care.state()

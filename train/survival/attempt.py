@@ -21,16 +21,16 @@ def attempt(session: Session, care: Care, rows: list[Rows], lr: float) -> StepNu
     guard, step = care.guard, session.step + 1
     place = Place(session.config.seed, step)
 
-    def compute(telling: Telling, accepts: Callable[[Told], bool]) -> StepNumbers:
-        return session.engine.step(rows, lr, session.config.optimizer.clip_norm, place, telling, accepts)
+    def compute(telling: Telling, accepts: Callable[[Told], bool], meanwhile: Callable[[], None]) -> StepNumbers:
+        return session.engine.step(rows, lr, session.config.optimizer.clip_norm, place, telling, accepts, meanwhile)
 
     telling = care.telling()
-    numbers = compute(telling, guard.accepts)
+    numbers = compute(telling, guard.accepts, lambda: session.feed.prepare(step))
     fault = guard.fault(numbers.told)
     if fault is None or fault.kind == "bad_data":
         return numbers
     tensors = bad_gradients(session.parallel)
-    again = compute(telling._replace(seconds=None), guard.accepts_again)
+    again = compute(telling._replace(seconds=None), guard.accepts_again, lambda: None)
     repeated = "persistent" if guard.fault(again.told) else "transient"
     text = f"step {step}: {fault.text}; repeated, it was {'there again' if repeated == 'persistent' else 'gone'}"
     care.reporter.event(fault.kind, step=step, rank=numbers.told.rank, tensors=tensors, again=repeated, text=text)

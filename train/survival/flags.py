@@ -1,8 +1,8 @@
 """What ranks tell each other in every step: a few numbers in front of those that are added up over all ranks anyway.
 
 The host reads them before the update: a gradient that is not finite on any rank must be known to all ranks before one of them
-changes a weight. That is one copy of some 60 bytes, at a place where a GPU has only the update left to do in this step. On one
-device it is the only wait of a step without dropping; over data ranks `count_totals` is another.
+changes a weight. That is one copy of some 60 bytes, at a place where a GPU has only the update left to do in this step. Outside of
+the layers it is the only wait of a step.
 """
 
 import math
@@ -69,13 +69,17 @@ def numbers_of(telling: Telling, mine: Tensor, rank: int, world: int) -> Tensor:
     return torch.cat([not_finite, not_finite * (rank + 1), own])
 
 
-def read(numbers: Tensor) -> Told:
-    """Flags, squared norm and loss, added up over all ranks. The host waits for the device."""
+def read(numbers: Tensor, tokens: int | Tensor) -> tuple[Told, int]:
+    """Flags, squared norm and loss, added up over all ranks; and the tokens of the step. The host waits for the device."""
+    if isinstance(tokens, Tensor):
+        numbers = torch.cat([numbers, tokens.view(1).to(numbers.dtype)])
     with waiting_for_device():
         values = host_read(numbers, "flags, loss and norm", lambda: [0.0] * len(numbers))
+    if isinstance(tokens, Tensor):
+        tokens = int(values.pop())
     not_finite, finders, stop, save, bad_data, failed_writer, writing, speakers, *seconds, squared, loss = values
     alone = finders if not_finite == 1 else speakers if bad_data + failed_writer == 1 else 0
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     rank = int(alone) - 1 if alone else None
     counts = [int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite)]
-    return Told._make([*counts, rank, seconds, norm, loss])
+    return Told._make([*counts, rank, seconds, norm, loss]), tokens

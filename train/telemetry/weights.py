@@ -24,7 +24,7 @@ _PLACE = re.compile(r"(layers|mtp)\.(\d+)\.")
 class GradientNorms(NamedTuple):
     experts_LE: Tensor
     """Norm of each expert's gradient, fp64."""
-    router: float
+    router: Tensor
     """Norm of the gradient of all routers together."""
 
 
@@ -43,8 +43,8 @@ def gradient_norms(parallel: Parallel, layers: list[int], scale: Tensor | float)
             squares_LE[row_of(name, parallel.model.config, layers), first : first + len(squares_E)] += squares_E
         elif ".router." in name:
             squares[-1] += torch.linalg.vector_norm(gradient).double().square() / placed.copies.size
-    norms = (sum_over(squares, parallel.mesh.everyone).sqrt() / scale).cpu()
-    return GradientNorms(norms[:-1].view(len(layers), experts), norms[-1].item())
+    norms = sum_over(squares, parallel.mesh.everyone).sqrt() / scale
+    return GradientNorms(norms[:-1].view(len(layers), experts), norms[-1])
 
 
 def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict[int, Tensor]:
@@ -61,7 +61,7 @@ def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict
 def biases(parallel: Parallel) -> Tensor | None:
     """(L, E): the bias of each expert of the routers that have one; null experts are left out."""
     found = [bias[: parallel.model.config.moe.experts] for bias in expert_biases(parallel.model).values()]
-    return torch.stack(found).cpu() if found else None
+    return torch.stack(found) if found else None
 
 
 def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
