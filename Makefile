@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check faults scorecard faults-full replay bench quality golden golden-checkpoint format clean
+.PHONY: help train test check oldest faults scorecard faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -44,7 +44,12 @@ bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on 
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 8x2-bf16 --sides $(PEERS) DeepSpeed "DeepSpeed, drops"
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 64x8-bf16 --sides $(PEERS)
 	$(BIN)/python -m tokenyard.bench.ranks --rounds 5 --layouts data expert tensor
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python -m tokenyard.bench.gpu; fi
+
+gpu-bundle: ## With a network: wheels that a machine with GPUs may lack, into .gpu/, 10 MB
+	@$(PYTHON) bench/gpu/bundle.py
+
+gpu: ## All that GPUs can tell, in 8 minutes, with the python3 that has torch; make gpu ARGS="--part layers --out gpu-1"
+	@$(PYTHON) -P bench/gpu/start.py $(ARGS)
 
 quality: $(INSTALLED) ## Train dense models and MoE variants of equal active size, and compare their losses, an hour and more
 	$(BIN)/python -m tokenyard.bench.quality --processes 2 $(ARGS)

@@ -70,6 +70,14 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     return tokenizer
 
 
+def settings_of_saved(folder: Path) -> dict[str, str | None]:
+    """The settings of a `TokenizerConfig` that opens what `save` wrote into `folder`; ValueError as of `load_tokenizer`."""
+    load_tokenizer(folder)
+    about = json.loads((folder / ABOUT_FILE).read_text())
+    file = {TokenizerKind.bytes.value: None, TokenizerKind.huggingface.value: TOKENIZER_JSON}.get(about["kind"], MODEL_FILE)
+    return {"kind": about["kind"], "path": file and str(folder / file), "end": about.get("end")}
+
+
 def _saved(folder: Path, about: dict[str, Any]) -> "Tokenizer":
     match about["kind"]:
         case TokenizerKind.bytes.value:

@@ -49,7 +49,20 @@ def open_folder(path: Path) -> Folder:
     """Configuration and the headers of all files. ValueError, one line, for whatever is missing, unsafe or contradictory."""
     if not is_hugging_face(path):
         raise ValueError(f"{path}: must be a Hugging Face folder, it has no {CONFIG}")
+    _refuse_links(path)
     return Folder(path, read_json(path / CONFIG), _tensors(path))
+
+
+def _refuse_links(path: Path) -> None:
+    """ValueError for a file of the folder that is a link out of it. The hub's cache links to the `blobs` of the same model."""
+    inside = [path.resolve()]
+    if path.resolve().parent.name == "snapshots":
+        inside.append(path.resolve().parent.parent / "blobs")
+    for file in sorted(path.iterdir()):
+        if file.is_symlink() and not any(file.resolve().is_relative_to(folder) for folder in inside):
+            raise ValueError(
+                f"{file}: is a link that leads out of its folder, to {file.readlink()}; nearest valid: a copy of that file"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..train.checkpoint.manifest import Manifest, read_manifest
 from ..train.checkpoint.store import checkpoint_at
 from ..train.checkpoint.verify import check_files
 from ..train.survival.failpoints import failpoint
-from .convert import CARRIED
+from .convert import CARRIED, CARRIED_FILES
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
 from .folder import CONFIG, new_folder
@@ -63,7 +63,7 @@ def export_checkpoint(
         check_files(checkpoint, manifest)
         files = write_shards(unfinished, outputs, lambda name: read_weight(checkpoint, manifest, name), shard_bytes)
         failpoint("export.half", manifest.step)
-        notes = _write_tokenizer(checkpoint, unfinished, config)
+        notes = _write_tokenizer(checkpoint, manifest, unfinished, config)
         _write_json(unfinished / CONFIG, config)
     return Exported(folder, family.architecture, files, notes)
 
@@ -123,13 +123,13 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
     return outputs
 
 
-def _write_tokenizer(checkpoint: Path, folder: Path, config: dict[str, Any]) -> list[str]:
+def _write_tokenizer(checkpoint: Path, manifest: Manifest, folder: Path, config: dict[str, Any]) -> list[str]:
     """The files that an import carried, or a tokenizer.json of our own; what cannot go along, a line each."""
-    carried = checkpoint / CARRIED
+    carried = [name for name in CARRIED_FILES if f"{CARRIED}/{name}" in manifest.attachments]
     notes = []
-    if carried.is_dir():
-        for file in sorted(carried.iterdir()):
-            shutil.copyfile(file, folder / file.name)
+    if carried:  # listed, hashed and no links: `check_files` has read them
+        for name in carried:
+            shutil.copyfile(checkpoint / CARRIED / name, folder / name, follow_symlinks=False)
     else:
         try:
             tokenizer: Tokenizer = load_tokenizer(checkpoint / "tokenizer")

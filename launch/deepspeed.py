@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..train.arguments import Arguments
 from ..train.config import Config, ConfigError
+from ..train.files import write_private
 from ..train.folder import new_run_folder
 from ..train.schema import quoted
-from .handover import handed_on, joined, say_not_started, submit
+from .handover import handed_on, handed_to_cluster, joined, say_not_started, submit
 
 PORT = 29500
 """DeepSpeed's own default."""
@@ -24,7 +25,7 @@ def start_deepspeed(config: Config, arguments: Arguments) -> int:
         return submit([_executable(), *one_host(config, arguments)])
     own, words = several_hosts(config, arguments)
     _hostfile(config).parent.mkdir(parents=True, exist_ok=True)
-    _hostfile(config).write_text(hostfile(config))
+    write_private(_hostfile(config), hostfile(config))
     print(f"# {_hostfile(config)}\n{hostfile(config)}\n{joined(['deepspeed', *own], words)}", flush=True)
     if config.launch.submit:
         return submit([_executable(), *own, *words])
@@ -46,7 +47,7 @@ def several_hosts(config: Config, arguments: Arguments) -> tuple[list[str], list
     """
     host, port = _meeting_point(config)
     own = ["--hostfile", str(_hostfile(config)), "--master_addr", host, "--master_port", port, *MODULE]
-    return own, [_through_shell(word) for word in handed_on(arguments)]
+    return own, [_through_shell(word) for word in handed_to_cluster(config, arguments)]
 
 
 def hostfile(config: Config) -> str:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..train.arguments import Arguments
-from ..train.config import Config, ConfigError
+from ..train.config import Config, ConfigError, Precision
 from ..train.overrides import halves
 
 
@@ -16,6 +16,16 @@ def handed_on(arguments: Arguments) -> list[str]:
     """The flags and overrides that the ranks need: all but those of the launcher."""
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     return folder + [text for text in arguments.overrides if halves(text)[0].lstrip("+~").partition(".")[0] != "launch"]
+
+
+def handed_to_cluster(config: Config, arguments: Arguments) -> list[str]:
+    """The same for hosts of which this one knows nothing but what was asked for: the precision is written out."""
+    words = handed_on(arguments)
+    if config.precision is not Precision.auto:
+        return words
+    gpus = config.launch.gpus_of_host(config.device.value)
+    precision = Precision.bf16 if gpus else Precision.fp32
+    return [*(text for text in words if halves(text)[0] != "precision"), f"precision={precision.value}"]
 
 
 def job_name(config: Config) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..train.arguments import Arguments
 from ..train.config import Config
-from .handover import handed_on, job_name, say_not_started, submit
+from .handover import handed_to_cluster, job_name, say_not_started, submit
 
 
 def start_train_job(config: Config, arguments: Arguments) -> int:
@@ -37,7 +37,7 @@ def as_yaml(thing: dict[str, Any]) -> str:
 def _trainer(config: Config, arguments: Arguments) -> dict[str, Any]:
     """One container a host. The runtime's plugin for torch tells torchrun through PET_* who is where."""
     c, gpus = config.launch, config.launch.gpus_of_host(config.device.value)
-    words = [f"--max-restarts={c.max_restarts}", "-m", "tokenyard.train", *handed_on(arguments)]
+    words = [f"--max-restarts={c.max_restarts}", "-m", "tokenyard.train", *handed_to_cluster(config, arguments)]
     resources: dict[str, Any] = {"requests": {"cpu": str(c.ranks * c.cores)}}
     if gpus:
         resources["limits"] = {"nvidia.com/gpu": str(gpus)}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..train.arguments import Arguments
 from ..train.config import Config
-from .handover import handed_on, job_name, joined, say_not_started, submit
+from ..train.files import write_private
+from .handover import handed_to_cluster, job_name, joined, say_not_started, submit
 
 
 def start_job(config: Config, arguments: Arguments) -> int:
@@ -15,7 +16,7 @@ def start_job(config: Config, arguments: Arguments) -> int:
     file = _folder(config) / "job.sh"
     # Slurm does not make the folder of a log, and a job without its log fails without a word.
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(script)
+    write_private(file, script)
     print(script, end="", flush=True)
     if config.launch.submit:
         return submit(["sbatch", str(file)])
@@ -88,7 +89,7 @@ def _options(config: Config) -> list[str]:
 def _overrides(config: Config, arguments: Arguments) -> list[str]:
     c = config.launch
     own = [f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
-    return [*handed_on(arguments), "launch=torchrun", *own]
+    return [*handed_to_cluster(config, arguments), "launch=torchrun", *own]
 
 
 def _folder(config: Config) -> Path:

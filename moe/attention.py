@@ -3,19 +3,21 @@
 B sequences, S new tokens, T tokens seen so far with those, D width, H query heads, G key-value heads, h width of a head.
 """
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, QKNorm
 from .count import head_width
+from .device import kind_of
 from .documents import same_document
+from .flexible_attention import attend_by_blocks, padded
 from .linear import HeadsNorm, Linear, RMSNorm
 from .products import arithmetic
 from .rotary import Turns, rotate
+from .softmax import Softmax, softcapped, softmax_of, with_sinks
 
 
 class Attention(nn.Module):
@@ -40,27 +42,14 @@ class Attention(nn.Module):
         v_BGTh = self._heads(self.v(x_BSD), None)
         if cache is not None:
             k_BGTh, v_BGTh = cache.extend(k_BGTh, v_BGTh)
-        y_BHSh = attend(q_BHSh, k_BGTh, v_BGTh, self.softmax, self.sinks, turns.documents_BS)
+        y_BHSh = attend(
+            q_BHSh, k_BGTh, v_BGTh, self.softmax, self.sinks, turns.documents_BS, turns.blocks.get(self.softmax.window is not None)
+        )
         return self.o(y_BHSh.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSC: Tensor, norm: nn.Module | None) -> Tensor:
         x_BSHh = x_BSC.unflatten(-1, (-1, self.head_width))
         return (x_BSHh if norm is None else norm(x_BSHh)).transpose(1, 2)
-
-
-class Softmax(NamedTuple):
-    """How products of queries and keys become probabilities: times `scale`, soft-capped, within the window."""
-
-    scale: float
-    softcap: float | None
-    window: int | None
-
-
-def softmax_of(config: ModelConfig, index: int, width: int, factor: float = 1.0) -> Softmax:
-    """That of block `index`, whose queries have `width` dimensions; `factor` is one more of the usual scale."""
-    settings = config.attention
-    scale = factor / math.sqrt(width) if settings.scale is None else settings.scale
-    return Softmax(scale, settings.softcap, settings.window if config.windowed_layer(index) else None)
 
 
 def attend(
@@ -70,20 +59,59 @@ def attend(
     softmax: Softmax,
     sinks_H: Tensor | None = None,
     documents_BS: Tensor | None = None,
+    blocks: BlockMask | None = None,
 ) -> Tensor:
     """(B, H, S, width of v): the queries are the last S of the T tokens. Sinks (gpt-oss) are logits that draw on no value.
 
-    With `documents_BS` (then S = T) no token sees another document.
+    With `documents_BS` (then S = T) no token sees another document. `blocks` (see moe/flexible_attention.py) say the same as the
+    window and these; with them nothing of (S, S) is made.
     """
+    if blocks is not None:
+        return attend_by_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
     new, seen, dtype = q_BHSh.shape[2], k_BGTh.shape[2], q_BHSh.dtype
     q_BHSh, k_BGTh, v_BGTh = (x.to(arithmetic(x)) for x in (q_BHSh, k_BGTh, v_BGTh))
     if sinks_H is not None or softmax.softcap is not None:
         return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS).to(dtype)
-    unlimited, grouped = softmax.window is None or softmax.window >= seen, q_BHSh.shape[1] != k_BGTh.shape[1]
+    unlimited = softmax.window is None or softmax.window >= seen
     causal = unlimited and new == seen and documents_BS is None
     mask = None if causal or (unlimited and new == 1) else visible(new, seen, softmax.window, q_BHSh.device, documents_BS)
-    y_BHSh = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTh, mask, is_causal=causal, scale=softmax.scale, enable_gqa=grouped)
-    return y_BHSh.to(dtype)
+    return fused_attention(q_BHSh, k_BGTh, v_BGTh, softmax.scale, mask, causal).to(dtype)
+
+
+def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float, mask_ST: Tensor | None, causal: bool) -> Tensor:
+    """(B, H, S, v): torch's own. A dry run puts a stand-in here."""
+    width = v_BGTv.shape[-1]
+    if kind_of(q_BHSh) == "cuda":
+        k_BGTh, v_BGTv = _suited(q_BHSh, k_BGTh, v_BGTv)
+    grouped = q_BHSh.shape[1] != k_BGTh.shape[1]
+    y_BHSv = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTv, mask_ST, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y_BHSv if y_BHSv.shape[-1] == width else y_BHSv[..., :width]
+
+
+def _suited(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for which CUDA has a kernel, since without one (B, H, S, T) is made.
+
+    That of fp32 knows no groups. Flash attention wants values as wide as keys; only cuDNN's is as fast without.
+    """
+    if q_BHSh.dtype == torch.float32:
+        repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
+        return _repeated(k_BGTh, repeats), _repeated(v_BGTv, repeats)
+    width, narrower = q_BHSh.shape[-1], v_BGTv.shape[-1]
+    if narrower < width and not _by_cudnn(width, narrower, q_BHSh.dtype, q_BHSh.device):
+        v_BGTv = padded(v_BGTv, width)
+    return k_BGTh, v_BGTv
+
+
+@torch.compiler.assume_constant_result
+def _by_cudnn(width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch chooses cuDNN for heads of these widths in training."""
+    q_11Sh, v_11Sv = (torch.empty(1, 1, 128, each, dtype=dtype, device=device).requires_grad_() for each in (width, value_width))
+    chosen = torch._fused_sdp_choice(q_11Sh, q_11Sh, v_11Sv, is_causal=True)  # pyright: ignore[reportPrivateImportUsage]
+    return chosen == SDPBackend.CUDNN_ATTENTION.value
+
+
+def _repeated(x_BGTh: Tensor, repeats: int) -> Tensor:
+    return x_BGTh if repeats == 1 else x_BGTh.repeat_interleave(repeats, dim=1)
 
 
 def visible(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:
@@ -108,14 +136,7 @@ def _attend_in_steps(
     y_BHSh = logits_BHST.softmax(dim=-1).to(v_BHTh.dtype) @ v_BHTh
     if sinks_H is None:
         return y_BHSh
-    # The sink's share of the softmax takes the same fraction from every value.
-    kept_BHS1 = (logits_BHST.logsumexp(dim=-1, keepdim=True) - sinks_H.to(wide)[:, None, None]).sigmoid()
-    return (y_BHSh * kept_BHS1).to(y_BHSh.dtype)
-
-
-def softcapped(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap): about x where it is small, never beyond the cap (Gemma 2)."""
-    return (x / cap).tanh() * cap
+    return with_sinks(y_BHSh, logits_BHST.logsumexp(dim=-1), sinks_H).to(y_BHSh.dtype)
 
 
 class KeyValueCache:

@@ -94,7 +94,9 @@ def without_last_bits(x: Tensor, kept: int = 16) -> Tensor:
 def count_choices(experts_BSK: Tensor, counted_BSK: Tensor | None, columns: int) -> Tensor:
     """int64 (B, E): how many choices of each expert a sequence has; (B, S, K) or (B, S, 1) booleans say which count, None: all."""
     chosen_BA = experts_BSK.flatten(1)
-    ones_BA = torch.ones_like(chosen_BA) if counted_BSK is None else counted_BSK.expand_as(experts_BSK).flatten(1).long()
+    counted = True if counted_BSK is None else counted_BSK
+    ones_BA = torch.empty_like(chosen_BA)
+    ones_BA.view(experts_BSK.shape)[:] = counted  # broadcasts and casts at once
     return chosen_BA.new_zeros(len(chosen_BA), columns).scatter_add_(1, chosen_BA, ones_BA)
 
 

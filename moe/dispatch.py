@@ -94,21 +94,32 @@ def chosen(routing: Routing, experts: int) -> Tensor:
     return routing.experts_TK if routing.kept_TK is None else routing.experts_TK.masked_fill(~routing.kept_TK, experts)
 
 
-def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool) -> Plan:
-    """See `plan_rows`. With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read."""
+def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counts_E: Tensor | None = None) -> Plan:
+    """See `plan_rows`. With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read.
+
+    `counts_E` is what `count_rows` gives, if it is known already.
+    """
     top_k = experts_TK.shape[1]
+    counts_E = count_rows(experts_TK, experts) if counts_E is None else counts_E
     chosen_A = experts_TK.flatten()
     order_A = chosen_A.argsort(stable=True)
-    counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
-    counts_E = counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
     slot_A = torch.empty_like(order_A)
     slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    kept_TK = experts_TK < experts if dropping else None
     if padded_rows is not None:
-        plan = Plan(order_A // top_k, slot_A.view_as(experts_TK), counts_E)
+        plan = Plan(order_A // top_k, slot_A.view_as(experts_TK), counts_E, kept_TK=kept_TK)
         return _filled(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
-    rows = host_read(counts_E.sum(), "kept choices", lambda: len(order_A)) if dropping else len(order_A)
-    slot_A = slot_A.masked_fill(slot_A >= rows, -1)
-    return Plan(order_A[:rows] // top_k, slot_A.view_as(experts_TK), counts_E)
+    rows, slot_TK = len(order_A), slot_A.view_as(experts_TK)
+    if kept_TK is not None:
+        rows, slot_TK = host_read(counts_E.sum(), "kept choices", lambda: len(order_A)), slot_TK.masked_fill(~kept_TK, -1)
+    return Plan(order_A[:rows] // top_k, slot_TK, counts_E, kept_TK=kept_TK)
+
+
+def count_rows(experts_TK: Tensor, experts: int) -> Tensor:
+    """int64 (E,): how many choices each expert has; those of `experts`, which were dropped, are not counted."""
+    chosen_A = experts_TK.flatten()
+    counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
+    return counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
 
 
 def alignment(x: Tensor) -> int:
@@ -131,12 +142,12 @@ def rounded_up(plan: Plan, experts_TK: Tensor, multiple: int) -> Plan:
 
 def _filled(plan: Plan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> Plan:
     """`plan` with rows_E rows for each expert, zeros behind its tokens; `rows` of all. Dropped choices may still be in it, last."""
-    experts = len(plan.counts_E)
     shift_E = (rows_E.cumsum(0) - rows_E) - (plan.counts_E.cumsum(0) - plan.counts_E)
     slot_A = plan.slot_TK.flatten() + torch.cat([shift_E, shift_E.new_zeros(1)])[chosen_A]
-    slot_A = slot_A.masked_fill(chosen_A == experts, -1)
+    if plan.kept_TK is not None:
+        slot_A = slot_A.masked_fill(~plan.kept_TK.flatten(), -1)
     choice_R = torch.full((rows + 1,), -1, device=chosen_A.device)
     choice_R[slot_A] = torch.arange(len(slot_A), device=chosen_A.device)  # dropped choices land in the extra last place
     choice_R, slot_TK = choice_R[:-1], slot_A.view_as(plan.slot_TK)
     token_R = choice_R.clamp(min=0) // slot_TK.shape[1]
-    return Plan(token_R, slot_TK, rows_E, choice_R >= 0)
+    return Plan(token_R, slot_TK, rows_E, choice_R >= 0, plan.kept_TK)

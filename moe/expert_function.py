@@ -17,7 +17,7 @@ from .config import Activation
 from .device import kind_of
 from .grouped import grouped_mm, grouped_outer
 from .products import arithmetic
-from .rows import Plan, gather_rows, of_choices, sum_rows, weights_of_rows
+from .rows import Plan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
 
 BLOCK = 2**18
 """Numbers: what is done element by element between the products is done on so many at a time."""
@@ -44,13 +44,14 @@ class ExpertFunction(torch.autograd.Function):
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
         ctx.activation = activation
-        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places)
-        return (sum_rows(y_RD, plan.slot_TK, weights_TK) if plan else y_RD).to(x.dtype)
+        biases = gate_up_bias_EN, down_bias_ED
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, *places)
+        return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, *places = ctx.saved_tensors
-        plan, ends_E, wide = Plan(*places) if places else None, ends(counts_E), arithmetic(x)
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *places = ctx.saved_tensors
+        plan, wide = Plan(*places) if places else None, arithmetic(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
@@ -60,7 +61,7 @@ class ExpertFunction(torch.autograd.Function):
         if down_bias_ED is not None and weights_R1 is not None:
             grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_R1.dtype)
         if plan:
-            grad_weights_TK = of_choices(grad_weights_R, plan.slot_TK)
+            grad_weights_TK = of_choices(grad_weights_R, plan)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
         grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E).to(x.dtype)
@@ -69,7 +70,7 @@ class ExpertFunction(torch.autograd.Function):
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
         grad_gate_up_END = grouped_outer(grad_inner_RN, _rows(x, plan), ends_E).to(x.dtype)
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
-        grad_x = (sum_rows(grad_rows_RD, plan.slot_TK) if plan else grad_rows_RD).to(x.dtype)
+        grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
         return None, *gradients, None, *[None] * len(places)
 
@@ -91,7 +92,7 @@ def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
 def _back_through_activation(
     activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The activation times its row's weight, which takes the place of its gradient `grad_RF`; inner's gradient; the weights' (R,).
+    """The activation times its row's weight, which may overwrite its gradient `grad_RF`; inner's gradient; the weights' (R,).
 
     `grad_RF` is that of a row with weight 1. Without weights there is no gradient of them.
     """
@@ -104,6 +105,8 @@ def _back_through_activation(
             grad_weights_R[block] = _dots(active, grad, weights_R1.dtype)
             grad.mul_(weights)
         pull(grad, grad_inner_RN[block])
+        if weights_R1 is None and len(active) == len(grad_RF):  # all rows at once: nothing to put together
+            return active, grad_inner_RN, grad_weights_R
         torch.mul(active, weights, out=grad)
     return grad_RF, grad_inner_RN, grad_weights_R
 
@@ -114,14 +117,14 @@ def _blocks(x_RN: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(x_RN), rows)]
 
 
-def _dots(a_RN: Tensor, b_RN: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R,): each row's product with the other's."""
-    return (a_RN * b_RN).sum(-1, dtype=dtype)
+def _dots(a_RN: Tensor, b_RN: Tensor, wide: torch.dtype) -> Tensor:
+    """(R,): each row's product with the other's. A CPU rounds what it multiplies in bf16 to that."""
+    return (a_RN * b_RN).sum(-1, dtype=wide) if kind_of(a_RN) == "cpu" else dots(a_RN, b_RN, wide)
 
 
 def ends(counts_E: Tensor) -> Tensor:
     """(E,), int32: the row behind each expert's last."""
-    return counts_E.cumsum(0).to(torch.int32)
+    return counts_E.cumsum(0, dtype=torch.int32)
 
 
 def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:
@@ -134,5 +137,6 @@ def _of_rows(values_EN: Tensor, counts_E: Tensor, rows: int) -> Tensor:
 
 
 def _sums(x_RN: Tensor, counts_E: Tensor) -> Tensor:
-    """(E, N): the sum over each expert's rows."""
-    return torch.segment_reduce(x_RN.float() if x_RN.dtype == torch.bfloat16 else x_RN, "sum", lengths=counts_E, axis=0)
+    """(E, N): the sum over each expert's rows. To check the lengths first, the host would wait for the device."""
+    wide_RN = x_RN.float() if x_RN.dtype == torch.bfloat16 else x_RN
+    return torch.segment_reduce(wide_RN, "sum", lengths=counts_E, axis=0, unsafe=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import softcapped
 from .products import linear
+from .softmax import softcapped
 
 HeadLoss = Callable[[Tensor, Tensor, "Head"], Tensor]
 """From hidden states (..., D), the weight (V, D) and the head to a scalar."""

@@ -7,10 +7,11 @@ a query, n of them without rotary embedding and r rotary, whose key all heads sh
 import torch
 from torch import Tensor, nn
 
-from .attention import KeyValueCache, attend, softmax_of
+from .attention import KeyValueCache, attend
 from .config import ModelConfig
 from .linear import Linear, RMSNorm
 from .rotary import Turns, logits_factor, rotate
+from .softmax import softmax_of
 
 
 class LatentAttention(nn.Module):
@@ -50,7 +51,9 @@ class LatentAttention(nn.Module):
             [widths.nope_width, widths.value_width], dim=-1
         )
         k_BHTh = torch.cat([k_BHTn, key_B1Tr.expand(-1, k_BHTn.shape[1], -1, -1)], dim=-1)
-        y_BHSv = attend(q_BHSh, k_BHTh, v_BHTv, self.softmax, documents_BS=turns.documents_BS)
+        y_BHSv = attend(
+            q_BHSh, k_BHTh, v_BHTv, self.softmax, None, turns.documents_BS, turns.blocks.get(self.softmax.window is not None)
+        )
         return self.o(y_BHSv.transpose(1, 2).flatten(2))
 
     def _turned(self, q_BHSh: Tensor, turns: Turns) -> Tensor:

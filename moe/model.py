@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from .attention import Attention, KeyValueCache
 from .config import AttentionKind, ModelConfig
 from .feedforward import FeedForward
+from .flexible_attention import block_masks
 from .head import Head, HeadLoss
 from .layer import MoELayer
 from .linear import Embedding, RMSNorm
 from .mla import LatentAttention
 from .mtp import Prediction, ahead
 from .rotary import Turns, rotary_turns
-from .router import RoutingStats, warn_of_lookahead
+from .router import RoutingStats, draws, warn_of_lookahead
 from .tokens import Place, Tokens, describe
 
 
@@ -67,9 +68,11 @@ class Transformer(nn.Module):
         decides what is random in training; outside of it nothing is. `documents_BS` (see moe/documents.py) keeps attention inside
         of each document.
         """
-        tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None)
+        tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None, draws(self.config.moe))
         start = cache[0].length if cache else 0
         turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
+        if cache is None:
+            turns = turns._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):

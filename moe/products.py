@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def wide_linear(x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    """x @ weight.T in the type `wide`. For the backward pass x and weight are kept as they are, not wider copies."""
+    """x @ weight.T in the type `wide`, never in TF32. For the backward pass x and weight are kept as they are, not wider copies."""
     return _WideLinear.apply(x, weight, wide)  # pyright: ignore[reportReturnType]
 
 
@@ -49,12 +49,39 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.to(wide), weight.to(wide))
+        return _product(x.to(wide), weight.to(wide).T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x, weight), (grad,) = ctx.saved_tensors, grads
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = _product(grad, weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        return grad_x, (grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None
+        return grad_x, _product(grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with all bits of fp32, whatever other products are made in."""
+    return full_product(left, right) if makes_tf32() else left @ right
+
+
+@torch.compiler.assume_constant_result
+def makes_tf32() -> bool:
+    """Whether fp32 products on CUDA are made in TF32. Code is compiled again when that changes."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@torch.library.custom_op("tokenyard::full_product", mutates_args=())
+def full_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with TF32 off for as long. An operator, since compiled code could not switch it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return left @ right
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_product.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])

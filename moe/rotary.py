@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from .config import AttentionKind, ModelConfig, RopeConfig, RopeScaling
 from .count import head_width
@@ -19,8 +20,10 @@ class Turns(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    documents_BS: Tensor | None = None
+    documents_BS: Tensor | None
     """Which document each token is of; None: all of a sequence are of one."""
+    blocks: dict[bool, BlockMask]
+    """What tokens see, by blocks, in layers without and with the window: see `block_masks` in moe/flexible_attention.py."""
 
 
 def rotary_turns(
@@ -37,7 +40,7 @@ def rotary_turns(
         positions = positions_of(documents_BS).unsqueeze(1).double()
     angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device)
     factor = turns_factor(rope)
-    return Turns((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS)
+    return Turns((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS, {})
 
 
 def rotate(x: Tensor, turns: Turns, interleaved: bool = False) -> Tensor:

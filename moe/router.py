@@ -31,9 +31,9 @@ class RoutingStats(NamedTuple):
     tokens_B: Tensor
     """int64: valid tokens of each sequence."""
     scores_BE: Tensor
-    """Sum over each sequence's tokens of the router's probabilities; carries the balance losses' gradient."""
+    """Sum over each sequence's tokens of the router's probabilities; carries the balance losses' gradient, if any is on."""
     z: Tensor
-    """Scalar: sum over tokens of logsumexp(logits) ** 2; carries the z-loss's gradient."""
+    """Scalar: sum over tokens of logsumexp(logits) ** 2; carries the z-loss's gradient, if it is on."""
     dropped: Tensor
     """int64 scalar: choices that found their expert full."""
     importance_BE: Tensor | None = None
@@ -80,6 +80,7 @@ class Router(nn.Module):
         if config.balance.bias_rate > 0:
             self.add_expert_bias()
         self.surroundings = OneDevice()
+        self.draws = draws(config)
         self.gauged = False
 
     def add_expert_bias(self) -> None:
@@ -90,7 +91,7 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> Routing:
         """Route (B, S, D). Tokens that are not valid are not counted, and take no capacity."""
         tokens = tokens or Tokens()
-        key_BS = self._key(x_BSD, tokens) if self.training else None
+        key_BS = self._key(x_BSD, tokens) if self.training and self.draws else None
         rows = self._capacity(x_BSD, tokens)
         scored = self._score(x_BSD, tokens, key_BS)
         choice = choose(self._ranked(scored), tokens.valid_BS, self.config, self.surroundings, self.training, rows)
@@ -177,9 +178,14 @@ class Router(nn.Module):
         valid_BS1 = valid_BS.unsqueeze(-1)
         counted_BSK = valid_BS1 if choice.made_BSK is None else choice.made_BSK & valid_BS1
         counts_BE = count_choices(choice.experts_BSK, counted_BSK, self.columns)
-        probabilities_BSE = probabilities(scored.scores_BSE, self.config.router)
+        balance, logits_BSE = self.config.balance, scored.logits_BSE
+        # A loss that is off has no backward pass.
+        balanced = balance.coefficient != 0 or balance.sequence_coefficient != 0
+        probabilities_BSE = probabilities(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
         scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
-        z_BS = weights_BSK.new_zeros(()) if scored.logits_BSE is None else scored.logits_BSE.logsumexp(dim=-1).square()
+        if logits_BSE is not None and self.config.z_coefficient == 0:
+            logits_BSE = logits_BSE.detach()
+        z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
         if self.gauged and self.training:
             stats = stats._replace(gauges=gauge(scored.logits_BSE, probabilities_BSE.detach(), valid_BS))
@@ -197,6 +203,12 @@ class Router(nn.Module):
         router = self.config.router
         plain = router.selection in (Selection.top_k, Selection.gshard) and router.groups == 1 and self.expert_bias is None
         return plain and self.config.top_k < self.columns
+
+
+def draws(config: MoEConfig) -> bool:
+    """Whether anything in training's routing is random."""
+    router, random_drops = config.router, config.capacity.policy is DropPolicy.random
+    return router.jitter > 0 or router.noise or router.selection is Selection.gshard or random_drops
 
 
 def warn_of_lookahead(config: MoEConfig) -> None:

@@ -81,11 +81,12 @@ def weigh(logits_BSE: Tensor | None, scores_BSE: Tensor, experts_BSK: Tensor, co
     router = config.router
     if router.softmax_after_top_k:
         assert logits_BSE is not None
-        return logits_BSE.gather(-1, experts_BSK).softmax(dim=-1) * router.scale
-    weights_BSK = scores_BSE.gather(-1, experts_BSK)
-    if router.normalize_top_k and config.top_k > 1 and router.selection is not Selection.expert_choice:
-        weights_BSK = weights_BSK / (weights_BSK.sum(dim=-1, keepdim=True) + TINY)
-    return weights_BSK * router.scale
+        weights_BSK = logits_BSE.gather(-1, experts_BSK).softmax(dim=-1)
+    else:
+        weights_BSK = scores_BSE.gather(-1, experts_BSK)
+        if router.normalize_top_k and config.top_k > 1 and router.selection is not Selection.expert_choice:
+            weights_BSK = weights_BSK / (weights_BSK.sum(dim=-1, keepdim=True) + TINY)
+    return weights_BSK if router.scale == 1.0 else weights_BSK * router.scale
 
 
 def chance_of_choice(noise: Noisy, top_k: int) -> Tensor:

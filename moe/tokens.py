@@ -37,11 +37,12 @@ class Tokens(NamedTuple):
     """Index of the layer."""
 
 
-def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: Place | None) -> Tokens:
-    """The record of whole sequences; `place` is None outside training."""
+def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: Place | None, draws: bool = True) -> Tokens:
+    """The record of whole sequences; `place` is None outside training, and `draws` False where no layer draws random numbers."""
     if place is None:
         return Tokens(valid_BS, ids_BS)
-    return Tokens(valid_BS, ids_BS, places(place, len(ids_BS), ids_BS.shape[1], ids_BS.device), place.step)
+    place_BS = places(place, len(ids_BS), ids_BS.shape[1], ids_BS.device) if draws else None
+    return Tokens(valid_BS, ids_BS, place_BS, place.step)
 
 
 def places(place: Place, sequences: int, length: int, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from ..moe.model import Transformer
 from ..moe.rows import Choices
 from .collectives import stack_over
 from .dispatch.flights import Exchange, depart, land
-from .dispatch.plain import plan_splits, reorder
+from .dispatch.plain import plan_arrivals, read_splits, reorder
 from .layout import sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .pieces import Piece
@@ -46,9 +46,9 @@ def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: 
     """
     assert choices is None, "rows are shared, and tokens have none yet"
     came_NE = stack_over(counts_E, axis)
-    splits = plan_splits(counts_E.expand_as(came_NE), came_NE, axis.size * len(x))
-    out, back = (Exchange(*ways, axis) for ways in ((splits.sent_N, splits.came_N), (splits.came_N, splits.sent_N)))
-    x_AD = land(depart(x.expand(axis.size, -1, -1).flatten(0, 1), out))
-    part_AD = experts(reorder(x_AD, splits.order_A, splits.back_A), came_NE.sum(0))
-    parts_AD = reorder(part_AD, splits.back_A, splits.order_A)
-    return land(depart(parts_AD, back)).view(axis.size, *x.shape).sum(0)
+    sent_N, came_N = read_splits(counts_E.expand_as(came_NE), came_NE, axis.size * len(x))
+    flight = depart(x.expand(axis.size, -1, -1).flatten(0, 1), Exchange(sent_N, came_N, axis))
+    order_A, back_A = plan_arrivals(came_NE, sum(came_N))
+    part_AD = experts(reorder(land(flight), order_A, back_A), came_NE.sum(0))
+    flight = depart(reorder(part_AD, back_A, order_A), Exchange(came_N, sent_N, axis))
+    return land(flight).view(axis.size, *x.shape).sum(0)

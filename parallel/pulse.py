@@ -30,7 +30,7 @@ class Pulse:
         self.number = 0
         """Collectives begun. Ranks begin the same ones, so a rank with fewer is behind."""
         self.since = monotonic()
-        """When any of these last changed."""
+        """When any of these last changed, or when `progress` was seen."""
         self.waited = 0.0
         """Seconds in collectives, all in all."""
 
@@ -70,6 +70,11 @@ def waiting(what: str) -> Iterator[None]:
     yield
     PULSE.collective, PULSE.since = outer, monotonic()
     PULSE.waited += PULSE.since - begin
+
+
+def progress() -> None:
+    """All ranks have just answered, and the thread that trains goes on waiting for what is under way: that is no hang."""
+    PULSE.since = monotonic()
 
 
 def waiting_for_device() -> AbstractContextManager[None]:

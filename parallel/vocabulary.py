@@ -70,15 +70,15 @@ class _HeadLoss(torch.autograd.Function):
                     grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])
                 else:
                     grad_weight_VD += gradient_TV.T @ x_TD[part]
-        if gradients is not None:
-            ctx.save_for_backward(gradients[0].to(dtype), gradients[1])
+        ctx.gradients = None if gradients is None else (gradients[0].to(dtype), gradients[1])
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_x_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_x_TD * grads[0], (grad_weight_VD * grads[0]).to(ctx.weight_dtype), *5 * [None]
+        """Once: the gradients are scaled where they are, and given away."""
+        (grad_x_TD, grad_weight_VD), ctx.gradients = ctx.gradients, None
+        return grad_x_TD.mul_(grads[0]), grad_weight_VD.mul_(grads[0]).to(ctx.weight_dtype), *5 * [None]
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..moe.tokens import Place
 from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
 from ..parallel.pieces import Piece, whole
+from ..parallel.streams import on_device
 from ..train.config import Config
 from ..train.optimizer import build_optimizer
 from ..train.session import build_parallel
@@ -45,16 +46,25 @@ Batch = Callable[[Config, int], tuple[Tensor, Tensor]]
 
 
 def observe(
-    config: Config, steps: int, prepare: Callable[[Parallel], None] | None = None, batch: Batch | None = None
+    config: Config,
+    steps: int,
+    prepare: Callable[[Parallel], None] | None = None,
+    batch: Batch | None = None,
+    device: torch.device | None = None,
 ) -> list[Seen]:
-    """Train on this rank of the current world. Collective.
+    """Train on this rank of the current world, on `device` (None: the CPU). Collective.
 
     `prepare` may change the first weights, `batch` says what is trained on (None: random tokens). Gradients are those before
     clipping. Gradients are kept of the first step, weights of the last.
     """
-    parallel = build_parallel(config, torch.device("cpu"))
+    parallel = build_parallel(config, device or torch.device("cpu"))
     if prepare is not None:
         prepare(parallel)
+    return observe_model(parallel, config, steps, batch)
+
+
+def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[Seen]:
+    """The same for a model that is on its ranks already."""
     optimizer, seen = build_optimizer(config.optimizer, parallel), []
     clip_norm = config.optimizer.clip_norm
     for step in range(1, steps + 1):
@@ -87,6 +97,7 @@ def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tens
     data, sequences = parallel.mesh.data, len(ids_BS)
     micro = config.batch.micro or sequences // data.size
     starts = range(data.rank * micro, sequences, micro * data.size)
+    ids_BS, targets_BS = (on_device(x, parallel.device) for x in (ids_BS, targets_BS))
     return [Rows(ids_BS[start : start + micro], targets_BS[start : start + micro], start) for start in starts]
 
 

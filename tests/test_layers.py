@@ -19,7 +19,7 @@ ALLOWED = {
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
     "interop": {"moe", "train.checkpoint", "train.survival.failpoints", "parallel.pieces", "data.tokenizer"},
-    "bench": {"moe", "parallel", "data", "train"},
+    "bench": {"moe", "parallel", "data", "train", "parity"},
     "data": set(),
     "moe": set(),
     "conf": set(),

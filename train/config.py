@@ -22,6 +22,7 @@ class ConfigError(ValueError):
 
 
 class Precision(Enum):
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp64 = "fp64"
@@ -137,8 +138,8 @@ class TrackerConfig:
 
 @dataclass
 class LogConfig:
-    every: int = 1
-    """Steps between lines of the console and of metrics.jsonl."""
+    every: int | None = None
+    """Steps between lines of the console and of metrics.jsonl; null is 10 on a GPU and 1 on a CPU."""
     layers_every: int = 250
     """Steps between tables of the layers' experts on the console; 0 for none."""
 
@@ -173,8 +174,11 @@ class Config:
     """Decides the initial weights and the order of the data."""
     sequence_length: int = 128
     """Tokens per sequence."""
-    precision: Precision = Precision.fp32
-    """Of activations and products; bf16 keeps fp32 weights, and the router is never below fp32."""
+    precision: Precision = Precision.auto
+    """Of activations and products; bf16 keeps fp32 weights, and the router is never below fp32. auto: that of the checkpoint that
+    the run goes on from, else bf16 on a GPU and fp32 on a CPU."""
+    tf32: bool = True
+    """With precision=fp32 on a GPU: products take TF32, with 10 bits of mantissa; those of the router never do."""
     device: Device = Device.auto
     """auto: cuda if there is one, else cpu. The device decides the backend: nccl or gloo."""
     compile: bool = False

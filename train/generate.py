@@ -17,7 +17,7 @@ from .load import open_checkpoint
 def generate_command(arguments: argparse.Namespace) -> int:
     """Prints the prompt, its continuation as it comes, and tokens per second. Returns the exit code."""
     try:
-        opened = open_checkpoint(Path(arguments.checkpoint), device=str(pick_device("auto")))
+        opened = open_checkpoint(Path(arguments.checkpoint), pick_device("auto"))
     except ValueError as error:
         print(f"tokenyard: {error}", file=sys.stderr)
         return 2

@@ -6,13 +6,13 @@ these back into floats. Floats are written with all their digits.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from .files import append_private, write_private
 from .redact import redact_plain
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -29,7 +29,7 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _mend(self.path, keep_to_step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file = append_private(self.path)
         self._lock = Lock()
 
     @classmethod
@@ -37,7 +37,7 @@ class Journal:
         """Beside another one of the same file that is open: nothing of it is mended."""
         journal = cls.__new__(cls)
         journal.path = path
-        journal._file = path.open("a", encoding="utf-8", buffering=1)
+        journal._file = append_private(path)
         journal._lock = Lock()
         return journal
 
@@ -68,15 +68,9 @@ def _mend(path: Path, keep_to_step: int | None) -> None:
     if not path.exists():
         return
     kept = [line for line, record in _lines(path) if keep_to_step is None or record.get("step", 0) <= keep_to_step]
-    content = "".join(line + "\n" for line in kept).encode()
-    if content == path.read_bytes():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    content = "".join(line + "\n" for line in kept)
+    if content.encode() != path.read_bytes():
+        write_private(path, content)
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

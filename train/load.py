@@ -2,19 +2,26 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.config import DataConfig
+from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
 from ..moe.model import Transformer
 from ..moe.router import Router
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.resuming import as_checkpoint
 from .checkpoint.store import read_facts, read_whole
-from .config import Config, ConfigError, EngineConfig, Precision
-from .plain import config_from_plain
+from .config import Config, ConfigError, EngineConfig
+from .derive import derive, set_products
+from .plain import config_from_plain, plain_config
+from .schema import written
 from .session import DTYPES, Session, first_rank_first
+
+PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
+PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
+"""Settings of `data` that say where to read."""
 
 
 class Opened(NamedTuple):
@@ -31,12 +38,12 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
 
     precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one line, for what is no checkpoint or damaged.
     """
-    if precision not in Precision.__members__:
-        raise ValueError(f"precision={precision}: must be one of {', '.join(Precision.__members__)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
     checkpoint = as_checkpoint(Path(path))
     config = config_from_plain(read_facts(checkpoint)["config"])
     with torch.device("meta"):
-        model = Transformer(config.model, DTYPES[Precision[precision]])
+        model = Transformer(config.model, PRECISIONS[precision])
     weights = {name: tensor.to(device, _kept_as(name, model)) for name, tensor in read_whole(checkpoint).items()}
     add_expert_biases(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -58,31 +65,61 @@ def _kept_as(name: str, model: Transformer) -> torch.dtype:
     return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
-def open_checkpoint(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Opened:
-    """Model, tokenizer and configuration."""
+def open_checkpoint(path: str | Path, device: torch.device) -> Opened:
+    """Model, in the precision of its run, tokenizer and configuration."""
     checkpoint = as_checkpoint(Path(path))
     config = config_from_plain(read_facts(checkpoint)["config"])
-    return Opened(load_model(checkpoint, precision, device), load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
+    derive(config, device)
+    model = load_model(checkpoint, config.precision.value, str(device))
+    return Opened(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
 
 
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:
-    """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation."""
+    """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation.
+
+    Files, folders and URLs that a checkpoint names are never read (it may come from anybody): `overrides` name them again.
+    """
     from ..parallel.config import ParallelConfig
     from ..parallel.processes import pick_device
     from .engine import build_engine
     from .session import build_parallel
 
     checkpoint = as_checkpoint(Path(path))
-    facts = read_facts(checkpoint)
-    config = config_from_plain(facts["config"], overrides)
-    if config.model != config_from_plain(facts["config"]).model:
+    stored = config_from_plain(read_facts(checkpoint)["config"])
+    config = config_from_plain(_described(stored, checkpoint / "tokenizer"), overrides)
+    if config.model != stored.model:
         raise ConfigError("model: the checkpoint's model cannot be changed by overrides")
+    _check_places(config, stored)
     config.parallel, config.engine = ParallelConfig(), EngineConfig()
     config.batch.micro = config.batch.micro or config.batch.sequences
+    device = pick_device(config.device.value)
+    set_products(config, device, derive(config, device))
     data = first_rank_first(config)
-    parallel = build_parallel(config, pick_device(config.device.value))
+    parallel = build_parallel(config, device)
     weights = read_whole(checkpoint)
     add_expert_biases(parallel.model, weights)
     parallel.model.load_state_dict(weights, strict=True)
     saver = build_saver(config.checkpoint, checkpoint.parent)
     return Session(config, checkpoint.parent, parallel.device, data, parallel, build_engine(config, parallel), saver)
+
+
+def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
+    """What a checkpoint's configuration says of model, tokenizer and evaluation, without what it says of places to read from."""
+    plain = plain_config(stored)
+    kept = {name: plain[name] for name in ("model", "sequence_length", "precision", "seed", "batch", "evaluate")}
+    kept["data"] = {name: value for name, value in plain["data"].items() if name not in PLACES}
+    return kept | {"tokenizer": settings_of_saved(tokenizer) if tokenizer.is_dir() else {"kind": plain["tokenizer"]["kind"]}}
+
+
+def _check_places(config: Config, stored: Config) -> None:
+    """ConfigError if the data lack a place that the checkpoint had."""
+    wanted, given, default = vars(stored.data), vars(config.data), vars(DataConfig())
+    for name in PLACES:
+        if (
+            wanted[name] != default[name]
+            and given[name] == default[name]
+            and given["corpus"] is wanted["corpus"]
+            and name != "cache"
+        ):
+            nearest = f"nearest valid: data.{name}={written(wanted[name])}, if you trust it"
+            raise ConfigError(f"data.{name}: must be said anew, as places that a checkpoint names are not read; {nearest}")

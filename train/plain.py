@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
+from .files import write_private
 from .redact import redact_plain
 from .schema import is_mapping, written
 
@@ -59,7 +60,7 @@ def write_config(config: Config, path: Path) -> None:
     """As YAML."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
+    write_private(path, OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
 
 
 def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] = ()) -> list[str]:

@@ -172,7 +172,7 @@ class FirstRank(Reporter):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self.events.event("failed", step=self.session.step, error=f"{type(error).__name__}: {error}")
-            again = train_command(self.session.config, run_dir=self.session.folder)
+            again = train_command(self.session.config, self.session.device, self.session.folder)
             self.printer.say(f"stopped after step {self.session.step} by {type(error).__name__}; to go on: {again}")
         self.events.event("accounting", step=self.session.step, **self.accounting.facts())
         self.printer.say(in_words(self.accounting.facts()))
@@ -263,7 +263,7 @@ class FirstRank(Reporter):
     def stopped(self, reason: str, code: int) -> None:
         session, self.code = self.session, code
         self.events.event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
-        self.printer.say(f"to go on: {train_command(session.config, run_dir=session.folder)}")
+        self.printer.say(f"to go on: {train_command(session.config, session.device, session.folder)}")
 
 
 def set_up_logging(first: bool) -> None:

@@ -168,9 +168,9 @@ def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, ca
     return code
 
 
-def due(session: Session, every: int) -> bool:
+def due(session: Session, every: int | None) -> bool:
     """Every so many steps, and after the last."""
-    return session.step == session.config.steps or (every > 0 and session.step % every == 0)
+    return session.step == session.config.steps or (bool(every) and session.step % every == 0)
 
 
 def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:

@@ -12,6 +12,7 @@ from .compose import compose
 from .config import Config
 from .console.startup import StartupFacts
 from .console.summary import EndFacts
+from .derive import derive
 from .evaluate import Evaluation
 from .metrics import StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak
@@ -75,6 +76,7 @@ def startup_facts(session: Session, peak: Peak) -> StartupFacts:
         peak_flops=peak.flops,
         peak_source=peak.source,
         first_step=session.step,
+        precision_from=session.precision_from,
     )
 
 
@@ -92,15 +94,17 @@ def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFa
         sample=sample_of(session),
         commands=[
             ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
-            ("train longer", train_command(config, run_dir=session.folder, steps=2 * config.steps)),
+            ("train longer", train_command(config, session.device, session.folder, steps=2 * config.steps)),
             ("see what is in it and evaluate it again", f"tokenyard evaluate {checkpoint} evaluate.sequences=256"),
         ],
     )
 
 
-def train_command(config: Config, run_dir: Path, steps: int | None = None) -> str:
+def train_command(config: Config, device: torch.device, run_dir: Path, steps: int | None = None) -> str:
     """The command line that goes on with a run, with all its overrides."""
-    changed = changed_settings(config, compose([]), leave_out=("run.dir", "steps") if steps else ("run.dir",))
+    usual = compose([])
+    derive(usual, device)
+    changed = changed_settings(config, usual, leave_out=("run.dir", "steps") if steps else ("run.dir",))
     folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
     return " ".join(["tokenyard train", *changed, folder, *longer])
 
@@ -113,5 +117,5 @@ def sample_of(session: Session) -> tuple[str, str] | None:
     from .generate import continuation
     from .load import open_checkpoint
 
-    opened = open_checkpoint(session.checkpoint, device=str(session.device))
+    opened = open_checkpoint(session.checkpoint, session.device)
     return wish.prompt, "".join(continuation(opened.model, opened.tokenizer, wish, session.config.seed))

@@ -19,11 +19,14 @@ from .checkpoint.folder import remove_leftovers
 from .checkpoint.lock import RunLock, lock_run
 from .checkpoint.resuming import find_resume, note, resume
 from .checkpoint.saver import Saver
+from .checkpoint.store import read_facts
 from .config import Config, ConfigError, Precision
+from .derive import derive, set_products
 from .engine import Engine, build_engine
 from .feed import Waiting, data_world
 from .folder import new_run_folder
 from .plain import shown_config
+from .validate import check_rules
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 
@@ -43,6 +46,8 @@ class Session:
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens trained on."""
+    precision_from: str = ""
+    """Why it is what it is, in words."""
     start: str = "new run"
     """Where it started from, in words."""
     checkpoint: Path | None = None
@@ -83,16 +88,30 @@ def open_session(config: Config, device: torch.device) -> Session:
     """
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
-    data = first_rank_first(config, data_world(device))
+    world = data_world(device)
+    saved = saved_precision(config, found)
+    precision_from = derive(config, device, saved)
+    if saved is not None:
+        check_rules(config, world.size)
+    set_products(config, device, precision_from)
+    data = first_rank_first(config, world)
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel = build_parallel(config, device)
     saver = build_saver(config.checkpoint, folder)
-    session = Session(config, folder, device, data, parallel, build_engine(config, parallel), saver, lock=lock)
+    engine = build_engine(config, parallel)
+    session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, lock=lock)
     session.engine.optimizer.register_step_pre_hook(lambda *_: saver.release())
     if found is not None:
         resume(session, found)
     return session
+
+
+def saved_precision(config: Config, found: Path | None) -> str | None:
+    """Of the checkpoint `found`, if the configuration leaves the precision open. Collective."""
+    if found is None or config.precision is not Precision.auto:
+        return None
+    return from_first(lambda: read_facts(found)["config"].get("precision"))
 
 
 def build_parallel(config: Config, device: torch.device) -> Parallel:

@@ -17,14 +17,19 @@ from .schema import written
 
 
 def validate(config: Config, world: int) -> None:
+    """ConfigError for a rule that `config` breaks on `world` ranks, and for a path that leads nowhere."""
+    check_rules(config, world)
+    # Paths in containers are nothing to look up here; the ranks look them up there.
+    if config.launch.kind is not Launcher.kubernetes:
+        check_files(config)
+
+
+def check_rules(config: Config, world: int) -> None:
     """ConfigError for the first rule that `config` breaks on `world` ranks, with the nearest value that breaks none."""
     broken = next(broken_rules(config, world), None)
     if broken is not None:
         value = attrgetter(broken.key)(config)
         raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
-    # Paths in containers are nothing to look up here; the ranks look them up there.
-    if config.launch.kind is not Launcher.kubernetes:
-        check_files(config)
 
 
 def check_files(config: Config) -> None:

@@ -3,6 +3,7 @@
 P rows, C choices, K the most choices of a row, E experts in reach, D width, R rows of experts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,16 @@ class Counted(NamedTuple):
     choices: Choices
     nth_C: Tensor
     deeper: list[int]
+
+
+def assumed_depths(rows: int, choices: int, ranks: int, most: int) -> list[int]:
+    """[k]: how many of the rows have more than k choices at one of the ranks, as a dry run assumes it.
+
+    A row's choices are spread over the ranks at random, so it has any with probability 1 - (1 - 1 / ranks) ** (choices / rows).
+    """
+    left = choices // ranks
+    have_any = max(math.ceil(rows * (1 - (1 - 1 / ranks) ** (choices / max(rows, 1)))), -(-left // most))
+    return [min(have_any, max(0, left - k * have_any)) for k in range(most)]
 
 
 def choices_of(routing: Routing, experts: int, ranks: int) -> Choices:

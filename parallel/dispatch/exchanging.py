@@ -39,7 +39,8 @@ class ExchangingDispatcher(Dispatcher):
         return self.receive_back(self.send_back(y_RD, arrived))
 
     def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
-        parts = list(zip(x_TD.tensor_split(self.chunks), split(routing, self.chunks), strict=True))
+        runs = x_TD.tensor_split(self.chunks) if self.chunks > 1 else [x_TD]  # even a split in one has a gradient to copy
+        parts = list(zip(runs, split(routing, self.chunks), strict=True))
         sent, result, returning, rows = self.send(*parts[0]), beside(), [], 0
         for following in [*parts[1:], None]:
             # The next rows depart first: their counts are waited for, and the experts' work is only queued on a GPU.
@@ -53,6 +54,8 @@ class ExchangingDispatcher(Dispatcher):
 
 def split(routing: Routing, chunks: int) -> list[Routing]:
     """The routing of each run of tokens; the statistics are of all."""
+    if chunks == 1:
+        return [routing]
     kept = [None] * chunks if routing.kept_TK is None else routing.kept_TK.tensor_split(chunks)
     parts = zip(routing.experts_TK.tensor_split(chunks), routing.weights_TK.tensor_split(chunks), kept, strict=True)
     return [routing._replace(experts_TK=e, weights_TK=w, kept_TK=k) for e, w, k in parts]

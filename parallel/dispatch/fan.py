@@ -4,10 +4,13 @@ Both directions are gathers, as in moe/dispatch.py; the work is that of the copi
 P rows, C choices (each is one copy of one row), R copies (padding included), D width.
 """
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..streams import on_device
 
 
 class Fan(NamedTuple):
@@ -30,9 +33,9 @@ def plan_fan(row_C: Tensor, nth_C: Tensor, copy_C: Tensor, rows: int, deeper: li
     order_P = order_P.argsort(descending=True, stable=True)
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(rows, device=row_C.device)
-    ends = torch.tensor([0, *deeper], device=row_C.device).cumsum(0)
+    starts = on_device(torch.tensor([0, *accumulate(deeper)]), row_C.device)
     in_order_C = torch.empty_like(copy_C)
-    in_order_C[ends[nth_C] + place_P[row_C]] = copy_C
+    in_order_C[starts[nth_C] + place_P[row_C]] = copy_C
     row_R = torch.full((copies,), -1, device=row_C.device)
     row_R[copy_C] = row_C
     filled_R = None if copies == len(row_C) else row_R >= 0

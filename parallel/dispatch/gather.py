@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...moe.device import host_read
 from ...moe.dispatch import Arrived, chosen
 from ...moe.router import Routing
 from ..collectives import stack_over
 from ..mesh import Axis
-from .choices import Choices, Counted, plan_expansion
+from ..pulse import waiting_for_device
+from .choices import Choices, Counted, assumed_depths, plan_expansion
 from .exchanging import ExchangingDispatcher
 from .fan import Fan, add_up, copy_out
 from .flights import Flight, Gather, depart, land
@@ -42,14 +44,13 @@ class GatherDispatcher(ExchangingDispatcher):
         self.axis = axis
 
     def send(self, x_TD: Tensor, routing: Routing) -> Sent:
-        own = torch.tensor([len(x_TD)], device=x_TD.device)
-        way = Gather(stack_over(own, self.axis).flatten().tolist(), self.axis)
+        way = Gather(_tokens_of_each(x_TD, self.axis), self.axis)
         padded = None if routing.padded_rows is None else routing.padded_rows * self.axis.size
         return Sent(way, depart(x_TD, way), depart(_pack(routing, self.experts), way), padded)
 
     def receive(self, sent: Sent) -> Arrived:
         held = self.experts // self.axis.size
-        counted = _choices_of_mine(land(sent.choices), self.axis.rank * held, held, sent.padded_rows)
+        counted = _choices_of_mine(land(sent.choices), self.axis, held, sent.padded_rows)
         fan, counts_L = plan_expansion(counted, held)  # while the rows travel
         tokens_RD = copy_out(land(sent.rows), fan)
         return Arrived(tokens_RD, counts_L, WayBack(sent.way, fan, counted.choices.weights_C))
@@ -67,16 +68,26 @@ def _pack(routing: Routing, experts: int) -> Tensor:
     return torch.cat([routing.weights_TK, chosen(routing, experts).to(routing.weights_TK.dtype)], dim=1)
 
 
-def _choices_of_mine(packed: Tensor, first: int, held: int, padded_rows: int | None) -> Counted:
-    """Of all tokens' choices those of the `held` experts from `first` on. Their number is read on the host (a synchronisation)."""
+def _tokens_of_each(x_TD: Tensor, axis: Axis) -> list[int]:
+    """How many tokens each rank has (a synchronisation)."""
+    own = torch.full((1,), len(x_TD), device=x_TD.device)
+    tokens_N = stack_over(own, axis).flatten()
+    with waiting_for_device():
+        return host_read(tokens_N, "tokens of each rank", lambda: axis.size * [len(x_TD)])
+
+
+def _choices_of_mine(packed: Tensor, axis: Axis, held: int, padded_rows: int | None) -> Counted:
+    """Of all tokens' choices those of this rank's `held` experts. Their number is read on the host (a synchronisation)."""
     weights_GK, expert_GK = packed.chunk(2, dim=1)
-    expert_GK = expert_GK.detach().long() - first
+    expert_GK = expert_GK.detach().long() - axis.rank * held
     mine_GK = (expert_GK >= 0) & (expert_GK < held)
-    place_C = mine_GK.flatten().nonzero().flatten()
     tokens, top_k = mine_GK.shape
     most = min(top_k, held)
+    deeper_K = (mine_GK.sum(1, keepdim=True) > torch.arange(most, device=packed.device)).sum(0)
+    with waiting_for_device():
+        deeper = host_read(deeper_K, "choices of own experts", lambda: assumed_depths(tokens, tokens * top_k, axis.size, most))
+    place_C = torch.nonzero_static(mine_GK.flatten(), size=sum(deeper)).flatten()
     nth_C = (mine_GK.cumsum(1) - 1).flatten()[place_C]
-    deeper = (mine_GK.sum(1, keepdim=True) > torch.arange(most, device=packed.device)).sum(0).tolist()
     weights_C = weights_GK.flatten().index_select(0, place_C)
     choices = Choices(tokens, place_C // top_k, expert_GK.flatten()[place_C], weights_C, most, padded_rows)
     return Counted(choices, nth_C, [rows for rows in deeper if rows])

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...moe.device import host_read
 from ..mesh import Axis
 from ..pulse import collective, waiting_for_device
-from .choices import Choices, Counted
+from .choices import Choices, Counted, assumed_depths
 from .fan import Fan, add_up, copy_out, plan_fan
 from .flights import Exchange, Flight, depart, land
 
@@ -42,7 +43,7 @@ class Sizes(NamedTuple):
 def hop(x_PD: Tensor, choices: Choices, experts: int, axis: Axis) -> Hop:
     """Start to send the rows, and their choices; the destinations have `experts` experts each."""
     counts_PN = _count(choices, experts, axis.size)
-    sizes = _exchange_sizes(counts_PN, min(choices.most, experts), axis)
+    sizes = _exchange_sizes(counts_PN, len(choices.row_C), min(choices.most, experts), axis)
     fan = _fan(counts_PN, sizes)
     way = Exchange([of_rank[0] for of_rank in sizes.sent], [of_rank[0] for of_rank in sizes.came], axis)
     rows = depart(copy_out(x_PD, fan), way)
@@ -84,9 +85,9 @@ def _count(choices: Choices, experts: int, ranks: int) -> Tensor:
     return counts.scatter_add_(0, cell_C, torch.ones_like(cell_C)).view(choices.rows, ranks + 1)[:, :ranks]
 
 
-def _exchange_sizes(counts_PN: Tensor, most: int, axis: Axis) -> Sizes:
+def _exchange_sizes(counts_PN: Tensor, choices: int, most: int, axis: Axis) -> Sizes:
     """A small all-to-all, and the one synchronisation with the host."""
-    ranks = counts_PN.shape[1]
+    rows, ranks = counts_PN.shape
     sent_NK = torch.stack([(counts_PN > k).sum(0) for k in range(most)], dim=1)
     came_NK = sent_NK
     if axis.group is not None:
@@ -97,9 +98,15 @@ def _exchange_sizes(counts_PN: Tensor, most: int, axis: Axis) -> Sizes:
     fan_N = (pairs_P.unsqueeze(1) > torch.arange(ranks, device=pairs_P.device)).sum(0)
     counted = torch.cat([sent_NK.flatten(), came_NK.flatten(), fan_N])
     with waiting_for_device():
-        numbers = counted.tolist()
-    rows = [numbers[start : start + most] for start in range(0, 2 * ranks * most, most)]
-    return Sizes(rows[:ranks], rows[ranks:], _trimmed(numbers[-ranks:]))
+        numbers = host_read(counted, "rows and choices of each rank", lambda: _assumed(rows, choices, ranks, most))
+    of_ranks = [numbers[start : start + most] for start in range(0, 2 * ranks * most, most)]
+    return Sizes(of_ranks[:ranks], of_ranks[ranks:], _trimmed(numbers[-ranks:]))
+
+
+def _assumed(rows: int, choices: int, ranks: int, most: int) -> list[int]:
+    """What a dry run reads as the numbers of `Sizes`: to each rank goes, and from it comes, the same."""
+    depths = assumed_depths(rows, choices, ranks, most)
+    return 2 * ranks * depths + [min(rows, max(0, ranks * depths[0] - k * rows)) for k in range(ranks)]
 
 
 def _fan(counts_PN: Tensor, sizes: Sizes) -> Fan:

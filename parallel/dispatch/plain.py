@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import Arrived, plan_rows
+from ...moe.dispatch import Arrived, chosen, count_rows, plan_choices
 from ...moe.router import Routing
 from ...moe.rows import Plan, copy_to_rows, weighted_sum
 from ..mesh import Axis
@@ -22,10 +22,15 @@ from .flights import Exchange, Flight, depart, land
 
 
 class Splits(NamedTuple):
-    """How many rows went to and came from each rank, and the order in which arrived rows meet their experts."""
+    """How many rows go to and come from each rank."""
 
     sent_N: list[int]
     came_N: list[int]
+
+
+class Order(NamedTuple):
+    """Arrived rows in the order of their experts are `rows[order_A]`; `back_A` is the inverse permutation."""
+
     order_A: Tensor
     back_A: Tensor
 
@@ -36,12 +41,20 @@ class Sent(NamedTuple):
     flight: Flight
     plan: Plan
     weights_TK: Tensor
-    counts_L: Tensor
+    came_NL: Tensor
     splits: Splits
 
 
+class WayBack(NamedTuple):
+    sent: Sent
+    order: Order
+
+
 class PlainDispatcher(ExchangingDispatcher):
-    """Rows to the ranks of their experts: sorted by expert, they are sorted by rank too."""
+    """Rows to the ranks of their experts: sorted by expert, they are sorted by rank too.
+
+    What the host can plan without the other ranks is planned while the counts travel, the rest while the rows do.
+    """
 
     def __init__(self, experts: int, axis: Axis, chunks: int = 1) -> None:
         super().__init__(chunks)
@@ -49,50 +62,54 @@ class PlainDispatcher(ExchangingDispatcher):
         self.axis = axis
 
     def send(self, x_TD: Tensor, routing: Routing) -> Sent:
-        plan = plan_rows(routing, self.experts)
-        came_E = torch.empty_like(plan.counts_E)
+        chosen_TK = chosen(routing, self.experts)
+        counts_E = count_rows(chosen_TK, self.experts)
+        leaving_E = counts_E if routing.padded_rows is None else torch.full_like(counts_E, routing.padded_rows)
+        came_E = torch.empty_like(leaving_E)
         with collective("all_to_all", self.axis):
-            counts = dist.all_to_all_single(came_E, plan.counts_E, group=self.axis.group, async_op=True)
-        rows_RD = copy_to_rows(x_TD, plan)  # while the counts travel
+            counts = dist.all_to_all_single(came_E, leaving_E, group=self.axis.group, async_op=True)
+        plan = plan_choices(chosen_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counts_E)
+        rows_RD = copy_to_rows(x_TD, plan)
         assert counts is not None
         with waiting(f"all_to_all of counts over {self.axis.size} ranks"):
             counts.wait()
-        came_NL = came_E.view(self.axis.size, -1)
-        splits = plan_splits(plan.counts_E.view(self.axis.size, -1), came_NL, len(rows_RD))
-        flight = depart(rows_RD, Exchange(splits.sent_N, splits.came_N, self.axis))
-        return Sent(flight, plan, routing.weights_TK, came_NL.sum(0), splits)
+        leaving_NL, came_NL = leaving_E.view(self.axis.size, -1), came_E.view(self.axis.size, -1)
+        splits = read_splits(leaving_NL, came_NL, len(rows_RD))
+        flight = depart(rows_RD, Exchange(*splits, self.axis))
+        return Sent(flight, plan, routing.weights_TK, came_NL, splits)
 
     def receive(self, sent: Sent) -> Arrived:
-        tokens_AD = reorder(land(sent.flight), sent.splits.order_A, sent.splits.back_A)
-        return Arrived(tokens_AD, sent.counts_L, sent)
+        order, counts_L = plan_arrivals(sent.came_NL, sum(sent.splits.came_N)), sent.came_NL.sum(0)
+        return Arrived(reorder(land(sent.flight), *order), counts_L, WayBack(sent, order))
 
     def send_back(self, y_RD: Tensor, arrived: Arrived) -> Sent:
-        sent: Sent = arrived.way_back
-        rows_AD = reorder(y_RD, sent.splits.back_A, sent.splits.order_A)
+        sent, order = arrived.way_back
+        rows_AD = reorder(y_RD, order.back_A, order.order_A)
         return sent._replace(flight=depart(rows_AD, Exchange(sent.splits.came_N, sent.splits.sent_N, self.axis)))
 
     def receive_back(self, sent: Sent) -> Tensor:
         return weighted_sum(land(sent.flight), sent.weights_TK, sent.plan)
 
 
-def plan_splits(sent_NL: Tensor, came_NL: Tensor, rows: int) -> Splits:
-    """Splits on the host (a synchronisation), and the permutation from (rank, expert) order to (expert, rank) order.
+def read_splits(sent_NL: Tensor, came_NL: Tensor, rows: int) -> Splits:
+    """Splits on the host (a synchronisation).
 
     A dry run assumes that `rows` leave this rank, the same number to each, and as many come.
     """
-    sums = torch.stack([sent_NL.sum(1), came_NL.sum(1)])
+    sums = torch.stack([sent_NL, came_NL]).sum(-1)
     with waiting_for_device():
-        sent, came = host_read(sums, "rows of each rank", lambda: [even(rows, len(sums[0]))] * 2)
-    rank_major = came_NL.flatten()
-    starts = (rank_major.cumsum(0) - rank_major).view_as(came_NL).T.flatten()
-    lengths = came_NL.T.flatten()
-    ends = lengths.cumsum(0)
-    arrived = sum(came)
-    shift = torch.repeat_interleave(starts - (ends - lengths), lengths, output_size=arrived)
-    order_A = torch.arange(arrived, device=shift.device) + shift
-    back_A = torch.empty_like(order_A)
-    back_A[order_A] = torch.arange(arrived, device=shift.device)
-    return Splits(sent, came, order_A, back_A)
+        return Splits(*host_read(sums, "rows of each rank", lambda: [even(rows, len(sent_NL))] * 2))
+
+
+def plan_arrivals(came_NL: Tensor, rows: int) -> Order:
+    """The permutation from (rank, expert) order to (expert, rank) order of `rows` rows."""
+    came_LN = came_NL.T.contiguous()
+    ends_by_rank_NL = came_NL.flatten().cumsum(0).view_as(came_NL)
+    ends_by_expert_LN = came_LN.flatten().cumsum(0).view_as(came_LN)
+    shift_LN = ends_by_expert_LN - ends_by_rank_NL.T
+    place_A = torch.arange(rows, device=came_NL.device)
+    order_A = place_A - torch.repeat_interleave(shift_LN.flatten(), came_LN.flatten(), output_size=rows)
+    return Order(order_A, torch.empty_like(order_A).index_copy_(0, order_A, place_A))
 
 
 def even(rows: int, ranks: int) -> list[int]:

@@ -1,98 +1,148 @@
-"""The benchmark of one GPU, its code tried on the CPU: all layers do the same, and what a line says is what was measured."""
+"""`make gpu`: parts that fail, crash or hang do not stop the next ones, what was known is reported, and nothing is installed."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tokenyard.bench import gpu_layers
-from tokenyard.bench.gpu import SHAPES, as_json, main, measure_layer, table
-from tokenyard.bench.gpu_layers import DenseProducts
-from tokenyard.bench.gpu_step import SIZES, measure_steps
-from tokenyard.bench.host_reads import host_reads
-from tokenyard.bench.shapes import Shape
-from tokenyard.bench.turns import take_turns
-from tokenyard.moe import dispatch
+from tokenyard.bench.gpu import __main__ as program
+from tokenyard.bench.gpu.parts import PARTS, TOTAL_SECONDS, Part
+from tokenyard.bench.gpu.report import Report
+from tokenyard.bench.gpu.runner import Runner
+from tokenyard.bench.gpu.start import fits, unpack
 
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_layers_of_others_give_what_ours_gives(name: str) -> None:
-    shape = SHAPES["tiny"][name]
-    lines = {line.name: line for line in measure_layer(name, shape, CPU, 2, 1, False, torch.float32)}
-    theirs = lines["transformers, grouped_mm"]
-    assert theirs.off is not None and theirs.off < 1e-5
-    for line in lines.values():
-        assert (line.seconds is None) == bool(line.note)
-    assert lines["SonicMoE"].note == lines["MegaBlocks"].note == "not installed"
-    ours = lines["tokenyard"]
-    assert ours.seconds is not None and ours.teraflops == shape.flops / ours.seconds.median / 1e12
-    assert ours.host_reads == {}
-    assert ours.of_dense < 1 == lines["dense products"].of_dense
+ROOT = Path(__file__).resolve().parents[2]
+BROKEN = """
+import json, os, sys, time
+for line in sys.stdin:
+    part = json.loads(line)["part"]
+    print(json.dumps({"kind": "check", "name": f"begin of {part}", "ok": True, "text": str(os.getpid())}), flush=True)
+    if part == "products":
+        os.abort()
+    if part == "presets":
+        print("asleep", file=sys.stderr, flush=True)
+        time.sleep(60)
+    if part == "routers":
+        print(json.dumps({"kind": "check", "name": "raised", "ok": False, "text": "E"}), flush=True)
+        print(json.dumps({"kind": "end"}), flush=True)
+        sys.exit(1)
+    print(json.dumps({"kind": "end"}), flush=True)
+"""
+"""A worker of which one part crashes, one hangs and one raises."""
 
 
-def test_a_layer_that_fails_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
-        raise RuntimeError("no kernel\nfor this device")
-
-    monkeypatch.setattr(gpu_layers, "_transformers", fails)
-    lines = {line.name: line for line in measure_layer("olmoe", SHAPES["tiny"]["olmoe"], CPU, 1, 0, False)}
-    assert lines["transformers, grouped_mm"].note == "RuntimeError: no kernel for this device"
-    assert lines["tokenyard"].seconds is not None
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **rest: popen([sys.executable, str(path)], **rest))
 
 
-def test_dense_products_have_the_flops_of_the_experts() -> None:
-    """torch's own count, with a shared expert and without."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for shape in (SHAPES["tiny"]["deepseek_v3"], SHAPES["tiny"]["mixtral"]):
-        products = DenseProducts(shape, torch.empty(0))
-        with FlopCounterMode(display=False) as counter:
-            products()
-        assert counter.get_total_flops() == shape.flops
-    assert Shape(width=2, hidden=3, experts=4, top_k=2, shared=0, tokens=5).flops == 3 * 2 * (3 * 2 * 3) * 10
+def part(name: str, seconds: float = 30.0) -> Part:
+    return next(one for one in PARTS if one.name == name)._replace(seconds=seconds)
 
 
-def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropping, on one device: loss and norm, before the update."""
-    monkeypatch.setattr(dispatch, "alignment", lambda _: 1)  # as on a GPU
-    (line,) = measure_steps(SIZES["tiny"], CPU, 1, 0, compiled=False)
-    assert [(place.partition(":")[0], count) for place, count in line.host_reads.items()] == [("train/survival/flags.py", 1)]
-    assert line.mfu > 0 and line.peak_bytes is None
-    assert line.tokens_per_second == 128 / line.seconds.median
+def test_a_crash_and_a_hang_do_not_stop_the_next(broken: None) -> None:
+    runner = Runner("cpu", "tiny", time.monotonic() + 60.0)
+    found = {}
+    for name, seconds in [("machine", 30.0), ("products", 30.0), ("presets", 3.5), ("routers", 30.0), ("waits", 30.0)]:
+        found[name] = list(runner.run(part(name, seconds)))
+    runner.close()
+    assert all(records[0]["name"] == f"begin of {name}" and records[-1]["kind"] == "took" for name, records in found.items())
+    texts = {name: [one["text"] for one in records if one["kind"] == "check" and not one["ok"]] for name, records in found.items()}
+    assert texts == {
+        "machine": [],
+        "products": ["it ended its process (signal SIGABRT)"],
+        "presets": ["it took longer than 4 s"],
+        "routers": ["E"],
+        "waits": [],
+    }
+    assert [one["text"] for one in found["presets"] if one["kind"] == "log"] == ["asleep"]
+    processes = [records[0]["text"] for records in found.values()]
+    assert processes[0] == processes[1] and len(set(processes)) == 4
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(processes[2]), 0)
 
 
-def test_reads_are_found() -> None:
-    x = torch.arange(4.0)
-    reads = host_reads(lambda: (x.sum().item(), x.tolist(), x[x > 1], x.nonzero(), bool(x[0] == 0)), CPU)
-    assert reads.total() == 5 and all(place.startswith("tests/bench/test_gpu.py:") for place in reads)
-    counts = torch.tensor([1, 2])
-    assert host_reads(lambda: counts.repeat_interleave(counts), CPU).total() == 1
-    assert host_reads(lambda: counts.repeat_interleave(counts, output_size=3), CPU).total() == 0
+def test_a_part_that_has_no_time_is_skipped() -> None:
+    records = list(Runner("cpu", "tiny", time.monotonic() + 2.0).run(part("products")))
+    assert [one["kind"] for one in records] == ["skip", "took"] and records[0]["text"] == "no time was left"
 
 
-def test_works_take_turns() -> None:
-    order: list[str] = []
-    taken = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 2, 1, lambda: order.append("-"))
-    assert "".join(order) == "-b-a" + "-a-b" + "-b-a"
-    assert [len(times) for times in taken.values()] == [2, 2]
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--device cpu --scale tiny --shapes olmoe --no-compile --repeats 1 --warm-up 0"
-    monkeypatch.setattr("sys.argv", ["gpu", *words.split()])
-    main()
+def test_what_was_known_is_reported(broken: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a part that crashed too."""
+    words = f"--device cpu --scale tiny --part products waits --out {tmp_path / 'out'}".split()
+    assert program.main(words) == 1
+    page, plain = (tmp_path / "out" / "report.md").read_text(), json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(plain["parts"]) == ["machine", "products", "waits"] and plain["device"] == "cpu" and plain["scale"] == "tiny"
+    assert "- products: **products came to its end**: it ended its process (signal SIGABRT)" in page
+    assert "| products | " in page and "begin of waits" in page
     shown = capsys.readouterr().out
-    assert shown.startswith("CPU, ") and "| olmoe | SonicMoE | not installed |" in shown and "| eager | " in shown
-    monkeypatch.setattr("sys.argv", ["gpu", *words.split(), "--json"])
-    main()
-    found = json.loads(capsys.readouterr().out)
-    assert [line["name"] for line in found["layers"]][:2] == ["dense products", "tokenyard"]
-    assert table([], []) == "" and json.loads(as_json([], [], CPU))["steps"] == []
+    assert shown.startswith("make gpu: date ") and "FAILED products came to its end" in shown and "[waits] " in shown
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    with pytest.raises(SystemExit, match="no GPU"):
-        main()
+def test_the_report_has_tables_and_says_what_failed(tmp_path: Path) -> None:
+    report = Report(tmp_path, {"device": "cpu"})
+    report.add("steps", {"kind": "row", "table": "steps", "cells": {"step": "a|b", "ms": 1.23456}})
+    report.add("steps", {"kind": "row", "table": "steps", "cells": {"step": "c", "MFU": "1%"}})
+    report.add("steps", {"kind": "skip", "name": "d", "text": "no time"})
+    for number in range(40):
+        report.add("steps", {"kind": "check", "name": f"n{number}", "ok": number != 7, "value": number, "limit": 9.0, "text": "t"})
+    report.add("steps", {"kind": "took", "seconds": 2.0})
+    report.write()
+    page = (tmp_path / "report.md").read_text()
+    assert "| step | ms | MFU |\n| --- | --- | --- |\n| a/b | 1.235 |  |\n| c |  | 1% |" in page
+    assert "| steps | 2 | 39 | 1 | 1 |" in page and "- steps: **n7**: t" in page and "skipped: d: no time" in page
+    assert page.index("| n7 | **NO** |") < page.index("| n39 | yes |") and "| n3 |" not in page
+    assert len(json.loads((tmp_path / "report.json").read_text())["parts"]["steps"]) == 44
+
+
+def test_a_killed_report_leaves_no_half_file(tmp_path: Path) -> None:
+    Report(tmp_path / "new", {}).write()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
+
+
+def test_parts_leave_room_in_eight_minutes() -> None:
+    assert TOTAL_SECONDS < 480 - 10 and len({one.name for one in PARTS}) == len(PARTS)
+
+
+def test_wheels_are_taken_where_they_are_missing(tmp_path: Path) -> None:
+    here = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    machine = os.uname().machine
+    wheels = {
+        "missing-1.0-py3-none-any.whl": {"missing/__init__.py": "A = 1"},
+        "torch-9.0-py3-none-any.whl": {"torch/__init__.py": ""},
+        f"built-1.0-{here}-{here}-manylinux2014_{machine}.whl": {"built.py": ""},
+        f"other-1.0-{here}-{here}-manylinux2014_riscv64.whl": {"other.py": ""},
+        f"older-1.0-cp39-cp39-manylinux2014_{machine}.whl": {"older.py": ""},
+    }
+    for name, files in wheels.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for file, content in {**files, f"{name.split('-')[0]}-1.0.dist-info/METADATA": ""}.items():
+                archive.writestr(file, content)
+    (tmp_path / "there").mkdir()
+    assert unpack(tmp_path, tmp_path / "there") == ["built-1.0", "missing-1.0"]
+    assert (tmp_path / "there" / "missing" / "__init__.py").read_text() == "A = 1"
+    assert unpack(tmp_path / "nowhere", tmp_path / "there") == []
+    assert fits("a-1-py2.py3-none-any.whl") and not fits("a-1-py2-none-any.whl")
+
+
+def test_it_runs_from_a_folder_of_another_name(tmp_path: Path) -> None:
+    """Without installation, with no package on the path: a part on a real worker, and the exit code."""
+    link = tmp_path / "some-folder"
+    link.symlink_to(ROOT)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = ["--device", "cpu", "--scale", "tiny", "--part", "machine", "--out", str(tmp_path / "out")]
+    program = [sys.executable, "-P", str(link / "bench" / "gpu" / "start.py"), *words]
+    ended = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    plain: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
+    facts = {one["name"]: one["value"] for one in plain["parts"]["machine"] if one["kind"] == "fact"}
+    assert "torch" in facts and "\n  torch: " in ended.stdout
+    assert any(one["kind"] == "skip" and one["name"] == "CUDA" for one in plain["parts"]["machine"])

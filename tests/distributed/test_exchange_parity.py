@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from router_cases import ROUTERS
 from sameness import VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process
+from tokenyard.bench.gpu.router_cases import ROUTERS
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.parallel.config import Exchange
 

@@ -1,9 +1,11 @@
 """Faults 22 to 24: a rank that hangs, is gone, leaves a collective out, raises or is slow is named, soon and rightly."""
 
+import os
 import random
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +16,12 @@ from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.dispatch.flights import Exchange, depart, land
 from tokenyard.parallel.mesh import Axis, build_mesh
+from tokenyard.parallel.pieces import Held, whole
 from tokenyard.parallel.pulse import PULSE, check_before_collectives, collective, doing
+from tokenyard.train.checkpoint import saver as saver_module
+from tokenyard.train.checkpoint.saver import Saver
 from tokenyard.train.survival.blame import Verdict
+from tokenyard.train.survival.failpoints import VARIABLE
 from tokenyard.train.survival.watchdog import STACKS, Watchdog
 
 TIMEOUT = 0.5
@@ -101,6 +107,42 @@ def test_a_hung_run_ends_with_its_own_exit_code(tmp_path: Path, record_property:
     assert "train_step" in (folder / STACKS / "rank_0.txt").read_text()
     assert seconds <= 13
     record_property("measured", f"exit 69, {seconds - 3:.1f} s after the timeout, the launcher included")
+
+
+def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[Verdict]]:
+    """The error of a save that rank 1's writer makes long, if it ended, and what the hang guard said meanwhile."""
+    rank, verdicts = dist.get_rank(), []
+    held, saver = {f"x.{rank}": Held(whole((4,)), torch.ones(4))}, Saver(folder / "checkpoints", limit_seconds=3 * TIMEOUT)
+    slow = f"checkpoint.shard_begun:rank=1:sleep={60 if kind == 'stuck writer' else 2 * TIMEOUT}"
+    PULSE.__init__()
+    dist.barrier()
+    dog = Watchdog(folder, rank, 2, TIMEOUT, end=verdicts.append).start()
+    with mock.patch.dict(os.environ, {VARIABLE: slow, "RANK": str(rank)}), mock.patch.object(saver_module, "PATIENCE_AT_EXIT", 0.1):
+        saver.begin(1, held, {}, asynchronous=False)
+        if kind == "frozen rank" and rank == 1:
+            _wait_for(verdicts)
+        outcome = saver.finish()
+    dog.close()
+    assert outcome is not None
+    return outcome.error, verdicts
+
+
+@pytest.mark.fault(22)
+def test_a_long_save_that_is_awaited_is_no_hang(ranks: Any, tmp_path: Path) -> None:
+    """It lasts twice as long as a collective may."""
+    assert ranks(2, awaited_save, tmp_path, "slow writer") == [(None, [])] * 2
+
+
+@pytest.mark.fault(22)
+def test_a_writer_that_is_stuck_ends_by_the_limit_of_saves(ranks: Any, tmp_path: Path) -> None:
+    text = f"rank 0: TimeoutError: the save took longer than checkpoint.timeout_seconds={3 * TIMEOUT:g}"
+    assert ranks(2, awaited_save, tmp_path, "stuck writer") == [(text, [])] * 2
+
+
+@pytest.mark.fault(22)
+def test_a_rank_that_does_not_wait_for_the_save_with_the_others_hangs(ranks: Any, tmp_path: Path) -> None:
+    for _, verdicts in ranks(2, awaited_save, tmp_path, "frozen rank"):
+        assert [verdict.ranks for verdict in verdicts] == [[1]]
 
 
 def disagree(kind: str, culprit: int) -> str:

@@ -30,7 +30,9 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.pieces import Held, whole
+from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.train.checkpoint.store import read_whole, save_checkpoint
+from tokenyard.train.checkpoint.verify import check_all
 from tokenyard.train.loss import Totals, losses
 from torch import Tensor
 
@@ -194,3 +196,30 @@ def their_gradient(theirs: Any, name: str) -> tuple[str, Tensor]:
     if which == "w2":
         return layer, theirs.get_parameter(f"{layer}.experts.down_proj").grad[int(expert)]
     return layer, theirs.get_parameter(f"{layer}.experts.gate_up_proj").grad[int(expert)].chunk(2)[which == "w3"]
+
+
+def test_only_the_files_that_an_import_carried_go_along(saved: Callable[..., Path], tmp_path: Path) -> None:
+    theirs, private = saved("Mixtral", num_local_experts=4), tmp_path / "private"
+    (theirs / "chat_template.jinja").write_text("a template")
+    checkpoint = import_folder(theirs, tmp_path / "ours").checkpoint
+    private.write_text("a key")
+    (checkpoint / "tokenizer_hf" / "model-00001-of-00001.safetensors").write_text("other weights")
+    (checkpoint / "tokenizer_hf" / "vocab.json").symlink_to(private)
+    export_checkpoint(checkpoint, tmp_path / "again")
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "a template"
+    assert not (tmp_path / "again" / "vocab.json").exists()
+    assert tensors(tmp_path / "again").keys() == tensors(theirs).keys()
+    with pytest.raises(DamagedCheckpoint, match=r"model-00001-of-00001\.safetensors is not listed in manifest\.json"):
+        check_all(checkpoint)
+
+
+def test_a_listed_file_that_is_a_link_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    theirs, private = saved("Mixtral", num_local_experts=4), tmp_path / "private"
+    private.write_text("a template")
+    (theirs / "chat_template.jinja").write_text("a template")
+    checkpoint = import_folder(theirs, tmp_path / "ours").checkpoint
+    (checkpoint / "tokenizer_hf" / "chat_template.jinja").unlink()
+    (checkpoint / "tokenizer_hf" / "chat_template.jinja").symlink_to(private)
+    with pytest.raises(DamagedCheckpoint, match=r"chat_template\.jinja is no regular file"):
+        export_checkpoint(checkpoint, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -9,6 +9,7 @@ import pytest
 import tokenyard
 import torch
 from safetensors.torch import load_file, save_file
+from tokenyard.interop.convert import import_folder
 
 Saved = Callable[..., Path]
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
@@ -104,3 +105,28 @@ def test_the_index_must_tell_the_truth(sharded: Path) -> None:
     (sharded / "part-1.safetensors").unlink()
     write_index(sharded, weight_map)
     assert "part-1.safetensors is no readable safetensors file" in refusal(sharded)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "model.safetensors"])
+def test_links_out_of_the_folder_are_refused(name: str, saved: Saved, tmp_path: Path) -> None:
+    folder, private = saved("Mixtral", num_local_experts=4), tmp_path / "private"
+    private.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(private)
+    with pytest.raises(ValueError, match=rf"{name}: is a link that leads out of its folder"):
+        import_folder(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(saved: Saved, tmp_path: Path) -> None:
+    folder, snapshot, blobs = (
+        saved("Mixtral", num_local_experts=4),
+        tmp_path / "hub" / "snapshots" / "abc",
+        tmp_path / "hub" / "blobs",
+    )
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        file.rename(blobs / f"hash of {file.name}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"hash of {file.name}"))
+    import_folder(snapshot, tmp_path / "ours")

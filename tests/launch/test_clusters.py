@@ -12,7 +12,7 @@ import pytest
 import yaml
 from cluster_schema import TRAIN_JOB, violations
 from tokenyard.launch.deepspeed import hostfile, one_host, several_hosts
-from tokenyard.launch.handover import job_name, joined
+from tokenyard.launch.handover import handed_to_cluster, job_name, joined
 from tokenyard.launch.kubernetes import as_yaml, train_job
 from tokenyard.launch.main import main
 from tokenyard.launch.slurm import batch_script
@@ -67,7 +67,26 @@ def test_deepspeed_hosts() -> None:
         "run.dir=runs/first",
         "seed=2",
         "tracker.names=[]",
+        "precision=bf16",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ([], ["precision=bf16"]),
+        (["precision=auto"], ["precision=bf16"]),
+        (["precision=fp32"], ["precision=fp32"]),
+        (["experiment=eight_gpus"], ["experiment=eight_gpus"]),
+        (["device=cpu"], ["device=cpu", "precision=fp32"]),
+        (["launch.gpus=0"], ["precision=fp32"]),
+    ],
+)
+def test_a_job_says_its_precision(words: list[str], written: list[str]) -> None:
+    for launch in (SLURM, KUBERNETES, DEEPSPEED):
+        config, arguments = composed([*words, *launch])
+        found = handed_to_cluster(config, arguments)
+        assert [word for word in found if word.partition("=")[0] in ("precision", "device", "experiment")] == written
 
 
 def test_deepspeed_on_one_host() -> None:

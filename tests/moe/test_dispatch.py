@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import LocalDispatcher, plan_rows
 from tokenyard.moe.router import Routing
 from tokenyard.moe.rows import Plan, copy_to_rows, weighted_sum
@@ -69,26 +70,34 @@ def test_derivatives_of_copy_and_sum() -> None:
     assert torch.autograd.gradcheck(lambda y, w: weighted_sum(y, w, plan), (y_RD, routing.weights_TK))
 
 
-def test_bf16_rows_are_summed_in_fp32() -> None:
-    """Output and both gradients are within one rounding of the exact values."""
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("dropped", [None, 0.3])
+def test_bf16_rows_are_summed_in_fp32(kind: str, dropped: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and both gradients are within one rounding of the exact values, on CUDA for a few tokens at a time."""
+    monkeypatch.setattr("tokenyard.moe.rows.AT_ONCE", 2 * 8 * 64)
     torch.manual_seed(0)
-    routing = Routing(torch.rand(9, 32).argsort(1)[:, :8], torch.rand(9, 8), None, stats=None)  # pyright: ignore[reportArgumentType]
+    kept_TK = None if dropped is None else torch.rand(9, 8) >= dropped
+    routing = Routing(torch.rand(9, 32).argsort(1)[:, :8], torch.rand(9, 8), kept_TK, stats=None)  # pyright: ignore[reportArgumentType]
     plan, weights_TK = plan_rows(routing, 32), routing.weights_TK.requires_grad_()
-    x_TD, y_RD = torch.randn(9, 64).bfloat16().requires_grad_(), torch.randn(72, 64).bfloat16().requires_grad_()
-    grad_TD, grad_RD = torch.randn(9, 64).bfloat16(), torch.randn(72, 64).bfloat16()
-    output = weighted_sum(y_RD, weights_TK, plan)
-    narrow = [output, *torch.autograd.grad(output, (y_RD, weights_TK), grad_TD)]
-    narrow += torch.autograd.grad(copy_to_rows(x_TD, plan), x_TD, grad_RD)
-    y_TKD = y_RD.double()[plan.slot_TK]
-    exact = [
-        (y_TKD * weights_TK.double()[..., None]).sum(1),
-        (grad_TD.double()[:, None] * weights_TK.double()[..., None]).flatten(0, 1)[plan.slot_TK.flatten().argsort()],
-        (y_TKD * grad_TD.double()[:, None]).sum(-1),
-        grad_RD.double()[plan.slot_TK].sum(1),
-    ]
-    for value, expected in zip(narrow, exact, strict=True):
+    x_TD, y_RD = torch.randn(9, 64).bfloat16().requires_grad_(), torch.randn(len(plan.token_R), 64).bfloat16().requires_grad_()
+    grad_TD, grad_RD = torch.randn(9, 64).bfloat16(), torch.randn(y_RD.shape).bfloat16()
+    with dry_run(kind):
+        output = weighted_sum(y_RD, weights_TK, plan)
+        narrow = [output, *torch.autograd.grad(output, (y_RD, weights_TK), grad_TD)]
+        narrow += torch.autograd.grad(copy_to_rows(x_TD, plan), x_TD, grad_RD)
+    wide = [x.detach().double().requires_grad_() for x in (x_TD, y_RD, weights_TK)]
+    exact = [expected(wide[1], wide[2], plan)]
+    exact += torch.autograd.grad(exact[0], wide[1:], grad_TD.double())
+    exact += torch.autograd.grad(wide[0][plan.token_R], wide[0], grad_RD.double())
+    for value, reference in zip(narrow, exact, strict=True):
         half_unit = 2.0**-8 if value.dtype == torch.bfloat16 else 1e-6
-        torch.testing.assert_close(value.double(), expected, rtol=half_unit, atol=1e-5)
+        torch.testing.assert_close(value.double(), reference, rtol=half_unit, atol=1e-5)
+
+
+def expected(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+    """Each token's weighted sum, by torch's own gradient."""
+    y_TKD = torch.cat([y_RD, y_RD.new_zeros(1, y_RD.shape[1])])[plan.slot_TK]  # dropped choices (-1) take the last row
+    return (y_TKD * weights_TK.unsqueeze(-1)).sum(1)
 
 
 def random_routing(tokens: int, top_k: int, dropped: float | None) -> Routing:

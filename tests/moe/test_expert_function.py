@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from tokenyard.bench.host_reads import host_reads
 from tokenyard.moe import expert_function, products
 from tokenyard.moe.activations import activate, activate_and_pull, projections
 from tokenyard.moe.config import Activation
+from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import FusedDispatcher, LocalDispatcher, alignment, plan_rows, rounded_up
 from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.router import Routing
@@ -52,6 +54,23 @@ def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
     pull(grad, result)
     torch.testing.assert_close(active, activate(activation, x.detach()), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_weights_gradient_is_not_rounded_on_cuda() -> None:
+    """With products that come in bf16: of a row's activation and its gradient the sum of exact products is taken."""
+    torch.manual_seed(0)
+    inner_RN, grad_RF = torch.randn(5, 2 * 256).bfloat16(), torch.randn(5, 256).bfloat16()
+    active_RF, exact = activate(Activation.swiglu, inner_RN), grad_RF.double()
+    with dry_run("cuda"):
+        *_, found_R = expert_function._back_through_activation(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
+    torch.testing.assert_close(found_R.double(), (active_RF.double() * exact).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_with_biases_do_not_make_the_host_wait() -> None:
+    experts, routing = random_experts(torch.float32, bias=True), random_routing(11, 2, None, None)
+    x_TD, plan = torch.randn(11, WIDTH, requires_grad=True), plan_rows(routing, EXPERTS)
+    choices = Choices(plan, routing.weights_TK.float())
+    assert host_reads(lambda: experts(x_TD, plan.counts_E, choices).sum().backward(), torch.device("cpu")) == {}
 
 
 def test_rounding_up_changes_no_number() -> None:

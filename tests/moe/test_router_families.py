@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from router_cases import EXPERTS, RANDOM, ROUTERS
+from tokenyard.bench.gpu.router_cases import EXPERTS, RANDOM, ROUTERS
 from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
-from tokenyard.moe.model import ModelConfig
+from tokenyard.moe.model import ModelConfig, Transformer
+from tokenyard.moe.noise import fold
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.tokens import Place, Tokens, describe
+from tokenyard.moe.tokens import Place, Tokens, describe, places
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -153,6 +154,32 @@ def test_rows_are_routed_alike_in_whatever_batch_they_come(name: str) -> None:
     whole = outcome(router, Place(3, 7), x_BSD)
     halves = [outcome(router, Place(3, 7, row=row), x_BSD[row : row + 2]) for row in (0, 2)]
     assert torch.equal(torch.cat(halves), whole)
+
+
+@ALL
+def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a layer and, before all layers, in a model."""
+    made = []
+    monkeypatch.setattr("tokenyard.moe.router.fold", lambda *of: made.append("layer") or fold(*of))
+    monkeypatch.setattr("tokenyard.moe.tokens.places", lambda *of: made.append("model") or places(*of))
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocabulary=40, width=WIDTH, layers=1, heads=2, kv_heads=2, moe=config), torch.float64)
+    model(torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64))
+    name = next(name for name, other in ROUTERS.items() if other is config)
+    assert made == (["model", "layer"] if name in RANDOM else [])
+
+
+@ALL
+def test_a_loss_that_is_off_has_no_backward_pass(config: MoEConfig) -> None:
+    balance = replace(config.balance, sequence_coefficient=0.0)
+    on, off = (replace(config, balance=replace(balance, coefficient=value), z_coefficient=value) for value in (0.1, 0.0))
+    stats, idle = (random_router(each)(inputs(), token_record(each)).stats for each in (on, off))
+    learns = config.router.selection is not Selection.hash
+    assert stats.scores_BE.requires_grad == stats.z.requires_grad == learns
+    assert not idle.scores_BE.requires_grad and not idle.z.requires_grad
+    assert torch.equal(stats.scores_BE, idle.scores_BE) and torch.equal(stats.z, idle.z)
+    sequences = replace(off, balance=replace(off.balance, sequence_coefficient=0.1))
+    assert random_router(sequences)(inputs(), token_record(sequences)).stats.scores_BE.requires_grad == learns
 
 
 def test_layers_draw_their_own_noise() -> None:

@@ -12,6 +12,7 @@ from tokenyard.moe.config import (
     Scope,
     Selection,
 )
+from tokenyard.moe.device import dry_run
 from tokenyard.moe.noise import fold
 from tokenyard.moe.router import Router
 from tokenyard.moe.scores import Noisy, chance_of_choice, hash_scores
@@ -27,6 +28,23 @@ def test_best_is_top_k_and_takes_the_first_of_equals() -> None:
     assert torch.equal(best(scores, 4), scores.topk(4).indices)
     assert torch.equal(best(torch.zeros(2, 300), 5), torch.arange(5).expand(2, 5))
     assert best(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 4).tolist() == [1, 3, 2, 4]
+
+
+@pytest.mark.parametrize("columns", [8, 9, 128, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_best_takes_the_same_on_cuda(columns: int, dtype: torch.dtype) -> None:
+    """One sort instead of K maxima: random scores, ties, -inf, NaN, all equal; up to as many as are not -inf."""
+    torch.manual_seed(0)
+    scores = torch.randn(2, 50, columns, dtype=dtype)
+    few = scores.masked_fill(torch.rand_like(scores) < 0.5, -torch.inf)
+    few[..., :8] = scores[..., :8]
+    strange = scores.masked_fill(torch.rand_like(scores) < 0.1, torch.nan)
+    cases = [(scores, columns), ((4 * scores).round(), columns), (torch.zeros_like(scores), columns), (few, 8), (strange, columns)]
+    for ranked_BSE, top_k in cases:
+        for taken in {1, 2, 8, top_k}:
+            with dry_run("cuda"):
+                found = best(ranked_BSE, taken)
+            assert torch.equal(found, best(ranked_BSE, taken)) and found.is_contiguous()
 
 
 def test_hash_is_balanced_fixed_and_another_in_each_layer() -> None:

@@ -103,6 +103,12 @@ class OnCuda(Tensor):
     def record_stream(self, s: Any) -> None:
         self.double.note("record_stream", s)
 
+    def cpu(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        stream = self.double.current_stream(self.index)
+        self.double.note("cpu", stream)
+        stream.run(stream.given)
+        return self.as_subclass(Tensor)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.copy_:

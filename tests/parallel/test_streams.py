@@ -1,5 +1,7 @@
 """Streams, events and copies on a double of torch.cuda: which stream of which device, in which order, and who waits for it."""
 
+import re
+from pathlib import Path
 from threading import Thread
 from time import sleep
 from typing import Any
@@ -11,6 +13,7 @@ from cuda_double import CudaDouble
 from tokenyard.parallel import streams
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda", 1)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -113,3 +116,10 @@ def test_on_a_cpu_all_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first.wait()
     sleep(0.01)
     assert streams.seconds_between(first, streams.record(CPU, timed=True)) >= 0.01
+
+
+def test_nothing_else_of_the_project_makes_them() -> None:
+    made = re.compile(r"cuda\.(Stream|Event|stream|set_device|current_stream)\b|pin_memory|non_blocking|record_stream")
+    others = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("bench", "tests", ".venv")]
+    found = [path.relative_to(ROOT).as_posix() for path in others if made.search(path.read_text())]
+    assert found == ["parallel/streams.py"]

@@ -1,5 +1,7 @@
 """The head's loss by chunks and by slices, and the sliced embedding, equal torch's own on the whole vocabulary."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,6 +81,28 @@ def test_nothing_is_differentiated_where_nobody_asks() -> None:
         loss = head_loss(x_TD, weight_VD.requires_grad_(), head, targets_T, IGNORE, ALONE)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, by_torch(x_TD, weight_VD.detach(), targets_T, "plain").loss)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_the_backward_pass_makes_no_copy_in_the_wide_type(dtype: torch.dtype, copies: float) -> None:
+    """Three uses of the weight, as with two modules of multi-token prediction; what they give is added up in place.
+
+    Narrow weights get narrow gradients: two of them, each half as large, are there while they are added up.
+    """
+    rows, columns = 4096, 64
+    weight_VD = torch.randn(rows, columns, dtype=dtype, requires_grad=True)
+    x_TD, targets_T, head = torch.randn(2, columns, dtype=dtype), torch.tensor([3, 5]), head_of("plain")
+    losses = [factor * head_loss(x_TD, weight_VD, head, targets_T, IGNORE, ALONE) for factor in (1, 2, 3)]
+    assert peak_bytes(torch.stack(losses).sum().backward) / (4 * rows * columns) == pytest.approx(copies, abs=0.1)
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory of tensors that `work` makes at the same time. (With a dispatch mode autograd adds out of place.)"""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events: Any = profile.profiler
+    changes = [event.nbytes() for event in events.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
 
 
 def test_no_counted_target_costs_nothing() -> None:

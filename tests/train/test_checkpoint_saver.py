@@ -2,8 +2,11 @@
 
 import random
 import time
+import weakref
 from pathlib import Path
+from threading import Event
 
+import cuda_double
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,66 @@ def test_a_change_that_did_not_wait_fails_the_save(tmp_path: Path, monkeypatch: 
     assert outcome is not None and outcome.error is not None
     assert "RuntimeError: tensor 'model.x' changed while it was copied" in outcome.error
     assert list(tmp_path.iterdir()) == []
+
+
+def on_second_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[cuda_double.CudaDouble, cuda_double.OnCuda]:
+    """A rank whose device is cuda:1, and a tensor there that is 0 until the work on it is done and then 1 to 4."""
+    cuda = cuda_double.installed(monkeypatch)
+    cuda.set_device(1)
+    x = cuda.tensor(torch.zeros(4), 1)
+    plain = x.as_subclass(
+        torch.Tensor
+    ).data  # with a version of its own: on a GPU it changes when work is given, not when it is done
+    cuda.current_stream().give(lambda: plain.add_(torch.arange(1.0, 5.0)))
+    return cuda, x
+
+
+def test_a_copy_of_another_gpu_than_the_first_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's thread begins on cuda:0; the file must have what cuda:1 has computed before the save, also at the next save."""
+    cuda, x = on_second_gpu(monkeypatch)
+    saver = Saver(tmp_path)
+    for step in (1, 2):
+        cuda.calls.clear()
+        assert saver.begin(step, {"model.x": Held(whole((4,)), x)}, {}) is None
+        outcome = saver.finish()
+        assert outcome is not None and outcome.error is None
+        assert read_whole(outcome.path)["x"].tolist() == [1.0, 2.0, 3.0, 4.0]
+        assert cuda.of("MainThread") == [("record", "cuda:1 default")]
+        assert cuda.of("checkpoint") == [
+            ("set_device", 1),
+            ("Stream", "cuda:1 side"),
+            ("wait_event", "cuda:1 side"),
+            ("record_stream", "cuda:1 side"),
+            ("copy", "cuda:1 side"),
+            ("record", "cuda:1 side"),
+            ("event.synchronize", "cuda:1 side"),
+        ]
+    assert len(cuda.pinned) == 1
+
+
+def test_a_synchronous_save_reads_behind_the_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if that is not on the default stream, which is the thread's."""
+    cuda, x = on_second_gpu(monkeypatch)
+    plain, saver = x.as_subclass(torch.Tensor).data, Saver(tmp_path)
+    with cuda.stream(cuda.Stream()):
+        cuda.current_stream().give(lambda: plain.add_(10))
+        assert saver.begin(1, {"model.x": Held(whole((4,)), x)}, {}, asynchronous=False) is None
+    outcome = saver.finish()
+    assert outcome is not None and outcome.error is None
+    assert read_whole(outcome.path)["x"].min() >= 10
+    assert cuda.of("checkpoint")[:2] == [("set_device", 1), ("wait_event", "cuda:1 default")]
+
+
+def test_what_was_made_for_the_save_is_gone_when_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed's moments, which are gathered on the device for it."""
+    gathered, begun, gone = torch.zeros(4), Event(), []
+    made, saver = weakref.ref(gathered), Saver(tmp_path)
+    monkeypatch.setattr(saver_module, "write_share", lambda job, held: (begun.wait(10), gone.append(made() is None)))
+    saver.begin(1, {"model.x": Held(whole((4,)), gathered)}, {})
+    del gathered
+    begun.set()
+    saver.finish()
+    assert gone == [True]
 
 
 def test_all_generators_are_put_back() -> None:

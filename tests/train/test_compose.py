@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError, Engine, Precision
+from tokenyard.train.derive import derive
 from tokenyard.train.launch_config import Launcher
 from tokenyard.train.run_facts import train_command
 from tokenyard.train.schema import quoted
@@ -155,8 +157,11 @@ def own_experiment(folder: Path, text: str) -> Path:
 
 
 def test_the_command_that_goes_on_says_only_what_differs_from_the_command_line_without_overrides(tmp_path: Path) -> None:
-    config = compose(["seed=3", "model=tiny", "model.layers=3"])
-    again = train_command(config, run_dir=tmp_path, steps=12).split()
-    assert train_command(compose([]), run_dir=tmp_path, steps=12).split()[2:] == [f"run.dir={tmp_path}", "steps=12"]
+    config, usual, cpu = compose(["seed=3", "model=tiny", "model.layers=3"]), compose([]), torch.device("cpu")
+    for each in (config, usual):
+        derive(each, cpu)
+    again = train_command(config, cpu, tmp_path, steps=12).split()
+    assert train_command(usual, cpu, tmp_path, steps=12).split()[2:] == [f"run.dir={tmp_path}", "steps=12"]
+    assert train_command(usual, torch.device("cuda"), tmp_path).split()[2:-1] == ["precision=fp32", "log.every=1"]
     assert compose(again[2:-2]).model == config.model
     assert again[-2:] == [f"run.dir={tmp_path}", "steps=12"]

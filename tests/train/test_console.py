@@ -7,7 +7,7 @@ import pytest
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.count import count
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.train.config import BatchConfig, Config
+from tokenyard.train.config import BatchConfig, Config, Precision
 from tokenyard.train.console.console import Eta, fitting_spans, step_line, step_spans
 from tokenyard.train.console.startup import StartupFacts, startup_lines, startup_table
 from tokenyard.train.console.summary import EndFacts, end_lines, end_summary
@@ -106,6 +106,7 @@ CONFIG = Config(
     batch=BatchConfig(sequences=16),
     steps=600,
     sequence_length=256,
+    precision=Precision.fp32,
     model=ModelConfig(layers=4, width=256, hidden=1024, dense_first=1, moe=MoEConfig(experts=8, hidden=512, shared_hidden=64)),
     parallel=ParallelConfig(tensor=2, shard=2, expert=4),
 )
@@ -120,6 +121,7 @@ FACTS = StartupFacts(
     bytes_per_token=4.123,
     peak_flops=198.3e9,
     peak_source="measured",
+    precision_from="the default on a CPU",
     commands=[("watch it", "tail -f runs/a/metrics.jsonl")],
 )
 STARTUP = """\
@@ -134,7 +136,7 @@ tokenyard 0.1.0
   tokenizer   sentencepiece, 4.12 bytes a token
   layout      8 ranks: replicate 2 x shard 2 x tensor 2; expert 4
   device      cpu (2 cores), 1 thread a rank; peak 198 GFLOP/s, measured
-  precision   fp32
+  precision   fp32, the default on a CPU
   run folder  runs/a
   start       new run
   watch it
@@ -147,14 +149,19 @@ def test_startup_table():
 
 
 def test_startup_of_a_resumed_dense_run_on_one_rank():
-    config = Config(steps=600, model=ModelConfig(layers=4, width=256, hidden=1024, moe=MoEConfig(experts=0)), compile=True)
+    config = Config(
+        steps=600,
+        precision=Precision.fp32,
+        model=ModelConfig(layers=4, width=256, hidden=1024, moe=MoEConfig(experts=0)),
+        compile=True,
+    )
     facts = StartupFacts(**vars(FACTS) | {"ranks": 1, "first_step": 200, "threads": 2})
     table = startup_table(config, count(config.model), facts)
     assert "  model       4 layers, 256 wide, 8 heads; dense\n" in table
     assert "  length      600 steps, 400 to go; " in table
     assert "  layout      1 rank\n" in table
     assert ", 2 threads a rank; " in table
-    assert "  precision   fp32, compiled\n" in table
+    assert "  precision   fp32, the default on a CPU, compiled\n" in table
     assert "experts" not in table
 
 

@@ -4,13 +4,15 @@ Weights and moments change in the optimizer's update alone, so only the update h
 arXiv 2406.10707).
 """
 
-from threading import Event
+from threading import Event as Flag
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from ...parallel.pieces import Held
+from ...parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
+
+CPU = torch.device("cpu")
 
 
 class Copies:
@@ -18,16 +20,12 @@ class Copies:
 
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
-        self._done = Event()
+        self._done = Flag()
         self._done.set()
-        self._ready: Any = None
 
     def open(self) -> None:
         """From here on what is to be copied must not change."""
         self._done.clear()
-        if torch.cuda.is_initialized():
-            self._ready = torch.cuda.Event()
-            self._ready.record()
 
     def wait(self) -> float:
         """Until it may change; seconds."""
@@ -35,25 +33,31 @@ class Copies:
         self._done.wait()
         return perf_counter() - begin
 
-    def take(self, held: dict[str, Held]) -> dict[str, Held]:
-        """The same pieces on the host. RuntimeError if one has changed meanwhile."""
+    def take(self, held: dict[str, Held], ready: Event) -> dict[str, Held]:
+        """The same pieces, as they are when `ready` is done, on the host when this returns. RuntimeError if one has changed since.
+
+        Empties `held`: a GPU's tensors that were made for the save alone are gone before the writing begins.
+        """
         try:
             versions = {name: one.tensor._version for name, one in held.items()}
-            copied = self._on_a_stream_of_its_own(held) if self._ready is not None else self._copied(held)
+            copied = self._on_a_stream_of_its_own(held, ready)
             changed = [name for name, one in held.items() if one.tensor._version != versions[name]]
             if changed:
                 raise RuntimeError(f"tensor {changed[0]!r} changed while it was copied")
+            held.clear()
             return copied
         finally:
             self._done.set()
 
-    def _on_a_stream_of_its_own(self, held: dict[str, Held]) -> dict[str, Held]:
-        """Beside the computation, after what was computed before `open`."""
-        stream = torch.cuda.Stream()
-        stream.wait_event(self._ready)
-        with torch.cuda.stream(stream):
+    def _on_a_stream_of_its_own(self, held: dict[str, Held], ready: Event) -> dict[str, Held]:
+        """Beside the computation. The host waits for what lies behind the copies."""
+        device = device_of(held)
+        enter_thread(device)
+        used = [tensor for _, tensor in held.values() if tensor.device.type == device.type]
+        with SideStream(device).behind(ready, *used):
             copied = self._copied(held)
-        stream.synchronize()
+            last = record(device)
+        last.wait()
         return copied
 
     def _copied(self, held: dict[str, Held]) -> dict[str, Held]:
@@ -61,6 +65,18 @@ class Copies:
         for name, (piece, tensor) in held.items():
             memory = self._memory.get(name)
             if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
-                memory = self._memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copied[name] = Held(piece, memory.copy_(tensor.detach(), non_blocking=True))
+                memory = self._memory[name] = host_memory(tensor)
+            copied[name] = Held(piece, copy_to_host(tensor, memory))
         return copied
+
+
+def in_place(held: dict[str, Held], ready: Event) -> dict[str, Held]:
+    """In the thread: `held` without a copy, which the current stream of the device reads behind `ready`. Nothing changes it."""
+    enter_thread(device_of(held))
+    stream_waits(ready)
+    return held
+
+
+def device_of(held: dict[str, Held]) -> torch.device:
+    """The GPU of this rank, if a tensor is on it."""
+    return next((tensor.device for _, tensor in held.values() if tensor.is_cuda), CPU)

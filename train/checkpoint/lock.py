@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..files import refuse_links
 
 NAME = "lock"
 PROCESS = secrets.token_hex(8)
@@ -33,8 +34,9 @@ class RunLock:
 
 def lock_run(folder: Path) -> RunLock:
     """ConfigError, naming host and process id, if another process has the lock. What a dead one has left is taken over."""
+    refuse_links(folder)
     path = folder / NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -143,7 +143,9 @@ def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
     listed = manifest.files | manifest.attachments
     for name in sorted(listed if names is None else names):
         path, expected = folder / name, listed[name].bytes
-        if not path.is_file():
+        if path.is_symlink() or path.parent.is_symlink() or (path.exists() and not path.is_file()):
+            raise DamagedCheckpoint(path, f"checkpoint file {path} is no regular file: nothing in a checkpoint may be a link")
+        if not path.exists():
             raise DamagedCheckpoint(path, f"checkpoint file {path} is missing: {MANIFEST} lists it with {expected} bytes")
         if (size := path.stat().st_size) != expected:
             reason = f"checkpoint file {path} is damaged: it has {size} bytes and {MANIFEST} says {expected}"

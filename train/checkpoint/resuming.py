@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...parallel.processes import is_first
 from ..config import Config, ConfigError
+from ..files import write_private
 from ..journal import Journal
 from ..schema import written
 from ..state import random_state, restore_random
@@ -109,7 +110,7 @@ def restore_data(session: "Session", facts: dict[str, Any]) -> None:
 def restore_identity(folder: Path, facts: dict[str, Any], path: Path) -> None:
     """The id under which trackers know the run, if its own file of that was lost."""
     if is_first() and facts.get("run_id") and path.parent.parent == folder and not (folder / "run_id").exists():
-        (folder / "run_id").write_text(facts["run_id"] + "\n")
+        write_private(folder / "run_id", facts["run_id"] + "\n")
 
 
 def say_changes(session: "Session", facts: dict[str, Any]) -> None:

@@ -16,8 +16,10 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from ...parallel.pieces import Held
+from ...parallel.pulse import progress
+from ...parallel.streams import Event, record
 from .agree import any_rank, from_all, from_first, rank_and_world, through_first
-from .copies import Copies
+from .copies import Copies, device_of, in_place
 from .manifest import checked_facts
 from .plan import Offer, Share, offers_of, shares_of
 from .writer import TEMPORARY, Job, Stopped, beside, describe, discard, write_share
@@ -97,7 +99,8 @@ class Saver:
         mine = {name: held[name] for name in share.names}
         if asynchronous:
             self._copies.open()
-        thread = Thread(target=self._write, args=[job, mine, asynchronous], name="checkpoint", daemon=True)
+        ready = record(device_of(mine))
+        thread = Thread(target=self._write, args=[job, mine, ready, asynchronous], name="checkpoint", daemon=True)
         save = self._save = _Save(job, thread, begin)
         thread.start()
         save.blocked = perf_counter() - begin
@@ -145,11 +148,12 @@ class Saver:
         return self._end(failed)
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way; how it ended."""
+        """Wait for the save under way, up to `limit_seconds`; how it ended. The hang guard sees that all ranks still answer."""
         while self._save is not None:
             self._save.thread.join(0.02)
             if (outcome := self.step()) is not None:
                 return outcome
+            progress()
         return None
 
     def close(self) -> None:
@@ -193,9 +197,10 @@ class Saver:
             return temporary, {}, describe(error)
         return temporary, facts, None
 
-    def _write(self, job: Job, held: dict[str, Held], copy: bool) -> None:
+    def _write(self, job: Job, held: dict[str, Held], ready: Event, copy: bool) -> None:
+        """In the thread. `held` is what the device has computed when `ready` is done."""
         try:
-            write_share(job, self._copies.take(held) if copy else held)
+            write_share(job, self._copies.take(held, ready) if copy else in_place(held, ready))
         except Stopped:
             return
         except BaseException as error:  # a thread has nobody to tell but the next `flags`

@@ -33,6 +33,7 @@ def check_all(path: Path) -> Manifest:
     """
     manifest = read_manifest(path)
     check_files(path, manifest)
+    check_unlisted(path, manifest)
     if manifest.experts:
         wanted = [one for name, record in manifest.tensors.items() for one in slices(name, record.shape)]
         found = expert_hashes([hash_stored(path, manifest.tensors, wanted, lambda: None)])
@@ -40,6 +41,14 @@ def check_all(path: Path) -> Manifest:
             if found.get(layer) != manifest.experts.get(layer):
                 raise DamagedCheckpoint(path / MANIFEST, f"{path / MANIFEST}: the experts of {layer} are not those it states")
     return manifest
+
+
+def check_unlisted(path: Path, manifest: Manifest) -> None:
+    """DamagedCheckpoint for a file or link in the folder that the manifest does not list: somebody else has put it there."""
+    listed = {MANIFEST, *manifest.files, *manifest.attachments}
+    for found in sorted(path.rglob("*")):
+        if (found.is_symlink() or not found.is_dir()) and found.relative_to(path).as_posix() not in listed:
+            raise DamagedCheckpoint(found, f"checkpoint file {found} is not listed in {MANIFEST}")
 
 
 def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -> None:

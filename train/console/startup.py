@@ -29,6 +29,8 @@ class StartupFacts:
     peak_flops: float
     """FLOP/s of all devices together."""
     peak_source: str
+    precision_from: str
+    """Why it is what it is, such as: the default on a GPU."""
     first_step: int = 0
     """Steps that are done already."""
     commands: list[tuple[str, str]] = field(default_factory=list)
@@ -98,7 +100,7 @@ def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     return [
         ("layout", layout if ranks > 1 else "1 rank"),
         ("device", f"{facts.device}, {facts.threads} thread{'s' * (facts.threads != 1)} a rank{peak}"),
-        ("precision", f"{config.precision.value}{compiled}{recompute}"),
+        ("precision", f"{config.precision.value}, {facts.precision_from}{compiled}{recompute}"),
     ]
 
 

@@ -14,6 +14,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from ..config import TrackerConfig
+from ..files import write_private
 from ..journal import Journal
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
@@ -110,7 +111,7 @@ def run_identity(run_dir: Path, resumed: bool) -> str:
     """
     path = run_dir / "run_id"
     if not (resumed and path.exists()):
-        path.write_text(secrets.token_hex(4) + "\n")
+        write_private(path, secrets.token_hex(4) + "\n")
     return path.read_text().strip()
 
 

@@ -33,6 +33,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --open-mode=app
     batch.sequences=128 \
     run.dir=runs/first \
     seed=2 \
+    precision=bf16 \
     launch=torchrun \
     launch.nodes=2 \
     launch.ranks=8 \

@@ -1,17 +1,24 @@
 """Every exchange on real ranks equals one device that has all experts, rank by rank, in fp64."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from tokenyard.bench.host_reads import host_reads
+from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Dispatcher, LocalDispatcher
 from tokenyard.moe.experts import Experts
 from tokenyard.moe.router import Routing
 from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.dispatch.build import build_dispatcher
-from tokenyard.parallel.dispatch.plain import plan_splits, reorder
-from tokenyard.parallel.mesh import build_mesh
+from tokenyard.parallel.dispatch.deduplicated import DeduplicatedDispatcher
+from tokenyard.parallel.dispatch.gather import GatherDispatcher
+from tokenyard.parallel.dispatch.plain import PlainDispatcher, plan_arrivals, read_splits, reorder
+from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup, ProcessGroup
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 EXPERTS, WIDTH, HIDDEN, TOP_K = 8, 4, 6, 3
 TOKENS = {"even": [5, 5, 5, 5], "uneven": [7, 1, 4, 2], "one rank without tokens": [3, 0, 6, 2], "nobody has tokens": [0, 0, 0, 0]}
@@ -33,8 +40,9 @@ ALL = pytest.mark.parametrize("config", EXCHANGES.values(), ids=EXCHANGES)
 def test_plan_equals_a_loop(shape: tuple[int, int], most: int) -> None:
     torch.manual_seed(most)
     sent_NL, came_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
-    plan = plan_splits(sent_NL, came_NL, int(sent_NL.sum()))
-    assert plan.sent_N == [sum(row) for row in sent_NL.tolist()] and plan.came_N == [sum(row) for row in came_NL.tolist()]
+    splits = read_splits(sent_NL, came_NL, int(sent_NL.sum()))
+    assert splits.sent_N == [sum(row) for row in sent_NL.tolist()] and splits.came_N == [sum(row) for row in came_NL.tolist()]
+    plan = plan_arrivals(came_NL, sum(splits.came_N))
     ranks, experts = shape
     rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(came_NL[rank, expert]))]
     arrived = [rows[place] for place in plan.order_A.tolist()]
@@ -98,6 +106,75 @@ def test_padding_reaches_the_experts(ranks: Any, name: str) -> None:
     parts = [random_tokens(5, 0.3) | {"padded_rows": 5} for _ in range(4)]
     for of_rank in assert_ranks_equal_one_device(ranks, EXCHANGES[name], parts):
         assert of_rank["counts_L"].tolist() == [20, 20]
+
+
+WAITS = {"plain": 1, "deduplicated": 1, "hierarchical": 2, "gather": 2}
+"""How often the host waits for the device in a layer's dispatch and combine, backward included."""
+FILES = {"plain": "plain.py", "deduplicated": "hop.py", "hierarchical": "hop.py", "gather": "gather.py"}
+
+
+@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize("dropped", [None, 0.3])
+def test_the_host_waits_as_often_as_said(ranks: Any, name: str, dropped: float | None) -> None:
+    """Dropping costs the plain exchange one more, the number of kept choices."""
+    torch.manual_seed(0)
+    parts = [random_tokens(count, dropped) for count in (7, 1, 4, 2)]
+    expected = {f"parallel/dispatch/{FILES[name]}": WAITS[name]}
+    if name == "plain" and dropped is not None:
+        expected["moe/dispatch.py"] = 1
+    assert ranks(4, waits, EXCHANGES[name], parts) == 4 * [expected]
+
+
+def waits(config: ParallelConfig, parts: list[dict[str, Any]]) -> dict[str, int]:
+    """How often the host waits, by file."""
+    config.expert = len(parts)
+    mesh = build_mesh(config)
+    dispatcher, part = build_dispatcher(EXPERTS, mesh, config), parts[mesh.rank]
+    places = host_reads(lambda: pass_rows(dispatcher, part), torch.device("cpu"))
+    files: Counter[str] = Counter()
+    for place, count in places.items():
+        files[place.partition(":")[0]] += count
+    return dict(files)
+
+
+def pass_rows(dispatcher: Dispatcher, part: dict[str, Any]) -> None:
+    """Forward and backward with experts that double each row."""
+    x_TD, weights_TK = part["x_TD"].clone().requires_grad_(), part["weights_TK"].clone().requires_grad_()
+    routing = Routing(part["experts_TK"], weights_TK, part["kept_TK"], None, None)  # pyright: ignore[reportArgumentType]
+    y_TD, _, _ = dispatcher.run(x_TD, routing, lambda x_RD, _: 2 * x_RD, lambda: None)
+    y_TD.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(64, 8, 3), (48, 32, 8), (1, 8, 3), (32, 4, 4)])
+def test_a_dry_run_goes_on_with_numbers_that_fit_each_other(name: str, tokens: int, experts: int, top_k: int) -> None:
+    """No number is read; about as many rows arrive as are chosen, which splits and sums of a backward pass agree with."""
+    dispatcher, arrived = dry_dispatcher(name, experts), []
+    with FakeTensorMode(), dry_run("cuda") as seen:
+        part = random_tokens(tokens, None, top_k, experts)
+        weights_TK, x_TD = part["weights_TK"].requires_grad_(), part["x_TD"].requires_grad_()
+        routing = Routing(part["experts_TK"], weights_TK, None, None, None)  # pyright: ignore[reportArgumentType]
+        y_TD, _, rows = dispatcher.run(x_TD, routing, lambda x_RD, _: arrived.append(len(x_RD)) or 2 * x_RD, lambda: None)
+        y_TD.square().sum().backward()
+    assert seen.waits.total() == WAITS[name] and x_TD.grad is not None and y_TD.shape == x_TD.shape
+    assert arrived == [rows] and abs(rows - tokens * top_k) <= 4 * top_k
+
+
+def dry_dispatcher(name: str, experts: int) -> Dispatcher:
+    """Of rank 1 of 4, whose collectives do nothing."""
+
+    def axis(size: int) -> Axis:
+        group = ProcessGroup(1, size)
+        group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.CUSTOM, FakeProcessGroup._create_internal(1, size))
+        return Axis(size, 1, group)
+
+    match name:
+        case "plain":
+            return PlainDispatcher(experts, axis(4))
+        case "gather":
+            return GatherDispatcher(experts, axis(4))
+        case _:
+            return DeduplicatedDispatcher(experts, [axis(4)] if name == "deduplicated" else [axis(2), axis(2)])
 
 
 def assert_ranks_equal_one_device(ranks: Any, config: ParallelConfig, parts: list[dict[str, Any]]) -> list[dict[str, Tensor]]:

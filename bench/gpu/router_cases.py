@@ -1,11 +1,8 @@
-"""One configuration of each kind of router, balance loss and capacity, for the tests that all of them pass.
-
-Import it as `router_cases`: tests/conftest.py puts this folder on the path.
-"""
+"""One configuration of each kind of router, balance loss and capacity, for the tests that all of them pass."""
 
 from typing import Any
 
-from tokenyard.moe.config import (
+from ...moe.config import (
     BalanceConfig,
     CapacityConfig,
     DropPolicy,
@@ -28,7 +25,7 @@ def moe(router: dict[str, Any], balance: dict[str, Any] | None = None, capacity:
         hidden=16,
         z_coefficient=0.01,
         router=RouterConfig(**router),
-        balance=BalanceConfig(**({"coefficient": 0.05} | (balance or {}))),
+        balance=BalanceConfig(**{"coefficient": 0.05, **(balance or {})}),
         capacity=CapacityConfig(**(capacity or {})),
     )
 

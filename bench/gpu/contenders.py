@@ -14,14 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.feedforward import FeedForward
-from ..moe.layer import MoELayer
-from .shapes import Shape, our_layer
-
-
-class Absent(Exception):
-    """What cannot be compared here, and why."""
-
+from ...moe.feedforward import FeedForward
+from ...moe.layer import MoELayer
+from ..shapes import Shape, our_layer
+from .tell import Absent
 
 Forward = Callable[[Tensor], Tensor]
 """(1, T, D) to (1, T, D)."""
@@ -31,7 +27,6 @@ def contenders(ours: MoELayer, shape: Shape) -> dict[str, Callable[[], Forward]]
     """What makes each, by name. Making one raises Absent where it is not installed, and anything where it does not run."""
     return {
         "tokenyard": lambda: lambda x: ours(x)[0],
-        "tokenyard, compiled": partial(_compiled, ours),
         "tokenyard, fp32 weights": partial(_with_wide_weights, ours, shape),
         "dense layer of the active size": partial(_dense_layer, ours, shape),
         "transformers, grouped_mm": partial(_transformers, ours, shape),
@@ -59,11 +54,6 @@ class DenseProducts:
             torch.mm(grad_RD.T, inner_RF)
             torch.mm(grad_inner_RH, gate_up_HD)
             torch.mm(grad_inner_RH.T, x_RD)
-
-
-def _compiled(ours: MoELayer) -> Forward:
-    layer = torch.compile(ours, dynamic=True)
-    return lambda x: layer(x)[0]
 
 
 def _with_wide_weights(ours: MoELayer, shape: Shape) -> Forward:

@@ -1,0 +1,151 @@
+"""A world of one rank over NCCL (gloo on a CPU): what several ranks send travels here from a GPU to itself.
+
+Layouts of one rank communicate nothing, so the axes of the mesh are made of the whole world by hand.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...moe.config import ModelConfig, MoEConfig
+from ...moe.model import Transformer
+from ...parallel.apply import Parallel, initialise, parallelize
+from ...parallel.collectives import all_gather, max_over, stack_over, sum_over
+from ...parallel.config import Exchange, ParallelConfig
+from ...parallel.dispatch.build import build_dispatcher
+from ...parallel.fsdp import apply_fsdp
+from ...parallel.layout import DENSE, EXPERTS, mesh_sizes
+from ...parallel.mesh import Axis, Mesh
+from ...parity.compare import assembled
+from ...parity.observe import observe_model
+from ...train.config import Precision
+from ...train.session import DTYPES
+from .choices import Choices, again, kept
+from .models import LIMITS, configured, furthest
+from .tell import Teller
+
+STEPS = 3
+EXACT = dict.fromkeys(LIMITS[Precision.bf16], 1e-9)
+MODEL = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, vocabulary=256, moe=MoEConfig(experts=8, top_k=4, hidden=64))
+
+
+def run(teller: Teller) -> None:
+    with world_of_one(teller.device):
+        collectives(teller)
+        for precision, limits in ((Precision.fp64, EXACT), (Precision.bf16, LIMITS[Precision.bf16])):
+            compare(teller, precision, limits)
+
+
+def compare(teller: Teller, precision: Precision, limits: dict[str, float]) -> None:
+    """Training with exchanges, and under FSDP2, against training without."""
+    choices = Choices()
+    with kept(choices):
+        reference = trained(teller.device, precision)
+    works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}
+    works["plain exchange in 2 chunks"] = partial(trained, exchange=Exchange.plain, chunks=2)
+    for zero in (3, 2, 1):
+        works[f"FSDP2 as ZeRO-{zero}"] = partial(trained, zero=zero)
+    for name, work in works.items():
+        with again(choices):
+            found = work(teller.device, precision)
+        for column, (value, key) in furthest(found, reference).items():
+            where = f"step {key.step}, {key.kind} {key.name}".strip()
+            teller.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
+
+
+def trained(
+    device: torch.device, precision: Precision, exchange: Exchange | None = None, zero: int = 0, chunks: int = 1
+) -> dict[Any, torch.Tensor]:
+    """What parity sees of three steps."""
+    config = configured(MODEL, precision)
+    parallel = model_alone(MODEL, device, DTYPES[precision], exchange, zero, chunks)
+    initialise(parallel, config.seed)
+    seen = observe_model(parallel, config, STEPS)
+    return assembled(one._replace(tensor=one.tensor.cpu()) for one in seen)
+
+
+def model_alone(
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    exchange: Exchange | None,
+    zero: int = 0,
+    chunks: int = 1,
+    compiled: bool = False,
+) -> Parallel:
+    """Without weights yet. `exchange` and `zero` over the whole world; None and 0: neither."""
+    config = ParallelConfig(overlap_chunks=chunks, node_ranks=1)
+    mesh = whole_world(config) if exchange or zero else Mesh(1, 0, mesh_sizes(config, 1))
+    with torch.device("meta"):
+        model = Transformer(model_config, dtype)
+    if zero:
+        apply_fsdp(model, mesh, device, zero)
+    if exchange:
+        config.exchange = exchange
+        dispatcher = build_dispatcher(model_config.moe.experts, mesh, config)
+        for block in model.blocks:
+            if block.moe is not None:
+                block.moe.dispatcher = dispatcher
+    parallel = parallelize(model, mesh, config, device, compiled)
+    parallel.zero = zero or parallel.zero
+    return parallel
+
+
+def whole_world(config: ParallelConfig) -> Mesh:
+    """All axes are of the one rank, with a group."""
+    mesh = Mesh(1, 0, mesh_sizes(config, 1))
+    names = [(name,) for name in DENSE + EXPERTS] + [DENSE, ("replicate", "shard")]
+    mesh.axes = {key: Axis(1, 0, dist.group.WORLD) for key in names}
+    return mesh
+
+
+def collectives(teller: Teller) -> None:
+    """Of one rank each gives what it was given."""
+    axis = Axis(1, 0, dist.group.WORLD)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8):
+        x = torch.arange(24, device=teller.device).to(dtype).view(6, 4)
+        gathered, sent = torch.empty_like(x), torch.empty_like(x)
+        all_gather(gathered, x)
+        dist.all_to_all_single(sent, x, [6], [6])
+        found = {"all-reduce": sum_over(x.clone(), axis), "maximum": max_over(x.clone(), axis), "stack": stack_over(x, axis)[0]}
+        for name, value in (found | {"all-gather": gathered, "all-to-all": sent}).items():
+            teller.check(f"{name}, {dtype}", torch.equal(value.cpu(), x.cpu()))
+    empty = torch.empty(0, 4, device=teller.device)
+    dist.all_to_all_single(torch.empty_like(empty), empty, [0], [0])
+    dist.barrier()
+    teller.check("all-to-all of nothing, and a barrier", True)
+
+
+@contextmanager
+def world_of_one(device: torch.device) -> Iterator[None]:
+    """The process group of this process alone."""
+    with tempfile.TemporaryDirectory() as folder, world(device, 0, 1, Path(folder) / "meeting"):
+        yield
+
+
+@contextmanager
+def world(device: torch.device, rank: int, size: int, meeting: Path) -> Iterator[None]:
+    """The process group of `size` ranks that meet at a file, NCCL's for GPUs."""
+    cuda = device.type == "cuda"
+    if cuda:
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
+        device_id=device if cuda else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,153 @@
+"""Forward and backward of MoE layers of known models, beside dense products of the same FLOPs and the layers of others.
+
+Those of others are transformers, SonicMoE and MegaBlocks, where these are installed. All take turns. Inputs are random and so is
+the router, which makes the load nearly even.
+"""
+
+import gc
+from functools import partial
+from time import monotonic
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..figures import Spread, spread
+from ..host_reads import host_reads
+from ..shapes import Shape, our_layer
+from ..turns import peak_bytes, take_turns
+from .contenders import DenseProducts, Forward, contenders
+from .tell import Absent, Teller
+
+SHAPES = {
+    "full": {
+        "qwen3_30b": Shape(width=2048, hidden=768, experts=128, top_k=8, shared=0, tokens=32768),
+        "mixtral": Shape(width=4096, hidden=14336, experts=8, top_k=2, shared=0, tokens=16384),
+        "olmoe": Shape(width=2048, hidden=1024, experts=64, top_k=8, shared=0, tokens=32768),
+        "deepseek_v3": Shape(width=7168, hidden=2048, experts=32, top_k=8, shared=2048, tokens=16384),
+    },
+    "tiny": {
+        "qwen3_30b": Shape(width=64, hidden=32, experts=16, top_k=8, shared=0, tokens=128),
+        "mixtral": Shape(width=64, hidden=128, experts=4, top_k=2, shared=0, tokens=128),
+        "olmoe": Shape(width=64, hidden=32, experts=8, top_k=4, shared=0, tokens=128),
+        "deepseek_v3": Shape(width=64, hidden=32, experts=8, top_k=4, shared=32, tokens=128),
+    },
+}
+"""As those models have them; of DeepSeek-V3's 256 experts the 32 of one of 8 ranks."""
+
+REPEATS = {"full": (10, 3), "tiny": (2, 1)}
+"""And those before them, which warm up."""
+DENSE = "dense products"
+
+
+class LayerLine(NamedTuple):
+    """Forward and backward of one layer; without times where `note` says why."""
+
+    shape: str
+    name: str
+    seconds: Spread | None = None
+    teraflops: float = 0.0
+    of_dense: float = 0.0
+    """The dense products' median time over its own."""
+    peak_bytes: int | None = None
+    host_reads: dict[str, int] | None = None
+    off: float | None = None
+    """Norm of the difference of the output from ours, over the norm of ours."""
+    note: str = ""
+
+
+def run(teller: Teller) -> None:
+    """The next layer is smaller if the time that is left might not be enough for one like that before."""
+    before = 0.0
+    for name, shape in SHAPES[teller.scale].items():
+        if before > teller.remaining / 2:
+            shape = shape._replace(tokens=shape.tokens // 4)
+        if before > teller.remaining:
+            teller.skip(name, f"{teller.remaining:.0f} s are left, and the layer before took {before:.0f} s")
+            continue
+        begin = monotonic()
+        for line in measure_layer(name, shape, teller.device, *REPEATS[teller.scale]):
+            teller.row("layers, forward and backward", **cells(line, shape.tokens))
+        forget(teller.device)
+        before = monotonic() - begin
+
+
+def measure_layer(
+    name: str, shape: Shape, device: torch.device, repeats: int, warm_up: int, dtype: torch.dtype = torch.bfloat16
+) -> list[LayerLine]:
+    """A line for the dense products and for each contender."""
+    ours = our_layer(shape, device, dtype)
+    x = torch.randn(1, shape.tokens, shape.width, device=device).to(dtype).requires_grad_()
+    gradient, expected = torch.randn_like(x), ours(x)[0].detach()
+    works: dict[str, Any] = {DENSE: DenseProducts(shape, x.detach())}
+    lines: dict[str, LayerLine] = {DENSE: LayerLine(name, DENSE)}
+    for contender, make in contenders(ours, shape).items():
+        try:
+            forward = make()
+            off = _off(forward(x).detach(), expected)
+            forward(x).backward(gradient)
+        except Absent as reason:
+            lines[contender] = LayerLine(name, contender, note=str(reason))
+        except Exception as error:  # of somebody else's kernels: a row says so, the others are measured
+            lines[contender] = LayerLine(name, contender, note=" ".join(f"{type(error).__name__}: {error}".split())[:120])
+        else:
+            works[contender] = partial(_forward_and_backward, forward, x, gradient)
+            lines[contender] = LayerLine(name, contender, off=off if "dense" not in contender else None)
+    taken = take_turns(works, device, repeats, warm_up, partial(_reset, x))
+    limit = spread(taken[DENSE]).median
+    return [_filled(line, works.get(line.name), taken.get(line.name), shape, limit, device) for line in lines.values()]
+
+
+def _filled(line: LayerLine, work: Any, taken: list[float] | None, shape: Shape, limit: float, device: torch.device) -> LayerLine:
+    if taken is None:
+        return line
+    seconds = spread(taken)
+    rates = {"teraflops": shape.flops / seconds.median / 1e12, "of_dense": limit / seconds.median}
+    memory = None if line.name == DENSE else peak_bytes(work, device)
+    return line._replace(seconds=seconds, peak_bytes=memory, host_reads=dict(host_reads(work, device)), **rates)
+
+
+def _forward_and_backward(forward: Forward, x: Tensor, gradient: Tensor) -> None:
+    """Gradients of weights add to those of the repeat before, as in a step of several micro-batches."""
+    forward(x).backward(gradient)
+
+
+def _reset(x: Tensor) -> None:
+    x.grad = None
+
+
+def _off(y: Tensor, expected: Tensor) -> float:
+    return ((y.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def forget(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cells(line: LayerLine, tokens: int) -> dict[str, Any]:
+    """Of a table; milliseconds are medians, and waits are how often the host waits for the device."""
+    found: dict[str, Any] = {"layer": line.shape, "tokens": tokens, "by": line.name}
+    if line.seconds is None:
+        return found | {"ms (least, most)": line.note}
+    return found | {
+        "ms (least, most)": milliseconds(line.seconds),
+        "TFLOP/s": line.teraflops,
+        "of dense products": line.of_dense,
+        "peak MiB": mebibytes(line.peak_bytes),
+        "waits": waits(line.host_reads),
+        "output off by": "" if line.off is None else f"{line.off:.0e}",
+    }
+
+
+def milliseconds(seconds: Spread) -> str:
+    return f"{1e3 * seconds.median:.2f} ({1e3 * seconds.least:.2f}, {1e3 * seconds.most:.2f})"
+
+
+def mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f}"
+
+
+def waits(found: dict[str, int] | None) -> str:
+    return ", ".join(f"{count} x {place}" for place, count in (found or {}).items()) or "0"

@@ -1,0 +1,122 @@
+"""Runs parts in a process apart, which is replaced when a part fails, crashes or takes too long. Needs no torch."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from time import monotonic
+from typing import IO, Any
+
+from .parts import Part
+
+LEAST_SECONDS = 3.0
+"""A part that would have less is not begun."""
+LONGEST_LOG = 6000
+"""Characters."""
+Record = dict[str, Any]
+
+
+class Runner:
+    """`deadline`, of `time.monotonic`, is when all is over."""
+
+    def __init__(self, device: str, scale: str, deadline: float) -> None:
+        self.words = [device, scale]
+        self.deadline = deadline
+        self._worker: _Worker | None = None
+
+    def run(self, part: Part) -> Iterator[Record]:
+        """What the part tells, as it comes; the last record says how long it took."""
+        begin = monotonic()
+        limit = min(part.seconds, self.deadline - begin)
+        if limit < LEAST_SECONDS:
+            yield {"kind": "skip", "name": part.name, "text": "no time was left"}
+        else:
+            yield from self._asked(part, begin + limit, limit)
+        yield {"kind": "took", "seconds": monotonic() - begin}
+
+    def _asked(self, part: Part, end: float, limit: float) -> Iterator[Record]:
+        if self._worker is None:
+            self._worker = _Worker(self.words)
+        worker = self._worker
+        whole = False
+        for record in worker.ask(part.name, end):
+            if record["kind"] == "end":
+                whole = True
+                break
+            whole = False
+            yield record
+        if whole and worker.stays():
+            return
+        late = monotonic() >= end
+        self.close()
+        if not whole:
+            why = f"took longer than {limit:.0f} s" if late else f"ended its process ({worker.ending()})"
+            yield {"kind": "check", "name": f"{part.name} came to its end", "ok": False, "text": f"it {why}"}
+        yield {"kind": "log", "text": worker.log}
+
+    def close(self) -> None:
+        """End the process, and those that it started."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+
+class _Worker:
+    """Its process, and, once that is killed, the end of its `log`."""
+
+    log = ""
+
+    def __init__(self, words: list[str]) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"{__package__}.worker", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+
+    def ask(self, part: str, end: float) -> Iterator[Record]:
+        """The records that come until `end`, or until the process ends."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"part": part, "seconds": end - monotonic()}).encode() + b"\n")
+            self._process.stdin.flush()
+        for line in _lines(self._process.stdout, end):
+            yield json.loads(line)
+
+    def stays(self) -> bool:
+        """Whether it waits for the next part: one that failed ends."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.05)
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """And what it started, and keep what it wrote to its standard error."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with self._process, self._errors:  # waits, and closes the pipes
+            self._errors.seek(0)
+            self.log = self._errors.read().decode(errors="replace").strip()[-LONGEST_LOG:]
+
+    def ending(self) -> str:
+        code = self._process.returncode
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _lines(pipe: IO[bytes], end: float) -> Iterator[bytes]:
+    """Whole lines, until the pipe is closed or the time is over."""
+    held = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while (left := end - monotonic()) > 0 and selector.select(left):
+            found = os.read(pipe.fileno(), 2**16)
+            if not found:
+                return
+            *whole, held = (held + found).split(b"\n")
+            yield from whole

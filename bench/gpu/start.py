@@ -1,0 +1,63 @@
+"""The program of `make gpu`: makes `tokenyard` importable where nothing is installed, and starts it. Standard library only.
+
+A folder of its own holds a link `tokenyard` to the repository, whatever the repository's folder is called, and what is missing here
+of the wheels in `.gpu/`. Nothing is written elsewhere.
+"""
+
+import importlib.util
+import os
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WHEELS = ROOT / ".gpu"
+
+
+def main() -> int:
+    """Returns the exit code of `python -m tokenyard.bench.gpu` with the same arguments."""
+    with tempfile.TemporaryDirectory(prefix="tokenyard-gpu-") as name:
+        folder = Path(name)
+        (folder / "tokenyard").symlink_to(ROOT, target_is_directory=True)
+        taken = unpack(WHEELS, folder)
+        path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TOKENYARD_GPU_WHEELS": " ".join(taken)}
+        return os.spawnve(
+            os.P_WAIT, sys.executable, [sys.executable, "-P", "-m", "tokenyard.bench.gpu", *sys.argv[1:]], environment
+        )
+
+
+def unpack(wheels: Path, folder: Path) -> list[str]:
+    """Put the packages into `folder` that this Python lacks and a wheel has; the names of those wheels."""
+    taken = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        if fits(wheel.name):
+            with zipfile.ZipFile(wheel) as archive:
+                if not any(is_installed(name) for name in packages(archive)):
+                    archive.extractall(folder)
+                    taken.append("-".join(wheel.name.split("-")[:2]))
+    return taken
+
+
+def fits(name: str) -> bool:
+    """Whether a wheel of this name is for any Python 3, or for this one and this processor."""
+    python, _, platform = name.removesuffix(".whl").split("-")[-3:]
+    if platform == "any":
+        return "py3" in python.split(".")
+    return python == f"cp{sys.version_info.major}{sys.version_info.minor}" and platform.endswith(os.uname().machine)
+
+
+def packages(archive: zipfile.ZipFile) -> set[str]:
+    """The top-level packages and modules in a wheel."""
+    names = {name.partition("/")[0] for name in archive.namelist()}
+    return {name.removesuffix(".py") for name in names if not name.endswith((".dist-info", ".data", ".so"))}
+
+
+def is_installed(package: str) -> bool:
+    """Also one of several wheels that share a namespace counts."""
+    return importlib.util.find_spec(package) is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

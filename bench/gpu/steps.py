@@ -1,0 +1,129 @@
+"""Whole training steps on one device, without data, Hydra or a tracker: tokens/s, MFU, memory, and the time of each stage."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ...moe.config import ModelConfig, MoEConfig
+from ...moe.count import count, training_flops_per_token
+from ...parallel.apply import Parallel
+from ...parallel.gradients import squared_norm
+from ...train.config import OptimizerConfig, Precision
+from ...train.optimizer import build_optimizer
+from ...train.params import training_bytes
+from ...train.peak import peak_flops
+from ...train.step import Rows, add_up, backward, count_totals, forward, reduce, train_step, update
+from ..figures import spread
+from ..host_reads import host_reads
+from ..turns import peak_bytes, take_turns, timed
+from .alone import model_alone
+from .layers import forget, mebibytes, milliseconds, waits
+from .tell import Teller
+from .waits import random_rows, random_weights
+
+WIDE = ModelConfig(
+    layers=16,
+    width=2048,
+    heads=16,
+    kv_heads=16,
+    vocabulary=32768,
+    moe=MoEConfig(experts=64, top_k=8, hidden=640),
+)
+"""0.9B active of 4.4B parameters."""
+NARROW = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, vocabulary=256, moe=MoEConfig(hidden=64))
+BATCHES = {"full": [(4, 4096), (1, 2048)], "tiny": [(2, 64), (1, 32)]}
+"""Sequences and their length: one that keeps the device busy, and one that waits for the host."""
+REPEATS = {"full": (8, 3), "tiny": (2, 1)}
+SHARE = 0.55
+"""Of a device's memory for weights, gradients and moments; the rest is for activations."""
+
+
+class Trained(NamedTuple):
+    """A model with random weights, in bf16 with fp32 weights, and its optimizer."""
+
+    parallel: Parallel
+    optimizer: torch.optim.Optimizer
+
+    def step(self, rows: Rows) -> Callable[[], Any]:
+        return partial(train_step, self.parallel, self.optimizer, [rows], 1e-4, 1.0)
+
+
+def run(teller: Teller) -> None:
+    model = fitting(teller.device) if teller.scale == "full" else NARROW
+    trained = build(model, teller.device)
+    for sequences, length in BATCHES[teller.scale]:
+        rows = random_rows(trained.parallel, sequences, length)
+        measure(teller, trained, rows, "eager")
+        stages(teller, trained, rows)
+    del trained
+    forget(teller.device)
+
+
+def fitting(device: torch.device) -> ModelConfig:
+    """WIDE with as many layers as fit."""
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**33
+    models = (replace(WIDE, layers=layers) for layers in range(WIDE.layers, 1, -1))
+    fits = (model for model in models if training_bytes(count(model).total, Precision.bf16)["total"] <= SHARE * room)
+    return next(fits, replace(WIDE, layers=1))
+
+
+def build(model: ModelConfig, device: torch.device, compiled: bool = False) -> Trained:
+    """Random weights are drawn on the device: those of a run are drawn by the host, which takes a minute here."""
+    parallel = model_alone(model, device, torch.bfloat16, None, compiled=compiled)
+    random_weights(parallel)
+    return Trained(parallel, build_optimizer(OptimizerConfig(), parallel))
+
+
+def measure(teller: Teller, trained: Trained, rows: Rows, name: str) -> None:
+    """A line: the step's time, and what follows from it. MFU is of the device's peak for bf16."""
+    device, model, step = teller.device, trained.parallel.model.config, trained.step(rows)
+    seconds = spread(take_turns({name: step}, device, *REPEATS[teller.scale])[name])
+    held = torch.cuda.memory_allocated(device) if teller.cuda else 0
+    more = peak_bytes(step, device)
+    peak, tokens = peak_flops(device, torch.bfloat16), rows.ids.numel()
+    flops = tokens * training_flops_per_token(model, rows.ids.shape[1])
+    parameters = count(model)
+    teller.row(
+        "steps, bf16",
+        step=name,
+        layers=model.layers,
+        parameters=f"{parameters.active / 1e9:.2f}B of {parameters.total / 1e9:.2f}B",
+        tokens=tokens,
+        **{
+            "ms (least, most)": milliseconds(seconds),
+            "tokens/s": round(tokens / seconds.median),
+            "MFU": f"{flops / seconds.median / peak.flops:.1%} (peak {peak.source})",
+            "peak MiB": mebibytes(None if more is None else held + more),
+            "waits": waits(host_reads(step, device)),
+        },
+    )
+
+
+def stages(teller: Teller, trained: Trained, rows: Rows) -> None:
+    """Milliseconds of each stage of a step, each from an idle device: together they take longer than a step."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(1 + REPEATS[teller.scale][0]):
+        for name, seconds in _stages(trained, rows, teller.device):
+            taken.setdefault(name, []).append(seconds)
+    medians = {f"{name} ms": round(1e3 * spread(times[1:]).median, 3) for name, times in taken.items()}
+    teller.row("stages of a step, bf16", tokens=rows.ids.numel(), **medians)
+
+
+def _stages(trained: Trained, rows: Rows, device: torch.device) -> list[tuple[str, float]]:
+    """The parts of `train_step`."""
+    parallel, optimizer = trained
+    optimizer.zero_grad(set_to_none=True)
+    totals, shares, found = count_totals(parallel, [rows]), [], []
+    works: dict[str, Callable[[], Any]] = {
+        "forward": lambda: shares.append(forward(parallel, rows, totals)),
+        "backward": lambda: backward(shares[0]),
+        "reduce": lambda: reduce(parallel),
+        "norm and numbers": lambda: add_up(parallel, shares, totals, squared_norm(parallel)),
+        "update": lambda: update(optimizer, 1e-4),
+    }
+    for name, work in works.items():
+        found.append((name, timed(work, device)))
+    return found

@@ -1,0 +1,129 @@
+"""Where the host waits for the device in a step: what torch's sync debug mode sees, against the waits that the code knows of.
+
+Every wait of a step goes through `host_read` of moe/device.py, under the name that it has in docs/performance.md.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from ...moe import device as device_module
+from ...moe.config import ModelConfig
+from ...moe.init import reset_expert_biases
+from ...parallel.apply import Parallel
+from ...parallel.config import Exchange
+from ...train.config import OptimizerConfig
+from ...train.optimizer import build_optimizer
+from ...train.step import Rows, train_step
+from ..host_reads import ROOT, host_reads
+from .alone import MODEL, model_alone, world_of_one
+from .presets import preset, tiny_presets
+from .tell import Absent, Teller
+
+HEADING = "## Where the host waits"
+READER = "moe/device.py:"
+
+
+class Waits(NamedTuple):
+    named: Counter[str]
+    """Calls of `host_read`, by the name of the wait."""
+    seen: Counter[str]
+    """Waits that torch tells of, by file and line."""
+
+    @property
+    def hidden(self) -> dict[str, int]:
+        """Those that go through no `host_read`."""
+        return {place: count for place, count in self.seen.items() if not place.startswith(READER)}
+
+
+def run(teller: Teller) -> None:
+    listed = listed_waits()
+    if listed is None:
+        teller.skip("table of waits", f"docs/performance.md has no table under '{HEADING}': waits are counted alone")
+    models = [(f"{name}, one device", preset(name), None) for name in _names(teller)]
+    with world_of_one(teller.device):
+        for name, model, exchange in [*models, *((f"{one.value} exchange", MODEL, one) for one in Exchange)]:
+            tell(teller, name, waits_of(model, teller.device, exchange), model, listed)
+
+
+def _names(teller: Teller) -> list[str]:
+    try:
+        names = tiny_presets()
+        preset(names[0])
+    except Absent as reason:
+        teller.skip("waits of the tiny models", str(reason))
+        return []
+    return names
+
+
+def tell(teller: Teller, name: str, waits: Waits, model: ModelConfig, listed: set[str] | None) -> None:
+    layers = sum(model.moe_layer(index) for index in range(model.layers)) + model.mtp_depth
+    places = ", ".join(f"{count} x {place}" for place, count in waits.named.items())
+    teller.row("waits of a step", of=name, **{"MoE layers": layers}, waits=waits.named.total(), places=places)
+    teller.check(f"{name}: no hidden wait", not waits.hidden, f"{waits.hidden or 'none'}")
+    through = waits.seen.total() - sum(waits.hidden.values())
+    text = f"{waits.named.total()} reads, and torch tells of {through} waits in them"
+    teller.check(f"{name}: no read waits twice", through <= waits.named.total(), text)
+    if listed is not None:
+        unknown = set(waits.named) - listed
+        teller.check(f"{name}: each wait is in the table", not unknown, f"{', '.join(unknown) or 'all'}")
+
+
+def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None) -> Waits:
+    """Of the third step."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # where a CPU multiplies bf16, it waits for numbers of rows
+    parallel = model_alone(model, device, dtype, exchange)
+    random_weights(parallel)
+    rows = random_rows(parallel, sequences=4, length=32)
+    step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), [rows], 1e-4, 1.0)
+    step()
+    step()
+    with named_reads() as named:
+        seen = host_reads(step, device)
+    return Waits(named, seen)
+
+
+def random_weights(parallel: Parallel) -> None:
+    """Drawn on the device; the model is ready to train."""
+    for name, parameter in parallel.model.named_parameters():
+        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+    reset_expert_biases(parallel.model)
+    parallel.model.train()
+
+
+def random_rows(parallel: Parallel, sequences: int, length: int) -> Rows:
+    """All targets count, which the host knows."""
+    model = parallel.model.config
+    ids = torch.randint(model.vocabulary, (sequences, length + 1), device=parallel.device)
+    valid = [sequences * (length - depth) for depth in range(model.mtp_depth + 1)]
+    return Rows(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), valid=valid)
+
+
+@contextmanager
+def named_reads() -> Iterator[Counter[str]]:
+    """Counts the calls of `host_read` by name, wherever it was imported to."""
+    found: Counter[str] = Counter()
+    real = device_module.host_read
+
+    def counted(x: Tensor, place: str, assumed: Callable[[], Any]) -> Any:
+        found[place] += 1
+        return real(x, place, assumed)
+
+    with ExitStack() as stack:
+        for module in [one for one in sys.modules.values() if getattr(one, "host_read", None) is real]:
+            stack.enter_context(patch.object(module, "host_read", counted))
+        yield found
+
+
+def listed_waits() -> set[str] | None:
+    """The first cells of the tables under the heading in docs/performance.md; None if there is none."""
+    _, heading, rest = (ROOT / "docs" / "performance.md").read_text().partition(f"{HEADING}\n")
+    rows = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    return {row.split("|")[1].strip().strip("`") for row in rows} if heading and rows else None

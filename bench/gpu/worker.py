@@ -1,0 +1,72 @@
+"""The process in which parts run: `python -m tokenyard.bench.gpu.worker DEVICE SCALE`. It answers on what was its standard output.
+
+A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered by the part's records, and then by `{"kind": "end"}`.
+A part that raises ends the process, since what a GPU was doing then cannot be trusted; the next part has a new one.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+
+import torch
+
+from .parts import BY_NAME
+from .tell import Absent, Teller
+
+THREADS = 4
+"""References are small: more threads would wait for each other."""
+
+
+def main(device: str, scale: str) -> int:
+    """Serve until standard input ends. Returns the exit code."""
+    # Libraries print, NCCL from C: nothing of that may come between the records.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    for line in sys.stdin:
+        call = json.loads(line)
+        teller = Teller(out, torch.device(device), scale, call["seconds"])
+        faulthandler.dump_traceback_later(max(0.1, call["seconds"] - 1.0))
+        ok = run(call["part"], teller)
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps({"kind": "end"}), file=out, flush=True)
+        if not ok:
+            return 1
+    return 0
+
+
+def run(name: str, teller: Teller) -> bool:
+    """Whether the part came to its end."""
+    try:
+        exact_products()
+        importlib.import_module(f"{__package__}.{BY_NAME[name].module}").run(teller)
+    except Absent as reason:
+        teller.skip(name, str(reason))
+    except Exception as error:
+        teller.check(f"{name} came to its end", False, " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        traceback.print_exc()
+        return False
+    finally:
+        forget(teller)
+    return True
+
+
+def exact_products() -> None:
+    """Products in fp32 are made in fp32 (not TF32), until a part that measures speed wants it otherwise."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def forget(teller: Teller) -> None:
+    gc.collect()
+    if teller.cuda:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

@@ -1,0 +1,133 @@
+"""Attention in one kernel that skips what is masked (FlexAttention, Dong et al. 2024): for windows, documents, soft cap, sinks.
+
+No tensor of (S, S) is made: what each token sees is known by blocks of tokens and, inside of those seen in part, by a function.
+B sequences, S tokens of each, N blocks of a sequence, H query heads, G key-value heads, h width of a head, v width of a value.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from .config import ModelConfig
+from .device import kind_of
+from .softmax import Softmax, softcapped, with_sinks
+
+BLOCK = 128
+"""Tokens of a block."""
+NARROWEST = 16
+"""The kernel's products need heads of this width; narrower ones are padded with zeros."""
+
+VARIANTS = 64
+"""So many kinds of layer, batch sizes and types one process may compile; torch's own limit is 8."""
+
+
+def block_masks(
+    config: ModelConfig, ids_BS: Tensor, dtype: torch.dtype, documents_BS: Tensor | None = None
+) -> dict[bool, BlockMask]:
+    """What the tokens of each sequence see, for layers without (False) and with (True) the window, made once for all of them.
+
+    A kind of layer is missing where torch's fused attention does: on CPUs, in fp64 (no kernel), where attention is plainly causal.
+    """
+    if kind_of(ids_BS) != "cuda" or dtype == torch.float64:
+        return {}
+    settings, length, masks = config.attention, ids_BS.shape[1], {}
+    for windowed in sorted({config.windowed_layer(index) for index in range(config.layers + config.mtp_depth)}):
+        window = settings.window if windowed and settings.window is not None and settings.window < length else None
+        if settings.sinks or settings.softcap is not None or window is not None or documents_BS is not None:
+            masks[windowed] = block_mask(length, window, ids_BS.device, documents_BS)
+    return masks
+
+
+def block_mask(length: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> BlockMask:
+    """Of each pair of blocks, whether some or all of its pairs of tokens see each other. Documents are numbered in order."""
+    first_N = torch.arange(0, length, BLOCK, device=device)
+    last_N = (first_N + BLOCK - 1).clamp(max=length - 1)
+    some_BNN = (first_N <= last_N[:, None]).unsqueeze(0)
+    whole_N = first_N + BLOCK <= length
+    every_BNN = ((last_N <= first_N[:, None]) & whole_N[:, None]).unsqueeze(0)
+    if window is not None:
+        some_BNN = some_BNN & (first_N[:, None] - last_N < window)
+        every_BNN = every_BNN & (last_N[:, None] - first_N < window)
+    if documents_BS is not None:
+        documents_BS = documents_BS.int()
+        from_BN, to_BN = documents_BS[:, first_N], documents_BS[:, last_N]
+        some_BNN = some_BNN & (to_BN[:, None, :] >= from_BN[:, :, None])
+        every_BNN = every_BNN & (from_BN[:, None, :] == to_BN[:, :, None])
+    part_BNN, sees = some_BNN & ~every_BNN, _sees(window, documents_BS)
+    of_queries, of_keys = (*_listed(part_BNN), *_listed(every_BNN)), (*_listed(part_BNN.mT), *_listed(every_BNN.mT))
+    return BlockMask((length, length), *of_queries, *of_keys, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
+
+
+def attend_by_blocks(
+    q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask
+) -> Tensor:
+    """(B, H, S, v) in the type of v: `attend` in moe/attention.py where `blocks` say what is seen. Compiled on a GPU."""
+    # Not kind_of: where fake tensors stand for a GPU there is nothing to compile for. Nor inside of what is compiled already.
+    run = _compiled() if q_BHSh.device.type == "cuda" and not torch.compiler.is_compiling() else _attend
+    return run(q_BHSh, k_BGSh, v_BGSv, softmax, sinks_H, blocks)
+
+
+def flexible_attention(
+    q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, blocks: BlockMask
+) -> tuple[Tensor, Tensor]:
+    """(B, H, S, v), and (B, H, S) logarithms of the sums of exponentials. A dry run puts a stand-in here."""
+    capped = None if softmax.softcap is None else _capped(softmax.softcap)
+    q_BHSh, k_BGSh, wide_BGSv = (padded(x, NARROWEST) for x in (q_BHSh, k_BGSh, v_BGSv))
+    y_BHSv, others = flex_attention(
+        q_BHSh,
+        k_BGSh,
+        wide_BGSv,
+        capped,
+        blocks,
+        softmax.scale,
+        q_BHSh.shape[1] != k_BGSh.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    assert others.lse is not None
+    return y_BHSv[..., : v_BGSv.shape[-1]], others.lse
+
+
+def padded(x: Tensor, width: int) -> Tensor:
+    """x with zeros up to `width` in the last dimension."""
+    return x if x.shape[-1] >= width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _attend(q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask) -> Tensor:
+    y_BHSv, logsumexp_BHS = flexible_attention(q_BHSh, k_BGSh, v_BGSv, softmax, blocks)
+    return y_BHSv if sinks_H is None else with_sinks(y_BHSv, logsumexp_BHS, sinks_H).to(v_BGSv.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """One for all layers. With `fullgraph` torch ends the run where it would make (B, H, S, S), uncompiled, beyond its limit."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    return torch.compile(_attend, fullgraph=True)
+
+
+def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row are marked, int32 (B, 1, N), and their indices in front of the others', int32 (B, 1, N, N)."""
+    marked_B1NN = blocks_BNN.unsqueeze(1).int()
+    return marked_B1NN.sum(-1, dtype=torch.int32), marked_B1NN.argsort(dim=-1, descending=True, stable=True).int()
+
+
+def _sees(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
+    def sees(sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if documents_BS is not None:
+            seen = seen & (documents_BS[sequence, query] == documents_BS[sequence, key])
+        return seen
+
+    return sees
+
+
+def _capped(cap: float) -> Callable[..., Tensor]:
+    def capped(logit: Tensor, _sequence: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return softcapped(logit, cap)
+
+    return capped

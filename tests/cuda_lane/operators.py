@@ -1,0 +1,98 @@
+"""How many operators a MoE layer of one rank runs, counted on fake tensors: shapes without numbers, as on a GPU and without one.
+
+Import it as `operators`: tests/conftest.py puts this folder on the path. Bound by the host, what a layer takes is its launches.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from tokenyard.moe.config import ModelConfig
+from tokenyard.moe.device import DryRun, dry_run
+from tokenyard.moe.layer import MoELayer
+from tokenyard.moe.tokens import Place, Tokens, describe
+from tokenyard.parallel.dispatch.plain import PlainDispatcher
+from tokenyard.parallel.mesh import Axis
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SILENT = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"})
+"""Operators that launch nothing, beside views."""
+NONE = frozenset({"promote_types", "is_same_size"})
+"""Questions about types and shapes: no operators."""
+
+
+class Operators(TorchDispatchMode):
+    """Inside, operators are recorded by name, in their order."""
+
+    def __init__(self, dry: DryRun) -> None:
+        super().__init__()
+        self.dry, self.seen = dry, dry.waits.copy()
+        self.all: list[str] = []
+        self.launching: list[str] = []
+        """Those that launch a kernel (or several, as a sort does): neither views nor allocations."""
+        self.events: list[str] = []
+        """The same, and between them `wait: PLACE` where the host waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.events += [f"wait: {place}" for place in (self.dry.waits - self.seen).elements()]
+        self.seen = self.dry.waits.copy()
+        space, name = func._schema.name.split("::")
+        if space != "prim" and name not in NONE:
+            self.all.append(name)
+            if not func.is_view and name not in SILENT:
+                self.launching.append(name)
+                self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Passes(NamedTuple):
+    forward: Operators
+    backward: Operators
+    waits: Counter[str]
+
+
+@contextmanager
+def fake_ranks(ranks: int) -> Iterator[Axis]:
+    """This process as rank 0 of so many, of which there are no others."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield Axis(ranks, 0, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def layer_operators(config: ModelConfig, ranks: int, gauged: bool = False, sequences: int = 1, length: int = 4096) -> Passes:
+    """Forward and backward pass of a layer in bf16 with fp32 weights, the experts shared out over `ranks`, as on CUDA."""
+    with fake_ranks(ranks) as axis, dry_run("cuda") as dry, FakeTensorMode():
+        layer = rank_layer(config, axis)
+        layer.router.gauged = gauged
+        x_BSD = torch.empty(sequences, length, config.width, dtype=torch.bfloat16, requires_grad=True)
+        tokens = some_tokens(sequences, length)
+        forward, backward = Operators(dry), Operators(dry)
+        with forward:
+            y_BSD, stats = layer(x_BSD, tokens)
+        outputs = [output for output in (y_BSD, stats.scores_BE, stats.z) if output.requires_grad]
+        gradients = [torch.empty_like(output) for output in outputs]
+        with backward:
+            torch.autograd.backward(outputs, gradients)
+    return Passes(forward, backward, dry.waits)
+
+
+def rank_layer(config: ModelConfig, axis: Axis) -> MoELayer:
+    """One rank's part."""
+    layer = MoELayer(config, torch.float32)
+    layer.dispatcher = PlainDispatcher(config.moe.experts, axis)
+    for name, weight in layer.experts.named_parameters():
+        setattr(layer.experts, name, torch.nn.Parameter(weight.detach()[: config.moe.experts // axis.size]))
+    return layer.train()
+
+
+def some_tokens(sequences: int, length: int) -> Tokens:
+    """As in a training step, where targets decide which tokens count."""
+    ids_BS = torch.zeros(sequences, length, dtype=torch.int64)
+    return describe(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), Place())

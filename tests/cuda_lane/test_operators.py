@@ -1,0 +1,27 @@
+"""The operators of a MoE layer on CUDA: how many, and in which order those that travel or wait."""
+
+import pytest
+from operators import layer_operators
+from tokenyard.train.compose import compose
+
+RANKS = 8
+
+
+@pytest.mark.parametrize(
+    ("model", "forward", "backward"), [("qwen3_30b_a3b", 56, 41), ("mixtral_8x7b", 55, 41), ("deepseek_v3", 87, 60)]
+)
+def test_operators_of_a_layer_only_become_fewer(model: str, forward: int, backward: int) -> None:
+    passes = layer_operators(compose([f"model={model}"]).model, RANKS)
+    assert (len(passes.forward.launching), len(passes.backward.launching)) == (forward, backward)
+    assert passes.waits == {"rows of each rank": 1}
+
+
+def test_what_travels_departs_before_what_can_wait_is_planned() -> None:
+    """The counts before the plan of rows, the rows before the plan of arrivals; between them the host waits, once."""
+    events = layer_operators(compose(["model=qwen3_30b_a3b"]).model, RANKS).forward.events
+    events = events[events.index("alltoall_base_") :]
+    plan, copy, arrivals = ["sort"], ["index_select"], ["cumsum", "cumsum", "repeat_interleave"]
+    telling = {"alltoall_base_", "wait: rows of each rank", *plan, *copy, *arrivals}
+    found = [event for event in events if event in telling]
+    travels = ["alltoall_base_", *plan, *copy, "wait: rows of each rank", "alltoall_base_", *arrivals]
+    assert found[: len(travels)] == travels

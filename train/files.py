@@ -1,0 +1,39 @@
+"""Files of a run folder: their owner alone reads them, and no link leads a write elsewhere. No torch here."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import IO
+
+from .config import ConfigError
+
+OWN = ("lock", "config.yaml", "run_id", "metrics.jsonl", "events.jsonl", "telemetry.jsonl")
+"""Names in a run folder that tokenyard writes to."""
+
+
+def refuse_links(folder: Path) -> None:
+    """ConfigError if one of the folder's own files is a link: what is written to it would land elsewhere."""
+    for name in OWN:
+        if (folder / name).is_symlink():
+            rule = f"its file {name} is a link to {(folder / name).readlink()}"
+            raise ConfigError.of("run.dir", str(folder), rule, "another run.dir, or remove that link")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace `path` by a file with mode 0600: all of it or nothing, durably, and a link of that name is replaced itself."""
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def append_private(path: Path) -> IO[str]:
+    """`path`, open for appending whole lines; made with mode 0600. OSError if it is a link."""
+    return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+
+
+def _opened(path: Path, flags: int) -> IO[str]:
+    descriptor = os.open(path, flags, 0o600)
+    return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "w", encoding="utf-8", buffering=1)
