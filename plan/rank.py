@@ -20,6 +20,7 @@ from ..train.config import Config
 from ..train.engine import Engine, build_engine
 from ..train.session import DTYPES
 from ..train.step import Rows, StepNumbers
+from .attention import fused_attention
 from .ledger import Ledger
 from .stand_in import stand_in
 
@@ -61,7 +62,7 @@ def dry_rank(config: Config, rank: int, world: int, kind: str = "cuda") -> Itera
         with dry_run(kind) as seam:
             with _Births(fake, device):
                 parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
-            with fake, ledger:
+            with fused_attention(), fake, ledger:
                 parallel.model.train()
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:

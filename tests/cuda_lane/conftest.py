@@ -12,4 +12,4 @@ import pytest
 def apart() -> Iterator[Callable[..., Any]]:
     """`apart(function, *args)`: what a function of a module on the path returns there. Errors are raised here."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        yield lambda function, *args: process.submit(function, *args).result(timeout=120)
+        yield lambda function, *args: process.submit(function, *args).result(timeout=500)

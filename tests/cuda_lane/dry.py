@@ -3,14 +3,21 @@
 Import it as `dry`: tests/conftest.py puts this folder on the path.
 """
 
+import functools
 from collections import Counter
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from tokenyard.moe.config_routing import Selection
+from tokenyard.parallel.config import Exchange
+from tokenyard.parallel.streams import copy_to_host, host_memory
 from tokenyard.plan.ledger import Collective, UnknownNumbers
 from tokenyard.plan.rank import DryRank, dry_rank
+from tokenyard.train.checkpoint.plan import Offer, offers_of
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
+from tokenyard.train.telemetry.watch import Watch
 
 MICRO_BATCHES = 2
 
@@ -23,9 +30,6 @@ class Case(NamedTuple):
     rank: int = 0
     words: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return " ".join([self.model, f"rank_{self.rank}_of_{self.world}", *self.words])
-
 
 class Found(NamedTuple):
     waits: Counter[str]
@@ -35,8 +39,8 @@ class Found(NamedTuple):
     collectives: list[Collective]
     groups: list[tuple[str, ...]]
     """In the order in which they were made."""
-    conditions: set[str]
-    """Those of the table in docs/performance.md that hold."""
+    conditions: dict[str, bool]
+    """Of the table in docs/performance.md, and whether they hold."""
     passes: int
     """Forward passes of MoE layers, those of recomputation and of each chunk included."""
 
@@ -49,11 +53,57 @@ def step_of(case: Case) -> Found:
         return found(rank, config)
 
 
+def ranks_of(words: tuple[str, ...], world: int) -> list[tuple[Found, list[Offer]]]:
+    """The same step of each rank of a world, one after the other, and what the rank holds for a save then."""
+    return [saved(Case("tiny_qwen3_moe", world, rank, words)) for rank in range(world)]
+
+
+def saved(case: Case) -> tuple[Found, list[Offer]]:
+    """A step, and the pieces of a save with their copies to the host."""
+    config = config_of(case)
+    with dry_rank(config, case.rank, case.world) as rank:
+        rank.step()
+        held = rank.engine.held()
+        for _, tensor in held.values():
+            copy_to_host(tensor, host_memory(tensor))
+        return found(rank, config), offers_of(held)
+
+
+def watched(case: Case, logged: bool) -> Found:
+    """A step that is watched, as the loop does; `logged`: and looked at."""
+    config = config_of(case)
+    with dry_rank(config, case.rank, case.world) as rank:
+        session: Any = SimpleNamespace(config=config, parallel=rank.parallel, device=rank.parallel.device, step=0)
+        watch = Watch(session)
+        numbers = rank.step()
+        session.step = 1
+        watch.took(numbers)
+        if logged:
+            watch.look(numbers, validated=False, saves=True)
+        return found(rank, config)
+
+
+def largest_kept(model: str, length: int) -> int:
+    """Elements of the largest tensor that a forward pass keeps for the backward pass, on one device."""
+    sizes: list[int] = []
+    with dry_rank(config_of(Case(model, words=(f"sequence_length={length}",))), 0, 1) as rank:
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            rank.step()
+    return max(sizes)
+
+
+@functools.cache
 def config_of(case: Case) -> Config:
     """In bf16, on short sequences, so many micro-batches of one on each data rank."""
     tensor = next((int(word.partition("=")[2]) for word in case.words if word.startswith("parallel.tensor=")), 1)
     sequences = MICRO_BATCHES * case.world // tensor
-    sizes = [f"batch.sequences={sequences}", "batch.micro=1", "sequence_length=128", "precision=bf16"]
+    sizes = [f"batch.sequences={sequences}", "batch.micro=1", "precision=bf16"]
+    sizes += [] if any(word.startswith("sequence_length=") for word in case.words) else ["sequence_length=128"]
     return compose([f"model={case.model}", *sizes, *case.words])
 
 
@@ -66,22 +116,18 @@ def found(rank: DryRank, config: Config) -> Found:
     )
 
 
-def conditions(config: Config, rank: DryRank) -> set[str]:
+def conditions(config: Config, rank: DryRank) -> dict[str, bool]:
     """By the words of the table."""
     parallel, moe = config.parallel, config.model.moe
     drops = moe.capacity.factor is not None and not moe.capacity.pad
-    holds = {
+    nulls = moe.router.null_experts > 0
+    return {
         "always": True,
         "several data ranks": rank.parallel.mesh.data.size > 1,
-        "capacity, null experts, expert choice": drops
-        or moe.router.null_experts > 0
-        or moe.router.selection.value == "expert_choice",
+        "capacity, null experts, expert choice": drops or nulls or moe.router.selection is Selection.expert_choice,
         "parallel.expert_tensor": parallel.expert_tensor > 1,
-        **{f"parallel.exchange={exchange.value}": False for exchange in type(parallel.exchange)},
+        **{f"parallel.exchange={each.value}": parallel.expert > 1 and parallel.exchange is each for each in Exchange},
     }
-    if parallel.expert > 1:
-        holds[f"parallel.exchange={parallel.exchange.value}"] = True
-    return {name for name, does in holds.items() if does}
 
 
 def planted(line: str) -> str:
