@@ -60,7 +60,9 @@ def profiled(step: Any, teller: Teller) -> list[Any]:
 def tell_kernels(teller: Teller, events: list[Any], title: str) -> None:
     """Of a GPU its kernels; of a CPU its operators, by the time that they spend themselves."""
     # Ranges that somebody named, as the optimizer does, are on the device's line too.
-    kernels = [one for one in events if one.device_type == DeviceType.CUDA and not one.is_user_annotation] if teller.cuda else events
+    kernels = (
+        [one for one in events if one.device_type == DeviceType.CUDA and not one.is_user_annotation] if teller.cuda else events
+    )
     sums: dict[str, tuple[float, int]] = {}
     for event in kernels:
         seconds, number = sums.get(event.name, (0.0, 0))
