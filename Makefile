@@ -18,6 +18,11 @@ train: $(INSTALLED) ## Train the default model, about 5 minutes; make train ARGS
 test: $(INSTALLED) ## Run all tests; make test ARGS="tests/launch -k sweep"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS)
 
+OLDEST := .venv-oldest
+oldest: $(OLDEST)/.installed ## Run some of the tests with the oldest torch that is allowed, 2.11.0: 3 GB are downloaded first
+	$(OLDEST)/bin/python -c 'import torch; print("torch", torch.__version__)'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 @tests/oldest.txt $(ARGS)
+
 faults: $(INSTALLED) ## Run the thirty faults and print the scorecard, 15 minutes
 	TOKENYARD_SCORECARD=$(SCORECARD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fault $(ARGS)
 
@@ -65,7 +70,7 @@ format: $(INSTALLED) ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and builds; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: machines without a GPU offer a CPU build under the same version, and pip takes what it finds.
@@ -75,4 +80,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.11.0
+	grep -v '^torch==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		-e . "transformers>=5.3" "pytest>=9" "pytest-timeout>=2.4" "pytest-xdist>=3.8"
 	@touch $@

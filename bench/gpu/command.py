@@ -28,6 +28,7 @@ WORDS = [
     "sequence_length=64",
     "batch.sequences=8",
     "schedule.warmup=10",
+    "log.every=1",
     "evaluate.every=0",
     "evaluate.sequences=8",
     "sample.prompt=''",

@@ -108,6 +108,18 @@ def test_a_killed_report_leaves_no_half_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
 
 
+def test_a_file_that_would_be_too_large_has_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenyard.bench.gpu import report as module
+
+    monkeypatch.setattr(module, "MOST_BYTES", 5000)
+    report = Report(tmp_path, {})
+    for number in range(100):
+        report.add("steps", {"kind": "check", "name": f"n{number}", "ok": number != 7, "text": "t"})
+    report.write()
+    assert [one["name"] for one in json.loads((tmp_path / "report.json").read_text())["parts"]["steps"]] == ["n7"]
+    assert all(path.stat().st_size <= 5000 for path in tmp_path.iterdir())
+
+
 def test_parts_leave_room_in_eight_minutes() -> None:
     assert TOTAL_SECONDS < 480 - 10 and len({one.name for one in PARTS}) == len(PARTS)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -142,12 +143,21 @@ def test_the_table_of_waits_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "performance.md"
     monkeypatch.setattr(waits, "ROOT", tmp_path)
-    page.write_text("# Performance\n\n| a | b |\n")
+    page.write_text("# Performance\n\n| with | place | a step | a pass |\n")
     assert waits.listed_waits() is None
+    rows = "| always | flags, loss and norm | 1 | 0 |\n| capacity | kept choices | 0 | 1 |"
     page.write_text(
-        f"# Performance\n\n{waits.HEADING}\n\n| wait | a step |\n| --- | --- |\n| `totals` | 1 |\n\n## More\n\n| x | y |\n"
+        f"{waits.HEADING}\n\n| with | place | a step | a pass |\n| --- | --- | ---: | ---: |\n{rows}\n\n## More\n\n| x |\n"
     )
-    assert waits.listed_waits() == {"wait", "---", "totals"}
+    listed = waits.listed_waits()
+    assert listed == [waits.Listed("flags, loss and norm", 1, 0), waits.Listed("kept choices", 0, 1)]
+    for names, wrong in [
+        ({"flags, loss and norm": 1, "kept choices": 2}, []),
+        ({"kept choices": 1, "totals": 1}, ["kept choices", "totals"]),
+    ]:
+        found = waits.Waits(Counter(names), Counter())
+        records = told(lambda teller, found=found: waits.tell(teller, "m", found, alone.MODEL, listed))
+        assert failed(records) == [f"m: {place}" for place in wrong]
 
 
 def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -228,6 +228,8 @@ def make(target: str, arguments: list[str]) -> None:
         assert name == "ARGS"
         if target == "train":
             trains(shlex.split(value), None)
+        elif target == "gpu":
+            benchmark("tokenyard.bench.gpu", shlex.split(value))
         else:
             assert all((ROOT / word).exists() for word in shlex.split(value) if "/" in word)
 
