@@ -121,10 +121,12 @@ def conditions(config: Config, rank: DryRank) -> dict[str, bool]:
     parallel, moe = config.parallel, config.model.moe
     drops = moe.capacity.factor is not None and not moe.capacity.pad
     nulls = moe.router.null_experts > 0
+    plain = parallel.expert == 1 or parallel.exchange is Exchange.plain
     return {
         "always": True,
         "several data ranks": rank.parallel.mesh.data.size > 1,
-        "capacity, null experts, expert choice": drops or nulls or moe.router.selection is Selection.expert_choice,
+        "capacity, null experts, expert choice; one device or plain": plain
+        and (drops or nulls or moe.router.selection is Selection.expert_choice),
         "parallel.expert_tensor": parallel.expert_tensor > 1,
         **{f"parallel.exchange={each.value}": parallel.expert > 1 and parallel.exchange is each for each in Exchange},
     }

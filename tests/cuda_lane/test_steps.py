@@ -11,14 +11,6 @@ from dry import PLANTS, Case, Found, largest_kept, planted, step_of, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("tiny*.yaml"))
-HOP = "parallel/dispatch/hop.py: sizes do not go through host_read"
-NOT_YET = {
-    "tiny_gpt_oss": "moe/expert_function.py: torch.segment_reduce reads the counts to check them",
-    "exchange=deduplicated": HOP,
-    "exchange=hierarchical": HOP,
-    "exchange=gather": "parallel/dispatch/gather.py: a list, sizes and nonzero do not go through host_read",
-}
-"""What still waits elsewhere: the file to mend."""
 FOLDED = "parallel.expert=8 parallel.shard=8 parallel.tensor=2"
 EXCHANGES = ("deduplicated", "hierarchical parallel.node_ranks=4", "gather")
 LAYOUTS = [
@@ -58,18 +50,12 @@ def expected(found: Found) -> Counter[str]:
     return waits
 
 
-def marked(name: str, *values: Any) -> Any:
-    """A parameter, expected to fail if its name has a part that is in NOT_YET."""
-    reasons = [reason for part, reason in NOT_YET.items() if part in name]
-    return pytest.param(*values or [name], marks=[pytest.mark.xfail(strict=True, reason=reason) for reason in reasons])
-
-
-@pytest.mark.parametrize("model", [*map(marked, PRESETS)])
+@pytest.mark.parametrize("model", PRESETS)
 def test_a_preset_on_one_device(model: str, apart: Callable[..., Any]) -> None:
     check(apart(step_of, Case(model)))
 
 
-@pytest.mark.parametrize("model", [*map(marked, PRESETS)])
+@pytest.mark.parametrize("model", PRESETS)
 def test_a_preset_on_64_ranks(model: str, apart: Callable[..., Any]) -> None:
     more = ("model.moe.experts=8",) if model == "tiny" else ()
     check(apart(step_of, Case(model, 64, 63, (*FOLDED.split(), *more))))
@@ -81,7 +67,7 @@ def test_a_layout(world: int, words: str, apart: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen3_moe", "tiny_gshard", "tiny_expert_choice", "tiny_null"])
-@pytest.mark.parametrize("exchange", [marked(f"exchange={exchange}", exchange) for exchange in EXCHANGES])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_an_exchange(exchange: str, model: str, apart: Callable[..., Any]) -> None:
     words = f"{FOLDED} parallel.recompute=true parallel.exchange={exchange}"
     check(apart(step_of, Case(model, 64, 63, tuple(words.split()))))
@@ -105,7 +91,7 @@ def test_a_step_that_is_watched(logged: bool, apart: Callable[..., Any]) -> None
     check(apart(watched, Case("tiny_qwen3_moe", 8, 3, ("parallel.expert=8",)), logged))
 
 
-@pytest.mark.parametrize("model", ["tiny_qwen3_moe", "tiny_deepseek_v2"])
+@pytest.mark.parametrize("model", ["tiny_qwen3_moe", "tiny_deepseek_v2", "tiny_gpt_oss"])
 def test_attention_keeps_no_scores(model: str, apart: Callable[..., Any]) -> None:
     """The largest tensor grows with the length, not with its square."""
     assert apart(largest_kept, model, 1024) == 2 * apart(largest_kept, model, 512)
