@@ -10,12 +10,13 @@ import torch
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.count import count, training_flops_per_token
 from ...parallel.apply import Parallel
-from ...parallel.gradients import squared_norm
+from ...parallel.gradients import squared_norm, summed_over_copies
 from ...train.config import OptimizerConfig, Precision
+from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
 from ...train.params import training_bytes
 from ...train.peak import peak_flops
-from ...train.step import Rows, add_up, backward, count_totals, forward, reduce, train_step, update
+from ...train.step import Rows, add_up, backward, count_totals, forward, train_step, update
 from ..figures import spread
 from ..host_reads import host_reads
 from ..turns import peak_bytes, take_turns, timed
@@ -119,11 +120,16 @@ def _stages(trained: Trained, rows: Rows, device: torch.device) -> list[tuple[st
     totals, shares, found = count_totals(parallel, [rows]), [], []
     works: dict[str, Callable[[], Any]] = {
         "forward": lambda: shares.append(forward(parallel, rows, totals)),
-        "backward": lambda: backward(shares[0]),
-        "reduce": lambda: reduce(parallel),
+        "backward and sums over ranks": lambda: reduced_backward(parallel, shares[0]),
         "norm and numbers": lambda: add_up(parallel, shares, totals, squared_norm(parallel)),
         "update": lambda: update(optimizer, 1e-4),
     }
     for name, work in works.items():
         found.append((name, timed(work, device)))
     return found
+
+
+def reduced_backward(parallel: Parallel, share: Losses) -> None:
+    """That of the only micro-batch."""
+    with summed_over_copies(parallel):
+        backward(share)

@@ -18,16 +18,13 @@ import torch
 from .parts import BY_NAME
 from .tell import Absent, Teller
 
-THREADS = 4
-"""References are small: more threads would wait for each other."""
-
 
 def main(device: str, scale: str) -> int:
     """Serve until standard input ends. Returns the exit code."""
     # Libraries print, NCCL from C: nothing of that may come between the records.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    torch.set_num_threads(1)  # references are small, and threads on a busy machine wait for each other
     for line in sys.stdin:
         call = json.loads(line)
         teller = Teller(out, torch.device(device), scale, call["seconds"])

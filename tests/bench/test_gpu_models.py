@@ -12,7 +12,7 @@ from tokenyard.bench.gpu import alone, models, products, saves, waits
 from tokenyard.bench.gpu.presets import preset, tiny_presets
 from tokenyard.bench.gpu.sameness import worst_matrix, worst_row
 from tokenyard.bench.gpu.tell import Absent, Teller
-from tokenyard.moe import expert_function, grouped, router, rows
+from tokenyard.moe import expert_function, grouped, router
 from tokenyard.train.checkpoint.copies import Copies
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, Precision
@@ -67,17 +67,15 @@ def test_a_model_passes(name: str) -> None:
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """In the precision that is compared alone; the reference is right."""
     narrow = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    real, sums = expert_function.activate, rows.sum_rows
+    real, sums = expert_function.activate, expert_function.sum_rows
 
     def swapped(activation: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
         return real(activation, x.roll(x.shape[-1] // 2, -1) if x.dtype == narrow else x, out)
 
-    def dropped(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-        """Of the first token, the first choice."""
-        if y_RD.dtype == narrow:
-            slot_TK = slot_TK.clone()
-            slot_TK[0, 0] = -1
-        return sums(y_RD, slot_TK, weights_TK)
+    def dropped(y_RD: Tensor, *plan: Any) -> Tensor:
+        """The first token's rows are left out of its sum."""
+        sums_TD = sums(y_RD, *plan)
+        return torch.cat([torch.zeros_like(sums_TD[:1]), sums_TD[1:]]) if y_RD.dtype == narrow else sums_TD
 
     monkeypatch.setattr(expert_function, "activate", swapped)
     assert f"tiny_mixtral, {precision}, outputs" in failed(compared("tiny_mixtral"))
@@ -136,7 +134,7 @@ def test_waits_are_those_that_have_names(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Tensor, "logsumexp", reading)  # of the router's logits, for its z-loss
     read = waits.waits_of(alone.MODEL, CPU, None)
-    assert read.named == found.named and {place.partition(":")[0] for place in read.hidden} == {"tests/bench/test_gpu_models.py"}
+    assert read.named == found.named and sum(read.hidden.values()) >= 2  # of two layers
 
 
 def test_the_table_of_waits_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

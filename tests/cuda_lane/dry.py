@@ -124,7 +124,6 @@ def conditions(config: Config, rank: DryRank) -> dict[str, bool]:
     plain = parallel.expert == 1 or parallel.exchange is Exchange.plain
     return {
         "always": True,
-        "several data ranks": rank.parallel.mesh.data.size > 1,
         "capacity, null experts, expert choice; one device or plain": plain
         and (drops or nulls or moe.router.selection is Selection.expert_choice),
         "parallel.expert_tensor": parallel.expert_tensor > 1,

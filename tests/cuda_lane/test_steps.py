@@ -80,13 +80,7 @@ def check(found: Found) -> None:
     assert not found.strangers
 
 
-@pytest.mark.parametrize(
-    "logged",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="train/telemetry/watch.py: look reads tensor by tensor")),
-    ],
-)
+@pytest.mark.parametrize("logged", [False, True])
 def test_a_step_that_is_watched(logged: bool, apart: Callable[..., Any]) -> None:
     check(apart(watched, Case("tiny_qwen3_moe", 8, 3, ("parallel.expert=8",)), logged))
 
