@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -45,11 +46,13 @@ class Waits(NamedTuple):
     """Calls of `host_read`, by the name of the wait."""
     seen: Counter[str]
     """Waits that torch tells of, by file and line."""
+    places: frozenset[str] = frozenset()
+    """Where `host_read` was called, by file and line."""
 
     @property
     def hidden(self) -> dict[str, int]:
         """Those that go through no `host_read`."""
-        return {place: count for place, count in self.seen.items() if not place.startswith(READER)}
+        return {place: count for place, count in self.seen.items() if not place.startswith(READER) and place not in self.places}
 
 
 def run(teller: Teller) -> None:
@@ -96,9 +99,9 @@ def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None
     step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), [rows], 1e-4, 1.0)
     step()
     step()
-    with named_reads() as named:
+    with named_reads() as (named, places):
         seen = host_reads(step, device)
-    return Waits(named, seen)
+    return Waits(named, seen, frozenset(places))
 
 
 def random_weights(parallel: Parallel) -> None:
@@ -118,19 +121,21 @@ def random_rows(parallel: Parallel, sequences: int, length: int) -> Rows:
 
 
 @contextmanager
-def named_reads() -> Iterator[Counter[str]]:
-    """Counts the calls of `host_read` by name, wherever it was imported to."""
-    found: Counter[str] = Counter()
+def named_reads() -> Iterator[tuple[Counter[str], set[str]]]:
+    """Counts the calls of `host_read` by name, wherever it was imported to, and notes where they are."""
+    found, places = Counter[str](), set[str]()
     real = device_module.host_read
 
     def counted(x: Tensor, place: str, assumed: Callable[[], Any]) -> Any:
         found[place] += 1
+        caller = sys._getframe(1)
+        places.add(f"{Path(caller.f_code.co_filename).resolve().relative_to(ROOT).as_posix()}:{caller.f_lineno}")
         return real(x, place, assumed)
 
     with ExitStack() as stack:
         for module in [one for one in sys.modules.values() if getattr(one, "host_read", None) is real]:
             stack.enter_context(patch.object(module, "host_read", counted))
-        yield found
+        yield found, places
 
 
 def listed_waits() -> list[Listed] | None:
