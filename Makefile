@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check oldest faults scorecard faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
+.PHONY: help train test check oldest lane portable faults scorecard faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -22,6 +22,14 @@ OLDEST := .venv-oldest
 oldest: $(OLDEST)/.installed ## Run some of the tests with the oldest torch that is allowed, 2.11.0: 3 GB are downloaded first
 	$(OLDEST)/bin/python -c 'import torch; print("torch", torch.__version__)'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 @tests/oldest.txt $(ARGS)
+
+lane: $(INSTALLED) ## Run the steps of single ranks on fake tensors, every model with every exchange; CI has a third of them
+	TOKENYARD_LANE=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/cuda_lane $(ARGS)
+
+portable: $(INSTALLED) ## Run all tests as on processors with fewer instructions, on 1 and 2 threads, an hour and more
+	for isa in avx2 default; do for threads in 1 2; do \
+		ATEN_CPU_CAPABILITY=$$isa ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS) || exit 1; \
+	done; done
 
 faults: $(INSTALLED) ## Run the thirty faults and print the scorecard, 15 minutes
 	TOKENYARD_SCORECARD=$(SCORECARD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fault $(ARGS)
