@@ -1,7 +1,9 @@
 """What the data needs of the ranks, and how a batch becomes rows on the device."""
 
 import logging
+from collections.abc import Callable
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,11 +12,19 @@ import torch.distributed as dist
 from ..data.batches import IGNORE, Batch
 from ..data.prepare import Prepared
 from ..data.stream.rows import World
+from ..data.stream.stop import DataStop
 from ..moe.documents import documents_of
 from ..parallel.host import on_device
+from ..parallel.processes import is_first, wait_for_all
+from .checkpoint.agree import from_all
 from .config import Config
 from .step import Rows, valid_targets
 
+if TYPE_CHECKING:
+    from .reporter import Reporter
+
+SAID_ROWS = 10
+"""Bad rows of a source that are said on the console; events.jsonl has all."""
 log = logging.getLogger("tokenyard")
 
 
@@ -36,6 +46,36 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     parts = [torch.empty_like(mine) for _ in sizes]
     dist.all_gather(parts, mine)
     return [part.cpu().numpy()[: int(each)].tobytes() for part, each in zip(parts, sizes, strict=True)]
+
+
+def open_together(ready: Callable[[], Prepared]) -> Prepared:
+    """The data, opened on rank 0, which may have to tokenize it, and then on the others, which find it in the cache. Collective.
+
+    What is refused on one of them is refused on all (ValueError), and so is a source that does not answer (DataUnavailable).
+    """
+    data: Prepared | None = None
+    failure: Exception | None = None
+    for mine in (is_first(), not is_first()):
+        if mine:
+            try:
+                data = ready()
+            except (DataStop, ValueError) as error:
+                failure = error
+        wait_for_all()
+        if failures := [each for each in from_all(failure) if each is not None]:
+            raise failures[0]
+    assert data is not None
+    return data
+
+
+def tell_findings(data: Prepared, step: int, reporter: "Reporter") -> None:
+    """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
+    for found in data.train.findings():
+        reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)
+        if found.kind == "file_failed":
+            reporter.alert("file_failed", f"step {step}: {found}")
+        elif found.number <= SAID_ROWS:
+            log.warning("bad row, skipped: %s", found)
 
 
 def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:
