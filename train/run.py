@@ -16,7 +16,7 @@ from .checkpoint.checkpointing import SaveFailed
 from .checkpoint.saving import keep, settle
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
-from .feed import as_rows, no_rows
+from .feed import as_rows, no_rows, tell_findings
 from .redact import redact
 from .reporter import Logged, OtherRank, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
@@ -47,6 +47,8 @@ def run(config: Config) -> int:
                 session = open_session(config, device)
             except ValueError as error:
                 return refuse(error)
+            except DataStop as stop:
+                return refuse(stop, stop.exit_code)
             with closing(session), build_reporter(session) as reporter:
                 return train_session(session, reporter)
     except SaveFailed as error:
@@ -139,8 +141,11 @@ def micro_batches(session: Session, care: Care) -> list[Rows]:
     together = micro * data.size
     starts = range(data.rank * micro, session.config.batch.sequences, together)
     try:
-        with session.waiting:
-            batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
+        try:
+            with session.waiting:
+                batches = [(session.data.train.batch(session.step, range(start, start + micro)), start) for start in starts]
+        finally:
+            tell_findings(session.data, session.step + 1, care.reporter)
         return [as_rows(batch, start, session.config, session.data, session.device) for batch, start in batches]
     except (OSError, ValueError) as error:
         care.bad_data = f"{type(error).__name__}: {error}"
