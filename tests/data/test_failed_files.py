@@ -50,7 +50,7 @@ def damaged_shards(chance: random.Random, folder: Path) -> LineShards | ParquetS
     return ParquetShards(paths, "text", Patience()) if ending == "parquet" else LineShards(paths, None, Patience())
 
 
-@pytest.mark.fault(32, f"{TRIALS} random shards, cut and spoiled, resumed after every window: the same rows")
+@pytest.mark.fault(32, f"{TRIALS} random shards, cut and spoiled, resumed at the edges of windows of many sizes: the same rows")
 @pytest.mark.parametrize("seed", range(3))
 def test_reading_goes_on_at_the_same_row_of_a_damaged_shard(tmp_path: Path, seed: int) -> None:
     chance, failed = random.Random(seed), 0
