@@ -62,6 +62,8 @@ class DataConfig:
     """Bytes of a document; a longer one is a bad row."""
     max_bad_fraction: float = 0.001
     """Share of bad rows above which the run stops; until then they are skipped and counted. The first 10 never stop it."""
+    max_failed_files: int = 0
+    """Files of a source that may fail in an epoch: what can be read of them is. One more stops the run with exit code 65."""
     patience_seconds: float = 240.0
     """How long to try again when a source does not answer, before the run stops with a checkpoint and exit code 75."""
     stall_seconds: float = 30.0
@@ -69,7 +71,8 @@ class DataConfig:
     allow_change: bool = False
     """Go on from a checkpoint with other data: sources that it knows go on where they were, others begin."""
     verify: bool = False
-    """corpus=prepared: compare each shard's hash before it is first read (every rank reads it whole); sizes are always compared."""
+    """Compare the hash of each prepared shard before it is first read, and of tokens in the cache when they are opened (every rank
+    reads them whole). Sizes, and of the cache times and a part of the bytes, are always compared."""
     mask_documents: bool = False
     """Attention stays inside a document (block-causal), positions restart, and the first token of a document is no target."""
 

@@ -27,6 +27,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.no_padding()
         self._library.no_truncation()
         self._library.encode_special_tokens = True
+        if dropout_of(content):  # of a model trained with it: what is drawn while training is not drawn afterwards
+            self._library.model.dropout = None
         self.content = content
         """The bytes of the tokenizer.json."""
         self.end = end or self._usual_end(origin)
@@ -58,6 +60,11 @@ class HuggingFaceTokenizer(Tokenizer):
         raise ValueError(
             f"tokenizer.end=null finds none of {', '.join(USUAL_ENDS)} in {origin}; name the token that ends a document"
         )
+
+
+def dropout_of(content: bytes) -> float:
+    """The chance with which a tokenizer.json leaves out merges, so that equal texts get other ids each time; 0 without."""
+    return json.loads(content)["model"].get("dropout") or 0.0
 
 
 def end_beside(path: Path) -> str | None:

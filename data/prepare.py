@@ -123,7 +123,7 @@ def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, o
     else:
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
-        train, validation = (open_tokens(corpus, split, tokenizer, cache) for split in ("train", "validation"))
+        train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
     batches = GlobalBatches(train, seed=order.seed, sequences=order.sequences, sequence_length=order.length)
     facts = _facts(corpus, train, validation, tokenizer)
     return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)

@@ -9,13 +9,11 @@ import numpy as np
 import xxhash
 
 from .config import DataConfig
-from .tokens import Manifest, Tokens
+from .tokens import Manifest, Tokens, hash_ids
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenyard tokens"
 VERSION = 2
-BLOCK = 1 << 24
-"""Ids that are hashed at a time."""
 AGAIN = "remove it and start tokenyard prepare again"
 """What to do about damage."""
 
@@ -140,8 +138,5 @@ def _open(folder: Path, record: ShardRecord) -> np.ndarray:
 
 
 def _check_hash(folder: Path, record: ShardRecord, ids: np.ndarray) -> None:
-    running = xxhash.xxh3_128()
-    for start in range(0, len(ids), BLOCK):
-        running.update(np.ascontiguousarray(ids[start : start + BLOCK]).data)
-    if running.hexdigest() != record.hash:
-        raise ValueError(f"{folder / record.file} is damaged: its ids have hash {running.hexdigest()}, not {record.hash}; {AGAIN}")
+    if (found := hash_ids(ids)) != record.hash:
+        raise ValueError(f"{folder / record.file} is damaged: its ids have hash {found}, not {record.hash}; {AGAIN}")

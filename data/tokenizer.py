@@ -41,9 +41,14 @@ def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
         return None
     path = Path(config.path).expanduser()
     if config.kind is TokenizerKind.huggingface:
-        from .huggingface import HuggingFaceTokenizer, end_beside
+        from .huggingface import HuggingFaceTokenizer, dropout_of, end_beside
 
-        return HuggingFaceTokenizer(path.read_bytes(), f"tokenizer.path={path}", config.end or end_beside(path))
+        content = path.read_bytes()
+        tokenizer = HuggingFaceTokenizer(content, f"tokenizer.path={path}", config.end or end_beside(path))
+        if dropout := dropout_of(content):
+            rule = "draws other ids for equal texts, so that two runs of one seed differ; the nearest value is null"
+            raise ValueError(f"tokenizer.path={path} must be a tokenizer without dropout: its model.dropout={dropout} {rule}")
+        return tokenizer
     return SentencePieceTokenizer(path.read_bytes(), f"tokenizer.path={config.path}")
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -17,6 +17,12 @@ from .tokenizer import Tokenizer
 
 TOKENS_FILE = "tokens.npy"
 MANIFEST_FILE = "manifest.json"
+SEEN_FILE = "seen.json"
+"""What tells at a glance that tokens are those that were written."""
+PIECES, PIECE = 16, 1 << 16
+"""Of the bytes of tokens, hashed whenever they are opened: all of those up to a MiB."""
+HASHED = 1 << 24
+"""Ids that are hashed at a time."""
 log = logging.getLogger("tokenyard")
 
 
@@ -39,8 +45,8 @@ class Tokens(NamedTuple):
     manifest: Manifest
 
 
-def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path) -> Tokens:
-    """The tokens of one split, made now if `cache` does not have them."""
+def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> Tokens:
+    """The tokens of one split, made now if `cache` does not have them. `verify`: hash all of them."""
     key = xxhash.xxh3_128_hexdigest(f"tokens 1 {split} {corpus.fingerprints[split]} {tokenizer.hash}".encode())
     folder = cache / "tokens" / key
     if not folder.is_dir():
@@ -49,19 +55,59 @@ def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path)
             manifest = _write(corpus, split, tokenizer, unfinished)
         seconds = time.perf_counter() - started
         log.info("data: %s: %d tokens of %d documents in %.1f s", split, manifest.tokens, manifest.documents, seconds)
-    return load_tokens(folder)
+    return load_tokens(folder, verify)
 
 
-def load_tokens(folder: Path) -> Tokens:
-    """The tokens in a folder of the cache. ValueError of one line if they are damaged."""
+def load_tokens(folder: Path, verify: bool = False) -> Tokens:
+    """The tokens in a folder of the cache. ValueError of one line if they are damaged or were changed.
+
+    A changed time, or a changed hash of 16 pieces, are seen at once; then, and with `verify`, all is hashed.
+    """
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST_FILE).read_text()))
         ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
+        whole = verify or not _as_seen(folder)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"cached tokens in {folder} are damaged ({error}); remove the folder and they are made again") from None
     if ids.shape != (manifest.tokens,):
         raise ValueError(f"cached tokens in {folder} are damaged ({ids.shape} for {manifest.tokens}); remove the folder")
+    if whole and (found := hash_ids(ids)) != manifest.fingerprint:
+        raise ValueError(
+            f"cached tokens in {folder} were changed (hash {found}, not {manifest.fingerprint}); "
+            "remove the folder and they are made again"
+        )
     return Tokens(ids, manifest)
+
+
+def hash_ids(ids: np.ndarray) -> str:
+    """xxh3-128 of an array on disk."""
+    running = xxhash.xxh3_128()
+    for start in range(0, len(ids), HASHED):
+        running.update(np.ascontiguousarray(ids[start : start + HASHED]).data)
+    return running.hexdigest()
+
+
+def note_seen(folder: Path) -> None:
+    """Of tokens that were written into `folder` just now."""
+    (folder / SEEN_FILE).write_text(json.dumps(_glance(folder / TOKENS_FILE)) + "\n")
+
+
+def _as_seen(folder: Path) -> bool:
+    """False also for a folder of a version of this package that did not look."""
+    try:
+        return json.loads((folder / SEEN_FILE).read_text()) == _glance(folder / TOKENS_FILE)
+    except FileNotFoundError:
+        return False
+
+
+def _glance(path: Path) -> dict[str, Any]:
+    """Size, time and the hash of some pieces from the first to the last."""
+    about, running = path.stat(), xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for number in range(PIECES):
+            file.seek(max(0, about.st_size - PIECE) * number // (PIECES - 1))
+            running.update(file.read(PIECE))
+    return {"bytes": about.st_size, "time": about.st_mtime_ns, "pieces": running.hexdigest()}
 
 
 def _write(corpus: Corpus, split: Split, tokenizer: Tokenizer, folder: Path) -> Manifest:
@@ -81,6 +127,7 @@ def _write(corpus: Corpus, split: Split, tokenizer: Tokenizer, folder: Path) -> 
     skipped = corpus.undecodable, corpus.duplicates, corpus.empty
     manifest = Manifest(len(names), tokens, size, *skipped, running.hexdigest())
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
+    note_seen(folder)
     return manifest
 
 

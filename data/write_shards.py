@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,7 +19,8 @@ from .mixes import Part
 from .prepared import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
 from .stream.pieces import Recipe, Window, is_held_out, tokenized
 from .stream.remote import Patience
-from .stream.shards import Row, Shards, open_shards
+from .stream.shards import Failed, Row, Shards, open_shards
+from .stream.stop import BadData
 from .tokenizer import Tokenizer, load_tokenizer
 from .tokens import Tokens, id_type, write_header
 
@@ -111,11 +113,13 @@ def work(job: Job) -> dict[str, Any]:
     """One job, in a process of its own."""
     shards = open_shards(job.config, Patience(job.config.patience_seconds, job.config.stall_seconds))
     tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
-    writers = {split: ShardWriter(Path(job.folder), f"{split}_{job.name}.npy", tokenizer) for split in ("train", "validation")}
-    for window in _blocks(shards, job):
-        for split, rows in _split(window, job.config.validation_fraction).items():
-            writers[split].write(tokenized(rows, 0, (0, 1), Recipe(tokenizer, 0.0, job.config.longest_row), shards))
-    record = {split: writer.finish()._asdict() for split, writer in writers.items()}
+    with ExitStack() as stack:
+        names = {split: f"{split}_{job.name}.npy" for split in ("train", "validation")}
+        writers = {split: stack.enter_context(closing(ShardWriter(Path(job.folder), names[split], tokenizer))) for split in names}
+        for window in _blocks(shards, job):
+            for split, rows in _split(window, job.config.validation_fraction).items():
+                writers[split].write(tokenized(rows, 0, (0, 1), Recipe(tokenizer, 0.0, job.config.longest_row), shards))
+        record = {split: writer.finish()._asdict() for split, writer in writers.items()}
     _write_whole(Path(job.folder) / f"part_{job.name}.json", json.dumps({"key": job.key, **record}) + "\n")
     return record
 
@@ -147,15 +151,21 @@ class ShardWriter:
         write_header(self._file, self._kind, self._tokens)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
         self._path.with_suffix(".unfinished").rename(self._path)
         return ShardRecord(self._path.name, self._tokens, self._documents, self._bytes, self._hash.hexdigest(), self._bad)
+
+    def close(self) -> None:
+        """Without `finish` it stays unfinished."""
+        self._file.close()
 
 
 def _blocks(shards: Shards, job: Job) -> Any:
     numbers: list[int] = []
     rows: list[Row] = []
     for number, row in enumerate(shards.rows(job.shard, 0)):
+        if isinstance(row, Failed):
+            raise BadData(f"{shards.names[job.shard]} failed after {number} rows: {row.reason}; mend it or leave it out")
         if number // BLOCK % job.parts == job.part:
             numbers.append(number)
             rows.append(row)

@@ -1,8 +1,9 @@
 """What the data needs of the ranks, and how a batch becomes rows on the device, on a GPU a step ahead."""
 
 import logging
+from collections.abc import Callable
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +17,18 @@ from ..data.stream.stop import DataStop
 from ..moe.device import kind_of
 from ..moe.documents import documents_of
 from ..parallel.mesh import Axis
+from ..parallel.processes import is_first, wait_for_all
 from ..parallel.pulse import doing
 from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
+from .checkpoint.agree import from_all
 from .config import Config
 from .step import Rows, valid_targets
 
+if TYPE_CHECKING:
+    from .reporter import Reporter
+
+SAID_ROWS = 10
+"""Bad rows of a source that are said on the console; events.jsonl has all."""
 log = logging.getLogger("tokenyard")
 
 
@@ -113,6 +121,36 @@ class Feed:
     def _made(self, step: int) -> list[Rows]:
         batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self.starts]
         return [as_rows(batch, start, self.config, self.data, self.device) for batch, start in batches]
+
+
+def open_together(ready: Callable[[], Prepared]) -> Prepared:
+    """The data, opened on rank 0, which may have to tokenize it, and then on the others, which find it in the cache. Collective.
+
+    What is refused on one of them is refused on all (ValueError), and so is a source that does not answer (DataUnavailable).
+    """
+    data: Prepared | None = None
+    failure: Exception | None = None
+    for mine in (is_first(), not is_first()):
+        if mine:
+            try:
+                data = ready()
+            except (DataStop, ValueError) as error:
+                failure = error
+        wait_for_all()
+        if failures := [each for each in from_all(failure) if each is not None]:
+            raise failures[0]
+    assert data is not None
+    return data
+
+
+def tell_findings(data: Prepared, step: int, reporter: "Reporter") -> None:
+    """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
+    for found in data.train.findings():
+        reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)
+        if found.kind == "file_failed":
+            reporter.alert("file_failed", f"step {step}: {found}")
+        elif found.number <= SAID_ROWS:
+            log.warning("bad row, skipped: %s", found)
 
 
 def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:

@@ -14,6 +14,7 @@ from .checkpoint.checkpointing import SaveFailed
 from .checkpoint.saving import keep, settle
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
+from .feed import tell_findings
 from .logged import Logged, Stopwatch
 from .redact import redact
 from .reporter import OtherRank, Reporter, build_reporter, set_up_logging
@@ -45,6 +46,8 @@ def run(config: Config) -> int:
                 session = open_session(config, device)
             except ValueError as error:
                 return refuse(error)
+            except DataStop as stop:
+                return refuse(stop, stop.exit_code)
             with closing(session), build_reporter(session) as reporter:
                 return train_session(session, reporter)
     except SaveFailed as error:
@@ -135,7 +138,10 @@ def micro_batches(session: Session, care: Care) -> list[Rows]:
     Raises a DataStop, on all ranks, if there is none. What this rank alone cannot read is told to all in the step.
     """
     try:
-        return session.feed.take(session.step)
+        try:
+            return session.feed.take(session.step)
+        finally:
+            tell_findings(session.data, session.step + 1, care.reporter)
     except (OSError, ValueError) as error:
         care.bad_data = f"{type(error).__name__}: {error}"
         return session.feed.nothing()

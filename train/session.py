@@ -12,7 +12,6 @@ from ..data.stream.rows import World
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
-from ..parallel.processes import is_first, wait_for_all
 from .checkpoint.agree import from_first
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.folder import remove_leftovers
@@ -23,7 +22,7 @@ from .checkpoint.store import read_facts
 from .config import Config, ConfigError, Precision
 from .derive import derive, set_products
 from .engine import Engine, build_engine
-from .feed import Feed, data_world
+from .feed import Feed, data_world, open_together
 from .folder import new_run_folder
 from .plain import shown_config
 from .survival.lone_failure import remove_note
@@ -128,15 +127,13 @@ def build_parallel(config: Config, device: torch.device) -> Parallel:
 
 
 def first_rank_first(config: Config, world: World | None = None) -> Prepared:
-    """Open the data on rank 0, which may have to tokenize it, and then on the others, which find it in the cache."""
+    """The data of the configuration; see `open_together`."""
 
     def ready() -> Prepared:
         sizes = config.sequence_length, config.seed, config.batch.sequences
         return prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
 
-    data = ready() if is_first() else None
-    wait_for_all()
-    return data or ready()
+    return open_together(ready)
 
 
 def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:

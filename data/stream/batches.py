@@ -10,6 +10,7 @@ import xxhash
 from ..batches import Batch, chosen_rows, split_rows
 from .mixture import Mixture
 from .remote import Patience
+from .rows import Finding
 from .stop import EndOfData
 
 
@@ -71,9 +72,13 @@ class StreamBatches:
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
         return Mark({"step": step, **self.mixture.state()}, record)
 
+    def findings(self) -> list[Finding]:
+        """Rows that were skipped and files that failed since this was last asked; those of a round that is read again, again."""
+        return [found for source in self.mixture.sources for found in source.findings()]
+
     def bad_rows(self) -> list[str]:
-        """The first of those that were skipped by this process, in words."""
-        return [f"{s.label}: {name} row {row}: {reason}" for s in self.mixture.sources for name, row, reason in s.bad_rows()]
+        """The same in words."""
+        return [str(found) for found in self.findings()]
 
     def close(self) -> None:
         """End the threads."""

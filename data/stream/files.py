@@ -5,15 +5,16 @@ import glob
 import gzip
 import io
 import lzma
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
 
-from .remote import HttpFile, Patience, open_url
+from .remote import HttpFile, Patience, may_pass, open_url, persistently
 
 ENDINGS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson", ".json"), "lines": (".txt", ".lines")}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -46,25 +47,39 @@ def is_remote(path: str) -> bool:
 
 
 @contextmanager
-def open_shard(path: str, patience: Patience) -> Iterator[IO[bytes]]:
+def open_shard(path: str, patience: Patience, version: bytes) -> Iterator[IO[bytes]]:
     """The decompressed bytes. Closes what lies below as well, which decompressors do not."""
-    with open_raw(path, patience) as raw, decompressed(raw, path) as file:
+    with open_raw(path, patience, version) as raw, decompressed(raw, path) as file:
         yield file
+        if file is not raw and raw.tell() == 0:
+            raise EOFError("the file is empty, which no compressed file is")
 
 
-def open_raw(path: str, patience: Patience) -> IO[bytes]:
-    """The bytes as stored: local, http(s), or whatever `datasets` reaches, as hf://."""
+@contextmanager
+def open_raw(path: str, patience: Patience, version: bytes) -> Iterator[IO[bytes]]:
+    """The bytes as stored: local, http(s), or whatever `datasets` reaches, as hf://.
+
+    ValueError if the file is not of this version, of `versions`, or another at the end of the block.
+    """
     if path.startswith(("http://", "https://")):
-        return open_url(path, patience)
-    if is_remote(path):
+        with open_url(path, patience) as file:
+            _refuse_change(_url_version(file.raw), version)
+            yield file
+    elif is_remote(path):
         from .hub import open_remote
 
-        return open_remote(path)
-    return Path(path).open("rb")
+        with open_remote(path) as file:
+            yield file
+    else:
+        _refuse_change(_local_version(path), version)
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            yield file
+            _refuse_change(b"%d" % os.fstat(file.fileno()).st_size, b"%d" % size)
 
 
 def decompressed(file: IO[bytes], path: str) -> Any:
-    """What is in `file`, by the ending of its name; `file` itself if that is none of a compression."""
+    """What is in `file`, by the ending of its name; a context, which leaves `file` open."""
     match Path(path.partition("?")[0]).suffix:
         case ".gz":
             return gzip.GzipFile(fileobj=file)
@@ -78,7 +93,7 @@ def decompressed(file: IO[bytes], path: str) -> Any:
             # A small buffer: where the stream breaks off, what is in the buffer is lost.
             return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 14)
         case _:
-            return file
+            return nullcontext(file)
 
 
 def short_names(paths: list[str]) -> list[str]:
@@ -87,29 +102,51 @@ def short_names(paths: list[str]) -> list[str]:
     return ["/".join(path.split("/")[shared:]) for path in paths]
 
 
-def fingerprint(paths: list[str], *more: str, patience: Patience) -> str:
-    """xxh3-128 over the names of the shards and what tells another version of a shard from this one.
+def fingerprint(paths: list[str], versions: list[bytes], *more: str) -> str:
+    """xxh3-128 over the names of the shards and their versions."""
+    running = xxhash.xxh3_128(repr(more).encode())
+    for name, version in zip(short_names(paths), versions, strict=True):
+        running.update(f"{name}\0".encode(errors="surrogateescape") + version + b"\0")
+    return running.hexdigest()
+
+
+def versions(paths: list[str], patience: Patience) -> list[bytes]:
+    """What tells another version of each file from this one. ValueError of one line for a file that cannot be read.
 
     Of a local file: its size, and its first and last 64 KiB. Of a URL: its size and the server's ETag or date. The URLs of hub data
     sets hold the commit.
     """
-    running = xxhash.xxh3_128(repr(more).encode())
-    for name, path in zip(short_names(paths), paths, strict=True):
-        running.update(f"{name}\0".encode(errors="surrogateescape") + _version(path, patience) + b"\0")
-    return running.hexdigest()
+    return [persistently(lambda path=path: _version(path, patience), path, patience) for path in paths]
 
 
 def _version(path: str, patience: Patience) -> bytes:
     if path.startswith(("http://", "https://")):
         with HttpFile(path, patience) as file:
-            return f"{file.size} {file.tag}".encode()
-    if is_remote(path):
-        return path.encode()
+            return _url_version(file)
+    try:
+        return path.encode() if is_remote(path) else _local_version(path)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _url_version(file: Any) -> bytes:
+    return f"{file.size} {file.tag}".encode()
+
+
+def _local_version(path: str) -> bytes:
     size, edge = Path(path).stat().st_size, 1 << 16
     with Path(path).open("rb") as file:
         ends = file.read(edge)
         file.seek(max(0, size - edge))
         return b"%d " % size + xxhash.xxh3_128_digest(ends + file.read(edge))
+
+
+def _refuse_change(now: bytes, before: bytes) -> None:
+    if now != before:
+        sizes = (int(version.partition(b" ")[0]) for version in (before, now))
+        raise ValueError("the file changed since the run began: it had {} bytes and now has {}".format(*sizes))
 
 
 def _folder_of_all(folders: list[list[str]]) -> list[str]:

@@ -7,8 +7,8 @@ from typing import IO, Any, final
 import xxhash
 
 from ..config import Corpus, DataConfig
-from .remote import Patience, patiently
-from .shards import Bad, Row, Shards, column_rows, file_shards
+from .remote import Patience, may_pass, patiently
+from .shards import BATCH, Failed, Row, Shards, column_rows, file_shards, in_words, no_column
 
 
 def open_hub(config: DataConfig, patience: Patience) -> Shards:
@@ -56,16 +56,23 @@ class HubShards(Shards):
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(key).encode())
         self._column, self._patience = config.column, patience
 
-    def rows(self, shard: int, first: int) -> Iterator[Row]:
+    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
         return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
 
-    def _read(self, shard: int, first: int) -> Iterator[Row]:
+    def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
         part = self._data.shard(len(self.names), shard) if len(self.names) > 1 else self._data
-        for table in part.skip(first).with_format("arrow").iter(batch_size=256):
-            if self._column not in table.column_names:
-                yield from [Bad(f"no column {self._column}, there are {', '.join(table.column_names[:8])}")] * table.num_rows
-            else:
-                yield from column_rows(table.column(self._column).combine_chunks())
+        above = first % BATCH  # batches begin at the same rows wherever reading begins
+        try:
+            for table in part.skip(first - above).with_format("arrow").iter(batch_size=BATCH):
+                if self._column not in table.column_names:
+                    yield no_column(self._column, table.column_names)
+                    return
+                yield from column_rows(table.column(self._column).combine_chunks())[above:]
+                above = 0
+        except Exception as error:  # whatever a builder raises
+            if may_pass(error):
+                raise
+            yield Failed(in_words(error))
 
 
 def _kind(builder: Any, files: list[str]) -> Corpus | None:

@@ -37,19 +37,34 @@ class Mixture:
         return {**{name: list(values) for name, values in own.items()}, "sources": [_labelled(each) for each in self.sources]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Also of a mixture with other sources or weights: those that were in it (by fingerprint) go on where they were."""
-        known = {saved["fingerprint"]: (index, saved["state"]) for index, saved in enumerate(state["sources"])}
-        same = [known.get(source.fingerprint, (None, None)) for source in self.sources]
-        for source, (_, saved) in zip(self.sources, same, strict=True):
-            if saved is not None:
-                source.restore(saved)
-        unchanged = [index for index, _ in same] == list(range(len(state["sources"])))
-        lists: list[tuple[str, list[Any]]] = [("rows", self.rows), ("_since", self._since), ("ended", self.ended)]
-        for name, values in lists:
-            saved = state[name.lstrip("_")]
-            values[:] = [type(values[0])(0) if index is None else saved[index] for index, _ in same]
-            if name == "_since" and not unchanged:
-                values[:] = [0] * len(values)
+        """Also of a mixture with other sources or weights: those that were in it go on where they were, with the new shares."""
+        same = self._places(state["sources"])
+        for source, index in zip(self.sources, same, strict=True):
+            if index is not None:
+                source.restore(state["sources"][index]["state"])
+        self.rows[:] = [0 if index is None else state["rows"][index] for index in same]
+        self.ended[:] = [False if index is None else state["ended"][index] for index in same]
+        self._since[:] = [0 if index is None else state["since"][index] for index in same]
+        if same != list(range(len(state["sources"]))) or not self._fits():
+            self._since[:] = [0] * len(same)
+
+    def _places(self, saved: list[dict[str, Any]]) -> list[int | None]:
+        """Which of the saved sources each source is: of equal data, that of its label, else the first that no other one is."""
+        left = dict(enumerate(saved))
+        found: list[int | None] = [None] * len(self.sources)
+        for keys in (("fingerprint", "label"), ("fingerprint",)):
+            for place, source in enumerate(self.sources):
+                same = (i for i, each in left.items() if all(each.get(key) == getattr(source, key) for key in keys))
+                if found[place] is None and (index := next(same, None)) is not None:
+                    found[place] = index
+                    del left[index]
+        return found
+
+    def _fits(self) -> bool:
+        """Whether the rows given since a source last ended are those of these weights: no source is ever as many rows behind or
+        ahead as there are sources."""
+        given, shares = np.array(self._since), self._shares()
+        return bool((np.abs(given - shares * given.sum()) < len(given)).all())
 
     def _some(self, count: int) -> np.ndarray:
         """Up to `count` rows, to the point where a source ends."""
@@ -73,10 +88,14 @@ class Mixture:
             self._since = [0] * len(self.sources)
         return np.stack(rows) if rows else np.empty((0, taken[0].shape[-1]), np.int64)
 
+    def _shares(self) -> np.ndarray:
+        """Of the sources that have not ended; zeros if all have."""
+        live = ~np.array(self.ended)
+        return np.where(live, self._weights, 0) / (self._weights[live].sum() or 1.0)
+
     def _plan(self, count: int) -> np.ndarray:
         """Which source each of the next rows is of."""
-        live = ~np.array(self.ended)
-        shares = np.where(live, self._weights, 0) / self._weights[live].sum()
+        live, shares = ~np.array(self.ended), self._shares()
         given, plan = np.array(self._since), np.empty(count, np.int64)
         for row in range(count):
             behind = np.where(live, shares * (given.sum() + 1) - given, -np.inf)

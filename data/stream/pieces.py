@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from ..order import permutation
 from ..tokenizer import Tokenizer
-from .shards import Bad, Row, Shards
+from .shards import Bad, Failed, Row, Shards
+from .stop import BadData
 
 HELD_OUT = -1
 """Stands for the length of a document that is kept for validation."""
@@ -24,6 +25,8 @@ class Window(NamedTuple):
     rows: list[Row]
     after: tuple[int, int] | None
     """Where the next window begins: place in the order of the shards, and row. None after the last window of an epoch."""
+    failed: tuple[int, str] | None = None
+    """The shard cannot be read any further: the rows that it gave in all, and the reason."""
 
 
 class Recipe(NamedTuple):
@@ -47,6 +50,8 @@ class Piece(NamedTuple):
     """Tokens of each row: 0 of a bad one, HELD_OUT of one for validation."""
     bad: list[tuple[str, int, str]]
     """Shard, row and reason."""
+    failed: tuple[str, int, str] | None
+    """The shard, if it cannot be read any further: the rows that it gave in all, and the reason."""
     bytes: int
     """Of the documents, UTF-8."""
     tokens: np.ndarray
@@ -60,21 +65,24 @@ def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: 
     """
     beginning, first = start
     for place in range(beginning, len(order)):
-        shard, numbers, rows = order[place], [], []
+        shard, numbers, rows, failed = order[place], [], [], None
         for number, row in enumerate(shards.rows(shard, first), first):
+            if isinstance(row, Failed):
+                failed = (number, row.reason)
+                break
             numbers.append(number)
             rows.append(row)
             if len(rows) == size:
                 yield _shuffled(Window(shard, numbers, rows, (place, number + 1)), *key)
                 numbers, rows = [], []
-        if rows:
-            yield _shuffled(Window(shard, numbers, rows, (place + 1, 0)), *key)
+        if rows or failed:
+            yield _shuffled(Window(shard, numbers, rows, (place + 1, 0), failed), *key)
         first = 0
     yield Window(-1, [], [], None)
 
 
 def _shuffled(window: Window, *key: object) -> Window:
-    order = permutation(len(window.rows), "rows", *key, window.shard, window.numbers[0]).tolist()
+    order = permutation(len(window.rows), "rows", *key, window.shard, *window.numbers[:1]).tolist()
     return window._replace(numbers=[window.numbers[i] for i in order], rows=[window.rows[i] for i in order])
 
 
@@ -93,7 +101,8 @@ def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe,
             parts += [np.asarray(ids, dtype=np.int32), end]
         lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, Bad) else len(ids) + 1)
     tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
-    return Piece(slot, window.after, share, lengths, sorted(bad), sum(len(text.encode()) for text in texts), tokens)
+    failed = window.failed and (shards.names[window.shard], *window.failed)
+    return Piece(slot, window.after, share, lengths, sorted(bad), failed, sum(len(text.encode()) for text in texts), tokens)
 
 
 def prepared_row(row: Row, recipe: Recipe) -> str | np.ndarray | Bad | None:
@@ -130,20 +139,22 @@ def unpack(data: bytes) -> list[Piece]:
     """What `pack` packed."""
     head, _, body = data.partition(b"\n")
     tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
-    for slot, after, share, lengths, bad, size, count in json.loads(head):
+    for slot, after, share, lengths, bad, failed, size, count in json.loads(head):
         bad = [(name, row, reason) for name, row, reason in bad]
+        failed = failed and (failed[0], failed[1], failed[2])
         own = tokens[at : at + count]
-        pieces.append(Piece(slot, after and (after[0], after[1]), (share[0], share[1]), lengths, bad, size, own))
+        pieces.append(Piece(slot, after and (after[0], after[1]), (share[0], share[1]), lengths, bad, failed, size, own))
         at += count
     return pieces
 
 
 def joined(pieces: list[Piece]) -> Piece:
-    """All shares of one window as one."""
+    """All shares of one window as one. BadData if they are not of the same rows."""
     if len(pieces) == 1:
         return pieces[0]
     pieces = sorted(pieces, key=lambda piece: piece.share[0])
     count, lengths, parts = len(pieces), [], []
+    _refuse_difference(pieces)
     ends = [np.cumsum([max(0, length) for length in piece.lengths]) for piece in pieces]
     for row in range(sum(len(piece.lengths) for piece in pieces)):
         piece, index = pieces[row % count], row // count
@@ -152,4 +163,18 @@ def joined(pieces: list[Piece]) -> Piece:
         parts.append(piece.tokens[end - max(0, lengths[-1]) : end])
     bad = sorted(one for piece in pieces for one in piece.bad)
     tokens = np.concatenate(parts) if parts else pieces[0].tokens
-    return Piece(pieces[0].slot, pieces[0].after, (0, 1), lengths, bad, sum(piece.bytes for piece in pieces), tokens)
+    size, (slot, after, failed) = sum(piece.bytes for piece in pieces), _of_window(pieces[0])
+    return Piece(slot, after, (0, 1), lengths, bad, failed, size, tokens)
+
+
+def _of_window(piece: Piece) -> tuple[Any, ...]:
+    """What all ranks must have found alike."""
+    return piece.slot, piece.after, piece.failed
+
+
+def _refuse_difference(pieces: list[Piece]) -> None:
+    total = sum(len(piece.lengths) for piece in pieces)
+    shares = [len(range(piece.share[0], total, piece.share[1])) for piece in pieces]
+    if len({*map(_of_window, pieces)}) > 1 or shares != [len(piece.lengths) for piece in pieces]:
+        failed = sorted({f" ({name} row {row}: {reason})" for name, row, reason in (p.failed for p in pieces if p.failed)})
+        raise BadData(f"ranks that share a window do not read the same rows{''.join(failed)}")

@@ -1,7 +1,9 @@
 """Files behind HTTP as seekable byte streams, which outlive servers that fail, stall or hang up in the middle."""
 
+import errno
 import http.client
 import io
+import re
 import threading
 import time
 import urllib.error
@@ -13,6 +15,13 @@ from .stop import DataUnavailable
 
 TRANSIENT_STATUS = (408, 425, 429)
 LONGEST_DELAY = 30.0
+PROGRESS = 1 << 16
+"""Bytes that a file must give for its patience to begin anew."""
+SLOWEST = 1024.0
+"""Bytes a second; what comes more slowly uses patience up."""
+PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+"""Errors of the operating system that stay, however often one asks."""
+RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 Item = TypeVar("Item")
 
 
@@ -35,16 +44,23 @@ def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, pati
     """`read(first)`, and if the source fails at its n-th item `read(first + n)`. Raises DataUnavailable at the end of patience."""
     at, backoff = first, Backoff(what, patience)
     while True:
+        begin = time.monotonic()
         try:
             for item in read(at):
                 yield item
                 at += 1
                 backoff.reset()
+                begin = time.monotonic()
             return
         except Exception as error:
-            if not isinstance(error, transient_errors()):
+            if not may_pass(error):
                 raise
-            backoff.wait(error)
+            backoff.wait(error, begin)
+
+
+def persistently(action: Callable[[], Item], what: str, patience: Patience) -> Item:
+    """What `action` returns, tried again as long as it fails with an error that may pass."""
+    return next(patiently(lambda _: iter([action()]), 0, what, patience))
 
 
 @final
@@ -56,22 +72,28 @@ class HttpFile(io.RawIOBase):
         self.tag = ""
         """What the server says of the version of the file."""
         self.size = -1
-        self._at = 0
+        """-1 until it is known: of an answer in chunks without a length it is at its end."""
+        self._at = self._place = self._end = 0
+        """The next byte wanted, the next of the open answer, and the one behind that answer, -1 if it does not say."""
+        self._answered = False
         self._response: http.client.HTTPResponse | None = None
         self._timeout = patience.stall
         self._backoff = Backoff(url, patience)
         self._trying(self._connect)
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        wanted = min(len(buffer), self.size - self._at)
-        if wanted <= 0:
-            return 0
-        data = self._trying(lambda: self._some(wanted))
+        data = b""
+        while not data and not 0 <= self.size <= self._at:
+            data = self._trying(lambda: self._some(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
+        if self._at == self.size:
+            self._backoff.reset()
         return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        while whence == io.SEEK_END and self.size < 0:
+            self.read(1 << 20)
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         if at != self._at:
             self._hang_up()
@@ -92,26 +114,38 @@ class HttpFile(io.RawIOBase):
         super().close()
 
     def _some(self, wanted: int) -> bytes:
+        """What comes next of the open answer, without the bytes that an answer begins with before the one asked for."""
+        begin = time.monotonic()
         if self._response is None:
             self._connect()
         assert self._response is not None
-        data = self._response.read(wanted)
-        if not data:
-            raise ConnectionError(f"connection closed at byte {self._at} of {self.size}")
-        return data
+        ahead = self._at - self._place
+        left = wanted if self.size < 0 else min(wanted, self.size - self._at)
+        data = self._response.read1(min(ahead + left, 1 << 20))
+        if not data and self.size < 0 and not ahead:
+            self.size = self._place  # the mark at the end of the chunks was there, or it would have raised
+        elif not data and self._place == self._end:
+            self._connect()  # whole, but not all of the file: servers may give less than they are asked for
+        elif not data:
+            raise ConnectionError(f"connection closed at byte {self._place} of {self.size}")
+        self._place += len(data)
+        self._backoff.got(len(data), max(0, len(data) - ahead), begin)
+        return data[ahead:]
 
     def _connect(self) -> None:
         request = urllib.request.Request(self.url, headers={"Range": f"bytes={self._at}-", "Accept-Encoding": "identity"})
         response = self._response = urllib.request.urlopen(request, timeout=self._timeout)
-        skipped = 0 if response.status == 206 else self._at
-        size = int(response.headers.get("Content-Length") or -1) + (self._at - skipped)
+        self._place, self._end, size = _extent(response, self._at)
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        if self.size >= 0 and (size, tag) != (self.size, self.tag):
+        if self._place > self._at or 0 <= self._end <= self._at != size:
+            raise ConnectionError(f"asked for byte {self._at} it answers from {self._place} to {self._end}")
+        if self._answered and (tag != self.tag or (size != self.size and min(size, self.size) >= 0)):
             self._hang_up()
             raise ValueError(f"{self.url} changed while it was read: {self.size} bytes {self.tag}, now {size} bytes {tag}")
-        self.size, self.tag = size, tag
-        while skipped:  # a server that knows no ranges begins anew
-            skipped -= len(response.read(min(skipped, 1 << 20))) or skipped
+        if size < 0 and self.size < 0 and not response.chunked:
+            self._hang_up()
+            raise ValueError(f"{self.url} cannot be read: the server says neither how long it is nor where it ends; copy it here")
+        self.size, self.tag, self._answered = max(size, self.size), tag, True
 
     def _hang_up(self) -> None:
         if self._response is not None:
@@ -120,25 +154,39 @@ class HttpFile(io.RawIOBase):
 
     def _trying(self, action: Callable[[], Item]) -> Item:
         while True:
+            begin = time.monotonic()
             try:
-                done = action()
+                return action()
             except urllib.error.HTTPError as error:
                 error.close()
                 self._hang_up()
                 if error.code < 500 and error.code not in TRANSIENT_STATUS:
                     raise ValueError(f"{self.url} cannot be read: HTTP {error.code} {error.reason}") from None
-                self._backoff.wait(error)
+                self._backoff.wait(error, begin)
             except (OSError, http.client.HTTPException) as error:
                 self._hang_up()
-                self._backoff.wait(error)
-            else:
-                self._backoff.reset()
-                return done
+                self._backoff.wait(error, begin)
+
+
+def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, int]:
+    """The byte that an answer begins with, the one behind it, and the size of the whole file; -1 if it does not say.
+
+    `asked`: for this byte. A server that knows no ranges begins anew.
+    """
+    partial, stated = response.status == 206, response.headers.get("Content-Range")
+    if not partial or stated is None:
+        begin = asked if partial else 0
+        end = -1 if response.length is None else begin + response.length
+        return begin, end, end
+    found = RANGE.fullmatch(stated.strip())
+    if found is None:
+        raise ConnectionError(f"it answers with Content-Range: {stated}")
+    return int(found[1]), int(found[2]) + 1, -1 if found[3] == "*" else int(found[3])
 
 
 @final
 class Backoff:
-    """Waits between attempts, each time twice as long."""
+    """Waits between attempts, each time twice as long. Time in which nobody asks the source does not count."""
 
     def __init__(self, what: str, patience: Patience) -> None:
         self._what = what
@@ -147,19 +195,32 @@ class Backoff:
 
     def reset(self) -> None:
         """There was progress."""
-        self._delay, self._since = 0.1, time.monotonic()
+        self._delay, self._spent, self._got = 0.1, 0.0, 0
 
-    def wait(self, error: BaseException) -> None:
-        """Raises DataUnavailable if patience would end before the next attempt."""
-        waited = time.monotonic() - self._since
-        if waited + self._delay > self._patience.seconds or self._patience.closed.wait(self._delay):
+    def got(self, count: int, new: int, begin: float) -> None:
+        """So many bytes came since `begin`, `new` of them for the first time. Raises DataUnavailable if they come too slowly."""
+        self._got += new
+        self._spent += max(0.0, time.monotonic() - begin - count / SLOWEST)
+        if self._got >= PROGRESS:
+            self.reset()
+        elif self._spent > self._patience.seconds:
+            raise DataUnavailable(f"{self._what} gave {self._got} bytes in {self._spent:.0f} s")
+
+    def wait(self, error: BaseException, begin: float) -> None:
+        """After an attempt since `begin`. Raises DataUnavailable if patience would end before the next one."""
+        self._spent += time.monotonic() - begin
+        if self._spent + self._delay > self._patience.seconds or self._patience.closed.wait(self._delay):
             reason = f"{type(error).__name__}: {error}"
-            raise DataUnavailable(f"{self._what} did not answer for {waited:.0f} s ({reason})") from error
+            raise DataUnavailable(f"{self._what} did not answer for {self._spent:.0f} s ({reason})") from error
+        self._spent += self._delay
         self._delay = min(2 * self._delay, LONGEST_DELAY)
 
 
-def transient_errors() -> tuple[type[BaseException], ...]:
-    """What may go away by itself; httpx is how huggingface_hub reads."""
+def may_pass(error: BaseException) -> bool:
+    """Whether an error may go away by itself; httpx is how huggingface_hub reads."""
     import httpx
 
-    return ConnectionError, TimeoutError, httpx.HTTPError
+    if isinstance(error, ConnectionError | TimeoutError | httpx.HTTPError):
+        status = getattr(getattr(error, "response", None), "status_code", 500)
+        return status >= 500 or status in TRANSIENT_STATUS
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in PERMANENT

@@ -3,11 +3,12 @@
 Documents follow each other, each with its end mark, and are cut every S tokens: a row begins with the last token of the one before.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import xxhash
@@ -17,9 +18,11 @@ from ..tokens import Tokens
 from .ahead import Ahead
 from .pieces import HELD_OUT, Piece, Recipe, Window, joined, pack, tokenized, unpack, windows
 from .shards import Shards
-from .stop import BadData, DataUnavailable
+from .stop import BadData, DataStop, heard, told
 
 FREE_BAD_ROWS = 10
+LISTED_BAD_ROWS = 100
+log = logging.getLogger("tokenyard")
 
 
 class World(NamedTuple):
@@ -42,6 +45,24 @@ class Settings(NamedTuple):
     ahead: int = 2
     repeat: bool = True
     max_bad_fraction: float = 0.001
+    max_failed_files: int = 0
+
+
+class Finding(NamedTuple):
+    """What could not be read: a row that was skipped, or a file from a row on."""
+
+    kind: Literal["bad_row", "file_failed"]
+    source: str
+    file: str
+    row: int
+    """Of a file: the rows that it gave in all."""
+    reason: str
+    number: int
+    """This is the n-th of its kind that the source has met, counted over resumes."""
+
+    def __str__(self) -> str:
+        words = f"row {self.row}: " if self.kind == "bad_row" else f"failed after {self.row} rows: "
+        return f"{self.source}: {self.file} {words}{self.reason}"
 
 
 class RowSource(ABC):
@@ -64,8 +85,8 @@ class RowSource(ABC):
         """What was read so far."""
         return {}
 
-    def bad_rows(self) -> list[tuple[str, int, str]]:
-        """The first of those that were skipped: shard, row, reason."""
+    def findings(self) -> list[Finding]:
+        """What could not be read since this was last asked."""
         return []
 
 
@@ -115,6 +136,10 @@ class StreamRows(RowSource):
         self._shards, self._recipe, self._settings, self._world, self._pool = shards, recipe, settings, world, pool
         self._slots = min(settings.open_shards, len(shards.names))
         self._bad: list[tuple[str, int, str]] = []
+        """The first of them, for the message at the end."""
+        self._failed: Finding | None = None
+        """The last file that failed."""
+        self._findings: list[Finding] = []
         self.restore({})
 
     def take(self, count: int) -> np.ndarray:
@@ -149,28 +174,33 @@ class StreamRows(RowSource):
     def counts(self) -> dict[str, int]:
         return {"epoch": self._epoch, **self._counts}
 
-    def bad_rows(self) -> list[tuple[str, int, str]]:
-        return self._bad
+    def findings(self) -> list[Finding]:
+        found, self._findings = self._findings, []
+        return found
 
     def _round(self) -> None:
         """One window of every live slot, from all ranks."""
-        mine, failure = [], b""
-        try:
-            mine = [reader.next() for reader in self._live.values() if reader is not None]
-        except DataUnavailable as error:
-            failure = str(error).encode()
-        gathered = self._world.gather(b"!" + failure if failure else b"=" + pack(mine))
-        if failed := [data[1:].decode() for data in gathered if data[:1] == b"!"]:
-            raise DataUnavailable(failed[0])
+        gathered = self._world.gather(self._mine())
+        if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
+            raise heard(failed[0])
         shares: dict[int, list[Piece]] = {slot: [] for slot in self._live}
         for piece in (piece for data in gathered for piece in unpack(data[1:])):
             shares[piece.slot].append(piece)
         for pieces in shares.values():
             self._accept(joined(pieces))
-        self._refuse_too_many_bad_rows()
+        self._refuse_too_much()
         if not self._live:
             self._next_epoch()
         self._marks.append(self._mark())
+
+    def _mine(self) -> bytes:
+        """This rank's part of the round, or why there is none."""
+        try:
+            return b"=" + pack([reader.next() for reader in self._live.values() if reader is not None])
+        except Exception as error:  # whatever it is, the others wait for it
+            if not isinstance(error, DataStop):
+                log.error("%s cannot be read", self.label, exc_info=error)
+            return b"!" + told(error, self._world.rank)
 
     def _accept(self, piece: Piece) -> None:
         self._cursors[piece.slot] = piece.after
@@ -179,8 +209,13 @@ class StreamRows(RowSource):
         held_out = piece.lengths.count(HELD_OUT)
         documents = len(piece.lengths) - held_out - len(piece.bad)
         self._counts.update(rows=len(piece.lengths), documents=documents, held_out=held_out, bad_rows=len(piece.bad))
-        self._counts.update(bytes=piece.bytes, document_tokens=len(piece.tokens))
-        self._bad += piece.bad[: max(0, 100 - len(self._bad))]
+        self._counts.update(bytes=piece.bytes, document_tokens=len(piece.tokens), failed_files=piece.failed is not None)
+        self._bad += piece.bad[: max(0, LISTED_BAD_ROWS - len(self._bad))]
+        before = self._counts["bad_rows"] - len(piece.bad)
+        self._findings += [Finding("bad_row", self.label, *bad, before + at) for at, bad in enumerate(piece.bad, start=1)]
+        if piece.failed:
+            self._failed = Finding("file_failed", self.label, *piece.failed, self._counts["failed_files"])
+            self._findings.append(self._failed)
         self._parts.append(piece.tokens)
         self._end += len(piece.tokens)
 
@@ -190,6 +225,7 @@ class StreamRows(RowSource):
             raise BadData(f"{self.label}: no document in {self._counts['rows']} rows{': ' if listed else ''}{listed}")
         if self._settings.repeat:
             self._epoch += 1
+            self._counts["failed_files"] = 0
             self._cursors = [(0, 0)] * self._slots
             self._open_slots()
 
@@ -230,7 +266,9 @@ class StreamRows(RowSource):
         self._parts = [buffer[min(self._next, self._end) - self._begin :]]
         self._begin = min(self._next, self._end)
 
-    def _refuse_too_many_bad_rows(self) -> None:
+    def _refuse_too_much(self) -> None:
+        if self._counts["failed_files"] > self._settings.max_failed_files and self._failed:
+            raise BadData(f"{self._failed}; data.max_failed_files={self._settings.max_failed_files}")
         bad, rows = self._counts["bad_rows"], self._counts["rows"]
         if bad > max(FREE_BAD_ROWS, self._settings.max_bad_fraction * rows):
             listed = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in self._bad)

@@ -10,12 +10,21 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from ..config import Corpus, DataConfig
-from .files import find_files, fingerprint, open_raw, open_shard, short_names
-from .remote import Patience, patiently, transient_errors
+from .files import find_files, fingerprint, open_raw, open_shard, short_names, versions
+from .remote import Patience, may_pass, patiently
+
+BATCH = 256
+"""Rows that are read at a time where a format gives several."""
 
 
 class Bad(NamedTuple):
     """A row without text."""
+
+    reason: str
+
+
+class Failed(NamedTuple):
+    """Stands behind the last row of a shard that could be read, if that is not the last that it had."""
 
     reason: str
 
@@ -31,8 +40,11 @@ class Shards(ABC):
     """Differs for other data."""
 
     @abstractmethod
-    def rows(self, shard: int, first: int) -> Iterator[Row]:
-        """The rows of a shard from row `first` on. Raises DataUnavailable if its source stays silent."""
+    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
+        """The rows of a shard from row `first` on. Raises DataUnavailable if its source stays silent.
+
+        If the shard fails there is a Failed at the end, at the same place wherever reading began.
+        """
 
 
 def open_shards(config: DataConfig, patience: Patience) -> Shards:
@@ -58,25 +70,23 @@ class LineShards(Shards):
 
     def __init__(self, paths: list[str], key: str | None, patience: Patience) -> None:
         self.names = short_names(paths)
-        self.fingerprint = fingerprint(paths, "lines", str(key), patience=patience)
+        self._versions = versions(paths, patience)
+        self.fingerprint = fingerprint(paths, self._versions, "lines", str(key))
         self._paths, self._key, self._patience = paths, key, patience
 
-    def rows(self, shard: int, first: int) -> Iterator[Row]:
+    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
         return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
 
-    def _read(self, shard: int, first: int) -> Iterator[Row]:
-        row = 0
+    def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
         try:
-            with open_shard(self._paths[shard], self._patience) as file:
+            with open_shard(self._paths[shard], self._patience, self._versions[shard]) as file:
                 for row, line in enumerate(file):
                     if row >= first:
                         yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
-                row += 1
         except BROKEN_FILE as error:
-            if isinstance(error, transient_errors()):
+            if may_pass(error):
                 raise
-            if row >= first:
-                yield Bad(f"the file breaks off here ({error})")
+            yield Failed(in_words(error))
 
 
 @final
@@ -85,42 +95,52 @@ class ParquetShards(Shards):
 
     def __init__(self, paths: list[str], column: str, patience: Patience) -> None:
         self.names = short_names(paths)
-        self.fingerprint = fingerprint(paths, "parquet", column, patience=patience)
+        self._versions = versions(paths, patience)
+        self.fingerprint = fingerprint(paths, self._versions, "parquet", column)
         self._paths, self._column, self._patience = paths, column, patience
 
-    def rows(self, shard: int, first: int) -> Iterator[Row]:
+    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
         return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
 
-    def _read(self, shard: int, first: int) -> Iterator[Row]:
+    def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         row = 0
         try:
-            with open_raw(self._paths[shard], self._patience) as raw, pq.ParquetFile(raw) as file:
+            with open_raw(self._paths[shard], self._patience, self._versions[shard]) as raw, pq.ParquetFile(raw) as file:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 group = 0
                 while group < len(sizes) and row + sizes[group] <= first:
                     row, group = row + sizes[group], group + 1
                 names = file.schema_arrow.names
                 if self._column not in names:
-                    if first == 0:
-                        yield Bad(f"no column {self._column}, there are {', '.join(names[:8])}")
+                    yield no_column(self._column, names)
                     return
-                for batch in file.iter_batches(256, range(group, len(sizes)), [self._column]):
+                # Group by group, so that the batches, and what a damaged one takes along, are the same wherever reading begins.
+                for batch in (b for at in range(group, len(sizes)) for b in file.iter_batches(BATCH, [at], [self._column])):
                     for item in column_rows(batch.column(0)):
                         if row >= first:
                             yield item
                         row += 1
         except (pa.ArrowException, *BROKEN_FILE) as error:
-            if isinstance(error, transient_errors()):
+            if may_pass(error):
                 raise
-            if row >= first:
-                yield Bad(f"the file is broken here ({' '.join(str(error).split())})")
+            yield Failed(in_words(error))
 
 
 BROKEN_FILE = (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
 """What truncated or damaged files raise, once errors that may go away are taken out."""
+
+
+def no_column(column: str, names: list[str]) -> Failed:
+    """A shard with these columns only."""
+    return Failed(f"no column {column}, there are {', '.join(names[:8])}")
+
+
+def in_words(error: BaseException) -> str:
+    """On one line, without the path, which the name of the shard stands for."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def column_rows(values: Any) -> list[Row]:
@@ -132,7 +152,15 @@ def column_rows(values: Any) -> list[Row]:
         # As bytes: Arrow does not check what a file calls UTF-8, and one bad row must not take the others with it.
         texts = values.cast(pa.large_binary() if kinds.is_large_string(values.type) else pa.binary()).to_pylist()
         return [Bad("null") if text is None else text for text in texts]
-    return [value_row(value) for value in values.to_pylist()]
+    return [_arrow_row(value) for value in values]
+
+
+def _arrow_row(value: Any) -> Row:
+    """A row of an Arrow value; one that Python has no value for, as a date after the year 9999, takes no other row with it."""
+    try:
+        return value_row(value.as_py())
+    except Exception as error:  # whatever the type of the column raises
+        return Bad(f"is {value.type}, which cannot be read ({in_words(error)})")
 
 
 def value_row(value: Any) -> Row:
@@ -143,7 +171,8 @@ def value_row(value: Any) -> Row:
         case None:
             return Bad("null")
         case list() if value and all(type(item) is int for item in value):
-            return np.array(value, dtype=np.int64)
+            beyond = [item for item in value if not -(2**63) <= item < 2**63]
+            return Bad(f"id {str(beyond[0])[:24]} is no int64") if beyond else np.array(value, dtype=np.int64)
         case list() if not value:
             return Bad("empty")
         case _:

@@ -15,7 +15,7 @@ from ..corpus import survey
 from ..mixes import Part
 from ..prepared import open_prepared
 from ..tokenizer import Tokenizer
-from ..tokens import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, open_tokens
+from ..tokens import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, note_seen, open_tokens
 from .mixture import Mixture
 from .pieces import Recipe, is_held_out, prepared_row
 from .rows import ArrayRows, RowSource, Settings, StreamRows, World
@@ -49,7 +49,7 @@ def whole_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Pa
     """A source that is an array: a corpus, tokenized now if need be, or prepared shards."""
     if config.corpus is Corpus.prepared:
         return open_prepared(config, tokenizer.hash, split)
-    return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache)
+    return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
 def held_out_tokens(opened: Opened, tokenizer: Tokenizer, cache: Path, wanted: int) -> Tokens:
@@ -60,7 +60,7 @@ def held_out_tokens(opened: Opened, tokenizer: Tokenizer, cache: Path, wanted: i
     if not folder.is_dir():
         with publish(folder) as unfinished:
             _write_held_out(opened, tokenizer, wanted, unfinished)
-    return load_tokens(folder)
+    return load_tokens(folder, config.verify)
 
 
 def sample_texts(opened: Opened, limit: int) -> list[str]:
@@ -98,7 +98,8 @@ def _source(
 ) -> RowSource:
     if isinstance(part, Opened):
         config = part.part.config
-        settings = Settings(seed, length, config.window, config.open_shards, config.ahead, config.repeat, config.max_bad_fraction)
+        order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
+        settings = Settings(seed, length, *order, config.ahead, config.repeat, *limits)
         return StreamRows(part.part.label, part.shards, _recipe(config, tokenizer), settings, world, pool)
     tokens = whole_tokens(part.config, "train", tokenizer, cache)
     if len(tokens.ids) <= length:
@@ -126,6 +127,7 @@ def _write_held_out(opened: Opened, tokenizer: Tokenizer, wanted: int, folder: P
     np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
     manifest = Manifest(documents, len(ids), size, [], 0, 0, xxhash.xxh3_128_hexdigest(ids.tobytes()))
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict()) + "\n")
+    note_seen(folder)
 
 
 def _held_out_texts(opened: Opened) -> Iterator[str]:

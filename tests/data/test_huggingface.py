@@ -1,5 +1,6 @@
 """A tokenizer.json made with the library itself."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tokenyard.data.check import check_tokenizer
 from tokenyard.data.config import TokenizerConfig, TokenizerKind
+from tokenyard.data.huggingface import HuggingFaceTokenizer
 from tokenyard.data.tokenizer import load_tokenizer, ready_tokenizer
 
 TEXTS = ["the cat sat on the mat", "na\u00efve \U0001f600 text\n\twith  spaces", "<|endoftext|> is text here", ""]
@@ -46,3 +48,18 @@ def test_refusals(path: Path) -> None:
         check_tokenizer(TokenizerConfig(path=str(path)))
     with pytest.raises(ValueError, match=r"must name a tokenizer\.json"):
         check_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface))
+
+
+@pytest.mark.fault(37, "refused in one line, the nearest value named; in an older checkpoint nothing is drawn")
+def test_dropout_is_refused(path: Path, tmp_path: Path) -> None:
+    about = json.loads(path.read_text())
+    about["model"]["dropout"] = 0.3
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"without dropout: its model\.dropout=0\.3 draws .*the nearest value is null"):
+        ready_tokenizer(config(path))
+    HuggingFaceTokenizer(path.read_bytes(), "it").save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert len({tuple(saved.encode(TEXTS[0])) for _ in range(50)}) == 1
+    about["model"]["dropout"] = 0.0
+    path.write_text(json.dumps(about))
+    assert ready_tokenizer(config(path)) is not None

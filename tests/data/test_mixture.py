@@ -60,6 +60,39 @@ def test_other_weights_keep_the_places_of_the_sources(data: DataConfig) -> None:
     assert [source.state() for source in other.mixture.sources] == [places["b"], places["a"]]
 
 
+@pytest.mark.fault(35, "equal data under two labels: each goes on where it was, bit for bit")
+@pytest.mark.parametrize("other", [["one", "two"], ["two", "one"], ["new", "two"]])
+def test_sources_of_equal_data_keep_their_states(data: DataConfig, other: list[str]) -> None:
+    """By label; a new label takes the state that no other one takes."""
+    path = data.mix[0].split("path=")[1]
+    mix = [f"weight={weight} corpus=jsonl path={path} label={label}" for weight, label in ((0.8, "one"), (0.2, "two"))]
+    straight, first = taken(opened(replace(data, mix=mix)), range(40)), opened(replace(data, mix=mix))
+    taken(first, range(13))
+    weights = {"one": 0.8, "two": 0.2, "new": 0.8}
+    again = [f"weight={weights[label]} corpus=jsonl path={path} label={label}" for label in other]
+    second = opened(replace(data, mix=again))
+    second.restore(json.loads(json.dumps(first.state())))
+    places = {source.label.replace("new", "one"): source.state() for source in second.mixture.sources}
+    assert places == {source.label: source.state() for source in first.mixture.sources}
+    if other != ["two", "one"]:
+        assert np.array_equal(taken(second, range(13, 40)), straight[13:])
+
+
+@pytest.mark.fault(35, "new weights on resume: the new shares from the first row on")
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (0.1, 0.9), (0.45, 0.55)])
+def test_new_weights_hold_from_the_resume_on(data: DataConfig, weights: tuple[float, float]) -> None:
+    mix = [entry.partition(" ")[2] for entry in data.mix[:2]]
+    first = opened(replace(data, mix=[f"weight={w} {entry}" for w, entry in zip((0.55, 0.45), mix, strict=True)]), sequences=16)
+    taken(first, range(40))
+    second = opened(replace(data, mix=[f"weight={w} {entry}" for w, entry in zip(weights, mix, strict=True)]), sequences=16)
+    second.restore(json.loads(json.dumps(first.state())))
+    before = list(second.mixture.rows)
+    for step in range(40, 45):
+        second.batch(step)
+        given = np.array(second.mixture.rows) - before
+        assert (abs(given - given.sum() * np.array(weights) / sum(weights)) <= 2).all(), (step, given)
+
+
 @pytest.mark.parametrize(
     ("mix", "message"),
     [

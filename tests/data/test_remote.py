@@ -5,6 +5,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_the_same_rows_as_from_disk(server, tmp_path: Path, kind: Corpus, ending
     handler, address = server
     local = write(tmp_path / "rows", kind)
     remote = config_of(tmp_path / "rows", kind, path=f"{address}/{{0..5}}.{ending}", stall_seconds=0.2, workers=1)
+    remote = replace(remote, patience_seconds=20.0)
     rows = taken(opened(remote), range(70))
     assert handler.requests > 20
     handler.faults = False
@@ -148,7 +150,7 @@ def test_patience_ends_and_the_state_is_that_before(server, tmp_path: Path, work
     write(tmp_path / "rows", Corpus.jsonl)
     handler.faults = False
     path = f"{address}/{{0..5}}.jsonl.gz"
-    remote = config_of(tmp_path / "rows", Corpus.jsonl, path=path, patience_seconds=0.3, stall_seconds=0.2, workers=workers)
+    remote = config_of(tmp_path / "rows", Corpus.jsonl, path=path, patience_seconds=1.0, stall_seconds=0.8, workers=workers)
     straight = taken(opened(remote), range(60))
     batches = opened(remote)
     rows = [taken(batches, range(3))]

@@ -1,3 +1,5 @@
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +82,44 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"data\.cache=.*file/x must be"):
         cache_folder(DataConfig(cache=str(tmp_path / "file" / "x")))
+
+
+def changed(path: Path, at: int, keep_time: bool) -> None:
+    """Another id of the same size."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.fault(
+    36, "an edit of the same size is refused when opened; beyond 1 MiB one that keeps the file's time, by data.verify"
+)
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_changed_id_is_seen(folder: DataConfig, tmp_path: Path, keep_time: bool) -> None:
+    open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+    (file,) = (tmp_path / "tokens").glob(f"*/{TOKENS_FILE}")
+    changed(file, 5000, keep_time)
+    with pytest.raises(ValueError, match=r"cached tokens in .* were changed .*remove the folder and they are made again"):
+        open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+
+
+@pytest.mark.fault(36)
+def test_a_changed_id_of_many(tmp_path: Path) -> None:
+    ids = np.arange(4 << 20, dtype="<u2")
+    np.save(tmp_path / TOKENS_FILE, ids)
+    about = module.Manifest(1, len(ids), 1, [], 0, 0, module.hash_ids(ids))
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(about._asdict()))
+    assert len(module.load_tokens(tmp_path).ids) == len(ids)  # of a version that noted nothing: hashed whole
+    module.note_seen(tmp_path)
+    changed(tmp_path / TOKENS_FILE, 300_001, keep_time=True)
+    module.load_tokens(tmp_path)
+    with pytest.raises(ValueError, match="were changed"):
+        module.load_tokens(tmp_path, verify=True)
+    changed(tmp_path / TOKENS_FILE, 300_001, keep_time=True)
+    os.utime(tmp_path / TOKENS_FILE)  # touched and whole
+    assert np.array_equal(module.load_tokens(tmp_path).ids, ids)
+    changed(tmp_path / TOKENS_FILE, 300_001, keep_time=False)
+    with pytest.raises(ValueError, match="were changed"):
+        module.load_tokens(tmp_path)

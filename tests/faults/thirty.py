@@ -37,6 +37,14 @@ FAULTS = {
     28: ("40 bad configurations", "each refused in one line with the nearest valid value, <= 3 s"),
     29: ("a tracker that is unreachable, raises or is slow", "training goes on; metrics.jsonl complete, no step twice"),
     30: ("hostile inputs, secrets", "refused by name; no code runs; no secret in the run folder"),
+    31: ("a server without length, from another byte, of a changed file, that drips", "the right bytes, or refused or given up"),
+    32: ("a resume at any row of a damaged shard", "0 rows lost, 0 repeated"),
+    33: ("a file of the data that fails; an I/O error that passes", "named, 65; tried again, then 75; never in silence"),
+    34: ("a row that no reader expects", "a bad row with its place; on ranks all go on or all end"),
+    35: ("a mixture: equal data under two labels; new weights on resume", "each goes on where it was; the new shares hold"),
+    36: ("cached tokens that were edited", "refused in one line"),
+    37: ("a tokenizer that draws", "refused in one line"),
+    38: ("a source that is down at the start or on resume", "75 on all ranks"),
 }
 """By number: the fault, and what is expected."""
 

@@ -1,7 +1,11 @@
 """Whole runs on streamed data: resumed, also on other ranks, they see the same batches; what stops the data leaves a checkpoint."""
 
+import contextlib
+import gzip
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,6 +150,54 @@ def test_few_bad_rows_are_counted_in_the_metrics(rows: Path, tmp_path: Path) -> 
     assert run(configured(rows, tmp_path / "run", "steps=80", "checkpoint.every=0", "log.every=20")) == 0
     counts = [record["data/jsonl/bad_rows"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")]
     assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, 5)
+
+
+@pytest.mark.fault(18, "all of them in events.jsonl with file, row and reason, the first ten in words")
+def test_bad_rows_are_events(rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with_bad_rows(rows, 15)
+    limits = ["data.max_bad_fraction=0.5", "log.every=20", "checkpoint.every=0"]
+    assert run(configured(rows, tmp_path / "run", "steps=80", *limits)) == 0
+    found = [event for event in read_journal(tmp_path / "run" / "events.jsonl") if event["event"] == "bad_row"]
+    assert {(each["source"], each["file"], each["reason"]) for each in found} == {("jsonl", "2.jsonl", "no JSON")}
+    assert sorted(each["row"] for each in found) == [*range(300, 315)] and all(0 < each["step"] <= 80 for each in found)
+    said = [record.getMessage() for record in caplog.records if "bad row" in record.getMessage()]
+    assert len(said) == 10 and all(re.search(r"jsonl: 2\.jsonl row 3\d\d: no JSON", line) for line in said)
+
+
+@pytest.mark.fault(33, "the command ends with 65 and a checkpoint, and the file is an event")
+def test_a_file_that_fails_is_an_event_and_exit_code_65(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = gzip.compress((rows / "2.jsonl").read_bytes())
+    (rows / "2.jsonl").unlink()
+    (rows / "2.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    limits = ["steps=1000", "log.every=50", "checkpoint.every=0"]
+    assert run(configured(rows, tmp_path / "run", *limits)) == 65
+    (event,) = (event for event in read_journal(tmp_path / "run" / "events.jsonl") if event["event"] == "file_failed")
+    assert event["file"] == "2.jsonl.gz" and 0 < event["row"] < 300 and "end-of-stream" in event["reason"]
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and read_facts(newest)["step"] == event["step"] - 1
+    assert f"jsonl: 2.jsonl.gz failed after {event['row']} rows: Compressed file ended" in capsys.readouterr().err
+    assert run(configured(rows, tmp_path / "run", *limits, f"steps={event['step'] + 5}", "data.max_failed_files=1")) == 0
+
+
+def run_cut_off(rows: str, folder: str, overrides: list[str]) -> tuple[int, str]:
+    """Of a URL behind which nobody listens: exit code and standard error, in a rank of the pool."""
+    from unittest.mock import patch
+
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), patch("tokenyard.train.run.leave"), patch("tokenyard.train.run.join"):
+        path = ["data.path='http://127.0.0.1:9/{0..2}.jsonl'", "data.patience_seconds=0.3"]
+        return run_on_ranks(rows, folder, [*overrides, *path]), error.getvalue()
+
+
+@pytest.mark.fault(38, "exit code 75 on all ranks, one line; also with a checkpoint to go on from")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_source_that_is_down_at_the_start(ranks, rows: Path, tmp_path: Path, size: int) -> None:
+    assert run(configured(rows, tmp_path / "run", "steps=3")) == 0
+    for folder in ("new", "run"):
+        answers = ranks(size, run_cut_off, str(rows), str(tmp_path / folder), [])
+        assert [code for code, _ in answers] == [75] * size
+        assert answers[0][1].strip().splitlines() == [answers[0][1].strip()]
+        assert answers[0][1].startswith("tokenyard: http://127.0.0.1:9/0.jsonl did not answer for 0 s (URLError: ")
 
 
 def test_on_ranks_it_is_the_same_run(ranks, rows: Path, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ BAD = [
     (1, "schedule.warmup=-1", "schedule.warmup=-1: must be in [0, inf)", "schedule.warmup=0"),
     (1, "schedule=wsd schedule.decay=1700", "schedule.decay=1700: must be at most steps=1150", "schedule.decay=1150"),
     (1, "data.validation_fraction=1", "data.validation_fraction=1.0: must be in (0, 1)", "data.validation_fraction=0.05"),
+    (1, "data.max_failed_files=-1", "data.max_failed_files=-1: must be in [0, inf)", "data.max_failed_files=0"),
     (1, "tokenizer.pieces=10000", "tokenizer.pieces=10000: must be at most model.vocabulary=8192", "tokenizer.pieces=8192"),
     (1, "tokenizer=bytes model.vocabulary=100", "model.vocabulary=100: must be at least 259", "model.vocabulary=259"),
     (1, "tracker.names=[wandd,wandb]", "tracker.names=[wandd,wandb]: may hold wandb, tensorboard", "tracker.names=[wandb]"),

@@ -13,6 +13,7 @@ INTERVALS = {
     "data.ahead": "[1, inf)",
     "data.longest_row": "[1, inf)",
     "data.max_bad_fraction": "[0, 1]",
+    "data.max_failed_files": "[0, inf)",
     "data.patience_seconds": "[0, inf)",
     "data.stall_seconds": "(0, inf)",
 }

@@ -17,6 +17,7 @@ TITLES = {
     "straggler": "A slow rank",
     "checkpoint_failed": "Checkpoint not written",
     "trackers": "A tracker did not start",
+    "file_failed": "A file of the data failed",
 }
 
 GRAVE = ("not_finite", "stall", "replicas", "checkpoint_failed")
