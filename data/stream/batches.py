@@ -61,8 +61,8 @@ class StreamBatches:
         self._marks = {state["step"]: self._mark(state["step"])}
 
     def counts(self, step: int | None = None) -> dict[str, float]:
-        """For the metrics: tokens trained on by source, rows read, bad rows; before `step`, as in `state`."""
-        return self._marks[self._step + 1 if step is None else step].counts
+        """For the metrics: tokens trained on by source, rows read, bad rows; before `step`, and with None until now."""
+        return self._mark(self._step + 1).counts if step is None else self._marks[step].counts
 
     def _mark(self, step: int) -> Mark:
         record: dict[str, float] = {}

@@ -78,7 +78,7 @@ def test_steps_and_their_stages() -> None:
     whole, parts = ([one["cells"] for one in lines if one["table"].startswith(table)] for table in ("steps", "stages"))
     assert [cells["tokens"] for cells in whole] == [cells["tokens"] for cells in parts] == [128, 32]
     assert all(cells["tokens/s"] > 0 and "%" in cells["MFU"] for cells in whole)
-    names = ["forward ms", "backward ms", "reduce ms", "norm and numbers ms", "update ms"]
+    names = ["forward ms", "backward and sums over ranks ms", "norm and numbers ms", "update ms"]
     assert [name for name in parts[0] if name.endswith("ms")] == names and all(parts[0][name] > 0 for name in names)
 
 

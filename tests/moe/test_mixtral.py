@@ -54,7 +54,7 @@ def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, wi
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_their_load_balance_loss_is_top_k_times_ours(dtype: torch.dtype, tolerance: float, widen) -> None:
     """Theirs counts choices per token, ours per choice, so that an even load gives 1; they differ in nothing else on one layer."""
-    theirs, ours = pair(1, dtype, widen)
+    theirs, ours = pair(1, dtype, widen, balance=AUXILIARY * 2)
     ids, labels = batch()
     expected = theirs(input_ids=ids, labels=labels, output_router_logits=True)
     _, share = forward(ours, ids, labels, balance=AUXILIARY * ours.config.moe.top_k)
@@ -77,7 +77,7 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
     torch.testing.assert_close(2 * share.balance_L[0], expected)
 
 
-def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None]) -> tuple[Any, Transformer]:
+def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None], balance: float = 0.0) -> tuple[Any, Transformer]:
     """Their model and ours with their weights, which are random (norms too)."""
     if dtype == torch.float64:
         widen(mixtral)
@@ -99,13 +99,13 @@ def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None]) -> tuple[A
     theirs = mixtral.MixtralForCausalLM(config).to(dtype)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    ours = Transformer(model_config(layers), dtype)
+    ours = Transformer(model_config(layers, balance), dtype)
     for name, parameter in ours.named_parameters():
         parameter.data.copy_(theirs.get_parameter(their_name(name)).view_as(parameter))
     return theirs, ours
 
 
-def model_config(layers: int) -> ModelConfig:
+def model_config(layers: int, balance: float) -> ModelConfig:
     return ModelConfig(
         layers=layers,
         width=32,
@@ -114,7 +114,7 @@ def model_config(layers: int) -> ModelConfig:
         vocabulary=50,
         attention=AttentionConfig(rope=RopeConfig(theta=500.0)),
         norm_epsilon=1e-5,
-        moe=moe_config(0.0),
+        moe=moe_config(balance),
     )
 
 
