@@ -14,7 +14,7 @@ import torch
 
 from ...moe.tokens import Place
 from ...parallel.pieces import Held
-from ...parallel.pulse import doing
+from ...parallel.pulse import PULSE, doing
 from ..checkpoint.agree import from_all
 from ..checkpoint.store import load_checkpoint, save_checkpoint
 from ..environment import restarted
@@ -34,6 +34,7 @@ def dry_step(session: Session, reporter: Reporter) -> None:
     wish = session.config.debug.dry_step
     if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
         return
+    PULSE.step = session.step
     before = {name: Held(piece, state.clone()) for name, (piece, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
         attempt(session, what, test)
