@@ -36,7 +36,7 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|report|tests|train"
-MADE_BY_RUNS = {"config.yaml", "metrics.jsonl", "telemetry.jsonl", "events.jsonl", "manifest.json"}
+MADE_BY_RUNS = {"begun.json", "config.yaml", "metrics.jsonl", "telemetry.jsonl", "events.jsonl", "manifest.json"}
 KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?")
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}

@@ -37,6 +37,15 @@ FAULTS = {
     28: ("40 bad configurations", "each refused in one line with the nearest valid value, <= 3 s"),
     29: ("a tracker that is unreachable, raises or is slow", "training goes on; metrics.jsonl complete, no step twice"),
     30: ("hostile inputs, secrets", "refused by name; no code runs; no secret in the run folder"),
+    36: ("back to an earlier checkpoint in the same folder", "later ones set aside; nothing that the run wrote is removed"),
+    37: ("a rank is lost after checkpoint.resume=PATH or never", "goes on from the newest of this run; metrics whole"),
+    38: ("a full disk, a folder that takes no file", "no traceback; codes 73 and 74; no record lost when room comes"),
+    39: ("weights that are not finite, under each policy", "70 on all ranks; nothing of it is saved"),
+    40: ("a clock set back, no room for notes, a frozen rank", "the right rank named; 69 within the timeout + 10 s"),
+    41: ("kill -9 of the launcher", "its ranks end within seconds"),
+    42: ("a damaged line in a journal", "set aside and said once; the run resumes"),
+    43: ("a disk that is, or will be, too small", "known before the first step, and an interval before a save"),
+    44: ("a signal before there are handlers", "heard when there are; nobody dies of it"),
 }
 """By number: the fault, and what is expected."""
 
