@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ..train.survival.signals import SAVING, STOPPING
+from ..train.survival.signals import SAVING, STOPPING, held_back
 
 ENDING = ("SIGHUP", "SIGQUIT")
 """Still end the launcher and the ranks at once."""
@@ -17,13 +17,15 @@ ENDING = ("SIGHUP", "SIGQUIT")
 def forwarding() -> Iterator[None]:
     """Inside of the block the signals of train/survival/signals.py go to the child processes of this one; only its main thread may.
 
-    After it they do nothing: the ranks have ended as they were asked to, and so will this process.
+    After it they do nothing: the ranks have ended as they were asked to, and so will this process. A child that is started inside
+    gets no signal before it asks for them: it is born with them held back.
     """
     forward = Forward()
     for number in (*STOPPING, *SAVING):
         signal.signal(number, forward)
     try:
-        yield
+        with held_back():
+            yield
     finally:
         for number in (*STOPPING, *SAVING):
             signal.signal(number, signal.SIG_IGN)

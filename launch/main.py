@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..train.allocator import restart_with_kept_memory
+from ..train.survival.signals import SAVING, hold_back
 from . import data
 from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tokenyard: {words[0]}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}", file=sys.stderr)
         return BAD_USAGE
     if argv is None and words[0] == "train":
+        hold_back(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
     return VERBS[words[0]](words[1:])
 

@@ -6,6 +6,7 @@ import sys
 from ..train.config import Config, ConfigError
 from ..train.folder import new_run_folder
 from ..train.schema import quoted
+from ..train.survival.family import LAUNCHER
 from .address import interface_of, is_first_here, is_own, own_address
 from .forwarding import ENDING, forwarding
 
@@ -24,6 +25,7 @@ def start_ranks(config: Config, argv: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.launch.ranks)))
     # A store of its own for each start of the ranks: in a shared one, ranks find the addresses of those that were killed.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ[LAUNCHER] = str(os.getpid())
     handed = f"--signals-to-handle={','.join(ENDING)}"
     try:
         with forwarding():

@@ -2,16 +2,22 @@
 
 import sys
 
+from .survival.signals import hold_back, listen
+
+if __name__ == "__main__":
+    hold_back()  # from the first line: a signal while torch is imported, or this program starts anew, is heard later
+
 from .allocator import restart_with_kept_memory
 from .command import train_command
-from .survival.signals import listen
+from .survival.family import end_with_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; `argv` is by default the process's."""
     if argv is None:
+        end_with_launcher()
         restart_with_kept_memory()
-        listen()  # a signal while torch is imported is heard, too
+        listen()
     return train_command(sys.argv[1:] if argv is None else argv)
 
 

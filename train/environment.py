@@ -21,6 +21,16 @@ def restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
+def started_again() -> bool:
+    """Whether a launcher or a cluster has started the same job again."""
+    return restarted() or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def launch_id() -> str:
+    """The same in all starts of one launch; empty if nothing says which it is."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def may_find_the_dead() -> bool:
     """Whether ranks that are started again would find, in torchrun's own store, the addresses of those that were killed."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

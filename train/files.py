@@ -2,6 +2,8 @@
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -9,6 +11,21 @@ from .config import ConfigError
 
 OWN = ("lock", "config.yaml", "run_id", "metrics.jsonl", "events.jsonl", "telemetry.jsonl")
 """Names in a run folder that tokenyard writes to."""
+
+
+class CannotWrite(ValueError):
+    """The folder of a run takes no files: its disk is full, or it is read-only."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """CannotWrite, one line, for an OSError inside of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(
+            f"run.dir={folder}: {' '.join(str(error).split())}; nearest valid: a folder that can be written"
+        ) from error
 
 
 def refuse_links(folder: Path) -> None:

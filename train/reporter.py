@@ -9,6 +9,7 @@ from typing import Any, final
 
 from ..moe.count import count
 from ..moe.device import kind_of
+from .checkpoint.agree import from_all
 from .checkpoint.saver import Outcome
 from .console.console import Eta, fitting_spans
 from .console.layers import layer_lines
@@ -17,6 +18,7 @@ from .console.summary import end_lines
 from .console.text import Printer, Span
 from .environment import local_world_size
 from .evaluate import Evaluation
+from .files import CannotWrite, writing_to
 from .journal import Journal
 from .logged import Late, Logged, OnHost
 from .machine import environment
@@ -95,10 +97,22 @@ class Reporter(ABC):
 
 
 def build_reporter(session: Session) -> Reporter:
-    """For rank 0 the real one. The peak is measured on all ranks at once, as they will share the machine."""
+    """For rank 0 the real one. The peak is measured on all ranks at once, as they will share the machine. Collective.
+
+    CannotWrite, on all ranks, if its files cannot be made.
+    """
     ranks = session.parallel.mesh.world
     peak = peak_flops(session.device, DTYPES[session.config.precision], ranks, local_world_size() or ranks)
-    return FirstRank(session, peak) if session.parallel.mesh.rank == 0 else OtherRank()
+    reporter, error = OtherRank(), None
+    if session.parallel.mesh.rank == 0:
+        try:
+            with writing_to(session.folder):
+                reporter = FirstRank(session, peak)
+        except CannotWrite as lacking:
+            error = lacking
+    if error := from_all(error)[0]:
+        raise error
+    return reporter
 
 
 @final
@@ -227,10 +241,17 @@ class FirstRank(Reporter):
     def saved(self, outcome: Outcome) -> None:
         if outcome.error is None:
             self.events.event("checkpoint", **outcome.facts(), told_step=self.session.step)
+            self.look_ahead(outcome)
         else:
             self.events.event("checkpoint_failed", **outcome.facts(), told_step=self.session.step)
             self.alert("checkpoint_failed", f"step {outcome.step}: checkpoint {outcome.path} was NOT written: {outcome.error}")
         self.events.event("accounting", step=self.session.step, **self.accounting.facts())
+
+    def look_ahead(self, outcome: Outcome) -> None:
+        """Is there room for the next checkpoint, an interval before it is due?"""
+        lacking = self.session.saver.lacking_for(outcome.bytes) if self.session.step < self.session.config.steps else None
+        if lacking:
+            self.alert("disk", f"the next checkpoint will not be written unless room is made: {lacking}")
 
     def spent(self, kind: str) -> AbstractContextManager[None]:
         return self.accounting.of(kind)

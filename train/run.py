@@ -15,6 +15,7 @@ from .checkpoint.saving import keep, settle
 from .config import Config
 from .evaluate import Evaluation, evaluate_session
 from .feed import tell_findings
+from .files import CannotWrite
 from .logged import Logged, Stopwatch
 from .redact import redact
 from .reporter import OtherRank, Reporter, build_reporter, set_up_logging
@@ -44,12 +45,16 @@ def run(config: Config) -> int:
         with listening():
             try:
                 session = open_session(config, device)
+            except CannotWrite:
+                raise
             except ValueError as error:
                 return refuse(error)
             except DataStop as stop:
                 return refuse(stop, stop.exit_code)
             with closing(session), build_reporter(session) as reporter:
                 return train_session(session, reporter)
+    except CannotWrite as error:
+        return refuse(error, ExitCode.dry_step)
     except SaveFailed as error:
         return refuse(error, ExitCode.failed_writer)
     except Exception as error:
@@ -156,15 +161,18 @@ def validated(session: Session, reporter: Reporter) -> Evaluation:
 
 def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, care: Care) -> int:
     """Before the last step, with a checkpoint if the state is sound. Returns the exit code."""
-    code = say_stop(stop, session.step)
-    if not isinstance(stop, RunStop):
-        keep(session, reporter, care, durable=True)
-        reporter.finished(validated(session, reporter), code)
-        return code
-    if stop.saves:
-        keep(session, reporter, care, durable=True)
+    code, why = say_stop(stop, session.step), str(stop)
+    try:
+        if not isinstance(stop, RunStop) or stop.saves:
+            keep(session, reporter, care, durable=True)
+    except RunStop as unsound:  # weights that are not finite, or differ
+        code, why = say_stop(unsound, session.step), f"{why}; {unsound}"
+    else:
+        if not isinstance(stop, RunStop):
+            reporter.finished(validated(session, reporter), code)
+            return code
     care.stopped()
-    reporter.stopped(str(stop), code)
+    reporter.stopped(why, code)
     return code
 
 

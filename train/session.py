@@ -16,13 +16,14 @@ from .checkpoint.agree import from_first
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.folder import remove_leftovers
 from .checkpoint.lock import RunLock, lock_run
-from .checkpoint.resuming import find_resume, note, resume
+from .checkpoint.resuming import find_resume, keep_timeline, note, resume
 from .checkpoint.saver import Saver
 from .checkpoint.store import read_facts
 from .config import Config, ConfigError, Precision
 from .derive import derive, set_products
 from .engine import Engine, build_engine
 from .feed import Feed, data_world, open_together
+from .files import writing_to
 from .folder import new_run_folder
 from .plain import shown_config
 from .survival.lone_failure import remove_note
@@ -107,6 +108,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     session.engine.optimizer.register_step_pre_hook(lambda *_: saver.release())
     if found is not None:
         resume(session, found)
+    keep_timeline(session)
     return session
 
 
@@ -142,9 +144,10 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
 
     def make() -> str:
         folder = Path(config.run.dir or new_run_folder())
-        folder.mkdir(parents=True, exist_ok=True)
-        locks.append(lock_run(folder))
-        remove_note(folder)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.append(lock_run(folder))
+            remove_note(folder)
         return str(folder)
 
     config.run.dir = from_first(make)

@@ -1,11 +1,13 @@
 """The tiny run of the fault tests, and what they look at afterwards; tests/conftest.py puts this folder on the path."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,20 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 def state_of(session: Session) -> dict[str, torch.Tensor]:
     """Copies of this rank's weights and moments, by name."""
     return {name: tensor.clone() for name, (_, tensor) in session.engine.held().items()}
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the package's logger says inside of the block, wherever else that goes."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = logging.getLogger("tokenyard")
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
 
 
 class Launched:

@@ -45,6 +45,15 @@ FAULTS = {
     36: ("cached tokens that were edited", "refused in one line"),
     37: ("a tokenizer that draws", "refused in one line"),
     38: ("a source that is down at the start or on resume", "75 on all ranks"),
+    39: ("back to an earlier checkpoint in the same folder", "later ones set aside; nothing that the run wrote is removed"),
+    40: ("a rank is lost after checkpoint.resume=PATH or never", "goes on from the newest of this run; metrics whole"),
+    41: ("a full disk, a folder that takes no file", "no traceback; codes 73 and 74; no record lost when room comes"),
+    42: ("weights that are not finite, under each policy", "70 on all ranks; nothing of it is saved"),
+    43: ("a clock set back, no room for notes, a frozen rank", "the right rank named; 69 within the timeout + 10 s"),
+    44: ("kill -9 of the launcher", "its ranks end within seconds"),
+    45: ("a damaged line in a journal", "set aside and said once; the run resumes"),
+    46: ("a disk that is, or will be, too small", "known before the first step, and an interval before a save"),
+    47: ("a signal before there are handlers", "heard when there are; nobody dies of it"),
 }
 """By number: the fault, and what is expected."""
 

@@ -70,7 +70,7 @@ def test_a_spike_is_taken_the_second_time_if_it_is_only_to_be_reported() -> None
 def beat(
     rank: int, number: int = 5, collective: str | None = "all_reduce over 4 ranks", step: int = 3, layer: int | None = 1
 ) -> Beat:
-    return Beat(rank, step, "forward", 1, collective, number, 9.0 - rank, 0.0)
+    return Beat(rank, step, "forward", 1, collective, number, 9.0 - rank, "")
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,16 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(path: Path):
     assert steps(path) == [1, 2, 3, 4]
 
 
-def test_damage_in_the_middle_is_named(path: Path):
+def test_damage_in_the_middle_is_named_and_set_aside(path: Path):
     write(path, range(1, 4))
     path.write_text(path.read_text().replace('{"step": 2}', '{"step": 2'))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON object") as error:
-        Journal(path, keep_to_step=3)
+        read_journal(path)
     assert "\n" not in str(error.value)
+    Journal(path, keep_to_step=3).close()
+    assert steps(path) == [1, 3]
+    [aside] = path.parent.glob("metrics.jsonl.damaged-*")
+    assert '{"step": 2\n' in aside.read_text()
 
 
 def test_only_the_last_line_may_be_torn(path: Path):

@@ -44,7 +44,8 @@ def lock_run(folder: Path) -> RunLock:
         os.close(descriptor)
         if (owner.get("pid"), owner.get("process")) == (os.getpid(), PROCESS):
             return RunLock(path, None)  # an earlier run of this process, which is over
-        raise ConfigError.of("run.dir", str(folder), f"is in use by {_words(owner)}", "another run.dir, or end that job") from None
+        living = f"{_words(owner)}{_heirs(path, owner)}"
+        raise ConfigError.of("run.dir", str(folder), f"is in use by {living}", "another run.dir, or end that job") from None
     except OSError:  # a file system without locks: what the file says is all there is
         pass
     if not _is_at(descriptor, path):  # its owner removed it between our two calls
@@ -73,6 +74,18 @@ def _owner(descriptor: int) -> dict[str, Any]:
 
 def _words(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('start', '?')}"
+
+
+def _heirs(path: Path, owner: dict[str, Any]) -> str:
+    """If the owner has ended on this host: the processes that it started and that keep its lock, in words."""
+    if owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists():
+        return ""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.samefile(path):
+                found.add(link.parts[2])
+    return f", which has ended; its lock is held by process {', '.join(sorted(found))}" if found else ""
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -3,16 +3,25 @@
 from pathlib import Path
 
 from ..config import Config, ConfigError
+from ..environment import started_again
 from ..schema import nearest_text
 
 
 def check_resume(config: Config) -> None:
     """ConfigError for a path that is no checkpoint, of a newer format or incomplete; and for one that another model has written."""
     wish, folder = config.checkpoint.resume, config.run.dir
-    if wish not in ("auto", "never"):
+    if folder is not None and started_again() and _goes_on(wish, Path(folder)):
+        _check_run(config, Path(folder))
+    elif wish not in ("auto", "never"):
         _check_path(config, Path(wish))
     elif wish == "auto" and folder is not None:
         _check_run(config, Path(folder))
+
+
+def _goes_on(wish: str, folder: Path) -> bool:
+    from .timeline import goes_on
+
+    return goes_on(wish, folder)
 
 
 def _check_path(config: Config, path: Path) -> None:

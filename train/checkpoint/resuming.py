@@ -1,13 +1,13 @@
 """Going on from a checkpoint: which one, whether it fits, and what it puts back."""
 
 import logging
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...parallel.processes import is_first
 from ..config import Config, ConfigError
-from ..files import write_private
+from ..files import write_private, writing_to
 from ..journal import Journal
 from ..schema import written
 from ..state import random_state, restore_random
@@ -16,6 +16,7 @@ from .folder import checkpoints_in, checkpoints_of
 from .manifest import DamagedCheckpoint, read_manifest
 from .same_run import changes, refuse_another_run, refuse_difference
 from .store import checkpoint_at, load_checkpoint, newest_verified
+from .timeline import goes_on, keep_begin, set_aside
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -27,17 +28,18 @@ def find_resume(config: Config, folder: Path) -> Path | None:
     """The checkpoint to go on from, if any; every byte of it was read and is as it was written. Collective.
 
     Of a run folder it is the newest that is whole; those that are not are named. ConfigError if none of several is, or if the one
-    that was asked for is not.
+    that was asked for is not. Ranks that are started again go on from the newest that they wrote, whatever was asked for.
     """
     wish = config.checkpoint.resume
-    if wish == "never":
+    again = from_first(lambda: goes_on(wish, folder))
+    if wish == "never" and not again:
         if found := from_first(lambda: checkpoints_in(folder / "checkpoints")):
             nearest = "checkpoint.resume=auto or a new run.dir"
             raise ConfigError.of("checkpoint.resume", "never", f"would overwrite {found[0]}", nearest)
         return None
-    found = from_first(lambda: checkpoints_in(folder / "checkpoints") if wish == "auto" else checkpoints_of(Path(wish)))
+    found = from_first(lambda: candidates(wish, folder, again))
     chosen, refused = first_whole(found, folder)
-    if chosen is None and wish != "auto" and not found:
+    if chosen is None and wish not in ("auto", "never") and not found:
         raise ConfigError(f"{wish}: is neither a checkpoint nor a run folder with one")
     if chosen is None and found:
         rest = "" if len(found) == 1 else f" (and none of the {len(found) - 1} before it is whole)"
@@ -45,9 +47,40 @@ def find_resume(config: Config, folder: Path) -> Path | None:
     return chosen
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of the run folder `folder` every byte of which is as it was written; others are named. Collective."""
-    return first_whole(from_first(lambda: checkpoints_in(folder / "checkpoints")), folder)[0]
+def candidates(wish: str, folder: Path, again: bool) -> list[Path]:
+    """What a run in `folder` may go on from, the first that is whole."""
+    own = checkpoints_in(folder / "checkpoints") if again or wish == "auto" else []
+    return own or (checkpoints_of(Path(wish)) if wish not in ("auto", "never") else [])
+
+
+def keep_timeline(session: "Session") -> None:
+    """Rank 0 sets aside, and says so, the checkpoints that are not behind the one this run goes on from. Collective."""
+
+    def keep() -> None:
+        with writing_to(session.folder):
+            keep_timeline_here(session)
+
+    from_first(keep)
+
+
+def keep_timeline_here(session: "Session") -> None:
+    """For rank 0."""
+    folder, found = session.folder, session.checkpoint
+    aside = set_aside(folder, found) if found is not None else None
+    if aside is not None:
+        names = ", ".join(path.name for path in checkpoints_in(aside)[::-1])
+        text = f"this run goes on from {found}: {names} of another timeline set aside in {aside}"
+        note(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
+    keep_begin(session.config.checkpoint.resume, folder)
+
+
+def newest_whole(session: "Session") -> Path | None:
+    """The newest checkpoint of the run every byte of which is as it was written; others are named. Collective.
+
+    If it has written none: the one that it began from.
+    """
+    found = from_first(lambda: checkpoints_in(session.folder / "checkpoints"))
+    return first_whole(found or [path for path in [session.checkpoint] if path is not None], session.folder)[0]
 
 
 def first_whole(found: list[Path], folder: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
@@ -123,8 +156,8 @@ def say_changes(session: "Session", facts: dict[str, Any]) -> None:
 
 
 def note(folder: Path, kind: str, text: str, **facts: Any) -> None:
-    """Rank 0 says it on the console and keeps it in events.jsonl."""
+    """Rank 0 says it on the console and keeps it in events.jsonl, if that can be written."""
     if is_first():
         log.warning("%s", text)
-        with closing(Journal(folder / "events.jsonl")) as events:
+        with suppress(OSError), closing(Journal(folder / "events.jsonl")) as events:
             events.event(kind, **facts)

@@ -14,21 +14,29 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 @dataclass
 class Retention:
-    """`keep` newest, every one whose step is a multiple of `every` (0: none), and the `best` with the lowest validation loss."""
+    """`keep` newest of all and of those written here, every one whose step is a multiple of `every` (0: none), and the `best` with
+    the lowest validation loss."""
 
     keep: int = 2
     every: int = 0
     best: int = 0
+    _written: list[Path] = field(default_factory=list)
     _whole: dict[Path, Stamp] = field(default_factory=dict)
 
     def written(self, path: Path) -> None:
         """`path` was hashed while it was written: as long as its files have the same size and time, it is not read again."""
         self._whole[path] = _stamp(path)
+        self._written = [*(other for other in self._written if other != path), path]
 
     def prune(self, folder: Path) -> list[Path]:
         """Remove what may go and return those paths; one that stays is read if nothing else tells that it is whole."""
         found = checkpoints_in(folder)
-        stay = set(found[: max(self.keep, 1)]) | {path for path in found if self.every and step_of(path) % self.every == 0}
+        newest = max(self.keep, 1)
+        stay = (
+            set(found[:newest])
+            | set(self._written[-newest:])
+            | {path for path in found if self.every and step_of(path) % self.every == 0}
+        )
         stay |= set(self._best(found))
         doomed = [path for path in found if path not in stay]
         if not doomed:

@@ -9,6 +9,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -177,6 +178,11 @@ class Saver:
             self._offers = offers
         assert self._share is not None
         return self._share
+
+    def lacking_for(self, size: int) -> str | None:
+        """The same for so many bytes. Not collective."""
+        with suppress(OSError):  # a folder that cannot be asked: the save will say so
+            return self._lacking(size)
 
     def _lacking(self, size: int) -> str | None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from ..environment import restarted
-from ..journal import read_journal
+from ..journal import readable
 
 KINDS: tuple[str, ...] = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")
 
@@ -62,20 +62,20 @@ class Accounting:
 def before(folder: Path, step: int) -> tuple[dict[str, float], int]:
     """What earlier starts account for, if this one goes on after `step`, and how many restarts that makes."""
     seconds = dict.fromkeys(KINDS, 0.0)
-    events = _read(folder / "events.jsonl")
+    events = [event for event in _read(folder / "events.jsonl") if "event" in event]
     if not any(event["event"] in ("start", "resume") for event in events):
         return seconds, 0
     known, known_step = {}, 0
     for event in events:
         if event["event"] == "accounting":
-            known, known_step = event["seconds"], event.get("step", 0)
+            known, known_step = event.get("seconds", {}), event.get("step", 0)
     seconds |= {kind: float(known.get(kind, 0.0)) for kind in KINDS}
     for record in _read(folder / "metrics.jsonl"):
-        if record["step"] > step:
-            seconds["lost"] += record["step_seconds"]
+        if record.get("step", 0) > step:
+            seconds["lost"] += record.get("step_seconds", 0.0)
             if record["step"] <= known_step:  # it counted as work
-                waited = record["step_seconds"] * record.get("data_wait_fraction", 0.0)
-                seconds["compute"] = max(0.0, seconds["compute"] - record["step_seconds"] + waited)
+                waited = record.get("step_seconds", 0.0) * record.get("data_wait_fraction", 0.0)
+                seconds["compute"] = max(0.0, seconds["compute"] - record.get("step_seconds", 0.0) + waited)
                 seconds["data"] = max(0.0, seconds["data"] - waited)
     seconds["lost"] += dead_seconds(folder)
     return seconds, sum(event["event"] in ("start", "resume") for event in events)
@@ -111,4 +111,4 @@ def in_words(facts: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return read_journal(path) if path.exists() else []
+    return readable(path) if path.exists() else []

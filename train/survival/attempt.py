@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ...moe.tokens import Place
 from ..checkpoint.checkpointing import finished
-from ..checkpoint.resuming import newest_whole, resume
+from ..checkpoint.resuming import keep_timeline, newest_whole, resume
 from ..session import Session
 from ..step import Rows, StepNumbers
 from .care import Care
@@ -68,10 +68,11 @@ def roll_back(session: Session, care: Care, fault: Fault) -> None:
     step = session.step + 1
     for outcome in finished(session):
         care.reporter.saved(outcome)
-    path = newest_whole(session.folder)
+    path = newest_whole(session)
     if path is None:
         raise RunStop(f"step {step}: {fault.text}; there is no checkpoint to roll back to", ExitCode.not_finite)
     resume(session, path)
+    keep_timeline(session)
     care.guard.jumps.add(step)
     care.guard.restore(session.extra.get("guard", {}))
     care.reporter.rolled_back(session, step)

@@ -17,8 +17,8 @@ class Beat(NamedTuple):
     """Collectives begun."""
     seconds: float
     """For which it had been there."""
-    time: float
-    """Of the clock on the wall."""
+    start: str
+    """Which start of the run it is of."""
 
     def place(self) -> str:
         """In words."""

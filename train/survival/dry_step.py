@@ -30,8 +30,10 @@ from .stop import RunStop, in_one_line, place
 
 @doing("dry step")
 def dry_step(session: Session, reporter: Reporter) -> None:
-    """RunStop, one line, for what is missing. Collective."""
+    """RunStop, one line, for what is missing. By default one rank alone asks for room on the disk and no more. Collective."""
     wish = session.config.debug.dry_step
+    if wish is None and session.parallel.mesh.world == 1:
+        attempt(session, "the disk", try_disk)
     if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
         return
     PULSE.step = session.step

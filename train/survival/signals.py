@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from types import FrameType
 from typing import Any
 
@@ -45,11 +46,39 @@ WISHES = Wishes()
 
 
 def listen() -> list[Any]:
-    """Hear from now on. Returns the handlers before. Only the main thread may; others hear nothing."""
+    """Hear from now on, and what was held back. Returns the handlers before. Only the main thread may; others hear nothing."""
     try:
-        return [signal.signal(number, WISHES.hear) for number in (*STOPPING, *SAVING)]
+        before = [signal.signal(number, WISHES.hear) for number in (*STOPPING, *SAVING)]
     except ValueError:
         return []
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPPING, *SAVING))
+    return before
+
+
+def hold_back(numbers: tuple[int, ...] = (*STOPPING, *SAVING)) -> None:
+    """Until `listen`, also in the program that takes this one's place: what comes meanwhile is heard then."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Held back inside of the block, in this thread and in the processes that it starts; this process's handlers still hear them.
+
+    Another thread takes them from the system, and Python calls handlers in the main thread.
+    """
+    over = Event()
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPPING, *SAVING))
+        over.wait()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPPING, *SAVING))
+    Thread(target=take, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore() -> None:
@@ -81,5 +110,6 @@ class RequestFiles:
         return (self.folder / what).exists()
 
     def granted(self, what: str) -> None:
-        """Remove the file, so that it is granted once."""
-        (self.folder / what).unlink(missing_ok=True)
+        """Remove the file, so that it is granted once, if the folder can be written at all."""
+        with suppress(OSError):
+            (self.folder / what).unlink(missing_ok=True)

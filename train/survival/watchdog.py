@@ -2,27 +2,33 @@
 
 A thread of each rank looks at the pulse of the thread that trains. One that has waited too long writes down where it is, and so
 do all that see such a note in RUN/stacks, hung or not: a rank without a note is frozen or gone. Then the first of them names
-the rank that the others wait for. The same thread ends the process if another rank has left a note that it failed alone.
+the rank that the others wait for. Where RUN/stacks cannot be written, the host's folder for temporary files takes the notes.
+The same thread ends the process if another rank has left a note that it failed alone. No clock on the wall is asked: those of
+hosts differ, and they are set back.
 """
 
 import faulthandler
 import json
 import os
+import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread, main_thread
 from typing import Any
 
 from ...data.stream.stop import DataStop
 from ...parallel.pulse import PULSE, name_layers
+from ..checkpoint.agree import from_all, from_first
 from ..checkpoint.checkpointing import SaveFailed
 from ..journal import Journal
 from ..session import Session
 from .blame import Beat, Verdict, blame
 from .exit_codes import ExitCode
+from .family import Process, end_later, this_process
 from .lone_failure import STACKS, Failure, find_note, leave_note
 from .stop import RunStop, in_one_line, say_failure
 
@@ -41,14 +47,18 @@ class Watchdog:
         timeout_seconds: float,
         end: Callable[[Verdict], None] | None = None,
         tell: Callable[[str], None] | None = None,
+        start: str = "",
     ) -> None:
         """`end` is called on every rank when all is said; by default the process ends at once, as its main thread cannot. `tell` is
-        called before that on the rank that speaks."""
+        called before that on the rank that speaks. `start` is the same on all ranks and in no other start of the run."""
         self.folder, self.rank, self.world, self.timeout = folder, rank, world, timeout_seconds
         self.tick = min(2.0, timeout_seconds / 20)
         self.end = end or (lambda _: os._exit(int(ExitCode.hang)))
         self.tell = tell or (lambda _: None)
-        self.begin = time.time()
+        self.start_id = start
+        self.places = [folder / STACKS, Path(tempfile.gettempdir()) / f"tokenyard-{start or os.getpid()}"]
+        self.processes: dict[int, Process] = {}
+        """Of the ranks, where that is known."""
         self.closed = Event()
         self.thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -79,34 +89,45 @@ class Watchdog:
         os._exit(failure.code)
 
     def _report(self) -> None:
-        self._write_note()
-        deadline = time.monotonic() + 2 * self.tick + 1
-        while len(notes := self._notes()) < self.world and time.monotonic() < deadline:
-            time.sleep(self.tick / 4)
-        verdict = blame(notes, self.world)
-        if self.rank == min(notes, default=self.rank):
-            self._say(verdict)
-        else:
-            time.sleep(0.5)  # launchers end all ranks with the first: let it be the one that speaks
-        self.end(verdict)
+        """Whatever fails here, the process ends and this rank has said where it was."""
+        mine = current(self.rank, self.start_id)
+        verdict = Verdict([], f"hang: rank {self.rank} waits: {mine.place()}")
+        try:
+            self._write_note(mine)
+            deadline = time.monotonic() + 2 * self.tick + 1
+            while len(notes := self._notes() | {self.rank: mine}) < self.world and time.monotonic() < deadline:
+                time.sleep(self.tick / 4)
+            verdict = blame(notes, self.world)
+            if self.rank == min(notes):
+                self._say(verdict)
+            else:
+                time.sleep(0.5)  # launchers end all ranks with the first: let it be the one that speaks
+            end_later([process for rank, process in self.processes.items() if rank not in notes])
+        except Exception as error:
+            print(f"tokenyard: {verdict.text}; {in_one_line(error)}", file=sys.stderr, flush=True)
+        finally:
+            self.end(verdict)
 
-    def _write_note(self) -> None:
+    def _write_note(self, mine: Beat) -> None:
         """rank_N.txt, the stacks of all threads, then rank_N.json, where this one was: once it is there, others may end the job."""
-        stacks = self.folder / STACKS
-        stacks.mkdir(exist_ok=True)
-        with (stacks / f"rank_{self.rank}.txt").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        note, temporary = stacks / f"rank_{self.rank}.json", stacks / f"rank_{self.rank}.json.tmp"
-        temporary.write_text(json.dumps(current(self.rank)._asdict()))
-        temporary.replace(note)
+        place, lacking = self.places[0], ""
+        try:
+            _write(place, mine)
+        except OSError as error:
+            lacking, place = in_one_line(error), self.places[1]
+            with suppress(OSError):
+                _write(place, mine)
+        if lacking:
+            text = f"hang: rank {self.rank} is at {mine.place()}; {self.places[0]} cannot be written ({lacking}), see {place}"
+            print(f"tokenyard: {text}", file=sys.stderr, flush=True)
 
     def _notes(self) -> dict[int, Beat]:
         """Of this start of the run, by rank."""
         found = {}
-        for path in (self.folder / STACKS).glob("rank_*.json"):
+        for path in [path for place in self.places for path in place.glob("rank_*.json")]:
             with suppress(OSError, ValueError, TypeError):
                 beat = Beat(**json.loads(path.read_text()))
-                if beat.time >= self.begin:
+                if beat.start == self.start_id:
                     found[beat.rank] = beat
         return found
 
@@ -117,9 +138,18 @@ class Watchdog:
             self.tell(verdict.text)
 
     def _event(self, kind: str, **facts: Any) -> None:
-        journal = Journal.appending(self.folder / "events.jsonl")
-        journal.event(kind, **facts)
-        journal.close()
+        with suppress(Exception), closing(Journal.appending(self.folder / "events.jsonl")) as journal:
+            journal.event(kind, **facts)
+
+
+def _write(stacks: Path, mine: Beat) -> None:
+    """OSError if that folder does not take it."""
+    stacks.mkdir(mode=0o700, exist_ok=True)
+    with (stacks / f"rank_{mine.rank}.txt").open("w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    note, temporary = stacks / f"rank_{mine.rank}.json", stacks / f"rank_{mine.rank}.json.tmp"
+    temporary.write_text(json.dumps(mine._asdict()))
+    temporary.replace(note)
 
 
 @contextmanager
@@ -130,7 +160,10 @@ def watched(session: Session, tell: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     name_layers(session.parallel.model.blocks)
-    dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds, tell=tell).start()
+    start = from_first(lambda: secrets.token_hex(8))
+    dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds, tell=tell, start=start)
+    dog.processes = dict(enumerate(from_all(this_process())))
+    dog.start()
     try:
         yield
     except (DataStop, RunStop, SaveFailed):  # on every rank
@@ -143,10 +176,10 @@ def watched(session: Session, tell: Callable[[str], None]) -> Iterator[None]:
         dog.close()
 
 
-def current(rank: int) -> Beat:
+def current(rank: int, start: str = "") -> Beat:
     """Where the thread that trains is now."""
     p = PULSE
-    return Beat(rank, p.step, p.phase, p.layer, waits_for(), p.number, round(time.monotonic() - p.since, 3), time.time())
+    return Beat(rank, p.step, p.phase, p.layer, waits_for(), p.number, round(time.monotonic() - p.since, 3), start)
 
 
 def waits_for() -> str | None:
