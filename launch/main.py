@@ -61,6 +61,8 @@ def generate(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the sampling (%(default)s)")
     arguments = parser.parse_args(argv)
+    if code := _unreadable(arguments.checkpoint):
+        return code
     from ..train.generate import generate_command
 
     return generate_command(arguments)
@@ -71,9 +73,25 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("overrides", nargs="*", help="key=value, as for tokenyard train")
     arguments = parser.parse_args(argv)
+    if code := _unreadable(arguments.checkpoint):
+        return code
     from ..train.evaluate import evaluate_command
 
     return evaluate_command(arguments)
+
+
+def _unreadable(path: str) -> int:
+    """The exit code for what cannot be opened, said before torch is imported; 0 for what can."""
+    from pathlib import Path
+
+    from ..train.checkpoint.stored_config import check_readable
+    from ..train.complain import complain
+
+    try:
+        check_readable(Path(path))
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return 0
 
 
 def params(argv: list[str]) -> int:
