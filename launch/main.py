@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..train.allocator import restart_with_kept_memory
+from ..train.complain import printable
+from ..train.redact import redact_tracebacks
 from . import data
 from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
 
@@ -21,8 +23,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if words[0] not in VERBS:
         nearest = (get_close_matches(words[0], VERBS, 1, 0) or list(VERBS))[0]
-        print(f"tokenyard: {words[0]}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}", file=sys.stderr)
+        print(
+            f"tokenyard: {printable(words[0])}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}",
+            file=sys.stderr,
+        )
         return BAD_USAGE
+    if argv is None:
+        redact_tracebacks()
     if argv is None and words[0] == "train":
         restart_with_kept_memory()
     return VERBS[words[0]](words[1:])

@@ -4,6 +4,7 @@ import sys
 
 from .allocator import restart_with_kept_memory
 from .command import train_command
+from .redact import redact_tracebacks
 from .survival.signals import listen
 
 
@@ -11,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; `argv` is by default the process's."""
     if argv is None:
         restart_with_kept_memory()
+        redact_tracebacks()
         listen()  # a signal while torch is imported is heard, too
     return train_command(sys.argv[1:] if argv is None else argv)
 
