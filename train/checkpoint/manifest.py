@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise NoManifest(path, f"{path} is damaged: {type(error).__name__}: {brief(str(error))}") from None
+        raise NoManifest(path, f"{path} is damaged: {type(error).__name__}: {str(error)[:60]}") from None
     except ValueError as error:
         raise NoManifest(path, f"{path}: {error}") from None
     named = NAMED.fullmatch(path.parent.name)
