@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check oldest lane portable faults scorecard faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
+.PHONY: help train test check oldest lane portable faults scorecard fuzz faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -36,6 +36,9 @@ faults: $(INSTALLED) ## Run the thirty faults and print the scorecard, 15 minute
 
 scorecard: ## The same, and write the tables of docs/faults.md
 	SCORECARD=write $(MAKE) --no-print-directory faults
+
+fuzz: $(INSTALLED) ## Mutate small files and open them: read, or refused in a line; make fuzz ARGS="--minutes 10 --seed 3"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 replay: $(INSTALLED) ## Kill ranks of a run of 30 minutes, print the productive share; make replay ARGS="--mean 10 --seed 3"
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/distributed $(BIN)/python tests/faults/replay.py $(ARGS)

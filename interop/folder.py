@@ -1,6 +1,5 @@
 """A folder as published on Hugging Face: config.json and safetensors files. Nothing in it is run or unpickled."""
 
-import json
 import logging
 import secrets
 import shutil
@@ -12,7 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..train.checkpoint.bounded import (
+    MOST_DIMENSIONS,
+    brief,
+    check_header,
+    read_regular,
+    room_beside,
+    strict_json,
+    tensor_bytes,
+)
+
 log = logging.getLogger("tokenyard")
+LARGEST_CONFIG = 1 << 20
+"""Bytes of a config.json; published ones have some thousand."""
+MOST_TENSORS = 1 << 20
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' code; what weights may be in."""
@@ -65,10 +77,10 @@ def _refuse_links(path: Path) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object."""
+def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """One JSON object, of at most `limit` bytes."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json(read_regular(path, limit))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable JSON: {error}") from None
     if not isinstance(content, dict):
@@ -80,8 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_file(path: Path) -> Iterator[Any]:
     """A safetensors file, open; its pages are given back at the end."""
     try:
+        check_header(path)
         opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
     with opened as file:
         yield file
@@ -126,12 +139,14 @@ def _indexed(path: Path) -> dict[str, str]:
     """The file of each tensor by the index; empty if there is none."""
     if not (path / INDEX).is_file():
         return {}
-    names = read_json(path / INDEX).get("weight_map")
+    names = read_json(path / INDEX, room_beside(tensor_bytes(path))).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{path / INDEX}: weight_map must name the file of each tensor")
+    if len(names) > MOST_TENSORS:
+        raise ValueError(f"{path / INDEX}: weight_map names {len(names)} tensors, more than {MOST_TENSORS}")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
-            raise ValueError(f"{path / INDEX}: weight_map={name!r}: must be the plain name of a .safetensors file. {ADVICE}")
+            raise ValueError(f"{path / INDEX}: weight_map={brief(name)}: must be the plain name of a .safetensors file. {ADVICE}")
     return names
 
 
@@ -146,5 +161,10 @@ def _files(path: Path) -> list[str]:
 
 def _header(path: Path) -> dict[str, Stored]:
     with open_file(path) as file:
-        views = {key: file.get_slice(key) for key in list(file.keys())}
+        keys = list(file.keys())
+        if len(keys) > MOST_TENSORS:
+            raise ValueError(f"{path} has {len(keys)} tensors, more than {MOST_TENSORS}")
+        views = {key: file.get_slice(key) for key in keys}
+        if wrong := next((key for key, view in views.items() if len(view.get_shape()) > MOST_DIMENSIONS), None):
+            raise ValueError(f"{path}: tensor {brief(wrong)} has more than {MOST_DIMENSIONS} dimensions")
         return {key: Stored(path.name, view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}

@@ -1,7 +1,12 @@
 """config.json read key by key: each one is understood, known not to matter, or refused by name with its value."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
+
+from ..train.checkpoint.bounded import brief
+
+MOST = 1 << 40
 
 
 class Keys:
@@ -27,8 +32,8 @@ class Keys:
 
     def integer(self, key: str, least: int = 1) -> int:
         value = self.any(key)
-        if type(value) is not int or value < least:
-            raise self.wrong(key, f"must be a whole number of at least {least}")
+        if type(value) is not int or not least <= value < MOST:
+            raise self.wrong(key, f"must be a whole number of at least {least} and below 2^40")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -36,8 +41,8 @@ class Keys:
 
     def number(self, key: str) -> float:
         value = self.any(key)
-        if type(value) not in (int, float):
-            raise self.wrong(key, "must be a number")
+        if type(value) not in (int, float) or not abs(value) < math.inf or abs(value) >= 1 << 100:
+            raise self.wrong(key, "must be a number below 2^100")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -67,4 +72,4 @@ class Keys:
 
     def wrong(self, key: str, rule: str) -> ValueError:
         """The error about `key`, to be raised."""
-        return ValueError(f"{self.place}{key}={self._values.get(key)!r}: {rule}")
+        return ValueError(f"{self.place}{key}={brief(self._values.get(key))}: {rule}")

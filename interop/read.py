@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..moe.config import ModelConfig
+from ..moe.count import count
 from ..moe.model import Transformer
 from .families import Family
 from .folder import DTYPES, Folder, open_file, open_folder
@@ -32,12 +33,24 @@ def open_source(path: Path) -> Source:
     behind = f"model.layers.{model.layers}."
     if model.mtp_depth and not any(name.startswith(behind) for name in folder.tensors):
         model.mtp_depth = 0  # transformers writes the key and no such tensors
+    _check_bytes(path, folder, model)
     with torch.device("meta"):
         ours = dict(Transformer(model).state_dict())
     try:
         return Source(folder, family, model, read_plan(family, model, ours, folder.tensors), ours)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check_bytes(path: Path, folder: Folder, model: ModelConfig) -> None:
+    """ValueError if the files have fewer bytes than the model has parameters: before anything is made for each of them."""
+    try:
+        wanted = model.layers <= len(folder.tensors) and count(model).trained
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"{path}: config.json makes no model: {error}") from None
+    held = sum((path / file).stat().st_size for file in {stored.file for stored in folder.tensors.values()})
+    if wanted is False or wanted > held:
+        raise ValueError(f"{path}: config.json describes {model.layers} layers and more weights than are in {held} bytes")
 
 
 def read_weights(source: Source, like: dict[str, Tensor] | None = None, device: str = "cpu") -> dict[str, Tensor]:

@@ -4,10 +4,13 @@ from contextlib import suppress
 from typing import Any
 
 from ..moe.config import ModelConfig
+from ..train.checkpoint.bounded import brief
+from ..train.checkpoint.facts import check_model_numbers
 from .essence import differences
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
 from .keys import Keys
+from .plain import plain_model
 
 
 def family_of(config: dict[str, Any], place: str = "config.json: ") -> Family:
@@ -17,7 +20,7 @@ def family_of(config: dict[str, Any], place: str = "config.json: ") -> Family:
     ]
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
         key = "architectures" if config.get("architectures") else "model_type"
-        raise ValueError(f"{place}{key}={config.get(key)!r}: must be one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{place}{key}={brief(config.get(key))}: must be one of {', '.join(FAMILIES)}")
     return FAMILIES[names[0]]
 
 
@@ -30,6 +33,7 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
         raise ValueError(f"{place}quantization_config.quant_method={method!r}: weights must be bf16, fp16, fp32 or fp64")
     keys = Keys(config, family.defaults, place)
     model = family.read(keys)
+    check_model_numbers({"model": plain_model(model)})
     keys.finish(IRRELEVANT | family.irrelevant | {"quantization_config"})
     return family, model
 

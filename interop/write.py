@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
+from ..train.checkpoint.fits import check_fits
 from ..train.checkpoint.manifest import Manifest, read_manifest
 from ..train.checkpoint.store import checkpoint_at
 from ..train.checkpoint.verify import check_files
@@ -73,6 +74,7 @@ def _model(checkpoint: Path, manifest: Manifest) -> ModelConfig:
     if plain is None:
         raise ValueError(f"{checkpoint}: must say the configuration of its model")
     model = model_from_plain(plain)
+    check_fits(model, manifest.tensors, checkpoint)
     if model.moe.balance.bias_rate == 0 and any(name.endswith(EXPERT_BIAS) for name in manifest.tensors):
         model.moe.balance.bias_rate = 0.001  # of an earlier run; with any rate there is a bias
     return model

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..train.complain import complain, printable
 from ..train.console.text import short
 from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser
@@ -18,7 +18,7 @@ MOST_LINES = 40
 
 
 def checkpoint(argv: list[str]) -> int:
-    """Returns the exit code: 0; 1 for what is damaged or differs; 2 for what is no checkpoint."""
+    """Returns the exit code: 0; 1 for what is damaged or differs; 2 for what is no checkpoint of tokenyard's."""
     parser = OneLineParser("tokenyard checkpoint", description="Looks into checkpoints; none is changed.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect|verify|diff")
     one = verbs.add_parser("inspect", help="step, layout, tensors, bytes, experts and configuration; of a run folder, the newest")
@@ -34,50 +34,56 @@ def checkpoint(argv: list[str]) -> int:
     try:
         return {"inspect": _inspect, "verify": _verify, "diff": _diff}[arguments.verb](arguments)
     except (ValueError, OSError) as error:
-        print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_USAGE
+        return complain(error)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from ..train.checkpoint.inspect import inspect
 
     found = inspect(_all_in(arguments.path)[0])
-    print(json.dumps(found) if arguments.json else "\n".join(_table(found)))
+    print(json.dumps(found) if arguments.json else printable("\n".join(_table(found))))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ..train.checkpoint.manifest import DamagedCheckpoint
+    from ..train.checkpoint.manifest import DamagedCheckpoint, NoManifest, read_manifest
+
+    paths, damaged = _all_in(arguments.path), 0
+    if len(paths) == 1:
+        read_manifest(paths[0])  # before torch is imported
     from ..train.checkpoint.verify import check_all
 
-    damaged = 0
-    for path in _all_in(arguments.path):
+    for path in paths:
         try:
             manifest = check_all(path)
         except DamagedCheckpoint as error:
-            damaged += 1
-            print(f"{path.name}: DAMAGED, {error.file.name}: {' '.join(str(error).split())}")
+            damaged = max(damaged, BAD_USAGE if isinstance(error, NoManifest) else 1)
+            print(printable(f"{path.name}: DAMAGED, {error.file.name}: {error}"))
             continue
         files = manifest.files | manifest.attachments
         size = gigabytes(sum(record.bytes for record in files.values()))
-        experts = sum(len(kinds["weights"]) for kinds in manifest.experts.values())
-        print(f"{path.name}: whole; {len(files)} files, {size}, {len(manifest.tensors)} tensors, {experts} experts")
-    return 1 if damaged else 0
+        experts = sum(len(next(iter(kinds.values()), [])) for kinds in manifest.experts.values())
+        print(f"{printable(path.name)}: whole; {len(files)} files, {size}, {len(manifest.tensors)} tensors, {experts} experts")
+    return damaged
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from ..train.checkpoint.diff import diff
+    from ..train.checkpoint.manifest import read_manifest
 
     one, other = (_all_in(path)[0] for path in (arguments.a, arguments.b))
+    for path in (one, other):
+        read_manifest(path)  # before torch is imported
+    from ..train.checkpoint.diff import diff
+
     found = diff(one, other)
     if arguments.json:
         for difference in found:
             print(json.dumps(difference._asdict()))
         return 1 if found else 0
-    print(f"A {one}\nB {other}")
+    print(printable(f"A {one}\nB {other}"))
     print(f"{len(found)} tensors differ" if found else "no tensor differs")
     if found:
-        print("\n".join(_differences(found)))
+        print(printable("\n".join(_differences(found))))
     return 1 if found else 0
 
 

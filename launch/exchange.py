@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from ..train.complain import complain
+
 ASSIGNMENT = re.compile(r"(\w+)=(-?\d+)")
 UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
 
@@ -24,9 +26,12 @@ def import_command(arguments: argparse.Namespace) -> int:
 
 def export_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2 with one line for a checkpoint that cannot be exported."""
-    from ..interop.write import export_checkpoint
+    from ..train.checkpoint.stored_config import check_readable
 
     try:
+        check_readable(Path(arguments.checkpoint))
+        from ..interop.write import export_checkpoint  # and with it torch
+
         made = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
     except (ValueError, OSError) as error:
         return _refuse(error)
@@ -59,8 +64,7 @@ def upcycle_settings(words: list[str]) -> dict[str, int]:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return complain(error)
 
 
 def _report(line: str, notes: list[str]) -> int:

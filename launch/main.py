@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..train.allocator import restart_with_kept_memory
+from ..train.complain import printable
+from ..train.redact import redact_tracebacks
 from ..train.survival.signals import SAVING, hold_back
 from . import data
 from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
@@ -22,8 +24,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if words[0] not in VERBS:
         nearest = (get_close_matches(words[0], VERBS, 1, 0) or list(VERBS))[0]
-        print(f"tokenyard: {words[0]}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}", file=sys.stderr)
+        print(
+            f"tokenyard: {printable(words[0])}: must be one of {', '.join(VERBS)}; nearest valid: tokenyard {nearest}",
+            file=sys.stderr,
+        )
         return BAD_USAGE
+    if argv is None:
+        redact_tracebacks()
     if argv is None and words[0] == "train":
         hold_back(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
@@ -63,6 +70,8 @@ def generate(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the sampling (%(default)s)")
     arguments = parser.parse_args(argv)
+    if code := _unreadable(arguments.checkpoint):
+        return code
     from ..train.generate import generate_command
 
     return generate_command(arguments)
@@ -73,9 +82,25 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("overrides", nargs="*", help="key=value, as for tokenyard train")
     arguments = parser.parse_args(argv)
+    if code := _unreadable(arguments.checkpoint):
+        return code
     from ..train.evaluate import evaluate_command
 
     return evaluate_command(arguments)
+
+
+def _unreadable(path: str) -> int:
+    """The exit code for what cannot be opened, said before torch is imported; 0 for what can."""
+    from pathlib import Path
+
+    from ..train.checkpoint.stored_config import check_readable
+    from ..train.complain import complain
+
+    try:
+        check_readable(Path(path))
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return 0
 
 
 def params(argv: list[str]) -> int:

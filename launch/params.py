@@ -17,6 +17,8 @@ PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norm
 """In the order of the table; multi-token prediction comes below the sum."""
 
 
+LARGEST_CONFIG = 1 << 20
+"""Bytes."""
 PUBLISHED_LENGTH = 4096
 """The sequence length for a Hugging Face folder, unless another one is given."""
 
@@ -59,12 +61,13 @@ def configured(words: list[str]) -> tuple[str, Config]:
 def read_model(folder: Path) -> Any:
     """The model that the config.json in `folder` describes. ConfigError if there is none, or one that is not supported."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
     from ..interop.translate import read_config
+    from ..train.checkpoint.bounded import read_regular, strict_json
 
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = strict_json(read_regular(path, LARGEST_CONFIG))
         if not isinstance(described, dict):
             raise ValueError(f"{path}: must hold a JSON object")
         # Weights of fewer bits are weights all the same.

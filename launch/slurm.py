@@ -7,6 +7,7 @@ from pathlib import Path
 from ..train.arguments import Arguments
 from ..train.config import Config
 from ..train.files import write_private
+from ..train.redact import redact
 from .handover import handed_to_cluster, job_name, joined, say_not_started, submit
 
 
@@ -17,7 +18,7 @@ def start_job(config: Config, arguments: Arguments) -> int:
     # Slurm does not make the folder of a log, and a job without its log fails without a word.
     file.parent.mkdir(parents=True, exist_ok=True)
     write_private(file, script)
-    print(script, end="", flush=True)
+    print(redact(script), end="", flush=True)
     if config.launch.submit:
         return submit(["sbatch", str(file)])
     say_not_started(f"sbatch {file}")

@@ -5,13 +5,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..train.complain import complain, printable
 from .page import page
 from .payload import payload
 from .run import Run
 from .tail import RunError
-
-BAD_RUN = 2
-"""The exit code for what is no run, as for a wrong command line."""
 
 
 def report_command(arguments: Namespace) -> int:
@@ -26,8 +24,8 @@ def report_command(arguments: Namespace) -> int:
         return refuse(error)
     for run in runs:
         for remark in run.remarks():
-            print(f"tokenyard: {remark}", file=sys.stderr)
-    print(f"wrote {', '.join([str(out / 'report.html'), *pictures(data, out)])}")
+            print(f"tokenyard: {printable(remark)}", file=sys.stderr)
+    print(f"wrote {printable(', '.join([str(out / 'report.html'), *pictures(data, out)]))}")
     return 0
 
 
@@ -44,5 +42,4 @@ def pictures(data: dict[str, Any], folder: Path) -> list[str]:
 
 def refuse(error: Exception) -> int:
     """In one line."""
-    print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
-    return BAD_RUN
+    return complain(error)

@@ -4,10 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..train.checkpoint.bounded import read_regular
+from ..train.checkpoint.facts import DEEPEST, check_model_numbers, check_plain
 from .columns import Columns
 from .tail import Record, RunError, Tail
 from .telemetry import Telemetry
 
+LARGEST_CONFIG = 1 << 16
+"""Bytes of a config.yaml; a run writes some thousand."""
 NEEDED = ("config.yaml", "metrics.jsonl")
 
 
@@ -108,12 +112,27 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        text = read_regular(path, LARGEST_CONFIG).decode()
+        _check_events(yaml.parse(text, yaml.SafeLoader))
+        plain = yaml.safe_load(text)
+        check_plain(plain, "the configuration")
+        check_model_numbers(plain if isinstance(plain, dict) else {})
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise RunError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):
         raise RunError(f"{path}: must hold the configuration of a run")
     return plain
+
+
+def _check_events(events: Any) -> None:
+    """ValueError for an alias, by which some lines stand for millions, and for deep nesting, in which the parser takes long."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            raise ValueError(f"may have no aliases, and no more than {DEEPEST} levels")
 
 
 def finite(value: float | None) -> float | None:

@@ -1,14 +1,19 @@
-"""`tokenyard watch`: the page of a run that goes on, for this machine alone. It reads the journals and changes nothing."""
+"""`tokenyard watch`: the page of a run that goes on, for its own user alone. It reads the journals and changes nothing."""
 
+import hmac
 import json
+import secrets
 import signal
 import sys
 from argparse import Namespace
+from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+from ..train.complain import one_line, printable
 from .command import refuse
 from .page import page
 from .payload import payload
@@ -16,6 +21,8 @@ from .run import Run
 from .tail import RunError
 
 ADDRESS = "127.0.0.1"
+COOKIE = "tokenyard"
+"""Keeps the token of the URL, for the requests of the page; its name ends with the port, which cookies do not tell apart."""
 
 
 def watch_command(arguments: Namespace) -> int:
@@ -31,7 +38,7 @@ def watch_command(arguments: Namespace) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         with server:
-            print(f"http://{ADDRESS}:{server.server_port}/ shows {arguments.run}; Ctrl-C ends this", flush=True)
+            print(f"{server.url} shows {printable(arguments.run)}; Ctrl-C ends this", flush=True)
             server.serve_forever()
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -65,6 +72,19 @@ class Server(ThreadingHTTPServer):
     def __init__(self, watched: Watched, port: int):
         super().__init__((ADDRESS, port), Handler)
         self.watched = watched
+        self.token = secrets.token_urlsafe(32)
+        """Whoever has it may look: other users of this machine reach the port too."""
+
+    @property
+    def url(self) -> str:
+        """To be opened in a browser."""
+        return f"http://{ADDRESS}:{self.server_port}/?token={self.token}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing about a browser that has gone; anything else in one line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError | TimeoutError):
+            print(f"tokenyard: {one_line(f'a request failed: {error!r}')}", file=sys.stderr)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -72,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
 
     server_version = "tokenyard"
     sys_version = ""
+    timeout = 30.0
+    """Seconds that a connection may stay silent."""
 
     def do_GET(self) -> None:
         """Answers one request."""
@@ -79,20 +101,38 @@ class Handler(BaseHTTPRequestHandler):
         # A page of elsewhere whose name is made to lead here (DNS rebinding) still sends that name.
         if self.headers.get("Host") not in {f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")}:
             self._send(403, "text/plain", f"only for http://{ADDRESS}:{self.server.server_port}/")
-        elif self.path not in ("/", "/data"):
+        elif not self._may_look():
+            self._send(403, "text/plain", "only with the token in the URL that tokenyard watch printed")
+        elif self.path.partition("?token=")[0] not in ("/", "/data"):
             self._send(404, "text/plain", "there is / and /data")
         else:
             self._answer(self.server.watched)
 
+    def _may_look(self) -> bool:
+        """Whether the request has the token, in its URL or in its cookie; the time that this takes tells nothing of it."""
+        assert isinstance(self.server, Server)
+        try:
+            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
+        except CookieError:
+            cookie = None
+        given = parse_qs(urlsplit(self.path).query).get("token", []) + ([] if cookie is None else [cookie.value])
+        return any(hmac.compare_digest(one.encode(errors="replace"), self.server.token.encode()) for one in given)
+
+    @property
+    def _cookie(self) -> str:
+        assert isinstance(self.server, Server)
+        return f"{COOKIE}{self.server.server_port}"
+
     def _answer(self, watched: Watched) -> None:
-        known = self.headers.get("If-None-Match") if self.path == "/data" else None
+        place = urlsplit(self.path).path
+        known = self.headers.get("If-None-Match") if place == "/data" else None
         try:
             version, data = watched.news(known)
         except (RunError, OSError) as error:
             return self._send(500, "text/plain", str(error))
         if data is None:
             return self._send(304, "application/json", "", version)
-        if self.path == "/":
+        if place == "/":
             return self._send(200, "text/html", page(data), version)
         return self._send(200, "application/json", json.dumps(data, allow_nan=False, separators=(",", ":")), version)
 
@@ -105,8 +145,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("X-Frame-Options", "DENY")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Referrer-Policy", "no-referrer")
         if version:
+            assert isinstance(self.server, Server)
             self.send_header("ETag", version)
+            self.send_header("Set-Cookie", f"{self._cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/")
         self.end_headers()
         self.wfile.write(content)
 

@@ -13,7 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "": {"launch", "train", "interop", "moe"},
     "launch": {"train", "interop", "parity", "report"},
-    "report": {"train.config", "train.params", "train.plain", "train.schema"},
+    "report": {
+        "train.checkpoint.bounded",
+        "train.checkpoint.facts",
+        "train.complain",
+        "train.config",
+        "train.params",
+        "train.plain",
+        "train.schema",
+    },
     "parity": {"train", "parallel", "data", "moe"},
     "plan": {"train", "parallel", "moe"},
     "train": {"parallel", "data", "moe"},

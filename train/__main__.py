@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 from .allocator import restart_with_kept_memory
 from .command import train_command
+from .redact import redact_tracebacks
 from .survival.family import end_with_launcher
 
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         end_with_launcher()
         restart_with_kept_memory()
+        redact_tracebacks()
         listen()
     return train_command(sys.argv[1:] if argv is None else argv)
 

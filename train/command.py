@@ -5,10 +5,10 @@ import sys
 import time
 
 from .arguments import parse_arguments
+from .complain import complain
 from .compose import compose_arguments
 from .config import Config, ConfigError
 from .environment import may_find_the_dead, world_size
-from .redact import redact
 from .survival.signals import ignore, listen
 from .validate import validate
 
@@ -53,7 +53,7 @@ def run_here(config: Config) -> int:
 def refuse(error: ConfigError) -> int:
     """Reports a wrong configuration, once for all ranks. Returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"tokenyard: {redact(str(error))}", file=sys.stderr)
+        complain(error)
     else:
         time.sleep(2)  # launchers end all ranks with the first: let it be the one that speaks
     return BAD_CONFIGURATION

@@ -2,13 +2,13 @@
 
 import argparse
 import math
-import sys
 from typing import NamedTuple
 
 import torch
 
 from ..data.batches import IGNORE
 from ..parallel.collectives import sum_over
+from .complain import complain
 from .feed import as_rows
 from .loss import Totals
 from .session import Session
@@ -55,8 +55,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     try:
         session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
     except ValueError as error:
-        print(f"tokenyard: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     evaluation = evaluate_session(session)
     entropy = session.data.facts.unigram_entropy
     print(f"validation loss {evaluation.loss:.4f} nats per token, perplexity {math.exp(min(evaluation.loss, 700)):.2f}")

@@ -10,6 +10,7 @@ from ..data.tokenizer import Tokenizer
 from ..moe.generate import generate
 from ..moe.model import Transformer
 from ..parallel.processes import pick_device
+from .complain import complain, printable
 from .config import SampleConfig
 from .load import open_checkpoint
 
@@ -19,13 +20,12 @@ def generate_command(arguments: argparse.Namespace) -> int:
     try:
         opened = open_checkpoint(Path(arguments.checkpoint), pick_device("auto"))
     except ValueError as error:
-        print(f"tokenyard: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     wish = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)
     print(arguments.prompt, end="", flush=True)
     begin, count = perf_counter(), 0
     for text in continuation(opened.model, opened.tokenizer, wish, arguments.seed):
-        print(text, end="", flush=True)
+        print(printable(text), end="", flush=True)
         count += 1
     seconds = perf_counter() - begin
     print(f"\n\n{count} tokens, {count / max(seconds, 1e-9):.1f} tokens per second", file=sys.stderr)

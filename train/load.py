@@ -12,7 +12,8 @@ from ..moe.model import Transformer
 from ..moe.router import Router
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.resuming import as_checkpoint
-from .checkpoint.store import read_facts, read_whole
+from .checkpoint.store import read_whole
+from .checkpoint.stored_config import read_stored
 from .config import Config, ConfigError, EngineConfig
 from .derive import derive, set_products
 from .plain import config_from_plain, plain_config
@@ -41,7 +42,7 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
     checkpoint = as_checkpoint(Path(path))
-    config = config_from_plain(read_facts(checkpoint)["config"])
+    config = read_stored(checkpoint)[1]
     with torch.device("meta"):
         model = Transformer(config.model, PRECISIONS[precision])
     weights = {name: tensor.to(device, _kept_as(name, model)) for name, tensor in read_whole(checkpoint).items()}
@@ -68,7 +69,7 @@ def _kept_as(name: str, model: Transformer) -> torch.dtype:
 def open_checkpoint(path: str | Path, device: torch.device) -> Opened:
     """Model, in the precision of its run, tokenizer and configuration."""
     checkpoint = as_checkpoint(Path(path))
-    config = config_from_plain(read_facts(checkpoint)["config"])
+    config = read_stored(checkpoint)[1]
     derive(config, device)
     model = load_model(checkpoint, config.precision.value, str(device))
     return Opened(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
@@ -85,7 +86,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     from .session import build_parallel
 
     checkpoint = as_checkpoint(Path(path))
-    stored = config_from_plain(read_facts(checkpoint)["config"])
+    stored = read_stored(checkpoint)[1]
     config = config_from_plain(_described(stored, checkpoint / "tokenizer"), overrides)
     if config.model != stored.model:
         raise ConfigError("model: the checkpoint's model cannot be changed by overrides")

@@ -36,8 +36,8 @@ def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain, OmegaConf.from_dotlist(overrides or []))
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError((str(error).splitlines() or [type(error).__name__])[0][:400]) from error
     assert isinstance(config, Config)
     return config
 

@@ -1,12 +1,15 @@
 """--help, --cfg, --info, --hydra-help, answered by a real Hydra application; multirun runs the same one with a task."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 from .arguments import Arguments
 from .compose import CONF, compose_arguments, register_schema
+from .redact import redact
 from .show_layout import show_layout
 
 
@@ -21,7 +24,11 @@ def show(arguments: Arguments) -> int:
     flags += [f"--cfg={arguments.cfg}"] if arguments.cfg else []
     flags += [f"--package={arguments.package}"] if arguments.package else []
     flags += [f"--info={arguments.info}"] if arguments.info else []
-    return hydra_application(lambda config: None, arguments, flags, [])
+    said = io.StringIO()
+    with redirect_stdout(said):
+        code = hydra_application(lambda config: None, arguments, flags, [])
+    sys.stdout.write(redact(said.getvalue()))
+    return code
 
 
 def hydra_application(task: Callable[[Any], object], arguments: Arguments, flags: list[str], overrides: list[str]) -> int:

@@ -80,7 +80,7 @@ def name_a_target_where_keys_are_free(path: Path, sentinel: Path) -> None:
 
 
 HOSTILE = {
-    replace_by_pickle: r"no tensor's name begins with|no readable safetensors",
+    replace_by_pickle: r"holds 0 tensors|no tensor's name begins with|no readable safetensors",
     lead_outside: r"'\.\./x' must be a plain name|'\.\.' must be a plain name",
     lie_about_sizes: "is said to hold",
     name_a_target: "_target_",

@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_is_followed(browser: Browser, tmp_path: Path) -> Non
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            browser.open(f"http://127.0.0.1:{server.server_port}/")
+            browser.open(server.url)
             before = colours(browser)
             write(folder / "metrics.jsonl", [{"step": 41, "loss": 1.25}])
             last = json.loads((folder / "telemetry.jsonl").read_text().splitlines()[-1])

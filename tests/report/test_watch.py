@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 def ask(server: Server, path: str = "/data", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
     link = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    headers = {"Cookie": f"tokenyard{server.server_port}={server.token}"} | headers
     link.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     answer = link.getresponse()
     content = answer.read().decode()
@@ -81,6 +83,30 @@ def test_localhost_is_a_name_of_it(server: Server) -> None:
     assert ask(server, Host=f"localhost:{server.server_port}")[0] == 200
 
 
+def test_it_is_for_whom_has_the_token(server: Server) -> None:
+    status, headers, _ = ask(server, server.url.partition(str(server.server_port))[2], Cookie="")
+    assert status == 200 and headers["Set-Cookie"].endswith("; HttpOnly; SameSite=Strict; Path=/")
+    assert ask(server, Cookie=headers["Set-Cookie"].partition(";")[0])[0] == 200
+    for path in ("/", "/data", "/?token=", "/?token=x", "/data?token=%ff", "/nothing", f"/?token={server.token}x"):
+        status, headers, text = ask(server, path, Cookie="")
+        assert (status, "Set-Cookie" in headers) == (403, False) and server.token not in text
+    assert ask(server, Cookie="tokenyard=x; \x7f=;;")[0] == 403 and len(server.token) >= 40
+
+
+def test_a_browser_that_goes_away_is_no_matter(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(5):
+        link = socket.create_connection(("127.0.0.1", server.server_port))
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        link.sendall(f"GET /data?token={server.token} HTTP/1.1\r\nHost: localhost:{server.server_port}\r\n\r\n".encode())
+        link.close()
+    for error in (BrokenPipeError(), ConnectionResetError(), TimeoutError()):
+        try:
+            raise error
+        except OSError:
+            server.handle_error(None, None)
+    assert ask(server)[0] == 200 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("path", ["/config.yaml", "/../config.yaml", "/data/", "/data?x", "/report/report.html", "*"])
 def test_nothing_else_is_served(path: str, server: Server) -> None:
     assert ask(server, path)[0] == 404
@@ -114,7 +140,7 @@ def test_ctrl_c_ends_it_with_0(folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
-        assert re.match(r"http://127\.0\.0\.1:\d+/ shows ", line)
+        assert re.match(r"http://127\.0\.0\.1:\d+/\?token=[\w-]+ shows ", line)
         os.kill(process.pid, signal.SIGINT)
         try:
             assert process.wait(20) == 0

@@ -1,9 +1,12 @@
 """Secrets are replaced by value and by name, and nothing else is."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tokenyard.launch.main import main
 from tokenyard.train.compose import compose
 from tokenyard.train.journal import Journal, read_journal
 from tokenyard.train.plain import shown_config, write_config
@@ -20,7 +23,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_and_names() -> None:
-    assert redact(f"https://u:{SECRET}@host abc not-a-secret") == "https://u:<SOME_API_KEY>@host abc not-a-secret"
+    assert redact(f"https://u:{SECRET}@host not-a-secret") == "https://<user>@host not-a-secret"
+    assert redact(f"no{SECRET}, abc") == "no<SOME_API_KEY>, <SHORT_TOKEN>"
     plain = {"api_key": "x", "tokens": "many", "seed": 1, "deep": [{"hub-token": "y", "text": SECRET}]}
     assert redact_plain(plain) == {
         "api_key": "<api_key>",
@@ -28,6 +32,43 @@ def test_values_and_names() -> None:
         "seed": 1,
         "deep": [{"hub-token": "<hub-token>", "text": "<SOME_API_KEY>"}],
     }
+
+
+@pytest.mark.parametrize("value", ["/a-secret-that-is-no-file", "1234567890", "hunter2", "abc", "s3cr3t.value+of[it"])
+def test_values_of_any_kind(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", value)
+    assert value not in redact(f"no {value}, {value}: '{value}' at https://host/{value}/x")
+    assert redact_plain({value: 1, "deep": [f"as {value}"]}) == {"<SOME_PASSWORD>": 1, "deep": ["as <SOME_PASSWORD>"]}
+
+
+def test_what_is_no_secret_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("A_TOKEN", "1"), ("B_TOKEN", "123"), ("C_KEY", "on"), ("D_CREDENTIALS", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    text = f"step 1 loss 0.123 and 123.5 at 1234, abcs, on, {tmp_path}"
+    assert redact(text) == text and redact_plain({"step": 123, "loss": 0.123}) == {"step": 123, "loss": 0.123}
+
+
+def test_urls() -> None:
+    text = "https://me:pass@host/a?token=xyz&part=2&X-Amz-Signature=q1 and git+ssh://u:p@h:22/x?api_key=1, http://host:80/a@b"
+    cleaned = "https://<user>@host/a?token=<secret>&part=2&X-Amz-Signature=<secret> and git+ssh://<user>@h:22/x?api_key=<secret>"
+    assert redact(text) == f"{cleaned} http://host:80/a@b" or redact(text) == f"{cleaned}, http://host:80/a@b"
+
+
+@pytest.mark.parametrize(
+    "code", ["raise OSError('no ' + KEY)", "import threading; threading.Thread(target=lambda: 1 / int(KEY)).start()"]
+)
+def test_tracebacks(code: str) -> None:
+    start = (
+        "import os; from tokenyard.train.redact import redact_tracebacks; redact_tracebacks(); KEY = os.environ['SOME_API_KEY']; "
+    )
+    said = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60).stderr
+    assert SECRET not in said and "<SOME_API_KEY>" in said and "Traceback" in said
+
+
+def test_a_configuration_that_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--cfg", "job", f"run.name={SECRET}"]) == 0
+    said = capfd.readouterr()
+    assert SECRET not in said.out + said.err and "<SOME_API_KEY>" in said.out
 
 
 def test_files_and_logs(tmp_path: Path) -> None:

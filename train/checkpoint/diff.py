@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .identity import EXPERT_TENSOR
-from .manifest import ITEM_BYTES, Manifest, TensorRecord, read_manifest
+from .manifest import ITEM_BYTES, Manifest, TensorRecord, check_sizes, read_manifest
 from .shards import content_of
 from .stored import StoredTensors
 
@@ -30,6 +30,8 @@ class Difference(NamedTuple):
 def diff(one: Path, other: Path) -> list[Difference]:
     """In the order of names. DamagedCheckpoint if a manifest cannot be read; use `verify` to know about the files."""
     a, b = read_manifest(one), read_manifest(other)
+    check_sizes(one, a)  # before memory is asked for
+    check_sizes(other, b)
     found = []
     with StoredTensors(one, a.tensors) as ours, StoredTensors(other, b.tensors) as theirs:
         for name in sorted(a.tensors.keys() | b.tensors.keys()):

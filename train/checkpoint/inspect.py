@@ -4,14 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .manifest import ITEM_BYTES, Manifest, read_manifest
+from .manifest import ITEM_BYTES, Manifest, check_sizes, read_manifest
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "random", "other")
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """As plain JSON. DamagedCheckpoint if the manifest cannot be read."""
+    """As plain JSON. DamagedCheckpoint if the manifest cannot be read, or the files have other sizes than it says."""
     manifest = read_manifest(path)
+    check_sizes(path, manifest)
     facts = manifest.facts
     return {
         "path": str(path),

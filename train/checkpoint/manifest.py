@@ -5,6 +5,7 @@ No torch here: a wrong `checkpoint.resume` is refused before torch is imported.
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from .bounded import MOST_DIMENSIONS, brief, read_regular, room_beside, strict_json, tensor_bytes
 from .durable import sync
+from .facts import check_facts
 from .rectangles import apart
 
 MANIFEST = "manifest.json"
@@ -35,7 +38,12 @@ ITEM_BYTES = {
 }
 """Bytes of an element by the code of its dtype, as safetensors writes it."""
 LARGEST_MANIFEST = 1 << 30
-"""Bytes. A manifest of a million tensors in a thousand pieces each is smaller than what is read here at once."""
+"""Bytes; and no more than the files beside it can need."""
+MOST_TENSORS = 1 << 17
+"""Those of a thousand layers, with both their moments, are fewer."""
+LONGEST_NAME = 512
+NAMED = re.compile(r"step_(\d{8,})")
+"""What a checkpoint's folder is called; see folder.py."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -43,10 +51,14 @@ class DamagedCheckpoint(ValueError):
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(file, reason)
-        self.file, self.reason = file, reason
+        self.file, self.reason = file, " ".join(reason.split())
 
     def __str__(self) -> str:
         return self.reason
+
+
+class NoManifest(DamagedCheckpoint):
+    """A manifest that is missing, or not one that tokenyard writes: nothing of the checkpoint can be used."""
 
 
 class FileRecord(NamedTuple):
@@ -110,24 +122,24 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint `folder`. DamagedCheckpoint if it is missing, damaged, of another version or unsafe."""
+    """The manifest of the checkpoint `folder`. NoManifest if it is missing, damaged, unsafe or of another version."""
     path = Path(folder) / MANIFEST
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise DamagedCheckpoint(path, f"{path} has more than {LARGEST_MANIFEST} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedCheckpoint(path, f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except DamagedCheckpoint:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(path, f"{path} is no readable JSON: {error}") from None
+        content = strict_json(read_regular(path, min(LARGEST_MANIFEST, room_beside(tensor_bytes(path.parent)))))
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoManifest(path, f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise NoManifest(path, f"{path} is no readable JSON: {error}") from None
     try:
-        return _parse(content)
+        manifest = _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(path, f"{path} is damaged: {type(error).__name__}: {error}") from None
+        raise NoManifest(path, f"{path} is damaged: {type(error).__name__}: {str(error)[:60]}") from None
     except ValueError as error:
-        raise DamagedCheckpoint(path, f"{path}: {error}") from None
+        raise NoManifest(path, f"{path}: {error}") from None
+    named = NAMED.fullmatch(path.parent.name)
+    if named and int(named[1]) != manifest.step:
+        raise NoManifest(path, f"{path} is of step {manifest.step}, and its folder is called {path.parent.name}")
+    return manifest
 
 
 def checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
@@ -152,35 +164,58 @@ def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
             raise DamagedCheckpoint(path, reason)
 
 
+def check_unlisted(path: Path, manifest: Manifest) -> None:
+    """DamagedCheckpoint for a file or link in the folder that the manifest does not list: somebody else has put it there."""
+    listed = {MANIFEST, *manifest.files, *manifest.attachments}
+    for found in sorted(path.rglob("*")):
+        if (found.is_symlink() or not found.is_dir()) and found.relative_to(path).as_posix() not in listed:
+            raise DamagedCheckpoint(found, f"checkpoint file {found} is not listed in {MANIFEST}")
+
+
 def _parse(content: Any) -> Manifest:
+    """The schema, whole: what is not written here is in no manifest."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not the manifest of a tokenyard checkpoint: format must be {FORMAT!r}")
-    if content["version"] != VERSION:
-        raise ValueError(f"version = {content['version']!r} cannot be read: it must be {VERSION}")
-    files = {_inside(name): _file(one) for name, one in content["files"].items()}
-    attachments = {_attached(name): _file(one) for name, one in content.get("attachments", {}).items()}
-    tensors = {name: _tensor(name, one, files) for name, one in content["tensors"].items()}
-    _check_room(tensors, files)
-    experts = {
-        layer: {kind: [str(value) for value in hashes] for kind, hashes in kinds.items()}
-        for layer, kinds in content.get("experts", {}).items()
-    }
+    if content["version"] != VERSION or type(content["version"]) is not int:
+        raise ValueError(f"version = {brief(content['version'])} cannot be read: it must be {VERSION}")
+    files = {_inside(name): _file(one) for name, one in _object(content, "files").items()}
+    attachments = {_attached(name): _file(one) for name, one in _object(content, "attachments", optional=True).items()}
+    tensors = _object(content, "tensors")
+    if len(tensors) > MOST_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors are more than the {MOST_TENSORS} that a checkpoint may have")
+    records = {_name(name): _tensor(name, one, files) for name, one in tensors.items()}
+    _check_room(records, files)
+    experts = {layer: _hashes(kinds) for layer, kinds in _object(content, "experts", optional=True).items()}
+    step, facts = _count(content["step"]), check_facts(content["facts"])
+    if facts.get("step", step) != step:
+        raise ValueError(f"step = {step} must be facts.step = {facts['step']}")
     if content["hash"] != _hash({key: value for key, value in content.items() if key != "hash"}):
         raise ValueError("damaged or changed by hand: its content does not have the hash that it states")
-    return Manifest(_count(content["step"]), dict(content["facts"]), tensors, files, attachments, experts)
+    return Manifest(step, facts, records, files, attachments, experts)
+
+
+def _object(content: dict[str, Any], name: str, optional: bool = False) -> dict[str, Any]:
+    value = content.get(name, {}) if optional else content[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object")
+    return value
 
 
 def _file(one: dict[str, Any]) -> FileRecord:
-    return FileRecord(_count(one["bytes"]), str(one["hash"]))
+    return FileRecord(_count(one["bytes"]), _string(one["hash"]))
+
+
+def _hashes(kinds: dict[str, Any]) -> dict[str, list[str]]:
+    return {kind: [_string(value) for value in _list(hashes)] for kind, hashes in kinds.items()}
 
 
 def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
-    if one["dtype"] not in ITEM_BYTES:
+    if _string(one["dtype"]) not in ITEM_BYTES:
         raise ValueError(f"tensor {name!r}: dtype = {one['dtype']!r} must be one of {', '.join(ITEM_BYTES)}")
     shape = _counts(one["shape"])
     chunks = [
-        ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), str(chunk["key"]))
-        for chunk in one["chunks"]
+        ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), _name(chunk["key"]))
+        for chunk in _list(one["chunks"])
     ]
     for chunk in chunks:
         if chunk.file not in files:
@@ -189,6 +224,8 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
             raise ValueError(f"tensor {name!r}: the offsets and sizes of a chunk must have {len(shape)} dimensions")
         if any(offset + size > extent for offset, size, extent in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
             raise ValueError(f"tensor {name!r}: a chunk must lie inside of the shape {shape}")
+        if 0 in chunk.sizes:
+            raise ValueError(f"tensor {name!r}: a chunk must hold something")
     covered, total = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
     if covered != total or not apart(chunks):
         raise ValueError(f"tensor {name!r} is incomplete: its chunks must cover each of its {total} elements once")
@@ -206,10 +243,10 @@ def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) 
             raise ValueError(f"file {name!r} is said to hold {size} bytes of tensors in {files[name].bytes}")
 
 
-def _inside(name: str) -> str:
+def _inside(name: Any) -> str:
     """A file's name, if it is a plain one: so it lies in the checkpoint's folder."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError(f"file {name!r} must be a plain name, of a file in the checkpoint's own folder")
+    if _name(name) in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
+        raise ValueError(f"file {brief(name)} must be a plain name, of a file in the checkpoint's own folder")
     return name
 
 
@@ -218,13 +255,34 @@ def _attached(name: str) -> str:
     return "/".join(_inside(part) for part in name.split("/", maxsplit=1))
 
 
-def _counts(values: list[Any]) -> tuple[int, ...]:
+def _name(value: Any) -> str:
+    """Of a tensor, a key or a file: something that can be shown."""
+    if not _string(value) or len(value) > LONGEST_NAME or not value.isprintable():
+        raise ValueError(f"{brief(value)} must be a name of at most {LONGEST_NAME} printable characters")
+    return value
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{brief(value)} must be a text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{brief(value)} must be a list")
+    return value
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if len(_list(values)) > MOST_DIMENSIONS:
+        raise ValueError(f"{len(values)} dimensions are more than {MOST_DIMENSIONS}")
     return tuple(_count(value) for value in values)
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r} must be a whole number >= 0")
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise ValueError(f"{brief(value)} must be a whole number >= 0 and below 2^53")
     return value
 
 

@@ -1,7 +1,13 @@
 """Rectangles of tensors, of whatever class has `offsets` and `sizes`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Protocol
+
+MOST_WORK = 64
+"""Looks at a rectangle, on average: layouts cut a tensor along one dimension after the other, which takes one look each."""
+MOST_TANGLED = 256
+"""Rectangles that no cut separates: each is compared with each."""
 
 
 class Rectangle(Protocol):
@@ -15,21 +21,21 @@ class Rectangle(Protocol):
 
 
 def apart(rectangles: Sequence[Rectangle]) -> bool:
-    """Whether no two of them share an element. None of them is empty."""
-    if len(rectangles) < 2:
-        return True
-    dims = range(len(rectangles[0].offsets))
-    if not dims:
-        return False
-    # Sorted in the dimension with the most different offsets, each is compared with those that begin before it ends.
-    dim = max(dims, key=lambda d: len({one.offsets[d] for one in rectangles}))
-    ordered = sorted(rectangles, key=lambda one: one.offsets[dim])
-    for index, one in enumerate(ordered):
-        for other in ordered[index + 1 :]:
-            if other.offsets[dim] >= one.offsets[dim] + one.sizes[dim]:
-                break
-            if overlap(one, other):
-                return False
+    """Whether no two of them share an element. None of them is empty. ValueError if they are cut as no layout cuts."""
+    left = [list(rectangles)]
+    work = MOST_WORK * (len(rectangles) + 64)
+    while left:
+        group = left.pop()
+        parts, looks = _separated(group) if len(group) > 1 else ([], 0)
+        work -= looks * len(group)
+        if len(parts) > 1:
+            left += parts
+        elif len({(tuple(one.offsets), tuple(one.sizes)) for one in group}) < len(group):
+            return False
+        elif work < 0 or len(group) > MOST_TANGLED:
+            raise ValueError(f"its {len(rectangles)} chunks are cut as no layout cuts a tensor")
+        elif any(overlap(one, other) for one, other in combinations(group, 2)):
+            return False
     return True
 
 
@@ -37,3 +43,26 @@ def overlap(one: Rectangle, other: Rectangle) -> bool:
     """Whether they share an element."""
     spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
     return all(a < b + q and b < a + p for a, p, b, q in spans)
+
+
+def _separated(group: list[Rectangle]) -> tuple[list[list[Rectangle]], int]:
+    """The parts between which a cut across the whole of a dimension goes, of the first that has one; how many were looked at."""
+    dims = range(len(group[0].offsets))
+    for dim in dims:
+        parts = list(_cut(group, dim))
+        if len(parts) > 1:
+            return parts, dim + 1
+    return [group], len(dims)
+
+
+def _cut(group: list[Rectangle], dim: int) -> Iterator[list[Rectangle]]:
+    """Runs of rectangles that reach into each other in this dimension."""
+    part: list[Rectangle] = []
+    end = 0
+    for one in sorted(group, key=lambda one: one.offsets[dim]):
+        if part and one.offsets[dim] >= end:
+            yield part
+            part = []
+        end = max(end, one.offsets[dim] + one.sizes[dim]) if part else one.offsets[dim] + one.sizes[dim]
+        part.append(one)
+    yield part

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from .bounded import check_header
 from .durable import sync
 from .manifest import DamagedCheckpoint
 
@@ -81,8 +82,9 @@ def hash_file(path: Path) -> str:
 def open_shard(path: Path) -> Iterator[Any]:
     """The safetensors file `path`, open. DamagedCheckpoint if it is none."""
     try:
+        check_header(path)
         opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {error}") from None
     with opened as file:
         yield file

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .agree import from_all, from_first, rank_and_world
 from .identity import expert_hashes, hash_stored, slices
-from .manifest import MANIFEST, DamagedCheckpoint, Manifest, check_sizes, read_manifest
+from .manifest import MANIFEST, DamagedCheckpoint, Manifest, check_sizes, check_unlisted, read_manifest
 from .shards import hash_file, open_shard
 
 
@@ -41,14 +41,6 @@ def check_all(path: Path) -> Manifest:
             if found.get(layer) != manifest.experts.get(layer):
                 raise DamagedCheckpoint(path / MANIFEST, f"{path / MANIFEST}: the experts of {layer} are not those it states")
     return manifest
-
-
-def check_unlisted(path: Path, manifest: Manifest) -> None:
-    """DamagedCheckpoint for a file or link in the folder that the manifest does not list: somebody else has put it there."""
-    listed = {MANIFEST, *manifest.files, *manifest.attachments}
-    for found in sorted(path.rglob("*")):
-        if (found.is_symlink() or not found.is_dir()) and found.relative_to(path).as_posix() not in listed:
-            raise DamagedCheckpoint(found, f"checkpoint file {found} is not listed in {MANIFEST}")
 
 
 def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -> None:

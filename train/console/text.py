@@ -1,11 +1,11 @@
 """Lines of styled text that print plainly anywhere and in colour on a terminal; and how numbers are written on them."""
 
 import math
-import re
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TextIO
 
+from ..complain import printable as printable
 from ..redact import redact
 
 
@@ -21,9 +21,6 @@ Line = list[Span]
 ASCII_BARS = "_.:-=+*#@"
 BLOCKS = "_\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 """Characters of bar charts, from none to full: lower blocks of one to eight eighths."""
-
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but newline and tab, line separators, changes of the writing direction, halves of characters."""
 
 
 class Printer:
@@ -42,7 +39,7 @@ class Printer:
 
     def line(self, line: Line) -> None:
         """One line, never wrapped or cropped by us."""
-        line = [Span(self._writable(redact(text)), style) for text, style in line]
+        line = [Span(self._writable(printable(redact(text))), style) for text, style in line]
         if self._rich is None:
             self._stream.write(plain(line) + "\n")
             self._stream.flush()
@@ -119,11 +116,6 @@ def bar(values: Iterable[float], full: float, marks: str) -> str:
     """A character a value, from marks[0] (zero) to marks[-1] (`full` and above); any value over 0 shows at least marks[1]."""
     top = len(marks) - 1
     return "".join(marks[0 if value <= 0 else min(top, max(1, round(value / full * top)))] for value in values)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped: a model may generate sequences that would steer a terminal."""
-    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def _digits(number: float) -> str:

@@ -1,5 +1,6 @@
 """Where each number of the configuration must lie."""
 
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -11,24 +12,24 @@ from .broken import Broken
 INTERVALS = {
     "steps": "[1, inf)",
     "seed": "[0, 9223372036854775808)",
-    "sequence_length": "[1, inf)",
+    "sequence_length": "[1, 1073741824]",
     "batch.sequences": "[1, inf)",
     "batch.micro": "[1, inf)",
-    "model.layers": "[1, inf)",
-    "model.width": "[1, inf)",
-    "model.heads": "[1, inf)",
-    "model.kv_heads": "[1, inf)",
-    "model.head_width": "[1, inf)",
-    "model.hidden": "[1, inf)",
-    "model.vocabulary": "[1, inf)",
-    "model.dense_first": "[0, inf)",
+    "model.layers": "[1, 1024]",
+    "model.width": "[1, 1048576]",
+    "model.heads": "[1, 65536]",
+    "model.kv_heads": "[1, 65536]",
+    "model.head_width": "[1, 65536]",
+    "model.hidden": "[1, 16777216]",
+    "model.vocabulary": "[1, 16777216]",
+    "model.dense_first": "[0, 1024]",
     "model.moe_every": "[1, inf)",
     "model.norm_epsilon": "(0, inf)",
     "model.embedding_multiplier": "(0, inf)",
     "model.output_multiplier": "(0, inf)",
     "model.output_softcap": "(0, inf)",
     "model.init_std": "(0, inf)",
-    "model.mtp_depth": "[0, inf)",
+    "model.mtp_depth": "[0, 64]",
     "model.mtp_coefficient": "[0, inf)",
     "model.attention.window": "[1, inf)",
     "model.attention.window_every": "[1, inf)",
@@ -45,15 +46,15 @@ INTERVALS = {
     "model.attention.rope.mscale_all": "[0, inf)",
     "model.attention.rope.low_frequency_factor": "(0, inf)",
     "model.attention.rope.high_frequency_factor": "(0, inf)",
-    "model.attention.mla.q_rank": "[1, inf)",
-    "model.attention.mla.kv_rank": "[1, inf)",
-    "model.attention.mla.nope_width": "[1, inf)",
-    "model.attention.mla.rope_width": "[2, inf)",
-    "model.attention.mla.value_width": "[1, inf)",
-    "model.moe.experts": "[0, inf)",
+    "model.attention.mla.q_rank": "[1, 1048576]",
+    "model.attention.mla.kv_rank": "[1, 1048576]",
+    "model.attention.mla.nope_width": "[1, 65536]",
+    "model.attention.mla.rope_width": "[2, 65536]",
+    "model.attention.mla.value_width": "[1, 65536]",
+    "model.moe.experts": "[0, 65536]",
     "model.moe.top_k": "[1, inf)",
-    "model.moe.hidden": "[1, inf)",
-    "model.moe.shared_hidden": "[0, inf)",
+    "model.moe.hidden": "[1, 16777216]",
+    "model.moe.shared_hidden": "[0, 16777216]",
     **router_rules.INTERVALS,
     **layout_rules.INTERVALS,
     **exchange_rules.INTERVALS,
@@ -102,11 +103,12 @@ INTERVALS = {
 def intervals(config: Config, world: int) -> Iterator[Broken]:
     for key, interval in INTERVALS.items():
         value = attrgetter(key)(config)
-        if value is not None and not _inside(value, interval):
+        if value is not None and not inside(value, interval):
             yield Broken(key, f"must be in {interval}", _around(key, interval))
 
 
-def _inside(value: float, interval: str) -> bool:
+def inside(value: float, interval: str) -> bool:
+    """Whether `value` lies in an interval as INTERVALS has them."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
 
@@ -116,5 +118,6 @@ def _around(key: str, interval: str) -> list[object]:
     default = attrgetter(key)(Config())
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     if isinstance(default, float):
-        return [value for value in (low, high, default) if _inside(value, interval)]
-    return [*range(int(low), int(low) + 64), *([] if default is None else [default])]
+        return [value for value in (low, high, default) if inside(value, interval)]
+    top = [] if math.isinf(high) else [value for value in (int(high), int(high) - 1) if inside(value, interval)]
+    return [*range(int(low), int(low) + 64), *top, *([] if default is None else [default])]

@@ -1,0 +1,268 @@
+"""Small valid files, mutated with seeds, and opened by a child with little memory and time: each is read, or refused in one line.
+
+`python tests/fuzz.py --minutes 10 --seed 3`, or `make fuzz ARGS="..."`. It ends at the first that is neither, and says its seed.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from tokenyard.data.tokenizer import BytesTokenizer
+from tokenyard.interop.read import open_source, read_weights
+from tokenyard.launch.params import read_model
+from tokenyard.moe.shapes import shapes
+from tokenyard.report.payload import payload
+from tokenyard.report.run import Run
+from tokenyard.train.checkpoint.inspect import inspect
+from tokenyard.train.checkpoint.stored_config import read_stored
+from tokenyard.train.compose import compose
+from tokenyard.train.config import Config
+from tokenyard.train.plain import plain_config, write_config
+
+SECONDS, MEMORY = 5, 500 << 20
+"""Of a case: processor time, and bytes beyond what the imports take."""
+TINY = ["model.layers=2", "model.width=16", "model.heads=2", "model.kv_heads=1", "model.hidden=16", "model.vocabulary=264"]
+TINY += ["model.moe.experts=2", "model.moe.top_k=1", "model.moe.hidden=8", "tokenizer=bytes"]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    0.5,
+    2**31,
+    10**9,
+    10**12,
+    2**61,
+    10**400,
+    -0.1,
+    1e308,
+    "",
+    "../x",
+    "a\nb",
+    "\x1b[31m",
+    "x" * 9999,
+]
+ODD += [[], {}, [1] * 5000, [[1]], {"a": {}}, ["x"], "${oc.env:HOME}", {"_target_": "os.system"}, [2**61] * 3, "\ud800"]
+WORDS = [
+    b"NaN",
+    b"1e999",
+    b"-" + b"9" * 5000,
+    b"[" * 100_000,
+    b'{"a":' * 5000,
+    b"\xff\xfe",
+    b"\0",
+    b"[" + b"[]," * 99_999 + b"0]",
+    b"&a [*a]",
+]
+READERS: dict[str, Callable[[Path], object]] = {
+    "checkpoint": lambda path: (inspect(path), read_stored(path)),
+    "hf": lambda path: (read_model(path), read_weights(open_source(path))),
+    "run": lambda path: payload([Run(path)]),
+}
+
+
+def safetensors(path: Path, found: dict[str, tuple[int, ...]]) -> None:
+    """A file of zeros in fp32."""
+    header, end = {}, 0
+    for name, shape in found.items():
+        begin, end = end, end + 4 * product(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+def product(shape: tuple[int, ...]) -> int:
+    return shape[0] * product(shape[1:]) if shape else 1
+
+
+def record(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "hash": xxhash.xxh3_128_hexdigest(path.read_bytes())}
+
+
+def tiny_checkpoint(folder: Path, config: Config) -> Path:
+    """As a run writes it, of zeros."""
+    path = folder / "step_00000003"
+    BytesTokenizer().save(path / "tokenizer")
+    found = {f"model.{name}": shape for name, shape in shapes(config.model).items()}
+    shard = "shard_00000.safetensors"
+    safetensors(path / shard, found)
+    chunk = {name: {"offsets": [0] * len(shape), "sizes": shape, "file": shard, "key": name} for name, shape in found.items()}
+    facts = {"config": plain_config(config), "step": 3, "tokens": 9, "ranks": 1, "layout": {"data": 1}, "extra": {}, "torch": "2"}
+    content = {
+        "format": "tokenyard checkpoint",
+        "version": 1,
+        "step": 3,
+        "facts": facts,
+        "tensors": {name: {"dtype": "F32", "shape": shape, "chunks": [chunk[name]]} for name, shape in found.items()},
+        "files": {shard: record(path / shard)},
+        "attachments": {"tokenizer/tokenizer_about.json": record(path / "tokenizer" / "tokenizer_about.json")},
+        "experts": {},
+    }
+    write_manifest(path / "manifest.json", content)
+    return path
+
+
+def write_manifest(path: Path, content: Any) -> None:
+    """With the hash that fits, where it can have one."""
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if key != "hash"}
+        content["hash"] = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps(content))
+
+
+def tiny_hugging_face(folder: Path) -> Path:
+    """A Mixtral of zeros."""
+    path = folder / "hf"
+    path.mkdir()
+    about = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    about |= {"architectures": ["MixtralForCausalLM"], "num_hidden_layers": 1, "num_experts_per_tok": 2, "vocab_size": 264}
+    (path / "config.json").write_text(json.dumps(about))
+    layer = "model.layers.0."
+    found = {"model.embed_tokens.weight": (264, 16), "model.norm.weight": (16,), "lm_head.weight": (264, 16)}
+    found |= {f"{layer}{name}_layernorm.weight": (16,) for name in ("input", "post_attention")}
+    found |= {
+        f"{layer}self_attn.{name}_proj.weight": size
+        for name, size in zip("qkvo", [(16, 16), (8, 16), (8, 16), (16, 16)], strict=True)
+    }
+    found[f"{layer}block_sparse_moe.gate.weight"] = (2, 16)
+    for expert in range(2):
+        for name, size in (("w1", (8, 16)), ("w2", (16, 8)), ("w3", (8, 16))):
+            found[f"{layer}block_sparse_moe.experts.{expert}.{name}.weight"] = size
+    safetensors(path / "model-1.safetensors", found)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(found, "model-1.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def tiny_run(folder: Path, config: Config) -> Path:
+    """A run folder as `report` reads it."""
+    path = folder / "run"
+    path.mkdir()
+    write_config(config, path / "config.yaml")
+    steps = [{"step": step, "loss": 5.0, "tokens": step, "seconds": 1.0, "lr": 0.1, "grad_norm": 1.0} for step in (1, 2, 3)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (path / "events.jsonl").write_text(json.dumps({"time": "2026-01-01T00:00:00", "event": "start"}) + "\n")
+    return path
+
+
+def mutated(content: bytes, chance: random.Random, structured: bool) -> bytes:
+    """One to three changes: of a value somewhere in the JSON, or of bytes."""
+    for _ in range(chance.randint(1, 3)):
+        try:
+            content = json.dumps(changed(json.loads(content), chance)).encode() if structured else content
+        except (ValueError, RecursionError):
+            structured = False
+        if not structured or chance.random() < 0.2:
+            at = chance.randrange(len(content) + 1)
+            content = (
+                content[:at] + chance.choice([b"", *WORDS, bytes([chance.randrange(256)])]) + content[at + chance.randrange(9) :]
+            )
+    return content
+
+
+def changed(value: Any, chance: random.Random) -> Any:
+    """`value` with one value in it replaced, left out or repeated."""
+    if not isinstance(value, dict | list) or not value or chance.random() < 0.1:
+        return chance.choice(ODD)
+    key = chance.choice(list(value)) if isinstance(value, dict) else chance.randrange(len(value))
+    action = chance.random()
+    if action < 0.1:
+        value.pop(key)
+    elif action < 0.2 and isinstance(value, dict):
+        value[chance.choice(["x", "", "\x1b]0;", "layers", *value])] = value[key]
+    else:
+        value[key] = changed(value[key], chance)
+    return value
+
+
+def attack(folder: Path, chance: random.Random) -> Callable[[], object]:
+    """Mutates one file of what is in `folder`; gives what reads it."""
+    kind = chance.choice(["checkpoint", "hf", "run"])
+    path = {"checkpoint": folder / "step_00000003", "hf": folder / "hf", "run": folder / "run"}[kind]
+    file = chance.choice([path / "manifest.json"] * 3 + [*path.rglob("*")] if kind == "checkpoint" else [*path.rglob("*")])
+    if file.is_dir():
+        return lambda: None
+    content = file.read_bytes()
+    if file.suffix == ".safetensors":
+        size = int.from_bytes(content[:8], "little")
+        header = mutated(content[8 : 8 + size], chance, True)
+        length = len(header) if chance.random() < 0.9 else chance.choice([0, 1, 2**31, 2**63])
+        file.write_bytes(length.to_bytes(8, "little") + header + content[8 + size :])
+    else:
+        file.write_bytes(mutated(content, chance, file.suffix == ".json"))
+    if file.name == "manifest.json" and chance.random() < 0.8:
+        with suppress(ValueError, RecursionError):
+            write_manifest(file, json.loads(file.read_bytes()))
+    return lambda: READERS[kind](path)
+
+
+def case(made: Path, seed: int) -> str | None:
+    """What went wrong with the case `seed`, if anything did."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(shutil.copytree(made, Path(place) / "made"))
+        read = attack(folder, random.Random(seed))
+        ours, theirs = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(theirs, outcome(read).encode(errors="replace")[:4000])
+            os._exit(0)
+        os.close(theirs)
+        with os.fdopen(ours) as answer:
+            said = answer.read()
+        _, status = os.waitpid(child, 0)
+    return None if said == "ok" else said or f"ended by {status}: beyond {SECONDS} s of its processor, or killed"
+
+
+def outcome(read: Callable[[], object]) -> str:
+    """In the child."""
+    signal.alarm(20 * SECONDS)  # a wait that costs no processor time
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        read()
+    except ValueError as error:
+        return "ok" if "\n" not in str(error) and len(str(error)) < 2000 else f"not one line: {str(error)[:2000]!r}"
+    except BaseException:
+        return traceback.format_exc()[-3000:]
+    return "ok"
+
+
+def fuzz(seed: int, seconds: float) -> tuple[int, str | None]:
+    """How many cases were tried from `seed` on, and the first failure, with its seed."""
+    config, end, tried = compose(TINY), time.monotonic() + seconds, 0
+    with tempfile.TemporaryDirectory() as place:
+        for make in (tiny_hugging_face, lambda made: tiny_checkpoint(made, config), lambda made: tiny_run(made, config)):
+            make(Path(place))
+        while time.monotonic() < end:
+            if (wrong := case(Path(place), seed + tried)) is not None:
+                return tried, f"seed {seed + tried}: {wrong}"
+            tried += 1
+    return tried, None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    tried, wrong = fuzz(arguments.seed * 1_000_000, arguments.minutes * 60)
+    print(wrong or f"{tried} cases: each was read, or refused in one line")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Files that may come from anybody: opened only if they are regular, read up to a bound, and as strict JSON. No torch here."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+ROOM = 1 << 24
+"""Bytes that a JSON file or a header may have in any case; more only beside as many tensors."""
+TENSOR_BYTES_PER_BYTE = 1024
+"""Bytes of tensors that stand for one more byte of JSON: a chunk takes about 150 bytes to describe, and it holds more."""
+MOST_DIMENSIONS = 16
+LONGEST_HEADER = 100_000_000
+"""Bytes, of a safetensors header, by that format."""
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """All bytes of `path`. ValueError if it is no regular file (a pipe, a device) or has more than `limit` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is no regular file")
+        if status.st_size > limit:
+            raise ValueError(f"{path} has {status.st_size} bytes, more than the {limit} that are read of such a file")
+        return file.read(limit + 1)[:limit]
+
+
+def strict_json(text: bytes) -> Any:
+    """The content of a JSON text. ValueError for a key that stands twice, NaN, too deep nesting, or a swarm of tiny values."""
+    # What the parser would make of it in memory, by kind of value: before it is made.
+    cost = 200 * (text.count(b"[") + text.count(b"{")) + 30 * text.count(b'"') + 32 * text.count(b",")
+    if cost > 12 * max(len(text), ROOM):
+        raise ValueError("it has more values than what is described so can have")
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_refuse)
+        if b"\\u" in text:  # a half of a character cannot be printed, nor be a name
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds a half of a character") from None
+    return content
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the files in `folder`, which JSON beside them may describe."""
+    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file(follow_symlinks=True))
+
+
+def room_beside(size: int) -> int:
+    """Bytes that JSON may have that describes tensors of `size` bytes."""
+    return ROOM + size // TENSOR_BYTES_PER_BYTE
+
+
+def check_header(path: Path) -> None:
+    """ValueError if `path` is no regular file, or its header is longer than one of a safetensors file of its size."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no regular file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        if length > min(size - 8, room_beside(size), LONGEST_HEADER):
+            raise ValueError(f"{path} has a header of {length} bytes in {size}")
+
+
+def brief(value: object) -> str:
+    """`value` as it is written in Python, cut to 60 characters."""
+    text = repr(value[:60] if isinstance(value, str | list | tuple) else value if not isinstance(value, dict) else {})
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {brief(twice)} stands there twice")
+    return found
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
