@@ -43,14 +43,13 @@ class Runner:
         if self._worker is None:
             self._worker = _Worker(self.words)
         worker = self._worker
-        whole = False
+        whole = stays = False
         for record in worker.ask(part.name, end):
             if record["kind"] == "end":
-                whole = True
+                whole, stays = True, record["stays"]
                 break
-            whole = False
             yield record
-        if whole and worker.stays():
+        if stays:
             return
         late = monotonic() >= end
         self.close()
@@ -89,12 +88,6 @@ class _Worker:
             self._process.stdin.flush()
         for line in _lines(self._process.stdout, end):
             yield json.loads(line)
-
-    def stays(self) -> bool:
-        """Whether it waits for the next part: one that failed ends."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.05)
-        return self._process.poll() is None
 
     def kill(self) -> None:
         """And what it started, and keep what it wrote to its standard error."""

@@ -1,7 +1,8 @@
 """The process in which parts run: `python -m tokenyard.bench.gpu.worker DEVICE SCALE`. It answers on what was its standard output.
 
-A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered by the part's records, and then by `{"kind": "end"}`.
-A part that raises ends the process, since what a GPU was doing then cannot be trusted; the next part has a new one.
+A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered by the part's records, and then by `{"kind": "end"}`, which
+says whether the process `stays`: a part that raises ends it, since what a GPU was doing then cannot be trusted; the next part has a
+new one.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ def main(device: str, scale: str) -> int:
         faulthandler.dump_traceback_later(max(0.1, call["seconds"] - 1.0))
         ok = run(call["part"], teller)
         faulthandler.cancel_dump_traceback_later()
-        print(json.dumps({"kind": "end"}), file=out, flush=True)
+        print(json.dumps({"kind": "end", "stays": ok}), file=out, flush=True)
         if not ok:
             return 1
     return 0

@@ -29,9 +29,10 @@ for line in sys.stdin:
         time.sleep(60)
     if part == "routers":
         print(json.dumps({"kind": "check", "name": "raised", "ok": False, "text": "E"}), flush=True)
-        print(json.dumps({"kind": "end"}), flush=True)
+        print(json.dumps({"kind": "end", "stays": False}), flush=True)
+        time.sleep(1)  # its end takes a while
         sys.exit(1)
-    print(json.dumps({"kind": "end"}), flush=True)
+    print(json.dumps({"kind": "end", "stays": True}), flush=True)
 """
 """A worker of which one part crashes, one hangs and one raises."""
 

@@ -112,7 +112,7 @@ def test_another_layout_goes_on_where_the_first_stopped(ranks, tmp_path: Path, l
 def test_only_rank_0_writes_and_the_folder_holds_what_it_should(ranks, tmp_path: Path) -> None:
     ranks(4, run_on_ranks, tmp_path / "run", LAYOUTS["expert 4"])
     found = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert found == ["checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "run_id", "telemetry.jsonl"]
+    assert found == ["begun.json", "checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "run_id", "telemetry.jsonl"]
     assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
     facts = read_facts(tmp_path / "run" / "checkpoints" / "step_00000006")
