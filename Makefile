@@ -31,7 +31,7 @@ portable: $(INSTALLED) ## Run all tests as on processors with fewer instructions
 		ATEN_CPU_CAPABILITY=$$isa ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS) || exit 1; \
 	done; done
 
-faults: $(INSTALLED) ## Run the thirty faults and print the scorecard, 15 minutes
+faults: $(INSTALLED) ## Run the faults of docs/faults.md and print the scorecard, 15 minutes
 	TOKENYARD_SCORECARD=$(SCORECARD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fault $(ARGS)
 
 scorecard: ## The same, and write the tables of docs/faults.md
