@@ -98,7 +98,7 @@ def test_the_backward_pass_makes_no_copy_in_the_wide_type(dtype: torch.dtype, co
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most memory of tensors that `work` makes at the same time. (With a dispatch mode autograd adds out of place.)"""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         work()
     events: Any = profile.profiler
     changes = [event.nbytes() for event in events.kineto_results.events() if event.name() == "[memory]"]
