@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
+from ..data.build import open_tokenizer, prepare
 from ..data.config import Corpus, DataConfig, TokenizerConfig
-from ..data.prepare import open_tokenizer, prepare
-from ..data.stream.batches import StreamBatches
+from ..data.pretokenize import prepare_command
+from ..data.stream.mixture import StreamBatches
 from ..data.tokenizer import SentencePieceTokenizer
-from ..data.write_shards import prepare_command
 
 LENGTH, SEQUENCES = 256, 8
 MOST_GROWTH_MIB = 16.0
@@ -64,7 +64,7 @@ def read_documents(text: str | None) -> list[str]:
     if text is not None:
         content = Path(text).read_text()
         return [content[start : start + 4000] for start in range(0, len(content), 4000)]
-    from ..data.check import stdlib_files, stdlib_root
+    from ..data.validate import stdlib_files, stdlib_root
 
     found, size = [], 0
     for name in sorted(stdlib_files(stdlib_root())):

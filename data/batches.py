@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import xxhash
 
-from .order import kept_permutation
-from .tokens import Tokens
+from .permutation import kept_permutation
+from .token_array import Tokens
 
 IGNORE = -100
 """A target that is not counted: F.cross_entropy's default `ignore_index`."""

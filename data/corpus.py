@@ -1,14 +1,133 @@
 """The documents of a corpus and their split into training and validation."""
 
 import logging
+import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, final
 
 import xxhash
 
-from .check import check_corpus
-from .config import DataConfig
-from .sources import Source, open_source
+from .config import Corpus, DataConfig
+from .validate import check_corpus, pattern_files, stdlib_files, stdlib_root
+
+# Where documents come from: a folder of files, one file cut into chunks, a grammar.
+
+
+def open_source(config: DataConfig) -> "Source":
+    """The source that `config` describes; the settings were checked by `check_corpus`."""
+    match config.corpus:
+        case Corpus.stdlib:
+            return Folder(stdlib_root(), sorted(stdlib_files(stdlib_root())))
+        case Corpus.synthetic:
+            return Grammar(config.synthetic_documents)
+        case Corpus.text:
+            assert config.path is not None
+            path = Path(config.path).expanduser()
+            return Folder(path, sorted(pattern_files(path, config.pattern))) if path.is_dir() else Chunks(path)
+        case _:
+            raise AssertionError(f"{config.corpus} is no corpus of documents")
+
+
+class Source(ABC):
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The names of all documents, sorted; they do not depend on where the corpus lies."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The document of that name, as stored."""
+
+
+@final
+class Folder(Source):
+    """One document per file; its name is the path below the folder."""
+
+    def __init__(self, root: Path, files: list[str]) -> None:
+        self._root = root
+        self._files = files
+
+    def names(self) -> list[str]:
+        return self._files
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+
+@final
+class Chunks(Source):
+    """One text file, cut before lines that follow a blank line so that it has documents to keep for validation."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._places = {f"{path.name}#{index:08d}": place for index, place in enumerate(_cut(path))}
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def read(self, name: str) -> bytes:
+        offset, size = self._places[name]
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def _cut(path: Path) -> list[tuple[int, int]]:
+    """Offset and size in bytes of each chunk; together they are the whole file."""
+    least = min(max(path.stat().st_size // 256, 256), 4096)
+    places, start, at, blank = [], 0, 0, False
+    with path.open("rb") as file:
+        for line in file:
+            size = at - start
+            # Text without blank lines is cut at line ends, or one file would be one document.
+            if line.strip() and ((size >= least and blank) or size >= 16 * least):
+                places.append((start, size))
+                start = at
+            blank = not line.strip()
+            at += len(line)
+    return [*places, (start, at - start)]
+
+
+@final
+class Grammar(Source):
+    """Small stories that a small model learns: who holds how much of what, and the sum."""
+
+    def __init__(self, documents: int) -> None:
+        self._documents = documents
+
+    def names(self) -> list[str]:
+        return [f"story{index:08d}" for index in range(self._documents)]
+
+    def read(self, name: str) -> bytes:
+        chance = random.Random(name)  # seeded by text: the same in every process and Python version
+        return "".join(_story(chance) for _ in range(4 + _below(chance, 12))).encode()
+
+
+def _story(chance: random.Random) -> str:
+    who, thing, color = (_pick(chance, words) for words in (WHO, THINGS, COLORS))
+    some, more = 1 + _below(chance, 9), 1 + _below(chance, 9)
+    verb, total = ("finds", some + more) if _below(chance, 2) else ("loses", max(some - more, 0))
+    return (
+        f"{who} has {some} {color} {thing}s. {who} {verb} {more} {color} {thing}s.\n"
+        f"How many {color} {thing}s has {who} now? {who} has {total} {color} {thing}s.\n\n"
+    )
+
+
+def _pick(chance: random.Random, words: str) -> str:
+    choices = words.split()
+    return choices[_below(chance, len(choices))]
+
+
+def _below(chance: random.Random, limit: int) -> int:
+    # Of random.Random only random() promises the same numbers in every version of Python.
+    return int(chance.random() * limit)
+
+
+WHO = "Ada Ben Chen Dora Emil Fatima Goran Hana Ines Jonas Kira Luis Mina Noor Otto Priya"
+THINGS = "apple button coin drum egg fig goat hat kite lamp marble nail pebble rope shell ticket"
+COLORS = "red blue green yellow black white brown grey"
+
 
 Split = Literal["train", "validation"]
 log = logging.getLogger("tokenyard")
@@ -25,7 +144,7 @@ def documents(config: DataConfig, split: Split) -> Iterator[Document]:
     return map(corpus.read, corpus.names(split))
 
 
-class Corpus(NamedTuple):
+class CorpusSurvey(NamedTuple):
     """What one pass over a source found. Documents are read again when needed, so a corpus need not fit in memory."""
 
     source: Source
@@ -47,14 +166,14 @@ class Corpus(NamedTuple):
         return Document(name, self.source.read(name).decode())
 
 
-def survey(config: DataConfig) -> Corpus:
+def survey(config: DataConfig) -> CorpusSurvey:
     """Read everything once: leave out what is no text or was there before, and split the rest by a hash of the name alone.
 
     Exact duplicates go before the split, so no validation text is in the training documents.
     Raises a ValueError of one line when the settings name no text or leave a split empty.
     """
     check_corpus(config)
-    corpus = Corpus(open_source(config), [], [], [], 0, 0, {})
+    corpus = CorpusSurvey(open_source(config), [], [], [], 0, 0, {})
     hashes = {"train": xxhash.xxh3_128(), "validation": xxhash.xxh3_128()}
     seen: set[bytes] = set()
     duplicates = empty = 0
@@ -95,7 +214,7 @@ def _is_text(raw: bytes) -> bool:
     return True
 
 
-def _refuse_empty_split(config: DataConfig, corpus: Corpus) -> None:
+def _refuse_empty_split(config: DataConfig, corpus: CorpusSurvey) -> None:
     places = sorted(map(place, corpus.train + corpus.validation))
     if len(places) < 2:
         what = f"data.path={config.path}" if config.path else f"data.corpus={config.corpus.value}"

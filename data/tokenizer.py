@@ -13,10 +13,10 @@ import sentencepiece
 import xxhash
 
 from .cache import publish
-from .check import check_tokenizer
 from .config import TokenizerConfig, TokenizerKind
-from .corpus import Corpus
-from .pieces import RECIPE, sample, train_pieces
+from .corpus import CorpusSurvey
+from .tokenizer_training import RECIPE, sample, train_pieces
+from .validate import check_tokenizer
 
 MODEL_FILE = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
@@ -24,7 +24,7 @@ ABOUT_FILE = "tokenizer_about.json"
 log = logging.getLogger("tokenyard")
 
 
-def build_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> "Tokenizer":
+def build_tokenizer(config: TokenizerConfig, corpus: CorpusSurvey, cache: Path) -> "Tokenizer":
     """The tokenizer that `config` describes: bytes, a model at hand, or one trained on the training documents and kept in `cache`.
 
     Raises a ValueError of one line for settings that cannot work, with this corpus or at all.
@@ -41,8 +41,6 @@ def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
         return None
     path = Path(config.path).expanduser()
     if config.kind is TokenizerKind.huggingface:
-        from .huggingface import HuggingFaceTokenizer, dropout_of, end_beside
-
         content = path.read_bytes()
         tokenizer = HuggingFaceTokenizer(content, f"tokenizer.path={path}", config.end or end_beside(path))
         if dropout := dropout_of(content):
@@ -88,8 +86,6 @@ def _saved(folder: Path, about: dict[str, Any]) -> "Tokenizer":
         case TokenizerKind.bytes.value:
             return BytesTokenizer()
         case TokenizerKind.huggingface.value:
-            from .huggingface import HuggingFaceTokenizer
-
             return HuggingFaceTokenizer((folder / TOKENIZER_JSON).read_bytes(), str(folder), about["end"])
         case _:
             return SentencePieceTokenizer((folder / MODEL_FILE).read_bytes(), str(folder))
@@ -212,3 +208,72 @@ def _train(texts: list[str], pieces: int, folder: Path) -> None:
         tokenizer.save(unfinished)
     size = sum(map(len, texts)) / 1e6
     log.info("data: trained %d pieces on %.1f MB in %.1f s", tokenizer.size, size, time.perf_counter() - started)
+
+
+# A Hugging Face tokenizer.json as one of our tokenizers, through the `tokenizers` library.
+
+USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+
+
+@final
+class HuggingFaceTokenizer(Tokenizer):
+    """Special tokens are never made of text: what looks like one is cut into ordinary pieces."""
+
+    def __init__(self, content: bytes, origin: str, end: str | None = None) -> None:
+        """`content`: the bytes of a tokenizer.json; `origin`: what an error calls it; `end`: the token that ends a document."""
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._library: Any = Library.from_str(content.decode())
+        except Exception as error:  # the library has no error of its own
+            raise ValueError(f"{origin} must be a tokenizer.json ({' '.join(str(error).split())})") from None
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._library.encode_special_tokens = True
+        if dropout_of(content):  # of a model trained with it: what is drawn while training is not drawn afterwards
+            self._library.model.dropout = None
+        self.content = content
+        """The bytes of the tokenizer.json."""
+        self.end = end or self._usual_end(origin)
+        found = self._library.token_to_id(self.end)
+        if found is None:
+            raise ValueError(f"tokenizer.end={self.end} must be a token of {origin}; the usual ones are {', '.join(USUAL_ENDS)}")
+        self.end_of_document: int = found
+        self.size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.hash = xxhash.xxh3_128_hexdigest(f"huggingface {self.end} ".encode() + content)
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        return [found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._library.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TOKENIZER_JSON).write_bytes(self.content)
+        save_about(self, "huggingface", folder, end=self.end)
+
+    def _usual_end(self, origin: str) -> str:
+        for token in USUAL_ENDS:
+            if self._library.token_to_id(token) is not None:
+                return token
+        raise ValueError(
+            f"tokenizer.end=null finds none of {', '.join(USUAL_ENDS)} in {origin}; name the token that ends a document"
+        )
+
+
+def dropout_of(content: bytes) -> float:
+    """The chance with which a tokenizer.json leaves out merges, so that equal texts get other ids each time; 0 without."""
+    return json.loads(content)["model"].get("dropout") or 0.0
+
+
+def end_beside(path: Path) -> str | None:
+    """What the tokenizer_config.json beside a tokenizer.json calls its eos_token."""
+    try:
+        token = json.loads((path.parent / "tokenizer_config.json").read_text()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token

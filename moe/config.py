@@ -7,16 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .config_attention import AttentionConfig, AttentionKind, MLAConfig, QKNorm, RopeConfig, RopeScaling
-from .config_routing import (
-    BalanceConfig,
-    CapacityConfig,
-    DropPolicy,
-    GroupScore,
-    RouterConfig,
-    Scope,
-    Score,
-    Selection,
-)
+from .config_routing import BalanceConfig, CapacityConfig, DropPolicy, GroupScore, RouterConfig, Scope, Score, Selection
 
 __all__ = [
     "Activation",

@@ -26,7 +26,7 @@ def inspect(steps: int, rows: int, overrides: list[str]) -> int:
 
 
 def _told(command: Callable[[], None]) -> int:
-    from ..data.stream.stop import DataStop
+    from ..data.errors import DataStop
 
     try:
         command()
@@ -42,7 +42,7 @@ def _told(command: Callable[[], None]) -> int:
 def _prepare(folder: str, processes: int, config: Config) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..data.write_shards import prepare_command
+    from ..data.pretokenize import prepare_command
 
     started, tokens = perf_counter(), 0
     columns = (
@@ -69,15 +69,15 @@ def _prepare(folder: str, processes: int, config: Config) -> None:
 
 
 def _words(folder: str) -> str:
-    from ..data.prepared import tokenizer_words
+    from ..data.pretokenized import tokenizer_words
 
     return tokenizer_words(Path(folder))
 
 
 def _train_tokenizer(folder: Path, config: Config) -> None:
+    from ..data.build import open_tokenizer
     from ..data.cache import cache_folder
-    from ..data.check import check_corpus
-    from ..data.prepare import open_tokenizer
+    from ..data.validate import check_corpus
 
     check_corpus(config.data)
     tokenizer = open_tokenizer(config.data, config.tokenizer, cache_folder(config.data))
@@ -93,7 +93,7 @@ def _path(folder: Path) -> str:
 def _inspect(steps: int, rows: int, config: Config) -> None:
     import xxhash
 
-    from ..data.prepare import prepare as open_data
+    from ..data.build import prepare as open_data
     from .data_table import source_table
 
     validate(config, config.launch.nodes * config.launch.ranks)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 from ..data.batches import GlobalBatches
-from ..data.prepare import Prepared
+from ..data.build import Prepared
 
 COLUMNS = ("source", "share", "tokens", "epoch", "documents", "their tokens", "held out", "bad rows", "duplicates")
 

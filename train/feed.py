@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.batches import IGNORE, Batch
-from ..data.prepare import Prepared
-from ..data.stream.rows import World
-from ..data.stream.stop import DataStop
+from ..data.build import Prepared
+from ..data.errors import DataStop
+from ..data.stream.packing import World
 from ..moe.device import kind_of
 from ..moe.documents import documents_of
 from ..parallel.mesh import Axis

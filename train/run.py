@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..data.stream.stop import DataStop
+from ..data.errors import DataStop
 from ..parallel.fingerprints import compare
 from ..parallel.processes import is_first, join, leave, pick_device
 from ..parallel.pulse import check_before_collectives, doing

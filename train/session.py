@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..data.prepare import Prepared, prepare
-from ..data.stream.rows import World
+from ..data.build import Prepared, prepare
+from ..data.stream.packing import World
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh

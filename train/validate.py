@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.check import check_corpus, check_tokenizer
+from ..data.validate import check_corpus, check_tokenizer
 from ..parallel.layout import fewest_ranks
 from .checkpoint.resume_check import check_resume
 from .config import Config, ConfigError

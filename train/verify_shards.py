@@ -7,7 +7,7 @@ from time import perf_counter
 
 def verify(folder: str) -> int:
     """Prints each damaged shard, and a line about all. Returns the exit code: 0, 1 if one is damaged, 2 for other folders."""
-    from ..data.prepared import verify as verify_shards
+    from ..data.pretokenized import verify as verify_shards
 
     path, started, damaged, shards, tokens = Path(folder).expanduser(), perf_counter(), 0, 0, 0
     try:

@@ -2,17 +2,7 @@
 
 from typing import Any
 
-from ...moe.config import (
-    BalanceConfig,
-    CapacityConfig,
-    DropPolicy,
-    GroupScore,
-    MoEConfig,
-    RouterConfig,
-    Scope,
-    Score,
-    Selection,
-)
+from ...moe.config import BalanceConfig, CapacityConfig, DropPolicy, GroupScore, MoEConfig, RouterConfig, Scope, Score, Selection
 
 EXPERTS = 8
 

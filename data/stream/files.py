@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import xxhash
 
-from .remote import HttpFile, Patience, may_pass, open_url, persistently
+from .http import HttpFile, Patience, may_pass, open_url, persistently
 
 ENDINGS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson", ".json"), "lines": (".txt", ".lines")}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -66,8 +66,6 @@ def open_raw(path: str, patience: Patience, version: bytes) -> Iterator[IO[bytes
             _refuse_change(_url_version(file.raw), version)
             yield file
     elif is_remote(path):
-        from .hub import open_remote
-
         with open_remote(path) as file:
             yield file
     else:
@@ -164,3 +162,11 @@ def _counted(path: str) -> Iterator[str]:
         return
     for number in range(int(found[1]), int(found[2]) + 1):
         yield from _counted(f"{path[: found.start()]}{number:0{len(found[1])}}{path[found.end() :]}")
+
+
+def open_remote(path: str) -> IO[bytes]:
+    """A file behind any protocol that fsspec knows."""
+    import fsspec
+
+    file: Any = fsspec.open(path, "rb")
+    return file.open()

@@ -12,14 +12,14 @@ import xxhash
 from ..cache import publish
 from ..config import Corpus, DataConfig
 from ..corpus import survey
-from ..mixes import Part
-from ..prepared import open_prepared
+from ..mixture_config import Part
+from ..pretokenized import open_prepared
+from ..token_array import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, note_seen, open_tokens
 from ..tokenizer import Tokenizer
-from ..tokens import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, note_seen, open_tokens
 from .mixture import Mixture
-from .pieces import Recipe, is_held_out, prepared_row
-from .rows import ArrayRows, RowSource, Settings, StreamRows, World
+from .packing import ArrayRows, RowSource, Settings, StreamRows, World
 from .shards import Shards
+from .tokenize import Recipe, is_held_out, prepared_row
 
 SAMPLED_SHARDS = 16
 

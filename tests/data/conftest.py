@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.sources import Grammar
+from tokenyard.data.corpus import Grammar
 
 sys.path.append(str(Path(__file__).parent))  # streaming.py, which tests import
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenyard.data.build import prepare
 from tokenyard.data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
-from tokenyard.data.prepare import prepare
-from tokenyard.data.stream.batches import StreamBatches
-from tokenyard.data.stream.rows import World
+from tokenyard.data.stream.mixture import StreamBatches
+from tokenyard.data.stream.packing import World
 from tokenyard.data.tokenizer import BytesTokenizer
 
 BYTES = TokenizerConfig(kind=TokenizerKind.bytes)

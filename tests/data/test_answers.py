@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.stream.remote import Patience, open_url
-from tokenyard.data.stream.stop import BadData, DataUnavailable
+from tokenyard.data.errors import BadData, DataUnavailable
+from tokenyard.data.stream.http import Patience, open_url
 
 Answer = Callable[["Server", bytes, int], None]
 """Gives the bytes of a file from one on."""

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import config_of, names_in, opened, taken
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.stream.stop import BadData, EndOfData
+from tokenyard.data.errors import BadData, EndOfData
 
 
 def good(count: int) -> list[bytes]:

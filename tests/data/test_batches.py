@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tokenyard.data.batches import IGNORE, GlobalBatches, ValidationBatches, unigram_entropy
-from tokenyard.data.tokens import Manifest, Tokens
+from tokenyard.data.token_array import Manifest, Tokens
 
 LENGTH = 8
 

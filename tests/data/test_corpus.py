@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.corpus import documents, place, survey
-from tokenyard.data.sources import Chunks
+from tokenyard.data.corpus import Chunks, documents, place, survey
 
 
 def test_stdlib_is_found_split_and_reported() -> None:

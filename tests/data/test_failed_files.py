@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import BYTES, config_of, names_in, on_ranks, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
+from tokenyard.data.errors import BadData, DataUnavailable, EndOfData
+from tokenyard.data.pretokenize import prepare_command
 from tokenyard.data.stream import files
-from tokenyard.data.stream.pieces import windows
-from tokenyard.data.stream.remote import Patience
+from tokenyard.data.stream.http import Patience
 from tokenyard.data.stream.shards import LineShards, ParquetShards
-from tokenyard.data.stream.stop import BadData, DataUnavailable, EndOfData
-from tokenyard.data.write_shards import prepare_command
+from tokenyard.data.stream.tokenize import windows
 
 TRIALS = 300
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, opened, taken, write
-from tokenyard.data.check import check_corpus
+from tokenyard.data.build import prepare
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.prepare import prepare
-from tokenyard.data.stream.stop import EndOfData
+from tokenyard.data.errors import EndOfData
+from tokenyard.data.validate import check_corpus
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenyard.data import tokenizer, tokens
+from tokenyard.data import token_array as tokens
+from tokenyard.data import tokenizer
+from tokenyard.data.build import prepare
 from tokenyard.data.config import DataConfig, TokenizerConfig, TokenizerKind
-from tokenyard.data.prepare import prepare
 
 SMALL = TokenizerConfig(pieces=320, sample_bytes=20_000)
 
@@ -39,7 +40,7 @@ def test_a_sequence_longer_than_the_corpus(folder: DataConfig) -> None:
 
 def test_processes_at_once_see_the_same(folder: DataConfig) -> None:
     program = (
-        "import sys; from tokenyard.data.config import *; from tokenyard.data.prepare import prepare\n"
+        "import sys; from tokenyard.data.config import *; from tokenyard.data.build import prepare\n"
         "data = DataConfig(corpus=Corpus.text, path=sys.argv[1], validation_fraction=0.2, cache=sys.argv[2])\n"
         "print(prepare(data, TokenizerConfig(pieces=320, sample_bytes=20_000), 32, 1, 4).train.digest(3))"
     )
@@ -52,7 +53,7 @@ def test_processes_at_once_see_the_same(folder: DataConfig) -> None:
 
 def test_checks_need_no_torch(folder: DataConfig) -> None:
     program = (
-        "import sys; from tokenyard.data.check import check_corpus, check_tokenizer; from tokenyard.data.config import *\n"
+        "import sys; from tokenyard.data.validate import check_corpus, check_tokenizer; from tokenyard.data.config import *\n"
         "check_corpus(DataConfig()); check_tokenizer(TokenizerConfig())\n"
         "print(sorted({'torch', 'numpy', 'sentencepiece'} & set(sys.modules)))"
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, ROWS, all_documents, names_in, write
-from tokenyard.data import write_shards
+from tokenyard.data import pretokenize as write_shards
+from tokenyard.data.build import prepare
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.prepare import prepare
-from tokenyard.data.prepared import JoinedArrays, open_prepared, verify
+from tokenyard.data.pretokenized import JoinedArrays, open_prepared, verify
 from tokenyard.data.tokenizer import BytesTokenizer
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus
-from tokenyard.data.stream.remote import Patience, open_url
-from tokenyard.data.stream.stop import DataUnavailable
+from tokenyard.data.errors import DataUnavailable
+from tokenyard.data.stream.http import Patience, open_url
 
 
 class Faulty(BaseHTTPRequestHandler):

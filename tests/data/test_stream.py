@@ -11,7 +11,7 @@ import pytest
 import torch
 from streaming import LENGTH, ROWS, all_documents, config_of, names_in, on_ranks, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.stream.stop import EndOfData
+from tokenyard.data.errors import EndOfData
 
 KINDS = [Corpus.parquet, Corpus.jsonl, Corpus.lines]
 

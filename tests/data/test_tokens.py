@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenyard.data import tokens as module
+from tokenyard.data import token_array as module
 from tokenyard.data.cache import cache_folder, publish
 from tokenyard.data.config import DataConfig
 from tokenyard.data.corpus import documents, survey
+from tokenyard.data.token_array import MANIFEST_FILE, TOKENS_FILE, open_tokens
 from tokenyard.data.tokenizer import BytesTokenizer
-from tokenyard.data.tokens import MANIFEST_FILE, TOKENS_FILE, open_tokens
 
 
 def test_tokens_are_all_documents_with_their_ends(folder: DataConfig, tmp_path: Path) -> None:

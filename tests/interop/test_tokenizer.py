@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenyard.data.pieces import train_pieces
 from tokenyard.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from tokenyard.data.tokenizer_training import train_pieces
 from tokenyard.interop.convert import import_folder
 from tokenyard.interop.tokenizer import TEXTS, adopt, write_tokenizer
 from tokenyard.interop.write import export_checkpoint

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 from tokenyard.moe.capacity import OneDevice, count_choices
-from tokenyard.moe.config import (
-    BalanceConfig,
-    MoEConfig,
-    RouterConfig,
-    Scope,
-    Selection,
-)
+from tokenyard.moe.config import BalanceConfig, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.noise import fold
 from tokenyard.moe.router import Router

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from tokenyard.data.config import Corpus
-from tokenyard.data.stream.stop import DataUnavailable
+from tokenyard.data.errors import DataUnavailable
 from tokenyard.train.checkpoint.folder import newest_checkpoint
 from tokenyard.train.checkpoint.store import read_facts
 from tokenyard.train.compose import compose
@@ -102,7 +102,7 @@ def test_the_end_of_the_data_is_a_checkpoint_and_exit_code_0(rows: Path, tmp_pat
 def test_an_unavailable_source_is_a_checkpoint_and_exit_code_75(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokenyard.data.stream.rows import StreamRows
+    from tokenyard.data.stream.packing import StreamRows
 
     original, calls = StreamRows._round, []
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tokenyard.data.stream.stop import BadData, DataUnavailable
+from tokenyard.data.errors import BadData, DataUnavailable
 from tokenyard.train.command import BAD_CONFIGURATION
 from tokenyard.train.survival.exit_codes import ExitCode
 

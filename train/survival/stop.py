@@ -4,7 +4,7 @@ import sys
 
 import torch.distributed as dist
 
-from ...data.stream.stop import DataStop
+from ...data.errors import DataStop
 from ...parallel.processes import is_first
 from ...parallel.pulse import PULSE
 from .exit_codes import ExitCode

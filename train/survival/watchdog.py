@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Event, Thread, main_thread
 from typing import Any
 
-from ...data.stream.stop import DataStop
+from ...data.errors import DataStop
 from ...parallel.pulse import PULSE, name_layers
 from ..checkpoint.agree import from_all, from_first
 from ..checkpoint.checkpointing import SaveFailed

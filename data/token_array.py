@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from .cache import publish
-from .corpus import Corpus, Document, Split, place
+from .corpus import CorpusSurvey, Document, Split, place
 from .tokenizer import Tokenizer
 
 TOKENS_FILE = "tokens.npy"
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
     manifest: Manifest
 
 
-def open_tokens(corpus: Corpus, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> Tokens:
+def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> Tokens:
     """The tokens of one split, made now if `cache` does not have them. `verify`: hash all of them."""
     key = xxhash.xxh3_128_hexdigest(f"tokens 1 {split} {corpus.fingerprints[split]} {tokenizer.hash}".encode())
     folder = cache / "tokens" / key
@@ -110,7 +110,7 @@ def _glance(path: Path) -> dict[str, Any]:
     return {"bytes": about.st_size, "time": about.st_mtime_ns, "pieces": running.hexdigest()}
 
 
-def _write(corpus: Corpus, split: Split, tokenizer: Tokenizer, folder: Path) -> Manifest:
+def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Path) -> Manifest:
     names = sorted(corpus.names(split), key=lambda name: (place(name, seed=2), name))
     kind = id_type(tokenizer)
     running, tokens, size = xxhash.xxh3_128(), 0, 0

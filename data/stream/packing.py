@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, final
 import numpy as np
 import xxhash
 
-from ..order import kept_permutation, permutation
-from ..tokens import Tokens
-from .ahead import Ahead
-from .pieces import HELD_OUT, Piece, Recipe, Window, joined, pack, tokenized, unpack, windows
+from ..errors import BadData, DataStop, heard, told
+from ..permutation import kept_permutation, permutation
+from ..token_array import Tokens
+from .prefetch import Ahead
 from .shards import Shards
-from .stop import BadData, DataStop, heard, told
+from .tokenize import HELD_OUT, Piece, Recipe, Window, joined, pack, tokenized, unpack, windows
 
 FREE_BAD_ROWS = 10
 LISTED_BAD_ROWS = 100

@@ -8,20 +8,19 @@ from typing import NamedTuple
 
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
-from .check import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
-from .corpus import Corpus as Documents
-from .corpus import survey
-from .mixes import Part, parts_of
-from .pieces import sample
-from .prepared import open_prepared, tokenizer_words
-from .stream.batches import StreamBatches
-from .stream.remote import Patience
-from .stream.rows import World
+from .corpus import CorpusSurvey, survey
+from .mixture_config import Part, parts_of
+from .pretokenized import open_prepared, tokenizer_words
+from .stream.http import Patience
+from .stream.mixture import StreamBatches
+from .stream.packing import World
 from .stream.shards import open_shards
 from .stream.source import Opened, build_mixture, held_out_tokens, joined_shares, joined_tokens, sample_texts, whole_tokens
+from .token_array import Tokens, open_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
-from .tokens import Tokens, open_tokens
+from .tokenizer_training import sample
+from .validate import check_corpus
 
 log = logging.getLogger("tokenyard")
 
@@ -153,7 +152,7 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
 
 
-def _facts(corpus: Documents | None, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:
+def _facts(corpus: CorpusSurvey | None, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:
     return Facts(
         train_documents=train.manifest.documents,
         train_tokens=train.manifest.tokens,

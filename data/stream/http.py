@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, final
 
-from .stop import DataUnavailable
+from ..errors import DataUnavailable
 
 TRANSIENT_STATUS = (408, 425, 429)
 LONGEST_DELAY = 30.0

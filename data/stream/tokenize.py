@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from ..order import permutation
+from ..errors import BadData
+from ..permutation import permutation
 from ..tokenizer import Tokenizer
 from .shards import Bad, Failed, Row, Shards
-from .stop import BadData
 
 HELD_OUT = -1
 """Stands for the length of a document that is kept for validation."""

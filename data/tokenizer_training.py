@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from .corpus import Corpus, place
+from .corpus import CorpusSurvey, place
 
 # Byte fallback, no normalisation and no dummy prefix make every round trip exact. Whole runs of spaces are pieces, for source code:
 # 3.4 bytes a token on the standard library, 2.3 without. Pieces that mix letters with punctuation would make it 3.9, but a small
@@ -29,7 +29,7 @@ RECIPE = {
 SENTENCE = 2048
 
 
-def sample(corpus: Corpus, limit: int) -> list[str]:
+def sample(corpus: CorpusSurvey, limit: int) -> list[str]:
     """Beginnings of training documents, together about `limit` bytes: the same for the same documents.
 
     No document gives more than a few times its even share, so that one large file cannot fill the sample.

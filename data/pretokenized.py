@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from .config import DataConfig
-from .tokens import Manifest, Tokens, hash_ids
+from .token_array import Manifest, Tokens, hash_ids
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenyard tokens"

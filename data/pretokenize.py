@@ -13,16 +13,16 @@ import numpy as np
 import xxhash
 
 from .cache import cache_folder
-from .check import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
-from .mixes import Part
-from .prepared import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
-from .stream.pieces import Recipe, Window, is_held_out, tokenized
-from .stream.remote import Patience
+from .errors import BadData
+from .mixture_config import Part
+from .pretokenized import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
+from .stream.http import Patience
 from .stream.shards import Failed, Row, Shards, open_shards
-from .stream.stop import BadData
+from .stream.tokenize import Recipe, Window, is_held_out, tokenized
+from .token_array import Tokens, id_type, write_header
 from .tokenizer import Tokenizer, load_tokenizer
-from .tokens import Tokens, id_type, write_header
+from .validate import check_corpus
 
 LEAST_JOBS = 8
 BLOCK = 256
@@ -223,7 +223,7 @@ def prepare_command(
     config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
     """All of it. ValueError of one line for what cannot be prepared."""
-    from .prepare import open_tokenizer
+    from .build import open_tokenizer
     from .stream.source import whole_tokens
 
     check_preparable(config)
