@@ -17,8 +17,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ..moe import dispatch, expert_function, layer
-from ..moe.selection import Choice
+from ..moe import dispatch, layer
+from ..moe import experts as expert_function
+from ..moe.scoring import Choice
 from ..train.allocator import restart_with_kept_memory
 from .figures import Ratio, markdown, ratio
 from .shapes import Shape, our_layer

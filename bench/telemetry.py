@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from ..moe import router
-from ..moe.gauges import Gauges, gauge
+from ..moe.router import Gauges, gauge
 from ..train.compose import compose
 from ..train.config import Config
 from ..train.journal import Journal
@@ -44,7 +44,7 @@ class Line(NamedTuple):
 
 
 class Timed:
-    """`gauge` of moe/gauges.py, and how long it has taken."""
+    """`gauge` of moe/router.py, and how long it has taken."""
 
     seconds = 0.0
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..moe.config import ModelConfig
-from ..moe.count import count
 from ..moe.model import Transformer
+from ..moe.param_count import count
 from .families import Family
 from .folder import DTYPES, Folder, open_file, open_folder
 from .plan import Planned, copies, read_plan

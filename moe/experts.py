@@ -4,13 +4,205 @@ E experts on this device, R rows in the order of the experts, T tokens, K choice
 projections (gate and up, or up alone).
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import activate, projections
 from .config import Activation
-from .expert_function import ExpertFunction
-from .rows import Choices
+from .device import kind_of
+from .dispatch import Choices, Plan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
+from .feedforward import activate, activate_and_pull, projections
+from .linear import arithmetic
+
+# The grouped matrix product behind the experts: rows of each group times that group's matrix, in one call.
+
+
+@torch.library.custom_op("tokenyard::grouped_mm", mutates_args=())
+def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T. ends_E is int32 and ends with R."""
+    if not len(rows_RK):
+        return rows_RK.new_empty(0, weights_ENK.shape[1])
+    if rows_RK.dtype == torch.float64:
+        parts = zip(rows_RK.split(_sizes(ends_E)), weights_ENK, strict=True)
+        return torch.cat([rows @ weights.T for rows, weights in parts])
+    return F.grouped_mm(rows_RK, weights_ENK.transpose(1, 2), offs=ends_E)
+
+
+@torch.library.custom_op("tokenyard::grouped_outer", mutates_args=())
+def grouped_outer(left_RN: Tensor, right_RK: Tensor, ends_E: Tensor) -> Tensor:
+    """(E, N, K): the product left.T @ right over the rows of each group; zeros for a group without rows."""
+    if not len(left_RN):
+        return left_RN.new_zeros(len(ends_E), left_RN.shape[1], right_RK.shape[1])
+    if left_RN.dtype == torch.float64:
+        sizes = _sizes(ends_E)
+        return torch.stack([a.T @ b for a, b in zip(left_RN.split(sizes), right_RK.split(sizes), strict=True)])
+    return _zero_without_rows(F.grouped_mm(left_RN.T, right_RK, offs=ends_E), ends_E)
+
+
+def _zero_without_rows(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    """In place: zeros for groups without rows. On CUDA a pass over all groups, since the host does not know which those are."""
+    empty_E = ends_E == F.pad(ends_E[:-1], (1, 0))
+    if kind_of(product_ENK) == "cpu":
+        product_ENK[empty_E] = 0
+        return product_ENK
+    return product_ENK.masked_fill_(empty_E[:, None, None], 0)
+
+
+def _sizes(ends_E: Tensor) -> list[int]:
+    return torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
+
+
+@grouped_mm.register_fake
+def _(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    return rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1])
+
+
+@grouped_outer.register_fake
+def _(left_RN: Tensor, right_RK: Tensor, ends_E: Tensor) -> Tensor:
+    return left_RN.new_empty(ends_E.shape[0], left_RN.shape[1], right_RK.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows_RK, weights_ENK, ends_E = ctx.saved_tensors
+    grad_RN = grad_RN.contiguous()
+    grad_rows = grouped_mm(grad_RN, weights_ENK.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+    grad_weights = grouped_outer(grad_RN, rows_RK, ends_E) if ctx.needs_input_grad[1] else None
+    return grad_rows, grad_weights, None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_save)
+
+
+# Gather, two grouped products, weighted sum: the experts' function and its backward pass, which keeps as little as a dense
+# layer.
+
+BLOCK = 2**18
+"""Numbers: what is done element by element between the products is done on so many at a time."""
+
+
+class ExpertFunction(torch.autograd.Function):
+    """See `Experts.forward`. The plan and the weights are there if x are tokens, and not if x are rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Activation,
+        x: Tensor,
+        gate_up_END: Tensor,
+        down_EDF: Tensor,
+        gate_up_bias_EN: Tensor | None,
+        down_bias_ED: Tensor | None,
+        weights_TK: Tensor | None,
+        counts_E: Tensor,
+        *places: Any,
+    ) -> Tensor:
+        plan, ends_E, wide = Plan(*places) if places else None, ends(counts_E), arithmetic(x)
+        inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
+        y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
+        inner_RN = inner_RN.to(x.dtype)
+        ctx.activation = activation
+        biases = gate_up_bias_EN, down_bias_ED
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, *places)
+        return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *places = ctx.saved_tensors
+        plan, wide = Plan(*places) if places else None, arithmetic(x)
+        grad_y_RD = _rows(grads[0], plan)
+        grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
+        weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
+        active_RF, grad_inner_RN, grad_weights_R = _back_through_activation(ctx.activation, inner_RN, grad_active_RF, weights_R1)
+        del grad_active_RF
+        grad_weights_TK = grad_down_bias = grad_gate_up_bias = None
+        if down_bias_ED is not None and weights_R1 is not None:
+            grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_R1.dtype)
+        if plan:
+            grad_weights_TK = of_choices(grad_weights_R, plan)
+        if down_bias_ED is not None:
+            grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
+        grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E).to(x.dtype)
+        del grad_y_RD, active_RF
+        if gate_up_bias_EN is not None:
+            grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
+        grad_gate_up_END = grouped_outer(grad_inner_RN, _rows(x, plan), ends_E).to(x.dtype)
+        grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
+        grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
+        gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
+        return None, *gradients, None, *[None] * len(places)
+
+
+def _rows(x: Tensor, plan: Plan | None) -> Tensor:
+    """(R, D): what products take, of tokens (T, D) with a plan, else of rows."""
+    x = x.to(arithmetic(x))
+    return gather_rows(x, plan) if plan else x.contiguous()
+
+
+def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
+    """(R, F)."""
+    active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // projections(activation))
+    for block in _blocks(inner_RN):
+        activate(activation, inner_RN[block], out=active_RF[block])
+    return active_RF
+
+
+def _back_through_activation(
+    activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation times its row's weight, which may overwrite its gradient `grad_RF`; inner's gradient; the weights' (R,).
+
+    `grad_RF` is that of a row with weight 1. Without weights there is no gradient of them.
+    """
+    grad_inner_RN = torch.empty_like(inner_RN, dtype=grad_RF.dtype)
+    grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
+    for block in _blocks(inner_RN):
+        (active, pull), grad = activate_and_pull(activation, inner_RN[block].to(grad_RF.dtype)), grad_RF[block]
+        weights = 1.0 if weights_R1 is None else weights_R1[block]
+        if weights_R1 is not None:
+            grad_weights_R[block] = _dots(active, grad, weights_R1.dtype)
+            grad.mul_(weights)
+        pull(grad, grad_inner_RN[block])
+        if weights_R1 is None and len(active) == len(grad_RF):  # all rows at once: nothing to put together
+            return active, grad_inner_RN, grad_weights_R
+        torch.mul(active, weights, out=grad)
+    return grad_RF, grad_inner_RN, grad_weights_R
+
+
+def _blocks(x_RN: Tensor) -> list[slice]:
+    """Rows that one after the other stay in a core's cache, on a CPU; on a GPU all at once."""
+    rows = max(1, BLOCK // x_RN.shape[1]) if kind_of(x_RN) == "cpu" else max(1, len(x_RN))
+    return [slice(start, start + rows) for start in range(0, len(x_RN), rows)]
+
+
+def _dots(a_RN: Tensor, b_RN: Tensor, wide: torch.dtype) -> Tensor:
+    """(R,): each row's product with the other's. A CPU rounds what it multiplies in bf16 to that."""
+    return (a_RN * b_RN).sum(-1, dtype=wide) if kind_of(a_RN) == "cpu" else dots(a_RN, b_RN, wide)
+
+
+def ends(counts_E: Tensor) -> Tensor:
+    """(E,), int32: the row behind each expert's last."""
+    return counts_E.cumsum(0, dtype=torch.int32)
+
+
+def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:
+    """Each row plus the bias of its expert; writes into x_RN."""
+    return x_RN if bias_EN is None else x_RN.add_(_of_rows(bias_EN, counts_E, len(x_RN)))
+
+
+def _of_rows(values_EN: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    return values_EN.repeat_interleave(counts_E, dim=0, output_size=rows)
+
+
+def _sums(x_RN: Tensor, counts_E: Tensor) -> Tensor:
+    """(E, N): the sum over each expert's rows. To check the lengths first, the host would wait for the device."""
+    wide_RN = x_RN.float() if x_RN.dtype == torch.bfloat16 else x_RN
+    return torch.segment_reduce(wide_RN, "sum", lengths=counts_E, axis=0, unsafe=True)
 
 
 class Experts(nn.Module):

@@ -1,11 +1,93 @@
 """The dense feed-forward: dense layers, and the shared expert of MoE layers."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import activate, projections
 from .config import Activation
-from .products import linear
+from .linear import linear
+
+# The functions between a feed-forward's two products.
+
+GATED = {Activation.swiglu, Activation.geglu, Activation.swiglu_clamped}
+
+CLAMP, SLOPE = 7.0, 1.702
+"""gpt-oss's swiglu_limit and swiglu_alpha."""
+
+
+def projections(activation: Activation) -> int:
+    """P."""
+    return 2 if activation in GATED else 1
+
+
+def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """(..., P * F), the gate before up, to (..., F). Into `out`, if given, without derivatives."""
+    match activation:
+        case Activation.gelu:
+            return F.gelu(x) if out is None else out.copy_(F.gelu(x))
+        case Activation.relu:
+            return F.relu(x) if out is None else out.copy_(F.relu(x))
+        case Activation.relu_squared:  # Primer (So et al. 2021)
+            return torch.square(F.relu(x), out=out)
+    gate, up = x.chunk(2, dim=-1)
+    match activation:
+        case Activation.swiglu:  # Shazeer 2020
+            return torch.mul(F.silu(gate), up, out=out)
+        case Activation.geglu:  # with the tanh approximation, as Gemma and Grok
+            return torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
+        case Activation.swiglu_clamped:  # gpt-oss
+            gate = gate.clamp(max=CLAMP)
+            return torch.mul(gate * (SLOPE * gate).sigmoid(), up.clamp(-CLAMP, CLAMP) + 1, out=out)
+
+
+Pull = Callable[[Tensor, Tensor], None]
+"""From the gradient (..., F) of an activation to that of its input, (..., P * F), which goes to the second argument."""
+
+
+def activate_and_pull(activation: Activation, x: Tensor) -> tuple[Tensor, Pull]:
+    """`activate`, and its backward pass without autograd, so that rows can be pulled through while they are in the cache."""
+    if activation is Activation.swiglu:
+        return _swiglu(x)
+    backward = _gated_backward if activation in GATED else _ungated_backward
+    return activate(activation, x), partial(backward, activation, x)
+
+
+def _swiglu(x: Tensor) -> tuple[Tensor, Pull]:
+    gate, up = x.chunk(2, dim=-1)
+    silu = F.silu(gate)
+
+    def pull(grad: Tensor, out: Tensor) -> None:
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+
+    return silu * up, pull
+
+
+def _gated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
+    (gate, up), (grad_gate, grad_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    if activation is Activation.geglu:
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
+        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+        return
+    assert activation is Activation.swiglu_clamped
+    low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
+    chance = (SLOPE * low).sigmoid()
+    torch.mul(grad * low * chance, up.abs() <= CLAMP, out=grad_up)
+    torch.mul(grad * shifted * chance * (1 + SLOPE * low * (1 - chance)), gate <= CLAMP, out=grad_gate)
+
+
+def _ungated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
+    match activation:
+        case Activation.gelu:
+            torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
+        case Activation.relu_squared:
+            torch.mul(grad, 2 * F.relu(x), out=out)
+        case _:
+            torch.mul(grad, x > 0, out=out)
 
 
 class FeedForward(nn.Module):

@@ -12,7 +12,7 @@ from .experts import Experts
 from .feedforward import FeedForward
 from .linear import Linear
 from .router import Router, RoutingStats
-from .tokens import Tokens
+from .token_info import Tokens
 
 
 class MoELayer(nn.Module):

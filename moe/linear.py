@@ -1,12 +1,89 @@
 """Linear, embedding and norms. Weights may be wider than the activations: they are cast to the activations' type where used."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import linear
+from .device import kind_of
+
+# The type in which matrix products are made.
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def lists_bf16(cpuinfo: str) -> bool:
+    """Whether these flags, of x86 or ARM, have instructions for products of bf16."""
+    return any(name in cpuinfo.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+MULTIPLIES_BF16 = lists_bf16(CPUINFO.read_text(errors="replace")) if CPUINFO.exists() else True
+"""Of this machine's processor; True if not known. Read when the module is, since torch.compile cannot trace the reading."""
+
+
+def arithmetic(x: Tensor) -> torch.dtype:
+    """What x has to be cast to for a product: its own type, or fp32 for bf16 on such a CPU."""
+    emulated = x.dtype == torch.bfloat16 and kind_of(x) == "cpu" and not MULTIPLIES_BF16
+    return torch.float32 if emulated else x.dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the type of x."""
+    weight, wide = weight.to(x.dtype), arithmetic(x)
+    if wide == x.dtype:
+        return F.linear(x, weight, bias)
+    y = wide_linear(x, weight, wide).to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def wide_linear(x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """x @ weight.T in the type `wide`, never in TF32. For the backward pass x and weight are kept as they are, not wider copies."""
+    return _WideLinear.apply(x, weight, wide)  # pyright: ignore[reportReturnType]
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.to(wide), weight.to(wide).T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, weight), (grad,) = ctx.saved_tensors, grads
+        grad_x = _product(grad, weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        return grad_x, _product(grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with all bits of fp32, whatever other products are made in."""
+    return full_product(left, right) if makes_tf32() else left @ right
+
+
+@torch.compiler.assume_constant_result
+def makes_tf32() -> bool:
+    """Whether fp32 products on CUDA are made in TF32. Code is compiled again when that changes."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@torch.library.custom_op("tokenyard::full_product", mutates_args=())
+def full_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with TF32 off for as long. An operator, since compiled code could not switch it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return left @ right
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_product.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
 class Linear(nn.Module):

@@ -3,23 +3,91 @@
 B sequences, S tokens of each, D width, V vocabulary, T = B * S tokens, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, KeyValueCache
+from .attention import Attention, KeyValueCache, LatentAttention
 from .config import AttentionKind, ModelConfig
 from .feedforward import FeedForward
 from .flexible_attention import block_masks
-from .head import Head, HeadLoss
 from .layer import MoELayer
-from .linear import Embedding, RMSNorm
-from .mla import LatentAttention
-from .mtp import Prediction, ahead
+from .linear import Embedding, Linear, RMSNorm, linear
 from .rotary import Turns, rotary_turns
 from .router import RoutingStats, draws, warn_of_lookahead
-from .tokens import Place, Tokens, describe
+from .softmax import softcapped
+from .token_info import Place, Tokens, describe
+
+# Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts the token d further than the model does.
+
+
+class Prediction(nn.Module):
+    """One module: a block over what the one before it made of each position, joined with the embedding of the next token."""
+
+    def __init__(self, config: ModelConfig, block: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.width, config.norm_epsilon, dtype)
+        self.hidden_norm = RMSNorm(config.width, config.norm_epsilon, dtype)
+        self.projection = Linear(2 * config.width, config.width, dtype)
+        self.block = block
+        self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
+
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: Turns, tokens: Tokens) -> Any:
+        """The residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
+
+        hidden_BSD is the residual stream of the module before (of the model: before its last norm), embedded_BSD[:, i] the
+        embedding of token i + d. The joined vector has the embedding first, as DeepSeek's published weights.
+        """
+        joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
+        return self.block(self.projection(joined_BSD), turns, tokens)
+
+
+def ahead(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | None = None) -> Tensor:
+    """(B, S): at position i what stands at i + tokens; `fill` where that is beyond the sequence, or beyond i's document."""
+    shifted_BS = F.pad(x_BS[:, tokens:], (0, min(tokens, x_BS.shape[1])), value=fill)
+    if documents_BS is None:
+        return shifted_BS
+    return shifted_BS.masked_fill(ahead(documents_BS, tokens, -1) != documents_BS, fill)
+
+
+# The head: from the last hidden states to logits. A training step takes its loss inside, so that all logits never exist at
+# once.
+
+HeadLoss = Callable[[Tensor, Tensor, "Head"], Tensor]
+"""From hidden states (..., D), the weight (V, D) and the head to a scalar."""
+
+
+class Head(nn.Module):
+    """x @ weight.T, times a multiplier, softly capped. With tied embeddings the embedding stays the only owner of the weight."""
+
+    def __init__(
+        self, width: int, vocabulary: int, dtype: torch.dtype, tied: nn.Module | None, multiplier: float, softcap: float | None
+    ) -> None:
+        super().__init__()
+        self.multiplier, self.softcap = multiplier, softcap
+        if tied is None:
+            self.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=dtype))
+        self.owner = (self if tied is None else tied,)  # in a tuple, so that it is not registered a second time
+
+    def forward(self, x: Tensor, loss: HeadLoss | None = None) -> Any:
+        """Logits (..., V) of hidden states (..., D), or what `loss` makes of these."""
+        weight_VD = self.owner[0].get_parameter("weight")
+        return self.shape(linear(x, weight_VD)) if loss is None else loss(x, weight_VD, self)
+
+    def shape(self, products: Tensor) -> Tensor:
+        """Logits from the products with the weight."""
+        logits = products if self.multiplier == 1.0 else products * self.multiplier
+        return logits if self.softcap is None else softcapped(logits, self.softcap)
+
+    def shape_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """The gradient of the products from that of the logits, which only a soft cap needs."""
+        if self.softcap is not None:
+            assert logits is not None
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        return gradient if self.multiplier == 1.0 else gradient * self.multiplier
 
 
 class Transformer(nn.Module):
@@ -64,8 +132,8 @@ class Transformer(nn.Module):
         valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per layer, see `KeyValueCache`),
         ids_BS are the tokens that follow those already in it. With `head_losses` a pair of losses instead of logits and the
         statistics: the first is what head_losses[0] makes of the last hidden states, and in training one follows for each module
-        of multi-token prediction (see moe/mtp.py), as do the statistics of its MoE layer. `place` (None: the run's first rows)
-        decides what is random in training; outside of it nothing is. `documents_BS` (see moe/documents.py) keeps attention inside
+        of multi-token prediction (see moe/model.py), as do the statistics of its MoE layer. `place` (None: the run's first rows)
+        decides what is random in training; outside of it nothing is. `documents_BS` (see moe/token_info.py) keeps attention inside
         of each document.
         """
         tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None, draws(self.config.moe))

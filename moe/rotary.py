@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .config import AttentionKind, ModelConfig, RopeConfig, RopeScaling
-from .count import head_width
-from .documents import positions_of
+from .param_count import head_width
+from .token_info import positions_of
 
 
 class Turns(NamedTuple):
@@ -31,7 +31,7 @@ def rotary_turns(
 ) -> Turns:
     """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider.
 
-    With `documents_BS` (see moe/documents.py) positions restart with each document.
+    With `documents_BS` (see moe/token_info.py) positions restart with each document.
     """
     wide = torch.promote_types(dtype, torch.float32)
     rope = config.attention.rope

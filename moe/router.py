@@ -11,11 +11,65 @@ from torch import Tensor, nn
 
 from .capacity import OneDevice, capacity, count_choices, keep_best, keep_earliest, most_rows
 from .config import DropPolicy, MoEConfig, Selection
-from .gauges import Gauges, gauge
-from .noise import Purpose, fold, uniform
-from .scores import Noisy, chance_of_choice, hash_scores, jittered, noisy, probabilities, project, score, weigh
-from .selection import Choice, choose, second_is_kept
-from .tokens import Place, Tokens, places
+from .scoring import (
+    Choice,
+    Noisy,
+    chance_of_choice,
+    choose,
+    hash_scores,
+    jittered,
+    noisy,
+    probabilities,
+    project,
+    score,
+    second_is_kept,
+    weigh,
+)
+from .token_info import Place, Purpose, Tokens, fold, places, uniform
+
+# What one layer's router and experts did with the valid tokens of this device, beside counts: numbers to watch, without
+# gradient.
+
+SUMS = ("tokens", "entropy", "top1", "logit_norm", "rows")
+"""The columns G of `Gauges.sums`, in this order. They add up over micro-batches and ranks."""
+
+
+class Gauges(NamedTuple):
+    """Scalars; the first five add up, the last one is a maximum."""
+
+    tokens: Tensor
+    """Valid tokens."""
+    entropy: Tensor
+    """Sum over tokens of the entropy of the router's probabilities, nats."""
+    top1: Tensor
+    """Sum over tokens of the largest of those probabilities."""
+    logit_norm: Tensor
+    """Sum over tokens of the Euclidean norm of the logits; 0 where there are none."""
+    rows: Tensor
+    """Rows that this device's experts computed, padding included; of tokens of other ranks too."""
+    logit_max: Tensor
+    """Largest absolute logit."""
+
+    def sums(self) -> Tensor:
+        """(G,), fp64: exact for numbers of tokens."""
+        return torch.stack([getattr(self, name).double() for name in SUMS])
+
+
+@torch.no_grad()
+def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> Gauges:
+    """Without the rows, which nobody knows before dispatch."""
+    wide, tokens = probabilities_BSE.dtype, valid_BS.sum()
+    valid_T = valid_BS.flatten().to(wide)
+    none = valid_T.new_zeros(())
+    entropy = torch.special.entr(probabilities_BSE).sum(-1).flatten().dot(valid_T)
+    top1 = probabilities_BSE.amax(-1).flatten().dot(valid_T)
+    if logits_BSE is None:
+        return Gauges(tokens, entropy, top1, none, none, none)
+    logits_TE = logits_BSE.detach().flatten(0, 1)
+    norm = torch.linalg.vector_norm(logits_TE, dim=-1).dot(valid_T)
+    largest = (logits_TE.abs().amax(-1) * valid_T).amax() if len(logits_TE) else none
+    return Gauges(tokens, entropy, top1, norm, none, largest)
+
 
 log = logging.getLogger("tokenyard")
 

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..moe.dispatch import FusedDispatcher, LocalDispatcher
+from ..moe.dispatch import Choices, FusedDispatcher, LocalDispatcher
 from ..moe.model import Transformer
-from ..moe.rows import Choices
 from .collectives import stack_over
 from .dispatch.flights import Exchange, depart, land
 from .dispatch.plain import plan_arrivals, read_splits, reorder

@@ -3,7 +3,7 @@
 import math
 
 from ..moe.config import AttentionKind, ModelConfig, QKNorm
-from ..moe.shapes import Shapes, shapes
+from ..moe.param_shapes import Shapes, shapes
 from .config import ParallelConfig
 
 SLICED = {

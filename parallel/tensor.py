@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..moe.attention import Attention
+from ..moe.attention import Attention, LatentAttention
 from ..moe.linear import HeadsNorm
-from ..moe.mla import LatentAttention
 from ..moe.model import Transformer
-from ..moe.tokens import Tokens
+from ..moe.token_info import Tokens
 from .collectives import add_up_parts, gather_sequence, scatter_sequence
 from .layout import sliced_dim
 from .mesh import Axis, Mesh

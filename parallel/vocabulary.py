@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.device import kind_of
-from ..moe.head import Head
-from ..moe.products import arithmetic
+from ..moe.linear import arithmetic
+from ..moe.model import Head
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
 

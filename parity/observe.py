@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.init import expert_biases
-from ..moe.tokens import Place
+from ..moe.token_info import Place
 from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
 from ..parallel.pieces import Piece, whole

@@ -4,7 +4,7 @@ import copy
 import math
 
 from ..moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig
-from ..moe.count import head_width
+from ..moe.param_count import head_width
 from ..train.config import Config
 
 LENGTH, VOCABULARY, WIDTH, HIDDEN = 32, 64, 32, 32

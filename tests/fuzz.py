@@ -23,7 +23,7 @@ import xxhash
 from tokenyard.data.tokenizer import BytesTokenizer
 from tokenyard.interop.read import open_source, read_weights
 from tokenyard.launch.params import read_model
-from tokenyard.moe.shapes import shapes
+from tokenyard.moe.param_shapes import shapes
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
 from tokenyard.train.checkpoint.inspect import inspect

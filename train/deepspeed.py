@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..moe.tokens import Place
+from ..moe.token_info import Place
 from ..parallel.apply import Parallel, Placed
 from ..parallel.collectives import sum_over
 from ..parallel.deepspeed import Fragment, Zero, own_group

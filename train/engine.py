@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..moe.tokens import Place
+from ..moe.token_info import Place
 from ..parallel.apply import Parallel
 from ..parallel.pieces import Held
 from .config import Config

@@ -15,7 +15,7 @@ from ..data.build import Prepared
 from ..data.errors import DataStop
 from ..data.stream.packing import World
 from ..moe.device import kind_of
-from ..moe.documents import documents_of
+from ..moe.token_info import documents_of
 from ..parallel.mesh import Axis
 from ..parallel.processes import is_first, wait_for_all
 from ..parallel.pulse import doing

@@ -48,7 +48,7 @@ class Losses(NamedTuple):
     mtp_D: Tensor = torch.empty(0)
     """Cross entropy of each module of multi-token prediction, by its own tokens; see `add_mtp`."""
     gauges_LG: Tensor = torch.empty(0, 0)
-    """Sums to watch (moe/gauges.py), fp64; without columns where nobody watches."""
+    """Sums to watch (moe/router.py), fp64; without columns where nobody watches."""
     logit_max_L: Tensor = torch.empty(0)
     """Largest absolute router logit; of the same rank and micro-batch as the rest, and a maximum, so it does not add up."""
 

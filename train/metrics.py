@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..moe.config import ModelConfig, MoEConfig
-from ..moe.count import training_flops_per_token
+from ..moe.param_count import training_flops_per_token
 
 if TYPE_CHECKING:
     from torch import Tensor

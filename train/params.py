@@ -4,10 +4,16 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from ..moe.count import Count as Count
-from ..moe.count import count as count
-from ..moe.count import flops_per_token, kv_cache_elements, sum_by_part, training_flops_per_token
-from ..moe.describe import describe_routing, moe_layers
+from ..moe.param_count import Count as Count
+from ..moe.param_count import count as count
+from ..moe.param_count import (
+    describe_routing,
+    flops_per_token,
+    kv_cache_elements,
+    moe_layers,
+    sum_by_part,
+    training_flops_per_token,
+)
 from ..parallel.layout import fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules.rules import broken_rules

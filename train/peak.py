@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..moe.products import arithmetic
+from ..moe.linear import arithmetic
 
 
 class Peak(NamedTuple):
@@ -20,7 +20,7 @@ class Peak(NamedTuple):
 def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_per_host: int | None = None) -> Peak:
     """Peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
 
-    A CPU is measured with the threads this process has, in the type that moe/products.py takes; ranks beyond the host's cores add
+    A CPU is measured with the threads this process has, in the type that moe/linear.py takes; ranks beyond the host's cores add
     nothing.
     """
     if device.type == "cpu":

@@ -7,8 +7,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, final
 
-from ..moe.count import count
 from ..moe.device import kind_of
+from ..moe.param_count import count
 from .checkpoint.agree import from_all
 from .checkpoint.saver import Outcome
 from .console.console import Eta, fitting_spans

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..moe.count import count
+from ..moe.param_count import count
 from .compose import compose
 from .config import Config
 from .console.startup import StartupFacts

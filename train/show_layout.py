@@ -1,6 +1,6 @@
 """`tokenyard train --layout-only ...`: the layout as a picture. Nothing is started, torch is not imported."""
 
-from ..moe.describe import moe_layers
+from ..moe.param_count import moe_layers
 from ..parallel.picture import picture
 from .arguments import Arguments
 from .compose import compose_arguments

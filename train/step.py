@@ -11,11 +11,10 @@ from torch import Tensor
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
 from ..moe.device import kind_of
-from ..moe.gauges import SUMS
-from ..moe.head import HeadLoss
 from ..moe.init import expert_biases
-from ..moe.mtp import ahead
-from ..moe.tokens import Place
+from ..moe.model import HeadLoss, ahead
+from ..moe.router import SUMS
+from ..moe.token_info import Place
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
@@ -61,7 +60,7 @@ class StepNumbers(NamedTuple):
     updated: bool = True
     """False: weights and moments are bit for bit what they were before the step."""
     gauges_LG: Tensor = torch.empty(0, 0)
-    """Sums to watch (moe/gauges.py); without columns where nobody watches."""
+    """Sums to watch (moe/router.py); without columns where nobody watches."""
     own_LP: Tensor = torch.empty(0, 0)
     """Of THIS RANK alone, fp64: largest absolute router logit, and rows that its experts computed."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...moe import router
 from ...moe.config import Selection
-from ...moe.selection import Choice
+from ...moe.scoring import Choice
 
 DECIDING = ("choose", "keep_best", "second_is_kept")
 """Functions of moe/router.py that go by the order of scores."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ...moe.config import Activation
-from ...moe.experts import Experts, experts_by_loop
-from ...moe.grouped import grouped_mm, grouped_outer
+from ...moe.experts import Experts, experts_by_loop, grouped_mm, grouped_outer
 from .sameness import LIMITS, worst_row
 from .tell import Teller
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...moe.config import ModelConfig, MoEConfig
-from ...moe.count import count, training_flops_per_token
+from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel
 from ...parallel.gradients import squared_norm, summed_over_copies
 from ...train.config import OptimizerConfig, Precision

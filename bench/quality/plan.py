@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...moe.config import ModelConfig
-from ...moe.count import count
+from ...moe.param_count import count
 from ...train.compose import compose
 
 BOUND = 0.02

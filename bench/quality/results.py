@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ...moe.count import count, training_flops_per_token
+from ...moe.param_count import count, training_flops_per_token
 from ..figures import markdown
 from .curves import Curve, crossing, deviation
 from .plan import CHOOSERS, DENSE, TUNED, Plan, active, models

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import Arrived, chosen, count_rows, plan_choices
+from ...moe.dispatch import Arrived, Plan, chosen, copy_to_rows, count_rows, plan_choices, weighted_sum
 from ...moe.router import Routing
-from ...moe.rows import Plan, copy_to_rows, weighted_sum
 from ..mesh import Axis
 from ..pulse import collective, waiting, waiting_for_device
 from .exchanging import ExchangingDispatcher

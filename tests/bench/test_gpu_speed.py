@@ -13,7 +13,7 @@ from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
 from tokenyard.bench.gpu.tell import Teller
 from tokenyard.bench.shapes import Shape
 from tokenyard.bench.turns import take_turns
-from tokenyard.moe.count import count
+from tokenyard.moe.param_count import count
 
 CPU = torch.device("cpu")
 

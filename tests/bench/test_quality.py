@@ -11,7 +11,7 @@ from tokenyard.bench.quality.__main__ import laboratory, main, parse
 from tokenyard.bench.quality.curves import complete, crossing, deviation
 from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, Plan, Run, active, models, variants
 from tokenyard.bench.quality.runs import Lab
-from tokenyard.moe.count import count
+from tokenyard.moe.param_count import count
 
 
 @pytest.mark.parametrize("size", SIZES)

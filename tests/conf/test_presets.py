@@ -11,7 +11,7 @@ import tokenyard
 from tokenyard.launch.cards import CARDS, unit
 from tokenyard.launch.models import models_page
 from tokenyard.moe.config import ModelConfig
-from tokenyard.moe.count import count
+from tokenyard.moe.param_count import count
 from tokenyard.train.compose import CONF, compose
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))

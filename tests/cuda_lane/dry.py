@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from tokenyard.moe.config_routing import Selection
+from tokenyard.moe.config import Selection
 from tokenyard.parallel.config import Exchange
 from tokenyard.parallel.streams import copy_to_host, host_memory
 from tokenyard.plan.ledger import Collective, UnknownNumbers

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tokenyard.moe.config import ModelConfig
 from tokenyard.moe.device import DryRun, dry_run
 from tokenyard.moe.layer import MoELayer
-from tokenyard.moe.tokens import Place, Tokens, describe
+from tokenyard.moe.token_info import Place, Tokens, describe
 from tokenyard.parallel.dispatch.plain import PlainDispatcher
 from tokenyard.parallel.mesh import Axis
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -15,7 +15,7 @@ from tiny_run import TINY_RUN
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
-from tokenyard.moe.tokens import Place
+from tokenyard.moe.token_info import Place
 from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh

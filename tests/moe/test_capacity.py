@@ -11,7 +11,7 @@ from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, DropPolicy, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router
-from tokenyard.moe.tokens import Place, Tokens, describe
+from tokenyard.moe.token_info import Place, Tokens, describe
 from torch import Tensor
 
 EXPERTS = 4

@@ -14,8 +14,8 @@ from tokenyard.moe.config import (
     RouterConfig,
     Selection,
 )
-from tokenyard.moe.count import Count, count, flops_per_token, kv_cache_elements, part_of, training_flops_per_token
-from tokenyard.moe.shapes import shapes
+from tokenyard.moe.param_count import Count, count, flops_per_token, kv_cache_elements, part_of, training_flops_per_token
+from tokenyard.moe.param_shapes import shapes
 
 
 def small(**changes: object) -> ModelConfig:

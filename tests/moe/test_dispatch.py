@@ -3,9 +3,8 @@
 import pytest
 import torch
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import LocalDispatcher, plan_rows
+from tokenyard.moe.dispatch import LocalDispatcher, Plan, copy_to_rows, plan_rows, weighted_sum
 from tokenyard.moe.router import Routing
-from tokenyard.moe.rows import Plan, copy_to_rows, weighted_sum
 from torch import Tensor
 
 EXPERTS, WIDTH = 5, 3
@@ -74,7 +73,7 @@ def test_derivatives_of_copy_and_sum() -> None:
 @pytest.mark.parametrize("dropped", [None, 0.3])
 def test_bf16_rows_are_summed_in_fp32(kind: str, dropped: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and both gradients are within one rounding of the exact values, on CUDA for a few tokens at a time."""
-    monkeypatch.setattr("tokenyard.moe.rows.AT_ONCE", 2 * 8 * 64)
+    monkeypatch.setattr("tokenyard.moe.dispatch.AT_ONCE", 2 * 8 * 64)
     torch.manual_seed(0)
     kept_TK = None if dropped is None else torch.rand(9, 8) >= dropped
     routing = Routing(torch.rand(9, 32).argsort(1)[:, :8], torch.rand(9, 8), kept_TK, stats=None)  # pyright: ignore[reportArgumentType]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tokenyard.moe.documents import documents_of, positions_of
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
+from tokenyard.moe.token_info import documents_of, positions_of
 from tokenyard.train.compose import compose
 
 END = 2

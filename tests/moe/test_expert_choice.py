@@ -8,7 +8,7 @@ from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig, RouterC
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
-from tokenyard.moe.tokens import Tokens
+from tokenyard.moe.token_info import Tokens
 
 EXPERTS, WIDTH = 8, 16
 

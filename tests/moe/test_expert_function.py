@@ -3,14 +3,14 @@
 import pytest
 import torch
 from tokenyard.bench.host_reads import host_reads
-from tokenyard.moe import expert_function, products
-from tokenyard.moe.activations import activate, activate_and_pull, projections
+from tokenyard.moe import experts as expert_function
+from tokenyard.moe import linear as products
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import FusedDispatcher, LocalDispatcher, alignment, plan_rows, rounded_up
+from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, Plan, alignment, plan_rows, rounded_up
 from tokenyard.moe.experts import Experts, experts_by_loop
+from tokenyard.moe.feedforward import activate, activate_and_pull, projections
 from tokenyard.moe.router import Routing
-from tokenyard.moe.rows import Choices, Plan
 from torch import Tensor
 
 EXPERTS, WIDTH, HIDDEN = 5, 16, 24

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.activations import activate, projections
 from tokenyard.moe.config import Activation
 from tokenyard.moe.experts import Experts, experts_by_loop
-from tokenyard.moe.feedforward import FeedForward
+from tokenyard.moe.feedforward import FeedForward, activate, projections
 from torch import Tensor
 
 WIDTH, HIDDEN = 16, 24

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
-from tokenyard.moe.tokens import Tokens
+from tokenyard.moe.token_info import Tokens
 from torch import Tensor
 
 WIDTH = 4

@@ -14,7 +14,7 @@ from tokenyard.data.batches import IGNORE
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
-from tokenyard.moe.tokens import Tokens
+from tokenyard.moe.token_info import Tokens
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Losses, Totals, losses

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.moe.attention import KeyValueCache
+from tokenyard.moe.attention import KeyValueCache, LatentAttention
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.mla import LatentAttention
 from tokenyard.moe.rotary import Turns, rotary_turns
 
 WIDTH, HEADS, LENGTH = 24, 3, 9

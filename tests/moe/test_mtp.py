@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from tokenyard.data.batches import IGNORE
 from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
-from tokenyard.moe.documents import documents_of
 from tokenyard.moe.generate import generate
 from tokenyard.moe.init import initialise
-from tokenyard.moe.model import Transformer
-from tokenyard.moe.mtp import Prediction, ahead
+from tokenyard.moe.model import Prediction, Transformer, ahead
 from tokenyard.moe.rotary import rotary_turns
+from tokenyard.moe.token_info import documents_of
 from tokenyard.parallel.apply import Parallel, parallelize
 from tokenyard.parallel.apply import initialise as initialise_ranks
 from tokenyard.parallel.config import ParallelConfig

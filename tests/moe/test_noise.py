@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.noise import Purpose, fold, normal, uniform
-from tokenyard.moe.tokens import Place, places
+from tokenyard.moe.token_info import Place, Purpose, fold, normal, places, uniform
 from torch import Tensor
 
 WORD = 2**64 - 1

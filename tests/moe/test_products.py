@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenyard.moe import products
+from tokenyard.moe import linear as products
 from tokenyard.moe.attention import Softmax, attend
 from tokenyard.moe.feedforward import FeedForward
-from tokenyard.moe.products import arithmetic, linear, lists_bf16
+from tokenyard.moe.linear import arithmetic, linear, lists_bf16
 from torch import Tensor
 
 

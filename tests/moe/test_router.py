@@ -5,7 +5,7 @@ import torch
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router, RoutingStats
-from tokenyard.moe.tokens import Tokens
+from tokenyard.moe.token_info import Tokens
 from torch import Tensor
 
 EXPERTS, WIDTH = 6, 32

@@ -8,9 +8,8 @@ from tokenyard.bench.gpu.router_cases import EXPERTS, RANDOM, ROUTERS
 from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer
-from tokenyard.moe.noise import fold
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.tokens import Place, Tokens, describe, places
+from tokenyard.moe.token_info import Place, Tokens, describe, fold, places
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -161,7 +160,7 @@ def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeyp
     """In a layer and, before all layers, in a model."""
     made = []
     monkeypatch.setattr("tokenyard.moe.router.fold", lambda *of: made.append("layer") or fold(*of))
-    monkeypatch.setattr("tokenyard.moe.tokens.places", lambda *of: made.append("model") or places(*of))
+    monkeypatch.setattr("tokenyard.moe.token_info.places", lambda *of: made.append("model") or places(*of))
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocabulary=40, width=WIDTH, layers=1, heads=2, kv_heads=2, moe=config), torch.float64)
     model(torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64))

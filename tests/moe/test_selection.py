@@ -7,11 +7,9 @@ import torch
 from tokenyard.moe.capacity import OneDevice, count_choices
 from tokenyard.moe.config import BalanceConfig, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.noise import fold
 from tokenyard.moe.router import Router
-from tokenyard.moe.scores import Noisy, chance_of_choice, hash_scores
-from tokenyard.moe.selection import best, choose, second_is_kept
-from tokenyard.moe.tokens import Place, Tokens, places
+from tokenyard.moe.scoring import Noisy, best, chance_of_choice, choose, hash_scores, second_is_kept
+from tokenyard.moe.token_info import Place, Tokens, fold, places
 
 EXPERTS, WIDTH = 8, 16
 

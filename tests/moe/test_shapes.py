@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
-from tokenyard.moe.count import count, part_of
 from tokenyard.moe.model import Transformer
-from tokenyard.moe.shapes import shapes
+from tokenyard.moe.param_count import count, part_of
+from tokenyard.moe.param_shapes import shapes
 from tokenyard.train.compose import CONF, compose
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenyard.moe.head import Head
-from tokenyard.moe.products import arithmetic
+from tokenyard.moe.linear import arithmetic
+from tokenyard.moe.model import Head
 from tokenyard.parallel import vocabulary
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh

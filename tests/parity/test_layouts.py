@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tokenyard.moe.count import count
+from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import ParityConfig

@@ -164,7 +164,7 @@ def test_differences_from_the_defaults_are_marked(tmp_path: Path) -> None:
 
 def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
     from tokenyard.moe.config import ModelConfig
-    from tokenyard.moe.count import count
+    from tokenyard.moe.param_count import count
 
     folder = made_run(tmp_path / "run", steps=20)
     model = ModelConfig(layers=8)

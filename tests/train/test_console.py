@@ -5,7 +5,7 @@ import math
 
 import pytest
 from tokenyard.moe.config import ModelConfig, MoEConfig
-from tokenyard.moe.count import count
+from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.train.config import BatchConfig, Config, Precision
 from tokenyard.train.console.console import Eta, fitting_spans, step_line, step_spans

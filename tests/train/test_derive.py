@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import TINY_RUN
-from tokenyard.moe.products import linear, wide_linear
+from tokenyard.moe.linear import linear, wide_linear
 from tokenyard.parallel.processes import pick_device
 from tokenyard.train.checkpoint.store import read_facts
 from tokenyard.train.compose import compose
@@ -116,7 +116,7 @@ def test_a_router_multiplies_with_all_bits_of_fp32_where_others_take_tf32(compil
     assert torch.get_float32_matmul_precision() == "high"
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
-    monkeypatch.setattr("tokenyard.moe.products.F.linear", lambda x, weight, bias=None: product(x, weight.T))
+    monkeypatch.setattr("tokenyard.moe.linear.F.linear", lambda x, weight, bias=None: product(x, weight.T))
     linear(x_BSD, weight_ED)
     assert seen[3:] == ["high"]
 

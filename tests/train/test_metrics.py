@@ -5,7 +5,7 @@ from time import perf_counter
 
 import pytest
 import torch
-from tokenyard.moe import products
+from tokenyard.moe import linear as products
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
 from tokenyard.train.metrics import Meter, StepResult, count_metrics, load_metrics
 from tokenyard.train.peak import data_sheet, measure, peak_flops

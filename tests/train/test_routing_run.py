@@ -7,7 +7,7 @@ import pytest
 import tokenyard
 import torch
 from tokenyard.moe.init import expert_biases
-from tokenyard.moe.tokens import Place
+from tokenyard.moe.token_info import Place
 from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config

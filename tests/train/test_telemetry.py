@@ -9,9 +9,8 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.moe.config import MoEConfig, RouterConfig, Selection
-from tokenyard.moe.gauges import SUMS
-from tokenyard.moe.router import Router
-from tokenyard.moe.tokens import Tokens
+from tokenyard.moe.router import SUMS, Router
+from tokenyard.moe.token_info import Tokens
 from tokenyard.train.compose import compose
 from tokenyard.train.console.layers import layer_lines
 from tokenyard.train.console.text import BLOCKS, plain

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...moe.config import ModelConfig
-from ...moe.shapes import shapes
+from ...moe.param_shapes import shapes
 from .bounded import brief
 from .manifest import TensorRecord
 

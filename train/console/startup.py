@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from ... import __version__
-from ...moe.count import Count, flops_per_token
+from ...moe.param_count import Count, flops_per_token
 from ..config import Config
 from .text import Line, commands, flops, plain, rows, short, title
 

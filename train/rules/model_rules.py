@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from ...moe.config import AttentionKind, ModelConfig, QKNorm, RopeScaling
-from ...moe.count import head_width
+from ...moe.param_count import head_width
 from ..config import Config
 from .broken import Broken, divisors, multiples
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from ...moe.tokens import Place
+from ...moe.token_info import Place
 from ..checkpoint.checkpointing import finished
 from ..checkpoint.resuming import keep_timeline, newest_whole, resume
 from ..session import Session

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import torch
 
-from ...moe.tokens import Place
+from ...moe.token_info import Place
 from ...parallel.pieces import Held
 from ...parallel.pulse import PULSE, doing
 from ..checkpoint.agree import from_all

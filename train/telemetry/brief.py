@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.gauges import SUMS
+from ...moe.router import SUMS
 
 
 class Step(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.gauges import SUMS
+from ...moe.router import SUMS
 from ...parallel.collectives import max_over
 from ..config import Config, Engine
 from ..metrics import routing_layers
