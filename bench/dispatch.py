@@ -20,9 +20,9 @@ from torch import Tensor
 from ..moe.config import GroupScore, MoEConfig, RouterConfig, Score
 from ..moe.dispatch import Dispatcher
 from ..moe.router import Router, Routing
+from ..parallel.apply import build_dispatcher
 from ..parallel.collectives import sum_over
 from ..parallel.config import Exchange, ParallelConfig
-from ..parallel.dispatch.build import build_dispatcher
 from ..parallel.mesh import Axis, build_mesh
 from .start import answer, join, on_ranks
 from .traffic import Traffic

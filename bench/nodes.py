@@ -26,7 +26,7 @@ from ..moe.model import Transformer
 from ..parallel.apply import initialise, parallelize
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import build_mesh
-from ..parallel.processes import join, leave
+from ..parallel.process_group import join, leave
 from .two_hosts import Host, two_hosts
 
 NODES, RANKS = 2, 2

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..parallel.processes import wait_for_all
+from ..parallel.process_group import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session

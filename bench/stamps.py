@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from ..parallel import collectives
-from ..parallel.dispatch import flights
+from ..parallel.dispatch import async_collectives as flights
 
 Stamp = list[float]
 """Begun, first waited for, done; in seconds. What was never waited for is done when it was begun."""

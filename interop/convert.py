@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
-from ..parallel.pieces import Held, whole
+from ..parallel.shard import Held, whole
 from ..train.checkpoint.folder import newest_checkpoint
 from ..train.checkpoint.store import save_checkpoint
 from .plain import plain_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..parallel.pieces import Piece
+from ..parallel.shard import Piece
 from ..train.checkpoint.manifest import Manifest
 from ..train.checkpoint.shards import DTYPES, open_shard, read_rectangle
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
+from ..parallel.failpoints import failpoint
 from ..train.checkpoint.fits import check_fits
 from ..train.checkpoint.manifest import Manifest, read_manifest
 from ..train.checkpoint.store import checkpoint_at
 from ..train.checkpoint.verify import check_files
-from ..train.survival.failpoints import failpoint
 from .convert import CARRIED, CARRIED_FILES
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -12,15 +13,35 @@ from torch.utils.checkpoint import checkpoint
 from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
-from .config import ParallelConfig
-from .dispatch.build import build_dispatcher
-from .expert_tensor import apply_expert_tensor_parallel
+from .config import Exchange, ParallelConfig
+from .dispatch.all_gather import GatherDispatcher
+from .dispatch.all_to_all import PlainDispatcher
+from .dispatch.base import ExchangingDispatcher
+from .dispatch.deduplicated import DeduplicatedDispatcher, hierarchical_dispatcher
 from .fsdp import apply_fsdp
-from .layout import shard_dim, sliced_dim, sliced_dim_of_experts
+from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
-from .pieces import Piece, whole
 from .scopes import RankSurroundings
-from .tensor import apply_tensor_parallel, narrowed, replace_parameter
+from .shard import Piece, whole
+from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, narrowed, replace_parameter
+
+# The exchange that the configuration asks for.
+
+
+def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExchangingDispatcher:
+    """One for all layers: it has no state. `experts` are those of a layer on all ranks."""
+    axis, chunks = mesh.axis("expert"), config.overlap_chunks
+    match config.exchange:
+        case Exchange.plain:
+            return PlainDispatcher(experts, axis, chunks)
+        case Exchange.deduplicated:
+            return DeduplicatedDispatcher(experts, [axis], chunks)
+        case Exchange.hierarchical:
+            local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
+            return hierarchical_dispatcher(experts, mesh, local, chunks)
+        case Exchange.gather:
+            return GatherDispatcher(experts, axis, chunks)
+
 
 log = logging.getLogger("tokenyard")
 

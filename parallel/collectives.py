@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .mesh import Axis
-from .pulse import collective
+from .progress import collective
 
 # torch 2.13 renamed both; the old names only warn there, the new ones do not exist before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

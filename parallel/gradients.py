@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from .apply import Parallel, Placed, local
 from .layout import ADDED_BY_ONE
 from .mesh import Axis
-from .pulse import collective, doing, waiting
+from .progress import collective, doing, waiting
 from .streams import on_device
 
 BUCKET = 2**23

@@ -15,7 +15,7 @@ from ..moe.init import expert_biases
 from ..moe.token_info import Place
 from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
-from ..parallel.pieces import Piece, whole
+from ..parallel.shard import Piece, whole
 from ..parallel.streams import on_device
 from ..train.config import Config
 from ..train.optimizer import build_optimizer

@@ -26,7 +26,7 @@ ALLOWED = {
     "plan": {"train", "parallel", "moe"},
     "train": {"parallel", "data", "moe"},
     "parallel": {"moe"},
-    "interop": {"moe", "train.checkpoint", "train.survival.failpoints", "parallel.pieces", "data.tokenizer"},
+    "interop": {"moe", "train.checkpoint", "parallel.failpoints", "parallel.shard", "data.tokenizer"},
     "bench": {"moe", "parallel", "data", "train", "parity"},
     "data": set(),
     "moe": set(),

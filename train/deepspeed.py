@@ -11,7 +11,7 @@ from ..moe.token_info import Place
 from ..parallel.apply import Parallel, Placed
 from ..parallel.collectives import sum_over
 from ..parallel.deepspeed import Fragment, Zero, own_group
-from ..parallel.pieces import Held, Piece
+from ..parallel.shard import Held, Piece
 from .config import Config
 from .deepspeed_settings import deepspeed_settings
 from .engine import Engine

@@ -8,7 +8,7 @@ import torch
 
 from ..moe.token_info import Place
 from ..parallel.apply import Parallel
-from ..parallel.pieces import Held
+from ..parallel.shard import Held
 from .config import Config
 from .config import Engine as EngineKind
 from .optimizer import build_optimizer

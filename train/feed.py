@@ -17,10 +17,10 @@ from ..data.stream.packing import World
 from ..moe.device import kind_of
 from ..moe.token_info import documents_of
 from ..parallel.mesh import Axis
-from ..parallel.processes import is_first, wait_for_all
-from ..parallel.pulse import doing
+from ..parallel.object_collectives import from_all
+from ..parallel.process_group import is_first, wait_for_all
+from ..parallel.progress import doing
 from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
-from .checkpoint.agree import from_all
 from .config import Config
 from .step import Rows, valid_targets
 

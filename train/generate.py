@@ -9,7 +9,7 @@ from time import perf_counter
 from ..data.tokenizer import Tokenizer
 from ..moe.generate import generate
 from ..moe.model import Transformer
-from ..parallel.processes import pick_device
+from ..parallel.process_group import pick_device
 from .complain import complain, printable
 from .config import SampleConfig
 from .load import open_checkpoint

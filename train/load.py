@@ -81,7 +81,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     Files, folders and URLs that a checkpoint names are never read (it may come from anybody): `overrides` name them again.
     """
     from ..parallel.config import ParallelConfig
-    from ..parallel.processes import pick_device
+    from ..parallel.process_group import pick_device
     from .engine import build_engine
     from .session import build_parallel
 

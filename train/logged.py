@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel.pulse import waiting_for_device
+from ..parallel.progress import waiting_for_device
 from ..parallel.streams import Event, record, seconds_between, to_host
 from .evaluate import Evaluation
 from .step import StepNumbers

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from ..moe.device import kind_of
 from ..moe.param_count import count
-from .checkpoint.agree import from_all
+from ..parallel.object_collectives import from_all
 from .checkpoint.saver import Outcome
 from .console.console import Eta, fitting_spans
 from .console.layers import layer_lines

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from ..data.errors import DataStop
-from ..parallel.fingerprints import compare
-from ..parallel.processes import is_first, join, leave, pick_device
-from ..parallel.pulse import check_before_collectives, doing
+from ..parallel.collective_check import compare
+from ..parallel.process_group import is_first, join, leave, pick_device
+from ..parallel.progress import check_before_collectives, doing
 from .checkpoint.checkpointing import SaveFailed
 from .checkpoint.saving import keep, settle
 from .config import Config

@@ -12,7 +12,7 @@ from ..data.stream.packing import World
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
-from .checkpoint.agree import from_first
+from ..parallel.object_collectives import from_first
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.folder import remove_leftovers
 from .checkpoint.lock import RunLock, lock_run

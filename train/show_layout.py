@@ -1,7 +1,7 @@
 """`tokenyard train --layout-only ...`: the layout as a picture. Nothing is started, torch is not imported."""
 
 from ..moe.param_count import moe_layers
-from ..parallel.picture import picture
+from ..parallel.layout_diagram import picture
 from .arguments import Arguments
 from .compose import compose_arguments
 from .config import Config

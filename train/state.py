@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ..moe.init import expert_biases
 from ..parallel.apply import Parallel, local
-from ..parallel.pieces import Held, whole
+from ..parallel.shard import Held, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW."""

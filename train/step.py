@@ -19,7 +19,7 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import scale_gradients, squared_norm, summed_over_copies
-from ..parallel.pulse import doing
+from ..parallel.progress import doing
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .loss import Losses, Totals, add_mtp, losses

@@ -16,10 +16,9 @@ import torch.distributed as dist
 
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.model import Transformer
-from ...parallel.apply import Parallel, initialise, parallelize
+from ...parallel.apply import Parallel, build_dispatcher, initialise, parallelize
 from ...parallel.collectives import all_gather, max_over, stack_over, sum_over
 from ...parallel.config import Exchange, ParallelConfig
-from ...parallel.dispatch.build import build_dispatcher
 from ...parallel.fsdp import apply_fsdp
 from ...parallel.layout import DENSE, EXPERTS, mesh_sizes
 from ...parallel.mesh import Axis, Mesh

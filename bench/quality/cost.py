@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ...moe.config import Selection
-from ...parallel.processes import pick_device
+from ...parallel.process_group import pick_device
 from ...train.compose import compose
 from ...train.evaluate import evaluate_session
 from ...train.load import open_for_evaluation

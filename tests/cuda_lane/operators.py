@@ -14,7 +14,7 @@ from tokenyard.moe.config import ModelConfig
 from tokenyard.moe.device import DryRun, dry_run
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.token_info import Place, Tokens, describe
-from tokenyard.parallel.dispatch.plain import PlainDispatcher
+from tokenyard.parallel.dispatch.all_to_all import PlainDispatcher
 from tokenyard.parallel.mesh import Axis
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore

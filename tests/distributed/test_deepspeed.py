@@ -19,7 +19,7 @@ from tokenyard.moe.token_info import Place
 from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.pieces import Piece, whole
+from tokenyard.parallel.shard import Piece, whole
 from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.compose import compose

@@ -11,8 +11,8 @@ from sameness import VOCABULARY, Case, Layout, build, rows_of
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.parallel import gradients
 from tokenyard.parallel.apply import Parallel
-from tokenyard.parallel.fingerprints import compare
-from tokenyard.parallel.pulse import check_before_collectives
+from tokenyard.parallel.collective_check import compare
+from tokenyard.parallel.progress import check_before_collectives
 from tokenyard.train import step
 from tokenyard.train.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer

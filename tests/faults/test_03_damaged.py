@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_run import configured, events_of
-from tokenyard.parallel.pieces import Held, Piece
+from tokenyard.parallel.shard import Held, Piece
 from tokenyard.train.checkpoint.folder import checkpoints_in
 from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.train.checkpoint.resuming import as_checkpoint, find_resume

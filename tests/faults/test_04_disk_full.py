@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_run import configured, events_of, losses, steps_in, words
 from forked_runs import forked
-from tokenyard.parallel.pieces import Held, whole
+from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.checkpoint.folder import newest_checkpoint
 from tokenyard.train.checkpoint.store import load_checkpoint, save_checkpoint
 from tokenyard.train.run import run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_run import configured, steps_in
-from tokenyard.parallel.pieces import Held, whole
+from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.checkpoint.folder import checkpoints_in, remove_leftovers, step_of
 from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.train.checkpoint.retention import LOSS, Retention

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import xxhash
 from checkpoint_run import everything, same_tensors
 from tiny_run import TINY_RUN
-from tokenyard.parallel.pieces import Held, Piece
+from tokenyard.parallel.shard import Held, Piece
 from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.checkpoint.manifest import read_manifest
 from tokenyard.train.checkpoint.store import save_checkpoint

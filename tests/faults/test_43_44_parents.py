@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fault_run import Launched, events_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.pulse import PULSE, collective, doing
+from tokenyard.parallel.progress import PULSE, collective, doing
 from tokenyard.train.checkpoint.lock import NAME, lock_run
 from tokenyard.train.config import ConfigError
 from tokenyard.train.survival import family

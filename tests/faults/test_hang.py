@@ -11,17 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_run import Launched, events_of, losses
-from tokenyard.parallel import fingerprints
+from tokenyard.parallel import collective_check as fingerprints
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.flights import Exchange, depart, land
+from tokenyard.parallel.dispatch.async_collectives import Exchange, depart, land
+from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
-from tokenyard.parallel.pieces import Held, whole
-from tokenyard.parallel.pulse import PULSE, check_before_collectives, collective, doing
+from tokenyard.parallel.progress import PULSE, check_before_collectives, collective, doing
+from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.checkpoint import saver as saver_module
 from tokenyard.train.checkpoint.saver import Saver
 from tokenyard.train.survival.blame import Verdict
-from tokenyard.train.survival.failpoints import VARIABLE
 from tokenyard.train.survival.watchdog import STACKS, Watchdog
 
 TIMEOUT = 0.5

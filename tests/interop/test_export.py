@@ -29,7 +29,7 @@ from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.pieces import Held, whole
+from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.train.checkpoint.store import read_whole, save_checkpoint
 from tokenyard.train.checkpoint.verify import check_all

@@ -8,7 +8,7 @@ from tokenyard.parallel import gradients
 from tokenyard.parallel.apply import Parallel, Placed
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
-from tokenyard.parallel.pieces import whole
+from tokenyard.parallel.shard import whole
 from torch import Tensor
 
 SHAPES = [(3, 4), (5,), (2, 2, 2), (50,), (1,), (4, 3)]

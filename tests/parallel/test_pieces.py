@@ -7,7 +7,7 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import _shard
 from tokenyard.parallel.fsdp import shard_dim, stays_whole
 from tokenyard.parallel.mesh import Axis
-from tokenyard.parallel.pieces import Piece, whole
+from tokenyard.parallel.shard import Piece, whole
 from tokenyard.parallel.tensor import narrowed, sliced_dim
 
 TENSOR = torch.arange(4 * 6 * 10).view(4, 6, 10)

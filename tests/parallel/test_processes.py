@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tokenyard.parallel.processes import join, leave, pick_device, wait_for_all
+from tokenyard.parallel.process_group import join, leave, pick_device, wait_for_all
 
 
 def test_the_cpu_is_what_there_is_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import fuzz
 import pytest
 from tokenyard.launch.main import main
+from tokenyard.parallel.shard import apart
 from tokenyard.train.checkpoint.manifest import read_manifest
-from tokenyard.train.checkpoint.rectangles import apart
 from tokenyard.train.checkpoint.stored_config import read_stored
 from tokenyard.train.compose import compose
 

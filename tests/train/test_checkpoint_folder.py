@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tokenyard.parallel.pieces import Held, whole
+from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.checkpoint import writer
 from tokenyard.train.checkpoint.folder import newest_checkpoint, remove_leftovers
 from tokenyard.train.checkpoint.retention import Retention

@@ -10,7 +10,7 @@ import cuda_double
 import numpy as np
 import pytest
 import torch
-from tokenyard.parallel.pieces import Held, whole
+from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.checkpoint import saver as saver_module
 from tokenyard.train.checkpoint.copies import Copies
 from tokenyard.train.checkpoint.saver import Saver

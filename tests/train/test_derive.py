@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.moe.linear import linear, wide_linear
-from tokenyard.parallel.processes import pick_device
+from tokenyard.parallel.process_group import pick_device
 from tokenyard.train.checkpoint.store import read_facts
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError, Precision

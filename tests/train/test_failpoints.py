@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from tokenyard.train.survival.failpoints import VARIABLE, failpoint
+from tokenyard.parallel.failpoints import VARIABLE, failpoint
 
 
 def test_nothing_happens_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

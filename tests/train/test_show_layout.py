@@ -10,7 +10,7 @@ import pytest
 from tokenyard.launch.main import main
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.layout import DENSE, EXPERTS, mesh_sizes
-from tokenyard.parallel.picture import NAMES, picture
+from tokenyard.parallel.layout_diagram import NAMES, picture
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layouts"
 PICTURES = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...parallel.pieces import Held
+from ...parallel.shard import Held
 from ..config import CheckpointConfig, OnFailure
 from ..state import random_state
 from ..survival.exit_codes import ExitCode

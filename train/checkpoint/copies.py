@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from ...parallel.pieces import Held
+from ...parallel.shard import Held
 from ...parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ..survival.failpoints import failpoint
+from ...parallel.failpoints import failpoint
 from .durable import sync_folder
 from .manifest import MANIFEST
 

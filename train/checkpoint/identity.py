@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ...parallel.pieces import Piece
+from ...parallel.shard import Piece
 from .manifest import ChunkRecord, TensorRecord
 from .shards import content_of
 from .stored import StoredTensors

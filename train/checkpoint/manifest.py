@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from ...parallel.shard import apart
 from .bounded import MOST_DIMENSIONS, brief, read_regular, room_beside, strict_json, tensor_bytes
 from .durable import sync
 from .facts import check_facts
-from .rectangles import apart
 
 MANIFEST = "manifest.json"
 FORMAT = "tokenyard checkpoint"

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from ...parallel.pieces import Held, Piece
+from ...parallel.shard import Held, Piece, apart
 from .identity import Slice, cut_slices
 from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
-from .rectangles import apart
 from .shards import CODES, DTYPES
 
 

@@ -5,13 +5,13 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...parallel.processes import is_first
+from ...parallel.object_collectives import from_first
+from ...parallel.process_group import is_first
 from ..config import Config, ConfigError
 from ..files import write_private, writing_to
 from ..journal import Journal
 from ..schema import written
 from ..state import random_state, restore_random
-from .agree import from_first
 from .folder import checkpoints_in, checkpoints_of
 from .manifest import DamagedCheckpoint, read_manifest
 from .same_run import changes, refuse_another_run, refuse_difference

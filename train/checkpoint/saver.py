@@ -16,10 +16,10 @@ from threading import Thread
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from ...parallel.pieces import Held
-from ...parallel.pulse import progress
+from ...parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
+from ...parallel.progress import progress
+from ...parallel.shard import Held
 from ...parallel.streams import Event, record
-from .agree import any_rank, from_all, from_first, rank_and_world, through_first
 from .copies import Copies, device_of, in_place
 from .manifest import checked_facts
 from .plan import Offer, Share, offers_of, shares_of

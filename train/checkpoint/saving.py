@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ...parallel.pulse import doing
+from ...parallel.progress import doing
 from ..reporter import Reporter
 from ..session import Session
 from ..survival.flags import Told

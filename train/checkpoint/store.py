@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from ...parallel.pieces import Held, whole
-from .agree import from_first, rank_and_world
+from ...parallel.object_collectives import from_first, rank_and_world
+from ...parallel.shard import Held, whole
 from .folder import checkpoints_of
 from .load_planner import HeldLoadPlanner
 from .manifest import DamagedCheckpoint, Manifest, check_sizes, read_manifest

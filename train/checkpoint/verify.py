@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .agree import from_all, from_first, rank_and_world
+from ...parallel.object_collectives import from_all, from_first, rank_and_world
 from .identity import expert_hashes, hash_stored, slices
 from .manifest import MANIFEST, DamagedCheckpoint, Manifest, check_sizes, check_unlisted, read_manifest
 from .shards import hash_file, open_shard

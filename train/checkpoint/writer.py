@@ -15,8 +15,8 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from ...parallel.pieces import Held
-from ..survival.failpoints import failpoint
+from ...parallel.failpoints import failpoint
+from ...parallel.shard import Held
 from .durable import sync, sync_folder, write_durably
 from .folder import REPLACED
 from .identity import Hashes, expert_hashes, hash_held, hash_stored

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...parallel.pulse import PULSE
+from ...parallel.failpoints import failpoint
+from ...parallel.progress import PULSE
 from ..reporter import Reporter
 from ..session import Session
 from .divergence import Replicas
 from .exit_codes import ExitCode
-from .failpoints import failpoint
 from .flags import Telling, Told
 from .guard import Guard
 from .signals import WISHES, RequestFiles, Wishes

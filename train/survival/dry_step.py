@@ -13,9 +13,9 @@ from contextlib import suppress
 import torch
 
 from ...moe.token_info import Place
-from ...parallel.pieces import Held
-from ...parallel.pulse import PULSE, doing
-from ..checkpoint.agree import from_all
+from ...parallel.object_collectives import from_all
+from ...parallel.progress import PULSE, doing
+from ...parallel.shard import Held
 from ..checkpoint.store import load_checkpoint, save_checkpoint
 from ..environment import restarted
 from ..journal import Journal

@@ -6,8 +6,8 @@ from torch import Tensor, _foreach_norm  # pyright: ignore[reportPrivateImportUs
 from ...parallel.apply import Parallel
 from ...parallel.collectives import sum_over
 from ...parallel.gradients import gradient_of
-from ...parallel.pieces import Held
-from ..checkpoint.agree import from_all
+from ...parallel.object_collectives import from_all
+from ...parallel.shard import Held
 
 SHOWN = 4
 

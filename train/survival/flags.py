@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...parallel.pulse import waiting_for_device
+from ...parallel.progress import waiting_for_device
 from ...parallel.streams import on_device
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...parallel.apply import Parallel, local
 from ...parallel.collectives import max_over, stack_over
 from ...parallel.mesh import Axis
-from ..checkpoint.agree import from_all
+from ...parallel.object_collectives import from_all
 
 BLOCKS = {"cpu": 2**16}
 """Words that are hashed at once: on a CPU what stays in its cache, elsewhere LARGE."""

@@ -5,8 +5,8 @@ import sys
 import torch.distributed as dist
 
 from ...data.errors import DataStop
-from ...parallel.processes import is_first
-from ...parallel.pulse import PULSE
+from ...parallel.process_group import is_first
+from ...parallel.progress import PULSE
 from .exit_codes import ExitCode
 
 _said: BaseException | None = None

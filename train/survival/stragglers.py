@@ -6,7 +6,7 @@ It is the host's time: work, data and input of this rank; on a GPU the work is s
 from statistics import median
 from time import perf_counter
 
-from ...parallel.pulse import PULSE
+from ...parallel.progress import PULSE
 from ..reporter import Reporter
 
 SHARE = 0.1

@@ -21,8 +21,8 @@ from threading import Event, Thread, main_thread
 from typing import Any
 
 from ...data.errors import DataStop
-from ...parallel.pulse import PULSE, name_layers
-from ..checkpoint.agree import from_all, from_first
+from ...parallel.object_collectives import from_all, from_first
+from ...parallel.progress import PULSE, name_layers
 from ..checkpoint.checkpointing import SaveFailed
 from ..journal import Journal
 from ..session import Session

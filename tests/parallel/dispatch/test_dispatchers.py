@@ -10,11 +10,11 @@ from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Dispatcher, LocalDispatcher
 from tokenyard.moe.experts import Experts
 from tokenyard.moe.router import Routing
+from tokenyard.parallel.apply import build_dispatcher
 from tokenyard.parallel.config import Exchange, ParallelConfig
-from tokenyard.parallel.dispatch.build import build_dispatcher
+from tokenyard.parallel.dispatch.all_gather import GatherDispatcher
+from tokenyard.parallel.dispatch.all_to_all import PlainDispatcher, plan_arrivals, read_splits, reorder
 from tokenyard.parallel.dispatch.deduplicated import DeduplicatedDispatcher
-from tokenyard.parallel.dispatch.gather import GatherDispatcher
-from tokenyard.parallel.dispatch.plain import PlainDispatcher, plan_arrivals, read_splits, reorder
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
 from torch._C._distributed_c10d import FakeProcessGroup, ProcessGroup

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tokenyard.parallel.dispatch.fan import Fan, add_up, copy_out, plan_fan
+from tokenyard.parallel.dispatch.expand import Fan, add_up, copy_out, plan_fan
 from torch import Tensor
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.flights import Exchange, Gather, Scatter, Way, depart, land
+from tokenyard.parallel.dispatch.async_collectives import Exchange, Gather, Scatter, Way, depart, land
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
 

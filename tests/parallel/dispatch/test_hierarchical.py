@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.hierarchical import node_axes
+from tokenyard.parallel.dispatch.deduplicated import node_axes
 from tokenyard.parallel.mesh import build_mesh
 
 CASES = [

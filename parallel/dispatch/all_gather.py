@@ -15,11 +15,10 @@ from ...moe.dispatch import Arrived, chosen
 from ...moe.router import Routing
 from ..collectives import stack_over
 from ..mesh import Axis
-from ..pulse import waiting_for_device
-from .choices import Choices, Counted, assumed_depths, plan_expansion
-from .exchanging import ExchangingDispatcher
-from .fan import Fan, add_up, copy_out
-from .flights import Flight, Gather, depart, land
+from ..progress import waiting_for_device
+from .async_collectives import Flight, Gather, depart, land
+from .base import ExchangingDispatcher
+from .expand import Choices, Counted, Fan, add_up, assumed_depths, copy_out, plan_expansion
 
 
 class Sent(NamedTuple):

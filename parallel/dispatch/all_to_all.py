@@ -15,9 +15,9 @@ from ...moe.device import host_read
 from ...moe.dispatch import Arrived, Plan, chosen, copy_to_rows, count_rows, plan_choices, weighted_sum
 from ...moe.router import Routing
 from ..mesh import Axis
-from ..pulse import collective, waiting, waiting_for_device
-from .exchanging import ExchangingDispatcher
-from .flights import Exchange, Flight, depart, land
+from ..progress import collective, waiting, waiting_for_device
+from .async_collectives import Exchange, Flight, depart, land
+from .base import ExchangingDispatcher
 
 
 class Splits(NamedTuple):

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .pulse import PULSE, waiting
+from .progress import PULSE, waiting
 from .streams import enter_thread
 
 

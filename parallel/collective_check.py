@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from .collectives import all_gather
 from .mesh import Axis
-from .pulse import PULSE
+from .progress import PULSE
 
 
 class CollectiveMismatch(RuntimeError):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..collectives import all_gather
 from ..mesh import Axis
-from ..pulse import collective, waiting
+from ..progress import collective, waiting
 
 
 class Way(ABC):
