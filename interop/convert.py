@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.folder import newest_checkpoint
+from ..checkpoint.store import save_checkpoint
 from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
 from ..parallel.shard import Held, whole
-from ..train.checkpoint.folder import newest_checkpoint
-from ..train.checkpoint.store import save_checkpoint
 from .plain import plain_model
 from .read import Source, open_source, read_weights
 from .tokenizer import adopt

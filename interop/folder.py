@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..train.checkpoint.bounded import MOST_DIMENSIONS, brief, check_header, read_regular, room_beside, strict_json, tensor_bytes
+from ..checkpoint.bounded import MOST_DIMENSIONS, brief, check_header, read_regular, room_beside, strict_json, tensor_bytes
 
 log = logging.getLogger("tokenyard")
 LARGEST_CONFIG = 1 << 20

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..train.checkpoint.bounded import brief
+from ..checkpoint.bounded import brief
 
 MOST = 1 << 40
 

@@ -4,8 +4,8 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+from ..checkpoint.bounded import brief
 from ..moe.config import ModelConfig
-from ..train.checkpoint.bounded import brief
 
 
 def plain_model(config: ModelConfig) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from contextlib import suppress
 from typing import Any
 
+from ..checkpoint.bounded import brief
+from ..checkpoint.facts import check_model_numbers
 from ..moe.config import ModelConfig
-from ..train.checkpoint.bounded import brief
-from ..train.checkpoint.facts import check_model_numbers
 from .essence import differences
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT

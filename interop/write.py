@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.manifest import Manifest, check_fits, read_manifest
+from ..checkpoint.store import checkpoint_at
+from ..checkpoint.tensor_reader import read_weight, weights_on_meta
+from ..checkpoint.verify import check_files
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..parallel.failpoints import failpoint
-from ..train.checkpoint.fits import check_fits
-from ..train.checkpoint.manifest import Manifest, read_manifest
-from ..train.checkpoint.store import checkpoint_at
-from ..train.checkpoint.verify import check_files
 from .convert import CARRIED, CARRIED_FILES
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
@@ -24,7 +24,6 @@ from .folder import CONFIG, new_folder
 from .plain import model_from_plain
 from .plan import copies, write_plan
 from .shards import SHARD_BYTES, Output, write_shards
-from .stored import read_weight, weights_on_meta
 from .tokenizer import write_tokenizer
 from .translate import choose_family, write_config
 

@@ -11,7 +11,7 @@ from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser
 
 if TYPE_CHECKING:
-    from ..train.checkpoint.diff import Difference
+    from ..checkpoint.diff import Difference
 
 MOST_LINES = 40
 """Tensors that `diff` shows; --json has all."""
@@ -38,7 +38,7 @@ def checkpoint(argv: list[str]) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from ..train.checkpoint.inspect import inspect
+    from ..checkpoint.inspect import inspect
 
     found = inspect(_all_in(arguments.path)[0])
     print(json.dumps(found) if arguments.json else printable("\n".join(_table(found))))
@@ -46,12 +46,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ..train.checkpoint.manifest import DamagedCheckpoint, NoManifest, read_manifest
+    from ..checkpoint.manifest import DamagedCheckpoint, NoManifest, read_manifest
 
     paths, damaged = _all_in(arguments.path), 0
     if len(paths) == 1:
         read_manifest(paths[0])  # before torch is imported
-    from ..train.checkpoint.verify import check_all
+    from ..checkpoint.verify import check_all
 
     for path in paths:
         try:
@@ -68,12 +68,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from ..train.checkpoint.manifest import read_manifest
+    from ..checkpoint.manifest import read_manifest
 
     one, other = (_all_in(path)[0] for path in (arguments.a, arguments.b))
     for path in (one, other):
         read_manifest(path)  # before torch is imported
-    from ..train.checkpoint.diff import diff
+    from ..checkpoint.diff import diff
 
     found = diff(one, other)
     if arguments.json:
@@ -99,7 +99,7 @@ def _differences(found: list["Difference"]) -> list[str]:
 
 def _all_in(path: str) -> list[Path]:
     """Newest first."""
-    from ..train.checkpoint.folder import checkpoints_of
+    from ..checkpoint.folder import checkpoints_of
 
     found = checkpoints_of(Path(path))
     if not found:

@@ -63,8 +63,8 @@ def read_model(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
+    from ..checkpoint.bounded import read_regular, strict_json
     from ..interop.translate import read_config
-    from ..train.checkpoint.bounded import read_regular, strict_json
 
     try:
         described = strict_json(read_regular(path, LARGEST_CONFIG))

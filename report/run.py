@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..train.checkpoint.bounded import read_regular
-from ..train.checkpoint.facts import DEEPEST, check_model_numbers, check_plain
+from ..checkpoint.bounded import read_regular
+from ..checkpoint.facts import DEEPEST, check_model_numbers, check_plain
 from .columns import Columns
 from .tail import Record, RunError, Tail
 from .telemetry import Telemetry

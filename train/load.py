@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoint.store import read_whole
 from ..data.config import DataConfig
 from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
 from ..moe.model import Transformer
 from ..moe.router import Router
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.resuming import as_checkpoint
-from .checkpoint.store import read_whole
 from .checkpoint.stored_config import read_stored
 from .config import Config, ConfigError, EngineConfig
 from .derive import derive, set_products

@@ -7,10 +7,10 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, final
 
+from ..checkpoint.saver import Outcome
 from ..moe.device import kind_of
 from ..moe.param_count import count
 from ..parallel.object_collectives import from_all
-from .checkpoint.saver import Outcome
 from .console.console import Eta, fitting_spans
 from .console.layers import layer_lines
 from .console.startup import startup_lines

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.folder import remove_leftovers
+from ..checkpoint.saver import Saver
+from ..checkpoint.store import read_facts
 from ..data.build import Prepared, prepare
 from ..data.stream.packing import World
 from ..moe.model import Transformer
@@ -14,11 +17,8 @@ from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
 from ..parallel.object_collectives import from_first
 from .checkpoint.checkpointing import build_saver
-from .checkpoint.folder import remove_leftovers
 from .checkpoint.lock import RunLock, lock_run
 from .checkpoint.resuming import find_resume, keep_timeline, note, resume
-from .checkpoint.saver import Saver
-from .checkpoint.store import read_facts
 from .config import Config, ConfigError, Precision
 from .derive import derive, set_products
 from .engine import Engine, build_engine

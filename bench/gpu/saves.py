@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...checkpoint.saver import Saver
 from ...data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from ...moe.config import ModelConfig, MoEConfig
 from ...parallel.apply import local
 from ...train.checkpoint.checkpointing import begin
-from ...train.checkpoint.saver import Saver
 from ...train.config import BatchConfig, Config, EvaluateConfig, Precision, RunConfig, TrackerConfig
 from ...train.run import single_step
 from ...train.session import Session, open_session

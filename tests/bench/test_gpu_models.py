@@ -12,10 +12,10 @@ from tokenyard.bench.gpu import alone, models, products, saves, waits
 from tokenyard.bench.gpu.presets import preset, tiny_presets
 from tokenyard.bench.gpu.sameness import worst_matrix, worst_row
 from tokenyard.bench.gpu.tell import Absent, Teller
+from tokenyard.checkpoint.host_copies import Copies
 from tokenyard.moe import experts as expert_function
 from tokenyard.moe import experts as grouped
 from tokenyard.moe import router
-from tokenyard.train.checkpoint.copies import Copies
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, Precision
 from torch import Tensor

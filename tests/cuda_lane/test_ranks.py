@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from dry import Found, ranks_of
+from tokenyard.checkpoint.plan import Offer, shares_of
 from tokenyard.plan.ledger import Collective
-from tokenyard.train.checkpoint.plan import Offer, shares_of
 
 LAYOUTS = [
     "parallel.shard=2 parallel.expert=4 parallel.tensor=2 parallel.expert_tensor=2 model.moe.balance.scope=batch",

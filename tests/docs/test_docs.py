@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import split_settings
 from tokenyard.train.arguments import parse_arguments
-from tokenyard.train.checkpoint.store import save_checkpoint
 from tokenyard.train.compose import CONF, compose
 from tokenyard.train.launch_config import Launcher
 from tokenyard.train.overrides import Groups, find_groups, parse_override

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from tiny_run import TINY_RUN
-from tokenyard.train.checkpoint.folder import checkpoints_in, step_of
-from tokenyard.train.checkpoint.store import read_whole
+from tokenyard.checkpoint.folder import checkpoints_in, step_of
+from tokenyard.checkpoint.store import read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.journal import read_journal

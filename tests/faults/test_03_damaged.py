@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_run import configured, events_of
+from tokenyard.checkpoint.folder import checkpoints_in
+from tokenyard.checkpoint.manifest import DamagedCheckpoint
+from tokenyard.checkpoint.resuming import as_checkpoint, find_resume
+from tokenyard.checkpoint.store import newest_verified, save_checkpoint
 from tokenyard.parallel.shard import Held, Piece
-from tokenyard.train.checkpoint.folder import checkpoints_in
-from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
-from tokenyard.train.checkpoint.resuming import as_checkpoint, find_resume
-from tokenyard.train.checkpoint.store import newest_verified, save_checkpoint
 from tokenyard.train.run import run
 
 CASES = 100

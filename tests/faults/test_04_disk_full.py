@@ -9,9 +9,9 @@ import pytest
 import torch
 from checkpoint_run import configured, events_of, losses, steps_in, words
 from forked_runs import forked
+from tokenyard.checkpoint.folder import newest_checkpoint
+from tokenyard.checkpoint.store import load_checkpoint, save_checkpoint
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint.folder import newest_checkpoint
-from tokenyard.train.checkpoint.store import load_checkpoint, save_checkpoint
 from tokenyard.train.run import run
 
 FULL = "checkpoint.shard_written:rank=1:step=4:enospc"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_run import configured
-from tokenyard.train.checkpoint.checkpointing import begin
-from tokenyard.train.checkpoint.saver import Outcome
+from tokenyard.checkpoint.checkpointing import begin
+from tokenyard.checkpoint.saver import Outcome
 from tokenyard.train.run import single_step
 from tokenyard.train.session import Session, open_session
 

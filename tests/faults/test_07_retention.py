@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_run import configured, steps_in
+from tokenyard.checkpoint.folder import checkpoints_in, remove_leftovers, step_of
+from tokenyard.checkpoint.manifest import DamagedCheckpoint
+from tokenyard.checkpoint.retention import LOSS, Retention
+from tokenyard.checkpoint.store import load_checkpoint, newest_verified, save_checkpoint
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint.folder import checkpoints_in, remove_leftovers, step_of
-from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
-from tokenyard.train.checkpoint.retention import LOSS, Retention
-from tokenyard.train.checkpoint.store import load_checkpoint, newest_verified, save_checkpoint
 from tokenyard.train.run import run
 
 

@@ -10,8 +10,8 @@ import pytest
 import xxhash
 from checkpoint_run import configured, words
 from forked_runs import ending, free_port, start, wait
-from tokenyard.train.checkpoint.manifest import read_manifest
-from tokenyard.train.checkpoint.store import read_whole
+from tokenyard.checkpoint.manifest import read_manifest
+from tokenyard.checkpoint.store import read_whole
 from tokenyard.train.command import train_command
 from tokenyard.train.load import load_model
 from tokenyard.train.run import run

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_run import Launched, events_of, losses
+from tokenyard.checkpoint import saver as saver_module
+from tokenyard.checkpoint.saver import Saver
 from tokenyard.parallel import collective_check as fingerprints
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
@@ -19,8 +21,6 @@ from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PULSE, check_before_collectives, collective, doing
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint import saver as saver_module
-from tokenyard.train.checkpoint.saver import Saver
 from tokenyard.train.survival.blame import Verdict
 from tokenyard.train.survival.watchdog import STACKS, Watchdog
 

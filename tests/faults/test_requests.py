@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from fault_run import Launched, checkpoint_steps, configured, events_of, losses
+from tokenyard.checkpoint.store import read_whole
 from tokenyard.train import step as step_module
-from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import train_session
 from tokenyard.train.session import open_session

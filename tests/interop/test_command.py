@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tokenyard
 import torch
+from tokenyard.checkpoint.store import read_whole
 from tokenyard.launch.exchange import split_upcycle, upcycle_settings
 from tokenyard.launch.main import main
-from tokenyard.train.checkpoint.store import read_whole
 
 
 def test_there_and_back(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

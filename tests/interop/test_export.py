@@ -10,6 +10,9 @@ import tokenyard
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenyard.checkpoint.manifest import DamagedCheckpoint
+from tokenyard.checkpoint.store import read_whole, save_checkpoint
+from tokenyard.checkpoint.verify import check_all
 from tokenyard.data.batches import IGNORE
 from tokenyard.interop.convert import import_folder
 from tokenyard.interop.plain import plain_model
@@ -30,9 +33,6 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint.manifest import DamagedCheckpoint
-from tokenyard.train.checkpoint.store import read_whole, save_checkpoint
-from tokenyard.train.checkpoint.verify import check_all
 from tokenyard.train.loss import Totals, losses
 from torch import Tensor
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.interop.plain import plain_model
 from tokenyard.interop.write import export_checkpoint
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint.store import save_checkpoint
 
 MODEL = ModelConfig(layers=12, width=512, heads=8, kv_heads=8, vocabulary=1024, moe=MoEConfig(8, 2, 256))
 GROWTH = """

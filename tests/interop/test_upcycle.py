@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.interop.convert import import_folder
 from tokenyard.interop.upcycle import Upcycle, upcycled_config
 from tokenyard.interop.write import export_checkpoint
 from tokenyard.moe.config import ModelConfig, MoEConfig
-from tokenyard.train.checkpoint.store import read_facts, read_whole
 
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % 48
 DENSE = {"Llama": {"intermediate_size": 64}, "Qwen3": {"intermediate_size": 64, "head_dim": 8, "tie_word_embeddings": True}}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint.store import save_checkpoint
 from tokenyard.train.compose import compose
 from tokenyard.train.plain import plain_config
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tokenyard.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
 from tokenyard.parallel.shard import Held, Piece, whole
-from tokenyard.train.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
 
 SHAPES = {
     "model.embedding": ((13, 6), torch.float32),

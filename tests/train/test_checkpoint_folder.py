@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tokenyard.checkpoint import writer
+from tokenyard.checkpoint.folder import newest_checkpoint, remove_leftovers
+from tokenyard.checkpoint.retention import Retention
+from tokenyard.checkpoint.store import load_checkpoint, read_facts, save_checkpoint
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint import writer
-from tokenyard.train.checkpoint.folder import newest_checkpoint, remove_leftovers
-from tokenyard.train.checkpoint.retention import Retention
-from tokenyard.train.checkpoint.store import load_checkpoint, read_facts, save_checkpoint
 
 
 def save(folder, step, value=0.0):

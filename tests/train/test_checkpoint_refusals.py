@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import xxhash
+from tokenyard.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
 from tokenyard.parallel.shard import Held, Piece, whole
-from tokenyard.train.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
 
 
 def held(**tensors):

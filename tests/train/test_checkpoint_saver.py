@@ -10,11 +10,11 @@ import cuda_double
 import numpy as np
 import pytest
 import torch
+from tokenyard.checkpoint import saver as saver_module
+from tokenyard.checkpoint.host_copies import Copies
+from tokenyard.checkpoint.saver import Saver
+from tokenyard.checkpoint.store import read_whole
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.checkpoint import saver as saver_module
-from tokenyard.train.checkpoint.copies import Copies
-from tokenyard.train.checkpoint.saver import Saver
-from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.state import random_state, restore_random
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenyard.checkpoint.folder import newest_checkpoint
+from tokenyard.checkpoint.store import read_facts
 from tokenyard.data.config import Corpus
 from tokenyard.data.errors import DataUnavailable
-from tokenyard.train.checkpoint.folder import newest_checkpoint
-from tokenyard.train.checkpoint.store import read_facts
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.journal import read_journal

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_run import TINY_RUN
+from tokenyard.checkpoint.store import read_facts
 from tokenyard.moe.linear import linear, wide_linear
 from tokenyard.parallel.process_group import pick_device
-from tokenyard.train.checkpoint.store import read_facts
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError, Precision
 from tokenyard.train.derive import derive, set_products

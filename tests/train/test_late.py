@@ -14,11 +14,11 @@ import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses
 from test_numbers import EXPERT, spoiled_gradient
+from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.data.batches import Batch
 from tokenyard.moe.device import host_read
 from tokenyard.parallel.mesh import Axis
 from tokenyard.train import step as step_module
-from tokenyard.train.checkpoint.store import read_facts, read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.feed import Feed
 from tokenyard.train.journal import read_journal

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny_run import TINY_RUN
-from tokenyard.train.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from tokenyard.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from tokenyard.train.compose import compose
 from tokenyard.train.config import ConfigError
 from tokenyard.train.evaluate import evaluate_session

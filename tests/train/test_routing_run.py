@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from tokenyard.checkpoint.store import read_whole
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.token_info import Place
-from tokenyard.train.checkpoint.store import read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.evaluate import evaluate_session

@@ -10,7 +10,7 @@ import pytest
 import tokenyard
 import torch
 from tiny_run import TINY_RUN
-from tokenyard.train.checkpoint.store import read_facts, read_whole
+from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError
 from tokenyard.train.journal import read_journal

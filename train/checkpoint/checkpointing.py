@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...checkpoint.folder import checkpoints_in
+from ...checkpoint.retention import LOSS, Retention
+from ...checkpoint.saver import Outcome, Saver
 from ...parallel.shard import Held
 from ..config import CheckpointConfig, OnFailure
 from ..state import random_state
 from ..survival.exit_codes import ExitCode
 from ..survival.failures import bad_state
 from ..survival.stop import RunStop
-from .folder import checkpoints_in
-from .retention import LOSS, Retention
-from .saver import Outcome, Saver
 
 if TYPE_CHECKING:
     from ..session import Session

@@ -25,7 +25,7 @@ def _goes_on(wish: str, folder: Path) -> bool:
 
 
 def _check_path(config: Config, path: Path) -> None:
-    from .folder import checkpoints_of
+    from ...checkpoint.folder import checkpoints_of
 
     if not path.is_dir():
         nearest = nearest_text(str(path), ["auto", "never", *_beside(path)])
@@ -42,7 +42,7 @@ def _check_path(config: Config, path: Path) -> None:
 
 
 def _check_manifest(config: Config, path: Path) -> None:
-    from .manifest import DamagedCheckpoint, check_sizes, read_manifest
+    from ...checkpoint.manifest import DamagedCheckpoint, check_sizes, read_manifest
     from .same_run import refuse_another_run
 
     try:
@@ -55,8 +55,8 @@ def _check_manifest(config: Config, path: Path) -> None:
 
 def _check_run(config: Config, folder: Path) -> None:
     """The newest checkpoint that can be read says what model it is of; which one is whole is found out later, by all ranks."""
-    from .folder import checkpoints_of
-    from .manifest import DamagedCheckpoint, read_manifest
+    from ...checkpoint.folder import checkpoints_of
+    from ...checkpoint.manifest import DamagedCheckpoint, read_manifest
     from .same_run import refuse_another_run
 
     for path in checkpoints_of(folder) if folder.is_dir() else []:

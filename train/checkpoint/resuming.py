@@ -5,6 +5,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.folder import checkpoints_in, checkpoints_of
+from ...checkpoint.manifest import DamagedCheckpoint, read_manifest
+from ...checkpoint.store import checkpoint_at, load_checkpoint, newest_verified
 from ...parallel.object_collectives import from_first
 from ...parallel.process_group import is_first
 from ..config import Config, ConfigError
@@ -12,10 +15,7 @@ from ..files import write_private, writing_to
 from ..journal import Journal
 from ..schema import written
 from ..state import random_state, restore_random
-from .folder import checkpoints_in, checkpoints_of
-from .manifest import DamagedCheckpoint, read_manifest
 from .same_run import changes, refuse_another_run, refuse_difference
-from .store import checkpoint_at, load_checkpoint, newest_verified
 from .timeline import goes_on, keep_begin, set_aside
 
 if TYPE_CHECKING:

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
+from ...checkpoint.bounded import read_regular, strict_json
+from ...checkpoint.facts import needed_facts
+from ...checkpoint.folder import checkpoints_of
+from ...checkpoint.manifest import Manifest, check_fits, check_sizes, check_unlisted, read_manifest
 from ..config import Config, ConfigError
 from ..plain import config_from_plain
 from ..rules.model_rules import attention, experts
-from .bounded import read_regular, strict_json
-from .facts import needed_facts
-from .fits import check_fits
-from .folder import checkpoints_of
-from .manifest import Manifest, check_sizes, check_unlisted, read_manifest
 
 ABOUT = "tokenizer/tokenizer_about.json"
 LARGEST_TOKENIZER = 1 << 27

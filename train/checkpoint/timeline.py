@@ -10,10 +10,10 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from ...checkpoint.folder import checkpoints_in, step_of
+from ...checkpoint.fsync import sync_folder
 from ..environment import launch_id, started_again
 from ..files import write_private
-from .durable import sync_folder
-from .folder import checkpoints_in, step_of
 
 BEGUN = "begun.json"
 

@@ -12,11 +12,11 @@ from contextlib import suppress
 
 import torch
 
+from ...checkpoint.store import load_checkpoint, save_checkpoint
 from ...moe.token_info import Place
 from ...parallel.object_collectives import from_all
 from ...parallel.progress import PULSE, doing
 from ...parallel.shard import Held
-from ..checkpoint.store import load_checkpoint, save_checkpoint
 from ..environment import restarted
 from ..journal import Journal
 from ..reporter import Reporter

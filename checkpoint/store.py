@@ -12,14 +12,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from ...parallel.object_collectives import from_first, rank_and_world
-from ...parallel.shard import Held, whole
+from ..parallel.object_collectives import from_first, rank_and_world
+from ..parallel.shard import Held, whole
+from .dcp import CheckpointReader, HeldLoadPlanner
 from .folder import checkpoints_of
-from .load_planner import HeldLoadPlanner
 from .manifest import DamagedCheckpoint, Manifest, check_sizes, read_manifest
-from .reader import CheckpointReader
+from .safetensors_file import DTYPES
 from .saver import Saver
-from .shards import DTYPES
 from .verify import check_files, verified
 
 log = logging.getLogger("tokenyard")

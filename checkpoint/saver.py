@@ -16,11 +16,11 @@ from threading import Thread
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from ...parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
-from ...parallel.progress import progress
-from ...parallel.shard import Held
-from ...parallel.streams import Event, record
-from .copies import Copies, device_of, in_place
+from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
+from ..parallel.progress import progress
+from ..parallel.shard import Held
+from ..parallel.streams import Event, record
+from .host_copies import Copies, device_of, in_place
 from .manifest import checked_facts
 from .plan import Offer, Share, offers_of, shares_of
 from .writer import TEMPORARY, Job, Stopped, beside, describe, discard, write_share

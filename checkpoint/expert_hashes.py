@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ...parallel.shard import Piece
+from ..parallel.shard import Piece
 from .manifest import ChunkRecord, TensorRecord
-from .shards import content_of
-from .stored import StoredTensors
+from .safetensors_file import content_of
+from .tensor_reader import StoredTensors
 
 EXPERT_TENSOR = re.compile(r"(?:model|optimizer)\.(?P<layer>.+\.experts)\.(?P<name>[^.]+?)(?:\.(?P<moment>exp_avg|exp_avg_sq))?")
 """A tensor whose dimension 0 is the global expert id: model.layers.0.moe.experts.down, optimizer.[the same].exp_avg."""

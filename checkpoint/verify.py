@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ...parallel.object_collectives import from_all, from_first, rank_and_world
-from .identity import expert_hashes, hash_stored, slices
+from ..parallel.object_collectives import from_all, from_first, rank_and_world
+from .expert_hashes import expert_hashes, hash_stored, slices
 from .manifest import MANIFEST, DamagedCheckpoint, Manifest, check_sizes, check_unlisted, read_manifest
-from .shards import hash_file, open_shard
+from .safetensors_file import hash_file, open_shard
 
 
 def verified(path: Path) -> Manifest:

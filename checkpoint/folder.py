@@ -8,8 +8,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from ...parallel.failpoints import failpoint
-from .durable import sync_folder
+from ..parallel.failpoints import failpoint
+from .fsync import sync_folder
 from .manifest import MANIFEST
 
 FINAL = re.compile(r"step_(\d{8,})")

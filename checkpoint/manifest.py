@@ -6,17 +6,19 @@ No torch here: a wrong `checkpoint.resume` is refused before torch is imported.
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from ...parallel.shard import apart
+from ..moe.config import ModelConfig
+from ..moe.param_shapes import shapes
+from ..parallel.shard import apart
 from .bounded import MOST_DIMENSIONS, brief, read_regular, room_beside, strict_json, tensor_bytes
-from .durable import sync
 from .facts import check_facts
+from .fsync import sync
 
 MANIFEST = "manifest.json"
 FORMAT = "tokenyard checkpoint"
@@ -298,3 +300,31 @@ def _lines(content: dict[str, Any]) -> str:
             text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in value.items()) + "\n}"
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+# Does a checkpoint hold the tensors of the model that its configuration describes? Asked before any is made. No torch here.
+
+PREFIX = "model."
+BIAS = ".expert_bias"
+"""Ending of the one kind of tensor that a model may hold beside its parameters: a number for each output of the router."""
+
+
+def check_fits(model: ModelConfig, tensors: Mapping[str, TensorRecord], path: Any) -> None:
+    """ValueError for the first parameter of `model` that `tensors` lacks or has in another shape; and for one too many."""
+    stored = {name.removeprefix(PREFIX): record.shape for name, record in tensors.items() if name.startswith(PREFIX)}
+    try:
+        if model.layers > len(stored):
+            raise ValueError(f"model.layers={model.layers}: {path} holds {len(stored)} tensors")
+        wanted = shapes(model)
+    except (ArithmeticError, TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path}: its configuration makes no model: {error}") from None
+    for name, shape in wanted.items():
+        if stored.get(name) != shape:
+            there = f"has the shape {stored[name]}" if name in stored else "is missing"
+            raise ValueError(f"checkpoint {path}: tensor {brief(PREFIX + name)} must be {shape} by its configuration and {there}")
+    for name in stored.keys() - wanted.keys():
+        router = wanted.get(name.removesuffix(BIAS) + ".weight")
+        if not name.endswith(BIAS) or router is None or stored[name] != router[:1]:
+            raise ValueError(
+                f"checkpoint {path}: tensor {brief(PREFIX + name)} is none of the model that its configuration describes"
+            )

@@ -15,7 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from .bounded import check_header
-from .durable import sync
+from .fsync import sync
 from .manifest import DamagedCheckpoint
 
 DTYPES = {

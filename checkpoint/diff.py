@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .identity import EXPERT_TENSOR
+from .expert_hashes import EXPERT_TENSOR
 from .manifest import ITEM_BYTES, Manifest, TensorRecord, check_sizes, read_manifest
-from .shards import content_of
-from .stored import StoredTensors
+from .safetensors_file import content_of
+from .tensor_reader import StoredTensors
 
 BLOCK_BYTES = 1 << 26
 

@@ -9,8 +9,8 @@ from time import perf_counter
 
 import torch
 
-from ...parallel.shard import Held
-from ...parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
+from ..parallel.shard import Held
+from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
 
 CPU = torch.device("cpu")
 

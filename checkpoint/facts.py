@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..rules.intervals import INTERVALS, inside
+from ..train.rules.intervals import INTERVALS, inside
 from .bounded import brief
 
 DEEPEST = 32

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from ...parallel.shard import Held, Piece, apart
-from .identity import Slice, cut_slices
+from ..parallel.shard import Held, Piece, apart
+from .expert_hashes import Slice, cut_slices
 from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
-from .shards import CODES, DTYPES
+from .safetensors_file import CODES, DTYPES
 
 
 class Offer(NamedTuple):

@@ -15,14 +15,14 @@ from threading import Event
 from time import monotonic
 from typing import Any
 
-from ...parallel.failpoints import failpoint
-from ...parallel.shard import Held
-from .durable import sync, sync_folder, write_durably
+from ..parallel.failpoints import failpoint
+from ..parallel.shard import Held
+from .expert_hashes import Hashes, expert_hashes, hash_held, hash_stored
 from .folder import REPLACED
-from .identity import Hashes, expert_hashes, hash_held, hash_stored
+from .fsync import sync, sync_folder, write_durably
 from .manifest import MANIFEST, FileRecord, Manifest, write_manifest
 from .plan import Share, shard_name
-from .shards import hash_file, write_shard
+from .safetensors_file import hash_file, write_shard
 
 TEMPORARY = ".tmp-"
 LONGEST_PAUSE = 0.2
