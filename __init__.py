@@ -17,7 +17,7 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
     line, for what is neither, is damaged or cannot be expressed.
     """
     if (Path(path) / "config.json").is_file():
-        from .interop.load import load_folder
+        from .interop.load_weights import load_folder
 
         return load_folder(path, precision, device)
     from .train.load import load_model as load_checkpoint

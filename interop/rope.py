@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..moe.config import RopeConfig, RopeScaling
-from .keys import Keys
+from .config_reader import Keys
 
 TYPES = {
     "default": RopeScaling.none,

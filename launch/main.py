@@ -9,7 +9,6 @@ from ..train.allocator import restart_with_kept_memory
 from ..train.complain import printable
 from ..train.redact import redact_tracebacks
 from ..train.survival.signals import SAVING, hold_back
-from . import data
 from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
 
 
@@ -119,7 +118,7 @@ def params(argv: list[str]) -> int:
 
 
 def import_(argv: list[str]) -> int:
-    from .exchange import import_command, split_upcycle
+    from .convert import import_command, split_upcycle
 
     words, upcycle = split_upcycle(argv)
     parser = OneLineParser("tokenyard import", description="Makes a checkpoint of a Hugging Face folder.")
@@ -142,7 +141,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (as they are in the checkpoint)")
     parser.add_argument("--architecture", help="as MixtralForCausalLM (the first that can express the model)")
     arguments = parser.parse_args(argv)
-    from .exchange import export_command
+    from .convert import export_command
 
     return export_command(arguments)
 
@@ -173,6 +172,24 @@ def watch(argv: list[str]) -> int:
     return watch_command(arguments)
 
 
+def prepare(argv: list[str]) -> int:
+    from .data import prepare
+
+    return prepare(argv)
+
+
+def data(argv: list[str]) -> int:
+    from .data import data
+
+    return data(argv)
+
+
+def tokenizer(argv: list[str]) -> int:
+    from .data import tokenizer
+
+    return tokenizer(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "parity": parity,
@@ -184,9 +201,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "params": params,
     "report": report,
     "watch": watch,
-    "prepare": data.prepare,
-    "data": data.data,
-    "tokenizer": data.tokenizer,
+    "prepare": prepare,
+    "data": data,
+    "tokenizer": tokenizer,
 }
 
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism

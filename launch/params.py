@@ -27,7 +27,7 @@ def params_command(arguments: Namespace) -> int:
     """Prints the table, or with --json one object, or with --table docs/models.md. Returns the exit code."""
     try:
         if arguments.table:
-            from .models import models_page
+            from .models_page import models_page
 
             sys.stdout.write(models_page())
             return 0
@@ -64,7 +64,7 @@ def read_model(folder: Path) -> Any:
     if not path.exists():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
     from ..checkpoint.bounded import read_regular, strict_json
-    from ..interop.translate import read_config
+    from ..interop.config_mapping import read_config
 
     try:
         described = strict_json(read_regular(path, LARGEST_CONFIG))

@@ -18,7 +18,7 @@ def train(argv: list[str]) -> int:
 
             return show(arguments)
         if arguments.multirun:
-            from .multirun import multirun
+            from .sweep import multirun
 
             return multirun(arguments)
         config = compose_arguments(arguments)
@@ -35,19 +35,19 @@ def start(config: Config, arguments: Arguments, argv: list[str]) -> int:
         case Launcher.inline:
             return run_here(config)
         case Launcher.torchrun:
-            from .torchrun import check_hosts, start_ranks
+            from .launchers.torchrun import check_hosts, start_ranks
 
             check_hosts(config)
             return start_ranks(config, argv)
         case Launcher.deepspeed:
-            from .deepspeed import start_deepspeed
+            from .launchers.deepspeed import start_deepspeed
 
             return start_deepspeed(config, arguments)
         case Launcher.slurm:
-            from .slurm import start_job
+            from .launchers.slurm import start_job
 
             return start_job(config, arguments)
         case Launcher.kubernetes:
-            from .kubernetes import start_train_job
+            from .launchers.kubernetes import start_train_job
 
             return start_train_job(config, arguments)

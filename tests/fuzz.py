@@ -21,13 +21,13 @@ from typing import Any
 
 import xxhash
 from tokenyard.checkpoint.inspect import inspect
-from tokenyard.checkpoint.stored_config import read_stored
 from tokenyard.data.tokenizer import BytesTokenizer
-from tokenyard.interop.read import open_source, read_weights
+from tokenyard.interop.load_weights import open_source, read_weights
 from tokenyard.launch.params import read_model
 from tokenyard.moe.param_shapes import shapes
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
+from tokenyard.train.checkpoint.stored_config import read_stored
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.plain import plain_config, write_config

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ALLOWED = {
     "": {"launch", "train", "interop", "moe"},
-    "launch": {"train", "interop", "parity", "report", "checkpoint"},
+    "launch": {"train", "interop", "parity", "report", "checkpoint", "data"},
     "report": {"train", "checkpoint"},
     "parity": {"train", "parallel", "data", "moe"},
     "plan": {"train", "parallel", "moe"},
@@ -58,7 +58,7 @@ def test_help_needs_no_library() -> None:
 
 def test_the_configuration_needs_no_torch() -> None:
     reached = set[str]().union(
-        *map(reachable, ("launch/train.py", "launch/multirun.py", "launch/params.py", "train/show.py", "train/__main__.py"))
+        *map(reachable, ("launch/train.py", "launch/sweep.py", "launch/params.py", "train/show.py", "train/__main__.py"))
     )
     assert {"train/validate.py", "train/config.py", "moe/config.py", "data/config.py"} <= reached
     assert third_party_at_top(reached) == set()

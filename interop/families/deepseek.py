@@ -3,11 +3,10 @@
 from typing import Any
 
 from ...moe.config import AttentionKind, GroupScore, ModelConfig, Scope, Score
-from ..keys import Keys
-from ..names import DENSE, NORMS, ROUTER, experts, feedforward, layer_rows
+from ..config_reader import Keys
 from ..rope import read_rope, write_rope
-from .base import COMMON, Family, read_common, write_common
-from .routing import normalizes, read_experts, read_normalize
+from ..weight_mapping import DENSE, NORMS, ROUTER, experts, feedforward, layer_rows
+from .base import COMMON, Family, normalizes, read_common, read_experts, read_normalize, write_common
 
 EPSILON = 1e-6
 """transformers norms the latents with this whatever rms_norm_eps is."""

@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...moe.config import Activation, ModelConfig
-from ..keys import Keys
-from ..names import NORMS, PROJECTIONS, Row, Source, layer_rows
+from ..config_reader import Keys
 from ..rope import read_rope, write_rope
-from .base import COMMON, ROUTED, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
-from .routing import auxiliary, layer_types, read_auxiliary, read_experts, read_windows
+from ..weight_mapping import NORMS, PROJECTIONS, Row, Source, layer_rows
+from .base import (
+    COMMON,
+    ROUTED,
+    Family,
+    auxiliary,
+    head_width,
+    layer_types,
+    read_attention_bias,
+    read_auxiliary,
+    read_common,
+    read_experts,
+    read_head_width,
+    read_windows,
+    write_common,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

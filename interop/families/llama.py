@@ -3,9 +3,9 @@
 from typing import Any
 
 from ...moe.config import ModelConfig
-from ..keys import Keys
-from ..names import DENSE, NORMS, PROJECTIONS
+from ..config_reader import Keys
 from ..rope import read_rope, write_rope
+from ..weight_mapping import DENSE, NORMS, PROJECTIONS
 from .base import COMMON, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
 
 

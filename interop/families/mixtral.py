@@ -3,11 +3,21 @@
 from typing import Any
 
 from ...moe.config import ModelConfig
-from ..keys import Keys
-from ..names import NORMS, PROJECTIONS, ROUTER, Source, experts
+from ..config_reader import Keys
 from ..rope import read_rope, write_rope
-from .base import COMMON, ROUTED, Family, read_common, read_head_width, write_common
-from .routing import auxiliary, read_auxiliary, read_experts, refuse_one_expert
+from ..weight_mapping import NORMS, PROJECTIONS, ROUTER, Source, experts
+from .base import (
+    COMMON,
+    ROUTED,
+    Family,
+    auxiliary,
+    read_auxiliary,
+    read_common,
+    read_experts,
+    read_head_width,
+    refuse_one_expert,
+    write_common,
+)
 
 
 def read(keys: Keys) -> ModelConfig:

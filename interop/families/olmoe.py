@@ -3,11 +3,22 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
-from ..keys import Keys
-from ..names import NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts
+from ..config_reader import Keys
 from ..rope import read_rope, write_rope
-from .base import COMMON, ROUTED, Family, read_attention_bias, read_common, write_common
-from .routing import auxiliary, normalizes, read_auxiliary, read_experts, read_normalize
+from ..weight_mapping import NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts
+from .base import (
+    COMMON,
+    ROUTED,
+    Family,
+    auxiliary,
+    normalizes,
+    read_attention_bias,
+    read_auxiliary,
+    read_common,
+    read_experts,
+    read_normalize,
+    write_common,
+)
 
 
 def read(keys: Keys) -> ModelConfig:

@@ -3,20 +3,27 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
-from ..keys import Keys
-from ..names import DENSE, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward, layer_rows
+from ..config_reader import Keys
 from ..rope import read_rope, write_rope
-from .base import COMMON, ROUTED, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
-from .routing import (
+from ..weight_mapping import DENSE, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward, layer_rows
+from .base import (
+    COMMON,
+    ROUTED,
+    Family,
     auxiliary,
+    head_width,
     layer_types,
     moe_layers,
     normalizes,
+    read_attention_bias,
     read_auxiliary,
+    read_common,
     read_experts,
+    read_head_width,
     read_moe_layers,
     read_normalize,
     read_windows,
+    write_common,
 )
 
 

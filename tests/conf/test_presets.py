@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import tokenyard
-from tokenyard.launch.cards import CARDS, unit
-from tokenyard.launch.models import models_page
+from tokenyard.launch.models_page import CARDS, models_page, unit
 from tokenyard.moe.config import ModelConfig
 from tokenyard.moe.param_count import count
 from tokenyard.train.compose import CONF, compose

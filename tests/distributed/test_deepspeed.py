@@ -12,7 +12,6 @@ import pytest
 import torch
 from sameness import VOCABULARY, Case, Layout, favour_one_expert, rows_of, starve_expert
 from tiny_run import TINY_RUN
-from tokenyard.checkpoint.checkpointing import save
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.moe.init import expert_biases
@@ -22,6 +21,7 @@ from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.shard import Piece, whole
+from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.config import BatchConfig, Config, EngineConfig, OptimizerConfig
 from tokenyard.train.config import Engine as EngineKind

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 from tokenyard.checkpoint.store import save_checkpoint
+from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
-from tokenyard.launch.torchrun import check_hosts
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import split_settings
 from tokenyard.train.arguments import parse_arguments
@@ -129,7 +129,7 @@ def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pyte
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
         case ["tokenyard", "data", "verify", folder]:
-            monkeypatch.setattr("tokenyard.train.verify_shards.verify", lambda path: int(path != folder))
+            monkeypatch.setattr("tokenyard.launch.data.verify", lambda path: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
             monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else verb}.{verb}_command", lambda arguments: 0)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_run import configured
-from tokenyard.checkpoint.checkpointing import begin
 from tokenyard.checkpoint.saver import Outcome
+from tokenyard.train.checkpoint.checkpointing import begin
 from tokenyard.train.run import single_step
 from tokenyard.train.session import Session, open_session
 

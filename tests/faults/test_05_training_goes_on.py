@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_run import configured
-from tokenyard.checkpoint.checkpointing import begin
 from tokenyard.checkpoint.manifest import read_manifest
+from tokenyard.train.checkpoint.checkpointing import begin
 from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 

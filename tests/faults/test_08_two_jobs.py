@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoint_run import configured, events_of, words
 from forked_runs import ending, forked, start
-from tokenyard.checkpoint.lock import NAME, lock_run
+from tokenyard.train.checkpoint.lock import NAME, lock_run
 from tokenyard.train.run import run
 
 

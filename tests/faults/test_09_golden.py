@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenyard.checkpoint.checkpointing import save
+from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config
 from tokenyard.train.run import single_step

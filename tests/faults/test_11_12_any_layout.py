@@ -10,11 +10,11 @@ import torch.distributed as dist
 import xxhash
 from checkpoint_run import everything, same_tensors
 from tiny_run import TINY_RUN
-from tokenyard.checkpoint.checkpointing import save
 from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.checkpoint.verify import check_all
 from tokenyard.parallel.shard import Held, Piece
+from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_run import Launched, events_of
-from tokenyard.checkpoint.lock import NAME, lock_run
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PULSE, collective, doing
+from tokenyard.train.checkpoint.lock import NAME, lock_run
 from tokenyard.train.config import ConfigError
 from tokenyard.train.survival import family
 from tokenyard.train.survival.blame import Verdict

@@ -9,7 +9,7 @@ import pytest
 import tokenyard
 import torch
 from tokenyard.checkpoint.store import read_whole
-from tokenyard.launch.exchange import split_upcycle, upcycle_settings
+from tokenyard.launch.convert import split_upcycle, upcycle_settings
 from tokenyard.launch.main import main
 
 
@@ -76,7 +76,7 @@ def test_asking_imports_no_torch() -> None:
     code = """
 import sys
 from tokenyard.launch.main import main
-from tokenyard.interop.translate import read_config
+from tokenyard.interop.config_mapping import read_config
 for words in (["import", "--help"], ["export", "--help"]):
     try:
         main(words)

@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenyard.interop.essence import differences
+from tokenyard.interop.config_mapping import choose_family, differences, read_config, write_config
 from tokenyard.interop.families import FAMILIES, Family
 from tokenyard.interop.families.base import IRRELEVANT
 from tokenyard.interop.plain import model_from_plain, plain_model
-from tokenyard.interop.translate import choose_family, read_config, write_config
 from tokenyard.moe.config import (
     Activation,
     AttentionConfig,

@@ -14,10 +14,10 @@ from tokenyard.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.checkpoint.store import read_whole, save_checkpoint
 from tokenyard.checkpoint.verify import check_all
 from tokenyard.data.batches import IGNORE
-from tokenyard.interop.convert import import_folder
+from tokenyard.interop.export import export_checkpoint
+from tokenyard.interop.import_ import import_folder
+from tokenyard.interop.load_weights import open_source
 from tokenyard.interop.plain import plain_model
-from tokenyard.interop.read import open_source
-from tokenyard.interop.write import export_checkpoint
 from tokenyard.moe.config import (
     AttentionConfig,
     AttentionKind,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
-from tokenyard.checkpoint.checkpointing import save
 from tokenyard.checkpoint.store import read_whole
-from tokenyard.interop.convert import import_folder
-from tokenyard.interop.write import export_checkpoint
+from tokenyard.interop.export import export_checkpoint
+from tokenyard.interop.import_ import import_folder
+from tokenyard.train.checkpoint.checkpointing import save
 from tokenyard.train.compose import compose
 from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session

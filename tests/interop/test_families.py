@@ -10,8 +10,8 @@ import pytest
 import tokenyard
 import torch
 from safetensors.torch import load_file, save_file
-from tokenyard.interop.convert import import_folder
-from tokenyard.interop.write import export_checkpoint
+from tokenyard.interop.export import export_checkpoint
+from tokenyard.interop.import_ import import_folder
 from torch import Tensor, nn
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}

@@ -9,7 +9,7 @@ import pytest
 import tokenyard
 import torch
 from safetensors.torch import load_file, save_file
-from tokenyard.interop.convert import import_folder
+from tokenyard.interop.import_ import import_folder
 
 Saved = Callable[..., Path]
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tokenyard.checkpoint.store import save_checkpoint
+from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.plain import plain_model
-from tokenyard.interop.write import export_checkpoint
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.shard import Held, whole
@@ -19,9 +19,9 @@ GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from tokenyard.interop.convert import import_folder
-from tokenyard.interop.load import load_folder
-from tokenyard.interop.write import export_checkpoint
+from tokenyard.interop.import_ import import_folder
+from tokenyard.interop.load_weights import load_folder
+from tokenyard.interop.export import export_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save
 
 def largest():

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenyard.interop.essence import differences
-from tokenyard.interop.translate import read_config, write_config
+from tokenyard.interop.config_mapping import differences, read_config, write_config
 from tokenyard.train.compose import compose
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "published.json").read_text())

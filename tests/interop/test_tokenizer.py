@@ -14,9 +14,9 @@ import sentencepiece
 from tokenyard.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from tokenyard.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from tokenyard.data.tokenizer_training import train_pieces
-from tokenyard.interop.convert import import_folder
+from tokenyard.interop.export import export_checkpoint
+from tokenyard.interop.import_ import import_folder
 from tokenyard.interop.tokenizer import TEXTS, adopt, write_tokenizer
-from tokenyard.interop.write import export_checkpoint
 
 pytest.importorskip("tokenizers", reason="the comparison needs tokenizers (pip install 'tokenyard[hf]')")
 

@@ -8,9 +8,9 @@ import pytest
 import tokenyard
 import torch
 from tokenyard.checkpoint.store import read_facts, read_whole
-from tokenyard.interop.convert import import_folder
+from tokenyard.interop.export import export_checkpoint
+from tokenyard.interop.import_ import import_folder
 from tokenyard.interop.upcycle import Upcycle, upcycled_config
-from tokenyard.interop.write import export_checkpoint
 from tokenyard.moe.config import ModelConfig, MoEConfig
 
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % 48

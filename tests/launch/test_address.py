@@ -3,8 +3,7 @@
 import socket
 
 import pytest
-from tokenyard.launch.address import interface_of, is_first_here, is_own, own_address
-from tokenyard.launch.torchrun import check_hosts
+from tokenyard.launch.launchers.torchrun import check_hosts, interface_of, is_first_here, is_own, own_address
 from tokenyard.train.compose import compose
 
 ELSEWHERE = "192.0.2.1"

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from cluster_schema import TRAIN_JOB, violations
-from tokenyard.launch.deepspeed import hostfile, one_host, several_hosts
-from tokenyard.launch.handover import handed_to_cluster, job_name, joined
-from tokenyard.launch.kubernetes import as_yaml, train_job
+from tokenyard.launch.launchers.cluster import handed_to_cluster, job_name, joined
+from tokenyard.launch.launchers.deepspeed import hostfile, one_host, several_hosts
+from tokenyard.launch.launchers.kubernetes import as_yaml, train_job
+from tokenyard.launch.launchers.slurm import batch_script
 from tokenyard.launch.main import main
-from tokenyard.launch.slurm import batch_script
 from tokenyard.train.arguments import parse_arguments
 from tokenyard.train.compose import compose
 from tokenyard.train.config import Config, ConfigError

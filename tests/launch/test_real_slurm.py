@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenyard.launch.slurm import batch_script
+from tokenyard.launch.launchers.slurm import batch_script
 from tokenyard.train.arguments import parse_arguments
 from tokenyard.train.compose import compose
 

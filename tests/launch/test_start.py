@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenyard.launch.torchrun import check_hosts
+from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.train.compose import compose
 from tokenyard.train.config import ConfigError
 

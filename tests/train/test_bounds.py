@@ -10,9 +10,9 @@ from typing import Any
 import fuzz
 import pytest
 from tokenyard.checkpoint.manifest import read_manifest
-from tokenyard.checkpoint.stored_config import read_stored
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import apart
+from tokenyard.train.checkpoint.stored_config import read_stored
 from tokenyard.train.compose import compose
 
 CHUNK = {"file": "shard_00000.safetensors", "key": "x"}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tokenyard.checkpoint.lock import lock_run
+from tokenyard.train.checkpoint.lock import lock_run
 from tokenyard.train.config import ConfigError
 from tokenyard.train.files import OWN, append_private, write_private
 from tokenyard.train.trackers.trackers import run_identity

@@ -51,7 +51,7 @@ SET_BY_US = {
 
 
 def launchers(config: Config, world: int) -> Iterator[Broken]:
-    """The rules of the chosen launcher. Those of torchrun that need the environment are in launch/torchrun.py."""
+    """The rules of the chosen launcher. Those of torchrun that need the environment are in launch/launchers/torchrun.py."""
     c = config.launch
     if c.kind is Launcher.inline and world == 1:
         for key, count in (("launch.ranks", c.ranks), ("launch.nodes", c.nodes)):

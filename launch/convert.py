@@ -13,7 +13,7 @@ UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
 
 def import_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2 with one line for a folder that cannot be imported."""
-    from ..interop.convert import import_folder
+    from ..interop.import_ import import_folder
     from ..interop.upcycle import Upcycle
 
     try:
@@ -30,7 +30,7 @@ def export_command(arguments: argparse.Namespace) -> int:
 
     try:
         check_readable(Path(arguments.checkpoint))
-        from ..interop.write import export_checkpoint  # and with it torch
+        from ..interop.export import export_checkpoint  # and with it torch
 
         made = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
     except (ValueError, OSError) as error:

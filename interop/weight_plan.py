@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..moe.config import ModelConfig
 from .families import Family
-from .folder import DTYPES, Stored
-from .names import OUTSIDE, Part, Row, one, parts
+from .hf_folder import DTYPES, Stored
+from .weight_mapping import OUTSIDE, Part, Row, one, parts
 
 MTP = {
     "embedding_norm.weight": "enorm.weight",

@@ -4,11 +4,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..train.arguments import Arguments
-from ..train.config import Config
-from ..train.files import write_private
-from ..train.redact import redact
-from .handover import handed_to_cluster, job_name, joined, say_not_started, submit
+from ...train.arguments import Arguments
+from ...train.config import Config
+from ...train.files import write_private
+from ...train.redact import redact
+from .cluster import handed_to_cluster, job_name, joined, say_not_started, submit
 
 
 def start_job(config: Config, arguments: Arguments) -> int:

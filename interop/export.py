@@ -17,15 +17,14 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..parallel.failpoints import failpoint
-from .convert import CARRIED, CARRIED_FILES
+from .config_mapping import choose_family, write_config
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
-from .folder import CONFIG, new_folder
+from .hf_folder import CONFIG, SHARD_BYTES, Output, new_folder, write_shards
+from .import_ import CARRIED, CARRIED_FILES
 from .plain import model_from_plain
-from .plan import copies, write_plan
-from .shards import SHARD_BYTES, Output, write_shards
 from .tokenizer import write_tokenizer
-from .translate import choose_family, write_config
+from .weight_plan import copies, write_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPERT_BIAS = "router.expert_bias"

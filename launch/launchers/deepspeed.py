@@ -5,12 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..train.arguments import Arguments
-from ..train.config import Config, ConfigError
-from ..train.files import write_private
-from ..train.folder import new_run_folder
-from ..train.schema import quoted
-from .handover import handed_on, handed_to_cluster, joined, say_not_started, submit
+from ...train.arguments import Arguments
+from ...train.config import Config, ConfigError
+from ...train.files import write_private
+from ...train.folder import new_run_folder
+from ...train.schema import quoted
+from .cluster import handed_on, handed_to_cluster, joined, say_not_started, submit
 
 PORT = 29500
 """DeepSpeed's own default."""

@@ -9,10 +9,10 @@ from torch import Tensor
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from ..moe.param_count import count
+from .config_mapping import read_config
 from .families import Family
-from .folder import DTYPES, Folder, open_file, open_folder
-from .plan import Planned, copies, read_plan
-from .translate import read_config
+from .hf_folder import DTYPES, Folder, open_file, open_folder
+from .weight_plan import Planned, copies, read_plan
 
 
 class Source(NamedTuple):
@@ -85,3 +85,23 @@ def _one(folder: Folder, name: str) -> Tensor:
     """Opened for each tensor: an open file keeps all pages that were ever read from it in memory."""
     with open_file(folder.path / folder.tensors[name].file) as file:
         return file.get_tensor(name)
+
+
+# A Hugging Face folder as a model on one device.
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""Of activations and products."""
+
+
+def load_folder(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Transformer:
+    """The model of the folder `path`, whole on `device`, in evaluation mode.
+
+    Raises ValueError, one line, for what cannot be expressed or does not match.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
+    source = open_source(Path(path))
+    with torch.device("meta"):
+        model = Transformer(source.model, PRECISIONS[precision])
+    model.load_state_dict(read_weights(source, dict(model.state_dict()), device), strict=True, assign=True)
+    return model.eval()

@@ -10,8 +10,8 @@ from ..checkpoint.store import save_checkpoint
 from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
 from ..parallel.shard import Held, whole
+from .load_weights import Source, open_source, read_weights
 from .plain import plain_model
-from .read import Source, open_source, read_weights
 from .tokenizer import adopt
 from .upcycle import Upcycle, upcycle, upcycled_config
 

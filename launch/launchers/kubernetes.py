@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..train.arguments import Arguments
-from ..train.config import Config
-from .handover import handed_to_cluster, job_name, say_not_started, submit
+from ...train.arguments import Arguments
+from ...train.config import Config
+from .cluster import handed_to_cluster, job_name, say_not_started, submit
 
 
 def start_train_job(config: Config, arguments: Arguments) -> int:
