@@ -24,8 +24,8 @@ from ..parallel.apply import build_dispatcher
 from ..parallel.collectives import sum_over
 from ..parallel.config import Exchange, ParallelConfig
 from ..parallel.mesh import Axis, build_mesh
-from .start import answer, join, on_ranks
-from .traffic import Traffic
+from .comm_trace import Traffic
+from .processes import answer, join, on_ranks
 
 V3 = RouterConfig(score=Score.sigmoid, groups=8, top_groups=4, group_score=GroupScore.top2, scale=2.5)
 ROUTINGS = {

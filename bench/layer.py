@@ -21,9 +21,8 @@ from ..moe import dispatch, layer
 from ..moe import experts as expert_function
 from ..moe.scoring import Choice
 from ..train.allocator import restart_with_kept_memory
-from .figures import Ratio, markdown, ratio
 from .shapes import Shape, our_layer
-from .turns import take_turns
+from .timing import Ratio, markdown, ratio, take_turns
 
 PARTS = {
     "route": ((layer.Router, "forward"),),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.feedforward import FeedForward
-from .figures import markdown
 from .layer import SHAPES, TINY
 from .shapes import Shape, our_layer
+from .timing import markdown
 
 FINE = Shape(width=512, hidden=256, experts=64, top_k=8, tokens=4096)
 TOKENS = 509

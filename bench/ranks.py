@@ -21,9 +21,9 @@ from ..parallel.process_group import wait_for_all
 from ..train.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session
-from .figures import markdown, rotated, spread
-from .stamps import Split, Stamp, split_times, stamped
-from .start import Side, join
+from .comm_trace import Split, Stamp, split_times, stamped
+from .processes import Side, join
+from .timing import markdown, rotated, spread
 
 RUN = [
     "tracker=jsonl",

@@ -23,7 +23,7 @@ from ..train.journal import Journal
 from ..train.run import single_step
 from ..train.session import open_session
 from ..train.telemetry.watch import Watch
-from .figures import rotated
+from .timing import rotated
 
 TIERS = ("none", "brief", "detailed")
 

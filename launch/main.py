@@ -167,7 +167,7 @@ def watch(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--port", type=port, default=8808, help="0 takes a free one (%(default)s)")
     arguments = parser.parse_args(argv)
-    from ..report.watch import watch_command
+    from ..report.server import watch_command
 
     return watch_command(arguments)
 

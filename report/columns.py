@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .tail import Record, RunError
+from .journal_reader import Record, RunError
 
 
 class Column(NamedTuple):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..train.complain import complain, printable
+from .journal_reader import RunError
 from .page import page
 from .payload import payload
 from .run import Run
-from .tail import RunError
 
 
 def report_command(arguments: Namespace) -> int:

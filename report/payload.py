@@ -1,16 +1,63 @@
 """What the page is told: one object of plain values for each run. The JavaScript in page/ draws nothing that is not in it."""
 
+import base64
 import math
 from typing import Any
 
 import numpy as np
 
-from . import codes
+from ..train.config import Config, ConfigError
+from ..train.params import count
+from ..train.plain import config_from_plain, plain_config
+from ..train.schema import is_mapping
 from .columns import line, rounded
+from .headline import is_trouble, last_validation, named, state, verdict
 from .run import Run
-from .settings import described
 from .telemetry import Sums, Telemetry, max_over_mean
-from .verdict import is_trouble, last_validation, named, state, verdict
+
+# The configuration for the page: what differs from the defaults first; and what the model holds, by part.
+
+PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head", "mtp")
+
+
+def described(plain: dict[str, Any]) -> dict[str, Any]:
+    """`settings`: rows of key, value, default (None for a key that the defaults lack) and whether it differs; `parameters`."""
+    defaults = dict(leaves(plain_config(Config())))
+    rows = [
+        {"key": key, "value": text(value), "default": text(defaults[key]) if key in defaults else None}
+        for key, value in leaves(plain)
+    ]
+    for row in rows:
+        row["changed"] = row["value"] != row["default"]
+    return {"settings": rows, "parameters": parameters(plain)}
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Each setting with its dotted key."""
+    found = []
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        found += leaves(value, f"{name}.") if isinstance(value, dict) and not is_mapping(name) else [(name, value)]
+    return found
+
+
+def text(value: Any) -> str:
+    """As YAML writes it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def parameters(plain: dict[str, Any]) -> dict[str, Any] | None:
+    """Total, active and by part; None for a configuration that this version does not know."""
+    if not isinstance(plain.get("model"), dict):
+        return None
+    try:
+        found = count(config_from_plain({"model": plain["model"]}).model)
+    except (ConfigError, ArithmeticError, LookupError, TypeError):
+        return None
+    parts = {part: [getattr(found, part), found.active_experts if part == "experts" else getattr(found, part)] for part in PARTS}
+    return {"total": found.total, "active": found.active, "parts": {part: both for part, both in parts.items() if both[0]}}
+
 
 MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 """Columns that are drawn with more points than the others."""
@@ -119,7 +166,7 @@ def routing(telemetry: Telemetry) -> dict[str, Any]:
         "frames": [[frame.first, frame.last] for frame in telemetry.frames],
         "recent": [window.first, window.last] if several else None,
         "balance": balance(window),
-        "load": codes.ratios(np.stack([shares(frame.counts_LE) for frame in shown]), telemetry.experts),
+        "load": quantize_ratios(np.stack([shares(frame.counts_LE) for frame in shown]), telemetry.experts),
         "by_layer": by_layer(telemetry.frames),
         "kinds": {kind: split(telemetry, kind) for kind in ("classes", "sources") if telemetry.of_kind(kind)},
         **latest(telemetry),
@@ -162,10 +209,10 @@ def latest(telemetry: Telemetry) -> dict[str, Any]:
     for name in ("bias_LE", "grad_norm_LE"):
         if name in telemetry.latest:
             table = telemetry.latest[name]
-            found[name] = codes.amounts(table, *((-widest(table), widest(table)) if name == "bias_LE" else (0.0, None)))
+            found[name] = quantize_amounts(table, *((-widest(table), widest(table)) if name == "bias_LE" else (0.0, None)))
     together, alike = telemetry.latest.get("coactivation", {}), telemetry.latest.get("similarity", {})
-    found["coactivation"] = {layer: codes.ratios(partners(table), telemetry.experts) for layer, table in together.items()}
-    found["similarity"] = {layer: codes.amounts(table, -1.0, 1.0) for layer, table in alike.items()}
+    found["coactivation"] = {layer: quantize_ratios(partners(table), telemetry.experts) for layer, table in together.items()}
+    found["similarity"] = {layer: quantize_amounts(table, -1.0, 1.0) for layer, table in alike.items()}
     found["vocabulary"] = vocabulary(telemetry.latest.get("vocabulary", {}))
     return found
 
@@ -194,3 +241,34 @@ def partners(table_EE: Any) -> np.ndarray:
     ratio = np.divide(counts * (len(counts) - 1), total, out=np.full(counts.shape, np.nan), where=total > 0)
     np.fill_diagonal(ratio, np.nan)
     return ratio
+
+
+# Tables of numbers as text of one byte each, which is what a heat map can show: 256 colours.
+
+STEPS = 253
+"""Codes 1 to 254 are values from lowest to highest; 0 is none at all (an expert without a token), 255 is not known."""
+LOWEST_RATIO = 1 / 32
+
+
+def quantize_ratios(values: np.ndarray, highest: float) -> dict[str, Any]:
+    """Multiples of an even share, on a logarithmic scale from 1/32 to `highest`; 0 is kept apart."""
+    low, high = np.log2(LOWEST_RATIO), np.log2(max(highest, 4.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = (np.log2(values) - low) / (high - low)
+    return _coded(values, place, values == 0) | {"log": True, "low": float(low), "high": float(high)}
+
+
+def quantize_amounts(values: np.ndarray, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    """Plain numbers on a linear scale between their extremes, or those given."""
+    finite = values[np.isfinite(values)]
+    low = float(finite.min()) if low is None and finite.size else low or 0.0
+    high = float(finite.max()) if high is None and finite.size else high or 0.0
+    place = (values - low) / (high - low if high > low else 1.0)
+    return _coded(values, place, np.zeros(values.shape, dtype=bool)) | {"log": False, "low": low, "high": high}
+
+
+def _coded(values: np.ndarray, place: np.ndarray, none: np.ndarray) -> dict[str, Any]:
+    known = np.isfinite(values)
+    codes = 1 + np.rint(np.clip(np.where(known & ~none, place, 0.0), 0.0, 1.0) * STEPS)
+    bytes_ = np.where(known, np.where(none, 0, codes), 255).astype(np.uint8).tobytes()
+    return {"shape": list(values.shape), "codes": base64.b64encode(bytes_).decode()}

@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint.bounded import read_regular
 from ..checkpoint.facts import DEEPEST, check_model_numbers, check_plain
 from .columns import Columns
-from .tail import Record, RunError, Tail
+from .journal_reader import Record, RunError, Tail
 from .telemetry import Telemetry
 
 LARGEST_CONFIG = 1 << 16

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .tail import Record, RunError
+from .journal_reader import Record, RunError
 
 FRAME_CELLS = 700_000
 """Layers x experts x frames that a page may hold."""

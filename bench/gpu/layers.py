@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..figures import Spread, spread
 from ..host_reads import host_reads
 from ..shapes import Shape, our_layer
-from ..turns import peak_bytes, take_turns
+from ..timing import Spread, peak_bytes, spread, take_turns
 from .contenders import DenseProducts, Forward, contenders
 from .tell import Absent, Teller
 

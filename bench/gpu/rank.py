@@ -13,11 +13,11 @@ import torch
 from ...parallel.config import ParallelConfig
 from ...parallel.mesh import build_mesh
 from ...parallel.object_collectives import from_all
+from ...parity.command import explained
 from ...parity.compare import Reference, assembled, compare, reference_of
+from ...parity.diagnose import judge, place
 from ...parity.layouts import Layout
 from ...parity.observe import Seen, observe
-from ...parity.report import explained
-from ...parity.verdict import judge, place
 from ...train.config import Config, Precision
 from .alone import MODEL, world
 from .layouts import LAYOUTS

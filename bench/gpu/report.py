@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..figures import markdown
+from ..timing import markdown
 from .parts import BY_NAME
 from .runner import Record
 

@@ -17,9 +17,8 @@ from ...train.optimizer import build_optimizer
 from ...train.params import training_bytes
 from ...train.peak import peak_flops
 from ...train.step import Rows, add_up, backward, count_totals, forward, train_step, update
-from ..figures import spread
 from ..host_reads import host_reads
-from ..turns import peak_bytes, take_turns, timed
+from ..timing import peak_bytes, spread, take_turns, timed
 from .alone import model_alone
 from .layers import forget, mebibytes, milliseconds, waits
 from .tell import Teller

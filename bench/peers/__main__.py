@@ -8,9 +8,9 @@ pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 triton (torchtitan ask
 import argparse
 import json
 
-from ..figures import markdown
+from ..timing import markdown
 from .cases import CASES, SIDES, sides_of
-from .turns import Line, Plan, measure
+from .runner import Line, Plan, measure
 
 
 def main() -> None:

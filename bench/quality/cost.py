@@ -13,7 +13,7 @@ from ...train.evaluate import evaluate_session
 from ...train.load import open_for_evaluation
 from ...train.run import single_step
 from ...train.session import Session, open_session
-from ..turns import take_turns
+from ..timing import take_turns
 from .plan import DENSE, settings
 from .runs import Lab
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...moe.param_count import count, training_flops_per_token
-from ..figures import markdown
+from ..timing import markdown
 from .curves import Curve, crossing, deviation
 from .plan import CHOOSERS, DENSE, TUNED, Plan, active, models
 from .runs import Lab

@@ -48,7 +48,7 @@ function bytesOf(text) {
   return bytes;
 }
 
-// A coded table (report/codes.py) as a function from a place to a number; 0 stays 0, what is not known is null.
+// A coded table (report/payload.py) as a function from a place to a number; 0 stays 0, what is not known is null.
 function decoder(coded) {
   const bytes = bytesOf(coded.codes);
   return place => {

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tokenyard.bench.comm_trace import Traffic
 from tokenyard.bench.dispatch import Line, measure, table
-from tokenyard.bench.traffic import Traffic
 from tokenyard.parallel.collectives import all_gather
 
 

@@ -12,7 +12,7 @@ from tokenyard.bench.gpu.kernels import Busy, busy
 from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
 from tokenyard.bench.gpu.tell import Teller
 from tokenyard.bench.shapes import Shape
-from tokenyard.bench.turns import take_turns
+from tokenyard.bench.timing import take_turns
 from tokenyard.moe.param_count import count
 
 CPU = torch.device("cpu")

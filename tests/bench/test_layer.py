@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tokenyard.bench.figures import ratio
 from tokenyard.bench.layer import PARTS, TINY, against_experts, against_skew, parts, skews, table
 from tokenyard.bench.memory import measure
+from tokenyard.bench.timing import ratio
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_run import TINY_RUN
+from tokenyard.bench.comm_trace import Stamp, split_times, stamped
 from tokenyard.bench.ranks import LAYOUTS, measure, parse, table
-from tokenyard.bench.stamps import Stamp, split_times, stamped
 
 
 def test_a_rank_that_comes_first_waits() -> None:

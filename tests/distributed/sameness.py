@@ -16,10 +16,10 @@ from tokenyard.parallel.apply import Parallel, local
 from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import layouts, observe
+from tokenyard.parity.command import explained
 from tokenyard.parity.compare import Reference, compare, reference_of
+from tokenyard.parity.diagnose import Verdict, judge, place
 from tokenyard.parity.finding import Finding, Key
-from tokenyard.parity.report import explained
-from tokenyard.parity.verdict import Verdict, judge, place
 from tokenyard.train.config import BatchConfig, Config, OptimizerConfig, Precision
 from tokenyard.train.session import build_parallel
 from tokenyard.train.step import Rows

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenyard.bench.two_hosts import Host, two_hosts
+from tokenyard.bench.nodes import Host, two_hosts
 
 RUN = ["debug=default", "device=cpu", "steps=3", "sample.prompt=''"]
 PORT = 29500

@@ -10,7 +10,7 @@ from browser import CHROMIUM, Browser
 from made_run import made_run, write
 from tokenyard.launch.main import main
 from tokenyard.report.run import Run
-from tokenyard.report.watch import Server, Watched
+from tokenyard.report.server import Server, Watched
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt install chromium")
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from made_run import made_run
 from tokenyard.launch.main import main
-from tokenyard.report import codes
-from tokenyard.report.payload import payload
+from tokenyard.report.payload import payload, quantize_ratios
 from tokenyard.report.pictures import decoded, plain, write_pictures
 from tokenyard.report.run import Run
 
@@ -36,7 +35,7 @@ def test_without_matplotlib_there_is_the_page_and_a_hint(
 
 def test_tables_are_read_back() -> None:
     values = np.array([[0.0, 1.0], [2.0, np.nan]])
-    assert decoded(codes.ratios(values, 8)) == pytest.approx(values, rel=0.02, nan_ok=True)
+    assert decoded(quantize_ratios(values, 8)) == pytest.approx(values, rel=0.02, nan_ok=True)
 
 
 def test_names_are_no_formulas() -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_run import made_run, telemetry, write
-from tokenyard.report import codes
 from tokenyard.report.columns import Column, Columns, line, smoothed, thinned
-from tokenyard.report.payload import by_layer, partners
+from tokenyard.report.journal_reader import Record, Tail
+from tokenyard.report.payload import by_layer, partners, quantize_amounts, quantize_ratios
 from tokenyard.report.run import Run
-from tokenyard.report.tail import Record, Tail
 from tokenyard.report.telemetry import MOST_FRAMES, Telemetry
 
 
@@ -125,12 +124,12 @@ def decoded(coded: dict) -> list[float | None]:
 
 def test_codes_tell_numbers_within_a_step() -> None:
     values = np.array([0.0, math.nan, 1 / 32, 1.0, 1.7, 64.0])
-    none, unknown, *others = decoded(codes.ratios(values, 64))
+    none, unknown, *others = decoded(quantize_ratios(values, 64))
     assert (none, unknown) == (0.0, None)
     assert others == pytest.approx(values[2:], rel=0.02)
     values = np.array([-0.3, 0.0, 0.41])
-    assert decoded(codes.amounts(values)) == pytest.approx(values, abs=0.71 / 253)
-    assert decoded(codes.amounts(np.array([0.5, 0.5]))) == pytest.approx([0.5, 0.5])
+    assert decoded(quantize_amounts(values)) == pytest.approx(values, abs=0.71 / 253)
+    assert decoded(quantize_amounts(np.array([0.5, 0.5]))) == pytest.approx([0.5, 0.5])
 
 
 def test_partners_are_over_an_even_choice() -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from made_run import made_run, write
 from tokenyard.launch.main import main
+from tokenyard.report.headline import verdict
 from tokenyard.report.page import digest, page
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
-from tokenyard.report.verdict import verdict
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from made_run import made_run, write
 from tokenyard.launch.main import main
 from tokenyard.report.run import Run
-from tokenyard.report.watch import Server, Watched
+from tokenyard.report.server import Server, Watched
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from ...train.allocator import SETTINGS
-from ..asked import Asked
-from ..figures import ratio
+from ..processes import Asked
+from ..timing import ratio
 from .cases import IMPORTS, Case, Side, groups, not_installed, refusal
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}

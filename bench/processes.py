@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,46 @@ import torch
 import torch.distributed as dist
 
 from ..train.allocator import SETTINGS
-from .asked import Asked
+
+# A process that answers lines of JSON with such lines, and sleeps in between. Needs no torch: parents of processes use it.
+
+
+class Asked:
+    """`python -m WORDS` with more `environment`. Its name is for messages."""
+
+    def __init__(self, name: str, words: list[str], environment: Mapping[str, str]) -> None:
+        self.name, self._complaints = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            env=os.environ | environment,
+            text=True,
+            bufsize=1,
+        )
+
+    def ask(self, call: Any) -> None:
+        """Does not wait."""
+        assert self._process.stdin is not None
+        print(json.dumps(call), file=self._process.stdin, flush=True)
+
+    def answer(self) -> Any:
+        """The next line. RuntimeError with its last words if it has ended."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._complaints.seek(0)
+        words = self._complaints.read().strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"{self.name} ended with code {self._process.wait()} and said: {words[-1]}")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+            assert stream is not None
+            stream.close()
 
 
 def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600.0) -> list[Any]:

@@ -15,10 +15,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from ..train.complain import one_line, printable
 from .command import refuse
+from .journal_reader import RunError
 from .page import page
 from .payload import payload
 from .run import Run
-from .tail import RunError
 
 ADDRESS = "127.0.0.1"
 COOKIE = "tokenyard"
