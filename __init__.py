@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .moe.model import Transformer
 
-__version__ = "0.1.0"
-__all__ = ["load_model"]
+__all__ = ["__version__", "load_model"]
 
 
 def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> "Transformer":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..parallel.process_group import wait_for_all
-from ..train.compose import compose
+from ..train.config.compose import compose
 from ..train.run import single_step
 from ..train.session import Session, open_session
 from .comm_trace import Split, Stamp, split_times, stamped

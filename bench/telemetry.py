@@ -17,8 +17,8 @@ import torch
 
 from ..moe import router
 from ..moe.router import Gauges, gauge
-from ..train.compose import compose
-from ..train.config import Config
+from ..train.config.compose import compose
+from ..train.config.config import Config
 from ..train.journal import Journal
 from ..train.run import single_step
 from ..train.session import open_session

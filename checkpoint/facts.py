@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..train.rules.intervals import INTERVALS, inside
+from ..moe.config import ModelConfig
+from ..ranges import inside, ranges
 from .bounded import brief
 
 DEEPEST = 32
@@ -82,9 +83,9 @@ def check_plain(value: Any, place: str, most: int = MOST_VALUES) -> None:
 
 def check_model_numbers(config: dict[str, Any]) -> None:
     """ValueError for a number of a plain configuration's model that is not where it must lie; other keys are not looked at."""
-    for key in (key for key in INTERVALS if key.startswith("model.")):
+    for key, interval in ranges(ModelConfig, "model.").items():
         value: Any = config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if type(value) in (int, float) and not inside(value, INTERVALS[key]):
-            raise ValueError(f"{key}={brief(value)}: must be in {INTERVALS[key]}")
+        if type(value) in (int, float) and not inside(value, interval):
+            raise ValueError(f"{key}={brief(value)}: must be in {interval}")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..ranges import within
+
 
 class Corpus(Enum):
     stdlib = "stdlib"
@@ -44,29 +46,29 @@ class DataConfig:
     """corpus=mix: a text for each source, as 'weight=0.7 corpus=jsonl path=web/*.jsonl.gz repeat=false'; weights are by tokens."""
     repeat: bool = True
     """Begin a new epoch at the end of the data; false stops there."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = field(default=0.05, metadata=within("(0, 1)"))
     """Share of the documents kept for validation, by a hash of the name, or of the text if streamed."""
     cache: str | None = None
     """Folder for trained tokenizers and tokenized corpora; null is $TOKENYARD_CACHE or ~/.cache/tokenyard."""
-    synthetic_documents: int = 512
+    synthetic_documents: int = field(default=512, metadata=within("[2, inf)"))
     """Documents of the synthetic corpus."""
-    window: int = 256
+    window: int = field(default=256, metadata=within("[1, inf)"))
     """Neighbouring rows of a shard that are shuffled among themselves, and read and tokenized together."""
-    open_shards: int = 8
+    open_shards: int = field(default=8, metadata=within("[1, inf)"))
     """Shards that are read in turns, a window of each; the order of the data depends on it."""
-    workers: int = 1
+    workers: int = field(default=1, metadata=within("[0, inf)"))
     """Threads of each rank that read and tokenize ahead; 0 reads when the step needs it."""
-    ahead: int = 2
+    ahead: int = field(default=2, metadata=within("[1, inf)"))
     """Windows of each open shard that are read ahead."""
-    longest_row: int = 8_000_000
+    longest_row: int = field(default=8_000_000, metadata=within("[1, inf)"))
     """Bytes of a document; a longer one is a bad row."""
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: float = field(default=0.001, metadata=within("[0, 1]"))
     """Share of bad rows above which the run stops; until then they are skipped and counted. The first 10 never stop it."""
-    max_failed_files: int = 0
+    max_failed_files: int = field(default=0, metadata=within("[0, inf)"))
     """Files of a source that may fail in an epoch: what can be read of them is. One more stops the run with exit code 65."""
-    patience_seconds: float = 240.0
+    patience_seconds: float = field(default=240.0, metadata=within("[0, inf)"))
     """How long to try again when a source does not answer, before the run stops with a checkpoint and exit code 75."""
-    stall_seconds: float = 30.0
+    stall_seconds: float = field(default=30.0, metadata=within("(0, inf)"))
     """A source that sends nothing for so long is asked again."""
     allow_change: bool = False
     """Go on from a checkpoint with other data: sources that it knows go on where they were, others begin."""
@@ -92,7 +94,7 @@ class TokenizerConfig:
     """An existing sentencepiece .model file, or a tokenizer.json; null trains a sentencepiece model."""
     end: str | None = None
     """huggingface: the token that ends a document; null finds the usual ones."""
-    pieces: int = 8192
+    pieces: int = field(default=8192, metadata=within("[260, inf)"))
     """Vocabulary of a tokenizer that is trained here."""
-    sample_bytes: int = 6_000_000
+    sample_bytes: int = field(default=6_000_000, metadata=within("[1, inf)"))
     """How much of the training documents it is trained on."""

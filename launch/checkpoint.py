@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..train.complain import complain, printable
+from ..train.config.complain import complain, printable
 from ..train.console.text import short
 from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser

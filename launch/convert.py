@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..train.complain import complain
+from ..train.config.complain import complain
 
 ASSIGNMENT = re.compile(r"(\w+)=(-?\d+)")
 UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..data.batches import GlobalBatches
 from ..data.build import Prepared
-from ..train.compose import compose
-from ..train.config import Config, ConfigError
-from ..train.validate import validate
+from ..train.config.compose import compose
+from ..train.config.config import Config, ConfigError
+from ..train.config.validate import validate
 from .parser import OneLineParser, positive
 
 

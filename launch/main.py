@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from .. import __version__
 from ..train.allocator import restart_with_kept_memory
-from ..train.complain import printable
-from ..train.redact import redact_tracebacks
+from ..train.config.complain import printable
+from ..train.config.redact import redact_tracebacks
 from ..train.survival.signals import SAVING, hold_back
+from ..version import __version__
 from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
 
 
@@ -93,7 +93,7 @@ def _unreadable(path: str) -> int:
     from pathlib import Path
 
     from ..train.checkpoint.stored_config import check_readable
-    from ..train.complain import complain
+    from ..train.config.complain import complain
 
     try:
         check_readable(Path(path))

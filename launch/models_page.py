@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..train.compose import CONF, compose
-from ..train.config import Config
+from ..train.config.compose import CONF, compose
+from ..train.config.config import Config
+from ..train.config.params import Count, count, facts
 from ..train.console.text import flops, short
-from ..train.params import Count, count, facts
 
 # What the makers of published models say about their size, with the source; docs/models.md sets it beside our counts.
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..train.command import refuse
-from ..train.compose import compose
-from ..train.config import Config, ConfigError
+from ..train.config.compose import compose
+from ..train.config.config import Config, ConfigError
+from ..train.config.environment import world_size
+from ..train.config.params import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
 from ..train.console.text import flops, short
-from ..train.environment import world_size
-from ..train.params import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")
 """In the order of the table; multi-token prediction comes below the sum."""

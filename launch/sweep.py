@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..train.arguments import Arguments
-from ..train.compose import check_arguments, one_line_errors
-from ..train.config import ConfigError
+from ..train.config.compose import Arguments, check_arguments, one_line_errors
+from ..train.config.config import ConfigError
+from ..train.config.overrides import Groups, halves, parse_override
+from ..train.config.schema import quoted
 from ..train.folder import new_run_folder
-from ..train.overrides import Groups, halves, parse_override
-from ..train.schema import quoted
 from ..train.show import hydra_application
 
 

@@ -1,12 +1,11 @@
 """`tokenyard train`: one process, ranks of our own, a job for a cluster, or a sweep of any of them."""
 
-from ..train.arguments import Arguments, parse_arguments
 from ..train.command import refuse, run_here
-from ..train.compose import compose_arguments
-from ..train.config import Config, ConfigError
-from ..train.environment import world_size
-from ..train.launch_config import Launcher
-from ..train.validate import validate
+from ..train.config.compose import Arguments, compose_arguments, parse_arguments
+from ..train.config.config import Config, ConfigError
+from ..train.config.environment import world_size
+from ..train.config.launch import Launcher
+from ..train.config.validate import validate
 
 
 def train(argv: list[str]) -> int:

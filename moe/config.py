@@ -6,6 +6,8 @@ One transformer whose parts are chosen here stands for every family; conf/model/
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..ranges import within
+
 # Which expert a token gets: the router, the balance of load and the capacity.
 
 
@@ -60,45 +62,45 @@ class RouterConfig:
     """Choose by logits, then softmax over the chosen alone (gpt-oss)."""
     normalize_top_k: bool = True
     """Divide the chosen scores by their sum, as Mixtral does; top_k = 1 never does (Switch), or its router would not learn."""
-    scale: float = 1.0
+    scale: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the chosen weights (DeepSeek's routed_scaling_factor)."""
     bias: bool = False
     """The router's projection has a bias (gpt-oss)."""
-    groups: int = 1
+    groups: int = field(default=1, metadata=within("[1, inf)"))
     """Groups of experts for group-limited selection (DeepSeek-V2); 1 is none."""
-    top_groups: int = 1
+    top_groups: int = field(default=1, metadata=within("[1, inf)"))
     """Groups that a token may choose from."""
     group_score: GroupScore = GroupScore.max
     """max (DeepSeek-V2) or the sum of the two best (DeepSeek-V3)."""
-    jitter: float = 0.0
+    jitter: float = field(default=0.0, metadata=within("[0, 1)"))
     """In training the router's input is multiplied by uniform noise from 1 - jitter to 1 + jitter (Switch)."""
     noise: bool = False
     """In training learned Gaussian noise is added to the logits (Shazeer 2017)."""
-    null_experts: int = 0
+    null_experts: int = field(default=0, metadata=within("[0, inf)"))
     """More experts that compute nothing: a token that chooses one has fewer real experts."""
 
 
 @dataclass
 class BalanceConfig:
-    coefficient: float = 0.01
+    coefficient: float = field(default=0.01, metadata=within("[0, inf)"))
     """Factor of the load-balance loss of each MoE layer (Switch Transformer, eq. 4); 0 turns it off."""
     scope: Scope = Scope.sequence
     """Of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
-    sequence_coefficient: float = 0.0
+    sequence_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
-    importance_coefficient: float = 0.0
+    importance_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of the squared coefficient of variation of importance and load (Shazeer 2017), in `scope`; 0 turns it off."""
-    bias_rate: float = 0.0
+    bias_rate: float = field(default=0.0, metadata=within("[0, inf)"))
     """Step of the auxiliary-loss-free expert bias (DeepSeek-V3: 0.001), once per optimizer step; 0 turns it off."""
 
 
 @dataclass
 class CapacityConfig:
-    factor: float | None = None
+    factor: float | None = field(default=None, metadata=within("(0, inf)"))
     """Rows an expert takes, as a multiple of an even share (GShard); null is dropless."""
-    evaluation_factor: float | None = None
+    evaluation_factor: float | None = field(default=None, metadata=within("(0, inf)"))
     """The same outside training; null is dropless."""
-    minimum: int = 1
+    minimum: int = field(default=1, metadata=within("[1, inf)"))
     """An expert always takes so many rows of a scope."""
     scope: Scope = Scope.sequence
     """The tokens that compete for an expert, in expert_choice too; with sequence and batch the layout decides nothing."""
@@ -143,33 +145,33 @@ class RopeScaling(Enum):
 
 @dataclass
 class RopeConfig:
-    theta: float = 10000.0
+    theta: float = field(default=10000.0, metadata=within("(1, inf)"))
     """Base of the wavelengths."""
-    fraction: float = 1.0
+    fraction: float = field(default=1.0, metadata=within("(0, 1]"))
     """Share of each head's width that is rotated."""
     interleaved: bool = False
     """Rotate neighbouring pairs (DeepSeek) instead of halves (Llama)."""
     scaling: RopeScaling = RopeScaling.none
     """Longer contexts than trained on: linear, yarn (Peng et al. 2023), llama3."""
-    factor: float = 1.0
+    factor: float = field(default=1.0, metadata=within("[1, inf)"))
     """How many times longer."""
-    original_length: int = 4096
+    original_length: int = field(default=4096, metadata=within("[1, inf)"))
     """Context length before scaling."""
-    beta_fast: float = 32.0
+    beta_fast: float = field(default=32.0, metadata=within("(0, inf)"))
     """yarn: wavelengths that turn more often in the original context are kept."""
-    beta_slow: float = 1.0
+    beta_slow: float = field(default=1.0, metadata=within("(0, inf)"))
     """yarn: wavelengths that turn less often are interpolated."""
-    attention_factor: float | None = None
+    attention_factor: float | None = field(default=None, metadata=within("(0, inf)"))
     """yarn: factor of cosines and sines; null is 0.1 ln(factor) + 1."""
-    mscale: float = 0.0
+    mscale: float = field(default=0.0, metadata=within("[0, inf)"))
     """yarn in DeepSeek: weight of the logarithm in the factor of cosines and sines; 0 for none."""
-    mscale_all: float = 0.0
+    mscale_all: float = field(default=0.0, metadata=within("[0, inf)"))
     """yarn in DeepSeek: the same for the attention's scale, squared; 0 for none."""
     truncate: bool = True
     """yarn: round the bounds of the ramp to whole dimensions (gpt-oss does not)."""
-    low_frequency_factor: float = 1.0
+    low_frequency_factor: float = field(default=1.0, metadata=within("(0, inf)"))
     """llama3: below this many turns a wavelength is interpolated."""
-    high_frequency_factor: float = 4.0
+    high_frequency_factor: float = field(default=4.0, metadata=within("(0, inf)"))
     """llama3: above this many turns a wavelength is kept."""
 
 
@@ -177,15 +179,15 @@ class RopeConfig:
 class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2), for attention.kind=mla."""
 
-    q_rank: int | None = None
+    q_rank: int | None = field(default=None, metadata=within("[1, 1048576]"))
     """Width of the latent of queries; null projects them directly (V2-Lite)."""
-    kv_rank: int = 64
+    kv_rank: int = field(default=64, metadata=within("[1, 1048576]"))
     """Width of the latent of keys and values, which is all that a cache keeps beside one rotary key."""
-    nope_width: int = 32
+    nope_width: int = field(default=32, metadata=within("[1, 65536]"))
     """Width of a head's part without rotary embedding."""
-    rope_width: int = 16
+    rope_width: int = field(default=16, metadata=within("[2, 65536]"))
     """Width of a head's rotary part, whose key all heads share."""
-    value_width: int = 32
+    value_width: int = field(default=32, metadata=within("[1, 65536]"))
     """Width of a head's value."""
 
 
@@ -199,15 +201,15 @@ class AttentionConfig:
     """Projections to queries, keys and values have biases."""
     output_bias: bool = False
     """The projection back has a bias."""
-    window: int | None = None
+    window: int | None = field(default=None, metadata=within("[1, inf)"))
     """A token sees so many tokens, itself included; null is all before it."""
-    window_every: int = 1
+    window_every: int = field(default=1, metadata=within("[1, inf)"))
     """Of every so many layers all but the last have the window (2: alternating, the first has it); 1: all layers."""
     sinks: bool = False
     """Each head has a learned logit that takes probability and gives nothing (gpt-oss)."""
-    softcap: float | None = None
+    softcap: float | None = field(default=None, metadata=within("(0, inf)"))
     """Logits become cap * tanh(logits / cap) (Grok, Gemma 2)."""
-    scale: float | None = None
+    scale: float | None = field(default=None, metadata=within("(0, inf)"))
     """Factor of the logits; null is 1 / sqrt(width of a head)."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
@@ -247,13 +249,13 @@ class Activation(Enum):
 
 @dataclass
 class MoEConfig:
-    experts: int = 8
+    experts: int = field(default=8, metadata=within("[0, 65536]"))
     """Routed experts per MoE layer; 0 makes every layer dense."""
-    top_k: int = 2
+    top_k: int = field(default=2, metadata=within("[1, inf)"))
     """Experts that each token chooses."""
-    hidden: int = 256
+    hidden: int = field(default=256, metadata=within("[1, 16777216]"))
     """Hidden width of one routed expert."""
-    shared_hidden: int = 0
+    shared_hidden: int = field(default=0, metadata=within("[0, 16777216]"))
     """Hidden width of the expert that every token passes (DeepSeekMoE); 0 for none."""
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate of the token (Qwen2-MoE)."""
@@ -263,50 +265,50 @@ class MoEConfig:
     """The experts' projections have biases (gpt-oss)."""
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    z_coefficient: float = 0.001
+    z_coefficient: float = field(default=0.001, metadata=within("[0, inf)"))
     """Factor of the router z-loss of each MoE layer (ST-MoE, eq. 5); 0 turns it off."""
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
 
 
 @dataclass
 class ModelConfig:
-    layers: int = 4
+    layers: int = field(default=4, metadata=within("[1, 1024]"))
     """Transformer blocks."""
-    width: int = 128
+    width: int = field(default=128, metadata=within("[1, 1048576]"))
     """Width of the residual stream (d_model)."""
-    heads: int = 8
+    heads: int = field(default=8, metadata=within("[1, 65536]"))
     """Query heads."""
-    kv_heads: int = 4
+    kv_heads: int = field(default=4, metadata=within("[1, 65536]"))
     """Key and value heads (grouped-query attention); must divide heads."""
-    head_width: int | None = None
+    head_width: int | None = field(default=None, metadata=within("[1, 65536]"))
     """Width of one head; null is width / heads."""
-    hidden: int = 512
+    hidden: int = field(default=512, metadata=within("[1, 16777216]"))
     """Hidden width of the feed-forward of dense layers."""
     activation: Activation = Activation.swiglu
     """Function of dense layers and of the shared expert."""
-    vocabulary: int = 8192
+    vocabulary: int = field(default=8192, metadata=within("[1, 16777216]"))
     """Rows of the embedding; the tokenizer must not have more pieces."""
-    dense_first: int = 0
+    dense_first: int = field(default=0, metadata=within("[0, 1024]"))
     """The first so many layers are dense (DeepSeek)."""
-    moe_every: int = 1
+    moe_every: int = field(default=1, metadata=within("[1, inf)"))
     """Of the remaining layers every so-many-th has experts, the others are dense (GShard uses 2)."""
     tie_embeddings: bool = False
     """The output head uses the embedding's weights."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = field(default=1e-5, metadata=within("(0, inf)"))
     """Added to the mean square in RMSNorm."""
     sandwich_norms: bool = False
     """RMSNorm also after attention and feed-forward, before the residual addition (Grok, Gemma 2)."""
-    embedding_multiplier: float = 1.0
+    embedding_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the embedding's output (Grok)."""
-    output_multiplier: float = 1.0
+    output_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the logits (Grok)."""
-    output_softcap: float | None = None
+    output_softcap: float | None = field(default=None, metadata=within("(0, inf)"))
     """The model's logits become cap * tanh(logits / cap)."""
-    init_std: float = 0.02
+    init_std: float = field(default=0.02, metadata=within("(0, inf)"))
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 * layers) (GPT-2)."""
-    mtp_depth: int = 0
+    mtp_depth: int = field(default=0, metadata=within("[0, 64]"))
     """Multi-token prediction modules in training (DeepSeek-V3, section 2.2): each predicts one token further."""
-    mtp_coefficient: float = 0.3
+    mtp_coefficient: float = field(default=0.3, metadata=within("[0, inf)"))
     """Factor of the mean of their cross entropies."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

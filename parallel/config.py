@@ -1,7 +1,9 @@
 """How many ways the work is split. What can be derived (the ranks that replicate) is not a setting."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from ..ranges import within
 
 
 class Exchange(Enum):
@@ -15,24 +17,24 @@ class Exchange(Enum):
 
 @dataclass
 class ParallelConfig:
-    tensor: int = 1
+    tensor: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks that share each dense layer's weights and each sequence (tensor and sequence parallelism)."""
-    shard: int = 1
+    shard: int = field(default=1, metadata=within("[1, inf)"))
     """Ways in which FSDP2 shards parameters, gradients and optimizer state; the remaining data ranks replicate."""
-    zero: int = 3
+    zero: int = field(default=3, metadata=within("[1, 3]"))
     """What FSDP2 keeps whole within a step, as ZeRO-3, -2 or -1. 3: nothing, weights are gathered for each pass; 2: weights;
     1: weights, and gradients until the last micro-batch, which alone reduces them."""
-    expert: int = 1
+    expert: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks that share each MoE layer's experts; laid over data x tensor ranks, so it costs no ranks of its own."""
-    expert_tensor: int = 1
+    expert_tensor: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks that share each expert's hidden columns; laid over data x tensor ranks too, neighbours inside an expert group."""
     exchange: Exchange = Exchange.plain
     """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); or all tokens (gather)."""
-    node_ranks: int | None = None
+    node_ranks: int | None = field(default=None, metadata=within("[1, inf)"))
     """Ranks of a node, for exchange=hierarchical; null is the launcher's number of local ranks."""
-    overlap_chunks: int = 1
+    overlap_chunks: int = field(default=1, metadata=within("[1, inf)"))
     """Cut a rank's tokens into so many chunks, so that the experts work on one while the next one travels."""
     recompute: bool = False
     """Activation checkpointing: keep only each block's input and compute the block again in the backward pass."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = field(default=600.0, metadata=within("(0, inf)"))
     """A collective that has not completed after this long ends the job."""

@@ -85,6 +85,6 @@ class Mesh:
 
 
 def build_mesh(config: ParallelConfig) -> Mesh:
-    """The meshes of the current world (train/validate.py has refused what does not divide)."""
+    """The meshes of the current world (train/config/validate.py has refused what does not divide)."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     return Mesh(world, rank, mesh_sizes(config, world))

@@ -8,9 +8,9 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from ..train.command import refuse
-from ..train.compose import compose
-from ..train.config import Config, ConfigError
-from ..train.plain import plain_config
+from ..train.config.compose import compose
+from ..train.config.config import Config, ConfigError
+from ..train.config.serialize import plain_config
 from .config import TOLERANCE, ParityConfig, split_settings
 from .diagnose import Verdict, judge, layer_of, place
 from .finding import KINDS, Finding

@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from ..train.config import ConfigError
-from ..train.schema import nearest_key, written
+from ..train.config.config import ConfigError
+from ..train.config.schema import nearest_key, written
 
 TOLERANCE = 1e-9
 """Largest relative difference, in fp64, that rounding in another order may make."""

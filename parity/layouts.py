@@ -10,11 +10,11 @@ from typing import Any
 from ..data.config import TokenizerConfig
 from ..moe.config import MoEConfig, Scope, Selection
 from ..parallel.config import Exchange, ParallelConfig
-from ..train.compose import compose
-from ..train.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
-from ..train.rules.rules import broken_rules
-from ..train.schema import written
-from ..train.validate import nearest_valid
+from ..train.config.compose import compose
+from ..train.config.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
+from ..train.config.rules.rules import broken_rules
+from ..train.config.schema import written
+from ..train.config.validate import nearest_valid
 
 DEGREES = ("shard", "tensor", "expert", "expert_tensor")
 """The settings of `parallel` that say over how many ranks something is spread, those that there are."""

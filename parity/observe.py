@@ -17,7 +17,7 @@ from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
 from ..parallel.shard import Piece, whole
 from ..parallel.streams import on_device
-from ..train.config import Config
+from ..train.config.config import Config
 from ..train.optimizer import build_optimizer
 from ..train.session import build_parallel
 from ..train.step import Rows, StepNumbers, clip_factor, train_step

@@ -5,7 +5,7 @@ import math
 
 from ..moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig
 from ..moe.param_count import head_width
-from ..train.config import Config
+from ..train.config.config import Config
 
 LENGTH, VOCABULARY, WIDTH, HIDDEN = 32, 64, 32, 32
 CLIP_NORM = 0.05

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..parallel.mesh import build_mesh
-from ..train.config import Config
-from ..train.plain import config_from_plain, plain_config
+from ..train.config.config import Config
+from ..train.config.serialize import config_from_plain, plain_config
 from .compare import Reference, compare, reference_of
 from .finding import Key
 from .observe import observe

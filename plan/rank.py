@@ -16,7 +16,7 @@ from ..moe.device import dry_run
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, parallelize
 from ..parallel.mesh import build_mesh
-from ..train.config import Config
+from ..train.config.config import Config
 from ..train.engine import Engine, build_engine
 from ..train.session import DTYPES
 from ..train.step import Rows, StepNumbers

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..train.complain import complain, printable
+from ..train.config.complain import complain, printable
 from .journal_reader import RunError
 from .page import page
 from .payload import payload

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..train.config import Config, ConfigError
-from ..train.params import count
-from ..train.plain import config_from_plain, plain_config
-from ..train.schema import is_mapping
+from ..train.config.config import Config, ConfigError
+from ..train.config.params import count
+from ..train.config.schema import is_mapping
+from ..train.config.serialize import config_from_plain, plain_config
 from .columns import line, rounded
 from .headline import is_trouble, last_validation, named, state, verdict
 from .run import Run

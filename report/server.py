@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ..train.complain import one_line, printable
+from ..train.config.complain import one_line, printable
 from .command import refuse
 from .journal_reader import RunError
 from .page import page

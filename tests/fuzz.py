@@ -28,9 +28,9 @@ from tokenyard.moe.param_shapes import shapes
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
 from tokenyard.train.checkpoint.stored_config import read_stored
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
-from tokenyard.train.plain import plain_config, write_config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
+from tokenyard.train.config.serialize import plain_config, write_config
 
 SECONDS, MEMORY = 5, 500 << 20
 """Of a case: processor time, and bytes beyond what the imports take."""

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.journal import read_journal
 from tokenyard.train.run import run
 

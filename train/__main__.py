@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from .allocator import restart_with_kept_memory
 from .command import train_command
-from .redact import redact_tracebacks
+from .config.redact import redact_tracebacks
 from .survival.family import end_with_launcher
 
 

@@ -4,13 +4,12 @@ import os
 import sys
 import time
 
-from .arguments import parse_arguments
-from .complain import complain
-from .compose import compose_arguments
-from .config import Config, ConfigError
-from .environment import may_find_the_dead, world_size
+from .config.complain import complain
+from .config.compose import compose_arguments, parse_arguments
+from .config.config import Config, ConfigError
+from .config.environment import may_find_the_dead, world_size
+from .config.validate import validate
 from .survival.signals import ignore, listen
-from .validate import validate
 
 BAD_CONFIGURATION = 2
 """The exit code of a configuration that cannot run."""

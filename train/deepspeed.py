@@ -12,8 +12,8 @@ from ..parallel.apply import Parallel, Placed
 from ..parallel.collectives import sum_over
 from ..parallel.deepspeed import Fragment, Zero, own_group
 from ..parallel.shard import Held, Piece
-from .config import Config
-from .deepspeed_settings import deepspeed_settings
+from .config.config import Config
+from .config.deepspeed import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps

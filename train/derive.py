@@ -9,7 +9,7 @@ import logging
 import torch
 
 from ..moe.device import kind_of
-from .config import Config, Precision
+from .config.config import Config, Precision
 
 log = logging.getLogger("tokenyard")
 

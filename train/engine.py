@@ -9,8 +9,8 @@ import torch
 from ..moe.token_info import Place
 from ..parallel.apply import Parallel
 from ..parallel.shard import Held
-from .config import Config
-from .config import Engine as EngineKind
+from .config.config import Config
+from .config.config import Engine as EngineKind
 from .optimizer import build_optimizer
 from .state import held_state, set_optimizer_steps
 from .step import Rows, StepNumbers, train_step

@@ -8,7 +8,7 @@ import torch
 
 from ..data.batches import IGNORE
 from ..parallel.collectives import sum_over
-from .complain import complain
+from .config.complain import complain
 from .feed import as_rows
 from .loss import Totals
 from .session import Session

@@ -21,7 +21,7 @@ from ..parallel.object_collectives import from_all
 from ..parallel.process_group import is_first, wait_for_all
 from ..parallel.progress import doing
 from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
-from .config import Config
+from .config.config import Config
 from .step import Rows, valid_targets
 
 if TYPE_CHECKING:

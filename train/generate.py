@@ -10,8 +10,8 @@ from ..data.tokenizer import Tokenizer
 from ..moe.generate import generate
 from ..moe.model import Transformer
 from ..parallel.process_group import pick_device
-from .complain import complain, printable
-from .config import SampleConfig
+from .config.complain import complain, printable
+from .config.config import SampleConfig
 from .load import open_checkpoint
 
 

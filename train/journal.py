@@ -17,8 +17,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from .files import append_private, write_private
-from .redact import redact_plain
+from .config.private_files import append_private, write_private
+from .config.redact import redact_plain
 
 log = logging.getLogger("tokenyard")
 

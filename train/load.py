@@ -14,10 +14,10 @@ from ..moe.router import Router
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.resuming import as_checkpoint
 from .checkpoint.stored_config import read_stored
-from .config import Config, ConfigError, EngineConfig
+from .config.config import Config, ConfigError, EngineConfig
+from .config.schema import written
+from .config.serialize import config_from_plain, plain_config
 from .derive import derive, set_products
-from .plain import config_from_plain, plain_config
-from .schema import written
 from .session import DTYPES, Session, first_rank_first
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}

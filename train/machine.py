@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from .redact import redact_plain
+from ..version import __version__
+from .config.redact import redact_plain
 from .trackers.git import git_state
 
 LIBRARIES = ("deepspeed", "wandb", "sentencepiece", "numpy")

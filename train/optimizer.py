@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..parallel.apply import Parallel, Placed
-from .config import OptimizerConfig
+from .config.config import OptimizerConfig
 
 
 def build_optimizer(

@@ -11,27 +11,27 @@ from ..checkpoint.saver import Outcome
 from ..moe.device import kind_of
 from ..moe.param_count import count
 from ..parallel.object_collectives import from_all
+from .config.config import Tier
+from .config.environment import local_world_size
+from .config.private_files import CannotWrite, writing_to
+from .config.redact import RedactingFormatter
+from .config.serialize import shown_config, write_config
 from .console.console import Eta, fitting_spans
 from .console.layers import layer_lines
 from .console.startup import startup_lines
 from .console.summary import end_lines
 from .console.text import Printer, Span
-from .environment import local_world_size
 from .evaluate import Evaluation
-from .files import CannotWrite, writing_to
 from .journal import Journal
 from .logged import Late, Logged, OnHost
 from .machine import environment
 from .metrics import Meter
 from .peak import Peak, peak_flops
-from .plain import shown_config, write_config
-from .redact import RedactingFormatter
 from .run_facts import end_facts, startup_facts, step_result, train_command, validation_record
 from .session import DTYPES, Session
 from .survival.accounting import Accounting, in_words
 from .survival.exit_codes import ExitCode
 from .telemetry.alarms import TITLES, Alarms
-from .telemetry.config import Tier
 from .telemetry.watch import table_due
 from .trackers.git import git_state
 from .trackers.trackers import build_trackers, run_identity

@@ -12,12 +12,12 @@ from ..parallel.process_group import is_first, join, leave, pick_device
 from ..parallel.progress import check_before_collectives, doing
 from .checkpoint.checkpointing import SaveFailed
 from .checkpoint.saving import keep, settle
-from .config import Config
+from .config.config import Config
+from .config.private_files import CannotWrite
+from .config.redact import redact
 from .evaluate import Evaluation, evaluate_session
 from .feed import tell_findings
-from .files import CannotWrite
 from .logged import Logged, Stopwatch
-from .redact import redact
 from .reporter import OtherRank, Reporter, build_reporter, set_up_logging
 from .schedule import learning_rate_factor
 from .session import Session, open_session

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from ..moe.param_count import count
-from .compose import compose
-from .config import Config
+from .config.compose import compose
+from .config.config import Config
+from .config.serialize import changed_settings
 from .console.startup import StartupFacts
 from .console.summary import EndFacts
 from .derive import derive
 from .evaluate import Evaluation
 from .metrics import StepResult, auxiliary_metrics, count_metrics, load_metrics
 from .peak import Peak
-from .plain import changed_settings
 from .session import Session
 from .step import StepNumbers
 

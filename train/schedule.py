@@ -2,7 +2,7 @@
 
 import math
 
-from .config import ScheduleConfig, Shape
+from .config.config import ScheduleConfig, Shape
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:

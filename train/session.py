@@ -19,15 +19,15 @@ from ..parallel.object_collectives import from_first
 from .checkpoint.checkpointing import build_saver
 from .checkpoint.lock import RunLock, lock_run
 from .checkpoint.resuming import find_resume, keep_timeline, note, resume
-from .config import Config, ConfigError, Precision
+from .config.config import Config, ConfigError, Precision
+from .config.private_files import writing_to
+from .config.serialize import shown_config
+from .config.validate import check_rules
 from .derive import derive, set_products
 from .engine import Engine, build_engine
 from .feed import Feed, data_world, open_together
-from .files import writing_to
 from .folder import new_run_folder
-from .plain import shown_config
 from .survival.lone_failure import remove_note
-from .validate import check_rules
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 

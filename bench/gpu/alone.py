@@ -24,7 +24,7 @@ from ...parallel.layout import DENSE, EXPERTS, mesh_sizes
 from ...parallel.mesh import Axis, Mesh
 from ...parity.compare import assembled
 from ...parity.observe import observe_model
-from ...train.config import Precision
+from ...train.config.config import Precision
 from ...train.session import DTYPES
 from .choices import Choices, again, kept
 from .models import LIMITS, configured, furthest

@@ -8,7 +8,7 @@ import torch
 from ...parallel.apply import initialise
 from ...parity.compare import assembled
 from ...parity.observe import observe_model
-from ...train.config import Precision
+from ...train.config.config import Precision
 from ...train.session import DTYPES
 from .alone import MODEL, model_alone
 from .choices import Choices, again, kept

@@ -11,7 +11,7 @@ from ...moe.config import ModelConfig
 from ...parity.compare import assembled
 from ...parity.finding import KINDS, Key
 from ...parity.observe import Seen, observe
-from ...train.config import BatchConfig, Config, OptimizerConfig, Precision
+from ...train.config.config import BatchConfig, Config, OptimizerConfig, Precision
 from .choices import Choices, again, kept
 from .presets import preset, tiny_presets
 from .router_cases import ROUTERS

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any
 
 from ...moe.config import ModelConfig
-from ...train.compose import CONF
+from ...train.config.compose import CONF
 from .tell import Absent
 
 FOLDER = CONF / "model"

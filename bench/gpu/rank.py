@@ -18,7 +18,7 @@ from ...parity.compare import Reference, assembled, compare, reference_of
 from ...parity.diagnose import judge, place
 from ...parity.layouts import Layout
 from ...parity.observe import Seen, observe
-from ...train.config import Config, Precision
+from ...train.config.config import Config, Precision
 from .alone import MODEL, world
 from .layouts import LAYOUTS
 from .models import configured

@@ -11,10 +11,10 @@ from ...moe.config import ModelConfig, MoEConfig
 from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel
 from ...parallel.gradients import squared_norm, summed_over_copies
-from ...train.config import OptimizerConfig, Precision
+from ...train.config.config import OptimizerConfig, Precision
+from ...train.config.params import training_bytes
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
-from ...train.params import training_bytes
 from ...train.peak import peak_flops
 from ...train.step import Rows, add_up, backward, count_totals, forward, train_step, update
 from ..host_reads import host_reads

@@ -20,7 +20,7 @@ from ...moe.config import ModelConfig
 from ...moe.init import reset_expert_biases
 from ...parallel.apply import Parallel
 from ...parallel.config import Exchange
-from ...train.config import OptimizerConfig
+from ...train.config.config import OptimizerConfig
 from ...train.optimizer import build_optimizer
 from ...train.step import Rows, train_step
 from ..host_reads import ROOT, host_reads

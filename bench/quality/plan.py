@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...moe.config import ModelConfig
 from ...moe.param_count import count
-from ...train.compose import compose
+from ...train.config.compose import compose
 
 BOUND = 0.02
 """By which a variant's active parameters may differ from the dense model's."""

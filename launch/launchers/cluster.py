@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ...train.arguments import Arguments
-from ...train.config import Config, ConfigError, Precision
-from ...train.overrides import halves
+from ...train.config.compose import Arguments
+from ...train.config.config import Config, ConfigError, Precision
+from ...train.config.overrides import halves
 
 
 def handed_on(arguments: Arguments) -> list[str]:

@@ -5,11 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from ...train.arguments import Arguments
-from ...train.config import Config, ConfigError
-from ...train.files import write_private
+from ...train.config.compose import Arguments
+from ...train.config.config import Config, ConfigError
+from ...train.config.private_files import write_private
+from ...train.config.schema import quoted
 from ...train.folder import new_run_folder
-from ...train.schema import quoted
 from .cluster import handed_on, handed_to_cluster, joined, say_not_started, submit
 
 PORT = 29500

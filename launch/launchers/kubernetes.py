@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ...train.arguments import Arguments
-from ...train.config import Config
+from ...train.config.compose import Arguments
+from ...train.config.config import Config
 from .cluster import handed_to_cluster, job_name, say_not_started, submit
 
 

@@ -4,10 +4,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from ...train.arguments import Arguments
-from ...train.config import Config
-from ...train.files import write_private
-from ...train.redact import redact
+from ...train.config.compose import Arguments
+from ...train.config.config import Config
+from ...train.config.private_files import write_private
+from ...train.config.redact import redact
 from .cluster import handed_to_cluster, job_name, joined, say_not_started, submit
 
 

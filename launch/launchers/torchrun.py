@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ...train.config import Config, ConfigError
+from ...train.config.config import Config, ConfigError
+from ...train.config.schema import quoted
 from ...train.folder import new_run_folder
-from ...train.schema import quoted
 from ...train.survival.family import LAUNCHER
 from ...train.survival.signals import SAVING, STOPPING, held_back
 

@@ -16,8 +16,8 @@ from tokenyard.checkpoint.host_copies import Copies
 from tokenyard.moe import experts as expert_function
 from tokenyard.moe import experts as grouped
 from tokenyard.moe import router
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, Precision
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config, Precision
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from tokenyard.train.compose import CONF, compose
-from tokenyard.train.config import Config
-from tokenyard.train.overrides import find_groups
-from tokenyard.train.schema import written
-from tokenyard.train.validate import validate
+from tokenyard.train.config.compose import CONF, compose
+from tokenyard.train.config.config import Config
+from tokenyard.train.config.overrides import find_groups
+from tokenyard.train.config.schema import written
+from tokenyard.train.config.validate import validate
 
 GROUPS = {
     "model",

@@ -11,7 +11,7 @@ import tokenyard
 from tokenyard.launch.models_page import CARDS, models_page, unit
 from tokenyard.moe.config import ModelConfig
 from tokenyard.moe.param_count import count
-from tokenyard.train.compose import CONF, compose
+from tokenyard.train.config.compose import CONF, compose
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 TINY = {

@@ -15,8 +15,8 @@ from tokenyard.parallel.config import Exchange
 from tokenyard.parallel.streams import copy_to_host, host_memory
 from tokenyard.plan.ledger import Collective, UnknownNumbers
 from tokenyard.plan.rank import DryRank, dry_rank
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
 from tokenyard.train.telemetry.watch import Watch
 
 MICRO_BATCHES = 2

@@ -2,7 +2,7 @@
 
 import pytest
 from operators import layer_operators
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 RANKS = 8
 

@@ -20,7 +20,7 @@ from tokenyard.parity.command import explained
 from tokenyard.parity.compare import Reference, compare, reference_of
 from tokenyard.parity.diagnose import Verdict, judge, place
 from tokenyard.parity.finding import Finding, Key
-from tokenyard.train.config import BatchConfig, Config, OptimizerConfig, Precision
+from tokenyard.train.config.config import BatchConfig, Config, OptimizerConfig, Precision
 from tokenyard.train.session import build_parallel
 from tokenyard.train.step import Rows
 

@@ -29,7 +29,7 @@ from tokenyard.moe.config import (
     RopeConfig,
     RopeScaling,
 )
-from tokenyard.train.config import Precision
+from tokenyard.train.config.config import Precision
 
 LAYOUTS = {
     "tensor 2": Layout(2, tensor=2),

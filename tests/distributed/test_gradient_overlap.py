@@ -14,7 +14,7 @@ from tokenyard.parallel.apply import Parallel
 from tokenyard.parallel.collective_check import compare
 from tokenyard.parallel.progress import check_before_collectives
 from tokenyard.train import step
-from tokenyard.train.config import OptimizerConfig
+from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,7 +8,7 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import local, parallelize
 from tokenyard.parallel.layout import rank_shapes
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 MODELS = ["tiny_mixtral", "tiny_deepseek_v3", "tiny_qwen2_moe", "tiny_gpt_oss", "tiny_olmoe", "tiny_grok"]
 LAYOUTS = [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import TINY_RUN
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.logged import Logged
 from tokenyard.train.reporter import Reporter
 from tokenyard.train.run import train

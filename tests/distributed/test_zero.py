@@ -18,7 +18,7 @@ from sameness import (
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.parallel.apply import Parallel
 from tokenyard.parallel.dispatch import all_to_all as plain
-from tokenyard.train.config import OptimizerConfig
+from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
 from tokenyard.train.step import head_losses, train_step
 from torch.distributed.tensor import DTensor

@@ -18,14 +18,13 @@ from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import split_settings
-from tokenyard.train.arguments import parse_arguments
-from tokenyard.train.compose import CONF, compose
-from tokenyard.train.launch_config import Launcher
-from tokenyard.train.overrides import Groups, find_groups, parse_override
-from tokenyard.train.plain import config_from_plain, plain_config
-from tokenyard.train.reference import reference
-from tokenyard.train.schema import settings
-from tokenyard.train.validate import validate
+from tokenyard.train.config.compose import CONF, compose, parse_arguments
+from tokenyard.train.config.launch import Launcher
+from tokenyard.train.config.overrides import Groups, find_groups, parse_override
+from tokenyard.train.config.reference import reference
+from tokenyard.train.config.schema import settings
+from tokenyard.train.config.serialize import config_from_plain, plain_config
+from tokenyard.train.config.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -176,7 +175,7 @@ def test_the_contract_is_shown() -> None:
 
 
 def test_configuration_is_up_to_date() -> None:
-    again = "python -m tokenyard.train.reference > docs/configuration.md"
+    again = "python -m tokenyard.train.config.reference > docs/configuration.md"
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), f"run {again}"
 
 

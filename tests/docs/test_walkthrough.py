@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "walkthrough.md").read_text()

@@ -7,8 +7,8 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard.checkpoint.folder import checkpoints_in, step_of
 from tokenyard.checkpoint.store import read_whole
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
 from tokenyard.train.journal import read_journal
 
 CHECKPOINT_RUN = [

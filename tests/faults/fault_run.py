@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from tiny_run import TINY_RUN
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
 from tokenyard.train.journal import read_journal
 from tokenyard.train.session import Session
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from tokenyard.train.checkpoint.checkpointing import save
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
 from tokenyard.train.run import single_step
 from tokenyard.train.session import Session, open_session
 

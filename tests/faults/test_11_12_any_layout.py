@@ -15,7 +15,7 @@ from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.checkpoint.verify import check_all
 from tokenyard.parallel.shard import Held, Piece
 from tokenyard.train.checkpoint.checkpointing import save
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 

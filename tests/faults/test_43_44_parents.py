@@ -19,7 +19,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PULSE, collective, doing
 from tokenyard.train.checkpoint.lock import NAME, lock_run
-from tokenyard.train.config import ConfigError
+from tokenyard.train.config.config import ConfigError
 from tokenyard.train.survival import family
 from tokenyard.train.survival.blame import Verdict
 from tokenyard.train.survival.lone_failure import STACKS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses
 from tokenyard.parallel.apply import local
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import single_step, train_session
 from tokenyard.train.session import open_session

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tokenyard.interop.config_mapping import differences, read_config, write_config
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "published.json").read_text())
 """By preset."""

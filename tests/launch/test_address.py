@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from tokenyard.launch.launchers.torchrun import check_hosts, interface_of, is_first_here, is_own, own_address
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 ELSEWHERE = "192.0.2.1"
 """RFC 5737: an address that nobody has."""

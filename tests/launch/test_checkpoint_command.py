@@ -8,8 +8,8 @@ import torch
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.compose import compose
-from tokenyard.train.plain import plain_config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.serialize import plain_config
 
 FACTS = {"tokens": 4096, "ranks": 1, "layout": {"expert": 1}, "torch": "2.13", "validation_loss": 1.5}
 

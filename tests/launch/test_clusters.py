@@ -16,10 +16,9 @@ from tokenyard.launch.launchers.deepspeed import hostfile, one_host, several_hos
 from tokenyard.launch.launchers.kubernetes import as_yaml, train_job
 from tokenyard.launch.launchers.slurm import batch_script
 from tokenyard.launch.main import main
-from tokenyard.train.arguments import parse_arguments
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError
-from tokenyard.train.validate import validate
+from tokenyard.train.config.compose import compose, parse_arguments
+from tokenyard.train.config.config import Config, ConfigError
+from tokenyard.train.config.validate import validate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 SIZE = ["launch.nodes=2", "launch.ranks=8", "parallel.expert=8", "batch.sequences=128"]

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.launch.launchers.slurm import batch_script
-from tokenyard.train.arguments import parse_arguments
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose, parse_arguments
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 JOB = ["launch=slurm", "launch.nodes=2", "launch.ranks=8", "parallel.expert=8", "batch.sequences=128", "run.dir=runs/first"]

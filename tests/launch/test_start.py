@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from tokenyard.launch.launchers.torchrun import check_hosts
-from tokenyard.train.compose import compose
-from tokenyard.train.config import ConfigError
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import ConfigError
 
 NOTE = """
 import json, os, sys, types

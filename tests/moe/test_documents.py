@@ -5,7 +5,7 @@ import torch
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.token_info import documents_of, positions_of
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 END = 2
 PRESETS = ["tiny_mixtral", "tiny_deepseek_v2", "tiny_gpt_oss", "tiny_qwen3_moe"]

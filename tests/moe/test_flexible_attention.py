@@ -14,7 +14,7 @@ from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.rotary import rotary_turns
 from tokenyard.moe.softmax import Softmax
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torchs

@@ -7,7 +7,7 @@ import torch
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.param_count import count, part_of
 from tokenyard.moe.param_shapes import shapes
-from tokenyard.train.compose import CONF, compose
+from tokenyard.train.config.compose import CONF, compose
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 CHANGES = [

@@ -16,8 +16,8 @@ from tokenyard.parity.layouts import Layout, prepared
 from tokenyard.parity.observe import observe
 from tokenyard.parity.shrink import shrink
 from tokenyard.parity.worker import without_auxiliary
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
 
 EXPERT = [Layout(2, ParallelConfig(expert=2)), Layout(4, ParallelConfig(expert=4)), Layout(4, ParallelConfig(tensor=4, expert=2))]
 TENSOR = [Layout(2, ParallelConfig(tensor=2)), Layout(4, ParallelConfig(tensor=2, shard=2))]

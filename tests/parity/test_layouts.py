@@ -10,8 +10,8 @@ from tokenyard.parity.command import planned
 from tokenyard.parity.config import ParityConfig
 from tokenyard.parity.layouts import DEGREES, Layout, automatic, legal, listed, prepared
 from tokenyard.parity.shrink import shrink
-from tokenyard.train.compose import CONF, compose
-from tokenyard.train.rules.rules import broken_rules
+from tokenyard.train.config.compose import CONF, compose
+from tokenyard.train.config.rules.rules import broken_rules
 
 MODELS = sorted(path.stem for path in Path(CONF / "model").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ from tiny_run import TINY_RUN
 from tokenyard import __version__
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.journal import read_journal
 from tokenyard.train.machine import environment
 from tokenyard.train.run import run

@@ -13,7 +13,7 @@ from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import apart
 from tokenyard.train.checkpoint.stored_config import read_stored
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 
 CHUNK = {"file": "shard_00000.safetensors", "key": "x"}
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError, Engine, Precision
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config, ConfigError, Engine, Precision
+from tokenyard.train.config.launch import Launcher
+from tokenyard.train.config.schema import quoted
 from tokenyard.train.derive import derive
-from tokenyard.train.launch_config import Launcher
 from tokenyard.train.run_facts import train_command
-from tokenyard.train.schema import quoted
 
 BAD = [
     # what was typed, what the message begins with, the nearest valid value

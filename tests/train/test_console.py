@@ -7,7 +7,7 @@ import pytest
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.train.config import BatchConfig, Config, Precision
+from tokenyard.train.config.config import BatchConfig, Config, Precision
 from tokenyard.train.console.console import Eta, fitting_spans, step_line, step_spans
 from tokenyard.train.console.startup import StartupFacts, startup_lines, startup_table
 from tokenyard.train.console.summary import EndFacts, end_lines, end_summary

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenyard.launch.main import main
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.run import run
 
 SIZES = ["tokenizer=bytes", "model.vocabulary=264", "sequence_length=32", "batch.sequences=4", "evaluate.sequences=4"]

@@ -18,12 +18,12 @@ from tokenyard.checkpoint.folder import newest_checkpoint
 from tokenyard.checkpoint.store import read_facts
 from tokenyard.data.config import Corpus
 from tokenyard.data.errors import DataUnavailable
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
+from tokenyard.train.config.validate import validate
 from tokenyard.train.journal import read_journal
 from tokenyard.train.run import run
 from tokenyard.train.trackers.trackers import Trackers
-from tokenyard.train.validate import validate
 
 TINY = [
     "steps=6",

@@ -1,11 +1,11 @@
 """What DeepSpeed is told follows from the configuration; what contradicts it, or what DeepSpeed cannot do, is refused by name."""
 
 import pytest
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError
-from tokenyard.train.deepspeed_settings import DECIDED, OPEN, deepspeed_settings
-from tokenyard.train.plain import changed_settings, config_from_plain, plain_config
-from tokenyard.train.validate import validate
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config, ConfigError
+from tokenyard.train.config.deepspeed import DECIDED, OPEN, deepspeed_settings
+from tokenyard.train.config.serialize import changed_settings, config_from_plain, plain_config
+from tokenyard.train.config.validate import validate
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value

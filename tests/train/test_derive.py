@@ -11,12 +11,12 @@ from tiny_run import TINY_RUN
 from tokenyard.checkpoint.store import read_facts
 from tokenyard.moe.linear import linear, wide_linear
 from tokenyard.parallel.process_group import pick_device
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError, Precision
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config, ConfigError, Precision
+from tokenyard.train.config.serialize import config_from_plain
 from tokenyard.train.derive import derive, set_products
 from tokenyard.train.journal import read_journal
 from tokenyard.train.load import open_checkpoint, open_for_evaluation
-from tokenyard.train.plain import config_from_plain
 from tokenyard.train.run import run
 from tokenyard.train.session import open_session
 

@@ -1,7 +1,7 @@
 """What a rank reads of its launcher's environment; numbers of ranks are in test_exchange_rules.py."""
 
 import pytest
-from tokenyard.train.environment import may_find_the_dead, restarted
+from tokenyard.train.config.environment import may_find_the_dead, restarted
 
 
 @pytest.mark.parametrize(("shared", "restarts", "expected"), [("True", "3", True), ("True", "0", False), ("False", "3", False)])

@@ -1,10 +1,10 @@
 """Wrong settings of the exchange end in one line with key, value, rule and the nearest valid value; right ones do not."""
 
 import pytest
-from tokenyard.train.compose import compose
-from tokenyard.train.config import ConfigError
-from tokenyard.train.environment import world_size
-from tokenyard.train.validate import validate
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import ConfigError
+from tokenyard.train.config.environment import world_size
+from tokenyard.train.config.validate import validate
 
 REFUSED = [
     (4, "parallel.expert=4 parallel.node_ranks=2", "parallel.node_ranks=2: must be null, only parallel.exchange=hierarchical",

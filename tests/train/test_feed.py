@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.data.batches import IGNORE, Batch
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.feed import as_rows
 from tokenyard.train.session import first_rank_first
 from tokenyard.train.step import targets_ahead, valid_targets

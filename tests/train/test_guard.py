@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenyard.train.config.config import NumericsConfig
 from tokenyard.train.survival import accounting
 from tokenyard.train.survival.accounting import before
 from tokenyard.train.survival.blame import Beat, blame
 from tokenyard.train.survival.flags import Telling, numbers_of, read
 from tokenyard.train.survival.guard import Action, Guard
 from tokenyard.train.survival.spikes import Window
-from tokenyard.train.survival.survival_config import NumericsConfig
 
 
 def told(loss: float, squared: float = 1.0, *tellings: Telling) -> Any:

@@ -19,7 +19,7 @@ from tokenyard.data.batches import Batch
 from tokenyard.moe.device import host_read
 from tokenyard.parallel.mesh import Axis
 from tokenyard.train import step as step_module
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.feed import Feed
 from tokenyard.train.journal import read_journal
 from tokenyard.train.logged import Stopwatch

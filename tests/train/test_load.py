@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tiny_run import TINY_RUN
 from tokenyard.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from tokenyard.train.compose import compose
-from tokenyard.train.config import ConfigError
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import ConfigError
 from tokenyard.train.evaluate import evaluate_session
 from tokenyard.train.journal import read_journal
 from tokenyard.train.load import open_for_evaluation

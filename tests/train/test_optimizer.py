@@ -7,7 +7,7 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.config import OptimizerConfig
+from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer, set_learning_rate
 
 CONFIG = OptimizerConfig(lr=0.01, beta1=0.8, beta2=0.9, epsilon=1e-6, weight_decay=0.3)

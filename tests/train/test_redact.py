@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from tokenyard.launch.main import main
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.redact import RedactingFormatter, redact, redact_plain
+from tokenyard.train.config.serialize import shown_config, write_config
 from tokenyard.train.journal import Journal, read_journal
-from tokenyard.train.plain import shown_config, write_config
-from tokenyard.train.redact import RedactingFormatter, redact, redact_plain
 
 SECRET = "s3cr3t-value-of-it"
 
@@ -58,9 +58,7 @@ def test_urls() -> None:
     "code", ["raise OSError('no ' + KEY)", "import threading; threading.Thread(target=lambda: 1 / int(KEY)).start()"]
 )
 def test_tracebacks(code: str) -> None:
-    start = (
-        "import os; from tokenyard.train.redact import redact_tracebacks; redact_tracebacks(); KEY = os.environ['SOME_API_KEY']; "
-    )
+    start = "import os; from tokenyard.train.config import redact; redact.redact_tracebacks(); KEY = os.environ['SOME_API_KEY']; "
     said = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60).stderr
     assert SECRET not in said and "<SOME_API_KEY>" in said and "Traceback" in said
 

@@ -9,8 +9,8 @@ import torch
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.token_info import Place
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config
 from tokenyard.train.evaluate import evaluate_session
 from tokenyard.train.journal import read_journal
 from tokenyard.train.reporter import OtherRank

@@ -11,8 +11,8 @@ import tokenyard
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.checkpoint.store import read_facts, read_whole
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.journal import read_journal
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import run, train_session

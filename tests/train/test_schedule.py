@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tokenyard.train.config import ScheduleConfig, Shape
+from tokenyard.train.config.config import ScheduleConfig, Shape
 from tokenyard.train.schedule import learning_rate_factor
 
 COSINE = ScheduleConfig(shape=Shape.cosine, warmup=10, final=0.1)

@@ -11,7 +11,7 @@ from tiny_run import TINY_RUN
 from tokenyard.moe.config import MoEConfig, RouterConfig, Selection
 from tokenyard.moe.router import SUMS, Router
 from tokenyard.moe.token_info import Tokens
-from tokenyard.train.compose import compose
+from tokenyard.train.config.compose import compose
 from tokenyard.train.console.layers import layer_lines
 from tokenyard.train.console.text import BLOCKS, plain
 from tokenyard.train.journal import read_journal

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.train.compose import CONF, compose
+from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.run import single_step
 from tokenyard.train.session import open_session
 from tokenyard.train.step import StepNumbers

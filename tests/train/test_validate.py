@@ -8,11 +8,11 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
-from tokenyard.train.compose import compose
-from tokenyard.train.config import Config, ConfigError
-from tokenyard.train.rules.intervals import INTERVALS
-from tokenyard.train.schema import settings
-from tokenyard.train.validate import validate
+from tokenyard.ranges import ranges
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import Config, ConfigError
+from tokenyard.train.config.schema import settings
+from tokenyard.train.config.validate import validate
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value
@@ -190,15 +190,15 @@ def test_good_combination(world: int, overrides: str) -> None:
 
 def test_every_number_has_an_interval() -> None:
     numbers = {key for key, (kind, _) in settings().items() if kind in (int, float)}
-    assert numbers == set(INTERVALS)
+    assert numbers == set(ranges(Config))
 
 
-@pytest.mark.parametrize("key", INTERVALS)
+@pytest.mark.parametrize("key", ranges(Config))
 def test_every_number_is_checked(key: str) -> None:
     config = Config()
     section, _, name = key.rpartition(".")
     setattr(attrgetter(section)(config) if section else config, name, -1)
-    with pytest.raises(ConfigError, match=re.escape(f"{key}=-1: must be in {INTERVALS[key]}")):
+    with pytest.raises(ConfigError, match=re.escape(f"{key}=-1: must be in {ranges(Config)[key]}")):
         validate(config, 1)
 
 

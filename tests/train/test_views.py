@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from tiny_run import TINY_RUN
+from tokenyard.train.config.validate import check_rules
 from tokenyard.train.journal import read_journal
 from tokenyard.train.trackers.git import git_state
-from tokenyard.train.trackers.trackers import check_trackers
 
 KEYS = {"loss", "grad_norm", "moe/load_entropy", "moe/router_entropy_layer", "dropped_fraction", "tokens_per_second"}
 
@@ -92,11 +92,13 @@ def test_trackio_has_the_scalars(folder: Path):
 
 
 def test_what_is_not_installed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
-    from tokenyard.train.config import TrackerConfig
+    from tokenyard.train.config.config import Config, ConfigError, TrackerConfig
 
-    monkeypatch.setattr("tokenyard.train.trackers.trackers.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^tracker.names has 'trackio', which is not installed: pip install tokenyard\[trackio\]"):
-        check_trackers(TrackerConfig(names=["wandb", "trackio"]))
+    monkeypatch.setattr("tokenyard.train.config.rules.rules.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"^tracker.names=.*trackio is not installed here, `pip install tokenyard.trackio.`"
+    ):
+        check_rules(Config(tracker=TrackerConfig(names=["wandb", "trackio"])), 1)
 
 
 def test_the_commit_is_known_in_a_checkout_only(tmp_path: Path):

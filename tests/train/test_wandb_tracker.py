@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import tokenyard
 from tiny_run import TINY_RUN
-from tokenyard.train.config import TrackerConfig
+from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.telemetry.alarms import GRAVE, TITLES
 from tokenyard.train.trackers.wandb_tracker import account, init_arguments, mode
 
 RUN = """
 import math, sys
 from pathlib import Path
-from tokenyard.train.config import TrackerConfig
+from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.trackers.trackers import build_trackers
 run_dir, first = Path(sys.argv[1]), int(sys.argv[2])
 trackers = build_trackers(TrackerConfig(tags=["a", "b"]), run_dir, "abcd1234")
@@ -31,7 +31,7 @@ import sys
 from types import SimpleNamespace
 from pathlib import Path
 from tokenyard.train.survival.blame import Verdict
-from tokenyard.train.config import TrackerConfig
+from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.console.text import Printer
 from tokenyard.train.journal import Journal
 from tokenyard.train.reporter import FirstRank

@@ -12,7 +12,7 @@ from ...checkpoint.folder import checkpoints_in
 from ...checkpoint.retention import LOSS, Retention
 from ...checkpoint.saver import Outcome, Saver
 from ...parallel.shard import Held
-from ..config import CheckpointConfig, OnFailure
+from ..config.config import CheckpointConfig, OnFailure
 from ..state import random_state
 from ..survival.exit_codes import ExitCode
 from ..survival.failures import bad_state

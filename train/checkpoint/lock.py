@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
-from ..files import refuse_links
+from ..config.config import ConfigError
+from ..config.private_files import refuse_links
 
 NAME = "lock"
 PROCESS = secrets.token_hex(8)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ..config import Config, ConfigError
-from ..environment import started_again
-from ..schema import nearest_text
+from ..config.config import Config, ConfigError
+from ..config.environment import started_again
+from ..config.schema import nearest_text
 
 
 def check_resume(config: Config) -> None:

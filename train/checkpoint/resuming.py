@@ -10,10 +10,10 @@ from ...checkpoint.manifest import DamagedCheckpoint, read_manifest
 from ...checkpoint.store import checkpoint_at, load_checkpoint, newest_verified
 from ...parallel.object_collectives import from_first
 from ...parallel.process_group import is_first
-from ..config import Config, ConfigError
-from ..files import write_private, writing_to
+from ..config.config import Config, ConfigError
+from ..config.private_files import write_private, writing_to
+from ..config.schema import written
 from ..journal import Journal
-from ..schema import written
 from ..state import random_state, restore_random
 from .same_run import changes, refuse_another_run, refuse_difference
 from .timeline import goes_on, keep_begin, set_aside

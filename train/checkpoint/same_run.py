@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, ConfigError
-from ..plain import config_from_plain, leaves, shown_config
+from ..config.config import Config, ConfigError
+from ..config.serialize import config_from_plain, leaves, shown_config
 
 QUIET = ("run.", "launch.", "log.", "sample.", "checkpoint.resume")
 """Beginnings of settings that say nothing about the training."""

@@ -6,9 +6,9 @@ from ...checkpoint.bounded import read_regular, strict_json
 from ...checkpoint.facts import needed_facts
 from ...checkpoint.folder import checkpoints_of
 from ...checkpoint.manifest import Manifest, check_fits, check_sizes, check_unlisted, read_manifest
-from ..config import Config, ConfigError
-from ..plain import config_from_plain
-from ..rules.model_rules import attention, experts
+from ..config.config import Config, ConfigError
+from ..config.rules.model_rules import attention, experts
+from ..config.serialize import config_from_plain
 
 ABOUT = "tokenizer/tokenizer_about.json"
 LARGEST_TOKENIZER = 1 << 27

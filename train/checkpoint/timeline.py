@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ...checkpoint.folder import checkpoints_in, step_of
 from ...checkpoint.fsync import sync_folder
-from ..environment import launch_id, started_again
-from ..files import write_private
+from ..config.environment import launch_id, started_again
+from ..config.private_files import write_private
 
 BEGUN = "begun.json"
 

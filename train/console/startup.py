@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
-from ... import __version__
 from ...moe.param_count import Count, flops_per_token
-from ..config import Config
+from ...version import __version__
+from ..config.config import Config
 from .text import Line, commands, flops, plain, rows, short, title
 
 

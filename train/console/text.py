@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TextIO
 
-from ..complain import printable as printable
-from ..redact import redact
+from ..config.complain import printable as printable
+from ..config.redact import redact
 
 
 class Span(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..environment import restarted
+from ..config.environment import restarted
 from ..journal import readable
 
 KINDS: tuple[str, ...] = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")

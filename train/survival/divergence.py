@@ -3,6 +3,7 @@
 import torch.distributed as dist
 
 from ...parallel.apply import local
+from ..config.config import OnDivergence
 from ..engine import TorchEngine
 from ..reporter import Reporter
 from ..session import Session
@@ -10,7 +11,6 @@ from ..state import MOMENTS, optimizer_state
 from .exit_codes import ExitCode
 from .replicas import Difference, differences
 from .stop import RunStop
-from .survival_config import OnDivergence
 
 
 class Replicas:

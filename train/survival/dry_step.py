@@ -17,7 +17,7 @@ from ...moe.token_info import Place
 from ...parallel.object_collectives import from_all
 from ...parallel.progress import PULSE, doing
 from ...parallel.shard import Held
-from ..environment import restarted
+from ..config.environment import restarted
 from ..journal import Journal
 from ..reporter import Reporter
 from ..session import Session

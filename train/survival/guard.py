@@ -7,9 +7,9 @@ is in the data, the weights or a device that is broken, and the policy decides.
 from enum import Enum
 from typing import Any, NamedTuple
 
+from ..config.config import NumericsConfig
 from .flags import Told, is_sound
 from .spikes import Window
-from .survival_config import NumericsConfig
 
 
 class Action(Enum):

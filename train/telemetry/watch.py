@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ...moe.router import SUMS
 from ...parallel.collectives import max_over
-from ..config import Config, Engine
+from ..config.config import Config, Engine, Tier
 from ..metrics import routing_layers
 from ..session import Session
 from ..step import StepNumbers, clip_factor
 from . import weights
 from .brief import Step, brief_metrics, layer_metrics, per_token
-from .config import Tier
 from .probe import Probe, routers
 
 

@@ -5,23 +5,15 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from time import monotonic, sleep
 from typing import Any
 
-from ..config import TrackerConfig
-from ..files import write_private
+from ..config.config import TrackerConfig
+from ..config.private_files import write_private
 from ..journal import Journal
-
-TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
-
-
-OPTIONAL = ("tensorboard", "trackio")
-"""Trackers whose packages are extras of ours, of the same names."""
 
 
 class AbstractTracker(ABC):
@@ -59,11 +51,10 @@ def build_trackers(
     say: Callable[[str], None] = print,
     events: Journal | None = None,
 ) -> "Trackers":
-    """The trackers of `config.names`; only rank 0 may call it. Raises ValueError for a name that does not exist.
+    """The trackers of `config.names`; only rank 0 may call it.
 
     `run_id`: see `run_identity`. `run_name`: run.name. `say` prints the one line about a failure, `events` keeps it.
     """
-    check_trackers(config)
     trackers: list[AbstractTracker] = []
     for name in config.names:
         match name:
@@ -82,21 +73,6 @@ def build_trackers(
             case "jsonl" | "none":
                 pass  # metrics.jsonl is written with or without trackers
     return Trackers(trackers, say, events)
-
-
-def check_trackers(config: TrackerConfig) -> None:
-    """Raises ValueError if `tracker.names` names a tracker that does not exist or is not installed."""
-    for name in missing(config.names):
-        raise ValueError(f"tracker.names has {name!r}, which is not installed: pip install tokenyard[{name}]; nearest: jsonl")
-    for name in config.names:
-        if name not in TRACKERS:
-            nearest = (get_close_matches(name, TRACKERS, n=1, cutoff=0.0) or TRACKERS)[0]
-            raise ValueError(f"tracker.names has {name!r}, it takes {', '.join(TRACKERS)}; nearest: {nearest}")
-
-
-def missing(names: list[str]) -> list[str]:
-    """Those of the names whose package is not installed."""
-    return [name for name in names if name in OPTIONAL and find_spec(name) is None]
 
 
 def summary_text(facts: Mapping[str, Any]) -> str:

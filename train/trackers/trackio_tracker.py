@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import TrackerConfig
+from ..config.config import TrackerConfig
 from .trackers import AbstractTracker
 
 

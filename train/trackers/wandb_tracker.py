@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..config import TrackerConfig
-from ..redact import redact, redact_plain
+from ..config.config import TrackerConfig
+from ..config.redact import redact, redact_plain
 from ..telemetry.alarms import GRAVE
 from ..telemetry.heatmap import load_map, load_ratio
 from .trackers import AbstractTracker

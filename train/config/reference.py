@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses: python -m tokenyard.train.reference > docs/configuration.md"""
+"""Writes docs/configuration.md from the dataclasses: python -m tokenyard.train.config.reference > docs/configuration.md"""
 
 import ast
 import dataclasses
@@ -10,16 +10,16 @@ from enum import Enum
 from operator import attrgetter
 from pathlib import Path
 
+from ...ranges import ranges
 from .config import Config
-from .rules.intervals import INTERVALS
 from .schema import is_mapping, settings, written
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 INTRODUCTION = """\
 # Configuration
 
-This file is written by `python -m tokenyard.train.reference > docs/configuration.md`; change the dataclasses, not this file.
+This file is written by `python -m tokenyard.train.config.reference > docs/configuration.md`; change the dataclasses, not this file.
 
 `tokenyard train` takes options of groups (`group=option`) and settings (`key=value`). An option is a YAML file in `conf/`
 that changes some settings; a setting on the command line wins over every option. A value in an interval may lie on a bound
@@ -99,7 +99,7 @@ def values(key: str) -> str:
         text = ", ".join(kind.__members__)
     else:
         text = {int: "integer", float: "number", str: "text"}.get(kind, "mapping" if is_mapping(key) else "list of text")
-    text += f" in {INTERVALS[key]}" if key in INTERVALS else ""
+    text += f" in {ranges(Config)[key]}" if key in ranges(Config) else ""
     return f"{text}, or null" if optional else text
 
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .config import Config, Engine, Precision
-from .rules.broken import Broken
+from .rules.rule import Broken
 from .schema import nearest_text
 
-INTERVALS = {"engine.zero": "[0, 4)"}
 """Where each number must lie; that DeepSpeed has a stage does not say that it takes experts."""
 
 OPEN: dict[str, type] = {

@@ -1,18 +1,23 @@
 """Every rule that must hold between settings, and the values that may mend a broken one. Types and names are checked by compose."""
 
+import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from operator import attrgetter
 
-from ...data.config import TokenizerKind
-from ...moe.config import AttentionKind, ModelConfig
-from .. import deepspeed_settings
+from ....data.config import STREAMED, Corpus, TokenizerKind
+from ....moe.config import AttentionKind, ModelConfig
+from ....ranges import inside, ranges
+from .. import deepspeed as deepspeed_settings
 from ..config import Config, Shape
 from ..schema import nearest_text
-from ..trackers.trackers import TRACKERS, missing
-from . import data_rules, exchange_rules, launch_rules, layout_rules, model_rules, router_rules
-from .broken import Broken, divisors, multiples, needs
-from .intervals import intervals
+from . import launch_rules, model_rules, parallel_rules
 from .model_rules import moe_layers
+from .rule import Broken, divisors, multiples, needs
+
+TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
+OPTIONAL = ("tensorboard", "trackio")
+"""Trackers whose packages are extras of ours, of the same names."""
 
 BYTE_PIECES = 259
 """256 bytes and 3 marks."""
@@ -24,6 +29,13 @@ def broken_rules(config: Config, world: int) -> Iterator[Broken]:
         yield from (broken._replace(place=place) for broken in rule(config, world))
 
 
+def intervals(config: Config, world: int) -> Iterator[Broken]:
+    for key, interval in ranges(Config).items():
+        value = attrgetter(key)(config)
+        if value is not None and not inside(value, interval):
+            yield Broken(key, f"must be in {interval}", _around(key, interval))
+
+
 def tokenizer(config: Config, world: int) -> Iterator[Broken]:
     rows, trained = config.model.vocabulary, config.tokenizer.path is None
     if config.tokenizer.kind is TokenizerKind.bytes and rows < BYTE_PIECES:
@@ -31,6 +43,15 @@ def tokenizer(config: Config, world: int) -> Iterator[Broken]:
         yield Broken("model.vocabulary", rule, range(BYTE_PIECES, 2 * BYTE_PIECES))
     if config.tokenizer.kind is TokenizerKind.sentencepiece and trained and config.tokenizer.pieces > rows:
         yield Broken("tokenizer.pieces", f"must be at most model.vocabulary={rows}", [rows])
+
+
+def data(config: Config, world: int) -> Iterator[Broken]:
+    """While one rank waits for its source the others wait for it in a collective."""
+    limit = config.parallel.timeout_seconds
+    streams = config.data.corpus in (*STREAMED, Corpus.mix)
+    if world > 1 and streams and config.data.patience_seconds + config.data.stall_seconds >= limit:
+        rule = f"must, with data.stall_seconds, stay below parallel.timeout_seconds={limit:g}"
+        yield Broken("data.patience_seconds", rule, [limit / 2])
 
 
 def schedule(config: Config, world: int) -> Iterator[Broken]:
@@ -44,7 +65,7 @@ def trackers(config: Config, world: int) -> Iterator[Broken]:
     if wrong:
         right = [nearest_text(str(name), TRACKERS) if name in wrong else name for name in config.tracker.names]
         yield Broken("tracker.names", f"may hold {', '.join(TRACKERS)}", [list(dict.fromkeys(right))])
-    for name in missing(config.tracker.names):
+    for name in (name for name in config.tracker.names if name in OPTIONAL and find_spec(name) is None):
         rest = [other for other in config.tracker.names if other != name]
         yield Broken("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
@@ -93,15 +114,15 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     model_rules.model,
     model_rules.attention,
     model_rules.experts,
-    router_rules.routers,
+    model_rules.routers,
     tokenizer,
-    data_rules.data,
+    data,
     schedule,
     trackers,
     degrees,
     ranks,
-    layout_rules.expert_tensor,
-    exchange_rules.exchange,
+    parallel_rules.expert_tensor,
+    parallel_rules.exchange,
     batch,
     deepspeed_settings.engine,
     launch_rules.launchers,
@@ -117,3 +138,13 @@ def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
     if moe_layers(c) < c.layers + c.mtp_depth:
         yield "model.hidden"
     yield from ("model.vocabulary", "sequence_length")
+
+
+def _around(key: str, interval: str) -> list[object]:
+    """Values inside: the bounds where they belong to it, the whole numbers above the lower one, and the default."""
+    default = attrgetter(key)(Config())
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    if isinstance(default, float):
+        return [value for value in (low, high, default) if inside(value, interval)]
+    top = [] if math.isinf(high) else [value for value in (int(high), int(high) - 1) if inside(value, interval)]
+    return [*range(int(low), int(low) + 64), *top, *([] if default is None else [default])]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
-from .files import write_private
+from .private_files import write_private
 from .redact import redact_plain
 from .schema import is_mapping, written
 

@@ -4,17 +4,8 @@ import re
 from collections.abc import Iterator
 
 from ..config import Config
-from ..launch_config import Launcher
-from .broken import Broken
-
-INTERVALS = {
-    "launch.nodes": "[1, inf)",
-    "launch.ranks": "[1, inf)",
-    "launch.max_restarts": "[0, inf)",
-    "launch.gpus": "[0, inf)",
-    "launch.cores": "[1, inf)",
-    "launch.slurm.warning": "[1, 65535]",
-}
+from ..launch import Launcher
+from .rule import Broken
 
 HOST = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 RENDEZVOUS = rf"(?P<host>{HOST}|\[[0-9A-Fa-f:]+\]):(?P<port>\d{{1,5}})"

@@ -4,9 +4,9 @@ import math
 from operator import attrgetter
 from typing import Any
 
-from ..moe.param_count import Count as Count
-from ..moe.param_count import count as count
-from ..moe.param_count import (
+from ...moe.param_count import Count as Count
+from ...moe.param_count import count as count
+from ...moe.param_count import (
     describe_routing,
     flops_per_token,
     kv_cache_elements,
@@ -14,7 +14,7 @@ from ..moe.param_count import (
     sum_by_part,
     training_flops_per_token,
 )
-from ..parallel.layout import fewest_ranks, rank_shapes
+from ...parallel.layout import fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules.rules import broken_rules
 from .schema import written

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ...ranges import within
+
 
 class Launcher(Enum):
     inline = "inline"
@@ -20,7 +22,7 @@ class SlurmConfig:
     """Account that is charged; null is the user's default."""
     time: str = "24:00:00"
     """Limit of one run of the job, HH:MM:SS or DAYS-HH:MM:SS; the job is requeued and goes on before it is reached."""
-    warning: int = 300
+    warning: int = field(default=300, metadata=within("[1, 65535]"))
     """Seconds before the limit at which the ranks are stopped and the job is requeued."""
     lines: list[str] = field(default_factory=list)
     """Further options of sbatch, as ["--constraint=h100"]."""
@@ -45,20 +47,20 @@ class LaunchConfig:
     kind: Launcher = Launcher.inline
     """inline: this process is one rank (the environment says which); torchrun, deepspeed: start the ranks through that launcher;
     slurm, kubernetes: show a job for the cluster."""
-    nodes: int = 1
+    nodes: int = field(default=1, metadata=within("[1, inf)"))
     """Hosts."""
-    ranks: int = 1
+    ranks: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks on each host that the launcher starts."""
-    max_restarts: int = 0
+    max_restarts: int = field(default=0, metadata=within("[0, inf)"))
     """How often torch's elastic launcher starts the ranks again after one failed."""
     rendezvous: str | None = None
     """torchrun and deepspeed on several hosts: HOST:PORT where the ranks meet, HOST being one of the hosts; null takes MASTER_ADDR,
     MASTER_PORT and NODE_RANK from the environment (torchrun) or the first of launch.hosts (deepspeed)."""
     hosts: list[str] = field(default_factory=list)
     """launch=deepspeed: the names of the hosts, launch.nodes of them, reachable through ssh."""
-    gpus: int | None = None
+    gpus: int | None = field(default=None, metadata=within("[0, inf)"))
     """GPUs of each host that Slurm or Kubernetes is asked for; null: launch.ranks, or none with device=cpu."""
-    cores: int = 4
+    cores: int = field(default=4, metadata=within("[1, inf)"))
     """CPU cores for each rank that Slurm or Kubernetes is asked for."""
     submit: bool = False
     """slurm, kubernetes, deepspeed on several hosts: start what is shown."""

@@ -6,12 +6,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.validate import check_corpus, check_tokenizer
-from ..parallel.layout import fewest_ranks
-from .checkpoint.resume_check import check_resume
+from ...data.validate import check_corpus, check_tokenizer
+from ...parallel.layout import fewest_ranks
+from ..checkpoint.resume_check import check_resume
 from .config import Config, ConfigError
-from .launch_config import Launcher
-from .rules.broken import Broken
+from .launch import Launcher
+from .rules.rule import Broken
 from .rules.rules import broken_rules
 from .schema import written
 

@@ -1,0 +1,1 @@
+"""The typed configuration: composed, checked and written back. No torch, and nothing else of train."""
