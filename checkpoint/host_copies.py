@@ -27,6 +27,10 @@ class Copies:
         """From here on what is to be copied must not change."""
         self._done.clear()
 
+    def close(self) -> None:
+        """Nothing is to be copied, or no more."""
+        self._done.set()
+
     def wait(self) -> float:
         """Until it may change; seconds."""
         begin = perf_counter()
@@ -47,7 +51,7 @@ class Copies:
             held.clear()
             return copied
         finally:
-            self._done.set()
+            self.close()
 
     def _on_a_stream_of_its_own(self, held: dict[str, Held], ready: Event) -> dict[str, Held]:
         """Beside the computation. The host waits for what lies behind the copies."""

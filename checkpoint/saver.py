@@ -98,12 +98,17 @@ class Saver:
             return Outcome(step, final, refused, share.bytes, perf_counter() - begin, perf_counter() - begin)
         job = Job(final, temporary, step, facts, *rank_and_world(), share, self.limit_seconds, attach)
         mine = {name: held[name] for name in share.names}
-        if asynchronous:
-            self._copies.open()
         ready = record(device_of(mine))
         thread = Thread(target=self._write, args=[job, mine, ready, asynchronous], name="checkpoint", daemon=True)
         save = self._save = _Save(job, thread, begin)
-        thread.start()
+        if asynchronous:
+            self._copies.open()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has none
+            self._copies.close()
+            self._save = None
+            raise
         save.blocked = perf_counter() - begin
         return None
 
@@ -212,6 +217,8 @@ class Saver:
         except BaseException as error:  # a thread has nobody to tell but the next `flags`
             self._failed(job, describe(error))
             return
+        finally:
+            self._copies.close()  # also if it did not come to them
         if job.rank == 0 and self.after is not None:
             try:
                 self.after(job.final)

@@ -8,10 +8,10 @@ from typing import Any
 from ..checkpoint.bounded import brief
 from ..checkpoint.facts import check_model_numbers
 from ..moe.config import AttentionKind, ModelConfig, RopeScaling
+from ..train.config.serialize import plain_config
 from .config_reader import Keys
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
-from .plain import plain_model
 
 # What of a ModelConfig decides the function of the trained model: two that agree in it compute the same from the same weights.
 
@@ -120,7 +120,7 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
         raise ValueError(f"{place}quantization_config.quant_method={method!r}: weights must be bf16, fp16, fp32 or fp64")
     keys = Keys(config, family.defaults, place)
     model = family.read(keys)
-    check_model_numbers({"model": plain_model(model)})
+    check_model_numbers({"model": plain_config(model)})
     keys.finish(IRRELEVANT | family.irrelevant | {"quantization_config"})
     return family, model
 

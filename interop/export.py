@@ -17,12 +17,12 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..parallel.failpoints import failpoint
+from ..train.config.serialize import config_from_plain
 from .config_mapping import choose_family, write_config
 from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
 from .hf_folder import CONFIG, SHARD_BYTES, Output, new_folder, write_shards
 from .import_ import CARRIED, CARRIED_FILES
-from .plain import model_from_plain
 from .tokenizer import write_tokenizer
 from .weight_plan import copies, write_plan
 
@@ -71,7 +71,7 @@ def _model(checkpoint: Path, manifest: Manifest) -> ModelConfig:
     plain = manifest.facts.get("config", {}).get("model")
     if plain is None:
         raise ValueError(f"{checkpoint}: must say the configuration of its model")
-    model = model_from_plain(plain)
+    model = config_from_plain({"model": plain}).model
     check_fits(model, manifest.tensors, checkpoint)
     if model.moe.balance.bias_rate == 0 and any(name.endswith(EXPERT_BIAS) for name in manifest.tensors):
         model.moe.balance.bias_rate = 0.001  # of an earlier run; with any rate there is a bias

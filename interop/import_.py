@@ -10,8 +10,8 @@ from ..checkpoint.store import save_checkpoint
 from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
 from ..parallel.shard import Held, whole
+from ..train.config.serialize import plain_config
 from .load_weights import Source, open_source, read_weights
-from .plain import plain_model
 from .tokenizer import adopt
 from .upcycle import Upcycle, upcycle, upcycled_config
 
@@ -84,7 +84,7 @@ def _facts(source: Source, model: ModelConfig, wish: Upcycle | None) -> dict[str
     if wish is not None:
         origin["upcycle"] = wish._asdict()
     return {
-        "config": {"model": plain_model(model)},
+        "config": {"model": plain_config(model)},
         "step": 0,
         "tokens": 0,
         "ranks": 1,

@@ -16,7 +16,7 @@ ALLOWED = {
     "report": {"train", "checkpoint"},
     "parity": {"train", "parallel", "data", "moe"},
     "plan": {"train", "parallel", "moe"},
-    "interop": {"checkpoint", "parallel", "data", "moe"},
+    "interop": {"train.config", "checkpoint", "parallel", "data", "moe"},
     "bench": {"parity", "train", "checkpoint", "parallel", "data", "moe"},
     "train": {"checkpoint", "parallel", "data", "moe"},
     "checkpoint": {"parallel", "moe"},

@@ -58,6 +58,7 @@ class Meter:
         """The record of a step that took `seconds` from batch to update. Call it once for every step, logged or not.
 
         mfu is model FLOPs per second over the peak: 3 x forward, active experts only, whether or not activations are recomputed.
+        Attention counts as causal over the whole sequence: with data.mask_documents mfu is too high.
         """
         self.tokens += result.tokens
         per_second = result.tokens / seconds

@@ -1,4 +1,4 @@
-"""The scorecard of `make faults`: a row for each of the thirty faults, from the reports of the tests that are marked with it.
+"""The scorecard of `make faults`: a row for each fault of catalogue.py, from the reports of the tests that are marked with it.
 
 TOKENYARD_SCORECARD=print prints it after the tests; =write also writes the tables of docs/faults.md.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thirty import FAULTS, MEASURES
+from catalogue import FAULTS, MEASURES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 WISH = "TOKENYARD_SCORECARD"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,10 +14,14 @@ import torch
 from fault_run import checkpoint_steps, configured, events_of, losses
 from tokenyard.parallel.apply import local
 from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config.config import OnDivergence
+from tokenyard.train.engine import TorchEngine
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import single_step, train_session
 from tokenyard.train.session import open_session
-from tokenyard.train.survival.replicas import differences, hash_of
+from tokenyard.train.survival import divergence
+from tokenyard.train.survival.divergence import Replicas
+from tokenyard.train.survival.replicas import Difference, differences, hash_of
 
 NAME = "layers.0.attention.qkv"
 
@@ -118,3 +123,18 @@ def test_the_hash_is_of_the_values_and_their_places(dtype: torch.dtype) -> None:
     part = tensor[1:-2]
     assert hash_of(part) == hash_of(part.clone()) == hash_of(part.view(1, -1))
     assert len({int(hash_of(each)) for each in (part, part.roll(1), part.roll(2**18), tensor[2:-1])}) == 4
+
+
+def test_a_repair_waits_for_the_copies_of_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step that was skipped they may still be under way: no update has waited for them."""
+    done: list[str] = []
+    debug = SimpleNamespace(replicas_every=1, on_divergence=OnDivergence.repair)
+    session: Any = SimpleNamespace(step=0, config=SimpleNamespace(debug=debug), parallel=None, engine=object.__new__(TorchEngine))
+    session.saver = SimpleNamespace(release=lambda: done.append("copied"))
+    reporter: Any = mock.Mock()
+    replicas = Replicas(session, reporter)
+    monkeypatch.setattr(divergence, "differences", lambda _: [Difference("x", [1], 0, [0, 1, 2])])
+    monkeypatch.setattr(Replicas, "_repair", lambda self, difference: done.append(difference.name))
+    session.step = 1
+    replicas.compare()
+    assert done == ["copied", "x"]

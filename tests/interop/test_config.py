@@ -8,11 +8,9 @@ import pytest
 from tokenyard.interop.config_mapping import choose_family, differences, read_config, write_config
 from tokenyard.interop.families import FAMILIES, Family
 from tokenyard.interop.families.base import IRRELEVANT
-from tokenyard.interop.plain import model_from_plain, plain_model
 from tokenyard.moe.config import (
     Activation,
     AttentionConfig,
-    AttentionKind,
     BalanceConfig,
     CapacityConfig,
     ModelConfig,
@@ -196,19 +194,3 @@ def test_experts_in_a_dense_architecture() -> None:
         write_config(FAMILIES["LlamaForCausalLM"], mixtral())
     with pytest.raises(ValueError, match="MixtralForCausalLM cannot express the model: num_local_experts=0"):
         write_config(FAMILIES["MixtralForCausalLM"], mixtral(moe=MoEConfig(experts=0)))
-
-
-def test_plain_settings_come_back() -> None:
-    model = mixtral(
-        attention=AttentionConfig(kind=AttentionKind.mla, window=3),
-        moe=MoEConfig(activation=Activation.geglu, capacity=CapacityConfig(schedule=[0, 1.0])),
-    )
-    assert model_from_plain(json.loads(json.dumps(plain_model(model)))) == model
-    assert model_from_plain({}) == ModelConfig()
-    for plain, says in (
-        ({"lairs": 3}, "model.lairs=3: there is no such setting"),
-        ({"moe": {"activation": "sine"}}, "model.moe.activation='sine': must be one of"),
-        ({"moe": 3}, "model.moe=3"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            model_from_plain(plain)

@@ -17,7 +17,6 @@ from tokenyard.data.batches import IGNORE
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
 from tokenyard.interop.load_weights import open_source
-from tokenyard.interop.plain import plain_model
 from tokenyard.moe.config import (
     AttentionConfig,
     AttentionKind,
@@ -33,6 +32,7 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.shard import Held, whole
+from tokenyard.train.config.serialize import plain_config
 from tokenyard.train.loss import Totals, losses
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def written(folder: Path, model: ModelConfig) -> Path:
         if "norm" in name or "bias" in name:
             tensor.normal_(0.5, 0.3)
     held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in made.state_dict().items()}
-    return save_checkpoint(folder, 3, held, {"config": {"model": plain_model(model), "sequence_length": 32}})
+    return save_checkpoint(folder, 3, held, {"config": {"model": plain_config(model), "sequence_length": 32}})
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def test_a_bias_of_an_earlier_run_goes_along(tmp_path: Path) -> None:
     weights = read_whole(written(tmp_path / "ours", model))
     model = dataclasses.replace(model, moe=dataclasses.replace(V3.moe, balance=BalanceConfig()))
     held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in weights.items()}
-    path = save_checkpoint(tmp_path / "later", 9, held, {"config": {"model": plain_model(model)}})
+    path = save_checkpoint(tmp_path / "later", 9, held, {"config": {"model": plain_config(model)}})
     export_checkpoint(path, tmp_path / "theirs")
     bias = tensors(tmp_path / "theirs")["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert torch.equal(bias, weights["layers.1.moe.router.expert_bias"]) and bias.any()

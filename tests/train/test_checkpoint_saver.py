@@ -3,8 +3,9 @@
 import random
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import cuda_double
 import numpy as np
@@ -62,6 +63,39 @@ def test_a_change_that_did_not_wait_fails_the_save(tmp_path: Path, monkeypatch: 
     assert outcome is not None and outcome.error is not None
     assert "RuntimeError: tensor 'model.x' changed while it was copied" in outcome.error
     assert list(tmp_path.iterdir()) == []
+
+
+def returns(wait: Callable[[], object]) -> bool:
+    """Whether it does within seconds."""
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(5)
+    return not thread.is_alive()
+
+
+def test_an_update_does_not_wait_for_a_thread_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Copies, "take", no_memory)
+    saver = Saver(tmp_path)
+    saver.begin(1, held(), {})
+    assert returns(saver.release)
+    outcome = saver.finish()
+    assert outcome is not None and outcome.error is not None and "MemoryError" in outcome.error
+
+
+def test_nor_for_one_that_could_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    saver = Saver(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", no_thread)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            saver.begin(1, held(), {})
+    assert returns(saver.release) and saver.finish() is None
+    saver.close()
 
 
 def on_second_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[cuda_double.CudaDouble, cuda_double.OnCuda]:

@@ -1,5 +1,6 @@
 """What the configuration's settings are called and may hold, read from the dataclasses: for messages about the wrong ones."""
 
+import builtins
 import dataclasses
 import functools
 import math
@@ -8,10 +9,14 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
-from enum import Enum
+from enum import Enum, EnumType
 from operator import attrgetter
+from typing import Any
 
 from .config import Config, ConfigError
+
+UNADMITTED = (TypeError, ValueError, OverflowError, LookupError)
+"""What `converted` raises."""
 
 
 def refuse_key(key: str, value: object, groups: Mapping[str, list[str]]) -> ConfigError:
@@ -43,14 +48,20 @@ def refuse_value(key: str, value: object) -> ConfigError:
 
 def admits(key: str, value: object) -> bool:
     """Whether the type of the setting `key` takes `value`, in the spelling of an override or as a Python object."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
-        OmegaConf.update(OmegaConf.structured(Config), key, value)
-    except OmegaConfBaseException:
+        converted(key, value)
+    except UNADMITTED:
         return False
     return value != ""
+
+
+def converted(key: str, value: Any) -> Any:
+    """`value` as the setting `key` holds it: an enumeration by its name, a number also by its text, a text also by a number.
+
+    One of UNADMITTED for a value that the setting's type does not admit.
+    """
+    kind, optional = settings()[key]
+    return None if value is None and optional else _converted(kind, value)
 
 
 def in_mapping(key: str) -> bool:
@@ -126,9 +137,31 @@ def _without_none(hint: typing.Any) -> tuple[type, bool]:
     return hint, False
 
 
+def _converted(kind: Any, value: Any) -> Any:
+    match typing.get_origin(kind) or kind, value:
+        case (builtins.list, list()):
+            return [_converted(typing.get_args(kind)[0], item) for item in value]
+        case (builtins.dict, dict()) if all(isinstance(key, str) for key in value):
+            return dict(value)
+        case (builtins.bool, bool()):
+            return value
+        case (builtins.bool, str()):
+            return {"true": True, "false": False}[value.lower()]
+        case (builtins.int, int() | str()) if not isinstance(value, bool):
+            return int(value)
+        case (builtins.float, int() | float() | str()) if not isinstance(value, bool):
+            return float(value)
+        case (builtins.str, str() | int() | float()):
+            return str(value)
+        case (EnumType(), str()):
+            return kind[value]
+        case _:
+            raise TypeError(f"{value!r} is no {kind}")
+
+
 def _rule_and_nearest(kind: type, value: object, default: object) -> tuple[str, object]:
     if issubclass(typing.get_origin(kind) or kind, list):
-        return "a list, [a,b]", [value] if isinstance(value, str) else default
+        return "a list, [a,b]", [value] if isinstance(value, str) and not value.startswith("[") else default
     if typing.get_origin(kind) is dict:
         return "a mapping, {key:value}", default
     if issubclass(kind, Enum):

@@ -4,22 +4,20 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
 from .private_files import write_private
 from .redact import redact_plain
-from .schema import is_mapping, written
+from .schema import UNADMITTED, converted, is_mapping, refuse_key, refuse_value, written
 
 
-def plain_config(config: Config) -> dict[str, Any]:
-    """Nested mappings of numbers, strings and lists."""
-    from omegaconf import OmegaConf
-
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def plain_config(config: Any) -> dict[str, Any]:
+    """Nested mappings of numbers, strings and lists, of a Config or of a part of one; enumerations are their names."""
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def shown_config(config: Config) -> dict[str, Any]:
@@ -28,18 +26,57 @@ def shown_config(config: Config) -> dict[str, Any]:
 
 
 def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """The Config of what `plain_config` gave, changed by `key=value` overrides. ConfigError for what the schema does not know."""
+    """The Config of what `plain_config` gave, changed by `key=value` overrides; what it leaves out has its default.
+
+    ConfigError for what is no setting, or a value of another type. Needs OmegaConf only to read overrides.
+    """
+    refuse_code(plain)
+    config = Config()
+    _fill(config, _overridden(plain, overrides) if overrides else plain)
+    return config
+
+
+def _overridden(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    refuse_code(plain)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain, OmegaConf.from_dotlist(overrides or []))
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.to_container(OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides)), resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ConfigError((str(error).splitlines() or [type(error).__name__])[0][:400]) from error
-    assert isinstance(config, Config)
-    return config
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def _fill(section: Any, plain: dict[str, Any], prefix: str = "") -> None:
+    for name, value in plain.items():
+        key = f"{prefix}{name}"
+        if name not in vars(section):
+            raise refuse_key(_short(key), _short(value), {})
+        if is_dataclass(present := getattr(section, name)) and isinstance(value, dict):
+            _fill(present, value, f"{key}.")
+            continue
+        try:
+            setattr(section, name, converted(key, value))
+        except UNADMITTED as error:
+            raise refuse_value(key, _short(value)) from error
+
+
+def _short(value: Any) -> str:
+    text = written(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Enum():
+            return value.name
+        case list():
+            return [_plain(item) for item in value]
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case _:
+            return plain_config(value) if is_dataclass(value) else value
 
 
 def refuse_code(plain: Any) -> None:

@@ -1,4 +1,4 @@
-"""The thirty faults and what is expected of a run, and the measures of a trustworthy one with the faults that show them."""
+"""The faults and what is expected of a run, and the measures of a trustworthy one with the faults that show them."""
 
 FAULTS = {
     1: ("SIGKILL at each phase of a save", "restart from the newest complete step; debris removed"),
