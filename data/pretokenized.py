@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -128,6 +129,8 @@ def _open(folder: Path, record: ShardRecord) -> np.ndarray:
     if path.parent != folder:
         raise ValueError(f"{folder / MANIFEST_FILE} names a file outside of its folder: {record.file}")
     try:
+        if not S_ISREG(path.lstat().st_mode):
+            raise ValueError("it is no regular file")
         size = path.stat().st_size
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
+from .inside import refuse_outside
 from .mixture_config import parts_of
 
 # Refuses sources that name nothing, or what is not there. Standard library only.
@@ -120,7 +121,9 @@ def _check_text(config: DataConfig) -> None:
     if not root.is_dir():
         return
     _check_pattern(config.pattern)
-    if not any(pattern_files(root, config.pattern)):
+    found = list(pattern_files(root, config.pattern))
+    refuse_outside(root, (str(root / name) for name in found), "data.path")
+    if not found:
         there = _suffixes(root)
         hint = f"the nearest choice is data.pattern='{there[0]}'" if there else "the folder holds no file"
         raise ValueError(f"data.path={config.path} must hold files that match data.pattern='{config.pattern}'; {hint}")

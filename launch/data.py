@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.batches import GlobalBatches
 from ..data.build import Prepared
+from ..train.config.complain import complain
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.validate import validate
@@ -63,11 +64,9 @@ def _told(command: Callable[[], None]) -> int:
     try:
         command()
     except (ConfigError, ValueError) as error:
-        print(f"tokenyard: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     except DataStop as stop:
-        print(f"tokenyard: {stop}", file=sys.stderr)
-        return stop.exit_code
+        return complain(stop, stop.exit_code)
     return 0
 
 

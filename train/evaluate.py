@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..data.batches import IGNORE
+from ..data.errors import DataStop
 from ..parallel.collectives import sum_over
 from .config.complain import complain
 from .feed import as_rows
@@ -56,6 +57,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
     except ValueError as error:
         return complain(error)
+    except DataStop as stop:
+        return complain(stop, stop.exit_code)
     evaluation = evaluate_session(session)
     entropy = session.data.facts.unigram_entropy
     print(f"validation loss {evaluation.loss:.4f} nats per token, perplexity {math.exp(min(evaluation.loss, 700)):.2f}")

@@ -38,6 +38,8 @@ from .trackers.trackers import build_trackers, run_identity
 
 TRACKER_SECONDS = 20.0
 """That the dry step gives trackers to start."""
+LEAVING_SECONDS = 5.0
+"""The same where another rank has failed."""
 STALL_SECONDS = 20.0
 """That trackers have to end in a hang: torchrun kills what is still there 30 s after the first rank that ended."""
 
@@ -86,6 +88,9 @@ class Reporter(ABC):
 
     def stalled(self, text: str) -> None:  # noqa: B027
         """The ranks hang and the process is about to end. Called by the watchdog's thread."""
+
+    def left_alone(self, code: int) -> None:  # noqa: B027
+        """Another rank has failed, and the process is about to end with its code. Called by the watchdog's thread."""
 
     @abstractmethod
     def rolled_back(self, session: Session, step: int) -> None:
@@ -283,6 +288,9 @@ class FirstRank(Reporter):
             self.catch_up()
         self.alert("stall", text)
         self.trackers.finish(int(ExitCode.hang), self.summary, STALL_SECONDS)
+
+    def left_alone(self, code: int) -> None:
+        self.trackers.finish(code, self.summary, LEAVING_SECONDS)
 
     def rolled_back(self, session: Session, step: int) -> None:
         self.catch_up()

@@ -1,6 +1,5 @@
 """A training run: step, log, evaluate, checkpoint, stop."""
 
-import sys
 from contextlib import closing
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from ..parallel.process_group import is_first, join, leave, pick_device
 from ..parallel.progress import check_before_collectives, doing
 from .checkpoint.checkpointing import SaveFailed
 from .checkpoint.saving import keep, settle
+from .config.complain import complain
 from .config.config import Config
 from .config.private_files import CannotWrite
-from .config.redact import redact
 from .evaluate import Evaluation, evaluate_session
 from .feed import tell_findings
 from .logged import Logged, Stopwatch
@@ -69,7 +68,7 @@ def train_session(session: Session, reporter: Reporter) -> int:
     check_before_collectives(compare if session.config.debug.collectives else None)
     care = build_care(session, reporter)
     try:
-        with watched(session, reporter.stalled):
+        with watched(session, reporter.stalled, reporter.left_alone):
             dry_step(session, reporter)
             evaluation = train(session, reporter, care)
     except (DataStop, RunStop) as stop:
@@ -196,6 +195,4 @@ def due_after(step: int, config: Config, watch: Watch) -> Due:
 
 def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
     """What could not be refused before the ranks had met; all ranks come to the same error. Returns the exit code."""
-    if is_first():
-        print(f"tokenyard: {redact(str(error))}", file=sys.stderr)
-    return code
+    return complain(error, code) if is_first() else code

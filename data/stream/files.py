@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import xxhash
 
+from ..inside import refuse_outside
 from .http import HttpFile, Patience, may_pass, open_url, persistently
 
 ENDINGS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson", ".json"), "lines": (".txt", ".lines")}
@@ -22,13 +23,14 @@ COUNT = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def find_files(path: str, kind: str) -> list[str]:
-    """All shards that `path` means, sorted. ValueError if there is none."""
+    """All shards that `path` means, sorted. ValueError if there is none, or if a link in a folder leads out of it."""
     if is_remote(path):
         return list(_counted(path))
     place = Path(path).expanduser()
     if place.is_dir():
         endings = tuple(ending + packed for ending in ENDINGS[kind] for packed in ("", *COMPRESSED))
         found = [str(file) for file in place.rglob("*") if file.is_file() and file.name.endswith(endings)]
+        refuse_outside(place, found, "data.path")
     else:
         found = [file for each in _counted(str(place)) for file in _matching(each) if Path(file).is_file()]
     if not found:

@@ -7,11 +7,11 @@ import re
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, final
 
 from ..errors import DataUnavailable
+from .answers import Answer, ask
 
 TRANSIENT_STATUS = (408, 425, 429)
 LONGEST_DELAY = 30.0
@@ -76,7 +76,7 @@ class HttpFile(io.RawIOBase):
         self._at = self._place = self._end = 0
         """The next byte wanted, the next of the open answer, and the one behind that answer, -1 if it does not say."""
         self._answered = False
-        self._response: http.client.HTTPResponse | None = None
+        self._response: Answer | None = None
         self._timeout = patience.stall
         self._backoff = Backoff(url, patience)
         self._trying(self._connect)
@@ -121,7 +121,7 @@ class HttpFile(io.RawIOBase):
         assert self._response is not None
         ahead = self._at - self._place
         left = wanted if self.size < 0 else min(wanted, self.size - self._at)
-        data = self._response.read1(min(ahead + left, 1 << 20))
+        data = self._response.some(min(ahead + left, 1 << 20))
         if not data and self.size < 0 and not ahead:
             self.size = self._place  # the mark at the end of the chunks was there, or it would have raised
         elif not data and self._place == self._end:
@@ -133,8 +133,7 @@ class HttpFile(io.RawIOBase):
         return data[ahead:]
 
     def _connect(self) -> None:
-        request = urllib.request.Request(self.url, headers={"Range": f"bytes={self._at}-", "Accept-Encoding": "identity"})
-        response = self._response = urllib.request.urlopen(request, timeout=self._timeout)
+        response = self._response = ask(self.url, self._at, self._timeout)
         self._place, self._end, size = _extent(response, self._at)
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if self._place > self._at or 0 <= self._end <= self._at != size:
@@ -161,7 +160,7 @@ class HttpFile(io.RawIOBase):
                 error.close()
                 self._hang_up()
                 if error.code < 500 and error.code not in TRANSIENT_STATUS:
-                    raise ValueError(f"{self.url} cannot be read: HTTP {error.code} {error.reason}") from None
+                    raise ValueError(f"{self.url} cannot be read: HTTP {error.code} {str(error.reason).splitlines()[0]}") from None
                 self._backoff.wait(error, begin)
             except (OSError, http.client.HTTPException) as error:
                 self._hang_up()

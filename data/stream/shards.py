@@ -6,17 +6,24 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import IO, Any, NamedTuple, final
 
 import numpy as np
 import xxhash
 
+from .. import inside
 from ..config import Corpus, DataConfig
 from .files import find_files, fingerprint, open_raw, open_shard, short_names, versions
-from .http import Patience, may_pass, patiently
+from .http import Patience, may_pass, patiently, persistently
 
 BATCH = 256
 """Rows that are read at a time where a format gives several."""
+BESIDE = 1 << 20
+"""Bytes of a line beside its document."""
+PART = 1 << 20
+"""Bytes of a line that is too long, of which no more are held at a time."""
+NO_ROW = 32
+"""Times the longest row, a line is no row."""
 
 
 class Bad(NamedTuple):
@@ -54,25 +61,25 @@ def open_shards(config: DataConfig, patience: Patience) -> Shards:
     if config.corpus is Corpus.hf:
         return open_hub(config, patience)
     assert config.path is not None
-    return file_shards(find_files(config.path, config.corpus.value), config.corpus, config.column, patience)
+    return file_shards(find_files(config.path, config.corpus.value), config.corpus, config, patience)
 
 
-def file_shards(paths: list[str], kind: Corpus, column: str, patience: Patience) -> Shards:
+def file_shards(paths: list[str], kind: Corpus, config: DataConfig, patience: Patience) -> Shards:
     """Shards of known format: parquet, jsonl or lines."""
     if kind is Corpus.parquet:
-        return ParquetShards(paths, column, patience)
-    return LineShards(paths, column if kind is Corpus.jsonl else None, patience)
+        return ParquetShards(paths, config.column, patience)
+    return LineShards(paths, config.column if kind is Corpus.jsonl else None, patience, config.longest_row)
 
 
 @final
 class LineShards(Shards):
     """A row for each line: a JSON object with the text at `key`, or (key None) the text itself."""
 
-    def __init__(self, paths: list[str], key: str | None, patience: Patience) -> None:
+    def __init__(self, paths: list[str], key: str | None, patience: Patience, longest: int = DataConfig.longest_row) -> None:
         self.names = short_names(paths)
         self._versions = versions(paths, patience)
         self.fingerprint = fingerprint(paths, self._versions, "lines", str(key))
-        self._paths, self._key, self._patience = paths, key, patience
+        self._paths, self._key, self._patience, self._longest = paths, key, patience, longest
 
     def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
         return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
@@ -80,13 +87,34 @@ class LineShards(Shards):
     def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
         try:
             with open_shard(self._paths[shard], self._patience, self._versions[shard]) as file:
-                for row, line in enumerate(file):
+                for row, line in enumerate(bounded_lines(file, self._longest)):
                     if row >= first:
-                        yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
+                        yield line if isinstance(line, Bad) else self._row(line)
         except BROKEN_FILE as error:
             if may_pass(error):
                 raise
             yield Failed(in_words(error))
+
+    def _row(self, line: bytes) -> Row:
+        return line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
+
+
+def bounded_lines(file: IO[bytes], longest: int) -> Iterator[bytes | Bad]:
+    """The lines of a file with documents of up to `longest` bytes, of which JSON may need six for one; longer ones are bad rows.
+
+    ValueError for a line that is no row at all: a small compressed file may hold one that takes hours.
+    """
+    most, size = 6 * longest + BESIDE, 0
+    while line := file.readline(most):
+        size = len(line)
+        if size < most or line.endswith(b"\n"):
+            yield line
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(PART)):
+            size += len(line)
+            if size > NO_ROW * (longest + BESIDE):
+                raise ValueError(f"a row of more than {size} bytes, and data.longest_row={longest}")
+        yield Bad(f"{size} bytes, more than data.longest_row={longest}")
 
 
 @final
@@ -200,23 +228,76 @@ def open_hub(config: DataConfig, patience: Patience) -> Shards:
     """The split of a data set by name, or of a folder that is laid out as one.
 
     Files of parquet, of JSON lines and of text are read by our own readers, which lose no row to a bad neighbour and begin at any
-    row; everything else by an IterableDataset. ValueError of one line if the hub does not know it.
+    row; everything else by an IterableDataset. ValueError of one line if the hub does not know it, or if it names files of others.
     """
-    import datasets
-
     name = str(Path(config.name or "").expanduser()) if Path(config.name or "").expanduser().exists() else config.name or ""
-    try:
-        builder = datasets.load_dataset_builder(name, config.subset, revision=config.revision)
-        files = list((builder.config.data_files or {}).get(config.split, []))
-        splits = list(builder.config.data_files or builder.info.splits or {})
-    except Exception as error:  # whatever the hub, the network and the builders raise
-        raise ValueError(f"data.name={config.name} cannot be opened: {' '.join(str(error).split())}") from error
+    builder = persistently(lambda: _builder(config, name), f"data.name={config.name}", patience)
+    every = builder.config.data_files or {}
+    refuse_outside(name, [file for files in every.values() for file in files])
+    files, splits = list(every.get(config.split, [])), list(every or builder.info.splits or {})
     if config.split not in splits and splits:
         raise ValueError(f"data.split={config.split} must be one of {', '.join(map(str, splits))}, the splits of {config.name}")
     kind = _kind(builder, files)
     if kind is not None:
-        return file_shards(files, kind, config.column, patience)
+        return file_shards(files, kind, config, patience)
     return HubShards(config, name, files, patience)
+
+
+def _builder(config: DataConfig, name: str) -> Any:
+    """What `datasets` makes of it. ConnectionError if the hub cannot be reached, ValueError if it knows no such data set."""
+    import datasets
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    refuse_card(name)
+    try:
+        return datasets.load_dataset_builder(name, config.subset, revision=config.revision)
+    except Exception as error:  # whatever the hub, the network and the builders raise
+        if may_pass(error) and not isinstance(error, OfflineModeIsEnabled):
+            raise
+        raise ValueError(f"data.name={config.name} cannot be opened: {in_words(error)}") from error
+
+
+def refuse_card(name: str) -> None:
+    """ValueError if the card of the folder `name` names a place outside of it: before `datasets` looks there, or asks a server."""
+    import yaml
+    from huggingface_hub import DatasetCard
+
+    card, more = Path(name, "README.md"), Path(name, ".huggingface.yaml")
+    found: list[Any] = []
+    try:
+        found += [DatasetCard(card.read_text(), ignore_metadata_errors=True).data.to_dict()] if card.is_file() else []
+        found += [yaml.safe_load(more.read_text())] if more.is_file() else []
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"data.name={name}: its card cannot be read: {in_words(error)}") from None
+    for place in _places(found):
+        if "://" in place or "::" in place or place.startswith(("/", "~")) or ".." in place.replace("\\", "/").split("/"):
+            raise ValueError(f"data.name={name} leads out of its folder: its card names {place}")
+
+
+def _places(found: list[Any]) -> Iterator[str]:
+    """All texts under the keys data_files and data_dir; with aliases YAML may hold one thing in many places."""
+    left, seen = [(each, False) for each in found], set[tuple[int, bool]]()
+    while left:
+        thing, named = left.pop()
+        if isinstance(thing, str) and named:
+            yield thing
+        if not isinstance(thing, dict | list) or (id(thing), named) in seen:
+            continue
+        seen.add((id(thing), named))
+        if isinstance(thing, dict):
+            left += [(value, named or key in ("data_files", "data_dir")) for key, value in thing.items()]
+        else:
+            left += [(value, named) for value in thing]
+
+
+def refuse_outside(name: str, files: list[str]) -> None:
+    """ValueError for a file that is not of the data set `name`."""
+    if Path(name).exists():
+        return inside.refuse_outside(Path(name), files, "data.name")
+    for file in files:
+        if not file.startswith(f"hf://datasets/{name}@") or ".." in file.split("/"):
+            raise ValueError(f"data.name={name} leads out of its folder: {file}; read that by a data.path of its own")
+    return None
 
 
 @final

@@ -90,7 +90,11 @@ def joined_tokens(parts: list[Tokens], weights: list[float], wanted: int) -> Tok
 
 def joined_shares(parts: list[Tokens], weights: list[float], wanted: int) -> list[int]:
     """How many tokens of each part `joined_tokens` takes."""
-    return [min(len(part.ids), max(2, round(wanted * weight / sum(weights)))) for part, weight in zip(parts, weights, strict=True)]
+    total = sum(weights)
+    shares = [min(len(part.ids), max(2, round(wanted * weight / total))) for part, weight in zip(parts, weights, strict=True)]
+    for index in reversed(range(len(parts))):  # what rounding has taken away, of those that have more
+        shares[index] += min(len(parts[index].ids) - shares[index], max(0, wanted - sum(shares)))
+    return shares
 
 
 def _source(

@@ -10,6 +10,7 @@ from pathlib import Path
 from ...train.config.compose import Arguments
 from ...train.config.config import Config, ConfigError, Precision
 from ...train.config.overrides import halves
+from ...train.config.redact import redact
 
 
 def handed_on(arguments: Arguments) -> list[str]:
@@ -42,6 +43,14 @@ def submit(command: list[str], job: str | None = None) -> int:
     if shutil.which(command[0]) is None:
         raise ConfigError.of("launch.submit", "true", f"there is no {command[0]} on this host", "launch.submit=false")
     return subprocess.run(command, input=job, text=True, check=False).returncode
+
+
+def shown(job: str) -> str:
+    """A job as it is printed: without secrets, of which standard error says that they are left out."""
+    text = redact(job)
+    if text != job:
+        print("tokenyard: what is printed has names where the job has secrets; launch.submit=true hands them on", file=sys.stderr)
+    return text
 
 
 def say_not_started(how: str) -> None:

@@ -10,7 +10,7 @@ from ...train.config.config import Config, ConfigError
 from ...train.config.private_files import write_private
 from ...train.config.schema import quoted
 from ...train.folder import new_run_folder
-from .cluster import handed_on, handed_to_cluster, joined, say_not_started, submit
+from .cluster import handed_on, handed_to_cluster, joined, say_not_started, shown, submit
 
 PORT = 29500
 """DeepSpeed's own default."""
@@ -26,7 +26,7 @@ def start_deepspeed(config: Config, arguments: Arguments) -> int:
     own, words = several_hosts(config, arguments)
     _hostfile(config).parent.mkdir(parents=True, exist_ok=True)
     write_private(_hostfile(config), hostfile(config))
-    print(f"# {_hostfile(config)}\n{hostfile(config)}\n{joined(['deepspeed', *own], words)}", flush=True)
+    print(shown(f"# {_hostfile(config)}\n{hostfile(config)}\n{joined(['deepspeed', *own], words)}"), flush=True)
     if config.launch.submit:
         return submit([_executable(), *own, *words])
     say_not_started("run the command above")

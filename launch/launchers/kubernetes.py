@@ -4,13 +4,13 @@ from typing import Any
 
 from ...train.config.compose import Arguments
 from ...train.config.config import Config
-from .cluster import handed_to_cluster, job_name, say_not_started, submit
+from .cluster import handed_to_cluster, job_name, say_not_started, shown, submit
 
 
 def start_train_job(config: Config, arguments: Arguments) -> int:
     """Prints the TrainJob, and with launch.submit=true creates it through kubectl. Returns the exit code."""
     text = as_yaml(train_job(config, arguments))
-    print(text, end="", flush=True)
+    print(shown(text), end="", flush=True)
     if config.launch.submit:
         return submit(["kubectl", "create", "-f", "-"], text)
     say_not_started("pipe this into kubectl create -f -")

@@ -7,8 +7,7 @@ from pathlib import Path
 from ...train.config.compose import Arguments
 from ...train.config.config import Config
 from ...train.config.private_files import write_private
-from ...train.config.redact import redact
-from .cluster import handed_to_cluster, job_name, joined, say_not_started, submit
+from .cluster import handed_to_cluster, job_name, joined, say_not_started, shown, submit
 
 
 def start_job(config: Config, arguments: Arguments) -> int:
@@ -18,7 +17,7 @@ def start_job(config: Config, arguments: Arguments) -> int:
     # Slurm does not make the folder of a log, and a job without its log fails without a word.
     file.parent.mkdir(parents=True, exist_ok=True)
     write_private(file, script)
-    print(redact(script), end="", flush=True)
+    print(shown(script), end="", flush=True)
     if config.launch.submit:
         return submit(["sbatch", str(file)])
     say_not_started(f"sbatch {file}")

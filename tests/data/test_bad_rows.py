@@ -1,9 +1,14 @@
 """What is no document is skipped, counted and named; too much of it stops the run."""
 
+import bz2
 import gzip
 import json
+import lzma
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +17,8 @@ import pytest
 from streaming import config_of, names_in, opened, taken
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, EndOfData
+from tokenyard.data.stream.http import Patience
+from tokenyard.data.stream.shards import Bad, LineShards
 
 
 def good(count: int) -> list[bytes]:
@@ -93,3 +100,64 @@ def test_a_truncated_file_gives_its_rows_and_says_so(tmp_path: Path, ending: str
     assert len(seen) + counts["held_out"] >= counts["rows"] - 2
     (line,) = listed
     assert line.startswith(f"jsonl: a.jsonl.{ending} failed after {counts['rows']} rows: ")
+
+
+def bomb(path: Path, size: int, before: bytes, after: bytes) -> None:
+    """A compressed file whose second line has `size` bytes."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(path.suffix)
+    sink = pa.CompressedOutputStream(str(path), "zstd") if path.suffix == ".zst" else opener(path, "wb")
+    with sink as file:
+        file.write(before)
+        for _ in range(size >> 24):
+            file.write(b"x" * (1 << 24))
+        file.write(after)
+
+
+MEASURED = """
+import sys, time
+from tokenyard.launch.main import main
+begin = time.process_time()
+code = main(sys.argv[1:])
+peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]  # that of getrusage is also the parent's
+print("MEASURED", code, int(peak) // 1024, round(time.process_time() - begin, 2))
+"""
+
+
+@pytest.mark.parametrize(("verb", "ending"), [("data inspect", "jsonl.gz"), ("train", "txt.zst")])
+def test_a_row_of_gigabytes(tmp_path: Path, ending: str, verb: str, record_property: Any) -> None:
+    """No more of it is held or unpacked than rows may have: 65, in one line, soon."""
+    rows = b"".join(json.dumps({"text": f"<0.{row}> words"}).encode() + b"\n" for row in range(200))
+    (tmp_path / "rows").mkdir()
+    bomb(tmp_path / "rows" / f"a.{ending}", 1 << 32 if ending == "txt.zst" else 1 << 29, rows, b"\n" + rows)
+    assert (tmp_path / "rows" / f"a.{ending}").stat().st_size < 5 << 20
+    kind = {"jsonl": "jsonl", "txt": "lines"}[ending.partition(".")[0]]
+    words = [f"data={kind}", f"data.path={tmp_path}/rows", f"data.cache={tmp_path}/cache", "tokenizer=bytes", "sequence_length=32"]
+    words += [f"run.dir={tmp_path}/run", "tracker=jsonl"] if verb == "train" else []
+    ended = subprocess.run([sys.executable, "-c", MEASURED, *verb.split(), *words], capture_output=True, text=True, timeout=120)
+    assert "MEASURED" in ended.stdout, ended.stderr
+    code, megabytes, seconds = ended.stdout.rpartition("MEASURED")[2].split()
+    record_property("measured", f"{verb} of {ending}: {megabytes} MB, {seconds} s")
+    assert int(code) == 65 and "a row of more than" in ended.stderr and "Traceback" not in ended.stderr
+    assert int(megabytes) < 500 and float(seconds) < 15  # of which importing torch is a part
+
+
+def test_lines_that_are_too_long_are_bad_rows_and_the_next_one_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + b"x" * 9_000_000 + b'\n{"text": "two"}\n' + b"x" * 9_000_000)
+    read = list(LineShards([str(tmp_path / "a.jsonl")], "text", Patience(), 1_000_000).rows(0, 0))
+    long = Bad("9000001 bytes, more than data.longest_row=1000000"), Bad("9000000 bytes, more than data.longest_row=1000000")
+    assert read == [b"one", long[0], b"two", long[1]]
+    assert list(LineShards([str(tmp_path / "a.jsonl")], "text", Patience(), 1_000_000).rows(0, 2)) == read[2:]
+
+
+def test_a_line_of_escapes_is_no_longer_than_its_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\x01" * 1_000_000, "n": "x" * 1_000_000}) + "\n")
+    assert list(LineShards([str(tmp_path / "a.jsonl")], "text", Patience(), 1_000_000).rows(0, 0)) == [b"\x01" * 1_000_000]
+
+
+def test_a_line_as_long_as_what_is_read_at_once(tmp_path: Path) -> None:
+    """Its end falls on the end of a part."""
+    most = 6 * 10 + (1 << 20)
+    for size in (most - 2, most - 1, most, most + 1, most + (1 << 20) - 1, most + (1 << 20)):
+        (tmp_path / "a.txt").write_bytes(b"x" * size + b"\nnext\n")
+        first, *rest = LineShards([str(tmp_path / "a.txt")], None, Patience(), 10).rows(0, 0)
+        assert rest == [b"next"] and (first == b"x" * size or first == Bad(f"{size + 1} bytes, more than data.longest_row=10"))

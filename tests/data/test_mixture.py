@@ -108,3 +108,12 @@ def test_new_weights_hold_from_the_resume_on(data: DataConfig, weights: tuple[fl
 def test_wrong_mixtures_are_refused(mix: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_corpus(DataConfig(corpus=Corpus.mix, mix=mix))
+
+
+@pytest.mark.parametrize("weights", [["0.1"] * 10, [str(1 / 3)] * 3, ["0.7", "0.2", "0.1"], ["1e-9", "1"]])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_rounded_shares_leave_no_validation_row_out(tmp_path: Path, weights: list[str], sequences: int) -> None:
+    paths = [write(tmp_path / f"rows{index}", Corpus.lines).path for index in range(len(weights))]
+    mix = [f"weight={weight} corpus=lines path={path}" for weight, path in zip(weights, paths, strict=True)]
+    config = DataConfig(corpus=Corpus.mix, mix=mix, cache=str(tmp_path / "cache"), window=8, workers=0, validation_fraction=0.2)
+    assert prepare(config, BYTES, LENGTH, 1, 4, None, sequences).validation.rows == sequences

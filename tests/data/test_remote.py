@@ -3,7 +3,6 @@
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus
 from tokenyard.data.errors import DataUnavailable
+from tokenyard.data.stream import http as remote
 from tokenyard.data.stream.http import Patience, open_url
 
 
@@ -102,17 +102,17 @@ def test_a_missing_file_is_said_at_once(server, tmp_path: Path) -> None:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All that servers answered."""
-    seen, right = list[Any](), urllib.request.urlopen
+    seen, right = list[Any](), remote.ask
 
-    def urlopen(*arguments: Any, **settings: Any) -> Any:
+    def ask(*arguments: Any) -> Any:
         try:
-            seen.append(right(*arguments, **settings))
+            seen.append(right(*arguments))
         except urllib.error.HTTPError as error:
             seen.append(error)
             raise
         return seen[-1]
 
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(remote, "ask", ask)
     return seen
 
 

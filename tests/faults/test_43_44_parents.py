@@ -20,9 +20,9 @@ from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PULSE, collective, doing
 from tokenyard.train.checkpoint.lock import NAME, lock_run
 from tokenyard.train.config.config import ConfigError
-from tokenyard.train.survival import family
+from tokenyard.train.survival import family, watchdog
 from tokenyard.train.survival.blame import Verdict
-from tokenyard.train.survival.lone_failure import STACKS
+from tokenyard.train.survival.lone_failure import STACKS, Failure, leave_note
 from tokenyard.train.survival.watchdog import Watchdog
 
 TIMEOUT = 0.5
@@ -54,6 +54,17 @@ def test_the_guard_survives(kind: str, ranks: Any, tmp_path: Path) -> None:
     verdicts = ranks(2, hang, tmp_path, 3600.0 if "clock" in kind else 0.0, os.urandom(8).hex())
     assert [verdict.ranks for verdict in verdicts] == [[1], [1]], verdicts
     assert verdicts[0].text.startswith("hang: rank 1 (step 7, ")
+
+
+def test_trackers_end_where_another_rank_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the code of that rank, before the process does."""
+    seen: list[Any] = []
+    monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda code: seen.append(("exit", code)))
+    leave_note(tmp_path, Failure(1, 3, "OSError: gone", 1))
+    dog = Watchdog(tmp_path, 0, 2, TIMEOUT, leave=lambda code: seen.append(("trackers", code))).start()
+    dog.thread.join(10)
+    assert seen == [("trackers", 1), ("exit", 1)]
 
 
 @pytest.mark.fault(43)

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses, state_of
+from tokenyard.train import journal
 from tokenyard.train import step as step_module
 from tokenyard.train.journal import read_journal
 from tokenyard.train.reporter import build_reporter
@@ -101,6 +102,25 @@ def test_nan_in_one_experts_gradient_on_one_rank(kind: str, policy: str, ranks: 
     computed = [step for step, updated, _ in results[0]["seen"] if updated]
     assert computed == {"stop": [1, 2, 3, 4], "skip": [1, 2, 3, 4, 6, 7, 8], "rollback": [1, 2, 3, 4, 4, 6, 7, 8]}[policy]
     record_property("measured", "before the update, 2 of 2 ranks; weights and moments bitwise; 3 policies; 0 poisoned checkpoints")
+
+
+def no_room(path: Path, text: str) -> None:
+    raise OSError(28, "No space left on device", str(path))
+
+
+def spoiled_run_without_room(*arguments: Any) -> dict[str, Any]:
+    """The same; the journals cannot be cut back."""
+    with mock.patch.object(journal, "write_private", no_room):
+        return spoiled_run(*arguments)
+
+
+@pytest.mark.fault(26, "rolled back on a full disk: 70 on both ranks, in one line")
+def test_a_rollback_without_room(ranks: Any, tmp_path: Path) -> None:
+    options = [*LAYOUT, *NO_SPIKES, "numerics.on_nan=rollback"]
+    results = ranks(2, spoiled_run_without_room, tmp_path / "run", options, 1, {5: 2}, math.nan, EXPERT)
+    assert {r["code"] for r in results} == {70} and all(r["finite"] for r in results)
+    (stopped,) = events_of(tmp_path / "run", "stopped")
+    assert "not rolled back: run.dir=" in stopped["reason"] and "No space left on device" in stopped["reason"]
 
 
 @pytest.mark.fault(26)

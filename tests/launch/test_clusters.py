@@ -244,3 +244,16 @@ def run_in(folder: Path, words: list[str], **environment: str) -> subprocess.Com
 def expanded(word: str) -> str:
     """As Kubernetes does it: $$ is a dollar, $(NAME) a variable."""
     return re.sub(r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "VALUE", word)
+
+
+@pytest.mark.parametrize("words", [SLURM, KUBERNETES, DEEPSPEED], ids=["slurm", "kubernetes", "deepspeed"])
+def test_a_job_is_shown_without_secrets(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says that something is left out, as what is shown would not run."""
+    monkeypatch.setenv("SOME_API_KEY", "s3cr3t-value-of-it")
+    more = [f"run.dir={tmp_path}/run", "run.name=s3cr3t-value-of-it", "data=jsonl", "data.path=https://me:passw0rd@host/a.jsonl"]
+    assert main(["train", *(word for word in words if not word.startswith("run.dir")), *more]) == 0
+    said = capsys.readouterr()
+    assert "s3cr3t" not in said.out + said.err and "passw0rd" not in said.out + said.err
+    assert "<SOME_API_KEY>" in said.out and "has names where the job has secrets" in said.err

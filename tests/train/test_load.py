@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TINY_RUN
 from tokenyard.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from tokenyard.launch.main import main
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.evaluate import evaluate_session
@@ -72,3 +73,18 @@ def test_evaluation_takes_the_tokenizer_of_the_checkpoint(checkpoint: Path, text
     events = read_journal(checkpoint.parents[1] / "events.jsonl")
     trained = next(event["validation_loss"] for event in events if event["event"] == "finished")
     assert evaluate_session(session).loss == pytest.approx(trained, rel=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["data inspect", "prepare {out}", "tokenizer train {out}", "evaluate {checkpoint}", "train"])
+def test_a_source_that_is_down_is_75_by_every_verb(
+    checkpoint: Path, tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one line, without its secrets."""
+    capsys.readouterr()
+    words = verb.format(out=tmp_path / "out", checkpoint=checkpoint).split()
+    down = ["data.corpus=lines", "data.path=http://me:passw0rd@127.0.0.1:9/x.txt", "data.patience_seconds=0.3"]
+    more = ["sequence_length=16", f"run.dir={tmp_path}/down", "tracker=jsonl"] if verb == "train" else []
+    code = main([*words, *down, *more])
+    said = capsys.readouterr()
+    assert code == 75 and said.out == "" and said.err.count("\n") == 1, said
+    assert "did not answer for" in said.err and "passw0rd" not in said.err

@@ -12,10 +12,10 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202
 """Control characters but newline and tab, line separators, changes of the writing direction, halves of characters."""
 
 
-def complain(error: Exception | str) -> int:
+def complain(error: Exception | str, code: int = BAD_USAGE) -> int:
     """Says it in one line. Returns the exit code."""
     print(f"tokenyard: {one_line(str(error))}", file=sys.stderr)
-    return BAD_USAGE
+    return code
 
 
 def one_line(text: str) -> str:

@@ -4,8 +4,10 @@ import sys
 from collections.abc import Callable
 
 from ...moe.token_info import Place
+from ...parallel.object_collectives import from_all
 from ..checkpoint.checkpointing import finished
 from ..checkpoint.resuming import keep_timeline, newest_whole, resume
+from ..config.private_files import writing_to
 from ..session import Session
 from ..step import Rows, StepNumbers
 from .care import Care
@@ -72,7 +74,16 @@ def roll_back(session: Session, care: Care, fault: Fault) -> None:
     if path is None:
         raise RunStop(f"step {step}: {fault.text}; there is no checkpoint to roll back to", ExitCode.not_finite)
     resume(session, path)
-    keep_timeline(session)
+    lacking = None
+    try:
+        keep_timeline(session)
+        with writing_to(session.folder):
+            care.reporter.rolled_back(session, step)
+    except ValueError as error:
+        lacking = str(error)
+    if found := [
+        each for each in from_all(lacking) if each is not None
+    ]:  # the journals of the first rank, which the others wait for
+        raise RunStop(f"step {step}: {fault.text}; not rolled back: {found[0]}", ExitCode.not_finite, saves=False)
     care.guard.jumps.add(step)
     care.guard.restore(session.extra.get("guard", {}))
-    care.reporter.rolled_back(session, step)

@@ -47,14 +47,17 @@ class Watchdog:
         timeout_seconds: float,
         end: Callable[[Verdict], None] | None = None,
         tell: Callable[[str], None] | None = None,
+        leave: Callable[[int], None] | None = None,
         start: str = "",
     ) -> None:
         """`end` is called on every rank when all is said; by default the process ends at once, as its main thread cannot. `tell` is
-        called before that on the rank that speaks. `start` is the same on all ranks and in no other start of the run."""
+        called before that on the rank that speaks, and `leave` with the exit code where another rank failed. `start` is the same on
+        all ranks and in no other start of the run."""
         self.folder, self.rank, self.world, self.timeout = folder, rank, world, timeout_seconds
         self.tick = min(2.0, timeout_seconds / 20)
         self.end = end or (lambda _: os._exit(int(ExitCode.hang)))
         self.tell = tell or (lambda _: None)
+        self.leave = leave or (lambda _: None)
         self.start_id = start
         self.places = [folder / STACKS, Path(tempfile.gettempdir()) / f"tokenyard-{start or os.getpid()}"]
         self.processes: dict[int, Process] = {}
@@ -86,6 +89,8 @@ class Watchdog:
             return
         if self.rank == 0 and failure.code == ExitCode.error:
             self._event("failed", step=failure.step, error=failure.text)
+        with suppress(Exception):  # the process ends, whatever a tracker does
+            self.leave(failure.code)
         os._exit(failure.code)
 
     def _report(self) -> None:
@@ -153,15 +158,15 @@ def _write(stacks: Path, mine: Beat) -> None:
 
 
 @contextmanager
-def watched(session: Session, tell: Callable[[str], None]) -> Iterator[None]:
-    """The hang guard of this rank, if there are others. `tell` hears of a hang, from another thread."""
+def watched(session: Session, tell: Callable[[str], None], leave: Callable[[int], None] | None = None) -> Iterator[None]:
+    """The hang guard of this rank, if there are others. `tell` hears of a hang, `leave` of another rank's end."""
     mesh = session.parallel.mesh
     if mesh.world == 1:
         yield
         return
     name_layers(session.parallel.model.blocks)
     start = from_first(lambda: secrets.token_hex(8))
-    dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds, tell=tell, start=start)
+    dog = Watchdog(session.folder, mesh.rank, mesh.world, session.config.parallel.timeout_seconds, None, tell, leave, start)
     dog.processes = dict(enumerate(from_all(this_process())))
     dog.start()
     try:

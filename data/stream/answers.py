@@ -1,0 +1,129 @@
+"""HTTP answers that are whole in time, and lead nowhere else unseen."""
+
+import functools
+import http.client
+import io
+import ipaddress
+import logging
+import socket
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from typing import IO, Any, final
+from urllib.parse import urlsplit
+
+log = logging.getLogger("tokenyard")
+
+
+def ask(url: str, begin: int, seconds: float) -> "Answer":
+    """The server's answer for the bytes from `begin` on, with its head. TimeoutError if that takes longer than `seconds`.
+
+    ValueError if it leads to another protocol, or from a host farther away to this machine or a network around it.
+    """
+    request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-", "Accept-Encoding": "identity"})
+    return _opener().open(request, timeout=seconds)
+
+
+@final
+class Within(io.RawIOBase):
+    """What a socket receives until a time: one that gives a byte now and then would hold its reader for ever."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket, self._raw = sock, sock.makefile("rb", buffering=0)
+        self._seconds = sock.gettimeout() or 60.0
+        self.again()
+
+    def again(self) -> None:
+        """The time begins anew."""
+        self._end = time.monotonic() + self._seconds
+
+    def readinto(self, buffer: memoryview) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"what it answers is not whole after {self._seconds:g} s")
+        self._socket.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+@final
+class Answer(http.client.HTTPResponse):
+    """Its head, and each read of its body, has the time that the connection says; not each byte of them."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
+        super().__init__(sock, *arguments, **settings)
+        self.fp.close()
+        self._within = Within(sock)
+        self.fp = io.BufferedReader(self._within)
+
+    def some(self, limit: int) -> bytes:
+        """Up to `limit` bytes of the body, b"" at its end."""
+        self._within.again()
+        return self.read1(limit)
+
+
+class Plain(http.client.HTTPConnection):
+    response_class = Answer
+
+
+class Secure(http.client.HTTPSConnection):
+    response_class = Answer
+
+
+class PlainHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(Plain, req)
+
+
+class SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(Secure, req)
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Followed if they stay with the host, or after they were said."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        fp.close()  # else all of it is read, however long it is
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
+            raise ValueError(f"{req.full_url} cannot be read: it leads to {newurl}, by another protocol")
+        if new.hostname != old.hostname:
+            if _reach(new.hostname) < _reach(old.hostname):
+                raise ValueError(f"{req.full_url} cannot be read: it leads to {newurl}, an address of this machine or its network")
+            _say(old.netloc, new.netloc)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _reach(host: str | None) -> int:
+    """How far away a host is: 0 link-local, 1 this machine, 2 its networks, 3 beyond, as one of which no address is known."""
+    with suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return min(_reach_of(ipaddress.ip_address(str(each[4][0]).partition("%")[0])) for each in found)
+    return 3
+
+
+def _reach_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
+    address = getattr(address, "ipv4_mapped", None) or address
+    nearest = (address.is_link_local, address.is_loopback or address.is_unspecified, not address.is_global, True)
+    return nearest.index(True)
+
+
+@functools.cache
+def _say(host: str, other: str) -> None:
+    """Once."""
+    log.warning("data: %s leads to %s", host, other)
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(PlainHandler, SecureHandler, Redirects)
