@@ -13,6 +13,8 @@ TENSOR_BYTES_PER_BYTE = 1024
 MOST_DIMENSIONS = 16
 LONGEST_HEADER = 100_000_000
 """Bytes, of a safetensors header, by that format."""
+LARGEST_TOKENIZER = 1 << 27
+"""Bytes; the largest published ones have a third of it."""
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -85,7 +85,7 @@ def open_shard(path: Path) -> Iterator[Any]:
         check_header(path)
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {error}") from None
+        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {str(error)[:400]}") from None
     with opened as file:
         yield file
 

@@ -225,7 +225,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._library: Any = Library.from_str(content.decode())
-        except Exception as error:  # the library has no error of its own
+        except BaseException as error:  # the library has no error of its own, and its panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ValueError(f"{origin} must be a tokenizer.json ({' '.join(str(error).split())})") from None
         self._library.no_padding()
         self._library.no_truncation()

@@ -9,11 +9,10 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
-from .inside import refuse_outside
 from .mixture_config import parts_of
 
 # Refuses sources that name nothing, or what is not there. Standard library only.
@@ -156,3 +155,18 @@ def nearest_path(path: Path) -> Path:
     siblings = sorted(entry.name for entry in path.parent.iterdir()) if os.access(path.parent, os.R_OK) else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return path.parent / close[0] if close else path.parent
+
+
+def refuse_outside(root: Path, files: Iterable[str], key: str) -> None:
+    """ValueError of one line, which names the setting `key`, for the first of `files` that is not below the folder `root`.
+
+    The cache of the Hugging Face hub is one folder: its snapshots are links to the blobs beside them.
+    """
+    home = os.path.realpath(root)
+    inside = [home]
+    if Path(home).parent.name == "snapshots":
+        inside.append(str(Path(home).parent.parent / "blobs"))
+    for file in files:
+        real = os.path.realpath(file)
+        if not any(real.startswith(f"{place}{os.sep}") for place in inside):
+            raise ValueError(f"{key}={root} leads out of its folder: {file} is {real}; name that place itself, or take a copy")

@@ -91,7 +91,7 @@ def open_file(path: Path) -> Iterator[Any]:
         check_header(path)
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+        raise ValueError(f"{path} is no readable safetensors file: {str(error)[:400]}") from None
     with opened as file:
         yield file
 

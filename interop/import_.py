@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.bounded import LARGEST_TOKENIZER
 from ..checkpoint.folder import newest_checkpoint
 from ..checkpoint.store import save_checkpoint
 from ..data.tokenizer import MODEL_FILE
@@ -50,6 +51,7 @@ def import_folder(path: Path, out: Path, wish: Upcycle | None = None) -> Importe
     if newest_checkpoint(out) or newest_checkpoint(out / "checkpoints"):
         raise ValueError(f"{out}: holds a checkpoint already; nearest valid: a new folder")
     source = open_source(path)
+    _check_carried(path)
     if wish is not None:
         upcycled_config(source.model, wish)  # before the weights are read
     weights = read_weights(source)
@@ -61,6 +63,13 @@ def import_folder(path: Path, out: Path, wish: Upcycle | None = None) -> Importe
     checkpoint = save_checkpoint(out, 0, held, facts, attach=lambda folder: notes.extend(carry(path, folder)))
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Imported(checkpoint, source.family.architecture, parameters, notes)
+
+
+def _check_carried(path: Path) -> None:
+    """ValueError for a file beside the weights that is larger than any tokenizer."""
+    for file in (path / name for name in CARRIED_FILES if (path / name).is_file()):
+        if (size := file.stat().st_size) > LARGEST_TOKENIZER:
+            raise ValueError(f"{file} has {size} bytes, more than {LARGEST_TOKENIZER}")
 
 
 def carry(path: Path, checkpoint: Path) -> list[str]:

@@ -56,7 +56,9 @@ def adopt(path: Path, folder: Path) -> None:
     if (path / FILE).is_file():
         try:
             fast = _library().Tokenizer.from_file(str(path / FILE))
-        except Exception as error:  # the library has no error of its own
+        except BaseException as error:  # the library has no error of its own, and its panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ValueError(f"{FILE} cannot be read: {error}") from None
         _check(tokenizer, fast)
     tokenizer.save(folder)

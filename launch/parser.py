@@ -4,18 +4,18 @@ import argparse
 import sys
 from typing import NoReturn, TypeVar
 
-Number = TypeVar("Number", int, float)
+from ..train.config.complain import BAD_USAGE as BAD_USAGE
+from ..train.config.complain import complain
 
-BAD_USAGE = 2
-"""The exit code of a command line that cannot be understood, as of a wrong configuration."""
+Number = TypeVar("Number", int, float)
 
 
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, as configuration errors do."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog.replace(' ', ': ', 1)}: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(BAD_USAGE)
+        verb = self.prog.partition(" ")[2]
+        sys.exit(complain(f"{verb}: {message}; see {self.prog} --help"))
 
 
 def positive(text: str) -> int:

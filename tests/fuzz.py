@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -177,7 +178,7 @@ def mutated(content: bytes, chance: random.Random, structured: bool) -> bytes:
 def changed(value: Any, chance: random.Random) -> Any:
     """`value` with one value in it replaced, left out or repeated."""
     if not isinstance(value, dict | list) or not value or chance.random() < 0.1:
-        return chance.choice(ODD)
+        return copy.deepcopy(chance.choice(ODD))  # which a later change may change
     key = chance.choice(list(value)) if isinstance(value, dict) else chance.randrange(len(value))
     action = chance.random()
     if action < 0.1:
@@ -226,11 +227,15 @@ def case(made: Path, seed: int) -> str | None:
     return None if said == "ok" else said or f"ended by {status}: beyond {SECONDS} s of its processor, or killed"
 
 
+def used() -> int:
+    """Bytes of memory that this process has asked for."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def outcome(read: Callable[[], object]) -> str:
     """In the child."""
     signal.alarm(20 * SECONDS)  # a wait that costs no processor time
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (used() + MEMORY, used() + MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
         read()

@@ -81,7 +81,7 @@ def test_nothing_unpickles_or_instantiates() -> None:
         ("parallel/x.py", "from tokenyard.train.config.config import Config"),
         ("train/x.py", "from ..launch.main import main"),
         ("launch/x.py", "from ..moe.config import ModelConfig"),
-        ("interop/x.py", "from ..train.config import Config"),
+        ("interop/x.py", "from ..train.run import run"),
         ("bench/x.py", "from ..launch.main import main"),
     ],
 )

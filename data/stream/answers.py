@@ -96,10 +96,12 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         fp.close()  # else all of it is read, however long it is
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
-            raise ValueError(f"{req.full_url} cannot be read: it leads to {newurl}, by another protocol")
+            raise ValueError(f"{req.full_url} cannot be read: it redirects to {newurl}, by another protocol")
         if new.hostname != old.hostname:
             if _reach(new.hostname) < _reach(old.hostname):
-                raise ValueError(f"{req.full_url} cannot be read: it leads to {newurl}, an address of this machine or its network")
+                raise ValueError(
+                    f"{req.full_url} cannot be read: it redirects to {newurl}, an address of this machine or its network"
+                )
             _say(old.netloc, new.netloc)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -121,7 +123,7 @@ def _reach_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
 @functools.cache
 def _say(host: str, other: str) -> None:
     """Once."""
-    log.warning("data: %s leads to %s", host, other)
+    log.warning("data: %s redirects to %s", host, other)
 
 
 @functools.cache

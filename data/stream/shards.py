@@ -11,8 +11,8 @@ from typing import IO, Any, NamedTuple, final
 import numpy as np
 import xxhash
 
-from .. import inside
 from ..config import Corpus, DataConfig
+from ..validate import refuse_outside
 from .files import find_files, fingerprint, open_raw, open_shard, short_names, versions
 from .http import Patience, may_pass, patiently, persistently
 
@@ -233,7 +233,7 @@ def open_hub(config: DataConfig, patience: Patience) -> Shards:
     name = str(Path(config.name or "").expanduser()) if Path(config.name or "").expanduser().exists() else config.name or ""
     builder = persistently(lambda: _builder(config, name), f"data.name={config.name}", patience)
     every = builder.config.data_files or {}
-    refuse_outside(name, [file for files in every.values() for file in files])
+    refuse_foreign_files(name, [file for files in every.values() for file in files])
     files, splits = list(every.get(config.split, [])), list(every or builder.info.splits or {})
     if config.split not in splits and splits:
         raise ValueError(f"data.split={config.split} must be one of {', '.join(map(str, splits))}, the splits of {config.name}")
@@ -290,10 +290,10 @@ def _places(found: list[Any]) -> Iterator[str]:
             left += [(value, named) for value in thing]
 
 
-def refuse_outside(name: str, files: list[str]) -> None:
+def refuse_foreign_files(name: str, files: list[str]) -> None:
     """ValueError for a file that is not of the data set `name`."""
     if Path(name).exists():
-        return inside.refuse_outside(Path(name), files, "data.name")
+        return refuse_outside(Path(name), files, "data.name")
     for file in files:
         if not file.startswith(f"hf://datasets/{name}@") or ".." in file.split("/"):
             raise ValueError(f"data.name={name} leads out of its folder: {file}; read that by a data.path of its own")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_run import heard
 from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, DataUnavailable
@@ -29,7 +30,7 @@ class Server(BaseHTTPRequestHandler):
         kind.requests += 1
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.close_connection = True
-        kind.answer(self, (kind.folder / self.path.lstrip("/")).read_bytes(), start)
+        kind.answer(self, (kind.folder / self.path.lstrip("/").partition("?")[0]).read_bytes(), start)
 
     def head(self, status: int, **headers: object) -> None:
         self.send_response(status)
@@ -107,7 +108,9 @@ def served(data: DataConfig, address: str, ending: str) -> DataConfig:
     return replace(data, path=path, patience_seconds=20.0, stall_seconds=2.0)
 
 
-@pytest.mark.fault(31, "no length, in chunks or in pieces: the same rows as from disk; neither length nor end: refused by name")
+@pytest.mark.fault(
+    31, "without a length, in chunks or in pieces: the same rows as from disk; with neither length nor end: refused by name"
+)
 @pytest.mark.parametrize("answer", [in_chunks, in_pieces])
 @pytest.mark.parametrize(("kind", "ending"), [(Corpus.jsonl, "jsonl.gz"), (Corpus.parquet, "parquet"), (Corpus.lines, "txt")])
 def test_the_same_rows_as_from_disk(server, tmp_path: Path, kind: Corpus, ending: str, answer: Answer) -> None:
@@ -127,7 +130,7 @@ def test_an_answer_without_length_or_end_is_refused(server, tmp_path: Path) -> N
         opened(config_of(tmp_path / "rows", Corpus.lines, path=f"{address}/{{0..5}}.txt"))
 
 
-@pytest.mark.fault(31, "resumed at another byte: never a byte twice or left out")
+@pytest.mark.fault(31, "an answer from another byte: no byte twice, none left out")
 def test_an_answer_from_another_byte(server) -> None:
     handler, address = server
     handler.folder.mkdir()
@@ -144,7 +147,7 @@ def test_an_answer_from_another_byte(server) -> None:
                 assert content.startswith(read)
 
 
-@pytest.mark.fault(31, "changed while it is read: that file failed, 65")
+@pytest.mark.fault(31, "a file that changes during the run: failed, exit 65")
 def test_a_file_that_changes_in_the_run_has_failed(server, tmp_path: Path) -> None:
     _, address = server
     data = write(tmp_path / "rows", Corpus.lines)
@@ -156,7 +159,50 @@ def test_a_file_that_changes_in_the_run_has_failed(server, tmp_path: Path) -> No
         taken(batches, range(1, 60))
 
 
-@pytest.mark.fault(31, "one byte every 0.05 s: given up when patience ends")
+@pytest.mark.fault(31, "a file that changes between two answers: refused")
+def test_a_file_that_changes_between_two_answers(server) -> None:
+    """The first answer breaks off; the next ones are of a file with another tag, or of another size."""
+    handler, address = server
+    handler.folder.mkdir()
+    (handler.folder / "a.bin").write_bytes(bytes(2_000_000))
+    for tag, more in (("b", 0), ("a", 5)):
+
+        def answer(server: Server, data: bytes, start: int, tag: str = tag, more: int = more) -> None:
+            size = len(data) + (more if start else 0)
+            about = {"ETag": f'"{tag if start else "a"}"', "Content_Range": f"bytes {start}-{size - 1}/{size}"}
+            server.head(206, **about, Content_Length=size - start)
+            server.wfile.write(bytes(size - start) if start else data[: 1 << 20])
+
+        handler.answer = staticmethod(answer)
+        with open_url(f"{address}/a.bin", Patience(2, 2)) as file, pytest.raises(ValueError, match="changed while it was read"):
+            file.read()
+
+
+@pytest.mark.fault(31, "a redirect to another host: named once")
+def test_another_host_that_a_server_redirects_to_is_named(server, tmp_path: Path) -> None:
+    """Its own host is not."""
+    handler, address = server
+    data = write(tmp_path / "rows", Corpus.lines)
+    elsewhere = address.replace("127.0.0.1", "localhost")
+
+    def away(place: str) -> Answer:
+        def answer(server: Server, content: bytes, start: int) -> None:
+            if "?" in server.path:
+                return plainly(server, content, start)
+            return server.head(302, Location=f"{place}{server.path}?token=secret", Content_Length=0)
+
+        return answer
+
+    for place, said in ((address, 0), (elsewhere, 1)):
+        handler.answer = staticmethod(away(place))
+        with heard() as lines:
+            assert taken(opened(served(data, address, "txt")), range(10)).shape[0] == 10
+        assert [line for line in lines if "redirects" in line] == [
+            f"data: {address.partition('//')[2]} redirects to {elsewhere.partition('//')[2]}"
+        ] * said
+
+
+@pytest.mark.fault(31, "a byte every 0.05 s: given up when patience ends")
 def test_a_dripping_server_uses_up_patience(server) -> None:
     handler, address = server
     handler.folder.mkdir()

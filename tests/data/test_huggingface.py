@@ -49,7 +49,15 @@ def test_refusals(path: Path) -> None:
         check_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface))
 
 
-@pytest.mark.fault(37, "refused in one line, the nearest value named; in an older checkpoint nothing is drawn")
+def test_a_tokenizer_at_which_the_library_panics_is_refused(path: Path) -> None:
+    about = json.loads(path.read_text())
+    about["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"must be a tokenizer\.json \(Precompiled"):
+        ready_tokenizer(config(path))
+
+
+@pytest.mark.fault(37, "refused in one line with the nearest value; one in an older checkpoint draws nothing")
 def test_dropout_is_refused(path: Path, tmp_path: Path) -> None:
     about = json.loads(path.read_text())
     about["model"]["dropout"] = 0.3

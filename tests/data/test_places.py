@@ -77,8 +77,8 @@ def test_a_data_set_of_the_hub_names_its_own_files(folder: Path, monkeypatch: py
         "hf://buckets/somebody/set/0.txt",
     ):
         with pytest.raises(ValueError, match=r"data\.name=somebody/set leads out of its folder: "):
-            hub.refuse_outside("somebody/set", ["hf://datasets/somebody/set@1/0.txt", other])
-    hub.refuse_outside("somebody/set", ["hf://datasets/somebody/set@1/0.txt", "hf://datasets/somebody/set@1/sub/1.txt"])
+            hub.refuse_foreign_files("somebody/set", ["hf://datasets/somebody/set@1/0.txt", other])
+    hub.refuse_foreign_files("somebody/set", ["hf://datasets/somebody/set@1/0.txt", "hf://datasets/somebody/set@1/sub/1.txt"])
 
 
 @pytest.mark.parametrize("kind", [Corpus.hf, Corpus.lines, Corpus.text])

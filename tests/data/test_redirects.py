@@ -79,7 +79,7 @@ def test_another_host_is_said_once(serve, code: int, caplog: pytest.LogCaptureFi
         for _ in range(2):
             with open_url(f"http://127.0.0.1:{port}/x", Patience(2, 1)) as file:
                 assert file.read() == b"words"
-    assert caplog.messages == [f"data: 127.0.0.1:{port} leads to localhost:{other}"]
+    assert caplog.messages == [f"data: 127.0.0.1:{port} redirects to localhost:{other}"]
     assert not any("authorization" in asked.lower() or "cookie" in asked.lower() for asked in serve.heard)
 
 
@@ -115,7 +115,7 @@ def test_nothing_public_leads_home(serve, host: str, monkeypatch: pytest.MonkeyP
     right = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *more, **rest: right(known.get(name, name), *more, **rest))
     request = answers.urllib.request.Request("http://far.example/x")
-    with pytest.raises(ValueError, match=r"leads to http://home.example/y, an address of this machine"):
+    with pytest.raises(ValueError, match=r"redirects to http://home.example/y, an address of this machine"):
         answers.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://home.example/y")
     request = answers.urllib.request.Request("https://far.example/x")
     with pytest.raises(ValueError, match="by another protocol"):

@@ -148,3 +148,15 @@ def test_a_format_that_only_datasets_reads(tmp_path: Path, monkeypatch: pytest.M
     second.restore(json.loads(json.dumps(first.state())))
     parts.append(taken(second, range(5, 20)))
     assert np.array_equal(np.concatenate(parts), straight) and len(set(names_in(straight))) > 80
+
+
+def test_a_data_set_in_the_hubs_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are links to the blobs beside it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    data = write(tmp_path / "hub" / "blobs", Corpus.lines)
+    folder = tmp_path / "hub" / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    for file in (tmp_path / "hub" / "blobs").iterdir():
+        (folder / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    hub = config_of(folder, Corpus.hf, path=None, name=str(folder))
+    assert sorted(set(names_in(taken(opened(hub), range(60))))) == sorted(set(names_in(taken(opened(data), range(60)))))

@@ -1,12 +1,16 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from streaming import BYTES, LENGTH, write
 from tokenyard.data import token_array as module
+from tokenyard.data.build import prepare
 from tokenyard.data.cache import cache_folder, publish
-from tokenyard.data.config import DataConfig
+from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.corpus import documents, survey
 from tokenyard.data.token_array import MANIFEST_FILE, TOKENS_FILE, open_tokens
 from tokenyard.data.tokenizer import BytesTokenizer
@@ -94,7 +98,7 @@ def changed(path: Path, at: int, keep_time: bool) -> None:
 
 
 @pytest.mark.fault(
-    36, "an edit of the same size is refused when opened; beyond 1 MiB one that keeps the file's time, by data.verify"
+    36, "an edit of the same size is refused when opened; in files over 1 MiB, one that keeps the file's time may need data.verify"
 )
 @pytest.mark.parametrize("keep_time", [False, True])
 def test_a_changed_id_is_seen(folder: DataConfig, tmp_path: Path, keep_time: bool) -> None:
@@ -123,3 +127,27 @@ def test_a_changed_id_of_many(tmp_path: Path) -> None:
     changed(tmp_path / TOKENS_FILE, 300_001, keep_time=False)
     with pytest.raises(ValueError, match="were changed"):
         module.load_tokens(tmp_path)
+
+
+def mixed(folder: DataConfig, tmp_path: Path) -> DataConfig:
+    return replace(folder, corpus=Corpus.mix, path=None, mix=[f"weight=1 corpus=text path={folder.path}"])
+
+
+def streamed(folder: DataConfig, tmp_path: Path) -> DataConfig:
+    """Whose held-out documents are in the cache."""
+    return replace(write(tmp_path / "rows", Corpus.lines), cache=folder.cache, validation_fraction=0.2)
+
+
+@pytest.mark.fault(36)
+@pytest.mark.parametrize("kind", [lambda folder, _: folder, mixed, streamed], ids=["a corpus", "a mixture", "a stream"])
+def test_all_of_the_cache_is_hashed_if_asked(
+    kind: Any, folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, sizes = kind(folder, tmp_path), (LENGTH, 1, 4, None, 1)
+    prepare(config, BYTES, *sizes)
+    monkeypatch.setattr(module, "_as_seen", lambda _: True)
+    for file in (tmp_path / "cache").rglob(TOKENS_FILE):
+        changed(file, -1, keep_time=True)
+    prepare(config, BYTES, *sizes)
+    with pytest.raises(ValueError, match="were changed"):
+        prepare(replace(config, verify=True), BYTES, *sizes)

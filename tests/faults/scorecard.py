@@ -1,4 +1,4 @@
-"""The scorecard of `make faults`: a row for each fault of catalogue.py, from the reports of the tests that are marked with it.
+"""The scorecard of `make faults`: a row for each fault, from the reports of the tests that are marked with it.
 
 TOKENYARD_SCORECARD=print prints it after the tests; =write also writes the tables of docs/faults.md.
 """

@@ -1,4 +1,4 @@
-"""Faults 36 and 37: a run that goes back in its own folder keeps what it writes; one that is started again keeps its progress."""
+"""Faults 39 and 40: a run that goes back in its own folder keeps what it writes; one that is started again keeps its progress."""
 
 from pathlib import Path
 
@@ -18,7 +18,9 @@ def at(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
-@pytest.mark.fault(39, "back from 12 to 4: 6 to 12 set aside with the date; what the run writes stays, auto goes on from it")
+@pytest.mark.fault(
+    39, "back from step 12 to 4: 6 to 12 set aside in a folder with the date; the new checkpoints stay, and auto goes on from them"
+)
 def test_a_rewind_keeps_what_it_writes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(configured(folder, *LONG)) == 0
@@ -57,7 +59,9 @@ def test_later_checkpoints_of_others_do_not_push_out_those_of_this_run(tmp_path:
     assert [path.name[-2:] for path in checkpoints_in(tmp_path)] == ["91", "90", "03", "02"]
 
 
-@pytest.mark.fault(40, "begun at a path or as `never`, lost at 7: goes on from 6, metrics whole, though the path was pruned")
+@pytest.mark.fault(
+    40, "started from a path or with `never`, lost in step 7: goes on from 6 with whole metrics, even if the path was pruned"
+)
 @pytest.mark.parametrize("wish", ["path", "never"])
 def test_a_restart_goes_on_from_what_this_run_wrote(wish: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"

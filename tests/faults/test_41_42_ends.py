@@ -1,4 +1,4 @@
-"""Faults 38 and 39: a disk that takes nothing more and weights that are not finite end a run with their own codes, on all ranks."""
+"""Faults 41 and 42: a disk that takes nothing more and weights that are not finite end a run with their own codes, on all ranks."""
 
 import errno
 import os
@@ -36,7 +36,10 @@ def full_disk(until: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.fault(41, "no byte more on the disk: the run goes on or ends with 74, its records kept until there is room")
+@pytest.mark.fault(
+    41,
+    "a disk that takes no byte: `continue` trains to the end, `stop` to the save, both exit 74; records wait for room",
+)
 @pytest.mark.parametrize(("policy", "last"), [("continue", 8), ("stop", 3)])
 def test_a_disk_that_takes_no_line(policy: str, last: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -69,7 +72,7 @@ def test_records_wait_for_room_and_none_is_torn(tmp_path: Path) -> None:
     assert [record["step"] for record in journal.read_journal(path)] == [1, 2, 3]
 
 
-@pytest.mark.fault(41, "a run folder that takes no file: 73 on all ranks, one line")
+@pytest.mark.fault(41, "a run folder that takes no file: one line, exit 73 on all ranks")
 def test_a_folder_that_takes_no_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert run(configured(tmp_path / "file" / "run", "data.cache=null")) == 73
@@ -106,7 +109,7 @@ def poisoned(folder: Path, overrides: list[str], poison: bool) -> int:
         return train_session(session, reporter)
 
 
-@pytest.mark.fault(42, "lr=1e38 and NaN weights under stop, skip and rollback: 70 on both ranks, one event, no checkpoint of it")
+@pytest.mark.fault(42, "lr=1e38 and NaN weights under stop, skip and rollback: exit 70 on both ranks, one event, no checkpoint")
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
 @pytest.mark.parametrize("poison", [False, True], ids=["lr=1e38", "NaN weights"])
 def test_weights_that_are_not_finite(policy: str, poison: bool, ranks: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Faults 40 and 41: the hang guard outlives a clock set back and a folder that takes no note; ranks end with their launcher."""
+"""Faults 43 and 44: the hang guard outlives a clock set back and a folder that takes no note; ranks end with their launcher."""
 
 import fcntl
 import json
@@ -46,7 +46,7 @@ def hang(folder: Path, clock: float, start: str) -> Verdict:
     return verdicts[0] if verdicts else Verdict([], "nothing was said")
 
 
-@pytest.mark.fault(43, "a clock set back an hour, RUN/stacks that cannot be made: the right rank named all the same")
+@pytest.mark.fault(43, "a clock set back an hour, a RUN/stacks that cannot be made: the right rank named all the same")
 @pytest.mark.parametrize("kind", ["the clock is set back", "no note can be written"])
 def test_the_guard_survives(kind: str, ranks: Any, tmp_path: Path) -> None:
     if kind == "no note can be written":

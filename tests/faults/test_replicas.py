@@ -14,7 +14,7 @@ import torch
 from fault_run import checkpoint_steps, configured, events_of, losses
 from tokenyard.parallel.apply import local
 from tokenyard.train.config.compose import compose
-from tokenyard.train.config.config.config import OnDivergence
+from tokenyard.train.config.config import OnDivergence
 from tokenyard.train.engine import TorchEngine
 from tokenyard.train.reporter import build_reporter
 from tokenyard.train.run import single_step, train_session

@@ -169,6 +169,24 @@ def test_submitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert (tmp_path / "kubectl.yaml").read_text() == capfd.readouterr().out
 
 
+def test_a_secret_in_an_override_reaches_the_job_and_not_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is shown to be started by hand is shown as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_API_KEY", "a-secret-value")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, file in (("sbatch", '"$1"'), ("kubectl", ""), ("deepspeed", "")):
+        stub(tmp_path, name, f'echo "$@" > {name}.txt; cat {file} >> {name}.txt')
+    monkeypatch.setattr("tokenyard.launch.launchers.deepspeed._executable", lambda: str(tmp_path / "deepspeed"))
+    for verb, words in (("sbatch", SLURM), ("kubectl", KUBERNETES), ("deepspeed", DEEPSPEED)):
+        assert main(["train", *words, "run.name=a-secret-value", "launch.submit=true"]) == 0
+        shown = "".join(capfd.readouterr())
+        assert "a-secret-value" not in shown and "<MY_API_KEY>" in shown, verb
+        assert "a-secret-value" in (tmp_path / f"{verb}.txt").read_text()
+    assert stat.S_IMODE((tmp_path / "runs/first/slurm/job.sh").stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize("words", [["seed=' 1'"], ["run.name=100%"], ["run.name='a\nb'"]])
 def test_deepspeed_refuses_what_it_would_break(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="cannot carry a space, % or line break"):

@@ -13,12 +13,15 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import ConfigError
 
 NOTE = """
-import json, os, sys, types
+import json, os, signal, sys, types
+
+BORN = sorted(number.name for number in signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 def run(config):
     rank = os.environ.get("RANK", "0")
     note = {"rank": rank, "world": os.environ.get("WORLD_SIZE"), "threads": os.environ.get("OMP_NUM_THREADS"),
-            "folder": config.run.dir, "seed": config.seed, "layers": config.model.layers}
+            "folder": config.run.dir, "seed": config.seed, "layers": config.model.layers,
+            "held_back": BORN, "of_launcher": os.environ.get("TOKENYARD_LAUNCHER") == str(os.getppid())}
     with open(os.path.join(os.environ["NOTES"], f"{os.getpid()}.json"), "w") as file:
         json.dump(note, file)
     return int(os.environ["CODE"]) if os.environ.get("FAILS") in (rank, f"seed={config.seed}") else 0
@@ -27,6 +30,9 @@ module = types.ModuleType("tokenyard.train.run")
 module.run = run
 sys.modules["tokenyard.train.run"] = module
 """
+
+
+HELD_BACK = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"]
 
 
 class Job:
@@ -60,7 +66,9 @@ def job(tmp_path: Path) -> Job:
 def test_inline_is_this_process(job: Job) -> None:
     done = job.run("tokenyard", "train", "seed=5")
     assert (done.returncode, done.stderr) == (0, "")
-    assert job.said() == [{"rank": "0", "world": None, "threads": None, "folder": None, "seed": 5, "layers": 4}]
+    [note] = job.said()
+    assert (note["rank"], note["world"], note["threads"], note["folder"], note["seed"], note["layers"]) == ("0", *[None] * 3, 5, 4)
+    assert note["held_back"] == ["SIGUSR1"] and not note["of_launcher"]
     assert list(job.folder.iterdir()) == []
 
 
@@ -73,6 +81,14 @@ def test_torchrun_starts_ranks_that_share_a_folder(job: Job) -> None:
     assert first["folder"].startswith("runs/")
     assert (first["seed"], first["layers"]) == (5, 2)
     assert first["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert first["held_back"] == second["held_back"] == HELD_BACK
+    assert first["of_launcher"] and second["of_launcher"]
+
+
+def test_a_rank_of_any_launcher_holds_signals_back_before_it_starts_anew(job: Job) -> None:
+    done = job.run("tokenyard.train", "seed=5")
+    assert done.returncode == 0, done.stderr
+    assert job.said()[0]["held_back"] == HELD_BACK
 
 
 def test_torchrun_keeps_settings_and_hands_on_the_exit_code(job: Job) -> None:

@@ -1,9 +1,10 @@
 """Numbers, durations, bars and foreign text as the console writes them."""
 
+import io
 import math
 
 import pytest
-from tokenyard.train.console.text import ASCII_BARS, bar, duration, flops, printable, short
+from tokenyard.train.console.text import ASCII_BARS, Printer, bar, duration, flops, printable, short
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,9 @@ def test_bar():
 def test_printable_keeps_text_and_disarms_the_rest():
     assert printable("a\tb\n\u00e9\u4f60\U0001f600") == "a\tb\n\u00e9\u4f60\U0001f600"
     assert printable("\x1b]0;x\x07\r\x9b\u202e\ud800") == "\\x1b]0;x\\x07\\r\\x9b\\u202e\\ud800"
+
+
+def test_a_line_steers_no_terminal():
+    stream = io.StringIO()
+    Printer(stream).say("a run called \x1b[2J\x07, and a tab\t.")
+    assert stream.getvalue() == "a run called \\x1b[2J\\x07, and a tab\t.\n"

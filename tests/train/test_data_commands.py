@@ -39,9 +39,10 @@ def test_inspect_counts_a_corpus_without_state(tmp_path: Path, capsys: pytest.Ca
 def test_inspect_counts_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.dumps({"text": f"row {row} " + "y" * 20}) for row in range(80)] + ["broken"]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    _, cells = inspected(
+    lines, cells = inspected(
         capsys, tmp_path / "cache", "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.validation_fraction=0.2"
     )
+    assert "bad: jsonl: rows.jsonl row 80: no JSON" in lines
     assert (cells["source"], cells["share"], cells["tokens"], cells["bad_rows"]) == ("jsonl", "1.0000", "384", "1")
     assert int(cells["documents"]) + int(cells["held_out"]) == 80 and "duplicates" not in cells
 

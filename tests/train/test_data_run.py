@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_run import heard
 from tokenyard.checkpoint.folder import newest_checkpoint
 from tokenyard.checkpoint.store import read_facts
 from tokenyard.data.config import Corpus
@@ -153,25 +154,29 @@ def test_few_bad_rows_are_counted_in_the_metrics(rows: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.fault(18, "all of them in events.jsonl with file, row and reason, the first ten in words")
-def test_bad_rows_are_events(rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_rows_are_events(rows: Path, tmp_path: Path) -> None:
     with_bad_rows(rows, 15)
     limits = ["data.max_bad_fraction=0.5", "log.every=20", "checkpoint.every=0"]
-    assert run(configured(rows, tmp_path / "run", "steps=80", *limits)) == 0
+    with heard() as lines:
+        assert run(configured(rows, tmp_path / "run", "steps=80", *limits)) == 0
     found = [event for event in read_journal(tmp_path / "run" / "events.jsonl") if event["event"] == "bad_row"]
     assert {(each["source"], each["file"], each["reason"]) for each in found} == {("jsonl", "2.jsonl", "no JSON")}
     assert sorted(each["row"] for each in found) == [*range(300, 315)] and all(0 < each["step"] <= 80 for each in found)
-    said = [record.getMessage() for record in caplog.records if "bad row" in record.getMessage()]
+    said = [line for line in lines if "bad row" in line]
     assert len(said) == 10 and all(re.search(r"jsonl: 2\.jsonl row 3\d\d: no JSON", line) for line in said)
 
 
-@pytest.mark.fault(33, "the command ends with 65 and a checkpoint, and the file is an event")
+@pytest.mark.fault(33, "the command ends with 65 and a checkpoint, and names the file in events.jsonl")
 def test_a_file_that_fails_is_an_event_and_exit_code_65(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = gzip.compress((rows / "2.jsonl").read_bytes())
     (rows / "2.jsonl").unlink()
     (rows / "2.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     limits = ["steps=1000", "log.every=50", "checkpoint.every=0"]
     assert run(configured(rows, tmp_path / "run", *limits)) == 65
-    (event,) = (event for event in read_journal(tmp_path / "run" / "events.jsonl") if event["event"] == "file_failed")
+    events = read_journal(tmp_path / "run" / "events.jsonl")
+    (event,) = (event for event in events if event["event"] == "file_failed")
+    (alert,) = (event for event in events if event.get("alert") == "file_failed")
+    assert "2.jsonl.gz failed after" in alert["text"]
     assert event["file"] == "2.jsonl.gz" and 0 < event["row"] < 300 and "end-of-stream" in event["reason"]
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and read_facts(newest)["step"] == event["step"] - 1
@@ -189,7 +194,7 @@ def run_cut_off(rows: str, folder: str, overrides: list[str]) -> tuple[int, str]
         return run_on_ranks(rows, folder, [*overrides, *path]), error.getvalue()
 
 
-@pytest.mark.fault(38, "exit code 75 on all ranks, one line; also with a checkpoint to go on from")
+@pytest.mark.fault(38, "one line, exit 75 on all ranks, also with a checkpoint to go on from")
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_source_that_is_down_at_the_start(ranks, rows: Path, tmp_path: Path, size: int) -> None:
     assert run(configured(rows, tmp_path / "run", "steps=3")) == 0

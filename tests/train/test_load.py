@@ -66,10 +66,15 @@ def test_neither_are_its_urls_and_mixtures(checkpoint: Path, data: dict[str, obj
         open_for_evaluation(str(checkpoint), [])
 
 
-def test_evaluation_takes_the_tokenizer_of_the_checkpoint(checkpoint: Path, text: Path) -> None:
+def test_evaluation_takes_the_tokenizer_of_the_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """On other texts, too, of which another one would be trained."""
     session = open_for_evaluation(str(checkpoint), [f"data.path={text}"])
     about = json.loads((checkpoint / "tokenizer" / "tokenizer_about.json").read_text())
-    assert session.data.tokenizer.hash == about["hash"]
+    (tmp_path / "others").mkdir()
+    for number in range(40):
+        (tmp_path / "others" / f"{number}.txt").write_text(f"quite another {number} kind of words, " * 30)
+    others = open_for_evaluation(str(checkpoint), [f"data.path={tmp_path / 'others'}"])
+    assert session.data.tokenizer.hash == others.data.tokenizer.hash == about["hash"]
     events = read_journal(checkpoint.parents[1] / "events.jsonl")
     trained = next(event["validation_loss"] for event in events if event["event"] == "finished")
     assert evaluate_session(session).loss == pytest.approx(trained, rel=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenyard.moe.config import Activation, AttentionConfig, AttentionKind, CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.train.config.compose import CONF, compose
-from tokenyard.train.config.config.config import Config, ConfigError, OnFailure, Precision
+from tokenyard.train.config.config import Config, ConfigError, OnFailure, Precision
 from tokenyard.train.config.serialize import config_from_plain, plain_config
 
 PRESETS = sorted(path.stem for path in Path(CONF, "model").glob("*.yaml"))

@@ -4,13 +4,21 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from tokenyard.data.errors import DataUnavailable
 from tokenyard.launch.main import main
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.redact import RedactingFormatter, redact, redact_plain
 from tokenyard.train.config.serialize import shown_config, write_config
 from tokenyard.train.journal import Journal, read_journal
+from tokenyard.train.survival import stop
+from tokenyard.train.survival.attempt import recover
+from tokenyard.train.survival.blame import Beat, Verdict
+from tokenyard.train.survival.guard import Action, Fault
+from tokenyard.train.survival.lone_failure import NOTE, STACKS, Failure, find_note, leave_note
+from tokenyard.train.survival.watchdog import Watchdog
 
 SECRET = "s3cr3t-value-of-it"
 
@@ -61,6 +69,33 @@ def test_tracebacks(code: str) -> None:
     start = "import os; from tokenyard.train.config import redact; redact.redact_tracebacks(); KEY = os.environ['SOME_API_KEY']; "
     said = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=60).stderr
     assert SECRET not in said and "<SOME_API_KEY>" in said and "Traceback" in said
+
+
+def test_what_ends_a_run_is_said_without_secrets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Wherever it is said: a URL with a key in it is in the message of what it did not answer."""
+    url = f"https://me:{SECRET}@host/a?token=xyz"
+    stop.say_stop(DataUnavailable(f"{url} did not answer for 3 s (OSError: {SECRET})"), 7)
+    with mock.patch.object(stop.dist, "is_initialized", lambda: True), mock.patch.object(stop, "place", lambda: "rank 0"):
+        stop.say_failure(OSError(f"no {url}"))
+    dog = Watchdog(tmp_path, 0, 2, 1.0)
+    dog._say(Verdict([1], f"hang: rank 1 at {url}"))
+    (tmp_path / STACKS).write_text("in the way")
+    dog._write_note(Beat(0, 1, url, None, None, 0, 0.0, ""))
+    care = mock.Mock(bad_data=f"OSError: {url}", **{"guard.fault.return_value": Fault("bad_data", "rows", Action.stop)})
+    with pytest.raises(stop.RunStop):
+        recover(mock.Mock(step=3), care, mock.Mock())
+    assert main(["data", "verify", f"/no/such/{SECRET}"]) == 2
+    assert main(["data", "inspect", f"data.path={url}", "data=jsonl", "data.colour=1"]) == 2
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--prompt", "x", "--tokens", SECRET])
+    said = capsys.readouterr().err
+    assert SECRET not in said and "xyz" not in said and said.count("\n") == said.count("tokenyard: ") == 8
+
+
+def test_a_rank_that_fails_alone_leaves_no_secret(tmp_path: Path) -> None:
+    leave_note(tmp_path, Failure(1, 3, f"OSError: no {SECRET}", 1))
+    assert SECRET not in (tmp_path / NOTE).read_text()
+    assert find_note(tmp_path) == Failure(1, 3, "OSError: no <SOME_API_KEY>", 1)
 
 
 def test_a_configuration_that_is_shown(capfd: pytest.CaptureFixture[str]) -> None:

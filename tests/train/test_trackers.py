@@ -157,9 +157,7 @@ def test_one_broken_tracker_does_not_disturb_another():
 
 def test_unknown_names_are_refused_in_one_line():
     names = "wandb, tensorboard, trackio, jsonl, none"
-    with pytest.raises(
-        ConfigError, match=rf"^tracker\.names=\[wandbb\]: may hold {names}; nearest valid: tracker.names=.wandb.$"
-    ):
+    with pytest.raises(ConfigError, match=rf"^tracker\.names=\[wandbb\]: may hold {names}; nearest valid: tracker.names=.wandb.$"):
         check_rules(Config(tracker=TrackerConfig(names=["wandbb"])), 1)
 
 

@@ -95,9 +95,7 @@ def test_what_is_not_installed_is_refused_in_one_line(monkeypatch: pytest.Monkey
     from tokenyard.train.config.config import Config, ConfigError, TrackerConfig
 
     monkeypatch.setattr("tokenyard.train.config.rules.rules.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"^tracker.names=.*trackio is not installed here, `pip install tokenyard.trackio.`"
-    ):
+    with pytest.raises(ConfigError, match=r"^tracker.names=.*trackio is not installed here, `pip install tokenyard.trackio.`"):
         check_rules(Config(tracker=TrackerConfig(names=["wandb", "trackio"])), 1)
 
 

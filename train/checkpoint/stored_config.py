@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...checkpoint.bounded import read_regular, strict_json
+from ...checkpoint.bounded import LARGEST_TOKENIZER, read_regular, strict_json
 from ...checkpoint.facts import needed_facts
 from ...checkpoint.folder import checkpoints_of
 from ...checkpoint.manifest import Manifest, check_fits, check_sizes, check_unlisted, read_manifest
@@ -11,8 +11,6 @@ from ..config.rules.model_rules import attention, experts
 from ..config.serialize import config_from_plain
 
 ABOUT = "tokenizer/tokenizer_about.json"
-LARGEST_TOKENIZER = 1 << 27
-"""Bytes; the largest published ones have a third of it."""
 
 
 def read_stored(path: Path) -> tuple[Manifest, Config]:

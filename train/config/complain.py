@@ -1,4 +1,4 @@
-"""What a verb says when it refuses: one line without secrets, with nothing in it that steers a terminal. No torch here."""
+"""What is said on standard error: without secrets, and with nothing in it that steers a terminal. No torch here."""
 
 import re
 import sys
@@ -16,6 +16,11 @@ def complain(error: Exception | str, code: int = BAD_USAGE) -> int:
     """Says it in one line. Returns the exit code."""
     print(f"tokenyard: {one_line(str(error))}", file=sys.stderr)
     return code
+
+
+def say(text: str) -> None:
+    """On standard error, at once: `text`, of whatever length, without secrets and what a terminal would obey."""
+    print(f"tokenyard: {printable(redact(text))}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:

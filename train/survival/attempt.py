@@ -1,12 +1,12 @@
 """One optimizer step of a run, and what is done when its numbers are wrong: repeat, then stop, skip or roll back."""
 
-import sys
 from collections.abc import Callable
 
 from ...moe.token_info import Place
 from ...parallel.object_collectives import from_all
 from ..checkpoint.checkpointing import finished
 from ..checkpoint.resuming import keep_timeline, newest_whole, resume
+from ..config.complain import say
 from ..config.private_files import writing_to
 from ..session import Session
 from ..step import Rows, StepNumbers
@@ -45,7 +45,7 @@ def recover(session: Session, care: Care, told: Told) -> None:
     step, fault = session.step + 1, care.guard.fault(told)
     assert fault is not None
     if fault.kind == "bad_data" and care.bad_data is not None:
-        print(f"tokenyard: rank {session.parallel.mesh.rank}: {care.bad_data}", file=sys.stderr)
+        say(f"rank {session.parallel.mesh.rank}: {care.bad_data}")
     if fault.action is Action.stop:
         code = ExitCode.bad_data if fault.kind == "bad_data" else ExitCode.not_finite
         raise RunStop(f"step {step}: {fault.text}", code)

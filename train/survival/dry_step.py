@@ -17,6 +17,7 @@ from ...moe.token_info import Place
 from ...parallel.object_collectives import from_all
 from ...parallel.progress import PULSE, doing
 from ...parallel.shard import Held
+from ..config.complain import say
 from ..config.environment import restarted
 from ..journal import Journal
 from ..reporter import Reporter
@@ -64,7 +65,7 @@ def end_all(session: Session, text: str) -> None:
     """Ends this process, and the others by a note. What fails here as another rank has left says nothing."""
     folder, code = session.folder, int(ExitCode.dry_step)
     if find_note(folder) is None:
-        print(f"tokenyard: {text}", file=sys.stderr, flush=True)
+        say(text)
         with suppress(OSError):
             journal = Journal.appending(folder / "events.jsonl")
             journal.event("stopped", step=session.step, reason=text, code=code, checkpoint=str(session.checkpoint))

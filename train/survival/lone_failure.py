@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.redact import redact_plain
+
 STACKS = "stacks"
 """The folder in the run folder for what ranks say when the job hangs or one of them fails."""
 NOTE = f"{STACKS}/failed.json"
@@ -29,7 +31,7 @@ def leave_note(folder: Path, failure: Failure) -> None:
     with suppress(OSError):
         note.parent.mkdir(exist_ok=True)
         if not note.exists():
-            temporary.write_text(json.dumps(failure))
+            temporary.write_text(json.dumps(redact_plain(failure)))
             temporary.replace(note)
 
 

@@ -1,12 +1,11 @@
 """Why a run ends before its last step. All ranks raise the same one after the same step."""
 
-import sys
-
 import torch.distributed as dist
 
 from ...data.errors import DataStop
 from ...parallel.process_group import is_first
 from ...parallel.progress import PULSE
+from ..config.complain import say
 from .exit_codes import ExitCode
 
 _said: BaseException | None = None
@@ -25,7 +24,7 @@ class RunStop(Exception):
 def say_stop(stop: DataStop | RunStop, step: int) -> int:
     """Tell why the run ends after `step`. Returns the exit code."""
     if is_first():
-        print(f"tokenyard: stopped after step {step}: {stop}", file=sys.stderr)
+        say(f"stopped after step {step}: {stop}")
     return stop.exit_code
 
 
@@ -34,7 +33,7 @@ def say_failure(error: BaseException) -> None:
     global _said
     if dist.is_initialized() and error is not _said:
         _said = error
-        print(f"tokenyard: {place()}: {in_one_line(error)}", file=sys.stderr, flush=True)
+        say(f"{place()}: {in_one_line(error)}")
 
 
 def place() -> str:

@@ -24,6 +24,7 @@ from ...data.errors import DataStop
 from ...parallel.object_collectives import from_all, from_first
 from ...parallel.progress import PULSE, name_layers
 from ..checkpoint.checkpointing import SaveFailed
+from ..config.complain import say
 from ..journal import Journal
 from ..session import Session
 from .blame import Beat, Verdict, blame
@@ -109,7 +110,7 @@ class Watchdog:
                 time.sleep(0.5)  # launchers end all ranks with the first: let it be the one that speaks
             end_later([process for rank, process in self.processes.items() if rank not in notes])
         except Exception as error:
-            print(f"tokenyard: {verdict.text}; {in_one_line(error)}", file=sys.stderr, flush=True)
+            say(f"{verdict.text}; {in_one_line(error)}")
         finally:
             self.end(verdict)
 
@@ -124,7 +125,7 @@ class Watchdog:
                 _write(place, mine)
         if lacking:
             text = f"hang: rank {self.rank} is at {mine.place()}; {self.places[0]} cannot be written ({lacking}), see {place}"
-            print(f"tokenyard: {text}", file=sys.stderr, flush=True)
+            say(text)
 
     def _notes(self) -> dict[int, Beat]:
         """Of this start of the run, by rank."""
@@ -137,7 +138,7 @@ class Watchdog:
         return found
 
     def _say(self, verdict: Verdict) -> None:
-        print(f"tokenyard: {verdict.text}; stacks of all ranks: {self.folder / STACKS}", file=sys.stderr, flush=True)
+        say(f"{verdict.text}; stacks of all ranks: {self.folder / STACKS}")
         self._event("hang", **verdict._asdict())
         with suppress(Exception):  # the job ends, whatever a tracker does
             self.tell(verdict.text)
