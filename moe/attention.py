@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .config import ModelConfig, QKNorm
 from .device import kind_of
 from .flexible_attention import attend_by_blocks, padded
-from .linear import HeadsNorm, Linear, RMSNorm, arithmetic
+from .linear import HeadsNorm, Linear, RMSNorm, arithmetic, constant_when_compiled
 from .param_count import head_width
 from .rotary import Turns, logits_factor, rotate
 from .softmax import Softmax, softcapped, softmax_of, with_sinks
@@ -101,7 +101,7 @@ def _suited(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Ten
     return k_BGTh, v_BGTv
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _by_cudnn(width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch chooses cuDNN for heads of these widths in training."""
     q_11Sh, v_11Sv = (torch.empty(1, 1, 128, each, dtype=dtype, device=device).requires_grad_() for each in (width, value_width))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from .device import kind_of
 # The type in which matrix products are made.
 
 CPUINFO = Path("/proc/cpuinfo")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def lists_bf16(cpuinfo: str) -> bool:
@@ -59,12 +60,18 @@ class _WideLinear(torch.autograd.Function):
         return grad_x, _product(grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None
 
 
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, without its import of the compiler: that takes a second at each start."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right with all bits of fp32, whatever other products are made in."""
     return full_product(left, right) if makes_tf32() else left @ right
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def makes_tf32() -> bool:
     """Whether fp32 products on CUDA are made in TF32. Code is compiled again when that changes."""
     return torch.get_float32_matmul_precision() != "highest"

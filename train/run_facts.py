@@ -1,5 +1,7 @@
 """What is said about a run, gathered from where it is known: a logged step, a validation pass, the start, the end."""
 
+import copy
+import functools
 import os
 import shlex
 from pathlib import Path
@@ -102,11 +104,17 @@ def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFa
 
 def train_command(config: Config, device: torch.device, run_dir: Path, steps: int | None = None) -> str:
     """The command line that goes on with a run, with all its overrides."""
-    usual = compose([])
+    usual = copy.deepcopy(_usual())
     derive(usual, device)
     changed = changed_settings(config, usual, leave_out=("run.dir", "steps") if steps else ("run.dir",))
     folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
     return " ".join(["tokenyard train", *changed, folder, *longer])
+
+
+@functools.cache
+def _usual() -> Config:
+    """Of no overrides."""
+    return compose([])
 
 
 def sample_of(session: Session) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from tokenyard.parallel.apply import local, parallelize
 from tokenyard.parallel.layout import rank_shapes
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config.config import Config
 
 MODELS = ["tiny_mixtral", "tiny_deepseek_v3", "tiny_qwen2_moe", "tiny_gpt_oss", "tiny_olmoe", "tiny_grok"]
 LAYOUTS = [
@@ -27,9 +28,9 @@ def test_a_rank_holds_what_the_rules_say(ranks, layout: str) -> None:
     cases = [[f"model={model}", *layout.split()] for model in MODELS]
     # 6 rows of MLA's latent and 42 of the dense feed-forward do not divide by 4: the last ranks hold less.
     cases.append(["model=tiny_deepseek_v3", "model.attention.mla.kv_rank=30", "model.hidden=42", *layout.split()])
-    held = ranks(4, held_on_rank, cases)
-    for place, case in enumerate(cases):
-        config = compose(case)
+    configs = [compose(case) for case in cases]
+    held = ranks(4, held_on_rank, configs)
+    for place, (case, config) in enumerate(zip(cases, configs, strict=True)):
         expected = rank_shapes(config.model, config.parallel, 4)
         assert held[0][place] == expected, case
         for rank in held:
@@ -38,13 +39,12 @@ def test_a_rank_holds_what_the_rules_say(ranks, layout: str) -> None:
 
 def test_one_rank_holds_everything() -> None:
     config = compose(["model=tiny_deepseek_v3"])
-    assert rank_shapes(config.model, config.parallel, 1) == held_on_rank([["model=tiny_deepseek_v3"]])[0]
+    assert rank_shapes(config.model, config.parallel, 1) == held_on_rank([config])[0]
 
 
-def held_on_rank(cases: list[list[str]]) -> list[dict[str, tuple[int, ...]]]:
+def held_on_rank(configs: list[Config]) -> list[dict[str, tuple[int, ...]]]:
     held = []
-    for case in cases:
-        config = compose(case)
+    for config in configs:
         with torch.device("meta"):
             model = Transformer(config.model)
         parallel = parallelize(model, build_mesh(config.parallel), config.parallel, torch.device("cpu"))

@@ -106,10 +106,23 @@ def test_every_override_composes(text: str) -> None:
     compose([word for word in overrides if not word.startswith("launch.ranks=")])
 
 
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the documents' relative paths may lead to: each test has a copy."""
+    folder = tmp_path_factory.mktemp("readers")
+    (folder / "texts").mkdir()
+    for name in ("a.txt", "a.md"):
+        (folder / "texts" / name).write_text("text")
+    for run in ("first", "one", "four"):
+        (folder / "runs" / run).mkdir(parents=True)
+    for step in (400, 600):
+        save_checkpoint(folder / "runs" / "first" / "checkpoints", step, {}, {"config": plain_config(compose([]))})
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
-def test_every_command_would_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder_of_a_reader(tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shutil.copytree(readers, tmp_path / "reader"))
     words = shlex.split(command)
     match words:
         case _ if command in SET_UP:
@@ -204,17 +217,6 @@ def test_the_picture_of_the_layout() -> None:
         "tokenyard train --layout-only parallel.tensor=2 parallel.shard=2 parallel.expert=4 launch=torchrun launch.ranks=8"
         in commands()
     )
-
-
-def folder_of_a_reader(folder: Path) -> None:
-    """What the documents' relative paths may lead to."""
-    (folder / "texts").mkdir()
-    for name in ("a.txt", "a.md"):
-        (folder / "texts" / name).write_text("text")
-    for run in ("first", "one", "four"):
-        (folder / "runs" / run).mkdir(parents=True)
-    for step in (400, 600):
-        save_checkpoint(folder / "runs" / "first" / "checkpoints", step, {}, {"config": plain_config(compose([]))})
 
 
 def make(target: str, arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tokenyard.moe import linear as products
 from tokenyard.moe.attention import Softmax, attend
 from tokenyard.moe.feedforward import FeedForward
-from tokenyard.moe.linear import arithmetic, linear, lists_bf16
+from tokenyard.moe.linear import arithmetic, linear, lists_bf16, makes_tf32
 from torch import Tensor
 
 
@@ -89,6 +89,10 @@ def test_compiles_in_one_piece(emulated: None) -> None:
     gradients = [torch.autograd.grad(y.sum(), [x, *layer.parameters()]) for y in outputs]
     for gradient, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=2.0**-7, atol=0)
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    assert vars(makes_tf32) == vars(torch.compiler.assume_constant_result(lambda: True))
 
 
 def same_rounded(function: Callable[[list[Tensor]], Tensor], narrow: list[Tensor], wide: list[Tensor]) -> None:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError, Engine, Precision
 from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.schema import quoted
+from tokenyard.train.config.serialize import plain_config
 from tokenyard.train.derive import derive
 from tokenyard.train.run_facts import train_command
 
@@ -165,3 +167,9 @@ def test_the_command_that_goes_on_says_only_what_differs_from_the_command_line_w
     assert train_command(usual, torch.device("cuda"), tmp_path).split()[2:-1] == ["precision=fp32", "log.every=1"]
     assert compose(again[2:-2]).model == config.model
     assert again[-2:] == [f"run.dir={tmp_path}", "steps=12"]
+
+
+@pytest.mark.parametrize("words", [[], ["model=tiny_deepseek_v3"], ["launch=slurm", "launch.slurm.lines=['--a','--b']"]])
+def test_plain_values_are_those_that_the_schema_gives(words: list[str]) -> None:
+    config = compose(words)
+    assert repr(plain_config(config)) == repr(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))

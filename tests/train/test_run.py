@@ -1,7 +1,9 @@
 """Whole runs of a tiny model: resuming changes no bit, layouts change no number, only rank 0 writes the run folder."""
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,34 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of one process: to be read only."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "one"
+    assert run(configured(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spread(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`spread("expert 4")`: the folder of the same run on 4 ranks, made when the first test asks for it."""
+    base = tmp_path_factory.mktemp("uninterrupted")
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        ranks(4, run_on_ranks, configured(base / name, *LAYOUTS[name]))
+        return base / name
+
+    return folder
+
+
+def stopped_in(folder: Path, straight: Path) -> Path:
+    """A copy in which the run has come to step 3 only."""
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    return folder
+
+
 def configured(folder: Path, *overrides: str) -> Config:
     return compose([*TINY, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
 
@@ -49,10 +79,9 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, precision: str) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight = tmp_path / "straight"
     assert run(configured(straight, f"precision={precision}")) == 0
-    shutil.copytree(straight, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "step_00000006")
+    stopped = stopped_in(tmp_path / "stopped", straight)
     assert run(configured(stopped, f"precision={precision}")) == 0
     assert losses(stopped) == losses(straight)
     assert_same_checkpoints(straight, stopped)
@@ -60,62 +89,51 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, precisio
     assert [event["step"] for event in resumed] == [3]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_a_resumed_run_on_ranks_is_bitwise_the_uninterrupted_one(ranks, tmp_path: Path, layout: list[str]) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    ranks(4, run_on_ranks, straight, layout)
-    shutil.copytree(straight, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "step_00000006")
-    starts = ranks(4, run_on_ranks, stopped, layout)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_resumed_run_on_ranks_is_bitwise_the_uninterrupted_one(ranks, spread, tmp_path: Path, name: str) -> None:
+    straight = spread(name)
+    stopped = stopped_in(tmp_path / "stopped", straight)
+    starts = ranks(4, run_on_ranks, configured(stopped, *LAYOUTS[name]))
     assert all("resumed after step 3" in start for start in starts)
     assert losses(stopped) == losses(straight)
     assert_same_checkpoints(straight, stopped)
 
 
-def test_layouts_have_the_losses_of_one_process(ranks, tmp_path: Path) -> None:
-    assert run(configured(tmp_path / "one")) == 0
-    expected = losses(tmp_path / "one")
-    for name, layout in LAYOUTS.items():
-        ranks(4, run_on_ranks, tmp_path / name, layout)
-        for found, wanted in zip(losses(tmp_path / name), expected, strict=True):
+def test_layouts_have_the_losses_of_one_process(spread, one: Path) -> None:
+    expected = losses(one)
+    for name in LAYOUTS:
+        for found, wanted in zip(losses(spread(name)), expected, strict=True):
             assert found == pytest.approx(wanted, rel=1e-5), name
-        ours, theirs = (evaluated(tmp_path / each) for each in (name, "one"))
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert evaluated(spread(name)) == pytest.approx(evaluated(one), rel=1e-5)
 
 
-def test_a_checkpoint_of_any_layout_opens_on_one_device(ranks, tmp_path: Path) -> None:
+def test_a_checkpoint_of_any_layout_opens_on_one_device(spread, one: Path) -> None:
     ids = torch.arange(20).view(1, 20)
-    assert run(configured(tmp_path / "one")) == 0
-    expected = tokenyard.load_model(tmp_path / "one")(ids)
-    for name, layout in LAYOUTS.items():
-        ranks(4, run_on_ranks, tmp_path / name, layout)
-        logits = tokenyard.load_model(tmp_path / name / "checkpoints" / "step_00000006")(ids)
+    expected = tokenyard.load_model(one)(ids)
+    for name in LAYOUTS:
+        logits = tokenyard.load_model(spread(name) / "checkpoints" / "step_00000006")(ids)
         assert logits.shape == (1, 20, 264)
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["tensor 2 x expert 2", "shard 2 x expert_tensor 2"])
-def test_another_layout_goes_on_where_the_first_stopped(ranks, tmp_path: Path, layout: str) -> None:
+def test_another_layout_goes_on_where_the_first_stopped(ranks, spread, one: Path, tmp_path: Path, layout: str) -> None:
     """From one process to ranks, and from ranks to one process."""
-    assert run(configured(tmp_path / "one")) == 0
-    ranks(4, run_on_ranks, tmp_path / "spread", LAYOUTS[layout])
-    for name in ("one", "spread"):
-        shutil.copytree(tmp_path / name, tmp_path / "moved" / name)
-        shutil.rmtree(tmp_path / "moved" / name / "checkpoints" / "step_00000006")
-    ranks(4, run_on_ranks, tmp_path / "moved" / "one", LAYOUTS[layout])
-    assert run(configured(tmp_path / "moved" / "spread")) == 0
-    for name in ("one", "spread"):
-        for found, wanted in zip(losses(tmp_path / "moved" / name), losses(tmp_path / "one"), strict=True):
+    to_ranks, to_one = stopped_in(tmp_path / "to ranks", one), stopped_in(tmp_path / "to one", spread(layout))
+    ranks(4, run_on_ranks, configured(to_ranks, *LAYOUTS[layout]))
+    assert run(configured(to_one)) == 0
+    for moved in (to_ranks, to_one):
+        for found, wanted in zip(losses(moved), losses(one), strict=True):
             assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_only_rank_0_writes_and_the_folder_holds_what_it_should(ranks, tmp_path: Path) -> None:
-    ranks(4, run_on_ranks, tmp_path / "run", LAYOUTS["expert 4"])
-    found = sorted(path.name for path in (tmp_path / "run").iterdir())
+def test_only_rank_0_writes_and_the_folder_holds_what_it_should(spread) -> None:
+    folder = spread("expert 4")
+    found = sorted(path.name for path in folder.iterdir())
     assert found == ["begun.json", "checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl", "run_id", "telemetry.jsonl"]
-    assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 7))
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
-    facts = read_facts(tmp_path / "run" / "checkpoints" / "step_00000006")
+    assert [record["step"] for record in read_journal(folder / "metrics.jsonl")] == list(range(1, 7))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    facts = read_facts(folder / "checkpoints" / "step_00000006")
     assert (facts["step"], facts["tokens"], facts["layout"]["expert"]) == (6, 6 * 8 * 32, 4)
 
 
@@ -142,10 +160,9 @@ def test_metrics_hold_the_contract(tmp_path: Path) -> None:
     assert records[-1]["loss"] < records[0]["loss"]
 
 
-def test_accumulation_changes_nothing(tmp_path: Path) -> None:
-    assert run(configured(tmp_path / "whole")) == 0
+def test_accumulation_changes_nothing(one: Path, tmp_path: Path) -> None:
     assert run(configured(tmp_path / "micro", "batch.micro=2")) == 0
-    for found, wanted in zip(losses(tmp_path / "micro"), losses(tmp_path / "whole"), strict=True):
+    for found, wanted in zip(losses(tmp_path / "micro"), losses(one), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
@@ -171,16 +188,17 @@ def test_evaluation_during_training_changes_nothing(tmp_path: Path) -> None:
         ("checkpoint.resume=never", "checkpoint.resume=never"),
     ],
 )
-def test_another_run_is_refused_in_the_folder(tmp_path: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(configured(tmp_path / "run")) == 0
-    capsys.readouterr()
+def test_another_run_is_refused_in_the_folder(
+    one: Path, tmp_path: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(one, tmp_path / "run")
     assert run(configured(tmp_path / "run", change)) == 2
     line = capsys.readouterr().err
     assert words in line and line.count("\n") == 1
 
 
-def test_a_changed_learning_rate_goes_on(tmp_path: Path) -> None:
-    assert run(configured(tmp_path / "run")) == 0
+def test_a_changed_learning_rate_goes_on(one: Path, tmp_path: Path) -> None:
+    shutil.copytree(one, tmp_path / "run")
     assert run(configured(tmp_path / "run", "optimizer.lr=1e-3", "steps=8")) == 0
     assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
 
@@ -191,9 +209,9 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         tokenyard.load_model(tmp_path / "empty")
 
 
-def run_on_ranks(folder: Path, layout: list[str]) -> str:
+def run_on_ranks(config: Config) -> str:
     """What `run` does after the ranks have met."""
-    session = open_session(configured(folder, *layout), torch.device("cpu"))
+    session = open_session(config, torch.device("cpu"))
     with closing(session), build_reporter(session) as reporter:
         assert train_session(session, reporter) == 0
     return session.start

@@ -1,6 +1,7 @@
 """From the words of a command line to one typed Config, or one line that says what is wrong with them."""
 
 import argparse
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,8 +106,9 @@ def check_arguments(arguments: Arguments, sweep: bool = False) -> Groups:
     return groups
 
 
+@functools.cache
 def register_schema() -> None:
-    """Makes the dataclasses known to Hydra as `schema`, which the defaults list in conf/config.yaml begins with."""
+    """Makes the dataclasses known to Hydra, once, as `schema`, which the defaults list in conf/config.yaml begins with."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)

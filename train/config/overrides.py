@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import Config, ConfigError
-from .schema import in_mapping, is_mapping, nearest_text, quoted, refuse_key, refuse_value, settings, suggest, written
+from .config import ConfigError
+from .schema import in_mapping, is_mapping, nearest_text, quoted, refuse_key, refuse_value, settings, structured, suggest, written
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -19,9 +19,7 @@ def check_overrides(overrides: list[str], groups: Groups, sweep: bool = False) -
 
     With `sweep` several values of one key are checked one by one; without they are refused.
     """
-    from omegaconf import OmegaConf
-
-    schema = OmegaConf.structured(Config)
+    schema = structured()
     for text in overrides:
         override = parse_override(text, groups)
         if override.is_sweep_override() and not sweep:
