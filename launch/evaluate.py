@@ -1,0 +1,1 @@
+"""`tokenyard evaluate`: the validation loss of a checkpoint."""

@@ -1,0 +1,1 @@
+"""`tokenyard generate`: text from a checkpoint, on one device."""
