@@ -20,7 +20,8 @@ import torch
 from ..parallel.process_group import wait_for_all
 from ..train.config.compose import compose
 from ..train.run import single_step
-from ..train.session import Session, open_session
+from ..train.session import Session
+from ..train.setup import open_session
 from .comm_trace import Split, Stamp, split_times, stamped
 from .processes import Side, join
 from .timing import markdown, rotated, spread

@@ -19,10 +19,10 @@ from ..moe import router
 from ..moe.router import Gauges, gauge
 from ..train.config.compose import compose
 from ..train.config.config import Config
-from ..train.journal import Journal
+from ..train.logging.expert_stats.collector import Watch
+from ..train.logging.journal import Journal
 from ..train.run import single_step
-from ..train.session import open_session
-from ..train.telemetry.watch import Watch
+from ..train.setup import open_session
 from .timing import rotated
 
 TIERS = ("none", "brief", "detailed")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..train.config.complain import complain, printable
-from ..train.console.text import short
+from ..train.config.number_format import short
 from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser
 

@@ -26,7 +26,7 @@ def import_command(arguments: argparse.Namespace) -> int:
 
 def export_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2 with one line for a checkpoint that cannot be exported."""
-    from ..train.checkpoint.stored_config import check_readable
+    from ..train.stored_config import check_readable
 
     try:
         check_readable(Path(arguments.checkpoint))

@@ -13,7 +13,7 @@ from ..data.build import Prepared
 from ..train.config.complain import complain
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
-from ..train.config.validate import validate
+from ..train.preflight import validate
 from .parser import OneLineParser, positive
 
 

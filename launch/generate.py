@@ -1,1 +1,29 @@
 """`tokenyard generate`: text from a checkpoint, on one device."""
+
+import argparse
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from ..parallel.process_group import pick_device
+from ..train.config.complain import complain, printable
+from ..train.config.config import SampleConfig
+from ..train.generate import continuation
+from ..train.load import open_checkpoint
+
+
+def generate_command(arguments: argparse.Namespace) -> int:
+    """Prints the prompt, its continuation as it comes, and tokens per second. Returns the exit code."""
+    try:
+        opened = open_checkpoint(Path(arguments.checkpoint), pick_device("auto"))
+    except ValueError as error:
+        return complain(error)
+    wish = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)
+    print(arguments.prompt, end="", flush=True)
+    begin, count = perf_counter(), 0
+    for text in continuation(opened.model, opened.tokenizer, wish, arguments.seed):
+        print(printable(text), end="", flush=True)
+        count += 1
+    seconds = perf_counter() - begin
+    print(f"\n\n{count} tokens, {count / max(seconds, 1e-9):.1f} tokens per second", file=sys.stderr)
+    return 0

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from ..train.allocator import restart_with_kept_memory
 from ..train.config.complain import printable
 from ..train.config.redact import redact_tracebacks
-from ..train.survival.signals import SAVING, hold_back
+from ..train.fault_tolerance.signals import SAVING, hold_back
 from ..version import __version__
 from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
 
@@ -71,7 +71,7 @@ def generate(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if code := _unreadable(arguments.checkpoint):
         return code
-    from ..train.generate import generate_command
+    from .generate import generate_command
 
     return generate_command(arguments)
 
@@ -83,7 +83,7 @@ def evaluate(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if code := _unreadable(arguments.checkpoint):
         return code
-    from ..train.evaluate import evaluate_command
+    from .evaluate import evaluate_command
 
     return evaluate_command(arguments)
 
@@ -92,8 +92,8 @@ def _unreadable(path: str) -> int:
     """The exit code for what cannot be opened, said before torch is imported; 0 for what can."""
     from pathlib import Path
 
-    from ..train.checkpoint.stored_config import check_readable
     from ..train.config.complain import complain
+    from ..train.stored_config import check_readable
 
     try:
         check_readable(Path(path))

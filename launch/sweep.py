@@ -10,7 +10,7 @@ from ..train.config.compose import Arguments, check_arguments, one_line_errors
 from ..train.config.config import ConfigError
 from ..train.config.overrides import Groups, halves, parse_override
 from ..train.config.schema import quoted
-from ..train.folder import new_run_folder
+from ..train.run_folder import new_run_folder
 from ..train.show import hydra_application
 
 

@@ -5,7 +5,7 @@ from ..train.config.compose import Arguments, compose_arguments, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
-from ..train.config.validate import validate
+from ..train.preflight import validate
 
 
 def train(argv: list[str]) -> int:

@@ -17,10 +17,11 @@ from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
 from ..parallel.shard import Piece, whole
 from ..parallel.streams import on_device
+from ..train.batch import Rows
 from ..train.config.config import Config
 from ..train.optimizer import build_optimizer
-from ..train.session import build_parallel
-from ..train.step import Rows, StepNumbers, clip_factor, train_step
+from ..train.setup import build_parallel
+from ..train.step import StepNumbers, clip_factor, train_step
 from .finding import Key
 
 

@@ -16,10 +16,11 @@ from ..moe.device import dry_run
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, parallelize
 from ..parallel.mesh import build_mesh
+from ..train.batch import Rows
 from ..train.config.config import Config
-from ..train.engine import Engine, build_engine
-from ..train.session import DTYPES
-from ..train.step import Rows, StepNumbers
+from ..train.engine import Engine
+from ..train.setup import DTYPES, build_engine
+from ..train.step import StepNumbers
 from .attention import fused_attention
 from .ledger import Ledger
 from .stand_in import stand_in

@@ -1,4 +1,4 @@
-"""Reads a journal (train/journal.py) that may still be written: each record once, as its line is complete."""
+"""Reads a journal (train/logging/journal.py) that may still be written: each record once, as its line is complete."""
 
 import json
 from collections.abc import Iterator

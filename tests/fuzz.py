@@ -28,10 +28,10 @@ from tokenyard.launch.params import read_model
 from tokenyard.moe.param_shapes import shapes
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
-from tokenyard.train.checkpoint.stored_config import read_stored
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.serialize import plain_config, write_config
+from tokenyard.train.stored_config import read_stored
 
 SECONDS, MEMORY = 5, 500 << 20
 """Of a case: processor time, and bytes beyond what the imports take."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.train.config.compose import compose
-from tokenyard.train.journal import read_journal
+from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -2,7 +2,7 @@
 
 import sys
 
-from .survival.signals import hold_back, listen
+from .fault_tolerance.signals import hold_back, listen
 
 if __name__ == "__main__":
     hold_back()  # from the first line: a signal while torch is imported, or this program starts anew, is heard later
@@ -10,7 +10,7 @@ if __name__ == "__main__":
 from .allocator import restart_with_kept_memory
 from .command import train_command
 from .config.redact import redact_tracebacks
-from .survival.family import end_with_launcher
+from .fault_tolerance.processes import end_with_launcher
 
 
 def main(argv: list[str] | None = None) -> int:

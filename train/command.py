@@ -8,8 +8,8 @@ from .config.complain import complain
 from .config.compose import compose_arguments, parse_arguments
 from .config.config import Config, ConfigError
 from .config.environment import may_find_the_dead, world_size
-from .config.validate import validate
-from .survival.signals import ignore, listen
+from .fault_tolerance.signals import ignore, listen
+from .preflight import validate
 
 BAD_CONFIGURATION = 2
 """The exit code of a configuration that cannot run."""

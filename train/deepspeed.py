@@ -2,23 +2,188 @@
 
 import functools
 import math
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 
 from ..moe.token_info import Place
 from ..parallel.apply import Parallel, Placed
 from ..parallel.collectives import sum_over
-from ..parallel.deepspeed import Fragment, Zero, own_group
+from ..parallel.gradients import scale_gradients, squared_norm
+from ..parallel.mesh import Axis
 from ..parallel.shard import Held, Piece
+from .batch import Rows
 from .config.config import Config
 from .config.deepspeed import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
-from .step import Rows, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
-from .survival.flags import NOTHING, Telling, Told, is_sound
+from .step import StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
+from .step_flags import NOTHING, Telling, Told, is_sound
+
+# DeepSpeed's engine around a parallel model: backward, the sum of gradients over ranks, and the update.
+
+
+class Fragment(NamedTuple):
+    """The elements `start`, `start + 1`, ... of a flattened parameter: those that this rank updates."""
+
+    start: int
+    size: int
+    partition: nn.Parameter
+    """The optimizer's own parameter, flat, with the weights of many fragments."""
+    offset: int
+    """Of this fragment in the partition."""
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The view of a tensor that is laid out as the partition."""
+        return flat.narrow(0, self.offset, self.size)
+
+
+class Zero:
+    """A DeepSpeed engine. `forward` is called with what `compute` is called with, and gives what `compute` gives."""
+
+    def __init__(
+        self, parallel: Parallel, optimizer: torch.optim.Optimizer, settings: dict[str, Any], forward: Callable[..., Any]
+    ) -> None:
+        """`optimizer` must have groups by `own_group`; DeepSpeed takes it over. Collective."""
+        deepspeed = _import_deepspeed(parallel.device)
+        _start_world_of_one(parallel.device)
+        _register_groups(parallel, deepspeed)
+        self.parallel = parallel
+        self.stage: int = settings["zero_optimization"]["stage"]
+        module = _Computation(parallel, forward, deepspeed)
+        self.engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
+
+    def compute(self, *arguments: Any, last: bool) -> Any:
+        """Forward and backward of one micro-batch. After the `last` one of a step the gradients are summed over ranks."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        result = self.engine(*arguments)
+        self.engine.backward(result.objective, scale_wrt_gas=False)
+        return result
+
+    def squared_norm(self) -> Tensor:
+        """As in gradients.py: the shares of all ranks add up to the squared norm of all gradients, fp64.
+
+        DeepSpeed's own norm takes the mean over ranks that hold different experts (its issue 8475), so it is not used.
+        """
+        if not self.stage:
+            return squared_norm(self.parallel)
+        return torch.stack([norm.double() for norm in _foreach_norm(self._gradients())]).square().sum()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients by a scalar."""
+        if not self.stage:
+            scale_gradients(self.parallel, factor)
+        else:
+            _foreach_mul_(self._gradients(), factor.float())
+
+    def update(self) -> None:
+        """The optimizer's step, after which every rank has all of its weights again."""
+        self.engine.step()
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not taken."""
+        self.engine.zero_grad() if not self.stage else self.engine.optimizer.zero_grad()
+        if self.stage:
+            gradients = self.engine.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
+
+    def fragments(self) -> Iterator[tuple[str, Placed, Fragment | None]]:
+        """Of each parameter; None if this rank updates no element of it. For ZeRO 1 and 2."""
+        partitions = self.engine.optimizer.single_partition_of_fp32_groups
+        for name, placed in self.parallel.placed.items():
+            link: Any = getattr(placed.parameter, "_hp_mapping")  # noqa: B009
+            if link is None:
+                yield name, placed, None
+                continue
+            here, there = link.lp_fragment_address, link.hp_fragment_address
+            yield name, placed, Fragment(here.start, here.numel, partitions[link.param_group_index], there.start)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's share of them, which no other rank has; after the last micro-batch of a step. For ZeRO 1 and 2."""
+        return [tensor for group in self.engine.optimizer.averaged_gradients.values() for tensor in group]
+
+
+def own_group(parallel: Parallel) -> Callable[[Placed], dict[str, Any]]:
+    """What marks an optimizer's group of parameters that fewer ranks than all hold, as DeepSpeed reads it; nothing for others."""
+    names = _group_names(parallel)
+
+    def mark(placed: Placed) -> dict[str, Any]:
+        return {"moe": True, "name": names[placed.copies]} if placed.copies in names else {}
+
+    return mark
+
+
+class _Computation(nn.Module):
+    """What DeepSpeed sees as the model."""
+
+    def __init__(self, parallel: Parallel, forward: Callable[..., Any], deepspeed: ModuleType) -> None:
+        super().__init__()
+        self.model = parallel.model
+        self.compute = forward
+        if _group_names(parallel):
+            self.groups = _sign_of_groups(deepspeed)
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.compute(*arguments)
+
+
+def _sign_of_groups(deepspeed: ModuleType) -> nn.Module:
+    """An empty MoE layer: DeepSpeed looks for groups of experts only where it finds one of its own layers."""
+    layer = deepspeed.moe.layer.MoE.__new__(deepspeed.moe.layer.MoE)
+    nn.Module.__init__(layer)
+    layer.num_experts = 0
+    layer.set_deepspeed_parallelism = lambda *_: None
+    return layer
+
+
+def _group_names(parallel: Parallel) -> dict[Axis, str]:
+    """The sets of ranks, other than all, that hold the same pieces; named in the same order on every rank."""
+    axes = {placed.copies: None for placed in parallel.placed.values() if placed.copies.size < parallel.mesh.world}
+    return {axis: f"copies_{number}" for number, axis in enumerate(axes)}
+
+
+def _register_groups(parallel: Parallel, deepspeed: ModuleType) -> None:
+    """Tell DeepSpeed the process groups, and each parameter its own. Collective."""
+    registry = deepspeed.utils.groups
+    registry._WORLD_GROUP = None  # of an earlier world of this process
+    known = registry._get_expert_data_parallel_group_dict()
+    known.clear()
+    names = _group_names(parallel)
+    for axis, name in names.items():
+        known[name] = axis.group or dist.new_subgroups_by_enumeration([[rank] for rank in range(parallel.mesh.world)])[0]
+    for placed in parallel.placed.values():
+        if placed.copies in names:
+            marked: Any = placed.parameter
+            marked.allreduce, marked.group_name = False, names[placed.copies]
+
+
+def _start_world_of_one(device: torch.device) -> None:
+    """DeepSpeed wants a process group even for one process."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """Late: the import takes half a second, reads the environment and looks for devices, which it reports."""
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    import deepspeed
+    import deepspeed.moe.layer
+    import deepspeed.utils.groups
+
+    # On the CPU it would compile its own all-reduce first: a minute of C++, and other sums than those of gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def build_zero_engine(config: Config, parallel: Parallel) -> Engine:

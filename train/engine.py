@@ -9,12 +9,10 @@ import torch
 from ..moe.token_info import Place
 from ..parallel.apply import Parallel
 from ..parallel.shard import Held
-from .config.config import Config
-from .config.config import Engine as EngineKind
-from .optimizer import build_optimizer
+from .batch import Rows
 from .state import held_state, set_optimizer_steps
-from .step import Rows, StepNumbers, train_step
-from .survival.flags import NOTHING, Telling, Told, is_sound
+from .step import StepNumbers, train_step
+from .step_flags import NOTHING, Telling, Told, is_sound
 
 
 @dataclass
@@ -73,14 +71,3 @@ class TorchEngine(Engine):
 
     def take(self, loaded: dict[str, Held], step: int) -> None:
         set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
-
-
-def build_engine(config: Config, parallel: Parallel) -> Engine:
-    """The engine of `engine.kind`. Collective."""
-    match config.engine.kind:
-        case EngineKind.torch:
-            return TorchEngine(parallel, build_optimizer(config.optimizer, parallel))
-        case EngineKind.deepspeed:
-            from .deepspeed import build_zero_engine
-
-            return build_zero_engine(config, parallel)

@@ -1,16 +1,12 @@
 """Validation: the loss per token over rows that do not depend on the layout, and where the tokens went."""
 
-import argparse
-import math
 from typing import NamedTuple
 
 import torch
 
 from ..data.batches import IGNORE
-from ..data.errors import DataStop
 from ..parallel.collectives import sum_over
-from .config.complain import complain
-from .feed import as_rows
+from .batch import as_rows
 from .loss import Totals
 from .session import Session
 from .step import forward
@@ -47,20 +43,3 @@ def evaluate_session(session: Session) -> Evaluation:
     columns = moe.experts + moe.router.null_experts
     rows_of_counts = [[int(n) for n in counts[i : i + moe.experts]] for i in range(0, len(counts), columns)] if counts else []
     return Evaluation(loss / max(1, tokens), round(tokens), rows_of_counts)
-
-
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """`tokenyard evaluate CHECKPOINT [key=value ...]`, as one process: prints loss and perplexity."""
-    from .load import open_for_evaluation
-
-    try:
-        session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
-    except ValueError as error:
-        return complain(error)
-    except DataStop as stop:
-        return complain(stop, stop.exit_code)
-    evaluation = evaluate_session(session)
-    entropy = session.data.facts.unigram_entropy
-    print(f"validation loss {evaluation.loss:.4f} nats per token, perplexity {math.exp(min(evaluation.loss, 700)):.2f}")
-    print(f"over {evaluation.tokens:,} tokens of {session.config.data.corpus.value}; unigram entropy {entropy:.4f}")
-    return 0

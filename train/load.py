@@ -11,14 +11,14 @@ from ..data.config import DataConfig
 from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
 from ..moe.model import Transformer
 from ..moe.router import Router
-from .checkpoint.checkpointing import build_saver
-from .checkpoint.resuming import as_checkpoint
-from .checkpoint.stored_config import read_stored
 from .config.config import Config, ConfigError, EngineConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
 from .derive import derive, set_products
-from .session import DTYPES, Session, first_rank_first
+from .resume import as_checkpoint
+from .session import Session
+from .setup import DTYPES, build_saver, first_rank_first
+from .stored_config import read_stored
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
@@ -82,8 +82,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     """
     from ..parallel.config import ParallelConfig
     from ..parallel.process_group import pick_device
-    from .engine import build_engine
-    from .session import build_parallel
+    from .setup import build_engine, build_parallel
 
     checkpoint = as_checkpoint(Path(path))
     stored = read_stored(checkpoint)[1]

@@ -1,34 +1,66 @@
 """A training run: step, log, evaluate, checkpoint, stop."""
 
 from contextlib import closing
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..data.build import Prepared
 from ..data.errors import DataStop
 from ..parallel.collective_check import compare
 from ..parallel.process_group import is_first, join, leave, pick_device
 from ..parallel.progress import check_before_collectives, doing
-from .checkpoint.checkpointing import SaveFailed
-from .checkpoint.saving import keep, settle
+from .batch import Rows, log
+from .checkpointing import SaveFailed, conclude, settled, started
 from .config.complain import complain
 from .config.config import Config
 from .config.private_files import CannotWrite
 from .evaluate import Evaluation, evaluate_session
-from .feed import tell_findings
-from .logged import Logged, Stopwatch
-from .reporter import OtherRank, Reporter, build_reporter, set_up_logging
-from .schedule import learning_rate_factor
-from .session import Session, open_session
-from .step import Rows, StepNumbers
-from .survival.attempt import attempt, recover
-from .survival.care import Care, build_care
-from .survival.dry_step import dry_step
-from .survival.exit_codes import ExitCode
-from .survival.signals import listening
-from .survival.stop import RunStop, say_failure, say_stop
-from .survival.watchdog import watched
-from .telemetry.watch import Watch
+from .exit import ExitCode, RunStop, say_failure, say_stop
+from .fault_tolerance.dry_run import dry_step
+from .fault_tolerance.recovery import attempt, recover
+from .fault_tolerance.signals import listening
+from .fault_tolerance.supervisor import Care, build_care
+from .fault_tolerance.watchdog import watched
+from .logging.expert_stats.collector import Watch
+from .logging.run_logger import OtherRank, Reporter, build_reporter, set_up_logging
+from .logging.step_log import Logged, Stopwatch
+from .optimizer import learning_rate_factor
+from .session import Session
+from .setup import open_session
+from .step import StepNumbers
+from .step_flags import Told
+
+if TYPE_CHECKING:
+    from .fault_tolerance.supervisor import Care
+    from .logging.run_logger import Reporter
+
+
+# When a run saves: only a state that is sound, and a wish for it is then granted.
+
+
+@doing("save")
+def keep(session: Session, reporter: Reporter, care: "Care", durable: bool = False) -> None:
+    """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
+
+    What is logged is told before: a run that goes on from here does not do it again.
+
+    RunStop, and no checkpoint, if a number is not finite or copies differ; SaveFailed if the run needs the one that failed.
+    """
+    reporter.catch_up()
+    with reporter.spent("checkpoint"):
+        care.replicas.compare()
+        session.extra = care.state()
+        for outcome in conclude(session) if durable else started(session):
+            reporter.saved(outcome)
+    care.saved()
+
+
+def settle(session: Session, reporter: Reporter, told: Told) -> None:
+    """After each step: what became of the save under way, by what the ranks told each other in the step. Collective if it ended."""
+    for outcome in settled(session, told.failed_writer > 0, told.writing > 0):
+        reporter.saved(outcome)
+
 
 GRACE_SECONDS = 30.0
 """For which a process group waits longer than the watchdog, which knows more about why."""
@@ -196,3 +228,17 @@ def due_after(step: int, config: Config, watch: Watch) -> Due:
 def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
     """What could not be refused before the ranks had met; all ranks come to the same error. Returns the exit code."""
     return complain(error, code) if is_first() else code
+
+
+SAID_ROWS = 10
+"""Bad rows of a source that are said on the console; events.jsonl has all."""
+
+
+def tell_findings(data: Prepared, step: int, reporter: "Reporter") -> None:
+    """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
+    for found in data.train.findings():
+        reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)
+        if found.kind == "file_failed":
+            reporter.alert("file_failed", f"step {step}: {found}")
+        elif found.number <= SAID_ROWS:
+            log.warning("bad row, skipped: %s", found)

@@ -1,1 +1,177 @@
 """Opens a run: data, model, engine and saver on this rank, and the newest checkpoint's state if the run resumes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..checkpoint.folder import remove_leftovers
+from ..checkpoint.retention import Retention
+from ..checkpoint.saver import Saver
+from ..checkpoint.store import read_facts
+from ..data.build import Prepared, prepare
+from ..data.errors import DataStop
+from ..data.stream.packing import World
+from ..moe.model import Transformer
+from ..parallel.apply import Parallel, initialise, parallelize
+from ..parallel.mesh import build_mesh
+from ..parallel.object_collectives import from_all, from_first
+from ..parallel.process_group import is_first, wait_for_all
+from .config.config import CheckpointConfig, Config, ConfigError, Precision
+from .config.config import Engine as EngineKind
+from .config.private_files import writing_to
+from .config.validate import check_rules
+from .derive import derive, set_products
+from .engine import Engine, TorchEngine
+from .fault_tolerance.failure_note import remove_note
+from .optimizer import build_optimizer
+from .resume import find_resume, keep_timeline, note, resume
+from .run_folder import RunLock, lock_run, new_run_folder
+from .session import Session
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
+
+
+def open_session(config: Config, device: torch.device) -> Session:
+    """Data, model and engine on this rank, and the newest checkpoint's state if the run resumes. Collective.
+
+    ValueError, one line, for what cannot run.
+    """
+    folder, lock = agree_on_folder(config)
+    found = find_resume(config, folder)
+    world = data_world(device)
+    saved = saved_precision(config, found)
+    precision_from = derive(config, device, saved)
+    if saved is not None:
+        check_rules(config, world.size)
+    set_products(config, device, precision_from)
+    data = first_rank_first(config, world)
+    if data.tokenizer.size > config.model.vocabulary:
+        raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
+    parallel = build_parallel(config, device)
+    saver = build_saver(config.checkpoint, folder)
+    engine = build_engine(config, parallel)
+    session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, lock=lock)
+    session.engine.optimizer.register_step_pre_hook(lambda *_: saver.release())
+    if found is not None:
+        resume(session, found)
+    keep_timeline(session)
+    return session
+
+
+def saved_precision(config: Config, found: Path | None) -> str | None:
+    """Of the checkpoint `found`, if the configuration leaves the precision open. Collective."""
+    if found is None or config.precision is not Precision.auto:
+        return None
+    return from_first(lambda: read_facts(found)["config"].get("precision"))
+
+
+def build_parallel(config: Config, device: torch.device) -> Parallel:
+    """The model with its first weights, spread over the ranks."""
+    with torch.device("meta"):
+        model = Transformer(config.model, DTYPES[config.precision])
+    parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
+    initialise(parallel, config.seed)
+    return parallel
+
+
+def first_rank_first(config: Config, world: World | None = None) -> Prepared:
+    """The data of the configuration; see `open_together`."""
+
+    def ready() -> Prepared:
+        sizes = config.sequence_length, config.seed, config.batch.sequences
+        return prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
+
+    return open_together(ready)
+
+
+def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
+    """The run folder, decided by rank 0, which alone makes it, locks it and removes what an interrupted save has left there."""
+    locks: list[RunLock] = []
+
+    def make() -> str:
+        folder = Path(config.run.dir or new_run_folder())
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.append(lock_run(folder))
+            remove_note(folder)
+        return str(folder)
+
+    config.run.dir = from_first(make)
+    folder = Path(config.run.dir)
+    if locks and locks[0].previous:
+        text = f"{folder} was in use by {locks[0].previous}, which has ended: this job takes it over"
+        note(folder, "lock_taken_over", text, owner=locks[0].previous)
+    for path in remove_leftovers(folder / "checkpoints") if locks else []:
+        note(folder, "leftover_removed", f"removed {path}, which an interrupted save had left", path=str(path))
+    return folder, locks[0] if locks else None
+
+
+def build_engine(config: Config, parallel: Parallel) -> Engine:
+    """The engine of `engine.kind`. Collective."""
+    match config.engine.kind:
+        case EngineKind.torch:
+            return TorchEngine(parallel, build_optimizer(config.optimizer, parallel))
+        case EngineKind.deepspeed:
+            from .deepspeed import build_zero_engine
+
+            return build_zero_engine(config, parallel)
+
+
+def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
+    """For the run folder `folder`. Old checkpoints go after each new one, beside the training too."""
+    checkpoints = folder / "checkpoints"
+    retention = Retention(config.keep, config.keep_every, config.keep_best)
+
+    def tidy(path: Path) -> None:
+        retention.written(path)
+        retention.prune(checkpoints)
+
+    return Saver(checkpoints, config.timeout_seconds, tidy)
+
+
+def data_world(device: torch.device) -> World:
+    """All ranks: each of them tokenizes its share of the documents."""
+    if not dist.is_initialized():
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
+
+
+def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
+    """What each rank has, on every rank: an all-gather of the sizes, then one of the bytes. Collective."""
+    size = torch.tensor([len(data)], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = max(int(each) for each in sizes)
+    mine = torch.zeros(longest, dtype=torch.uint8, device=device)
+    mine[: len(data)] = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine)
+    return [part.cpu().numpy()[: int(each)].tobytes() for part, each in zip(parts, sizes, strict=True)]
+
+
+def open_together(ready: Callable[[], Prepared]) -> Prepared:
+    """The data, opened on rank 0, which may have to tokenize it, and then on the others, which find it in the cache. Collective.
+
+    What is refused on one of them is refused on all (ValueError), and so is a source that does not answer (DataUnavailable).
+    """
+    data: Prepared | None = None
+    failure: Exception | None = None
+    for mine in (is_first(), not is_first()):
+        if mine:
+            try:
+                data = ready()
+            except (DataStop, ValueError) as error:
+                failure = error
+        wait_for_all()
+        if failures := [each for each in from_all(failure) if each is not None]:
+            raise failures[0]
+    assert data is not None
+    return data

@@ -12,7 +12,7 @@ from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
 from ..moe.device import kind_of
 from ..moe.init import expert_biases
-from ..moe.model import HeadLoss, ahead
+from ..moe.model import HeadLoss
 from ..moe.router import SUMS
 from ..moe.token_info import Place
 from ..parallel.apply import Parallel
@@ -22,22 +22,10 @@ from ..parallel.gradients import scale_gradients, squared_norm, summed_over_copi
 from ..parallel.progress import doing
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
+from .batch import Rows, targets_ahead, valid_targets
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
-from .survival.flags import NOTHING, Telling, Told, is_sound, numbers_of, read
-
-
-class Rows(NamedTuple):
-    """This rank's part of a global batch: token ids and targets, both (rows, S); a target of IGNORE is not counted."""
-
-    ids: Tensor
-    targets: Tensor
-    first: int = 0
-    """Row of the global batch that is the first here; the others follow."""
-    documents: Tensor | None = None
-    """Which document of its row each token is of, if attention stays inside of documents."""
-    valid: list[int] | None = None
-    """What `valid_targets` gives, where the host has counted them before they went to the device."""
+from .step_flags import NOTHING, Telling, Told, is_sound, numbers_of, read
 
 
 class StepNumbers(NamedTuple):
@@ -142,11 +130,6 @@ def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
     return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
 
 
-def targets_ahead(rows: Rows, depth: int) -> Tensor:
-    """(B, S): of each position the target that is `depth` further; IGNORE beyond its sequence (documents apart: its document)."""
-    return ahead(rows.targets, depth, IGNORE, rows.documents)
-
-
 def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
     """Once a step and from its global counts, so that every rank makes the same change."""
     rate = parallel.model.config.moe.balance.bias_rate
@@ -176,12 +159,6 @@ def totals_on_device(parallel: Parallel, counts: list[int], micro_batches: int) 
     sums = sum_over(on_device(torch.tensor(counts), parallel.device), parallel.mesh.data)
     sequences, tokens, *mtp_tokens = sums.clamp(min=1).unbind()
     return Totals(tokens, sequences, micro_batches, tuple(mtp_tokens))
-
-
-def valid_targets(rows: Rows, mtp_depth: int) -> list[int]:
-    """How many targets count: of the model itself, which predicts 0 tokens further, then of each module."""
-    counts = [(targets_ahead(rows, depth) != IGNORE).sum() for depth in range(mtp_depth + 1)]
-    return torch.stack(counts).tolist()
 
 
 @doing("exchange")

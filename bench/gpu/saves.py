@@ -14,10 +14,11 @@ from ...checkpoint.saver import Saver
 from ...data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from ...moe.config import ModelConfig, MoEConfig
 from ...parallel.apply import local
-from ...train.checkpoint.checkpointing import begin
+from ...train.checkpointing import begin
 from ...train.config.config import BatchConfig, Config, EvaluateConfig, Precision, RunConfig, TrackerConfig
 from ...train.run import single_step
-from ...train.session import Session, open_session
+from ...train.session import Session
+from ...train.setup import open_session
 from .machine import has
 from .tell import Absent, Teller
 

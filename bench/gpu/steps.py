@@ -11,12 +11,13 @@ from ...moe.config import ModelConfig, MoEConfig
 from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel
 from ...parallel.gradients import squared_norm, summed_over_copies
+from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
 from ...train.config.params import training_bytes
+from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
-from ...train.peak import peak_flops
-from ...train.step import Rows, add_up, backward, count_totals, forward, train_step, update
+from ...train.step import add_up, backward, count_totals, forward, train_step, update
 from ..host_reads import host_reads
 from ..timing import peak_bytes, spread, take_turns, timed
 from .alone import model_alone

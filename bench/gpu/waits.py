@@ -20,9 +20,10 @@ from ...moe.config import ModelConfig
 from ...moe.init import reset_expert_biases
 from ...parallel.apply import Parallel
 from ...parallel.config import Exchange
+from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig
 from ...train.optimizer import build_optimizer
-from ...train.step import Rows, train_step
+from ...train.step import train_step
 from ..host_reads import ROOT, host_reads
 from .alone import MODEL, model_alone, world_of_one
 from .presets import preset, tiny_presets

@@ -12,7 +12,8 @@ from ...train.config.compose import compose
 from ...train.evaluate import evaluate_session
 from ...train.load import open_for_evaluation
 from ...train.run import single_step
-from ...train.session import Session, open_session
+from ...train.session import Session
+from ...train.setup import open_session
 from ..timing import take_turns
 from .plan import DENSE, settings
 from .runs import Lab

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ...train.journal import read_journal
+from ...train.logging.journal import read_journal
 
 
 class Curve(NamedTuple):

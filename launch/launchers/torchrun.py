@@ -13,9 +13,9 @@ from types import FrameType
 
 from ...train.config.config import Config, ConfigError
 from ...train.config.schema import quoted
-from ...train.folder import new_run_folder
-from ...train.survival.family import LAUNCHER
-from ...train.survival.signals import SAVING, STOPPING, held_back
+from ...train.fault_tolerance.processes import LAUNCHER
+from ...train.fault_tolerance.signals import SAVING, STOPPING, held_back
+from ...train.run_folder import new_run_folder
 
 # Signals that a launcher hands to the ranks it started, instead of ending by them.
 
@@ -25,7 +25,7 @@ ENDING = ("SIGHUP", "SIGQUIT")
 
 @contextmanager
 def forwarding() -> Iterator[None]:
-    """Inside of the block the signals of train/survival/signals.py go to the child processes of this one; only its main thread may.
+    """Inside the block the signals of fault_tolerance/signals.py go to the child processes of this one; only its main thread may.
 
     After it they do nothing: the ranks have ended as they were asked to, and so will this process. A child that is started inside
     gets no signal before it asks for them: it is born with them held back.

@@ -11,7 +11,7 @@ from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.overrides import find_groups
 from tokenyard.train.config.schema import written
-from tokenyard.train.config.validate import validate
+from tokenyard.train.preflight import validate
 
 GROUPS = {
     "model",

@@ -17,7 +17,7 @@ from tokenyard.plan.ledger import Collective, UnknownNumbers
 from tokenyard.plan.rank import DryRank, dry_rank
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.telemetry.watch import Watch
+from tokenyard.train.logging.expert_stats.collector import Watch
 
 MICRO_BATCHES = 2
 

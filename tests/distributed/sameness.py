@@ -20,9 +20,9 @@ from tokenyard.parity.command import explained
 from tokenyard.parity.compare import Reference, compare, reference_of
 from tokenyard.parity.diagnose import Verdict, judge, place
 from tokenyard.parity.finding import Finding, Key
+from tokenyard.train.batch import Rows
 from tokenyard.train.config.config import BatchConfig, Config, OptimizerConfig, Precision
-from tokenyard.train.session import build_parallel
-from tokenyard.train.step import Rows
+from tokenyard.train.setup import build_parallel
 
 STEPS, SEQUENCES, LENGTH, VOCABULARY, TOLERANCE = 3, 8, 12, 40, 1e-9
 

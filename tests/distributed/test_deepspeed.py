@@ -21,13 +21,12 @@ from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.shard import Piece, whole
-from tokenyard.train.checkpoint.checkpointing import save
+from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import BatchConfig, Config, EngineConfig, OptimizerConfig
 from tokenyard.train.config.config import Engine as EngineKind
-from tokenyard.train.engine import build_engine
 from tokenyard.train.run import single_step
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import build_engine, open_session
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 

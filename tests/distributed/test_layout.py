@@ -9,7 +9,7 @@ from tokenyard.parallel.apply import local, parallelize
 from tokenyard.parallel.layout import rank_shapes
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.config.compose import compose
-from tokenyard.train.config.config.config import Config
+from tokenyard.train.config.config import Config
 
 MODELS = ["tiny_mixtral", "tiny_deepseek_v3", "tiny_qwen2_moe", "tiny_gpt_oss", "tiny_olmoe", "tiny_grok"]
 LAYOUTS = [

@@ -7,11 +7,12 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.config.compose import compose
-from tokenyard.train.logged import Logged
-from tokenyard.train.reporter import Reporter
+from tokenyard.train.fault_tolerance.supervisor import build_care
+from tokenyard.train.logging.run_logger import Reporter
+from tokenyard.train.logging.step_log import Logged
 from tokenyard.train.run import train
-from tokenyard.train.session import Session, open_session
-from tokenyard.train.survival.care import build_care
+from tokenyard.train.session import Session
+from tokenyard.train.setup import open_session
 
 COMMON = [
     *TINY_RUN,

@@ -24,7 +24,7 @@ from tokenyard.train.config.overrides import Groups, find_groups, parse_override
 from tokenyard.train.config.reference import reference
 from tokenyard.train.config.schema import settings
 from tokenyard.train.config.serialize import config_from_plain, plain_config
-from tokenyard.train.config.validate import validate
+from tokenyard.train.preflight import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [

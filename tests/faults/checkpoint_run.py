@@ -9,7 +9,7 @@ from tokenyard.checkpoint.folder import checkpoints_in, step_of
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.journal import read_journal
+from tokenyard.train.logging.journal import read_journal
 
 CHECKPOINT_RUN = [
     *TINY_RUN,

@@ -15,7 +15,7 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.journal import read_journal
+from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.session import Session
 
 FAULT_RUN = [

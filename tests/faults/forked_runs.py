@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GRACE_SECONDS = 1.0
-PRELOADED = ["tokenyard.train.run", "tokenyard.train.reporter", "tokenyard.train.config.compose", "hydra", "torch._dynamo"]
+PRELOADED = [
+    "tokenyard.train.run",
+    "tokenyard.train.logging.run_logger",
+    "tokenyard.train.config.compose",
+    "hydra",
+    "torch._dynamo",
+]
 """The last is what torch's optimizers import when the first is made."""
 
 

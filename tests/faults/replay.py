@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fault_run import Launched, events_of
-from tokenyard.train.journal import read_journal
-from tokenyard.train.survival.accounting import in_words
+from tokenyard.train.logging.goodput import in_words
+from tokenyard.train.logging.journal import read_journal
 
 RUN = ["steps=1000000", "schedule=constant", "checkpoint.every=40", "evaluate.every=0", "launch.max_restarts=1000"]
 """The default model and data. Evaluation is left out: it would not count as productive, and has nothing to do with failures."""

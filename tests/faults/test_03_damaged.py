@@ -12,7 +12,7 @@ from tokenyard.checkpoint.folder import checkpoints_in
 from tokenyard.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.checkpoint.store import newest_verified, save_checkpoint
 from tokenyard.parallel.shard import Held, Piece
-from tokenyard.train.checkpoint.resuming import as_checkpoint, find_resume
+from tokenyard.train.resume import as_checkpoint, find_resume
 from tokenyard.train.run import run
 
 CASES = 100

@@ -8,9 +8,10 @@ import pytest
 import torch
 from checkpoint_run import configured
 from tokenyard.checkpoint.saver import Outcome
-from tokenyard.train.checkpoint.checkpointing import begin
+from tokenyard.train.checkpointing import begin
 from tokenyard.train.run import single_step
-from tokenyard.train.session import Session, open_session
+from tokenyard.train.session import Session
+from tokenyard.train.setup import open_session
 
 LARGE = """model.layers=4 model.width=512 model.heads=8 model.hidden=512 model.moe.hidden=512 sequence_length=32 batch.sequences=4
     steps=1000 checkpoint.keep=1"""

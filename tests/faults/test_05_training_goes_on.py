@@ -7,9 +7,9 @@ import pytest
 import torch
 from checkpoint_run import configured
 from tokenyard.checkpoint.manifest import read_manifest
-from tokenyard.train.checkpoint.checkpointing import begin
+from tokenyard.train.checkpointing import begin
 from tokenyard.train.run import single_step
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 
 def save_both_ways(folder: Path, overrides: list[str]) -> tuple[int, bool]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoint_run import configured, events_of, words
 from forked_runs import ending, forked, start
-from tokenyard.train.checkpoint.lock import NAME, lock_run
 from tokenyard.train.run import run
+from tokenyard.train.run_folder import NAME, lock_run
 
 
 @pytest.mark.fault(8)

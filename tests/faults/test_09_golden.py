@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenyard.train.checkpoint.checkpointing import save
+from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.run import single_step
-from tokenyard.train.session import Session, open_session
+from tokenyard.train.session import Session
+from tokenyard.train.setup import open_session
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint"
 STEPS = 5

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from fault_run import configured, events_of, state_of
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.fault_tolerance.signals import listening
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 from tokenyard.train.state import random_state
-from tokenyard.train.survival.signals import listening
 
 STEPS = 20
 LONG = [

@@ -14,10 +14,10 @@ from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.checkpoint.verify import check_all
 from tokenyard.parallel.shard import Held, Piece
-from tokenyard.train.checkpoint.checkpointing import save
+from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.run import single_step
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),

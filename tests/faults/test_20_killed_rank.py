@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from checkpoint_run import everything, same_tensors
 from fault_run import Launched, events_of, losses
-from tokenyard.train.survival.accounting import in_words
+from tokenyard.train.logging.goodput import in_words
 
 STEPS, EVERY = 12, 2
 RUN = [f"steps={STEPS}", f"checkpoint.every={EVERY}", "parallel.expert=2", "debug.stragglers_every=0"]

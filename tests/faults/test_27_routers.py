@@ -9,10 +9,10 @@ import pytest
 import torch
 from fault_run import configured, events_of, losses
 from tokenyard.parallel.apply import local
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 RUN = [
     "steps=6",

@@ -8,7 +8,7 @@ from fault_run import heard
 from tokenyard.checkpoint.folder import checkpoints_in
 from tokenyard.checkpoint.retention import Retention
 from tokenyard.checkpoint.store import save_checkpoint
-from tokenyard.train.checkpoint.resume_check import check_resume
+from tokenyard.train.preflight import check_resume
 from tokenyard.train.run import run
 
 LONG = ["steps=12", "checkpoint.every=2", "checkpoint.keep=9"]

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, heard, losses
-from tokenyard.train import journal
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging import journal
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import run, train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from fault_run import Launched, events_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PULSE, collective, doing
-from tokenyard.train.checkpoint.lock import NAME, lock_run
 from tokenyard.train.config.config import ConfigError
-from tokenyard.train.survival import family, watchdog
-from tokenyard.train.survival.blame import Verdict
-from tokenyard.train.survival.lone_failure import STACKS, Failure, leave_note
-from tokenyard.train.survival.watchdog import Watchdog
+from tokenyard.train.fault_tolerance import processes as family
+from tokenyard.train.fault_tolerance import watchdog
+from tokenyard.train.fault_tolerance.failure_note import STACKS, Failure, leave_note
+from tokenyard.train.fault_tolerance.watchdog import Verdict, Watchdog
+from tokenyard.train.run_folder import NAME, lock_run
 
 TIMEOUT = 0.5
 

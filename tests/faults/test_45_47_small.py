@@ -72,7 +72,7 @@ PROGRAM = (
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_rank_is_born_with_its_signals_held_back(number: signal.Signals, tmp_path: Path) -> None:
     """Our launcher starts ranks so: a signal in the first second of Python itself is heard when the run listens."""
-    from tokenyard.train.survival.signals import held_back
+    from tokenyard.train.fault_tolerance.signals import held_back
 
     with held_back():
         child = subprocess.Popen([sys.executable, "-c", PROGRAM, "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -84,7 +84,7 @@ def test_a_rank_is_born_with_its_signals_held_back(number: signal.Signals, tmp_p
 
 LAUNCHER = """
 import os, signal, subprocess, sys, time
-from tokenyard.train.survival.signals import held_back
+from tokenyard.train.fault_tolerance.signals import held_back
 
 heard = []
 signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))

@@ -13,11 +13,11 @@ import pytest
 import torch
 from fault_run import configured, events_of, losses, state_of
 from tokenyard.moe.layer import MoELayer
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.fault_tolerance.dry_run import dry_step
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import run, train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 from tokenyard.train.state import random_state
-from tokenyard.train.survival.dry_step import dry_step
 
 DRY = ["debug.dry_step=true"]
 

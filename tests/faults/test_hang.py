@@ -21,8 +21,7 @@ from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PULSE, check_before_collectives, collective, doing
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.survival.blame import Verdict
-from tokenyard.train.survival.watchdog import STACKS, Watchdog
+from tokenyard.train.fault_tolerance.watchdog import STACKS, Verdict, Watchdog
 
 TIMEOUT = 0.5
 

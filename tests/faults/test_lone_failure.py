@@ -9,9 +9,9 @@ import pytest
 import torch
 from fault_run import configured, events_of
 from tokenyard.moe.layer import MoELayer
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 RAISED = "raised"
 

@@ -10,12 +10,13 @@ from unittest import mock
 import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses, state_of
-from tokenyard.train import journal
 from tokenyard.train import step as step_module
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging import journal
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import Session, open_session
+from tokenyard.train.session import Session
+from tokenyard.train.setup import open_session
 
 POISON = {"nan": math.nan, "infinite": math.inf}
 

@@ -12,9 +12,9 @@ import torch
 from fault_run import configured, events_of, losses, state_of
 from test_numbers import watched_updates
 from tokenyard.train.deepspeed import ZeroEngine
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 

@@ -16,12 +16,11 @@ from tokenyard.parallel.apply import local
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import OnDivergence
 from tokenyard.train.engine import TorchEngine
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.fault_tolerance import replicas as divergence
+from tokenyard.train.fault_tolerance.replicas import Difference, Replicas, differences, hash_of
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import single_step, train_session
-from tokenyard.train.session import open_session
-from tokenyard.train.survival import divergence
-from tokenyard.train.survival.divergence import Replicas
-from tokenyard.train.survival.replicas import Difference, differences, hash_of
+from tokenyard.train.setup import open_session
 
 NAME = "layers.0.attention.qkv"
 

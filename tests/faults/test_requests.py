@@ -14,10 +14,10 @@ import torch
 from fault_run import Launched, checkpoint_steps, configured, events_of, losses
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.train import step as step_module
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.fault_tolerance.signals import listening
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import open_session
-from tokenyard.train.survival.signals import listening
+from tokenyard.train.setup import open_session
 
 LONG = ["steps=3000", "checkpoint.every=0"]
 

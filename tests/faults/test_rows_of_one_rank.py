@@ -10,10 +10,11 @@ import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, losses, state_of
 from test_numbers import EXPERT, spoiled_gradient
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import train_session
-from tokenyard.train.session import Session, open_session
+from tokenyard.train.session import Session
+from tokenyard.train.setup import open_session
 
 STREAMED = ["data=jsonl", "data.window=16", "data.workers=2", "parallel.expert=2", "numerics.spike_sigma=null"]
 

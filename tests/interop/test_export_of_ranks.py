@@ -11,10 +11,10 @@ import torch
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
-from tokenyard.train.checkpoint.checkpointing import save
+from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.run import single_step
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 FAMILIES = {
     "tiny_mixtral": "MixtralForCausalLM",

@@ -9,7 +9,7 @@ import pytest
 from tokenyard.interop import hf_folder as folder
 from tokenyard.interop.load_weights import open_source
 from tokenyard.launch.main import main
-from tokenyard.train.checkpoint.stored_config import LARGEST_TOKENIZER
+from tokenyard.train.stored_config import LARGEST_TOKENIZER
 
 HUGGING_FACE = {
     "layers of 10^9": lambda about: about.update(num_hidden_layers=10**9),

@@ -18,7 +18,7 @@ from tokenyard.launch.launchers.slurm import batch_script
 from tokenyard.launch.main import main
 from tokenyard.train.config.compose import compose, parse_arguments
 from tokenyard.train.config.config import Config, ConfigError
-from tokenyard.train.config.validate import validate
+from tokenyard.train.preflight import validate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 SIZE = ["launch.nodes=2", "launch.ranks=8", "parallel.expert=8", "batch.sequences=128"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.train.config.compose import compose
-from tokenyard.train.journal import read_journal
+from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")

@@ -18,7 +18,8 @@ from tokenyard.parallel.apply import Parallel, parallelize
 from tokenyard.parallel.apply import initialise as initialise_ranks
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.step import Rows, count_totals, forward
+from tokenyard.train.batch import Rows
+from tokenyard.train.step import count_totals, forward
 from torch import Tensor
 
 VOCABULARY, LENGTH = 30, 7

@@ -8,8 +8,9 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train.batch import Rows
 from tokenyard.train.loss import Totals
-from tokenyard.train.step import Rows, forward
+from tokenyard.train.step import forward
 
 MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=64, dense_first=1, init_std=0.2)
 MODEL.moe = MoEConfig(experts=4, hidden=16)

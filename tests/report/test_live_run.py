@@ -11,8 +11,8 @@ from tokenyard import __version__
 from tokenyard.report.payload import payload
 from tokenyard.report.run import Run
 from tokenyard.train.config.compose import compose
-from tokenyard.train.journal import read_journal
-from tokenyard.train.machine import environment
+from tokenyard.train.logging.environment_info import environment
+from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
 
 MIX = "data.mix=['weight=0.5 corpus=synthetic label=stories','weight=0.5 corpus=text path={path} label=sums']"

@@ -18,8 +18,8 @@ from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import apart
 from tokenyard.train import generate
-from tokenyard.train.checkpoint.stored_config import ABOUT, LARGEST_TOKENIZER, read_stored
 from tokenyard.train.config.compose import compose
+from tokenyard.train.stored_config import ABOUT, LARGEST_TOKENIZER, read_stored
 
 CHUNK = {"file": "shard_00000.safetensors", "key": "x"}
 

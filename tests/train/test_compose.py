@@ -13,7 +13,7 @@ from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.schema import quoted
 from tokenyard.train.config.serialize import plain_config
 from tokenyard.train.derive import derive
-from tokenyard.train.run_facts import train_command
+from tokenyard.train.logging.summary_data import train_command
 
 BAD = [
     # what was typed, what the message begins with, the nearest valid value

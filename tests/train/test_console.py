@@ -8,10 +8,10 @@ from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.train.config.config import BatchConfig, Config, Precision
-from tokenyard.train.console.console import Eta, fitting_spans, step_line, step_spans
-from tokenyard.train.console.startup import StartupFacts, startup_lines, startup_table
-from tokenyard.train.console.summary import EndFacts, end_lines, end_summary
-from tokenyard.train.console.text import ASCII_BARS, BLOCKS, Printer, plain
+from tokenyard.train.logging.console.startup import StartupFacts, startup_lines, startup_table
+from tokenyard.train.logging.console.step_line import Eta, fitting_spans, step_line, step_spans
+from tokenyard.train.logging.console.summary import EndFacts, end_lines, end_summary
+from tokenyard.train.logging.console.text import ASCII_BARS, BLOCKS, Printer, plain
 
 RECORD = {
     "step": 7,

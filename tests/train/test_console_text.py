@@ -4,7 +4,8 @@ import io
 import math
 
 import pytest
-from tokenyard.train.console.text import ASCII_BARS, Printer, bar, duration, flops, printable, short
+from tokenyard.train.config.number_format import flops, short
+from tokenyard.train.logging.console.text import ASCII_BARS, Printer, bar, duration, printable
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from tokenyard.data.config import Corpus
 from tokenyard.data.errors import DataUnavailable
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.config.validate import validate
-from tokenyard.train.journal import read_journal
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.trackers.trackers import Trackers
+from tokenyard.train.preflight import validate
 from tokenyard.train.run import run
-from tokenyard.train.trackers.trackers import Trackers
 
 TINY = [
     "steps=6",

@@ -5,7 +5,7 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.config.deepspeed import DECIDED, OPEN, deepspeed_settings
 from tokenyard.train.config.serialize import changed_settings, config_from_plain, plain_config
-from tokenyard.train.config.validate import validate
+from tokenyard.train.preflight import validate
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value

@@ -15,10 +15,10 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError, Precision
 from tokenyard.train.config.serialize import config_from_plain
 from tokenyard.train.derive import derive, set_products
-from tokenyard.train.journal import read_journal
 from tokenyard.train.load import open_checkpoint, open_for_evaluation
+from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

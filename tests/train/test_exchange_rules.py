@@ -4,7 +4,7 @@ import pytest
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.config.environment import world_size
-from tokenyard.train.config.validate import validate
+from tokenyard.train.preflight import validate
 
 REFUSED = [
     (4, "parallel.expert=4 parallel.node_ranks=2", "parallel.node_ranks=2: must be null, only parallel.exchange=hierarchical",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenyard.data.errors import BadData, DataUnavailable
 from tokenyard.train.command import BAD_CONFIGURATION
-from tokenyard.train.survival.exit_codes import ExitCode
+from tokenyard.train.exit import ExitCode
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "running.md").read_text()
 

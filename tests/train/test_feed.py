@@ -6,10 +6,9 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.data.batches import IGNORE, Batch
+from tokenyard.train.batch import as_rows, targets_ahead, valid_targets
 from tokenyard.train.config.compose import compose
-from tokenyard.train.feed import as_rows
-from tokenyard.train.session import first_rank_first
-from tokenyard.train.step import targets_ahead, valid_targets
+from tokenyard.train.setup import first_rank_first
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tokenyard.train.checkpoint.lock import lock_run
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.config.private_files import OWN, append_private, write_private
-from tokenyard.train.trackers.trackers import run_identity
+from tokenyard.train.logging.trackers.trackers import run_identity
+from tokenyard.train.run_folder import lock_run
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.train.config.config import NumericsConfig
-from tokenyard.train.survival import accounting
-from tokenyard.train.survival.accounting import before
-from tokenyard.train.survival.blame import Beat, blame
-from tokenyard.train.survival.flags import Telling, numbers_of, read
-from tokenyard.train.survival.guard import Action, Guard
-from tokenyard.train.survival.spikes import Window
+from tokenyard.train.fault_tolerance.step_guard import Action, Guard, Window
+from tokenyard.train.fault_tolerance.watchdog import Beat, blame
+from tokenyard.train.logging import goodput as accounting
+from tokenyard.train.logging.goodput import before
+from tokenyard.train.step_flags import Telling, numbers_of, read
 
 
 def told(loss: float, squared: float = 1.0, *tellings: Telling) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenyard.train.journal import Journal, read_journal
+from tokenyard.train.logging.journal import Journal, read_journal
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_crash_while_cutting_back_leaves_the_old_file(path: Path, monkeypatch:
 
 def test_a_killed_process_loses_nothing_that_was_written(path: Path):
     code = (
-        "import os, signal; from tokenyard.train.journal import Journal\n"
+        "import os, signal; from tokenyard.train.logging.journal import Journal\n"
         f"journal = Journal({str(path)!r})\n"
         "for step in range(1, 101): journal.write({'step': step, 'text': 'x' * (20_000 if step % 2 else 20)})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

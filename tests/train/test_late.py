@@ -19,16 +19,17 @@ from tokenyard.data.batches import Batch
 from tokenyard.moe.device import host_read
 from tokenyard.parallel.mesh import Axis
 from tokenyard.train import step as step_module
+from tokenyard.train import step_flags as flags
+from tokenyard.train.batch import Feed
 from tokenyard.train.config.compose import compose
-from tokenyard.train.feed import Feed
-from tokenyard.train.journal import read_journal
-from tokenyard.train.logged import Stopwatch
-from tokenyard.train.reporter import FirstRank, build_reporter
+from tokenyard.train.fault_tolerance.signals import WISHES
+from tokenyard.train.logging.expert_stats.collector import Watch
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import FirstRank, build_reporter
+from tokenyard.train.logging.step_log import Stopwatch
 from tokenyard.train.run import due_after, train_session
-from tokenyard.train.session import Session, open_session
-from tokenyard.train.survival import flags
-from tokenyard.train.survival.signals import WISHES
-from tokenyard.train.telemetry.watch import Watch
+from tokenyard.train.session import Session
+from tokenyard.train.setup import open_session
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda", 1)
 TIMES = {"tokens_per_second", "step_seconds", "mfu", "data_wait_fraction", "seconds"}
@@ -171,7 +172,7 @@ def test_a_device_that_failed_leaves_all_but_the_last(tmp_path: Path, monkeypatc
 
         def breaks(*args: Any) -> Any:
             if session.step + 1 == 6:
-                monkeypatch.setattr("tokenyard.train.logged.Late.get", lost)
+                monkeypatch.setattr("tokenyard.train.logging.step_log.Late.get", lost)
                 raise ValueError("illegal memory access")
             return right(*args)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tokenyard.moe import linear as products
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
-from tokenyard.train.metrics import Meter, StepResult, count_metrics, load_metrics
-from tokenyard.train.peak import data_sheet, measure, peak_flops
+from tokenyard.train.logging.metrics import Meter, StepResult, count_metrics, load_metrics
+from tokenyard.train.logging.peak_flops import data_sheet, measure, peak_flops
 
 MODEL = ModelConfig(
     layers=4, width=8, heads=2, kv_heads=1, vocabulary=16, hidden=1024, dense_first=1, moe=MoEConfig(experts=4, top_k=2, hidden=4)
@@ -122,8 +122,8 @@ def test_cpu_peak_is_measured_in_a_third_of_a_second(dtype: torch.dtype):
 
 
 def test_ranks_beyond_the_cores_add_nothing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tokenyard.train.peak.measure", lambda device, dtype: 100.0)
-    monkeypatch.setattr("tokenyard.train.peak._cores", lambda: 4)
+    monkeypatch.setattr("tokenyard.train.logging.peak_flops.measure", lambda device, dtype: 100.0)
+    monkeypatch.setattr("tokenyard.train.logging.peak_flops._cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     cpu = torch.device("cpu")
     assert [peak_flops(cpu, torch.float32, ranks).flops for ranks in (1, 2, 4)] == [100.0, 200.0, 200.0]
@@ -135,5 +135,5 @@ def test_the_peak_of_bf16_is_that_of_the_products_that_are_made(multiplies: bool
     """Emulated ones would be a fifth of it, and MFU five times too high."""
     asked: list[torch.dtype] = []
     monkeypatch.setattr(products, "MULTIPLIES_BF16", multiplies)
-    monkeypatch.setattr("tokenyard.train.peak.measure", lambda device, dtype: asked.append(dtype) or 100.0)
+    monkeypatch.setattr("tokenyard.train.logging.peak_flops.measure", lambda device, dtype: asked.append(dtype) or 100.0)
     assert peak_flops(torch.device("cpu"), torch.bfloat16).flops == 100.0 and asked == [made_in]

@@ -9,16 +9,15 @@ from unittest import mock
 import pytest
 from tokenyard.data.errors import DataUnavailable
 from tokenyard.launch.main import main
+from tokenyard.train import exit as stop
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.redact import RedactingFormatter, redact, redact_plain
 from tokenyard.train.config.serialize import shown_config, write_config
-from tokenyard.train.journal import Journal, read_journal
-from tokenyard.train.survival import stop
-from tokenyard.train.survival.attempt import recover
-from tokenyard.train.survival.blame import Beat, Verdict
-from tokenyard.train.survival.guard import Action, Fault
-from tokenyard.train.survival.lone_failure import NOTE, STACKS, Failure, find_note, leave_note
-from tokenyard.train.survival.watchdog import Watchdog
+from tokenyard.train.fault_tolerance.failure_note import NOTE, STACKS, Failure, find_note, leave_note
+from tokenyard.train.fault_tolerance.recovery import recover
+from tokenyard.train.fault_tolerance.step_guard import Action, Fault
+from tokenyard.train.fault_tolerance.watchdog import Beat, Verdict, Watchdog
+from tokenyard.train.logging.journal import Journal, read_journal
 
 SECRET = "s3cr3t-value-of-it"
 

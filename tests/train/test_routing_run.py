@@ -12,12 +12,12 @@ from tokenyard.moe.token_info import Place
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.evaluate import evaluate_session
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import OtherRank
+from tokenyard.train.fault_tolerance.supervisor import build_care
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import OtherRank
 from tokenyard.train.run import micro_batches, run
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 from tokenyard.train.step import train_step
-from tokenyard.train.survival.care import build_care
 
 MOE, ROUTER, BALANCE, CAPACITY = "model.moe", "model.moe.router", "model.moe.balance", "model.moe.capacity"
 TINY = [

@@ -15,10 +15,10 @@ from tiny_run import TINY_RUN
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
-from tokenyard.train.journal import read_journal
-from tokenyard.train.reporter import build_reporter
+from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.run_logger import build_reporter
 from tokenyard.train.run import run, train_session
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 
 TINY = [
     *TINY_RUN,

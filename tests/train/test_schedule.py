@@ -4,7 +4,7 @@ import math
 
 import pytest
 from tokenyard.train.config.config import ScheduleConfig, Shape
-from tokenyard.train.schedule import learning_rate_factor
+from tokenyard.train.optimizer import learning_rate_factor
 
 COSINE = ScheduleConfig(shape=Shape.cosine, warmup=10, final=0.1)
 WSD = ScheduleConfig(shape=Shape.wsd, warmup=10, decay=20, final=0.2)

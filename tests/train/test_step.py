@@ -10,9 +10,10 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train.batch import Rows
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
-from tokenyard.train.step import Rows, StepNumbers, train_step
+from tokenyard.train.step import StepNumbers, train_step
 from torch import Tensor
 
 EXPERTS, VOCABULARY, SEQUENCES, LENGTH = 4, 40, 4, 10

@@ -12,15 +12,14 @@ from tokenyard.moe.config import MoEConfig, RouterConfig, Selection
 from tokenyard.moe.router import SUMS, Router
 from tokenyard.moe.token_info import Tokens
 from tokenyard.train.config.compose import compose
-from tokenyard.train.console.layers import layer_lines
-from tokenyard.train.console.text import BLOCKS, plain
-from tokenyard.train.journal import read_journal
+from tokenyard.train.logging.console.step_line import layer_lines
+from tokenyard.train.logging.console.text import BLOCKS, plain
+from tokenyard.train.logging.expert_stats.alerts import Alarms, experts_in_use
+from tokenyard.train.logging.expert_stats.heatmap import load_map, png
+from tokenyard.train.logging.expert_stats.routing_probe import movement, piece_text, token_class
+from tokenyard.train.logging.expert_stats.step_metrics import Step, brief_metrics, layer_metrics
+from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
-from tokenyard.train.telemetry.alarms import Alarms, experts_in_use
-from tokenyard.train.telemetry.brief import Step, brief_metrics, layer_metrics
-from tokenyard.train.telemetry.classes import piece_text, token_class
-from tokenyard.train.telemetry.heatmap import load_map, png
-from tokenyard.train.telemetry.probe import movement
 
 
 def step(**changes: Any) -> Step:

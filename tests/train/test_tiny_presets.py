@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.run import single_step
-from tokenyard.train.session import open_session
+from tokenyard.train.setup import open_session
 from tokenyard.train.step import StepNumbers
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("tiny_*.yaml"))

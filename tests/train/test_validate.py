@@ -12,7 +12,7 @@ from tokenyard.ranges import ranges
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.config.schema import settings
-from tokenyard.train.config.validate import validate
+from tokenyard.train.preflight import validate
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value

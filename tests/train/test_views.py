@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tiny_run import TINY_RUN
 from tokenyard.train.config.validate import check_rules
-from tokenyard.train.journal import read_journal
-from tokenyard.train.trackers.git import git_state
+from tokenyard.train.logging.environment_info import git_state
+from tokenyard.train.logging.journal import read_journal
 
 KEYS = {"loss", "grad_norm", "moe/load_entropy", "moe/router_entropy_layer", "dropped_fraction", "tokens_per_second"}
 

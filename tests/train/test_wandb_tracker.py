@@ -10,14 +10,14 @@ import pytest
 import tokenyard
 from tiny_run import TINY_RUN
 from tokenyard.train.config.config import TrackerConfig
-from tokenyard.train.telemetry.alarms import GRAVE, TITLES
-from tokenyard.train.trackers.wandb_tracker import account, init_arguments, mode
+from tokenyard.train.logging.expert_stats.alerts import GRAVE, TITLES
+from tokenyard.train.logging.trackers.wandb_tracker import account, init_arguments, mode
 
 RUN = """
 import math, sys
 from pathlib import Path
 from tokenyard.train.config.config import TrackerConfig
-from tokenyard.train.trackers.trackers import build_trackers
+from tokenyard.train.logging.trackers.trackers import build_trackers
 run_dir, first = Path(sys.argv[1]), int(sys.argv[2])
 trackers = build_trackers(TrackerConfig(tags=["a", "b"]), run_dir, "abcd1234")
 trackers.start({"seed": 1, "model": {"width": 256}})
@@ -30,14 +30,14 @@ HANG = """
 import sys
 from types import SimpleNamespace
 from pathlib import Path
-from tokenyard.train.survival.blame import Verdict
+from tokenyard.train.fault_tolerance.blame import Verdict
 from tokenyard.train.config.config import TrackerConfig
-from tokenyard.train.console.text import Printer
-from tokenyard.train.journal import Journal
-from tokenyard.train.reporter import FirstRank
-from tokenyard.train.telemetry.alarms import TITLES
-from tokenyard.train.trackers.trackers import build_trackers
-from tokenyard.train.survival.watchdog import Watchdog
+from tokenyard.train.logging.console.text import Printer
+from tokenyard.train.logging.journal import Journal
+from tokenyard.train.logging.run_logger import FirstRank
+from tokenyard.train.logging.expert_stats.alarms import TITLES
+from tokenyard.train.logging.trackers.trackers import build_trackers
+from tokenyard.train.fault_tolerance.watchdog import Watchdog
 folder = Path(sys.argv[1])
 rank = FirstRank.__new__(FirstRank)
 rank.late, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
@@ -171,7 +171,7 @@ def test_netrc_counts_for_the_host_in_use_only(clean: pytest.MonkeyPatch, tmp_pa
 
 
 def test_importing_the_tracker_does_not_import_wandb():
-    code = "import sys, tokenyard.train.trackers.wandb_tracker; assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
+    code = "import sys, tokenyard.train.logging.trackers.wandb_tracker; assert not {'wandb', 'torch'} & set(sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 

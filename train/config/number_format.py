@@ -1,1 +1,28 @@
 """Numbers as people read them."""
+
+import math
+
+from .complain import printable as printable
+
+
+def short(number: float) -> str:
+    """A number of any size in at most 7 characters: 999, 12,345, 1.23M, 46.7B."""
+    if not math.isfinite(number):
+        return str(number)
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if abs(number) >= size * 0.9995:
+            return f"{_digits(number / size)}{unit}"
+    return f"{number:,.0f}"
+
+
+def flops(number: float) -> str:
+    """FLOPs with the unit's usual prefix: 12.3 GFLOP."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size * 0.9995:
+            return f"{_digits(number / size)} {unit}FLOP"
+    return f"{number:,.0f} FLOP"
+
+
+def _digits(number: float) -> str:
+    """Three significant digits."""
+    return f"{number:.2f}" if abs(number) < 9.995 else f"{number:.1f}" if abs(number) < 99.95 else f"{number:.0f}"

@@ -3,25 +3,13 @@
 import copy
 import math
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
-from ...data.validate import check_corpus, check_tokenizer
 from ...parallel.layout import fewest_ranks
-from ..checkpoint.resume_check import check_resume
 from .config import Config, ConfigError
-from .launch import Launcher
 from .rules.rule import Broken
 from .rules.rules import broken_rules
 from .schema import written
-
-
-def validate(config: Config, world: int) -> None:
-    """ConfigError for a rule that `config` breaks on `world` ranks, and for a path that leads nowhere."""
-    check_rules(config, world)
-    # Paths in containers are nothing to look up here; the ranks look them up there.
-    if config.launch.kind is not Launcher.kubernetes:
-        check_files(config)
 
 
 def check_rules(config: Config, world: int) -> None:
@@ -30,19 +18,6 @@ def check_rules(config: Config, world: int) -> None:
     if broken is not None:
         value = attrgetter(broken.key)(config)
         raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
-
-
-def check_files(config: Config) -> None:
-    """ConfigError for a path that leads nowhere."""
-    try:
-        check_corpus(config.data)
-        check_tokenizer(config.tokenizer)
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    folder = config.run.dir
-    if folder is not None and Path(folder).is_file():
-        raise ConfigError.of("run.dir", folder, "must be a folder or not exist yet", "run.dir=null")
-    check_resume(config)
 
 
 def nearest_valid(config: Config, world: int, broken: Broken) -> str:

@@ -1,0 +1,142 @@
+"""What the data needs of the ranks, and how a batch becomes rows on the device, on a GPU a step ahead."""
+
+import logging
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.batches import IGNORE, Batch
+from ..data.build import Prepared
+from ..data.errors import DataStop
+from ..moe.device import kind_of
+from ..moe.model import ahead
+from ..moe.token_info import documents_of
+from ..parallel.mesh import Axis
+from ..parallel.progress import doing
+from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
+from .config.config import Config
+
+if TYPE_CHECKING:
+    pass
+
+
+log = logging.getLogger("tokenyard")
+
+
+class Rows(NamedTuple):
+    """This rank's part of a global batch: token ids and targets, both (rows, S); a target of IGNORE is not counted."""
+
+    ids: Tensor
+    targets: Tensor
+    first: int = 0
+    """Row of the global batch that is the first here; the others follow."""
+    documents: Tensor | None = None
+    """Which document of its row each token is of, if attention stays inside of documents."""
+    valid: list[int] | None = None
+    """What `valid_targets` gives, where the host has counted them before they went to the device."""
+
+
+class Ahead(NamedTuple):
+    """The rows of a step before that begins, or what their making has raised."""
+
+    step: int
+    rows: list[Rows]
+    arrived: Event
+    error: Exception | None
+
+
+class Feed:
+    """This rank's rows of one step after the other. Micro-step m of all ranks together is the m-th run of the global batch.
+
+    On a GPU the host makes the next step's while the device works on this one's, and a side stream copies them. On a CPU both would
+    have the same cores.
+    """
+
+    def __init__(self, config: Config, data: Prepared, axis: Axis, micro: int, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.micro, together = micro, micro * axis.size
+        self.starts = range(axis.rank * micro, config.batch.sequences, together)
+        self.ahead = kind_of(device) == "cuda"
+        self._side, self._begin = SideStream(device), record(device)
+        self._next: Ahead | None = None
+        self._waited = 0.0
+
+    def waited(self) -> float:
+        """Seconds that training waited for rows since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def take(self, step: int) -> list[Rows]:
+        """The rows of `step`, counted from 0. Collective.
+
+        Raises a DataStop, on all ranks, if there are none; OSError or ValueError, on this rank alone, if it cannot read them.
+        """
+        found, self._next = self._next, None
+        if found is None or found.step != step:
+            begin = perf_counter()
+            try:
+                return self._made(step)
+            finally:
+                self._waited += perf_counter() - begin
+        if found.error is not None:
+            raise found.error
+        stream_waits(found.arrived, *(x for rows in found.rows for x in rows if isinstance(x, Tensor)))
+        return found.rows
+
+    @doing("data")
+    def prepare(self, step: int) -> None:
+        """Make the rows that `take(step)` will give. What that raises is kept for it. Collective."""
+        if not self.ahead or step == self.config.steps:
+            return
+        rows, error, begin, work = [], None, perf_counter(), record(self.device)
+        with self._side.behind(self._begin):
+            try:
+                rows = self._made(step)
+            except (DataStop, OSError, ValueError) as found:
+                error = found
+            self._next = Ahead(step, rows, record(self.device), error)
+        if work.done():  # the device had nothing left to do
+            self._waited += perf_counter() - begin
+
+    def nothing(self) -> list[Rows]:
+        """As many rows without a token that counts."""
+        return [no_rows(self.micro, self.config.sequence_length, start, self.device) for start in self.starts]
+
+    def _made(self, step: int) -> list[Rows]:
+        batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self.starts]
+        return [as_rows(batch, start, self.config, self.data, self.device) for batch, start in batches]
+
+
+def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:
+    """A micro-batch on the device, counted, with its documents told apart if attention is to stay inside of them.
+
+    ValueError for a token id that the model does not know, which a GPU would answer by ending its context.
+    """
+    if batch.ids_BS.max() >= config.model.vocabulary or batch.targets_BS.max() >= config.model.vocabulary:
+        raise ValueError(f"row {first} and following: a token id is not below model.vocabulary={config.model.vocabulary}")
+    rows = Rows(batch.ids_BS, batch.targets_BS, first)
+    if config.data.mask_documents:
+        documents_BS, targets_BS = documents_of(rows.ids, rows.targets, data.tokenizer.end_of_document)
+        rows = rows._replace(targets=targets_BS, documents=documents_BS)
+    rows = rows._replace(valid=valid_targets(rows, config.model.mtp_depth))
+    documents_BS = None if rows.documents is None else on_device(rows.documents, device)
+    return rows._replace(ids=on_device(rows.ids, device), targets=on_device(rows.targets, device), documents=documents_BS)
+
+
+def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Rows:
+    """A micro-batch without a token that counts: the collectives of a step need every rank, also one that has nothing to read."""
+    ids_BS = torch.zeros(sequences, length, dtype=torch.int64, device=device)
+    return Rows(ids_BS, torch.full_like(ids_BS, IGNORE), first)
+
+
+def targets_ahead(rows: Rows, depth: int) -> Tensor:
+    """(B, S): of each position the target that is `depth` further; IGNORE beyond its sequence (documents apart: its document)."""
+    return ahead(rows.targets, depth, IGNORE, rows.documents)
+
+
+def valid_targets(rows: Rows, mtp_depth: int) -> list[int]:
+    """How many targets count: of the model itself, which predicts 0 tokens further, then of each module."""
+    counts = [(targets_ahead(rows, depth) != IGNORE).sum() for depth in range(mtp_depth + 1)]
+    return torch.stack(counts).tolist()

@@ -1,0 +1,1 @@
+"""What people, files and trackers are told of a run."""

@@ -1,0 +1,113 @@
+"""The table that a run begins with: what is trained on what, where it goes, and how to look at it."""
+
+import math
+from dataclasses import dataclass, field
+
+from ....moe.param_count import Count, flops_per_token
+from ....version import __version__
+from ...config.config import Config
+from ...config.number_format import flops, short
+from .text import Line, commands, plain, rows, title
+
+
+@dataclass
+class StartupFacts:
+    """What the configuration alone does not say."""
+
+    run_dir: str
+    resume: str
+    """The decision and its reason in a few words, such as: new run (checkpoint.resume=auto found no checkpoint)."""
+    device: str
+    """Name of the device, such as: cpu (2 cores), NVIDIA H200."""
+    ranks: int
+    threads: int
+    """CPU threads of each rank."""
+    documents: int | None
+    """Training documents; None: streamed, nobody knows."""
+    tokens: int | None
+    """Training tokens."""
+    bytes_per_token: float
+    peak_flops: float
+    """FLOP/s of all devices together."""
+    peak_source: str
+    precision_from: str
+    """Why it is what it is, such as: the default on a GPU."""
+    first_step: int = 0
+    """Steps that are done already."""
+    commands: list[tuple[str, str]] = field(default_factory=list)
+    """What for, and the command."""
+
+
+def startup_table(config: Config, count: Count, facts: StartupFacts) -> str:
+    """The table as plain text."""
+    return "\n".join(map(plain, startup_lines(config, count, facts)))
+
+
+def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Line]:
+    """The table with colours."""
+    table = [
+        *_model(config, count),
+        *_work(config, facts),
+        ("data", f"{config.data.corpus.value}: {_amount(facts)}"),
+        ("tokenizer", f"{config.tokenizer.kind.value}, {facts.bytes_per_token:.2f} bytes a token"),
+        *_machine(config, facts),
+        ("run folder", facts.run_dir),
+        ("start", facts.resume),
+    ]
+    return [title(f"tokenyard {__version__}"), *rows(table), *commands(facts.commands), []]
+
+
+def _amount(facts: StartupFacts) -> str:
+    if facts.documents is None or facts.tokens is None:
+        return "streamed"
+    return f"{facts.documents:,} documents, {_tokens(facts.tokens)}"
+
+
+def _model(config: Config, count: Count) -> list[tuple[str, str]]:
+    model, moe = config.model, config.model.moe
+    moe_layers = sum(model.moe_layer(index) for index in range(model.layers))
+    experts = f"; {moe.experts} experts, top-{moe.top_k}, in {moe_layers} of them" if moe_layers else "; dense"
+    parts = {name: value for name, value in vars(count).items() if value and name != "active_experts"}
+    forward = flops_per_token(model, config.sequence_length)
+    return [
+        ("model", f"{model.layers} layers, {model.width} wide, {model.heads} heads{experts}"),
+        ("parameters", f"{short(count.total)} total, {short(count.active)} active per token"),
+        ("", ", ".join(f"{name} {short(value)}" for name, value in parts.items())),
+        ("compute", f"{flops(forward)} per token forward, {flops(3 * forward)} with backward"),
+    ]
+
+
+def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
+    """The batch and how long the run is."""
+    per_step = config.batch.sequences * config.sequence_length
+    overall = config.steps * per_step
+    left = f", {config.steps - facts.first_step:,} to go" if facts.first_step else ""
+    seen = f", {overall / facts.tokens:.2f} passes over the data" if facts.tokens else ""
+    return [
+        ("batch", f"{config.batch.sequences} sequences x {config.sequence_length} = {per_step:,} tokens a step"),
+        ("length", f"{config.steps:,} steps{left}; {_tokens(overall)}{seen}"),
+    ]
+
+
+def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
+    """Layout, device and precision."""
+    parallel, ranks = config.parallel, facts.ranks
+    replicate = ranks // (parallel.shard * parallel.tensor)
+    layout = f"{_ranks(ranks)}: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
+    layout += f" x expert_tensor {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
+    compiled = ", compiled" if config.compile else ""
+    recompute = ", activations recomputed" if parallel.recompute else ""
+    peak = f"; peak {flops(facts.peak_flops)}/s, {facts.peak_source}" if math.isfinite(facts.peak_flops) else ""
+    return [
+        ("layout", layout if ranks > 1 else "1 rank"),
+        ("device", f"{facts.device}, {facts.threads} thread{'s' * (facts.threads != 1)} a rank{peak}"),
+        ("precision", f"{config.precision.value}, {facts.precision_from}{compiled}{recompute}"),
+    ]
+
+
+def _ranks(number: int) -> str:
+    return f"{number} ranks"
+
+
+def _tokens(number: int) -> str:
+    return f"{short(number)} tokens"

@@ -1,0 +1,122 @@
+"""What a person sees while training runs: one line a step, with columns that stand under each other."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from time import monotonic
+from typing import Any
+
+from ...config.number_format import short
+from ..metrics import max_over_mean, min_over_mean
+from .text import ASCII_BARS, Line, Span, bar, duration, plain
+
+UNEVEN = 2.0
+"""An expert with this many times its even share is worth a look."""
+
+
+def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> str:
+    """The line of a record of metrics.jsonl, as plain text of fixed columns."""
+    return plain(step_spans(record, total_steps, eta_seconds))
+
+
+def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None, width: int | None) -> Line:
+    """`step_spans` in `width` characters: on a narrow terminal some columns are left out. None: as wide as it is."""
+    line = step_spans(record, total_steps, eta_seconds)
+    for name in ("MFU", "grad", "ETA"):
+        if width is None or len(plain(line)) <= width:
+            break
+        at = [span.text for span in line].index(f"{name} ")
+        line = line[:at] + line[at + 3 :]
+    return line
+
+
+def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> Line:
+    """The same line with colours. A dense model has no expert columns."""
+    width = len(str(total_steps))
+    line = _cell("step", f"{record['step']:>{width}}/{total_steps}", "bold")
+    line += _cell("loss", _fixed(record["loss"], 7, 4), "bold red" if record["loss"] != record["loss"] else "bold")
+    line += [Span(f"{short(record['tokens_per_second']):>7}"), Span(" tok/s  ", "dim")]
+    line += _cell("MFU", f"{_fixed(100 * record['mfu'], 5, 1)}%")
+    line += _cell("grad", _fixed(record["grad_norm"], 7, 3))
+    if "moe/load_max_over_mean" in record:
+        line += _load(record)
+        dropped = record["dropped_fraction"]
+        line += _cell("drop", f"{_fixed(100 * dropped, 5, 2)}%", "yellow" if dropped > 0 else "")
+    return line + _cell("ETA", f"{duration(eta_seconds):>6}")[:2]
+
+
+class Eta:
+    """How long the rest of the run takes at the pace of the last `window` steps, evaluations and checkpoints among them included.
+
+    The first step of a process is left out: it waits for compilers and caches.
+    """
+
+    def __init__(self, total_steps: int, window: int = 50):
+        self._total_steps = total_steps
+        self._times: deque[tuple[int, float]] = deque(maxlen=window + 1)
+
+    def after(self, step: int, now: float | None = None) -> float | None:
+        """Seconds left after `step`, which is done now; None while unknown. `now`: a monotonic clock's seconds."""
+        self._times.append((step, monotonic() if now is None else now))
+        (first_step, first), (last_step, last) = self._times[0], self._times[-1]
+        if last_step == first_step:
+            return None
+        return (self._total_steps - step) * (last - first) / (last_step - first_step)
+
+
+def _load(record: Mapping[str, Any]) -> Line:
+    """The busiest expert's share over an even one, and the layer it is in."""
+    load, layer = record["moe/load_max_over_mean"], record["moe/load_max_over_mean_layer"]
+    return _cell("load", f"{_fixed(load, 5, 2)}x L{layer:<2}", "bold yellow" if load > UNEVEN else "")
+
+
+def _cell(name: str, value: str, style: str = "") -> Line:
+    return [Span(f"{name} ", "dim"), Span(value, style), Span("  ")]
+
+
+def _fixed(value: float, width: int, decimals: int) -> str:
+    """`value` right-aligned in `width` characters, in powers of ten if it is too long for that."""
+    text = f"{value:>{width}.{decimals}f}"
+    return text if len(text) <= width else f"{value:>{width}.{max(0, width - 6)}e}"
+
+
+# A small table of the layers now and then: where the load goes, which expert has most, what is dropped, how sure the router is.
+
+COLUMNS = 32
+"""At most, of a bar; with more experts a column shows the busiest of several."""
+LAYERS = 16
+"""More layers than this, and only the least balanced are shown."""
+
+
+def layer_lines(record: Mapping[str, Any], bars: str = ASCII_BARS) -> list[Line]:
+    """The table of a record of telemetry.jsonl. `bars`: characters from empty to full (Printer.bars)."""
+    rows = list(range(len(record["layers"])))
+    shown = sorted(sorted(rows, key=lambda row: -max_over_mean(record["counts_LE"][row]))[:LAYERS])
+    width = max(len("load"), min(COLUMNS, len(record["counts_LE"][0])))
+    some = f", the {LAYERS} least balanced of {len(rows)}" if len(shown) < len(rows) else ""
+    title = f"  layers over {record['steps']} steps to step {record['step']}{some}"
+    head = f"  layer  {'load':<{width}}  most  expert  least   drop  entropy"
+    return [[Span(title, "bold")], [Span(head, "cyan")], *(_row(record, row, width, bars) for row in shown)]
+
+
+def _row(record: Mapping[str, Any], row: int, width: int, bars: str) -> Line:
+    counts_E: Sequence[int] = record["counts_LE"][row]
+    most, least, total = max_over_mean(counts_E), min_over_mean(counts_E), max(1, sum(counts_E))
+    dropped = record["dropped_L"][row] / total
+    return [
+        Span(f"  {record['layers'][row]:>5}  "),
+        Span(f"{load_bar(counts_E, width, bars):<{width}}", "green"),
+        Span(f"  {most:>4.2f}", "bold yellow" if most > UNEVEN else ""),
+        Span(f"  {counts_E.index(max(counts_E)):>6}"),
+        Span(f"  {least:>5.2f}", "bold red" if least == 0 else ""),
+        Span(f"  {100 * dropped:>4.1f}%", "yellow" if dropped > 0 else ""),
+        Span(f"  {record['router_entropy_L'][row]:>7.3f}"),
+    ]
+
+
+def load_bar(counts_E: Sequence[int], width: int, bars: str) -> str:
+    """A character for each expert: half full is an even share, full twice that or more."""
+    shown = min(width, len(counts_E))
+    mean = sum(counts_E) / len(counts_E) or 1.0
+    edges = [column * len(counts_E) // shown for column in range(shown + 1)]
+    return bar([max(counts_E[start:end]) / mean for start, end in pairwise(edges)], 2.0, bars)

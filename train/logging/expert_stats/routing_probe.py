@@ -1,0 +1,245 @@
+"""The same held-out rows, routed now and then: which tokens go where, how that changes, which experts work together.
+
+L layers that route, T probe tokens of this rank, K choices per token, E experts, C token classes. Results are sums over ranks of
+whole numbers, so that every layout has the same. Training notices nothing: no count, bias, random number or row of it changes.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ....data.batches import IGNORE
+from ....moe.router import Router, Routing
+from ....parallel.apply import Parallel
+from ....parallel.collectives import stack_over, sum_over
+from ...batch import Rows, as_rows
+from ...session import Session
+
+# Token classes by the text of a piece alone: rules that hold for most programming languages, and for prose where words are
+# words.
+
+CLASSES = ("identifier", "keyword", "number", "string", "operator", "whitespace", "comment", "other")
+
+_WORDS = """
+abstract and as assert async await bool boolean break byte case catch char class const continue def default defer del delete do
+double elif else elsif end enum except export extends extern False false final finally float fn for from func function global go
+goto if impl implements import in include inline instanceof int interface is lambda let long loop match mod module mut namespace
+new nil None not null or override package pass private protected pub public raise return short signed sizeof static
+struct super switch template this throw throws trait True true try type typedef typeof union unless unsigned until use using var
+virtual void volatile where while with yield SELECT FROM WHERE INSERT UPDATE DELETE JOIN GROUP ORDER BY CREATE TABLE
+"""
+KEYWORDS = frozenset(_WORDS.split())
+"""Reserved words of C, C++, Go, Java, JavaScript, Python, Ruby, Rust and SQL that are one piece in many tokenizers."""
+
+_COMMENT = re.compile(r"#|//|/\*|\*/|<!--|-->|^-{2,}$")
+_NUMBER = re.compile(r"\.?\d")
+_OPERATOR = re.compile(r"[!-/:-@\[-`{-~]+")
+
+
+def token_class(text: str, mark: bool = False) -> str:
+    """One of CLASSES. `mark`: the token stands for no text at all."""
+    word = text.strip()
+    if mark:
+        return "other"
+    if not word:
+        return "whitespace"
+    if _COMMENT.search(word):
+        return "comment"
+    if any(quote in word for quote in "\"'`"):
+        return "string"
+    if _NUMBER.match(word):
+        return "number"
+    if word in KEYWORDS:
+        return "keyword"
+    if any(character.isalpha() or character == "_" for character in word):
+        return "identifier"
+    return "operator" if _OPERATOR.fullmatch(word) else "other"
+
+
+def piece_text(decode: Callable[[list[int]], str], token: int) -> tuple[str, bool]:
+    """The text of one token, and whether it is a mark. Some tokenizers drop the first blank of a text, so empty is asked twice."""
+    text = decode([token])
+    if not text:
+        text = decode([token, token])
+    return text, not text
+
+
+PICKED = 4
+"""So many layers, spread evenly, have co-activation, similarity and vocabulary."""
+WORDS = 8
+"""Tokens of an expert's vocabulary."""
+
+
+class Routed(NamedTuple):
+    """Where this rank's probe tokens went."""
+
+    experts_LTK: Tensor
+    """int16; -1 where nothing was chosen, or nothing real: padding, null experts, full experts."""
+    ids_T: Tensor
+    sources_T: Tensor
+    """int64: index into the sources' names."""
+
+
+class Probe:
+    """Rows are dealt to the data ranks in order; of each, tensor ranks see a slice."""
+
+    def __init__(self, session: Session, layers: list[int]) -> None:
+        """`layers`: the blocks that route; those of multi-token prediction, which run in training only, are left out."""
+        self.session = session
+        self.layers = [layer for layer in layers if layer < session.config.model.layers]
+        count = len(self.layers)
+        self.picked = [self.layers[i * count // min(count, PICKED)] for i in range(min(count, PICKED))]
+        self.last: Tensor | None = None
+        self.texts: dict[int, tuple[str, bool]] = {}
+
+    def look(self) -> dict[str, Any]:
+        """Route the probe and describe it as telemetry.jsonl does. Collective; the vocabulary is for rank 0."""
+        routed, mesh = self.route(), self.session.parallel.mesh
+        parts = {"classes": self._by(routed, self._classes(routed.ids_T), len(CLASSES))}
+        names = self.session.data.validation.source_names
+        if len(names) > 1:
+            parts["sources"] = self._by(routed, routed.sources_T, len(names))
+        parts["coactivation"] = torch.stack([self._pairs(routed, layer) for layer in self.picked])
+        parts["stability"] = self._changes(routed)
+        flat = sum_over(torch.cat([part.double().flatten() for part in parts.values()]), mesh.everyone).cpu()
+        sums = dict(zip(parts, flat.split([part.numel() for part in parts.values()]), strict=True))
+        sums = {name: sums[name].view(parts[name].shape) for name in parts}
+        found: dict[str, Any] = {"classes": named(CLASSES, sums["classes"])}
+        if "sources" in sums:
+            found["sources"] = named(names, sums["sources"])
+        found["coactivation"] = {
+            str(layer): pairs.long().tolist() for layer, pairs in zip(self.picked, sums["coactivation"], strict=True)
+        }
+        if self.last is not None:
+            found |= movement(sums["stability"])
+        self.last = routed.experts_LTK
+        return found | {"vocabulary": self._vocabulary(routed)}
+
+    @torch.no_grad()
+    def route(self) -> Routed:
+        """One forward pass without the head, with hooks on the routers for as long as it takes."""
+        session, parallel = self.session, self.session.parallel
+        rows, sources_B = self._rows()
+        experts, found = session.config.model.moe.experts, []
+
+        def keep(_router: nn.Module, _inputs: object, routing: Routing) -> None:
+            found.append(real(routing, experts))
+
+        hooks = [router.register_forward_hook(keep) for router in routers(parallel, self.layers)]
+        parallel.model.eval()
+        try:
+            parallel.model(rows.ids, rows.targets != IGNORE, head_losses=[no_head], documents_BS=rows.documents)
+        finally:
+            parallel.model.train()
+            for hook in hooks:
+                hook.remove()
+        tensor = parallel.mesh.tensor
+        valid_BS, ids_BS = ((each.chunk(tensor.size, 1)[tensor.rank]) for each in (rows.targets != IGNORE, rows.ids))
+        experts_LTK = torch.stack(found).masked_fill(~valid_BS.flatten()[None, :, None], -1)
+        return Routed(experts_LTK, ids_BS.flatten(), sources_B.repeat_interleave(ids_BS.shape[1]))
+
+    def _rows(self) -> tuple[Rows, Tensor]:
+        """This rank's rows, and the source of each."""
+        session, wanted = self.session, self.session.config.telemetry.probe
+        data, validation = session.parallel.mesh.data, session.data.validation
+        each = -(-wanted // data.size)
+        mine = range(data.rank * each, (data.rank + 1) * each)
+        batch = next(iter(validation.batches(wanted, each * data.size, mine)))
+        sources_B = torch.tensor(validation.sources(wanted, mine), device=session.device)
+        return as_rows(batch, 0, session.config, session.data, session.device), sources_B
+
+    def _classes(self, ids_T: Tensor) -> Tensor:
+        return torch.tensor([CLASSES.index(token_class(*self._text(token))) for token in ids_T.tolist()], device=ids_T.device)
+
+    def _text(self, token: int) -> tuple[str, bool]:
+        if token not in self.texts:
+            self.texts[token] = piece_text(lambda ids: self.session.data.tokenizer.decode(ids), token)
+        return self.texts[token]
+
+    def _by(self, routed: Routed, kinds_T: Tensor, kinds: int) -> Tensor:
+        """(L, kinds, E): choices of each expert by tokens of each kind."""
+        kinds_TC = nn.functional.one_hot(kinds_T, kinds).double()
+        return torch.stack([kinds_TC.T @ self._members(experts_TK) for experts_TK in routed.experts_LTK])
+
+    def _pairs(self, routed: Routed, layer: int) -> Tensor:
+        """(E, E): tokens that chose both."""
+        members_TE = self._members(routed.experts_LTK[self.layers.index(layer)])
+        return members_TE.T @ members_TE
+
+    def _changes(self, routed: Routed) -> Tensor:
+        """(4, L): tokens, those whose experts are others than the last time, choices then, choices that are the same now."""
+        if self.last is None:
+            return torch.zeros(4, len(self.layers), device=routed.ids_T.device)
+        columns = []
+        for now_TK, then_TK in zip(routed.experts_LTK, self.last, strict=True):
+            now_TE, then_TE = self._members(now_TK), self._members(then_TK)
+            either_T = (now_TE + then_TE).amax(1) > 0
+            columns.append([either_T.sum(), (now_TE != then_TE).any(1).sum(), then_TE.sum(), (now_TE * then_TE).sum()])
+        return torch.stack([torch.stack([value.double() for value in column]) for column in columns], dim=1)
+
+    def _members(self, experts_TK: Tensor) -> Tensor:
+        """(T, E), fp64: 1 where a token chose an expert. Products of these are exact."""
+        experts = self.session.config.model.moe.experts
+        chosen_TK = experts_TK.long()
+        chosen_TK = chosen_TK.masked_fill(chosen_TK < 0, experts)
+        return torch.zeros(len(chosen_TK), experts + 1, dtype=torch.float64, device=chosen_TK.device).scatter_(1, chosen_TK, 1.0)[
+            :, :-1
+        ]
+
+    def _vocabulary(self, routed: Routed) -> dict[str, Any]:
+        """Each expert's most frequent tokens with their counts, ties by token id."""
+        rows = [self.layers.index(layer) for layer in self.picked]
+        everyone = self.session.parallel.mesh.everyone
+        experts_LAK = stack_over(routed.experts_LTK[rows].int(), everyone).transpose(0, 1).flatten(1, 2)
+        ids_A = stack_over(routed.ids_T, everyone).flatten()
+        if everyone.rank:
+            return {}
+        found = {}
+        for layer, experts_AK in zip(self.picked, experts_LAK.cpu(), strict=True):
+            found[str(layer)] = [self._most_frequent(ids_A.cpu()[(experts_AK == expert).any(1)]) for expert in self._experts()]
+        return found
+
+    def _experts(self) -> range:
+        return range(self.session.config.model.moe.experts)
+
+    def _most_frequent(self, ids_N: Tensor) -> list[list[Any]]:
+        tokens, counts = ids_N.unique(return_counts=True)
+        order = counts.argsort(descending=True, stable=True)[:WORDS]
+        return [[self._text(token)[0], count] for token, count in zip(tokens[order].tolist(), counts[order].tolist(), strict=True)]
+
+
+def movement(sums_4L: Tensor) -> dict[str, Any]:
+    """Between two probes. stability_L: share of the tokens whose set of experts changed. saturation_L: share of the earlier choices
+    that are made again, |then and now| / |then| (OLMoE, section 4.1, with the earlier probe against the later one)."""
+    tokens_L, changed_L, then_L, same_L = sums_4L
+    return {
+        "stability_L": (changed_L / tokens_L.clamp(min=1)).tolist(),
+        "saturation_L": (same_L / then_L.clamp(min=1)).tolist(),
+    }
+
+
+def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, list[list[int]]]:
+    """{name: LE}, without those that nobody has."""
+    by_name = zip(names, counts_LCE.long().transpose(0, 1), strict=True)
+    return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
+
+
+def routers(parallel: Parallel, layers: list[int]) -> list[Router]:
+    """Those of the given blocks, in order."""
+    return [block.moe.router for index, block in enumerate(parallel.model.blocks) if index in layers and block.moe is not None]
+
+
+def real(routing: Routing, experts: int) -> Tensor:
+    """(T, K), int16: the experts that compute a token, -1 elsewhere."""
+    experts_TK = routing.experts_TK
+    wanted_TK = experts_TK < experts
+    if routing.kept_TK is not None:
+        wanted_TK = wanted_TK & routing.kept_TK
+    return experts_TK.masked_fill(~wanted_TK, -1).to(torch.int16)
+
+
+def no_head(hidden: Tensor, _weight: Tensor, _head: object) -> Tensor:
+    return hidden.new_zeros(())

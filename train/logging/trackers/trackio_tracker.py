@@ -1,0 +1,60 @@
+"""Trackio: the only file that imports it. A local database that `trackio show` opens; no account."""
+
+import contextlib
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...config.config import TrackerConfig
+from .trackers import AbstractTracker
+
+
+class TrackioTracker(AbstractTracker):
+    """A run of a project in trackio's own folder (TRACKIO_DIR), named after the run folder and its id, which a resume keeps."""
+
+    name = "trackio"
+
+    def __init__(self, config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None = None):
+        self._config, self._name = config, f"{run_name or run_dir.name}-{run_id}"
+        self._run: Any = None
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
+            import trackio
+
+            self._run = trackio.init(
+                project=self._config.project,
+                name=self._name,
+                group=self._config.group,
+                config=dict(facts),
+                resume="allow",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._run.log(finite(record), step=record["step"])
+
+    def alert(self, kind: str, title: str, text: str) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # our own line is there already
+            self._run.alert(title=title, text=text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._run.log({"sample": prompt + text}, step=step)
+
+    def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
+        self._run.log({f"final/{key}": value for key, value in finite(summary).items()} | {"final/exit_code": exit_code})
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without its step; what is not finite as text, since a chart cannot show it."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+        if key != "step"
+    }

@@ -1,0 +1,163 @@
+"""Going on from a checkpoint: which one, whether it fits, and what it puts back."""
+
+import logging
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.folder import checkpoints_in, checkpoints_of
+from ..checkpoint.manifest import DamagedCheckpoint, read_manifest
+from ..checkpoint.store import checkpoint_at, load_checkpoint, newest_verified
+from ..parallel.object_collectives import from_first
+from ..parallel.process_group import is_first
+from .config.config import Config, ConfigError
+from .config.private_files import write_private, writing_to
+from .config.schema import written
+from .logging.journal import Journal
+from .preflight import changes, refuse_another_run, refuse_difference
+from .run_folder import goes_on, keep_begin, set_aside
+from .state import random_state, restore_random
+
+if TYPE_CHECKING:
+    from .session import Session
+
+log = logging.getLogger("tokenyard")
+
+
+def find_resume(config: Config, folder: Path) -> Path | None:
+    """The checkpoint to go on from, if any; every byte of it was read and is as it was written. Collective.
+
+    Of a run folder it is the newest that is whole; those that are not are named. ConfigError if none of several is, or if the one
+    that was asked for is not. Ranks that are started again go on from the newest that they wrote, whatever was asked for.
+    """
+    wish = config.checkpoint.resume
+    again = from_first(lambda: goes_on(wish, folder))
+    if wish == "never" and not again:
+        if found := from_first(lambda: checkpoints_in(folder / "checkpoints")):
+            nearest = "checkpoint.resume=auto or a new run.dir"
+            raise ConfigError.of("checkpoint.resume", "never", f"would overwrite {found[0]}", nearest)
+        return None
+    found = from_first(lambda: candidates(wish, folder, again))
+    chosen, refused = first_whole(found, folder)
+    if chosen is None and wish not in ("auto", "never") and not found:
+        raise ConfigError(f"{wish}: is neither a checkpoint nor a run folder with one")
+    if chosen is None and found:
+        rest = "" if len(found) == 1 else f" (and none of the {len(found) - 1} before it is whole)"
+        raise ConfigError(f"checkpoint.resume={wish}: {refused[0]}{rest}; nearest valid: a new run.dir, or another checkpoint")
+    return chosen
+
+
+def candidates(wish: str, folder: Path, again: bool) -> list[Path]:
+    """What a run in `folder` may go on from, the first that is whole."""
+    own = checkpoints_in(folder / "checkpoints") if again or wish == "auto" else []
+    return own or (checkpoints_of(Path(wish)) if wish not in ("auto", "never") else [])
+
+
+def keep_timeline(session: "Session") -> None:
+    """Rank 0 sets aside, and says so, the checkpoints that are not behind the one this run goes on from. Collective."""
+
+    def keep() -> None:
+        with writing_to(session.folder):
+            keep_timeline_here(session)
+
+    from_first(keep)
+
+
+def keep_timeline_here(session: "Session") -> None:
+    """For rank 0."""
+    folder, found = session.folder, session.checkpoint
+    aside = set_aside(folder, found) if found is not None else None
+    if aside is not None:
+        names = ", ".join(path.name for path in checkpoints_in(aside)[::-1])
+        text = f"this run goes on from {found}: {names} of another timeline set aside in {aside}"
+        note(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
+    keep_begin(session.config.checkpoint.resume, folder)
+
+
+def newest_whole(session: "Session") -> Path | None:
+    """The newest checkpoint of the run every byte of which is as it was written; others are named. Collective.
+
+    If it has written none: the one that it began from.
+    """
+    found = from_first(lambda: checkpoints_in(session.folder / "checkpoints"))
+    return first_whole(found or [path for path in [session.checkpoint] if path is not None], session.folder)[0]
+
+
+def first_whole(found: list[Path], folder: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
+    """The first that is whole, and what is wrong with those before it, which the run folder's events keep. Collective."""
+    refused: list[DamagedCheckpoint] = []
+
+    def refuse(path: Path, error: DamagedCheckpoint) -> None:
+        refused.append(error)
+        if len(found) > 1:
+            text = f"{path} is refused, the checkpoint before it is tried: {error}"
+            note(folder, "checkpoint_refused", text, path=str(path), file=str(error.file), reason=str(error))
+
+    return newest_verified(found, refuse), refused
+
+
+def as_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest one of the run folder `path` that is whole."""
+    try:
+        return checkpoint_at(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def resume(session: "Session", path: Path) -> None:
+    """Continue from a checkpoint that was verified, of whatever layout; on the same layout bit for bit. Collective."""
+    manifest = read_manifest(path)
+    facts = manifest.facts
+    refuse_another_run(session.config, facts, path)
+    refuse_other_data(session, facts, path)
+    session.saver.release()
+    held = session.engine.wanted()
+    random = {name: one for name, one in random_state().items() if name in manifest.tensors}
+    random = random if facts["ranks"] == session.parallel.mesh.world else {}
+    load_checkpoint(path, held | random, verify=False, optional="random.")
+    restore_random(random)
+    session.extra = facts.get("extra", {})
+    session.engine.take(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
+    session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
+    restore_data(session, facts)
+    restore_identity(session.folder, facts, path)
+    session.start = f"resumed after step {session.step} from {path}"
+    say_changes(session, facts)
+
+
+def refuse_other_data(session: "Session", facts: dict[str, Any], path: Path) -> None:
+    """Another tokenizer or corpus would not be the same run."""
+    now = session.data.facts
+    same = {"tokenizer": (facts["tokenizer_hash"], now.tokenizer_hash)}
+    if not session.config.data.allow_change:
+        same["data"] = (facts["data_fingerprint"], now.train_fingerprint)
+    refuse_difference(same, path)
+
+
+def restore_data(session: "Session", facts: dict[str, Any]) -> None:
+    """Where the data was left. With other data, allowed, each source goes on where it was, if it was there."""
+    state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
+    session.data.train.restore({**state, "step": session.step})
+
+
+def restore_identity(folder: Path, facts: dict[str, Any], path: Path) -> None:
+    """The id under which trackers know the run, if its own file of that was lost."""
+    if is_first() and facts.get("run_id") and path.parent.parent == folder and not (folder / "run_id").exists():
+        write_private(folder / "run_id", facts["run_id"] + "\n")
+
+
+def say_changes(session: "Session", facts: dict[str, Any]) -> None:
+    """Once: the settings that differ from those that the checkpoint was made with."""
+    changed = changes(facts, session.config)
+    if changed:
+        words = ", ".join(f"{key} {written(before)} -> {written(now)}" for key, (before, now) in changed.items())
+        plain = {key: {"before": before, "now": now} for key, (before, now) in changed.items()}
+        note(session.folder, "settings_changed", f"settings changed since step {session.step}: {words}", changed=plain)
+
+
+def note(folder: Path, kind: str, text: str, **facts: Any) -> None:
+    """Rank 0 says it on the console and keeps it in events.jsonl, if that can be written."""
+    if is_first():
+        log.warning("%s", text)
+        with suppress(OSError), closing(Journal(folder / "events.jsonl")) as events:
+            events.event(kind, **facts)
