@@ -2,10 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 from time import perf_counter
 
-from ..parallel.process_group import pick_device
 from ..train.config.complain import complain, printable
 from ..train.config.config import SampleConfig
 from ..train.generate import continuation
@@ -15,7 +13,7 @@ from ..train.load import open_checkpoint
 def generate_command(arguments: argparse.Namespace) -> int:
     """Prints the prompt, its continuation as it comes, and tokens per second. Returns the exit code."""
     try:
-        opened = open_checkpoint(Path(arguments.checkpoint), pick_device("auto"))
+        opened = open_checkpoint(arguments.checkpoint)
     except ValueError as error:
         return complain(error)
     wish = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)

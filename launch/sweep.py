@@ -9,8 +9,8 @@ from typing import Any
 from ..train.config.compose import Arguments, check_arguments, one_line_errors
 from ..train.config.config import ConfigError
 from ..train.config.overrides import Groups, halves, parse_override
+from ..train.config.private_files import new_run_folder
 from ..train.config.schema import quoted
-from ..train.run_folder import new_run_folder
 from ..train.show import hydra_application
 
 

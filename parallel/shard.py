@@ -1,14 +1,15 @@
 """Which part of a global tensor a rank holds. Checkpoints, initial weights and tests speak of parameters in these terms.
 
 Every layout here cuts tensors into rectangles (a range in each dimension): experts by id, tensor-parallel slices of rows or
-columns, FSDP shards inside of those. So one rectangle with its global shape says all there is to know.
+columns, FSDP shards inside of those. So one rectangle with its global shape says all there is to know. No torch here.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Piece(NamedTuple):
@@ -18,7 +19,7 @@ class Piece(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+    def cut(self, whole: "torch.Tensor") -> "torch.Tensor":
         """The view of the global tensor `whole` (of `shape`) that this piece is."""
         for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             whole = whole.narrow(dim, offset, size)
@@ -29,15 +30,13 @@ class Held(NamedTuple):
     """A piece and this rank's tensor of it, of shape `piece.sizes`."""
 
     piece: Piece
-    tensor: torch.Tensor
+    tensor: "torch.Tensor"
 
 
-def whole(shape: tuple[int, ...] | torch.Size) -> Piece:
+def whole(shape: "tuple[int, ...] | torch.Size") -> Piece:
     """The piece that is everything."""
     return Piece(tuple(shape), (0,) * len(shape), tuple(shape))
 
-
-# Rectangles of tensors, of whatever class has `offsets` and `sizes`.
 
 MOST_WORK = 64
 """Looks at a rectangle, on average: layouts cut a tensor along one dimension after the other, which takes one look each."""

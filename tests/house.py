@@ -1,4 +1,4 @@
-"""Measures how the code is laid out and what one step passes through: make house. docs/architecture.md says what the numbers are for."""
+"""make house: how the code is laid out, and what one step passes through. docs/architecture.md says what the numbers are for."""
 
 import argparse
 import ast
@@ -14,8 +14,12 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"tests", "docs", "build"}
-PRODUCT = [p for p in sorted(ROOT.rglob("*.py")) if not p.relative_to(ROOT).parts[0].startswith(".") and p.relative_to(ROOT).parts[0] not in TESTS]
+LEFT_OUT = ("tests", "docs", "build")
+PRODUCT = [
+    path
+    for path in sorted(ROOT.rglob("*.py"))
+    if not (top := path.relative_to(ROOT).parts[0]).startswith(".") and top not in LEFT_OUT
+]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -92,6 +96,7 @@ def file_of(module: str, names: set[str]) -> str | None:
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     """Sets of files each of which reaches all others (Tarjan's components of more than one)."""
+
     def reach(start: str) -> set[str]:
         seen, waiting = set[str](), [start]
         while waiting:
@@ -99,6 +104,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
                 seen.add(node)
                 waiting.append(node)
         return seen
+
     reached = {node: reach(node) for node in graph}
     found: list[set[str]] = []
     for node in graph:

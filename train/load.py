@@ -11,6 +11,7 @@ from ..data.config import DataConfig
 from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
 from ..moe.model import Transformer
 from ..moe.router import Router
+from ..parallel.process_group import pick_device
 from .config.config import Config, ConfigError, EngineConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
@@ -66,8 +67,9 @@ def _kept_as(name: str, model: Transformer) -> torch.dtype:
     return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
-def open_checkpoint(path: str | Path, device: torch.device) -> Opened:
-    """Model, in the precision of its run, tokenizer and configuration."""
+def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Opened:
+    """Model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
+    device = pick_device("auto") if device is None else device
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
     derive(config, device)
@@ -81,7 +83,6 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     Files, folders and URLs that a checkpoint names are never read (it may come from anybody): `overrides` name them again.
     """
     from ..parallel.config import ParallelConfig
-    from ..parallel.process_group import pick_device
     from .setup import build_engine, build_parallel
 
     checkpoint = as_checkpoint(Path(path))

@@ -18,14 +18,6 @@ from .config.config import ConfigError
 from .config.environment import launch_id, started_again
 from .config.private_files import refuse_links, write_private
 
-
-def new_run_folder(parent: Path = Path("runs")) -> str:
-    """runs/<date>-<time>, with a number behind it if that exists already; nothing is created."""
-    stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    names = (stem if attempt == 1 else f"{stem}-{attempt}" for attempt in range(1, 10_000))
-    return str(next(parent / name for name in names if not (parent / name).exists()))
-
-
 # One run folder, one job: rank 0 holds a lock on `run.dir/lock`, which the operating system ends with the process.
 
 NAME = "lock"

@@ -22,14 +22,14 @@ from ..parallel.object_collectives import from_all, from_first
 from ..parallel.process_group import is_first, wait_for_all
 from .config.config import CheckpointConfig, Config, ConfigError, Precision
 from .config.config import Engine as EngineKind
-from .config.private_files import writing_to
+from .config.private_files import new_run_folder, writing_to
 from .config.validate import check_rules
 from .derive import derive, set_products
 from .engine import Engine, TorchEngine
 from .fault_tolerance.failure_note import remove_note
 from .optimizer import build_optimizer
 from .resume import find_resume, keep_timeline, note, resume
-from .run_folder import RunLock, lock_run, new_run_folder
+from .run_folder import RunLock, lock_run
 from .session import Session
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ...train.config.compose import Arguments
 from ...train.config.config import Config, ConfigError
-from ...train.config.private_files import write_private
+from ...train.config.private_files import new_run_folder, write_private
 from ...train.config.schema import quoted
-from ...train.run_folder import new_run_folder
 from .cluster import handed_on, handed_to_cluster, joined, say_not_started, shown, submit
 
 PORT = 29500

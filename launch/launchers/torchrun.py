@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 
 from ...train.config.config import Config, ConfigError
+from ...train.config.private_files import new_run_folder
 from ...train.config.schema import quoted
 from ...train.fault_tolerance.processes import LAUNCHER
 from ...train.fault_tolerance.signals import SAVING, STOPPING, held_back
-from ...train.run_folder import new_run_folder
 
 # Signals that a launcher hands to the ranks it started, instead of ending by them.
 

@@ -11,7 +11,8 @@ import pytest
 from tokenyard.train.config.config import Config, ConfigError, TrackerConfig
 from tokenyard.train.config.validate import check_rules
 from tokenyard.train.logging.journal import Journal, read_journal
-from tokenyard.train.logging.trackers.trackers import AbstractTracker, Trackers, build_trackers, run_identity
+from tokenyard.train.logging.trackers.base import AbstractTracker
+from tokenyard.train.logging.trackers.trackers import Trackers, build_trackers, run_identity
 
 
 @pytest.fixture

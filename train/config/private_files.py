@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -54,3 +55,10 @@ def append_private(path: Path) -> IO[str]:
 def _opened(path: Path, flags: int) -> IO[str]:
     descriptor = os.open(path, flags, 0o600)
     return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "w", encoding="utf-8", buffering=1)
+
+
+def new_run_folder(parent: Path = Path("runs")) -> str:
+    """runs/<date>-<time>, with a number behind it if that exists already; nothing is created."""
+    stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    names = (stem if attempt == 1 else f"{stem}-{attempt}" for attempt in range(1, 10_000))
+    return str(next(parent / name for name in names if not (parent / name).exists()))

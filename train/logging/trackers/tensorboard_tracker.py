@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..expert_stats.heatmap import load_map, load_ratio, png
-from .trackers import AbstractTracker, summary_text
+from .base import AbstractTracker, summary_text
 
 
 class TensorboardTracker(AbstractTracker):

@@ -1,8 +1,6 @@
 """Trackers are views of metrics.jsonl for people. Whatever one of them does, training neither stops nor waits for it."""
 
-import json
 import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,33 +12,7 @@ from typing import Any
 from ...config.config import TrackerConfig
 from ...config.private_files import write_private
 from ..journal import Journal
-
-
-class AbstractTracker(ABC):
-    """One service or file format. Its methods are called one after another from one thread that is not the main thread."""
-
-    name: str
-
-    @abstractmethod
-    def start(self, facts: Mapping[str, Any]) -> None:
-        """Open the run. `facts`: the configuration and what else identifies the run, as nested mappings of plain values."""
-
-    @abstractmethod
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Take a record of metrics.jsonl; its `step` is the axis."""
-
-    @abstractmethod
-    def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close the run with the numbers that sum it up."""
-
-    def telemetry(self, record: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take a record of telemetry.jsonl, for pictures of it. Not every service shows any."""
-
-    def alert(self, kind: str, title: str, text: str) -> None:  # noqa: B027
-        """Tell people at once, where the service can."""
-
-    def sample(self, step: int, prompt: str, text: str) -> None:  # noqa: B027
-        """What the model wrote after a prompt."""
+from .base import AbstractTracker
 
 
 def build_trackers(
@@ -73,11 +45,6 @@ def build_trackers(
             case "jsonl" | "none":
                 pass  # metrics.jsonl is written with or without trackers
     return Trackers(trackers, say, events)
-
-
-def summary_text(facts: Mapping[str, Any]) -> str:
-    """Nested facts as an indented JSON block of Markdown."""
-    return "".join(f"    {line}\n" for line in json.dumps(facts, indent=2, default=str).splitlines())
 
 
 def run_identity(run_dir: Path, resumed: bool) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.config import TrackerConfig
-from .trackers import AbstractTracker
+from .base import AbstractTracker
 
 
 class TrackioTracker(AbstractTracker):

@@ -16,7 +16,7 @@ from ...config.config import TrackerConfig
 from ...config.redact import redact, redact_plain
 from ..expert_stats.alerts import GRAVE
 from ..expert_stats.heatmap import load_map, load_ratio
-from .trackers import AbstractTracker
+from .base import AbstractTracker
 
 LARGEST_TABLE = 1024
 """Experts of all layers together that a table has rows for: more take longer to write than a picture is worth."""
