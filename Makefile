@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check oldest lane portable faults scorecard fuzz faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
+.PHONY: help train test check house oldest lane portable faults scorecard fuzz faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -69,6 +69,9 @@ gpu: ## All that GPUs can tell, in 8 minutes, with the python3 that has torch; m
 
 quality: $(INSTALLED) ## Train dense models and MoE variants of equal active size, and compare their losses, an hour and more
 	$(BIN)/python -m tokenyard.bench.quality --processes 2 $(ARGS)
+
+house: $(INSTALLED) ## How the code is laid out, and what a step passes through; make house ARGS=--trace prints its files
+	$(BIN)/python tests/house.py $(ARGS)
 
 golden: $(INSTALLED) ## Write tests/golden/*.txt anew, after a change that is meant to change the numbers
 	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/test_golden.py

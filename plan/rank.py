@@ -18,8 +18,9 @@ from ..parallel.apply import Parallel, parallelize
 from ..parallel.mesh import build_mesh
 from ..train.batch import Rows
 from ..train.config.config import Config
+from ..train.derive import DTYPES
 from ..train.engine import Engine
-from ..train.setup import DTYPES, build_engine
+from ..train.setup import build_engine
 from ..train.step import StepNumbers
 from .attention import fused_attention
 from .ledger import Ledger

@@ -1,6 +1,7 @@
 """The arrows between the folders, read from the imports: launch -> train -> {parallel, data}, parallel -> moe; interop beside."""
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,31 @@ ALLOWED = {
 }
 """From each folder ("" is the root) to the folders or modules that it may import, besides itself."""
 
+SPINE = (
+    *("config", "allocator", "stored_config", "run_folder", "preflight", "derive", "state", "step_flags", "nonfinite", "optimizer"),
+    *(
+        "loss",
+        "batch",
+        "exit",
+        "step",
+        "engine",
+        "deepspeed",
+        "session",
+        "checkpointing",
+        "evaluate",
+        "generate",
+        "show",
+        "logging",
+    ),
+    *("resume", "setup", "load", "fault_tolerance", "run", "command", "__main__"),
+)
+"""The folders and modules of train/ from the ground up: each may import those before it."""
+UPWARDS = {
+    ("train/setup.py", "train/fault_tolerance/failure_note.py"),  # a new job removes the note of the one before
+    ("train/logging/summary_data.py", "train/load.py"),  # the sample at the end is of a checkpoint, opened on one device
+}
+"""The arrows that point up the spine, and why."""
+
 ONE_FILE_EACH = ("deepspeed", "wandb", "tensorboard", "trackio", "datasets", "transformers")
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "torch.load", "torch.save", "hydra.utils.instantiate", "hydra.utils.call"}
 FORBIDDEN_ARGUMENTS = {"allow_pickle", "trust_remote_code"}
@@ -42,6 +68,16 @@ class Import(NamedTuple):
 
 def test_arrows_point_one_way() -> None:
     assert [arrow for path in sources() for arrow in wrong_arrows(path.relative_to(ROOT), path.read_text())] == []
+
+
+def test_no_circle_of_imports() -> None:
+    """Not in functions and not for type checkers either."""
+    assert circles(import_graph()) == []
+
+
+def test_train_points_down_its_spine() -> None:
+    assert {unit(file) for file in import_graph() if file.startswith("train/")} == {*SPINE, "__init__"}
+    assert set(upward_arrows(import_graph())) == UPWARDS
 
 
 def test_heavy_libraries_have_one_file_each() -> None:
@@ -227,3 +263,60 @@ def sources() -> list[Path]:
 
 def folder_of(file: Path) -> str:
     return file.parts[0] if len(file.parts) > 1 else ""
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    """From each file to the files that it imports, in functions and for type checkers too."""
+    names = {path.relative_to(ROOT).as_posix() for path in sources()}
+    return {
+        name: {file for item in imports(Path(name), (ROOT / name).read_text()) if (file := file_of(item.module, names))} - {name}
+        for name in sorted(names)
+    }
+
+
+def file_of(module: str, names: set[str]) -> str | None:
+    """The file that a dotted name, or the name in a module that it may be, is in; None if it is not ours."""
+    top, *parts = module.split(".")
+    for count in range(len(parts), -1, -1) if top == "tokenyard" else ():
+        path = "/".join(parts[:count])
+        for file in (f"{path}.py", f"{path}/__init__.py".lstrip("/")):
+            if file in names:
+                return file
+    return None
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of files each of which reaches all others (Tarjan's components of more than one)."""
+
+    def reach(start: str) -> set[str]:
+        seen, waiting = set[str](), [start]
+        while waiting:
+            for node in graph[waiting.pop()] - seen:
+                seen.add(node)
+                waiting.append(node)
+        return seen
+
+    reached = {node: reach(node) for node in graph}
+    found: list[set[str]] = []
+    for node in graph:
+        ring = {other for other in reached[node] if node in reached[other]}
+        if len(ring) > 1 and ring not in found:
+            found.append(ring)
+    return found
+
+
+def upward_arrows(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Imports inside train/ of what comes later in SPINE."""
+    ours = {file: unit(file) for file in graph if file.startswith("train/") and unit(file) in SPINE}
+    return [
+        (file, target)
+        for file in ours
+        for target in sorted(graph[file] & set(ours))
+        if SPINE.index(ours[target]) > SPINE.index(ours[file])
+    ]
+
+
+def unit(file: str) -> str:
+    """The folder or module directly in train/ that a file is in."""
+    return file.split("/")[1].removesuffix(".py")

@@ -13,6 +13,7 @@ from .config.config import Config, Precision
 
 log = logging.getLogger("tokenyard")
 
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 PRECISION = {"cuda": Precision.bf16, "cpu": Precision.fp32}
 LOG_EVERY = {"cuda": 10, "cpu": 1}
 NAMES = {"cuda": "a GPU", "cpu": "a CPU"}

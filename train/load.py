@@ -15,10 +15,10 @@ from ..parallel.process_group import pick_device
 from .config.config import Config, ConfigError, EngineConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
-from .derive import derive, set_products
+from .derive import DTYPES, derive, set_products
 from .resume import as_checkpoint
 from .session import Session
-from .setup import DTYPES, build_saver, first_rank_first
+from .setup import build_saver, first_rank_first
 from .stored_config import read_stored
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}

@@ -1,4 +1,4 @@
-"""The name of a run folder that nobody chose."""
+"""A run folder: the lock that gives it to one job, and the one timeline of checkpoints and records that it holds."""
 
 import contextlib
 import fcntl

@@ -24,7 +24,7 @@ from .config.config import CheckpointConfig, Config, ConfigError, Precision
 from .config.config import Engine as EngineKind
 from .config.private_files import new_run_folder, writing_to
 from .config.validate import check_rules
-from .derive import derive, set_products
+from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
 from .fault_tolerance.failure_note import remove_note
 from .optimizer import build_optimizer
@@ -34,9 +34,6 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .session import Session
-
-
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 
 
 def open_session(config: Config, device: torch.device) -> Session:

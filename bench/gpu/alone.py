@@ -25,7 +25,7 @@ from ...parallel.mesh import Axis, Mesh
 from ...parity.compare import assembled
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
-from ...train.setup import DTYPES
+from ...train.derive import DTYPES
 from .choices import Choices, again, kept
 from .models import LIMITS, configured, furthest
 from .tell import Teller

@@ -9,7 +9,7 @@ from ...parallel.apply import initialise
 from ...parity.compare import assembled
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
-from ...train.setup import DTYPES
+from ...train.derive import DTYPES
 from .alone import MODEL, model_alone
 from .choices import Choices, again, kept
 from .machine import has

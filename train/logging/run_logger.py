@@ -16,10 +16,10 @@ from ..config.environment import local_world_size
 from ..config.private_files import CannotWrite, writing_to
 from ..config.redact import RedactingFormatter
 from ..config.serialize import shown_config, write_config
+from ..derive import DTYPES
 from ..evaluate import Evaluation
 from ..exit import ExitCode
 from ..session import Session
-from ..setup import DTYPES
 from .console.startup import startup_lines
 from .console.step_line import Eta, fitting_spans, layer_lines
 from .console.summary import end_lines
