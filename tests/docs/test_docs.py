@@ -144,11 +144,11 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             monkeypatch.setattr("tokenyard.launch.data.verify", lambda path: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
-            monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else verb}.{verb}_command", lambda arguments: 0)
+            monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else 'server'}.{verb}_command", lambda arguments: 0)
             assert main([verb, *arguments]) == 0
         case ["tokenyard", *arguments]:
-            monkeypatch.setattr("tokenyard.train.generate.generate_command", lambda arguments: 0)
-            monkeypatch.setattr("tokenyard.train.evaluate.evaluate_command", checked_evaluation)
+            monkeypatch.setattr("tokenyard.launch.generate.generate_command", lambda arguments: 0)
+            monkeypatch.setattr("tokenyard.launch.evaluate.evaluate_command", checked_evaluation)
             assert main(arguments) == 0
         case ["torchrun", *arguments]:
             flags, own = arguments[: arguments.index("-m")], arguments[arguments.index("-m") + 1 :]
