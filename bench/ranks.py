@@ -147,7 +147,7 @@ def steps_of(session: Session, steps: int) -> dict[str, Any]:
             numbers = single_step(session)
         seconds = perf_counter() - begin
     assert numbers is not None
-    return {"seconds": seconds, "steps": steps, "stamps": list[Stamp](stamps), "loss": numbers.told.loss}
+    return {"seconds": seconds, "steps": steps, "stamps": list[Stamp](stamps), "loss": numbers.global_flags.loss}
 
 
 def _session(task: dict[str, Any], layout: list[str], name: str) -> Session:

@@ -16,10 +16,10 @@ from unittest.mock import patch
 import torch
 
 from ..moe import router
-from ..moe.router import Gauges, gauge
+from ..moe.router import RouterMetrics, gauge
 from ..train.config.compose import compose
 from ..train.config.config import Config
-from ..train.logging.expert_stats.collector import Watch
+from ..train.logging.expert_stats.collector import ExpertStats
 from ..train.logging.journal import Journal
 from ..train.run import single_step
 from ..train.setup import open_session
@@ -48,7 +48,7 @@ class Timed:
 
     seconds = 0.0
 
-    def __call__(self, *arguments: Any) -> Gauges:
+    def __call__(self, *arguments: Any) -> RouterMetrics:
         start = perf_counter()
         found = gauge(*arguments)
         self.seconds += perf_counter() - start
@@ -64,7 +64,7 @@ class Runner:
     def __init__(self, config: Config, folder: Path) -> None:
         self.session = open_session(config, torch.device("cpu"))
         self.session.parallel.model.train()
-        self.watch = Watch(self.session)
+        self.watch = ExpertStats(self.session)
         self.journal = Journal(folder / "telemetry.jsonl")
         self.probes: list[float] = []
 

@@ -12,7 +12,7 @@ from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .corpus import CorpusSurvey, survey
 from .mixture_config import Part, parts_of
 from .pretokenized import open_prepared, tokenizer_words
-from .stream.http import Patience
+from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
 from .stream.packing import World
 from .stream.shards import open_shards
@@ -45,7 +45,7 @@ class Facts(NamedTuple):
     tokenizer_hash: str
 
 
-class Prepared(NamedTuple):
+class DataPipeline(NamedTuple):
     tokenizer: Tokenizer
     train: GlobalBatches | StreamBatches
     validation: ValidationBatches
@@ -60,7 +60,7 @@ def prepare(
     batch_sequences: int,
     world: World | None = None,
     validation_sequences: int = 256,
-) -> Prepared:
+) -> DataPipeline:
     """Open the corpus, training a tokenizer and tokenizing where the cache has neither.
 
     Any number of processes may call this at once; to save work let rank 0 be first, the others then find all in the cache.
@@ -110,12 +110,12 @@ def part_texts(part: Part, limit: int) -> list[str]:
     return [] if part.config.corpus is Corpus.prepared else sample(survey(part.config), limit)
 
 
-def patience_of(config: DataConfig) -> Patience:
+def patience_of(config: DataConfig) -> RetryPolicy:
     """That of the settings."""
-    return Patience(config.patience_seconds, config.stall_seconds, threading.Event())
+    return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 
-def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> Prepared:
+def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> DataPipeline:
     if config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
         corpus, train, validation = None, *(open_prepared(config, tokenizer.hash, split) for split in ("train", "validation"))
@@ -125,10 +125,10 @@ def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, o
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
     batches = GlobalBatches(train, seed=order.seed, sequences=order.sequences, sequence_length=order.length)
     facts = _facts(corpus, train, validation, tokenizer)
-    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
+    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
 
 
-def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> Prepared:
+def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> DataPipeline:
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     patience = patience_of(config)
     parts = [
@@ -149,7 +149,7 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
     shares = zip(mixture.sources, joined_shares(held_out, mixture.weights, wanted), strict=True)
     sources = [(source.label, share) for source, share in shares]
-    return Prepared(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
+    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
 
 
 def _facts(corpus: CorpusSurvey | None, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:

@@ -17,7 +17,7 @@ from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .errors import BadData
 from .mixture_config import Part
 from .pretokenized import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
-from .stream.http import Patience
+from .stream.http import RetryPolicy
 from .stream.shards import Failed, Row, Shards, open_shards
 from .stream.tokenize import Recipe, Window, is_held_out, tokenized
 from .token_array import Tokens, id_type, write_header
@@ -53,7 +53,7 @@ def write_shards(
     Neither the number of processes nor interruptions change a byte. ValueError of one line if the folder has other data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    patience = Patience(config.patience_seconds, config.stall_seconds)
+    patience = RetryPolicy(config.patience_seconds, config.stall_seconds)
     shards = open_shards(config, patience)
     kept = (shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row)
     key = xxhash.xxh3_128_hexdigest(repr(kept).encode())
@@ -111,7 +111,7 @@ def _worked(jobs: list[Job], processes: int) -> Any:
 
 def work(job: Job) -> dict[str, Any]:
     """One job, in a process of its own."""
-    shards = open_shards(job.config, Patience(job.config.patience_seconds, job.config.stall_seconds))
+    shards = open_shards(job.config, RetryPolicy(job.config.patience_seconds, job.config.stall_seconds))
     tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
     with ExitStack() as stack:
         names = {split: f"{split}_{job.name}.npy" for split in ("train", "validation")}

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from ..data.batches import GlobalBatches
-from ..data.build import Prepared
+from ..data.build import DataPipeline
 from ..train.config.complain import complain
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
@@ -154,7 +154,7 @@ def _inspect(steps: int, rows: int, config: Config) -> None:
 COLUMNS = ("source", "share", "tokens", "epoch", "documents", "their tokens", "held out", "bad rows", "duplicates")
 
 
-def source_table(data: Prepared, name: str, steps: int, length: int) -> list[str]:
+def source_table(data: DataPipeline, name: str, steps: int, length: int) -> list[str]:
     """Lines, after `steps` global batches of rows of `length` tokens. `name`: of a corpus that is one array."""
     train = data.train
     if isinstance(train, GlobalBatches):
@@ -168,7 +168,7 @@ def source_table(data: Prepared, name: str, steps: int, length: int) -> list[str
     return _table(rows, "documents: read so far, with what is read ahead; held out: for validation")
 
 
-def _whole(data: Prepared, train: GlobalBatches, name: str, steps: int, length: int) -> list[str]:
+def _whole(data: DataPipeline, train: GlobalBatches, name: str, steps: int, length: int) -> list[str]:
     facts, rows = data.facts, steps * train.sequences
     documents = f"{facts.train_documents:,}", f"{facts.train_tokens:,}", f"{facts.validation_documents:,}"
     bad = f"{facts.undecodable + facts.empty:,}", f"{facts.duplicates:,}"
@@ -210,8 +210,7 @@ def verify(folder: str) -> int:
                 damaged += 1
                 print(f"{record.file}: DAMAGED, {' '.join(fault.split())}")
     except ValueError as error:
-        print(f"tokenyard: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return complain(error)
     what = f"{damaged} of {shards} shards are DAMAGED" if damaged else f"whole; {shards} shards, {tokens:,} tokens"
     print(f"{folder}: {what}, in {perf_counter() - started:.1f} s")
     return 1 if damaged else 0

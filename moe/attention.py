@@ -14,7 +14,7 @@ from .device import kind_of
 from .flexible_attention import attend_by_blocks, padded
 from .linear import HeadsNorm, Linear, RMSNorm, arithmetic, constant_when_compiled
 from .param_count import head_width
-from .rotary import Turns, logits_factor, rotate
+from .rotary import RotaryTables, logits_factor, rotate
 from .softmax import Softmax, softcapped, softmax_of, with_sinks
 from .token_info import same_document
 
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if settings.sinks else None
         self.softmax = softmax_of(config, index, width)
 
-    def forward(self, x_BSD: Tensor, turns: Turns, cache: "KeyValueCache | None" = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, turns: RotaryTables, cache: "KeyValueCache | None" = None) -> Tensor:
         """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
         q_BHSh = rotate(self._heads(self.q(x_BSD), self.q_norm), turns, self.interleaved)
         k_BGTh = rotate(self._heads(self.k(x_BSD), self.k_norm), turns, self.interleaved)
@@ -195,7 +195,7 @@ class LatentAttention(nn.Module):
         self.o = Linear(config.heads * mla.value_width, config.width, dtype)
         self.softmax = softmax_of(config, index, query, logits_factor(rope))
 
-    def forward(self, x_BSD: Tensor, turns: Turns, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, turns: RotaryTables, cache: KeyValueCache | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
         widths = self.widths
         q_BHSh = self.q(x_BSD) if widths.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BSD)))
@@ -214,7 +214,7 @@ class LatentAttention(nn.Module):
         )
         return self.o(y_BHSv.transpose(1, 2).flatten(2))
 
-    def _turned(self, q_BHSh: Tensor, turns: Turns) -> Tensor:
+    def _turned(self, q_BHSh: Tensor, turns: RotaryTables) -> Tensor:
         q_BHSn, q_BHSr = q_BHSh.split([self.widths.nope_width, self.widths.rope_width], dim=-1)
         return torch.cat([q_BHSn, rotate(q_BHSr, turns, self.interleaved)], dim=-1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import MoEConfig, Scope
 
 
-class OneDevice:
+class LocalScope:
     """The surroundings of a device that holds the whole micro-batch. parallel/scopes.py has those of a rank."""
 
     def tokens(self, sequences: int, length: int, scope: Scope) -> int:
@@ -52,7 +52,7 @@ def most_rows(rows: int, sequences: int, length: int, scope: Scope) -> int:
 
 
 def keep_earliest(
-    experts_BSK: Tensor, wanted_BSK: Tensor, rows: int, columns: int, scope: Scope, surroundings: OneDevice
+    experts_BSK: Tensor, wanted_BSK: Tensor, rows: int, columns: int, scope: Scope, surroundings: LocalScope
 ) -> Tensor:
     """(B, S, K): of the wanted choices those that are the first `rows` of their expert in the scope."""
     counts_BE = count_choices(experts_BSK, wanted_BSK, columns)
@@ -62,7 +62,7 @@ def keep_earliest(
 
 
 def keep_best(
-    experts_BSK: Tensor, wanted_BSK: Tensor, priority_BSE: Tensor, rows: int, scope: Scope, surroundings: OneDevice
+    experts_BSK: Tensor, wanted_BSK: Tensor, priority_BSE: Tensor, rows: int, scope: Scope, surroundings: LocalScope
 ) -> Tensor:
     """(B, S, K): of the wanted choices those with the highest priority for their expert in the scope.
 
@@ -73,7 +73,7 @@ def keep_best(
     return best_of_scope(asked_BSE, rows, scope, surroundings).gather(-1, experts_BSK) & wanted_BSK
 
 
-def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, surroundings: OneDevice) -> Tensor:
+def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, surroundings: LocalScope) -> Tensor:
     """Booleans (B, S, E): each expert's `rows` best tokens in the scope; ties go to the earlier, -inf is never taken.
 
     Values that differ by rounding alone are ties: equal tokens (all sequences that begin alike have some) must tie on any layout.

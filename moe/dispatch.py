@@ -42,12 +42,12 @@ class Choices(NamedTuple):
     weights_TK: Tensor
 
 
-def copy_to_rows(x_TD: Tensor, plan: Plan) -> Tensor:
+def permute(x_TD: Tensor, plan: Plan) -> Tensor:
     """(T, D) to (R, D), differentiable."""
     return _CopyToRows.apply(x_TD, *plan)  # pyright: ignore[reportReturnType]
 
 
-def weighted_sum(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     """(R, D) to (T, D) in the type of y_RD, summed in the type of the weights; differentiable in both."""
     return _WeightedSum.apply(y_RD, weights_TK, *plan)  # pyright: ignore[reportReturnType]
 
@@ -150,7 +150,7 @@ def of_choices(values_R: Tensor, plan: Plan) -> Tensor:
     return values_R[plan.slot_TK.clamp(min=0)] * plan.kept_TK
 
 
-class Arrived(NamedTuple):
+class DispatchedTokens(NamedTuple):
     """The rows for this device's experts, in the order of the experts, and what `combine` needs to take them back."""
 
     tokens_RD: Tensor
@@ -178,11 +178,11 @@ class Dispatcher(ABC):
     """Brings token rows to the experts and their outputs back. Holds no parameters and no state between the two calls."""
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Arrived:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
         """Copy each token of (T, D) to a row for each of its kept experts."""
 
     @abstractmethod
-    def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
+    def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
         """Each token's weighted sum of its experts' rows: (R, D) to (T, D)."""
 
     def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
@@ -198,13 +198,13 @@ class LocalDispatcher(Dispatcher):
     def __init__(self, experts: int) -> None:
         self.experts = experts
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Arrived:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
         plan = plan_rows(routing, self.experts)
-        return Arrived(copy_to_rows(x_TD, plan), plan.counts_E, (plan, routing.weights_TK))
+        return DispatchedTokens(permute(x_TD, plan), plan.counts_E, (plan, routing.weights_TK))
 
-    def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
+    def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
         plan, weights_TK = arrived.way_back
-        return weighted_sum(y_RD, weights_TK, plan)
+        return unpermute(y_RD, weights_TK, plan)
 
 
 class FusedDispatcher(LocalDispatcher):

@@ -16,10 +16,10 @@ from .feedforward import FeedForward
 from .flexible_attention import block_masks
 from .layer import MoELayer
 from .linear import Embedding, Linear, RMSNorm, linear
-from .rotary import Turns, rotary_turns
+from .rotary import RotaryTables, rotary_turns
 from .router import RoutingStats, draws, warn_of_lookahead
 from .softmax import softcapped
-from .token_info import Place, Tokens, describe
+from .token_info import BatchPosition, Tokens, describe
 
 # Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts the token d further than the model does.
 
@@ -35,7 +35,7 @@ class Prediction(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: Turns, tokens: Tokens) -> Any:
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: RotaryTables, tokens: Tokens) -> Any:
         """The residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
         hidden_BSD is the residual stream of the module before (of the model: before its last norm), embedded_BSD[:, i] the
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
         head_losses: list[HeadLoss] | None = None,
-        place: Place | None = None,
+        place: BatchPosition | None = None,
         documents_BS: Tensor | None = None,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         decides what is random in training; outside of it nothing is. `documents_BS` (see moe/token_info.py) keeps attention inside
         of each document.
         """
-        tokens = describe(ids_BS, valid_BS, (place or Place()) if self.training else None, draws(self.config.moe))
+        tokens = describe(ids_BS, valid_BS, (place or BatchPosition()) if self.training else None, draws(self.config.moe))
         start = cache[0].length if cache else 0
         turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
@@ -156,7 +156,13 @@ class Transformer(nn.Module):
         return losses, of_moe_layers
 
     def _predict_further(
-        self, x_BSD: Tensor, ids_BS: Tensor, tokens: Tokens, turns: Turns, stats: list[RoutingStats], head_losses: list[HeadLoss]
+        self,
+        x_BSD: Tensor,
+        ids_BS: Tensor,
+        tokens: Tokens,
+        turns: RotaryTables,
+        stats: list[RoutingStats],
+        head_losses: list[HeadLoss],
     ) -> list[Tensor]:
         """The loss of each module, whose positions are valid if their targets are; adds to `stats`."""
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if tokens.valid_BS is None else tokens.valid_BS
@@ -198,7 +204,7 @@ class Block(nn.Module):
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, turns: Turns, tokens: Tokens | None = None, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, turns: RotaryTables, tokens: Tokens | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         y_BSD = self.attention(self.attention_norm(x_BSD), turns, cache)
         x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))

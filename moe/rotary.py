@@ -15,7 +15,7 @@ from .param_count import head_width
 from .token_info import positions_of
 
 
-class Turns(NamedTuple):
+class RotaryTables(NamedTuple):
     """Cosines and sines of the rotary angles, each of shape (S, r / 2) or (B, 1, S, r / 2), times the factor of YaRN."""
 
     cos: Tensor
@@ -28,7 +28,7 @@ class Turns(NamedTuple):
 
 def rotary_turns(
     config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype, documents_BS: Tensor | None = None
-) -> Turns:
+) -> RotaryTables:
     """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider.
 
     With `documents_BS` (see moe/token_info.py) positions restart with each document.
@@ -40,10 +40,10 @@ def rotary_turns(
         positions = positions_of(documents_BS).unsqueeze(1).double()
     angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device)
     factor = turns_factor(rope)
-    return Turns((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS, {})
+    return RotaryTables((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS, {})
 
 
-def rotate(x: Tensor, turns: Turns, interleaved: bool = False) -> Tensor:
+def rotate(x: Tensor, turns: RotaryTables, interleaved: bool = False) -> Tensor:
     """Turn pairs of the first r dimensions of (B, H, S, h) by each position's angles: (i, i + r/2), or interleaved (2i, 2i + 1)."""
     width = 2 * turns.cos.shape[-1]
     if width < x.shape[-1]:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capacity import OneDevice, capacity, count_choices, keep_best, keep_earliest, most_rows
+from .capacity import LocalScope, capacity, count_choices, keep_best, keep_earliest, most_rows
 from .config import DropPolicy, MoEConfig, Selection
 from .scoring import (
     Choice,
     Noisy,
     chance_of_choice,
     choose,
+    gate_weights,
     hash_scores,
     jittered,
     noisy,
@@ -23,18 +24,17 @@ from .scoring import (
     project,
     score,
     second_is_kept,
-    weigh,
 )
-from .token_info import Place, Purpose, Tokens, fold, places, uniform
+from .token_info import BatchPosition, Purpose, Tokens, fold, places, uniform
 
 # What one layer's router and experts did with the valid tokens of this device, beside counts: numbers to watch, without
 # gradient.
 
 SUMS = ("tokens", "entropy", "top1", "logit_norm", "rows")
-"""The columns G of `Gauges.sums`, in this order. They add up over micro-batches and ranks."""
+"""The columns G of `RouterMetrics.sums`, in this order. They add up over micro-batches and ranks."""
 
 
-class Gauges(NamedTuple):
+class RouterMetrics(NamedTuple):
     """Scalars; the first five add up, the last one is a maximum."""
 
     tokens: Tensor
@@ -56,7 +56,7 @@ class Gauges(NamedTuple):
 
 
 @torch.no_grad()
-def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> Gauges:
+def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> RouterMetrics:
     """Without the rows, which nobody knows before dispatch."""
     wide, tokens = probabilities_BSE.dtype, valid_BS.sum()
     valid_T = valid_BS.flatten().to(wide)
@@ -64,11 +64,11 @@ def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor
     entropy = torch.special.entr(probabilities_BSE).sum(-1).flatten().dot(valid_T)
     top1 = probabilities_BSE.amax(-1).flatten().dot(valid_T)
     if logits_BSE is None:
-        return Gauges(tokens, entropy, top1, none, none, none)
+        return RouterMetrics(tokens, entropy, top1, none, none, none)
     logits_TE = logits_BSE.detach().flatten(0, 1)
     norm = torch.linalg.vector_norm(logits_TE, dim=-1).dot(valid_T)
     largest = (logits_TE.abs().amax(-1) * valid_T).amax() if len(logits_TE) else none
-    return Gauges(tokens, entropy, top1, norm, none, largest)
+    return RouterMetrics(tokens, entropy, top1, norm, none, largest)
 
 
 log = logging.getLogger("tokenyard")
@@ -94,7 +94,7 @@ class RoutingStats(NamedTuple):
     """Sum of the chosen experts' weights, with gradient; only where balance.importance_coefficient is on."""
     load_BE: Tensor | None = None
     """Sum of the probabilities to be chosen under learned noise, with gradient; else the counts."""
-    gauges: Gauges | None = None
+    gauges: RouterMetrics | None = None
     """Numbers to watch; only in training and only where the router is `gauged`."""
 
 
@@ -133,7 +133,7 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", None)
         if config.balance.bias_rate > 0:
             self.add_expert_bias()
-        self.surroundings = OneDevice()
+        self.surroundings = LocalScope()
         self.draws = draws(config)
         self.gauged = False
 
@@ -149,7 +149,7 @@ class Router(nn.Module):
         rows = self._capacity(x_BSD, tokens)
         scored = self._score(x_BSD, tokens, key_BS)
         choice = choose(self._ranked(scored), tokens.valid_BS, self.config, self.surroundings, self.training, rows)
-        weights_BSK = weigh(scored.logits_BSE, scored.scores_BSE, choice.experts_BSK, self.config)
+        weights_BSK = gate_weights(scored.logits_BSE, scored.scores_BSE, choice.experts_BSK, self.config)
         kept_BSK, dropped = self._keep(choice, weights_BSK, scored, tokens, key_BS, rows)
         stats = self._count(choice, weights_BSK, scored, tokens, dropped)
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
@@ -162,7 +162,7 @@ class Router(nn.Module):
         """int64 (B, S): the key of all randomness of these tokens in this layer. A router on its own sees the run's first rows."""
         place_BS = tokens.place_BS
         if place_BS is None:
-            place_BS = places(Place(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
+            place_BS = places(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
         return fold(place_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: Tokens) -> int | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capacity import OneDevice, best_of_scope
+from .capacity import LocalScope, best_of_scope
 from .config import GroupScore, MoEConfig, RouterConfig, Score, Selection
 from .device import kind_of
 from .linear import wide_linear
@@ -77,7 +77,7 @@ def probabilities(scores_BSE: Tensor, router: RouterConfig) -> Tensor:
     return scores_BSE / (scores_BSE.sum(dim=-1, keepdim=True) + TINY)
 
 
-def weigh(logits_BSE: Tensor | None, scores_BSE: Tensor, experts_BSK: Tensor, config: MoEConfig) -> Tensor:
+def gate_weights(logits_BSE: Tensor | None, scores_BSE: Tensor, experts_BSK: Tensor, config: MoEConfig) -> Tensor:
     """(B, S, K): the chosen experts' scores, normalised and scaled as the router is configured."""
     router = config.router
     if router.softmax_after_top_k:
@@ -112,7 +112,7 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def choose(
-    ranked_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surroundings: OneDevice, training: bool, capacity: int | None
+    ranked_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surroundings: LocalScope, training: bool, capacity: int | None
 ) -> Choice:
     """`ranked_BSE` is what experts are ranked by: scores (logits for softmax_after_top_k), plus the expert bias if there is one.
 
@@ -123,7 +123,7 @@ def choose(
             assert capacity is not None
             return _expert_choice(ranked_BSE, valid_BS, config, surroundings, capacity)
         case Selection.sinkhorn if training:
-            ranked_BSE = ranked_BSE + _prices(ranked_BSE, valid_BS, config, surroundings)
+            ranked_BSE = ranked_BSE + _sinkhorn_duals(ranked_BSE, valid_BS, config, surroundings)
     if config.router.groups > 1:
         ranked_BSE = in_best_groups(ranked_BSE, config.router)
     return Choice(best(ranked_BSE, config.top_k))
@@ -160,7 +160,7 @@ def second_is_kept(weights_BSK: Tensor, key_BS: Tensor) -> Tensor:
 
 
 def _expert_choice(
-    scores_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surroundings: OneDevice, capacity: int
+    scores_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surroundings: LocalScope, capacity: int
 ) -> Choice:
     """Each expert takes its best tokens of the scope (Zhou et al. 2022). Later tokens decide about earlier ones."""
     if valid_BS is not None:
@@ -169,7 +169,7 @@ def _expert_choice(
     return Choice(torch.arange(scores_BSE.shape[-1], device=scores_BSE.device).expand(scores_BSE.shape), made_BSE)
 
 
-def _prices(logits_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surroundings: OneDevice) -> Tensor:
+def _sinkhorn_duals(logits_BSE: Tensor, valid_BS: Tensor | None, config: MoEConfig, surroundings: LocalScope) -> Tensor:
     """(B or 1, 1, E): what Sinkhorn's iteration adds to the logits so that all experts get an equal share of the scope.
 
     S-BASE (Clark et al. 2022). The other factor is one per token, and does not change a token's order of experts.

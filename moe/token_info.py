@@ -53,7 +53,7 @@ def _signed(word: int) -> int:
     return word - (1 << 64)
 
 
-class Place(NamedTuple):
+class BatchPosition(NamedTuple):
     """Where a micro-batch of this rank stands in the run. The first row of a device alone, if nothing else is known."""
 
     seed: int = 0
@@ -79,7 +79,7 @@ class Tokens(NamedTuple):
     """Index of the layer."""
 
 
-def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: Place | None, draws: bool = True) -> Tokens:
+def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: BatchPosition | None, draws: bool = True) -> Tokens:
     """The record of whole sequences; `place` is None outside training, and `draws` False where no layer draws random numbers."""
     if place is None:
         return Tokens(valid_BS, ids_BS)
@@ -87,7 +87,7 @@ def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: Place | None, draws
     return Tokens(valid_BS, ids_BS, place_BS, place.step)
 
 
-def places(place: Place, sequences: int, length: int, device: torch.device) -> Tensor:
+def places(place: BatchPosition, sequences: int, length: int, device: torch.device) -> Tensor:
     """int64 (B, S): the keys of all randomness of these tokens."""
     step = fold(torch.full((1, 1), place.seed, dtype=torch.int64, device=device), place.step)
     rows_B1 = place.row + torch.arange(sequences, device=device).unsqueeze(1)

@@ -21,7 +21,7 @@ from .dispatch.deduplicated import DeduplicatedDispatcher, hierarchical_dispatch
 from .fsdp import apply_fsdp
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
-from .scopes import RankSurroundings
+from .scopes import DistributedScope
 from .shard import Piece, whole
 from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, narrowed, replace_parameter
 
@@ -115,7 +115,7 @@ def local(tensor: Tensor) -> Tensor:
 def _set_surroundings(model: Transformer, mesh: Mesh) -> None:
     for block in model.blocks:
         if block.moe is not None:
-            block.moe.router.surroundings = RankSurroundings(mesh)
+            block.moe.router.surroundings = DistributedScope(mesh)
 
 
 def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece], config: ParallelConfig) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from .collectives import all_gather
 from .mesh import Axis
-from .progress import PULSE
+from .progress import PROGRESS
 
 
 class CollectiveMismatch(RuntimeError):
@@ -23,7 +23,7 @@ def compare(name: str, axis: Axis, send: list[int] | None, receive: list[int] | 
     """(collective, step, phase, layer) must be equal on all ranks, and what one sends to another what that one expects."""
     if axis.group is None:
         return
-    own = [_code(name), PULSE.step, _code(PULSE.phase), -1 if PULSE.layer is None else PULSE.layer]
+    own = [_code(name), PROGRESS.step, _code(PROGRESS.phase), -1 if PROGRESS.layer is None else PROGRESS.layer]
     splits = [*(send or [0] * axis.size), *(receive or [0] * axis.size)]
     rows = _gather([*own, *splits], axis)
     heads = [tuple(row[: len(own)]) for row in rows]
@@ -40,12 +40,12 @@ def compare(name: str, axis: Axis, send: list[int] | None, receive: list[int] | 
 
 
 def _in_words(heads: list[tuple[int, ...]], usual: tuple[int, ...], name: str) -> str:
-    own = (_code(name), PULSE.step, _code(PULSE.phase), -1 if PULSE.layer is None else PULSE.layer)
+    own = (_code(name), PROGRESS.step, _code(PROGRESS.phase), -1 if PROGRESS.layer is None else PROGRESS.layer)
     return f"the others; {'they are' if own == usual else 'this rank is'} at {name}, {_place()}"
 
 
 def _place() -> str:
-    return f"step {PULSE.step}, {PULSE.phase}" + ("" if PULSE.layer is None else f", layer {PULSE.layer}")
+    return f"step {PROGRESS.step}, {PROGRESS.phase}" + ("" if PROGRESS.layer is None else f", layer {PROGRESS.layer}")
 
 
 def _ranks(places: list[int], axis: Axis) -> str:

@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .progress import PULSE, waiting
+from .progress import PROGRESS, waiting
 from .streams import enter_thread
 
 
@@ -37,7 +37,7 @@ def leave() -> None:
 def wait_for_all() -> None:
     """Return when every rank has come here."""
     if dist.is_initialized():
-        PULSE.number += 1
+        PROGRESS.number += 1
         with waiting("barrier of all ranks"):
             dist.barrier()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .mesh import Axis
 
 
-class Pulse:
+class Progress:
     """Where the thread that trains is."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Pulse:
         """Seconds in collectives, all in all."""
 
 
-PULSE = Pulse()
+PROGRESS = Progress()
 
 Check = Callable[[str, Axis, list[int] | None, list[int] | None], None]
 _checks: list[Check] = []
@@ -45,9 +45,10 @@ _checks: list[Check] = []
 @contextmanager
 def doing(phase: str) -> Iterator[None]:
     """`with` or decorator: what runs inside is this phase of the step."""
-    before, PULSE.phase, PULSE.layer, PULSE.since = PULSE.phase, phase, None, monotonic()
+    before, PROGRESS.phase, PROGRESS.layer, PROGRESS.since = PROGRESS.phase, phase, None, monotonic()
     yield
-    PULSE.phase, PULSE.layer, PULSE.since = before, None, monotonic()  # not after an error: where it was is what one wants to know
+    # Not after an error: where it was is what one wants to know.
+    PROGRESS.phase, PROGRESS.layer, PROGRESS.since = before, None, monotonic()
 
 
 def collective(
@@ -58,28 +59,28 @@ def collective(
         return nullcontext()
     for check in _checks:
         check(name, axis, send, receive)
-    PULSE.number, PULSE.last = PULSE.number + 1, f"{name} over {axis.size} ranks"
-    return waiting(PULSE.last)
+    PROGRESS.number, PROGRESS.last = PROGRESS.number + 1, f"{name} over {axis.size} ranks"
+    return waiting(PROGRESS.last)
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """For other ranks."""
-    outer, PULSE.collective, PULSE.since = PULSE.collective, what, monotonic()
-    begin = PULSE.since
+    outer, PROGRESS.collective, PROGRESS.since = PROGRESS.collective, what, monotonic()
+    begin = PROGRESS.since
     yield
-    PULSE.collective, PULSE.since = outer, monotonic()
-    PULSE.waited += PULSE.since - begin
+    PROGRESS.collective, PROGRESS.since = outer, monotonic()
+    PROGRESS.waited += PROGRESS.since - begin
 
 
 def progress() -> None:
     """All ranks have just answered, and the thread that trains goes on waiting for what is under way: that is no hang."""
-    PULSE.since = monotonic()
+    PROGRESS.since = monotonic()
 
 
 def waiting_for_device() -> AbstractContextManager[None]:
     """Around what the host reads of a GPU, which may be in a collective that the host has left behind."""
-    return waiting(f"{PULSE.last} or what follows it on the device")
+    return waiting(f"{PROGRESS.last} or what follows it on the device")
 
 
 def check_before_collectives(check: Check | None) -> None:
@@ -96,7 +97,7 @@ def name_layers(blocks: Iterable[nn.Module]) -> None:
 
 def _enters(index: int) -> Callable[..., None]:
     def enter(*_: Any) -> None:
-        PULSE.layer, PULSE.since = index, monotonic()
+        PROGRESS.layer, PROGRESS.since = index, monotonic()
 
     return enter
 

@@ -5,13 +5,13 @@ L MoE layers, B sequences of this rank, S tokens of each here, E router columns,
 
 from torch import Tensor
 
-from ..moe.capacity import OneDevice
+from ..moe.capacity import LocalScope
 from ..moe.config import Scope
 from .collectives import stack_over, sum_over
 from .mesh import Axis, Mesh
 
 
-class RankSurroundings(OneDevice):
+class DistributedScope(LocalScope):
     """The order of tokens is that of one device: by data rank, sequence, slice of the sequence (tensor rank), token."""
 
     def __init__(self, mesh: Mesh) -> None:

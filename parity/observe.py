@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.init import expert_biases
-from ..moe.token_info import Place
+from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
 from ..parallel.shard import Piece, whole
@@ -71,7 +71,7 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
         with watched(parallel, rows, step) as outputs:
-            numbers = train_step(parallel, optimizer, rows, config.optimizer.lr, clip_norm, Place(config.seed, step))
+            numbers = train_step(parallel, optimizer, rows, config.optimizer.lr, clip_norm, BatchPosition(config.seed, step))
         seen += [*(outputs if step == 1 else []), *reported(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)

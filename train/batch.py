@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import IGNORE, Batch
-from ..data.build import Prepared
+from ..data.build import DataPipeline
 from ..data.errors import DataStop
 from ..moe.device import kind_of
 from ..moe.model import ahead
@@ -47,14 +47,14 @@ class Ahead(NamedTuple):
     error: Exception | None
 
 
-class Feed:
+class BatchLoader:
     """This rank's rows of one step after the other. Micro-step m of all ranks together is the m-th run of the global batch.
 
     On a GPU the host makes the next step's while the device works on this one's, and a side stream copies them. On a CPU both would
     have the same cores.
     """
 
-    def __init__(self, config: Config, data: Prepared, axis: Axis, micro: int, device: torch.device) -> None:
+    def __init__(self, config: Config, data: DataPipeline, axis: Axis, micro: int, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
         self.micro, together = micro, micro * axis.size
         self.starts = range(axis.rank * micro, config.batch.sequences, together)
@@ -109,7 +109,7 @@ class Feed:
         return [as_rows(batch, start, self.config, self.data, self.device) for batch, start in batches]
 
 
-def as_rows(batch: Batch, first: int, config: Config, data: Prepared, device: torch.device) -> Rows:
+def as_rows(batch: Batch, first: int, config: Config, data: DataPipeline, device: torch.device) -> Rows:
     """A micro-batch on the device, counted, with its documents told apart if attention is to stay inside of them.
 
     ValueError for a token id that the model does not know, which a GPU would answer by ending its context.

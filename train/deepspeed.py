@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 
-from ..moe.token_info import Place
+from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel, Placed
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import scale_gradients, squared_norm
@@ -25,7 +25,7 @@ from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
 from .step import StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
-from .step_flags import NOTHING, Telling, Told, is_sound
+from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound
 
 # DeepSpeed's engine around a parallel model: backward, the sum of gradients over ranks, and the update.
 
@@ -205,9 +205,9 @@ class ZeroEngine(Engine):
         rows: list[Rows],
         lr: float,
         clip_norm: float | None,
-        place: Place | None = None,
-        telling: Telling = NOTHING,
-        accepts: Callable[[Told], bool] = is_sound,
+        place: BatchPosition | None = None,
+        rank_flags: RankFlags = NOTHING,
+        accepts: Callable[[GlobalFlags], bool] = is_sound,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> StepNumbers:
         """What `train_step` does, in the same order."""
@@ -215,8 +215,8 @@ class ZeroEngine(Engine):
         shares = [self.zero.compute(part, totals, place, last=part is rows[-1]) for part in rows]
         squared = self.zero.squared_norm()
         meanwhile()
-        numbers = add_up(self.parallel, shares, totals, squared, telling)
-        if not accepts(numbers.told):
+        numbers = add_up(self.parallel, shares, totals, squared, rank_flags)
+        if not accepts(numbers.global_flags):
             self.zero.drop()
             return numbers._replace(updated=False)
         if clip_norm is not None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..moe.token_info import Place
+from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel
 from ..parallel.shard import Held
 from .batch import Rows
 from .state import held_state, set_optimizer_steps
 from .step import StepNumbers, train_step
-from .step_flags import NOTHING, Telling, Told, is_sound
+from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Engine(ABC):
         rows: list[Rows],
         lr: float,
         clip_norm: float | None,
-        place: Place | None = None,
-        telling: Telling = NOTHING,
-        accepts: Callable[[Told], bool] = is_sound,
+        place: BatchPosition | None = None,
+        rank_flags: RankFlags = NOTHING,
+        accepts: Callable[[GlobalFlags], bool] = is_sound,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> StepNumbers:
         """One optimizer step on a global batch, of which `rows` are this rank's micro-batches; see `train_step`."""
@@ -56,12 +56,12 @@ class TorchEngine(Engine):
         rows: list[Rows],
         lr: float,
         clip_norm: float | None,
-        place: Place | None = None,
-        telling: Telling = NOTHING,
-        accepts: Callable[[Told], bool] = is_sound,
+        place: BatchPosition | None = None,
+        rank_flags: RankFlags = NOTHING,
+        accepts: Callable[[GlobalFlags], bool] = is_sound,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> StepNumbers:
-        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, telling, accepts, meanwhile)
+        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, rank_flags, accepts, meanwhile)
 
     def held(self) -> dict[str, Held]:
         return held_state(self.parallel, self.optimizer)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from ..data.errors import DataStop
 from ..parallel.process_group import is_first
-from ..parallel.progress import PULSE
+from ..parallel.progress import PROGRESS
 from .config.complain import say
 
 # How a run ended, as the exit code of its process. Those of sysexits.h where one fits, so that none is that of a signal.
@@ -67,9 +67,9 @@ def say_failure(error: BaseException) -> None:
 
 def place() -> str:
     """Where the thread that trains is on this rank, in words."""
-    layer = "" if PULSE.layer is None else f", layer {PULSE.layer}"
-    within = f", in {PULSE.collective}" if PULSE.collective else ""
-    return f"rank {dist.get_rank()}, step {PULSE.step}, {PULSE.phase}{layer}{within}"
+    layer = "" if PROGRESS.layer is None else f", layer {PROGRESS.layer}"
+    within = f", in {PROGRESS.collective}" if PROGRESS.collective else ""
+    return f"rank {dist.get_rank()}, step {PROGRESS.step}, {PROGRESS.phase}{layer}{within}"
 
 
 def in_one_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..data.build import Prepared
+from ..data.build import DataPipeline
 from ..data.errors import DataStop
 from ..parallel.collective_check import compare
 from ..parallel.process_group import is_first, join, leave, pick_device
@@ -20,19 +20,19 @@ from .exit import ExitCode, RunStop, say_failure, say_stop
 from .fault_tolerance.dry_run import dry_step
 from .fault_tolerance.recovery import attempt, recover
 from .fault_tolerance.signals import listening
-from .fault_tolerance.supervisor import Care, build_care
+from .fault_tolerance.supervisor import Supervisor, build_supervisor
 from .fault_tolerance.watchdog import watched
-from .logging.expert_stats.collector import Watch
-from .logging.run_logger import OtherRank, Reporter, build_reporter, set_up_logging
-from .logging.step_log import Logged, Stopwatch
+from .logging.expert_stats.collector import ExpertStats
+from .logging.run_logger import NullLogger, Reporter, build_reporter, set_up_logging
+from .logging.step_log import StepLog, Stopwatch
 from .optimizer import learning_rate_factor
 from .session import Session
 from .setup import open_session
 from .step import StepNumbers
-from .step_flags import Told
+from .step_flags import GlobalFlags
 
 if TYPE_CHECKING:
-    from .fault_tolerance.supervisor import Care
+    from .fault_tolerance.supervisor import Supervisor
     from .logging.run_logger import Reporter
 
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @doing("save")
-def keep(session: Session, reporter: Reporter, care: "Care", durable: bool = False) -> None:
+def keep(session: Session, reporter: Reporter, supervisor: "Supervisor", durable: bool = False) -> None:
     """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
 
     What is logged is told before: a run that goes on from here does not do it again.
@@ -49,16 +49,16 @@ def keep(session: Session, reporter: Reporter, care: "Care", durable: bool = Fal
     """
     reporter.catch_up()
     with reporter.spent("checkpoint"):
-        care.replicas.compare()
-        session.extra = care.state()
+        supervisor.replicas.compare()
+        session.extra = supervisor.state()
         for outcome in conclude(session) if durable else started(session):
             reporter.saved(outcome)
-    care.saved()
+    supervisor.saved()
 
 
-def settle(session: Session, reporter: Reporter, told: Told) -> None:
+def settle(session: Session, reporter: Reporter, global_flags: GlobalFlags) -> None:
     """After each step: what became of the save under way, by what the ranks told each other in the step. Collective if it ended."""
-    for outcome in settled(session, told.failed_writer > 0, told.writing > 0):
+    for outcome in settled(session, global_flags.failed_writer > 0, global_flags.writing > 0):
         reporter.saved(outcome)
 
 
@@ -98,30 +98,30 @@ def run(config: Config) -> int:
 def train_session(session: Session, reporter: Reporter) -> int:
     """Train to the end, or to where the run has to end. Returns the exit code."""
     check_before_collectives(compare if session.config.debug.collectives else None)
-    care = build_care(session, reporter)
+    supervisor = build_supervisor(session, reporter)
     try:
         with watched(session, reporter.stalled, reporter.left_alone):
             dry_step(session, reporter)
-            evaluation = train(session, reporter, care)
+            evaluation = train(session, reporter, supervisor)
     except (DataStop, RunStop) as stop:
-        return end_early(stop, session, reporter, care)
+        return end_early(stop, session, reporter, supervisor)
     reporter.finished(evaluation or validated(session, reporter))
     return 0
 
 
-def train(session: Session, reporter: Reporter, care: Care) -> Evaluation | None:
+def train(session: Session, reporter: Reporter, supervisor: Supervisor) -> Evaluation | None:
     """All steps that are left, with a checkpoint and a validation after the last. None if no step was left.
 
     Raises, on all ranks, a DataStop or a RunStop if the run ends before.
     """
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch, watch = Stopwatch(session.device), Watch(session)
+    stopwatch, watch = Stopwatch(session.device), ExpertStats(session)
     reporter.started()
     while session.step < config.steps:
         due = due_after(session.step + 1, config, watch)
         watch.before(due.log)
-        numbers, lr = next_step(session, care)
+        numbers, lr = next_step(session, supervisor)
         reporter.catch_up()
         if not numbers:
             continue
@@ -131,30 +131,30 @@ def train(session: Session, reporter: Reporter, care: Care) -> Evaluation | None
         with stopwatch.paused():
             evaluation = validated(session, reporter) if due.validate else None
             if since is not None:
-                looked = watch.look(numbers, validated=due.validate, saves=due.save)
-                reporter.logged(Logged(session.step, numbers, lr, *since, evaluation, looked))
+                snapshot = watch.look(numbers, validated=due.validate, saves=due.save)
+                reporter.logged(StepLog(session.step, numbers, lr, *since, evaluation, snapshot))
             session.validated = {session.step: evaluation.loss} if evaluation else {}
-            settle(session, reporter, numbers.told)
-            if due.save or numbers.told.save:
-                keep(session, reporter, care, durable=numbers.told.save > 0)
-        care.heard(numbers.told)
-    keep(session, reporter, care, durable=True)
+            settle(session, reporter, numbers.global_flags)
+            if due.save or numbers.global_flags.save:
+                keep(session, reporter, supervisor, durable=numbers.global_flags.save > 0)
+        supervisor.heard(numbers.global_flags)
+    keep(session, reporter, supervisor, durable=True)
     return evaluation
 
 
-def next_step(session: Session, care: Care) -> tuple[StepNumbers | None, float]:
+def next_step(session: Session, supervisor: Supervisor) -> tuple[StepNumbers | None, float]:
     """One optimizer step and its learning rate; no numbers if it was skipped, jumped over or rolled back."""
     config = session.config
     lr = config.optimizer.lr * learning_rate_factor(config.schedule, session.step + 1, config.steps)
-    rows = micro_batches(session, care)
-    if session.step + 1 in care.guard.jumps:
+    rows = micro_batches(session, supervisor)
+    if session.step + 1 in supervisor.guard.jumps:
         session.step += 1
         return None, lr
-    numbers = attempt(session, care, rows, lr)
+    numbers = attempt(session, supervisor, rows, lr)
     if not numbers.updated:
-        recover(session, care, numbers.told)
+        recover(session, supervisor, numbers.global_flags)
         return None, lr
-    care.guard.took(numbers.told)
+    supervisor.guard.took(numbers.global_flags)
     session.step += 1
     session.tokens += numbers.tokens
     return numbers, lr
@@ -162,13 +162,13 @@ def next_step(session: Session, care: Care) -> tuple[StepNumbers | None, float]:
 
 def single_step(session: Session) -> StepNumbers:
     """One optimizer step outside of a run: for tests and benchmarks."""
-    numbers, _ = next_step(session, build_care(session, OtherRank()))
+    numbers, _ = next_step(session, build_supervisor(session, NullLogger()))
     assert numbers is not None
     return numbers
 
 
 @doing("data")
-def micro_batches(session: Session, care: Care) -> list[Rows]:
+def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
     """This rank's rows of the next global batch.
 
     Raises a DataStop, on all ranks, if there is none. What this rank alone cannot read is told to all in the step.
@@ -177,9 +177,9 @@ def micro_batches(session: Session, care: Care) -> list[Rows]:
         try:
             return session.feed.take(session.step)
         finally:
-            tell_findings(session.data, session.step + 1, care.reporter)
+            tell_findings(session.data, session.step + 1, supervisor.reporter)
     except (OSError, ValueError) as error:
-        care.bad_data = f"{type(error).__name__}: {error}"
+        supervisor.bad_data = f"{type(error).__name__}: {error}"
         return session.feed.nothing()
 
 
@@ -190,19 +190,19 @@ def validated(session: Session, reporter: Reporter) -> Evaluation:
         return evaluate_session(session)
 
 
-def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, care: Care) -> int:
+def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, supervisor: Supervisor) -> int:
     """Before the last step, with a checkpoint if the state is sound. Returns the exit code."""
     code, why = say_stop(stop, session.step), str(stop)
     try:
         if not isinstance(stop, RunStop) or stop.saves:
-            keep(session, reporter, care, durable=True)
+            keep(session, reporter, supervisor, durable=True)
     except RunStop as unsound:  # weights that are not finite, or differ
         code, why = say_stop(unsound, session.step), f"{why}; {unsound}"
     else:
         if not isinstance(stop, RunStop):
             reporter.finished(validated(session, reporter), code)
             return code
-    care.stopped()
+    supervisor.stopped()
     reporter.stopped(why, code)
     return code
 
@@ -215,7 +215,7 @@ class Due(NamedTuple):
     log: bool
 
 
-def due_after(step: int, config: Config, watch: Watch) -> Due:
+def due_after(step: int, config: Config, watch: ExpertStats) -> Due:
     """Known before the step is computed. Each comes every so many steps, and after the last."""
 
     def due(every: int | None) -> bool:
@@ -234,7 +234,7 @@ SAID_ROWS = 10
 """Bad rows of a source that are said on the console; events.jsonl has all."""
 
 
-def tell_findings(data: Prepared, step: int, reporter: "Reporter") -> None:
+def tell_findings(data: DataPipeline, step: int, reporter: "Reporter") -> None:
     """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
     for found in data.train.findings():
         reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)

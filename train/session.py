@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..checkpoint.saver import Saver
-from ..data.build import Prepared
+from ..data.build import DataPipeline
 from ..parallel.apply import Parallel
-from .batch import Feed
+from .batch import BatchLoader
 from .config.config import Config
 from .config.serialize import shown_config
 from .engine import Engine
@@ -24,7 +24,7 @@ class Session:
     config: Config
     folder: Path
     device: torch.device
-    data: Prepared
+    data: DataPipeline
     parallel: Parallel
     engine: Engine
     saver: Saver
@@ -53,9 +53,9 @@ class Session:
         return self.config.batch.micro or self.config.batch.sequences // self.parallel.mesh.data.size
 
     @functools.cached_property
-    def feed(self) -> Feed:
+    def feed(self) -> BatchLoader:
         """Of this rank's rows."""
-        return Feed(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
+        return BatchLoader(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
 
     @functools.cached_property
     def shown(self) -> dict[str, Any]:

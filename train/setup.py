@@ -12,7 +12,7 @@ from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
-from ..data.build import Prepared, prepare
+from ..data.build import DataPipeline, prepare
 from ..data.errors import DataStop
 from ..data.stream.packing import World
 from ..moe.model import Transformer
@@ -79,10 +79,10 @@ def build_parallel(config: Config, device: torch.device) -> Parallel:
     return parallel
 
 
-def first_rank_first(config: Config, world: World | None = None) -> Prepared:
+def first_rank_first(config: Config, world: World | None = None) -> DataPipeline:
     """The data of the configuration; see `open_together`."""
 
-    def ready() -> Prepared:
+    def ready() -> DataPipeline:
         sizes = config.sequence_length, config.seed, config.batch.sequences
         return prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
 
@@ -154,12 +154,12 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     return [part.cpu().numpy()[: int(each)].tobytes() for part, each in zip(parts, sizes, strict=True)]
 
 
-def open_together(ready: Callable[[], Prepared]) -> Prepared:
+def open_together(ready: Callable[[], DataPipeline]) -> DataPipeline:
     """The data, opened on rank 0, which may have to tokenize it, and then on the others, which find it in the cache. Collective.
 
     What is refused on one of them is refused on all (ValueError), and so is a source that does not answer (DataUnavailable).
     """
-    data: Prepared | None = None
+    data: DataPipeline | None = None
     failure: Exception | None = None
     for mine in (is_first(), not is_first()):
         if mine:

@@ -14,7 +14,7 @@ from ..moe.device import kind_of
 from ..moe.init import expert_biases
 from ..moe.model import HeadLoss
 from ..moe.router import SUMS
-from ..moe.token_info import Place
+from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
@@ -25,7 +25,7 @@ from ..parallel.vocabulary import head_loss
 from .batch import Rows, targets_ahead, valid_targets
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
-from .step_flags import NOTHING, Telling, Told, is_sound, numbers_of, read
+from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound, numbers_of, read
 
 
 class StepNumbers(NamedTuple):
@@ -43,7 +43,7 @@ class StepNumbers(NamedTuple):
     mtp_D: Tensor
     """Cross entropy of each module of multi-token prediction."""
     gradient_norm: Tensor
-    told: Told
+    global_flags: GlobalFlags
     """On the host: loss, norm, and what the ranks told each other."""
     updated: bool = True
     """False: weights and moments are bit for bit what they were before the step."""
@@ -59,15 +59,15 @@ def train_step(
     micro_batches: list[Rows],
     lr: float,
     clip_norm: float | None,
-    place: Place | None = None,
-    telling: Telling = NOTHING,
-    accepts: Callable[[Told], bool] = is_sound,
+    place: BatchPosition | None = None,
+    rank_flags: RankFlags = NOTHING,
+    accepts: Callable[[GlobalFlags], bool] = is_sound,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepNumbers:
     """Train on one global batch, of which `micro_batches` are this rank's rows.
 
     `place` (None: the first step) says which step of which run it is, for capacity schedules and what is random in routing.
-    `telling` is what this rank has to tell the others. `accepts` decides, on every rank by the same numbers, whether to update.
+    `rank_flags` is what this rank has to tell the others. `accepts` decides, on every rank by the same numbers, whether to update.
     `meanwhile` is what the host does before it waits for the device, which has the whole step to do.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -82,8 +82,8 @@ def train_step(
         shares.append(share)
     squared = squared_norm(parallel)
     meanwhile()
-    numbers = add_up(parallel, shares, totals, squared, telling)
-    if not accepts(numbers.told):
+    numbers = add_up(parallel, shares, totals, squared, rank_flags)
+    if not accepts(numbers.global_flags):
         return numbers._replace(updated=False)
     if clip_norm is not None:
         scale_gradients(parallel, clip_factor(numbers.gradient_norm, clip_norm))
@@ -111,10 +111,10 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
 
 
 @doing("forward")
-def forward(parallel: Parallel, rows: Rows, totals: Totals, place: Place | None = None) -> Losses:
+def forward(parallel: Parallel, rows: Rows, totals: Totals, place: BatchPosition | None = None) -> Losses:
     """Losses of one micro-batch."""
     config = parallel.model.config
-    place = (place or Place())._replace(row=rows.first)
+    place = (place or BatchPosition())._replace(row=rows.first)
     valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
     (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, place=place, documents_BS=rows.documents)
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
@@ -162,7 +162,9 @@ def totals_on_device(parallel: Parallel, counts: list[int], micro_batches: int) 
 
 
 @doing("exchange")
-def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor, telling: Telling = NOTHING) -> StepNumbers:
+def add_up(
+    parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor, rank_flags: RankFlags = NOTHING
+) -> StepNumbers:
     """Add this rank's micro-batches and then all ranks: everything travels in one fp64 tensor (exact for counts below 2**53).
 
     Flags, loss and norm are read by the host here, and nothing else of the step: whether to update depends on them.
@@ -175,12 +177,12 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
     ]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     mine = torch.cat([squared.view(1), mine])
-    flags = numbers_of(telling, mine, mesh.rank, mesh.world)
+    flags = numbers_of(rank_flags, mine, mesh.rank, mesh.world)
     everything = sum_over(torch.cat([flags, mine, gauges_LG.flatten()]), mesh.everyone)
     sizes = [len(flags), 1, 1, *[layers] * 5, depth, layers * columns, gauges_LG.numel()]
     flags, squared, cross_entropy, *per_layer, mtp_D, counts, gauges = everything.split(sizes)
     balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
-    told, tokens = read(everything[: len(flags) + 2], totals.tokens)
+    global_flags, tokens = read(everything[: len(flags) + 2], totals.tokens)
     return StepNumbers(
         tokens,
         cross_entropy.squeeze(0),
@@ -192,7 +194,7 @@ def add_up(parallel: Parallel, shares: list[Losses], totals: Totals, squared: Te
         dropped_L.long(),
         mtp_D,
         squared.squeeze(0).sqrt(),
-        told,
+        global_flags,
         gauges_LG=gauges.view_as(gauges_LG),
         own_LP=own_peaks(shares, gauges_LG),
     )

@@ -16,7 +16,7 @@ from ..parallel.progress import waiting_for_device
 from ..parallel.streams import on_device
 
 
-class Telling(NamedTuple):
+class RankFlags(NamedTuple):
     """What one rank has to tell."""
 
     stop: bool = False
@@ -33,10 +33,10 @@ class Telling(NamedTuple):
     """Of its own work in a step, on steps on which all ranks tell that."""
 
 
-NOTHING = Telling()
+NOTHING = RankFlags()
 
 
-class Told(NamedTuple):
+class GlobalFlags(NamedTuple):
     """What all ranks told, on each of them. Of flags the number of ranks that set them."""
 
     stop: int
@@ -54,22 +54,22 @@ class Told(NamedTuple):
     loss: float
 
 
-def is_sound(told: Told) -> bool:
+def is_sound(global_flags: GlobalFlags) -> bool:
     """Whether an update may use it."""
-    return not told.bad_data and math.isfinite(told.loss) and math.isfinite(told.gradient_norm)
+    return not global_flags.bad_data and math.isfinite(global_flags.loss) and math.isfinite(global_flags.gradient_norm)
 
 
-def numbers_of(telling: Telling, mine: Tensor, rank: int, world: int) -> Tensor:
+def numbers_of(rank_flags: RankFlags, mine: Tensor, rank: int, world: int) -> Tensor:
     """What this rank adds to the flags, fp64. `mine`: its part of all other numbers, which are finite if all is well."""
-    flags = [telling.stop, telling.save, telling.bad_data, telling.failed_writer, telling.writing]
-    spoken = rank + 1 if telling.bad_data or telling.failed_writer else 0
-    slots = [] if telling.seconds is None else [telling.seconds if place == rank else 0.0 for place in range(world)]
+    flags = [rank_flags.stop, rank_flags.save, rank_flags.bad_data, rank_flags.failed_writer, rank_flags.writing]
+    spoken = rank + 1 if rank_flags.bad_data or rank_flags.failed_writer else 0
+    slots = [] if rank_flags.seconds is None else [rank_flags.seconds if place == rank else 0.0 for place in range(world)]
     not_finite = (~mine.isfinite()).any().double().view(1)
     own = on_device(torch.tensor([*flags, spoken, *slots], dtype=mine.dtype), mine.device)
     return torch.cat([not_finite, not_finite * (rank + 1), own])
 
 
-def read(numbers: Tensor, tokens: int | Tensor) -> tuple[Told, int]:
+def read(numbers: Tensor, tokens: int | Tensor) -> tuple[GlobalFlags, int]:
     """Flags, squared norm and loss, added up over all ranks; and the tokens of the step. The host waits for the device."""
     if isinstance(tokens, Tensor):
         numbers = torch.cat([numbers, tokens.view(1).to(numbers.dtype)])
@@ -82,4 +82,4 @@ def read(numbers: Tensor, tokens: int | Tensor) -> tuple[Told, int]:
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     rank = int(alone) - 1 if alone else None
     counts = [int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite)]
-    return Told._make([*counts, rank, seconds, norm, loss]), tokens
+    return GlobalFlags._make([*counts, rank, seconds, norm, loss]), tokens

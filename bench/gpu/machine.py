@@ -38,7 +38,10 @@ def run(teller: Teller) -> None:
         raise RuntimeError("torch finds no GPU; --device cpu --scale tiny tries the code without one")
     for index in range(torch.cuda.device_count()):
         told = torch.cuda.get_device_properties(index)
-        teller.fact(f"GPU {index}", f"{told.name}, {told.total_memory / 2**30:.0f} GiB, sm_{told.major}{told.minor}")
+        teller.fact(
+            f"GPU {index}",
+            f"{told.name}, {told.total_memory / 2**30:.0f} GiB, sm_{told.major}{told.minor}",
+        )
     if torch.cuda.device_count() < 2:
         teller.skip("layouts", "one GPU: each layout of two needs two; the exchanges run with a world of one")
     if shutil.which(os.environ.get("CC", "gcc")) is None:

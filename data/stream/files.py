@@ -15,7 +15,7 @@ from typing import IO, Any
 import xxhash
 
 from ..validate import refuse_outside
-from .http import HttpFile, Patience, may_pass, open_url, persistently
+from .http import HttpFile, RetryPolicy, may_pass, open_url, persistently
 
 ENDINGS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson", ".json"), "lines": (".txt", ".lines")}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -49,7 +49,7 @@ def is_remote(path: str) -> bool:
 
 
 @contextmanager
-def open_shard(path: str, patience: Patience, version: bytes) -> Iterator[IO[bytes]]:
+def open_shard(path: str, patience: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
     """The decompressed bytes. Closes what lies below as well, which decompressors do not."""
     with open_raw(path, patience, version) as raw, decompressed(raw, path) as file:
         yield file
@@ -58,7 +58,7 @@ def open_shard(path: str, patience: Patience, version: bytes) -> Iterator[IO[byt
 
 
 @contextmanager
-def open_raw(path: str, patience: Patience, version: bytes) -> Iterator[IO[bytes]]:
+def open_raw(path: str, patience: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
     """The bytes as stored: local, http(s), or whatever `datasets` reaches, as hf://.
 
     ValueError if the file is not of this version, of `versions`, or another at the end of the block.
@@ -110,7 +110,7 @@ def fingerprint(paths: list[str], versions: list[bytes], *more: str) -> str:
     return running.hexdigest()
 
 
-def versions(paths: list[str], patience: Patience) -> list[bytes]:
+def versions(paths: list[str], patience: RetryPolicy) -> list[bytes]:
     """What tells another version of each file from this one. ValueError of one line for a file that cannot be read.
 
     Of a local file: its size, and its first and last 64 KiB. Of a URL: its size and the server's ETag or date. The URLs of hub data
@@ -119,7 +119,7 @@ def versions(paths: list[str], patience: Patience) -> list[bytes]:
     return [persistently(lambda path=path: _version(path, patience), path, patience) for path in paths]
 
 
-def _version(path: str, patience: Patience) -> bytes:
+def _version(path: str, patience: RetryPolicy) -> bytes:
     if path.startswith(("http://", "https://")):
         with HttpFile(path, patience) as file:
             return _url_version(file)

@@ -25,7 +25,7 @@ RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 Item = TypeVar("Item")
 
 
-class Patience(NamedTuple):
+class RetryPolicy(NamedTuple):
     """How long to wait for a source. Once `closed` is set nobody waits any more."""
 
     seconds: float = 240.0
@@ -35,12 +35,12 @@ class Patience(NamedTuple):
     closed: threading.Event = threading.Event()
 
 
-def open_url(url: str, patience: Patience) -> io.BufferedReader:
+def open_url(url: str, patience: RetryPolicy) -> io.BufferedReader:
     """The file at `url`, for reading. ValueError if the server says that there is none."""
     return io.BufferedReader(HttpFile(url, patience), 1 << 20)
 
 
-def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, patience: Patience) -> Iterator[Item]:
+def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, patience: RetryPolicy) -> Iterator[Item]:
     """`read(first)`, and if the source fails at its n-th item `read(first + n)`. Raises DataUnavailable at the end of patience."""
     at, backoff = first, Backoff(what, patience)
     while True:
@@ -58,7 +58,7 @@ def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, pati
             backoff.wait(error, begin)
 
 
-def persistently(action: Callable[[], Item], what: str, patience: Patience) -> Item:
+def persistently(action: Callable[[], Item], what: str, patience: RetryPolicy) -> Item:
     """What `action` returns, tried again as long as it fails with an error that may pass."""
     return next(patiently(lambda _: iter([action()]), 0, what, patience))
 
@@ -67,7 +67,7 @@ def persistently(action: Callable[[], Item], what: str, patience: Patience) -> I
 class HttpFile(io.RawIOBase):
     """One connection that is opened again at the same byte when it fails."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, patience: RetryPolicy) -> None:
         self.url = url
         self.tag = ""
         """What the server says of the version of the file."""
@@ -187,7 +187,7 @@ def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, i
 class Backoff:
     """Waits between attempts, each time twice as long. Time in which nobody asks the source does not count."""
 
-    def __init__(self, what: str, patience: Patience) -> None:
+    def __init__(self, what: str, patience: RetryPolicy) -> None:
         self._what = what
         self._patience = patience
         self.reset()

@@ -9,7 +9,7 @@ import xxhash
 
 from ..batches import Batch, chosen_rows, split_rows
 from ..errors import EndOfData
-from .http import Patience
+from .http import RetryPolicy
 from .packing import Finding, RowSource
 
 
@@ -128,7 +128,7 @@ class Mark(NamedTuple):
 class StreamBatches:
     """Like GlobalBatches, but its batches can only be had in order, and what comes next is in `state`."""
 
-    def __init__(self, mixture: Mixture, *, sequences: int, patience: Patience, pool: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, mixture: Mixture, *, sequences: int, patience: RetryPolicy, pool: ThreadPoolExecutor | None = None) -> None:
         self.mixture = mixture
         self.sequences = sequences
         self.fingerprint = _fingerprint(mixture)

@@ -14,7 +14,7 @@ import xxhash
 from ..config import Corpus, DataConfig
 from ..validate import refuse_outside
 from .files import find_files, fingerprint, open_raw, open_shard, short_names, versions
-from .http import Patience, may_pass, patiently, persistently
+from .http import RetryPolicy, may_pass, patiently, persistently
 
 BATCH = 256
 """Rows that are read at a time where a format gives several."""
@@ -56,7 +56,7 @@ class Shards(ABC):
         """
 
 
-def open_shards(config: DataConfig, patience: Patience) -> Shards:
+def open_shards(config: DataConfig, patience: RetryPolicy) -> Shards:
     """The shards of a streamed source. ValueError of one line if there are none."""
     if config.corpus is Corpus.hf:
         return open_hub(config, patience)
@@ -64,7 +64,7 @@ def open_shards(config: DataConfig, patience: Patience) -> Shards:
     return file_shards(find_files(config.path, config.corpus.value), config.corpus, config, patience)
 
 
-def file_shards(paths: list[str], kind: Corpus, config: DataConfig, patience: Patience) -> Shards:
+def file_shards(paths: list[str], kind: Corpus, config: DataConfig, patience: RetryPolicy) -> Shards:
     """Shards of known format: parquet, jsonl or lines."""
     if kind is Corpus.parquet:
         return ParquetShards(paths, config.column, patience)
@@ -75,7 +75,7 @@ def file_shards(paths: list[str], kind: Corpus, config: DataConfig, patience: Pa
 class LineShards(Shards):
     """A row for each line: a JSON object with the text at `key`, or (key None) the text itself."""
 
-    def __init__(self, paths: list[str], key: str | None, patience: Patience, longest: int = DataConfig.longest_row) -> None:
+    def __init__(self, paths: list[str], key: str | None, patience: RetryPolicy, longest: int = DataConfig.longest_row) -> None:
         self.names = short_names(paths)
         self._versions = versions(paths, patience)
         self.fingerprint = fingerprint(paths, self._versions, "lines", str(key))
@@ -121,7 +121,7 @@ def bounded_lines(file: IO[bytes], longest: int) -> Iterator[bytes | Bad]:
 class ParquetShards(Shards):
     """A row for each row of the column; row groups before the first wanted row are not read."""
 
-    def __init__(self, paths: list[str], column: str, patience: Patience) -> None:
+    def __init__(self, paths: list[str], column: str, patience: RetryPolicy) -> None:
         self.names = short_names(paths)
         self._versions = versions(paths, patience)
         self.fingerprint = fingerprint(paths, self._versions, "parquet", column)
@@ -224,7 +224,7 @@ def _json_row(line: bytes, key: str) -> Row:
 # Data sets of the Hugging Face hub, through `datasets`: which files a split has, and formats that only `datasets` reads.
 
 
-def open_hub(config: DataConfig, patience: Patience) -> Shards:
+def open_hub(config: DataConfig, patience: RetryPolicy) -> Shards:
     """The split of a data set by name, or of a folder that is laid out as one.
 
     Files of parquet, of JSON lines and of text are read by our own readers, which lose no row to a bad neighbour and begin at any
@@ -304,7 +304,7 @@ def refuse_foreign_files(name: str, files: list[str]) -> None:
 class HubShards(Shards):
     """An IterableDataset, shard by shard. `skip` finds a row again exactly; its shuffle buffer, which does not, is not used."""
 
-    def __init__(self, config: DataConfig, name: str, files: list[str], patience: Patience) -> None:
+    def __init__(self, config: DataConfig, name: str, files: list[str], patience: RetryPolicy) -> None:
         import datasets
 
         self._data: Any = datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision, streaming=True)

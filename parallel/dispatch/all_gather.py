@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import Arrived, chosen
+from ...moe.dispatch import DispatchedTokens, chosen
 from ...moe.router import Routing
 from ..collectives import stack_over
 from ..mesh import Axis
@@ -47,14 +47,14 @@ class GatherDispatcher(ExchangingDispatcher):
         padded = None if routing.padded_rows is None else routing.padded_rows * self.axis.size
         return Sent(way, depart(x_TD, way), depart(_pack(routing, self.experts), way), padded)
 
-    def receive(self, sent: Sent) -> Arrived:
+    def receive(self, sent: Sent) -> DispatchedTokens:
         held = self.experts // self.axis.size
         counted = _choices_of_mine(land(sent.choices), self.axis, held, sent.padded_rows)
         fan, counts_L = plan_expansion(counted, held)  # while the rows travel
         tokens_RD = copy_out(land(sent.rows), fan)
-        return Arrived(tokens_RD, counts_L, WayBack(sent.way, fan, counted.choices.weights_C))
+        return DispatchedTokens(tokens_RD, counts_L, WayBack(sent.way, fan, counted.choices.weights_C))
 
-    def send_back(self, y_RD: Tensor, arrived: Arrived) -> Flight:
+    def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Flight:
         way_back: WayBack = arrived.way_back
         return depart(add_up(y_RD, way_back.fan, way_back.weights_C), way_back.way.opposite())
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import Arrived, Plan, chosen, copy_to_rows, count_rows, plan_choices, weighted_sum
+from ...moe.dispatch import DispatchedTokens, Plan, chosen, count_rows, permute, plan_choices, unpermute
 from ...moe.router import Routing
 from ..mesh import Axis
 from ..progress import collective, waiting, waiting_for_device
@@ -68,7 +68,7 @@ class PlainDispatcher(ExchangingDispatcher):
         with collective("all_to_all", self.axis):
             counts = dist.all_to_all_single(came_E, leaving_E, group=self.axis.group, async_op=True)
         plan = plan_choices(chosen_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counts_E)
-        rows_RD = copy_to_rows(x_TD, plan)
+        rows_RD = permute(x_TD, plan)
         assert counts is not None
         with waiting(f"all_to_all of counts over {self.axis.size} ranks"):
             counts.wait()
@@ -77,17 +77,17 @@ class PlainDispatcher(ExchangingDispatcher):
         flight = depart(rows_RD, Exchange(*splits, self.axis))
         return Sent(flight, plan, routing.weights_TK, came_NL, splits)
 
-    def receive(self, sent: Sent) -> Arrived:
+    def receive(self, sent: Sent) -> DispatchedTokens:
         order, counts_L = plan_arrivals(sent.came_NL, sum(sent.splits.came_N)), sent.came_NL.sum(0)
-        return Arrived(reorder(land(sent.flight), *order), counts_L, WayBack(sent, order))
+        return DispatchedTokens(reorder(land(sent.flight), *order), counts_L, WayBack(sent, order))
 
-    def send_back(self, y_RD: Tensor, arrived: Arrived) -> Sent:
+    def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Sent:
         sent, order = arrived.way_back
         rows_AD = reorder(y_RD, order.back_A, order.order_A)
         return sent._replace(flight=depart(rows_AD, Exchange(sent.splits.came_N, sent.splits.sent_N, self.axis)))
 
     def receive_back(self, sent: Sent) -> Tensor:
-        return weighted_sum(land(sent.flight), sent.weights_TK, sent.plan)
+        return unpermute(land(sent.flight), sent.weights_TK, sent.plan)
 
 
 def read_splits(sent_NL: Tensor, came_NL: Tensor, rows: int) -> Splits:

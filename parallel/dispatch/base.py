@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...moe.dispatch import Arrived, Beside, Compute, Dispatcher, Passed
+from ...moe.dispatch import Beside, Compute, DispatchedTokens, Dispatcher, Passed
 from ...moe.router import Routing
 
 
@@ -21,21 +21,21 @@ class ExchangingDispatcher(Dispatcher):
         """Start to send tokens to the ranks of their experts."""
 
     @abstractmethod
-    def receive(self, sent: Any) -> Arrived:
+    def receive(self, sent: Any) -> DispatchedTokens:
         """Wait for the rows of this rank's experts."""
 
     @abstractmethod
-    def send_back(self, y_RD: Tensor, arrived: Arrived) -> Any:
+    def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Any:
         """Start to send the experts' outputs to the ranks of their tokens."""
 
     @abstractmethod
     def receive_back(self, sent: Any) -> Tensor:
         """Wait for them: each own token's weighted sum, (T, D)."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Arrived:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
         return self.receive(self.send(x_TD, routing))
 
-    def combine(self, y_RD: Tensor, arrived: Arrived) -> Tensor:
+    def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
         return self.receive_back(self.send_back(y_RD, arrived))
 
     def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import Arrived
+from ...moe.dispatch import DispatchedTokens
 from ...moe.router import Routing
 from ..mesh import Axis, Mesh
 from ..progress import collective, waiting_for_device
@@ -165,7 +165,7 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
         choices = choices_of(routing, self.experts, self.experts // self.reach[-1])
         return hop(x_TD, choices, self.reach[0], self.axes[0])
 
-    def receive(self, sent: Hop) -> Arrived:
+    def receive(self, sent: Hop) -> DispatchedTokens:
         hops = [sent]
         for reach, axis in zip(self.reach[1:], self.axes[1:], strict=True):
             counted = landed_choices(hops[-1])
@@ -173,9 +173,9 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
         counted = landed_choices(hops[-1])
         fan, counts_L = plan_expansion(counted, self.reach[-1])  # while the rows travel
         tokens_RD = copy_out(landed_rows(hops[-1]), fan)
-        return Arrived(tokens_RD, counts_L, WayBack(hops, fan, counted.choices.weights_C))
+        return DispatchedTokens(tokens_RD, counts_L, WayBack(hops, fan, counted.choices.weights_C))
 
-    def send_back(self, y_RD: Tensor, arrived: Arrived) -> tuple[Flight, Hop]:
+    def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> tuple[Flight, Hop]:
         way_back: WayBack = arrived.way_back
         y = add_up(y_RD, way_back.fan, way_back.weights_A)
         for later in reversed(way_back.hops[1:]):

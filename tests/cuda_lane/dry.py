@@ -17,7 +17,7 @@ from tokenyard.plan.ledger import Collective, UnknownNumbers
 from tokenyard.plan.rank import DryRank, dry_rank
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.logging.expert_stats.collector import Watch
+from tokenyard.train.logging.expert_stats.collector import ExpertStats
 
 MICRO_BATCHES = 2
 
@@ -74,7 +74,7 @@ def watched(case: Case, logged: bool) -> Found:
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         session: Any = SimpleNamespace(config=config, parallel=rank.parallel, device=rank.parallel.device, step=0)
-        watch = Watch(session)
+        watch = ExpertStats(session)
         numbers = rank.step()
         session.step = 1
         watch.took(numbers)

@@ -21,7 +21,7 @@ def test_what_travels_departs_before_what_can_wait_is_planned() -> None:
     events = layer_operators(compose(["model=qwen3_30b_a3b"]).model, RANKS).forward.events
     events = events[events.index("alltoall_base_") :]
     plan, copy, arrivals = ["sort"], ["index_select"], ["cumsum", "cumsum", "repeat_interleave"]
-    telling = {"alltoall_base_", "wait: rows of each rank", *plan, *copy, *arrivals}
-    found = [event for event in events if event in telling]
+    rank_flags = {"alltoall_base_", "wait: rows of each rank", *plan, *copy, *arrivals}
+    found = [event for event in events if event in rank_flags]
     travels = ["alltoall_base_", *plan, *copy, "wait: rows of each rank", "alltoall_base_", *arrivals]
     assert found[: len(travels)] == travels

@@ -13,7 +13,7 @@ from fault_run import heard
 from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, DataUnavailable
-from tokenyard.data.stream.http import Patience, open_url
+from tokenyard.data.stream.http import RetryPolicy, open_url
 
 Answer = Callable[["Server", bytes, int], None]
 """Gives the bytes of a file from one on."""
@@ -140,7 +140,7 @@ def test_an_answer_from_another_byte(server) -> None:
     later = "asked for byte 1048576 it answers from 1049576"
     for shift, reason in ((-1000, earlier), (1000, later)):
         handler.answer = staticmethod(from_elsewhere(shift))
-        with open_url(f"{address}/a.bin", Patience(0.5, 2)) as file, pytest.raises(DataUnavailable, match=reason):
+        with open_url(f"{address}/a.bin", RetryPolicy(0.5, 2)) as file, pytest.raises(DataUnavailable, match=reason):
             read = b""
             while part := file.read1(1 << 16):
                 read += part
@@ -174,7 +174,7 @@ def test_a_file_that_changes_between_two_answers(server) -> None:
             server.wfile.write(bytes(size - start) if start else data[: 1 << 20])
 
         handler.answer = staticmethod(answer)
-        with open_url(f"{address}/a.bin", Patience(2, 2)) as file, pytest.raises(ValueError, match="changed while it was read"):
+        with open_url(f"{address}/a.bin", RetryPolicy(2, 2)) as file, pytest.raises(ValueError, match="changed while it was read"):
             file.read()
 
 
@@ -209,7 +209,10 @@ def test_a_dripping_server_uses_up_patience(server) -> None:
     (handler.folder / "a.bin").write_bytes(bytes(300))
     handler.answer = staticmethod(dripping)
     begin = time.monotonic()
-    with open_url(f"{address}/a.bin", Patience(1.0, 0.5)) as file, pytest.raises(DataUnavailable, match=r"gave \d+ bytes in 1 s"):
+    with (
+        open_url(f"{address}/a.bin", RetryPolicy(1.0, 0.5)) as file,
+        pytest.raises(DataUnavailable, match=r"gave \d+ bytes in 1 s"),
+    ):
         file.read()
     assert time.monotonic() - begin < 5
 
@@ -222,7 +225,7 @@ def test_time_in_which_nobody_reads_uses_up_none(server) -> None:
     content = np.random.Generator(np.random.Philox(1)).bytes(4_000_000)
     (handler.folder / "a.bin").write_bytes(content)
     handler.answer = staticmethod(from_elsewhere(0))
-    with open_url(f"{address}/a.bin", Patience(0.5, 2)) as file:
+    with open_url(f"{address}/a.bin", RetryPolicy(0.5, 2)) as file:
         first = file.read(10)
         time.sleep(0.8)
         assert first + file.read() == content

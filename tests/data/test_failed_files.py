@@ -19,7 +19,7 @@ from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, DataUnavailable, EndOfData
 from tokenyard.data.pretokenize import prepare_command
 from tokenyard.data.stream import files
-from tokenyard.data.stream.http import Patience
+from tokenyard.data.stream.http import RetryPolicy
 from tokenyard.data.stream.shards import LineShards, ParquetShards
 from tokenyard.data.stream.tokenize import windows
 
@@ -47,7 +47,7 @@ def damaged_shards(chance: random.Random, folder: Path) -> LineShards | ParquetS
                 packed[at : at + 20] = chance.randbytes(20)
         (folder / f"{shard}.{ending}").write_bytes(packed)
     paths = sorted(map(str, folder.iterdir()))
-    return ParquetShards(paths, "text", Patience()) if ending == "parquet" else LineShards(paths, None, Patience())
+    return ParquetShards(paths, "text", RetryPolicy()) if ending == "parquet" else LineShards(paths, None, RetryPolicy())
 
 
 @pytest.mark.fault(32, f"{TRIALS} random shards, cut and spoiled, resumed at the edges of windows of many sizes: the same rows")
@@ -135,7 +135,7 @@ def test_a_file_that_is_gone_or_changed_in_the_run(tmp_path: Path, kind: Corpus,
 def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(f"row {row} {'x' * 100}\n" for row in range(20_000)))
-    rows = LineShards([str(path)], None, Patience()).rows(0, 0)
+    rows = LineShards([str(path)], None, RetryPolicy()).rows(0, 0)
     read = [next(rows) for _ in range(100)]
     half(path)
     read += rows

@@ -2,7 +2,6 @@
 
 import http.client
 import io
-import logging
 import socket
 import threading
 import time
@@ -10,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
 import pytest
+from fault_run import heard
 from tokenyard.data.errors import DataUnavailable
 from tokenyard.data.stream import answers
-from tokenyard.data.stream.http import Patience, open_url
+from tokenyard.data.stream.http import RetryPolicy, open_url
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwords"
 Say = Callable[[socket.socket], object]
@@ -71,22 +71,22 @@ def drip(words: bytes, endless: bytes) -> Say:
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_another_host_is_said_once(serve, code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_host_is_said_once(serve, code: int) -> None:
     other = serve(text(WHOLE))
     port = serve(to(f"http://localhost:{other}/there", code))
-    logging.getLogger("tokenyard").propagate = True
-    with caplog.at_level(logging.INFO, "tokenyard"):
+    with heard() as said:
         for _ in range(2):
-            with open_url(f"http://127.0.0.1:{port}/x", Patience(2, 1)) as file:
+            with open_url(f"http://127.0.0.1:{port}/x", RetryPolicy(2, 1)) as file:
                 assert file.read() == b"words"
-    assert caplog.messages == [f"data: 127.0.0.1:{port} redirects to localhost:{other}"]
+    assert said == [f"data: 127.0.0.1:{port} redirects to localhost:{other}"]
     assert not any("authorization" in asked.lower() or "cookie" in asked.lower() for asked in serve.heard)
 
 
-def test_the_same_host_is_followed_without_a_word(serve, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_host_is_followed_without_a_word(serve) -> None:
     other = serve(text(WHOLE))
-    with open_url(f"http://127.0.0.1:{serve(to(f'http://127.0.0.1:{other}/there'))}/x", Patience(2, 1)) as file:
-        assert file.read() == b"words" and not caplog.messages
+    port = serve(to(f"http://127.0.0.1:{other}/there"))
+    with heard() as said, open_url(f"http://127.0.0.1:{port}/x", RetryPolicy(2, 1)) as file:
+        assert file.read() == b"words" and not said
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_same_host_is_followed_without_a_word(serve, caplog: pytest.LogCaptu
 def test_places_that_nobody_is_led_to(serve, place: str, why: str) -> None:
     begin = time.monotonic()
     with pytest.raises(ValueError, match=rf"cannot be read: .*({why})") as error:
-        open_url(f"http://127.0.0.1:{serve(to(place))}/x", Patience(20, 10))
+        open_url(f"http://127.0.0.1:{serve(to(place))}/x", RetryPolicy(20, 10))
     assert "\n" not in str(error.value) and time.monotonic() - begin < 5
 
 
@@ -126,7 +126,7 @@ def test_a_circle_is_one_line(serve) -> None:
     ports: list[int] = []
     ports.append(serve(lambda connection: to(f"http://127.0.0.1:{ports[0]}/x")(connection)))
     with pytest.raises(ValueError, match="cannot be read: HTTP 302") as error:
-        open_url(f"http://127.0.0.1:{ports[0]}/x", Patience(5, 2))
+        open_url(f"http://127.0.0.1:{ports[0]}/x", RetryPolicy(5, 2))
     assert "\n" not in str(error.value)
 
 
@@ -134,7 +134,7 @@ def test_the_body_of_a_redirect_is_not_read(serve) -> None:
     other = serve(text(WHOLE))
     head = f"HTTP/1.1 302 Elsewhere\r\nLocation: http://127.0.0.1:{other}/x\r\nContent-Length: 99999999999\r\n\r\n".encode()
     begin = time.monotonic()
-    with open_url(f"http://127.0.0.1:{serve(drip(head, bytes(1 << 16)))}/x", Patience(5, 2)) as file:
+    with open_url(f"http://127.0.0.1:{serve(drip(head, bytes(1 << 16)))}/x", RetryPolicy(5, 2)) as file:
         assert file.read() == b"words" and time.monotonic() - begin < 2
 
 
@@ -152,6 +152,6 @@ ENDLESS = {
 def test_what_drips_before_and_behind_the_body(serve, part: str) -> None:
     port, begin = serve(drip(*ENDLESS[part])), time.monotonic()
     gone = pytest.raises(DataUnavailable, match=r"not whole after 0\.5 s|did not answer|gave 0 bytes")
-    with gone, closing(open_url(f"http://127.0.0.1:{port}/x", Patience(1.0, 0.5))) as file:
+    with gone, closing(open_url(f"http://127.0.0.1:{port}/x", RetryPolicy(1.0, 0.5))) as file:
         file.read()
     assert time.monotonic() - begin < 5

@@ -15,7 +15,7 @@ from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus
 from tokenyard.data.errors import DataUnavailable
 from tokenyard.data.stream import http as remote
-from tokenyard.data.stream.http import Patience, open_url
+from tokenyard.data.stream.http import RetryPolicy, open_url
 
 
 class Faulty(BaseHTTPRequestHandler):
@@ -85,7 +85,7 @@ def test_reading_stays_at_its_byte(server, tmp_path: Path) -> None:
     handler.folder.mkdir()
     content = np.random.Generator(np.random.Philox(1)).bytes(300_000)
     (handler.folder / "a.bin").write_bytes(content)
-    with open_url(f"{address}/a.bin", Patience(20, 0.2)) as file:
+    with open_url(f"{address}/a.bin", RetryPolicy(20, 0.2)) as file:
         assert file.read() == content
         file.seek(-1000, 2)
         assert file.read(10) == content[-1000:-990]
@@ -122,7 +122,7 @@ def test_a_file_that_changes_is_refused(server, answers: list[Any]) -> None:
     handler.folder.mkdir()
     handler.faults = False
     (handler.folder / "a.bin").write_bytes(bytes(5_000_000))
-    with open_url(f"{address}/a.bin", Patience(20, 5)) as file:
+    with open_url(f"{address}/a.bin", RetryPolicy(20, 5)) as file:
         file.read(10)
         (handler.folder / "a.bin").write_bytes(bytes(5_000_001))
         file.seek(4_000_000)
@@ -136,10 +136,10 @@ def test_failed_answers_are_closed(server, answers: list[Any]) -> None:
     handler.folder.mkdir()
     handler.faults = False
     with pytest.raises(ValueError, match="HTTP 404"):
-        open_url(f"{address}/a.bin", Patience(20, 5))
+        open_url(f"{address}/a.bin", RetryPolicy(20, 5))
     handler.down = True
     with pytest.raises(DataUnavailable, match="HTTP Error 503"):
-        open_url(f"{address}/a.bin", Patience(0.3, 5))
+        open_url(f"{address}/a.bin", RetryPolicy(0.3, 5))
     assert [answer.code for answer in answers[:2]] == [404, 503] and all(answer.closed for answer in answers)
 
 

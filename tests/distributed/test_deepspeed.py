@@ -16,7 +16,7 @@ from tokenyard.checkpoint.store import read_whole
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
-from tokenyard.moe.token_info import Place
+from tokenyard.moe.token_info import BatchPosition
 from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
@@ -98,7 +98,9 @@ def steps_of(layout: Layout, case: Case, engine: EngineConfig, dtype: torch.dtyp
     batch = BatchConfig(8, 8 // case.micro_batches // parallel.mesh.data.size)
     config = Config(batch=batch, parallel=spread, model=case.config, engine=engine, optimizer=OptimizerConfig(lr=0.01))
     used = build_engine(config, parallel)
-    steps = [used.step(rows_of(parallel, step, case), 0.01, CLIP, Place(seed=5, step=step + 1)) for step in range(case.steps)]
+    steps = [
+        used.step(rows_of(parallel, step, case), 0.01, CLIP, BatchPosition(seed=5, step=step + 1)) for step in range(case.steps)
+    ]
     weights = {name: (p.piece, local(p.parameter).detach().double()) for name, p in parallel.placed.items()}
     weights |= {name: (whole(bias.shape), bias.double()) for name, bias in expert_biases(parallel.model).items()}
     return {"steps": steps, "weights": weights}

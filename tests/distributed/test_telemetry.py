@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.config.compose import compose
-from tokenyard.train.fault_tolerance.supervisor import build_care
+from tokenyard.train.fault_tolerance.supervisor import build_supervisor
 from tokenyard.train.logging.run_logger import Reporter
-from tokenyard.train.logging.step_log import Logged
+from tokenyard.train.logging.step_log import StepLog
 from tokenyard.train.run import train
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
@@ -114,8 +114,8 @@ class Keeps(Reporter):
 
     def __exit__(self, *_: Any) -> None: ...
 
-    def logged(self, logged: Logged) -> None:
-        seen = logged.looked.seen()
+    def logged(self, logged: StepLog) -> None:
+        seen = logged.snapshot.seen()
         numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **seen.metrics}
         self.entries.append(numbers | (seen.record or {}))
 
@@ -136,7 +136,7 @@ def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """On a rank: a run without files."""
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
     session, reporter = open_session(config, torch.device("cpu")), Keeps()
-    train(session, reporter, build_care(session, reporter))
+    train(session, reporter, build_supervisor(session, reporter))
     return reporter.entries
 
 
@@ -144,5 +144,5 @@ def weights_after(folder: Path, overrides: list[str]) -> list[torch.Tensor]:
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", "precision=fp32", *overrides])
     session = open_session(config, torch.device("cpu"))
     reporter = Keeps()
-    train(session, reporter, build_care(session, reporter))
+    train(session, reporter, build_supervisor(session, reporter))
     return [*session.parallel.model.state_dict().values(), torch.get_rng_state()]

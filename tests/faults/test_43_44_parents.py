@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fault_run import Launched, events_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.progress import PULSE, collective, doing
+from tokenyard.parallel.progress import PROGRESS, collective, doing
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.fault_tolerance import processes as family
 from tokenyard.train.fault_tolerance import watchdog
@@ -31,8 +31,8 @@ TIMEOUT = 0.5
 def hang(folder: Path, clock: float, start: str) -> Verdict:
     """What rank 0, which waits, and rank 1, which sleeps, say; the clock on the wall is set back by so many seconds meanwhile."""
     everyone, verdicts, now = build_mesh(ParallelConfig()).everyone, [], time.time
-    PULSE.__init__()
-    PULSE.step = 7
+    PROGRESS.__init__()
+    PROGRESS.step = 7
     dist.barrier()
     dog = Watchdog(folder, everyone.rank, everyone.size, TIMEOUT, end=verdicts.append, start=start).start()
     with mock.patch.object(time, "time", lambda: now() - clock), doing("forward"):

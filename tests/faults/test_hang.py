@@ -19,7 +19,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.dispatch.async_collectives import Exchange, depart, land
 from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
-from tokenyard.parallel.progress import PULSE, check_before_collectives, collective, doing
+from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, doing
 from tokenyard.parallel.shard import Held, whole
 from tokenyard.train.fault_tolerance.watchdog import STACKS, Verdict, Watchdog
 
@@ -29,15 +29,15 @@ TIMEOUT = 0.5
 def hang(folder: Path, kind: str, culprit: int) -> tuple[float, Verdict]:
     """Seconds from the begin of the others' collective to the verdict, and the verdict. Then all go on, for the next test."""
     everyone, second = build_mesh(ParallelConfig()).everyone, dist.new_group()
-    PULSE.__init__()
-    PULSE.step, verdicts, rank = 7, [], everyone.rank
+    PROGRESS.__init__()
+    PROGRESS.step, verdicts, rank = 7, [], everyone.rank
     dist.barrier()
     begin = time.monotonic()
     dog = Watchdog(folder, rank, everyone.size, TIMEOUT, end=lambda verdict: verdicts.append((time.monotonic() - begin, verdict)))
     if rank != culprit or kind != "frozen":
         dog.start()
     with doing("forward"):
-        PULSE.layer = 3
+        PROGRESS.layer = 3
         under_way = _misbehave(kind, verdicts, Axis(everyone.size, rank, second)) if rank == culprit else None
         with collective("all_reduce", everyone):
             dist.all_reduce(torch.ones(3))
@@ -54,7 +54,7 @@ def _misbehave(kind: str, verdicts: list[Any], second: Axis) -> Any:
         with collective("all_gather", second):
             work = dist.all_reduce(torch.ones(3), group=second.group, async_op=True)
             _wait_for(verdicts)
-        PULSE.number -= 1
+        PROGRESS.number -= 1
         return work
     if kind == "asleep":
         _wait_for(verdicts)
@@ -113,7 +113,7 @@ def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[Verdict]]:
     rank, verdicts = dist.get_rank(), []
     held, saver = {f"x.{rank}": Held(whole((4,)), torch.ones(4))}, Saver(folder / "checkpoints", limit_seconds=3 * TIMEOUT)
     slow = f"checkpoint.shard_begun:rank=1:sleep={60 if kind == 'stuck writer' else 2 * TIMEOUT}"
-    PULSE.__init__()
+    PROGRESS.__init__()
     dist.barrier()
     dog = Watchdog(folder, rank, 2, TIMEOUT, end=verdicts.append).start()
     with mock.patch.dict(os.environ, {VARIABLE: slow, "RANK": str(rank)}), mock.patch.object(saver_module, "PATIENCE_AT_EXIT", 0.1):
@@ -147,16 +147,16 @@ def test_a_rank_that_does_not_wait_for_the_save_with_the_others_hangs(ranks: Any
 def disagree(kind: str, culprit: int) -> str:
     """What each rank raises."""
     everyone = build_mesh(ParallelConfig()).everyone
-    PULSE.__init__()
-    PULSE.step, PULSE.layer = 4, 2
+    PROGRESS.__init__()
+    PROGRESS.step, PROGRESS.layer = 4, 2
     check_before_collectives(fingerprints.compare)
     try:
         with doing("forward"):
-            PULSE.layer = 2
+            PROGRESS.layer = 2
             if kind == "skips":
                 if everyone.rank != culprit:
                     sum_over(torch.ones(2), everyone)
-                PULSE.layer = 3
+                PROGRESS.layer = 3
                 sum_over(torch.ones(2), everyone)
             else:
                 send = [1 + (everyone.rank == culprit)] + [1] * (everyone.size - 1)

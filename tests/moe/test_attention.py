@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenyard.moe.attention import Attention, KeyValueCache
 from tokenyard.moe.config import AttentionConfig, ModelConfig, QKNorm, RopeConfig
-from tokenyard.moe.rotary import Turns, rotary_turns
+from tokenyard.moe.rotary import RotaryTables, rotary_turns
 from torch import Tensor
 
 CPU, WIDTH, LENGTH = torch.device("cpu"), 24, 9
@@ -122,7 +122,7 @@ def random_attention(config: ModelConfig) -> Attention:
     return attention
 
 
-def turns_of(config: ModelConfig) -> Turns:
+def turns_of(config: ModelConfig) -> RotaryTables:
     return rotary_turns(config, 0, LENGTH, CPU, torch.float64)
 
 

@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tokenyard.moe.capacity import OneDevice, best_of_scope, keep_best, keep_earliest
+from tokenyard.moe.capacity import LocalScope, best_of_scope, keep_best, keep_earliest
 from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, DropPolicy, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import Place, Tokens, describe
+from tokenyard.moe.token_info import BatchPosition, Tokens, describe
 from torch import Tensor
 
 EXPERTS = 4
@@ -99,7 +99,7 @@ def test_keeps_the_choices_of_highest_priority(scope: Scope, masked: bool) -> No
     experts_BSK, valid_BS = random_choices(3, 10, 2)
     wanted_BSK = (valid_BS if masked else torch.ones(3, 10, dtype=torch.bool))[..., None].expand_as(experts_BSK)
     priority_BSE = torch.rand(3, 10, EXPERTS, generator=torch.Generator().manual_seed(1))
-    kept_BSK = keep_best(experts_BSK, wanted_BSK, priority_BSE, 3, scope, OneDevice())
+    kept_BSK = keep_best(experts_BSK, wanted_BSK, priority_BSE, 3, scope, LocalScope())
     for sequences in [[0], [1], [2]] if scope is Scope.sequence else [[0, 1, 2]]:
         asked = [
             (-priority_BSE[b, s, expert].item(), expert, (b, s, k))
@@ -119,8 +119,8 @@ def test_equal_priorities_keep_the_earlier() -> None:
     experts_BSK, _ = random_choices(3, 10, 2)
     wanted_BSK, even_BSE = torch.ones_like(experts_BSK, dtype=torch.bool), torch.zeros(3, 10, EXPERTS)
     for scope in Scope:
-        by_position = keep_earliest(experts_BSK, wanted_BSK, 2, EXPERTS, scope, OneDevice())
-        assert torch.equal(keep_best(experts_BSK, wanted_BSK, even_BSE, 2, scope, OneDevice()), by_position)
+        by_position = keep_earliest(experts_BSK, wanted_BSK, 2, EXPERTS, scope, LocalScope())
+        assert torch.equal(keep_best(experts_BSK, wanted_BSK, even_BSE, 2, scope, LocalScope()), by_position)
 
 
 def test_random_drops_are_even_over_positions_and_fresh_each_step() -> None:
@@ -132,7 +132,7 @@ def test_random_drops_are_even_over_positions_and_fresh_each_step() -> None:
     torch.nn.init.zeros_(router.get_parameter("weight"))
     torch.nn.init.zeros_(router.get_parameter("bias"))
     x_BSD, ids_BS = torch.randn(200, 16, 8), torch.zeros(200, 16, dtype=torch.int64)
-    masks = [router(x_BSD, describe(ids_BS, None, Place(step=step))).kept_TK.view(200, 16) for step in (1, 2)]
+    masks = [router(x_BSD, describe(ids_BS, None, BatchPosition(step=step))).kept_TK.view(200, 16) for step in (1, 2)]
     for kept_BS in masks:
         assert (kept_BS.sum(1) == 8).all()
         assert (kept_BS.double().mean(0) - 0.5).abs().max() < 0.15
@@ -191,7 +191,7 @@ def random_layer(config: MoEConfig) -> MoELayer:
 
 def kept(experts_BSK: Tensor, valid_BS: Tensor | None, config: MoEConfig) -> Tensor:
     wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool) if valid_BS is None else valid_BS[..., None].expand_as(experts_BSK)
-    scope, one = config.capacity.scope, OneDevice()
+    scope, one = config.capacity.scope, LocalScope()
     assert config.capacity.factor is not None
     rows = capacity_of(config.capacity.factor, one.tokens(*experts_BSK.shape[:2], scope), config)
     return keep_earliest(experts_BSK, wanted_BSK, rows, config.experts, scope, one)
@@ -228,5 +228,5 @@ def test_rounding_does_not_decide_between_equal_tokens(dtype: torch.dtype) -> No
     noise_BSE = torch.randint(-2, 3, scores_BSE.shape, generator=torch.Generator().manual_seed(1))
     noisy_BSE = scores_BSE * (1 + noise_BSE.to(dtype) * torch.finfo(dtype).eps)
     assert len(noisy_BSE[:, :, 0].unique()) > 1
-    taken_BSE = best_of_scope(noisy_BSE, 7, Scope.batch, OneDevice())
+    taken_BSE = best_of_scope(noisy_BSE, 7, Scope.batch, LocalScope())
     assert taken_BSE.flatten(0, 1).T.tolist() == EXPERTS * [7 * [True] + 13 * [False]]

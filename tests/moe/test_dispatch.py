@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import LocalDispatcher, Plan, copy_to_rows, plan_rows, weighted_sum
+from tokenyard.moe.dispatch import LocalDispatcher, Plan, permute, plan_rows, unpermute
 from tokenyard.moe.router import Routing
 from torch import Tensor
 
@@ -65,8 +65,8 @@ def test_derivatives_of_copy_and_sum() -> None:
     assert 0 < len(plan.token_R) < 10, "some are dropped, some are not"
     x_TD = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
     y_RD = torch.randn(len(plan.token_R), WIDTH, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: copy_to_rows(x, plan), (x_TD,))
-    assert torch.autograd.gradcheck(lambda y, w: weighted_sum(y, w, plan), (y_RD, routing.weights_TK))
+    assert torch.autograd.gradcheck(lambda x: permute(x, plan), (x_TD,))
+    assert torch.autograd.gradcheck(lambda y, w: unpermute(y, w, plan), (y_RD, routing.weights_TK))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -81,9 +81,9 @@ def test_bf16_rows_are_summed_in_fp32(kind: str, dropped: float | None, monkeypa
     x_TD, y_RD = torch.randn(9, 64).bfloat16().requires_grad_(), torch.randn(len(plan.token_R), 64).bfloat16().requires_grad_()
     grad_TD, grad_RD = torch.randn(9, 64).bfloat16(), torch.randn(y_RD.shape).bfloat16()
     with dry_run(kind):
-        output = weighted_sum(y_RD, weights_TK, plan)
+        output = unpermute(y_RD, weights_TK, plan)
         narrow = [output, *torch.autograd.grad(output, (y_RD, weights_TK), grad_TD)]
-        narrow += torch.autograd.grad(copy_to_rows(x_TD, plan), x_TD, grad_RD)
+        narrow += torch.autograd.grad(permute(x_TD, plan), x_TD, grad_RD)
     wide = [x.detach().double().requires_grad_() for x in (x_TD, y_RD, weights_TK)]
     exact = [expected(wide[1], wide[2], plan)]
     exact += torch.autograd.grad(exact[0], wide[1:], grad_TD.double())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenyard.moe.attention import KeyValueCache, LatentAttention
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.rotary import Turns, rotary_turns
+from tokenyard.moe.rotary import RotaryTables, rotary_turns
 
 WIDTH, HEADS, LENGTH = 24, 3, 9
 NAMES = {"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj", "o": "o_proj"}
@@ -117,5 +117,5 @@ def their_name(name: str) -> str:
     return f"{NAMES[module]}.{kind}"
 
 
-def turns_of(config: ModelConfig, start: int, length: int) -> Turns:
+def turns_of(config: ModelConfig, start: int, length: int) -> RotaryTables:
     return rotary_turns(config, start, length, torch.device("cpu"), torch.float64)

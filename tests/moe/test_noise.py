@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.token_info import Place, Purpose, fold, normal, places, uniform
+from tokenyard.moe.token_info import BatchPosition, Purpose, fold, normal, places, uniform
 from torch import Tensor
 
 WORD = 2**64 - 1
@@ -38,8 +38,8 @@ def test_draws_of_neighbours_are_independent() -> None:
         "positions": (first[:, :-1], first[:, 1:]),
         "rows": (first[:-1], first[1:]),
         "columns": (first[..., :-1], first[..., 1:]),
-        "steps": (first, draws(Purpose.jitter, Place(3, 8))),
-        "seeds": (first, draws(Purpose.jitter, Place(4, 7))),
+        "steps": (first, draws(Purpose.jitter, BatchPosition(3, 8))),
+        "seeds": (first, draws(Purpose.jitter, BatchPosition(4, 7))),
         "purposes": (first, draws(Purpose.drop)),
         "radius and angle": (draws(Purpose.radius), draws(Purpose.angle)),
     }
@@ -49,7 +49,7 @@ def test_draws_of_neighbours_are_independent() -> None:
 
 
 def test_normal_has_the_moments_and_tails_of_a_normal() -> None:
-    drawn = normal(places(Place(3, 7), 32, 64, CPU), 32)
+    drawn = normal(places(BatchPosition(3, 7), 32, 64, CPU), 32)
     count = drawn.numel()
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(drawn.pow(power).mean() - expected) < 5 * math.sqrt(variance / count), power
@@ -59,19 +59,19 @@ def test_normal_has_the_moments_and_tails_of_a_normal() -> None:
 
 def test_a_part_of_the_tokens_draws_what_the_whole_draws() -> None:
     """Rows by rank, slices of sequences, fewer columns: nothing but (seed, step, row, position, column) matters."""
-    whole_BS = places(Place(3, 7), 6, 10, CPU)
-    rows_BS = places(Place(3, 7, row=4), 2, 10, CPU)
+    whole_BS = places(BatchPosition(3, 7), 6, 10, CPU)
+    rows_BS = places(BatchPosition(3, 7, row=4), 2, 10, CPU)
     assert torch.equal(rows_BS, whole_BS[4:])
     drawn = uniform(whole_BS, 5, Purpose.drop)
     assert torch.equal(uniform(rows_BS[:, 5:], 3, Purpose.drop), drawn[4:, 5:, :3])
 
 
 def test_large_seeds_and_steps() -> None:
-    keys = [places(Place(seed, step), 2, 3, CPU) for seed in (0, 1, 2**63 - 1) for step in (1, 2, 10**9)]
+    keys = [places(BatchPosition(seed, step), 2, 3, CPU) for seed in (0, 1, 2**63 - 1) for step in (1, 2, 10**9)]
     assert torch.stack(keys).unique().numel() == 9 * 6
 
 
-def draws(purpose: Purpose, place: Place = Place(3, 7)) -> Tensor:  # noqa: B008
+def draws(purpose: Purpose, place: BatchPosition = BatchPosition(3, 7)) -> Tensor:  # noqa: B008
     return uniform(places(place, 32, 64, CPU), 32, purpose)
 
 

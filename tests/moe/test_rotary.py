@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.rotary import Turns, frequencies, logits_factor, rotary_turns, rotary_width, rotate, turns_factor
+from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_turns, rotary_width, rotate, turns_factor
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def fraction(value: float) -> AttentionConfig:
     return AttentionConfig(rope=RopeConfig(fraction=value))
 
 
-def turns_at(config: ModelConfig, position: int) -> Turns:
+def turns_at(config: ModelConfig, position: int) -> RotaryTables:
     return rotary_turns(config, position, 1, CPU, torch.float64)
 
 

@@ -9,7 +9,7 @@ from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.token_info import Place, Tokens, describe, fold, places
+from tokenyard.moe.token_info import BatchPosition, Tokens, describe, fold, places
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -97,7 +97,7 @@ def test_ties_go_to_the_first(config: MoEConfig) -> None:
 @ALL
 def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
     """Equal logits and, for the hash, equal tokens: each has the same experts. Of experts that choose, each takes its share."""
-    layer, tokens = random_layer(config), describe(torch.full((SEQUENCES, LENGTH), 7), None, Place())
+    layer, tokens = random_layer(config), describe(torch.full((SEQUENCES, LENGTH), 7), None, BatchPosition())
     for parameter in layer.router.parameters():
         parameter.data.zero_()
     y_BSD, stats = layer(inputs(), tokens)
@@ -115,7 +115,7 @@ def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
 @pytest.mark.parametrize(("sequences", "length"), [(0, LENGTH), (SEQUENCES, 0)])
 def test_no_token_at_all(config: MoEConfig, sequences: int, length: int) -> None:
     layer, x_BSD = random_layer(config), torch.zeros(sequences, length, WIDTH, dtype=torch.float64, requires_grad=True)
-    y_BSD, stats = layer(x_BSD, describe(torch.zeros(sequences, length, dtype=torch.int64), None, Place()))
+    y_BSD, stats = layer(x_BSD, describe(torch.zeros(sequences, length, dtype=torch.int64), None, BatchPosition()))
     y_BSD.sum().backward()
     assert y_BSD.shape == x_BSD.shape == x_BSD.grad.shape
     assert stats.counts_BE.shape[0] == sequences and not stats.counts_BE.any() and not stats.dropped
@@ -138,20 +138,20 @@ def test_no_token_that_counts(config: MoEConfig) -> None:
 @ALL
 def test_only_training_is_random_and_the_place_decides(config: MoEConfig) -> None:
     router, name = random_router(config), next(name for name, other in ROUTERS.items() if other is config)
-    here, again = (outcome(router, Place(3, 7)) for _ in range(2))
+    here, again = (outcome(router, BatchPosition(3, 7)) for _ in range(2))
     assert torch.equal(here, again), "recomputation"
-    for elsewhere in (Place(3, 8), Place(4, 7), Place(3, 7, row=4)):
+    for elsewhere in (BatchPosition(3, 8), BatchPosition(4, 7), BatchPosition(3, 7, row=4)):
         assert torch.equal(outcome(router, elsewhere), here) == (name not in RANDOM)
     router.eval()
-    assert torch.equal(outcome(router, Place(3, 7)), outcome(router, None))
+    assert torch.equal(outcome(router, BatchPosition(3, 7)), outcome(router, None))
 
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_rows_are_routed_alike_in_whatever_batch_they_come(name: str) -> None:
     config = ROUTERS[name]
     router, x_BSD = random_router(replace(config, capacity=replace(config.capacity, scope=Scope.sequence))), inputs()
-    whole = outcome(router, Place(3, 7), x_BSD)
-    halves = [outcome(router, Place(3, 7, row=row), x_BSD[row : row + 2]) for row in (0, 2)]
+    whole = outcome(router, BatchPosition(3, 7), x_BSD)
+    halves = [outcome(router, BatchPosition(3, 7, row=row), x_BSD[row : row + 2]) for row in (0, 2)]
     assert torch.equal(torch.cat(halves), whole)
 
 
@@ -208,7 +208,7 @@ def route(config: MoEConfig, masked: bool = False) -> tuple[Routing, Tokens]:
     return random_router(config)(inputs(), tokens), tokens
 
 
-def outcome(router: Router, place: Place | None, x_BSD: Tensor | None = None) -> Tensor:
+def outcome(router: Router, place: BatchPosition | None, x_BSD: Tensor | None = None) -> Tensor:
     """(B, S, E): the weights of what is dispatched."""
     x_BSD = inputs() if x_BSD is None else x_BSD
     ids_BS = torch.arange(LENGTH).expand(len(x_BSD), LENGTH)
@@ -240,7 +240,7 @@ def with_coefficient(config: MoEConfig, name: str, value: float) -> MoEConfig:
 
 def token_record(config: MoEConfig) -> Tokens:
     ids_BS = torch.randint(40, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(2))
-    return describe(ids_BS, None, Place())
+    return describe(ids_BS, None, BatchPosition())
 
 
 def inputs() -> Tensor:

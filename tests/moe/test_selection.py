@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.capacity import OneDevice, count_choices
+from tokenyard.moe.capacity import LocalScope, count_choices
 from tokenyard.moe.config import BalanceConfig, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.router import Router
 from tokenyard.moe.scoring import Noisy, best, chance_of_choice, choose, hash_scores, second_is_kept
-from tokenyard.moe.token_info import Place, Tokens, fold, places
+from tokenyard.moe.token_info import BatchPosition, Tokens, fold, places
 
 EXPERTS, WIDTH = 8, 16
 
@@ -88,7 +88,7 @@ def test_sinkhorn_sees_its_scope_and_valid_tokens_alone(scope: Scope) -> None:
 def sinkhorn(logits_BSE: torch.Tensor, valid_BS: torch.Tensor, scope: Scope, training: bool) -> torch.Tensor:
     router, balance = RouterConfig(selection=Selection.sinkhorn), BalanceConfig(scope=scope)
     config = MoEConfig(experts=EXPERTS, top_k=1, router=router, balance=balance)
-    return choose(logits_BSE, valid_BS, config, OneDevice(), training, None).experts_BSK
+    return choose(logits_BSE, valid_BS, config, LocalScope(), training, None).experts_BSK
 
 
 def loads_of(experts_BSK: torch.Tensor, valid_BS: torch.Tensor, scope: Scope) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_chance_of_choice_is_that_of_beating_the_kth_of_the_others() -> None:
 
 
 def test_the_second_expert_is_kept_as_often_as_its_share_says() -> None:
-    key_BS = fold(places(Place(), 100, 200, torch.device("cpu")), 3)
+    key_BS = fold(places(BatchPosition(), 100, 200, torch.device("cpu")), 3)
     for share in (0.05, 0.2, 0.45, 0.5):
         kept_BSK = second_is_kept(torch.tensor([1 - share, share]).expand(100, 200, 2) * 3, key_BS)
         assert kept_BSK[..., 0].all()

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.moe.capacity import OneDevice, count_choices, keep_best, keep_earliest
+from tokenyard.moe.capacity import LocalScope, count_choices, keep_best, keep_earliest
 from tokenyard.moe.config import Scope
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.scopes import RankSurroundings, scope_sum
+from tokenyard.parallel.scopes import DistributedScope, scope_sum
 from torch import Tensor
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 4, 2, 8, 12
@@ -22,22 +22,22 @@ def test_ranks_drop_what_one_device_drops(ranks: Any, scope: Scope, by_priority:
     rows = {Scope.sequence: 4, Scope.batch: 30, Scope.rank: 6}[scope]
     for rank, kept_BSK in enumerate(ranks(world, keep_on_rank, rows, scope, by_priority, tensor)):
         if scope is Scope.rank:
-            expected_BSK = kept(part_of_choices(rank, world, tensor), rows, scope, by_priority, OneDevice())
+            expected_BSK = kept(part_of_choices(rank, world, tensor), rows, scope, by_priority, LocalScope())
         else:
-            expected_BSK = part_of(kept(choices(), rows, scope, by_priority, OneDevice()), rank, world, tensor)
+            expected_BSK = part_of(kept(choices(), rows, scope, by_priority, LocalScope()), rank, world, tensor)
         assert torch.equal(kept_BSK, expected_BSK)
         assert 0 < kept_BSK.sum() < kept_BSK.numel()
 
 
 def keep_on_rank(rows: int, scope: Scope, by_priority: bool, tensor: int) -> Tensor:
     mesh = build_mesh(ParallelConfig(tensor=tensor))
-    surroundings, mine = RankSurroundings(mesh), part_of_choices(mesh.rank, mesh.world, tensor)
+    surroundings, mine = DistributedScope(mesh), part_of_choices(mesh.rank, mesh.world, tensor)
     tokens = {Scope.sequence: LENGTH, Scope.batch: SEQUENCES * LENGTH, Scope.rank: SEQUENCES * LENGTH // mesh.world}
     assert surroundings.tokens(len(mine[0]), mine[0].shape[1], scope) == tokens[scope]
     return kept(mine, rows, scope, by_priority, surroundings)
 
 
-def kept(choices: tuple[Tensor, Tensor, Tensor], rows: int, scope: Scope, by_priority: bool, surroundings: OneDevice) -> Tensor:
+def kept(choices: tuple[Tensor, Tensor, Tensor], rows: int, scope: Scope, by_priority: bool, surroundings: LocalScope) -> Tensor:
     experts_BSK, wanted_BSK, priority_BSE = choices
     if by_priority:
         return keep_best(experts_BSK, wanted_BSK, priority_BSE, rows, scope, surroundings)
@@ -63,7 +63,7 @@ def sums_on_rank(tensor: int) -> tuple[dict[Scope, Tensor], dict[Scope, Tensor]]
     counts_LBE = torch.stack([count_choices(experts, wanted, EXPERTS), count_choices(experts, None, EXPERTS)])
     before = counts_LBE.clone()
     sums = {scope: scope_sum(counts_LBE, scope, mesh) for scope in Scope}
-    totals = {scope: RankSurroundings(mesh).total(counts_LBE[0], scope) for scope in Scope}
+    totals = {scope: DistributedScope(mesh).total(counts_LBE[0], scope) for scope in Scope}
     assert torch.equal(counts_LBE, before), "the rank's own counts stay"
     return sums, totals
 

@@ -12,28 +12,28 @@ from tokenyard.train.fault_tolerance.step_guard import Action, Guard, Window
 from tokenyard.train.fault_tolerance.watchdog import Beat, blame
 from tokenyard.train.logging import goodput as accounting
 from tokenyard.train.logging.goodput import before
-from tokenyard.train.step_flags import Telling, numbers_of, read
+from tokenyard.train.step_flags import RankFlags, numbers_of, read
 
 
-def told(loss: float, squared: float = 1.0, *tellings: Telling) -> Any:
+def global_flags(loss: float, squared: float = 1.0, *tellings: RankFlags) -> Any:
     """What ranks are told, of which the first has the numbers."""
-    tellings = tellings or (Telling(),)
+    tellings = tellings or (RankFlags(),)
     world, total = len(tellings), torch.zeros(0)
-    for rank, telling in enumerate(tellings):
+    for rank, rank_flags in enumerate(tellings):
         mine = torch.tensor([squared, loss] if rank == 0 else [0.0, 0.0], dtype=torch.float64)
-        part = torch.cat([numbers_of(telling, mine, rank, world), mine])
+        part = torch.cat([numbers_of(rank_flags, mine, rank, world), mine])
         total = part if rank == 0 else total + part
-    told, _ = read(total, 0)
-    return told
+    global_flags, _ = read(total, 0)
+    return global_flags
 
 
 def test_flags_are_counted_and_a_single_rank_is_named() -> None:
-    found = told(2.0, 9.0, Telling(), Telling(stop=True), Telling(stop=True, save=True), Telling(bad_data=True))
+    found = global_flags(2.0, 9.0, RankFlags(), RankFlags(stop=True), RankFlags(stop=True, save=True), RankFlags(bad_data=True))
     assert (found.stop, found.save, found.bad_data, found.failed_writer, found.not_finite, found.rank) == (2, 1, 1, 0, 0, 3)
     assert (found.loss, found.gradient_norm) == (2.0, 3.0)
-    assert told(math.nan, 1.0, Telling(), Telling()).rank == 0
-    assert told(1.0, math.inf).not_finite == 1
-    assert told(1.0, 1.0, Telling(seconds=0.25), Telling(seconds=0.5)).seconds == [0.25, 0.5]
+    assert global_flags(math.nan, 1.0, RankFlags(), RankFlags()).rank == 0
+    assert global_flags(1.0, math.inf).not_finite == 1
+    assert global_flags(1.0, 1.0, RankFlags(seconds=0.25), RankFlags(seconds=0.5)).seconds == [0.25, 0.5]
 
 
 def test_a_spike_needs_a_window_and_is_far_above_it() -> None:
@@ -53,17 +53,17 @@ def test_a_spike_needs_a_window_and_is_far_above_it() -> None:
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
 def test_the_policy_decides_about_what_is_not_finite(policy: str) -> None:
     guard = Guard(NumericsConfig(on_nan=NumericsConfig().on_nan.__class__(policy), max_skips=2))
-    fault = guard.fault(told(math.nan))
+    fault = guard.fault(global_flags(math.nan))
     assert fault is not None and (fault.kind, fault.action) == ("not_finite", Action(policy))
-    assert not guard.accepts(told(math.nan)) and not guard.accepts_again(told(1.0, math.inf))
+    assert not guard.accepts(global_flags(math.nan)) and not guard.accepts_again(global_flags(1.0, math.inf))
     assert [guard.may_go_on() for _ in range(3)] == [True, True, False]
 
 
 def test_a_spike_is_taken_the_second_time_if_it_is_only_to_be_reported() -> None:
     guard = Guard(NumericsConfig(spike_window=8))
     for _ in range(8):
-        guard.took(told(4.0))
-    assert not guard.accepts(told(9.0)) and guard.accepts_again(told(9.0))
+        guard.took(global_flags(4.0))
+    assert not guard.accepts(global_flags(9.0)) and guard.accepts_again(global_flags(9.0))
 
 
 def beat(

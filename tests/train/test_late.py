@@ -20,12 +20,12 @@ from tokenyard.moe.device import host_read
 from tokenyard.parallel.mesh import Axis
 from tokenyard.train import step as step_module
 from tokenyard.train import step_flags as flags
-from tokenyard.train.batch import Feed
+from tokenyard.train.batch import BatchLoader
 from tokenyard.train.config.compose import compose
 from tokenyard.train.fault_tolerance.signals import WISHES
-from tokenyard.train.logging.expert_stats.collector import Watch
+from tokenyard.train.logging.expert_stats.collector import ExpertStats
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import FirstRank, build_reporter
+from tokenyard.train.logging.run_logger import RunLogger, build_reporter
 from tokenyard.train.logging.step_log import Stopwatch
 from tokenyard.train.run import due_after, train_session
 from tokenyard.train.session import Session
@@ -64,7 +64,7 @@ def trained(folder: Path, overrides: list[str], late: bool, trouble: Callable[[S
         stack.enter_context(mock.patch.object(flags, "host_read", noted))
         if late:
             session.feed.ahead = True
-            if isinstance(reporter, FirstRank):
+            if isinstance(reporter, RunLogger):
                 reporter.waits_for_next = True
             stack.enter_context(mock.patch.object(step_module, "kind_of", lambda _: "cuda"))
         if trouble is not None:
@@ -172,7 +172,7 @@ def test_a_device_that_failed_leaves_all_but_the_last(tmp_path: Path, monkeypatc
 
         def breaks(*args: Any) -> Any:
             if session.step + 1 == 6:
-                monkeypatch.setattr("tokenyard.train.logging.step_log.Late.get", lost)
+                monkeypatch.setattr("tokenyard.train.logging.step_log.PendingLog.get", lost)
                 raise ValueError("illegal memory access")
             return right(*args)
 
@@ -255,7 +255,7 @@ def test_a_hang_leaves_what_has_arrived(tmp_path: Path) -> None:
     """The watchdog's thread tells what the thread that hangs can tell no more."""
     found: list[int] = []
     with closing(open_session(configured(tmp_path / "run"), CPU)) as session, build_reporter(session) as reporter:
-        assert isinstance(reporter, FirstRank)
+        assert isinstance(reporter, RunLogger)
         reporter.waits_for_next = True
         right = session.engine.step
 
@@ -294,7 +294,7 @@ def test_gauges_are_computed_in_steps_that_are_logged(tmp_path: Path) -> None:
 def test_what_follows_a_step_is_known_before(tmp_path: Path) -> None:
     config = configured(tmp_path / "run", "log.every=5", "evaluate.every=4", "checkpoint.every=3", "telemetry.every=7")
     with closing(open_session(config, CPU)) as session:
-        watch = Watch(session)
+        watch = ExpertStats(session)
         found = {step: due_after(step, config, watch) for step in range(1, 9)}
     assert [step for step, due in found.items() if due.validate] == [4, 8]
     assert [step for step, due in found.items() if due.save] == [3, 6, 8]
@@ -313,7 +313,7 @@ def test_a_batch_is_copied_on_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> 
         return Batch(torch.full((len(rows), 8), step), torch.ones(len(rows), 8, dtype=torch.int64))
 
     data: Any = SimpleNamespace(train=SimpleNamespace(batch=batch))
-    feed = Feed(config, data, Axis(2, 1, None), 1, SECOND)
+    feed = BatchLoader(config, data, Axis(2, 1, None), 1, SECOND)
     double.calls.clear()
     feed.prepare(1)
     assert made == [(1, range(1, 2)), (1, range(3, 4))]
@@ -341,8 +341,8 @@ def test_time_is_the_devices_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyP
     stopwatch = Stopwatch(SECOND)
     with stopwatch.paused():
         pass
-    laps, _ = stopwatch.take()
+    intervals, _ = stopwatch.take()
     with stopwatch.paused():
         pass
     assert {call.what for call in double.calls} == {"record"}
-    assert len(laps) == 2 and len(stopwatch.take()[0]) == 2
+    assert len(intervals) == 2 and len(stopwatch.take()[0]) == 2

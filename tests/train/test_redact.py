@@ -80,9 +80,9 @@ def test_what_ends_a_run_is_said_without_secrets(capsys: pytest.CaptureFixture[s
     dog._say(Verdict([1], f"hang: rank 1 at {url}"))
     (tmp_path / STACKS).write_text("in the way")
     dog._write_note(Beat(0, 1, url, None, None, 0, 0.0, ""))
-    care = mock.Mock(bad_data=f"OSError: {url}", **{"guard.fault.return_value": Fault("bad_data", "rows", Action.stop)})
+    supervisor = mock.Mock(bad_data=f"OSError: {url}", **{"guard.fault.return_value": Fault("bad_data", "rows", Action.stop)})
     with pytest.raises(stop.RunStop):
-        recover(mock.Mock(step=3), care, mock.Mock())
+        recover(mock.Mock(step=3), supervisor, mock.Mock())
     assert main(["data", "verify", f"/no/such/{SECRET}"]) == 2
     assert main(["data", "inspect", f"data.path={url}", "data=jsonl", "data.colour=1"]) == 2
     with pytest.raises(SystemExit):

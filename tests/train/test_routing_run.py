@@ -8,13 +8,13 @@ import tokenyard
 import torch
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.moe.init import expert_biases
-from tokenyard.moe.token_info import Place
+from tokenyard.moe.token_info import BatchPosition
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.evaluate import evaluate_session
-from tokenyard.train.fault_tolerance.supervisor import build_care
+from tokenyard.train.fault_tolerance.supervisor import build_supervisor
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import OtherRank
+from tokenyard.train.logging.run_logger import NullLogger
 from tokenyard.train.run import micro_batches, run
 from tokenyard.train.setup import open_session
 from tokenyard.train.step import train_step
@@ -102,9 +102,9 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_step(config: Any) -> No
     session = open_session(config("steps", "batch.micro=1"), torch.device("cpu"))
     biases = list(expert_biases(session.parallel.model).values())
     assert len(biases) == 2 and not any(bias.any() for bias in biases)
-    rows = micro_batches(session, build_care(session, OtherRank()))
+    rows = micro_batches(session, build_supervisor(session, NullLogger()))
     assert [part.first for part in rows] == [0, 1, 2, 3]
-    numbers = train_step(session.parallel, session.engine.optimizer, rows, 0.0, None, Place(1, 1))
+    numbers = train_step(session.parallel, session.engine.optimizer, rows, 0.0, None, BatchPosition(1, 1))
     for bias, counts in zip(biases, numbers.counts_LE, strict=True):
         expected = [0.01 * ((counts.sum() > 10 * n).int() - (counts.sum() < 10 * n).int()).item() for n in counts]
         torch.testing.assert_close(bias, torch.tensor(expected))

@@ -13,9 +13,9 @@ from contextlib import suppress
 import torch
 
 from ...checkpoint.store import load_checkpoint, save_checkpoint
-from ...moe.token_info import Place
+from ...moe.token_info import BatchPosition
 from ...parallel.object_collectives import from_all
-from ...parallel.progress import PULSE, doing
+from ...parallel.progress import PROGRESS, doing
 from ...parallel.shard import Held
 from ..batch import Rows
 from ..config.complain import say
@@ -36,7 +36,7 @@ def dry_step(session: Session, reporter: Reporter) -> None:
         attempt(session, "the disk", try_disk)
     if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
         return
-    PULSE.step = session.step
+    PROGRESS.step = session.step
     before = {name: Held(piece, state.clone()) for name, (piece, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
         attempt(session, what, test)
@@ -80,7 +80,7 @@ def try_step(session: Session) -> None:
     rows = session.config.batch.sequences // session.parallel.mesh.data.size // micro
     first = session.parallel.mesh.data.rank * micro
     batches = [made_up(session, micro, length, first) for _ in range(min(rows, 2))]
-    clip_norm, place = session.config.optimizer.clip_norm, Place(session.config.seed, session.step + 1)
+    clip_norm, place = session.config.optimizer.clip_norm, BatchPosition(session.config.seed, session.step + 1)
     session.engine.step(batches, 0.0, clip_norm, place, accepts=lambda _: False)
     session.engine.optimizer.zero_grad(set_to_none=True)
 

@@ -16,7 +16,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SAVING = (signal.SIGUSR1,)
 
 
-class Wishes:
+class StopRequests:
     """Of this process. Counted, because one may come while an earlier one is granted."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Wishes:
         return self.saves > self.granted
 
 
-WISHES = Wishes()
+WISHES = StopRequests()
 """Handlers belong to the process, and so does what they heard."""
 
 
@@ -89,7 +89,7 @@ def ignore() -> None:
 
 
 @contextmanager
-def listening() -> Iterator[Wishes]:
+def listening() -> Iterator[StopRequests]:
     """Hear inside of the block; what was heard before it began counts too."""
     before = listen()
     try:

@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 from ..config.config import NumericsConfig
-from ..step_flags import Told, is_sound
+from ..step_flags import GlobalFlags, is_sound
 
 # Loss and gradient norm of the last steps, and whether a new one is far above them.
 
@@ -86,29 +86,29 @@ class Guard:
         self.jumps: set[int] = set()
         """Steps that a rollback led around."""
 
-    def fault(self, told: Told) -> Fault | None:
+    def fault(self, flags: GlobalFlags) -> Fault | None:
         """What is wrong with a step, None if nothing is."""
-        if told.bad_data:
-            return Fault("bad_data", f"{said_by(told, told.bad_data)} could not read the rows", Action.stop)
-        if not is_sound(told):
-            text = f"loss {told.loss}, gradient norm {told.gradient_norm}; {said_by(told, told.not_finite)} had it first"
+        if flags.bad_data:
+            return Fault("bad_data", f"{said_by(flags, flags.bad_data)} could not read the rows", Action.stop)
+        if not is_sound(flags):
+            text = f"loss {flags.loss}, gradient norm {flags.gradient_norm}; {said_by(flags, flags.not_finite)} had it first"
             return Fault("not_finite", text, Action(self.config.on_nan.value))
         sigma = self.config.spike_sigma
-        spike = self.window.spike(told.loss, told.gradient_norm, sigma) if sigma is not None else None
+        spike = self.window.spike(flags.loss, flags.gradient_norm, sigma) if sigma is not None else None
         return Fault("spike", spike, Action(self.config.on_spike.value)) if spike else None
 
-    def accepts(self, told: Told) -> bool:
+    def accepts(self, flags: GlobalFlags) -> bool:
         """Whether the first result of a step is used."""
-        return self.fault(told) is None
+        return self.fault(flags) is None
 
-    def accepts_again(self, told: Told) -> bool:
+    def accepts_again(self, flags: GlobalFlags) -> bool:
         """Whether the result of a repeated step is used."""
-        fault = self.fault(told)
+        fault = self.fault(flags)
         return fault is None or fault.action is Action.report
 
-    def took(self, told: Told) -> None:
+    def took(self, flags: GlobalFlags) -> None:
         """The step was taken."""
-        self.window.add(told.loss, told.gradient_norm)
+        self.window.add(flags.loss, flags.gradient_norm)
 
     def may_go_on(self) -> bool:
         """After one more skip or rollback."""
@@ -127,5 +127,5 @@ class Guard:
         self.jumps |= set(state.get("jumps", []))
 
 
-def said_by(told: Told, ranks: int) -> str:
-    return f"rank {told.rank}" if told.rank is not None else f"{ranks} ranks"
+def said_by(flags: GlobalFlags, ranks: int) -> str:
+    return f"rank {flags.rank}" if flags.rank is not None else f"{ranks} ranks"

@@ -6,7 +6,7 @@ It is the host's time: work, data and input of this rank; on a GPU the work is s
 from statistics import median
 from time import perf_counter
 
-from ...parallel.progress import PULSE
+from ...parallel.progress import PROGRESS
 from ..logging.run_logger import Reporter
 
 SHARE = 0.1
@@ -28,7 +28,7 @@ class Stragglers:
 
     def seconds(self, step: int) -> float | None:
         """At the begin of each step. The median of this rank's own seconds, on steps on which all ranks tell it."""
-        now = perf_counter(), PULSE.waited
+        now = perf_counter(), PROGRESS.waited
         if self.begin is not None:
             whole = now[0] - self.begin[0]
             self.whole.append(whole)

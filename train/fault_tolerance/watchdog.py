@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ...data.errors import DataStop
 from ...parallel.object_collectives import from_all, from_first
-from ...parallel.progress import PULSE, name_layers
+from ...parallel.progress import PROGRESS, name_layers
 from ..checkpointing import SaveFailed
 from ..config.complain import say
 from ..exit import ExitCode, RunStop, in_one_line, say_failure
@@ -150,7 +150,7 @@ class Watchdog:
             if (failure := find_note(self.folder)) is not None:
                 self._leave_with(failure)
                 return
-            late = time.monotonic() - PULSE.since > self.timeout
+            late = time.monotonic() - PROGRESS.since > self.timeout
             if (late and waits_for() is not None) or self._notes():
                 self._report()
                 return
@@ -255,14 +255,14 @@ def watched(session: Session, tell: Callable[[str], None], leave: Callable[[int]
 
 def current(rank: int, start: str = "") -> Beat:
     """Where the thread that trains is now."""
-    p = PULSE
+    p = PROGRESS
     return Beat(rank, p.step, p.phase, p.layer, waits_for(), p.number, round(time.monotonic() - p.since, 3), start)
 
 
 def waits_for() -> str | None:
     """The collective that the thread that trains is in: one of ours, or one of torch's own, as FSDP's, by its stack."""
-    if PULSE.collective is not None:
-        return PULSE.collective
+    if PROGRESS.collective is not None:
+        return PROGRESS.collective
     frame = sys._current_frames().get(main_thread().ident or 0)
     while frame is not None:
         if frame.f_code.co_filename.endswith("distributed_c10d.py"):

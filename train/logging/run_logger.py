@@ -31,7 +31,7 @@ from .goodput import Accounting, in_words
 from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
-from .step_log import Late, Logged, OnHost
+from .step_log import OnHost, PendingLog, StepLog
 from .summary_data import end_facts, startup_facts, step_result, train_command, validation_record
 from .trackers.trackers import build_trackers, run_identity
 
@@ -53,7 +53,7 @@ class Reporter(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     @abstractmethod
-    def logged(self, logged: Logged) -> None:
+    def logged(self, logged: StepLog) -> None:
         """A step to log; on a GPU it is told by the next `catch_up`."""
 
     def catch_up(self) -> None:  # noqa: B027
@@ -107,11 +107,11 @@ def build_reporter(session: Session) -> Reporter:
     """
     ranks = session.parallel.mesh.world
     peak = peak_flops(session.device, DTYPES[session.config.precision], ranks, local_world_size() or ranks)
-    reporter, error = OtherRank(), None
+    reporter, error = NullLogger(), None
     if session.parallel.mesh.rank == 0:
         try:
             with writing_to(session.folder):
-                reporter = FirstRank(session, peak)
+                reporter = RunLogger(session, peak)
         except CannotWrite as lacking:
             error = lacking
     if error := from_all(error)[0]:
@@ -120,13 +120,13 @@ def build_reporter(session: Session) -> Reporter:
 
 
 @final
-class OtherRank(Reporter):
+class NullLogger(Reporter):
     """Says nothing."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def logged(self, logged: Logged) -> None:
+    def logged(self, logged: StepLog) -> None:
         pass
 
     def saved(self, outcome: Outcome) -> None:
@@ -149,7 +149,7 @@ class OtherRank(Reporter):
 
 
 @final
-class FirstRank(Reporter):
+class RunLogger(Reporter):
     def __init__(self, session: Session, peak: Peak) -> None:
         config, folder = session.config, session.folder
         self.session = session
@@ -162,7 +162,7 @@ class FirstRank(Reporter):
         self.alarms = Alarms(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
-        self.late: Late | None = None
+        self.late: PendingLog | None = None
         self.waits_for_next = kind_of(session.device) == "cuda"
         """Whether a step is told after the next one, when its numbers have come to the host."""
         self.summary: dict[str, Any] = {}
@@ -193,9 +193,9 @@ class FirstRank(Reporter):
         self.telemetry.close()
         self.events.close()
 
-    def logged(self, logged: Logged) -> None:
+    def logged(self, logged: StepLog) -> None:
         self.catch_up()
-        self.late = Late(logged)
+        self.late = PendingLog(logged)
         if not self.waits_for_next:
             self.catch_up()
 
@@ -204,7 +204,7 @@ class FirstRank(Reporter):
         if late is not None:
             self.tell(late.logged, late.get())
 
-    def tell(self, logged: Logged, found: OnHost) -> None:
+    def tell(self, logged: StepLog, found: OnHost) -> None:
         """A logged step: the files, trackers, the console."""
         config, step = self.session.config, logged.step
         record = self.meter.record(step_result(config, step, found.numbers, logged.lr, logged.tokens), found.seconds)

@@ -14,19 +14,19 @@ from ...parallel.progress import waiting_for_device
 from ...parallel.streams import Event, record, seconds_between, to_host
 from ..evaluate import Evaluation
 from ..step import StepNumbers
-from .expert_stats.collector import Looked, Seen
+from .expert_stats.collector import Seen, Snapshot
 
-Lap = tuple[Event, Event]
+Interval = tuple[Event, Event]
 """Begin and end of a stretch of training."""
 
 
-class Logged(NamedTuple):
+class StepLog(NamedTuple):
     """A step and what belongs to it."""
 
     step: int
     numbers: StepNumbers
     lr: float
-    laps: list[Lap]
+    intervals: list[Interval]
     """Of training since the last logged step."""
     tokens: int
     """Trained on since then."""
@@ -36,7 +36,7 @@ class Logged(NamedTuple):
     """What the data has counted."""
     evaluation: Evaluation | None
     """The validation pass after this step, if there was one."""
-    looked: Looked
+    snapshot: Snapshot
     """What the watch over the experts has to say."""
 
 
@@ -49,14 +49,14 @@ class OnHost(NamedTuple):
     """Of the laps."""
 
 
-class Late:
+class PendingLog:
     """A Logged on its way to the host."""
 
-    def __init__(self, logged: Logged) -> None:
+    def __init__(self, logged: StepLog) -> None:
         self.logged = logged
         own = {name: value for name, value in logged.numbers._asdict().items() if isinstance(value, Tensor)}
         self._names = list(own)
-        self._copy = to_host([*own.values(), *logged.looked.tensors.values()])
+        self._copy = to_host([*own.values(), *logged.snapshot.tensors.values()])
 
     def done(self) -> bool:
         """Whether `get` returns at once."""
@@ -66,10 +66,10 @@ class Late:
         """Waits, if it is not done."""
         with waiting_for_device():
             values = self._copy.get()
-            seconds = sum(seconds_between(begin, end) for begin, end in self.logged.laps)
-        looked, count = self.logged.looked, len(self._names)
+            seconds = sum(seconds_between(begin, end) for begin, end in self.logged.intervals)
+        snapshot, count = self.logged.snapshot, len(self._names)
         numbers = self.logged.numbers._replace(**dict(zip(self._names, values[:count], strict=True)))
-        return OnHost(numbers, looked.seen(dict(zip(looked.tensors, values[count:], strict=True))), seconds)
+        return OnHost(numbers, snapshot.seen(dict(zip(snapshot.tensors, values[count:], strict=True))), seconds)
 
 
 class Stopwatch:
@@ -77,14 +77,14 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.tokens = device, 0
-        self.laps: list[Lap] = []
+        self.intervals: list[Interval] = []
         self.start = record(device, timed=True)
 
-    def take(self) -> tuple[list[Lap], int]:
+    def take(self) -> tuple[list[Interval], int]:
         """Laps and tokens since the last call."""
         self._lap()
-        (laps, self.laps), (tokens, self.tokens) = (self.laps, []), (self.tokens, 0)
-        return laps, tokens
+        (intervals, self.intervals), (tokens, self.tokens) = (self.intervals, []), (self.tokens, 0)
+        return intervals, tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -95,5 +95,5 @@ class Stopwatch:
 
     def _lap(self) -> None:
         now = record(self.device, timed=True)
-        self.laps.append((self.start, now))
+        self.intervals.append((self.start, now))
         self.start = now

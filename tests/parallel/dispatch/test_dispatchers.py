@@ -110,7 +110,7 @@ def test_padding_reaches_the_experts(ranks: Any, name: str) -> None:
 
 WAITS = {"plain": 1, "deduplicated": 1, "hierarchical": 2, "gather": 2}
 """How often the host waits for the device in a layer's dispatch and combine, backward included."""
-FILES = {"plain": "plain.py", "deduplicated": "hop.py", "hierarchical": "hop.py", "gather": "gather.py"}
+FILES = {"plain": "all_to_all.py", "deduplicated": "deduplicated.py", "hierarchical": "deduplicated.py", "gather": "all_gather.py"}
 
 
 @pytest.mark.parametrize("name", WAITS)

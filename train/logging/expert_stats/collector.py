@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     """For telemetry.jsonl, if one is due; the vocabulary in it is that of rank 0."""
 
 
-class Looked(NamedTuple):
+class Snapshot(NamedTuple):
     """A look at a step whose numbers are still on the device; the same on every rank."""
 
     tensors: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Looked(NamedTuple):
         return self.describe({name: x.cpu() for name, x in self.tensors.items()} if on_host is None else on_host)
 
 
-class Watch:
+class ExpertStats:
     """On every rank. `before` and `took` around every step, `look` after those that are logged; in the same order everywhere."""
 
     def __init__(self, session: Session) -> None:
@@ -86,10 +86,10 @@ class Watch:
         """Whether a record is, whatever else happens after this step; the step is to be logged then."""
         return self.on and (step % self.settings.every == 0 or table_due(self.session.config, step) or self._probes(step))
 
-    def look(self, numbers: StepNumbers, validated: bool, saves: bool) -> Looked:
+    def look(self, numbers: StepNumbers, validated: bool, saves: bool) -> Snapshot:
         """After a logged step, which was followed by a validation, or will be by a checkpoint, or neither. Collective."""
         if not self.on:
-            return Looked({}, lambda _: Seen({}, None))
+            return Snapshot({}, lambda _: Seen({}, None))
         step, tensors, record = self.session.step, self._step(numbers), None
         if self.due(step) or validated or saves:
             begin = perf_counter()
@@ -99,7 +99,7 @@ class Watch:
                 record |= self._probed(self.probe)
             self._reset()
             record["seconds"] = perf_counter() - begin
-        return Looked(tensors, lambda on_host: self._describe(on_host, record))
+        return Snapshot(tensors, lambda on_host: self._describe(on_host, record))
 
     def _probes(self, step: int) -> bool:
         """Whether the tier wants a probe after this step."""
