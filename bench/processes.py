@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..train.allocator import SETTINGS
 
-# A process that answers lines of JSON with such lines, and sleeps in between. Needs no torch: parents of processes use it.
+# A process that answers lines of JSON with such lines, and sleeps in between.
 
 
 class Asked:

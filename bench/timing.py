@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Numbers of several rounds as one figure, and figures as tables. Needs no torch: parents of processes use it too.
+# Numbers of several rounds as one figure, and figures as tables.
 
 
 class Spread(NamedTuple):

@@ -94,6 +94,9 @@ def _metadata(record: TensorRecord) -> TensorStorageMetadata:
 
 
 # Which saved rectangles make up a wanted one.
+#
+# torch.distributed.checkpoint calls the planner in this order: each rank's local plan, the global plan on rank 0, then the
+# data.
 
 
 class HeldLoadPlanner(LoadPlanner):

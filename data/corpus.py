@@ -13,6 +13,9 @@ from .config import Corpus, DataConfig
 from .validate import check_corpus, pattern_files, stdlib_files, stdlib_root
 
 # Where documents come from: a folder of files, one file cut into chunks, a grammar.
+#
+# A source names its documents and reads one by its name; what is done with them is the same for all. A new kind of source
+# (streams, mixtures, shards) is another class here and another case in `open_source`.
 
 
 def open_source(config: DataConfig) -> "Source":

@@ -170,6 +170,9 @@ def _norm(config: ModelConfig, heads: int, dtype: torch.dtype) -> nn.Module | No
 
 
 # Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one small latent per token.
+#
+# B sequences, S new tokens, T tokens seen so far with those, D width, H heads, L width of the latent; of each head h dimensions
+# of a query, n of them without rotary embedding and r rotary, whose key all heads share.
 
 
 class LatentAttention(nn.Module):

@@ -16,6 +16,9 @@ from .linear import arithmetic
 from .router import Routing
 
 # Rows of experts: which token each is a copy of, and the gathers that make them and add them up.
+#
+# Every direction is a gather, forward and backward: no atomic additions, so the same bits every time. T tokens, D width, E
+# experts, K choices per token, R rows.
 
 AT_ONCE = 2**26
 """Numbers of rows that are weighed at a time: 0.4 GB in bf16 and fp32."""

@@ -17,6 +17,10 @@ from .feedforward import activate, activate_and_pull, projections
 from .linear import arithmetic
 
 # The grouped matrix product behind the experts: rows of each group times that group's matrix, in one call.
+#
+# An own operator around torch's `grouped_mm`, because that one has no fp64, no fp32 under torch.compile (its shape function
+# takes bf16 only), leaves rows behind the last group uninitialised, refuses gradients of stride 0, and does not promise that
+# the product over no rows is zero. R rows, E groups, K inputs, N outputs.
 
 
 @torch.library.custom_op("tokenyard::grouped_mm", mutates_args=())
@@ -81,6 +85,12 @@ grouped_mm.register_autograd(_backward, setup_context=_save)
 
 # Gather, two grouped products, weighted sum: the experts' function and its backward pass, which keeps as little as a dense
 # layer.
+#
+# Kept are the input and the first product: the rows are gathered and the activation is made again, and no output is needed. A
+# row's output is a product of its activation a, y = W a; so the gradient of the row's weight, <dy, y>, is also <W.T dy, a>, and
+# W.T dy is computed anyhow (SonicMoE, Guo et al. 2025). All is computed in the type of the products, `arithmetic(x)`; what goes
+# in, comes out and is kept is in that of x. T tokens, K choices of each, R rows in the order of the experts, E experts, D
+# width, F hidden width, N = P * F with P projections.
 
 BLOCK = 2**18
 """Numbers: what is done element by element between the products is done on so many at a time."""

@@ -11,6 +11,8 @@ from .config import Activation
 from .linear import linear
 
 # The functions between a feed-forward's two products.
+#
+# P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
 
 GATED = {Activation.swiglu, Activation.geglu, Activation.swiglu_clamped}
 

@@ -22,6 +22,9 @@ from .softmax import softcapped
 from .token_info import BatchPosition, Tokens, describe
 
 # Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts the token d further than the model does.
+#
+# B sequences, S tokens of each, D width. Position i of module d (from 1) has seen tokens up to i + d and predicts token i + d +
+# 1.
 
 
 class Prediction(nn.Module):
@@ -55,6 +58,8 @@ def ahead(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | No
 
 # The head: from the last hidden states to logits. A training step takes its loss inside, so that all logits never exist at
 # once.
+#
+# D width, V vocabulary (on this device), T tokens.
 
 HeadLoss = Callable[[Tensor, Tensor, "Head"], Tensor]
 """From hidden states (..., D), the weight (V, D) and the head to a scalar."""

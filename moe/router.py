@@ -29,6 +29,8 @@ from .token_info import BatchPosition, Purpose, Tokens, fold, places, uniform
 
 # What one layer's router and experts did with the valid tokens of this device, beside counts: numbers to watch, without
 # gradient.
+#
+# B sequences, S tokens of each, E router columns.
 
 SUMS = ("tokens", "entropy", "top1", "logit_norm", "rows")
 """The columns G of `RouterMetrics.sums`, in this order. They add up over micro-batches and ranks."""

@@ -98,6 +98,9 @@ def chance_of_choice(noise: Noisy, top_k: int) -> Tensor:
 
 
 # Which experts each token chooses, from scores. No gradient passes here.
+#
+# B sequences, S tokens of each, E router columns (experts, then null experts), K choices per token, T tokens of a scope, G
+# scopes.
 
 SINKHORN_ROUNDS = 8
 """Balances to a few percent on the logits of real routers; more rounds cost an all-reduce each."""

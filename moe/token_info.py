@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 # Random numbers without a generator: each is a pure function of what it is for.
+#
+# So they depend neither on the layout nor on recomputation nor on accumulation. Keys are int64 and are mixed as splitmix64
+# mixes its counter (Steele et al. 2014); all arithmetic is modulo 2**64 and gives the same bits on every device.
 
 
 class Purpose(IntEnum):

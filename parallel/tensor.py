@@ -110,6 +110,10 @@ def _slice_tokens(axis: Axis) -> Any:
 
 
 # Expert tensor parallelism: the ranks of an expert_tensor group hold the same experts, each some of their hidden columns.
+#
+# The ranks route different tokens (parallel folding), so each brings its rows to all of the group, all compute their part of
+# all rows, and each takes the parts of its own rows back and adds them up. It is around the experts and behind any dispatcher.
+# N ranks of the group, E experts of a rank, R rows of this rank, A rows of all of them.
 
 
 def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,17 +15,15 @@ from ..parallel.shard import Held
 from .config.config import OnFailure
 from .exit import ExitCode, RunStop
 from .nonfinite import bad_state
+from .session import Session
 from .state import random_state
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 class SaveFailed(RuntimeError):
     """A checkpoint that the run cannot do without was not written; the same on every rank."""
 
 
-def settled(session: "Session", failed: bool, writing: bool) -> Iterator[Outcome]:
+def settled(session: Session, failed: bool, writing: bool) -> Iterator[Outcome]:
     """What became of the save under way, if it has ended; `failed` and `writing` are true if they are on any rank.
 
     Raises SaveFailed, after the Outcome, if it failed and checkpoint.on_failure=stop. Collective if it has ended.
@@ -33,12 +31,12 @@ def settled(session: "Session", failed: bool, writing: bool) -> Iterator[Outcome
     yield from _told(session, session.saver.settle(failed, writing))
 
 
-def finished(session: "Session") -> Iterator[Outcome]:
+def finished(session: Session) -> Iterator[Outcome]:
     """What became of the save under way, once it has ended. Collective."""
     yield from _told(session, session.saver.finish(), may_stop=False)
 
 
-def started(session: "Session") -> Iterator[Outcome]:
+def started(session: Session) -> Iterator[Outcome]:
     """Begin a save of this step; the Outcome of the one before, and of this one if it is waited for. Collective.
 
     Raises SaveFailed, after the Outcome, if one failed and checkpoint.on_failure=stop.
@@ -47,7 +45,7 @@ def started(session: "Session") -> Iterator[Outcome]:
     yield from _told(session, begin(session, session.config.checkpoint.asynchronous and not session.careful))
 
 
-def conclude(session: "Session") -> Iterator[Outcome]:
+def conclude(session: Session) -> Iterator[Outcome]:
     """A durable checkpoint of this step: the one under way, or a new one. Collective.
 
     Raises SaveFailed, after the Outcome, if there is none.
@@ -61,7 +59,7 @@ def conclude(session: "Session") -> Iterator[Outcome]:
             raise SaveFailed(_words(outcome))
 
 
-def save(session: "Session") -> Path:
+def save(session: Session) -> Path:
     """A durable checkpoint of this step. Collective. Raises SaveFailed."""
     for _ in conclude(session):
         pass
@@ -69,7 +67,7 @@ def save(session: "Session") -> Path:
     return session.checkpoint
 
 
-def begin(session: "Session", asynchronous: bool) -> Outcome | None:
+def begin(session: Session, asynchronous: bool) -> Outcome | None:
     """None if the save goes on beside the training. RunStop, and no save, if a weight or a moment is not finite."""
     held = session.engine.held()
     refuse_bad(session, held)
@@ -79,7 +77,7 @@ def begin(session: "Session", asynchronous: bool) -> Outcome | None:
     return outcome or (None if asynchronous else saver.finish())
 
 
-def refuse_bad(session: "Session", held: dict[str, Held]) -> None:
+def refuse_bad(session: Session, held: dict[str, Held]) -> None:
     """RunStop if a number of what would be saved is not finite. Collective."""
     bad = bad_state(session.parallel, held)
     if bad:
@@ -87,7 +85,7 @@ def refuse_bad(session: "Session", held: dict[str, Held]) -> None:
         raise RunStop(text, ExitCode.not_finite, saves=False)
 
 
-def facts_of(session: "Session") -> dict[str, Any]:
+def facts_of(session: Session) -> dict[str, Any]:
     """What a checkpoint says beside its tensors: plain JSON."""
     identity, loss = session.folder / "run_id", session.validated.get(session.step)
     return {
@@ -107,7 +105,7 @@ def facts_of(session: "Session") -> dict[str, Any]:
     }
 
 
-def _told(session: "Session", outcome: Outcome | None, may_stop: bool = True) -> Iterator[Outcome]:
+def _told(session: Session, outcome: Outcome | None, may_stop: bool = True) -> Iterator[Outcome]:
     """The outcome, kept in mind."""
     if outcome is None:
         return

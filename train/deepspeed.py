@@ -28,6 +28,11 @@ from .step import StepNumbers, add_up, clip_factor, count_totals, forward, updat
 from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound
 
 # DeepSpeed's engine around a parallel model: backward, the sum of gradients over ranks, and the update.
+#
+# ZeRO 0 keeps the optimizer whole on every rank, 1 shards its state, 2 the gradients too. DeepSpeed knows dense parameters,
+# which all ranks hold, and those of experts, which are reduced over groups of their own. Here whatever fewer ranks than all
+# hold is of the second kind: experts, and slices of tensor parallelism. Gradients are summed and never averaged, as in
+# gradients.py.
 
 
 class Fragment(NamedTuple):

@@ -3,7 +3,7 @@
 import logging
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.folder import checkpoints_in, checkpoints_of
 from ..checkpoint.manifest import DamagedCheckpoint, read_manifest
@@ -16,10 +16,8 @@ from .config.schema import written
 from .logging.journal import Journal
 from .preflight import changes, refuse_another_run, refuse_difference
 from .run_folder import goes_on, keep_begin, set_aside
+from .session import Session
 from .state import random_state, restore_random
-
-if TYPE_CHECKING:
-    from .session import Session
 
 log = logging.getLogger("tokenyard")
 
@@ -53,7 +51,7 @@ def candidates(wish: str, folder: Path, again: bool) -> list[Path]:
     return own or (checkpoints_of(Path(wish)) if wish not in ("auto", "never") else [])
 
 
-def keep_timeline(session: "Session") -> None:
+def keep_timeline(session: Session) -> None:
     """Rank 0 sets aside, and says so, the checkpoints that are not behind the one this run goes on from. Collective."""
 
     def keep() -> None:
@@ -63,7 +61,7 @@ def keep_timeline(session: "Session") -> None:
     from_first(keep)
 
 
-def keep_timeline_here(session: "Session") -> None:
+def keep_timeline_here(session: Session) -> None:
     """For rank 0."""
     folder, found = session.folder, session.checkpoint
     aside = set_aside(folder, found) if found is not None else None
@@ -74,7 +72,7 @@ def keep_timeline_here(session: "Session") -> None:
     keep_begin(session.config.checkpoint.resume, folder)
 
 
-def newest_whole(session: "Session") -> Path | None:
+def newest_whole(session: Session) -> Path | None:
     """The newest checkpoint of the run every byte of which is as it was written; others are named. Collective.
 
     If it has written none: the one that it began from.
@@ -104,7 +102,7 @@ def as_checkpoint(path: Path) -> Path:
         raise ConfigError(str(error)) from error
 
 
-def resume(session: "Session", path: Path) -> None:
+def resume(session: Session, path: Path) -> None:
     """Continue from a checkpoint that was verified, of whatever layout; on the same layout bit for bit. Collective."""
     manifest = read_manifest(path)
     facts = manifest.facts
@@ -125,7 +123,7 @@ def resume(session: "Session", path: Path) -> None:
     say_changes(session, facts)
 
 
-def refuse_other_data(session: "Session", facts: dict[str, Any], path: Path) -> None:
+def refuse_other_data(session: Session, facts: dict[str, Any], path: Path) -> None:
     """Another tokenizer or corpus would not be the same run."""
     now = session.data.facts
     same = {"tokenizer": (facts["tokenizer_hash"], now.tokenizer_hash)}
@@ -134,7 +132,7 @@ def refuse_other_data(session: "Session", facts: dict[str, Any], path: Path) -> 
     refuse_difference(same, path)
 
 
-def restore_data(session: "Session", facts: dict[str, Any]) -> None:
+def restore_data(session: Session, facts: dict[str, Any]) -> None:
     """Where the data was left. With other data, allowed, each source goes on where it was, if it was there."""
     state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
     session.data.train.restore({**state, "step": session.step})
@@ -146,7 +144,7 @@ def restore_identity(folder: Path, facts: dict[str, Any], path: Path) -> None:
         write_private(folder / "run_id", facts["run_id"] + "\n")
 
 
-def say_changes(session: "Session", facts: dict[str, Any]) -> None:
+def say_changes(session: Session, facts: dict[str, Any]) -> None:
     """Once: the settings that differ from those that the checkpoint was made with."""
     changed = changes(facts, session.config)
     if changed:

@@ -1,7 +1,8 @@
 """A training run: step, log, evaluate, checkpoint, stop."""
 
+import logging
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from ..data.errors import DataStop
 from ..parallel.collective_check import compare
 from ..parallel.process_group import is_first, join, leave, pick_device
 from ..parallel.progress import check_before_collectives, doing
-from .batch import Rows, log
+from .batch import Rows
 from .checkpointing import SaveFailed, conclude, settled, started
 from .config.complain import complain
 from .config.config import Config
@@ -31,39 +32,12 @@ from .setup import open_session
 from .step import StepNumbers
 from .step_flags import GlobalFlags
 
-if TYPE_CHECKING:
-    from .fault_tolerance.supervisor import Supervisor
-    from .logging.run_logger import Reporter
-
-
-# When a run saves: only a state that is sound, and a wish for it is then granted.
-
-
-@doing("save")
-def keep(session: Session, reporter: Reporter, supervisor: "Supervisor", durable: bool = False) -> None:
-    """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
-
-    What is logged is told before: a run that goes on from here does not do it again.
-
-    RunStop, and no checkpoint, if a number is not finite or copies differ; SaveFailed if the run needs the one that failed.
-    """
-    reporter.catch_up()
-    with reporter.spent("checkpoint"):
-        supervisor.replicas.compare()
-        session.extra = supervisor.state()
-        for outcome in conclude(session) if durable else started(session):
-            reporter.saved(outcome)
-    supervisor.saved()
-
-
-def settle(session: Session, reporter: Reporter, global_flags: GlobalFlags) -> None:
-    """After each step: what became of the save under way, by what the ranks told each other in the step. Collective if it ended."""
-    for outcome in settled(session, global_flags.failed_writer > 0, global_flags.writing > 0):
-        reporter.saved(outcome)
-
-
 GRACE_SECONDS = 30.0
 """For which a process group waits longer than the watchdog, which knows more about why."""
+SAID_ROWS = 10
+"""Bad rows of a source that are said on the console; events.jsonl has all."""
+
+log = logging.getLogger("tokenyard")
 
 
 def run(config: Config) -> int:
@@ -183,11 +157,44 @@ def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
         return session.feed.nothing()
 
 
+def tell_findings(data: DataPipeline, step: int, reporter: Reporter) -> None:
+    """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
+    for found in data.train.findings():
+        reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)
+        if found.kind == "file_failed":
+            reporter.alert("file_failed", f"step {step}: {found}")
+        elif found.number <= SAID_ROWS:
+            log.warning("bad row, skipped: %s", found)
+
+
 @doing("evaluation")
 def validated(session: Session, reporter: Reporter) -> Evaluation:
     """A validation pass, as time that was not spent on training."""
     with reporter.spent("evaluation"):
         return evaluate_session(session)
+
+
+@doing("save")
+def keep(session: Session, reporter: Reporter, supervisor: Supervisor, durable: bool = False) -> None:
+    """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
+
+    What is logged is told before: a run that goes on from here does not do it again.
+
+    RunStop, and no checkpoint, if a number is not finite or copies differ; SaveFailed if the run needs the one that failed.
+    """
+    reporter.catch_up()
+    with reporter.spent("checkpoint"):
+        supervisor.replicas.compare()
+        session.extra = supervisor.state()
+        for outcome in conclude(session) if durable else started(session):
+            reporter.saved(outcome)
+    supervisor.saved()
+
+
+def settle(session: Session, reporter: Reporter, global_flags: GlobalFlags) -> None:
+    """After each step: what became of the save under way, by what the ranks told each other in the step. Collective if it ended."""
+    for outcome in settled(session, global_flags.failed_writer > 0, global_flags.writing > 0):
+        reporter.saved(outcome)
 
 
 def end_early(stop: DataStop | RunStop, session: Session, reporter: Reporter, supervisor: Supervisor) -> int:
@@ -228,17 +235,3 @@ def due_after(step: int, config: Config, watch: ExpertStats) -> Due:
 def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
     """What could not be refused before the ranks had met; all ranks come to the same error. Returns the exit code."""
     return complain(error, code) if is_first() else code
-
-
-SAID_ROWS = 10
-"""Bad rows of a source that are said on the console; events.jsonl has all."""
-
-
-def tell_findings(data: DataPipeline, step: int, reporter: "Reporter") -> None:
-    """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
-    for found in data.train.findings():
-        reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)
-        if found.kind == "file_failed":
-            reporter.alert("file_failed", f"step {step}: {found}")
-        elif found.number <= SAID_ROWS:
-            log.warning("bad row, skipped: %s", found)

@@ -106,6 +106,9 @@ def _now() -> str:
 
 
 # A run folder holds one timeline: what a run that goes on from an earlier point leaves behind is set aside, never mixed in.
+#
+# `RUN/begun.json` says from where the run was told to begin and which launch did so: ranks that the same launch starts again go
+# on from what they wrote themselves. No torch here.
 
 BEGUN = "begun.json"
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,9 +30,6 @@ from .optimizer import build_optimizer
 from .resume import find_resume, keep_timeline, note, resume
 from .run_folder import RunLock, lock_run
 from .session import Session
-
-if TYPE_CHECKING:
-    from .session import Session
 
 
 def open_session(config: Config, device: torch.device) -> Session:

@@ -21,6 +21,10 @@ from .base import ExchangingDispatcher
 from .expand import Choices, Counted, Fan, add_up, assumed_depths, choices_of, copy_out, plan_expansion, plan_fan
 
 # One hop of a deduplicated exchange: a row goes once to each rank of an axis that leads to any of the experts it wants.
+#
+# With it go its choices: a weight, and which expert at the destination. On the way back there is one row for each that went,
+# already weighted and summed. N ranks of the axis, P rows here, C choices, K the most choices of a row at one destination, D
+# width, R rows that leave this rank, A choices that arrive at it.
 
 
 class Hop(NamedTuple):
@@ -187,6 +191,10 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
 
 
 # The hierarchical exchange: a token crosses to each node with any of its experts once, then goes to the ranks inside that node.
+#
+# Between nodes a rank talks only to those with its own place in theirs (DeepSeek-V3, section 3.2.2). Both hops are
+# deduplicated, so with group-limited routing the slow network carries at most `top_groups` rows of a token when the nodes are
+# the groups.
 
 
 def hierarchical_dispatcher(experts: int, mesh: Mesh, node_ranks: int, chunks: int = 1) -> DeduplicatedDispatcher:

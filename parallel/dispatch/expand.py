@@ -115,6 +115,8 @@ def _sum(y_RD: Tensor, fan: Fan, weights_R: Tensor | None) -> Tensor:
 
 
 # Which rows want which experts, where a row of a rank may want any number of them; and the rows of this rank's own experts.
+#
+# P rows, C choices, K the most choices of a row, E experts in reach, D width, R rows of experts.
 
 
 class Choices(NamedTuple):

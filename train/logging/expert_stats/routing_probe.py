@@ -20,6 +20,13 @@ from ...session import Session
 
 # Token classes by the text of a piece alone: rules that hold for most programming languages, and for prose where words are
 # words.
+#
+# In this order, after blanks around the piece are taken off; the first rule that fits decides:
+#
+# whitespace nothing is left comment holds #, //, /*, */, <!--, --> or is made of dashes string holds a quotation mark or a
+# backquote number begins with a digit, or with a dot and a digit keyword is in KEYWORDS identifier has a letter (of any script)
+# or an underscore: names and words operator is made of printable ASCII punctuation other marks such as the end of a document,
+# parts of a character, other symbols
 
 CLASSES = ("identifier", "keyword", "number", "string", "operator", "whitespace", "comment", "other")
 
