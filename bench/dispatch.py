@@ -50,7 +50,7 @@ class Line(NamedTuple):
     seconds: float
 
 
-class Counted(NamedTuple):
+class SentBytes(NamedTuple):
     """What this rank sent in one pass."""
 
     forward: int
@@ -135,13 +135,13 @@ def forward(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
     return made.run(x_TD, routing, lambda rows, counts: rows, lambda: None).y_TD
 
 
-def count(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Counted:
+def count(made: Dispatcher, x_TD: Tensor, routing: Routing) -> SentBytes:
     with Traffic() as there:
         y_TD = forward(made, x_TD, routing)
     with Traffic() as back:
         y_TD.backward(torch.ones_like(y_TD))
     half = dist.get_world_size() // 2
-    return Counted(there.total(), back.total(), there.between_nodes(half) + back.between_nodes(half))
+    return SentBytes(there.total(), back.total(), there.between_nodes(half) + back.between_nodes(half))
 
 
 def timed(function: Callable[[], None]) -> float:

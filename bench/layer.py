@@ -21,7 +21,7 @@ from ..moe import dispatch, layer
 from ..moe import experts as expert_function
 from ..moe.scoring import Choice
 from ..train.allocator import restart_with_kept_memory
-from .shapes import Shape, our_layer
+from .shapes import LayerShape, our_layer
 from .timing import Ratio, markdown, ratio, take_turns
 
 PARTS = {
@@ -37,12 +37,12 @@ PARTS = {
 
 
 SHAPES = [
-    Shape(width=512, hidden=1024, experts=8, top_k=2, tokens=4096),
-    Shape(width=1024, hidden=2048, experts=8, top_k=2, tokens=2048),
-    Shape(width=1024, hidden=512, experts=32, top_k=8, tokens=2048),
+    LayerShape(width=512, hidden=1024, experts=8, top_k=2, tokens=4096),
+    LayerShape(width=1024, hidden=2048, experts=8, top_k=2, tokens=2048),
+    LayerShape(width=1024, hidden=512, experts=32, top_k=8, tokens=2048),
 ]
 EXPERTS = [8, 16, 32, 64, 128, 256]
-TINY = Shape(width=16, hidden=16, experts=4, top_k=2, tokens=64)
+TINY = LayerShape(width=16, hidden=16, experts=4, top_k=2, tokens=64)
 
 
 class Timer:
@@ -83,7 +83,7 @@ class Timer:
 class Bench:
     """One layer with random weights, and a forward and backward pass of random tokens."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, chosen_TK: Tensor | None = None) -> None:
+    def __init__(self, shape: LayerShape, dtype: torch.dtype, device: torch.device, chosen_TK: Tensor | None = None) -> None:
         self.shape = shape
         self.layer = our_layer(shape, device, dtype)
         with device:
@@ -109,13 +109,13 @@ class Bench:
 class Parts(NamedTuple):
     """Shares of forward and backward together; the parts of each in milliseconds, medians."""
 
-    shape: Shape
+    shape: LayerShape
     forward: dict[str, float]
     backward: dict[str, float]
     not_products: float
 
 
-def parts(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Parts:
+def parts(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int) -> Parts:
     """How long each part takes."""
     bench = Bench(shape, dtype, device)
     bench.run()
@@ -143,21 +143,23 @@ def _watched(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[s
     return result, of_parts | {"rest": seconds - sum(of_parts.values()), "all": seconds}
 
 
-def against_experts(shape: Shape, counts: list[int], dtype: torch.dtype, device: torch.device, rounds: int) -> dict[int, Ratio]:
+def against_experts(
+    shape: LayerShape, counts: list[int], dtype: torch.dtype, device: torch.device, rounds: int
+) -> dict[int, Ratio]:
     """Tokens a second as a share of those with the fewest experts."""
     benches = {str(count): Bench(shape._replace(experts=count), dtype, device) for count in counts}
     seconds = take_turns({name: bench.run for name, bench in benches.items()}, device, rounds)
     return {count: ratio(seconds[str(counts[0])], seconds[str(count)]) for count in counts}
 
 
-def against_skew(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Ratio]:
+def against_skew(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Ratio]:
     """Tokens a second as a share of those with a balanced load."""
     benches = {name: Bench(shape, dtype, device, chosen) for name, chosen in skews(shape).items()}
     seconds = take_turns({name: bench.run for name, bench in benches.items()}, device, rounds)
     return {name: ratio(seconds["balanced"], seconds[name]) for name in seconds}
 
 
-def skews(shape: Shape) -> dict[str, Tensor]:
+def skews(shape: LayerShape) -> dict[str, Tensor]:
     """(T, K) experts of each token: equal loads, loads as 1 / rank (Zipf), and the first K experts for everybody."""
     generator = torch.Generator().manual_seed(0)
     places_TE = torch.arange(shape.tokens)[:, None] * shape.top_k + torch.arange(shape.top_k)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..moe.feedforward import FeedForward
 from .layer import SHAPES, TINY
-from .shapes import Shape, our_layer
+from .shapes import LayerShape, our_layer
 from .timing import markdown
 
-FINE = Shape(width=512, hidden=256, experts=64, top_k=8, tokens=4096)
+FINE = LayerShape(width=512, hidden=256, experts=64, top_k=8, tokens=4096)
 TOKENS = 509
 """A prime, so that no activation has as many numbers as a weight."""
 
@@ -25,7 +25,7 @@ TOKENS = 509
 class Line(NamedTuple):
     """Bytes that are kept for each token."""
 
-    shape: Shape
+    shape: LayerShape
     precision: str
     moe: float
     dense: float
@@ -49,7 +49,7 @@ def kept(call: Callable[[], Any], module: nn.Module) -> int:
     return sum(storages.values())
 
 
-def measure(shape: Shape, dtype: torch.dtype) -> Line:
+def measure(shape: LayerShape, dtype: torch.dtype) -> Line:
     """Both layers on the same tokens."""
     moe, dense = our_layer(shape, torch.device("cpu"), dtype), FeedForward(shape.width, shape.top_k * shape.hidden, dtype)
     for parameter in dense.parameters():

@@ -87,7 +87,7 @@ def answer(folder: Path, result: Any) -> None:
     dist.destroy_process_group()
 
 
-class Side:
+class RankProcesses:
     """`world` processes that run `python -m MODULE --rank FOLDER` and answer lines of JSON with such lines. They sleep in between.
 
     All have said that they are ready before this returns. Use it in a `with` statement. RuntimeError if one has ended.
@@ -107,7 +107,7 @@ class Side:
             rank.ask(call)
         return self._answers()
 
-    def __enter__(self) -> "Side":
+    def __enter__(self) -> "RankProcesses":
         return self
 
     def __exit__(self, *_: object) -> None:

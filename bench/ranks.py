@@ -23,7 +23,7 @@ from ..train.run import single_step
 from ..train.session import Session
 from ..train.setup import open_session
 from .comm_trace import Split, Stamp, split_times, stamped
-from .processes import Side, join
+from .processes import RankProcesses, join
 from .timing import markdown, rotated, spread
 
 RUN = [
@@ -104,8 +104,8 @@ def measure(overrides: list[str], layouts: dict[str, list[str]], rounds: int, st
     module = "tokenyard.bench.ranks"
     with ExitStack() as stack:
         # One after the other: the first finds or makes the tokenizer and the tokens for both.
-        alone = stack.enter_context(Side(module, 1, 2, {"overrides": overrides, "layouts": {"one process": []}}))
-        ranks = stack.enter_context(Side(module, 2, 1, {"overrides": overrides, "layouts": layouts}))
+        alone = stack.enter_context(RankProcesses(module, 1, 2, {"overrides": overrides, "layouts": {"one process": []}}))
+        ranks = stack.enter_context(RankProcesses(module, 2, 1, {"overrides": overrides, "layouts": layouts}))
         sides = {"one process": alone} | dict.fromkeys(layouts, ranks)
         turns: dict[str, list[Turn]] = {name: [] for name in sides}
         for round_ in range(-1, rounds):

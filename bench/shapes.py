@@ -9,7 +9,7 @@ from ..moe.config import ModelConfig, MoEConfig
 from ..moe.layer import MoELayer
 
 
-class Shape(NamedTuple):
+class LayerShape(NamedTuple):
     """Of an MoE layer, with softmax over all experts and weights that add up to one, whatever the model of that name does."""
 
     width: int
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
         return f"d {self.width}, {self.experts} x {self.hidden}, top-{self.top_k}"
 
 
-def our_layer(shape: Shape, device: torch.device, dtype: torch.dtype) -> MoELayer:
+def our_layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> MoELayer:
     """With random weights, of the scale of a normal initialisation."""
     moe = MoEConfig(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, shared_hidden=shape.shared)
     layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype).to_empty(device=device)

@@ -58,7 +58,7 @@ class Timed:
 GAUGES = Timed()
 
 
-class Runner:
+class TierRun:
     """A run with one tier."""
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -118,9 +118,9 @@ def measure(overrides: list[str], rounds: int, steps: int) -> list[Line]:
     return [_line(tier, taken, runners[tier].probes[1:]) for tier in TIERS]
 
 
-def _runner(tier: str, overrides: list[str], folder: Path) -> Runner:
+def _runner(tier: str, overrides: list[str], folder: Path) -> TierRun:
     config = compose(["tracker=jsonl", *overrides, f"run.dir={folder}", f"telemetry.tier={tier}"])
-    return Runner(config, folder)
+    return TierRun(config, folder)
 
 
 def _line(tier: str, taken: dict[str, list[tuple[float, float]]], probes: list[float]) -> Line:

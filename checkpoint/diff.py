@@ -13,7 +13,7 @@ from .tensor_reader import StoredTensors
 BLOCK_BYTES = 1 << 26
 
 
-class Difference(NamedTuple):
+class TensorDifference(NamedTuple):
     """Of one tensor that is not the same bit for bit."""
 
     name: str
@@ -27,7 +27,7 @@ class Difference(NamedTuple):
     """Global ids of those that differ, of a tensor of experts."""
 
 
-def diff(one: Path, other: Path) -> list[Difference]:
+def diff(one: Path, other: Path) -> list[TensorDifference]:
     """In the order of names. DamagedCheckpoint if a manifest cannot be read; use `verify` to know about the files."""
     a, b = read_manifest(one), read_manifest(other)
     check_sizes(one, a)  # before memory is asked for
@@ -36,9 +36,9 @@ def diff(one: Path, other: Path) -> list[Difference]:
     with StoredTensors(one, a.tensors) as ours, StoredTensors(other, b.tensors) as theirs:
         for name in sorted(a.tensors.keys() | b.tensors.keys()):
             if name not in b.tensors or name not in a.tensors:
-                found.append(Difference(name, "only in A" if name in a.tensors else "only in B"))
+                found.append(TensorDifference(name, "only in A" if name in a.tensors else "only in B"))
             elif (what := _kind(a.tensors[name], b.tensors[name])) is not None:
-                found.append(Difference(name, what))
+                found.append(TensorDifference(name, what))
             elif not _same_files(name, a, b) and (difference := _values(name, ours, theirs)) is not None:
                 found.append(difference)
     return found
@@ -56,7 +56,7 @@ def _same_files(name: str, a: Manifest, b: Manifest) -> bool:
     return ours == theirs and all(a.files[chunk.file] == b.files[chunk.file] for chunk in ours)
 
 
-def _values(name: str, ours: StoredTensors, theirs: StoredTensors) -> Difference | None:
+def _values(name: str, ours: StoredTensors, theirs: StoredTensors) -> TensorDifference | None:
     """None if all bits are the same."""
     experts, largest, squares, norm = [], 0.0, 0.0, 0.0
     apart = False
@@ -75,7 +75,7 @@ def _values(name: str, ours: StoredTensors, theirs: StoredTensors) -> Difference
     if not apart:
         return None
     relative = math.sqrt(squares / norm) if norm > 0 and not math.isnan(squares) else math.inf if squares else 0.0
-    return Difference(name, "values", largest, relative, tuple(experts))
+    return TensorDifference(name, "values", largest, relative, tuple(experts))
 
 
 def _blocks(name: str, record: TensorRecord) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from .permutation import kept_permutation
-from .token_array import Tokens
+from .token_array import TokenArray
 
 IGNORE = -100
 """A target that is not counted: F.cross_entropy's default `ignore_index`."""
@@ -33,7 +33,7 @@ class GlobalBatches:
     the global batch of step s is the positions from `s * sequences` on. So epochs may end inside of a batch.
     """
 
-    def __init__(self, tokens: Tokens, *, seed: int, sequences: int, sequence_length: int) -> None:
+    def __init__(self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int) -> None:
         """Raises a ValueError of one line if the corpus has no row."""
         self._table = _Table(tokens, sequence_length, "training")
         self._seed = seed
@@ -86,7 +86,7 @@ class GlobalBatches:
 class ValidationBatches:
     """The validation rows in one spread order that does not depend on the run's seed."""
 
-    def __init__(self, tokens: Tokens, *, sequence_length: int, sources: list[tuple[str, int]] | None = None) -> None:
+    def __init__(self, tokens: TokenArray, *, sequence_length: int, sources: list[tuple[str, int]] | None = None) -> None:
         """Raises a ValueError of one line if the corpus has no row.
 
         `sources`: the names of those that the tokens are of, and how many of them are of each, in order; None: of one.
@@ -130,7 +130,7 @@ def unigram_entropy(tokens: np.ndarray, size: int) -> float:
 class _Table:
     """The rows of a flat array of tokens."""
 
-    def __init__(self, tokens: Tokens, sequence_length: int, split: str) -> None:
+    def __init__(self, tokens: TokenArray, sequence_length: int, split: str) -> None:
         self._ids = tokens.ids
         self._length = sequence_length
         self.fingerprint = tokens.manifest.fingerprint

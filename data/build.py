@@ -10,14 +10,14 @@ from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .corpus import CorpusSurvey, survey
-from .mixture_config import Part, parts_of
+from .mixture_config import MixtureSource, parts_of
 from .pretokenized import open_prepared, tokenizer_words
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
 from .stream.packing import World
 from .stream.shards import open_shards
-from .stream.source import Opened, build_mixture, held_out_tokens, joined_shares, joined_tokens, sample_texts, whole_tokens
-from .token_array import Tokens, open_tokens
+from .stream.source import OpenedSource, build_mixture, held_out_tokens, joined_shares, joined_tokens, sample_texts, whole_tokens
+from .token_array import TokenArray, open_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokenizer_training import sample
 from .validate import check_corpus
@@ -68,7 +68,7 @@ def prepare(
     """
     check_corpus(config)
     cache = cache_folder(config)
-    order = Order(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
+    order = BatchOrder(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
     if config.corpus in (*STREAMED, Corpus.mix):
         prepared = _streamed(config, tokenizer_config, cache, order)
     else:
@@ -79,7 +79,7 @@ def prepare(
     return prepared
 
 
-class Order(NamedTuple):
+class BatchOrder(NamedTuple):
     """What decides the batches beside the data, and who makes them."""
 
     length: int
@@ -103,10 +103,10 @@ def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache:
     return trained_tokenizer(tokenizer_config, texts, cache)
 
 
-def part_texts(part: Part, limit: int) -> list[str]:
+def part_texts(part: MixtureSource, limit: int) -> list[str]:
     """Beginnings of training documents of one source, about `limit` bytes."""
     if part.config.corpus in STREAMED:
-        return sample_texts(Opened(part, open_shards(part.config, patience_of(part.config))), limit)
+        return sample_texts(OpenedSource(part, open_shards(part.config, patience_of(part.config))), limit)
     return [] if part.config.corpus is Corpus.prepared else sample(survey(part.config), limit)
 
 
@@ -115,7 +115,7 @@ def patience_of(config: DataConfig) -> RetryPolicy:
     return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 
-def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> DataPipeline:
+def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchOrder) -> DataPipeline:
     if config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
         corpus, train, validation = None, *(open_prepared(config, tokenizer.hash, split) for split in ("train", "validation"))
@@ -128,11 +128,12 @@ def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, o
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
 
 
-def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: Order) -> DataPipeline:
+def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchOrder) -> DataPipeline:
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     patience = patience_of(config)
     parts = [
-        Opened(part, open_shards(part.config, patience)) if part.config.corpus in STREAMED else part for part in parts_of(config)
+        OpenedSource(part, open_shards(part.config, patience)) if part.config.corpus in STREAMED else part
+        for part in parts_of(config)
     ]
     pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
     mixture = build_mixture(parts, tokenizer, cache, order.seed, order.length, order.world, pool)
@@ -140,7 +141,7 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     wanted = order.validation * order.length + 1
     held_out = [
         held_out_tokens(part, tokenizer, cache, wanted)
-        if isinstance(part, Opened)
+        if isinstance(part, OpenedSource)
         else whole_tokens(part.config, "validation", tokenizer, cache)
         for part in parts
     ]
@@ -152,7 +153,7 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
 
 
-def _facts(corpus: CorpusSurvey | None, train: Tokens, validation: Tokens, tokenizer: Tokenizer) -> Facts:
+def _facts(corpus: CorpusSurvey | None, train: TokenArray, validation: TokenArray, tokenizer: Tokenizer) -> Facts:
     return Facts(
         train_documents=train.manifest.documents,
         train_tokens=train.manifest.tokens,

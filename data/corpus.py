@@ -18,22 +18,22 @@ from .validate import check_corpus, pattern_files, stdlib_files, stdlib_root
 # (streams, mixtures, shards) is another class here and another case in `open_source`.
 
 
-def open_source(config: DataConfig) -> "Source":
+def open_source(config: DataConfig) -> "DocumentSource":
     """The source that `config` describes; the settings were checked by `check_corpus`."""
     match config.corpus:
         case Corpus.stdlib:
-            return Folder(stdlib_root(), sorted(stdlib_files(stdlib_root())))
+            return TextFolder(stdlib_root(), sorted(stdlib_files(stdlib_root())))
         case Corpus.synthetic:
             return Grammar(config.synthetic_documents)
         case Corpus.text:
             assert config.path is not None
             path = Path(config.path).expanduser()
-            return Folder(path, sorted(pattern_files(path, config.pattern))) if path.is_dir() else Chunks(path)
+            return TextFolder(path, sorted(pattern_files(path, config.pattern))) if path.is_dir() else Chunks(path)
         case _:
             raise AssertionError(f"{config.corpus} is no corpus of documents")
 
 
-class Source(ABC):
+class DocumentSource(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """The names of all documents, sorted; they do not depend on where the corpus lies."""
@@ -44,7 +44,7 @@ class Source(ABC):
 
 
 @final
-class Folder(Source):
+class TextFolder(DocumentSource):
     """One document per file; its name is the path below the folder."""
 
     def __init__(self, root: Path, files: list[str]) -> None:
@@ -59,7 +59,7 @@ class Folder(Source):
 
 
 @final
-class Chunks(Source):
+class Chunks(DocumentSource):
     """One text file, cut before lines that follow a blank line so that it has documents to keep for validation."""
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +93,7 @@ def _cut(path: Path) -> list[tuple[int, int]]:
 
 
 @final
-class Grammar(Source):
+class Grammar(DocumentSource):
     """Small stories that a small model learns: who holds how much of what, and the sum."""
 
     def __init__(self, documents: int) -> None:
@@ -150,7 +150,7 @@ def documents(config: DataConfig, split: Split) -> Iterator[Document]:
 class CorpusSurvey(NamedTuple):
     """What one pass over a source found. Documents are read again when needed, so a corpus need not fit in memory."""
 
-    source: Source
+    source: DocumentSource
     train: list[str]
     validation: list[str]
     undecodable: list[str]

@@ -9,7 +9,7 @@ from .config import Corpus, DataConfig
 WORDS = ("weight", "label", "corpus", "path", "pattern", "name", "subset", "split", "revision", "column", "repeat")
 
 
-class Part(NamedTuple):
+class MixtureSource(NamedTuple):
     """A source and its share of the tokens."""
 
     label: str
@@ -17,10 +17,10 @@ class Part(NamedTuple):
     config: DataConfig
 
 
-def parts_of(config: DataConfig) -> list[Part]:
+def parts_of(config: DataConfig) -> list[MixtureSource]:
     """ValueError of one line for an entry of data.mix that says nothing clear."""
     if config.corpus is not Corpus.mix:
-        return [Part(config.corpus.value, 1.0, config)]
+        return [MixtureSource(config.corpus.value, 1.0, config)]
     parts = [_parse(entry, config) for entry in config.mix]
     labels = [part.label for part in parts]
     for label in labels:
@@ -29,7 +29,7 @@ def parts_of(config: DataConfig) -> list[Part]:
     return parts
 
 
-def _parse(entry: str, config: DataConfig) -> Part:
+def _parse(entry: str, config: DataConfig) -> MixtureSource:
     split = [word.partition("=") for word in shlex.split(entry)]
     words: dict[str, str] = {key: value for key, _, value in split}
     for key, value in words.items():
@@ -44,7 +44,7 @@ def _parse(entry: str, config: DataConfig) -> Part:
         raise ValueError(f"data.mix: repeat={repeat} in '{entry}' must be true or false")
     plain = replace(config, corpus=Corpus[corpus], mix=[], path=None, name=None, subset=None)
     part = replace(plain, repeat=repeat == "true", **words)  # pyright: ignore[reportArgumentType]
-    return Part(label or _label(part), weight, part)
+    return MixtureSource(label or _label(part), weight, part)
 
 
 def _weight(text: str, entry: str) -> float:

@@ -15,12 +15,12 @@ import xxhash
 from .cache import cache_folder
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .errors import BadData
-from .mixture_config import Part
+from .mixture_config import MixtureSource
 from .pretokenized import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
 from .stream.http import RetryPolicy
 from .stream.shards import Failed, Row, Shards, open_shards
 from .stream.tokenize import Recipe, Window, is_held_out, tokenized
-from .token_array import Tokens, id_type, write_header
+from .token_array import TokenArray, id_type, write_header
 from .tokenizer import Tokenizer, load_tokenizer
 from .validate import check_corpus
 
@@ -29,7 +29,7 @@ BLOCK = 256
 TOKENIZER_FOLDER = "tokenizer"
 
 
-class Job(NamedTuple):
+class PretokenizeJob(NamedTuple):
     """The blocks of 256 rows of a shard whose number has a remainder: part `part` of `parts`."""
 
     folder: str
@@ -60,7 +60,9 @@ def write_shards(
     _refuse_other(folder, key)
     tokenizer.save(folder / TOKENIZER_FOLDER)
     parts = max(1, -(-LEAST_JOBS // len(shards.names)))
-    jobs = [Job(str(folder), config, shard, part, parts, key) for shard in range(len(shards.names)) for part in range(parts)]
+    jobs = [
+        PretokenizeJob(str(folder), config, shard, part, parts, key) for shard in range(len(shards.names)) for part in range(parts)
+    ]
     done = {job.name: record for job in jobs if (record := _finished(job)) is not None}
     waiting, tokens = [job for job in jobs if job.name not in done], _tokens_of(done)
     progress(len(done), len(jobs), tokens)
@@ -74,7 +76,7 @@ def write_shards(
     return finish(folder, tokenizer, splits, key)
 
 
-def write_arrays(tokenizer: Tokenizer, folder: Path, splits: dict[str, Tokens]) -> dict[str, Any]:
+def write_arrays(tokenizer: Tokenizer, folder: Path, splits: dict[str, TokenArray]) -> dict[str, Any]:
     """The same of a corpus that is tokenized already: a shard for each split."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -99,7 +101,7 @@ def finish(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[dict[str, 
     return about
 
 
-def _worked(jobs: list[Job], processes: int) -> Any:
+def _worked(jobs: list[PretokenizeJob], processes: int) -> Any:
     if processes <= 1:
         yield from ((job.name, work(job)) for job in jobs)
         return
@@ -109,7 +111,7 @@ def _worked(jobs: list[Job], processes: int) -> Any:
             yield started[future].name, future.result()
 
 
-def work(job: Job) -> dict[str, Any]:
+def work(job: PretokenizeJob) -> dict[str, Any]:
     """One job, in a process of its own."""
     shards = open_shards(job.config, RetryPolicy(job.config.patience_seconds, job.config.stall_seconds))
     tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
@@ -160,7 +162,7 @@ class ShardWriter:
         self._file.close()
 
 
-def _blocks(shards: Shards, job: Job) -> Any:
+def _blocks(shards: Shards, job: PretokenizeJob) -> Any:
     numbers: list[int] = []
     rows: list[Row] = []
     for number, row in enumerate(shards.rows(job.shard, 0)):
@@ -187,7 +189,7 @@ def _split(window: Window, fraction: float) -> dict[str, Window]:
     }
 
 
-def _finished(job: Job) -> dict[str, Any] | None:
+def _finished(job: PretokenizeJob) -> dict[str, Any] | None:
     try:
         record = json.loads((Path(job.folder) / f"part_{job.name}.json").read_text())
     except (OSError, ValueError):
@@ -231,7 +233,7 @@ def prepare_command(
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     if config.corpus in STREAMED:
         return write_shards(config, tokenizer, folder, processes, progress)
-    part = Part("", 1.0, config)
+    part = MixtureSource("", 1.0, config)
     return write_arrays(
         tokenizer, folder, {split: whole_tokens(part.config, split, tokenizer, cache) for split in ("train", "validation")}
     )

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from .config import DataConfig
-from .token_array import Manifest, Tokens, hash_ids
+from .token_array import TokenArray, TokensManifest, hash_ids
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenyard tokens"
@@ -33,7 +33,7 @@ class ShardRecord(NamedTuple):
     """Rows that were skipped: shard, row, reason."""
 
 
-def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> Tokens:
+def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
     """The shards of a split in the folder `data.path`, as one array. ValueError of one line if something does not fit.
 
     Sizes and the manifest's own hash are compared here; with `data.verify` that of a shard when it is first read.
@@ -48,8 +48,10 @@ def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> Tokens
     ids = JoinedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
     running = xxhash.xxh3_128(tokenizer_hash.encode() + b"".join(record.hash.encode() for record in records))
     documents, size = sum(record.documents for record in records), sum(record.bytes for record in records)
-    manifest = Manifest(documents, len(ids), size, [row for record in records for row in record.bad], 0, 0, running.hexdigest())
-    return Tokens(ids, manifest)  # pyright: ignore[reportArgumentType]
+    manifest = TokensManifest(
+        documents, len(ids), size, [row for record in records for row in record.bad], 0, 0, running.hexdigest()
+    )
+    return TokenArray(ids, manifest)  # pyright: ignore[reportArgumentType]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ HASHED = 1 << 24
 log = logging.getLogger("tokenyard")
 
 
-class Manifest(NamedTuple):
+class TokensManifest(NamedTuple):
     documents: int
     tokens: int
     bytes: int
@@ -39,13 +39,13 @@ class Manifest(NamedTuple):
     """xxh3-128 over the token ids."""
 
 
-class Tokens(NamedTuple):
+class TokenArray(NamedTuple):
     ids: np.ndarray
     """Shape (tokens,), uint16 or uint32, read-only: the documents in the order of a hash of their names, each with its end mark."""
-    manifest: Manifest
+    manifest: TokensManifest
 
 
-def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> Tokens:
+def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> TokenArray:
     """The tokens of one split, made now if `cache` does not have them. `verify`: hash all of them."""
     key = xxhash.xxh3_128_hexdigest(f"tokens 1 {split} {corpus.fingerprints[split]} {tokenizer.hash}".encode())
     folder = cache / "tokens" / key
@@ -58,13 +58,13 @@ def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache:
     return load_tokens(folder, verify)
 
 
-def load_tokens(folder: Path, verify: bool = False) -> Tokens:
+def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
     """The tokens in a folder of the cache. ValueError of one line if they are damaged or were changed.
 
     A changed time, or a changed hash of 16 pieces, are seen at once; then, and with `verify`, all is hashed.
     """
     try:
-        manifest = Manifest(**json.loads((folder / MANIFEST_FILE).read_text()))
+        manifest = TokensManifest(**json.loads((folder / MANIFEST_FILE).read_text()))
         ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
         whole = verify or not _as_seen(folder)
     except (OSError, TypeError, ValueError) as error:
@@ -76,7 +76,7 @@ def load_tokens(folder: Path, verify: bool = False) -> Tokens:
             f"cached tokens in {folder} were changed (hash {found}, not {manifest.fingerprint}); "
             "remove the folder and they are made again"
         )
-    return Tokens(ids, manifest)
+    return TokenArray(ids, manifest)
 
 
 def hash_ids(ids: np.ndarray) -> str:
@@ -110,7 +110,7 @@ def _glance(path: Path) -> dict[str, Any]:
     return {"bytes": about.st_size, "time": about.st_mtime_ns, "pieces": running.hexdigest()}
 
 
-def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Path) -> Manifest:
+def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Path) -> TokensManifest:
     names = sorted(corpus.names(split), key=lambda name: (place(name, seed=2), name))
     kind = id_type(tokenizer)
     running, tokens, size = xxhash.xxh3_128(), 0, 0
@@ -125,7 +125,7 @@ def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Pat
         file.seek(0)
         write_header(file, kind, tokens)
     skipped = corpus.undecodable, corpus.duplicates, corpus.empty
-    manifest = Manifest(len(names), tokens, size, *skipped, running.hexdigest())
+    manifest = TokensManifest(len(names), tokens, size, *skipped, running.hexdigest())
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
     note_seen(folder)
     return manifest

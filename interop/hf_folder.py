@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint.bounded import MOST_DIMENSIONS, brief, check_header, read_regular, room_beside, strict_json, tensor_bytes
-from .weight_mapping import Part
+from .weight_mapping import TensorPart
 
 log = logging.getLogger("tokenyard")
 LARGEST_CONFIG = 1 << 20
@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Folder(NamedTuple):
+class HFFolder(NamedTuple):
     """What a folder says it holds; no tensor is read yet."""
 
     path: Path
@@ -53,12 +53,12 @@ def is_hugging_face(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def open_folder(path: Path) -> Folder:
+def open_folder(path: Path) -> HFFolder:
     """Configuration and the headers of all files. ValueError, one line, for whatever is missing, unsafe or contradictory."""
     if not is_hugging_face(path):
         raise ValueError(f"{path}: must be a Hugging Face folder, it has no {CONFIG}")
     _refuse_links(path)
-    return Folder(path, read_json(path / CONFIG), _tensors(path))
+    return HFFolder(path, read_json(path / CONFIG), _tensors(path))
 
 
 def _refuse_links(path: Path) -> None:
@@ -177,7 +177,7 @@ class Output(NamedTuple):
     """A tensor to write: the part `part` of our tensor `ours`, as `dtype`."""
 
     ours: str
-    part: Part
+    part: TensorPart
     dtype: torch.dtype
     shape: tuple[int, ...]
 

@@ -12,7 +12,7 @@ from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
 from ..parallel.shard import Held, whole
 from ..train.config.serialize import plain_config
-from .load_weights import Source, open_source, read_weights
+from .load_weights import HFSource, open_source, read_weights
 from .tokenizer import adopt
 from .upcycle import Upcycle, upcycle, upcycled_config
 
@@ -87,7 +87,7 @@ def carry(path: Path, checkpoint: Path) -> list[str]:
     return []
 
 
-def _facts(source: Source, model: ModelConfig, wish: Upcycle | None) -> dict[str, Any]:
+def _facts(source: HFSource, model: ModelConfig, wish: Upcycle | None) -> dict[str, Any]:
     """Of a run that has not begun: what it leaves out of its configuration has the defaults."""
     origin: dict[str, Any] = {"architecture": source.family.architecture, "config": source.folder.config}
     if wish is not None:

@@ -11,14 +11,14 @@ from ..moe.model import Transformer
 from ..moe.param_count import count
 from .config_mapping import read_config
 from .families import Family
-from .hf_folder import DTYPES, Folder, open_file, open_folder
+from .hf_folder import DTYPES, HFFolder, open_file, open_folder
 from .weight_plan import Planned, copies, read_plan
 
 
-class Source(NamedTuple):
+class HFSource(NamedTuple):
     """A folder that is understood; its weights are not read yet."""
 
-    folder: Folder
+    folder: HFFolder
     family: Family
     model: ModelConfig
     plan: dict[str, Planned]
@@ -26,7 +26,7 @@ class Source(NamedTuple):
     """Our tensors, on the meta device."""
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> HFSource:
     """Understand all keys and account for all tensors. ValueError, one line, for the first that is not."""
     folder = open_folder(path)
     family, model = read_config(folder.config, f"{path / 'config.json'}: ")
@@ -37,12 +37,12 @@ def open_source(path: Path) -> Source:
     with torch.device("meta"):
         ours = dict(Transformer(model).state_dict())
     try:
-        return Source(folder, family, model, read_plan(family, model, ours, folder.tensors), ours)
+        return HFSource(folder, family, model, read_plan(family, model, ours, folder.tensors), ours)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_bytes(path: Path, folder: Folder, model: ModelConfig) -> None:
+def _check_bytes(path: Path, folder: HFFolder, model: ModelConfig) -> None:
     """ValueError if the files have fewer bytes than the model has parameters: before anything is made for each of them."""
     try:
         wanted = model.layers <= len(folder.tensors) and count(model).trained
@@ -53,7 +53,7 @@ def _check_bytes(path: Path, folder: Folder, model: ModelConfig) -> None:
         raise ValueError(f"{path}: config.json describes {model.layers} layers and more weights than are in {held} bytes")
 
 
-def read_weights(source: Source, like: dict[str, Tensor] | None = None, device: str = "cpu") -> dict[str, Tensor]:
+def read_weights(source: HFSource, like: dict[str, Tensor] | None = None, device: str = "cpu") -> dict[str, Tensor]:
     """All our tensors, by name, on `device`; in the types of `like`, or in those of the files."""
     weights = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in (like or _as_stored(source)).items()}
     for name in sorted(source.plan, key=lambda name: source.folder.tensors[name].file):
@@ -63,7 +63,7 @@ def read_weights(source: Source, like: dict[str, Tensor] | None = None, device: 
     return weights
 
 
-def _as_stored(source: Source) -> dict[str, Tensor]:
+def _as_stored(source: HFSource) -> dict[str, Tensor]:
     """`source.ours` in the types of the files; of several parts the widest."""
     dtypes: dict[str, torch.dtype] = {}
     for name, planned in source.plan.items():
@@ -72,7 +72,7 @@ def _as_stored(source: Source) -> dict[str, Tensor]:
     return {name: tensor.to(dtypes[name]) for name, tensor in source.ours.items()}
 
 
-def _check_copies(source: Source) -> None:
+def _check_copies(source: HFSource) -> None:
     """ValueError for a tensor that should repeat another one and does not."""
     for name, original in copies(source.model).items():
         if name not in source.folder.tensors:
@@ -81,7 +81,7 @@ def _check_copies(source: Source) -> None:
             raise ValueError(f"{source.folder.path}: tensor {name} must equal {original}, which stands for both")
 
 
-def _one(folder: Folder, name: str) -> Tensor:
+def _one(folder: HFFolder, name: str) -> Tensor:
     """Opened for each tensor: an open file keeps all pages that were ever read from it in memory."""
     with open_file(folder.path / folder.tensors[name].file) as file:
         return file.get_tensor(name)

@@ -41,7 +41,7 @@ Row = tuple[tuple[Source, ...], ...]
 """The ways in which one tensor of ours may stand in their files; the first is how it is written."""
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """One tensor of theirs and where it lies in ours."""
 
     name: str
@@ -59,16 +59,16 @@ class Part(NamedTuple):
         return place if self.joined is None else place.flatten(self.joined, self.joined + 1)
 
 
-def parts(way: tuple[Source, ...], layer: int, ours: Tensor) -> list[Part]:
+def parts(way: tuple[Source, ...], layer: int, ours: Tensor) -> list[TensorPart]:
     """All tensors of theirs that make up `ours` (which may be on the meta device) in this way."""
     found = []
     for source in way:
         if "{expert}" not in source.name:
-            found.append(Part(source.name.format(layer=layer), source.view, source.joined))
+            found.append(TensorPart(source.name.format(layer=layer), source.view, source.joined))
             continue
         for expert in range(ours.shape[0]):
             name = source.name.format(layer=layer, expert=expert)
-            found.append(Part(name, _of_expert(source.view, expert), source.joined))
+            found.append(TensorPart(name, _of_expert(source.view, expert), source.joined))
     return found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..moe.config import ModelConfig
 from .families import Family
 from .hf_folder import DTYPES, Stored
-from .weight_mapping import OUTSIDE, Part, Row, one, parts
+from .weight_mapping import OUTSIDE, Row, TensorPart, one, parts
 
 MTP = {
     "embedding_norm.weight": "enorm.weight",
@@ -26,7 +26,7 @@ class Planned(NamedTuple):
     """One tensor of theirs: the part `part` of our tensor `ours`."""
 
     ours: str
-    part: Part
+    part: TensorPart
 
 
 def read_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor], stored: dict[str, Stored]) -> dict[str, Planned]:
@@ -84,7 +84,7 @@ def _row(family: Family, model: ModelConfig, name: str) -> tuple[int, Row]:
     return index, row
 
 
-def _check(part: Part, ours: Tensor, stored: dict[str, Stored]) -> None:
+def _check(part: TensorPart, ours: Tensor, stored: dict[str, Stored]) -> None:
     if part.name not in stored:
         raise ValueError(f"tensor {part.name} is missing")
     shape = tuple(part.written(ours).shape)

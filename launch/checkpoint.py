@@ -11,7 +11,7 @@ from .params import gigabytes
 from .parser import BAD_USAGE, OneLineParser
 
 if TYPE_CHECKING:
-    from ..checkpoint.diff import Difference
+    from ..checkpoint.diff import TensorDifference
 
 MOST_LINES = 40
 """Tensors that `diff` shows; --json has all."""
@@ -87,7 +87,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _differences(found: list["Difference"]) -> list[str]:
+def _differences(found: list["TensorDifference"]) -> list[str]:
     shown = found[:MOST_LINES]
     width = max(len(one.name) for one in shown)
     lines = [f"  {'tensor':{width}}  {'largest':>10}  {'relative':>10}  what"]

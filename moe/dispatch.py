@@ -24,7 +24,7 @@ AT_ONCE = 2**26
 """Numbers of rows that are weighed at a time: 0.4 GB in bf16 and fp32."""
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """Where each row goes: row r is a copy of token `token_R[r]`; choice k of token t is row `slot_TK[t, k]`, or -1 (dropped).
 
     Rows are in the order of the experts, counts_E of each. `filled_R` is False for rows of padding: zeros, whose outputs nobody
@@ -41,16 +41,16 @@ class Plan(NamedTuple):
 class Choices(NamedTuple):
     """Tokens that are not yet rows: where their rows come from and go to, and the weight of each choice."""
 
-    plan: Plan
+    plan: RowPlan
     weights_TK: Tensor
 
 
-def permute(x_TD: Tensor, plan: Plan) -> Tensor:
+def permute(x_TD: Tensor, plan: RowPlan) -> Tensor:
     """(T, D) to (R, D), differentiable."""
     return _CopyToRows.apply(x_TD, *plan)  # pyright: ignore[reportReturnType]
 
 
-def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
     """(R, D) to (T, D) in the type of y_RD, summed in the type of the weights; differentiable in both."""
     return _WeightedSum.apply(y_RD, weights_TK, *plan)  # pyright: ignore[reportReturnType]
 
@@ -59,36 +59,36 @@ class _CopyToRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, *plan: Any) -> Tensor:
         ctx.save_for_backward(*plan)
-        return gather_rows(x_TD, Plan(*plan))
+        return gather_rows(x_TD, RowPlan(*plan))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return sum_rows(grads[0], Plan(*ctx.saved_tensors)), *5 * [None]
+        return sum_rows(grads[0], RowPlan(*ctx.saved_tensors)), *5 * [None]
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, *plan: Any) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, *plan)
-        return sum_rows(y_RD, Plan(*plan), weights_TK)
+        return sum_rows(y_RD, RowPlan(*plan), weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y_RD, weights_TK, *saved = ctx.saved_tensors
-        plan = Plan(*saved)
+        plan = RowPlan(*saved)
         grad_RD = gather_rows(grads[0], plan)
         grad_weights_R = dots(y_RD, grad_RD, weights_TK.dtype)
         grad_y_RD = grad_RD.mul_(weights_of_rows(weights_TK, plan)[:, None])
         return grad_y_RD, of_choices(grad_weights_R, plan), *5 * [None]
 
 
-def gather_rows(x_TD: Tensor, plan: Plan) -> Tensor:
+def gather_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
     """(R, D): each row's token, zeros for padding."""
     rows_RD = x_TD.index_select(0, plan.token_R)
     return rows_RD if plan.filled_R is None else rows_RD.masked_fill_(~plan.filled_R.unsqueeze(-1), 0.0)
 
 
-def sum_rows(y_RD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
+def sum_rows(y_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None = None) -> Tensor:
     """(T, D) in the type of y_RD: each token's sum over its rows, times their weights; dropped choices add nothing.
 
     Summed in fp32 or wider.
@@ -135,7 +135,7 @@ def dots(a_RD: Tensor, b_RD: Tensor, wide: torch.dtype) -> Tensor:
     return torch.addcmul(a_RD.new_zeros(1, 1, dtype=wide), a_RD, b_RD).sum(-1)  # without a wide copy of either
 
 
-def weights_of_rows(weights_TK: Tensor, plan: Plan) -> Tensor:
+def weights_of_rows(weights_TK: Tensor, plan: RowPlan) -> Tensor:
     """(R,): the weight of each row's choice, 0 for padding."""
     if plan.kept_TK is None and plan.filled_R is None:
         return torch.empty_like(weights_TK).flatten().index_copy_(0, plan.slot_TK.flatten(), weights_TK.flatten())
@@ -144,7 +144,7 @@ def weights_of_rows(weights_TK: Tensor, plan: Plan) -> Tensor:
     return weights_R[:-1]
 
 
-def of_choices(values_R: Tensor, plan: Plan) -> Tensor:
+def of_choices(values_R: Tensor, plan: RowPlan) -> Tensor:
     """(T, K): each choice's row of (R,), 0 for dropped ones."""
     if not len(values_R):
         return values_R.new_zeros(plan.slot_TK.shape)
@@ -221,7 +221,7 @@ class FusedDispatcher(LocalDispatcher):
         return Passed(experts(x_TD, plan.counts_E, Choices(plan, routing.weights_TK)), beside(), rows)
 
 
-def plan_rows(routing: Routing, experts: int) -> Plan:
+def plan_rows(routing: Routing, experts: int) -> RowPlan:
     """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation)."""
     return plan_choices(chosen(routing, experts), experts, routing.padded_rows, dropping=routing.kept_TK is not None)
 
@@ -231,7 +231,9 @@ def chosen(routing: Routing, experts: int) -> Tensor:
     return routing.experts_TK if routing.kept_TK is None else routing.experts_TK.masked_fill(~routing.kept_TK, experts)
 
 
-def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counts_E: Tensor | None = None) -> Plan:
+def plan_choices(
+    experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counts_E: Tensor | None = None
+) -> RowPlan:
     """See `plan_rows`. With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read.
 
     `counts_E` is what `count_rows` gives, if it is known already.
@@ -244,12 +246,12 @@ def plan_choices(experts_TK: Tensor, experts: int, padded_rows: int | None, drop
     slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
     kept_TK = experts_TK < experts if dropping else None
     if padded_rows is not None:
-        plan = Plan(order_A // top_k, slot_A.view_as(experts_TK), counts_E, kept_TK=kept_TK)
+        plan = RowPlan(order_A // top_k, slot_A.view_as(experts_TK), counts_E, kept_TK=kept_TK)
         return _filled(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
     rows, slot_TK = len(order_A), slot_A.view_as(experts_TK)
     if kept_TK is not None:
         rows, slot_TK = host_read(counts_E.sum(), "kept choices", lambda: len(order_A)), slot_TK.masked_fill(~kept_TK, -1)
-    return Plan(order_A[:rows] // top_k, slot_TK, counts_E, kept_TK=kept_TK)
+    return RowPlan(order_A[:rows] // top_k, slot_TK, counts_E, kept_TK=kept_TK)
 
 
 def count_rows(experts_TK: Tensor, experts: int) -> Tensor:
@@ -268,7 +270,7 @@ def alignment(x: Tensor) -> int:
     return 32 if kind_of(x) == "cpu" and arithmetic(x) == torch.bfloat16 else 1
 
 
-def rounded_up(plan: Plan, experts_TK: Tensor, multiple: int) -> Plan:
+def rounded_up(plan: RowPlan, experts_TK: Tensor, multiple: int) -> RowPlan:
     """`plan` with each expert's rows filled up to a multiple; the number of rows is read on the host."""
     rows_E = (plan.counts_E + multiple - 1) // multiple * multiple
     rows = host_read(
@@ -277,7 +279,7 @@ def rounded_up(plan: Plan, experts_TK: Tensor, multiple: int) -> Plan:
     return _filled(plan, experts_TK.flatten(), rows_E, rows)
 
 
-def _filled(plan: Plan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> Plan:
+def _filled(plan: RowPlan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> RowPlan:
     """`plan` with rows_E rows for each expert, zeros behind its tokens; `rows` of all. Dropped choices may still be in it, last."""
     shift_E = (rows_E.cumsum(0) - rows_E) - (plan.counts_E.cumsum(0) - plan.counts_E)
     slot_A = plan.slot_TK.flatten() + torch.cat([shift_E, shift_E.new_zeros(1)])[chosen_A]
@@ -287,4 +289,4 @@ def _filled(plan: Plan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> Plan:
     choice_R[slot_A] = torch.arange(len(slot_A), device=chosen_A.device)  # dropped choices land in the extra last place
     choice_R, slot_TK = choice_R[:-1], slot_A.view_as(plan.slot_TK)
     token_R = choice_R.clamp(min=0) // slot_TK.shape[1]
-    return Plan(token_R, slot_TK, rows_E, choice_R >= 0, plan.kept_TK)
+    return RowPlan(token_R, slot_TK, rows_E, choice_R >= 0, plan.kept_TK)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import Activation
 from .device import kind_of
-from .dispatch import Choices, Plan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
+from .dispatch import Choices, RowPlan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
 from .feedforward import activate, activate_and_pull, projections
 from .linear import arithmetic
 
@@ -112,7 +112,7 @@ class ExpertFunction(torch.autograd.Function):
         counts_E: Tensor,
         *places: Any,
     ) -> Tensor:
-        plan, ends_E, wide = Plan(*places) if places else None, ends(counts_E), arithmetic(x)
+        plan, ends_E, wide = RowPlan(*places) if places else None, ends(counts_E), arithmetic(x)
         inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
@@ -124,7 +124,7 @@ class ExpertFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *places = ctx.saved_tensors
-        plan, wide = Plan(*places) if places else None, arithmetic(x)
+        plan, wide = RowPlan(*places) if places else None, arithmetic(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
@@ -148,7 +148,7 @@ class ExpertFunction(torch.autograd.Function):
         return None, *gradients, None, *[None] * len(places)
 
 
-def _rows(x: Tensor, plan: Plan | None) -> Tensor:
+def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
     """(R, D): what products take, of tokens (T, D) with a plan, else of rows."""
     x = x.to(arithmetic(x))
     return gather_rows(x, plan) if plan else x.contiguous()

@@ -12,7 +12,7 @@ from .experts import Experts
 from .feedforward import FeedForward
 from .linear import Linear
 from .router import Router, RoutingStats
-from .token_info import Tokens
+from .token_info import TokenInfo
 
 
 class MoELayer(nn.Module):
@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation) if moe.shared_hidden else None
         self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
-    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> tuple[Tensor, RoutingStats]:
+    def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
         routing = self.router(x_BSD, tokens)
         passed = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, lambda: self._shared(x_BSD))

@@ -19,7 +19,7 @@ from .linear import Embedding, Linear, RMSNorm, linear
 from .rotary import RotaryTables, rotary_turns
 from .router import RoutingStats, draws, warn_of_lookahead
 from .softmax import softcapped
-from .token_info import BatchPosition, Tokens, describe
+from .token_info import BatchPosition, TokenInfo, describe
 
 # Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts the token d further than the model does.
 #
@@ -38,7 +38,7 @@ class Prediction(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: RotaryTables, tokens: Tokens) -> Any:
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: RotaryTables, tokens: TokenInfo) -> Any:
         """The residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
         hidden_BSD is the residual stream of the module before (of the model: before its last norm), embedded_BSD[:, i] the
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         self,
         x_BSD: Tensor,
         ids_BS: Tensor,
-        tokens: Tokens,
+        tokens: TokenInfo,
         turns: RotaryTables,
         stats: list[RoutingStats],
         head_losses: list[HeadLoss],
@@ -209,14 +209,14 @@ class Block(nn.Module):
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, turns: RotaryTables, tokens: Tokens | None = None, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, turns: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         y_BSD = self.attention(self.attention_norm(x_BSD), turns, cache)
         x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
         y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), tokens)
         return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
 
-    def _feedforward(self, x_BSD: Tensor, tokens: Tokens | None) -> tuple[Tensor, RoutingStats | None]:
+    def _feedforward(self, x_BSD: Tensor, tokens: TokenInfo | None) -> tuple[Tensor, RoutingStats | None]:
         if self.moe is not None:
             return self.moe(x_BSD, tokens)
         assert self.dense is not None

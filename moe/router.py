@@ -25,7 +25,7 @@ from .scoring import (
     score,
     second_is_kept,
 )
-from .token_info import BatchPosition, Purpose, Tokens, fold, places, uniform
+from .token_info import BatchPosition, Purpose, TokenInfo, fold, places, uniform
 
 # What one layer's router and experts did with the valid tokens of this device, beside counts: numbers to watch, without
 # gradient.
@@ -144,9 +144,9 @@ class Router(nn.Module):
         assert self.weight is not None
         self.register_buffer("expert_bias", torch.zeros(self.columns, dtype=torch.float32, device=self.weight.device))
 
-    def forward(self, x_BSD: Tensor, tokens: Tokens | None = None) -> Routing:
+    def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> Routing:
         """Route (B, S, D). Tokens that are not valid are not counted, and take no capacity."""
-        tokens = tokens or Tokens()
+        tokens = tokens or TokenInfo()
         key_BS = self._key(x_BSD, tokens) if self.training and self.draws else None
         rows = self._capacity(x_BSD, tokens)
         scored = self._score(x_BSD, tokens, key_BS)
@@ -160,14 +160,14 @@ class Router(nn.Module):
             padded = most_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
         return Routing(choice.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
 
-    def _key(self, x_BSD: Tensor, tokens: Tokens) -> Tensor:
+    def _key(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor:
         """int64 (B, S): the key of all randomness of these tokens in this layer. A router on its own sees the run's first rows."""
         place_BS = tokens.place_BS
         if place_BS is None:
             place_BS = places(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
         return fold(place_BS, tokens.layer)
 
-    def _capacity(self, x_BSD: Tensor, tokens: Tokens) -> int | None:
+    def _capacity(self, x_BSD: Tensor, tokens: TokenInfo) -> int | None:
         """Rows that each expert takes of a scope; None is dropless. Expert choice needs one always."""
         config = self.config
         factor = config.capacity.factor_at(tokens.step) if self.training else config.capacity.evaluation_factor
@@ -177,7 +177,7 @@ class Router(nn.Module):
             return None
         return capacity(factor, self.surroundings.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
 
-    def _score(self, x_BSD: Tensor, tokens: Tokens, key_BS: Tensor | None) -> Scored:
+    def _score(self, x_BSD: Tensor, tokens: TokenInfo, key_BS: Tensor | None) -> Scored:
         router = self.config.router
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
         if self.weight is None:
@@ -198,7 +198,7 @@ class Router(nn.Module):
         return ranked_BSE if self.expert_bias is None else ranked_BSE + self.expert_bias
 
     def _keep(
-        self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: Tokens, key_BS: Tensor | None, rows: int | None
+        self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, key_BS: Tensor | None, rows: int | None
     ) -> tuple[Tensor | None, Tensor]:
         """Which choices are dispatched (None: all), and how many were dropped for want of capacity."""
         config, experts_BSK, wanted_BSK = self.config, choice.experts_BSK, choice.made_BSK
@@ -227,7 +227,7 @@ class Router(nn.Module):
             return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, self.surroundings)
         return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, self.surroundings)
 
-    def _count(self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: Tokens, dropped: Tensor) -> RoutingStats:
+    def _count(self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, dropped: Tensor) -> RoutingStats:
         valid_BS = tokens.valid_BS
         if valid_BS is None:
             valid_BS = torch.ones(weights_BSK.shape[:2], dtype=torch.bool, device=weights_BSK.device)

@@ -13,7 +13,7 @@ from .capacity import LocalScope, best_of_scope
 from .config import GroupScore, MoEConfig, RouterConfig, Score, Selection
 from .device import kind_of
 from .linear import wide_linear
-from .token_info import Purpose, Tokens, fold, normal, uniform
+from .token_info import Purpose, TokenInfo, fold, normal, uniform
 
 TINY = 1e-20
 """Keeps quotients of scores that all vanished finite, and changes no other (DeepSeek-V3)."""
@@ -58,7 +58,7 @@ def score(logits_BSE: Tensor, kind: Score) -> Tensor:
             return F.softplus(logits_BSE).clamp(min=torch.finfo(logits_BSE.dtype).tiny).sqrt()
 
 
-def hash_scores(tokens: Tokens, columns: int, top_k: int, dtype: torch.dtype) -> Tensor:
+def hash_scores(tokens: TokenInfo, columns: int, top_k: int, dtype: torch.dtype) -> Tensor:
     """1 for the K experts of each token's id and 0 for the others (Hash Layers, Roller et al. 2021), another table in each layer.
 
     Every run of E ids, from a multiple of E on, meets each expert equally often.

@@ -67,7 +67,7 @@ class BatchPosition(NamedTuple):
     """Row of the global batch that is this rank's first; the others follow."""
 
 
-class Tokens(NamedTuple):
+class TokenInfo(NamedTuple):
     """One record for all MoE layers. Every tensor is (B, S), or a slice of it under tensor parallelism."""
 
     valid_BS: Tensor | None = None
@@ -82,12 +82,12 @@ class Tokens(NamedTuple):
     """Index of the layer."""
 
 
-def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: BatchPosition | None, draws: bool = True) -> Tokens:
+def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: BatchPosition | None, draws: bool = True) -> TokenInfo:
     """The record of whole sequences; `place` is None outside training, and `draws` False where no layer draws random numbers."""
     if place is None:
-        return Tokens(valid_BS, ids_BS)
+        return TokenInfo(valid_BS, ids_BS)
     place_BS = places(place, len(ids_BS), ids_BS.shape[1], ids_BS.device) if draws else None
-    return Tokens(valid_BS, ids_BS, place_BS, place.step)
+    return TokenInfo(valid_BS, ids_BS, place_BS, place.step)
 
 
 def places(place: BatchPosition, sequences: int, length: int, device: torch.device) -> Tensor:

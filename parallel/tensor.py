@@ -18,10 +18,10 @@ from ..moe.attention import Attention, LatentAttention
 from ..moe.dispatch import Choices, FusedDispatcher, LocalDispatcher
 from ..moe.linear import HeadsNorm
 from ..moe.model import Transformer
-from ..moe.token_info import Tokens
+from ..moe.token_info import TokenInfo
 from .collectives import add_up_parts, gather_sequence, scatter_sequence, stack_over
 from .dispatch.all_to_all import plan_arrivals, read_splits, reorder
-from .dispatch.async_collectives import Exchange, depart, land
+from .dispatch.async_collectives import RowExchange, depart, land
 from .layout import sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .shard import Piece
@@ -101,10 +101,10 @@ def _slice_tokens(axis: Axis) -> Any:
     def own(part_BS: Tensor | None) -> Tensor | None:
         return None if part_BS is None else part_BS.chunk(axis.size, dim=1)[axis.rank]
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor, Tokens]) -> tuple[Tensor, Tokens]:
+    def hook(_module: nn.Module, inputs: tuple[Tensor, TokenInfo]) -> tuple[Tensor, TokenInfo]:
         x_BSD, tokens = inputs
         whole = (tokens.valid_BS, tokens.ids_BS, tokens.place_BS)
-        return x_BSD, Tokens(*map(own, whole), step=tokens.step, layer=tokens.layer)
+        return x_BSD, TokenInfo(*map(own, whole), step=tokens.step, layer=tokens.layer)
 
     return hook
 
@@ -141,8 +141,8 @@ def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: 
     assert choices is None, "rows are shared, and tokens have none yet"
     came_NE = stack_over(counts_E, axis)
     sent_N, came_N = read_splits(counts_E.expand_as(came_NE), came_NE, axis.size * len(x))
-    flight = depart(x.expand(axis.size, -1, -1).flatten(0, 1), Exchange(sent_N, came_N, axis))
+    flight = depart(x.expand(axis.size, -1, -1).flatten(0, 1), RowExchange(sent_N, came_N, axis))
     order_A, back_A = plan_arrivals(came_NE, sum(came_N))
     part_AD = experts(reorder(land(flight), order_A, back_A), came_NE.sum(0))
-    flight = depart(reorder(part_AD, back_A, order_A), Exchange(came_N, sent_N, axis))
+    flight = depart(reorder(part_AD, back_A, order_A), RowExchange(came_N, sent_N, axis))
     return land(flight).view(axis.size, *x.shape).sum(0)

@@ -15,7 +15,7 @@ from .config import TOLERANCE, ParityConfig, split_settings
 from .diagnose import Verdict, judge, layer_of, place
 from .finding import KINDS, Finding
 from .layouts import Layout, automatic, checked, legal, listed, prepared, sees_accumulation
-from .ranks import Done, Job, Ranks
+from .ranks import Done, RankCall, Ranks
 from .shrink import shrink
 
 # What a person reads: a line for each layout, and of a difference where it begins and what it looks like.
@@ -24,7 +24,7 @@ COLUMNS = list(dict.fromkeys(KINDS.values()))
 WIDE = 100
 
 
-class Report:
+class ParityTable:
     """Prints a table line by line."""
 
     def __init__(self, config: Config, settings: ParityConfig, layouts: list[Layout], out: TextIO) -> None:
@@ -109,7 +109,7 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
         config, layouts = planned(settings, overrides)
     except ConfigError as error:
         return refuse(error)
-    report = Report(config, settings, layouts, sys.stderr if as_json else out or sys.stdout)
+    report = ParityTable(config, settings, layouts, sys.stderr if as_json else out or sys.stdout)
     verdicts = []
     for verdict in compared(config, settings, layouts):
         report.row(verdict)
@@ -155,9 +155,9 @@ def compared(config: Config, settings: ParityConfig, layouts: list[Layout]) -> I
         yield from _in_order((int(done.job.name), _verdict(by_name[done.job.name], done)) for done in ranks.run(later))
 
 
-def _job(config: Config, layout: Layout, settings: ParityConfig, limit: float, reference: str, name: str | None) -> Job:
+def _job(config: Config, layout: Layout, settings: ParityConfig, limit: float, reference: str, name: str | None) -> RankCall:
     call: dict[str, Any] = {"config": plain_config(layout.applied(config)), "steps": settings.steps, "reference": reference}
-    return Job(name or reference, layout.ranks, call if name else call | {"rank": None}, limit)
+    return RankCall(name or reference, layout.ranks, call if name else call | {"rank": None}, limit)
 
 
 def _verdict(layout: Layout, done: Done) -> Verdict:

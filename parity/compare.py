@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import TOLERANCE
 from .finding import Finding, Key
-from .observe import Seen
+from .observe import ObservedTensor
 
 FLOOR = 1e-6
 """A tensor whose largest element is below this share of the largest of its kind is measured by that share: it may be rounding."""
@@ -25,7 +25,7 @@ class Reference(NamedTuple):
     """The part of each parameter's first gradient that the auxiliary losses make, by the parameter's name."""
 
 
-def reference_of(seen: Iterable[Seen], without_auxiliary: Iterable[Seen] = ()) -> Reference:
+def reference_of(seen: Iterable[ObservedTensor], without_auxiliary: Iterable[ObservedTensor] = ()) -> Reference:
     """Of one process: `seen`, and the same run (or its first step) without auxiliary losses, for hints."""
     tensors = assembled(seen)
     largest: dict[tuple[int, str], float] = {}
@@ -38,7 +38,7 @@ def reference_of(seen: Iterable[Seen], without_auxiliary: Iterable[Seen] = ()) -
     return Reference(tensors, scales, auxiliary)
 
 
-def assembled(seen: Iterable[Seen]) -> dict[Key, Tensor]:
+def assembled(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
     """Whole tensors, in fp64 if they are not whole numbers, from the pieces that one process saw."""
     wholes: dict[Key, Tensor] = {}
     for key, piece, tensor in seen:
@@ -49,12 +49,12 @@ def assembled(seen: Iterable[Seen]) -> dict[Key, Tensor]:
     return wholes
 
 
-def compare(seen: Iterable[Seen], reference: Reference) -> list[Finding]:
+def compare(seen: Iterable[ObservedTensor], reference: Reference) -> list[Finding]:
     """A finding for each tensor of this rank, in the order in which they were computed."""
     return [_finding(each, reference) for each in seen]
 
 
-def _finding(seen: Seen, reference: Reference) -> Finding:
+def _finding(seen: ObservedTensor, reference: Reference) -> Finding:
     key, piece, tensor = seen
     expected, scale = piece.cut(reference.tensors[key]).double(), reference.scales[key]
     value = tensor.double()

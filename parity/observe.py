@@ -25,7 +25,7 @@ from ..train.step import StepNumbers, clip_factor, train_step
 from .finding import Key
 
 
-class Seen(NamedTuple):
+class ObservedTensor(NamedTuple):
     """A tensor of this rank, and which piece of the global one it is."""
 
     key: Key
@@ -52,7 +52,7 @@ def observe(
     prepare: Callable[[Parallel], None] | None = None,
     batch: Batch | None = None,
     device: torch.device | None = None,
-) -> list[Seen]:
+) -> list[ObservedTensor]:
     """Train on this rank of the current world, on `device` (None: the CPU). Collective.
 
     `prepare` may change the first weights, `batch` says what is trained on (None: random tokens). Gradients are those before
@@ -64,7 +64,7 @@ def observe(
     return observe_model(parallel, config, steps, batch)
 
 
-def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[Seen]:
+def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[ObservedTensor]:
     """The same for a model that is on its ranks already."""
     optimizer, seen = build_optimizer(config.optimizer, parallel), []
     clip_norm = config.optimizer.clip_norm
@@ -79,7 +79,7 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
         seen.append(_whole(Key(step, "gradient norm", ""), numbers.gradient_norm))
         seen += [_whole(Key(step, "expert bias", name), bias.clone()) for name, bias in expert_biases(parallel.model).items()]
     return seen + [
-        Seen(Key(steps, "weight", name), placed.piece, local(placed.parameter).detach().clone())
+        ObservedTensor(Key(steps, "weight", name), placed.piece, local(placed.parameter).detach().clone())
         for name, placed in parallel.placed.items()
     ]
 
@@ -103,9 +103,9 @@ def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tens
 
 
 @contextmanager
-def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[Seen]]:
+def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[ObservedTensor]]:
     """Collects the outputs of attention and feed-forward of each block. A recomputed one comes again, and only the first counts."""
-    seen: dict[tuple[str, int], Seen] = {}
+    seen: dict[tuple[str, int], ObservedTensor] = {}
     started: list[Rows] = []
     length = micro_batches[0].ids.shape[1]
     sequences = sum(len(rows.ids) for rows in micro_batches) * parallel.mesh.data.size
@@ -115,7 +115,7 @@ def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterato
             value, first = output[0] if isinstance(output, tuple) else output, started[-1].first
             offsets = (first, parallel.mesh.tensor.rank * value.shape[1] if value.shape[1] < length else 0, 0)
             piece = Piece((sequences, length, value.shape[2]), offsets, tuple(value.shape))
-            seen.setdefault((name, first), Seen(Key(step, "output", name), piece, value.detach()))
+            seen.setdefault((name, first), ObservedTensor(Key(step, "output", name), piece, value.detach()))
 
         return keep
 
@@ -123,7 +123,7 @@ def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterato
     modules = [(name, module) for name, module in parallel.model.named_modules() if name.rpartition(".")[2] in parts]
     handles = [module.register_forward_hook(hook(name)) for name, module in modules]
     handles.append(parallel.model.register_forward_pre_hook(lambda *_: started.append(micro_batches[len(started)])))
-    collected: list[Seen] = []
+    collected: list[ObservedTensor] = []
     try:
         yield collected
     finally:
@@ -132,7 +132,7 @@ def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterato
     collected += seen.values()
 
 
-def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[Seen]:
+def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
     """The step's numbers but its norm, those of MoE layers under the names of the layers."""
     layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
     for kind, field in OF_LAYERS.items():
@@ -144,11 +144,11 @@ def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[Se
     yield _whole(Key(step, "tokens", ""), torch.tensor(numbers.tokens))
 
 
-def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[Seen]:
+def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[ObservedTensor]:
     """Before they were multiplied by `factor`; those of the last layers, which the backward pass makes first, come first."""
     for name, placed in reversed(parallel.placed.items()):
-        yield Seen(Key(1, "gradient", name), placed.piece, gradient_of(placed) / factor)
+        yield ObservedTensor(Key(1, "gradient", name), placed.piece, gradient_of(placed) / factor)
 
 
-def _whole(key: Key, tensor: Tensor) -> Seen:
-    return Seen(key, whole(tensor.shape), tensor)
+def _whole(key: Key, tensor: Tensor) -> ObservedTensor:
+    return ObservedTensor(key, whole(tensor.shape), tensor)

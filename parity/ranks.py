@@ -18,7 +18,7 @@ START_SECONDS, GRACE_SECONDS = 180.0, 3.0
 """To import torch on a busy machine; and for the other ranks of a layout once one has failed."""
 
 
-class Job(NamedTuple):
+class RankCall(NamedTuple):
     """A call that `world` ranks answer together; its `limit` counts from its start."""
 
     name: str
@@ -30,7 +30,7 @@ class Job(NamedTuple):
 class Done(NamedTuple):
     """The answers by rank; `error` if there are none."""
 
-    job: Job
+    job: RankCall
     seconds: float
     answers: list[dict[str, Any]]
     error: str = ""
@@ -40,7 +40,7 @@ class Done(NamedTuple):
 class Running:
     """A job on these ranks."""
 
-    job: Job
+    job: RankCall
     ranks: list[int]
     started: float
     deadline: float
@@ -67,7 +67,7 @@ class Ranks:
         self._end()
         self._folder.cleanup()
 
-    def run(self, jobs: list[Job]) -> Iterator[Done]:
+    def run(self, jobs: list[RankCall]) -> Iterator[Done]:
         """The jobs as they are done, begun in order. A job that fails ends its ranks, and the next ones get new ones."""
         waiting, running, free = list(jobs), list[Running](), set(range(self.count))
         while waiting or running:
@@ -111,7 +111,7 @@ class Ranks:
                     pipe.close()
         self._processes = []
 
-    def _begin(self, job: Job, ranks: list[int]) -> Running:
+    def _begin(self, job: RankCall, ranks: list[int]) -> Running:
         self._meetings += 1
         meeting = str(Path(self._folder.name) / f"meeting_{self._meetings}")
         for place, rank in enumerate(ranks):

@@ -16,7 +16,7 @@ TROUBLE = {"failed", "alert", "nan", "spike", "stall", "collapse", "hang", "stra
 ENDS = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
 
 
-class Finding(NamedTuple):
+class Remark(NamedTuple):
     """A sentence, and whether it is `good`, to `watch`, `bad` or just a `fact`."""
 
     level: str
@@ -29,25 +29,25 @@ def state(run: Run) -> str:
     return ENDS.get(ends[-1], "no end recorded") if ends else "no end recorded"
 
 
-def verdict(run: Run) -> list[Finding]:
+def verdict(run: Run) -> list[Remark]:
     """The most important first."""
     window = run.telemetry.window()
     balance = _balance(run, window) if window is not None else _balance_of_metrics(run)
     return [*balance, *_losses(run), *_trouble(run)]
 
 
-def _balance(run: Run, window: Sums) -> list[Finding]:
+def _balance(run: Run, window: Sums) -> list[Remark]:
     """Of the recent records: the worst layer and its busiest expert, dead experts, drops."""
     load_L = max_over_mean(window.counts_LE)
     row = int(np.argmax(load_L))
     layer, expert, load = run.telemetry.layers[row], int(np.argmax(window.counts_LE[row])), float(load_L[row])
     since = f"in steps {window.first:,} to {window.last:,}" if window.first < window.last else f"at step {window.last:,}"
     words = f"Layer {layer} is the least balanced: expert {expert} gets {load:.2f} x an even share"
-    findings = [Finding(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x) {since}.")]
+    findings = [Remark(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x) {since}.")]
     return [*findings, _dead(run, window, since), _dropped(float(window.dropped_L.sum() / max(1, window.counts_LE.sum())), since)]
 
 
-def _dead(run: Run, window: Sums, since: str) -> Finding:
+def _dead(run: Run, window: Sums, since: str) -> Remark:
     """What the run itself calls dead, by its own window; else experts without a token in the recent records."""
     told = run.telemetry.latest.get("dead_LE")
     dead = np.argwhere(told > 0 if told is not None else window.counts_LE == 0)
@@ -57,22 +57,22 @@ def _dead(run: Run, window: Sums, since: str) -> Finding:
         row, expert = dead[0].tolist()
         first = f"the first is expert {expert} of layer {run.telemetry.layers[row]}"
         experts = f"{len(dead)} of {window.counts_LE.size:,} experts got"
-        return Finding("bad", f"Dead: {experts} no token {since}; {first}.")
-    return Finding("good", f"No dead experts {since}.")
+        return Remark("bad", f"Dead: {experts} no token {since}; {first}.")
+    return Remark("good", f"No dead experts {since}.")
 
 
-def _balance_of_metrics(run: Run) -> list[Finding]:
+def _balance_of_metrics(run: Run) -> list[Remark]:
     """As far as metrics.jsonl knows."""
     load, layer = run.metrics.last("moe/load_max_over_mean"), run.metrics.last("moe/load_max_over_mean_layer")
     if load is None or layer is None:
-        return [Finding("fact", "No experts: a dense model, or nothing logged yet.")]
+        return [Remark("fact", "No experts: a dense model, or nothing logged yet.")]
     step = f"at step {run.last_step()}"
     worst = f"Layer {layer:.0f} is the least balanced {step}: its busiest expert gets {load:.2f} x an even share."
-    findings = [Finding(_level(load), worst)]
+    findings = [Remark(_level(load), worst)]
     dead = run.metrics.last("moe/dead_experts")
     if dead is not None:
         text = f"Dead: {dead:.0f} experts got no token {step}." if dead else f"No dead experts {step}."
-        findings.append(Finding("bad" if dead else "good", text))
+        findings.append(Remark("bad" if dead else "good", text))
     return [*findings, _dropped(run.metrics.last("dropped_fraction") or 0.0, step)]
 
 
@@ -80,20 +80,20 @@ def _level(load: float) -> str:
     return "good" if load <= EVEN else "watch" if load <= UNEVEN else "bad"
 
 
-def _dropped(share: float, since: str) -> Finding:
+def _dropped(share: float, since: str) -> Remark:
     if not share:
-        return Finding("good", f"Nothing dropped {since}.")
-    return Finding("watch" if share > DROPPED else "fact", f"{share:.2%} of the choices were dropped {since}.")
+        return Remark("good", f"Nothing dropped {since}.")
+    return Remark("watch" if share > DROPPED else "fact", f"{share:.2%} of the choices were dropped {since}.")
 
 
-def _losses(run: Run) -> list[Finding]:
+def _losses(run: Run) -> list[Remark]:
     loss, validation = run.metrics.last("loss"), last_validation(run)
     words = [] if loss is None else [f"training loss {loss:.4f} at step {run.last_step():,}"]
     words += [] if validation is None else [f"validation loss {validation:.4f} at step {_validated(run)}"]
     if not words:
-        return [Finding("fact", "No loss logged yet.")]
+        return [Remark("fact", "No loss logged yet.")]
     text = "; ".join(words)
-    return [Finding("fact", f"{text[0].upper()}{text[1:]}.")]
+    return [Remark("fact", f"{text[0].upper()}{text[1:]}.")]
 
 
 def last_validation(run: Run) -> float | None:
@@ -114,7 +114,7 @@ def _end(run: Run) -> dict[str, Any] | None:
     return ends[-1] if ends else None
 
 
-def _trouble(run: Run) -> list[Finding]:
+def _trouble(run: Run) -> list[Remark]:
     """What the events say that nobody hoped for."""
     told = [event for event in run.events if is_trouble(event)]
     alerts = {event.get("text") for event in told if "alert" in event}
@@ -123,7 +123,7 @@ def _trouble(run: Run) -> list[Finding]:
         return []
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(named, told)).most_common())
     newest = f"the last: {named(told[-1])} at step {told[-1].get('step', 'unknown')}"
-    return [Finding("watch", f"Failures and alerts: {kinds}; {newest}.")]
+    return [Remark("watch", f"Failures and alerts: {kinds}; {newest}.")]
 
 
 def named(event: dict[str, Any]) -> str:

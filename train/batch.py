@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     """What `valid_targets` gives, where the host has counted them before they went to the device."""
 
 
-class Ahead(NamedTuple):
+class NextRows(NamedTuple):
     """The rows of a step before that begins, or what their making has raised."""
 
     step: int
@@ -60,7 +60,7 @@ class BatchLoader:
         self.starts = range(axis.rank * micro, config.batch.sequences, together)
         self.ahead = kind_of(device) == "cuda"
         self._side, self._begin = SideStream(device), record(device)
-        self._next: Ahead | None = None
+        self._next: NextRows | None = None
         self._waited = 0.0
 
     def waited(self) -> float:
@@ -96,7 +96,7 @@ class BatchLoader:
                 rows = self._made(step)
             except (DataStop, OSError, ValueError) as found:
                 error = found
-            self._next = Ahead(step, rows, record(self.device), error)
+            self._next = NextRows(step, rows, record(self.device), error)
         if work.done():  # the device had nothing left to do
             self._waited += perf_counter() - begin
 

@@ -26,7 +26,7 @@ PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cach
 """Settings of `data` that say where to read."""
 
 
-class Opened(NamedTuple):
+class OpenedCheckpoint(NamedTuple):
     """What a checkpoint holds for use."""
 
     model: Transformer
@@ -67,14 +67,14 @@ def _kept_as(name: str, model: Transformer) -> torch.dtype:
     return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
-def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Opened:
+def open_checkpoint(path: str | Path, device: torch.device | None = None) -> OpenedCheckpoint:
     """Model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
     device = pick_device("auto") if device is None else device
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
     derive(config, device)
     model = load_model(checkpoint, config.precision.value, str(device))
-    return Opened(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
+    return OpenedCheckpoint(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
 
 
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:

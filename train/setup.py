@@ -19,8 +19,7 @@ from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
 from ..parallel.object_collectives import from_all, from_first
 from ..parallel.process_group import is_first, wait_for_all
-from .config.config import CheckpointConfig, Config, ConfigError, Precision
-from .config.config import Engine as EngineKind
+from .config.config import CheckpointConfig, Config, ConfigError, EngineKind, Precision
 from .config.private_files import new_run_folder, writing_to
 from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products

@@ -26,7 +26,7 @@ from ...parity.compare import assembled
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
-from .choices import Choices, again, kept
+from .choices import ChoiceLog, again, kept
 from .models import LIMITS, configured, furthest
 from .tell import Teller
 
@@ -44,7 +44,7 @@ def run(teller: Teller) -> None:
 
 def compare(teller: Teller, precision: Precision, limits: dict[str, float]) -> None:
     """Training with exchanges, and under FSDP2, against training without."""
-    choices = Choices()
+    choices = ChoiceLog()
     with kept(choices):
         reference = trained(teller.device, precision)
     works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}

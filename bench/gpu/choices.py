@@ -22,7 +22,7 @@ DECIDING = ("choose", "keep_best", "second_is_kept")
 
 
 @dataclass
-class Choices:
+class ChoiceLog:
     """In the order in which they were made."""
 
     made: dict[str, list[Any]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Choices:
 
 
 @contextmanager
-def kept(choices: Choices) -> Iterator[None]:
+def kept(choices: ChoiceLog) -> Iterator[None]:
     """Inside, what the routers decide goes into `choices`."""
 
     def keeping(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def kept(choices: Choices) -> Iterator[None]:
 
 
 @contextmanager
-def again(choices: Choices) -> Iterator[None]:
+def again(choices: ChoiceLog) -> Iterator[None]:
     """Inside, the routers decide as in `choices`, and what they would have decided themselves is compared."""
     turn = {name: iter(made) for name, made in choices.made.items()}
 
@@ -88,7 +88,7 @@ def _replaced(make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> 
 
 
 def _compare_choices(
-    choices: Choices, own: Choice, given: Choice, ranked_BSE: Tensor, valid_BS: Tensor | None, priced: bool
+    choices: ChoiceLog, own: Choice, given: Choice, ranked_BSE: Tensor, valid_BS: Tensor | None, priced: bool
 ) -> None:
     """`priced`: what is ranked is not `ranked_BSE` alone, so that only the number is known."""
     if own.made_BSK is not None and given.made_BSK is not None:
@@ -107,6 +107,6 @@ def _compare_choices(
         choices.gap = max(choices.gap, float(gap_BS.max()))
 
 
-def _count(choices: Choices, other: Tensor) -> None:
+def _count(choices: ChoiceLog, other: Tensor) -> None:
     choices.compared += other.numel()
     choices.other += int(other.sum())

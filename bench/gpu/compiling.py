@@ -11,7 +11,7 @@ from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
 from .alone import MODEL, model_alone
-from .choices import Choices, again, kept
+from .choices import ChoiceLog, again, kept
 from .machine import has
 from .models import LIMITS, configured, furthest
 from .steps import BATCHES, NARROW, build, fitting, measure
@@ -46,7 +46,7 @@ def run(teller: Teller) -> None:
 
 def same_numbers(teller: Teller, precision: Precision, limits: dict[str, float]) -> None:
     """Three steps with compiled blocks against three without, with the same choices of experts."""
-    choices, found = Choices(), []
+    choices, found = ChoiceLog(), []
     for compiled in (False, True):
         with again(choices) if compiled else kept(choices):
             parallel = model_alone(SHALLOW, teller.device, DTYPES[precision], None, compiled=compiled)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ...moe.feedforward import FeedForward
 from ...moe.layer import MoELayer
-from ..shapes import Shape, our_layer
+from ..shapes import LayerShape, our_layer
 from .tell import Absent
 
 Forward = Callable[[Tensor], Tensor]
 """(1, T, D) to (1, T, D)."""
 
 
-def contenders(ours: MoELayer, shape: Shape) -> dict[str, Callable[[], Forward]]:
+def contenders(ours: MoELayer, shape: LayerShape) -> dict[str, Callable[[], Forward]]:
     """What makes each, by name. Making one raises Absent where it is not installed, and anything where it does not run."""
     return {
         "tokenyard": lambda: lambda x: ours(x)[0],
@@ -38,7 +38,7 @@ def contenders(ours: MoELayer, shape: Shape) -> dict[str, Callable[[], Forward]]
 class DenseProducts:
     """The matrix products of forward and backward with one weight for all rows, and nothing else: the limit of the layer."""
 
-    def __init__(self, shape: Shape, like: Tensor) -> None:
+    def __init__(self, shape: LayerShape, like: Tensor) -> None:
         sizes = [(shape.tokens * shape.top_k, shape.hidden), *([(shape.tokens, shape.shared)] if shape.shared else [])]
         self.parts = [[like.new_empty(size).normal_() for size in self._sizes(shape.width, *size)] for size in sizes]
 
@@ -56,14 +56,14 @@ class DenseProducts:
             torch.mm(grad_inner_RH.T, x_RD)
 
 
-def _with_wide_weights(ours: MoELayer, shape: Shape) -> Forward:
+def _with_wide_weights(ours: MoELayer, shape: LayerShape) -> Forward:
     """As a training step holds them: cast where they are used."""
     layer = our_layer(shape, ours.experts.down.device, torch.float32)
     layer.load_state_dict(ours.state_dict())
     return lambda x: layer(x)[0]
 
 
-def _dense_layer(ours: MoELayer, shape: Shape) -> Forward:
+def _dense_layer(ours: MoELayer, shape: LayerShape) -> Forward:
     down = ours.experts.down
     layer = FeedForward(shape.width, shape.top_k * shape.hidden + shape.shared, down.dtype).to(down.device)
     for parameter in layer.parameters():
@@ -71,7 +71,7 @@ def _dense_layer(ours: MoELayer, shape: Shape) -> Forward:
     return layer
 
 
-def _transformers(ours: MoELayer, shape: Shape) -> Forward:
+def _transformers(ours: MoELayer, shape: LayerShape) -> Forward:
     """The block of Mixtral, with the implementation of experts that calls torch's grouped product."""
     mixtral = _module("transformers.models.mixtral.modeling_mixtral")
     config = _module("transformers").MixtralConfig(
@@ -87,7 +87,7 @@ def _transformers(ours: MoELayer, shape: Shape) -> Forward:
     return _beside_shared(ours, _filled(block, names))
 
 
-def _sonic(ours: MoELayer, shape: Shape) -> Forward:
+def _sonic(ours: MoELayer, shape: LayerShape) -> Forward:
     """github.com/Dao-AILab/sonic-moe. Its rows of gate and up alternate."""
     sonic, enums = _module("sonicmoe"), _module("sonicmoe.enums")
     layer = sonic.MoE(
@@ -105,7 +105,7 @@ def _sonic(ours: MoELayer, shape: Shape) -> Forward:
     return _beside_shared(ours, lambda x: layer(x)[0])
 
 
-def _megablocks(ours: MoELayer, shape: Shape) -> Forward:
+def _megablocks(ours: MoELayer, shape: LayerShape) -> Forward:
     """github.com/databricks/megablocks, dropless, SwiGLU. It keeps a balance loss of each pass, which is thrown away."""
     dmoe, moe = _module("megablocks.layers.dmoe"), _module("megablocks.layers.moe")
     arguments = _module("megablocks.layers.arguments").Arguments(

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from ..host_reads import host_reads
-from ..shapes import Shape, our_layer
+from ..shapes import LayerShape, our_layer
 from ..timing import Spread, peak_bytes, spread, take_turns
 from .contenders import DenseProducts, Forward, contenders
 from .tell import Absent, Teller
 
 SHAPES = {
     "full": {
-        "qwen3_30b": Shape(width=2048, hidden=768, experts=128, top_k=8, shared=0, tokens=32768),
-        "mixtral": Shape(width=4096, hidden=14336, experts=8, top_k=2, shared=0, tokens=16384),
-        "olmoe": Shape(width=2048, hidden=1024, experts=64, top_k=8, shared=0, tokens=32768),
-        "deepseek_v3": Shape(width=7168, hidden=2048, experts=32, top_k=8, shared=2048, tokens=16384),
+        "qwen3_30b": LayerShape(width=2048, hidden=768, experts=128, top_k=8, shared=0, tokens=32768),
+        "mixtral": LayerShape(width=4096, hidden=14336, experts=8, top_k=2, shared=0, tokens=16384),
+        "olmoe": LayerShape(width=2048, hidden=1024, experts=64, top_k=8, shared=0, tokens=32768),
+        "deepseek_v3": LayerShape(width=7168, hidden=2048, experts=32, top_k=8, shared=2048, tokens=16384),
     },
     "tiny": {
-        "qwen3_30b": Shape(width=64, hidden=32, experts=16, top_k=8, shared=0, tokens=128),
-        "mixtral": Shape(width=64, hidden=128, experts=4, top_k=2, shared=0, tokens=128),
-        "olmoe": Shape(width=64, hidden=32, experts=8, top_k=4, shared=0, tokens=128),
-        "deepseek_v3": Shape(width=64, hidden=32, experts=8, top_k=4, shared=32, tokens=128),
+        "qwen3_30b": LayerShape(width=64, hidden=32, experts=16, top_k=8, shared=0, tokens=128),
+        "mixtral": LayerShape(width=64, hidden=128, experts=4, top_k=2, shared=0, tokens=128),
+        "olmoe": LayerShape(width=64, hidden=32, experts=8, top_k=4, shared=0, tokens=128),
+        "deepseek_v3": LayerShape(width=64, hidden=32, experts=8, top_k=4, shared=32, tokens=128),
     },
 }
 """As those models have them; of DeepSeek-V3's 256 experts the 32 of one of 8 ranks."""
@@ -72,7 +72,7 @@ def run(teller: Teller) -> None:
 
 
 def measure_layer(
-    name: str, shape: Shape, device: torch.device, repeats: int, warm_up: int, dtype: torch.dtype = torch.bfloat16
+    name: str, shape: LayerShape, device: torch.device, repeats: int, warm_up: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[LayerLine]:
     """A line for the dense products and for each contender."""
     ours = our_layer(shape, device, dtype)
@@ -97,7 +97,9 @@ def measure_layer(
     return [_filled(line, works.get(line.name), taken.get(line.name), shape, limit, device) for line in lines.values()]
 
 
-def _filled(line: LayerLine, work: Any, taken: list[float] | None, shape: Shape, limit: float, device: torch.device) -> LayerLine:
+def _filled(
+    line: LayerLine, work: Any, taken: list[float] | None, shape: LayerShape, limit: float, device: torch.device
+) -> LayerLine:
     if taken is None:
         return line
     seconds = spread(taken)

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...moe.config import ModelConfig
 from ...parity.compare import assembled
 from ...parity.finding import KINDS, Key
-from ...parity.observe import Seen, observe
+from ...parity.observe import ObservedTensor, observe
 from ...train.config.config import BatchConfig, Config, OptimizerConfig, Precision
-from .choices import Choices, again, kept
+from .choices import ChoiceLog, again, kept
 from .presets import preset, tiny_presets
 from .router_cases import ROUTERS
 from .sameness import worst_matrix, worst_row
@@ -52,11 +52,11 @@ def masked(model: ModelConfig) -> bool:
 
 def compare(teller: Teller, name: str, model: ModelConfig) -> None:
     """A line for each precision and column."""
-    choices = Choices()
+    choices = ChoiceLog()
     with kept(choices):
         reference = assembled(observe(configured(model, Precision.fp64), STEPS))
     for precision, limits in LIMITS.items():
-        own = Choices(choices.made)
+        own = ChoiceLog(choices.made)
         with again(own):
             found = assembled(_on_host(observe(configured(model, precision), STEPS, device=teller.device)))
         for column, (value, key) in furthest(found, reference).items():
@@ -92,7 +92,7 @@ def furthest(found: dict[Key, Tensor], reference: dict[Key, Tensor]) -> dict[str
     return farthest
 
 
-def _on_host(seen: Iterable[Seen]) -> Iterable[Seen]:
+def _on_host(seen: Iterable[ObservedTensor]) -> Iterable[ObservedTensor]:
     return (one._replace(tensor=one.tensor.cpu()) for one in seen)
 
 

@@ -17,7 +17,7 @@ from ...parity.command import explained
 from ...parity.compare import Reference, assembled, compare, reference_of
 from ...parity.diagnose import judge, place
 from ...parity.layouts import Layout
-from ...parity.observe import Seen, observe
+from ...parity.observe import ObservedTensor, observe
 from ...train.config.config import Config, Precision
 from .alone import MODEL, world
 from .layouts import LAYOUTS
@@ -62,7 +62,7 @@ def on(precision: Precision, parallel: ParallelConfig | None = None) -> Config:
     return config if parallel is None else Layout(2, parallel).applied(config)
 
 
-def seen(config: Config, device: torch.device) -> list[Seen]:
+def seen(config: Config, device: torch.device) -> list[ObservedTensor]:
     """On this rank, on the host."""
     return [one._replace(tensor=one.tensor.cpu()) for one in observe(config, STEPS, device=device)]
 

@@ -10,12 +10,12 @@ import json
 
 from ..timing import markdown
 from .cases import CASES, SIDES, sides_of
-from .runner import Line, Plan, measure
+from .runner import Line, Measurement, measure
 
 
 def main() -> None:
     arguments = parse()
-    plan = Plan(
+    plan = Measurement(
         arguments.rounds, arguments.steps, arguments.warmup, arguments.threads, arguments.together, not arguments.plain_memory
     )
     lines = []
@@ -30,11 +30,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["8x2-fp32", "8x2-bf16", "64x8-bf16"], help="experts x top-k")
     names = [side.name for side in SIDES]
     parser.add_argument("--sides", nargs="+", choices=names, help="these, and what they are compared with; default: all")
-    parser.add_argument("--rounds", type=int, default=Plan().rounds)
-    parser.add_argument("--steps", type=int, default=Plan().steps, help="of each side in a round")
-    parser.add_argument("--warmup", type=int, default=Plan().warmup, help="steps of each side before the first round")
-    parser.add_argument("--threads", type=int, default=Plan().threads, help="of each side; one works at a time")
-    parser.add_argument("--together", type=int, default=Plan().together, help="sides in memory at once")
+    parser.add_argument("--rounds", type=int, default=Measurement().rounds)
+    parser.add_argument("--steps", type=int, default=Measurement().steps, help="of each side in a round")
+    parser.add_argument("--warmup", type=int, default=Measurement().warmup, help="steps of each side before the first round")
+    parser.add_argument("--threads", type=int, default=Measurement().threads, help="of each side; one works at a time")
+    parser.add_argument("--together", type=int, default=Measurement().together, help="sides in memory at once")
     parser.add_argument("--plain-memory", action="store_true", help="without the settings of memory that tokenyard train makes")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)

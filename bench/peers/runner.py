@@ -18,7 +18,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 """Of the relative difference between first losses. In bf16 some sides route by bf16 logits, and a few tokens go elsewhere."""
 
 
-class Plan(NamedTuple):
+class Measurement(NamedTuple):
     """How to measure."""
 
     rounds: int = 7
@@ -55,7 +55,7 @@ class Line(NamedTuple):
 class Worker:
     """A side's process, which waits for its turn."""
 
-    def __init__(self, side: Side, case: Case, plan: Plan) -> None:
+    def __init__(self, side: Side, case: Case, plan: Measurement) -> None:
         self.side = side
         task = {
             "case": asdict(case),
@@ -83,7 +83,7 @@ class Worker:
             self.seconds.append(answer["seconds"] / count)
 
 
-def measure(name: str, case: Case, sides: list[Side], plan: Plan) -> list[Line]:
+def measure(name: str, case: Case, sides: list[Side], plan: Measurement) -> list[Line]:
     """A line for each side, in their order. RuntimeError if one fails, or if a loss that should be equal is not."""
     refused = {side: words for side in sides if (words := refusal(side, case, _available()))}
     lines = {side: Line(name, side.name, note=words) for side, words in refused.items()}
@@ -102,7 +102,7 @@ def measure(name: str, case: Case, sides: list[Side], plan: Plan) -> list[Line]:
     return [lines[side] for side in sides]
 
 
-def _take_turns(name: str, workers: list[Worker], plan: Plan) -> None:
+def _take_turns(name: str, workers: list[Worker], plan: Measurement) -> None:
     for worker in workers:
         worker.steps(plan.warmup, timed=False)
     order, chance = list(workers), random.Random(0)

@@ -15,7 +15,7 @@ from ...train.allocator import restart_with_kept_memory
 from .cost import causal_loss, relative_costs
 from .curves import complete
 from .picture import draw
-from .plan import CHOOSERS, DENSE, SIZES, TUNED, Plan, Run, models, variants
+from .plan import CHOOSERS, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
 from .results import results, table
 from .runs import Lab
 
@@ -86,7 +86,7 @@ def laboratory(arguments: argparse.Namespace) -> Lab:
 def train(lab: Lab, arguments: argparse.Namespace) -> None:
     """Tunes the learning rates and writes down the plan; then all runs."""
     tried = {name: tune(lab, name, arguments) for name in (DENSE, TUNED)}
-    plan = Plan(lab.size.steps, arguments.seeds, arguments.shorter, tried)
+    plan = QualityPlan(lab.size.steps, arguments.seeds, arguments.shorter, tried)
     named(lab, "plan", "json").write_text(json.dumps(asdict(plan), indent=1))
     lab.train(plan.runs(lab.variants))
 
@@ -99,7 +99,7 @@ def tune(lab: Lab, variant: str, arguments: argparse.Namespace) -> list[list[flo
     steps = max(1, round(arguments.tuning * lab.size.steps))
     for _ in range(EXTENSIONS + 1):
         new = [rate for rate in rates if rate not in losses]
-        runs = [Run(variant, rate, steps, 1) for rate in new]
+        runs = [TrainingRun(variant, rate, steps, 1) for rate in new]
         lab.train(runs)
         losses |= {run.rate: lab.curve(run).losses[-1] for run in runs}
         best = min(losses, key=lambda rate: losses[rate])
@@ -114,7 +114,7 @@ def cost(lab: Lab, arguments: argparse.Namespace) -> None:
 
 def report(lab: Lab, _: argparse.Namespace) -> None:
     """What is there so far."""
-    plan, costs = Plan(**json.loads(named(lab, "plan", "json").read_text())), lab.folder / "costs.json"
+    plan, costs = QualityPlan(**json.loads(named(lab, "plan", "json").read_text())), lab.folder / "costs.json"
     found = results(lab, plan, json.loads(costs.read_text()) if costs.exists() else {})
     choosers = [plan.full(CHOOSERS, seed) for seed in range(1, plan.seeds + 1)]
     found["causal"] = [causal_loss(lab.place(run)) for run in choosers if complete(lab.place(run))]

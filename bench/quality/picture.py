@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plan import DENSE, TUNED, Plan
+from .plan import DENSE, TUNED, QualityPlan
 from .runs import Lab
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ COLOURS = ("#222222", "#7a5c00", "#0064a6", "#00745a", "#c04a00", "#a03f84", "#6
 """The dense model is black."""
 
 
-def draw(lab: Lab, plan: Plan, found: dict[str, Any], path: Path) -> None:
+def draw(lab: Lab, plan: QualityPlan, found: dict[str, Any], path: Path) -> None:
     """Writes a PNG. ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
@@ -43,7 +43,7 @@ def draw(lab: Lab, plan: Plan, found: dict[str, Any], path: Path) -> None:
     print(f"quality: {path}")
 
 
-def _curve(axis: "Axes", lab: Lab, plan: Plan, name: str, factor: float, colour: str) -> None:
+def _curve(axis: "Axes", lab: Lab, plan: QualityPlan, name: str, factor: float, colour: str) -> None:
     """Mean over the seeds, and a band from the lowest to the highest."""
     curves = lab.curves([plan.full(name, seed) for seed in range(1, plan.seeds + 1)])
     whole = curves[0].tokens[-1]

@@ -70,7 +70,7 @@ SIZES = {
 """cpu: one to two minutes a run on one core. gpu: 2.6 billion tokens a run, which need another corpus than the default one."""
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     variant: str
     rate: float
     steps: int
@@ -134,7 +134,7 @@ def settings(size: Size, model: list[str], more: Iterable[str] = ()) -> list[str
     ]
 
 
-def run_settings(run: Run, evaluations: int) -> list[str]:
+def run_settings(run: TrainingRun, evaluations: int) -> list[str]:
     """Those that depend on the run."""
     every = max(1, run.steps // evaluations)
     return [
@@ -165,7 +165,7 @@ def models(size: Size, chosen: Mapping[str, list[str]], more: Iterable[str] = ()
 
 
 @dataclass
-class Plan:
+class QualityPlan:
     """Which runs there are, after tuning."""
 
     steps: int
@@ -179,13 +179,13 @@ class Plan:
         """The best one tried."""
         return min(self.tried[DENSE if variant == DENSE else TUNED], key=lambda pair: pair[1])[0]
 
-    def full(self, variant: str, seed: int) -> Run:
-        return Run(variant, self.rate(variant), self.steps, seed)
+    def full(self, variant: str, seed: int) -> TrainingRun:
+        return TrainingRun(variant, self.rate(variant), self.steps, seed)
 
-    def short(self, share: float, seed: int) -> Run:
-        return Run(TUNED, self.rate(TUNED), max(1, round(share * self.steps)), seed)
+    def short(self, share: float, seed: int) -> TrainingRun:
+        return TrainingRun(TUNED, self.rate(TUNED), max(1, round(share * self.steps)), seed)
 
-    def runs(self, chosen: Iterable[str]) -> list[Run]:
+    def runs(self, chosen: Iterable[str]) -> list[TrainingRun]:
         """A seed after the other, so that the first is there early."""
         names = list(chosen)
         return [

@@ -7,11 +7,11 @@ from typing import Any
 from ...moe.param_count import count, training_flops_per_token
 from ..timing import markdown
 from .curves import Curve, crossing, deviation
-from .plan import CHOOSERS, DENSE, TUNED, Plan, active, models
+from .plan import CHOOSERS, DENSE, TUNED, QualityPlan, active, models
 from .runs import Lab
 
 
-def results(lab: Lab, plan: Plan, costs: dict[str, list[float]]) -> dict[str, Any]:
+def results(lab: Lab, plan: QualityPlan, costs: dict[str, list[float]]) -> dict[str, Any]:
     """Of the seeds whose runs are complete, as plain JSON.
 
     `shares` are those of the dense model's tokens after which a variant has the final loss of the same seed's dense run, None
@@ -42,7 +42,7 @@ def results(lab: Lab, plan: Plan, costs: dict[str, list[float]]) -> dict[str, An
     return {"steps": plan.steps, "tried": plan.tried, "variants": found, "shorter": shorter, "decayed": decayed}
 
 
-def _by_seed(lab: Lab, plan: Plan, variant: str) -> dict[int, Curve]:
+def _by_seed(lab: Lab, plan: QualityPlan, variant: str) -> dict[int, Curve]:
     runs = {seed: lab.curves([plan.full(variant, seed)]) for seed in range(1, plan.seeds + 1)}
     return {seed: found[0] for seed, found in runs.items() if found}
 
@@ -56,7 +56,7 @@ def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> fl
     return None if reached is None else reached / dense.tokens[-1]
 
 
-def _shorter(lab: Lab, plan: Plan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
+def _shorter(lab: Lab, plan: QualityPlan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
     """The losses of each length, and for each seed with more than one length the share of the dense model's tokens."""
     by_length: dict[str, list[float]] = {}
     shares: list[float | None] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .curves import Curve, complete, read_curve
-from .plan import Run, Size, run_settings, settings
+from .plan import Size, TrainingRun, run_settings, settings
 
 SETTINGS = "settings.json"
 """In a run folder: what it was started with."""
@@ -32,14 +32,14 @@ class Lab:
     threads: int = 1
     """Of each."""
 
-    def settings(self, run: Run) -> list[str]:
+    def settings(self, run: TrainingRun) -> list[str]:
         """All that decides what the run computes."""
         return [*settings(self.size, self.variants[run.variant], self.more), *run_settings(run, self.evaluations)]
 
-    def place(self, run: Run) -> Path:
+    def place(self, run: TrainingRun) -> Path:
         return self.folder / run.name
 
-    def train(self, runs: Iterable[Run]) -> None:
+    def train(self, runs: Iterable[TrainingRun]) -> None:
         """Those that are not complete, from their newest checkpoints. RuntimeError for the first that does not come to its end."""
         todo = [run for run in runs if not complete(self.prepared(run))]
         with ThreadPoolExecutor(self.processes) as pool:
@@ -48,7 +48,7 @@ class Lab:
                     end = f"ended before its last step with exit code {code}"
                     raise RuntimeError(f"{run.name} {end}; its output is in {self.place(run) / 'output.txt'}")
 
-    def prepared(self, run: Run) -> Path:
+    def prepared(self, run: TrainingRun) -> Path:
         """The folder of a run. ValueError if it has one of other settings."""
         folder, wanted = self.place(run), self.settings(run)
         file = folder / SETTINGS
@@ -61,7 +61,7 @@ class Lab:
             raise ValueError(f"--out={self.folder}: {folder.name} was run with other settings ({differ}); take another folder")
         return folder
 
-    def start(self, run: Run) -> int:
+    def start(self, run: TrainingRun) -> int:
         """Trains; returns the exit code."""
         folder = self.place(run)
         print(f"quality: {run.name}", flush=True)
@@ -72,10 +72,10 @@ class Lab:
                 command, env=os.environ | threads, stdout=output, stderr=subprocess.STDOUT, check=False
             ).returncode
 
-    def curve(self, run: Run) -> Curve:
+    def curve(self, run: TrainingRun) -> Curve:
         """Of a complete run."""
         return read_curve(self.place(run))
 
-    def curves(self, runs: Iterable[Run]) -> list[Curve]:
+    def curves(self, runs: Iterable[TrainingRun]) -> list[Curve]:
         """Of those that are complete."""
         return [self.curve(run) for run in runs if complete(self.place(run))]

@@ -10,7 +10,7 @@ import xxhash
 from ..batches import Batch, chosen_rows, split_rows
 from ..errors import EndOfData
 from .http import RetryPolicy
-from .packing import Finding, RowSource
+from .packing import ReadFailure, RowSource
 
 
 @final
@@ -175,7 +175,7 @@ class StreamBatches:
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
         return Mark({"step": step, **self.mixture.state()}, record)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ReadFailure]:
         """Rows that were skipped and files that failed since this was last asked; those of a round that is read again, again."""
         return [found for source in self.mixture.sources for found in source.findings()]
 

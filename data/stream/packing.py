@@ -15,10 +15,10 @@ import xxhash
 
 from ..errors import BadData, DataStop, heard, told
 from ..permutation import kept_permutation, permutation
-from ..token_array import Tokens
-from .prefetch import Ahead
+from ..token_array import TokenArray
+from .prefetch import Prefetcher
 from .shards import Shards
-from .tokenize import HELD_OUT, Piece, Recipe, Window, joined, pack, tokenized, unpack, windows
+from .tokenize import HELD_OUT, Recipe, TokenizedShare, Window, joined, pack, tokenized, unpack, windows
 
 FREE_BAD_ROWS = 10
 LISTED_BAD_ROWS = 100
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     max_failed_files: int = 0
 
 
-class Finding(NamedTuple):
+class ReadFailure(NamedTuple):
     """What could not be read: a row that was skipped, or a file from a row on."""
 
     kind: Literal["bad_row", "file_failed"]
@@ -85,7 +85,7 @@ class RowSource(ABC):
         """What was read so far."""
         return {}
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ReadFailure]:
         """What could not be read since this was last asked."""
         return []
 
@@ -94,7 +94,7 @@ class RowSource(ABC):
 class ArrayRows(RowSource):
     """A tokenized corpus: the rows of each epoch in an order of their own. Its state is the number of rows taken."""
 
-    def __init__(self, label: str, tokens: Tokens, seed: int, length: int, repeat: bool) -> None:
+    def __init__(self, label: str, tokens: TokenArray, seed: int, length: int, repeat: bool) -> None:
         self.label, self.fingerprint = label, tokens.manifest.fingerprint
         self._ids, self._length, self._seed, self._repeat = tokens.ids, length, seed, repeat
         self._rows, self._next = (len(tokens.ids) - 1) // length, 0
@@ -137,9 +137,9 @@ class StreamRows(RowSource):
         self._slots = min(settings.open_shards, len(shards.names))
         self._bad: list[tuple[str, int, str]] = []
         """The first of them, for the message at the end."""
-        self._failed: Finding | None = None
+        self._failed: ReadFailure | None = None
         """The last file that failed."""
-        self._findings: list[Finding] = []
+        self._findings: list[ReadFailure] = []
         self.restore({})
 
     def take(self, count: int) -> np.ndarray:
@@ -168,13 +168,13 @@ class StreamRows(RowSource):
         self._next: int = self._begin + state.get("offset", 0)
         self._parts = [np.empty(0, np.int32)]
         self._marks: deque[dict[str, Any]] = deque([self._mark()])
-        self._live: dict[int, Ahead[Window, Piece] | None] = {}
+        self._live: dict[int, Prefetcher[Window, TokenizedShare] | None] = {}
         self._open_slots()
 
     def counts(self) -> dict[str, int]:
         return {"epoch": self._epoch, **self._counts}
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ReadFailure]:
         found, self._findings = self._findings, []
         return found
 
@@ -183,7 +183,7 @@ class StreamRows(RowSource):
         gathered = self._world.gather(self._mine())
         if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
             raise heard(failed[0])
-        shares: dict[int, list[Piece]] = {slot: [] for slot in self._live}
+        shares: dict[int, list[TokenizedShare]] = {slot: [] for slot in self._live}
         for piece in (piece for data in gathered for piece in unpack(data[1:])):
             shares[piece.slot].append(piece)
         for pieces in shares.values():
@@ -202,7 +202,7 @@ class StreamRows(RowSource):
                 log.error("%s cannot be read", self.label, exc_info=error)
             return b"!" + told(error, self._world.rank)
 
-    def _accept(self, piece: Piece) -> None:
+    def _accept(self, piece: TokenizedShare) -> None:
         self._cursors[piece.slot] = piece.after
         if piece.after is None:
             del self._live[piece.slot]
@@ -212,9 +212,9 @@ class StreamRows(RowSource):
         self._counts.update(bytes=piece.bytes, document_tokens=len(piece.tokens), failed_files=piece.failed is not None)
         self._bad += piece.bad[: max(0, LISTED_BAD_ROWS - len(self._bad))]
         before = self._counts["bad_rows"] - len(piece.bad)
-        self._findings += [Finding("bad_row", self.label, *bad, before + at) for at, bad in enumerate(piece.bad, start=1)]
+        self._findings += [ReadFailure("bad_row", self.label, *bad, before + at) for at, bad in enumerate(piece.bad, start=1)]
         if piece.failed:
-            self._failed = Finding("file_failed", self.label, *piece.failed, self._counts["failed_files"])
+            self._failed = ReadFailure("file_failed", self.label, *piece.failed, self._counts["failed_files"])
             self._findings.append(self._failed)
         self._parts.append(piece.tokens)
         self._end += len(piece.tokens)
@@ -238,13 +238,13 @@ class StreamRows(RowSource):
                 items = windows(self._shards, order[slot :: self._slots], cursor, self._settings.window, *key)
                 self._live[slot] = self._reader(slot, items)
 
-    def _reader(self, slot: int, items: Any) -> Ahead[Window, Piece] | None:
+    def _reader(self, slot: int, items: Any) -> Prefetcher[Window, TokenizedShare] | None:
         rank, size = self._world.rank, self._world.size
         owners = range(slot % size, size, self._slots if size > self._slots else size)
         if rank not in owners:
             return None
         share = (owners.index(rank), len(owners))
-        return Ahead(
+        return Prefetcher(
             items,
             lambda window: tokenized(window, slot, share, self._recipe, self._shards),
             self._pool,

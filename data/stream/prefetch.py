@@ -11,7 +11,7 @@ Made = TypeVar("Made")
 
 
 @final
-class Ahead(Generic[Raw, Made]):
+class Prefetcher(Generic[Raw, Made]):
     """`make` of each item of `items`, in order. With a pool up to `depth` of them are in the making or done.
 
     Reading is one thread's at a time, making is not. What reading raises is raised in its turn, and ever after.

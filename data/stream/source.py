@@ -12,9 +12,9 @@ import xxhash
 from ..cache import publish
 from ..config import Corpus, DataConfig
 from ..corpus import survey
-from ..mixture_config import Part
+from ..mixture_config import MixtureSource
 from ..pretokenized import open_prepared
-from ..token_array import MANIFEST_FILE, TOKENS_FILE, Manifest, Tokens, load_tokens, note_seen, open_tokens
+from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, note_seen, open_tokens
 from ..tokenizer import Tokenizer
 from .mixture import Mixture
 from .packing import ArrayRows, RowSource, Settings, StreamRows, World
@@ -24,15 +24,15 @@ from .tokenize import Recipe, is_held_out, prepared_row
 SAMPLED_SHARDS = 16
 
 
-class Opened(NamedTuple):
+class OpenedSource(NamedTuple):
     """The shards of a streamed source."""
 
-    part: Part
+    part: MixtureSource
     shards: Shards
 
 
 def build_mixture(
-    parts: list[Part | Opened],
+    parts: list[MixtureSource | OpenedSource],
     tokenizer: Tokenizer,
     cache: Path,
     seed: int,
@@ -42,17 +42,17 @@ def build_mixture(
 ) -> Mixture:
     """All sources of a run. ValueError of one line for a source that has no row."""
     sources = [_source(part, tokenizer, cache, seed, length, world, pool) for part in parts]
-    return Mixture(sources, [part.part.weight if isinstance(part, Opened) else part.weight for part in parts])
+    return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
 
 
-def whole_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> Tokens:
+def whole_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> TokenArray:
     """A source that is an array: a corpus, tokenized now if need be, or prepared shards."""
     if config.corpus is Corpus.prepared:
         return open_prepared(config, tokenizer.hash, split)
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
-def held_out_tokens(opened: Opened, tokenizer: Tokenizer, cache: Path, wanted: int) -> Tokens:
+def held_out_tokens(opened: OpenedSource, tokenizer: Tokenizer, cache: Path, wanted: int) -> TokenArray:
     """At least `wanted` tokens (if there are so many) of the documents of a streamed source that are kept for validation."""
     config = opened.part.config
     parts = ("held out 1", opened.shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row, wanted)
@@ -63,7 +63,7 @@ def held_out_tokens(opened: Opened, tokenizer: Tokenizer, cache: Path, wanted: i
     return load_tokens(folder, config.verify)
 
 
-def sample_texts(opened: Opened, limit: int) -> list[str]:
+def sample_texts(opened: OpenedSource, limit: int) -> list[str]:
     """Beginnings of training documents of up to 16 shards, together about `limit` bytes: the same for the same data."""
     shards, recipe, texts = opened.shards, _recipe(opened.part.config, None), []
     chosen = range(0, len(shards.names), max(1, len(shards.names) // SAMPLED_SHARDS))
@@ -79,16 +79,16 @@ def sample_texts(opened: Opened, limit: int) -> list[str]:
     return texts
 
 
-def joined_tokens(parts: list[Tokens], weights: list[float], wanted: int) -> Tokens:
+def joined_tokens(parts: list[TokenArray], weights: list[float], wanted: int) -> TokenArray:
     """Tokens of each in proportion to the weights, together about `wanted`."""
     shares = joined_shares(parts, weights, wanted)
     ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
     running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
     documents, size = sum(part.manifest.documents for part in parts), sum(part.manifest.bytes for part in parts)
-    return Tokens(ids, Manifest(documents, len(ids), size, [], 0, 0, running.hexdigest()))
+    return TokenArray(ids, TokensManifest(documents, len(ids), size, [], 0, 0, running.hexdigest()))
 
 
-def joined_shares(parts: list[Tokens], weights: list[float], wanted: int) -> list[int]:
+def joined_shares(parts: list[TokenArray], weights: list[float], wanted: int) -> list[int]:
     """How many tokens of each part `joined_tokens` takes."""
     total = sum(weights)
     shares = [min(len(part.ids), max(2, round(wanted * weight / total))) for part, weight in zip(parts, weights, strict=True)]
@@ -98,9 +98,15 @@ def joined_shares(parts: list[Tokens], weights: list[float], wanted: int) -> lis
 
 
 def _source(
-    part: Part | Opened, tokenizer: Tokenizer, cache: Path, seed: int, length: int, world: World, pool: ThreadPoolExecutor | None
+    part: MixtureSource | OpenedSource,
+    tokenizer: Tokenizer,
+    cache: Path,
+    seed: int,
+    length: int,
+    world: World,
+    pool: ThreadPoolExecutor | None,
 ) -> RowSource:
-    if isinstance(part, Opened):
+    if isinstance(part, OpenedSource):
         config = part.part.config
         order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
         settings = Settings(seed, length, *order, config.ahead, config.repeat, *limits)
@@ -117,7 +123,7 @@ def _recipe(config: DataConfig, tokenizer: Tokenizer | None) -> Recipe:
     return Recipe(tokenizer, config.validation_fraction, config.longest_row)  # pyright: ignore[reportArgumentType]
 
 
-def _write_held_out(opened: Opened, tokenizer: Tokenizer, wanted: int, folder: Path) -> None:
+def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, folder: Path) -> None:
     parts, documents, size, tokens = [], 0, 0, 0
     for text in _held_out_texts(opened):
         parts.append(np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.uint32))
@@ -129,12 +135,12 @@ def _write_held_out(opened: Opened, tokenizer: Tokenizer, wanted: int, folder: P
         raise ValueError(f"{where} keeps no document of source {opened.part.label} for validation; raise it")
     ids = np.concatenate(parts)
     np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
-    manifest = Manifest(documents, len(ids), size, [], 0, 0, xxhash.xxh3_128_hexdigest(ids.tobytes()))
+    manifest = TokensManifest(documents, len(ids), size, [], 0, 0, xxhash.xxh3_128_hexdigest(ids.tobytes()))
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict()) + "\n")
     note_seen(folder)
 
 
-def _held_out_texts(opened: Opened) -> Iterator[str]:
+def _held_out_texts(opened: OpenedSource) -> Iterator[str]:
     config, open_to_all = opened.part.config, _recipe(opened.part.config, None)._replace(held_out=0.0)
     for shard in range(len(opened.shards.names)):
         for row in opened.shards.rows(shard, 0):

@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
     """Bytes."""
 
 
-class Piece(NamedTuple):
+class TokenizedShare(NamedTuple):
     """What a rank made of its share of a window."""
 
     slot: int
@@ -86,7 +86,7 @@ def _shuffled(window: Window, *key: object) -> Window:
     return window._replace(numbers=[window.numbers[i] for i in order], rows=[window.rows[i] for i in order])
 
 
-def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe, shards: Shards) -> Piece:
+def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe, shards: Shards) -> TokenizedShare:
     """A rank's share of a window."""
     chosen = range(share[0], len(window.rows), share[1])
     found = [prepared_row(window.rows[index], recipe) for index in chosen]
@@ -102,7 +102,9 @@ def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe,
         lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, Bad) else len(ids) + 1)
     tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
     failed = window.failed and (shards.names[window.shard], *window.failed)
-    return Piece(slot, window.after, share, lengths, sorted(bad), failed, sum(len(text.encode()) for text in texts), tokens)
+    return TokenizedShare(
+        slot, window.after, share, lengths, sorted(bad), failed, sum(len(text.encode()) for text in texts), tokens
+    )
 
 
 def prepared_row(row: Row, recipe: Recipe) -> str | np.ndarray | Bad | None:
@@ -129,13 +131,13 @@ def is_held_out(text: bytes, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text) < fraction * 2**64
 
 
-def pack(pieces: list[Piece]) -> bytes:
+def pack(pieces: list[TokenizedShare]) -> bytes:
     """For the way to the other ranks: a line of JSON, then the tokens."""
     heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
     return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
 
 
-def unpack(data: bytes) -> list[Piece]:
+def unpack(data: bytes) -> list[TokenizedShare]:
     """What `pack` packed."""
     head, _, body = data.partition(b"\n")
     tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
@@ -143,12 +145,12 @@ def unpack(data: bytes) -> list[Piece]:
         bad = [(name, row, reason) for name, row, reason in bad]
         failed = failed and (failed[0], failed[1], failed[2])
         own = tokens[at : at + count]
-        pieces.append(Piece(slot, after and (after[0], after[1]), (share[0], share[1]), lengths, bad, failed, size, own))
+        pieces.append(TokenizedShare(slot, after and (after[0], after[1]), (share[0], share[1]), lengths, bad, failed, size, own))
         at += count
     return pieces
 
 
-def joined(pieces: list[Piece]) -> Piece:
+def joined(pieces: list[TokenizedShare]) -> TokenizedShare:
     """All shares of one window as one. BadData if they are not of the same rows."""
     if len(pieces) == 1:
         return pieces[0]
@@ -164,15 +166,15 @@ def joined(pieces: list[Piece]) -> Piece:
     bad = sorted(one for piece in pieces for one in piece.bad)
     tokens = np.concatenate(parts) if parts else pieces[0].tokens
     size, (slot, after, failed) = sum(piece.bytes for piece in pieces), _of_window(pieces[0])
-    return Piece(slot, after, (0, 1), lengths, bad, failed, size, tokens)
+    return TokenizedShare(slot, after, (0, 1), lengths, bad, failed, size, tokens)
 
 
-def _of_window(piece: Piece) -> tuple[Any, ...]:
+def _of_window(piece: TokenizedShare) -> tuple[Any, ...]:
     """What all ranks must have found alike."""
     return piece.slot, piece.after, piece.failed
 
 
-def _refuse_difference(pieces: list[Piece]) -> None:
+def _refuse_difference(pieces: list[TokenizedShare]) -> None:
     total = sum(len(piece.lengths) for piece in pieces)
     shares = [len(range(piece.share[0], total, piece.share[1])) for piece in pieces]
     if len({*map(_of_window, pieces)}) > 1 or shares != [len(piece.lengths) for piece in pieces]:

@@ -18,7 +18,7 @@ from ..mesh import Axis
 from ..progress import waiting_for_device
 from .async_collectives import Flight, Gather, depart, land
 from .base import ExchangingDispatcher
-from .expand import Choices, Counted, Fan, add_up, assumed_depths, copy_out, plan_expansion
+from .expand import Counted, ExpertChoices, Fan, add_up, assumed_depths, copy_out, plan_expansion
 
 
 class Sent(NamedTuple):
@@ -88,5 +88,5 @@ def _choices_of_mine(packed: Tensor, axis: Axis, held: int, padded_rows: int | N
     place_C = torch.nonzero_static(mine_GK.flatten(), size=sum(deeper)).flatten()
     nth_C = (mine_GK.cumsum(1) - 1).flatten()[place_C]
     weights_C = weights_GK.flatten().index_select(0, place_C)
-    choices = Choices(tokens, place_C // top_k, expert_GK.flatten()[place_C], weights_C, most, padded_rows)
+    choices = ExpertChoices(tokens, place_C // top_k, expert_GK.flatten()[place_C], weights_C, most, padded_rows)
     return Counted(choices, nth_C, [rows for rows in deeper if rows])

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import DispatchedTokens, Plan, chosen, count_rows, permute, plan_choices, unpermute
+from ...moe.dispatch import DispatchedTokens, RowPlan, chosen, count_rows, permute, plan_choices, unpermute
 from ...moe.router import Routing
 from ..mesh import Axis
 from ..progress import collective, waiting, waiting_for_device
-from .async_collectives import Exchange, Flight, depart, land
+from .async_collectives import Flight, RowExchange, depart, land
 from .base import ExchangingDispatcher
 
 
@@ -27,7 +27,7 @@ class Splits(NamedTuple):
     came_N: list[int]
 
 
-class Order(NamedTuple):
+class ArrivalOrder(NamedTuple):
     """Arrived rows in the order of their experts are `rows[order_A]`; `back_A` is the inverse permutation."""
 
     order_A: Tensor
@@ -38,7 +38,7 @@ class Sent(NamedTuple):
     """What stays here while rows travel, there or back."""
 
     flight: Flight
-    plan: Plan
+    plan: RowPlan
     weights_TK: Tensor
     came_NL: Tensor
     splits: Splits
@@ -46,7 +46,7 @@ class Sent(NamedTuple):
 
 class WayBack(NamedTuple):
     sent: Sent
-    order: Order
+    order: ArrivalOrder
 
 
 class PlainDispatcher(ExchangingDispatcher):
@@ -74,7 +74,7 @@ class PlainDispatcher(ExchangingDispatcher):
             counts.wait()
         leaving_NL, came_NL = leaving_E.view(self.axis.size, -1), came_E.view(self.axis.size, -1)
         splits = read_splits(leaving_NL, came_NL, len(rows_RD))
-        flight = depart(rows_RD, Exchange(*splits, self.axis))
+        flight = depart(rows_RD, RowExchange(*splits, self.axis))
         return Sent(flight, plan, routing.weights_TK, came_NL, splits)
 
     def receive(self, sent: Sent) -> DispatchedTokens:
@@ -84,7 +84,7 @@ class PlainDispatcher(ExchangingDispatcher):
     def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Sent:
         sent, order = arrived.way_back
         rows_AD = reorder(y_RD, order.back_A, order.order_A)
-        return sent._replace(flight=depart(rows_AD, Exchange(sent.splits.came_N, sent.splits.sent_N, self.axis)))
+        return sent._replace(flight=depart(rows_AD, RowExchange(sent.splits.came_N, sent.splits.sent_N, self.axis)))
 
     def receive_back(self, sent: Sent) -> Tensor:
         return unpermute(land(sent.flight), sent.weights_TK, sent.plan)
@@ -100,7 +100,7 @@ def read_splits(sent_NL: Tensor, came_NL: Tensor, rows: int) -> Splits:
         return Splits(*host_read(sums, "rows of each rank", lambda: [even(rows, len(sent_NL))] * 2))
 
 
-def plan_arrivals(came_NL: Tensor, rows: int) -> Order:
+def plan_arrivals(came_NL: Tensor, rows: int) -> ArrivalOrder:
     """The permutation from (rank, expert) order to (expert, rank) order of `rows` rows."""
     came_LN = came_NL.T.contiguous()
     ends_by_rank_NL = came_NL.flatten().cumsum(0).view_as(came_NL)
@@ -108,7 +108,7 @@ def plan_arrivals(came_NL: Tensor, rows: int) -> Order:
     shift_LN = ends_by_expert_LN - ends_by_rank_NL.T
     place_A = torch.arange(rows, device=came_NL.device)
     order_A = place_A - torch.repeat_interleave(shift_LN.flatten(), came_LN.flatten(), output_size=rows)
-    return Order(order_A, torch.empty_like(order_A).index_copy_(0, order_A, place_A))
+    return ArrivalOrder(order_A, torch.empty_like(order_A).index_copy_(0, order_A, place_A))
 
 
 def even(rows: int, ranks: int) -> list[int]:

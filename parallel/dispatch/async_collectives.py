@@ -36,7 +36,7 @@ class Way(ABC):
         """The way of the gradient."""
 
 
-class Exchange(Way):
+class RowExchange(Way):
     """Rows in the order of the ranks they go to (`send` says how many to each) to those that come, in the order of the ranks."""
 
     def __init__(self, send: list[int], receive: list[int], axis: Axis) -> None:
@@ -51,7 +51,7 @@ class Exchange(Way):
         return filled
 
     def opposite(self) -> Way:
-        return Exchange(self.receive, self.send, self.axis)
+        return RowExchange(self.receive, self.send, self.axis)
 
 
 class Gather(Way):
@@ -88,7 +88,7 @@ class Scatter(Way):
 
     def start(self, rows: Tensor) -> tuple[Tensor, Any]:
         own = [self.sizes[self.axis.rank]] * self.axis.size
-        return Exchange(self.sizes, own, self.axis).start(rows)
+        return RowExchange(self.sizes, own, self.axis).start(rows)
 
     def unpack(self, filled: Tensor) -> Tensor:
         wide = torch.promote_types(filled.dtype, torch.float32)

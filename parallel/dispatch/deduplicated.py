@@ -16,9 +16,9 @@ from ...moe.dispatch import DispatchedTokens
 from ...moe.router import Routing
 from ..mesh import Axis, Mesh
 from ..progress import collective, waiting_for_device
-from .async_collectives import Exchange, Flight, depart, land
+from .async_collectives import Flight, RowExchange, depart, land
 from .base import ExchangingDispatcher
-from .expand import Choices, Counted, Fan, add_up, assumed_depths, choices_of, copy_out, plan_expansion, plan_fan
+from .expand import Counted, ExpertChoices, Fan, add_up, assumed_depths, choices_of, copy_out, plan_expansion, plan_fan
 
 # One hop of a deduplicated exchange: a row goes once to each rank of an axis that leads to any of the experts it wants.
 #
@@ -31,7 +31,7 @@ class Hop(NamedTuple):
     """What is under way, or has landed, and how to go back."""
 
     fan: Fan
-    way: Exchange
+    way: RowExchange
     rows: Flight
     choices: Flight
     most: int
@@ -48,14 +48,14 @@ class Sizes(NamedTuple):
     """[k] is how many rows go to more than k ranks."""
 
 
-def hop(x_PD: Tensor, choices: Choices, experts: int, axis: Axis) -> Hop:
+def hop(x_PD: Tensor, choices: ExpertChoices, experts: int, axis: Axis) -> Hop:
     """Start to send the rows, and their choices; the destinations have `experts` experts each."""
     counts_PN = _count(choices, experts, axis.size)
     sizes = _exchange_sizes(counts_PN, len(choices.row_C), min(choices.most, experts), axis)
     fan = _fan(counts_PN, sizes)
-    way = Exchange([of_rank[0] for of_rank in sizes.sent], [of_rank[0] for of_rank in sizes.came], axis)
+    way = RowExchange([of_rank[0] for of_rank in sizes.sent], [of_rank[0] for of_rank in sizes.came], axis)
     rows = depart(copy_out(x_PD, fan), way)
-    choices_way = Exchange([sum(of_rank) for of_rank in sizes.sent], [sum(of_rank) for of_rank in sizes.came], axis)
+    choices_way = RowExchange([sum(of_rank) for of_rank in sizes.sent], [sum(of_rank) for of_rank in sizes.came], axis)
     flight = depart(_pack(choices, counts_PN, sizes, experts), choices_way)
     deeper = [sum(of_ranks) for of_ranks in zip(*sizes.came, strict=True)]
     return Hop(fan, way, rows, flight, len(deeper), deeper, choices.padded_rows)
@@ -67,7 +67,7 @@ def landed_choices(hop: Hop) -> Counted:
     code_A = code_A.detach().long()
     nth_A, expert_A = code_A % hop.most, code_A // hop.most
     row_A = (nth_A == 0).cumsum(0) - 1
-    choices = Choices(sum(hop.way.receive), row_A, expert_A, weights_A, hop.most, hop.padded_rows)
+    choices = ExpertChoices(sum(hop.way.receive), row_A, expert_A, weights_A, hop.most, hop.padded_rows)
     return Counted(choices, nth_A, _trimmed(hop.deeper))
 
 
@@ -86,7 +86,7 @@ def landed_back(flight: Flight, hop: Hop) -> Tensor:
     return add_up(land(flight), hop.fan)
 
 
-def _count(choices: Choices, experts: int, ranks: int) -> Tensor:
+def _count(choices: ExpertChoices, experts: int, ranks: int) -> Tensor:
     """(P, N): how many experts of each rank a row wants."""
     cell_C = choices.row_C * (ranks + 1) + choices.expert_C // experts  # dropped choices fall into an extra last column
     counts = torch.zeros(choices.rows * (ranks + 1), dtype=torch.int64, device=cell_C.device)
@@ -128,7 +128,7 @@ def _fan(counts_PN: Tensor, sizes: Sizes) -> Fan:
     return plan_fan(row_R, nth_R, torch.arange(copies, device=row_R.device), len(counts_PN), sizes.fan, copies)
 
 
-def _pack(choices: Choices, counts_PN: Tensor, sizes: Sizes, experts: int) -> Tensor:
+def _pack(choices: ExpertChoices, counts_PN: Tensor, sizes: Sizes, experts: int) -> Tensor:
     """(C, 2), in the order of (rank, row): the weight; and expert * K + n for the n-th of the row's choices there."""
     most = len(sizes.sent[0])
     assert experts * most <= 2**24, "fp32 does not hold so many codes"

@@ -119,7 +119,7 @@ def _sum(y_RD: Tensor, fan: Fan, weights_R: Tensor | None) -> Tensor:
 # P rows, C choices, K the most choices of a row, E experts in reach, D width, R rows of experts.
 
 
-class Choices(NamedTuple):
+class ExpertChoices(NamedTuple):
     """Choice c: row `row_C[c]` (ascending) wants expert `expert_C[c]` of those in reach (E: none, it was dropped).
 
     A row's experts differ, as those of a router do.
@@ -138,7 +138,7 @@ class Choices(NamedTuple):
 class Counted(NamedTuple):
     """All choices are of experts of this rank: choice c is its row's `nth_C[c]`-th, and `deeper[k]` rows have more than k."""
 
-    choices: Choices
+    choices: ExpertChoices
     nth_C: Tensor
     deeper: list[int]
 
@@ -153,13 +153,13 @@ def assumed_depths(rows: int, choices: int, ranks: int, most: int) -> list[int]:
     return [min(have_any, max(0, left - k * have_any)) for k in range(most)]
 
 
-def choices_of(routing: Routing, experts: int, ranks: int) -> Choices:
+def choices_of(routing: Routing, experts: int, ranks: int) -> ExpertChoices:
     """The choices of this rank's tokens; with padding, each of `ranks` ranks may fill its part of an expert's rows."""
     tokens, top_k = routing.experts_TK.shape
     expert_TK = chosen(routing, experts)
     row_C = torch.arange(tokens, device=expert_TK.device).repeat_interleave(top_k)
     padded = None if routing.padded_rows is None else routing.padded_rows * ranks
-    return Choices(tokens, row_C, expert_TK.flatten(), routing.weights_TK.flatten(), top_k, padded)
+    return ExpertChoices(tokens, row_C, expert_TK.flatten(), routing.weights_TK.flatten(), top_k, padded)
 
 
 def plan_expansion(counted: Counted, experts: int) -> tuple[Fan, Tensor]:

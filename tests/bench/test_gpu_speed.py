@@ -11,7 +11,7 @@ from tokenyard.bench.gpu.contenders import DenseProducts
 from tokenyard.bench.gpu.kernels import Busy, busy
 from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
 from tokenyard.bench.gpu.tell import Teller
-from tokenyard.bench.shapes import Shape
+from tokenyard.bench.shapes import LayerShape
 from tokenyard.bench.timing import take_turns
 from tokenyard.moe.param_count import count
 
@@ -70,7 +70,7 @@ def test_dense_products_have_the_flops_of_the_experts() -> None:
         with FlopCounterMode(display=False) as counter:
             products()
         assert counter.get_total_flops() == shape.flops
-    assert Shape(width=2, hidden=3, experts=4, top_k=2, shared=0, tokens=5).flops == 3 * 2 * (3 * 2 * 3) * 10
+    assert LayerShape(width=2, hidden=3, experts=4, top_k=2, shared=0, tokens=5).flops == 3 * 2 * (3 * 2 * 3) * 10
 
 
 def test_steps_and_their_stages() -> None:

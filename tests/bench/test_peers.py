@@ -9,7 +9,7 @@ from tokenyard.bench.peers import cases
 from tokenyard.bench.peers import runner as turns
 from tokenyard.bench.peers.__main__ import parse, table
 from tokenyard.bench.peers.cases import CASES, SIDES, Case, groups, refusal, sides_of
-from tokenyard.bench.peers.runner import Line, Plan, measure
+from tokenyard.bench.peers.runner import Line, Measurement, measure
 from tokenyard.bench.timing import quartiles
 
 TOY = Case(8, 2, 32, "fp32", width=64, layers=2, heads=4, vocabulary=256, sequences=2, length=32)
@@ -20,7 +20,7 @@ BY_NAME = {side.name: side for side in SIDES}
 def lines() -> dict[str, Line]:
     pytest.importorskip("transformers", reason="a side needs transformers (pip install 'tokenyard[hf]')")
     sides = sides_of(TOY, ["transformers grouped_mm"])
-    return {line.side: line for line in measure("toy", TOY, sides, Plan(rounds=2, warmup=1, threads=1))}
+    return {line.side: line for line in measure("toy", TOY, sides, Measurement(rounds=2, warmup=1, threads=1))}
 
 
 def test_first_losses_are_those_of_ours(lines: dict[str, Line]) -> None:
@@ -51,7 +51,7 @@ def test_another_loss_is_another_work() -> None:
 
 def test_what_is_not_installed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "find_spec", lambda name: None)
-    (line,) = measure("toy", TOY, [BY_NAME["Megatron-Core"]], Plan())
+    (line,) = measure("toy", TOY, [BY_NAME["Megatron-Core"]], Measurement())
     assert line.note == "not installed (pip install megatron-core)" and line.of_dense is None
     assert table([line]).splitlines()[-1].startswith("| toy | Megatron-Core | not installed (pip install megatron-core) |")
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import TINY_RUN
 from tokenyard.bench.quality.__main__ import laboratory, main, parse
 from tokenyard.bench.quality.curves import complete, crossing, deviation
-from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, Plan, Run, active, models, variants
+from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
 from tokenyard.bench.quality.runs import Lab
 from tokenyard.moe.param_count import count
 
@@ -54,13 +54,13 @@ def test_deviation_is_that_of_a_sample():
 
 
 def test_the_best_rate_of_each_kind_and_a_seed_after_the_other():
-    plan = Plan(100, 2, [0.5], {DENSE: [[1e-3, 4.0], [2e-3, 3.9]], TUNED: [[1e-3, 3.8], [2e-3, 3.9]]})
+    plan = QualityPlan(100, 2, [0.5], {DENSE: [[1e-3, 4.0], [2e-3, 3.9]], TUNED: [[1e-3, 3.8], [2e-3, 3.9]]})
     runs = plan.runs([DENSE, TUNED, "bias"])
     assert runs[:4] == [
-        Run(DENSE, 2e-3, 100, 1),
-        Run(TUNED, 1e-3, 100, 1),
-        Run("bias", 1e-3, 100, 1),
-        Run(TUNED, 1e-3, 50, 1),
+        TrainingRun(DENSE, 2e-3, 100, 1),
+        TrainingRun(TUNED, 1e-3, 100, 1),
+        TrainingRun("bias", 1e-3, 100, 1),
+        TrainingRun(TUNED, 1e-3, 50, 1),
     ]
     assert [run._replace(seed=1) for run in runs[4:]] == runs[:4]
 
@@ -97,7 +97,7 @@ def test_what_is_complete_is_not_run_again(words: list[str], monkeypatch: pytest
     monkeypatch.setattr(Lab, "start", lambda lab, run: started.append(run.variant) or 0)
     assert main([*words, "--stages", "train"]) == 0 and not started
     lab = laboratory(parse(words))
-    (lab.place(Run(TUNED, 1e-2, 6, 1)) / "events.jsonl").unlink()
+    (lab.place(TrainingRun(TUNED, 1e-2, 6, 1)) / "events.jsonl").unlink()
     with pytest.raises(RuntimeError, match="ended before its last step with exit code 0"):
         main([*words, "--stages", "train"])
     assert started == [TUNED]
@@ -110,7 +110,7 @@ def test_a_folder_of_other_settings_is_refused(words: list[str], capsys: pytest.
 
 def test_a_run_that_fails_is_named(words: list[str], folder: Path):
     lab = laboratory(parse([*words, "data=text", "data.path=/nowhere", "--out", str(folder / "fails")]))
-    run = Run(DENSE, 1e-2, 6, 1)
+    run = TrainingRun(DENSE, 1e-2, 6, 1)
     with pytest.raises(
         RuntimeError,
         match=r"^dense-rate0.01-steps6-seed1 ended before its last step with exit code 2; its output is in .*output.txt$",

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from tokenyard.data.batches import IGNORE, GlobalBatches, ValidationBatches, unigram_entropy
-from tokenyard.data.token_array import Manifest, Tokens
+from tokenyard.data.token_array import TokenArray, TokensManifest
 
 LENGTH = 8
 
 
-def made(rows: int, fingerprint: str = "f") -> Tokens:
+def made(rows: int, fingerprint: str = "f") -> TokenArray:
     """Token i is i, so that the first token of a row tells which row it is."""
     ids = np.arange(rows * LENGTH + 1, dtype=np.uint16)
-    return Tokens(ids, Manifest(1, len(ids), 0, [], 0, 0, fingerprint))
+    return TokenArray(ids, TokensManifest(1, len(ids), 0, [], 0, 0, fingerprint))
 
 
 def batches(rows: int = 50, seed: int = 1, sequences: int = 16, fingerprint: str = "f") -> GlobalBatches:
@@ -79,7 +79,7 @@ def test_resume_needs_the_step_alone() -> None:
 
 def test_digest_sees_the_targets() -> None:
     tokens = made(1)
-    changed = Tokens(tokens.ids.copy(), tokens.manifest)
+    changed = TokenArray(tokens.ids.copy(), tokens.manifest)
     changed.ids[-1] = 0
     one, other = (GlobalBatches(each, seed=1, sequences=1, sequence_length=LENGTH).digest(0) for each in (tokens, changed))
     assert one != other

@@ -24,7 +24,7 @@ from tokenyard.parallel.shard import Piece, whole
 from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import BatchConfig, Config, EngineConfig, OptimizerConfig
-from tokenyard.train.config.config import Engine as EngineKind
+from tokenyard.train.config.config import EngineKind as EngineKind
 from tokenyard.train.run import single_step
 from tokenyard.train.setup import build_engine, open_session
 

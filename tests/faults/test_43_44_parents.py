@@ -22,13 +22,13 @@ from tokenyard.train.config.config import ConfigError
 from tokenyard.train.fault_tolerance import processes as family
 from tokenyard.train.fault_tolerance import watchdog
 from tokenyard.train.fault_tolerance.failure_note import STACKS, Failure, leave_note
-from tokenyard.train.fault_tolerance.watchdog import Verdict, Watchdog
+from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
 from tokenyard.train.run_folder import NAME, lock_run
 
 TIMEOUT = 0.5
 
 
-def hang(folder: Path, clock: float, start: str) -> Verdict:
+def hang(folder: Path, clock: float, start: str) -> HangDiagnosis:
     """What rank 0, which waits, and rank 1, which sleeps, say; the clock on the wall is set back by so many seconds meanwhile."""
     everyone, verdicts, now = build_mesh(ParallelConfig()).everyone, [], time.time
     PROGRESS.__init__()
@@ -43,7 +43,7 @@ def hang(folder: Path, clock: float, start: str) -> Verdict:
         with collective("all_reduce", everyone):
             dist.all_reduce(torch.ones(3))
     dog.thread.join(10)
-    return verdicts[0] if verdicts else Verdict([], "nothing was said")
+    return verdicts[0] if verdicts else HangDiagnosis([], "nothing was said")
 
 
 @pytest.mark.fault(43, "a clock set back an hour, a RUN/stacks that cannot be made: the right rank named all the same")

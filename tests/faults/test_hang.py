@@ -16,17 +16,17 @@ from tokenyard.checkpoint.saver import Saver
 from tokenyard.parallel import collective_check as fingerprints
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.async_collectives import Exchange, depart, land
+from tokenyard.parallel.dispatch.async_collectives import RowExchange, depart, land
 from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, doing
 from tokenyard.parallel.shard import Held, whole
-from tokenyard.train.fault_tolerance.watchdog import STACKS, Verdict, Watchdog
+from tokenyard.train.fault_tolerance.watchdog import STACKS, HangDiagnosis, Watchdog
 
 TIMEOUT = 0.5
 
 
-def hang(folder: Path, kind: str, culprit: int) -> tuple[float, Verdict]:
+def hang(folder: Path, kind: str, culprit: int) -> tuple[float, HangDiagnosis]:
     """Seconds from the begin of the others' collective to the verdict, and the verdict. Then all go on, for the next test."""
     everyone, second = build_mesh(ParallelConfig()).everyone, dist.new_group()
     PROGRESS.__init__()
@@ -45,7 +45,7 @@ def hang(folder: Path, kind: str, culprit: int) -> tuple[float, Verdict]:
         under_way.wait()
     if dog.thread.is_alive():
         dog.thread.join(10)
-    return verdicts[0] if verdicts else (0.0, Verdict([], ""))
+    return verdicts[0] if verdicts else (0.0, HangDiagnosis([], ""))
 
 
 def _misbehave(kind: str, verdicts: list[Any], second: Axis) -> Any:
@@ -108,7 +108,7 @@ def test_a_hung_run_ends_with_its_own_exit_code(tmp_path: Path, record_property:
     record_property("measured", f"exit 69, {seconds - 3:.1f} s after the timeout, the launcher included")
 
 
-def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[Verdict]]:
+def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[HangDiagnosis]]:
     """The error of a save that rank 1's writer makes long, if it ended, and what the hang guard said meanwhile."""
     rank, verdicts = dist.get_rank(), []
     held, saver = {f"x.{rank}": Held(whole((4,)), torch.ones(4))}, Saver(folder / "checkpoints", limit_seconds=3 * TIMEOUT)
@@ -160,7 +160,7 @@ def disagree(kind: str, culprit: int) -> str:
                 sum_over(torch.ones(2), everyone)
             else:
                 send = [1 + (everyone.rank == culprit)] + [1] * (everyone.size - 1)
-                land(depart(torch.ones(sum(send), 2), Exchange(send, [1] * everyone.size, everyone)))
+                land(depart(torch.ones(sum(send), 2), RowExchange(send, [1] * everyone.size, everyone)))
     except fingerprints.CollectiveMismatch as error:
         return str(error)
     finally:

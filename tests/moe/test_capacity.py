@@ -11,7 +11,7 @@ from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, DropPolicy, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import BatchPosition, Tokens, describe
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe
 from torch import Tensor
 
 EXPERTS = 4
@@ -86,7 +86,7 @@ def test_only_training_drops_and_says_how_many() -> None:
     router = Router(8, MoEConfig(experts=EXPERTS, top_k=2, capacity=CapacityConfig(factor=0.5)), torch.float32)
     torch.nn.init.normal_(router.weight)
     x_BSD, valid_BS = torch.randn(2, 12, 8), torch.rand(2, 12) < 0.8
-    trained, evaluated = router.train()(x_BSD, Tokens(valid_BS)), router.eval()(x_BSD, Tokens(valid_BS))
+    trained, evaluated = router.train()(x_BSD, TokenInfo(valid_BS)), router.eval()(x_BSD, TokenInfo(valid_BS))
     assert evaluated.kept_TK is None and evaluated.stats.dropped == 0
     assert trained.stats.dropped == 2 * valid_BS.sum() - trained.kept_TK.sum() > 0
     assert not trained.kept_TK[~valid_BS.flatten()].any()
@@ -145,7 +145,7 @@ def test_the_factor_follows_its_schedule() -> None:
     assert factors == [3.0, 3.0, 1.0, 1.0, 1.5, 1.5, None, None]
     router = Router(8, MoEConfig(experts=EXPERTS, top_k=1, capacity=CapacityConfig(schedule=[2, 1.0, 3, 0])), torch.float32)
     torch.nn.init.zeros_(router.get_parameter("weight"))
-    dropped = [int(router(torch.randn(1, 12, 8), Tokens(step=step)).stats.dropped) for step in (1, 2, 3)]
+    dropped = [int(router(torch.randn(1, 12, 8), TokenInfo(step=step)).stats.dropped) for step in (1, 2, 3)]
     assert dropped == [0, 9, 0]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import LocalDispatcher, Plan, permute, plan_rows, unpermute
+from tokenyard.moe.dispatch import LocalDispatcher, RowPlan, permute, plan_rows, unpermute
 from tokenyard.moe.router import Routing
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def test_bf16_rows_are_summed_in_fp32(kind: str, dropped: float | None, monkeypa
         torch.testing.assert_close(value.double(), reference, rtol=half_unit, atol=1e-5)
 
 
-def expected(y_RD: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+def expected(y_RD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
     """Each token's weighted sum, by torch's own gradient."""
     y_TKD = torch.cat([y_RD, y_RD.new_zeros(1, y_RD.shape[1])])[plan.slot_TK]  # dropped choices (-1) take the last row
     return (y_TKD * weights_TK.unsqueeze(-1)).sum(1)
@@ -107,7 +107,7 @@ def random_routing(tokens: int, top_k: int, dropped: float | None) -> Routing:
     return Routing(experts_TK, weights_TK, kept_TK, stats=None)  # pyright: ignore[reportArgumentType]
 
 
-def expert_of_rows(plan: Plan) -> Tensor:
+def expert_of_rows(plan: RowPlan) -> Tensor:
     return torch.repeat_interleave(torch.arange(EXPERTS), plan.counts_E)
 
 

@@ -8,7 +8,7 @@ from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig, RouterC
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import Tokens
+from tokenyard.moe.token_info import TokenInfo
 
 EXPERTS, WIDTH = 8, 16
 
@@ -24,7 +24,7 @@ def test_each_expert_takes_its_best_tokens(scope: Scope) -> None:
         )
     )
     x_BSD, valid_BS = torch.randn(3, 10, WIDTH), torch.rand(3, 10) < 0.8
-    routing = router(x_BSD, Tokens(valid_BS))
+    routing = router(x_BSD, TokenInfo(valid_BS))
     scores_BSE = (x_BSD @ router.get_parameter("weight").T).softmax(-1).masked_fill(~valid_BS.unsqueeze(-1), -1.0)
     assert routing.kept_TK is not None
     kept_BSE = routing.kept_TK.view(3, 10, EXPERTS)
@@ -43,7 +43,7 @@ def test_an_expert_takes_no_token_that_does_not_count_even_if_it_has_room() -> N
     router = random_router(MoEConfig(experts=EXPERTS, top_k=4, router=RouterConfig(selection=Selection.expert_choice)))
     valid_BS = torch.zeros(1, 10, dtype=torch.bool)
     valid_BS[0, 3] = True
-    routing = router(torch.randn(1, 10, WIDTH), Tokens(valid_BS))
+    routing = router(torch.randn(1, 10, WIDTH), TokenInfo(valid_BS))
     assert routing.kept_TK is not None
     assert torch.equal(routing.kept_TK, valid_BS.view(10, 1).expand(10, EXPERTS))
 

@@ -7,7 +7,7 @@ from tokenyard.moe import experts as expert_function
 from tokenyard.moe import linear as products
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, Plan, alignment, plan_rows, rounded_up
+from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, alignment, plan_rows, rounded_up
 from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.feedforward import activate, activate_and_pull, projections
 from tokenyard.moe.router import Routing
@@ -123,7 +123,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert activations <= 4 * (64 * WIDTH + 2 * 64 * 2 * HIDDEN) + indices
 
 
-def run(experts: Experts, x_TD: Tensor, weights_TK: Tensor, plan: Plan) -> list[Tensor]:
+def run(experts: Experts, x_TD: Tensor, weights_TK: Tensor, plan: RowPlan) -> list[Tensor]:
     x_TD = x_TD.clone().requires_grad_()
     y_TD = experts(x_TD, plan.counts_E, Choices(plan, weights_TK))
     return [y_TD, *torch.autograd.grad(y_TD.square().sum(), (x_TD, weights_TK, *experts.parameters()))]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
-from tokenyard.moe.token_info import Tokens
+from tokenyard.moe.token_info import TokenInfo
 from torch import Tensor
 
 WIDTH = 4
@@ -42,7 +42,7 @@ def test_derivatives(config: MoEConfig) -> None:
 def test_tokens_that_are_not_counted_pass_their_experts_all_the_same() -> None:
     """Without a capacity validity is a matter of the statistics alone."""
     layer, x_BSD = random_layer(CASES["dropless"]), torch.randn(2, 6, WIDTH, dtype=torch.float64)
-    assert torch.equal(layer(x_BSD, Tokens(torch.rand(2, 6) < 0.5))[0], layer(x_BSD)[0])
+    assert torch.equal(layer(x_BSD, TokenInfo(torch.rand(2, 6) < 0.5))[0], layer(x_BSD)[0])
 
 
 def random_layer(config: MoEConfig) -> MoELayer:

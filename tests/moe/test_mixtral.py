@@ -14,7 +14,7 @@ from tokenyard.data.batches import IGNORE
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, Scope
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import Tokens
+from tokenyard.moe.token_info import TokenInfo
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Losses, Totals, losses
@@ -72,7 +72,7 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
     expected = mixtral.load_balancing_loss_func((logits_BSE.flatten(0, 1),), 4, 2, attention_mask=valid_BS)
     router = Router(4, moe_config(1.0), torch.float32)
     torch.nn.init.eye_(router.weight)
-    stats = router(logits_BSE, Tokens(valid_BS.bool())).stats
+    stats = router(logits_BSE, TokenInfo(valid_BS.bool())).stats
     share = losses(torch.zeros(()), [stats], moe_config(1.0), Totals(8, 2, 1), build_mesh(ParallelConfig()))
     torch.testing.assert_close(2 * share.balance_L[0], expected)
 

@@ -5,7 +5,7 @@ import torch
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router, RoutingStats
-from tokenyard.moe.token_info import Tokens
+from tokenyard.moe.token_info import TokenInfo
 from torch import Tensor
 
 EXPERTS, WIDTH = 6, 32
@@ -36,7 +36,7 @@ def test_is_fp64_in_an_fp64_model() -> None:
 def test_statistics_against_plain_counting(top_k: int, masked: bool) -> None:
     router = random_router(MoEConfig(experts=EXPERTS, top_k=top_k), torch.float64)
     x_BSD, valid_BS = torch.randn(3, 7, WIDTH, dtype=torch.float64), torch.rand(3, 7) < 0.6
-    stats: RoutingStats = router(x_BSD, Tokens(valid_BS if masked else None)).stats
+    stats: RoutingStats = router(x_BSD, TokenInfo(valid_BS if masked else None)).stats
     counts, scores, z = torch.zeros(3, EXPERTS, dtype=torch.int64), torch.zeros(3, EXPERTS, dtype=torch.float64), 0.0
     for b in range(3):
         for s in range(7):

@@ -9,7 +9,7 @@ from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.token_info import BatchPosition, Tokens, describe, fold, places
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe, fold, places
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -201,7 +201,7 @@ def test_null_experts_add_nothing_to_a_tokens_output() -> None:
     assert torch.equal(stats.counts_BE, wide_stats.counts_BE) and stats.counts_BE[:, EXPERTS:].sum() > 0
 
 
-def route(config: MoEConfig, masked: bool = False) -> tuple[Routing, Tokens]:
+def route(config: MoEConfig, masked: bool = False) -> tuple[Routing, TokenInfo]:
     tokens = token_record(config)
     if masked:
         tokens = tokens._replace(valid_BS=torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.7)
@@ -238,7 +238,7 @@ def with_coefficient(config: MoEConfig, name: str, value: float) -> MoEConfig:
     return replace(config, **({section: replace(getattr(config, section), **{name: value})} if section else {name: value}))
 
 
-def token_record(config: MoEConfig) -> Tokens:
+def token_record(config: MoEConfig) -> TokenInfo:
     ids_BS = torch.randint(40, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(2))
     return describe(ids_BS, None, BatchPosition())
 

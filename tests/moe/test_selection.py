@@ -9,7 +9,7 @@ from tokenyard.moe.config import BalanceConfig, MoEConfig, RouterConfig, Scope, 
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.router import Router
 from tokenyard.moe.scoring import Noisy, best, chance_of_choice, choose, hash_scores, second_is_kept
-from tokenyard.moe.token_info import BatchPosition, Tokens, fold, places
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, fold, places
 
 EXPERTS, WIDTH = 8, 16
 
@@ -41,13 +41,13 @@ def test_best_takes_the_same_on_cuda(columns: int, dtype: torch.dtype) -> None:
 
 def test_hash_is_balanced_fixed_and_another_in_each_layer() -> None:
     ids_BS = torch.arange(EXPERTS * 100).view(4, -1)
-    scores = [hash_scores(Tokens(ids_BS=ids_BS, layer=layer), EXPERTS, 2, torch.float32).flatten(0, 1) for layer in (0, 1)]
+    scores = [hash_scores(TokenInfo(ids_BS=ids_BS, layer=layer), EXPERTS, 2, torch.float32).flatten(0, 1) for layer in (0, 1)]
     for scores_TE in scores:
         assert (scores_TE.sum(1) == 2).all()
         assert (scores_TE.unflatten(0, (100, EXPERTS)).sum(1) == 2).all(), "each run of ids meets each expert equally often"
         assert scores_TE.unflatten(0, (100, EXPERTS)).flatten(1).unique(dim=0).shape[0] > 95, "runs differ"
     assert 0.2 < (scores[0] * scores[1]).sum() / scores[0].sum() < 0.3, "by chance a layer shares K / E with another"
-    again = hash_scores(Tokens(ids_BS=ids_BS.flip(1)), EXPERTS, 2, torch.float32)
+    again = hash_scores(TokenInfo(ids_BS=ids_BS.flip(1)), EXPERTS, 2, torch.float32)
     assert torch.equal(again.flip(1).flatten(0, 1), scores[0]), "the id alone decides"
 
 
@@ -60,7 +60,7 @@ def test_hash_weighs_its_experts_alike() -> None:
             ),
             torch.float32,
         )
-        routing = router(torch.randn(1, 5, WIDTH), Tokens(ids_BS=torch.arange(5).unsqueeze(0)))
+        routing = router(torch.randn(1, 5, WIDTH), TokenInfo(ids_BS=torch.arange(5).unsqueeze(0)))
         torch.testing.assert_close(routing.weights_TK, torch.full((5, top_k), 3.0 * weight))
 
 

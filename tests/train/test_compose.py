@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
 from tokenyard.train.config.compose import compose
-from tokenyard.train.config.config import Config, ConfigError, Engine, Precision
+from tokenyard.train.config.config import Config, ConfigError, EngineKind, Precision
 from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.schema import quoted
 from tokenyard.train.config.serialize import plain_config
@@ -117,7 +117,7 @@ def test_the_result_is_typed() -> None:
     assert config.data.corpus is Corpus.text
     assert config.model.moe.capacity.scope is Scope.rank
     assert config.launch.kind is Launcher.torchrun
-    assert config.engine.kind is Engine.torch
+    assert config.engine.kind is EngineKind.torch
     assert config.run.dir == "3"
 
 

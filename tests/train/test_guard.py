@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.train.config.config import NumericsConfig
-from tokenyard.train.fault_tolerance.step_guard import Action, Guard, Window
+from tokenyard.train.fault_tolerance.step_guard import Action, Guard, RecentSteps
 from tokenyard.train.fault_tolerance.watchdog import Beat, blame
 from tokenyard.train.logging import goodput as accounting
 from tokenyard.train.logging.goodput import before
@@ -37,7 +37,7 @@ def test_flags_are_counted_and_a_single_rank_is_named() -> None:
 
 
 def test_a_spike_needs_a_window_and_is_far_above_it() -> None:
-    window = Window(32)
+    window = RecentSteps(32)
     for index in range(8):
         assert window.spike(1000.0, 1000.0, 6.0) is None
         window.add(4.0 + 0.01 * (index % 2), 1.0)
@@ -45,7 +45,7 @@ def test_a_spike_needs_a_window_and_is_far_above_it() -> None:
     assert "loss 5 is" in str(window.spike(5.0, 1.0, 6.0))
     assert window.spike(4.0, 2.9, 6.0) is None
     assert "gradient norm 3.1 is" in str(window.spike(4.0, 3.1, 6.0))
-    other = Window(32)
+    other = RecentSteps(32)
     other.restore(json.loads(json.dumps(window.state())))
     assert other.state() == window.state()
 

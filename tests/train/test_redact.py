@@ -16,7 +16,7 @@ from tokenyard.train.config.serialize import shown_config, write_config
 from tokenyard.train.fault_tolerance.failure_note import NOTE, STACKS, Failure, find_note, leave_note
 from tokenyard.train.fault_tolerance.recovery import recover
 from tokenyard.train.fault_tolerance.step_guard import Action, Fault
-from tokenyard.train.fault_tolerance.watchdog import Beat, Verdict, Watchdog
+from tokenyard.train.fault_tolerance.watchdog import Beat, HangDiagnosis, Watchdog
 from tokenyard.train.logging.journal import Journal, read_journal
 
 SECRET = "s3cr3t-value-of-it"
@@ -77,7 +77,7 @@ def test_what_ends_a_run_is_said_without_secrets(capsys: pytest.CaptureFixture[s
     with mock.patch.object(stop.dist, "is_initialized", lambda: True), mock.patch.object(stop, "place", lambda: "rank 0"):
         stop.say_failure(OSError(f"no {url}"))
     dog = Watchdog(tmp_path, 0, 2, 1.0)
-    dog._say(Verdict([1], f"hang: rank 1 at {url}"))
+    dog._say(HangDiagnosis([1], f"hang: rank 1 at {url}"))
     (tmp_path / STACKS).write_text("in the way")
     dog._write_note(Beat(0, 1, url, None, None, 0, 0.0, ""))
     supervisor = mock.Mock(bad_data=f"OSError: {url}", **{"guard.fault.return_value": Fault("bad_data", "rows", Action.stop)})

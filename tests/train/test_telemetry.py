@@ -10,7 +10,7 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard.moe.config import MoEConfig, RouterConfig, Selection
 from tokenyard.moe.router import SUMS, Router
-from tokenyard.moe.token_info import Tokens
+from tokenyard.moe.token_info import TokenInfo
 from tokenyard.train.config.compose import compose
 from tokenyard.train.logging.console.step_line import layer_lines
 from tokenyard.train.logging.console.text import BLOCKS, plain
@@ -71,9 +71,9 @@ def test_gauges_leave_out_padding_and_come_in_training_only():
     router = Router(6, MoEConfig(experts=4, top_k=2), torch.float64)
     torch.nn.init.normal_(router.weight)
     x_BSD, valid_BS = torch.randn(2, 5, 6).double(), torch.rand(2, 5) < 0.6
-    assert router(x_BSD, Tokens(valid_BS)).stats.gauges is None
+    assert router(x_BSD, TokenInfo(valid_BS)).stats.gauges is None
     router.gauged = True
-    gauges = router(x_BSD, Tokens(valid_BS)).stats.gauges
+    gauges = router(x_BSD, TokenInfo(valid_BS)).stats.gauges
     logits_TE = x_BSD[valid_BS] @ router.weight.detach().T
     p_TE = logits_TE.softmax(-1)
     assert gauges.tokens == valid_BS.sum() and not gauges.entropy.requires_grad
@@ -81,13 +81,13 @@ def test_gauges_leave_out_padding_and_come_in_training_only():
     torch.testing.assert_close(gauges.top1, p_TE.amax(1).sum())
     torch.testing.assert_close(gauges.logit_norm, logits_TE.norm(dim=1).sum())
     assert gauges.logit_max == logits_TE.abs().max()
-    assert router.eval()(x_BSD, Tokens(valid_BS)).stats.gauges is None
+    assert router.eval()(x_BSD, TokenInfo(valid_BS)).stats.gauges is None
 
 
 def test_hash_routing_has_no_logits():
     router = Router(6, MoEConfig(experts=4, top_k=2, router=RouterConfig(selection=Selection.hash)), torch.float32)
     router.gauged = True
-    gauges = router(torch.randn(1, 3, 6), Tokens(ids_BS=torch.arange(3).view(1, 3))).stats.gauges
+    gauges = router(torch.randn(1, 3, 6), TokenInfo(ids_BS=torch.arange(3).view(1, 3))).stats.gauges
     assert gauges.entropy.item() == pytest.approx(3 * math.log(2)) and gauges.logit_max == 0
 
 

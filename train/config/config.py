@@ -118,7 +118,7 @@ class Shape(Enum):
 OnFailure = Enum("OnFailure", {"continue": "continue", "stop": "stop"})
 
 
-class Engine(Enum):
+class EngineKind(Enum):
     torch = "torch"
     deepspeed = "deepspeed"
 
@@ -221,7 +221,7 @@ class LogConfig:
 
 @dataclass
 class EngineConfig:
-    kind: Engine = Engine.torch
+    kind: EngineKind = EngineKind.torch
     """Who runs backward, reduction and update; the numbers are the same."""
     zero: int = field(default=0, metadata=within("[0, 4)"))
     """deepspeed: the ZeRO stage. 0 shards nothing, 1 the optimizer's state, 2 gradients too."""

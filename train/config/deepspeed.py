@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from .config import Config, Engine, Precision
+from .config import Config, EngineKind, Precision
 from .rules.rule import Broken
 from .schema import nearest_text
 
@@ -76,7 +76,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
 def engine(config: Config, world: int) -> Iterator[Broken]:
     """The rules of engine.*."""
     c = config.engine
-    if c.kind is Engine.torch:
+    if c.kind is EngineKind.torch:
         if c.zero:
             yield Broken("engine.zero", "must be 0 with engine=torch, which shards by parallel.shard", [0])
         if c.extra:

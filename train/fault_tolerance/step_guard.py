@@ -25,7 +25,7 @@ LONG_TAIL = {"loss": 1.0, "gradient norm": 3.0}
 """So many times the mean, at least. The norm of healthy runs has a long tail, which clipping takes care of."""
 
 
-class Window:
+class RecentSteps:
     """The last `size` values of both. They are the same on every rank, and so is all that follows from them."""
 
     def __init__(self, size: int) -> None:
@@ -78,7 +78,7 @@ class Guard:
 
     def __init__(self, config: NumericsConfig) -> None:
         self.config = config
-        self.window = Window(config.spike_window)
+        self.window = RecentSteps(config.spike_window)
         self.skipped = 0
         """Steps without an update, so AdamW has done that many fewer than the run."""
         self.interventions = 0

@@ -58,7 +58,7 @@ class Beat(NamedTuple):
         return f"step {self.step}, {self.phase}{layer}{within}, for {self.seconds:.1f} s"
 
 
-class Verdict(NamedTuple):
+class HangDiagnosis(NamedTuple):
     ranks: list[int]
     """Those that the others wait for."""
     text: str
@@ -69,14 +69,14 @@ class Verdict(NamedTuple):
     """Where the others wait."""
 
 
-def blame(beats: dict[int, Beat], world: int) -> Verdict:
+def blame(beats: dict[int, Beat], world: int) -> HangDiagnosis:
     """In this order: ranks that do not answer, that wait for nobody, that are behind, that wait for something else than most."""
     ranks, why = _late(beats, world)
     waiting = [beat for beat in beats.values() if beat.rank not in ranks] or list(beats.values())
     others = max(waiting, key=lambda beat: beat.seconds)
     where = [f"rank {rank} ({beats[rank].place() if rank in beats else 'no answer'})" for rank in ranks]
     text = f"hang: {', '.join(where)} {why}; the others wait: {others.place()}"
-    return Verdict(ranks, text, others.step, others.phase, others.layer, others.collective)
+    return HangDiagnosis(ranks, text, others.step, others.phase, others.layer, others.collective)
 
 
 def _late(beats: dict[int, Beat], world: int) -> tuple[list[int], str]:
@@ -117,7 +117,7 @@ class Watchdog:
         rank: int,
         world: int,
         timeout_seconds: float,
-        end: Callable[[Verdict], None] | None = None,
+        end: Callable[[HangDiagnosis], None] | None = None,
         tell: Callable[[str], None] | None = None,
         leave: Callable[[int], None] | None = None,
         start: str = "",
@@ -168,7 +168,7 @@ class Watchdog:
     def _report(self) -> None:
         """Whatever fails here, the process ends and this rank has said where it was."""
         mine = current(self.rank, self.start_id)
-        verdict = Verdict([], f"hang: rank {self.rank} waits: {mine.place()}")
+        verdict = HangDiagnosis([], f"hang: rank {self.rank} waits: {mine.place()}")
         try:
             self._write_note(mine)
             deadline = time.monotonic() + 2 * self.tick + 1
@@ -208,7 +208,7 @@ class Watchdog:
                     found[beat.rank] = beat
         return found
 
-    def _say(self, verdict: Verdict) -> None:
+    def _say(self, verdict: HangDiagnosis) -> None:
         say(f"{verdict.text}; stacks of all ranks: {self.folder / STACKS}")
         self._event("hang", **verdict._asdict())
         with suppress(Exception):  # the job ends, whatever a tracker does

@@ -14,7 +14,7 @@ from ...parallel.progress import waiting_for_device
 from ...parallel.streams import Event, record, seconds_between, to_host
 from ..evaluate import Evaluation
 from ..step import StepNumbers
-from .expert_stats.collector import Seen, Snapshot
+from .expert_stats.collector import HostSnapshot, Snapshot
 
 Interval = tuple[Event, Event]
 """Begin and end of a stretch of training."""
@@ -44,7 +44,7 @@ class OnHost(NamedTuple):
     """Of a Logged, on the host."""
 
     numbers: StepNumbers
-    seen: Seen
+    seen: HostSnapshot
     seconds: float
     """Of the laps."""
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.async_collectives import Exchange, Gather, Scatter, Way, depart, land
+from tokenyard.parallel.dispatch.async_collectives import Gather, RowExchange, Scatter, Way, depart, land
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def exchange(counts: list[list[int]], weights: list[Tensor]) -> Pass:
     rows = [[axis.rank, b, i] for b in range(axis.size) for i in range(counts[axis.rank][b])]
     x = torch.tensor(rows, dtype=torch.float64).view(-1, 3)
     receive = [row[axis.rank] for row in counts]
-    return there_and_back(x, weights[axis.rank], Exchange(counts[axis.rank], receive, axis))
+    return there_and_back(x, weights[axis.rank], RowExchange(counts[axis.rank], receive, axis))
 
 
 SIZES = pytest.mark.parametrize("sizes", [[2, 2], [3, 0], [1, 4, 0, 2], [2, 2, 2, 2], [0, 0]])
@@ -91,7 +91,7 @@ def test_what_is_computed_in_between_does_not_disturb(ranks: Any) -> None:
 
 def two_at_once() -> tuple[Tensor, Tensor]:
     axis = everyone()
-    way = Exchange([1, 1], [1, 1], axis)
+    way = RowExchange([1, 1], [1, 1], axis)
     rows = torch.full((2, 1), float(axis.rank))
     one, other = depart(rows, way), depart(rows + 10, way)
     second = land(other)
@@ -100,7 +100,7 @@ def two_at_once() -> tuple[Tensor, Tensor]:
 
 def test_one_rank_leaves_everything_as_it_is() -> None:
     x = torch.randn(2, 4)
-    assert land(depart(x, Exchange([2], [2], Axis(1, 0, None)))) is x
+    assert land(depart(x, RowExchange([2], [2], Axis(1, 0, None)))) is x
 
 
 def everyone() -> Axis:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....moe.router import SUMS
 from ....parallel.collectives import max_over
-from ...config.config import Config, Engine, Tier
+from ...config.config import Config, EngineKind, Tier
 from ...session import Session
 from ...step import StepNumbers, clip_factor
 from ..metrics import routing_layers
@@ -22,7 +22,7 @@ from .routing_probe import Probe, routers
 from .step_metrics import Step, brief_metrics, layer_metrics, per_token
 
 
-class Seen(NamedTuple):
+class HostSnapshot(NamedTuple):
     """On the host."""
 
     metrics: dict[str, float]
@@ -35,9 +35,9 @@ class Snapshot(NamedTuple):
     """A look at a step whose numbers are still on the device; the same on every rank."""
 
     tensors: dict[str, Tensor]
-    describe: Callable[[Mapping[str, Tensor]], Seen]
+    describe: Callable[[Mapping[str, Tensor]], HostSnapshot]
 
-    def seen(self, on_host: Mapping[str, Tensor] | None = None) -> Seen:
+    def seen(self, on_host: Mapping[str, Tensor] | None = None) -> HostSnapshot:
         """`on_host`: copies of the tensors; None copies them, and waits."""
         return self.describe({name: x.cpu() for name, x in self.tensors.items()} if on_host is None else on_host)
 
@@ -89,7 +89,7 @@ class ExpertStats:
     def look(self, numbers: StepNumbers, validated: bool, saves: bool) -> Snapshot:
         """After a logged step, which was followed by a validation, or will be by a checkpoint, or neither. Collective."""
         if not self.on:
-            return Snapshot({}, lambda _: Seen({}, None))
+            return Snapshot({}, lambda _: HostSnapshot({}, None))
         step, tensors, record = self.session.step, self._step(numbers), None
         if self.due(step) or validated or saves:
             begin = perf_counter()
@@ -126,14 +126,14 @@ class ExpertStats:
     def _gradients(self, numbers: StepNumbers) -> dict[str, Tensor]:
         """Norms; torch's engine alone leaves the gradients where they can be seen."""
         config = self.session.config
-        if config.engine.kind is not Engine.torch:
+        if config.engine.kind is not EngineKind.torch:
             return {}
         clip = config.optimizer.clip_norm
         scale = 1.0 if clip is None else clip_factor(numbers.gradient_norm, clip)
         norms = weights.gradient_norms(self.session.parallel, self.layers, scale)
         return {"grad_norm_LE": norms.experts_LE, "grad_norm_router": norms.router}
 
-    def _describe(self, found: Mapping[str, Tensor], record: dict[str, Any] | None) -> Seen:
+    def _describe(self, found: Mapping[str, Tensor], record: dict[str, Any] | None) -> HostSnapshot:
         """`found`: all tensors of a look, on the host."""
         step = Step(
             self.layers,
@@ -146,11 +146,11 @@ class ExpertStats:
         if self.settings.tier is Tier.detailed:
             metrics |= layer_metrics(step)
         if record is None:
-            return Seen(metrics, None)
+            return HostSnapshot(metrics, None)
         if "grad_norm_LE" in found:
             metrics["grad_norm_experts"] = found["grad_norm_LE"].square().sum().sqrt().item()
             metrics["grad_norm_router"] = found["grad_norm_router"].item()
-        return Seen(metrics, record | described(found))
+        return HostSnapshot(metrics, record | described(found))
 
     def _probed(self, probe: Probe) -> dict[str, Any]:
         """What the probe found; layers of multi-token prediction, which it does not see, have zeros or null."""

@@ -74,7 +74,7 @@ class Trackers:
         patience: float = 60.0,
     ):
         """`patience`: seconds that `finish` waits for all of them together."""
-        self._workers = [_Worker(tracker, capacity) for tracker in trackers]
+        self._workers = [_TrackerThread(tracker, capacity) for tracker in trackers]
         self._say, self._events, self._patience = say, events, patience
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ class Trackers:
             self._report(worker)
             self._report_losses(worker, done)
 
-    def _report(self, worker: "_Worker") -> None:
+    def _report(self, worker: "_TrackerThread") -> None:
         """Say what failed first, once. From the main thread, so that lines of the console do not mix."""
         if worker.error is None or worker.reported:
             return
@@ -126,7 +126,7 @@ class Trackers:
         self._say(f"tracker {worker.name} failed: {worker.error}; training goes on, metrics.jsonl has all records")
         self._event("tracker_failed", tracker=worker.name, error=worker.error)
 
-    def _report_losses(self, worker: "_Worker", done: bool) -> None:
+    def _report_losses(self, worker: "_TrackerThread", done: bool) -> None:
         missed = worker.offered - worker.delivered
         if done and not missed:
             return
@@ -139,7 +139,7 @@ class Trackers:
             self._events.event(kind, **facts)
 
 
-class _Worker:
+class _TrackerThread:
     """A thread that hands one tracker its calls, in order."""
 
     def __init__(self, tracker: AbstractTracker, capacity: int):
