@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..parallel import collectives
-from ..parallel.dispatch import async_collectives as flights
+from ..parallel.dispatch import async_collectives
 
 Stamp = list[float]
 """Begun, first waited for, done; in seconds. What was never waited for is done when it was begun."""
@@ -23,7 +23,7 @@ PLACES: list[tuple[Any, str]] = [
     *((dist, name) for name in ("all_reduce", "all_to_all_single", "all_gather_single", "reduce_scatter_single")),
     (collectives, "all_gather"),
     (collectives, "_reduce_scatter"),
-    (flights, "all_gather"),
+    (async_collectives, "all_gather"),
 ]
 """Where this code and FSDP2 call collectives that carry tensors of a step."""
 

@@ -64,7 +64,7 @@ def read_documents(text: str | None) -> list[str]:
     if text is not None:
         content = Path(text).read_text()
         return [content[start : start + 4000] for start in range(0, len(content), 4000)]
-    from ..data.validate import stdlib_files, stdlib_root
+    from ..data.checks import stdlib_files, stdlib_root
 
     found, size = [], 0
     for name in sorted(stdlib_files(stdlib_root())):

@@ -25,7 +25,7 @@ from ..parallel.collectives import sum_over
 from ..parallel.config import Exchange, ParallelConfig
 from ..parallel.mesh import Axis, build_mesh
 from .comm_trace import Traffic
-from .processes import answer, join, on_ranks
+from .rank_processes import answer, join, on_ranks
 
 V3 = RouterConfig(score=Score.sigmoid, groups=8, top_groups=4, group_score=GroupScore.top2, scale=2.5)
 ROUTINGS = {

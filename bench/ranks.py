@@ -23,7 +23,7 @@ from ..train.run import single_step
 from ..train.session import Session
 from ..train.setup import open_session
 from .comm_trace import Split, Stamp, split_times, stamped
-from .processes import RankProcesses, join
+from .rank_processes import RankProcesses, join
 from .timing import markdown, rotated, spread
 
 RUN = [

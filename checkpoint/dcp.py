@@ -24,8 +24,8 @@ from torch.futures import Future
 
 from ..parallel.shard import Held, Piece
 from .manifest import ChunkRecord, Manifest, TensorRecord, check_sizes
-from .plan import check_held, dtype_name, span
 from .safetensors_file import DTYPES, open_shard, read_rectangle
+from .save_plan import check_held, dtype_name, span
 from .verify import check_files, check_headers
 
 

@@ -22,7 +22,7 @@ from ..parallel.shard import Held
 from ..parallel.streams import Event, record
 from .host_copies import Copies, device_of, in_place
 from .manifest import checked_facts
-from .plan import Offer, Share, offers_of, shares_of
+from .save_plan import Offer, Share, offers_of, shares_of
 from .writer import TEMPORARY, Job, Stopped, beside, describe, discard, write_share
 
 log = logging.getLogger("tokenyard")

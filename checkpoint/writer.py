@@ -21,8 +21,8 @@ from .expert_hashes import Hashes, expert_hashes, hash_held, hash_stored
 from .folder import REPLACED
 from .fsync import sync, sync_folder, write_durably
 from .manifest import MANIFEST, FileRecord, Manifest, write_manifest
-from .plan import Share, shard_name
 from .safetensors_file import hash_file, write_shard
+from .save_plan import Share, shard_name
 
 TEMPORARY = ".tmp-"
 LONGEST_PAUSE = 0.2

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
+from .checks import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .corpus import CorpusSurvey, survey
 from .mixture_config import MixtureSource, parts_of
@@ -20,7 +21,6 @@ from .stream.source import OpenedSource, build_mixture, held_out_tokens, joined_
 from .token_array import TokenArray, open_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokenizer_training import sample
-from .validate import check_corpus
 
 log = logging.getLogger("tokenyard")
 

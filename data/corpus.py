@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, final
 
 import xxhash
 
+from .checks import check_corpus, pattern_files, stdlib_files, stdlib_root
 from .config import Corpus, DataConfig
-from .validate import check_corpus, pattern_files, stdlib_files, stdlib_root
 
 # Where documents come from: a folder of files, one file cut into chunks, a grammar.
 #

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from .cache import cache_folder
+from .checks import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .errors import BadData
 from .mixture_config import MixtureSource
@@ -22,7 +23,6 @@ from .stream.shards import Failed, Row, Shards, open_shards
 from .stream.tokenize import Recipe, Window, is_held_out, tokenized
 from .token_array import TokenArray, id_type, write_header
 from .tokenizer import Tokenizer, load_tokenizer
-from .validate import check_corpus
 
 LEAST_JOBS = 8
 BLOCK = 256

@@ -13,10 +13,10 @@ import sentencepiece
 import xxhash
 
 from .cache import publish
+from .checks import check_tokenizer
 from .config import TokenizerConfig, TokenizerKind
 from .corpus import CorpusSurvey
 from .tokenizer_training import RECIPE, sample, train_pieces
-from .validate import check_tokenizer
 
 MODEL_FILE = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"

@@ -23,7 +23,7 @@ from .families import FAMILIES, Family
 from .families.base import IRRELEVANT
 from .hf_folder import CONFIG, SHARD_BYTES, Output, new_folder, write_shards
 from .import_ import CARRIED, CARRIED_FILES
-from .tokenizer import write_tokenizer
+from .tokenizer_json import write_tokenizer
 from .weight_plan import copies, write_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

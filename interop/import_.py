@@ -13,7 +13,7 @@ from ..moe.config import ModelConfig
 from ..parallel.shard import Held, whole
 from ..train.config.serialize import plain_config
 from .load_weights import HFSource, open_source, read_weights
-from .tokenizer import adopt
+from .tokenizer_json import adopt
 from .upcycle import Upcycle, upcycle, upcycled_config
 
 CARRIED = "tokenizer_hf"

@@ -108,7 +108,7 @@ def _words(folder: str) -> str:
 def _train_tokenizer(folder: Path, config: Config) -> None:
     from ..data.build import open_tokenizer
     from ..data.cache import cache_folder
-    from ..data.validate import check_corpus
+    from ..data.checks import check_corpus
 
     check_corpus(config.data)
     tokenizer = open_tokenizer(config.data, config.tokenizer, cache_folder(config.data))

@@ -5,7 +5,7 @@ import math
 
 from ..data.errors import DataStop
 from ..train.config.complain import complain
-from ..train.evaluate import evaluate_session
+from ..train.evaluation import evaluate_session
 from ..train.load import open_for_evaluation
 
 

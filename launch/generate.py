@@ -6,7 +6,7 @@ from time import perf_counter
 
 from ..train.config.complain import complain, printable
 from ..train.config.config import SampleConfig
-from ..train.generate import continuation
+from ..train.continuation import continuation
 from ..train.load import open_checkpoint
 
 

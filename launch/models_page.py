@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from ..train.config.compose import CONF, compose
 from ..train.config.config import Config
+from ..train.config.model_summary import Count, count, facts
 from ..train.config.number_format import flops, short
-from ..train.config.params import Count, count, facts
 
 # What the makers of published models say about their size, with the source; docs/models.md sets it beside our counts.
 

@@ -6,12 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..train.command import refuse
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
+from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
 from ..train.config.number_format import flops, short
-from ..train.config.params import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
+from ..train.rank_command import refuse
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")
 """In the order of the table; multi-token prediction comes below the sum."""

@@ -1,11 +1,11 @@
 """`tokenyard train`: one process, ranks of our own, a job for a cluster, or a sweep of any of them."""
 
-from ..train.command import refuse, run_here
 from ..train.config.compose import Arguments, compose_arguments, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
 from ..train.preflight import validate
+from ..train.rank_command import refuse, run_here
 
 
 def train(argv: list[str]) -> int:

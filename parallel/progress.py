@@ -39,7 +39,7 @@ PROGRESS = Progress()
 
 Check = Callable[[str, Axis, list[int] | None, list[int] | None], None]
 _checks: list[Check] = []
-"""What is called before each collective; see fingerprints.py."""
+"""What is called before each collective; see collective_check.py."""
 
 
 @contextmanager

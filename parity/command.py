@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from time import perf_counter
 from typing import Any, TextIO
 
-from ..train.command import refuse
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.serialize import plain_config
+from ..train.rank_command import refuse
+from .choose_layouts import Layout, automatic, checked, legal, listed, prepared, sees_accumulation
 from .config import TOLERANCE, ParityConfig, split_settings
 from .diagnose import Verdict, judge, layer_of, place
 from .finding import KINDS, Finding
-from .layouts import Layout, automatic, checked, legal, listed, prepared, sees_accumulation
-from .ranks import Done, RankCall, Ranks
+from .rank_pool import Done, RankCall, Ranks
 from .shrink import shrink
 
 # What a person reads: a line for each layout, and of a difference where it begins and what it looks like.

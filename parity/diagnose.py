@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from .choose_layouts import DEGREES, Layout
 from .config import TOLERANCE
 from .finding import KINDS, Finding
-from .layouts import DEGREES, Layout
 
 # What a difference looks like: a factor that is a degree of the layout, copies that were not added up, and the like.
 

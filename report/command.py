@@ -9,7 +9,7 @@ from ..train.config.complain import complain, printable
 from .journal_reader import RunError
 from .page import page
 from .payload import payload
-from .run import Run
+from .run_reader import Run
 
 
 def report_command(arguments: Namespace) -> int:

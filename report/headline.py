@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .run import Run
-from .telemetry import Sums, max_over_mean
+from .run_reader import Run
+from .telemetry_reader import Sums, max_over_mean
 
 EVEN, UNEVEN = 1.5, 3.0
 """Load of the busiest expert over the mean: up to the first is balanced, above the second is badly unbalanced."""

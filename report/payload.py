@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from ..train.config.config import Config, ConfigError
-from ..train.config.params import count
+from ..train.config.model_summary import count
 from ..train.config.schema import is_mapping
 from ..train.config.serialize import config_from_plain, plain_config
 from .columns import line, rounded
 from .headline import is_trouble, last_validation, named, state, verdict
-from .run import Run
-from .telemetry import Sums, Telemetry, max_over_mean
+from .run_reader import Run
+from .telemetry_reader import Sums, Telemetry, max_over_mean
 
 # The configuration for the page: what differs from the defaults first; and what the model holds, by part.
 

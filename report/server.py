@@ -18,7 +18,7 @@ from .command import refuse
 from .journal_reader import RunError
 from .page import page
 from .payload import payload
-from .run import Run
+from .run_reader import Run
 
 ADDRESS = "127.0.0.1"
 COOKIE = "tokenyard"

@@ -27,7 +27,7 @@ from tokenyard.interop.load_weights import open_source, read_weights
 from tokenyard.launch.params import read_model
 from tokenyard.moe.param_shapes import shapes
 from tokenyard.report.payload import payload
-from tokenyard.report.run import Run
+from tokenyard.report.run_reader import Run
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.serialize import plain_config, write_config

@@ -30,21 +30,8 @@ ALLOWED = {
 
 SPINE = (
     *("config", "allocator", "stored_config", "run_folder", "preflight", "derive", "state", "step_flags", "nonfinite", "optimizer"),
-    *(
-        "loss",
-        "batch",
-        "exit",
-        "step",
-        "engine",
-        "deepspeed",
-        "session",
-        "checkpointing",
-        "evaluate",
-        "generate",
-        "show",
-        "logging",
-    ),
-    *("resume", "setup", "load", "fault_tolerance", "run", "command", "__main__"),
+    *("loss", "batch", "exit", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "continuation", "show"),
+    *("logging", "resume", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
 )
 """The folders and modules of train/ from the ground up: each may import those before it."""
 UPWARDS = {

@@ -8,9 +8,9 @@ if __name__ == "__main__":
     hold_back()  # from the first line: a signal while torch is imported, or this program starts anew, is heard later
 
 from .allocator import restart_with_kept_memory
-from .command import train_command
 from .config.redact import redact_tracebacks
 from .fault_tolerance.processes import end_with_launcher
+from .rank_command import train_command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.validate import check_corpus, check_tokenizer
+from ..data.checks import check_corpus, check_tokenizer
 from .config.config import Config, ConfigError
 from .config.environment import started_again
 from .config.launch import Launcher

@@ -16,7 +16,7 @@ from .checkpointing import SaveFailed, conclude, settled, started
 from .config.complain import complain
 from .config.config import Config
 from .config.private_files import CannotWrite
-from .evaluate import Evaluation, evaluate_session
+from .evaluation import Evaluation, evaluate_session
 from .exit import ExitCode, RunStop, say_failure, say_stop
 from .fault_tolerance.dry_run import dry_step
 from .fault_tolerance.recovery import attempt, recover

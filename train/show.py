@@ -12,8 +12,8 @@ from ..parallel.layout_diagram import picture
 from .config.compose import CONF, Arguments, compose_arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
+from .config.model_summary import check, count, per_rank, ranks_of
 from .config.number_format import short
-from .config.params import check, count, per_rank, ranks_of
 from .config.redact import redact
 
 # `tokenyard train --layout-only ...`: the layout as a picture. Nothing is started, torch is not imported.

@@ -8,7 +8,7 @@ from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsag
 from torch.profiler import ProfilerActivity, profile
 
 from ...train.config.config import Precision
-from ...train.config.params import training_bytes
+from ...train.config.model_summary import training_bytes
 from .steps import BATCHES, NARROW, Trained, build, fitting
 from .tell import Teller
 from .waits import random_rows

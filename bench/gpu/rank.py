@@ -13,10 +13,10 @@ import torch
 from ...parallel.config import ParallelConfig
 from ...parallel.mesh import build_mesh
 from ...parallel.object_collectives import from_all
+from ...parity.choose_layouts import Layout
 from ...parity.command import explained
 from ...parity.compare import Reference, assembled, compare, reference_of
 from ...parity.diagnose import judge, place
-from ...parity.layouts import Layout
 from ...parity.observe import ObservedTensor, observe
 from ...train.config.config import Config, Precision
 from .alone import MODEL, world

@@ -13,7 +13,7 @@ from ...parallel.apply import Parallel
 from ...parallel.gradients import squared_norm, summed_over_copies
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
-from ...train.config.params import training_bytes
+from ...train.config.model_summary import training_bytes
 from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer

@@ -10,7 +10,7 @@ import json
 
 from ..timing import markdown
 from .cases import CASES, SIDES, sides_of
-from .runner import Line, Measurement, measure
+from .rounds import Line, Measurement, measure
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from ...moe.config import Selection
 from ...parallel.process_group import pick_device
 from ...train.config.compose import compose
-from ...train.evaluate import evaluate_session
+from ...train.evaluation import evaluate_session
 from ...train.load import open_for_evaluation
 from ...train.run import single_step
 from ...train.session import Session

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import xxhash
 
-from ..validate import refuse_outside
+from ..checks import refuse_outside
 from .http import HttpFile, RetryPolicy, may_pass, open_url, persistently
 
 ENDINGS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson", ".json"), "lines": (".txt", ".lines")}

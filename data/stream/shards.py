@@ -11,8 +11,8 @@ from typing import IO, Any, NamedTuple, final
 import numpy as np
 import xxhash
 
+from ..checks import refuse_outside
 from ..config import Corpus, DataConfig
-from ..validate import refuse_outside
 from .files import find_files, fingerprint, open_raw, open_shard, short_names, versions
 from .http import RetryPolicy, may_pass, patiently, persistently
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from tokenyard.bench.peers import cases
-from tokenyard.bench.peers import runner as turns
+from tokenyard.bench.peers import rounds as turns
 from tokenyard.bench.peers.__main__ import parse, table
 from tokenyard.bench.peers.cases import CASES, SIDES, Case, groups, refusal, sides_of
-from tokenyard.bench.peers.runner import Line, Measurement, measure
+from tokenyard.bench.peers.rounds import Line, Measurement, measure
 from tokenyard.bench.timing import quartiles
 
 TOY = Case(8, 2, 32, "fp32", width=64, layers=2, heads=4, vocabulary=256, sequences=2, length=32)

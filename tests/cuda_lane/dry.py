@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from tokenyard.checkpoint.plan import Offer, offers_of
+from tokenyard.checkpoint.save_plan import Offer, offers_of
 from tokenyard.moe.config import Selection
 from tokenyard.parallel.config import Exchange
 from tokenyard.parallel.streams import copy_to_host, host_memory
 from tokenyard.plan.ledger import Collective, UnknownNumbers
-from tokenyard.plan.rank import DryRank, dry_rank
+from tokenyard.plan.rank_step import DryRank, dry_rank
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.logging.expert_stats.collector import ExpertStats

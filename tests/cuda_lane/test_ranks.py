@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dry import Found, ranks_of
-from tokenyard.checkpoint.plan import Offer, shares_of
+from tokenyard.checkpoint.save_plan import Offer, shares_of
 from tokenyard.plan.ledger import Collective
 
 LAYOUTS = [

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenyard.data.checks import check_tokenizer
 from tokenyard.data.config import TokenizerConfig, TokenizerKind
 from tokenyard.data.tokenizer import HuggingFaceTokenizer, load_tokenizer, ready_tokenizer
-from tokenyard.data.validate import check_tokenizer
 
 TEXTS = ["the cat sat on the mat", "na\u00efve \U0001f600 text\n\twith  spaces", "<|endoftext|> is text here", ""]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, opened, taken, write
 from tokenyard.data.build import prepare
+from tokenyard.data.checks import check_corpus
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import EndOfData
-from tokenyard.data.validate import check_corpus
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from streaming import BYTES, LENGTH, config_of, names_in, opened, taken, write
 from tokenyard.data.build import prepare
+from tokenyard.data.checks import check_corpus
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import DataUnavailable
 from tokenyard.data.stream import shards as hub
-from tokenyard.data.validate import check_corpus
 
 pytestmark = pytest.mark.usefixtures("nothing_online")
 NOWHERE = "http://127.0.0.1:9/x.txt"

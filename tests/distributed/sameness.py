@@ -15,7 +15,8 @@ from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
 from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parity import layouts, observe
+from tokenyard.parity import choose_layouts as layouts
+from tokenyard.parity import observe
 from tokenyard.parity.command import explained
 from tokenyard.parity.compare import Reference, compare, reference_of
 from tokenyard.parity.diagnose import Verdict, judge, place

@@ -92,7 +92,7 @@ def _rank(rank: int, environment: dict[str, str], words: list[str], log: Path) -
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     import torch
-    from tokenyard.train.command import train_command
+    from tokenyard.train.rank_command import train_command
 
     torch.set_num_threads(1)
     code = train_command(words)

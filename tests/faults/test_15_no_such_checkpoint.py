@@ -13,7 +13,7 @@ from tokenyard.train.run import run
 
 PROGRAM = """
 import json, sys, time
-from tokenyard.train.command import train_command
+from tokenyard.train.rank_command import train_command
 for line in json.load(sys.stdin):
     begin = time.perf_counter()
     code = train_command(line)

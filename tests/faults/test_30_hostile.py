@@ -12,8 +12,8 @@ from checkpoint_run import configured, words
 from forked_runs import ending, free_port, start, wait
 from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import read_whole
-from tokenyard.train.command import train_command
 from tokenyard.train.load import load_model
+from tokenyard.train.rank_command import train_command
 from tokenyard.train.run import run
 
 SECRET = "hunter2-5f3c9a-never-written"

@@ -16,7 +16,7 @@ from tokenyard.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tok
 from tokenyard.data.tokenizer_training import train_pieces
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
-from tokenyard.interop.tokenizer import TEXTS, adopt, write_tokenizer
+from tokenyard.interop.tokenizer_json import TEXTS, adopt, write_tokenizer
 
 pytest.importorskip("tokenizers", reason="the comparison needs tokenizers (pip install 'tokenyard[hf]')")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tokenyard.data.batches import IGNORE
 from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
-from tokenyard.moe.generate import generate
+from tokenyard.moe.generation import generate
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Prediction, Transformer, ahead
 from tokenyard.moe.rotary import rotary_turns

@@ -8,14 +8,14 @@ import pytest
 from sameness import verdict_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
+from tokenyard.parity.choose_layouts import Layout, prepared
 from tokenyard.parity.command import common_causes, explained
 from tokenyard.parity.compare import Reference, compare, reference_of
 from tokenyard.parity.diagnose import Verdict, layer_of
 from tokenyard.parity.finding import Finding
-from tokenyard.parity.layouts import Layout, prepared
 from tokenyard.parity.observe import observe
+from tokenyard.parity.rank_worker import without_auxiliary
 from tokenyard.parity.shrink import shrink
-from tokenyard.parity.worker import without_auxiliary
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 

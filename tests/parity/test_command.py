@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenyard.launch.main import main
-from tokenyard.parity import ranks
+from tokenyard.parity import rank_pool as ranks
 
 BUGGY = "import bugs, sys; from tokenyard.parity import worker; bugs.install({!r}); worker.main(sys.argv[1:])"
 

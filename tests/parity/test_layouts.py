@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parity.choose_layouts import DEGREES, Layout, automatic, legal, listed, prepared
 from tokenyard.parity.command import planned
 from tokenyard.parity.config import ParityConfig
-from tokenyard.parity.layouts import DEGREES, Layout, automatic, legal, listed, prepared
 from tokenyard.parity.shrink import shrink
 from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.config.rules.rules import broken_rules

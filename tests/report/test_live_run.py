@@ -9,7 +9,7 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard import __version__
 from tokenyard.report.payload import payload
-from tokenyard.report.run import Run
+from tokenyard.report.run_reader import Run
 from tokenyard.train.config.compose import compose
 from tokenyard.train.logging.environment_info import environment
 from tokenyard.train.logging.journal import read_journal

@@ -9,7 +9,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from made_run import made_run, write
 from tokenyard.launch.main import main
-from tokenyard.report.run import Run
+from tokenyard.report.run_reader import Run
 from tokenyard.report.server import Server, Watched
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt install chromium")

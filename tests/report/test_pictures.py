@@ -10,7 +10,7 @@ from made_run import made_run
 from tokenyard.launch.main import main
 from tokenyard.report.payload import payload, quantize_ratios
 from tokenyard.report.pictures import decoded, plain, write_pictures
-from tokenyard.report.run import Run
+from tokenyard.report.run_reader import Run
 
 
 def test_pictures_of_two_runs(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from made_run import made_run, telemetry, write
 from tokenyard.report.columns import Column, Columns, line, smoothed, thinned
 from tokenyard.report.journal_reader import Record, Tail
 from tokenyard.report.payload import by_layer, partners, quantize_amounts, quantize_ratios
-from tokenyard.report.run import Run
-from tokenyard.report.telemetry import MOST_FRAMES, Telemetry
+from tokenyard.report.run_reader import Run
+from tokenyard.report.telemetry_reader import MOST_FRAMES, Telemetry
 
 
 def steps(tail: Tail) -> list[int]:

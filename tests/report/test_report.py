@@ -15,7 +15,7 @@ from tokenyard.launch.main import main
 from tokenyard.report.headline import verdict
 from tokenyard.report.page import digest, page
 from tokenyard.report.payload import payload
-from tokenyard.report.run import Run
+from tokenyard.report.run_reader import Run
 
 
 @pytest.fixture(scope="module")

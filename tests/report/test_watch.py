@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from made_run import made_run, write
 from tokenyard.launch.main import main
-from tokenyard.report.run import Run
+from tokenyard.report.run_reader import Run
 from tokenyard.report.server import Server, Watched
 
 

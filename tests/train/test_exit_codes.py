@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from tokenyard.data.errors import BadData, DataUnavailable
-from tokenyard.train.command import BAD_CONFIGURATION
 from tokenyard.train.exit import ExitCode
+from tokenyard.train.rank_command import BAD_CONFIGURATION
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "running.md").read_text()
 

@@ -9,7 +9,7 @@ from tokenyard.checkpoint.manifest import MANIFEST, read_manifest, write_manifes
 from tokenyard.launch.main import main
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import ConfigError
-from tokenyard.train.evaluate import evaluate_session
+from tokenyard.train.evaluation import evaluate_session
 from tokenyard.train.load import open_for_evaluation
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run

@@ -11,7 +11,7 @@ from tokenyard.moe.init import expert_biases
 from tokenyard.moe.token_info import BatchPosition
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.evaluate import evaluate_session
+from tokenyard.train.evaluation import evaluate_session
 from tokenyard.train.fault_tolerance.supervisor import build_supervisor
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import NullLogger

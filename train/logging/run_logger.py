@@ -17,7 +17,7 @@ from ..config.private_files import CannotWrite, writing_to
 from ..config.redact import RedactingFormatter
 from ..config.serialize import shown_config, write_config
 from ..derive import DTYPES
-from ..evaluate import Evaluation
+from ..evaluation import Evaluation
 from ..exit import ExitCode
 from ..session import Session
 from .console.startup import startup_lines

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...parallel.progress import waiting_for_device
 from ...parallel.streams import Event, record, seconds_between, to_host
-from ..evaluate import Evaluation
+from ..evaluation import Evaluation
 from ..step import StepNumbers
 from .expert_stats.collector import HostSnapshot, Snapshot
 

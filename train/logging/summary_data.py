@@ -14,7 +14,7 @@ from ..config.compose import compose
 from ..config.config import Config
 from ..config.serialize import changed_settings
 from ..derive import derive
-from ..evaluate import Evaluation
+from ..evaluation import Evaluation
 from ..session import Session
 from ..step import StepNumbers
 from .console.startup import StartupFacts
@@ -122,7 +122,7 @@ def sample_of(session: Session) -> tuple[str, str] | None:
     wish = session.config.sample
     if not wish.prompt or session.checkpoint is None or count(session.config.model).total > SAMPLE_LIMIT:
         return None
-    from ..generate import continuation
+    from ..continuation import continuation
     from ..load import open_checkpoint
 
     opened = open_checkpoint(session.checkpoint, session.device)

@@ -1,4 +1,4 @@
-"""The program of a parity rank: `python -m tokenyard.parity.worker RANK FOLDER`. It answers calls until its parent is gone.
+"""The program of a parity rank: `python -m tokenyard.parity.rank_worker RANK FOLDER`. It answers calls until its parent is gone.
 
 A call and its answer are a line of JSON each, on standard input and output. Tensors stay here: what one process has is a file that
 one rank writes and all read.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..data.tokenizer import Tokenizer
-from ..moe.generate import generate
+from ..moe.generation import generate
 from ..moe.model import Transformer
 from .config.config import SampleConfig
 

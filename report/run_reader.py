@@ -8,7 +8,7 @@ from ..checkpoint.bounded import read_regular
 from ..checkpoint.facts import DEEPEST, check_model_numbers, check_plain
 from .columns import Columns
 from .journal_reader import Record, RunError, Tail
-from .telemetry import Telemetry
+from .telemetry_reader import Telemetry
 
 LARGEST_CONFIG = 1 << 16
 """Bytes of a config.yaml; a run writes some thousand."""

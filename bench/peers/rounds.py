@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from ...train.allocator import SETTINGS
-from ..processes import Asked
+from ..rank_processes import Asked
 from ..timing import ratio
 from .cases import IMPORTS, Case, Side, groups, not_installed, refusal
 

@@ -22,7 +22,7 @@ from ..train.derive import DTYPES
 from ..train.engine import Engine
 from ..train.setup import build_engine
 from ..train.step import StepNumbers
-from .attention import fused_attention
+from .fused_attention import fused_attention
 from .ledger import Ledger
 from .stand_in import stand_in
 
