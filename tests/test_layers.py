@@ -3,6 +3,7 @@
 import ast
 import functools
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +66,12 @@ def test_no_circle_of_imports() -> None:
 def test_train_points_down_its_spine() -> None:
     assert {unit(file) for file in import_graph() if file.startswith("train/")} == {*SPINE, "__init__"}
     assert set(upward_arrows(import_graph())) == UPWARDS
+
+
+def test_every_folder_is_in_the_package() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(packages) == {".".join(("tokenyard", *path.relative_to(ROOT).parent.parts)) for path in sources()}
+    assert all((path.parent / "__init__.py").is_file() for path in sources())
 
 
 def test_heavy_libraries_have_one_file_each() -> None:
