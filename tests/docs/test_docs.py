@@ -144,7 +144,9 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             monkeypatch.setattr("tokenyard.launch.data.verify", lambda path: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
-            monkeypatch.setattr(f"tokenyard.report.{'command' if verb == 'report' else 'server'}.{verb}_command", lambda arguments: 0)
+            monkeypatch.setattr(
+                f"tokenyard.report.{'command' if verb == 'report' else 'server'}.{verb}_command", lambda arguments: 0
+            )
             assert main([verb, *arguments]) == 0
         case ["tokenyard", *arguments]:
             monkeypatch.setattr("tokenyard.launch.generate.generate_command", lambda arguments: 0)
