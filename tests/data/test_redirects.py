@@ -18,6 +18,12 @@ WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwords"
 Say = Callable[[socket.socket], object]
 
 
+@pytest.fixture(autouse=True)
+def heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By caplog, whatever has set up the log before."""
+    monkeypatch.setattr(logging.getLogger("tokenyard"), "propagate", True)
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[Say], int]]:
     """Starts a server that answers each connection in these words; its port. `serve.heard` is what it was asked."""
@@ -74,13 +80,18 @@ def drip(words: bytes, endless: bytes) -> Say:
 def test_another_host_is_said_once(serve, code: int, caplog: pytest.LogCaptureFixture) -> None:
     other = serve(text(WHOLE))
     port = serve(to(f"http://localhost:{other}/there", code))
-    logging.getLogger("tokenyard").propagate = True
     with caplog.at_level(logging.INFO, "tokenyard"):
         for _ in range(2):
             with open_url(f"http://127.0.0.1:{port}/x", Patience(2, 1)) as file:
                 assert file.read() == b"words"
     assert caplog.messages == [f"data: 127.0.0.1:{port} redirects to localhost:{other}"]
     assert not any("authorization" in asked.lower() or "cookie" in asked.lower() for asked in serve.heard)
+
+
+def test_no_password_of_a_redirect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    request, place = answers.urllib.request.Request("http://1.1.1.1/x"), "http://me:passw0rd@1.0.0.1/y"
+    answers.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), place)
+    assert caplog.messages == ["data: 1.1.1.1 redirects to 1.0.0.1"]
 
 
 def test_the_same_host_is_followed_without_a_word(serve, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,10 +119,16 @@ def test_places_that_nobody_is_led_to(serve, place: str, why: str) -> None:
     assert "\n" not in str(error.value) and time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3", "0.0.0.0", "169.254.1.1", "::1"])
-def test_nothing_public_leads_home(serve, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("far", "host"),
+    [
+        *(("1.1.1.1", host) for host in ("127.0.0.1", "10.1.2.3", "0.0.0.0", "169.254.1.1", "::1")),
+        *(("10.1.2.3", host) for host in ("127.0.0.1", "0.0.0.0", "::", "169.254.1.1")),
+    ],
+)
+def test_nothing_leads_nearer_home(far: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a name is the way."""
-    known = {"home.example": host, "far.example": "1.1.1.1"}
+    known = {"home.example": host, "far.example": far}
     right = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *more, **rest: right(known.get(name, name), *more, **rest))
     request = answers.urllib.request.Request("http://far.example/x")
