@@ -140,10 +140,10 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     batches = StreamBatches(mixture, sequences=order.sequences, patience=patience, pool=pool)
     wanted = order.validation * order.length + 1
     held_out = [
-        held_out_tokens(part, tokenizer, cache, wanted)
+        held_out_tokens(part, tokenizer, cache, wanted, source.note)
         if isinstance(part, OpenedSource)
         else whole_tokens(part.config, "validation", tokenizer, cache)
-        for part in parts
+        for part, source in zip(parts, mixture.sources, strict=True)
     ]
     validation = joined_tokens(held_out, mixture.weights, wanted)
     facts = _facts(None, validation, validation, tokenizer)

@@ -102,7 +102,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
                 raise ValueError(
                     f"{req.full_url} cannot be read: it redirects to {newurl}, an address of this machine or its network"
                 )
-            _say(old.netloc, new.netloc)
+            _say(*(url.netloc.rpartition("@")[2] for url in (old, new)))  # without user and password
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

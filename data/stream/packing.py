@@ -6,7 +6,7 @@ Documents follow each other, each with its end mark, and are cut every S tokens:
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, final
 
@@ -89,6 +89,10 @@ class RowSource(ABC):
         """What could not be read since this was last asked."""
         return []
 
+    def note(self, found: list[ReadFailure]) -> None:
+        """What another reader of this source has met: told as if met here, and not again when it is."""
+        assert not found, "nothing of an array is skipped"
+
 
 @final
 class ArrayRows(RowSource):
@@ -140,6 +144,8 @@ class StreamRows(RowSource):
         self._failed: ReadFailure | None = None
         """The last file that failed."""
         self._findings: list[ReadFailure] = []
+        self._noted: set[tuple[str, str, int]] = set()
+        """Kind, file and row of findings that are told already."""
         self.restore({})
 
     def take(self, count: int) -> np.ndarray:
@@ -178,6 +184,10 @@ class StreamRows(RowSource):
         found, self._findings = self._findings, []
         return found
 
+    def note(self, found: list[ReadFailure]) -> None:
+        self._findings += found
+        self._noted.update((each.kind, each.file, each.row) for each in found)
+
     def _round(self) -> None:
         """One window of every live slot, from all ranks."""
         gathered = self._world.gather(self._mine())
@@ -212,12 +222,19 @@ class StreamRows(RowSource):
         self._counts.update(bytes=piece.bytes, document_tokens=len(piece.tokens), failed_files=piece.failed is not None)
         self._bad += piece.bad[: max(0, LISTED_BAD_ROWS - len(self._bad))]
         before = self._counts["bad_rows"] - len(piece.bad)
-        self._findings += [ReadFailure("bad_row", self.label, *bad, before + at) for at, bad in enumerate(piece.bad, start=1)]
+        self._tell(ReadFailure("bad_row", self.label, *bad, before + at) for at, bad in enumerate(piece.bad, start=1))
         if piece.failed:
             self._failed = ReadFailure("file_failed", self.label, *piece.failed, self._counts["failed_files"])
-            self._findings.append(self._failed)
+            self._tell([self._failed])
         self._parts.append(piece.tokens)
         self._end += len(piece.tokens)
+
+    def _tell(self, found: Iterable[ReadFailure]) -> None:
+        for each in found:
+            if (key := (each.kind, each.file, each.row)) in self._noted:
+                self._noted.remove(key)  # the next epoch tells it again
+            else:
+                self._findings.append(each)
 
     def _next_epoch(self) -> None:
         if self._counts["documents"] == 0:
@@ -270,7 +287,13 @@ class StreamRows(RowSource):
         if self._counts["failed_files"] > self._settings.max_failed_files and self._failed:
             raise BadData(f"{self._failed}; data.max_failed_files={self._settings.max_failed_files}")
         bad, rows = self._counts["bad_rows"], self._counts["rows"]
-        if bad > max(FREE_BAD_ROWS, self._settings.max_bad_fraction * rows):
-            listed = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in self._bad)
-            limit = f"data.max_bad_fraction={self._settings.max_bad_fraction:g}"
-            raise BadData(f"{self.label}: {bad} bad rows of {rows} are more than {limit} (10 are free): {listed}")
+        if text := too_many_bad_rows(self.label, bad, rows, self._bad, self._settings.max_bad_fraction):
+            raise BadData(text)
+
+
+def too_many_bad_rows(label: str, bad: int, rows: int, listed: list[tuple[str, int, str]], fraction: float) -> str | None:
+    """In words, if `bad` of `rows` are more than there may be. `listed`: shard, row and reason of the first of them."""
+    if bad <= max(FREE_BAD_ROWS, fraction * rows):
+        return None
+    each = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in listed[:LISTED_BAD_ROWS])
+    return f"{label}: {bad} bad rows of {rows} are more than data.max_bad_fraction={fraction:g} (10 are free): {each}"

@@ -20,6 +20,8 @@ BATCH = 256
 """Rows that are read at a time where a format gives several."""
 BESIDE = 1 << 20
 """Bytes of a line beside its document."""
+ESCAPED = 6
+"""Bytes that JSON may need for one byte of a document."""
 PART = 1 << 20
 """Bytes of a line that is too long, of which no more are held at a time."""
 NO_ROW = 32
@@ -87,7 +89,7 @@ class LineShards(Shards):
     def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
         try:
             with open_shard(self._paths[shard], self._patience, self._versions[shard]) as file:
-                for row, line in enumerate(bounded_lines(file, self._longest)):
+                for row, line in enumerate(bounded_lines(file, self._longest, 1 if self._key is None else ESCAPED)):
                     if row >= first:
                         yield line if isinstance(line, Bad) else self._row(line)
         except BROKEN_FILE as error:
@@ -99,12 +101,12 @@ class LineShards(Shards):
         return line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
 
 
-def bounded_lines(file: IO[bytes], longest: int) -> Iterator[bytes | Bad]:
-    """The lines of a file with documents of up to `longest` bytes, of which JSON may need six for one; longer ones are bad rows.
+def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes | Bad]:
+    """The lines of a file with documents of up to `longest` bytes, each written in up to `escaped` bytes; longer ones are bad rows.
 
     ValueError for a line that is no row at all: a small compressed file may hold one that takes hours.
     """
-    most, size = 6 * longest + BESIDE, 0
+    most, size = escaped * longest + BESIDE, 0
     while line := file.readline(most):
         size = len(line)
         if size < most or line.endswith(b"\n"):

@@ -1,10 +1,10 @@
 """From the configuration to the mixture of sources that a run trains on, and to what is held out of it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -12,13 +12,14 @@ import xxhash
 from ..cache import publish
 from ..config import Corpus, DataConfig
 from ..corpus import survey
+from ..errors import BadData
 from ..mixture_config import MixtureSource
 from ..pretokenized import open_prepared
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, note_seen, open_tokens
 from ..tokenizer import Tokenizer
 from .mixture import Mixture
-from .packing import ArrayRows, RowSource, Settings, StreamRows, World
-from .shards import Shards
+from .packing import ArrayRows, ReadFailure, RowSource, Settings, StreamRows, World, too_many_bad_rows
+from .shards import Bad, Failed, Row, Shards
 from .tokenize import Recipe, is_held_out, prepared_row
 
 SAMPLED_SHARDS = 16
@@ -52,35 +53,41 @@ def whole_tokens(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Pa
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
-def held_out_tokens(opened: OpenedSource, tokenizer: Tokenizer, cache: Path, wanted: int) -> TokenArray:
-    """At least `wanted` tokens (if there are so many) of the documents of a streamed source that are kept for validation."""
+def held_out_tokens(
+    opened: OpenedSource, tokenizer: Tokenizer, cache: Path, wanted: int, note: Callable[[list[ReadFailure]], None] = lambda _: None
+) -> TokenArray:
+    """At least `wanted` tokens (if there are so many) of the documents of a streamed source that are kept for validation.
+
+    `note` is given what cannot be read. BadData if for that reason there is no document, ValueError if there is none otherwise.
+    """
     config = opened.part.config
     parts = ("held out 1", opened.shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row, wanted)
     folder = cache / "tokens" / xxhash.xxh3_128_hexdigest(repr(parts).encode())
     if not folder.is_dir():
         with publish(folder) as unfinished:
-            _write_held_out(opened, tokenizer, wanted, unfinished)
+            note(_write_held_out(opened, tokenizer, wanted, unfinished))
     return load_tokens(folder, config.verify)
 
 
 def sample_texts(opened: OpenedSource, limit: int) -> list[str]:
     """Beginnings of training documents of up to 16 shards, together about `limit` bytes: the same for the same data."""
-    shards, recipe, texts = opened.shards, _recipe(opened.part.config, None), []
+    shards, recipe, texts, found = opened.shards, _recipe(opened.part.config, None), [], _Found(opened)
     chosen = range(0, len(shards.names), max(1, len(shards.names) // SAMPLED_SHARDS))
     for shard in chosen:
         left = limit // len(chosen)
-        for row in shards.rows(shard, 0):
-            text = prepared_row(row, recipe) if isinstance(row, bytes) else None
+        for _, text in found.rows(shard, recipe):
             if isinstance(text, str):
                 texts.append(text[: max(16384, left // 16)])
                 left -= len(texts[-1].encode())
             if left <= 0:
                 break
+    if not texts:
+        found.refuse_as_cause()
     return texts
 
 
 def joined_tokens(parts: list[TokenArray], weights: list[float], wanted: int) -> TokenArray:
-    """Tokens of each in proportion to the weights, together about `wanted`."""
+    """TokenArray of each in proportion to the weights, together about `wanted`."""
     shares = joined_shares(parts, weights, wanted)
     ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
     running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
@@ -123,14 +130,16 @@ def _recipe(config: DataConfig, tokenizer: Tokenizer | None) -> Recipe:
     return Recipe(tokenizer, config.validation_fraction, config.longest_row)  # pyright: ignore[reportArgumentType]
 
 
-def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, folder: Path) -> None:
-    parts, documents, size, tokens = [], 0, 0, 0
-    for text in _held_out_texts(opened):
+def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, folder: Path) -> list[ReadFailure]:
+    """What could not be read."""
+    found, parts, documents, size, tokens = _Found(opened), [], 0, 0, 0
+    for text in _held_out_texts(found, tokenizer):
         parts.append(np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.uint32))
         documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(parts[-1])
         if tokens >= wanted:
             break
     if not parts:
+        found.refuse_as_cause()
         where = f"data.validation_fraction={opened.part.config.validation_fraction}"
         raise ValueError(f"{where} keeps no document of source {opened.part.label} for validation; raise it")
     ids = np.concatenate(parts)
@@ -138,13 +147,43 @@ def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, fol
     manifest = TokensManifest(documents, len(ids), size, [], 0, 0, xxhash.xxh3_128_hexdigest(ids.tobytes()))
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict()) + "\n")
     note_seen(folder)
+    return [*found.failed, *found.bad]
 
 
-def _held_out_texts(opened: OpenedSource) -> Iterator[str]:
-    config, open_to_all = opened.part.config, _recipe(opened.part.config, None)._replace(held_out=0.0)
-    for shard in range(len(opened.shards.names)):
-        for row in opened.shards.rows(shard, 0):
+def _held_out_texts(found: "_Found", tokenizer: Tokenizer) -> Iterator[str]:
+    config = found.opened.part.config
+    for shard in range(len(found.opened.shards.names)):
+        for row, text in found.rows(shard, _recipe(config, tokenizer)._replace(held_out=0.0)):
             if isinstance(row, bytes) and is_held_out(row, config.validation_fraction):
-                text = prepared_row(row, open_to_all)
-                if isinstance(text, str):
-                    yield text
+                yield text
+
+
+class _Found:
+    """What cannot be read of a source, before the run begins."""
+
+    def __init__(self, opened: OpenedSource) -> None:
+        self.opened, self.count = opened, 0
+        self.failed: list[ReadFailure] = []
+        self.bad: list[ReadFailure] = []
+
+    def rows(self, shard: int, recipe: Recipe) -> Iterator[tuple[Row, Any]]:
+        """The rows of a shard that are documents, each with what `prepared_row` makes of it."""
+        label, name = self.opened.part.label, self.opened.shards.names[shard]
+        for number, row in enumerate(self.opened.shards.rows(shard, 0)):
+            if isinstance(row, Failed):
+                self.failed.append(ReadFailure("file_failed", label, name, number, row.reason, len(self.failed) + 1))
+                return
+            self.count += 1
+            item = row if isinstance(row, np.ndarray) and recipe.tokenizer is None else prepared_row(row, recipe)
+            if isinstance(item, Bad):
+                self.bad.append(ReadFailure("bad_row", label, name, number, item.reason, len(self.bad) + 1))
+            else:
+                yield row, item
+
+    def refuse_as_cause(self) -> None:
+        """BadData if it may be why nothing was found: files that failed, or more bad rows than there may be."""
+        if self.failed:
+            raise BadData(f"{self.failed[0]}; no document of source {self.opened.part.label} could be read before")
+        bad = [(each.file, each.row, each.reason) for each in self.bad]
+        if text := too_many_bad_rows(self.opened.part.label, len(bad), self.count, bad, self.opened.part.config.max_bad_fraction):
+            raise BadData(text)

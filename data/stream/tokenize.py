@@ -118,12 +118,11 @@ def prepared_row(row: Row, recipe: Recipe) -> str | np.ndarray | Bad | None:
         return Bad(f"{len(row)} bytes, more than data.longest_row={recipe.longest}")
     if not row.strip():
         return Bad("empty")
-    if is_held_out(row, recipe.held_out):
-        return None
     try:
-        return row.decode()
+        text = row.decode()
     except UnicodeDecodeError:
         return Bad("not UTF-8")
+    return None if is_held_out(row, recipe.held_out) else text
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:

@@ -82,6 +82,13 @@ def test_another_host_is_said_once(serve, code: int) -> None:
     assert not any("authorization" in asked.lower() or "cookie" in asked.lower() for asked in serve.heard)
 
 
+def test_no_password_of_a_redirect_is_said() -> None:
+    request, place = answers.urllib.request.Request("http://1.1.1.1/x"), "http://me:passw0rd@1.0.0.1/y"
+    with heard() as said:
+        answers.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), place)
+    assert said == ["data: 1.1.1.1 redirects to 1.0.0.1"]
+
+
 def test_the_same_host_is_followed_without_a_word(serve) -> None:
     other = serve(text(WHOLE))
     port = serve(to(f"http://127.0.0.1:{other}/there"))
@@ -108,10 +115,16 @@ def test_places_that_nobody_is_led_to(serve, place: str, why: str) -> None:
     assert "\n" not in str(error.value) and time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3", "0.0.0.0", "169.254.1.1", "::1"])
-def test_nothing_public_leads_home(serve, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("far", "host"),
+    [
+        *(("1.1.1.1", host) for host in ("127.0.0.1", "10.1.2.3", "0.0.0.0", "169.254.1.1", "::1")),
+        *(("10.1.2.3", host) for host in ("127.0.0.1", "0.0.0.0", "::", "169.254.1.1")),
+    ],
+)
+def test_nothing_leads_nearer_home(far: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a name is the way."""
-    known = {"home.example": host, "far.example": "1.1.1.1"}
+    known = {"home.example": host, "far.example": far}
     right = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *more, **rest: right(known.get(name, name), *more, **rest))
     request = answers.urllib.request.Request("http://far.example/x")

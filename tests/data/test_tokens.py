@@ -113,7 +113,7 @@ def test_a_changed_id_is_seen(folder: DataConfig, tmp_path: Path, keep_time: boo
 def test_a_changed_id_of_many(tmp_path: Path) -> None:
     ids = np.arange(4 << 20, dtype="<u2")
     np.save(tmp_path / TOKENS_FILE, ids)
-    about = module.Manifest(1, len(ids), 1, [], 0, 0, module.hash_ids(ids))
+    about = module.TokensManifest(1, len(ids), 1, [], 0, 0, module.hash_ids(ids))
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(about._asdict()))
     assert len(module.load_tokens(tmp_path).ids) == len(ids)  # of a version that noted nothing: hashed whole
     module.note_seen(tmp_path)

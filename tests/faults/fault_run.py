@@ -1,5 +1,6 @@
 """The tiny run of the fault tests, and what they look at afterwards; tests/conftest.py puts this folder on the path."""
 
+import json
 import logging
 import os
 import signal
@@ -144,3 +145,12 @@ def children(pid: int) -> list[int]:
         if int(after_name[1]) == pid and after_name[0] != "Z":
             found.append(int(stat.parent.name))
     return sorted(found)
+
+
+def rows_in(folder: Path) -> str:
+    """An override: a new folder of rows that differ."""
+    folder.mkdir()
+    for shard in range(3):
+        lines = [json.dumps({"text": f"shard {shard} row {row} " + "x" * (row % 11)}) for row in range(100)]
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines))
+    return f"data.path={folder}"

@@ -1,6 +1,5 @@
 """Faults 18 and 26 in a live run of two ranks: rows that one rank alone cannot read; a rollback on streamed data."""
 
-import json
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fault_run import checkpoint_steps, configured, events_of, losses, state_of
+from fault_run import checkpoint_steps, configured, events_of, losses, rows_in, state_of
 from test_numbers import EXPERT, spoiled_gradient
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import build_reporter
@@ -46,13 +45,7 @@ def run_of(folder: Path, overrides: list[str], unread: int | None, spoiled: dict
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    """An override: a folder of rows that differ."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    for shard in range(3):
-        lines = [json.dumps({"text": f"shard {shard} row {row} " + "x" * (row % 11)}) for row in range(100)]
-        (folder / f"{shard}.jsonl").write_text("\n".join(lines))
-    return f"data.path={folder}"
+    return rows_in(tmp_path / "rows")
 
 
 @pytest.mark.fault(18, "rows that one rank of two cannot read: both end with 65 and a checkpoint of the step before")

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-import fuzz
 import pytest
+import tiny_files
 from tokenyard.interop import hf_folder as folder
 from tokenyard.interop.load_weights import open_source
 from tokenyard.launch.main import main
@@ -22,7 +22,7 @@ HUGGING_FACE = {
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_hugging_face_folder_that_is_none(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = fuzz.tiny_hugging_face(tmp_path)
+    path = tiny_files.tiny_hugging_face(tmp_path)
     about = json.loads((path / "config.json").read_text())
     HUGGING_FACE[name](about)
     (path / "config.json").write_text(json.dumps(about))
@@ -33,7 +33,7 @@ def test_a_hugging_face_folder_that_is_none(tmp_path: Path, name: str, capsys: p
 
 
 def test_pipes_in_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = fuzz.tiny_hugging_face(tmp_path)
+    path = tiny_files.tiny_hugging_face(tmp_path)
     for name in ("config.json", "model-1.safetensors"):
         kept = (path / name).read_bytes()
         (path / name).unlink()
@@ -46,7 +46,7 @@ def test_pipes_in_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "chat_template.jinja"])
 def test_a_tokenizer_of_a_size_that_none_has(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A file with holes, which takes no room."""
-    path = fuzz.tiny_hugging_face(tmp_path)
+    path = tiny_files.tiny_hugging_face(tmp_path)
     with (path / name).open("wb") as file:
         file.truncate(LARGEST_TOKENIZER + 1)
     assert main(["import", str(path), str(tmp_path / "out")]) == 2
@@ -58,7 +58,7 @@ def with_header(text: bytes, length: int = 0) -> bytes:
 
 
 def test_each_rule_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = fuzz.tiny_hugging_face(tmp_path)
+    path = tiny_files.tiny_hugging_face(tmp_path)
     weights, config = (path / "model-1.safetensors").read_bytes(), (path / "config.json").read_text()
     deep_one = json.dumps({"x": {"dtype": "F32", "shape": [1] * 17, "data_offsets": [0, 4]}}).encode()
     for file, content, reason in (

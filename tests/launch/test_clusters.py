@@ -172,7 +172,7 @@ def test_submitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
 def test_a_secret_in_an_override_reaches_the_job_and_not_the_console(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A job that is shown to be started by hand is shown as it is."""
+    """Which the cluster's own command gets as it was typed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_API_KEY", "a-secret-value")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -216,3 +216,15 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> CudaDouble:
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     monkeypatch.setattr(Tensor, "to", to)
     return double
+
+
+COPIED_ASIDE = [
+    ("set_device", 1),
+    ("Stream", "cuda:1 side"),
+    ("wait_event", "cuda:1 side"),
+    ("record_stream", "cuda:1 side"),
+    ("copy", "cuda:1 side"),
+    ("record", "cuda:1 side"),
+    ("event.synchronize", "cuda:1 side"),
+]
+"""Calls of a thread that copies one tensor of cuda:1 to the host, on a stream of its own, and waits for it."""

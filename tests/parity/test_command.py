@@ -6,7 +6,7 @@ import pytest
 from tokenyard.launch.main import main
 from tokenyard.parity import rank_pool as ranks
 
-BUGGY = "import bugs, sys; from tokenyard.parity import worker; bugs.install({!r}); worker.main(sys.argv[1:])"
+BUGGY = "import bugs, sys; from tokenyard.parity import rank_worker; bugs.install({!r}); rank_worker.main(sys.argv[1:])"
 
 
 def test_equal_layouts(capsys: pytest.CaptureFixture[str]) -> None:

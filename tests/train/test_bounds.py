@@ -14,6 +14,7 @@ from unittest import mock
 
 import fuzz
 import pytest
+import tiny_files
 from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import apart
@@ -26,7 +27,7 @@ CHUNK = {"file": "shard_00000.safetensors", "key": "x"}
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return fuzz.tiny_checkpoint(tmp_path / "run" / "checkpoints", compose(fuzz.TINY))
+    return tiny_files.tiny_checkpoint(tmp_path / "run" / "checkpoints", compose(tiny_files.TINY))
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
@@ -35,7 +36,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], objec
     def edit(path: Path) -> None:
         content = json.loads((path / "manifest.json").read_text())
         change(content)
-        fuzz.write_manifest(path / "manifest.json", content)
+        tiny_files.write_manifest(path / "manifest.json", content)
 
     return edit
 
@@ -126,7 +127,7 @@ VERBS = {
     "generate": lambda path: ["generate", path, "--prompt", "x"],
     "evaluate": lambda path: ["evaluate", path],
     "export": lambda path: ["export", path, f"{path}_out"],
-    "train": lambda path: ["train", *fuzz.TINY, f"checkpoint.resume={path}", f"run.dir={path}_run", "tracker=jsonl"],
+    "train": lambda path: ["train", *tiny_files.TINY, f"checkpoint.resume={path}", f"run.dir={path}_run", "tracker=jsonl"],
 }
 
 
@@ -174,7 +175,7 @@ def attached(name: str, text: bytes, size: int = 0) -> Callable[[Path], object]:
     def edit(path: Path) -> None:
         (path / name).write_bytes(text)
         os.truncate(path / name, size or len(text))
-        record = {"bytes": size, "hash": "0"} if size else fuzz.record(path / name)
+        record = {"bytes": size, "hash": "0"} if size else tiny_files.record(path / name)
         edited(lambda content: content["attachments"].update({name: record}))(path)
 
     return edit
@@ -231,7 +232,10 @@ def test_each_rule_of_the_schema(checkpoint: Path, name: str) -> None:
 
 def test_what_is_whole_is_read(checkpoint: Path, tmp_path: Path) -> None:
     assert read_stored(checkpoint)[1].model.layers == 2
-    for kind, make in {"hf": fuzz.tiny_hugging_face, "run": lambda made: fuzz.tiny_run(made / "x", compose(fuzz.TINY))}.items():
+    for kind, make in {
+        "hf": tiny_files.tiny_hugging_face,
+        "run": lambda made: tiny_files.tiny_run(made / "x", compose(tiny_files.TINY)),
+    }.items():
         (tmp_path / "x").mkdir(exist_ok=True)
         fuzz.READERS[kind](make(tmp_path))
 
@@ -270,7 +274,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
     [LAUGHS, "steps: " + "9" * 400, "model: {layers: 1000000000}", "[" * 60_000, "x" * 200_000, f"# {'x' * 66_000}\nsteps: 1"],
 )
 def test_a_configuration_in_a_report(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = fuzz.tiny_run(tmp_path, compose(fuzz.TINY))
+    path = tiny_files.tiny_run(tmp_path, compose(tiny_files.TINY))
     (path / "config.yaml").write_text(text)
     begin = time.process_time()
     assert main(["report", str(path)]) == 2

@@ -1,7 +1,6 @@
 """What the loop does on a GPU, done on a CPU: rows made a step ahead, logged steps told a step later, totals on the device. Nothing
 that a run writes may be another for it, whatever ends the run. Streams and events are those of the double of torch.cuda."""
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from unittest import mock
 import cuda_double
 import pytest
 import torch
-from fault_run import checkpoint_steps, configured, events_of, losses
+from fault_run import checkpoint_steps, configured, events_of, losses, rows_in
 from test_numbers import EXPERT, spoiled_gradient
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.data.batches import Batch
@@ -41,13 +40,7 @@ WATCHED = ["telemetry.every=2", "telemetry.probe=2", "evaluate.every=4", "teleme
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    """An override: a folder of rows that differ."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    for shard in range(3):
-        lines = [json.dumps({"text": f"shard {shard} row {row} " + "x" * (row % 11)}) for row in range(100)]
-        (folder / f"{shard}.jsonl").write_text("\n".join(lines))
-    return f"data.path={folder}"
+    return rows_in(tmp_path / "rows")
 
 
 def trained(folder: Path, overrides: list[str], late: bool, trouble: Callable[[Session], Any] | None = None) -> dict[str, Any]:

@@ -30,16 +30,16 @@ HANG = """
 import sys
 from types import SimpleNamespace
 from pathlib import Path
-from tokenyard.train.fault_tolerance.blame import Verdict
+from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis
 from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.logging.console.text import Printer
 from tokenyard.train.logging.journal import Journal
-from tokenyard.train.logging.run_logger import FirstRank
-from tokenyard.train.logging.expert_stats.alarms import TITLES
+from tokenyard.train.logging.run_logger import RunLogger
+from tokenyard.train.logging.expert_stats.alerts import TITLES
 from tokenyard.train.logging.trackers.trackers import build_trackers
 from tokenyard.train.fault_tolerance.watchdog import Watchdog
 folder = Path(sys.argv[1])
-rank = FirstRank.__new__(FirstRank)
+rank = RunLogger.__new__(RunLogger)
 rank.late, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
 rank.events = Journal(folder / "events.jsonl")
 rank.trackers = build_trackers(TrackerConfig(), folder, "abcd1234", events=rank.events)
