@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WORKER = ["-m", f"{__package__}.worker"]
+WORKER = ["-m", f"{__package__}.rank_worker"]
 START_SECONDS, GRACE_SECONDS = 180.0, 3.0
 """To import torch on a busy machine; and for the other ranks of a layout once one has failed."""
 

@@ -44,7 +44,7 @@ def test_interrupted_and_by_several_processes_it_is_the_same(
     done: list[str] = []
     work = write_shards.work
 
-    def failing(job: write_shards.Job) -> dict:
+    def failing(job: write_shards.PretokenizeJob) -> dict:
         if len(done) == 5:
             raise RuntimeError("killed")
         done.append(job.name)
