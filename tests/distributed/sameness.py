@@ -74,7 +74,7 @@ def found(layout: Layout, case: Case, expected: Reference) -> tuple[list[Finding
     return compare(seen(config, case), expected), build_mesh(config.parallel).sizes
 
 
-def seen(config: Config, case: Case) -> list[observe.Seen]:
+def seen(config: Config, case: Case) -> list[observe.ObservedTensor]:
     prepare = favour_one_expert if case.equal_scores else starve_expert
     return observe.observe(config, case.steps, prepare, functools.partial(global_batch, case))
 

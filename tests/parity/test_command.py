@@ -23,7 +23,7 @@ def test_equal_layouts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_difference_and_a_rank_that_raises(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    program = BUGGY.replace("worker.main", "bugs.install('raised_on_tensor_ranks'); worker.main")
+    program = BUGGY.replace("rank_worker.main", "bugs.install('raised_on_tensor_ranks'); rank_worker.main")
     monkeypatch.setattr(ranks, "WORKER", ["-c", program.format("averaged_over_expert_ranks")])
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.5)
     assert main(["parity", "model=tiny_mixtral", "parity.layouts=[tensor=2, expert=2, shard=2]", "parity.steps=1"]) == 1

@@ -16,9 +16,9 @@ import fuzz
 import pytest
 import tiny_files
 from tokenyard.checkpoint.manifest import read_manifest
+from tokenyard.launch import generate
 from tokenyard.launch.main import main
 from tokenyard.parallel.shard import apart
-from tokenyard.launch import generate
 from tokenyard.train.config.compose import compose
 from tokenyard.train.stored_config import ABOUT, LARGEST_TOKENIZER, read_stored
 
