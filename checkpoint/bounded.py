@@ -11,6 +11,7 @@ ROOM = 1 << 24
 TENSOR_BYTES_PER_BYTE = 1024
 """Bytes of tensors that stand for one more byte of JSON: a chunk takes about 150 bytes to describe, and it holds more."""
 MOST_DIMENSIONS = 16
+LONGEST_NAME = 512
 LONGEST_HEADER = 100_000_000
 """Bytes, of a safetensors header, by that format."""
 LARGEST_TOKENIZER = 1 << 27
@@ -65,6 +66,13 @@ def check_header(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         if length > min(size - 8, room_beside(size), LONGEST_HEADER):
             raise ValueError(f"{path} has a header of {length} bytes in {size}")
+
+
+def check_name(value: object) -> str:
+    """The name of a tensor, a key or a file. ValueError unless it is something that can be shown."""
+    if not isinstance(value, str) or len(value) > LONGEST_NAME or not value.isprintable():
+        raise ValueError(f"{brief(value)} must be a name of at most {LONGEST_NAME} printable characters")
+    return value
 
 
 def brief(value: object) -> str:

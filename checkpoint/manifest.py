@@ -16,7 +16,7 @@ import xxhash
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
 from ..parallel.shard import apart
-from .bounded import MOST_DIMENSIONS, brief, read_regular, room_beside, strict_json, tensor_bytes
+from .bounded import MOST_DIMENSIONS, brief, check_name, read_regular, room_beside, strict_json, tensor_bytes
 from .facts import check_facts
 from .fsync import sync
 
@@ -43,7 +43,6 @@ LARGEST_MANIFEST = 1 << 30
 """Bytes; and no more than the files beside it can need."""
 MOST_TENSORS = 1 << 17
 """Those of a thousand layers, with both their moments, are fewer."""
-LONGEST_NAME = 512
 NAMED = re.compile(r"step_(\d{8,})")
 """What a checkpoint's folder is called; see folder.py."""
 
@@ -185,7 +184,7 @@ def _parse(content: Any) -> Manifest:
     tensors = _object(content, "tensors")
     if len(tensors) > MOST_TENSORS:
         raise ValueError(f"{len(tensors)} tensors are more than the {MOST_TENSORS} that a checkpoint may have")
-    records = {_name(name): _tensor(name, one, files) for name, one in tensors.items()}
+    records = {check_name(name): _tensor(name, one, files) for name, one in tensors.items()}
     _check_room(records, files)
     experts = {layer: _hashes(kinds) for layer, kinds in _object(content, "experts", optional=True).items()}
     step, facts = _count(content["step"]), check_facts(content["facts"])
@@ -216,7 +215,7 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
         raise ValueError(f"tensor {name!r}: dtype = {one['dtype']!r} must be one of {', '.join(ITEM_BYTES)}")
     shape = _counts(one["shape"])
     chunks = [
-        ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), _name(chunk["key"]))
+        ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), check_name(chunk["key"]))
         for chunk in _list(one["chunks"])
     ]
     for chunk in chunks:
@@ -247,7 +246,7 @@ def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) 
 
 def _inside(name: Any) -> str:
     """A file's name, if it is a plain one: so it lies in the checkpoint's folder."""
-    if _name(name) in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
+    if check_name(name) in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
         raise ValueError(f"file {brief(name)} must be a plain name, of a file in the checkpoint's own folder")
     return name
 
@@ -255,13 +254,6 @@ def _inside(name: Any) -> str:
 def _attached(name: str) -> str:
     """`folder/name` of two plain names."""
     return "/".join(_inside(part) for part in name.split("/", maxsplit=1))
-
-
-def _name(value: Any) -> str:
-    """Of a tensor, a key or a file: something that can be shown."""
-    if not _string(value) or len(value) > LONGEST_NAME or not value.isprintable():
-        raise ValueError(f"{brief(value)} must be a name of at most {LONGEST_NAME} printable characters")
-    return value
 
 
 def _string(value: Any) -> str:

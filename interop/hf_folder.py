@@ -14,7 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint.bounded import MOST_DIMENSIONS, brief, check_header, read_regular, room_beside, strict_json, tensor_bytes
+from ..checkpoint.bounded import (
+    MOST_DIMENSIONS,
+    brief,
+    check_header,
+    check_name,
+    read_regular,
+    room_beside,
+    strict_json,
+    tensor_bytes,
+)
 from .weight_mapping import TensorPart
 
 log = logging.getLogger("tokenyard")
@@ -140,6 +149,8 @@ def _indexed(path: Path) -> dict[str, str]:
         raise ValueError(f"{path / INDEX}: weight_map must name the file of each tensor")
     if len(names) > MOST_TENSORS:
         raise ValueError(f"{path / INDEX}: weight_map names {len(names)} tensors, more than {MOST_TENSORS}")
+    for key in names:
+        check_name(key)
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ValueError(f"{path / INDEX}: weight_map={brief(name)}: must be the plain name of a .safetensors file. {ADVICE}")
@@ -160,7 +171,7 @@ def _header(path: Path) -> dict[str, Stored]:
         keys = list(file.keys())
         if len(keys) > MOST_TENSORS:
             raise ValueError(f"{path} has {len(keys)} tensors, more than {MOST_TENSORS}")
-        views = {key: file.get_slice(key) for key in keys}
+        views = {check_name(key): file.get_slice(key) for key in keys}
         if wrong := next((key for key, view in views.items() if len(view.get_shape()) > MOST_DIMENSIONS), None):
             raise ValueError(f"{path}: tensor {brief(wrong)} has more than {MOST_DIMENSIONS} dimensions")
         return {key: Stored(path.name, view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}

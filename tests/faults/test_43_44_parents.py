@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from fault_run import Launched, events_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PROGRESS, collective, doing
+from tokenyard.train import run as run_module
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.fault_tolerance import processes as family
 from tokenyard.train.fault_tolerance import watchdog
@@ -65,6 +67,16 @@ def test_trackers_end_where_another_rank_has_failed(tmp_path: Path, monkeypatch:
     dog = Watchdog(tmp_path, 0, 2, TIMEOUT, leave=lambda code: seen.append(("trackers", code))).start()
     dog.thread.join(10)
     assert seen == [("trackers", 1), ("exit", 1)]
+
+
+def test_a_run_gives_its_trackers_to_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(run_module, "watched", lambda *arguments: given.append(arguments) or nullcontext())
+    for name in ("build_supervisor", "check_before_collectives", "dry_step", "train"):
+        monkeypatch.setattr(run_module, name, mock.Mock())
+    reporter = mock.Mock()
+    assert run_module.train_session(mock.Mock(), reporter) == 0
+    assert given[0][1:] == (reporter.stalled, reporter.left_alone)
 
 
 @pytest.mark.fault(43)

@@ -61,10 +61,12 @@ def test_each_rule_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.
     path = tiny_files.tiny_hugging_face(tmp_path)
     weights, config = (path / "model-1.safetensors").read_bytes(), (path / "config.json").read_text()
     deep_one = json.dumps({"x": {"dtype": "F32", "shape": [1] * 17, "data_offsets": [0, 4]}}).encode()
+    long_name = json.dumps({"x" * 9999: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     for file, content, reason in (
         ("model-1.safetensors", with_header(b"{}", 1 << 40), r"has a header of 1099511627776 bytes in 10"),
         ("model-1.safetensors", with_header(json.dumps({"x": "x" * 9999}).encode()), r"file: .{100,400}$"),
         ("model-1.safetensors", with_header(deep_one) + bytes(4), "tensor 'x' has more than 16 dimensions"),
+        ("model-1.safetensors", with_header(long_name) + bytes(4), r"^'x{59}\.\.\. must be a name of at most"),
         ("config.json", config.replace('_layers": 1', '_layers": 1000').encode(), "describes 1000 layers and more weights than"),
         ("config.json", config.encode() + b" " * (1 << 20), "more than the 1048576 that are read"),
         ("config.json", config[:-1].encode() + b', "vocab_size": 264}', "the key 'vocab_size' stands there twice"),
