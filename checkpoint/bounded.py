@@ -75,6 +75,11 @@ def check_name(value: object) -> str:
     return value
 
 
+def said(error: Exception) -> str:
+    """On one line, the first 400 characters: a library's message may repeat whatever a file holds."""
+    return " ".join(str(error).split())[:400]
+
+
 def brief(value: object) -> str:
     """`value` as it is written in Python, cut to 60 characters."""
     text = repr(value[:60] if isinstance(value, str | list | tuple) else value if not isinstance(value, dict) else {})

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from .bounded import check_header
+from .bounded import check_header, said
 from .fsync import sync
 from .manifest import DamagedCheckpoint
 
@@ -85,7 +85,7 @@ def open_shard(path: Path) -> Iterator[Any]:
         check_header(path)
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {str(error)[:400]}") from None
+        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {said(error)}") from None
     with opened as file:
         yield file
 

@@ -21,6 +21,7 @@ from ..checkpoint.bounded import (
     check_name,
     read_regular,
     room_beside,
+    said,
     strict_json,
     tensor_bytes,
 )
@@ -100,7 +101,7 @@ def open_file(path: Path) -> Iterator[Any]:
         check_header(path)
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {str(error)[:400]}") from None
+        raise ValueError(f"{path} is no readable safetensors file: {said(error)}") from None
     with opened as file:
         yield file
 

@@ -65,6 +65,7 @@ def test_each_rule_of_a_hugging_face_folder(tmp_path: Path, monkeypatch: pytest.
     for file, content, reason in (
         ("model-1.safetensors", with_header(b"{}", 1 << 40), r"has a header of 1099511627776 bytes in 10"),
         ("model-1.safetensors", with_header(json.dumps({"x": "x" * 9999}).encode()), r"file: .{100,400}$"),
+        ("model-1.safetensors", with_header(deep_one.replace(b"F32", b"a\\nb")), r"^[^\n]*unknown variant `a b`"),
         ("model-1.safetensors", with_header(deep_one) + bytes(4), "tensor 'x' has more than 16 dimensions"),
         ("model-1.safetensors", with_header(long_name) + bytes(4), r"^'x{59}\.\.\. must be a name of at most"),
         ("config.json", config.replace('_layers": 1', '_layers": 1000').encode(), "describes 1000 layers and more weights than"),
