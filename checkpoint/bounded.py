@@ -75,8 +75,8 @@ def check_name(value: object) -> str:
     return value
 
 
-def said(error: Exception) -> str:
-    """On one line, the first 400 characters: a library's message may repeat whatever a file holds."""
+def said(error: object) -> str:
+    """As text of one line, the first 400 characters: messages may repeat whatever a file holds."""
     return " ".join(str(error).split())[:400]
 
 

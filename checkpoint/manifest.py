@@ -16,7 +16,7 @@ import xxhash
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
 from ..parallel.shard import apart
-from .bounded import MOST_DIMENSIONS, brief, check_name, read_regular, room_beside, strict_json, tensor_bytes
+from .bounded import MOST_DIMENSIONS, brief, check_name, read_regular, room_beside, said, strict_json, tensor_bytes
 from .facts import check_facts
 from .fsync import sync
 
@@ -130,13 +130,13 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise NoManifest(path, f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
-        raise NoManifest(path, f"{path} is no readable JSON: {error}") from None
+        raise NoManifest(path, f"{path} is no readable JSON: {said(error)}") from None
     try:
         manifest = _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
         raise NoManifest(path, f"{path} is damaged: {type(error).__name__}: {str(error)[:60]}") from None
     except ValueError as error:
-        raise NoManifest(path, f"{path}: {error}") from None
+        raise NoManifest(path, f"{path}: {said(error)}") from None
     named = NAMED.fullmatch(path.parent.name)
     if named and int(named[1]) != manifest.step:
         raise NoManifest(path, f"{path} is of step {manifest.step}, and its folder is called {path.parent.name}")
@@ -212,7 +212,7 @@ def _hashes(kinds: dict[str, Any]) -> dict[str, list[str]]:
 
 def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
     if _string(one["dtype"]) not in ITEM_BYTES:
-        raise ValueError(f"tensor {name!r}: dtype = {one['dtype']!r} must be one of {', '.join(ITEM_BYTES)}")
+        raise ValueError(f"tensor {name!r}: dtype = {brief(one['dtype'])} must be one of {', '.join(ITEM_BYTES)}")
     shape = _counts(one["shape"])
     chunks = [
         ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), check_name(chunk["key"]))

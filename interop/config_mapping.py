@@ -117,7 +117,7 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(f"{place}quantization_config.quant_method={method!r}: weights must be bf16, fp16, fp32 or fp64")
+        raise ValueError(f"{place}quantization_config.quant_method={brief(method)}: weights must be bf16, fp16, fp32 or fp64")
     keys = Keys(config, family.defaults, place)
     model = family.read(keys)
     check_model_numbers({"model": plain_config(model)})

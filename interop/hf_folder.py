@@ -88,7 +88,7 @@ def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
     try:
         content = strict_json(read_regular(path, limit))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable JSON: {error}") from None
+        raise ValueError(f"{path} is no readable JSON: {said(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content
