@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint.bounded import (
+    LONGEST_NAME,
     MOST_DIMENSIONS,
     brief,
     check_header,
@@ -153,7 +154,7 @@ def _indexed(path: Path) -> dict[str, str]:
     for key in names:
         check_name(key)
     for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".safetensors":
+        if not isinstance(name, str) or len(name) > LONGEST_NAME or Path(name).name != name or Path(name).suffix != ".safetensors":
             raise ValueError(f"{path / INDEX}: weight_map={brief(name)}: must be the plain name of a .safetensors file. {ADVICE}")
     return names
 
