@@ -97,7 +97,7 @@ class Manifest:
     attachments: dict[str, FileRecord] = field(default_factory=dict)
     """Files beside the tensors, as the tokenizer's, by `folder/name`."""
     experts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """See identity.py: by layer and kind of tensor, the hash of each expert by global id."""
+    """See expert_hashes.py: by layer and kind of tensor, the hash of each expert by global id."""
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

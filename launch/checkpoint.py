@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..train.config.complain import complain, printable
+from ..train.config.complain import BAD_USAGE, complain, printable
 from ..train.config.number_format import short
 from .params import gigabytes
-from .parser import BAD_USAGE, OneLineParser
+from .parser import OneLineParser
 
 if TYPE_CHECKING:
     from ..checkpoint.diff import TensorDifference

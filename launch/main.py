@@ -5,11 +5,11 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from ..train.allocator import restart_with_kept_memory
-from ..train.config.complain import printable
+from ..train.config.complain import BAD_USAGE, printable
 from ..train.config.redact import redact_tracebacks
 from ..train.fault_tolerance.signals import SAVING, hold_back
 from ..version import __version__
-from .parser import BAD_USAGE, OneLineParser, not_negative, port, positive, share
+from .parser import OneLineParser, not_negative, port, positive, share
 
 
 def main(argv: list[str] | None = None) -> int:

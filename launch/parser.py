@@ -4,7 +4,6 @@ import argparse
 import sys
 from typing import NoReturn, TypeVar
 
-from ..train.config.complain import BAD_USAGE as BAD_USAGE
 from ..train.config.complain import complain
 
 Number = TypeVar("Number", int, float)

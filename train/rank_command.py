@@ -4,15 +4,13 @@ import os
 import sys
 import time
 
-from .config.complain import complain
+from .config.complain import BAD_USAGE, complain
 from .config.compose import compose_arguments, parse_arguments
 from .config.config import Config, ConfigError
 from .config.environment import may_find_the_dead, world_size
 from .fault_tolerance.signals import ignore, listen
 from .preflight import validate
 
-BAD_CONFIGURATION = 2
-"""The exit code of a configuration that cannot run."""
 SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
 
 
@@ -55,4 +53,4 @@ def refuse(error: ConfigError) -> int:
         complain(error)
     else:
         time.sleep(2)  # launchers end all ranks with the first: let it be the one that speaks
-    return BAD_CONFIGURATION
+    return BAD_USAGE

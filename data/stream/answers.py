@@ -19,22 +19,22 @@ log = logging.getLogger("tokenyard")
 def ask(url: str, begin: int, seconds: float) -> "Answer":
     """The server's answer for the bytes from `begin` on, with its head. TimeoutError if that takes longer than `seconds`.
 
-    ValueError if it leads to another protocol, or from a host farther away to this machine or a network around it.
+    ValueError if it redirects to another protocol, or from a host farther away to this machine or a network around it.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-", "Accept-Encoding": "identity"})
     return _opener().open(request, timeout=seconds)
 
 
 @final
-class Within(io.RawIOBase):
+class DeadlineReader(io.RawIOBase):
     """What a socket receives until a time: one that gives a byte now and then would hold its reader for ever."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket, self._raw = sock, sock.makefile("rb", buffering=0)
         self._seconds = sock.gettimeout() or 60.0
-        self.again()
+        self.restart()
 
-    def again(self) -> None:
+    def restart(self) -> None:
         """The time begins anew."""
         self._end = time.monotonic() + self._seconds
 
@@ -60,12 +60,12 @@ class Answer(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
         super().__init__(sock, *arguments, **settings)
         self.fp.close()
-        self._within = Within(sock)
-        self.fp = io.BufferedReader(self._within)
+        self._reader = DeadlineReader(sock)
+        self.fp = io.BufferedReader(self._reader)
 
     def some(self, limit: int) -> bytes:
         """Up to `limit` bytes of the body, b"" at its end."""
-        self._within.again()
+        self._reader.restart()
         return self.read1(limit)
 
 
@@ -88,7 +88,7 @@ class SecureHandler(urllib.request.HTTPSHandler):
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Followed if they stay with the host, or after they were said."""
+    """Follows redirects to the same host; names one to another host first."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str

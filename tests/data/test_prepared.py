@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, ROWS, all_documents, names_in, write
-from tokenyard.data import pretokenize as write_shards
+from tokenyard.data import pretokenize
 from tokenyard.data.build import prepare
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.pretokenized import JoinedArrays, open_prepared, verify
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> DataConfig:
 
 
 def prepared(data: DataConfig, folder: Path, processes: int = 1) -> DataConfig:
-    write_shards.prepare_command(data, BYTES, folder, processes, lambda *_: None)
+    pretokenize.prepare_command(data, BYTES, folder, processes, lambda *_: None)
     return DataConfig(corpus=Corpus.prepared, path=str(folder), cache=data.cache)
 
 
@@ -42,19 +42,19 @@ def test_interrupted_and_by_several_processes_it_is_the_same(
 ) -> None:
     prepared(data, tmp_path / "one")
     done: list[str] = []
-    work = write_shards.work
+    work = pretokenize.work
 
-    def failing(job: write_shards.PretokenizeJob) -> dict:
+    def failing(job: pretokenize.PretokenizeJob) -> dict:
         if len(done) == 5:
             raise RuntimeError("killed")
         done.append(job.name)
         return work(job)
 
-    monkeypatch.setattr(write_shards, "work", failing)
+    monkeypatch.setattr(pretokenize, "work", failing)
     with pytest.raises(RuntimeError, match="killed"):
         prepared(data, tmp_path / "two")
     assert not (tmp_path / "two" / "manifest.json").exists()
-    monkeypatch.setattr(write_shards, "work", lambda job: done.append(job.name) or work(job))
+    monkeypatch.setattr(pretokenize, "work", lambda job: done.append(job.name) or work(job))
     prepared(data, tmp_path / "two")
     assert max(Counter(done).values()) == 1
     monkeypatch.undo()

@@ -21,8 +21,7 @@ from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PROGRESS, collective, doing
 from tokenyard.train import run as run_module
 from tokenyard.train.config.config import ConfigError
-from tokenyard.train.fault_tolerance import processes as family
-from tokenyard.train.fault_tolerance import watchdog
+from tokenyard.train.fault_tolerance import processes, watchdog
 from tokenyard.train.fault_tolerance.failure_note import STACKS, Failure, leave_note
 from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
 from tokenyard.train.run_folder import NAME, lock_run
@@ -136,10 +135,10 @@ def test_a_refusal_names_the_process_that_lives(tmp_path: Path) -> None:
 def test_a_rank_whose_launcher_is_gone_ends_at_once() -> None:
     """It died before the system was asked to say so."""
     with (
-        mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "x", family.LAUNCHER: "1000000000"}),
-        mock.patch.object(family.ctypes, "CDLL") as system,
-        mock.patch.object(family.os, "kill") as kill,
+        mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "x", processes.LAUNCHER: "1000000000"}),
+        mock.patch.object(processes.ctypes, "CDLL") as system,
+        mock.patch.object(processes.os, "kill") as kill,
     ):
-        family.end_with_launcher()
-        assert system.return_value.prctl.call_args.args == (family.PR_SET_PDEATHSIG, signal.SIGKILL)
+        processes.end_with_launcher()
+        assert system.return_value.prctl.call_args.args == (processes.PR_SET_PDEATHSIG, signal.SIGKILL)
         kill.assert_called_once_with(os.getpid(), signal.SIGKILL)

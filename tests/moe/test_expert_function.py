@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenyard.bench.host_reads import host_reads
 from tokenyard.moe import experts as expert_function
-from tokenyard.moe import linear as products
+from tokenyard.moe import linear
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, alignment, plan_rows, rounded_up
@@ -90,7 +90,7 @@ def test_rounding_up_changes_no_number() -> None:
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the processor has products of bf16, and experts get a multiple of rows, or not."""
-    monkeypatch.setattr(products, "MULTIPLIES_BF16", multiplies)
+    monkeypatch.setattr(linear, "MULTIPLIES_BF16", multiplies)
     experts, narrow = random_experts(torch.float64, bias=True), random_experts(torch.bfloat16, bias=True)
     narrow.load_state_dict(experts.state_dict())
     routing, x_TD = random_routing(40, 2, None, None), torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)

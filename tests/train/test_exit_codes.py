@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from tokenyard.data.errors import BadData, DataUnavailable
+from tokenyard.train.config.complain import BAD_USAGE
 from tokenyard.train.exit import ExitCode
-from tokenyard.train.rank_command import BAD_CONFIGURATION
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "running.md").read_text()
 
@@ -16,4 +16,4 @@ def test_the_document_lists_each() -> None:
 
 def test_each_is_used_under_one_number() -> None:
     assert (BadData.exit_code, DataUnavailable.exit_code) == (ExitCode.bad_data, ExitCode.data_unavailable)
-    assert ExitCode.bad_configuration == BAD_CONFIGURATION
+    assert ExitCode.bad_configuration == BAD_USAGE

@@ -21,7 +21,7 @@ from tokenyard.train import step as step_module
 from tokenyard.train import step_flags as flags
 from tokenyard.train.batch import BatchLoader
 from tokenyard.train.config.compose import compose
-from tokenyard.train.fault_tolerance.signals import WISHES
+from tokenyard.train.fault_tolerance.signals import STOP_REQUESTS
 from tokenyard.train.logging.expert_stats.collector import ExpertStats
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import RunLogger, build_reporter
@@ -113,11 +113,11 @@ def asked_to_stop(step: int) -> Callable[[Session], Any]:
 
         def asked(*args: Any) -> Any:
             if session.step + 1 == step:
-                WISHES.stops.append("SIGTERM")
+                STOP_REQUESTS.stops.append("SIGTERM")
             return right(*args)
 
         stack = ExitStack()
-        stack.callback(WISHES.forget)
+        stack.callback(STOP_REQUESTS.forget)
         stack.enter_context(mock.patch.object(session.engine, "step", asked))
         return stack
 

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import pytest
 import torch
-from tokenyard.moe import linear as products
+from tokenyard.moe import linear
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
 from tokenyard.train.logging.metrics import Meter, StepResult, count_metrics, load_metrics
 from tokenyard.train.logging.peak_flops import data_sheet, measure, peak_flops
@@ -134,6 +134,6 @@ def test_ranks_beyond_the_cores_add_nothing(monkeypatch: pytest.MonkeyPatch):
 def test_the_peak_of_bf16_is_that_of_the_products_that_are_made(multiplies: bool, made_in: torch.dtype, monkeypatch):
     """Emulated ones would be a fifth of it, and MFU five times too high."""
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(products, "MULTIPLIES_BF16", multiplies)
+    monkeypatch.setattr(linear, "MULTIPLIES_BF16", multiplies)
     monkeypatch.setattr("tokenyard.train.logging.peak_flops.measure", lambda device, dtype: asked.append(dtype) or 100.0)
     assert peak_flops(torch.device("cpu"), torch.bfloat16).flops == 100.0 and asked == [made_in]

@@ -2,8 +2,6 @@
 
 import math
 
-from .complain import printable as printable
-
 
 def short(number: float) -> str:
     """A number of any size in at most 7 characters: 999, 12,345, 1.23M, 46.7B."""

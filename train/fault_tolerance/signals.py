@@ -1,7 +1,7 @@
 """What people and schedulers ask of a run: to save, or to save and stop. A signal to any rank, or a file in the run folder.
 
 SIGTERM, SIGINT and SIGUSR2 or `touch RUN/stop`: save and stop. SIGUSR1 or `touch RUN/save`: save and go on. A handler does nothing
-but count, so that no signal, and no second one, can break a step or a save; ranks agree at the end of the step (flags.py).
+but count, so that no signal, and no second one, can break a step or a save; ranks agree at its end (step_flags.py).
 """
 
 import signal
@@ -41,14 +41,14 @@ class StopRequests:
         return self.saves > self.granted
 
 
-WISHES = StopRequests()
+STOP_REQUESTS = StopRequests()
 """Handlers belong to the process, and so does what they heard."""
 
 
 def listen() -> list[Any]:
     """Hear from now on, and what was held back. Returns the handlers before. Only the main thread may; others hear nothing."""
     try:
-        before = [signal.signal(number, WISHES.hear) for number in (*STOPPING, *SAVING)]
+        before = [signal.signal(number, STOP_REQUESTS.hear) for number in (*STOPPING, *SAVING)]
     except ValueError:
         return []
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPPING, *SAVING))
@@ -93,11 +93,11 @@ def listening() -> Iterator[StopRequests]:
     """Hear inside of the block; what was heard before it began counts too."""
     before = listen()
     try:
-        yield WISHES
+        yield STOP_REQUESTS
     finally:
         for number, handler in zip((*STOPPING, *SAVING), before, strict=False):
             signal.signal(number, handler)
-        WISHES.forget()
+        STOP_REQUESTS.forget()
 
 
 class RequestFiles:

@@ -10,7 +10,7 @@ from ..logging.run_logger import Reporter
 from ..session import Session
 from ..step_flags import GlobalFlags, RankFlags
 from .replicas import Replicas
-from .signals import WISHES, RequestFiles, StopRequests
+from .signals import STOP_REQUESTS, RequestFiles, StopRequests
 from .step_guard import Guard
 from .stragglers import Stragglers
 
@@ -25,7 +25,7 @@ class Supervisor:
     stragglers: Stragglers
     replicas: Replicas
     files: RequestFiles
-    stop_requests: StopRequests = field(default_factory=lambda: WISHES)
+    stop_requests: StopRequests = field(default_factory=lambda: STOP_REQUESTS)
     bad_data: str | None = None
     """Why this rank could not read its rows."""
 

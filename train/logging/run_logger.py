@@ -68,7 +68,7 @@ class Reporter(ABC):
         """The last step is done, or the last that the data allow; its validation and the exit code."""
 
     def spent(self, kind: str) -> AbstractContextManager[None]:
-        """What runs inside is no training but of this kind; see accounting.py."""
+        """What runs inside is no training but of this kind; see goodput.py."""
         return nullcontext()
 
     def started(self) -> None:  # noqa: B027
@@ -83,7 +83,7 @@ class Reporter(ABC):
 
     @abstractmethod
     def alert(self, kind: str, text: str) -> None:
-        """Something that people want to be told at once; telemetry/alarms.py has the titles of the kinds."""
+        """Something that people want to be told at once; expert_stats/alerts.py has the titles of the kinds."""
 
     def stalled(self, text: str) -> None:  # noqa: B027
         """The ranks hang and the process is about to end. Called by the watchdog's thread."""

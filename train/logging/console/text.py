@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TextIO
 
-from ...config.complain import printable as printable
+from ...config.complain import printable
 from ...config.redact import redact
 
 

@@ -17,7 +17,7 @@ from ...config.config import Config, EngineKind, Tier
 from ...session import Session
 from ...step import StepNumbers, clip_factor
 from ..metrics import routing_layers
-from . import weight_stats as weights
+from . import weight_stats
 from .routing_probe import Probe, routers
 from .step_metrics import Step, brief_metrics, layer_metrics, per_token
 
@@ -109,7 +109,7 @@ class ExpertStats:
     def _step(self, numbers: StepNumbers) -> dict[str, Tensor]:
         """Of the step: one more small all-reduce, of maxima."""
         parallel, found = self.session.parallel, {}
-        if (bias_LE := weights.biases(parallel)) is not None:
+        if (bias_LE := weight_stats.biases(parallel)) is not None:
             found["bias_LE"] = bias_LE
         return found | {
             "step_counts_LE": numbers.counts_LE[:, : self.counts_LE.shape[1]],
@@ -130,7 +130,7 @@ class ExpertStats:
             return {}
         clip = config.optimizer.clip_norm
         scale = 1.0 if clip is None else clip_factor(numbers.gradient_norm, clip)
-        norms = weights.gradient_norms(self.session.parallel, self.layers, scale)
+        norms = weight_stats.gradient_norms(self.session.parallel, self.layers, scale)
         return {"grad_norm_LE": norms.experts_LE, "grad_norm_router": norms.router}
 
     def _describe(self, found: Mapping[str, Tensor], record: dict[str, Any] | None) -> HostSnapshot:
@@ -163,7 +163,7 @@ class ExpertStats:
         for name in ("stability_L", "saturation_L"):
             if name in found:
                 found[name] += [None] * more
-        alike = weights.similarity(self.session.parallel, self.layers, probe.picked)
+        alike = weight_stats.similarity(self.session.parallel, self.layers, probe.picked)
         return found | {"similarity": {str(layer): cosines_EE.tolist() for layer, cosines_EE in alike.items()}}
 
     def _reset(self) -> None:
