@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .version import __version__
+from tokenyard.version import __version__  # not relative: pytest imports this file by the name of its folder
 
 if TYPE_CHECKING:
     from .moe.model import Transformer
