@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenyard.version import __version__  # not relative: pytest imports this file by the name of its folder
+# Not relative: pytest imports this file by the name of its folder, and fresh-clone is the name of no package.
+from tokenyard.version import __version__  # pyright: ignore[reportMissingImports]
 
 if TYPE_CHECKING:
     from .moe.model import Transformer
