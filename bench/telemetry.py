@@ -37,7 +37,7 @@ class Line(NamedTuple):
     over_none: float
     """Its excess over tier none, as a share of that; the median of the rounds' own."""
     calls: float
-    """Of a step: the watch, writing telemetry.jsonl, and the routers' gauges. On a CPU, where a call takes as long as its work."""
+    """Of a step: the watch, writing telemetry.jsonl, and the routers' metrics. On a CPU, where a call takes as long as its work."""
     calls_share: float
     probe: float
     """Of a record after an evaluation: probe, similarity, vocabulary and all."""

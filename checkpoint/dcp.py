@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ..parallel.shard import Held, Piece
+from ..parallel.shard import LocalShard, ShardMetadata
 from .manifest import ChunkRecord, Manifest, TensorRecord, check_sizes
 from .safetensors_file import DTYPES, open_shard, read_rectangle
 from .save_plan import check_held, dtype_name, span
@@ -107,7 +107,9 @@ class HeldLoadPlanner(LoadPlanner):
         self.strict = strict
         self.optional = optional
 
-    def set_up_planner(self, state_dict: dict[str, Held], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, LocalShard], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
         assert metadata is not None
         self.held = state_dict
         self.saved: dict[str, Any] = metadata.state_dict_metadata
@@ -135,12 +137,12 @@ class HeldLoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         target = self.held[read_item.dest_index.fqn].tensor.detach()
-        return Piece(tuple(target.shape), tuple(read_item.dest_offsets), tuple(read_item.lengths)).cut(target)
+        return ShardMetadata(tuple(target.shape), tuple(read_item.dest_offsets), tuple(read_item.lengths)).cut(target)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing is left to do: `resolve_tensor` gave a view."""
 
-    def _reads(self, name: str, held: Held) -> list[ReadItem]:
+    def _reads(self, name: str, held: LocalShard) -> list[ReadItem]:
         if name not in self.saved:
             missing = [other for other in self.held if other not in self.saved]
             raise ValueError(
@@ -164,7 +166,7 @@ class HeldLoadPlanner(LoadPlanner):
         return items
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
+def _chunk(piece: ShardMetadata) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ..parallel.shard import Piece
+from ..parallel.shard import ShardMetadata
 from .manifest import ChunkRecord, TensorRecord
 from .safetensors_file import content_of
 from .tensor_reader import StoredTensors
@@ -47,7 +47,7 @@ def cut_slices(tensors: Mapping[str, TensorRecord]) -> list[Slice]:
     return [one for name, record in tensors.items() for one in slices(name, record.shape) if not _in_one(one, record.chunks)]
 
 
-def hash_held(name: str, piece: Piece, content: memoryview) -> dict[int, str]:
+def hash_held(name: str, piece: ShardMetadata, content: memoryview) -> dict[int, str]:
     """Of the slices that a rank's piece holds whole: `content` is its bytes, row-major."""
     if not EXPERT_TENSOR.fullmatch(name) or tuple(piece.sizes[1:]) != tuple(piece.shape[1:]) or 0 in piece.sizes:
         return {}

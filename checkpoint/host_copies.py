@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from ..parallel.shard import Held
+from ..parallel.shard import LocalShard
 from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ class Copies:
         self._done.wait()
         return perf_counter() - begin
 
-    def take(self, held: dict[str, Held], ready: Event) -> dict[str, Held]:
+    def take(self, held: dict[str, LocalShard], ready: Event) -> dict[str, LocalShard]:
         """The same pieces, as they are when `ready` is done, on the host when this returns. RuntimeError if one has changed since.
 
         Empties `held`: a GPU's tensors that were made for the save alone are gone before the writing begins.
@@ -53,7 +53,7 @@ class Copies:
         finally:
             self.close()
 
-    def _on_a_stream_of_its_own(self, held: dict[str, Held], ready: Event) -> dict[str, Held]:
+    def _on_a_stream_of_its_own(self, held: dict[str, LocalShard], ready: Event) -> dict[str, LocalShard]:
         """Beside the computation. The host waits for what lies behind the copies."""
         device = device_of(held)
         enter_thread(device)
@@ -64,23 +64,23 @@ class Copies:
         last.wait()
         return copied
 
-    def _copied(self, held: dict[str, Held]) -> dict[str, Held]:
+    def _copied(self, held: dict[str, LocalShard]) -> dict[str, LocalShard]:
         copied = {}
         for name, (piece, tensor) in held.items():
             memory = self._memory.get(name)
             if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
                 memory = self._memory[name] = host_memory(tensor)
-            copied[name] = Held(piece, copy_to_host(tensor, memory))
+            copied[name] = LocalShard(piece, copy_to_host(tensor, memory))
         return copied
 
 
-def in_place(held: dict[str, Held], ready: Event) -> dict[str, Held]:
+def in_place(held: dict[str, LocalShard], ready: Event) -> dict[str, LocalShard]:
     """In the thread: `held` without a copy, which the current stream of the device reads behind `ready`. Nothing changes it."""
     enter_thread(device_of(held))
     stream_waits(ready)
     return held
 
 
-def device_of(held: dict[str, Held]) -> torch.device:
+def device_of(held: dict[str, LocalShard]) -> torch.device:
     """The GPU of this rank, if a tensor is on it."""
     return next((tensor.device for _, tensor in held.values() if tensor.is_cuda), CPU)

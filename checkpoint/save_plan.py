@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..parallel.shard import Held, Piece, apart
+from ..parallel.shard import LocalShard, ShardMetadata, apart
 from .expert_hashes import Slice, cut_slices
 from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
 from .safetensors_file import CODES, DTYPES
@@ -47,7 +47,7 @@ def shard_name(rank: int) -> str:
     return f"shard_{rank:05d}.safetensors"
 
 
-def offers_of(held: dict[str, Held]) -> list[Offer]:
+def offers_of(held: dict[str, LocalShard]) -> list[Offer]:
     """ValueError for a piece that cannot be saved."""
     return [_offer(name, one) for name, one in held.items()]
 
@@ -76,7 +76,7 @@ def shares_of(offers: list[list[Offer]]) -> list[Share]:
     return shares
 
 
-def check_held(name: str, held: Held) -> None:
+def check_held(name: str, held: LocalShard) -> None:
     """ValueError if the tensor is not the piece, or the piece not inside of its shape."""
     piece, tensor = held
     if tuple(tensor.shape) != tuple(piece.sizes):
@@ -86,7 +86,7 @@ def check_held(name: str, held: Held) -> None:
         raise ValueError(f"tensor {name!r}: {span(piece)} must lie inside of the shape {tuple(piece.shape)}")
 
 
-def span(piece: Piece) -> str:
+def span(piece: ShardMetadata) -> str:
     """The piece as slices are written."""
     return "[" + ", ".join(f"{offset}:{offset + size}" for offset, size in zip(piece.offsets, piece.sizes, strict=True)) + "]"
 
@@ -96,7 +96,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _offer(name: str, held: Held) -> Offer:
+def _offer(name: str, held: LocalShard) -> Offer:
     check_held(name, held)
     piece, tensor = held
     if tensor.dtype not in CODES:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
 from ..parallel.progress import progress
-from ..parallel.shard import Held
+from ..parallel.shard import LocalShard
 from ..parallel.streams import Event, record
 from .host_copies import Copies, device_of, in_place
 from .manifest import checked_facts
@@ -79,7 +79,7 @@ class Saver:
     def begin(
         self,
         step: int,
-        held: dict[str, Held],
+        held: dict[str, LocalShard],
         facts: dict[str, Any],
         attach: Callable[[Path], None] | None = None,
         asynchronous: bool = True,
@@ -112,7 +112,7 @@ class Saver:
         save.blocked = perf_counter() - begin
         return None
 
-    def lacking(self, held: dict[str, Held]) -> str | None:
+    def lacking(self, held: dict[str, LocalShard]) -> str | None:
         """Why there is no room for a save of `held`, None if there is."""
         size = self._plan(held).bytes
         return from_first(lambda: self._lacking(size))
@@ -168,7 +168,7 @@ class Saver:
             self._save.thread.join(PATIENCE_AT_EXIT)
             self._save.job.stop.set()
 
-    def _plan(self, held: dict[str, Held]) -> Share:
+    def _plan(self, held: dict[str, LocalShard]) -> Share:
         """This rank's share, made anew only if some rank holds other pieces than the last time."""
         offers, failure = None, None
         try:
@@ -208,7 +208,7 @@ class Saver:
             return temporary, {}, describe(error)
         return temporary, facts, None
 
-    def _write(self, job: Job, held: dict[str, Held], ready: Event, copy: bool) -> None:
+    def _write(self, job: Job, held: dict[str, LocalShard], ready: Event, copy: bool) -> None:
         """In the thread. `held` is what the device has computed when `ready` is done."""
         try:
             write_share(job, self._copies.take(held, ready) if copy else in_place(held, ready))

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..parallel.object_collectives import from_first, rank_and_world
-from ..parallel.shard import Held, whole
+from ..parallel.shard import LocalShard, whole
 from .dcp import CheckpointReader, HeldLoadPlanner
 from .folder import checkpoints_of
 from .manifest import DamagedCheckpoint, Manifest, check_sizes, read_manifest
@@ -27,7 +27,7 @@ log = logging.getLogger("tokenyard")
 def save_checkpoint(
     folder: Path,
     step: int,
-    held: dict[str, Held],
+    held: dict[str, LocalShard],
     facts: dict[str, Any],
     attach: Callable[[Path], None] | None = None,
     limit_seconds: float = 1800.0,
@@ -48,7 +48,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, held: dict[str, Held], *, strict: bool = True, verify: bool = True, optional: str | None = None
+    path: Path, held: dict[str, LocalShard], *, strict: bool = True, verify: bool = True, optional: str | None = None
 ) -> dict[str, Any]:
     """Fill the tensors of `held` from the checkpoint `path`, whatever layout it was written on, and return its facts.
 
@@ -112,7 +112,7 @@ def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> di
     manifest = read_manifest(path)
     check_sizes(path, manifest)  # before memory is asked for
     held = {
-        name: Held(whole(record.shape), torch.empty(record.shape, dtype=DTYPES[record.dtype]))
+        name: LocalShard(whole(record.shape), torch.empty(record.shape, dtype=DTYPES[record.dtype]))
         for name, record in manifest.tensors.items()
         if name.startswith(prefix)
     }
@@ -128,7 +128,7 @@ def _some_names(manifest: Manifest) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no tensors"
 
 
-def _fill(reader: CheckpointReader, held: dict[str, Held], planner: HeldLoadPlanner, alone: bool) -> None:
+def _fill(reader: CheckpointReader, held: dict[str, LocalShard], planner: HeldLoadPlanner, alone: bool) -> None:
     with _plain_errors(f"checkpoint {reader.path} was not loaded"):
         load(dict(held), storage_reader=reader, planner=planner, no_dist=alone)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parallel.shard import Piece
+from ..parallel.shard import ShardMetadata
 from .manifest import ChunkRecord, Manifest, TensorRecord
 from .safetensors_file import DTYPES, open_shard, read_rectangle
 
@@ -78,5 +78,7 @@ def read_weight(checkpoint: Path, manifest: Manifest, name: str) -> Tensor:
     for chunk in record.chunks:
         with open_shard(checkpoint / chunk.file) as file:
             begin = (0,) * len(chunk.sizes)
-            Piece(record.shape, chunk.offsets, chunk.sizes).cut(tensor).copy_(read_rectangle(file, chunk.key, begin, chunk.sizes))
+            ShardMetadata(record.shape, chunk.offsets, chunk.sizes).cut(tensor).copy_(
+                read_rectangle(file, chunk.key, begin, chunk.sizes)
+            )
     return tensor

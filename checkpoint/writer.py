@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 from ..parallel.failpoints import failpoint
-from ..parallel.shard import Held
+from ..parallel.shard import LocalShard
 from .expert_hashes import Hashes, expert_hashes, hash_held, hash_stored
 from .folder import REPLACED
 from .fsync import sync, sync_folder, write_durably
@@ -50,7 +50,7 @@ class Job:
     """Set from outside to end the writing."""
 
 
-def write_share(job: Job, held: dict[str, Held]) -> None:
+def write_share(job: Job, held: dict[str, LocalShard]) -> None:
     """Everything this rank has to do; rank 0 returns once the checkpoint has its name. `held` must not change meanwhile."""
     try:
         _Writing(job).run(held)
@@ -76,7 +76,7 @@ class _Writing:
         self.job = job
         self.end = monotonic() + job.limit_seconds
 
-    def run(self, held: dict[str, Held]) -> None:
+    def run(self, held: dict[str, LocalShard]) -> None:
         job, share = self.job, self.job.share
         note = self._write_shard({name: held[name] for name in share.names})
         if job.world > 1:
@@ -90,7 +90,7 @@ class _Writing:
             else:
                 _write_note(self._place("slices", job.rank), read)
 
-    def _write_shard(self, held: dict[str, Held]) -> dict[str, Any]:
+    def _write_shard(self, held: dict[str, LocalShard]) -> dict[str, Any]:
         """Returns the note about it: file, size and hash, and the hashes of the slices of experts that it holds whole."""
         job, slices = self.job, Hashes()
 

@@ -10,7 +10,7 @@ from ..checkpoint.folder import newest_checkpoint
 from ..checkpoint.store import save_checkpoint
 from ..data.tokenizer import MODEL_FILE
 from ..moe.config import ModelConfig
-from ..parallel.shard import Held, whole
+from ..parallel.shard import LocalShard, whole
 from ..train.config.serialize import plain_config
 from .load_weights import HFSource, open_source, read_weights
 from .tokenizer_json import adopt
@@ -56,7 +56,7 @@ def import_folder(path: Path, out: Path, wish: Upcycle | None = None) -> Importe
         upcycled_config(source.model, wish)  # before the weights are read
     weights = read_weights(source)
     model = source.model if wish is None else upcycle(weights, source.model, wish)
-    held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in weights.items()}
+    held = {f"model.{name}": LocalShard(whole(tensor.shape), tensor) for name, tensor in weights.items()}
     facts = _facts(source, model, wish)
     facts["config"]["tokenizer"] = {"path": str(out.resolve() / "step_00000000" / "tokenizer" / MODEL_FILE)}  # see `carry`
     notes: list[str] = []

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .config import ModelConfig, QKNorm
 from .device import kind_of
 from .flexible_attention import attend_by_blocks, padded
-from .linear import HeadsNorm, Linear, RMSNorm, arithmetic, constant_when_compiled
+from .linear import HeadsNorm, Linear, RMSNorm, compute_dtype, constant_when_compiled
 from .param_count import head_width
 from .rotary import RotaryTables, logits_factor, rotate
 from .softmax import Softmax, softcapped, softmax_of, with_sinks
@@ -68,7 +68,7 @@ def attend(
     if blocks is not None:
         return attend_by_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
     new, seen, dtype = q_BHSh.shape[2], k_BGTh.shape[2], q_BHSh.dtype
-    q_BHSh, k_BGTh, v_BGTh = (x.to(arithmetic(x)) for x in (q_BHSh, k_BGTh, v_BGTh))
+    q_BHSh, k_BGTh, v_BGTh = (x.to(compute_dtype(x)) for x in (q_BHSh, k_BGTh, v_BGTh))
     if sinks_H is not None or softmax.softcap is not None:
         return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS).to(dtype)
     unlimited = softmax.window is None or softmax.window >= seen

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .device import host_read, kind_of
-from .linear import arithmetic
+from .linear import compute_dtype
 from .router import Routing
 
 # Rows of experts: which token each is a copy of, and the gathers that make them and add them up.
@@ -158,7 +158,7 @@ class DispatchedTokens(NamedTuple):
 
     tokens_RD: Tensor
     counts_E: Tensor
-    way_back: Any
+    metadata: Any
 
 
 Compute = Callable[..., Tensor]
@@ -206,7 +206,7 @@ class LocalDispatcher(Dispatcher):
         return DispatchedTokens(permute(x_TD, plan), plan.counts_E, (plan, routing.weights_TK))
 
     def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
-        plan, weights_TK = arrived.way_back
+        plan, weights_TK = arrived.metadata
         return unpermute(y_RD, weights_TK, plan)
 
 
@@ -267,7 +267,7 @@ def alignment(x: Tensor) -> int:
     Where a CPU multiplies bf16, oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new
     ones each step; with few sizes the allocator finds what fits, too, which saves memory.
     """
-    return 32 if kind_of(x) == "cpu" and arithmetic(x) == torch.bfloat16 else 1
+    return 32 if kind_of(x) == "cpu" and compute_dtype(x) == torch.bfloat16 else 1
 
 
 def rounded_up(plan: RowPlan, experts_TK: Tensor, multiple: int) -> RowPlan:

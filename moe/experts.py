@@ -14,7 +14,7 @@ from .config import Activation
 from .device import kind_of
 from .dispatch import Choices, RowPlan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
 from .feedforward import activate, activate_and_pull, projections
-from .linear import arithmetic
+from .linear import compute_dtype
 
 # The grouped matrix product behind the experts: rows of each group times that group's matrix, in one call.
 #
@@ -88,7 +88,7 @@ grouped_mm.register_autograd(_backward, setup_context=_save)
 #
 # Kept are the input and the first product: the rows are gathered and the activation is made again, and no output is needed. A
 # row's output is a product of its activation a, y = W a; so the gradient of the row's weight, <dy, y>, is also <W.T dy, a>, and
-# W.T dy is computed anyhow (SonicMoE, Guo et al. 2025). All is computed in the type of the products, `arithmetic(x)`; what goes
+# W.T dy is computed anyhow (SonicMoE, Guo et al. 2025). All is computed in the type of the products, `compute_dtype(x)`; what goes
 # in, comes out and is kept is in that of x. T tokens, K choices of each, R rows in the order of the experts, E experts, D
 # width, F hidden width, N = P * F with P projections.
 
@@ -112,7 +112,7 @@ class ExpertFunction(torch.autograd.Function):
         counts_E: Tensor,
         *places: Any,
     ) -> Tensor:
-        plan, ends_E, wide = RowPlan(*places) if places else None, ends(counts_E), arithmetic(x)
+        plan, ends_E, wide = RowPlan(*places) if places else None, ends(counts_E), compute_dtype(x)
         inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
@@ -124,7 +124,7 @@ class ExpertFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *places = ctx.saved_tensors
-        plan, wide = RowPlan(*places) if places else None, arithmetic(x)
+        plan, wide = RowPlan(*places) if places else None, compute_dtype(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
@@ -150,7 +150,7 @@ class ExpertFunction(torch.autograd.Function):
 
 def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
     """(R, D): what products take, of tokens (T, D) with a plan, else of rows."""
-    x = x.to(arithmetic(x))
+    x = x.to(compute_dtype(x))
     return gather_rows(x, plan) if plan else x.contiguous()
 
 

@@ -46,6 +46,6 @@ class MoELayer(nn.Module):
 
 def with_rows(stats: RoutingStats, rows: int) -> RoutingStats:
     """`stats` with the number of rows that the experts computed, where that is watched."""
-    if stats.gauges is None:
+    if stats.router_metrics is None:
         return stats
-    return stats._replace(gauges=stats.gauges._replace(rows=torch.full_like(stats.gauges.tokens, rows)))
+    return stats._replace(router_metrics=stats.router_metrics._replace(rows=torch.full_like(stats.router_metrics.tokens, rows)))

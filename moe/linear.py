@@ -28,7 +28,7 @@ MULTIPLIES_BF16 = lists_bf16(CPUINFO.read_text(errors="replace")) if CPUINFO.exi
 """Of this machine's processor; True if not known. Read when the module is, since torch.compile cannot trace the reading."""
 
 
-def arithmetic(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What x has to be cast to for a product: its own type, or fp32 for bf16 on such a CPU."""
     emulated = x.dtype == torch.bfloat16 and kind_of(x) == "cpu" and not MULTIPLIES_BF16
     return torch.float32 if emulated else x.dtype
@@ -36,7 +36,7 @@ def arithmetic(x: Tensor) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the type of x."""
-    weight, wide = weight.to(x.dtype), arithmetic(x)
+    weight, wide = weight.to(x.dtype), compute_dtype(x)
     if wide == x.dtype:
         return F.linear(x, weight, bias)
     y = wide_linear(x, weight, wide).to(x.dtype)

@@ -25,7 +25,7 @@ from .scoring import (
     score,
     second_is_kept,
 )
-from .token_info import BatchPosition, Purpose, TokenInfo, fold, places, uniform
+from .token_info import BatchPosition, Purpose, TokenInfo, fold_in, places, uniform
 
 # What one layer's router and experts did with the valid tokens of this device, beside counts: numbers to watch, without
 # gradient.
@@ -96,8 +96,8 @@ class RoutingStats(NamedTuple):
     """Sum of the chosen experts' weights, with gradient; only where balance.importance_coefficient is on."""
     load_BE: Tensor | None = None
     """Sum of the probabilities to be chosen under learned noise, with gradient; else the counts."""
-    gauges: RouterMetrics | None = None
-    """Numbers to watch; only in training and only where the router is `gauged`."""
+    router_metrics: RouterMetrics | None = None
+    """Numbers to watch; only in training and only where the router `collects_metrics`."""
 
 
 class Routing(NamedTuple):
@@ -137,7 +137,7 @@ class Router(nn.Module):
             self.add_expert_bias()
         self.surroundings = LocalScope()
         self.draws = draws(config)
-        self.gauged = False
+        self.collects_metrics = False
 
     def add_expert_bias(self) -> None:
         """The auxiliary-loss-free bias (DeepSeek-V3): fp32 always, decides who is chosen and not how much they weigh."""
@@ -165,7 +165,7 @@ class Router(nn.Module):
         place_BS = tokens.place_BS
         if place_BS is None:
             place_BS = places(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
-        return fold(place_BS, tokens.layer)
+        return fold_in(place_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: TokenInfo) -> int | None:
         """Rows that each expert takes of a scope; None is dropless. Expert choice needs one always."""
@@ -243,8 +243,8 @@ class Router(nn.Module):
             logits_BSE = logits_BSE.detach()
         z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
-        if self.gauged and self.training:
-            stats = stats._replace(gauges=gauge(scored.logits_BSE, probabilities_BSE.detach(), valid_BS))
+        if self.collects_metrics and self.training:
+            stats = stats._replace(router_metrics=gauge(scored.logits_BSE, probabilities_BSE.detach(), valid_BS))
         if self.config.balance.importance_coefficient == 0:
             return stats
         chosen_BA = choice.experts_BSK.flatten(1)

@@ -13,7 +13,7 @@ from .capacity import LocalScope, best_of_scope
 from .config import GroupScore, MoEConfig, RouterConfig, Score, Selection
 from .device import kind_of
 from .linear import wide_linear
-from .token_info import Purpose, TokenInfo, fold, normal, uniform
+from .token_info import Purpose, TokenInfo, fold_in, normal, uniform
 
 TINY = 1e-20
 """Keeps quotients of scores that all vanished finite, and changes no other (DeepSeek-V3)."""
@@ -65,7 +65,7 @@ def hash_scores(tokens: TokenInfo, columns: int, top_k: int, dtype: torch.dtype)
     """
     assert tokens.ids_BS is not None, "hash selection needs the token ids"
     run_BS, place_BS = tokens.ids_BS // columns, tokens.ids_BS % columns
-    order_BSE = uniform(fold(run_BS, tokens.layer), columns, Purpose.hash).argsort(dim=-1)
+    order_BSE = uniform(fold_in(run_BS, tokens.layer), columns, Purpose.hash).argsort(dim=-1)
     distance_BSE = (order_BSE.argsort(dim=-1) - place_BS.unsqueeze(-1)) % columns
     return (distance_BSE < top_k).to(dtype)
 

@@ -29,7 +29,7 @@ class Purpose(IntEnum):
 
 def uniform(key: Tensor, columns: int, purpose: Purpose) -> Tensor:
     """fp64 (..., columns) inside of (0, 1), for int64 keys of shape (...)."""
-    bits = fold(fold(key, purpose).unsqueeze(-1), torch.arange(columns, device=key.device))
+    bits = fold_in(fold_in(key, purpose).unsqueeze(-1), torch.arange(columns, device=key.device))
     return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52  # exact: 52 bits and a half
 
 
@@ -39,7 +39,7 @@ def normal(key: Tensor, columns: int) -> Tensor:
     return radius * (2 * math.pi * uniform(key, columns, Purpose.angle)).cos()
 
 
-def fold(key: Tensor, value: Tensor | int) -> Tensor:
+def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
     """A new int64 key from a key and a number; the two broadcast."""
     mixed = key * _signed(0x9E3779B97F4A7C15) + value
     mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -92,9 +92,9 @@ def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: BatchPosition | Non
 
 def places(place: BatchPosition, sequences: int, length: int, device: torch.device) -> Tensor:
     """int64 (B, S): the keys of all randomness of these tokens."""
-    step = fold(torch.full((1, 1), place.seed, dtype=torch.int64, device=device), place.step)
+    step = fold_in(torch.full((1, 1), place.seed, dtype=torch.int64, device=device), place.step)
     rows_B1 = place.row + torch.arange(sequences, device=device).unsqueeze(1)
-    return fold(fold(step, rows_B1), torch.arange(length, device=device))
+    return fold_in(fold_in(step, rows_B1), torch.arange(length, device=device))
 
 
 # Several documents in one sequence: attention that stays inside of each, with positions that restart. B sequences, S tokens.

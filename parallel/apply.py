@@ -22,7 +22,7 @@ from .fsdp import apply_fsdp
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .scopes import DistributedScope
-from .shard import Piece, whole
+from .shard import ShardMetadata, whole
 from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, narrowed, replace_parameter
 
 # The exchange that the configuration asks for.
@@ -47,11 +47,11 @@ log = logging.getLogger("tokenyard")
 
 
 @dataclass
-class Placed:
+class ShardedParameter:
     """One parameter on this rank: which piece of the global tensor it is, and the ranks that hold the same piece."""
 
     parameter: nn.Parameter
-    piece: Piece
+    piece: ShardMetadata
     copies: Axis
 
 
@@ -62,7 +62,7 @@ class Parallel:
     model: Transformer
     mesh: Mesh
     device: torch.device
-    placed: dict[str, Placed] = field(default_factory=dict)
+    placed: dict[str, ShardedParameter] = field(default_factory=dict)
     zero: int = 3
     """What FSDP2 keeps whole within a step, see parallel/config.py."""
 
@@ -118,7 +118,7 @@ def _set_surroundings(model: Transformer, mesh: Mesh) -> None:
             block.moe.router.surroundings = DistributedScope(mesh)
 
 
-def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece], config: ParallelConfig) -> None:
+def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata], config: ParallelConfig) -> None:
     axis = mesh.axis("expert")
     dispatcher = build_dispatcher(model.config.moe.experts, mesh, config)
     for name, parameter in list(model.named_parameters()):
@@ -139,11 +139,11 @@ def _compile(model: Transformer) -> None:
                 module.compile()
 
 
-def _place(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> dict[str, Placed]:
+def _place(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> dict[str, ShardedParameter]:
     return {name: _place_one(name, parameter, mesh, pieces[name], model.config) for name, parameter in model.named_parameters()}
 
 
-def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece, config: ModelConfig) -> Placed:
+def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: ShardMetadata, config: ModelConfig) -> ShardedParameter:
     """A piece is copied by every rank that neither FSDP, nor tensor, nor expert (tensor) parallelism tells apart."""
     kind = "expert_" if ".experts." in name else ""
     sharded = isinstance(parameter, DTensor)
@@ -155,21 +155,21 @@ def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: Piece, con
     if (sliced_dim_of_experts(name) if kind else sliced_dim(name, config)) is None:
         names.append(kind + "tensor")
     assert tuple(local(parameter).shape) == piece.sizes, f"{name} is {tuple(local(parameter).shape)}, not {piece.sizes}"
-    return Placed(parameter, piece, mesh.axis(*names))
+    return ShardedParameter(parameter, piece, mesh.axis(*names))
 
 
-def _shard(piece: Piece, axis: Axis) -> Piece:
+def _shard(piece: ShardMetadata, axis: Axis) -> ShardMetadata:
     """FSDP's share: even chunks of the size rounded up, so the last ranks may have less or nothing."""
     dim = shard_dim(piece.sizes, axis.size)
     size = -(-piece.sizes[dim] // axis.size)
     start = min(axis.rank * size, piece.sizes[dim])
     offsets, sizes = list(piece.offsets), list(piece.sizes)
     offsets[dim], sizes[dim] = offsets[dim] + start, min(size, piece.sizes[dim] - start)
-    return Piece(piece.shape, tuple(offsets), tuple(sizes))
+    return ShardMetadata(piece.shape, tuple(offsets), tuple(sizes))
 
 
-def _cutter(piece: Piece):
+def _cutter(piece: ShardMetadata):
     def cut(whole_tensor: Tensor, first: int) -> Tensor:
-        return Piece(piece.shape[first:], piece.offsets[first:], piece.sizes[first:]).cut(whole_tensor)
+        return ShardMetadata(piece.shape[first:], piece.offsets[first:], piece.sizes[first:]).cut(whole_tensor)
 
     return cut

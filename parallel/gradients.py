@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 
-from .apply import Parallel, Placed, local
+from .apply import Parallel, ShardedParameter, local
 from .layout import ADDED_BY_ONE
 from .mesh import Axis
-from .progress import collective, doing, waiting
+from .progress import collective, in_phase, waiting
 from .streams import on_device
 
 BUCKET = 2**23
@@ -49,7 +49,7 @@ class _Bucket:
     """Parameters of one type with copies on the same ranks; all or none are of FSDP, which makes gradients on its own stream."""
 
     axis: Axis
-    members: list[Placed] = field(default_factory=list)
+    members: list[ShardedParameter] = field(default_factory=list)
     elements: int = 0
     missing: float = 0
     """Members whose gradient is not final yet. Infinite with one that some ranks never have: such a bucket departs at the end."""
@@ -83,7 +83,7 @@ class _Sums:
         while self.waiting and not self.waiting[0].missing:
             self.waiting.pop(0).depart()
 
-    @doing("exchange")
+    @in_phase("exchange")
     @torch.no_grad()
     def finish(self) -> None:
         """What is left departs, with zeros for a parameter without gradient, and all land."""
@@ -126,7 +126,7 @@ def scale_gradients(parallel: Parallel, factor: Tensor) -> None:
     _foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
-def gradient_of(placed: Placed) -> Tensor:
+def gradient_of(placed: ShardedParameter) -> Tensor:
     """This rank's tensor of the gradient; zeros where no token took part."""
     if placed.parameter.grad is None:
         placed.parameter.grad = torch.zeros_like(placed.parameter)

@@ -43,7 +43,7 @@ _checks: list[Check] = []
 
 
 @contextmanager
-def doing(phase: str) -> Iterator[None]:
+def in_phase(phase: str) -> Iterator[None]:
     """`with` or decorator: what runs inside is this phase of the step."""
     before, PROGRESS.phase, PROGRESS.layer, PROGRESS.since = PROGRESS.phase, phase, None, monotonic()
     yield

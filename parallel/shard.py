@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Piece(NamedTuple):
+class ShardMetadata(NamedTuple):
     """A rectangle of a global tensor: `sizes` elements from `offsets` on, in each dimension of `shape`."""
 
     shape: tuple[int, ...]
@@ -26,16 +26,16 @@ class Piece(NamedTuple):
         return whole
 
 
-class Held(NamedTuple):
+class LocalShard(NamedTuple):
     """A piece and this rank's tensor of it, of shape `piece.sizes`."""
 
-    piece: Piece
+    piece: ShardMetadata
     tensor: "torch.Tensor"
 
 
-def whole(shape: "tuple[int, ...] | torch.Size") -> Piece:
+def whole(shape: "tuple[int, ...] | torch.Size") -> ShardMetadata:
     """The piece that is everything."""
-    return Piece(tuple(shape), (0,) * len(shape), tuple(shape))
+    return ShardMetadata(tuple(shape), (0,) * len(shape), tuple(shape))
 
 
 MOST_WORK = 64

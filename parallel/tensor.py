@@ -24,11 +24,11 @@ from .dispatch.all_to_all import plan_arrivals, read_splits, reorder
 from .dispatch.async_collectives import RowExchange, depart, land
 from .layout import sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
-from .shard import Piece
+from .shard import ShardMetadata
 from .vocabulary import VocabularyParallelEmbedding
 
 
-def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
+def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> None:
     """Slice the weights, and put the gathers and scatters around the modules as hooks. Updates `pieces`."""
     axis = mesh.tensor
     for name, parameter in list(model.named_parameters()):
@@ -68,13 +68,13 @@ def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> Non
     attention.register_forward_hook(_scatter_output(axis))
 
 
-def narrowed(piece: Piece, dim: int, axis: Axis) -> Piece:
+def narrowed(piece: ShardMetadata, dim: int, axis: Axis) -> ShardMetadata:
     """This rank's even share of `piece` in dimension `dim`."""
     size = piece.sizes[dim] // axis.size
     assert size * axis.size == piece.sizes[dim], f"{piece} does not divide by {axis.size} in dimension {dim}"
     offsets, sizes = list(piece.offsets), list(piece.sizes)
     offsets[dim], sizes[dim] = offsets[dim] + axis.rank * size, size
-    return Piece(piece.shape, tuple(offsets), tuple(sizes))
+    return ShardMetadata(piece.shape, tuple(offsets), tuple(sizes))
 
 
 def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -116,7 +116,7 @@ def _slice_tokens(axis: Axis) -> Any:
 # N ranks of the group, E experts of a rank, R rows of this rank, A rows of all of them.
 
 
-def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Piece]) -> None:
+def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> None:
     """Slice the experts' hidden columns, and put the exchange of rows around their computation. Updates `pieces`."""
     axis = mesh.axis("expert_tensor")
     for name, parameter in list(model.named_parameters()):

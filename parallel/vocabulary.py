@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.device import kind_of
-from ..moe.linear import arithmetic
+from ..moe.linear import compute_dtype
 from ..moe.model import Head
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
@@ -53,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
     ) -> Tensor:
-        dtype, made_in, wide = x_TD.dtype, arithmetic(x_TD), torch.promote_types(x_TD.dtype, torch.float32)
+        dtype, made_in, wide = x_TD.dtype, compute_dtype(x_TD), torch.promote_types(x_TD.dtype, torch.float32)
         cast_VD, x_TD = weight_VD.to(dtype).to(made_in), x_TD.to(made_in)
         gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)

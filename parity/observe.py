@@ -15,7 +15,7 @@ from ..moe.init import expert_biases
 from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel, local
 from ..parallel.gradients import gradient_of
-from ..parallel.shard import Piece, whole
+from ..parallel.shard import ShardMetadata, whole
 from ..parallel.streams import on_device
 from ..train.batch import Rows
 from ..train.config.config import Config
@@ -29,7 +29,7 @@ class ObservedTensor(NamedTuple):
     """A tensor of this rank, and which piece of the global one it is."""
 
     key: Key
-    piece: Piece
+    piece: ShardMetadata
     tensor: Tensor
 
 
@@ -114,7 +114,7 @@ def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterato
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             value, first = output[0] if isinstance(output, tuple) else output, started[-1].first
             offsets = (first, parallel.mesh.tensor.rank * value.shape[1] if value.shape[1] < length else 0, 0)
-            piece = Piece((sequences, length, value.shape[2]), offsets, tuple(value.shape))
+            piece = ShardMetadata((sequences, length, value.shape[2]), offsets, tuple(value.shape))
             seen.setdefault((name, first), ObservedTensor(Key(step, "output", name), piece, value.detach()))
 
         return keep

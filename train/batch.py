@@ -14,7 +14,7 @@ from ..moe.device import kind_of
 from ..moe.model import ahead
 from ..moe.token_info import documents_of
 from ..parallel.mesh import Axis
-from ..parallel.progress import doing
+from ..parallel.progress import in_phase
 from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
 from .config.config import Config
 
@@ -85,7 +85,7 @@ class BatchLoader:
         stream_waits(found.arrived, *(x for rows in found.rows for x in rows if isinstance(x, Tensor)))
         return found.rows
 
-    @doing("data")
+    @in_phase("data")
     def prepare(self, step: int) -> None:
         """Make the rows that `take(step)` will give. What that raises is kept for it. Collective."""
         if not self.ahead or step == self.config.steps:

@@ -11,7 +11,7 @@ import torch
 from ..checkpoint.folder import checkpoints_in
 from ..checkpoint.retention import LOSS
 from ..checkpoint.saver import Outcome
-from ..parallel.shard import Held
+from ..parallel.shard import LocalShard
 from .config.config import OnFailure
 from .exit import ExitCode, RunStop
 from .nonfinite import bad_state
@@ -77,7 +77,7 @@ def begin(session: Session, asynchronous: bool) -> Outcome | None:
     return outcome or (None if asynchronous else saver.finish())
 
 
-def refuse_bad(session: Session, held: dict[str, Held]) -> None:
+def refuse_bad(session: Session, held: dict[str, LocalShard]) -> None:
     """RunStop if a number of what would be saved is not finite. Collective."""
     bad = bad_state(session.parallel, held)
     if bad:

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 
 from ..moe.token_info import BatchPosition
-from ..parallel.apply import Parallel, Placed
+from ..parallel.apply import Parallel, ShardedParameter
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import scale_gradients, squared_norm
 from ..parallel.mesh import Axis
-from ..parallel.shard import Held, Piece
+from ..parallel.shard import LocalShard, ShardMetadata
 from .batch import Rows
 from .config.config import Config
 from .config.deepspeed import deepspeed_settings
@@ -99,7 +99,7 @@ class Zero:
             gradients = self.engine.optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
 
-    def fragments(self) -> Iterator[tuple[str, Placed, Fragment | None]]:
+    def fragments(self) -> Iterator[tuple[str, ShardedParameter, Fragment | None]]:
         """Of each parameter; None if this rank updates no element of it. For ZeRO 1 and 2."""
         partitions = self.engine.optimizer.single_partition_of_fp32_groups
         for name, placed in self.parallel.placed.items():
@@ -115,11 +115,11 @@ class Zero:
         return [tensor for group in self.engine.optimizer.averaged_gradients.values() for tensor in group]
 
 
-def own_group(parallel: Parallel) -> Callable[[Placed], dict[str, Any]]:
+def own_group(parallel: Parallel) -> Callable[[ShardedParameter], dict[str, Any]]:
     """What marks an optimizer's group of parameters that fewer ranks than all hold, as DeepSpeed reads it; nothing for others."""
     names = _group_names(parallel)
 
-    def mark(placed: Placed) -> dict[str, Any]:
+    def mark(placed: ShardedParameter) -> dict[str, Any]:
         return {"moe": True, "name": names[placed.copies]} if placed.copies in names else {}
 
     return mark
@@ -231,7 +231,7 @@ class ZeroEngine(Engine):
         update_expert_biases(self.parallel, numbers.counts_LE)
         return numbers
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, LocalShard]:
         """Moments are gathered one by one, and each stays on one of the ranks that hold the parameter, in turns."""
         if not self.zero.stage:
             return held_state(self.parallel, self.optimizer)
@@ -240,10 +240,10 @@ class ZeroEngine(Engine):
             for moment in MOMENTS:
                 whole = self._gather(placed, fragment, moment)
                 if turn % placed.copies.size == placed.copies.rank:
-                    held[f"optimizer.{name}.{moment}"] = Held(placed.piece, whole)
+                    held[f"optimizer.{name}.{moment}"] = LocalShard(placed.piece, whole)
         return held
 
-    def wanted(self) -> dict[str, Held]:
+    def wanted(self) -> dict[str, LocalShard]:
         """Of the moments, the rows that this rank has an element of."""
         if not self.zero.stage:
             return held_state(self.parallel, self.optimizer)
@@ -252,10 +252,10 @@ class ZeroEngine(Engine):
             if fragment is not None:
                 rows = rows_around(placed.piece, fragment)
                 for moment in MOMENTS:
-                    held[f"optimizer.{name}.{moment}"] = Held(rows, torch.empty(rows.sizes, device=self.parallel.device))
+                    held[f"optimizer.{name}.{moment}"] = LocalShard(rows, torch.empty(rows.sizes, device=self.parallel.device))
         return held
 
-    def take(self, loaded: dict[str, Held], step: int) -> None:
+    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
         if not self.zero.stage:
             set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
             return
@@ -271,7 +271,7 @@ class ZeroEngine(Engine):
         partitions = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         set_optimizer_steps(self.optimizer, partitions, step)
 
-    def _gather(self, placed: Placed, fragment: Fragment | None, moment: str) -> Tensor:
+    def _gather(self, placed: ShardedParameter, fragment: Fragment | None, moment: str) -> Tensor:
         whole = torch.zeros(placed.piece.sizes, device=self.parallel.device)
         if fragment is not None:
             whole.view(-1).narrow(0, fragment.start, fragment.size).copy_(self._moment(fragment, moment))
@@ -281,13 +281,13 @@ class ZeroEngine(Engine):
         return fragment.of(optimizer_state(self.optimizer, fragment.partition)[moment])
 
 
-def rows_around(piece: Piece, fragment: Fragment) -> Piece:
+def rows_around(piece: ShardMetadata, fragment: Fragment) -> ShardMetadata:
     """The smallest run of rows of the piece that has all elements of the fragment in it."""
     row = row_size(piece)
     first, end = fragment.start // row, -(-(fragment.start + fragment.size) // row)
-    return Piece(piece.shape, (piece.offsets[0] + first, *piece.offsets[1:]), (end - first, *piece.sizes[1:]))
+    return ShardMetadata(piece.shape, (piece.offsets[0] + first, *piece.offsets[1:]), (end - first, *piece.sizes[1:]))
 
 
-def row_size(piece: Piece) -> int:
+def row_size(piece: ShardMetadata) -> int:
     """Elements of one row."""
     return math.prod(piece.sizes[1:])

@@ -8,7 +8,7 @@ import torch
 
 from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel
-from ..parallel.shard import Held
+from ..parallel.shard import LocalShard
 from .batch import Rows
 from .state import held_state, set_optimizer_steps
 from .step import StepNumbers, train_step
@@ -36,15 +36,15 @@ class Engine(ABC):
         """One optimizer step on a global batch, of which `rows` are this rank's micro-batches; see `train_step`."""
 
     @abstractmethod
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, LocalShard]:
         """Weights and moments to save, by global name; ranks together hold every element, and copies are equal."""
 
     @abstractmethod
-    def wanted(self) -> dict[str, Held]:
+    def wanted(self) -> dict[str, LocalShard]:
         """Tensors that a checkpoint is to be read into; `take` must follow."""
 
     @abstractmethod
-    def take(self, loaded: dict[str, Held], step: int) -> None:
+    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
         """Go on from what was read into `wanted()`, after `step` optimizer steps."""
 
 
@@ -63,11 +63,11 @@ class TorchEngine(Engine):
     ) -> StepNumbers:
         return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, rank_flags, accepts, meanwhile)
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, LocalShard]:
         return held_state(self.parallel, self.optimizer)
 
-    def wanted(self) -> dict[str, Held]:
+    def wanted(self) -> dict[str, LocalShard]:
         return self.held()
 
-    def take(self, loaded: dict[str, Held], step: int) -> None:
+    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
         set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)

@@ -47,7 +47,7 @@ class Losses(NamedTuple):
     dropped_L: Tensor
     mtp_D: Tensor = torch.empty(0)
     """Cross entropy of each module of multi-token prediction, by its own tokens; see `add_mtp`."""
-    gauges_LG: Tensor = torch.empty(0, 0)
+    router_metrics_LG: Tensor = torch.empty(0, 0)
     """Sums to watch (moe/router.py), fp64; without columns where nobody watches."""
     logit_max_L: Tensor = torch.empty(0)
     """Largest absolute router logit; of the same rank and micro-batch as the rest, and a maximum, so it does not add up."""
@@ -85,15 +85,21 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
         z_L=z_L.detach(),
         counts_LE=torch.stack([layer.counts_BE for layer in stats]).sum(1),
         dropped_L=torch.stack([layer.dropped for layer in stats]),
-        **_gauges(stats),
+        **_router_metrics(stats),
     )
 
 
-def _gauges(stats: list[RoutingStats]) -> dict[str, Tensor]:
-    gauges = [layer.gauges for layer in stats if layer.gauges is not None]
-    if not gauges:
-        return {"gauges_LG": stats[0].z.new_zeros((len(stats), 0), dtype=torch.float64), "logit_max_L": stats[0].z.new_zeros(0)}
-    return {"gauges_LG": torch.stack([g.sums() for g in gauges]), "logit_max_L": torch.stack([g.logit_max for g in gauges])}
+def _router_metrics(stats: list[RoutingStats]) -> dict[str, Tensor]:
+    router_metrics = [layer.router_metrics for layer in stats if layer.router_metrics is not None]
+    if not router_metrics:
+        return {
+            "router_metrics_LG": stats[0].z.new_zeros((len(stats), 0), dtype=torch.float64),
+            "logit_max_L": stats[0].z.new_zeros(0),
+        }
+    return {
+        "router_metrics_LG": torch.stack([g.sums() for g in router_metrics]),
+        "logit_max_L": torch.stack([g.logit_max for g in router_metrics]),
+    }
 
 
 def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: Totals, mesh: Mesh) -> Losses:

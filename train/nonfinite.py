@@ -7,7 +7,7 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import gradient_of
 from ..parallel.object_collectives import from_all
-from ..parallel.shard import Held
+from ..parallel.shard import LocalShard
 
 SHOWN = 4
 
@@ -18,7 +18,7 @@ def bad_gradients(parallel: Parallel) -> list[str]:
     return _of_all_ranks(mine)
 
 
-def bad_state(parallel: Parallel, held: dict[str, Held]) -> list[str]:
+def bad_state(parallel: Parallel, held: dict[str, LocalShard]) -> list[str]:
     """The same for weights and moments. Collective; without a bad one anywhere it is one number a rank."""
     floating = {name: tensor for name, (_, tensor) in held.items() if tensor.is_floating_point() and tensor.numel()}
     found = _any_bad(list(floating.values()), parallel.device)

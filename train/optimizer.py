@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..parallel.apply import Parallel, Placed
+from ..parallel.apply import Parallel, ShardedParameter
 from .config.config import OptimizerConfig, ScheduleConfig, Shape
 
 
 def build_optimizer(
-    config: OptimizerConfig, parallel: Parallel, mark: Callable[[Placed], dict[str, Any]] = lambda _: {}
+    config: OptimizerConfig, parallel: Parallel, mark: Callable[[ShardedParameter], dict[str, Any]] = lambda _: {}
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group, which has the items of its `mark`."""
     groups: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
@@ -37,12 +37,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _decays(placed: Placed) -> bool:
+def _decays(placed: ShardedParameter) -> bool:
     """Matrices decay, norms do not (GPT-2)."""
     return len(placed.piece.shape) >= 2
 
 
-def _kind(placed: Placed) -> str:
+def _kind(placed: ShardedParameter) -> str:
     """Torch updates the parameters of a group together, which plain tensors and different FSDP meshes refuse."""
     parameter = placed.parameter
     return str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"

@@ -10,7 +10,7 @@ from ..data.build import DataPipeline
 from ..data.errors import DataStop
 from ..parallel.collective_check import compare
 from ..parallel.process_group import is_first, join, leave, pick_device
-from ..parallel.progress import check_before_collectives, doing
+from ..parallel.progress import check_before_collectives, in_phase
 from .batch import Rows
 from .checkpointing import SaveFailed, conclude, settled, started
 from .config.complain import complain
@@ -141,7 +141,7 @@ def single_step(session: Session) -> StepNumbers:
     return numbers
 
 
-@doing("data")
+@in_phase("data")
 def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
     """This rank's rows of the next global batch.
 
@@ -167,14 +167,14 @@ def tell_findings(data: DataPipeline, step: int, reporter: Reporter) -> None:
             log.warning("bad row, skipped: %s", found)
 
 
-@doing("evaluation")
+@in_phase("evaluation")
 def validated(session: Session, reporter: Reporter) -> Evaluation:
     """A validation pass, as time that was not spent on training."""
     with reporter.spent("evaluation"):
         return evaluate_session(session)
 
 
-@doing("save")
+@in_phase("save")
 def keep(session: Session, reporter: Reporter, supervisor: Supervisor, durable: bool = False) -> None:
     """A checkpoint of this step, which goes on beside the training unless it must be `durable`. Collective.
 

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from ..moe.init import expert_biases
 from ..parallel.apply import Parallel, local
-from ..parallel.shard import Held, whole
+from ..parallel.shard import LocalShard, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW."""
 
 
-def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Held]:
+def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
     """This rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`.
 
     The tensors are the live ones: loading into them restores weights and moments.
@@ -24,15 +24,15 @@ def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str
     for name, placed in parallel.placed.items():
         moments = optimizer_state(optimizer, placed.parameter)
         for moment in MOMENTS:
-            held[f"optimizer.{name}.{moment}"] = Held(placed.piece, local(moments[moment]))
+            held[f"optimizer.{name}.{moment}"] = LocalShard(placed.piece, local(moments[moment]))
     return held
 
 
-def held_weights(parallel: Parallel) -> dict[str, Held]:
+def held_weights(parallel: Parallel) -> dict[str, LocalShard]:
     """Parameters and expert biases, the live tensors."""
-    held = {f"model.{name}": Held(p.piece, local(p.parameter.detach())) for name, p in parallel.placed.items()}
+    held = {f"model.{name}": LocalShard(p.piece, local(p.parameter.detach())) for name, p in parallel.placed.items()}
     for name, bias in expert_biases(parallel.model).items():
-        held[f"model.{name}"] = Held(whole(bias.shape), bias)
+        held[f"model.{name}"] = LocalShard(whole(bias.shape), bias)
     return held
 
 
@@ -52,16 +52,16 @@ def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch
         optimizer_state(optimizer, parameter)["step"].fill_(steps)
 
 
-def random_state() -> dict[str, Held]:
+def random_state() -> dict[str, LocalShard]:
     """The states of all generators of this process (Python's, numpy's, torch's), under names that hold for this rank alone."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     states = {"cpu": torch.get_rng_state(), "python": _python_state(), "numpy": _numpy_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
-    return {f"random.{kind}.rank_{rank}": Held(whole(state.shape), state) for kind, state in states.items()}
+    return {f"random.{kind}.rank_{rank}": LocalShard(whole(state.shape), state) for kind, state in states.items()}
 
 
-def restore_random(held: dict[str, Held]) -> None:
+def restore_random(held: dict[str, LocalShard]) -> None:
     """Set the generators to the states in `held`."""
     for name, (_, state) in held.items():
         match name.split(".")[1]:

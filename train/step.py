@@ -19,7 +19,7 @@ from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import scale_gradients, squared_norm, summed_over_copies
-from ..parallel.progress import doing
+from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .batch import Rows, targets_ahead, valid_targets
@@ -47,7 +47,7 @@ class StepNumbers(NamedTuple):
     """On the host: loss, norm, and what the ranks told each other."""
     updated: bool = True
     """False: weights and moments are bit for bit what they were before the step."""
-    gauges_LG: Tensor = torch.empty(0, 0)
+    router_metrics_LG: Tensor = torch.empty(0, 0)
     """Sums to watch (moe/router.py); without columns where nobody watches."""
     own_LP: Tensor = torch.empty(0, 0)
     """Of THIS RANK alone, fp64: largest absolute router logit, and rows that its experts computed."""
@@ -92,13 +92,13 @@ def train_step(
     return numbers
 
 
-@doing("backward")
+@in_phase("backward")
 def backward(share: Losses) -> None:
     """Gradients of one micro-batch, added to those of the others."""
     share.objective.backward()
 
 
-@doing("update")
+@in_phase("update")
 def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """AdamW."""
     set_learning_rate(optimizer, lr)
@@ -110,7 +110,7 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-@doing("forward")
+@in_phase("forward")
 def forward(parallel: Parallel, rows: Rows, totals: Totals, place: BatchPosition | None = None) -> Losses:
     """Losses of one micro-batch."""
     config = parallel.model.config
@@ -138,7 +138,7 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
             update_expert_bias(bias_E, counts_E, rate)
 
 
-@doing("count")
+@in_phase("count")
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
     """Valid tokens and sequences of the global batch: one small all-reduce over the data ranks.
 
@@ -161,7 +161,7 @@ def totals_on_device(parallel: Parallel, counts: list[int], micro_batches: int) 
     return Totals(tokens, sequences, micro_batches, tuple(mtp_tokens))
 
 
-@doing("exchange")
+@in_phase("exchange")
 def add_up(
     parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor, rank_flags: RankFlags = NOTHING
 ) -> StepNumbers:
@@ -170,7 +170,7 @@ def add_up(
     Flags, loss and norm are read by the host here, and nothing else of the step: whether to update depends on them.
     """
     (layers, columns), depth, mesh = shares[0].counts_LE.shape, len(shares[0].mtp_D), parallel.mesh
-    gauges_LG = torch.stack([s.gauges_LG for s in shares]).sum(0)
+    router_metrics_LG = torch.stack([s.router_metrics_LG for s in shares]).sum(0)
     parts = [
         (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten())
         for s in shares
@@ -178,9 +178,9 @@ def add_up(
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     mine = torch.cat([squared.view(1), mine])
     flags = numbers_of(rank_flags, mine, mesh.rank, mesh.world)
-    everything = sum_over(torch.cat([flags, mine, gauges_LG.flatten()]), mesh.everyone)
-    sizes = [len(flags), 1, 1, *[layers] * 5, depth, layers * columns, gauges_LG.numel()]
-    flags, squared, cross_entropy, *per_layer, mtp_D, counts, gauges = everything.split(sizes)
+    everything = sum_over(torch.cat([flags, mine, router_metrics_LG.flatten()]), mesh.everyone)
+    sizes = [len(flags), 1, 1, *[layers] * 5, depth, layers * columns, router_metrics_LG.numel()]
+    flags, squared, cross_entropy, *per_layer, mtp_D, counts, router_metrics = everything.split(sizes)
     balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
     global_flags, tokens = read(everything[: len(flags) + 2], totals.tokens)
     return StepNumbers(
@@ -195,14 +195,14 @@ def add_up(
         mtp_D,
         squared.squeeze(0).sqrt(),
         global_flags,
-        gauges_LG=gauges.view_as(gauges_LG),
-        own_LP=own_peaks(shares, gauges_LG),
+        router_metrics_LG=router_metrics.view_as(router_metrics_LG),
+        own_LP=own_peaks(shares, router_metrics_LG),
     )
 
 
-def own_peaks(shares: list[Losses], gauges_LG: Tensor) -> Tensor:
-    """(L, 2) of this rank alone, which its sums `gauges_LG` are too: largest logit of any micro-batch, rows of all of them."""
-    if not gauges_LG.numel():
-        return gauges_LG
+def own_peaks(shares: list[Losses], router_metrics_LG: Tensor) -> Tensor:
+    """(L, 2) of this rank alone, as its `router_metrics_LG`: largest logit of any micro-batch, rows of all of them."""
+    if not router_metrics_LG.numel():
+        return router_metrics_LG
     logit_max_L = torch.stack([s.logit_max_L for s in shares]).amax(0).double()
-    return torch.stack([logit_max_L, gauges_LG[:, SUMS.index("rows")]], dim=1)
+    return torch.stack([logit_max_L, router_metrics_LG[:, SUMS.index("rows")]], dim=1)

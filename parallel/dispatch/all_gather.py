@@ -55,8 +55,8 @@ class GatherDispatcher(ExchangingDispatcher):
         return DispatchedTokens(tokens_RD, counts_L, WayBack(sent.way, fan, counted.choices.weights_C))
 
     def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Flight:
-        way_back: WayBack = arrived.way_back
-        return depart(add_up(y_RD, way_back.fan, way_back.weights_C), way_back.way.opposite())
+        metadata: WayBack = arrived.metadata
+        return depart(add_up(y_RD, metadata.fan, metadata.weights_C), metadata.way.opposite())
 
     def receive_back(self, sent: Flight) -> Tensor:
         return land(sent)

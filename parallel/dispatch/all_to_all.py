@@ -82,7 +82,7 @@ class PlainDispatcher(ExchangingDispatcher):
         return DispatchedTokens(reorder(land(sent.flight), *order), counts_L, WayBack(sent, order))
 
     def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Sent:
-        sent, order = arrived.way_back
+        sent, order = arrived.metadata
         rows_AD = reorder(y_RD, order.back_A, order.order_A)
         return sent._replace(flight=depart(rows_AD, RowExchange(sent.splits.came_N, sent.splits.sent_N, self.axis)))
 

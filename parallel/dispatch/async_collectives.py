@@ -18,7 +18,7 @@ from ..mesh import Axis
 from ..progress import collective, waiting
 
 
-class Way(ABC):
+class Route(ABC):
     """From where to where rows travel."""
 
     axis: Axis
@@ -32,11 +32,11 @@ class Way(ABC):
         """The rows that landed."""
 
     @abstractmethod
-    def opposite(self) -> "Way":
+    def opposite(self) -> "Route":
         """The way of the gradient."""
 
 
-class RowExchange(Way):
+class RowExchange(Route):
     """Rows in the order of the ranks they go to (`send` says how many to each) to those that come, in the order of the ranks."""
 
     def __init__(self, send: list[int], receive: list[int], axis: Axis) -> None:
@@ -50,11 +50,11 @@ class RowExchange(Way):
     def unpack(self, filled: Tensor) -> Tensor:
         return filled
 
-    def opposite(self) -> Way:
+    def opposite(self) -> Route:
         return RowExchange(self.receive, self.send, self.axis)
 
 
-class Gather(Way):
+class Gather(Route):
     """Every rank's rows to every rank; `sizes` says how many each has."""
 
     def __init__(self, sizes: list[int], axis: Axis) -> None:
@@ -72,11 +72,11 @@ class Gather(Way):
         parts = filled.unflatten(0, (self.axis.size, -1))
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
-    def opposite(self) -> Way:
+    def opposite(self) -> Route:
         return Scatter(self.sizes, self.axis)
 
 
-class Scatter(Way):
+class Scatter(Route):
     """Every rank's part of a sum of all rows, to the sum of this rank's own rows.
 
     A reduce-scatter that adds up in fp32 or wider and in the order of the ranks, whatever the type of the rows: as an all-to-all
@@ -95,7 +95,7 @@ class Scatter(Way):
         own = self.sizes[self.axis.rank]
         return filled.view(self.axis.size, own, *filled.shape[1:]).sum(0, dtype=wide).to(filled.dtype)
 
-    def opposite(self) -> Way:
+    def opposite(self) -> Route:
         return Gather(self.sizes, self.axis)
 
 
@@ -105,7 +105,7 @@ class _UnderWay:
     def __init__(self) -> None:
         self.current: Any = None
 
-    def start(self, rows: Tensor, way: Way) -> None:
+    def start(self, rows: Tensor, way: Route) -> None:
         rows = rows.contiguous()
         self.current = way, rows, *way.start(rows)
 
@@ -122,10 +122,10 @@ class Flight(NamedTuple):
 
     ticket: Tensor
     under_way: _UnderWay | None = None
-    way: Way | None = None
+    way: Route | None = None
 
 
-def depart(rows: Tensor, way: Way) -> Flight:
+def depart(rows: Tensor, way: Route) -> Flight:
     """Start to send rows of shape (T, D)."""
     if way.axis.size == 1:
         return Flight(rows)
@@ -143,7 +143,7 @@ def land(flight: Flight) -> Tensor:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, under_way: _UnderWay, way: Way) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, under_way: _UnderWay, way: Route) -> Tensor:
         ctx.under_way = under_way
         under_way.start(rows, way)
         return rows.new_empty(0)
@@ -155,7 +155,7 @@ class _Depart(torch.autograd.Function):
 
 class _Land(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, under_way: _UnderWay, way: Way) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, under_way: _UnderWay, way: Route) -> Tensor:
         ctx.under_way, ctx.way = under_way, way
         return under_way.finish()
 

@@ -180,11 +180,11 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
         return DispatchedTokens(tokens_RD, counts_L, WayBack(hops, fan, counted.choices.weights_C))
 
     def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> tuple[Flight, Hop]:
-        way_back: WayBack = arrived.way_back
-        y = add_up(y_RD, way_back.fan, way_back.weights_A)
-        for later in reversed(way_back.hops[1:]):
+        metadata: WayBack = arrived.metadata
+        y = add_up(y_RD, metadata.fan, metadata.weights_A)
+        for later in reversed(metadata.hops[1:]):
             y = landed_back(hop_back(y, later), later)
-        return hop_back(y, way_back.hops[0]), way_back.hops[0]
+        return hop_back(y, metadata.hops[0]), metadata.hops[0]
 
     def receive_back(self, sent: tuple[Flight, Hop]) -> Tensor:
         return landed_back(*sent)

@@ -68,11 +68,13 @@ def fake_ranks(ranks: int) -> Iterator[Axis]:
         dist.destroy_process_group()
 
 
-def layer_operators(config: ModelConfig, ranks: int, gauged: bool = False, sequences: int = 1, length: int = 4096) -> Passes:
+def layer_operators(
+    config: ModelConfig, ranks: int, collects_metrics: bool = False, sequences: int = 1, length: int = 4096
+) -> Passes:
     """Forward and backward pass of a layer in bf16 with fp32 weights, the experts shared out over `ranks`, as on CUDA."""
     with fake_ranks(ranks) as axis, dry_run("cuda") as dry, FakeTensorMode():
         layer = rank_layer(config, axis)
-        layer.router.gauged = gauged
+        layer.router.collects_metrics = collects_metrics
         x_BSD = torch.empty(sequences, length, config.width, dtype=torch.bfloat16, requires_grad=True)
         tokens = some_tokens(sequences, length)
         forward, backward = Operators(dry), Operators(dry)

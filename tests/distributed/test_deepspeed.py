@@ -20,7 +20,7 @@ from tokenyard.moe.token_info import BatchPosition
 from tokenyard.parallel.apply import initialise, local, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.shard import Piece, whole
+from tokenyard.parallel.shard import ShardMetadata, whole
 from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import BatchConfig, Config, EngineConfig, OptimizerConfig
@@ -148,13 +148,13 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in kept)
 
 
-def assemble(parts: list[dict[str, tuple[Piece, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+def assemble(parts: list[dict[str, tuple[ShardMetadata, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """Whole tensors from all ranks' pieces; copies must agree."""
     wholes = {}
     for name in parts[0]:
         total = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)
         for piece, value in (part[name] for part in parts):
-            target = Piece(*piece).cut(total)
+            target = ShardMetadata(*piece).cut(total)
             known = ~target.isnan()
             assert torch.equal(target[known], value.double()[known]), f"copies of {name} differ"
             target.copy_(value)

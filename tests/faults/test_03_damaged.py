@@ -11,7 +11,7 @@ from checkpoint_run import configured, events_of
 from tokenyard.checkpoint.folder import checkpoints_in
 from tokenyard.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.checkpoint.store import newest_verified, save_checkpoint
-from tokenyard.parallel.shard import Held, Piece
+from tokenyard.parallel.shard import LocalShard, ShardMetadata
 from tokenyard.train.resume import as_checkpoint, find_resume
 from tokenyard.train.run import run
 
@@ -53,8 +53,8 @@ def write(folder: Path) -> None:
     """Two checkpoints, two shards each, a tokenizer beside."""
     rank = dist.get_rank()
     for step in (1, 2):
-        piece = Piece((2, 500), (rank, 0), (1, 500))
-        tensors = {name: Held(piece, torch.full((1, 500), 10.0 * step + rank)) for name in ("model.a", "model.b")}
+        piece = ShardMetadata((2, 500), (rank, 0), (1, 500))
+        tensors = {name: LocalShard(piece, torch.full((1, 500), 10.0 * step + rank)) for name in ("model.a", "model.b")}
         save_checkpoint(folder, step, tensors, {"step": step}, attach)
 
 

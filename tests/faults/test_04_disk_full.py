@@ -11,7 +11,7 @@ from checkpoint_run import configured, events_of, losses, steps_in, words
 from forked_runs import forked
 from tokenyard.checkpoint.folder import newest_checkpoint
 from tokenyard.checkpoint.store import load_checkpoint, save_checkpoint
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.run import run
 
 FULL = "checkpoint.shard_written:rank=1:step=4:enospc"
@@ -41,7 +41,7 @@ def test_a_full_disk_on_one_rank(tmp_path: Path, policy: str, code: int, steps: 
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     """The writer meets EFBIG after so many bytes, as it would ENOSPC."""
     x = torch.arange(100_000.0)
-    held = {"x": Held(whole(x.shape), x)}
+    held = {"x": LocalShard(whole(x.shape), x)}
     path = save_checkpoint(tmp_path, 1, held, {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))

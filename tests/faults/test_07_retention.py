@@ -9,7 +9,7 @@ from tokenyard.checkpoint.folder import checkpoints_in, remove_leftovers, step_o
 from tokenyard.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.checkpoint.retention import LOSS, Retention
 from tokenyard.checkpoint.store import load_checkpoint, newest_verified, save_checkpoint
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.run import run
 
 
@@ -17,8 +17,8 @@ def save(folder: Path, step: int, loss: float | None = None) -> Path:
     return save_checkpoint(folder, step, held(float(step)), {LOSS: loss})
 
 
-def held(value: float) -> dict[str, Held]:
-    return {"x": Held(whole((64,)), torch.full((64,), value))}
+def held(value: float) -> dict[str, LocalShard]:
+    return {"x": LocalShard(whole((64,)), torch.full((64,), value))}
 
 
 def damage(path: Path) -> None:

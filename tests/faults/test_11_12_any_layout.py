@@ -13,7 +13,7 @@ from tiny_run import TINY_RUN
 from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.checkpoint.verify import check_all
-from tokenyard.parallel.shard import Held, Piece
+from tokenyard.parallel.shard import LocalShard, ShardMetadata
 from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.run import single_step
@@ -123,10 +123,10 @@ def save_constants(folder: Path, cut: int) -> Path:
     step = shape[cut] // 2
     offsets, sizes = [0, 0, 0], list(shape)
     offsets[cut], sizes[cut] = dist.get_rank() * step, step
-    piece = Piece(shape, tuple(offsets), tuple(sizes))
+    piece = ShardMetadata(shape, tuple(offsets), tuple(sizes))
     values = torch.arange(8.0).view(8, 1, 1).expand(shape)
     names = [f"{kind}.layers.3.moe.experts.{name}" for kind, name in (("model", "down"), ("optimizer", "down.exp_avg"))]
-    return save_checkpoint(folder, 1, {name: Held(piece, piece.cut(values).clone()) for name in names}, {})
+    return save_checkpoint(folder, 1, {name: LocalShard(piece, piece.cut(values).clone()) for name in names}, {})
 
 
 @pytest.mark.fault(12)

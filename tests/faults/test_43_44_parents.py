@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fault_run import Launched, events_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.progress import PROGRESS, collective, doing
+from tokenyard.parallel.progress import PROGRESS, collective, in_phase
 from tokenyard.train import run as run_module
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.fault_tolerance import processes, watchdog
@@ -36,7 +36,7 @@ def hang(folder: Path, clock: float, start: str) -> HangDiagnosis:
     PROGRESS.step = 7
     dist.barrier()
     dog = Watchdog(folder, everyone.rank, everyone.size, TIMEOUT, end=verdicts.append, start=start).start()
-    with mock.patch.object(time, "time", lambda: now() - clock), doing("forward"):
+    with mock.patch.object(time, "time", lambda: now() - clock), in_phase("forward"):
         if everyone.rank == 1:
             deadline = time.monotonic() + 30
             while not verdicts and time.monotonic() < deadline:

@@ -19,8 +19,8 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.dispatch.async_collectives import RowExchange, depart, land
 from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
-from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, doing
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, in_phase
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.fault_tolerance.watchdog import STACKS, HangDiagnosis, Watchdog
 
 TIMEOUT = 0.5
@@ -36,7 +36,7 @@ def hang(folder: Path, kind: str, culprit: int) -> tuple[float, HangDiagnosis]:
     dog = Watchdog(folder, rank, everyone.size, TIMEOUT, end=lambda verdict: verdicts.append((time.monotonic() - begin, verdict)))
     if rank != culprit or kind != "frozen":
         dog.start()
-    with doing("forward"):
+    with in_phase("forward"):
         PROGRESS.layer = 3
         under_way = _misbehave(kind, verdicts, Axis(everyone.size, rank, second)) if rank == culprit else None
         with collective("all_reduce", everyone):
@@ -111,7 +111,7 @@ def test_a_hung_run_ends_with_its_own_exit_code(tmp_path: Path, record_property:
 def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[HangDiagnosis]]:
     """The error of a save that rank 1's writer makes long, if it ended, and what the hang guard said meanwhile."""
     rank, verdicts = dist.get_rank(), []
-    held, saver = {f"x.{rank}": Held(whole((4,)), torch.ones(4))}, Saver(folder / "checkpoints", limit_seconds=3 * TIMEOUT)
+    held, saver = {f"x.{rank}": LocalShard(whole((4,)), torch.ones(4))}, Saver(folder / "checkpoints", limit_seconds=3 * TIMEOUT)
     slow = f"checkpoint.shard_begun:rank=1:sleep={60 if kind == 'stuck writer' else 2 * TIMEOUT}"
     PROGRESS.__init__()
     dist.barrier()
@@ -151,7 +151,7 @@ def disagree(kind: str, culprit: int) -> str:
     PROGRESS.step, PROGRESS.layer = 4, 2
     check_before_collectives(fingerprints.compare)
     try:
-        with doing("forward"):
+        with in_phase("forward"):
             PROGRESS.layer = 2
             if kind == "skips":
                 if everyone.rank != culprit:

@@ -31,7 +31,7 @@ from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.config.serialize import plain_config
 from tokenyard.train.loss import Totals, losses
 from torch import Tensor
@@ -47,7 +47,7 @@ def written(folder: Path, model: ModelConfig) -> Path:
     for name, tensor in made.state_dict().items():
         if "norm" in name or "bias" in name:
             tensor.normal_(0.5, 0.3)
-    held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in made.state_dict().items()}
+    held = {f"model.{name}": LocalShard(whole(tensor.shape), tensor) for name, tensor in made.state_dict().items()}
     return save_checkpoint(folder, 3, held, {"config": {"model": plain_config(model), "sequence_length": 32}})
 
 
@@ -125,7 +125,7 @@ def test_a_bias_of_an_earlier_run_goes_along(tmp_path: Path) -> None:
     model = dataclasses.replace(V3, mtp_depth=0)
     weights = read_whole(written(tmp_path / "ours", model))
     model = dataclasses.replace(model, moe=dataclasses.replace(V3.moe, balance=BalanceConfig()))
-    held = {f"model.{name}": Held(whole(tensor.shape), tensor) for name, tensor in weights.items()}
+    held = {f"model.{name}": LocalShard(whole(tensor.shape), tensor) for name, tensor in weights.items()}
     path = save_checkpoint(tmp_path / "later", 9, held, {"config": {"model": plain_config(model)}})
     export_checkpoint(path, tmp_path / "theirs")
     bias = tensors(tmp_path / "theirs")["model.layers.1.mlp.gate.e_score_correction_bias"]

@@ -11,7 +11,7 @@ from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.config.serialize import plain_config
 
 MODEL = ModelConfig(layers=12, width=512, heads=8, kv_heads=8, vocabulary=1024, moe=MoEConfig(8, 2, 256))
@@ -42,7 +42,7 @@ print(largest() - before)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint `ours` and the same in one file in `theirs`."""
     folder = tmp_path_factory.mktemp("memory")
-    held = {f"model.{name}": Held(whole(shape), torch.randn(shape)) for name, shape in shapes().items()}
+    held = {f"model.{name}": LocalShard(whole(shape), torch.randn(shape)) for name, shape in shapes().items()}
     save_checkpoint(folder / "ours", 0, held, {"config": {"model": plain_config(MODEL)}})
     assert len(export_checkpoint(folder / "ours", folder / "theirs").files) == 1
     return folder

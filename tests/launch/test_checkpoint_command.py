@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.main import main
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.serialize import plain_config
 
@@ -24,7 +24,7 @@ def save(folder: Path, step: int, change: float = 0.0) -> Path:
     for expert in (1, 2) if change else ():
         tensors["model.layers.0.moe.experts.down"][expert, 0, 0] += change
     facts = FACTS | {"config": plain_config(compose([]))}
-    return save_checkpoint(folder, step, {name: Held(whole(one.shape), one) for name, one in tensors.items()}, facts)
+    return save_checkpoint(folder, step, {name: LocalShard(whole(one.shape), one) for name, one in tensors.items()}, facts)
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

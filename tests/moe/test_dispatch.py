@@ -23,7 +23,7 @@ def test_equals_a_loop(case: tuple[int, int, float | None]) -> None:
     routing, x_TD = random_routing(*case), torch.randn(case[0], WIDTH, dtype=torch.float64, requires_grad=True)
     dispatcher = LocalDispatcher(EXPERTS)
     arrived = dispatcher.dispatch(x_TD, routing)
-    scale_R = expert_of_rows(arrived.way_back[0])[:, None] + 1.0
+    scale_R = expert_of_rows(arrived.metadata[0])[:, None] + 1.0
     y_TD = dispatcher.combine(arrived.tokens_RD.sin() * scale_R, arrived)
     expected_TD = by_loop(x_TD, routing)
     assert y_TD.shape == x_TD.shape and y_TD.dtype == x_TD.dtype

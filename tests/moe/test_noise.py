@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tokenyard.moe.token_info import BatchPosition, Purpose, fold, normal, places, uniform
+from tokenyard.moe.token_info import BatchPosition, Purpose, fold_in, normal, places, uniform
 from torch import Tensor
 
 WORD = 2**64 - 1
@@ -18,7 +18,7 @@ def test_fold_is_splitmix_in_whole_numbers(key: int, value: int) -> None:
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & WORD
     mixed ^= mixed >> 31
-    for found in (fold(torch.tensor(key), value), fold(torch.tensor([key]), torch.tensor([value]))):
+    for found in (fold_in(torch.tensor(key), value), fold_in(torch.tensor([key]), torch.tensor([value]))):
         assert int(found) & WORD == mixed
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tokenyard.moe import linear as products
 from tokenyard.moe.attention import Softmax, attend
 from tokenyard.moe.feedforward import FeedForward
-from tokenyard.moe.linear import arithmetic, linear, lists_bf16, makes_tf32
+from tokenyard.moe.linear import compute_dtype, linear, lists_bf16, makes_tf32
 from torch import Tensor
 
 
@@ -26,10 +26,10 @@ def test_flags_of_processors() -> None:
 def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
         monkeypatch.setattr(products, "MULTIPLIES_BF16", has)
-        assert arithmetic(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if has else torch.float32)
-        assert arithmetic(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+        assert compute_dtype(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if has else torch.float32)
+        assert compute_dtype(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
         for dtype in (torch.float32, torch.float64):
-            assert arithmetic(torch.empty(1, dtype=dtype)) == dtype
+            assert compute_dtype(torch.empty(1, dtype=dtype)) == dtype
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -9,7 +9,7 @@ from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe, fold, places
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe, fold_in, places
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -159,7 +159,7 @@ def test_rows_are_routed_alike_in_whatever_batch_they_come(name: str) -> None:
 def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a layer and, before all layers, in a model."""
     made = []
-    monkeypatch.setattr("tokenyard.moe.router.fold", lambda *of: made.append("layer") or fold(*of))
+    monkeypatch.setattr("tokenyard.moe.router.fold_in", lambda *of: made.append("layer") or fold_in(*of))
     monkeypatch.setattr("tokenyard.moe.token_info.places", lambda *of: made.append("model") or places(*of))
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocabulary=40, width=WIDTH, layers=1, heads=2, kv_heads=2, moe=config), torch.float64)

@@ -9,7 +9,7 @@ from tokenyard.moe.config import BalanceConfig, MoEConfig, RouterConfig, Scope, 
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.router import Router
 from tokenyard.moe.scoring import Noisy, best, chance_of_choice, choose, hash_scores, second_is_kept
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, fold, places
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, fold_in, places
 
 EXPERTS, WIDTH = 8, 16
 
@@ -108,7 +108,7 @@ def test_chance_of_choice_is_that_of_beating_the_kth_of_the_others() -> None:
 
 
 def test_the_second_expert_is_kept_as_often_as_its_share_says() -> None:
-    key_BS = fold(places(BatchPosition(), 100, 200, torch.device("cpu")), 3)
+    key_BS = fold_in(places(BatchPosition(), 100, 200, torch.device("cpu")), 3)
     for share in (0.05, 0.2, 0.45, 0.5):
         kept_BSK = second_is_kept(torch.tensor([1 - share, share]).expand(100, 200, 2) * 3, key_BS)
         assert kept_BSK[..., 0].all()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.parallel import gradients
-from tokenyard.parallel.apply import Parallel, Placed
+from tokenyard.parallel.apply import Parallel, ShardedParameter
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.shard import whole
@@ -58,5 +58,5 @@ def placed(axes: list[Axis], values: list[Tensor]) -> Parallel:
     for index, (axis, value) in enumerate(zip(axes, values, strict=True)):
         parameter = torch.nn.Parameter(torch.zeros_like(value))
         parameter.grad = value.clone()
-        parallel.placed[str(index)] = Placed(parameter, whole(value.shape), axis)
+        parallel.placed[str(index)] = ShardedParameter(parameter, whole(value.shape), axis)
     return parallel

@@ -7,20 +7,20 @@ from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import _shard
 from tokenyard.parallel.fsdp import shard_dim, stays_whole
 from tokenyard.parallel.mesh import Axis
-from tokenyard.parallel.shard import Piece, whole
+from tokenyard.parallel.shard import ShardMetadata, whole
 from tokenyard.parallel.tensor import narrowed, sliced_dim
 
 TENSOR = torch.arange(4 * 6 * 10).view(4, 6, 10)
 
 
 def test_the_whole_is_everything() -> None:
-    assert whole(TENSOR.shape) == Piece((4, 6, 10), (0, 0, 0), (4, 6, 10))
+    assert whole(TENSOR.shape) == ShardMetadata((4, 6, 10), (0, 0, 0), (4, 6, 10))
     assert torch.equal(whole(TENSOR.shape).cut(TENSOR), TENSOR)
     assert whole(torch.Size([])).cut(torch.tensor(3.0)) == 3.0
 
 
 def test_cut_is_a_view_of_the_rectangle() -> None:
-    part = Piece((4, 6, 10), (1, 0, 7), (2, 6, 3)).cut(TENSOR)
+    part = ShardMetadata((4, 6, 10), (1, 0, 7), (2, 6, 3)).cut(TENSOR)
     assert torch.equal(part, TENSOR[1:3, :, 7:10])
     assert part.untyped_storage().data_ptr() == TENSOR.untyped_storage().data_ptr()
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tokenyard.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
-from tokenyard.parallel.shard import Held, Piece, whole
+from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
 
 SHAPES = {
     "model.embedding": ((13, 6), torch.float32),
@@ -37,7 +37,7 @@ def global_tensors():
     return tensors
 
 
-def piece_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> Piece:
+def piece_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> ShardMetadata:
     """What `rank` of `world` holds of a tensor; shards of dimension 0 are uneven and the last ones may be empty, as in FSDP."""
     ways = [1] * len(shape)
     if layout == "grid" and len(shape) > 1:
@@ -54,14 +54,14 @@ def piece_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> Piec
         step = -(-extent // way)
         offsets.append(min(index * step, extent))
         sizes.append(min(step, extent - offsets[-1]))
-    return Piece(shape, tuple(offsets), tuple(sizes))
+    return ShardMetadata(shape, tuple(offsets), tuple(sizes))
 
 
-def held_by(layout: str, rank: int, world: int, fill: bool) -> dict[str, Held]:
+def held_by(layout: str, rank: int, world: int, fill: bool) -> dict[str, LocalShard]:
     held = {}
     for name, tensor in global_tensors().items():
         piece = piece_of(layout, tuple(tensor.shape), rank, world)
-        held[name] = Held(piece, piece.cut(tensor) if fill else torch.full(piece.sizes, 1, dtype=tensor.dtype))
+        held[name] = LocalShard(piece, piece.cut(tensor) if fill else torch.full(piece.sizes, 1, dtype=tensor.dtype))
     return held
 
 
@@ -113,7 +113,7 @@ def assert_tiled(path):
     for name, record in manifest["tensors"].items():
         count = torch.zeros(record["shape"])
         for chunk in record["chunks"]:
-            Piece(tuple(record["shape"]), tuple(chunk["offsets"]), tuple(chunk["sizes"])).cut(count).add_(1)
+            ShardMetadata(tuple(record["shape"]), tuple(chunk["offsets"]), tuple(chunk["sizes"])).cut(count).add_(1)
         assert (count == 1).all(), name
     assert set(manifest["tensors"]) == set(SHAPES)
     assert {entry.name for entry in path.iterdir()} == {*manifest["files"], "manifest.json"}
@@ -125,7 +125,7 @@ def save_replicas(folder):
     tensors = {f"model.{index}": torch.full((256,), float(index)) for index in range(8)}
     if dist.get_rank() == 0:
         tensors["only"] = torch.zeros(768)
-    return save_checkpoint(folder, 1, {name: Held(whole(one.shape), one) for name, one in tensors.items()}, {})
+    return save_checkpoint(folder, 1, {name: LocalShard(whole(one.shape), one) for name, one in tensors.items()}, {})
 
 
 def test_replicas_are_written_once_by_the_rank_with_the_least_to_write(ranks, tmp_path):
@@ -137,12 +137,12 @@ def test_replicas_are_written_once_by_the_rank_with_the_least_to_write(ranks, tm
 
 def save_per_rank(folder):
     name = f"rng.torch.rank_{dist.get_rank()}"
-    return save_checkpoint(folder, 1, {name: Held(whole((4,)), torch.full((4,), dist.get_rank(), dtype=torch.uint8))}, {})
+    return save_checkpoint(folder, 1, {name: LocalShard(whole((4,)), torch.full((4,), dist.get_rank(), dtype=torch.uint8))}, {})
 
 
 def load_per_rank(path):
     state = torch.zeros(4, dtype=torch.uint8)
-    load_checkpoint(path, {f"rng.torch.rank_{dist.get_rank()}": Held(whole((4,)), state)})
+    load_checkpoint(path, {f"rng.torch.rank_{dist.get_rank()}": LocalShard(whole((4,)), state)})
     return state.tolist()
 
 
@@ -154,12 +154,12 @@ def test_a_name_may_belong_to_one_rank(ranks, tmp_path):
 def test_parameters_are_filled_in_place(tmp_path):
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     transposed = torch.zeros(3, 2).T
-    path = save_checkpoint(tmp_path, 1, {"model.weight": Held(whole((2, 3)), weight)}, {})
-    load_checkpoint(path, {"model.weight": Held(whole((2, 3)), transposed)})
+    path = save_checkpoint(tmp_path, 1, {"model.weight": LocalShard(whole((2, 3)), weight)}, {})
+    load_checkpoint(path, {"model.weight": LocalShard(whole((2, 3)), transposed)})
     assert torch.equal(transposed, weight)
     with torch.no_grad():
         weight.zero_()
-    load_checkpoint(path, {"model.weight": Held(whole((2, 3)), weight)})
+    load_checkpoint(path, {"model.weight": LocalShard(whole((2, 3)), weight)})
     assert torch.equal(transposed, weight)
 
 

@@ -10,16 +10,16 @@ from tokenyard.checkpoint import writer
 from tokenyard.checkpoint.folder import newest_checkpoint, remove_leftovers
 from tokenyard.checkpoint.retention import Retention
 from tokenyard.checkpoint.store import load_checkpoint, read_facts, save_checkpoint
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 
 
 def save(folder, step, value=0.0):
-    return save_checkpoint(Path(folder), step, {"x": Held(whole((4,)), torch.full((4,), value))}, {"value": value})
+    return save_checkpoint(Path(folder), step, {"x": LocalShard(whole((4,)), torch.full((4,), value))}, {"value": value})
 
 
 def value_of(path):
     x = torch.zeros(4)
-    assert load_checkpoint(path, {"x": Held(whole((4,)), x)}) == {"value": x[0].item()}
+    assert load_checkpoint(path, {"x": LocalShard(whole((4,)), x)}) == {"value": x[0].item()}
     return x[0].item()
 
 
@@ -124,7 +124,7 @@ def save_with_a_failing_rank(folder, how):
         raise OSError("disk full")
 
     writer.write_shard = write_and_fail if dist.get_rank() == 1 else write
-    mine = Held(whole((4,)), torch.zeros(4))
+    mine = LocalShard(whole((4,)), torch.zeros(4))
     try:
         save_checkpoint(folder, 5, {f"x{dist.get_rank()}": mine}, {})
     except Exception as error:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 import xxhash
 from tokenyard.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
-from tokenyard.parallel.shard import Held, Piece, whole
+from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
 
 
 def held(**tensors):
-    return {name: Held(whole(tensor.shape), tensor) for name, tensor in tensors.items()}
+    return {name: LocalShard(whole(tensor.shape), tensor) for name, tensor in tensors.items()}
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_hashes_are_optional_but_sizes_and_headers_are_not(path):
         (held(one=torch.zeros(64), two=torch.zeros(3, 2)), r"'two' is float32 \(2, 3\) in the checkpoint and float32 \(3, 2\) in"),
         (held(one=torch.zeros(64), two=torch.zeros(6)), r"'two' is float32 \(2, 3\) in the checkpoint and float32 \(6,\) in"),
         (held(one=torch.zeros(64).double(), two=torch.zeros(2, 3)), r"'one' is float32 \(64,\).* and float64 \(64,\) in this run"),
-        ({"one": Held(whole((64,)), torch.zeros(1))}, r"local shape \(1,\) must be the piece's sizes \(64,\)"),
-        ({"one": Held(Piece((64,), (60,), (8,)), torch.zeros(8))}, r"\[60:68\] must lie inside"),
+        ({"one": LocalShard(whole((64,)), torch.zeros(1))}, r"local shape \(1,\) must be the piece's sizes \(64,\)"),
+        ({"one": LocalShard(ShardMetadata((64,), (60,), (8,)), torch.zeros(8))}, r"\[60:68\] must lie inside"),
     ],
 )
 def test_names_shapes_and_dtypes_must_match(path, wanted, pattern):
@@ -158,9 +158,13 @@ def test_facts_of_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "facts", "pattern"),
     [
-        ({"x": Held(Piece((4,), (0,), (2,)), torch.zeros(2))}, {}, "'x': the ranks hold 2 of its 4 elements"),
-        ({"x": Held(Piece((4,), (3,), (2,)), torch.zeros(2))}, {}, r"'x': \[3:5\] must lie inside of the shape \(4,\)"),
-        ({"x": Held(whole((4,)), torch.zeros(3))}, {}, "'x': the local shape"),
+        ({"x": LocalShard(ShardMetadata((4,), (0,), (2,)), torch.zeros(2))}, {}, "'x': the ranks hold 2 of its 4 elements"),
+        (
+            {"x": LocalShard(ShardMetadata((4,), (3,), (2,)), torch.zeros(2))},
+            {},
+            r"'x': \[3:5\] must lie inside of the shape \(4,\)",
+        ),
+        ({"x": LocalShard(whole((4,)), torch.zeros(3))}, {}, "'x': the local shape"),
         (held(x=torch.zeros(2, dtype=torch.complex64)), {}, "'x': dtype complex64 cannot be saved"),
         (held(x=torch.zeros(2)), {"loss": float("nan")}, "facts of a checkpoint must be plain JSON"),
         (held(x=torch.zeros(2)), {"path": Path()}, "facts of a checkpoint must be plain JSON"),
@@ -186,8 +190,8 @@ def save_bad_pieces(folder, case):
         "overlap": (dist.get_rank(), 3, torch.float32),
         "dtype": (2 * dist.get_rank(), 2, [torch.float32, torch.float64][dist.get_rank()]),
     }[case]
-    piece = Piece((4,), (offset,), (size,))
-    return error_of(save_checkpoint, folder, 1, {"x": Held(piece, torch.zeros(size, dtype=dtype))}, {})
+    piece = ShardMetadata((4,), (offset,), (size,))
+    return error_of(save_checkpoint, folder, 1, {"x": LocalShard(piece, torch.zeros(size, dtype=dtype))}, {})
 
 
 @pytest.mark.parametrize(

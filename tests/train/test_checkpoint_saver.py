@@ -15,12 +15,12 @@ from tokenyard.checkpoint import saver as saver_module
 from tokenyard.checkpoint.host_copies import Copies
 from tokenyard.checkpoint.saver import Saver
 from tokenyard.checkpoint.store import read_whole
-from tokenyard.parallel.shard import Held, whole
+from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.state import random_state, restore_random
 
 
-def held(value: float = 1.0, size: int = 64) -> dict[str, Held]:
-    return {"model.x": Held(whole((size,)), torch.full((size,), value))}
+def held(value: float = 1.0, size: int = 64) -> dict[str, LocalShard]:
+    return {"model.x": LocalShard(whole((size,)), torch.full((size,), value))}
 
 
 def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_copy_of_another_gpu_than_the_first_is_waited_for(tmp_path: Path, monk
     saver = Saver(tmp_path)
     for step in (1, 2):
         cuda.calls.clear()
-        assert saver.begin(step, {"model.x": Held(whole((4,)), x)}, {}) is None
+        assert saver.begin(step, {"model.x": LocalShard(whole((4,)), x)}, {}) is None
         outcome = saver.finish()
         assert outcome is not None and outcome.error is None
         assert read_whole(outcome.path)["x"].tolist() == [1.0, 2.0, 3.0, 4.0]
@@ -134,7 +134,7 @@ def test_a_synchronous_save_reads_behind_the_computation(tmp_path: Path, monkeyp
     plain, saver = x.as_subclass(torch.Tensor).data, Saver(tmp_path)
     with cuda.stream(cuda.Stream()):
         cuda.current_stream().give(lambda: plain.add_(10))
-        assert saver.begin(1, {"model.x": Held(whole((4,)), x)}, {}, asynchronous=False) is None
+        assert saver.begin(1, {"model.x": LocalShard(whole((4,)), x)}, {}, asynchronous=False) is None
     outcome = saver.finish()
     assert outcome is not None and outcome.error is None
     assert read_whole(outcome.path)["x"].min() >= 10
@@ -146,7 +146,7 @@ def test_what_was_made_for_the_save_is_gone_when_it_is_copied(tmp_path: Path, mo
     gathered, begun, gone = torch.zeros(4), Event(), []
     made, saver = weakref.ref(gathered), Saver(tmp_path)
     monkeypatch.setattr(saver_module, "write_share", lambda job, held: (begun.wait(10), gone.append(made() is None)))
-    saver.begin(1, {"model.x": Held(whole((4,)), gathered)}, {})
+    saver.begin(1, {"model.x": LocalShard(whole((4,)), gathered)}, {})
     del gathered
     begun.set()
     saver.finish()
@@ -157,7 +157,7 @@ def test_all_generators_are_put_back() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    saved = {name: Held(piece, tensor.clone()) for name, (piece, tensor) in random_state().items()}
+    saved = {name: LocalShard(piece, tensor.clone()) for name, (piece, tensor) in random_state().items()}
     expected = [random.random(), np.random.rand(), torch.rand(()).item()]
     restore_random(saved)
     assert [random.random(), np.random.rand(), torch.rand(()).item()] == expected

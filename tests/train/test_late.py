@@ -264,7 +264,7 @@ def test_a_hang_leaves_what_has_arrived(tmp_path: Path) -> None:
     assert found == [1, 2]
 
 
-def test_gauges_are_computed_in_steps_that_are_logged(tmp_path: Path) -> None:
+def test_router_metrics_are_computed_in_steps_that_are_logged(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def trouble(session: Session) -> Any:

@@ -14,7 +14,7 @@ from tokenyard.moe.token_info import TokenInfo
 from tokenyard.train.config.compose import compose
 from tokenyard.train.logging.console.step_line import layer_lines
 from tokenyard.train.logging.console.text import BLOCKS, plain
-from tokenyard.train.logging.expert_stats.alerts import Alarms, experts_in_use
+from tokenyard.train.logging.expert_stats.alerts import Alerts, experts_in_use
 from tokenyard.train.logging.expert_stats.heatmap import load_map, png
 from tokenyard.train.logging.expert_stats.routing_probe import movement, piece_text, token_class
 from tokenyard.train.logging.expert_stats.step_metrics import Step, brief_metrics, layer_metrics
@@ -24,9 +24,14 @@ from tokenyard.train.run import run
 
 def step(**changes: Any) -> Step:
     counts = torch.tensor([[10, 10, 10, 10], [25, 5, 10, 0]])
-    gauges = torch.tensor([[20.0, 20.0, 10.0, 40.0, 40.0], [20.0, 10.0, 16.0, 20.0, 30.0]]).double()
+    router_metrics = torch.tensor([[20.0, 20.0, 10.0, 40.0, 40.0], [20.0, 10.0, 16.0, 20.0, 30.0]]).double()
     peaks = torch.tensor([[3.0, 30.0], [4.0, 18.0]]).double()
-    values: dict[str, Any] = {"layers": [1, 3], "counts_LE": counts, "dropped_L": torch.tensor([0, 10]), "gauges_LG": gauges}
+    values: dict[str, Any] = {
+        "layers": [1, 3],
+        "counts_LE": counts,
+        "dropped_L": torch.tensor([0, 10]),
+        "router_metrics_LG": router_metrics,
+    }
     return Step(**(values | {"peaks_LP": peaks, "ranks": 2, "dead": 2, "bias_LE": None} | changes))
 
 
@@ -61,34 +66,36 @@ def test_every_number_by_hand():
 
 
 def test_a_step_without_tokens_divides_by_nothing():
-    nothing = step(counts_LE=torch.zeros(2, 4).long(), gauges_LG=torch.zeros(2, 5).double(), peaks_LP=torch.zeros(2, 2).double())
+    nothing = step(
+        counts_LE=torch.zeros(2, 4).long(), router_metrics_LG=torch.zeros(2, 5).double(), peaks_LP=torch.zeros(2, 2).double()
+    )
     found = brief_metrics(nothing._replace(dropped_L=torch.zeros(2).long()))
     assert all(math.isfinite(value) for value in found.values())
     assert (found["moe/load_entropy"], found["moe/load_cv"], found["moe/rank_overload"]) == (1.0, 0.0, 1.0)
 
 
-def test_gauges_leave_out_padding_and_come_in_training_only():
+def test_router_metrics_leave_out_padding_and_come_in_training_only():
     router = Router(6, MoEConfig(experts=4, top_k=2), torch.float64)
     torch.nn.init.normal_(router.weight)
     x_BSD, valid_BS = torch.randn(2, 5, 6).double(), torch.rand(2, 5) < 0.6
-    assert router(x_BSD, TokenInfo(valid_BS)).stats.gauges is None
-    router.gauged = True
-    gauges = router(x_BSD, TokenInfo(valid_BS)).stats.gauges
+    assert router(x_BSD, TokenInfo(valid_BS)).stats.router_metrics is None
+    router.collects_metrics = True
+    router_metrics = router(x_BSD, TokenInfo(valid_BS)).stats.router_metrics
     logits_TE = x_BSD[valid_BS] @ router.weight.detach().T
     p_TE = logits_TE.softmax(-1)
-    assert gauges.tokens == valid_BS.sum() and not gauges.entropy.requires_grad
-    torch.testing.assert_close(gauges.entropy, -(p_TE * p_TE.log()).sum())
-    torch.testing.assert_close(gauges.top1, p_TE.amax(1).sum())
-    torch.testing.assert_close(gauges.logit_norm, logits_TE.norm(dim=1).sum())
-    assert gauges.logit_max == logits_TE.abs().max()
-    assert router.eval()(x_BSD, TokenInfo(valid_BS)).stats.gauges is None
+    assert router_metrics.tokens == valid_BS.sum() and not router_metrics.entropy.requires_grad
+    torch.testing.assert_close(router_metrics.entropy, -(p_TE * p_TE.log()).sum())
+    torch.testing.assert_close(router_metrics.top1, p_TE.amax(1).sum())
+    torch.testing.assert_close(router_metrics.logit_norm, logits_TE.norm(dim=1).sum())
+    assert router_metrics.logit_max == logits_TE.abs().max()
+    assert router.eval()(x_BSD, TokenInfo(valid_BS)).stats.router_metrics is None
 
 
 def test_hash_routing_has_no_logits():
     router = Router(6, MoEConfig(experts=4, top_k=2, router=RouterConfig(selection=Selection.hash)), torch.float32)
-    router.gauged = True
-    gauges = router(torch.randn(1, 3, 6), TokenInfo(ids_BS=torch.arange(3).view(1, 3))).stats.gauges
-    assert gauges.entropy.item() == pytest.approx(3 * math.log(2)) and gauges.logit_max == 0
+    router.collects_metrics = True
+    router_metrics = router(torch.randn(1, 3, 6), TokenInfo(ids_BS=torch.arange(3).view(1, 3))).stats.router_metrics
+    assert router_metrics.entropy.item() == pytest.approx(3 * math.log(2)) and router_metrics.logit_max == 0
 
 
 @pytest.mark.parametrize(
@@ -136,18 +143,18 @@ def test_movement_between_probes():
 
 
 def test_alarms_are_told_once_until_it_is_over():
-    alarms, even, one = Alarms(top_k=2), [[25] * 8, [25] * 8], [[25] * 8, [100, 96, 4, 0, 0, 0, 0, 0]]
+    alerts, even, one = Alerts(top_k=2), [[25] * 8, [25] * 8], [[25] * 8, [100, 96, 4, 0, 0, 0, 0, 0]]
     alive, dead = [[0] * 8, [0] * 8], [[0] * 8, [0] * 3 + [1] * 5]
 
     def heard(counts: list[list[int]], dead: list[list[int]]) -> list[str]:
-        return [kind for kind, _ in alarms.heard({"layers": [0, 5], "counts_LE": counts, "dead_LE": dead})]
+        return [kind for kind, _ in alerts.heard({"layers": [0, 5], "counts_LE": counts, "dead_LE": dead})]
 
     assert heard(even, alive) == []
     assert heard(one, alive) == ["collapse"]
     assert heard(one, dead) == ["dead_experts"]
     assert heard(one, dead) == []
     assert heard(even, alive) == []
-    (text,) = [text for kind, text in alarms.heard({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
+    (text,) = [text for kind, text in alerts.heard({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
     assert text == "layer 5 uses only about 2.2 of its 8 experts"
     assert experts_in_use([50, 50, 0, 0]) == pytest.approx(2.0)
 

@@ -15,8 +15,8 @@ import torch
 from ...checkpoint.store import load_checkpoint, save_checkpoint
 from ...moe.token_info import BatchPosition
 from ...parallel.object_collectives import from_all
-from ...parallel.progress import PROGRESS, doing
-from ...parallel.shard import Held
+from ...parallel.progress import PROGRESS, in_phase
+from ...parallel.shard import LocalShard
 from ..batch import Rows
 from ..config.complain import say
 from ..config.environment import restarted
@@ -28,7 +28,7 @@ from ..state import random_state, restore_random
 from .failure_note import Failure, find_note, leave_note
 
 
-@doing("dry step")
+@in_phase("dry step")
 def dry_step(session: Session, reporter: Reporter) -> None:
     """RunStop, one line, for what is missing. By default one rank alone asks for room on the disk and no more. Collective."""
     wish = session.config.debug.dry_step
@@ -37,7 +37,7 @@ def dry_step(session: Session, reporter: Reporter) -> None:
     if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
         return
     PROGRESS.step = session.step
-    before = {name: Held(piece, state.clone()) for name, (piece, state) in random_state().items()}
+    before = {name: LocalShard(piece, state.clone()) for name, (piece, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
         attempt(session, what, test)
     reporter.try_trackers()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...moe.linear import arithmetic
+from ...moe.linear import compute_dtype
 
 
 class Peak(NamedTuple):
@@ -26,7 +26,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_p
     if device.type == "cpu":
         per_host = ranks_per_host or ranks
         at_once = min(per_host, max(1.0, _cores() / torch.get_num_threads()))
-        made_in = arithmetic(torch.empty(0, dtype=dtype))
+        made_in = compute_dtype(torch.empty(0, dtype=dtype))
         return Peak(measure(device, made_in) * ranks * at_once / per_host, "measured by a matrix product")
     name = torch.cuda.get_device_name(device)
     if known := data_sheet(name, _mode(dtype)):

@@ -25,7 +25,7 @@ from .console.step_line import Eta, fitting_spans, layer_lines
 from .console.summary import end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
-from .expert_stats.alerts import TITLES, Alarms
+from .expert_stats.alerts import TITLES, Alerts
 from .expert_stats.collector import table_due
 from .goodput import Accounting, in_words
 from .journal import Journal
@@ -159,7 +159,7 @@ class RunLogger(Reporter):
         self.metrics = Journal(folder / "metrics.jsonl", keep_to_step=session.step)
         self.telemetry = Journal(folder / "telemetry.jsonl", keep_to_step=session.step)
         self.events = Journal(folder / "events.jsonl")
-        self.alarms = Alarms(config.model.moe.top_k)
+        self.alerts = Alerts(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
         self.late: PendingLog | None = None
@@ -229,7 +229,7 @@ class RunLogger(Reporter):
             self.trackers.telemetry(record)
         if table_due(config, step):
             self.printer.lines(layer_lines(record, self.printer.bars))
-        for kind, text in self.alarms.heard(record):
+        for kind, text in self.alerts.heard(record):
             self.alert_at(step, kind, text)
 
     def alert(self, kind: str, text: str) -> None:

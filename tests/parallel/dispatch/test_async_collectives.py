@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.async_collectives import Gather, RowExchange, Scatter, Way, depart, land
+from tokenyard.parallel.dispatch.async_collectives import Gather, Route, RowExchange, Scatter, depart, land
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def everyone() -> Axis:
     return build_mesh(ParallelConfig()).everyone
 
 
-def there_and_back(x: Tensor, weight: Tensor, way: Way) -> Pass:
+def there_and_back(x: Tensor, weight: Tensor, way: Route) -> Pass:
     x = x.clone().requires_grad_()
     output = land(depart(x, way))
     (gradient,) = torch.autograd.grad(output, x, weight)

@@ -28,7 +28,7 @@ COLLAPSED = 0.2
 """A layer has collapsed if it uses fewer experts than top-k and this share of the others; see `experts_in_use`."""
 
 
-class Alarms:
+class Alerts:
     """Hears records of telemetry.jsonl."""
 
     def __init__(self, top_k: int) -> None:

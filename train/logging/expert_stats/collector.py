@@ -61,9 +61,9 @@ class ExpertStats:
         """The step that was added last."""
 
     def before(self, logged: bool) -> None:
-        """A step begins: its gauges are computed if it will be logged. Compiled code is the same for all steps, and has them."""
+        """A step begins: router metrics are computed if it is logged; compiled code is the same for all steps, and has them."""
         for router in self.routers:
-            router.gauged = self.on and (logged or self.session.config.compile)
+            router.collects_metrics = self.on and (logged or self.session.config.compile)
 
     def took(self, numbers: StepNumbers) -> None:
         """Add a step's numbers."""
@@ -78,9 +78,9 @@ class ExpertStats:
         self.counts_LE += counts_LE
         self.dropped_L += numbers.dropped_L
         self.steps += 1
-        if numbers.gauges_LG.numel():
-            self.gauges_LG += numbers.gauges_LG
-            self.gauged += 1
+        if numbers.router_metrics_LG.numel():
+            self.router_metrics_LG += numbers.router_metrics_LG
+            self.measured_steps += 1
 
     def due(self, step: int) -> bool:
         """Whether a record is, whatever else happens after this step; the step is to be logged then."""
@@ -94,7 +94,7 @@ class ExpertStats:
         if self.due(step) or validated or saves:
             begin = perf_counter()
             tensors |= self._sums() | self._gradients(numbers)
-            record = {"step": step, "steps": self.steps, "gauged": self.gauged, "layers": self.layers}
+            record = {"step": step, "steps": self.steps, "gauged": self.measured_steps, "layers": self.layers}
             if self.probe is not None and (validated or self._probes(step)):
                 record |= self._probed(self.probe)
             self._reset()
@@ -114,14 +114,14 @@ class ExpertStats:
         return found | {
             "step_counts_LE": numbers.counts_LE[:, : self.counts_LE.shape[1]],
             "step_dropped_L": numbers.dropped_L,
-            "step_gauges_LG": numbers.gauges_LG,
+            "step_router_metrics_LG": numbers.router_metrics_LG,
             "peaks_LP": max_over(numbers.own_LP.clone(), parallel.mesh.everyone),
             "dead_LE": self.used_LE <= self.session.step - self.settings.window,
         }
 
     def _sums(self) -> dict[str, Tensor]:
         """What was added up since the last record."""
-        return {"counts_LE": self.counts_LE, "dropped_L": self.dropped_L, "gauges_LG": self.gauges_LG}
+        return {"counts_LE": self.counts_LE, "dropped_L": self.dropped_L, "router_metrics_LG": self.router_metrics_LG}
 
     def _gradients(self, numbers: StepNumbers) -> dict[str, Tensor]:
         """Norms; torch's engine alone leaves the gradients where they can be seen."""
@@ -137,7 +137,7 @@ class ExpertStats:
         """`found`: all tensors of a look, on the host."""
         step = Step(
             self.layers,
-            *(found[name] for name in ("step_counts_LE", "step_dropped_L", "step_gauges_LG", "peaks_LP")),
+            *(found[name] for name in ("step_counts_LE", "step_dropped_L", "step_router_metrics_LG", "peaks_LP")),
             ranks=self.session.parallel.mesh.world,
             dead=int(found["dead_LE"].sum()),
             bias_LE=found.get("bias_LE"),
@@ -170,23 +170,23 @@ class ExpertStats:
         """New tensors: the old ones may be on their way to the host."""
         self.counts_LE = torch.zeros(self.used_LE.shape, dtype=torch.int64, device=self.session.device)
         self.dropped_L = self.counts_LE.new_zeros(len(self.layers))
-        self.gauges_LG = torch.zeros(len(self.layers), len(SUMS), dtype=torch.float64, device=self.session.device)
+        self.router_metrics_LG = torch.zeros(len(self.layers), len(SUMS), dtype=torch.float64, device=self.session.device)
         self.steps = 0
         """Added up since the last record."""
-        self.gauged = 0
-        """Those of them that had gauges."""
+        self.measured_steps = 0
+        """Those of them that had router metrics."""
 
 
 def described(found: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sums and norms as telemetry.jsonl has them."""
-    gauges_LG = found["gauges_LG"]
+    router_metrics_LG = found["router_metrics_LG"]
     record = {
-        "tokens_L": gauges_LG[:, SUMS.index("tokens")].long().tolist(),
+        "tokens_L": router_metrics_LG[:, SUMS.index("tokens")].long().tolist(),
         "counts_LE": found["counts_LE"].tolist(),
         "dropped_L": found["dropped_L"].tolist(),
-        "rows_L": gauges_LG[:, SUMS.index("rows")].long().tolist(),
-        "router_entropy_L": per_token(gauges_LG, "entropy").tolist(),
-        "top1_L": per_token(gauges_LG, "top1").tolist(),
+        "rows_L": router_metrics_LG[:, SUMS.index("rows")].long().tolist(),
+        "router_entropy_L": per_token(router_metrics_LG, "entropy").tolist(),
+        "top1_L": per_token(router_metrics_LG, "top1").tolist(),
         "dead_LE": found["dead_LE"].long().tolist(),
     }
     return record | {name: found[name].tolist() for name in ("bias_LE", "grad_norm_LE") if name in found}

@@ -1,6 +1,6 @@
 """The `moe/...` keys of a record of metrics.jsonl: for each number the worst layer, which one it is, and the mean over layers.
 
-L layers that route, E experts, G gauges, P peaks. The keys are the same for any number of layers or experts (tier brief).
+L layers that route, E experts, G router metrics, P peaks. The keys are the same for any number of layers or experts (tier brief).
 """
 
 import math
@@ -21,7 +21,7 @@ class Step(NamedTuple):
     counts_LE: Tensor
     """int64: choices of each expert before any is dropped, without null experts."""
     dropped_L: Tensor
-    gauges_LG: Tensor
+    router_metrics_LG: Tensor
     peaks_LP: Tensor
     """Of the rank where it is largest: absolute router logit, and rows computed."""
     ranks: int
@@ -65,8 +65,8 @@ def brief_metrics(step: Step) -> dict[str, float]:
     dropped = _worst("moe/dropped_fraction", step.dropped_L / routed_L.clamp(min=1), step.layers)
     del dropped["moe/dropped_fraction_mean"]  # close to dropped_fraction, which is of all layers together
     record |= dropped
-    if step.gauges_LG.numel():
-        record |= _of_gauges(step)
+    if step.router_metrics_LG.numel():
+        record |= _of_router_metrics(step)
     if step.bias_LE is not None:
         record["moe/expert_bias_range"] = (step.bias_LE.amax(1) - step.bias_LE.amin(1)).max().item()
     return record
@@ -78,27 +78,27 @@ def layer_metrics(step: Step) -> dict[str, float]:
         return {}
     load, record = loads(step.counts_LE), {}
     values = {"load_max_over_mean": load.max_over_mean_L, "load_entropy": load.entropy_L, "dropped": step.dropped_L}
-    if step.gauges_LG.numel():
-        values["router_entropy"] = per_token(step.gauges_LG, "entropy")
+    if step.router_metrics_LG.numel():
+        values["router_entropy"] = per_token(step.router_metrics_LG, "entropy")
     for name, values_L in values.items():
         record |= {f"moe/{name}/layer_{layer}": value for layer, value in zip(step.layers, values_L.tolist(), strict=True)}
     return record
 
 
-def per_token(gauges_LG: Tensor, name: str) -> Tensor:
-    """(L,): a sum of the gauges divided by the tokens."""
-    return gauges_LG[:, SUMS.index(name)] / gauges_LG[:, SUMS.index("tokens")].clamp(min=1)
+def per_token(router_metrics_LG: Tensor, name: str) -> Tensor:
+    """(L,): a router metric divided by the tokens."""
+    return router_metrics_LG[:, SUMS.index(name)] / router_metrics_LG[:, SUMS.index("tokens")].clamp(min=1)
 
 
-def _of_gauges(step: Step) -> dict[str, float]:
+def _of_router_metrics(step: Step) -> dict[str, float]:
     """A rank is overloaded by its rows over the mean of all ranks. All wait for the busiest one at every exchange, so the time of a
     step goes with the sum over layers of the busiest rank's rows: over the sum of the means that is the skew."""
-    mean_L = step.gauges_LG[:, SUMS.index("rows")] / step.ranks
+    mean_L = step.router_metrics_LG[:, SUMS.index("rows")] / step.ranks
     busiest_L = step.peaks_LP[:, 1]
     return {
-        **_worst("moe/router_entropy", per_token(step.gauges_LG, "entropy"), step.layers, least=True),
-        "moe/top1_probability": per_token(step.gauges_LG, "top1").mean().item(),
-        "moe/router_logit_norm": per_token(step.gauges_LG, "logit_norm").mean().item(),
+        **_worst("moe/router_entropy", per_token(step.router_metrics_LG, "entropy"), step.layers, least=True),
+        "moe/top1_probability": per_token(step.router_metrics_LG, "top1").mean().item(),
+        "moe/router_logit_norm": per_token(step.router_metrics_LG, "logit_norm").mean().item(),
         "moe/router_logit_max": step.peaks_LP[:, 0].max().item(),
         "moe/rank_overload": torch.where(mean_L > 0, busiest_L / mean_L.clamp(min=1e-9), 1.0).max().item(),
         "moe/exchange_skew": (busiest_L.sum() / mean_L.sum()).item() if mean_L.sum() > 0 else 1.0,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....moe.config import ModelConfig
 from ....moe.init import expert_biases
-from ....parallel.apply import Parallel, Placed, local
+from ....parallel.apply import Parallel, ShardedParameter, local
 from ....parallel.collectives import sum_over
 
 CORNER = 64
@@ -71,7 +71,7 @@ def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
     return layers.index(int(found[2]) + (config.layers if found[1] == "mtp" else 0))
 
 
-def _corner(placed: Placed, device: torch.device) -> Tensor:
+def _corner(placed: ShardedParameter, device: torch.device) -> Tensor:
     """(E, all of the corner), fp64: this rank's share, whose sum over all ranks is the corner itself."""
     piece = placed.piece
     region = (piece.shape[0], *(min(CORNER, size) for size in piece.shape[1:]))
