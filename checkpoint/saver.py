@@ -1,9 +1,10 @@
-"""Saves that go on beside the training. The ranks agree where training is anyway; the writing needs no collective.
+"""Saves while training goes on. What the ranks agree on travels with collectives that training has anyway; writing needs none.
 
-`begin`: the ranks agree on who writes what; a thread copies this rank's pieces to the host, and then writes them.
-`release`: before the next update of the weights; waits for the copies, which is all that training waits for.
-`step`: after each optimizer step while a save is under way: do all ranks write, or has one failed?
-`finish`: wait for it.
+`start`: the ranks agree on who writes what; a thread copies this rank's shards to host memory and then writes them.
+`wait_for_copies`: before the next update of the weights, the only thing that training waits for.
+`flags`, `poll`: whether this rank failed or is still writing travels with the flags of each step (train/step_flags.py); once they
+say that any rank has failed or that none is writing, `poll` ends the save. `poll_all` reduces the flags itself.
+`wait`: until the save has ended.
 """
 
 import logging
@@ -76,7 +77,7 @@ class Saver:
         self._copies = Copies()
         self._save: _Save | None = None
 
-    def begin(
+    def start(
         self,
         step: int,
         held: dict[str, LocalShard],
@@ -112,12 +113,12 @@ class Saver:
         save.blocked = perf_counter() - begin
         return None
 
-    def lacking(self, held: dict[str, LocalShard]) -> str | None:
+    def space_error(self, held: dict[str, LocalShard]) -> str | None:
         """Why there is no room for a save of `held`, None if there is."""
         size = self._plan(held).bytes
-        return from_first(lambda: self._lacking(size))
+        return from_first(lambda: self._space_error(size))
 
-    def release(self) -> None:
+    def wait_for_copies(self) -> None:
         """Return when what is being saved may change; the optimizer calls it before its update. Not collective."""
         seconds = self._copies.wait()
         if self._save is not None:
@@ -127,18 +128,18 @@ class Saver:
         """Where a checkpoint of this step is, or would be."""
         return self.folder / f"step_{step:08d}"
 
-    def step(self) -> Outcome | None:
-        """How the save under way ended, if it has. One small all-reduce while there is one, else nothing."""
-        return self.settle(*any_rank(*self.flags())) if self._save else None
+    def poll_all(self) -> Outcome | None:
+        """Like `poll`, with this call's own all-reduce of the `flags`, if a save is under way."""
+        return self.poll(*any_rank(*self.flags())) if self._save else None
 
     def flags(self) -> tuple[bool, bool]:
         """(this rank has failed, this rank is writing). Not collective."""
         if self._save is None:
             return False, False
         writing = self._save.thread.is_alive()  # asked first: a thread that has ended has said how
-        return self.failure() is not None, writing
+        return self.error() is not None, writing
 
-    def failure(self) -> str | None:
+    def error(self) -> str | None:
         """What went wrong on this rank with the save under way. Not collective, and known at once."""
         save = self._save
         if save is None:
@@ -147,17 +148,17 @@ class Saver:
             return f"TimeoutError: the save took longer than checkpoint.timeout_seconds={self.limit_seconds:g}"
         return save.error
 
-    def settle(self, failed: bool, writing: bool) -> Outcome | None:
-        """`step` for who knows already what `flags` are on any rank."""
+    def poll(self, failed: bool, writing: bool) -> Outcome | None:
+        """The outcome, if the save has ended: if it `failed` on any rank, or no rank is `writing`. Collective only then."""
         if self._save is None or (writing and not failed):
             return None
         return self._end(failed)
 
-    def finish(self) -> Outcome | None:
+    def wait(self) -> Outcome | None:
         """Wait for the save under way, up to `limit_seconds`; how it ended. The hang guard sees that all ranks still answer."""
         while self._save is not None:
             self._save.thread.join(0.02)
-            if (outcome := self.step()) is not None:
+            if (outcome := self.poll_all()) is not None:
                 return outcome
             progress()
         return None
@@ -184,12 +185,12 @@ class Saver:
         assert self._share is not None
         return self._share
 
-    def lacking_for(self, size: int) -> str | None:
+    def space_error_for(self, size: int) -> str | None:
         """The same for so many bytes. Not collective."""
         with suppress(OSError):  # a folder that cannot be asked: the save will say so
-            return self._lacking(size)
+            return self._space_error(size)
 
-    def _lacking(self, size: int) -> str | None:
+    def _space_error(self, size: int) -> str | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         return (
@@ -201,8 +202,8 @@ class Saver:
         facts = checked_facts(facts)
         temporary = beside(final, TEMPORARY)
         try:
-            if lacking := self._lacking(size):
-                return temporary, {}, lacking
+            if error := self._space_error(size):
+                return temporary, {}, error
             temporary.mkdir()
         except OSError as error:
             return temporary, {}, describe(error)
@@ -234,7 +235,7 @@ class Saver:
         save, error = self._save, None
         assert save is not None
         if failed:
-            mine = self.failure()
+            mine = self.error()
             save.job.stop.set()
             save.thread.join(PATIENCE_AT_EXIT)
             texts = from_all(mine)

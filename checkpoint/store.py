@@ -40,7 +40,7 @@ def save_checkpoint(
     or facts that are no JSON, else RuntimeError, also after `limit_seconds`.
     """
     saver = Saver(Path(folder), limit_seconds)
-    outcome = saver.begin(step, held, facts, attach, asynchronous=False) or saver.finish()
+    outcome = saver.start(step, held, facts, attach, asynchronous=False) or saver.wait()
     assert outcome is not None
     if outcome.error is not None:
         raise RuntimeError(f"checkpoint {outcome.path} was not saved: {outcome.error}")
