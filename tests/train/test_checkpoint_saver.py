@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenyard.checkpoint import saver as saver_module
-from tokenyard.checkpoint.host_copies import Copies
+from tokenyard.checkpoint.host_staging import HostStaging
 from tokenyard.checkpoint.saver import Saver
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.parallel.shard import LocalShard, whole
@@ -25,8 +25,8 @@ def held(value: float = 1.0, size: int = 64) -> dict[str, LocalShard]:
 
 def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    plan = saver_module.shares_of
-    monkeypatch.setattr(saver_module, "shares_of", lambda offers: made.append(1) or plan(offers))
+    plan = saver_module.make_save_plans
+    monkeypatch.setattr(saver_module, "make_save_plans", lambda shards: made.append(1) or plan(shards))
     saver = Saver(tmp_path)
     for step, size, times in ((1, 64, 1), (2, 64, 1), (3, 32, 2), (4, 32, 2)):
         assert saver.start(step, held(step, size), {}) is None
@@ -38,8 +38,8 @@ def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatc
 
 
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = Copies._copied
-    monkeypatch.setattr(Copies, "_copied", lambda self, held: time.sleep(0.3) or copied(self, held))
+    copy = HostStaging._copy_tensor
+    monkeypatch.setattr(HostStaging, "_copy_tensor", lambda self, name, tensor: time.sleep(0.3) or copy(self, name, tensor))
 
 
 def test_an_update_waits_for_the_copies_and_is_not_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_an_update_does_not_wait_for_a_thread_that_died(
     def no_memory(*_: object) -> None:
         raise kind
 
-    monkeypatch.setattr(Copies, "take", no_memory)
+    monkeypatch.setattr(HostStaging, "copy", no_memory)
     saver = Saver(tmp_path)
     saver.start(1, held(), {})
     assert returns(saver.wait_for_copies)
@@ -145,7 +145,7 @@ def test_what_was_made_for_the_save_is_gone_when_it_is_copied(tmp_path: Path, mo
     """As DeepSpeed's moments, which are gathered on the device for it."""
     gathered, begun, gone = torch.zeros(4), Event(), []
     made, saver = weakref.ref(gathered), Saver(tmp_path)
-    monkeypatch.setattr(saver_module, "write_share", lambda job, held: (begun.wait(10), gone.append(made() is None)))
+    monkeypatch.setattr(saver_module, "write_checkpoint", lambda job, held: (begun.wait(10), gone.append(made() is None)))
     saver.start(1, {"model.x": LocalShard(whole((4,)), gathered)}, {})
     del gathered
     begun.set()
