@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, final
 
 from ..errors import DataUnavailable
-from .answers import Answer, ask
+from .http_response import Response, get_from
 
 TRANSIENT_STATUS = (408, 425, 429)
 LONGEST_DELAY = 30.0
@@ -76,7 +76,7 @@ class HttpFile(io.RawIOBase):
         self._at = self._place = self._end = 0
         """The next byte wanted, the next of the open answer, and the one behind that answer, -1 if it does not say."""
         self._answered = False
-        self._response: Answer | None = None
+        self._response: Response | None = None
         self._timeout = patience.stall
         self._backoff = Backoff(url, patience)
         self._trying(self._connect)
@@ -133,7 +133,7 @@ class HttpFile(io.RawIOBase):
         return data[ahead:]
 
     def _connect(self) -> None:
-        response = self._response = ask(self.url, self._at, self._timeout)
+        response = self._response = get_from(self.url, self._at, self._timeout)
         self._place, self._end, size = _extent(response, self._at)
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if self._place > self._at or 0 <= self._end <= self._at != size:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 log = logging.getLogger("tokenyard")
 
 
-def ask(url: str, begin: int, seconds: float) -> "Answer":
+def get_from(url: str, begin: int, seconds: float) -> "Response":
     """The server's answer for the bytes from `begin` on, with its head. TimeoutError if that takes longer than `seconds`.
 
     ValueError if it redirects to another protocol, or from a host farther away to this machine or a network around it.
@@ -54,7 +54,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 @final
-class Answer(http.client.HTTPResponse):
+class Response(http.client.HTTPResponse):
     """Its head, and each read of its body, has the time that the connection says; not each byte of them."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
@@ -70,11 +70,11 @@ class Answer(http.client.HTTPResponse):
 
 
 class Plain(http.client.HTTPConnection):
-    response_class = Answer
+    response_class = Response
 
 
 class Secure(http.client.HTTPSConnection):
-    response_class = Answer
+    response_class = Response
 
 
 class PlainHandler(urllib.request.HTTPHandler):
