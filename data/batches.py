@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import xxhash
 
-from .permutation import kept_permutation
+from .permutation import cached_permutation
 from .token_array import TokenArray
 
 IGNORE = -100
@@ -35,11 +35,11 @@ class GlobalBatches:
 
     def __init__(self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int) -> None:
         """Raises a ValueError of one line if the corpus has no row."""
-        self._table = _Table(tokens, sequence_length, "training")
+        self._row_table = _RowTable(tokens, sequence_length, "training")
         self._seed = seed
         self.sequences = sequences
         self.fingerprint = tokens.manifest.fingerprint
-        self.rows = self._table.rows
+        self.rows = self._row_table.rows
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
         """The given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
@@ -56,11 +56,11 @@ class GlobalBatches:
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to do."""
 
-    def counts(self, step: int | None = None) -> dict[str, float]:
+    def metrics(self, step: int | None = None) -> dict[str, float]:
         """Nothing is counted: all is known beforehand."""
         return {}
 
-    def findings(self) -> list[Any]:
+    def read_failures(self) -> list[Any]:
         """Nothing: what is no text was left out beforehand."""
         return []
 
@@ -77,9 +77,9 @@ class GlobalBatches:
         epochs, places = np.divmod(positions, self.rows)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
-            order = kept_permutation(self.rows, "train", self._table.fingerprint, self._seed, int(epoch))
+            order = cached_permutation(self.rows, "train", self._row_table.fingerprint, self._seed, int(epoch))
             indices[epochs == epoch] = order[places[epochs == epoch]]
-        return self._table.read(indices)
+        return self._row_table.read(indices)
 
 
 @final
@@ -91,9 +91,9 @@ class ValidationBatches:
 
         `sources`: the names of those that the tokens are of, and how many of them are of each, in order; None: of one.
         """
-        self._table = _Table(tokens, sequence_length, "validation")
+        self._row_table = _RowTable(tokens, sequence_length, "validation")
         self._length = sequence_length
-        self.rows = self._table.rows
+        self.rows = self._row_table.rows
         self.source_names = [name for name, _ in sources or [("all", 0)]]
         self._ends = np.cumsum([size for _, size in sources or []][:-1])
 
@@ -102,17 +102,17 @@ class ValidationBatches:
 
         The last batch is filled up with rows whose targets are all IGNORE, so that every rank gets the same shapes.
         """
-        order = kept_permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
         chosen = np.array(chosen_rows(rows, size), dtype=np.int64)
         for start in range(0, len(order), size):
             places = start + chosen
-            ids_BS, targets_BS = split_rows(self._table.read(order[np.minimum(places, len(order) - 1)]))
+            ids_BS, targets_BS = split_rows(self._row_table.read(order[np.minimum(places, len(order) - 1)]))
             targets_BS[torch.from_numpy(places >= len(order))] = IGNORE
             yield Batch(ids_BS, targets_BS)
 
     def sources(self, sequences: int, rows: range) -> list[int]:
         """Of the given rows of the first global batch, the index into `source_names` of the source that each begins in."""
-        order = kept_permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
         starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
         return np.searchsorted(self._ends, starts, side="right").tolist()
 
@@ -127,7 +127,7 @@ def unigram_entropy(tokens: np.ndarray, size: int) -> float:
 
 
 @final
-class _Table:
+class _RowTable:
     """The rows of a flat array of tokens."""
 
     def __init__(self, tokens: TokenArray, sequence_length: int, split: str) -> None:

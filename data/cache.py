@@ -24,7 +24,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 @contextmanager
-def publish(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Gives an empty folder to fill and renames it to `folder` at the end; if another process was first, its copy stays."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)

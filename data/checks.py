@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
-from .mixture_config import parts_of
+from .mixture_config import mixture_sources
 
 # Refuses sources that name nothing, or what is not there. Standard library only.
 
@@ -26,7 +26,7 @@ def check_sources(config: DataConfig) -> None:
         raise ValueError("data.mix=[] must name a source for data.corpus=mix, as data.mix=['weight=0.7 corpus=stdlib']")
     if config.corpus is not Corpus.mix and config.mix:
         raise ValueError(f"data.mix is read by data.corpus=mix only, and data.corpus={config.corpus.value}")
-    for part in parts_of(config):
+    for part in mixture_sources(config):
         _check(part.config)
 
 
@@ -53,7 +53,7 @@ def check_corpus(config: DataConfig) -> None:
     if not 0 < config.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
     check_sources(config)
-    for part in parts_of(config):
+    for part in mixture_sources(config):
         _check_part(part.config)
 
 

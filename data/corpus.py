@@ -64,13 +64,13 @@ class Chunks(DocumentSource):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._places = {f"{path.name}#{index:08d}": place for index, place in enumerate(_cut(path))}
+        self._spans = {f"{path.name}#{index:08d}": place for index, place in enumerate(_cut(path))}
 
     def names(self) -> list[str]:
-        return list(self._places)
+        return list(self._spans)
 
     def read(self, name: str) -> bytes:
-        offset, size = self._places[name]
+        offset, size = self._spans[name]
         with self._path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -191,7 +191,7 @@ def survey(config: DataConfig) -> CorpusSurvey:
             duplicates += 1
         else:
             seen.add(digest)
-            split: Split = "validation" if place(name) < config.validation_fraction else "train"
+            split: Split = "validation" if unit_hash(name) < config.validation_fraction else "train"
             corpus.names(split).append(name)
             hashes[split].update(_raw(name) + b"\0" + digest)
     _refuse_empty_split(config, corpus)
@@ -200,7 +200,7 @@ def survey(config: DataConfig) -> CorpusSurvey:
     return corpus._replace(duplicates=duplicates, empty=empty, fingerprints=fingerprints)
 
 
-def place(name: str, seed: int = 0) -> float:
+def unit_hash(name: str, seed: int = 0) -> float:
     """A number in [0, 1) that depends on the name and the seed alone."""
     return xxhash.xxh3_64_intdigest(_raw(name), seed) / 2**64
 
@@ -218,7 +218,7 @@ def _is_text(raw: bytes) -> bool:
 
 
 def _refuse_empty_split(config: DataConfig, corpus: CorpusSurvey) -> None:
-    places = sorted(map(place, corpus.train + corpus.validation))
+    places = sorted(map(unit_hash, corpus.train + corpus.validation))
     if len(places) < 2:
         what = f"data.path={config.path}" if config.path else f"data.corpus={config.corpus.value}"
         raise ValueError(f"{what} must have a document for each split; it has {len(places)} and the least is 2")

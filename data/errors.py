@@ -23,14 +23,14 @@ class DataUnavailable(DataStop):
     exit_code = 75
 
 
-def told(stop: BaseException, rank: int) -> bytes:
+def encode_stop(stop: BaseException, rank: int) -> bytes:
     """Why a rank cannot go on, for the others. An error that is none of these becomes BadData."""
     if isinstance(stop, DataUnavailable | BadData):
         return b"%d " % stop.exit_code + str(stop).encode(errors="replace")
     return b"65 " + f"rank {rank} cannot read its rows: {type(stop).__name__}: {stop}".encode(errors="replace")
 
 
-def heard(data: bytes) -> DataStop:
+def decode_stop(data: bytes) -> DataStop:
     """What a rank has told, to be raised on all."""
     code, _, text = data.partition(b" ")
     return (DataUnavailable if code == b"75" else BadData)(text.decode())

@@ -17,7 +17,7 @@ class MixtureSource(NamedTuple):
     config: DataConfig
 
 
-def parts_of(config: DataConfig) -> list[MixtureSource]:
+def mixture_sources(config: DataConfig) -> list[MixtureSource]:
     """ValueError of one line for an entry of data.mix that says nothing clear."""
     if config.corpus is not Corpus.mix:
         return [MixtureSource(config.corpus.value, 1.0, config)]

@@ -13,5 +13,5 @@ def permutation(size: int, *key: object) -> np.ndarray:
     return np.argsort(bits.random_raw(size), kind="stable")
 
 
-kept_permutation = lru_cache(maxsize=4)(permutation)
+cached_permutation = lru_cache(maxsize=4)(permutation)
 """The same, remembered: for the few large ones of whole corpora."""

@@ -19,8 +19,8 @@ from .errors import BadData
 from .mixture_config import MixtureSource
 from .pretokenized import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
 from .stream.http import RetryPolicy
-from .stream.shards import Failed, Row, Shards, open_shards
-from .stream.tokenize import Recipe, Window, is_held_out, tokenized
+from .stream.shards import FailedShard, Row, Shards, open_shards
+from .stream.tokenize import Tokenization, Window, is_held_out, tokenize_share
 from .token_array import TokenArray, id_type, write_header
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -45,7 +45,7 @@ class PretokenizeJob(NamedTuple):
         return f"{self.shard:05}_{self.part:02}"
 
 
-def write_shards(
+def pretokenize_stream(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
     """Fill `folder` and return its manifest. `progress` is told of shards done, of how many, and tokens.
@@ -53,8 +53,8 @@ def write_shards(
     Neither the number of processes nor interruptions change a byte. ValueError of one line if the folder has other data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    patience = RetryPolicy(config.patience_seconds, config.stall_seconds)
-    shards = open_shards(config, patience)
+    retry = RetryPolicy(config.patience_seconds, config.stall_seconds)
+    shards = open_shards(config, retry)
     kept = (shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row)
     key = xxhash.xxh3_128_hexdigest(repr(kept).encode())
     _refuse_other(folder, key)
@@ -66,7 +66,7 @@ def write_shards(
     done = {job.name: record for job in jobs if (record := _finished(job)) is not None}
     waiting, tokens = [job for job in jobs if job.name not in done], _tokens_of(done)
     progress(len(done), len(jobs), tokens)
-    for name, record in _worked(waiting, processes):
+    for name, record in _run_jobs(waiting, processes):
         done[name] = record
         tokens += record["train"]["tokens"]
         progress(len(done), len(jobs), tokens)
@@ -101,17 +101,17 @@ def finish(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[dict[str, 
     return about
 
 
-def _worked(jobs: list[PretokenizeJob], processes: int) -> Any:
+def _run_jobs(jobs: list[PretokenizeJob], processes: int) -> Any:
     if processes <= 1:
-        yield from ((job.name, work(job)) for job in jobs)
+        yield from ((job.name, run_job(job)) for job in jobs)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        started = {pool.submit(work, job): job for job in jobs}
+        started = {pool.submit(run_job, job): job for job in jobs}
         for future in as_completed(started):
             yield started[future].name, future.result()
 
 
-def work(job: PretokenizeJob) -> dict[str, Any]:
+def run_job(job: PretokenizeJob) -> dict[str, Any]:
     """One job, in a process of its own."""
     shards = open_shards(job.config, RetryPolicy(job.config.patience_seconds, job.config.stall_seconds))
     tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
@@ -120,7 +120,7 @@ def work(job: PretokenizeJob) -> dict[str, Any]:
         writers = {split: stack.enter_context(closing(ShardWriter(Path(job.folder), names[split], tokenizer))) for split in names}
         for window in _blocks(shards, job):
             for split, rows in _split(window, job.config.validation_fraction).items():
-                writers[split].write(tokenized(rows, 0, (0, 1), Recipe(tokenizer, 0.0, job.config.longest_row), shards))
+                writers[split].write(tokenize_share(rows, 0, (0, 1), Tokenization(tokenizer, 0.0, job.config.longest_row), shards))
         record = {split: writer.finish()._asdict() for split, writer in writers.items()}
     _write_whole(Path(job.folder) / f"part_{job.name}.json", json.dumps({"key": job.key, **record}) + "\n")
     return record
@@ -166,7 +166,7 @@ def _blocks(shards: Shards, job: PretokenizeJob) -> Any:
     numbers: list[int] = []
     rows: list[Row] = []
     for number, row in enumerate(shards.rows(job.shard, 0)):
-        if isinstance(row, Failed):
+        if isinstance(row, FailedShard):
             raise BadData(f"{shards.names[job.shard]} failed after {number} rows: {row.reason}; mend it or leave it out")
         if number // BLOCK % job.parts == job.part:
             numbers.append(number)
@@ -226,14 +226,14 @@ def prepare_command(
 ) -> dict[str, Any]:
     """All of it. ValueError of one line for what cannot be prepared."""
     from .build import open_tokenizer
-    from .stream.source import whole_tokens
+    from .stream.source import open_array
 
     check_preparable(config)
     cache = cache_folder(config)
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     if config.corpus in STREAMED:
-        return write_shards(config, tokenizer, folder, processes, progress)
+        return pretokenize_stream(config, tokenizer, folder, processes, progress)
     part = MixtureSource("", 1.0, config)
     return write_arrays(
-        tokenizer, folder, {split: whole_tokens(part.config, split, tokenizer, cache) for split in ("train", "validation")}
+        tokenizer, folder, {split: open_array(part.config, split, tokenizer, cache) for split in ("train", "validation")}
     )

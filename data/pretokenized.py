@@ -33,7 +33,7 @@ class ShardRecord(NamedTuple):
     """Rows that were skipped: shard, row, reason."""
 
 
-def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
+def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
     """The shards of a split in the folder `data.path`, as one array. ValueError of one line if something does not fit.
 
     Sizes and the manifest's own hash are compared here; with `data.verify` that of a shard when it is first read.
@@ -42,10 +42,10 @@ def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> TokenA
     about = read_manifest(folder)
     if about["tokenizer_hash"] != tokenizer_hash:
         has = f"tokenizer {about['tokenizer_hash']}, and this one is {tokenizer_hash}"
-        raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_words(folder)}")
+        raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_overrides(folder)}")
     records = [ShardRecord(**record) for record in about["splits"][split]]
     arrays = [_open(folder, record) for record in records]
-    ids = JoinedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
+    ids = ConcatenatedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
     running = xxhash.xxh3_128(tokenizer_hash.encode() + b"".join(record.hash.encode() for record in records))
     documents, size = sum(record.documents for record in records), sum(record.bytes for record in records)
     manifest = TokensManifest(
@@ -91,7 +91,7 @@ def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
             yield record, str(error)
 
 
-def tokenizer_words(folder: Path) -> str:
+def tokenizer_overrides(folder: Path) -> str:
     """The overrides that name the tokenizer that lies beside the shards."""
     for name, kind in (("tokenizer.model", "sentencepiece"), ("tokenizer.json", "huggingface")):
         if (folder / "tokenizer" / name).is_file():
@@ -100,7 +100,7 @@ def tokenizer_words(folder: Path) -> str:
 
 
 @final
-class JoinedArrays:
+class ConcatenatedArrays:
     """Several memory-mapped arrays as one. Indexed by arrays of places, or by slices, as a numpy array is."""
 
     def __init__(self, arrays: list[np.ndarray], check: Callable[[int], None] | None = None) -> None:

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
-from .cache import publish
-from .corpus import CorpusSurvey, Document, Split, place
+from .cache import atomic_folder
+from .corpus import CorpusSurvey, Document, Split, unit_hash
 from .tokenizer import Tokenizer
 
 TOKENS_FILE = "tokens.npy"
 MANIFEST_FILE = "manifest.json"
-SEEN_FILE = "seen.json"
+STAMP_FILE = "seen.json"
 """What tells at a glance that tokens are those that were written."""
 PIECES, PIECE = 16, 1 << 16
 """Of the bytes of tokens, hashed whenever they are opened: all of those up to a MiB."""
@@ -51,7 +51,7 @@ def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache:
     folder = cache / "tokens" / key
     if not folder.is_dir():
         started = time.perf_counter()
-        with publish(folder) as unfinished:
+        with atomic_folder(folder) as unfinished:
             manifest = _write(corpus, split, tokenizer, unfinished)
         seconds = time.perf_counter() - started
         log.info("data: %s: %d tokens of %d documents in %.1f s", split, manifest.tokens, manifest.documents, seconds)
@@ -66,7 +66,7 @@ def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
     try:
         manifest = TokensManifest(**json.loads((folder / MANIFEST_FILE).read_text()))
         ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
-        whole = verify or not _as_seen(folder)
+        whole = verify or not _stamp_matches(folder)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"cached tokens in {folder} are damaged ({error}); remove the folder and they are made again") from None
     if ids.shape != (manifest.tokens,):
@@ -87,20 +87,20 @@ def hash_ids(ids: np.ndarray) -> str:
     return running.hexdigest()
 
 
-def note_seen(folder: Path) -> None:
+def write_stamp(folder: Path) -> None:
     """Of tokens that were written into `folder` just now."""
-    (folder / SEEN_FILE).write_text(json.dumps(_glance(folder / TOKENS_FILE)) + "\n")
+    (folder / STAMP_FILE).write_text(json.dumps(_stamp(folder / TOKENS_FILE)) + "\n")
 
 
-def _as_seen(folder: Path) -> bool:
+def _stamp_matches(folder: Path) -> bool:
     """False also for a folder of a version of this package that did not look."""
     try:
-        return json.loads((folder / SEEN_FILE).read_text()) == _glance(folder / TOKENS_FILE)
+        return json.loads((folder / STAMP_FILE).read_text()) == _stamp(folder / TOKENS_FILE)
     except FileNotFoundError:
         return False
 
 
-def _glance(path: Path) -> dict[str, Any]:
+def _stamp(path: Path) -> dict[str, Any]:
     """Size, time and the hash of some pieces from the first to the last."""
     about, running = path.stat(), xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -111,7 +111,7 @@ def _glance(path: Path) -> dict[str, Any]:
 
 
 def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Path) -> TokensManifest:
-    names = sorted(corpus.names(split), key=lambda name: (place(name, seed=2), name))
+    names = sorted(corpus.names(split), key=lambda name: (unit_hash(name, seed=2), name))
     kind = id_type(tokenizer)
     running, tokens, size = xxhash.xxh3_128(), 0, 0
     with (folder / TOKENS_FILE).open("wb") as file:
@@ -127,7 +127,7 @@ def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Pat
     skipped = corpus.undecodable, corpus.duplicates, corpus.empty
     manifest = TokensManifest(len(names), tokens, size, *skipped, running.hexdigest())
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
-    note_seen(folder)
+    write_stamp(folder)
     return manifest
 
 

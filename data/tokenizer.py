@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 import xxhash
 
-from .cache import publish
+from .cache import atomic_folder
 from .checks import check_tokenizer
 from .config import TokenizerConfig, TokenizerKind
 from .corpus import CorpusSurvey
@@ -204,7 +204,7 @@ def _key(config: TokenizerConfig, texts: list[str]) -> str:
 def _train(texts: list[str], pieces: int, folder: Path) -> None:
     started = time.perf_counter()
     tokenizer = SentencePieceTokenizer(train_pieces(texts, pieces), "the trained model")
-    with publish(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         tokenizer.save(unfinished)
     size = sum(map(len, texts)) / 1e6
     log.info("data: trained %d pieces on %.1f MB in %.1f s", tokenizer.size, size, time.perf_counter() - started)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from .corpus import CorpusSurvey, place
+from .corpus import CorpusSurvey, unit_hash
 
 # Byte fallback, no normalisation and no dummy prefix make every round trip exact. Whole runs of spaces are pieces, for source code:
 # 3.4 bytes a token on the standard library, 2.3 without. Pieces that mix letters with punctuation would make it 3.9, but a small
@@ -36,7 +36,7 @@ def sample(corpus: CorpusSurvey, limit: int) -> list[str]:
     """
     share = max(16384, 4 * limit // len(corpus.train))
     texts: list[str] = []
-    for name in sorted(corpus.train, key=lambda name: place(name, seed=1)):
+    for name in sorted(corpus.train, key=lambda name: unit_hash(name, seed=1)):
         text = corpus.read(name).text[: min(share, limit)]
         texts.append(text)
         limit -= len(text.encode())

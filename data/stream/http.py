@@ -35,14 +35,14 @@ class RetryPolicy(NamedTuple):
     closed: threading.Event = threading.Event()
 
 
-def open_url(url: str, patience: RetryPolicy) -> io.BufferedReader:
+def open_url(url: str, retry: RetryPolicy) -> io.BufferedReader:
     """The file at `url`, for reading. ValueError if the server says that there is none."""
-    return io.BufferedReader(HttpFile(url, patience), 1 << 20)
+    return io.BufferedReader(HttpFile(url, retry), 1 << 20)
 
 
-def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, patience: RetryPolicy) -> Iterator[Item]:
+def retry_items(read: Callable[[int], Iterator[Item]], first: int, what: str, retry: RetryPolicy) -> Iterator[Item]:
     """`read(first)`, and if the source fails at its n-th item `read(first + n)`. Raises DataUnavailable at the end of patience."""
-    at, backoff = first, Backoff(what, patience)
+    at, backoff = first, Backoff(what, retry)
     while True:
         begin = time.monotonic()
         try:
@@ -53,21 +53,21 @@ def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, pati
                 begin = time.monotonic()
             return
         except Exception as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             backoff.wait(error, begin)
 
 
-def persistently(action: Callable[[], Item], what: str, patience: RetryPolicy) -> Item:
+def retry_call(action: Callable[[], Item], what: str, retry: RetryPolicy) -> Item:
     """What `action` returns, tried again as long as it fails with an error that may pass."""
-    return next(patiently(lambda _: iter([action()]), 0, what, patience))
+    return next(retry_items(lambda _: iter([action()]), 0, what, retry))
 
 
 @final
 class HttpFile(io.RawIOBase):
     """One connection that is opened again at the same byte when it fails."""
 
-    def __init__(self, url: str, patience: RetryPolicy) -> None:
+    def __init__(self, url: str, retry: RetryPolicy) -> None:
         self.url = url
         self.tag = ""
         """What the server says of the version of the file."""
@@ -77,14 +77,14 @@ class HttpFile(io.RawIOBase):
         """The next byte wanted, the next of the open answer, and the one behind that answer, -1 if it does not say."""
         self._answered = False
         self._response: Response | None = None
-        self._timeout = patience.stall
-        self._backoff = Backoff(url, patience)
-        self._trying(self._connect)
+        self._timeout = retry.stall
+        self._backoff = Backoff(url, retry)
+        self._retrying(self._connect)
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         data = b""
         while not data and not 0 <= self.size <= self._at:
-            data = self._trying(lambda: self._some(len(buffer)))
+            data = self._retrying(lambda: self._some(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
         if self._at == self.size:
@@ -96,7 +96,7 @@ class HttpFile(io.RawIOBase):
             self.read(1 << 20)
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         if at != self._at:
-            self._hang_up()
+            self._disconnect()
         self._at = at
         return at
 
@@ -110,7 +110,7 @@ class HttpFile(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        self._hang_up()
+        self._disconnect()
         super().close()
 
     def _some(self, wanted: int) -> bytes:
@@ -139,31 +139,31 @@ class HttpFile(io.RawIOBase):
         if self._place > self._at or 0 <= self._end <= self._at != size:
             raise ConnectionError(f"asked for byte {self._at} it answers from {self._place} to {self._end}")
         if self._answered and (tag != self.tag or (size != self.size and min(size, self.size) >= 0)):
-            self._hang_up()
+            self._disconnect()
             raise ValueError(f"{self.url} changed while it was read: {self.size} bytes {self.tag}, now {size} bytes {tag}")
         if size < 0 and self.size < 0 and not response.chunked:
-            self._hang_up()
+            self._disconnect()
             raise ValueError(f"{self.url} cannot be read: the server says neither how long it is nor where it ends; copy it here")
         self.size, self.tag, self._answered = max(size, self.size), tag, True
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._response is not None:
             self._response.close()
             self._response = None
 
-    def _trying(self, action: Callable[[], Item]) -> Item:
+    def _retrying(self, action: Callable[[], Item]) -> Item:
         while True:
             begin = time.monotonic()
             try:
                 return action()
             except urllib.error.HTTPError as error:
                 error.close()
-                self._hang_up()
+                self._disconnect()
                 if error.code < 500 and error.code not in TRANSIENT_STATUS:
                     raise ValueError(f"{self.url} cannot be read: HTTP {error.code} {str(error.reason).splitlines()[0]}") from None
                 self._backoff.wait(error, begin)
             except (OSError, http.client.HTTPException) as error:
-                self._hang_up()
+                self._disconnect()
                 self._backoff.wait(error, begin)
 
 
@@ -187,9 +187,9 @@ def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, i
 class Backoff:
     """Waits between attempts, each time twice as long. Time in which nobody asks the source does not count."""
 
-    def __init__(self, what: str, patience: RetryPolicy) -> None:
+    def __init__(self, what: str, retry: RetryPolicy) -> None:
         self._what = what
-        self._patience = patience
+        self._retry = retry
         self.reset()
 
     def reset(self) -> None:
@@ -202,20 +202,20 @@ class Backoff:
         self._spent += max(0.0, time.monotonic() - begin - count / SLOWEST)
         if self._got >= PROGRESS:
             self.reset()
-        elif self._spent > self._patience.seconds:
+        elif self._spent > self._retry.seconds:
             raise DataUnavailable(f"{self._what} gave {self._got} bytes in {self._spent:.0f} s")
 
     def wait(self, error: BaseException, begin: float) -> None:
         """After an attempt since `begin`. Raises DataUnavailable if patience would end before the next one."""
         self._spent += time.monotonic() - begin
-        if self._spent + self._delay > self._patience.seconds or self._patience.closed.wait(self._delay):
+        if self._spent + self._delay > self._retry.seconds or self._retry.closed.wait(self._delay):
             reason = f"{type(error).__name__}: {error}"
             raise DataUnavailable(f"{self._what} did not answer for {self._spent:.0f} s ({reason})") from error
         self._spent += self._delay
         self._delay = min(2 * self._delay, LONGEST_DELAY)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error may go away by itself; httpx is how huggingface_hub reads."""
     import httpx
 

@@ -69,25 +69,25 @@ class Response(http.client.HTTPResponse):
         return self.read1(limit)
 
 
-class Plain(http.client.HTTPConnection):
+class HttpConnection(http.client.HTTPConnection):
     response_class = Response
 
 
-class Secure(http.client.HTTPSConnection):
+class HttpsConnection(http.client.HTTPSConnection):
     response_class = Response
 
 
-class PlainHandler(urllib.request.HTTPHandler):
+class HttpHandler(urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(Plain, req)
+        return self.do_open(HttpConnection, req)
 
 
-class SecureHandler(urllib.request.HTTPSHandler):
+class HttpsHandler(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(Secure, req)
+        return self.do_open(HttpsConnection, req)
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
+class RedirectHandler(urllib.request.HTTPRedirectHandler):
     """Follows redirects to the same host; names one to another host first."""
 
     def redirect_request(
@@ -102,7 +102,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
                 raise ValueError(
                     f"{req.full_url} cannot be read: it redirects to {newurl}, an address of this machine or its network"
                 )
-            _say(*(url.netloc.rpartition("@")[2] for url in (old, new)))  # without user and password
+            _log_redirect(*(url.netloc.rpartition("@")[2] for url in (old, new)))  # without user and password
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -121,11 +121,11 @@ def _reach_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
 
 
 @functools.cache
-def _say(host: str, other: str) -> None:
+def _log_redirect(host: str, other: str) -> None:
     """Once."""
     log.warning("data: %s redirects to %s", host, other)
 
 
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(PlainHandler, SecureHandler, Redirects)
+    return urllib.request.build_opener(HttpHandler, HttpsHandler, RedirectHandler)

@@ -44,7 +44,7 @@ class Mixture:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Also of a mixture with other sources or weights: those that were in it go on where they were, with the new shares."""
-        same = self._places(state["sources"])
+        same = self._match_saved(state["sources"])
         for source, index in zip(self.sources, same, strict=True):
             if index is not None:
                 source.restore(state["sources"][index]["state"])
@@ -54,7 +54,7 @@ class Mixture:
         if same != list(range(len(state["sources"]))) or not self._fits():
             self._since[:] = [0] * len(same)
 
-    def _places(self, saved: list[dict[str, Any]]) -> list[int | None]:
+    def _match_saved(self, saved: list[dict[str, Any]]) -> list[int | None]:
         """Which of the saved sources each source is: of equal data, that of its label, else the first that no other one is."""
         left = dict(enumerate(saved))
         found: list[int | None] = [None] * len(self.sources)
@@ -117,24 +117,24 @@ def _labelled(source: RowSource) -> dict[str, Any]:
 # The global batches of streamed data: one after the other, each whole on every rank.
 
 
-class Mark(NamedTuple):
+class BatchSnapshot(NamedTuple):
     """Before a batch."""
 
     state: dict[str, Any]
-    counts: dict[str, float]
+    metrics: dict[str, float]
 
 
 @final
 class StreamBatches:
     """Like GlobalBatches, but its batches can only be had in order, and what comes next is in `state`."""
 
-    def __init__(self, mixture: Mixture, *, sequences: int, patience: RetryPolicy, pool: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, mixture: Mixture, *, sequences: int, retry: RetryPolicy, pool: ThreadPoolExecutor | None = None) -> None:
         self.mixture = mixture
         self.sequences = sequences
         self.fingerprint = _fingerprint(mixture)
-        self._patience, self._pool = patience, pool
+        self._retry, self._pool = retry, pool
         self._step, self._current = -1, np.empty((0, 0), np.int64)
-        self._marks = {0: self._mark(0)}
+        self._snapshots = {0: self._snapshot(0)}
         """Of the batch that comes next, and of the last two: one may be made while another is trained on."""
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
@@ -155,37 +155,37 @@ class StreamBatches:
 
         `step` is that of the last batch, of the one before it or of the one after it, which None is.
         """
-        return self._marks[self._step + 1 if step is None else step].state
+        return self._snapshots[self._step + 1 if step is None else step].state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was made."""
         self.mixture.restore(state)
         self._step = state["step"] - 1
-        self._marks = {state["step"]: self._mark(state["step"])}
+        self._snapshots = {state["step"]: self._snapshot(state["step"])}
 
-    def counts(self, step: int | None = None) -> dict[str, float]:
+    def metrics(self, step: int | None = None) -> dict[str, float]:
         """For the metrics: tokens trained on by source, rows read, bad rows; before `step`, and with None until now."""
-        return self._mark(self._step + 1).counts if step is None else self._marks[step].counts
+        return self._snapshot(self._step + 1).metrics if step is None else self._snapshots[step].metrics
 
-    def _mark(self, step: int) -> Mark:
+    def _snapshot(self, step: int) -> BatchSnapshot:
         record: dict[str, float] = {}
         total = max(1, sum(self.mixture.rows))
         for source, rows in zip(self.mixture.sources, self.mixture.rows, strict=True):
             record[f"data/{source.label}/share"] = rows / total
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
-        return Mark({"step": step, **self.mixture.state()}, record)
+        return BatchSnapshot({"step": step, **self.mixture.state()}, record)
 
-    def findings(self) -> list[ReadFailure]:
+    def read_failures(self) -> list[ReadFailure]:
         """Rows that were skipped and files that failed since this was last asked; those of a round that is read again, again."""
-        return [found for source in self.mixture.sources for found in source.findings()]
+        return [found for source in self.mixture.sources for found in source.read_failures()]
 
     def bad_rows(self) -> list[str]:
         """The same in words."""
-        return [str(found) for found in self.findings()]
+        return [str(found) for found in self.read_failures()]
 
     def close(self) -> None:
         """End the threads."""
-        self._patience.closed.set()
+        self._retry.closed.set()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -197,7 +197,9 @@ class StreamBatches:
         if len(current) < self.sequences:
             raise EndOfData(f"the data ends after step {step}; {len(current)} of {self.sequences} rows are left over")
         self._step, self._current = step, current
-        self._marks = {at: mark for at, mark in self._marks.items() if at >= step - 1} | {step + 1: self._mark(step + 1)}
+        self._snapshots = {at: mark for at, mark in self._snapshots.items() if at >= step - 1} | {
+            step + 1: self._snapshot(step + 1)
+        }
 
 
 def _fingerprint(mixture: Mixture) -> str:

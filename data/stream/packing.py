@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, final
 import numpy as np
 import xxhash
 
-from ..errors import BadData, DataStop, heard, told
-from ..permutation import kept_permutation, permutation
+from ..errors import BadData, DataStop, decode_stop, encode_stop
+from ..permutation import cached_permutation, permutation
 from ..token_array import TokenArray
 from .prefetch import Prefetcher
 from .shards import Shards
-from .tokenize import HELD_OUT, Recipe, TokenizedShare, Window, joined, pack, tokenized, unpack, windows
+from .tokenize import HELD_OUT, Tokenization, TokenizedShare, Window, deserialize, merge_shares, serialize, tokenize_share, windows
 
 FREE_BAD_ROWS = 10
 LISTED_BAD_ROWS = 100
@@ -34,7 +34,7 @@ class World(NamedTuple):
     """Gives every rank what each of them has, in the order of ranks."""
 
 
-class Settings(NamedTuple):
+class StreamSettings(NamedTuple):
     """Of a streamed source; `window` and `open_shards` decide the order of the data, the others do not."""
 
     seed: int
@@ -85,7 +85,7 @@ class RowSource(ABC):
         """What was read so far."""
         return {}
 
-    def findings(self) -> list[ReadFailure]:
+    def read_failures(self) -> list[ReadFailure]:
         """What could not be read since this was last asked."""
         return []
 
@@ -119,7 +119,7 @@ class ArrayRows(RowSource):
         self._next = state["row"]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return kept_permutation(self._rows, "train", self.fingerprint, self._seed, epoch)
+        return cached_permutation(self._rows, "train", self.fingerprint, self._seed, epoch)
 
 
 @final
@@ -131,19 +131,32 @@ class StreamRows(RowSource):
     """
 
     def __init__(
-        self, label: str, shards: Shards, recipe: Recipe, settings: Settings, world: World, pool: ThreadPoolExecutor | None
+        self,
+        label: str,
+        shards: Shards,
+        tokenization: Tokenization,
+        settings: StreamSettings,
+        world: World,
+        pool: ThreadPoolExecutor | None,
     ) -> None:
         self.label = label
-        kept = (shards.fingerprint, recipe.tokenizer.hash, recipe.held_out, recipe.longest, settings.window, settings.open_shards)
+        kept = (
+            shards.fingerprint,
+            tokenization.tokenizer.hash,
+            tokenization.held_out,
+            tokenization.longest,
+            settings.window,
+            settings.open_shards,
+        )
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(kept).encode())
         """Of everything that decides which tokens follow which, beside the seed and the length of a row."""
-        self._shards, self._recipe, self._settings, self._world, self._pool = shards, recipe, settings, world, pool
+        self._shards, self._tokenization, self._settings, self._world, self._pool = shards, tokenization, settings, world, pool
         self._slots = min(settings.open_shards, len(shards.names))
         self._bad: list[tuple[str, int, str]] = []
         """The first of them, for the message at the end."""
         self._failed: ReadFailure | None = None
         """The last file that failed."""
-        self._findings: list[ReadFailure] = []
+        self._read_failures: list[ReadFailure] = []
         self._noted: set[tuple[str, str, int]] = set()
         """Kind, file and row of findings that are told already."""
         self.restore({})
@@ -161,7 +174,7 @@ class StreamRows(RowSource):
         return rows
 
     def state(self) -> dict[str, Any]:
-        return {**self._marks[0], "offset": self._next - self._marks[0]["position"]}
+        return {**self._snapshots[0], "offset": self._next - self._snapshots[0]["position"]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._epoch: int = state.get("epoch", 0)
@@ -173,44 +186,44 @@ class StreamRows(RowSource):
         self._begin = self._end = state.get("position", 0)
         self._next: int = self._begin + state.get("offset", 0)
         self._parts = [np.empty(0, np.int32)]
-        self._marks: deque[dict[str, Any]] = deque([self._mark()])
+        self._snapshots: deque[dict[str, Any]] = deque([self._snapshot()])
         self._live: dict[int, Prefetcher[Window, TokenizedShare] | None] = {}
         self._open_slots()
 
     def counts(self) -> dict[str, int]:
         return {"epoch": self._epoch, **self._counts}
 
-    def findings(self) -> list[ReadFailure]:
-        found, self._findings = self._findings, []
+    def read_failures(self) -> list[ReadFailure]:
+        found, self._read_failures = self._read_failures, []
         return found
 
     def note(self, found: list[ReadFailure]) -> None:
-        self._findings += found
+        self._read_failures += found
         self._noted.update((each.kind, each.file, each.row) for each in found)
 
     def _round(self) -> None:
         """One window of every live slot, from all ranks."""
         gathered = self._world.gather(self._mine())
         if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
-            raise heard(failed[0])
+            raise decode_stop(failed[0])
         shares: dict[int, list[TokenizedShare]] = {slot: [] for slot in self._live}
-        for piece in (piece for data in gathered for piece in unpack(data[1:])):
+        for piece in (piece for data in gathered for piece in deserialize(data[1:])):
             shares[piece.slot].append(piece)
         for pieces in shares.values():
-            self._accept(joined(pieces))
+            self._accept(merge_shares(pieces))
         self._refuse_too_much()
         if not self._live:
             self._next_epoch()
-        self._marks.append(self._mark())
+        self._snapshots.append(self._snapshot())
 
     def _mine(self) -> bytes:
         """This rank's part of the round, or why there is none."""
         try:
-            return b"=" + pack([reader.next() for reader in self._live.values() if reader is not None])
+            return b"=" + serialize([reader.next() for reader in self._live.values() if reader is not None])
         except Exception as error:  # whatever it is, the others wait for it
             if not isinstance(error, DataStop):
                 log.error("%s cannot be read", self.label, exc_info=error)
-            return b"!" + told(error, self._world.rank)
+            return b"!" + encode_stop(error, self._world.rank)
 
     def _accept(self, piece: TokenizedShare) -> None:
         self._cursors[piece.slot] = piece.after
@@ -234,7 +247,7 @@ class StreamRows(RowSource):
             if (key := (each.kind, each.file, each.row)) in self._noted:
                 self._noted.remove(key)  # the next epoch tells it again
             else:
-                self._findings.append(each)
+                self._read_failures.append(each)
 
     def _next_epoch(self) -> None:
         if self._counts["documents"] == 0:
@@ -263,12 +276,12 @@ class StreamRows(RowSource):
         share = (owners.index(rank), len(owners))
         return Prefetcher(
             items,
-            lambda window: tokenized(window, slot, share, self._recipe, self._shards),
+            lambda window: tokenize_share(window, slot, share, self._tokenization, self._shards),
             self._pool,
             self._settings.ahead,
         )
 
-    def _mark(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "slots": [list(cursor) if cursor else None for cursor in self._cursors],
@@ -278,8 +291,8 @@ class StreamRows(RowSource):
 
     def _forget(self, buffer: np.ndarray) -> None:
         """Drop rounds that are used up, tokens and marks."""
-        while len(self._marks) > 1 and self._marks[1]["position"] <= self._next:
-            self._marks.popleft()
+        while len(self._snapshots) > 1 and self._snapshots[1]["position"] <= self._next:
+            self._snapshots.popleft()
         self._parts = [buffer[min(self._next, self._end) - self._begin :]]
         self._begin = min(self._next, self._end)
 

@@ -10,7 +10,7 @@ import xxhash
 from ..errors import BadData
 from ..permutation import permutation
 from ..tokenizer import Tokenizer
-from .shards import Bad, Failed, Row, Shards
+from .shards import BadRow, FailedShard, Row, Shards
 
 HELD_OUT = -1
 """Stands for the length of a document that is kept for validation."""
@@ -29,7 +29,7 @@ class Window(NamedTuple):
     """The shard cannot be read any further: the rows that it gave in all, and the reason."""
 
 
-class Recipe(NamedTuple):
+class Tokenization(NamedTuple):
     """How rows become tokens."""
 
     tokenizer: Tokenizer
@@ -67,7 +67,7 @@ def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: 
     for place in range(beginning, len(order)):
         shard, numbers, rows, failed = order[place], [], [], None
         for number, row in enumerate(shards.rows(shard, first), first):
-            if isinstance(row, Failed):
+            if isinstance(row, FailedShard):
                 failed = (number, row.reason)
                 break
             numbers.append(number)
@@ -86,20 +86,20 @@ def _shuffled(window: Window, *key: object) -> Window:
     return window._replace(numbers=[window.numbers[i] for i in order], rows=[window.rows[i] for i in order])
 
 
-def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe, shards: Shards) -> TokenizedShare:
+def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenization: Tokenization, shards: Shards) -> TokenizedShare:
     """A rank's share of a window."""
     chosen = range(share[0], len(window.rows), share[1])
-    found = [prepared_row(window.rows[index], recipe) for index in chosen]
+    found = [parse_row(window.rows[index], tokenization) for index in chosen]
     texts = [text for text in found if isinstance(text, str)]
-    encoded = iter(recipe.tokenizer.encode_batch(texts, threads=1))
-    parts, lengths, bad, end = [], [], [], [recipe.tokenizer.end_of_document]
+    encoded = iter(tokenization.tokenizer.encode_batch(texts, threads=1))
+    parts, lengths, bad, end = [], [], [], [tokenization.tokenizer.end_of_document]
     for index, item in zip(chosen, found, strict=True):
         ids = next(encoded) if isinstance(item, str) else item
-        if isinstance(ids, Bad):
+        if isinstance(ids, BadRow):
             bad.append((shards.names[window.shard], window.numbers[index], ids.reason))
         elif ids is not None:
             parts += [np.asarray(ids, dtype=np.int32), end]
-        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, Bad) else len(ids) + 1)
+        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, BadRow) else len(ids) + 1)
     tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
     failed = window.failed and (shards.names[window.shard], *window.failed)
     return TokenizedShare(
@@ -107,22 +107,22 @@ def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe,
     )
 
 
-def prepared_row(row: Row, recipe: Recipe) -> str | np.ndarray | Bad | None:
+def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow | None:
     """Text or ids to train on; None for validation."""
-    if isinstance(row, Bad):
+    if isinstance(row, BadRow):
         return row
     if isinstance(row, np.ndarray):
-        wrong = row[(row < 0) | (row >= recipe.tokenizer.size)]
-        return Bad(f"id {wrong[0]} is not below the tokenizer's {recipe.tokenizer.size}") if len(wrong) else row
-    if len(row) > recipe.longest:
-        return Bad(f"{len(row)} bytes, more than data.longest_row={recipe.longest}")
+        wrong = row[(row < 0) | (row >= tokenization.tokenizer.size)]
+        return BadRow(f"id {wrong[0]} is not below the tokenizer's {tokenization.tokenizer.size}") if len(wrong) else row
+    if len(row) > tokenization.longest:
+        return BadRow(f"{len(row)} bytes, more than data.longest_row={tokenization.longest}")
     if not row.strip():
-        return Bad("empty")
+        return BadRow("empty")
     try:
         text = row.decode()
     except UnicodeDecodeError:
-        return Bad("not UTF-8")
-    return None if is_held_out(row, recipe.held_out) else text
+        return BadRow("not UTF-8")
+    return None if is_held_out(row, tokenization.held_out) else text
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
@@ -130,14 +130,14 @@ def is_held_out(text: bytes, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(text) < fraction * 2**64
 
 
-def pack(pieces: list[TokenizedShare]) -> bytes:
+def serialize(pieces: list[TokenizedShare]) -> bytes:
     """For the way to the other ranks: a line of JSON, then the tokens."""
     heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
     return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
 
 
-def unpack(data: bytes) -> list[TokenizedShare]:
-    """What `pack` packed."""
+def deserialize(data: bytes) -> list[TokenizedShare]:
+    """What `serialize` packed."""
     head, _, body = data.partition(b"\n")
     tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
     for slot, after, share, lengths, bad, failed, size, count in json.loads(head):
@@ -149,7 +149,7 @@ def unpack(data: bytes) -> list[TokenizedShare]:
     return pieces
 
 
-def joined(pieces: list[TokenizedShare]) -> TokenizedShare:
+def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
     """All shares of one window as one. BadData if they are not of the same rows."""
     if len(pieces) == 1:
         return pieces[0]

@@ -85,7 +85,7 @@ def test_another_host_is_said_once(serve, code: int) -> None:
 def test_no_password_of_a_redirect_is_said() -> None:
     request, place = http_response.urllib.request.Request("http://1.1.1.1/x"), "http://me:passw0rd@1.0.0.1/y"
     with heard() as said:
-        http_response.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), place)
+        http_response.RedirectHandler().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), place)
     assert said == ["data: 1.1.1.1 redirects to 1.0.0.1"]
 
 
@@ -129,12 +129,12 @@ def test_nothing_leads_nearer_home(far: str, host: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *more, **rest: right(known.get(name, name), *more, **rest))
     request = http_response.urllib.request.Request("http://far.example/x")
     with pytest.raises(ValueError, match=r"redirects to http://home.example/y, an address of this machine"):
-        http_response.Redirects().redirect_request(
+        http_response.RedirectHandler().redirect_request(
             request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://home.example/y"
         )
     request = http_response.urllib.request.Request("https://far.example/x")
     with pytest.raises(ValueError, match="by another protocol"):
-        http_response.Redirects().redirect_request(
+        http_response.RedirectHandler().redirect_request(
             request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://far.example/y"
         )
 
