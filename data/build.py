@@ -1,4 +1,4 @@
-"""Everything between the settings and the first batch."""
+"""Builds the data pipeline of a run: tokenizer, training batches and validation batches."""
 
 import logging
 import threading
@@ -26,20 +26,20 @@ log = logging.getLogger("tokenyard")
 
 
 class Facts(NamedTuple):
-    """What the start-up table and the report say about the data; ranks that train together have equal facts."""
+    """Numbers about the data for the start-up table and the report; equal on all ranks."""
 
     train_documents: int | None
-    """None: not known, the documents are streamed."""
+    """None if the documents are streamed: their number is not known."""
     train_tokens: int | None
     validation_documents: int
     validation_tokens: int
     bytes_per_token: float
-    """Of the training documents; of the validation documents if those are streamed."""
+    """In the training documents, or in the validation documents if the former are streamed."""
     undecodable: int
     duplicates: int
     empty: int
     unigram_entropy: float
-    """Of the validation tokens, nats per token."""
+    """Nats per token of the validation tokens."""
     train_fingerprint: str
     validation_fingerprint: str
     tokenizer_hash: str
@@ -61,10 +61,10 @@ def prepare(
     world: World | None = None,
     validation_sequences: int = 256,
 ) -> DataPipeline:
-    """Open the corpus, training a tokenizer and tokenizing where the cache has neither.
+    """Open the corpus; trains a tokenizer and tokenizes where the cache lacks the result.
 
-    Any number of processes may call this at once; to save work let rank 0 be first, the others then find all in the cache.
-    `world` shares the tokenizing of streamed data. Raises a ValueError of one line for settings that cannot work.
+    Any number of processes may call this at once. Call it on rank 0 first to save work: the others find everything in the cache.
+    The ranks of `world` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
     """
     check_corpus(config)
     cache = cache_folder(config)
@@ -80,18 +80,18 @@ def prepare(
 
 
 class BatchSettings(NamedTuple):
-    """What decides the batches beside the data, and who makes them."""
+    """What the batches depend on in addition to the data, and the ranks that make them."""
 
     length: int
     seed: int
     sequences: int
     world: World
     validation: int
-    """Sequences to validate on."""
+    """Validation sequences."""
 
 
 def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """The tokenizer of a run, trained on samples of its sources if it is none that exists."""
+    """The tokenizer of a run; trained on samples of its sources unless the configuration names one."""
     tokenizer = ready_tokenizer(tokenizer_config)
     if tokenizer is not None:
         return tokenizer
@@ -99,19 +99,19 @@ def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache:
         raise ValueError(f"tokenizer.path=null cannot be trained on tokens; take {tokenizer_overrides(Path(config.path or ''))}")
     parts, limit = mixture_sources(config), tokenizer_config.sample_bytes
     total = sum(part.weight for part in parts)
-    texts = [text for part in parts for text in part_texts(part, max(1, round(limit * part.weight / total)))]
+    texts = [text for part in parts for text in _sample(part, max(1, round(limit * part.weight / total)))]
     return trained_tokenizer(tokenizer_config, texts, cache)
 
 
-def part_texts(part: MixtureSource, limit: int) -> list[str]:
-    """Beginnings of training documents of one source, about `limit` bytes."""
+def _sample(part: MixtureSource, limit: int) -> list[str]:
+    """Beginnings of training documents of one source, together about `limit` bytes."""
     if part.config.corpus in STREAMED:
         return sample_texts(OpenedSource(part, open_shards(part.config, retry_policy(part.config))), limit)
     return [] if part.config.corpus is Corpus.prepared else sample(survey(part.config), limit)
 
 
 def retry_policy(config: DataConfig) -> RetryPolicy:
-    """That of the settings."""
+    """The RetryPolicy of the settings, with a `closed` event of its own."""
     return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 

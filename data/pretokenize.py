@@ -1,4 +1,4 @@
-"""`tokenyard prepare`: tokenize once into shards, by several processes; what is finished is kept when it is started again."""
+"""`tokenyard prepare`: tokenizes a source into shards, in several processes; started again, it keeps what is finished."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 class PretokenizeJob(NamedTuple):
-    """The blocks of 256 rows of a shard whose number has a remainder: part `part` of `parts`."""
+    """Part `part` of the `parts` of a shard: every `parts`-th block of 256 rows."""
 
     folder: str
     config: DataConfig
@@ -38,7 +38,7 @@ class PretokenizeJob(NamedTuple):
     part: int
     parts: int
     key: str
-    """Of the data, the tokenizer and the settings."""
+    """Hash of the data, the tokenizer and the settings."""
 
     @property
     def name(self) -> str:
@@ -48,9 +48,9 @@ class PretokenizeJob(NamedTuple):
 def pretokenize_stream(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
-    """Fill `folder` and return its manifest. `progress` is told of shards done, of how many, and tokens.
+    """Fill `folder` from a streamed source and return its manifest. `progress(done, total, tokens)` is called after each shard.
 
-    Neither the number of processes nor interruptions change a byte. ValueError of one line if the folder has other data.
+    Neither the number of processes nor interruptions change a byte. ValueError, one line, if the folder has other data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     retry = RetryPolicy(config.patience_seconds, config.stall_seconds)
@@ -77,7 +77,7 @@ def pretokenize_stream(
 
 
 def write_arrays(tokenizer: Tokenizer, folder: Path, splits: dict[str, TokenArray]) -> dict[str, Any]:
-    """The same of a corpus that is tokenized already: a shard for each split."""
+    """Like `pretokenize_stream`, for a source that is tokenized already: one shard for each split."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER_FOLDER)
     records = {}
@@ -112,7 +112,7 @@ def _run_jobs(jobs: list[PretokenizeJob], processes: int) -> Any:
 
 
 def run_job(job: PretokenizeJob) -> dict[str, Any]:
-    """One job, in a process of its own."""
+    """Runs in a worker process: tokenizes one part and returns its records, by split."""
     shards = open_shards(job.config, RetryPolicy(job.config.patience_seconds, job.config.stall_seconds))
     tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
     with ExitStack() as stack:
@@ -127,7 +127,7 @@ def run_job(job: PretokenizeJob) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """An .npy file that grows."""
+    """Appends to an .npy file."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer) -> None:
         self._path, self._kind = folder / name, id_type(tokenizer)
@@ -138,7 +138,7 @@ class ShardWriter:
         write_header(self._file, self._kind, 0)
 
     def write(self, piece: Any) -> None:
-        """Append the documents of a piece."""
+        """Append the documents of a TokenizedShare."""
         ids = piece.tokens.astype(self._kind).tobytes()
         self._file.write(ids)
         self._hash.update(ids)
@@ -148,7 +148,7 @@ class ShardWriter:
         self._bad += [f"{name} row {row}: {reason}" for name, row, reason in piece.bad]
 
     def finish(self) -> ShardRecord:
-        """Give the file its name."""
+        """Complete the header and give the file its final name."""
         self._file.seek(0)
         write_header(self._file, self._kind, self._tokens)
         self._file.flush()
@@ -158,7 +158,7 @@ class ShardWriter:
         return ShardRecord(self._path.name, self._tokens, self._documents, self._bytes, self._hash.hexdigest(), self._bad)
 
     def close(self) -> None:
-        """Without `finish` it stays unfinished."""
+        """Close the file; without `finish` it keeps its temporary name."""
         self._file.close()
 
 
@@ -178,7 +178,7 @@ def _blocks(shards: Shards, job: PretokenizeJob) -> Any:
 
 
 def _split(window: Window, fraction: float) -> dict[str, Window]:
-    """Documents for validation, chosen as in streams, and everything else."""
+    """The rows of each split, by the same hash as in streams."""
     held = [isinstance(row, bytes) and is_held_out(row, fraction) for row in window.rows]
     return {
         split: window._replace(
@@ -215,7 +215,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def check_preparable(config: DataConfig) -> None:
-    """ValueError of one line for what is no single source of text."""
+    """ValueError, one line, unless `config` is a single source of text."""
     check_corpus(config)
     if config.corpus in (Corpus.mix, Corpus.prepared):
         raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
@@ -224,7 +224,7 @@ def check_preparable(config: DataConfig) -> None:
 def prepare_command(
     config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
-    """All of it. ValueError of one line for what cannot be prepared."""
+    """Run `tokenyard prepare`; returns the manifest. ValueError, one line, for what cannot be prepared."""
     from .build import open_tokenizer
     from .stream.source import open_array
 

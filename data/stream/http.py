@@ -1,4 +1,4 @@
-"""Files behind HTTP as seekable byte streams, which outlive servers that fail, stall or hang up in the middle."""
+"""Files behind HTTP as seekable byte streams that survive servers that fail, stall or disconnect."""
 
 import errno
 import http.client
@@ -16,32 +16,33 @@ from .http_response import Response, get_from
 TRANSIENT_STATUS = (408, 425, 429)
 LONGEST_DELAY = 30.0
 PROGRESS = 1 << 16
-"""Bytes that a file must give for its patience to begin anew."""
+"""Bytes after which the time that was spent waiting is forgotten."""
 SLOWEST = 1024.0
-"""Bytes a second; what comes more slowly uses patience up."""
+"""Bytes per second; time beyond that counts as waiting."""
 PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-"""Errors of the operating system that stay, however often one asks."""
+"""Errors of the operating system that do not go away when tried again."""
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 Item = TypeVar("Item")
 
 
 class RetryPolicy(NamedTuple):
-    """How long to wait for a source. Once `closed` is set nobody waits any more."""
+    """How long to wait for a source that does not answer."""
 
     seconds: float = 240.0
-    """Without any progress."""
+    """In total, without progress."""
     stall: float = 30.0
-    """Without a byte on an open connection."""
+    """On an open connection, without a byte."""
     closed: threading.Event = threading.Event()
+    """Once it is set, nobody waits any more."""
 
 
 def open_url(url: str, retry: RetryPolicy) -> io.BufferedReader:
-    """The file at `url`, for reading. ValueError if the server says that there is none."""
+    """The file at `url`, for reading. ValueError if the server refuses it."""
     return io.BufferedReader(HttpFile(url, retry), 1 << 20)
 
 
 def retry_items(read: Callable[[int], Iterator[Item]], first: int, what: str, retry: RetryPolicy) -> Iterator[Item]:
-    """`read(first)`, and if the source fails at its n-th item `read(first + n)`. Raises DataUnavailable at the end of patience."""
+    """Yields from `read(first)`; after a transient error at item n, from `read(first + n)`. DataUnavailable if that goes on."""
     at, backoff = first, Backoff(what, retry)
     while True:
         begin = time.monotonic()
@@ -59,22 +60,22 @@ def retry_items(read: Callable[[int], Iterator[Item]], first: int, what: str, re
 
 
 def retry_call(action: Callable[[], Item], what: str, retry: RetryPolicy) -> Item:
-    """What `action` returns, tried again as long as it fails with an error that may pass."""
+    """The result of `action`, called again while it raises a transient error. DataUnavailable if that goes on."""
     return next(retry_items(lambda _: iter([action()]), 0, what, retry))
 
 
 @final
 class HttpFile(io.RawIOBase):
-    """One connection that is opened again at the same byte when it fails."""
+    """A file behind one connection, which is reopened at the same byte when it fails."""
 
     def __init__(self, url: str, retry: RetryPolicy) -> None:
         self.url = url
         self.tag = ""
-        """What the server says of the version of the file."""
+        """The server's ETag or date of the file."""
         self.size = -1
-        """-1 until it is known: of an answer in chunks without a length it is at its end."""
+        """-1 until it is known: for a chunked response without a length, at its end."""
         self._at = self._place = self._end = 0
-        """The next byte wanted, the next of the open answer, and the one behind that answer, -1 if it does not say."""
+        """Offsets of the next byte to return, the next byte of the open response, and that response's end (-1: unknown)."""
         self._answered = False
         self._response: Response | None = None
         self._timeout = retry.stall
@@ -114,7 +115,7 @@ class HttpFile(io.RawIOBase):
         super().close()
 
     def _some(self, wanted: int) -> bytes:
-        """What comes next of the open answer, without the bytes that an answer begins with before the one asked for."""
+        """The next bytes of the open response, without those that it has before the requested one."""
         begin = time.monotonic()
         if self._response is None:
             self._connect()
@@ -123,9 +124,9 @@ class HttpFile(io.RawIOBase):
         left = wanted if self.size < 0 else min(wanted, self.size - self._at)
         data = self._response.some(min(ahead + left, 1 << 20))
         if not data and self.size < 0 and not ahead:
-            self.size = self._place  # the mark at the end of the chunks was there, or it would have raised
+            self.size = self._place  # the last chunk was received, or the read would have raised
         elif not data and self._place == self._end:
-            self._connect()  # whole, but not all of the file: servers may give less than they are asked for
+            self._connect()  # the response is complete but shorter than requested, as servers may send
         elif not data:
             raise ConnectionError(f"connection closed at byte {self._place} of {self.size}")
         self._place += len(data)
@@ -168,9 +169,9 @@ class HttpFile(io.RawIOBase):
 
 
 def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, int]:
-    """The byte that an answer begins with, the one behind it, and the size of the whole file; -1 if it does not say.
+    """First byte and end of a response, and the size of the whole file; -1 for what it does not state.
 
-    `asked`: for this byte. A server that knows no ranges begins anew.
+    asked: the requested first byte. A server without ranges sends the file from its start.
     """
     partial, stated = response.status == 206, response.headers.get("Content-Range")
     if not partial or stated is None:
@@ -185,7 +186,7 @@ def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, i
 
 @final
 class Backoff:
-    """Waits between attempts, each time twice as long. Time in which nobody asks the source does not count."""
+    """Exponential backoff between attempts. Counts only the time in which the source is asked."""
 
     def __init__(self, what: str, retry: RetryPolicy) -> None:
         self._what = what
@@ -193,11 +194,11 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """There was progress."""
+        """Forget the time spent, after progress."""
         self._delay, self._spent, self._got = 0.1, 0.0, 0
 
     def got(self, count: int, new: int, begin: float) -> None:
-        """So many bytes came since `begin`, `new` of them for the first time. Raises DataUnavailable if they come too slowly."""
+        """Count bytes received since `begin`, `new` of them for the first time. DataUnavailable if they come too slowly."""
         self._got += new
         self._spent += max(0.0, time.monotonic() - begin - count / SLOWEST)
         if self._got >= PROGRESS:
@@ -206,7 +207,7 @@ class Backoff:
             raise DataUnavailable(f"{self._what} gave {self._got} bytes in {self._spent:.0f} s")
 
     def wait(self, error: BaseException, begin: float) -> None:
-        """After an attempt since `begin`. Raises DataUnavailable if patience would end before the next one."""
+        """Wait after an attempt that began at `begin` and failed. DataUnavailable if the next one would come too late."""
         self._spent += time.monotonic() - begin
         if self._spent + self._delay > self._retry.seconds or self._retry.closed.wait(self._delay):
             reason = f"{type(error).__name__}: {error}"
@@ -216,7 +217,7 @@ class Backoff:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error may go away by itself; httpx is how huggingface_hub reads."""
+    """Whether an error may go away when tried again. huggingface_hub raises those of httpx."""
     import httpx
 
     if isinstance(error, ConnectionError | TimeoutError | httpx.HTTPError):

@@ -1,4 +1,4 @@
-"""The shards of a source and their rows, read from any row on. A row that cannot be read is given as such, never left out."""
+"""The shards of a source and their rows, read from any row on. A row that cannot be read is yielded as a BadRow, never skipped."""
 
 import json
 import lzma
@@ -17,49 +17,49 @@ from .files import find_files, fingerprint, open_raw, open_shard, short_names, v
 from .http import RetryPolicy, is_transient, retry_call, retry_items
 
 BATCH_ROWS = 256
-"""Rows that are read at a time where a format gives several."""
+"""Rows read at a time, in formats that have batches."""
 LINE_OVERHEAD = 1 << 20
-"""Bytes of a line beside its document."""
+"""Bytes that a line may have in addition to its document."""
 ESCAPED = 6
-"""Bytes that JSON may need for one byte of a document."""
+"""Most bytes that JSON takes for one byte of a document."""
 SKIPPED_BYTES = 1 << 20
-"""Bytes of a line that is too long, of which no more are held at a time."""
+"""Bytes read at a time of a line that is too long."""
 NO_ROW_FACTOR = 32
-"""Times the longest row, a line is no row."""
+"""A line of this many times the longest row is not skipped: the shard fails."""
 
 
 class BadRow(NamedTuple):
-    """A row without text."""
+    """A row without usable text or ids."""
 
     reason: str
 
 
 class FailedShard(NamedTuple):
-    """Stands behind the last row of a shard that could be read, if that is not the last that it had."""
+    """Yielded in place of the rows of a shard from one that cannot be read on."""
 
     reason: str
 
 
 Row = bytes | np.ndarray | BadRow
-"""The UTF-8 text of a document, its token ids, or neither."""
+"""The UTF-8 text of a document, its token ids, or a BadRow."""
 
 
 class Shards(ABC):
     names: list[str]
-    """What a message calls each shard."""
+    """Name of each shard in messages."""
     fingerprint: str
-    """Differs for other data."""
+    """Hash of what identifies the data."""
 
     @abstractmethod
     def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
-        """The rows of a shard from row `first` on. Raises DataUnavailable if its source stays silent.
+        """The rows of a shard from row `first` on. Raises DataUnavailable if its source does not answer.
 
-        If the shard fails there is a Failed at the end, at the same place wherever reading began.
+        If the shard fails, the last item is a FailedShard, at the same row wherever reading began.
         """
 
 
 def open_shards(config: DataConfig, retry: RetryPolicy) -> Shards:
-    """The shards of a streamed source. ValueError of one line if there are none."""
+    """The shards of a streamed source. ValueError, one line, if there are none."""
     if config.corpus is Corpus.hf:
         return open_hub(config, retry)
     assert config.path is not None
@@ -67,7 +67,7 @@ def open_shards(config: DataConfig, retry: RetryPolicy) -> Shards:
 
 
 def file_shards(paths: list[str], kind: Corpus, config: DataConfig, retry: RetryPolicy) -> Shards:
-    """Shards of known format: parquet, jsonl or lines."""
+    """Shards in the format `kind`: parquet, jsonl or lines."""
     if kind is Corpus.parquet:
         return ParquetShards(paths, config.column, retry)
     return LineShards(paths, config.column if kind is Corpus.jsonl else None, retry, config.longest_row)
@@ -102,9 +102,9 @@ class LineShards(Shards):
 
 
 def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes | BadRow]:
-    """The lines of a file with documents of up to `longest` bytes, each written in up to `escaped` bytes; longer ones are bad rows.
+    """The lines of a file; a BadRow for one that cannot be a document of at most `longest` bytes, each in up to `escaped` bytes.
 
-    ValueError for a line that is no row at all: a small compressed file may hold one that takes hours.
+    ValueError for an excessive line: a small compressed file may hold one that would take hours to read.
     """
     most, size = escaped * longest + LINE_OVERHEAD, 0
     while line := file.readline(most):
@@ -121,7 +121,7 @@ def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes
 
 @final
 class ParquetShards(Shards):
-    """A row for each row of the column; row groups before the first wanted row are not read."""
+    """The rows of one column. Row groups before the first wanted row are not read."""
 
     def __init__(self, paths: list[str], column: str, retry: RetryPolicy) -> None:
         self.names = short_names(paths)
@@ -147,7 +147,7 @@ class ParquetShards(Shards):
                 if self._column not in names:
                     yield no_column(self._column, names)
                     return
-                # Group by group, so that the batches, and what a damaged one takes along, are the same wherever reading begins.
+                # Group by group, so that batches, and the rows lost with a damaged one, are the same wherever reading begins.
                 for batch in (b for at in range(group, len(sizes)) for b in file.iter_batches(BATCH_ROWS, [at], [self._column])):
                     for item in column_rows(batch.column(0)):
                         if row >= first:
@@ -160,41 +160,41 @@ class ParquetShards(Shards):
 
 
 BROKEN_FILE = (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
-"""What truncated or damaged files raise, once errors that may go away are taken out."""
+"""Errors of truncated or damaged files, apart from transient ones."""
 
 
 def no_column(column: str, names: list[str]) -> FailedShard:
-    """A shard with these columns only."""
+    """The failure of a shard that lacks the column."""
     return FailedShard(f"no column {column}, there are {', '.join(names[:8])}")
 
 
 def error_text(error: BaseException) -> str:
-    """On one line, without the path, which the name of the shard stands for."""
+    """The message in one line, without the path: the shard's name is added to it."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def column_rows(values: Any) -> list[Row]:
-    """An Arrow array of text or of lists of ids as rows."""
+    """The rows of an Arrow array of text or of lists of ids."""
     import pyarrow as pa
     import pyarrow.types as kinds
 
     if kinds.is_string(values.type) or kinds.is_large_string(values.type):
-        # As bytes: Arrow does not check what a file calls UTF-8, and one bad row must not take the others with it.
+        # As bytes: Arrow does not check that text is UTF-8, and a bad row must not fail the others of its batch.
         texts = values.cast(pa.large_binary() if kinds.is_large_string(values.type) else pa.binary()).to_pylist()
         return [BadRow("null") if text is None else text for text in texts]
     return [_arrow_row(value) for value in values]
 
 
 def _arrow_row(value: Any) -> Row:
-    """A row of an Arrow value; one that Python has no value for, as a date after the year 9999, takes no other row with it."""
+    """The row of an Arrow value; a BadRow if Python cannot represent it, such as a date after the year 9999."""
     try:
         return value_row(value.as_py())
-    except Exception as error:  # whatever the type of the column raises
+    except Exception as error:  # the errors depend on the column's type
         return BadRow(f"is {value.type}, which cannot be read ({error_text(error)})")
 
 
 def value_row(value: Any) -> Row:
-    """A row of a Python value."""
+    """The row of a Python value."""
     match value:
         case str():
             return value.encode(errors="surrogatepass")
@@ -223,14 +223,14 @@ def _json_row(line: bytes, key: str) -> Row:
     return value_row(record[key])
 
 
-# Data sets of the Hugging Face hub, through `datasets`: which files a split has, and formats that only `datasets` reads.
+# Data sets of the Hugging Face hub: `datasets` finds the files of a split and reads formats that the readers above do not.
 
 
 def open_hub(config: DataConfig, retry: RetryPolicy) -> Shards:
-    """The split of a data set by name, or of a folder that is laid out as one.
+    """The split of a data set on the hub, or of a folder with the layout of one.
 
-    Files of parquet, of JSON lines and of text are read by our own readers, which lose no row to a bad neighbour and begin at any
-    row; everything else by an IterableDataset. ValueError of one line if the hub does not know it, or if it names files of others.
+    Files of parquet, JSON lines and text are read by the readers above, which lose no row to a bad neighbour and begin at any row;
+    everything else by an IterableDataset. ValueError, one line, if the hub does not know it, or if it names files of others.
     """
     name = str(Path(config.name or "").expanduser()) if Path(config.name or "").expanduser().exists() else config.name or ""
     builder = retry_call(lambda: _builder(config, name), f"data.name={config.name}", retry)
@@ -246,21 +246,21 @@ def open_hub(config: DataConfig, retry: RetryPolicy) -> Shards:
 
 
 def _builder(config: DataConfig, name: str) -> Any:
-    """What `datasets` makes of it. ConnectionError if the hub cannot be reached, ValueError if it knows no such data set."""
+    """The builder of `datasets`. A transient error if the hub cannot be reached, ValueError if the data set is unknown."""
     import datasets
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     refuse_outside_card(name)
     try:
         return datasets.load_dataset_builder(name, config.subset, revision=config.revision)
-    except Exception as error:  # whatever the hub, the network and the builders raise
+    except Exception as error:  # the hub, the network and the builders raise many types
         if is_transient(error) and not isinstance(error, OfflineModeIsEnabled):
             raise
         raise ValueError(f"data.name={config.name} cannot be opened: {error_text(error)}") from error
 
 
 def refuse_outside_card(name: str) -> None:
-    """ValueError if the card of the folder `name` names a place outside of it: before `datasets` looks there, or asks a server."""
+    """ValueError if the card of the folder `name` names a path or URL outside of it; checked before `datasets` follows it."""
     import yaml
     from huggingface_hub import DatasetCard
 
@@ -277,7 +277,7 @@ def refuse_outside_card(name: str) -> None:
 
 
 def _card_paths(found: list[Any]) -> Iterator[str]:
-    """All texts under the keys data_files and data_dir; with aliases YAML may hold one thing in many places."""
+    """All strings under the keys data_files and data_dir. Visits each object once: YAML aliases may repeat one many times."""
     left, seen = [(each, False) for each in found], set[tuple[int, bool]]()
     while left:
         thing, named = left.pop()
@@ -293,7 +293,7 @@ def _card_paths(found: list[Any]) -> Iterator[str]:
 
 
 def refuse_foreign_files(name: str, files: list[str]) -> None:
-    """ValueError for a file that is not of the data set `name`."""
+    """ValueError for a file that does not belong to the data set `name`."""
     if Path(name).exists():
         return refuse_outside(Path(name), files, "data.name")
     for file in files:
@@ -304,7 +304,7 @@ def refuse_foreign_files(name: str, files: list[str]) -> None:
 
 @final
 class HubShards(Shards):
-    """An IterableDataset, shard by shard. `skip` finds a row again exactly; its shuffle buffer, which does not, is not used."""
+    """The shards of an IterableDataset. Its `skip` finds a row again; its shuffle buffer, which cannot be resumed, is not used."""
 
     def __init__(self, config: DataConfig, name: str, files: list[str], retry: RetryPolicy) -> None:
         import datasets
@@ -329,7 +329,7 @@ class HubShards(Shards):
                     return
                 yield from column_rows(table.column(self._column).combine_chunks())[above:]
                 above = 0
-        except Exception as error:  # whatever a builder raises
+        except Exception as error:  # builders raise many types
             if is_transient(error):
                 raise
             yield FailedShard(error_text(error))

@@ -1,4 +1,4 @@
-"""From the configuration to the mixture of sources that a run trains on, and to what is held out of it."""
+"""Opens the sources of a run: the mixture to train on, the validation documents, and samples for a tokenizer."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ SAMPLED_SHARDS = 16
 
 
 class OpenedSource(NamedTuple):
-    """The shards of a streamed source."""
+    """A streamed source and its shards."""
 
     part: MixtureSource
     shards: Shards
@@ -41,13 +41,13 @@ def build_mixture(
     world: World,
     pool: ThreadPoolExecutor | None,
 ) -> Mixture:
-    """All sources of a run. ValueError of one line for a source that has no row."""
+    """The mixture of all sources. ValueError, one line, for a source without a row."""
     sources = [_source(part, tokenizer, cache, seed, length, world, pool) for part in parts]
     return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
 
 
 def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> TokenArray:
-    """A source that is an array: a corpus, tokenized now if need be, or prepared shards."""
+    """The tokens of a source that is not streamed: a corpus, tokenized now if the cache lacks it, or pretokenized shards."""
     if config.corpus is Corpus.prepared:
         return open_pretokenized(config, tokenizer.hash, split)
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
@@ -56,9 +56,9 @@ def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path
 def held_out_tokens(
     opened: OpenedSource, tokenizer: Tokenizer, cache: Path, wanted: int, note: Callable[[list[ReadFailure]], None] = lambda _: None
 ) -> TokenArray:
-    """At least `wanted` tokens (if there are so many) of the documents of a streamed source that are kept for validation.
+    """Validation documents of a streamed source, until they have `wanted` tokens or the source ends.
 
-    `note` is given what cannot be read. BadData if for that reason there is no document, ValueError if there is none otherwise.
+    `note` is called with what could not be read. If there is no document: BadData if read failures may be why, else ValueError.
     """
     config = opened.part.config
     parts = ("held out 1", opened.shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row, wanted)
@@ -70,7 +70,7 @@ def held_out_tokens(
 
 
 def sample_texts(opened: OpenedSource, limit: int) -> list[str]:
-    """Beginnings of training documents of up to 16 shards, together about `limit` bytes: the same for the same data."""
+    """Beginnings of training documents of up to 16 shards, together about `limit` bytes; deterministic."""
     shards, tokenization, texts, found = opened.shards, _tokenization(opened.part.config, None), [], _SourceScan(opened)
     chosen = range(0, len(shards.names), max(1, len(shards.names) // SAMPLED_SHARDS))
     for shard in chosen:
@@ -87,7 +87,7 @@ def sample_texts(opened: OpenedSource, limit: int) -> list[str]:
 
 
 def concatenate_tokens(parts: list[TokenArray], weights: list[float], wanted: int) -> TokenArray:
-    """TokenArray of each in proportion to the weights, together about `wanted`."""
+    """About `wanted` tokens: the first of each part, in proportion to the weights."""
     shares = token_shares(parts, weights, wanted)
     ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
     running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
@@ -96,10 +96,10 @@ def concatenate_tokens(parts: list[TokenArray], weights: list[float], wanted: in
 
 
 def token_shares(parts: list[TokenArray], weights: list[float], wanted: int) -> list[int]:
-    """How many tokens of each part `concatenate_tokens` takes."""
+    """The number of tokens that `concatenate_tokens` takes of each part."""
     total = sum(weights)
     shares = [min(len(part.ids), max(2, round(wanted * weight / total))) for part, weight in zip(parts, weights, strict=True)]
-    for index in reversed(range(len(parts))):  # what rounding has taken away, of those that have more
+    for index in reversed(range(len(parts))):  # make up for rounding, from parts that have more tokens
         shares[index] += min(len(parts[index].ids) - shares[index], max(0, wanted - sum(shares)))
     return shares
 
@@ -131,7 +131,7 @@ def _tokenization(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenizati
 
 
 def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, folder: Path) -> list[ReadFailure]:
-    """What could not be read."""
+    """Write validation documents to `folder`. Returns what could not be read."""
     found, parts, documents, size, tokens = _SourceScan(opened), [], 0, 0, 0
     for text in _held_out_texts(found, tokenizer):
         parts.append(np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.uint32))
@@ -159,7 +159,7 @@ def _held_out_texts(found: "_SourceScan", tokenizer: Tokenizer) -> Iterator[str]
 
 
 class _SourceScan:
-    """What cannot be read of a source, before the run begins."""
+    """Reads a source before the run begins, and collects what cannot be read."""
 
     def __init__(self, opened: OpenedSource) -> None:
         self.opened, self.count = opened, 0
@@ -167,7 +167,7 @@ class _SourceScan:
         self.bad: list[ReadFailure] = []
 
     def rows(self, shard: int, tokenization: Tokenization) -> Iterator[tuple[Row, Any]]:
-        """The rows of a shard that are documents, each with what `parse_row` makes of it."""
+        """The rows of a shard that are not bad, each with the result of `parse_row`."""
         label, name = self.opened.part.label, self.opened.shards.names[shard]
         for number, row in enumerate(self.opened.shards.rows(shard, 0)):
             if isinstance(row, FailedShard):
@@ -181,7 +181,7 @@ class _SourceScan:
                 yield row, item
 
     def raise_if_cause(self) -> None:
-        """BadData if it may be why nothing was found: files that failed, or more bad rows than there may be."""
+        """BadData if a file failed or there were too many bad rows, which may be why no document was found."""
         if self.failed:
             raise BadData(f"{self.failed[0]}; no document of source {self.opened.part.label} could be read before")
         bad = [(each.file, each.row, each.reason) for each in self.bad]

@@ -1,4 +1,4 @@
-"""From rows to tokens: windows of rows, a rank's share of one tokenized, and the shares of all ranks put together again."""
+"""From rows to tokens: cuts shards into windows of rows, tokenizes a rank's share of each, and merges the shares of all ranks."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,20 @@ from ..tokenizer import Tokenizer
 from .shards import BadRow, FailedShard, Row, Shards
 
 HELD_OUT = -1
-"""Stands for the length of a document that is kept for validation."""
+"""In place of the length of a document that is kept for validation."""
 
 
 class Window(NamedTuple):
-    """Neighbouring rows of one shard, in the order of training."""
+    """Neighbouring rows of one shard, shuffled."""
 
     shard: int
     numbers: list[int]
-    """Row of the shard, of each."""
+    """Index in the shard of each row."""
     rows: list[Row]
     after: tuple[int, int] | None
-    """Where the next window begins: place in the order of the shards, and row. None after the last window of an epoch."""
+    """Where the next window begins: position in the order of the shards, and row. None after the last window of an epoch."""
     failed: tuple[int, str] | None = None
-    """The shard cannot be read any further: the rows that it gave in all, and the reason."""
+    """If the shard cannot be read any further: the number of rows read, and the reason."""
 
 
 class Tokenization(NamedTuple):
@@ -34,34 +34,34 @@ class Tokenization(NamedTuple):
 
     tokenizer: Tokenizer
     held_out: float
-    """Share of the documents that are not trained on."""
+    """Share of the documents that are kept for validation."""
     longest: int
-    """Bytes."""
+    """Bytes of a document."""
 
 
 class TokenizedShare(NamedTuple):
-    """What a rank made of its share of a window."""
+    """A rank's share of a window, as tokens."""
 
     slot: int
     after: tuple[int, int] | None
     share: tuple[int, int]
-    """Rows share[0], share[0] + share[1], ... of the window are in it."""
+    """(first, step): it has the rows `first`, `first + step`, ... of the window."""
     lengths: list[int]
-    """Tokens of each row: 0 of a bad one, HELD_OUT of one for validation."""
+    """Tokens of each row: 0 for a bad row, HELD_OUT for a validation document."""
     bad: list[tuple[str, int, str]]
     """Shard, row and reason."""
     failed: tuple[str, int, str] | None
-    """The shard, if it cannot be read any further: the rows that it gave in all, and the reason."""
+    """If the shard cannot be read any further: its name, the number of rows read, and the reason."""
     bytes: int
-    """Of the documents, UTF-8."""
+    """UTF-8 bytes of the documents."""
     tokens: np.ndarray
-    """int32: all documents, each with its end mark."""
+    """int32: the documents, each with its end-of-document token."""
 
 
 def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: int, *key: object) -> Iterator[Window]:
-    """The windows of the shards `order` from (place, row) `start` on. `key` seeds the order of the rows inside of each.
+    """The windows of the shards `order` from (position, row) `start` on. `key` seeds the shuffle of the rows inside each.
 
-    The last window of an epoch has no rows, as one cannot know before that another is the last.
+    The last window of an epoch has no rows: only at the end is it known that the one before was the last.
     """
     beginning, first = start
     for place in range(beginning, len(order)):
@@ -87,7 +87,7 @@ def _shuffled(window: Window, *key: object) -> Window:
 
 
 def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenization: Tokenization, shards: Shards) -> TokenizedShare:
-    """A rank's share of a window."""
+    """Tokenize the rows `share` (first, step) of a window."""
     chosen = range(share[0], len(window.rows), share[1])
     found = [parse_row(window.rows[index], tokenization) for index in chosen]
     texts = [text for text in found if isinstance(text, str)]
@@ -108,7 +108,7 @@ def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenizati
 
 
 def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow | None:
-    """Text or ids to train on; None for validation."""
+    """The text or token ids to train on, a BadRow, or None for a validation document."""
     if isinstance(row, BadRow):
         return row
     if isinstance(row, np.ndarray):
@@ -126,18 +126,18 @@ def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
-    """By a hash of the text, so that equal documents are on the same side."""
+    """Whether a document is kept for validation: by a hash of its text, so that equal documents are in the same split."""
     return xxhash.xxh3_64_intdigest(text) < fraction * 2**64
 
 
 def serialize(pieces: list[TokenizedShare]) -> bytes:
-    """For the way to the other ranks: a line of JSON, then the tokens."""
+    """Bytes for the other ranks: a line of JSON, then the tokens."""
     heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
     return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
 
 
 def deserialize(data: bytes) -> list[TokenizedShare]:
-    """What `serialize` packed."""
+    """The inverse of `serialize`."""
     head, _, body = data.partition(b"\n")
     tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
     for slot, after, share, lengths, bad, failed, size, count in json.loads(head):
@@ -150,7 +150,7 @@ def deserialize(data: bytes) -> list[TokenizedShare]:
 
 
 def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
-    """All shares of one window as one. BadData if they are not of the same rows."""
+    """Merge all shares of one window, in the order of its rows. BadData if the ranks have not read the same rows."""
     if len(pieces) == 1:
         return pieces[0]
     pieces = sorted(pieces, key=lambda piece: piece.share[0])
@@ -169,7 +169,7 @@ def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
 
 
 def _of_window(piece: TokenizedShare) -> tuple[Any, ...]:
-    """What all ranks must have found alike."""
+    """What must be equal on all ranks that share a window."""
     return piece.slot, piece.after, piece.failed
 
 
