@@ -12,7 +12,6 @@ from pathlib import Path
 from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from .mixture_config import mixture_sources
 
-
 WITH_PATH = (Corpus.text, Corpus.parquet, Corpus.jsonl, Corpus.lines, Corpus.prepared)
 
 
