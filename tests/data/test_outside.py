@@ -149,7 +149,7 @@ def test_a_hub_that_cannot_be_reached_is_no_wrong_setting(monkeypatch: pytest.Mo
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub (ConnectError)")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", down)
-    shards.refuse_card(str(tmp_path))  # imports
+    shards.refuse_outside_card(str(tmp_path))  # imports
     config = config_of(tmp_path, Corpus.hf, path=None, name="some/set", patience_seconds=1.0)
     with pytest.raises(DataUnavailable, match=r"data\.name=some/set did not answer for .*Couldn't reach"):
         opened(config)
