@@ -1,4 +1,4 @@
-"""Which text is trained on and how it becomes tokens."""
+"""Settings of the data and the tokenizer."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,7 +19,7 @@ class Corpus(Enum):
 
 
 STREAMED = (Corpus.hf, Corpus.parquet, Corpus.jsonl, Corpus.lines)
-"""Read while training; the others are opened whole, as arrays of tokens."""
+"""Kinds that are read while training; the others are opened whole, as arrays of tokens."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class DataConfig:
     mix: list[str] = field(default_factory=list)
     """corpus=mix: a text for each source, as 'weight=0.7 corpus=jsonl path=web/*.jsonl.gz repeat=false'; weights are by tokens."""
     repeat: bool = True
-    """Begin a new epoch at the end of the data; false stops there."""
+    """Start a new epoch at the end of the data; false stops there."""
     validation_fraction: float = field(default=0.05, metadata=within("(0, 1)"))
     """Share of the documents kept for validation, by a hash of the name, or of the text if streamed."""
     cache: str | None = None
@@ -53,11 +53,11 @@ class DataConfig:
     synthetic_documents: int = field(default=512, metadata=within("[2, inf)"))
     """Documents of the synthetic corpus."""
     window: int = field(default=256, metadata=within("[1, inf)"))
-    """Neighbouring rows of a shard that are shuffled among themselves, and read and tokenized together."""
+    """Neighbouring rows of a shard that are read, shuffled and tokenized together."""
     open_shards: int = field(default=8, metadata=within("[1, inf)"))
-    """Shards that are read in turns, a window of each; the order of the data depends on it."""
+    """Shards that are read in turn, a window of each; the order of the data depends on it."""
     workers: int = field(default=1, metadata=within("[0, inf)"))
-    """Threads of each rank that read and tokenize ahead; 0 reads when the step needs it."""
+    """Threads of each rank that read and tokenize ahead; 0 reads when a step needs the data."""
     ahead: int = field(default=2, metadata=within("[1, inf)"))
     """Windows of each open shard that are read ahead."""
     longest_row: int = field(default=8_000_000, metadata=within("[1, inf)"))
@@ -65,16 +65,16 @@ class DataConfig:
     max_bad_fraction: float = field(default=0.001, metadata=within("[0, 1]"))
     """Share of bad rows above which the run stops; until then they are skipped and counted. The first 10 never stop it."""
     max_failed_files: int = field(default=0, metadata=within("[0, inf)"))
-    """Files of a source that may fail in an epoch: what can be read of them is. One more stops the run with exit code 65."""
+    """Files of a source that may fail in an epoch; their rows before the failure are used. One more ends the run, exit code 65."""
     patience_seconds: float = field(default=240.0, metadata=within("[0, inf)"))
-    """How long to try again when a source does not answer, before the run stops with a checkpoint and exit code 75."""
+    """How long to retry when a source does not answer, before the run stops with a checkpoint and exit code 75."""
     stall_seconds: float = field(default=30.0, metadata=within("(0, inf)"))
-    """A source that sends nothing for so long is asked again."""
+    """How long a source may send nothing before the request is retried."""
     allow_change: bool = False
-    """Go on from a checkpoint with other data: sources that it knows go on where they were, others begin."""
+    """Resume from a checkpoint with other data: known sources continue where they were, others start at their beginning."""
     verify: bool = False
-    """Compare the hash of each prepared shard before it is first read, and of tokens in the cache when they are opened (every rank
-    reads them whole). Sizes, and of the cache times and a part of the bytes, are always compared."""
+    """Check the hash of each prepared shard before it is first read, and of tokens in the cache when they are opened (every rank
+    reads them whole). Sizes, and in the cache also times and samples of the bytes, are always checked."""
     mask_documents: bool = False
     """Attention stays inside a document (block-causal), positions restart, and the first token of a document is no target."""
 
@@ -89,7 +89,7 @@ class TokenizerKind(Enum):
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.sentencepiece
     """sentencepiece: BPE with byte fallback, trained on the training documents at first use; huggingface: a tokenizer.json;
-    bytes: 256 bytes and 3 marks."""
+    bytes: 256 bytes and 3 special tokens."""
     path: str | None = None
     """An existing sentencepiece .model file, or a tokenizer.json; null trains a sentencepiece model."""
     end: str | None = None
@@ -97,4 +97,4 @@ class TokenizerConfig:
     pieces: int = field(default=8192, metadata=within("[260, inf)"))
     """Vocabulary of a tokenizer that is trained here."""
     sample_bytes: int = field(default=6_000_000, metadata=within("[1, inf)"))
-    """How much of the training documents it is trained on."""
+    """Bytes of the training documents that it is trained on."""
