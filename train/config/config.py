@@ -22,13 +22,11 @@ class Tier(Enum):
 @dataclass
 class TelemetryConfig:
     tier: Tier = Tier.brief
-    """none: load and drops alone; brief: at most 25 moe/ keys; detailed: also a few for each layer, and more probes and images."""
+    """none: load and drops alone; brief: at most 25 moe/ keys; detailed: also a few for each layer, and an image with each record."""
     every: int = field(default=25, metadata=within("[1, inf)"))
     """Steps between records of telemetry.jsonl; there is one with each evaluation and checkpoint too."""
     probe: int = field(default=4, metadata=within("[0, inf)"))
-    """Validation sequences that are routed to see how experts specialise: at evaluations, in detailed more often; 0 for none."""
-    probe_every: int = field(default=200, metadata=within("[0, inf)"))
-    """Steps between these in tier detailed, beside those at evaluations; 0 for none."""
+    """Validation sequences that are routed at each evaluation to see how experts specialise; 0 for none."""
     window: int = field(default=100, metadata=within("[1, inf)"))
     """An expert is dead that got no token for so many steps."""
 
@@ -201,22 +199,12 @@ class TrackerConfig:
     """Views of metrics.jsonl: wandb, tensorboard, trackio; several at once. metrics.jsonl itself is always written."""
     project: str = "tokenyard"
     """Project of W&B and trackio."""
-    entity: str | None = None
-    """W&B team or user; null is the account's default."""
-    group: str | None = None
-    """Group of W&B and trackio."""
-    tags: list[str] = field(default_factory=list)
-    """W&B tags."""
-    job_type: str | None = None
-    """W&B job type; null is WANDB_JOB_TYPE, else train."""
 
 
 @dataclass
 class LogConfig:
     every: int | None = field(default=None, metadata=within("[1, inf)"))
     """Steps between lines of the console and of metrics.jsonl; null is 10 on a GPU and 1 on a CPU."""
-    layers_every: int = field(default=250, metadata=within("[0, inf)"))
-    """Steps between tables of the layers' experts on the console; 0 for none."""
 
 
 @dataclass

@@ -16,12 +16,26 @@ from typing import Any
 
 from .config import Config, ConfigError
 
+REMOVED = {
+    "tracker.entity": ("W&B reads it from the environment", "WANDB_ENTITY={value} in the environment"),
+    "tracker.group": ("W&B and trackio take it from the environment", "WANDB_RUN_GROUP={value} in the environment"),
+    "tracker.tags": ("W&B reads them from the environment", "WANDB_TAGS={value} in the environment"),
+    "tracker.job_type": ("W&B reads it from the environment", "WANDB_JOB_TYPE={value} in the environment"),
+    "telemetry.probe_every": ("the probe runs at each evaluation", "evaluate.every={value}"),
+    "log.layers_every": ("the table of the layers is printed after each evaluation", "evaluate.every={value}"),
+}
+"""Settings of earlier versions: why each is gone, and what to write instead. Checkpoints that have them still load."""
+
 UNADMITTED = (TypeError, ValueError, OverflowError, LookupError)
 """What `converted` raises."""
 
 
 def refuse_key(key: str, value: object, groups: Mapping[str, list[str]]) -> ConfigError:
     """The error for a `key` that is no setting; `groups` (with their options) are keys that may be meant as well."""
+    if key in REMOVED:
+        reason, instead = REMOVED[key]
+        nearest = instead.format(value=str(value).strip("[]"))
+        return ConfigError.of(key, value, f"there is no such setting any more, {reason}", nearest)
     section = key.rpartition(".")[0]
     rule = f"there is no such setting in `{section}`" if section else "there is no such setting"
     return ConfigError.of(key, value, rule, suggest(key, value, groups))

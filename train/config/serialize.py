@@ -12,7 +12,7 @@ from typing import Any
 from .config import Config, ConfigError
 from .private_files import write_private
 from .redact import redact_plain
-from .schema import UNADMITTED, converted, is_mapping, refuse_key, refuse_value, written
+from .schema import REMOVED, UNADMITTED, converted, is_mapping, refuse_key, refuse_value, written
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -26,7 +26,8 @@ def shown_config(config: Config) -> dict[str, Any]:
 
 
 def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """The Config of what `plain_config` gave, changed by `key=value` overrides; what it leaves out has its default.
+    """The Config of what `plain_config` gave, changed by `key=value` overrides; what it leaves out has its default, and
+    settings that were removed are skipped.
 
     ConfigError for what is no setting, or a value of another type. Needs OmegaConf only to read overrides.
     """
@@ -40,6 +41,9 @@ def _overridden(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key in REMOVED:
+            raise refuse_key(key, value, {})
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides)), resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
@@ -51,6 +55,8 @@ def _overridden(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 def _fill(section: Any, plain: dict[str, Any], prefix: str = "") -> None:
     for name, value in plain.items():
         key = f"{prefix}{name}"
+        if key in REMOVED:
+            continue  # an earlier version wrote it
         if name not in vars(section):
             raise refuse_key(_short(key), _short(value), {})
         if is_dataclass(present := getattr(section, name)) and isinstance(value, dict):

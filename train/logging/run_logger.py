@@ -26,7 +26,6 @@ from .console.summary import end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
-from .expert_stats.collector import table_due
 from .goodput import Accounting, in_words
 from .journal import Journal
 from .metrics import Meter
@@ -227,7 +226,7 @@ class RunLogger(Reporter):
         self.telemetry.write(record)
         if validated or config.telemetry.tier is Tier.detailed:
             self.trackers.telemetry(record)
-        if table_due(config, step):
+        if validated and step < config.steps:  # the summary at the end has a table of its own
             self.printer.lines(layer_lines(record, self.printer.bars))
         for kind, text in self.alerts.heard(record):
             self.alert_at(step, kind, text)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....moe.router import SUMS
 from ....parallel.collectives import max_over
-from ...config.config import Config, EngineKind, Tier
+from ...config.config import EngineKind, Tier
 from ...session import Session
 from ...step import StepNumbers, clip_factor
 from ..metrics import routing_layers
@@ -84,7 +84,7 @@ class ExpertStats:
 
     def due(self, step: int) -> bool:
         """Whether a record is, whatever else happens after this step; the step is to be logged then."""
-        return self.on and (step % self.settings.every == 0 or table_due(self.session.config, step) or self._probes(step))
+        return self.on and step % self.settings.every == 0
 
     def look(self, numbers: StepNumbers, validated: bool, saves: bool) -> Snapshot:
         """After a logged step, which was followed by a validation, or will be by a checkpoint, or neither. Collective."""
@@ -95,16 +95,11 @@ class ExpertStats:
             begin = perf_counter()
             tensors |= self._sums() | self._gradients(numbers)
             record = {"step": step, "steps": self.steps, "gauged": self.measured_steps, "layers": self.layers}
-            if self.probe is not None and (validated or self._probes(step)):
+            if self.probe is not None and validated:
                 record |= self._probed(self.probe)
             self._reset()
             record["seconds"] = perf_counter() - begin
         return Snapshot(tensors, lambda on_host: self._describe(on_host, record))
-
-    def _probes(self, step: int) -> bool:
-        """Whether the tier wants a probe after this step."""
-        every = self.settings.probe_every
-        return self.settings.tier is Tier.detailed and every > 0 and step % every == 0
 
     def _step(self, numbers: StepNumbers) -> dict[str, Tensor]:
         """Of the step: one more small all-reduce, of maxima."""
@@ -190,9 +185,3 @@ def described(found: Mapping[str, Tensor]) -> dict[str, Any]:
         "dead_LE": found["dead_LE"].long().tolist(),
     }
     return record | {name: found[name].tolist() for name in ("bias_LE", "grad_norm_LE") if name in found}
-
-
-def table_due(config: Config, step: int) -> bool:
-    """Whether the console shows the layers after this step; the summary at the end has a table of its own."""
-    every = config.log.layers_every
-    return every > 0 and step % every == 0 and step < config.steps
