@@ -3,10 +3,10 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
-from ..config_reader import Keys
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts
-from .base import (
+from .family import (
     COMMON,
     ROUTED,
     Family,
@@ -21,16 +21,16 @@ from .base import (
 )
 
 
-def read(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    keys.require("head_dim", None, config.width // config.heads)
-    read_experts(keys, config, "num_experts", "intermediate_size")
-    read_normalize(keys, config)
-    read_auxiliary(keys, config)
-    read_attention_bias(keys, config)
-    keys.require("clip_qkv", None)
+def read(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    reader.require("head_dim", None, config.width // config.heads)
+    read_experts(reader, config, "num_experts", "intermediate_size")
+    read_normalize(reader, config)
+    read_auxiliary(reader, config)
+    read_attention_bias(reader, config)
+    reader.require("clip_qkv", None)
     config.attention.qk_norm = QKNorm.full
-    config.attention.rope = read_rope(keys)
+    config.attention.rope = read_rope(reader)
     return config
 
 
@@ -71,5 +71,5 @@ OLMOE = Family(
     },
     read=read,
     write=write,
-    rows=NORMS | PROJECTIONS | QK_NORMS | ROUTER | experts(),
+    tensors=NORMS | PROJECTIONS | QK_NORMS | ROUTER | experts(),
 )

@@ -1,4 +1,4 @@
-"""What the documents say of the code is so: a name beside a file is in that file, a default in a comment of conf/ is the default."""
+"""Statements of the documents are true: a name beside a file is in that file, a default in a comment of conf/ is the default."""
 
 import ast
 import re

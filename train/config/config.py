@@ -22,7 +22,7 @@ class Tier(Enum):
 @dataclass
 class TelemetryConfig:
     tier: Tier = Tier.brief
-    """none: load and drops alone; brief: at most 25 moe/ keys; detailed: also a few for each layer, and an image with each record."""
+    """none: load and drops; brief: at most 25 moe/ keys; detailed: also a few for each layer, and images with each record."""
     every: int = field(default=25, metadata=within("[1, inf)"))
     """Steps between records of telemetry.jsonl; there is one with each evaluation and checkpoint too."""
     probe: int = field(default=4, metadata=within("[0, inf)"))
