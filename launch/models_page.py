@@ -1,4 +1,4 @@
-"""docs/models.md: what every model in conf/model holds and costs. `tokenyard params --table > docs/models.md`"""
+"""Writes docs/models.md, sizes and costs of every model in conf/model: `tokenyard params --table > docs/models.md`."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from ..train.config.config import Config
 from ..train.config.model_summary import Count, count, facts
 from ..train.config.number_format import flops, short
 
-# What the makers of published models say about their size, with the source; docs/models.md sets it beside our counts.
+# Published sizes of known models, which docs/models.md compares with our counts.
 
 
 class Card(NamedTuple):
-    """Published figures as they are written, in B (1e9); None where there is none."""
+    """Published parameter counts as they are written, in B (1e9); None if there is none."""
 
     total: str
     active: str | None
@@ -20,7 +20,7 @@ class Card(NamedTuple):
     embedding_in_total: bool = True
     """Whether the total counts the embedding's weights."""
     embedding_in_active: bool = True
-    """Whether the active ones count the input embedding: it is looked up, not multiplied. The head counts always."""
+    """Whether the active parameters count the input embedding, which is looked up and not multiplied. The head always counts."""
 
     def counted_total(self, count: Count) -> int:
         """Our total, counted as the card counts."""
@@ -32,7 +32,7 @@ class Card(NamedTuple):
 
 
 def unit(figure: str) -> float:
-    """What the last written digit of a figure stands for, in B: 0.1 in 46.7, 1 in 141, 100 in 600."""
+    """The value of the last written digit of a figure, in B: 0.1 in 46.7, 1 in 141, 100 in 600."""
     if "." in figure:
         return 10.0 ** -len(figure.partition(".")[2])
     return 10.0 ** (len(figure) - len(figure.rstrip("0")))
@@ -56,11 +56,11 @@ CARDS = {
     "olmoe_1b_7b": Card("6.9", "1.3", "arXiv:2409.02060, abstract"),
     "grok_1": Card("314", None, "github.com/xai-org/grok-1", embedding_in_total=False),
 }
-"""By preset. Grok-1's active parameters are published as 25% of the weights, which holds of its experts."""
+"""By preset. Grok-1's active parameters are published as 25% of the weights, which is true of its experts."""
 
 
 LENGTH = 4096
-"""Tokens of the sequences that FLOPs and cache are means over."""
+"""Tokens of a sequence, over which FLOPs and cache are averaged."""
 
 HEAD = f"""# Models
 
@@ -89,7 +89,7 @@ expert choice the mean over all tokens.
 
 
 def models_page() -> str:
-    """The whole file."""
+    """The whole page."""
     names = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     configs = {name: compose([f"model={name}", f"sequence_length={LENGTH}"]) for name in names}
     lines = [

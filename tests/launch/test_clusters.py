@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_schema import TRAIN_JOB, violations
-from tokenyard.launch.launchers.cluster import handed_to_cluster, job_name, joined
+from tokenyard.launch.launchers.cluster import cluster_arguments, job_name, shell_command
 from tokenyard.launch.launchers.deepspeed import hostfile, one_host, several_hosts
 from tokenyard.launch.launchers.kubernetes import as_yaml, train_job
 from tokenyard.launch.launchers.slurm import batch_script
@@ -59,7 +59,7 @@ def test_train_job() -> None:
 def test_deepspeed_hosts() -> None:
     config, arguments = composed([*DEEPSPEED, "seed=2", "tracker.names=[]"])
     own, ranks = several_hosts(config, arguments)
-    equals_golden("deepspeed.txt", f"{hostfile(config)}\n{joined(['deepspeed', *own], ranks)}\n")
+    equals_golden("deepspeed.txt", f"{hostfile(config)}\n{shell_command(['deepspeed', *own], ranks)}\n")
     # Once through the local shell, once through the hosts'.
     assert shlex.split(" ".join(shlex.split(" ".join(map(shlex.quote, ranks))))) == [
         *SIZE[2:],
@@ -84,7 +84,7 @@ def test_deepspeed_hosts() -> None:
 def test_a_job_says_its_precision(words: list[str], written: list[str]) -> None:
     for launch in (SLURM, KUBERNETES, DEEPSPEED):
         config, arguments = composed([*words, *launch])
-        found = handed_to_cluster(config, arguments)
+        found = cluster_arguments(config, arguments)
         assert [word for word in found if word.partition("=")[0] in ("precision", "device", "experiment")] == written
 
 
