@@ -9,7 +9,7 @@ from typing import Any
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
-from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
+from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check, facts, intended_ranks
 from ..train.config.number_format import flops, short
 from ..train.rank_command import refuse
 
@@ -31,7 +31,7 @@ def params_command(arguments: Namespace) -> int:
             sys.stdout.write(models_page())
             return 0
         name, config = configured(arguments.words)
-        world = ranks_of(config, world_size())
+        world = intended_ranks(config, world_size())
         check(config, world)
     except ConfigError as error:
         return refuse(error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..train.config.compose import Arguments, check_arguments, one_line_errors
 from ..train.config.config import ConfigError
-from ..train.config.overrides import Groups, halves, parse_override
+from ..train.config.overrides import Groups, parse_override, split_override
 from ..train.config.private_files import new_run_folder
 from ..train.config.schema import quoted
 from ..train.show import hydra_application
@@ -50,7 +50,7 @@ def _sweep_folder(arguments: Arguments, groups: Groups) -> Path:
         return Path(new_run_folder())
     if chosen[-1].is_sweep_override():
         raise ConfigError.of(
-            *halves(chosen[-1].input_line or ""), "is the folder of the whole sweep", f"run.dir={new_run_folder()}"
+            *split_override(chosen[-1].input_line or ""), "is the folder of the whole sweep", f"run.dir={new_run_folder()}"
         )
     return Path(str(chosen[-1].value()))
 

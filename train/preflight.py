@@ -5,7 +5,7 @@ from typing import Any
 
 from ..data.checks import check_corpus, check_tokenizer
 from .config.config import Config, ConfigError
-from .config.environment import started_again
+from .config.environment import job_restarted
 from .config.launch import Launcher
 from .config.schema import nearest_text
 from .config.serialize import config_from_plain, leaves, shown_config
@@ -76,7 +76,7 @@ def changes(facts: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]
 def check_resume(config: Config) -> None:
     """ConfigError for a path that is no checkpoint, of a newer format or incomplete; and for one that another model has written."""
     wish, folder = config.checkpoint.resume, config.run.dir
-    if folder is not None and started_again() and _goes_on(wish, Path(folder)):
+    if folder is not None and job_restarted() and _goes_on(wish, Path(folder)):
         _check_run(config, Path(folder))
     elif wish not in ("auto", "never"):
         _check_path(config, Path(wish))

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.folder import checkpoints_in, step_of
 from ..checkpoint.fsync import sync_folder
 from .config.config import ConfigError
-from .config.environment import launch_id, started_again
+from .config.environment import job_restarted, launch_id
 from .config.private_files import refuse_links, write_private
 
 # One run folder, one job: rank 0 holds a lock on `run.dir/lock`, which the operating system ends with the process.
@@ -115,7 +115,7 @@ BEGUN = "begun.json"
 
 def goes_on(wish: str, folder: Path) -> bool:
     """Whether this start of the ranks repeats one of the same launch, which has begun as `wish` (checkpoint.resume) says."""
-    return started_again() and _begun(folder) == _mark(wish)
+    return job_restarted() and _begun(folder) == _mark(wish)
 
 
 def keep_begin(wish: str, folder: Path) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ...train.config.compose import Arguments
 from ...train.config.config import Config, ConfigError, Precision
-from ...train.config.overrides import halves
+from ...train.config.overrides import split_override
 from ...train.config.redact import redact
 
 
 def rank_arguments(arguments: Arguments) -> list[str]:
     """The flags and overrides for the ranks: all but launch.*."""
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-    return folder + [text for text in arguments.overrides if halves(text)[0].lstrip("+~").partition(".")[0] != "launch"]
+    return folder + [text for text in arguments.overrides if split_override(text)[0].lstrip("+~").partition(".")[0] != "launch"]
 
 
 def cluster_arguments(config: Config, arguments: Arguments) -> list[str]:
@@ -26,7 +26,7 @@ def cluster_arguments(config: Config, arguments: Arguments) -> list[str]:
         return words
     gpus = config.launch.gpus_of_host(config.device.value)
     precision = Precision.bf16 if gpus else Precision.fp32
-    return [*(text for text in words if halves(text)[0] != "precision"), f"precision={precision.value}"]
+    return [*(text for text in words if split_override(text)[0] != "precision"), f"precision={precision.value}"]
 
 
 def job_name(config: Config) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...train.config.compose import Arguments
 from ...train.config.config import Config, ConfigError
-from ...train.config.overrides import halves
+from ...train.config.overrides import split_override
 from ...train.config.private_files import new_run_folder, write_private
 from ...train.config.schema import quoted
 from .cluster import cluster_arguments, print_not_started, rank_arguments, shell_command, submit, without_secrets
@@ -60,7 +60,7 @@ def _through_shell(word: str) -> str:
     """Quotes an argument: DeepSpeed passes them unquoted to the hosts' shells and breaks those with spaces; pdsh expands %."""
     if any(character in " %\n" for character in word):
         rule = "DeepSpeed's launcher cannot carry a space, % or line break to other hosts"
-        raise ConfigError.of(*halves(word), rule, "launch=torchrun on each host")
+        raise ConfigError.of(*split_override(word), rule, "launch=torchrun on each host")
     return shlex.quote(word)
 
 

@@ -19,7 +19,7 @@ from ...parallel.progress import PROGRESS, in_phase
 from ...parallel.shard import LocalShard
 from ..batch import Rows
 from ..config.complain import say
-from ..config.environment import restarted
+from ..config.environment import ranks_restarted
 from ..exit import ExitCode, RunStop, in_one_line, place
 from ..logging.journal import Journal
 from ..logging.run_logger import Reporter
@@ -34,7 +34,7 @@ def dry_step(session: Session, reporter: Reporter) -> None:
     wish = session.config.debug.dry_step
     if wish is None and session.parallel.mesh.world == 1:
         attempt(session, "the disk", try_disk)
-    if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
+    if not (session.parallel.mesh.world > 1 and not ranks_restarted() if wish is None else wish):
         return
     PROGRESS.step = session.step
     before = {name: LocalShard(piece, state.clone()) for name, (piece, state) in random_state().items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..config.environment import restarted
+from ..config.environment import ranks_restarted
 from .journal import readable
 
 KINDS: tuple[str, ...] = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")
@@ -83,7 +83,7 @@ def before(folder: Path, step: int) -> tuple[dict[str, float], int]:
 
 def dead_seconds(folder: Path) -> float:
     """After a restart by torch's launcher: from the last sign of life of the start before to that of this process."""
-    if not restarted():
+    if not ranks_restarted():
         return 0.0
     signs = [path.stat().st_mtime for path in (folder / "metrics.jsonl", folder / "events.jsonl") if path.exists()]
     return max(0.0, time.time() - age_of_process() - max(signs)) if signs else 0.0
