@@ -173,19 +173,19 @@ def watch(argv: list[str]) -> int:
 
 
 def prepare(argv: list[str]) -> int:
-    from .data import prepare
+    from .data_commands import prepare
 
     return prepare(argv)
 
 
 def data(argv: list[str]) -> int:
-    from .data import data
+    from .data_commands import data
 
     return data(argv)
 
 
 def tokenizer(argv: list[str]) -> int:
-    from .data import tokenizer
+    from .data_commands import tokenizer
 
     return tokenizer(argv)
 

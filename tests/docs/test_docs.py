@@ -141,7 +141,7 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
         case ["tokenyard", "data", "verify", folder]:
-            monkeypatch.setattr("tokenyard.launch.data.verify", lambda path: int(path != folder))
+            monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
             monkeypatch.setattr(

@@ -3,7 +3,7 @@
 import pytest
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
-from tokenyard.train.config.deepspeed import ALLOWED_EXTRA, DECIDED_BY, deepspeed_settings
+from tokenyard.train.config.deepspeed_settings import ALLOWED_EXTRA, DECIDED_BY, deepspeed_settings
 from tokenyard.train.config.serialize import changed_settings, config_from_plain, plain_config
 from tokenyard.train.preflight import validate
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from ....data.config import STREAMED, Corpus, TokenizerKind
 from ....moe.config import AttentionKind, ModelConfig
 from ....ranges import inside, ranges
-from .. import deepspeed as deepspeed_settings
+from .. import deepspeed_settings
 from ..config import Config, Shape
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
