@@ -60,14 +60,9 @@ class HFFolder(NamedTuple):
     tensors: dict[str, TensorHeader]
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Whether `path` is to be opened as a Hugging Face folder."""
-    return (path / CONFIG).is_file()
-
-
 def open_folder(path: Path) -> HFFolder:
     """Reads config.json and the headers of all files. Raises ValueError, one line, for what is missing, unsafe or contradictory."""
-    if not is_hugging_face(path):
+    if not (path / CONFIG).is_file():
         raise ValueError(f"{path}: must be a Hugging Face folder, it has no {CONFIG}")
     _refuse_links(path)
     return HFFolder(path, read_json(path / CONFIG), _tensors(path))

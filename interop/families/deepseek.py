@@ -9,7 +9,7 @@ from ..weight_mapping import DENSE, NORMS, ROUTER, experts, feedforward, layer_t
 from .family import COMMON, Family, normalizes, read_common, read_experts, read_normalize, write_common
 
 EPSILON = 1e-6
-"""Of the norms of the latents in transformers, whatever rms_norm_eps is."""
+"""transformers uses this epsilon in the norms of the latents, whatever rms_norm_eps is."""
 
 
 def read_v2(reader: ConfigReader) -> ModelConfig:

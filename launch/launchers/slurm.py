@@ -27,9 +27,11 @@ def start_job(config: Config, arguments: Arguments) -> int:
 def batch_script(config: Config, arguments: Arguments, python: str) -> str:
     """The script. `python` is the interpreter on the hosts."""
     head = "\n".join(f"#SBATCH {option}" for option in _options(config))
-    ranks = shell_command([python, "-m", "tokenyard", "train"], _overrides(config, arguments))
+    c = config.launch
+    own = ["launch=torchrun", f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
+    ranks = shell_command([python, "-m", "tokenyard", "train"], [*cluster_arguments(config, arguments), *own])
     logs = shlex.quote(str(_folder(config) / "%j-%N.log"))
-    return BATCH.format(head=head, warning=config.launch.slurm.warning, cores=config.launch.cores, logs=logs, ranks=ranks)
+    return BATCH.format(head=head, warning=c.slurm.warning, cores=c.cores, logs=logs, ranks=ranks)
 
 
 BATCH = """\
@@ -84,12 +86,6 @@ def _options(config: Config) -> list[str]:
         f"--output={_folder(config) / '%j.log'}",
         *c.slurm.lines,
     ]
-
-
-def _overrides(config: Config, arguments: Arguments) -> list[str]:
-    c = config.launch
-    own = [f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
-    return [*cluster_arguments(config, arguments), "launch=torchrun", *own]
 
 
 def _folder(config: Config) -> Path:

@@ -49,15 +49,15 @@ def _try(config: Config, world: int, broken: Violation, candidate: object) -> Fi
     changed = copy.deepcopy(config)
     section, _, name = broken.key.rpartition(".")
     setattr(attrgetter(section)(changed) if section else changed, name, candidate)
-    mended = None
+    fixed = None
     for size in _worlds(changed, world, broken.key):
         left = next(violations(changed, size), None)
         if left is None:
             return Fix(candidate, size, True)
         later = left.place > broken.place or (left.place == broken.place and left.key != broken.key)
-        if mended is None and later:
-            mended = Fix(candidate, size, False)
-    return mended
+        if fixed is None and later:
+            fixed = Fix(candidate, size, False)
+    return fixed
 
 
 def _worlds(config: Config, world: int, key: str) -> list[int]:

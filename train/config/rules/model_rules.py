@@ -154,15 +154,15 @@ def _softmax_after_top_k(c: MoEConfig) -> Iterator[Violation]:
 
 def _capacity(c: MoEConfig) -> Iterator[Violation]:
     limits, key = c.capacity, f"{CAPACITY}.schedule"
-    if limits.schedule != _mended(limits.schedule):
-        yield Violation(key, "must be pairs of a rising step and a factor >= 0", [_mended(limits.schedule)])
+    if limits.schedule != _valid_pairs(limits.schedule):
+        yield Violation(key, "must be pairs of a rising step and a factor >= 0", [_valid_pairs(limits.schedule)])
     elif c.router.selection is Selection.expert_choice and 0 in limits.schedule[1::2]:
         yield Violation(key, "may not be dropless (0) with expert_choice, whose experts take what the factor says", [[]])
     if limits.pad and limits.factor is None and not limits.schedule and c.router.selection is not Selection.expert_choice:
         yield Violation(f"{CAPACITY}.pad", f"must be false without {CAPACITY}.factor, there is nothing to pad to", [False])
 
 
-def _mended(schedule: list[float]) -> list[float]:
+def _valid_pairs(schedule: list[float]) -> list[float]:
     """The valid pairs of the schedule, in the order of their steps."""
     pairs = zip(schedule[::2], schedule[1::2], strict=False)
     right = {step: factor for step, factor in pairs if step >= 0 and step == int(step) and 0 <= factor < float("inf")}
