@@ -1,4 +1,4 @@
-"""Tokenizers travel only where they give the same ids: sentencepiece and bytes to tokenizer.json, tokenizer.model back."""
+"""Exported and imported tokenizers give the same ids: sentencepiece and bytes to tokenizer.json, tokenizer.model back."""
 
 import io
 import json
@@ -26,7 +26,7 @@ MORE = (*(path.read_text()[:3000] for path in SOURCES[::10]), " " * 40, "\n" * 9
 
 @pytest.fixture(scope="module")
 def trained() -> SentencePieceTokenizer:
-    """As `tokenyard train` makes them."""
+    """Tokenizers as `tokenyard train` makes them."""
     return SentencePieceTokenizer(train_pieces([path.read_text()[:20000] for path in SOURCES], 1200), "trained")
 
 

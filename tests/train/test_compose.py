@@ -1,4 +1,4 @@
-"""From words to one typed Config; what is wrong with them is said in one line with key, value, rule and the nearest valid value."""
+"""Overrides compose to a typed Config; a wrong one ends in one line with key, value, rule and the nearest valid value."""
 
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def test_the_result_is_typed() -> None:
 
 
 def test_without_overrides_it_is_the_dataclass() -> None:
-    """But for what the default model's file says."""
+    """Except for the settings of the default model's file."""
     expected = Config()
     expected.model.init_std = 0.06
     assert compose([]) == expected

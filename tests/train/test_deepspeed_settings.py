@@ -1,4 +1,4 @@
-"""What DeepSpeed is told follows from the configuration; what contradicts it, or what DeepSpeed cannot do, is refused by name."""
+"""DeepSpeed's settings follow from the configuration; contradictions, and what DeepSpeed cannot do, are refused by name."""
 
 import pytest
 from tokenyard.train.config.compose import compose

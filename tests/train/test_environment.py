@@ -1,4 +1,4 @@
-"""What a rank reads of its launcher's environment; numbers of ranks are in test_parallel_rules.py."""
+"""Variables of launchers; those with numbers of ranks are tested in test_parallel_rules.py."""
 
 import pytest
 from tokenyard.train.config.environment import ranks_restarted, restarts_share_store

@@ -1,4 +1,4 @@
-"""What a run writes lands in its own folder, for its owner alone."""
+"""A run writes to its own folder only, readable by its owner only."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A configuration as plain values and back: nothing changes, and what is no setting is one line with key, value, rule, nearest."""
+"""A configuration survives the way to plain values and back; a wrong key or value ends in one line."""
 
 import json
 import subprocess
