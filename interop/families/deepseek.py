@@ -6,7 +6,7 @@ from ...moe.config import AttentionKind, GroupScore, ModelConfig, Scope, Score
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import DENSE, NORMS, ROUTER, experts, feedforward, layer_tensors
-from .family import COMMON, Family, normalizes, read_common, read_experts, read_normalize, write_common
+from .family import COMMON, Family, norm_topk_prob, read_common, read_experts, read_norm_topk_prob, write_common
 
 EPSILON = 1e-6
 """transformers uses this epsilon in the norms of the latents, whatever rms_norm_eps is."""
@@ -35,7 +35,7 @@ def read_v3(reader: ConfigReader) -> ModelConfig:
     reader.require("scoring_func", None, "sigmoid")
     router, balance = config.moe.router, config.moe.balance
     router.score = Score.sigmoid
-    read_normalize(reader, config)
+    read_norm_topk_prob(reader, config)
     _read_groups(reader, config, GroupScore.top2)
     balance.coefficient, balance.sequence_coefficient, balance.bias_rate = 0.0, 0.0001, 0.001  # as in section 4.2 of the paper
     config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
@@ -61,7 +61,7 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "n_group": router.groups,
         "topk_group": router.top_groups,
-        "norm_topk_prob": normalizes(config),
+        "norm_topk_prob": norm_topk_prob(config),
         "rope_interleave": config.attention.rope.interleaved,
         "num_nextn_predict_layers": config.mtp_depth,
     }

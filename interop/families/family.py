@@ -109,11 +109,6 @@ def read_head_width(reader: ConfigReader, config: ModelConfig) -> None:
         raise reader.wrong("num_attention_heads", f"must divide hidden_size={config.width}, or head_dim be given")
 
 
-def head_width(config: ModelConfig) -> int:
-    """Width of one attention head."""
-    return config.head_width or config.width // config.heads
-
-
 def read_attention_bias(reader: ConfigReader, config: ModelConfig) -> None:
     """`attention_bias`, one key for all four projections."""
     config.attention.qkv_bias = config.attention.output_bias = reader.flag("attention_bias")
@@ -130,25 +125,25 @@ def read_experts(reader: ConfigReader, config: ModelConfig, experts: str, hidden
         raise reader.wrong("num_experts_per_tok", f"must be at most {experts}={moe.experts}")
 
 
-def read_auxiliary(reader: ConfigReader, config: ModelConfig) -> None:
+def read_router_aux_loss_coef(reader: ConfigReader, config: ModelConfig) -> None:
     """`router_aux_loss_coef`. transformers' load-balance loss is top_k times ours: it averages over tokens, ours over choices."""
     balance = config.moe.balance
     balance.coefficient = float(f"{reader.number('router_aux_loss_coef') * config.moe.top_k:.12g}")
     balance.scope = Scope.batch
 
 
-def auxiliary(config: ModelConfig) -> float:
+def router_aux_loss_coef(config: ModelConfig) -> float:
     """`router_aux_loss_coef`."""
     return float(f"{config.moe.balance.coefficient / config.moe.top_k:.12g}")
 
 
-def read_normalize(reader: ConfigReader, config: ModelConfig, key: str = "norm_topk_prob") -> None:
+def read_norm_topk_prob(reader: ConfigReader, config: ModelConfig, key: str = "norm_topk_prob") -> None:
     """`norm_topk_prob`. Refused with one expert per token, whose weight transformers would make 1; ours keeps its probability."""
     config.moe.router.normalize_top_k = reader.flag(key)
     refuse_one_expert(reader, config)
 
 
-def normalizes(config: ModelConfig) -> bool:
+def norm_topk_prob(config: ModelConfig) -> bool:
     """`norm_topk_prob`."""
     return config.moe.router.normalize_top_k and config.moe.top_k > 1
 
@@ -171,7 +166,7 @@ def read_moe_layers(reader: ConfigReader, config: ModelConfig) -> None:
     raise reader.wrong("mlp_only_layers", f"must with decoder_sparse_step={step} leave every n-th layer after some dense ones")
 
 
-def moe_layers(config: ModelConfig) -> dict[str, object]:
+def write_moe_layers(config: ModelConfig) -> dict[str, object]:
     """The keys that `read_moe_layers` reads."""
     step = config.moe_every if config.dense_first % config.moe_every == 0 else 1
     sparse = [(index + 1) % step == 0 for index in range(config.layers)]
@@ -182,7 +177,7 @@ def moe_layers(config: ModelConfig) -> dict[str, object]:
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-def read_windows(reader: ConfigReader, config: ModelConfig, default: Callable[[int], bool]) -> None:
+def read_sliding_window(reader: ConfigReader, config: ModelConfig, default: Callable[[int], bool]) -> None:
     """`sliding_window` in the layers that `layer_types` lists, or without it in those for whose index `default` is true."""
     types = reader.any("layer_types")
     if types is None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ...moe.config import Activation, ModelConfig
+from ...moe.param_shapes import head_width
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import NORMS, PROJECTIONS, Source, StoredForms, layer_tensors
@@ -10,15 +11,14 @@ from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    head_width,
     layer_types,
     read_attention_bias,
-    read_auxiliary,
     read_common,
     read_experts,
     read_head_width,
-    read_windows,
+    read_router_aux_loss_coef,
+    read_sliding_window,
+    router_aux_loss_coef,
     write_common,
 )
 
@@ -31,14 +31,14 @@ def read(reader: ConfigReader) -> ModelConfig:
     read_head_width(reader, config)
     read_experts(reader, config, "num_local_experts", "intermediate_size")
     reader.require("experts_per_token", None, config.moe.top_k)
-    read_auxiliary(reader, config)
+    read_router_aux_loss_coef(reader, config)
     config.moe.activation, config.moe.bias = Activation.swiglu_clamped, True
     reader.require("swiglu_alpha", 1.702)
     reader.require("swiglu_limit", 7)
     config.moe.router.softmax_after_top_k = config.moe.router.bias = True
     read_attention_bias(reader, config)
     config.attention.sinks = True
-    read_windows(reader, config, lambda index: index % 2 == 0)
+    read_sliding_window(reader, config, lambda index: index % 2 == 0)
     config.attention.rope = read_rope(reader, theta=150000.0)
     return config
 
@@ -50,7 +50,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_local_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "router_aux_loss_coef": auxiliary(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
         "sliding_window": config.attention.window or 128,  # transformers asks for one even if no layer uses it
         "layer_types": layer_types(config),
         "rope_parameters": write_rope(config.attention.rope),

@@ -3,10 +3,11 @@
 from typing import Any
 
 from ...moe.config import ModelConfig
+from ...moe.param_shapes import head_width
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import DENSE, NORMS, PROJECTIONS
-from .family import COMMON, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
+from .family import COMMON, Family, read_attention_bias, read_common, read_head_width, write_common
 
 
 def read(reader: ConfigReader) -> ModelConfig:

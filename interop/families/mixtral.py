@@ -10,12 +10,12 @@ from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    read_auxiliary,
     read_common,
     read_experts,
     read_head_width,
+    read_router_aux_loss_coef,
     refuse_one_expert,
+    router_aux_loss_coef,
     write_common,
 )
 
@@ -25,7 +25,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     read_head_width(reader, config)
     read_experts(reader, config, "num_local_experts", "intermediate_size")
     refuse_one_expert(reader, config)
-    read_auxiliary(reader, config)
+    read_router_aux_loss_coef(reader, config)
     reader.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")
     config.attention.window = reader.optional_integer("sliding_window")
     config.attention.rope = read_rope(reader, theta=1e6)
@@ -38,7 +38,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_local_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "router_aux_loss_coef": auxiliary(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
         "sliding_window": config.attention.window,
         "rope_parameters": write_rope(config.attention.rope),
     }

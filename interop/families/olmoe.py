@@ -10,13 +10,13 @@ from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    normalizes,
+    norm_topk_prob,
     read_attention_bias,
-    read_auxiliary,
     read_common,
     read_experts,
-    read_normalize,
+    read_norm_topk_prob,
+    read_router_aux_loss_coef,
+    router_aux_loss_coef,
     write_common,
 )
 
@@ -25,8 +25,8 @@ def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     reader.require("head_dim", None, config.width // config.heads)
     read_experts(reader, config, "num_experts", "intermediate_size")
-    read_normalize(reader, config)
-    read_auxiliary(reader, config)
+    read_norm_topk_prob(reader, config)
+    read_router_aux_loss_coef(reader, config)
     read_attention_bias(reader, config)
     reader.require("clip_qkv", None)
     config.attention.qk_norm = QKNorm.full
@@ -40,8 +40,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": normalizes(config),
-        "router_aux_loss_coef": auxiliary(config),
+        "norm_topk_prob": norm_topk_prob(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
         "rope_parameters": write_rope(config.attention.rope),
     }
 

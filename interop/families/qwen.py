@@ -3,6 +3,7 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
+from ...moe.param_shapes import head_width
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import DENSE, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward, layer_tensors
@@ -10,20 +11,19 @@ from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    head_width,
     layer_types,
-    moe_layers,
-    normalizes,
+    norm_topk_prob,
     read_attention_bias,
-    read_auxiliary,
     read_common,
     read_experts,
     read_head_width,
     read_moe_layers,
-    read_normalize,
-    read_windows,
+    read_norm_topk_prob,
+    read_router_aux_loss_coef,
+    read_sliding_window,
+    router_aux_loss_coef,
     write_common,
+    write_moe_layers,
 )
 
 
@@ -34,7 +34,7 @@ def read_qwen2_moe(reader: ConfigReader) -> ModelConfig:
     config.moe.shared_hidden, config.moe.shared_gate = reader.integer("shared_expert_intermediate_size"), True
     config.attention.qkv_bias = reader.flag("qkv_bias")
     used, windowed = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
-    read_windows(reader, config, lambda index: used and index % 2 == 0 and index < windowed)
+    read_sliding_window(reader, config, lambda index: used and index % 2 == 0 and index < windowed)
     config.attention.rope = read_rope(reader)
     return config
 
@@ -45,7 +45,7 @@ def read_qwen3_moe(reader: ConfigReader) -> ModelConfig:
     _read_routing(reader, config, "num_local_experts" if reader.given("num_local_experts") else "num_experts")
     _read_qwen3_attention(reader, config)
     used = reader.flag("use_sliding_window")
-    read_windows(reader, config, lambda index: used)
+    read_sliding_window(reader, config, lambda index: used)
     return config
 
 
@@ -54,7 +54,7 @@ def read_qwen3(reader: ConfigReader) -> ModelConfig:
     read_head_width(reader, config)
     _read_qwen3_attention(reader, config)
     used, first = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
-    read_windows(reader, config, lambda index: used and index >= first)
+    read_sliding_window(reader, config, lambda index: used and index >= first)
     return config
 
 
@@ -93,17 +93,17 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 def _read_routing(reader: ConfigReader, config: ModelConfig, experts: str) -> None:
     read_experts(reader, config, experts, "moe_intermediate_size")
-    read_normalize(reader, config)
-    read_auxiliary(reader, config)
+    read_norm_topk_prob(reader, config)
+    read_router_aux_loss_coef(reader, config)
     read_moe_layers(reader, config)
 
 
 def _routing(config: ModelConfig) -> dict[str, Any]:
-    return moe_layers(config) | {
+    return write_moe_layers(config) | {
         "moe_intermediate_size": config.moe.hidden,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": normalizes(config),
-        "router_aux_loss_coef": auxiliary(config),
+        "norm_topk_prob": norm_topk_prob(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
     }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig, QKNorm, RopeScaling, Scope, Score, Selection
-from ....moe.param_count import head_width
+from ....moe.param_shapes import head_width
 from ..config import Config
 from ..schema import written
 from .rule import Violation, divisors, multiples
@@ -12,7 +12,7 @@ from .rule import Violation, divisors, multiples
 
 def model(config: Config, world: int) -> Iterator[Violation]:
     c = config.model
-    if moe_layers(c) and c.width % 8:
+    if moe_blocks(c) and c.width % 8:
         yield Violation("model.width", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.width))
     if c.dense_first > c.layers:
         yield Violation("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
@@ -66,7 +66,7 @@ def _latent(c: ModelConfig) -> Iterator[Violation]:
 
 def experts(config: Config, world: int) -> Iterator[Violation]:
     c = config.model.moe
-    if not moe_layers(config.model):
+    if not moe_blocks(config.model):
         return
     if c.top_k > c.experts:
         yield Violation("model.moe.top_k", f"must be at most model.moe.experts={c.experts}", [c.experts])
@@ -76,8 +76,8 @@ def experts(config: Config, world: int) -> Iterator[Violation]:
         )
 
 
-def moe_layers(c: ModelConfig) -> int:
-    """How many blocks have experts, those of multi-token prediction included."""
+def moe_blocks(c: ModelConfig) -> int:
+    """Blocks with experts, those of multi-token prediction included."""
     return sum(c.moe_layer(index) for index in range(c.layers + c.mtp_depth))
 
 

@@ -7,7 +7,7 @@ from ....parallel.layout import node_ranks
 from ..config import Config
 from ..environment import local_world_size
 from ..launch import Launcher
-from .model_rules import moe_layers
+from .model_rules import moe_blocks
 from .rule import Violation, divisors, needs
 
 
@@ -41,7 +41,7 @@ def _nodes(config: Config, world: int) -> Iterator[Violation]:
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
     """parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
     key, degree, c = "parallel.expert_tensor", config.parallel.expert_tensor, config.model
-    if not moe_layers(c):
+    if not moe_blocks(c):
         if degree > 1:
             yield Violation(key, "must be 1, no layer of the model has experts", [1])
         return

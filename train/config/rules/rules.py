@@ -12,7 +12,7 @@ from .. import deepspeed_settings
 from ..config import Config, Shape
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
-from .model_rules import moe_layers
+from .model_rules import moe_blocks
 from .rule import Violation, divisors, multiples, needs
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
@@ -76,9 +76,9 @@ def degrees(config: Config, world: int) -> Iterator[Violation]:
     for key in _cut_by_tensor(c):
         if attrgetter(key)(config) % p.tensor:
             yield Violation("parallel.tensor", f"must divide {key}={attrgetter(key)(config)}", divisors(attrgetter(key)(config)))
-    if p.expert > 1 and not moe_layers(c):
+    if p.expert > 1 and not moe_blocks(c):
         yield Violation("parallel.expert", "must be 1, no layer of the model has experts", [1])
-    if moe_layers(c) and c.moe.experts % p.expert:
+    if moe_blocks(c) and c.moe.experts % p.expert:
         yield Violation("parallel.expert", f"must divide model.moe.experts={c.moe.experts}", divisors(c.moe.experts))
 
 
@@ -135,7 +135,7 @@ def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
     yield "model.heads"
     if c.attention.kind is AttentionKind.gqa:
         yield "model.kv_heads"
-    if moe_layers(c) < c.layers + c.mtp_depth:
+    if moe_blocks(c) < c.layers + c.mtp_depth:
         yield "model.hidden"
     yield from ("model.vocabulary", "sequence_length")
 
