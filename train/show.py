@@ -12,7 +12,7 @@ from ..parallel.layout_diagram import picture
 from .config.compose import CONF, Arguments, compose_arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
-from .config.model_summary import check, count, intended_ranks, per_rank
+from .config.model_summary import check_model_and_layout, count, intended_ranks, per_rank
 from .config.number_format import short
 from .config.redact import redact
 
@@ -23,7 +23,7 @@ def show_layout(arguments: Arguments) -> int:
     """Prints it for the ranks that are started or would be, else for the fewest that it fits. ConfigError for a wrong layout."""
     config = compose_arguments(arguments)
     world = intended_ranks(config, world_size())
-    check(config, world)
+    check_model_and_layout(config, world)
     print("\n".join(layout_lines(config, world)))
     return 0
 
