@@ -74,7 +74,7 @@ def intended_ranks(config: Config, started: int) -> int:
 
 def check_model_and_layout(config: Config, world: int) -> None:
     """Raises ConfigError if model or layout violate a rule; other settings (tokenizer, batch) are not checked."""
-    for broken in violations(config, world):
-        if broken.key.partition(".")[0] in ("model", "parallel", "sequence_length"):
-            value = written(attrgetter(broken.key)(config))
-            raise ConfigError.of(broken.key, value, broken.rule, nearest_valid(config, world, broken))
+    for violation in violations(config, world):
+        if violation.key.partition(".")[0] in ("model", "parallel", "sequence_length"):
+            value = written(attrgetter(violation.key)(config))
+            raise ConfigError.of(violation.key, value, violation.rule, nearest_valid(config, world, violation))

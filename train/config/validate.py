@@ -14,20 +14,21 @@ from .schema import written
 
 def check_rules(config: Config, world: int) -> None:
     """Raises ConfigError for the first rule that `config` violates on `world` ranks, with the nearest value that violates none."""
-    broken = next(violations(config, world), None)
-    if broken is not None:
-        value = attrgetter(broken.key)(config)
-        raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
+    violation = next(violations(config, world), None)
+    if violation is not None:
+        value = attrgetter(violation.key)(config)
+        raise ConfigError.of(violation.key, written(value), violation.rule, nearest_valid(config, world, violation))
 
 
-def nearest_valid(config: Config, world: int, broken: Violation) -> str:
-    """The overrides that fix `broken`: the candidates closest to the value that violate no other rule, if there are any."""
-    value = attrgetter(broken.key)(config)
-    fixes = [fix for candidate in broken.candidates if (fix := _try(config, world, broken, candidate)) is not None]
-    whole = [fix for fix in fixes if fix.valid] or fixes or [Fix(attrgetter(broken.key)(Config()), world, False)]
-    least = min(_distance(value, fix.value) for fix in whole)
+def nearest_valid(config: Config, world: int, violation: Violation) -> str:
+    """The overrides that fix `violation`: the candidates closest to the value that violate no other rule, if there are any."""
+    value = attrgetter(violation.key)(config)
+    fixes = [fix for candidate in violation.candidates if (fix := _try(config, world, violation, candidate)) is not None]
+    valid = [fix for fix in fixes if fix.valid] or fixes or [Fix(attrgetter(violation.key)(Config()), world, False)]
+    smallest = min(_distance(value, fix.value) for fix in valid)
     best = sorted(
-        {fix.overrides(broken.key, world) for fix in whole if _distance(value, fix.value) == least}, key=lambda fix: (len(fix), fix)
+        {fix.overrides(violation.key, world) for fix in valid if _distance(value, fix.value) == smallest},
+        key=lambda fix: (len(fix), fix),
     )
     return " or ".join(best)
 
@@ -44,17 +45,17 @@ class Fix(NamedTuple):
         return f"{key}={written(self.value)}{started}"
 
 
-def _try(config: Config, world: int, broken: Violation, candidate: object) -> Fix | None:
-    """None if the candidate does not fix the violation."""
+def _try(config: Config, world: int, violation: Violation, candidate: object) -> Fix | None:
+    """The fix by this candidate; None if the rule stays violated."""
     changed = copy.deepcopy(config)
-    section, _, name = broken.key.rpartition(".")
+    section, _, name = violation.key.rpartition(".")
     setattr(attrgetter(section)(changed) if section else changed, name, candidate)
     fixed = None
-    for size in _worlds(changed, world, broken.key):
-        left = next(violations(changed, size), None)
-        if left is None:
+    for size in _worlds(changed, world, violation.key):
+        remaining = next(violations(changed, size), None)
+        if remaining is None:
             return Fix(candidate, size, True)
-        later = left.place > broken.place or (left.place == broken.place and left.key != broken.key)
+        later = remaining.place > violation.place or (remaining.place == violation.place and remaining.key != violation.key)
         if fixed is None and later:
             fixed = Fix(candidate, size, False)
     return fixed

@@ -26,7 +26,7 @@ BYTE_PIECES = 259
 def violations(config: Config, world: int) -> Iterator[Violation]:
     """Yields the violations. Take one at a time: later rules rely on earlier ones, and may raise if those do not hold."""
     for place, rule in enumerate(RULES):
-        yield from (broken._replace(place=place) for broken in rule(config, world))
+        yield from (violation._replace(place=place) for violation in rule(config, world))
 
 
 def intervals(config: Config, world: int) -> Iterator[Violation]:
