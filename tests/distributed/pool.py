@@ -7,6 +7,7 @@ seeded with 0. Sub-groups that it makes end when the next call comes.
 This file is also the program that a rank runs. It is started as a fresh interpreter: nothing of pytest's state is inherited.
 """
 
+import gc
 import importlib
 import importlib.util
 import io
@@ -228,12 +229,14 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
 
 
 def _end_groups(kept: set[Any]) -> None:
-    """Each group of gloo has threads of its own: thousands of groups are slow."""
+    """Each group of gloo has threads that poll until nothing refers to the group any more, and models are circles of references."""
     import torch.distributed as dist
 
     for group in _groups():
         if group not in kept:
             dist.destroy_process_group(group)
+    gc.collect()
+    gc.freeze()  # the next collection looks at what is new alone
 
 
 def _groups() -> list[Any]:
