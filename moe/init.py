@@ -38,21 +38,21 @@ def fill(
     shape: tuple[int, ...],
     config: ModelConfig,
     seed: int,
-    cut: Callable[[Tensor, int], Tensor] | None = None,
+    cut: Callable[[Tensor], Tensor] | None = None,
     experts: range | None = None,
 ) -> None:
-    """Write into `local` the part of tensor `name` (global `shape`) that it stands for.
+    """Writes initial values into `local`, this rank's part of the tensor `name` of global `shape`.
 
-    Tensors of experts are made expert by expert, so no rank ever makes those of others: `experts` are the global ids in
-    `local`. `cut(whole, first)` takes the rank's part of a whole tensor whose dimension 0 is dimension `first` of `shape`.
+    Experts are drawn one by one, so a rank never draws those of other ranks: `experts` are the global ids in `local`.
+    `cut` takes the rank's part of a whole tensor, or of a whole expert.
     """
     if ".experts." not in name:
         whole = _draw(name, shape, config, seed)
-        local.copy_(whole if cut is None else cut(whole, 0))
+        local.copy_(whole if cut is None else cut(whole))
         return
     for index, expert in enumerate(experts if experts is not None else range(shape[0])):
         whole = _draw(f"{name}.{expert}", shape[1:], config, seed)
-        local[index].copy_(whole if cut is None else cut(whole, 1))
+        local[index].copy_(whole if cut is None else cut(whole))
 
 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

@@ -28,16 +28,15 @@ from .shard import ShardMetadata
 from .vocabulary import VocabularyParallelEmbedding
 
 
-def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> None:
-    """Slice the weights, and put the gathers and scatters around the modules as hooks. Updates `pieces`."""
+def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata]) -> None:
+    """Slices the weights and registers the gathers and scatters as hooks of the modules. Updates `shards`."""
     axis = mesh.tensor
-    for name, parameter in list(model.named_parameters()):
+    for name, _ in list(model.named_parameters()):
         dim = sliced_dim(name, model.config)
         if dim is not None:
-            replace_parameter(model, name, parameter.chunk(axis.size, dim)[axis.rank].contiguous())
-            pieces[name] = narrowed(pieces[name], dim, axis)
+            slice_parameter(model, name, dim, axis, shards)
     model.embedding = VocabularyParallelEmbedding(
-        model.get_parameter("embedding.weight"), pieces["embedding.weight"].offsets[0], axis
+        model.get_parameter("embedding.weight"), shards["embedding.weight"].offsets[0], axis
     )
     if model.config.tie_embeddings:
         model.head.owner = (model.embedding,)
@@ -68,19 +67,13 @@ def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> Non
     attention.register_forward_hook(_scatter_output(axis))
 
 
-def narrowed(piece: ShardMetadata, dim: int, axis: Axis) -> ShardMetadata:
-    """This rank's even share of `piece` in dimension `dim`."""
-    size = piece.sizes[dim] // axis.size
-    assert size * axis.size == piece.sizes[dim], f"{piece} does not divide by {axis.size} in dimension {dim}"
-    offsets, sizes = list(piece.offsets), list(piece.sizes)
-    offsets[dim], sizes[dim] = offsets[dim] + axis.rank * size, size
-    return ShardMetadata(piece.shape, tuple(offsets), tuple(sizes))
-
-
-def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a new parameter in the place of the one called `name`."""
-    path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, nn.Parameter(value.detach()))
+def slice_parameter(model: nn.Module, name: str, dim: int, axis: Axis, shards: dict[str, ShardMetadata]) -> None:
+    """Replaces the parameter `name` by this rank's even chunk of it in dimension `dim`, and updates its entry in `shards`."""
+    assert shards[name].sizes[dim] % axis.size == 0, f"{name}: {shards[name]} does not divide by {axis.size} in dimension {dim}"
+    path, _, attribute = name.rpartition(".")
+    chunk = model.get_parameter(name).detach().chunk(axis.size, dim)[axis.rank].contiguous()
+    setattr(model.get_submodule(path), attribute, nn.Parameter(chunk))
+    shards[name] = shards[name].chunk(dim, axis.size, axis.rank)
 
 
 def _gather_input(axis: Axis) -> Any:
@@ -116,14 +109,13 @@ def _slice_tokens(axis: Axis) -> Any:
 # N ranks of the group, E experts of a rank, R rows of this rank, A rows of all of them.
 
 
-def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> None:
-    """Slice the experts' hidden columns, and put the exchange of rows around their computation. Updates `pieces`."""
+def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata]) -> None:
+    """Slices the experts' hidden columns and exchanges rows around their computation. Updates `shards`."""
     axis = mesh.axis("expert_tensor")
-    for name, parameter in list(model.named_parameters()):
+    for name, _ in list(model.named_parameters()):
         dim = sliced_dim_of_experts(name)
         if dim is not None:
-            replace_parameter(model, name, parameter.chunk(axis.size, dim)[axis.rank].contiguous())
-            pieces[name] = narrowed(pieces[name], dim, axis)
+            slice_parameter(model, name, dim, axis, shards)
     for block in model.blocks:
         if block.moe is not None:
             experts = block.moe.experts

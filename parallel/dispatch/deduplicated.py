@@ -197,11 +197,6 @@ class DeduplicatedDispatcher(ExchangingDispatcher):
 # the groups.
 
 
-def hierarchical_dispatcher(experts: int, mesh: Mesh, node_ranks: int, chunks: int = 1) -> DeduplicatedDispatcher:
-    """`node_ranks` ranks of a host; the ranks of the expert axis must fill whole nodes, or lie inside one."""
-    return DeduplicatedDispatcher(experts, node_axes(mesh, node_ranks), chunks)
-
-
 def node_axes(mesh: Mesh, node_ranks: int) -> list[Axis]:
     """The expert axis as nodes x ranks of a node; inside of one node it is one axis."""
     experts = mesh.sizes["expert"]

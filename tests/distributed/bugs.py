@@ -22,13 +22,13 @@ def averaged_over_expert_ranks() -> Iterator[None]:
 
     @contextlib.contextmanager
     def summed(parallel: Parallel) -> Iterator[None]:
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             yield
-        for name, placed in parallel.placed.items():
+        for name, sharded in parallel.parameters.items():
             if ".experts." in name:
-                gradients.gradient_of(placed).div_(parallel.mesh.sizes["expert"])
+                gradients.gradient_of(sharded).div_(parallel.mesh.sizes["expert"])
 
-    with mock.patch.object(step, "summed_over_copies", summed):
+    with mock.patch.object(step, "gradient_all_reduce", summed):
         yield
 
 
@@ -37,7 +37,7 @@ def clipped_by_own_norm() -> Iterator[None]:
     """Each rank clips by the norm of what it holds, and reports the right norm."""
 
     def scale(parallel: Parallel, _: Any) -> None:
-        held = [gradients.gradient_of(placed) for placed in parallel.placed.values()]
+        held = [gradients.gradient_of(sharded) for sharded in parallel.parameters.values()]
         norm = torch.stack([gradient.square().sum() for gradient in held]).sum().sqrt()
         gradients.scale_gradients(parallel, (0.01 / norm).clamp(max=1.0))
 
@@ -65,16 +65,16 @@ def auxiliary_divided_by_data_ranks() -> Iterator[None]:
 def router_not_added_up_over_tensor_ranks() -> Iterator[None]:
     @contextlib.contextmanager
     def summed(parallel: Parallel) -> Iterator[None]:
-        copies = {name: placed.copies for name, placed in parallel.placed.items()}
-        for name, placed in parallel.placed.items():
+        replicas = {name: sharded.replicas for name, sharded in parallel.parameters.items()}
+        for name, sharded in parallel.parameters.items():
             if name.endswith("router.weight"):
-                placed.copies = parallel.mesh.data
-        with gradients.summed_over_copies(parallel):
+                sharded.replicas = parallel.mesh.data
+        with gradients.gradient_all_reduce(parallel):
             yield
-        for name, placed in parallel.placed.items():
-            placed.copies = copies[name]
+        for name, sharded in parallel.parameters.items():
+            sharded.replicas = replicas[name]
 
-    with mock.patch.object(step, "summed_over_copies", summed):
+    with mock.patch.object(step, "gradient_all_reduce", summed):
         yield
 
 

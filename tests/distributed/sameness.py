@@ -147,7 +147,7 @@ def favour_one_expert(parallel: Parallel) -> None:
 
 
 def router_weights(parallel: Parallel) -> list[torch.Tensor]:
-    return [local(p.parameter).data for name, p in parallel.placed.items() if name.endswith("router.weight")]
+    return [local(p.parameter).data for name, p in parallel.parameters.items() if name.endswith("router.weight")]
 
 
 def rows_of(parallel: Parallel, step: int, case: Case) -> list[Rows]:

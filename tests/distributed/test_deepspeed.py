@@ -101,7 +101,7 @@ def steps_of(layout: Layout, case: Case, engine: EngineConfig, dtype: torch.dtyp
     steps = [
         used.step(rows_of(parallel, step, case), 0.01, CLIP, BatchPosition(seed=5, step=step + 1)) for step in range(case.steps)
     ]
-    weights = {name: (p.piece, local(p.parameter).detach().double()) for name, p in parallel.placed.items()}
+    weights = {name: (p.metadata, local(p.parameter).detach().double()) for name, p in parallel.parameters.items()}
     weights |= {name: (whole(bias.shape), bias.double()) for name, bias in expert_biases(parallel.model).items()}
     return {"steps": steps, "weights": weights}
 

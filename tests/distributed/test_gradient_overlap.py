@@ -97,13 +97,13 @@ def made(parallel: Parallel, overlapped: bool, of: Case) -> list[Tensor]:
     step.prepare_backward(parallel.model, parallel.zero, True)
     share = step.forward(parallel, rows, step.count_totals(parallel, [rows]))
     if overlapped:
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             share.objective.backward()
     else:
         share.objective.backward()
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             pass
-    return [gradients.gradient_of(placed).clone() for placed in parallel.placed.values()]
+    return [gradients.gradient_of(sharded).clone() for sharded in parallel.parameters.values()]
 
 
 @pytest.mark.parametrize("layout", [Layout(2, tensor=2, expert=2), Layout(2, expert_tensor=2)])
@@ -133,7 +133,7 @@ def test_a_failed_backward_pass_leaves_no_hook(ranks: Any) -> None:
 def fail_and_go_on(layout: Layout) -> bool:
     parallel = build(layout, case(1).config)
     expected = made(parallel, False, case(1))
-    with pytest.raises(ArithmeticError), gradients.summed_over_copies(parallel):
+    with pytest.raises(ArithmeticError), gradients.gradient_all_reduce(parallel):
         raise ArithmeticError
     return all(torch.equal(a, b) for a, b in zip(made(parallel, False, case(1)), expected, strict=True))
 
