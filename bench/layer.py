@@ -26,11 +26,11 @@ from .timing import Ratio, markdown, ratio, take_turns
 
 PARTS = {
     "route": ((layer.Router, "forward"),),
-    "sort": ((dispatch, "plan_rows"), (dispatch, "rounded_up")),
+    "sort": ((dispatch, "plan_rows"), (dispatch, "pad_to_multiple")),
     "gather": ((expert_function, "gather_rows"),),
     "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
     "activation": ((expert_function, "_activated"), (expert_function, "_back_through_activation")),
-    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices")),
+    "weights": ((expert_function, "weights_per_row"), (expert_function, "values_per_choice")),
     "combine": ((expert_function, "sum_rows"),),
 }
 """The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""

@@ -14,9 +14,9 @@ from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import Exchange, ParallelConfig
-from .dispatch.all_gather import GatherDispatcher
-from .dispatch.all_to_all import PlainDispatcher
-from .dispatch.base import ExchangingDispatcher
+from .dispatch.all_gather import AllGatherDispatcher
+from .dispatch.all_to_all import AllToAllDispatcher
+from .dispatch.base import ExpertParallelDispatcher
 from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .fsdp import apply_fsdp
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
@@ -28,19 +28,19 @@ from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, slice_p
 log = logging.getLogger("tokenyard")
 
 
-def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExchangingDispatcher:
+def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExpertParallelDispatcher:
     """The dispatcher that `config.exchange` names. It has no state, so all layers share it. `experts`: of a layer, on all ranks."""
     axis, chunks = mesh.axis("expert"), config.overlap_chunks
     match config.exchange:
         case Exchange.plain:
-            return PlainDispatcher(experts, axis, chunks)
+            return AllToAllDispatcher(experts, axis, chunks)
         case Exchange.deduplicated:
             return DeduplicatedDispatcher(experts, [axis], chunks)
         case Exchange.hierarchical:
             local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
             return DeduplicatedDispatcher(experts, node_axes(mesh, local), chunks)
         case Exchange.gather:
-            return GatherDispatcher(experts, axis, chunks)
+            return AllGatherDispatcher(experts, axis, chunks)
 
 
 @dataclass

@@ -20,8 +20,8 @@ from ..moe.linear import HeadsNorm
 from ..moe.model import Transformer
 from ..moe.token_info import TokenInfo
 from .collectives import add_up_parts, gather_sequence, scatter_sequence, stack_over
-from .dispatch.all_to_all import plan_arrivals, read_splits, reorder
-from .dispatch.async_collectives import RowExchange, depart, land
+from .dispatch.all_to_all import plan_expert_order, read_splits, reorder
+from .dispatch.async_collectives import AllToAll
 from .layout import sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .shard import ShardMetadata
@@ -126,15 +126,15 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[st
 
 
 def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
-    """Rows (R, D) to (R, D): `experts` gives this rank's part of the rows of all ranks; the sum of the parts is the output.
+    """Computes the rows of all ranks with this rank's part of `experts`, and sums the parts: rows (R, D) to (R, D).
 
-    Rows are gathered and scattered by all-to-alls, since ranks have different numbers of them; each is the other's gradient.
+    Rows are gathered and scattered by all-to-alls, since ranks have different numbers of rows; each is the other's gradient.
     """
     assert choices is None, "rows are shared, and tokens have none yet"
-    came_NE = stack_over(counts_E, axis)
-    sent_N, came_N = read_splits(counts_E.expand_as(came_NE), came_NE, axis.size * len(x))
-    flight = depart(x.expand(axis.size, -1, -1).flatten(0, 1), RowExchange(sent_N, came_N, axis))
-    order_A, back_A = plan_arrivals(came_NE, sum(came_N))
-    part_AD = experts(reorder(land(flight), order_A, back_A), came_NE.sum(0))
-    flight = depart(reorder(part_AD, back_A, order_A), RowExchange(came_N, sent_N, axis))
-    return land(flight).view(axis.size, *x.shape).sum(0)
+    received_NE = stack_over(counts_E, axis)
+    send_N, receive_N = read_splits(counts_E.expand_as(received_NE), received_NE, axis.size * len(x))
+    pending = AllToAll(send_N, receive_N, axis).start(x.expand(axis.size, -1, -1).flatten(0, 1))
+    order_A, inverse_A = plan_expert_order(received_NE, sum(receive_N))
+    part_AD = experts(reorder(pending.wait(), order_A, inverse_A), received_NE.sum(0))
+    pending = AllToAll(receive_N, send_N, axis).start(reorder(part_AD, inverse_A, order_A))
+    return pending.wait().view(axis.size, *x.shape).sum(0)

@@ -171,12 +171,12 @@ def test_padding_changes_rows_and_no_result(scope: Scope) -> None:
         y_BSD.square().sum().backward()
         outcomes.append([y_BSD, stats.dropped, x_BSD.grad, *(parameter.grad for parameter in layer.parameters())])
         routing = layer.router(x_BSD)
-        arrived = layer.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        dispatched = layer.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         if layer is padded:
             rows = {Scope.sequence: 3 * 6, Scope.batch: 17, Scope.rank: 17}[scope]  # ceil(1.1 * 10 * 2 / 4), ceil(1.1 * 30 * 2 / 4)
             assert stats.dropped > 0
-            assert arrived.counts_E.tolist() == [rows] * EXPERTS
-            assert (arrived.tokens_RD == 0).all(1).sum() == EXPERTS * rows - routing.kept_TK.sum() > 0
+            assert dispatched.counts_E.tolist() == [rows] * EXPERTS
+            assert (dispatched.tokens_RD == 0).all(1).sum() == EXPERTS * rows - routing.kept_TK.sum() > 0
     for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

@@ -7,7 +7,7 @@ from tokenyard.moe import experts as expert_function
 from tokenyard.moe import linear
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, alignment, plan_rows, rounded_up
+from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, pad_to_multiple, plan_rows, row_alignment
 from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.feedforward import activate, activate_and_pull, projections
 from tokenyard.moe.router import Routing
@@ -79,7 +79,7 @@ def test_rounding_up_changes_no_number() -> None:
     x_TD = torch.randn(11, WIDTH, dtype=torch.float64)
     plan = plan_rows(routing, EXPERTS)
     experts_TK = routing.experts_TK.masked_fill(~routing.kept_TK, EXPERTS)  # pyright: ignore[reportOptionalOperand]
-    filled = rounded_up(plan, experts_TK, 4)
+    filled = pad_to_multiple(plan, experts_TK, 4)
     assert filled.filled_R is not None and filled.counts_E.tolist() == [-(-n // 4) * 4 for n in plan.counts_E.tolist()]
     assert int(filled.filled_R.sum()) == len(plan.token_R) and len(filled.token_R) == int(filled.counts_E.sum())
     outcomes = [run(experts, x_TD, routing.weights_TK, each) for each in (plan, filled)]
@@ -94,7 +94,7 @@ def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatc
     experts, narrow = random_experts(torch.float64, bias=True), random_experts(torch.bfloat16, bias=True)
     narrow.load_state_dict(experts.state_dict())
     routing, x_TD = random_routing(40, 2, None, None), torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)
-    assert alignment(x_TD.bfloat16()) == (32 if multiplies else 1)
+    assert row_alignment(x_TD.bfloat16()) == (32 if multiplies else 1)
     y_TD = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None).y_TD
     result = FusedDispatcher(EXPERTS).run(x_TD.bfloat16(), routing, narrow, lambda: None)
     assert result.y_TD.dtype == torch.bfloat16 and result.rows == 80

@@ -12,8 +12,8 @@ from tokenyard.moe.experts import Experts
 from tokenyard.moe.router import Routing
 from tokenyard.parallel.apply import build_dispatcher
 from tokenyard.parallel.config import Exchange, ParallelConfig
-from tokenyard.parallel.dispatch.all_gather import GatherDispatcher
-from tokenyard.parallel.dispatch.all_to_all import PlainDispatcher, plan_arrivals, read_splits, reorder
+from tokenyard.parallel.dispatch.all_gather import AllGatherDispatcher
+from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher, plan_expert_order, read_splits, reorder
 from tokenyard.parallel.dispatch.deduplicated import DeduplicatedDispatcher
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
@@ -39,15 +39,17 @@ ALL = pytest.mark.parametrize("config", EXCHANGES.values(), ids=EXCHANGES)
 @pytest.mark.parametrize("most", [0, 1, 4])
 def test_plan_equals_a_loop(shape: tuple[int, int], most: int) -> None:
     torch.manual_seed(most)
-    sent_NL, came_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
-    splits = read_splits(sent_NL, came_NL, int(sent_NL.sum()))
-    assert splits.sent_N == [sum(row) for row in sent_NL.tolist()] and splits.came_N == [sum(row) for row in came_NL.tolist()]
-    plan = plan_arrivals(came_NL, sum(splits.came_N))
+    sent_NL, received_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
+    splits = read_splits(sent_NL, received_NL, int(sent_NL.sum()))
+    assert splits.send_N == [sum(row) for row in sent_NL.tolist()] and splits.receive_N == [
+        sum(row) for row in received_NL.tolist()
+    ]
+    plan = plan_expert_order(received_NL, sum(splits.receive_N))
     ranks, experts = shape
-    rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(came_NL[rank, expert]))]
+    rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(received_NL[rank, expert]))]
     arrived = [rows[place] for place in plan.order_A.tolist()]
     assert arrived == sorted(rows, key=lambda row: (row[1], row[0], row[2]))
-    assert [arrived[place] for place in plan.back_A.tolist()] == rows
+    assert [arrived[place] for place in plan.inverse_A.tolist()] == rows
 
 
 def test_reorder_and_its_gradient() -> None:
@@ -170,9 +172,9 @@ def dry_dispatcher(name: str, experts: int) -> Dispatcher:
 
     match name:
         case "plain":
-            return PlainDispatcher(experts, axis(4))
+            return AllToAllDispatcher(experts, axis(4))
         case "gather":
-            return GatherDispatcher(experts, axis(4))
+            return AllGatherDispatcher(experts, axis(4))
         case _:
             return DeduplicatedDispatcher(experts, [axis(4)] if name == "deduplicated" else [axis(2), axis(2)])
 
@@ -181,7 +183,7 @@ def assert_ranks_equal_one_device(ranks: Any, config: ParallelConfig, parts: lis
     found = ranks(len(parts), spread, config, parts)
     expected = [moe(LocalDispatcher(EXPERTS), all_experts(), part) for part in parts]
     for of_rank, reference in zip(found, expected, strict=True):
-        for name in ("y_TD", "x_TD", "weights_TK", "beside"):
+        for name in ("y_TD", "x_TD", "weights_TK", "overlapped"):
             torch.testing.assert_close(of_rank[name], reference[name], rtol=1e-12, atol=1e-13)
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
         summed = torch.stack([reference[name] for reference in expected]).sum(0)
@@ -199,7 +201,7 @@ def spread(config: ParallelConfig, parts: list[dict[str, Any]]) -> dict[str, Ten
 
 
 def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs, gradients of the sum of their squares, and what was computed beside, from the same tokens."""
+    """Outputs, gradients of the sum of their squares, and what the overlap function gave, from the same tokens."""
     x_TD, weights_TK = part["x_TD"].clone().requires_grad_(), part["weights_TK"].clone().requires_grad_()
     routing = Routing(part["experts_TK"], weights_TK, part["kept_TK"], None, part.get("padded_rows"))  # pyright: ignore[reportArgumentType]
     seen: list[Tensor] = []
@@ -208,11 +210,11 @@ def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[
         seen.append(counts_E)
         return experts(x_RD, counts_E)
 
-    y_TD, beside, _ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
-    (y_TD.square() + beside).sum().backward()
+    y_TD, overlapped, _ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
+    (y_TD.square() + overlapped).sum().backward()
     leaves = {"x_TD": x_TD, "weights_TK": weights_TK, **dict(experts.named_parameters())}
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {"y_TD": y_TD.detach(), "beside": beside.detach(), "counts_L": torch.stack(seen).sum(0)} | gradients
+    return {"y_TD": y_TD.detach(), "overlapped": overlapped.detach(), "counts_L": torch.stack(seen).sum(0)} | gradients
 
 
 def random_tokens(tokens: int, dropped: float | None, top_k: int = TOP_K, columns: int = EXPERTS) -> dict[str, Any]:
