@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from .config import ModelConfig
 from .device import kind_of
-from .softmax import Softmax, softcapped, with_sinks
+from .softmax import Softmax, apply_sinks, apply_softcap
 
 BLOCK = 128
 """Tokens of a block."""
@@ -57,12 +57,15 @@ def block_mask(length: int, window: int | None, device: torch.device, documents_
         from_BN, to_BN = documents_BS[:, first_N], documents_BS[:, last_N]
         some_BNN = some_BNN & (to_BN[:, None, :] >= from_BN[:, :, None])
         every_BNN = every_BNN & (from_BN[:, None, :] == to_BN[:, :, None])
-    part_BNN, sees = some_BNN & ~every_BNN, _sees(window, documents_BS)
-    of_queries, of_keys = (*_listed(part_BNN), *_listed(every_BNN)), (*_listed(part_BNN.mT), *_listed(every_BNN.mT))
+    part_BNN, sees = some_BNN & ~every_BNN, _mask_mod(window, documents_BS)
+    of_queries, of_keys = (
+        (*_block_indices(part_BNN), *_block_indices(every_BNN)),
+        (*_block_indices(part_BNN.mT), *_block_indices(every_BNN.mT)),
+    )
     return BlockMask((length, length), *of_queries, *of_keys, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
 
 
-def attend_by_blocks(
+def attend_with_blocks(
     q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask
 ) -> Tensor:
     """(B, H, S, v) in the type of v: `attend` in moe/attention.py where `blocks` say what is seen. Compiled on a GPU."""
@@ -75,7 +78,7 @@ def flexible_attention(
     q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, blocks: BlockMask
 ) -> tuple[Tensor, Tensor]:
     """(B, H, S, v), and (B, H, S) logarithms of the sums of exponentials. A dry run puts a stand-in here."""
-    capped = None if softmax.softcap is None else _capped(softmax.softcap)
+    capped = None if softmax.softcap is None else _score_mod(softmax.softcap)
     q_BHSh, k_BGSh, wide_BGSv = (padded(x, NARROWEST) for x in (q_BHSh, k_BGSh, v_BGSv))
     y_BHSv, others = flex_attention(
         q_BHSh,
@@ -98,7 +101,7 @@ def padded(x: Tensor, width: int) -> Tensor:
 
 def _attend(q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask) -> Tensor:
     y_BHSv, logsumexp_BHS = flexible_attention(q_BHSh, k_BGSh, v_BGSv, softmax, blocks)
-    return y_BHSv if sinks_H is None else with_sinks(y_BHSv, logsumexp_BHS, sinks_H).to(v_BGSv.dtype)
+    return y_BHSv if sinks_H is None else apply_sinks(y_BHSv, logsumexp_BHS, sinks_H).to(v_BGSv.dtype)
 
 
 @functools.cache
@@ -108,13 +111,13 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_attend, fullgraph=True)
 
 
-def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+def _block_indices(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
     """How many of each row are marked, int32 (B, 1, N), and their indices in front of the others', int32 (B, 1, N, N)."""
     marked_B1NN = blocks_BNN.unsqueeze(1).int().contiguous()  # the kernel takes the last dimension's stride to be 1
     return marked_B1NN.sum(-1, dtype=torch.int32), marked_B1NN.argsort(dim=-1, descending=True, stable=True).int()
 
 
-def _sees(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
+def _mask_mod(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
     def sees(sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = key <= query
         if window is not None:
@@ -126,8 +129,8 @@ def _sees(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tens
     return sees
 
 
-def _capped(cap: float) -> Callable[..., Tensor]:
+def _score_mod(cap: float) -> Callable[..., Tensor]:
     def capped(logit: Tensor, _sequence: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
-        return softcapped(logit, cap)
+        return apply_softcap(logit, cap)
 
     return capped

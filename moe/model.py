@@ -16,10 +16,10 @@ from .feedforward import FeedForward
 from .flexible_attention import block_masks
 from .layer import MoELayer
 from .linear import Embedding, Linear, RMSNorm, linear
-from .rotary import RotaryTables, rotary_turns
-from .router import RoutingStats, draws, warn_of_lookahead
-from .softmax import softcapped
-from .token_info import BatchPosition, TokenInfo, describe
+from .rotary import RotaryTables, rotary_tables
+from .router import RoutingStats, is_random, warn_of_lookahead
+from .softmax import apply_softcap
+from .token_info import BatchPosition, TokenInfo, build_token_info
 
 # Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts the token d further than the model does.
 #
@@ -27,7 +27,7 @@ from .token_info import BatchPosition, TokenInfo, describe
 # 1.
 
 
-class Prediction(nn.Module):
+class MTPModule(nn.Module):
     """One module: a block over what the one before it made of each position, joined with the embedding of the next token."""
 
     def __init__(self, config: ModelConfig, block: nn.Module, dtype: torch.dtype) -> None:
@@ -38,14 +38,14 @@ class Prediction(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: RotaryTables, tokens: TokenInfo) -> Any:
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo) -> Any:
         """The residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
         hidden_BSD is the residual stream of the module before (of the model: before its last norm), embedded_BSD[:, i] the
         embedding of token i + d. The joined vector has the embedding first, as DeepSeek's published weights.
         """
         joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
-        return self.block(self.projection(joined_BSD), turns, tokens)
+        return self.block(self.projection(joined_BSD), rotary, tokens)
 
 
 def ahead(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | None = None) -> Tensor:
@@ -61,11 +61,11 @@ def ahead(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | No
 #
 # D width, V vocabulary (on this device), T tokens.
 
-HeadLoss = Callable[[Tensor, Tensor, "Head"], Tensor]
+HeadLoss = Callable[[Tensor, Tensor, "LMHead"], Tensor]
 """From hidden states (..., D), the weight (V, D) and the head to a scalar."""
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """x @ weight.T, times a multiplier, softly capped. With tied embeddings the embedding stays the only owner of the weight."""
 
     def __init__(
@@ -85,9 +85,9 @@ class Head(nn.Module):
     def shape(self, products: Tensor) -> Tensor:
         """Logits from the products with the weight."""
         logits = products if self.multiplier == 1.0 else products * self.multiplier
-        return logits if self.softcap is None else softcapped(logits, self.softcap)
+        return logits if self.softcap is None else apply_softcap(logits, self.softcap)
 
-    def shape_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+    def to_logits_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
         """The gradient of the products from that of the logits, which only a soft cap needs."""
         if self.softcap is not None:
             assert logits is not None
@@ -113,9 +113,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
         tied = self.embedding if config.tie_embeddings else None
-        self.head = Head(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
+        self.head = LMHead(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
         further = (Block(config, config.layers + i, weights) for i in range(config.mtp_depth))
-        self.mtp = nn.ModuleDict({str(i): Prediction(config, block, weights) for i, block in enumerate(further)})
+        self.mtp = nn.ModuleDict({str(i): MTPModule(config, block, weights) for i, block in enumerate(further)})
 
     @property
     def blocks(self) -> list["Block"]:
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
         head_losses: list[HeadLoss] | None = None,
-        place: BatchPosition | None = None,
+        position: BatchPosition | None = None,
         documents_BS: Tensor | None = None,
     ) -> Any:
         """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
@@ -141,15 +141,17 @@ class Transformer(nn.Module):
         decides what is random in training; outside of it nothing is. `documents_BS` (see moe/token_info.py) keeps attention inside
         of each document.
         """
-        tokens = describe(ids_BS, valid_BS, (place or BatchPosition()) if self.training else None, draws(self.config.moe))
+        tokens = build_token_info(
+            ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, is_random(self.config.moe)
+        )
         start = cache[0].length if cache else 0
-        turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
+        rotary = rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
-            turns = turns._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
+            rotary = rotary._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
-            x_BSD, routed = block(x_BSD, turns, tokens._replace(layer=index), cache[index] if cache else None)
+            x_BSD, routed = block(x_BSD, rotary, tokens._replace(layer=index), cache[index] if cache else None)
             stats.append(routed)
         of_moe_layers = [routed for routed in stats if routed is not None]
         if head_losses is None:
@@ -157,15 +159,15 @@ class Transformer(nn.Module):
             return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
         losses = [self.head(self.norm(x_BSD), head_losses[0])]
         if self.training:
-            losses += self._predict_further(x_BSD, ids_BS, tokens, turns, of_moe_layers, head_losses[1:])
+            losses += self._mtp_losses(x_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
         return losses, of_moe_layers
 
-    def _predict_further(
+    def _mtp_losses(
         self,
         x_BSD: Tensor,
         ids_BS: Tensor,
         tokens: TokenInfo,
-        turns: RotaryTables,
+        rotary: RotaryTables,
         stats: list[RoutingStats],
         head_losses: list[HeadLoss],
     ) -> list[Tensor]:
@@ -173,11 +175,11 @@ class Transformer(nn.Module):
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if tokens.valid_BS is None else tokens.valid_BS
         losses = []
         for depth, (module, head_loss) in enumerate(zip(self.mtp.values(), head_losses, strict=True), 1):
-            assert isinstance(module, Prediction)
-            ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False, turns.documents_BS)
+            assert isinstance(module, MTPModule)
+            ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), turns, seen)
+            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), rotary, seen)
             stats += [] if routed is None else [routed]
             losses.append(self.head(module.norm(x_BSD), head_loss))
         return losses
@@ -209,9 +211,9 @@ class Block(nn.Module):
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, turns: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        y_BSD = self.attention(self.attention_norm(x_BSD), turns, cache)
+        y_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache)
         x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
         y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), tokens)
         return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats

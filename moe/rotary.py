@@ -26,7 +26,7 @@ class RotaryTables(NamedTuple):
     """What tokens see, by blocks, in layers without and with the window: see `block_masks` in moe/flexible_attention.py."""
 
 
-def rotary_turns(
+def rotary_tables(
     config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype, documents_BS: Tensor | None = None
 ) -> RotaryTables:
     """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider.
@@ -39,7 +39,7 @@ def rotary_turns(
     if documents_BS is not None:
         positions = positions_of(documents_BS).unsqueeze(1).double()
     angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device)
-    factor = turns_factor(rope)
+    factor = rotary_factor(rope)
     return RotaryTables((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS, {})
 
 
@@ -76,7 +76,7 @@ def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:
             return torch.lerp(plain / rope.factor, plain, ((turns - low) / (high - low)).clamp(0, 1))
 
 
-def turns_factor(rope: RopeConfig) -> float:
+def rotary_factor(rope: RopeConfig) -> float:
     """What YaRN multiplies cosines and sines by, so the logits by its square; 1 for all others."""
     if rope.scaling is not RopeScaling.yarn:
         return 1.0

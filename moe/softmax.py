@@ -23,12 +23,12 @@ def softmax_of(config: ModelConfig, index: int, width: int, factor: float = 1.0)
     return Softmax(scale, settings.softcap, settings.window if config.windowed_layer(index) else None)
 
 
-def softcapped(x: Tensor, cap: float) -> Tensor:
+def apply_softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap): about x where it is small, never beyond the cap (Gemma 2)."""
     return (x / cap).tanh() * cap
 
 
-def with_sinks(y_BHSv: Tensor, logsumexp_BHS: Tensor, sinks_H: Tensor) -> Tensor:
+def apply_sinks(y_BHSv: Tensor, logsumexp_BHS: Tensor, sinks_H: Tensor) -> Tensor:
     """A sink's share of the softmax takes the same fraction from every value. The result is as wide as the logarithms."""
     kept_BHS = (logsumexp_BHS - sinks_H.to(logsumexp_BHS.dtype)[:, None]).sigmoid()
     return y_BHSv * kept_BHS.unsqueeze(-1)

@@ -72,7 +72,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if mesh.world > 1:
         for block in model.blocks:
             if block.moe is not None:
-                block.moe.router.surroundings = DistributedScope(mesh)
+                block.moe.router.scopes = DistributedScope(mesh)
     if config.tensor > 1:
         apply_tensor_parallel(model, mesh, shards)
         log.info("tensor parallel: %d ranks share dense weights and sequences", config.tensor)

@@ -48,9 +48,9 @@ def _place() -> str:
     return f"step {PROGRESS.step}, {PROGRESS.phase}" + ("" if PROGRESS.layer is None else f", layer {PROGRESS.layer}")
 
 
-def _ranks(places: list[int], axis: Axis) -> str:
+def _ranks(indices: list[int], axis: Axis) -> str:
     ranks: Any = dist.get_process_group_ranks(axis.group or dist.group.WORLD)
-    return "rank " + ", ".join(str(ranks[place]) for place in places)
+    return "rank " + ", ".join(str(ranks[place]) for place in indices)
 
 
 def _gather(numbers: list[int], axis: Axis) -> list[list[int]]:

@@ -63,7 +63,7 @@ def picture(config: ParallelConfig, world: int, node: int, experts: int) -> list
     return lines[:-1]
 
 
-def places(dim: str, sizes: dict[str, int], world: int) -> list[int]:
+def coordinates(dim: str, sizes: dict[str, int], world: int) -> list[int]:
     """Where each rank is in the dimension `dim` of its grid."""
     return [rank // _stride(dim, sizes) % sizes[dim] for rank in range(world)]
 
@@ -86,7 +86,7 @@ def _experts(sizes: dict[str, int], world: int, experts: int) -> Iterator[Row]:
     """Which experts, and which part of them; after a line of bars."""
     holders, each = sizes["expert_tensor"], experts // sizes["expert"]
     run, inner = sizes["expert"] * holders, holders if holders > 1 else 0
-    first = [each * place for place in places("expert", sizes, world)]
+    first = [each * place for place in coordinates("expert", sizes, world)]
     yield Row("", [""] * world, run, inner)
     yield Row(f"experts, of {experts}", [_ids(expert, each) for expert in first], run, inner)
     yield from _parts(["expert_tensor", "expert_shard", "expert_replicate"], sizes, world, run, inner)
@@ -95,7 +95,7 @@ def _experts(sizes: dict[str, int], world: int, experts: int) -> Iterator[Row]:
 def _parts(dims: list[str], sizes: dict[str, int], world: int, run: int, inner: int) -> Iterator[Row]:
     for dim in dims:
         if sizes[dim] > 1:
-            yield Row(f"{dim}, of {sizes[dim]}", [str(place) for place in places(dim, sizes, world)], run, inner)
+            yield Row(f"{dim}, of {sizes[dim]}", [str(place) for place in coordinates(dim, sizes, world)], run, inner)
 
 
 def _bands(world: int, node: int, width: int) -> list[list[range]]:
@@ -132,7 +132,7 @@ def _groups(dims: list[str], sizes: dict[str, int], world: int, node: int) -> It
     yield f"{'group of':{NAMES}}ranks  groups  {'the first':<14}{'where':<16}what they send to each other"
     for dim in dims:
         size, stride = sizes[dim], _stride(dim, sizes)
-        starts = [rank for rank, place in enumerate(places(dim, sizes, world)) if place == 0]
+        starts = [rank for rank, place in enumerate(coordinates(dim, sizes, world)) if place == 0]
         nodes = max(len({(start + stride * place) // node for place in range(size)}) for start in starts)
         where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
         yield f"{dim:{NAMES}}{size:>5}{len(starts):>8}  {_members(size, stride):<14}{where:<16}{SENDS[dim]}"

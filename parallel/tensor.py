@@ -96,7 +96,7 @@ def _slice_tokens(axis: Axis) -> Any:
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, TokenInfo]) -> tuple[Tensor, TokenInfo]:
         x_BSD, tokens = inputs
-        whole = (tokens.valid_BS, tokens.ids_BS, tokens.place_BS)
+        whole = (tokens.valid_BS, tokens.ids_BS, tokens.keys_BS)
         return x_BSD, TokenInfo(*map(own, whole), step=tokens.step, layer=tokens.layer)
 
     return hook

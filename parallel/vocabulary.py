@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..moe.device import kind_of
 from ..moe.linear import compute_dtype
-from ..moe.model import Head
+from ..moe.model import LMHead
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
 
@@ -35,7 +35,7 @@ class VocabularyParallelEmbedding(nn.Module):
         return scatter_sequence(part_BSD.masked_fill(absent_BS[..., None], 0), self.axis)
 
 
-def head_loss(x: Tensor, weight_VD: Tensor, head: Head, targets: Tensor, ignore: int, axis: Axis) -> Tensor:
+def head_loss(x: Tensor, weight_VD: Tensor, head: LMHead, targets: Tensor, ignore: int, axis: Axis) -> Tensor:
     """Sum over tokens of -log softmax(logits)[target], in nats, in fp32 or wider; targets equal to `ignore` are left out.
 
     x (..., D) are hidden states, the same on all ranks of the axis; weight_VD is this rank's columns of the vocabulary. Every rank
@@ -51,7 +51,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: LMHead, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
     ) -> Tensor:
         dtype, made_in, wide = x_TD.dtype, compute_dtype(x_TD), torch.promote_types(x_TD.dtype, torch.float32)
         cast_VD, x_TD = weight_VD.to(dtype).to(made_in), x_TD.to(made_in)
@@ -64,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
             total += loss
             if gradients is not None:
                 grad_x_TD, grad_weight_VD = gradients
-                gradient_TV = head.shape_backward(gradient_TV, logits_TV).to(x_TD.dtype)
+                gradient_TV = head.to_logits_backward(gradient_TV, logits_TV).to(x_TD.dtype)
                 torch.mm(gradient_TV, cast_VD, out=grad_x_TD[part])
                 if wide == x_TD.dtype:
                     grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])

@@ -116,7 +116,7 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, place: BatchPosition
     config = parallel.model.config
     place = (place or BatchPosition())._replace(row=rows.first)
     valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
-    (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, place=place, documents_BS=rows.documents)
+    (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, position=place, documents_BS=rows.documents)
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
 

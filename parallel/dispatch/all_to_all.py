@@ -78,8 +78,9 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
 
     def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> StartedAllToAll:
         started, order = dispatched.metadata
+        send_N, receive_N = started.splits
         rows_AD = reorder(y_RD, order.inverse_A, order.order_A)
-        return started._replace(rows=AllToAll(*reversed(started.splits), self.axis).start(rows_AD))
+        return started._replace(rows=AllToAll(receive_N, send_N, self.axis).start(rows_AD))
 
     def finish_combine(self, started: StartedAllToAll) -> Tensor:
         return unpermute(started.rows.wait(), started.weights_TK, started.plan)

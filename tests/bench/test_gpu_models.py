@@ -88,14 +88,16 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, precision: str) -
 
 def test_wrong_choices_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 the router itself would choose the least likely experts; the numbers are those of the reference's choices anyway."""
-    choose, observe, turned = router.choose, models.observe, {"now": False}
+    choose_experts, observe, turned = router.choose_experts, models.observe, {"now": False}
 
     def observing(config: Config, *rest: Any, **named: Any) -> Any:
         turned["now"] = config.precision is Precision.fp32
         return observe(config, *rest, **named)
 
     monkeypatch.setattr(models, "observe", observing)
-    monkeypatch.setattr(router, "choose", lambda ranked_BSE, *rest: choose(-ranked_BSE if turned["now"] else ranked_BSE, *rest))
+    monkeypatch.setattr(
+        router, "choose_experts", lambda ranked_BSE, *rest: choose_experts(-ranked_BSE if turned["now"] else ranked_BSE, *rest)
+    )
     assert failed(compared("tiny_olmoe")) == ["tiny_olmoe, fp32, choices"]
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tokenyard.moe.config import ModelConfig
 from tokenyard.moe.device import DryRun, dry_run
 from tokenyard.moe.layer import MoELayer
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info
 from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher
 from tokenyard.parallel.mesh import Axis
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -99,4 +99,4 @@ def rank_layer(config: ModelConfig, axis: Axis) -> MoELayer:
 def some_tokens(sequences: int, length: int) -> TokenInfo:
     """As in a training step, where targets decide which tokens count."""
     ids_BS = torch.zeros(sequences, length, dtype=torch.int64)
-    return describe(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), BatchPosition())
+    return build_token_info(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), BatchPosition())

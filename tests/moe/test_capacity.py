@@ -11,7 +11,7 @@ from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, DropPolicy, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info
 from torch import Tensor
 
 EXPERTS = 4
@@ -132,7 +132,7 @@ def test_random_drops_are_even_over_positions_and_fresh_each_step() -> None:
     torch.nn.init.zeros_(router.get_parameter("weight"))
     torch.nn.init.zeros_(router.get_parameter("bias"))
     x_BSD, ids_BS = torch.randn(200, 16, 8), torch.zeros(200, 16, dtype=torch.int64)
-    masks = [router(x_BSD, describe(ids_BS, None, BatchPosition(step=step))).kept_TK.view(200, 16) for step in (1, 2)]
+    masks = [router(x_BSD, build_token_info(ids_BS, None, BatchPosition(step=step))).kept_TK.view(200, 16) for step in (1, 2)]
     for kept_BS in masks:
         assert (kept_BS.sum(1) == 8).all()
         assert (kept_BS.double().mean(0) - 0.5).abs().max() < 0.15

@@ -9,7 +9,7 @@ from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, pad_to_multiple, plan_rows, row_alignment
 from tokenyard.moe.experts import Experts, experts_by_loop
-from tokenyard.moe.feedforward import activate, activate_and_pull, projections
+from tokenyard.moe.feedforward import activate, activate_with_backward, projections
 from tokenyard.moe.router import Routing
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
     grad = torch.randn(50, 6, dtype=torch.float64)
     (expected,) = torch.autograd.grad(activate(activation, x), x, grad)
     result = torch.empty_like(x)
-    active, pull = activate_and_pull(activation, x.detach())
+    active, pull = activate_with_backward(activation, x.detach())
     pull(grad, result)
     torch.testing.assert_close(active, activate(activation, x.detach()), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
@@ -62,7 +62,7 @@ def test_the_weights_gradient_is_not_rounded_on_cuda() -> None:
     inner_RN, grad_RF = torch.randn(5, 2 * 256).bfloat16(), torch.randn(5, 256).bfloat16()
     active_RF, exact = activate(Activation.swiglu, inner_RN), grad_RF.double()
     with dry_run("cuda"):
-        *_, found_R = expert_function._back_through_activation(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
+        *_, found_R = expert_function._activation_backward(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
     torch.testing.assert_close(found_R.double(), (active_RF.double() * exact).sum(-1), rtol=1e-5, atol=1e-5)
 
 

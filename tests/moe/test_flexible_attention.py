@@ -7,12 +7,12 @@ import pytest
 import torch
 from tokenyard.moe import attention as attention_module
 from tokenyard.moe import flexible_attention as module
-from tokenyard.moe.attention import Attention, KeyValueCache, attend, fused_attention, visible
+from tokenyard.moe.attention import Attention, KeyValueCache, attend, attention_mask, fused_attention
 from tokenyard.moe.config import AttentionConfig, ModelConfig
-from tokenyard.moe.flexible_attention import BLOCK, attend_by_blocks, block_mask, block_masks
+from tokenyard.moe.flexible_attention import BLOCK, attend_with_blocks, block_mask, block_masks
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
-from tokenyard.moe.rotary import rotary_turns
+from tokenyard.moe.rotary import rotary_tables
 from tokenyard.moe.softmax import Softmax
 from tokenyard.train.config.compose import compose
 from torch import Tensor
@@ -65,7 +65,7 @@ def test_documents_of_every_length(window: int | None, documents: str) -> None:
     softmax, documents_BS, tensors = Softmax(0.3, None, window), numbered(documents), random_heads((2, 20, 20), True)
     expected = attend(*tensors[:3], softmax, tensors[3], documents_BS)
     blocks = block_mask(LENGTH, window, CPU, documents_BS)
-    assert_same(attend_by_blocks(*tensors[:3], softmax, tensors[3], blocks), expected, tensors)
+    assert_same(attend_with_blocks(*tensors[:3], softmax, tensors[3], blocks), expected, tensors)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 512])
@@ -73,7 +73,7 @@ def test_documents_of_every_length(window: int | None, documents: str) -> None:
 def test_blocks_are_those_of_the_mask(length: int, window: int | None) -> None:
     """In the order and the layout in which torch finds them from all (S, S) pairs."""
     for documents in (None, *(numbered(name, length) for name in DOCUMENTS if name != "none")):
-        ours, seen = block_mask(length, window, CPU, documents), visible(length, length, window, CPU, documents)
+        ours, seen = block_mask(length, window, CPU, documents), attention_mask(length, length, window, CPU, documents)
         seen_BSS = seen.expand(1, 1, length, length)[:, 0] if documents is None else seen[:, 0]
         theirs = create_block_mask(
             lambda b, h, q, k, of=seen_BSS: of[b, q, k], len(seen_BSS), 1, length, length, device="cpu", BLOCK_SIZE=BLOCK
@@ -130,7 +130,7 @@ def test_a_model_makes_its_blocks_once(preset: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         module, "block_mask", lambda length, window, *rest: made.append(window) or block_mask(length, window, *rest)
     )
-    monkeypatch.setattr(attention_module, "visible", None)
+    monkeypatch.setattr(attention_module, "attention_mask", None)
     with torch.no_grad():
         torch.testing.assert_close(model(ids_BS, documents_BS=documents_BS), expected, rtol=1e-4, atol=1e-4)
     assert made == ([None, 16] if preset == "tiny_gpt_oss" else [None])
@@ -160,8 +160,8 @@ def test_inside_of_a_compiled_attention_layer() -> None:
         width=24, heads=4, kv_heads=2, attention=AttentionConfig(softcap=1.5, sinks=True, window=70, window_every=2)
     )
     x_BSD, documents_BS = torch.randn(2, LENGTH, 24), numbered("some")
-    plain = rotary_turns(config, 0, LENGTH, CPU, torch.float32, documents_BS)
-    turns = plain._replace(
+    plain = rotary_tables(config, 0, LENGTH, CPU, torch.float32, documents_BS)
+    rotary = plain._replace(
         blocks={False: block_mask(LENGTH, None, CPU, documents_BS), True: block_mask(LENGTH, 70, CPU, documents_BS)}
     )
     counter = CompileCounterWithBackend("aot_eager")
@@ -171,7 +171,7 @@ def test_inside_of_a_compiled_attention_layer() -> None:
             torch.nn.init.normal_(parameter, std=0.2)
         expected = layer(x_BSD, plain)
         layer.compile(backend=counter, fullgraph=True)
-        torch.testing.assert_close(layer(x_BSD, turns), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x_BSD, rotary), expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 2
 
 
@@ -184,7 +184,7 @@ def test_plain_attention_in_the_shapes_of_cudas_kernels(cudnn: bool, dtype: torc
         tensors = [x.detach().to(dtype).requires_grad_() for x in random_heads(shape, False)[:3]]
         expected = fused_attention(*tensors, 0.3, None, True)
         monkeypatch.setattr(attention_module, "kind_of", lambda x: "cuda")
-        k, v = attention_module._suited(*tensors)
+        k, v = attention_module._prepare_keys_and_values(*tensors)
         assert k.shape[1] == v.shape[1] == (HEADS if dtype == torch.float32 else shape[0])
         assert v.shape[-1] == (shape[2] if cudnn or dtype == torch.float32 else shape[1])
         assert_same(fused_attention(*tensors, 0.3, None, True), expected, tensors, 1e-12 if dtype == torch.float64 else 1e-5)

@@ -11,8 +11,8 @@ from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.moe.generation import generate
 from tokenyard.moe.init import initialise
-from tokenyard.moe.model import Prediction, Transformer, ahead
-from tokenyard.moe.rotary import rotary_turns
+from tokenyard.moe.model import MTPModule, Transformer, ahead
+from tokenyard.moe.rotary import rotary_tables
 from tokenyard.moe.token_info import documents_of
 from tokenyard.parallel.apply import Parallel, parallelize
 from tokenyard.parallel.apply import initialise as initialise_ranks
@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_definition(dense: bool) -> None:
         embedded_BSD = model.embedding(ids_BS[:, depth:])
         hidden_BSD = hidden_BSD[:, : LENGTH - depth]
         joined = torch.cat([module.embedding_norm(embedded_BSD), module.hidden_norm(hidden_BSD)], -1) @ module.projection.weight.T
-        hidden_BSD, _ = module.block(joined, rotary_turns(model.config, 0, LENGTH - depth, CPU, torch.float64))
+        hidden_BSD, _ = module.block(joined, rotary_tables(model.config, 0, LENGTH - depth, CPU, torch.float64))
         torch.testing.assert_close(logits_BSV[:, : LENGTH - depth], model.head(module.norm(hidden_BSD)), rtol=0, atol=1e-12)
         if not dense:
             assert stats[1 + depth].counts_BE.sum() == 2 * (LENGTH - depth) * model.config.moe.top_k
@@ -135,7 +135,7 @@ def test_ahead(fill: int | bool) -> None:
 def residual_stream(model: Transformer, ids_BS: Tensor) -> Tensor:
     x_BSD = model.embedding(ids_BS)
     for block in model.layers.values():
-        x_BSD, _ = block(x_BSD, rotary_turns(model.config, 0, LENGTH, CPU, torch.float64))
+        x_BSD, _ = block(x_BSD, rotary_tables(model.config, 0, LENGTH, CPU, torch.float64))
     return x_BSD
 
 
@@ -148,7 +148,7 @@ def tiny(depth: int, dense: bool = False, capacity: float | None = None) -> Tran
     torch.manual_seed(0)
     model = Transformer(config_of(depth, dense, capacity), torch.float64)
     initialise(model, 1)
-    assert all(isinstance(module, Prediction) for module in model.mtp.values())
+    assert all(isinstance(module, MTPModule) for module in model.mtp.values())
     return model
 
 

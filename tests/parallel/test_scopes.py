@@ -31,17 +31,17 @@ def test_ranks_drop_what_one_device_drops(ranks: Any, scope: Scope, by_priority:
 
 def keep_on_rank(rows: int, scope: Scope, by_priority: bool, tensor: int) -> Tensor:
     mesh = build_mesh(ParallelConfig(tensor=tensor))
-    surroundings, mine = DistributedScope(mesh), part_of_choices(mesh.rank, mesh.world, tensor)
+    scopes, mine = DistributedScope(mesh), part_of_choices(mesh.rank, mesh.world, tensor)
     tokens = {Scope.sequence: LENGTH, Scope.batch: SEQUENCES * LENGTH, Scope.rank: SEQUENCES * LENGTH // mesh.world}
-    assert surroundings.tokens(len(mine[0]), mine[0].shape[1], scope) == tokens[scope]
-    return kept(mine, rows, scope, by_priority, surroundings)
+    assert scopes.tokens(len(mine[0]), mine[0].shape[1], scope) == tokens[scope]
+    return kept(mine, rows, scope, by_priority, scopes)
 
 
-def kept(choices: tuple[Tensor, Tensor, Tensor], rows: int, scope: Scope, by_priority: bool, surroundings: LocalScope) -> Tensor:
+def kept(choices: tuple[Tensor, Tensor, Tensor], rows: int, scope: Scope, by_priority: bool, scopes: LocalScope) -> Tensor:
     experts_BSK, wanted_BSK, priority_BSE = choices
     if by_priority:
-        return keep_best(experts_BSK, wanted_BSK, priority_BSE, rows, scope, surroundings)
-    return keep_earliest(experts_BSK, wanted_BSK, rows, EXPERTS, scope, surroundings)
+        return keep_best(experts_BSK, wanted_BSK, priority_BSE, rows, scope, scopes)
+    return keep_earliest(experts_BSK, wanted_BSK, rows, EXPERTS, scope, scopes)
 
 
 @LAYOUTS

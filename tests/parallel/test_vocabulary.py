@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenyard.moe.linear import compute_dtype
-from tokenyard.moe.model import Head
+from tokenyard.moe.model import LMHead
 from tokenyard.parallel import vocabulary
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
@@ -76,7 +76,7 @@ def test_bf16_activations_give_the_gradient_of_fp32_weights_in_fp32() -> None:
 def test_nothing_is_differentiated_where_nobody_asks() -> None:
     x_TD, weight_VD, targets_T = random_inputs(9, torch.float64)
     head = head_of("plain")
-    head.shape_backward = lambda *_: pytest.fail("a gradient was made")
+    head.to_logits_backward = lambda *_: pytest.fail("a gradient was made")
     with torch.no_grad():
         loss = head_loss(x_TD, weight_VD.requires_grad_(), head, targets_T, IGNORE, ALONE)
     assert not loss.requires_grad
@@ -149,8 +149,8 @@ def random_inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return torch.randn(tokens, WIDTH).to(dtype), torch.randn(VOCABULARY, WIDTH).to(dtype), targets_T
 
 
-def head_of(shape: str) -> Head:
-    return Head(WIDTH, VOCABULARY, torch.float32, None, *SHAPES[shape])
+def head_of(shape: str) -> LMHead:
+    return LMHead(WIDTH, VOCABULARY, torch.float32, None, *SHAPES[shape])
 
 
 def by_us(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: str, axis: Axis) -> Result:
