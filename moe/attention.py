@@ -1,6 +1,6 @@
-"""Causal grouped-query attention (Ainslie et al. 2023), and the softmax that it shares with latent attention (moe/attention.py).
+"""Causal grouped-query attention (Ainslie et al. 2023) and multi-head latent attention (DeepSeek-V2).
 
-B sequences, S new tokens, T tokens seen so far with those, D width, H query heads, G key-value heads, h width of a head.
+B sequences, S new tokens, T tokens so far (the new ones included), D width, H query heads, G key-value heads, h width of a head.
 """
 
 import torch
@@ -20,7 +20,7 @@ from .token_info import same_document
 
 
 class Attention(nn.Module):
-    """Heads are read off the weights' shapes, so the same code serves a tensor-parallel rank that holds some of them."""
+    """Infers the number of heads from the shapes of the weights: a tensor-parallel rank holds some of them."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.softmax = softmax_of(config, index, width)
 
     def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: "KeyValueCache | None" = None) -> Tensor:
-        """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
+        """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
         q_BHSh = rotate(self._heads(self.q(x_BSD), self.q_norm), rotary, self.interleaved)
         k_BGTh = rotate(self._heads(self.k(x_BSD), self.k_norm), rotary, self.interleaved)
         v_BGTh = self._heads(self.v(x_BSD), None)
@@ -66,10 +66,10 @@ def attend(
     documents_BS: Tensor | None = None,
     blocks: BlockMask | None = None,
 ) -> Tensor:
-    """(B, H, S, width of v): the queries are the last S of the T tokens. Sinks (gpt-oss) are logits that draw on no value.
+    """Returns (B, H, S, width of v); the queries are of the last S of T tokens. Sinks (gpt-oss) are logits without a value.
 
-    With `documents_BS` (then S = T) no token sees another document. `blocks` (see moe/flexible_attention.py) say the same as the
-    window and these; with them nothing of (S, S) is made.
+    With `documents_BS` (then S = T) tokens attend only to their own document. `blocks` (see moe/flexible_attention.py) is the mask
+    of window and documents together; with it no tensor of shape (S, S) is made.
     """
     if blocks is not None:
         return attend_with_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
@@ -84,7 +84,7 @@ def attend(
 
 
 def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float, mask_ST: Tensor | None, causal: bool) -> Tensor:
-    """(B, H, S, v): torch's own. A dry run puts a stand-in here."""
+    """Returns (B, H, S, v), by torch's own kernels. A dry run replaces this function."""
     width = v_BGTv.shape[-1]
     if kind_of(q_BHSh) == "cuda":
         k_BGTh, v_BGTv = _prepare_keys_and_values(q_BHSh, k_BGTh, v_BGTv)
@@ -94,9 +94,9 @@ def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float
 
 
 def _prepare_keys_and_values(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for which CUDA has a kernel, since without one (B, H, S, T) is made.
+    """Returns keys and values in shapes that have a fused CUDA kernel; without one, torch makes a tensor of (B, H, S, T).
 
-    That of fp32 knows no groups. Flash attention wants values as wide as keys; only cuDNN's is as fast without.
+    The kernel for fp32 has no grouped queries. Flash attention needs values as wide as keys; only cuDNN's kernel does not.
     """
     if q_BHSh.dtype == torch.float32:
         repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
@@ -109,7 +109,7 @@ def _prepare_keys_and_values(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> 
 
 @constant_when_compiled
 def _by_cudnn(width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch chooses cuDNN for heads of these widths in training."""
+    """Whether torch selects cuDNN's kernel for heads of these widths in training."""
     q_11Sh, v_11Sv = (torch.empty(1, 1, 128, each, dtype=dtype, device=device).requires_grad_() for each in (width, value_width))
     chosen = torch._fused_sdp_choice(q_11Sh, q_11Sh, v_11Sv, is_causal=True)  # pyright: ignore[reportPrivateImportUsage]
     return chosen == SDPBackend.CUDNN_ATTENTION.value
@@ -120,7 +120,7 @@ def _repeated(x_BGTh: Tensor, repeats: int) -> Tensor:
 
 
 def attention_mask(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:
-    """(new, seen) booleans, or (B, 1, new, seen) with documents: which keys each of the last `new` tokens sees."""
+    """Booleans (new, seen), or (B, 1, new, seen) with documents: which keys each of the last `new` tokens attends to."""
     mask_ST = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
     mask_ST = mask_ST if window is None else mask_ST.triu(seen - new - window + 1)
     return mask_ST if documents_BS is None else mask_ST & same_document(documents_BS)
@@ -129,7 +129,7 @@ def attention_mask(new: int, seen: int, window: int | None, device: torch.device
 def _attend_unfused(
     q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None, documents_BS: Tensor | None
 ) -> Tensor:
-    """What torch's fused attention cannot do, in fp32 or wider: soft-cap and sinks."""
+    """Attention with soft cap and sinks, which torch's fused attention does not have; logits in fp32 or wider."""
     wide = torch.promote_types(q_BHSh.dtype, torch.float32)
     repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
     k_BHTh, v_BHTh = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTh, v_BGTh))
@@ -145,7 +145,7 @@ def _attend_unfused(
 
 
 class KeyValueCache:
-    """Keys and values, or the latents of these, of the tokens seen so far by one attention layer, for generation."""
+    """Keys and values, or their latents, of the tokens so far in one attention layer, for generation."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -157,7 +157,7 @@ class KeyValueCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def extend(self, keys_BGSh: Tensor, values_BGSh: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values."""
+        """Appends to the cache and returns all keys and values in it."""
         if self.keys is not None and self.values is not None:
             keys_BGSh = torch.cat([self.keys, keys_BGSh], dim=2)
             values_BGSh = torch.cat([self.values, values_BGSh], dim=2)
@@ -175,16 +175,15 @@ def _norm(config: ModelConfig, heads: int, dtype: torch.dtype) -> nn.Module | No
             return HeadsNorm(heads * head_width(config), config.norm_epsilon, dtype)
 
 
-# Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one small latent per token.
+# Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from a small latent per token.
 #
-# B sequences, S new tokens, T tokens seen so far with those, D width, H heads, L width of the latent; of each head h dimensions
-# of a query, n of them without rotary embedding and r rotary, whose key all heads share.
+# L width of the latent; h dimensions of a head's query: n without rotary embedding, and r rotary, whose key all heads share.
 
 
 class LatentAttention(nn.Module):
-    """Heads are read off the weights' shapes, so the same code serves a tensor-parallel rank that holds some of them.
+    """Infers the number of heads from the shapes of the weights: a tensor-parallel rank holds some of them.
 
-    A cache keeps the latent and the rotary key of each token, L + r numbers.
+    A cache holds the latent and the rotary key of each token, L + r numbers.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
@@ -205,7 +204,7 @@ class LatentAttention(nn.Module):
         self.softmax = softmax_of(config, index, query, logits_factor(rope))
 
     def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
+        """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
         widths = self.widths
         q_BHSh = self.q(x_BSD) if widths.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BSD)))
         latent_BTL, key_BTr = self.kv_down(x_BSD).split([widths.kv_rank, widths.rope_width], dim=-1)

@@ -1,11 +1,11 @@
 """Tensor parallelism with sequence parallelism between the blocks (Megatron-LM; Korthikanti et al. 2022).
 
 Between the sublayers every tensor rank holds a slice of each sequence. Attention and dense feed-forwards gather the sequence,
-compute their own heads or hidden columns, and scatter the sum. Norms, routers, shared experts work on the slice, with weights
-that every rank holds whole; so does the MoE layer, which routes each token on one rank only.
+compute their own heads or hidden columns, and reduce-scatter the sum. Norms, routers and shared experts work on the slice, with
+weights that are whole on every rank; so does the MoE layer, which routes each token on one rank.
 
-A weight that is whole on every rank gets from each rank the gradient of that rank's slice, or of that rank's heads (norms of heads
-and latents), so that the sum over the ranks is the gradient.
+For a weight that is whole on every rank, a rank computes the gradient of its slice of the sequence, or of its heads (norms of heads
+and latents); the gradient is the sum over the ranks.
 """
 
 import functools
@@ -19,7 +19,7 @@ from ..moe.dispatch import Choices, FusedDispatcher, LocalDispatcher
 from ..moe.linear import HeadsNorm
 from ..moe.model import Transformer
 from ..moe.token_info import TokenInfo
-from .collectives import add_up_parts, gather_sequence, scatter_sequence, stack_over
+from .collectives import all_reduce_parts, gather_sequence, scatter_sequence, stack_over
 from .dispatch.all_to_all import plan_expert_order, read_splits, reorder
 from .dispatch.async_collectives import AllToAll
 from .layout import sliced_dim, sliced_dim_of_experts
@@ -42,7 +42,7 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Shar
         model.head.owner = (model.embedding,)
     model.head.register_forward_pre_hook(_gather_input(axis))
     for block in model.blocks:
-        _spread_attention(block.attention, axis)
+        _parallelize_attention(block.attention, axis)
         if block.dense is not None:
             block.dense.register_forward_pre_hook(_gather_input(axis))
             block.dense.register_forward_hook(_scatter_output(axis))
@@ -50,13 +50,13 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Shar
             block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
 
-def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
-    """Latents are made of the slice and then gathered: they are smaller than what they are made of."""
+def _parallelize_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
+    """Latents are projected from the slice and then gathered, since they are smaller than the input."""
     if isinstance(attention, Attention):
         attention.register_forward_pre_hook(_gather_input(axis))
         for norm in (attention.q_norm, attention.k_norm):
             if isinstance(norm, HeadsNorm):
-                norm.add_up = functools.partial(add_up_parts, axis=axis)
+                norm.all_reduce = functools.partial(all_reduce_parts, axis=axis)
     else:
         attention.kv_down.register_forward_hook(_gather_output(axis))
         if attention.widths.q_rank is None:
@@ -89,24 +89,24 @@ def _scatter_output(axis: Axis) -> Any:
 
 
 def _slice_tokens(axis: Axis) -> Any:
-    """The MoE layer gets a slice of x_BSD and the record of whole sequences: take the same slice of that."""
+    """The MoE layer receives a slice of x_BSD, and the information of whole sequences: takes the same slice of that."""
 
-    def own(part_BS: Tensor | None) -> Tensor | None:
-        return None if part_BS is None else part_BS.chunk(axis.size, dim=1)[axis.rank]
+    def slice_of(whole_BS: Tensor | None) -> Tensor | None:
+        return None if whole_BS is None else whole_BS.chunk(axis.size, dim=1)[axis.rank]
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, TokenInfo]) -> tuple[Tensor, TokenInfo]:
         x_BSD, tokens = inputs
         whole = (tokens.valid_BS, tokens.ids_BS, tokens.keys_BS)
-        return x_BSD, TokenInfo(*map(own, whole), step=tokens.step, layer=tokens.layer)
+        return x_BSD, TokenInfo(*map(slice_of, whole), step=tokens.step, layer=tokens.layer)
 
     return hook
 
 
 # Expert tensor parallelism: the ranks of an expert_tensor group hold the same experts, each some of their hidden columns.
 #
-# The ranks route different tokens (parallel folding), so each brings its rows to all of the group, all compute their part of
-# all rows, and each takes the parts of its own rows back and adds them up. It is around the experts and behind any dispatcher.
-# N ranks of the group, E experts of a rank, R rows of this rank, A rows of all of them.
+# The ranks route different tokens (parallel folding). So each rank sends its rows to the whole group, computes its part of all
+# rows, and sums the parts of its own rows. This wraps the experts, and works with any dispatcher.
+# N ranks of the group, E experts of a rank, R rows of this rank, A rows of all ranks.
 
 
 def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata]) -> None:
@@ -121,7 +121,7 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[st
             experts = block.moe.experts
             experts.adds_bias = experts.adds_bias and axis.rank == 0
             if isinstance(block.moe.dispatcher, FusedDispatcher):
-                block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # rows must be there to be shared
+                block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # exchanging rows needs rows
             experts.forward = functools.partial(share_rows, experts.forward, axis)
 
 

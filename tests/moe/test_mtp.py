@@ -11,7 +11,7 @@ from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.moe.generation import generate
 from tokenyard.moe.init import initialise
-from tokenyard.moe.model import MTPModule, Transformer, ahead
+from tokenyard.moe.model import MTPModule, Transformer, shift_left
 from tokenyard.moe.rotary import rotary_tables
 from tokenyard.moe.token_info import documents_of
 from tokenyard.parallel.apply import Parallel, parallelize
@@ -122,14 +122,14 @@ def test_with_documents_apart_the_objective_is_that_of_each_alone() -> None:
 
 
 @pytest.mark.parametrize("fill", [0, False, IGNORE])
-def test_ahead(fill: int | bool) -> None:
+def test_shift_left(fill: int | bool) -> None:
     x_BS = torch.tensor([[5, 6, 7], [8, 9, 1]])
     x_BS = x_BS > 6 if fill is False else x_BS
-    assert torch.equal(ahead(x_BS, 0, fill), x_BS)
-    shifted = ahead(x_BS, 2, fill)
+    assert torch.equal(shift_left(x_BS, 0, fill), x_BS)
+    shifted = shift_left(x_BS, 2, fill)
     assert shifted.dtype == x_BS.dtype
     assert shifted.tolist() == [[x_BS[0, 2].item(), fill, fill], [x_BS[1, 2].item(), fill, fill]]
-    assert ahead(x_BS, 5, fill).tolist() == [[fill] * 3] * 2
+    assert shift_left(x_BS, 5, fill).tolist() == [[fill] * 3] * 2
 
 
 def residual_stream(model: Transformer, ids_BS: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def by_torch(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: str) -> 
     """In fp32 or wider behind the products, as ours; these in the type that this processor makes them in."""
     x_TD, weight_VD = x_TD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
     x_AD, weight_AD = (tensor.to(compute_dtype(tensor)) for tensor in (x_TD, weight_VD))
-    logits_TV = head_of(shape).shape(x_AD @ weight_AD.T)
+    logits_TV = head_of(shape).to_logits(x_AD @ weight_AD.T)
     wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     loss = F.cross_entropy(wide_TV, targets_T, reduction="sum", ignore_index=IGNORE)
     return Result(loss.detach(), *torch.autograd.grad(FACTOR * loss, (x_TD, weight_VD)))
