@@ -246,6 +246,11 @@ class Activation(Enum):
     relu = "relu"
     relu_squared = "relu_squared"
 
+    @property
+    def projections(self) -> int:
+        """Projections of the input: 2 with a gate (gate and up), 1 without."""
+        return 2 if "glu" in self.value else 1
+
 
 @dataclass
 class MoEConfig:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import Activation
 from .device import kind_of
 from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
-from .feedforward import activate, activate_with_backward, projections
+from .feedforward import activate, activate_with_backward
 from .linear import compute_dtype
 
 # The grouped matrix product: the rows of each group times the matrix of that group, in one call.
@@ -111,7 +111,8 @@ class ExpertFunction(torch.autograd.Function):
         counts_E: Tensor,
         *plan_tensors: Any,
     ) -> Tensor:
-        plan, ends_E, wide = RowPlan(*plan_tensors) if plan_tensors else None, ends(counts_E), compute_dtype(x)
+        plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
         inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
@@ -157,7 +158,7 @@ def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
 
 def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
     """(R, F)."""
-    active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // projections(activation))
+    active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // activation.projections)
     for block in _blocks(inner_RN):
         activate(activation, inner_RN[block], out=active_RF[block])
     return active_RF
@@ -196,11 +197,6 @@ def _dots(a_RN: Tensor, b_RN: Tensor, wide: torch.dtype) -> Tensor:
     return (a_RN * b_RN).sum(-1, dtype=wide) if kind_of(a_RN) == "cpu" else row_dots(a_RN, b_RN, wide)
 
 
-def ends(counts_E: Tensor) -> Tensor:
-    """(E,), int32: the index behind the last row of each expert."""
-    return counts_E.cumsum(0, dtype=torch.int32)
-
-
 def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:
     """Adds the bias of its expert to each row, in place."""
     return x_RN if bias_EN is None else x_RN.add_(_of_rows(bias_EN, counts_E, len(x_RN)))
@@ -233,7 +229,7 @@ class Experts(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        parts = projections(activation)
+        parts = activation.projections
         self.activation = activation
         self.gate_up = nn.Parameter(torch.empty(experts, parts, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))

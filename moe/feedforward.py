@@ -12,15 +12,8 @@ from .linear import linear
 
 # P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
 
-GATED = {Activation.swiglu, Activation.geglu, Activation.swiglu_clamped}
-
 CLAMP, SLOPE = 7.0, 1.702
 """gpt-oss's swiglu_limit and swiglu_alpha."""
-
-
-def projections(activation: Activation) -> int:
-    """Returns P, the number of projections."""
-    return 2 if activation in GATED else 1
 
 
 def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -51,7 +44,7 @@ def activate_with_backward(activation: Activation, x: Tensor) -> tuple[Tensor, A
     """Returns `activate(activation, x)` and its backward function, which needs no autograd and so works block by block."""
     if activation is Activation.swiglu:
         return _swiglu(x)
-    backward = _gated_backward if activation in GATED else _ungated_backward
+    backward = _gated_backward if activation.projections == 2 else _ungated_backward
     return activate(activation, x), partial(backward, activation, x)
 
 
@@ -99,7 +92,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, dtype: torch.dtype, activation: Activation = Activation.swiglu) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_up = nn.Parameter(torch.empty(projections(activation), hidden, width, dtype=dtype))
+        self.gate_up = nn.Parameter(torch.empty(activation.projections, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 B sequences, S tokens of each, T = B * S tokens, D width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and the router's statistics. Dropped tokens get zeros; the residual carries them on."""
         routing = self.router(x_BSD, tokens)
-        y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, lambda: self._shared(x_BSD))
+        y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, partial(self._shared, x_BSD))
         y_BSD = y_TD.view_as(x_BSD)
         stats, metrics = routing.stats, routing.stats.router_metrics
         if metrics is not None:

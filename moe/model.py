@@ -213,11 +213,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RoutingStats | None]:
         y_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache)
         x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
-        y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), tokens)
-        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
-
-    def _feedforward(self, x_BSD: Tensor, tokens: TokenInfo | None) -> tuple[Tensor, RoutingStats | None]:
+        y_BSD, stats = self.feedforward_norm(x_BSD), None
         if self.moe is not None:
-            return self.moe(x_BSD, tokens)
-        assert self.dense is not None
-        return self.dense(x_BSD), None
+            y_BSD, stats = self.moe(y_BSD, tokens)
+        elif self.dense is not None:
+            y_BSD = self.dense(y_BSD)
+        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats

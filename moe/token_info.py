@@ -40,19 +40,15 @@ def random_normal(key: Tensor, columns: int) -> Tensor:
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
     """Returns a new int64 key from a key and a number, which broadcast."""
-    mixed = key * _signed(0x9E3779B97F4A7C15) + value
-    mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(0x94D049BB133111EB)
+    mixed = key * (0x9E3779B97F4A7C15 - 2**64) + value  # the constants as signed int64
+    mixed = (mixed ^ _shift_right(mixed, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    mixed = (mixed ^ _shift_right(mixed, 27)) * (0x94D049BB133111EB - 2**64)
     return mixed ^ _shift_right(mixed, 31)
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
     """A logical shift; torch's copies the sign bit."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64)
 
 
 class BatchPosition(NamedTuple):

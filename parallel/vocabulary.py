@@ -57,7 +57,9 @@ class _HeadLoss(torch.autograd.Function):
         cast_VD, x_TD = weight_VD.to(dtype).to(product_dtype), x_TD.to(product_dtype)
         gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)
-        for part in _chunks(x_TD, len(weight_VD)):
+        tokens = max(1, LOGITS[kind_of(x_TD)] // len(weight_VD))
+        for start in range(0, len(x_TD), tokens):
+            part = slice(start, start + tokens)
             logits_TV = head.to_logits(F.linear(x_TD[part], cast_VD))
             wide_TV = logits_TV.to(wide, copy=head.softcap is not None)  # the soft cap's backward needs the logits
             loss, gradient_TV = cross_entropy(wide_TV, targets_T[part], ignore, axis)
@@ -83,8 +85,10 @@ class _HeadLoss(torch.autograd.Function):
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """Returns the sum over tokens, and its gradient (T, V), which overwrites the logits."""
-    local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], axis)
-    counted_T = targets_T != ignore
+    columns, counted_T = logits_TV.shape[1], targets_T != ignore
+    local_T = targets_T - axis.rank * columns
+    here_T = (local_T >= 0) & (local_T < columns)
+    local_T = local_T.masked_fill(~here_T, 0)
     target_logits_T = logits_TV.gather(1, local_T[:, None]).squeeze(1) * here_T
     largest_T = max_over(logits_TV.amax(1), axis)
     exps_TV = logits_TV.sub_(largest_T[:, None]).exp_()
@@ -92,15 +96,3 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis)
     loss = ((exps_T.log() + largest_T - target_logits_T) * counted_T).sum()
     gradient_TV = exps_TV.mul_((counted_T / exps_T)[:, None])
     return loss, gradient_TV.scatter_add_(1, local_T[:, None], -(here_T & counted_T)[:, None].to(exps_TV.dtype))
-
-
-def _local_targets(targets_T: Tensor, columns: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Returns the column of each target on this rank (0 if another rank has it), and whether this rank has it."""
-    local_T = targets_T - axis.rank * columns
-    here_T = (local_T >= 0) & (local_T < columns)
-    return local_T.masked_fill(~here_T, 0), here_T
-
-
-def _chunks(x_TD: Tensor, columns: int) -> list[slice]:
-    tokens = max(1, LOGITS[kind_of(x_TD)] // columns)
-    return [slice(start, start + tokens) for start in range(0, len(x_TD), tokens)]

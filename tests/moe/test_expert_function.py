@@ -9,7 +9,7 @@ from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, pad_to_multiple, plan_rows, row_alignment
 from tokenyard.moe.experts import Experts, experts_by_loop
-from tokenyard.moe.feedforward import activate, activate_with_backward, projections
+from tokenyard.moe.feedforward import activate, activate_with_backward
 from tokenyard.moe.router import Routing
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def test_equals_dispatch_experts_combine(
 
 @pytest.mark.parametrize("activation", Activation)
 def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
-    x = (4 * torch.randn(50, 6 * projections(activation), dtype=torch.float64)).requires_grad_()
+    x = (4 * torch.randn(50, 6 * activation.projections, dtype=torch.float64)).requires_grad_()
     grad = torch.randn(50, 6, dtype=torch.float64)
     (expected,) = torch.autograd.grad(activate(activation, x), x, grad)
     result = torch.empty_like(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenyard.moe.config import Activation
 from tokenyard.moe.experts import Experts, experts_by_loop
-from tokenyard.moe.feedforward import FeedForward, activate, projections
+from tokenyard.moe.feedforward import FeedForward, activate
 from torch import Tensor
 
 WIDTH, HIDDEN = 16, 24
@@ -62,7 +62,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("activation", Activation)
 def test_activations_are_their_formulas(activation: Activation) -> None:
-    formula, parts = FORMULAS[activation], projections(activation)
+    formula, parts = FORMULAS[activation], activation.projections
     values = torch.tensor([-30.0, -7.5, -1.0, 0.0, 0.3, 2.0, 7.5, 30.0], dtype=torch.float64)
     inputs = torch.cartesian_prod(values, values) if parts == 2 else values[:, None]
     expected = torch.tensor([formula(*row) for row in inputs.tolist()], dtype=torch.float64)
