@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..moe import dispatch, layer
-from ..moe import experts as expert_function
+from ..moe import experts as experts_module
 from ..moe.scoring import ChosenExperts
 from ..train.allocator import restart_with_kept_memory
 from .shapes import LayerShape, our_layer
@@ -27,11 +27,11 @@ from .timing import Ratio, markdown, ratio, take_turns
 PARTS = {
     "route": ((layer.Router, "forward"),),
     "sort": ((dispatch, "plan_rows"), (dispatch, "pad_to_multiple")),
-    "gather": ((expert_function, "gather_rows"),),
-    "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
-    "activation": ((expert_function, "_activated"), (expert_function, "_activation_backward")),
-    "weights": ((expert_function, "weights_per_row"), (expert_function, "values_per_choice")),
-    "combine": ((expert_function, "sum_rows"),),
+    "gather": ((experts_module, "gather_rows"),),
+    "products": ((experts_module, "grouped_mm"), (experts_module, "grouped_outer")),
+    "activation": ((experts_module, "_activated"), (experts_module, "_activation_backward")),
+    "weights": ((experts_module, "weights_per_row"), (experts_module, "values_per_choice")),
+    "combine": ((experts_module, "sum_rows"),),
 }
 """The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenyard.bench.host_reads import host_reads
-from tokenyard.moe import experts as expert_function
+from tokenyard.moe import experts as experts_module
 from tokenyard.moe import linear
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
@@ -31,7 +31,7 @@ def test_equals_dispatch_experts_combine(
 ) -> None:
     experts = random_experts(torch.float64, activation, bias)
     routing, x_TD = random_routing(*case), torch.randn(case[0], WIDTH, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(expert_function, "BLOCK", 3 * HIDDEN)  # more than one block
+    monkeypatch.setattr(experts_module, "BLOCK", 3 * HIDDEN)  # more than one block
     fused = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None)
     plain = LocalDispatcher(EXPERTS).run(
         x_TD, routing, lambda x_RD, counts_E: experts_by_loop(experts, x_RD, counts_E), lambda: None
@@ -62,7 +62,7 @@ def test_the_weights_gradient_is_not_rounded_on_cuda() -> None:
     inner_RN, grad_RF = torch.randn(5, 2 * 256).bfloat16(), torch.randn(5, 256).bfloat16()
     active_RF, exact = activate(Activation.swiglu, inner_RN), grad_RF.double()
     with dry_run("cuda"):
-        *_, found_R = expert_function._activation_backward(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
+        *_, found_R = experts_module._activation_backward(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
     torch.testing.assert_close(found_R.double(), (active_RF.double() * exact).sum(-1), rtol=1e-5, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenyard.moe import linear as products
+from tokenyard.moe import linear as linear_module
 from tokenyard.moe.attention import Softmax, attend
 from tokenyard.moe.feedforward import FeedForward
 from tokenyard.moe.linear import compute_dtype, linear, lists_bf16, makes_tf32
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "MULTIPLIES_BF16", False)
+    monkeypatch.setattr(linear_module, "MULTIPLIES_BF16", False)
 
 
 def test_flags_of_processors() -> None:
@@ -25,7 +25,7 @@ def test_flags_of_processors() -> None:
 
 def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
-        monkeypatch.setattr(products, "MULTIPLIES_BF16", has)
+        monkeypatch.setattr(linear_module, "MULTIPLIES_BF16", has)
         assert compute_dtype(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if has else torch.float32)
         assert compute_dtype(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
         for dtype in (torch.float32, torch.float64):
