@@ -17,7 +17,7 @@ from sameness import (
 )
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.parallel.apply import Parallel
-from tokenyard.parallel.dispatch import all_to_all as plain
+from tokenyard.parallel.dispatch import all_to_all
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
 from tokenyard.train.step import head_losses, train_step
@@ -105,7 +105,7 @@ def gathers_begun(layout: Layout, layers: int) -> dict[str, Any]:
         if not torch._C._current_graph_task_id() >= 0:  # in a recomputation nobody differentiates it
             y.register_hook(lambda _: at("at experts"))
 
-    with Collectives() as counted, mock.patch.object(plain, "host_read", read):
+    with Collectives() as counted, mock.patch.object(all_to_all, "host_read", read):
         train_step(
             parallel, build_optimizer(OptimizerConfig(lr=0.01), parallel), rows_of(parallel, 0, case(1)), lr=0.01, clip_norm=None
         )
