@@ -127,7 +127,7 @@ def turns_of(config: ModelConfig) -> RotaryTables:
 
 
 def plain_attention(attention: Attention, x_BSD: Tensor, config: ModelConfig) -> Tensor:
-    """One sequence, head and query at a time."""
+    """Computes one sequence, head and query at a time."""
     settings = config.attention
     rows = []
     for x_SD in x_BSD:

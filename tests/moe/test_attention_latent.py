@@ -53,7 +53,7 @@ def test_cached_chunks_equal_the_whole_sequence(window: int | None, softcap: flo
 
 
 def test_window_and_scale_change_the_outputs_as_they_should() -> None:
-    """Token 4 sees 2 ... 4; a scale of zero gives the mean of the values."""
+    """Token 4 attends to tokens 2 to 4; with a scale of 0 the output is the mean of the values."""
     config = model_config(None, False, False, window=3)
     attention, x_BSD = random_attention(config), torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
     before = attention(x_BSD, turns_of(config, 0, LENGTH))

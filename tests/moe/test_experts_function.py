@@ -57,7 +57,7 @@ def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
 
 
 def test_the_weights_gradient_is_not_rounded_on_cuda() -> None:
-    """With products that come in bf16: of a row's activation and its gradient the sum of exact products is taken."""
+    """With bf16 products: the gradient of a row's weight sums exact products of activation and gradient."""
     torch.manual_seed(0)
     inner_RN, grad_RF = torch.randn(5, 2 * 256).bfloat16(), torch.randn(5, 256).bfloat16()
     active_RF, exact = activate(Activation.swiglu, inner_RN), grad_RF.double()
@@ -74,7 +74,7 @@ def test_experts_with_biases_do_not_make_the_host_wait() -> None:
 
 
 def test_rounding_up_changes_no_number() -> None:
-    """What is filled in is zeros that nobody takes: the outputs and gradients are those without it, and whole multiples go in."""
+    """Padding rows are zeros that are ignored: outputs and gradients do not change, and the numbers of rows are multiples."""
     experts, routing = random_experts(torch.float64), random_routing(11, 2, 0.3, None)
     x_TD = torch.randn(11, WIDTH, dtype=torch.float64)
     plan = plan_rows(routing, EXPERTS)
@@ -89,7 +89,7 @@ def test_rounding_up_changes_no_number() -> None:
 
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the processor has products of bf16, and experts get a multiple of rows, or not."""
+    """Rows are padded to a multiple if the CPU has bf16 products, and not otherwise."""
     monkeypatch.setattr(linear, "MULTIPLIES_BF16", multiplies)
     experts, narrow = random_experts(torch.float64, bias=True), random_experts(torch.bfloat16, bias=True)
     narrow.load_state_dict(experts.state_dict())
@@ -106,7 +106,7 @@ def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
-    """The tokens and the first product: no copies of rows, no activations, no outputs."""
+    """Only the tokens and the first product are saved: no copies of rows, no activations, no outputs."""
     experts, routing = random_experts(torch.float32), random_routing(64, 2, None, None)
     kept: dict[int, int] = {}
 
@@ -137,7 +137,7 @@ def random_experts(dtype: torch.dtype, activation: Activation = Activation.swigl
 
 
 def random_routing(tokens: int, top_k: int, dropped: float | None, padded_rows: int | None) -> Routing:
-    """Distinct experts for each token."""
+    """Random routing with distinct experts for each token."""
     experts_TK = torch.rand(tokens, EXPERTS).argsort(dim=1)[:, :top_k]
     weights_TK = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
     kept_TK = None if dropped is None else torch.rand(tokens, top_k) >= dropped

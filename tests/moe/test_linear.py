@@ -1,4 +1,4 @@
-"""bf16 where the processor has no products of it: made in fp32, rounded once, and nothing wider is kept for the backward pass."""
+"""bf16 on a CPU without bf16 products: computed in fp32, rounded once, and nothing wider is saved for the backward pass."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_rounds_once(emulated: None, bias: bool) -> None:
-    """Numbers whose products and sums fp32 has exactly: so the result is the exact one, rounded to bf16. Also the gradients."""
+    """With numbers whose products and sums are exact in fp32, results and gradients are the exact ones, rounded to bf16."""
     x, weight = (torch.randint(-8, 9, shape).bfloat16().requires_grad_() for shape in ((2, 3, 40), (7, 40)))
     bias_N = torch.randint(-8, 9, (7,)).bfloat16().requires_grad_() if bias else None
     grad = torch.randint(-8, 9, (2, 3, 7)).bfloat16()
@@ -78,7 +78,7 @@ def test_attention_is_that_of_fp32_rounded(emulated: None, softmax: Softmax) -> 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 def test_compiles_in_one_piece(emulated: None) -> None:
-    """Forward and backward, and what comes out is the same."""
+    """Forward and backward compile, and the results are the same."""
     torch.compiler.reset()
     layer, x = FeedForward(8, 16, torch.float32), torch.randn(2, 3, 8).bfloat16().requires_grad_()
     for weight in layer.parameters():

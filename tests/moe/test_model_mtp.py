@@ -1,4 +1,4 @@
-"""Multi-token prediction: the definition of DeepSeek-V3 (section 2.2) its loss, and where it takes no part."""
+"""Multi-token prediction: DeepSeek-V3's definition (section 2.2), its loss, and where it is not used."""
 
 from itertools import accumulate
 from typing import Any
@@ -30,7 +30,7 @@ LOGITS: Any = 3 * [lambda x, _weight, head: head(x)]
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_logits_are_those_of_the_definition(dense: bool) -> None:
-    """h' = projection [norm(embedding of token i + d); norm(h)], a block over positions that have such a token, norm, the head."""
+    """h' = projection [norm(embedding of token i + d); norm(h)], then block, norm and head over positions with such a token."""
     model, ids_BS = tiny(depth=2, dense=dense), torch.randint(VOCABULARY, (2, LENGTH))
     (_, *further), stats = model(ids_BS, head_losses=LOGITS)
     assert len(further) == 2 and len(stats) == (0 if dense else 4)
@@ -69,7 +69,7 @@ def test_objective_is_the_loss_plus_the_coefficient_times_the_mean() -> None:
 
 
 def test_a_prediction_sees_no_more_than_it_may() -> None:
-    """Position i of module d depends on tokens 0 ... i + d and on none after; tokens beyond the sequence drop nobody."""
+    """Position i of module d depends on tokens 0 to i + d only; tokens beyond the sequence take no capacity."""
     model = tiny(depth=2, capacity=0.6)
     ids_BS = torch.randint(VOCABULARY, (1, LENGTH))
     before = model(ids_BS, head_losses=LOGITS)[0][1:]
@@ -81,7 +81,7 @@ def test_a_prediction_sees_no_more_than_it_may() -> None:
 
 
 def test_the_model_itself_is_as_without() -> None:
-    """Logits, statistics and generation; only the same names have the same initial weights."""
+    """Logits, statistics and generation do not change; parameters of the same name have the same initial weights."""
     with_modules, without = tiny(depth=2), tiny(depth=0)
     assert {name for name, _ in with_modules.named_parameters() if not name.startswith("mtp.")} == set(
         dict(without.named_parameters())
@@ -97,7 +97,7 @@ def test_the_model_itself_is_as_without() -> None:
 
 
 def test_with_documents_apart_the_objective_is_that_of_each_alone() -> None:
-    """Documents of 5, 1, 2 and 3 tokens and one that the sequence cuts off: none predicts, sees or counts a token of another."""
+    """Documents of 5, 1, 2 and 3 tokens and a truncated one: none predicts, attends to or counts tokens of another."""
     parallel, end, lengths = one_rank(depth=2), 2, (5, 1, 2, 3, 4)
     ids = torch.randint(3, VOCABULARY, (1, sum(lengths) + 1))
     ids[0, torch.tensor(lengths[:-1]).cumsum(0) - 1] = end

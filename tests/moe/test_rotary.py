@@ -1,4 +1,4 @@
-"""Rotary embeddings: angles as transformers computes them, which dimensions are turned, and what rotation is for."""
+"""Rotary embeddings: angles equal transformers', the rotated dimensions, and scores that depend on distance only."""
 
 import math
 from types import SimpleNamespace
@@ -108,7 +108,7 @@ def turns_at(config: ModelConfig, position: int) -> RotaryTables:
 
 
 def their_config(rope: RopeConfig, width: int) -> Any:
-    """What transformers' functions read of a configuration."""
+    """Returns the configuration that transformers' functions read."""
     parameters = {
         "rope_type": rope.scaling.value,
         "rope_theta": rope.theta,

@@ -1,4 +1,4 @@
-"""What holds for every kind of router: counts, gradients, ties, capacity, no tokens, and what is random where."""
+"""Properties of every kind of router: counts, gradients, ties, capacity, no tokens, and where it is random."""
 
 from dataclasses import replace
 
@@ -96,7 +96,7 @@ def test_ties_go_to_the_first(config: MoEConfig) -> None:
 
 @ALL
 def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
-    """Equal logits and, for the hash, equal tokens: each has the same experts. Of experts that choose, each takes its share."""
+    """With equal logits (and ids) all tokens have the same experts; in expert choice each expert takes its share."""
     layer, tokens = random_layer(config), build_token_info(torch.full((SEQUENCES, LENGTH), 7), None, BatchPosition())
     for parameter in layer.router.parameters():
         parameter.data.zero_()
@@ -157,7 +157,7 @@ def test_rows_are_routed_alike_in_whatever_batch_they_come(name: str) -> None:
 
 @ALL
 def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a layer and, before all layers, in a model."""
+    """Checks the keys of a layer, and those that a model computes before all layers."""
     made = []
     monkeypatch.setattr("tokenyard.moe.router.fold_in", lambda *of: made.append("layer") or fold_in(*of))
     monkeypatch.setattr("tokenyard.moe.token_info.token_keys", lambda *of: made.append("model") or token_keys(*of))
@@ -188,7 +188,7 @@ def test_layers_draw_their_own_noise() -> None:
 
 
 def test_null_experts_add_nothing_to_a_tokens_output() -> None:
-    """The same as a layer whose last experts give zeros."""
+    """Equals a layer whose last experts output zeros."""
     config = MoEConfig(experts=EXPERTS, top_k=3, hidden=16, router=RouterConfig(null_experts=4))
     layer, wide = random_layer(config), random_layer(replace(config, experts=EXPERTS + 4, router=RouterConfig()))
     with torch.no_grad():
@@ -209,7 +209,7 @@ def route(config: MoEConfig, masked: bool = False) -> tuple[Routing, TokenInfo]:
 
 
 def outcome(router: Router, place: BatchPosition | None, x_BSD: Tensor | None = None) -> Tensor:
-    """(B, S, E): the weights of what is dispatched."""
+    """Returns (B, S, E): the weights of dispatched choices."""
     x_BSD = inputs() if x_BSD is None else x_BSD
     ids_BS = torch.arange(LENGTH).expand(len(x_BSD), LENGTH)
     routing = router(x_BSD, build_token_info(ids_BS, None, place))
@@ -219,7 +219,7 @@ def outcome(router: Router, place: BatchPosition | None, x_BSD: Tensor | None = 
 
 
 def router_gradient(config: MoEConfig) -> Tensor:
-    """Of the whole objective, by the projection of the router (zeros where it has none)."""
+    """Returns the gradient of the whole objective by the router's weight (zeros if it has none)."""
     layer = random_layer(config)
     y_BSD, stats = layer(inputs(), token_record(config))
     (y_BSD.square().sum() + loss_of(stats, config).objective).backward()
@@ -228,7 +228,7 @@ def router_gradient(config: MoEConfig) -> Tensor:
 
 
 def loss_of(stats, config: MoEConfig):
-    """As the only layer of a model whose cross entropy is constant."""
+    """The layer is the only one of a model whose cross entropy is constant."""
     constant = torch.zeros((), dtype=torch.float64)
     return losses(constant, [stats], config, Totals(SEQUENCES * LENGTH, SEQUENCES, 1), build_mesh(ParallelConfig()))
 

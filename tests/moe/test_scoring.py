@@ -1,4 +1,4 @@
-"""Who is chosen: what each selection promises. Expert choice has a file of its own."""
+"""The experts that each selection chooses; test_expert_choice.py has expert choice."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_best_is_top_k_and_takes_the_first_of_equals() -> None:
 @pytest.mark.parametrize("columns", [8, 9, 128, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_takes_the_same_on_cuda(columns: int, dtype: torch.dtype) -> None:
-    """One sort instead of K maxima: random scores, ties, -inf, NaN, all equal; up to as many as are not -inf."""
+    """One sort equals K maxima: for random scores, ties, -inf, NaN and equal scores, up to the number of scores above -inf."""
     torch.manual_seed(0)
     scores = torch.randn(2, 50, columns, dtype=dtype)
     few = scores.masked_fill(torch.rand_like(scores) < 0.5, -torch.inf)

@@ -1,4 +1,4 @@
-"""The counter-based generator against plain whole numbers, and its draws against what is known of uniform and normal ones."""
+"""The stateless generator against Python integers, and its numbers against properties of uniform and normal ones."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_normal_has_the_moments_and_tails_of_a_normal() -> None:
 
 
 def test_a_part_of_the_tokens_draws_what_the_whole_draws() -> None:
-    """Rows by rank, slices of sequences, fewer columns: nothing but (seed, step, row, position, column) matters."""
+    """Numbers depend only on (seed, step, row, position, column), whatever rows, slices or columns a rank has."""
     whole_BS = token_keys(BatchPosition(3, 7), 6, 10, CPU)
     rows_BS = token_keys(BatchPosition(3, 7, row=4), 2, 10, CPU)
     assert torch.equal(rows_BS, whole_BS[4:])

@@ -44,7 +44,7 @@ def reduce_in_buckets(parts: list[list[Tensor]], bucket: int) -> list[Tensor]:
 
 
 def test_each_rank_contributes_its_share_of_the_squared_norm() -> None:
-    """A shard with 4 replicas is counted by each of their ranks for a quarter."""
+    """Each of the 4 replicas of a shard counts a quarter of it."""
     values = [torch.full((3,), 2.0), torch.full((2, 2), 3.0)]
     parallel = sharded([Axis(1, 0, None), Axis(4, 2, None)], values)
     squared = gradients.squared_norm(parallel)

@@ -1,4 +1,4 @@
-"""Ranks decide over slices of sequences as one device decides over all tokens: who is dropped, how often experts are chosen."""
+"""Ranks with slices of sequences drop the same choices, and count the same, as one device with all tokens."""
 
 from typing import Any
 
@@ -74,12 +74,12 @@ def part_of_choices(rank: int, world: int, tensor: int) -> tuple[Tensor, Tensor,
 
 
 def part_of(tokens_BS: Tensor, rank: int, world: int, tensor: int) -> Tensor:
-    """Data ranks have runs of sequences, tensor ranks slices of them."""
+    """Returns the part of a rank: data ranks have runs of sequences, tensor ranks slices of these."""
     return tokens_BS.chunk(world // tensor)[rank // tensor].chunk(tensor, 1)[rank % tensor]
 
 
 def choices() -> tuple[Tensor, Tensor, Tensor]:
-    """Experts (the first are chosen more often), which choices are wanted, and priorities, of which many are equal."""
+    """Returns experts (the first are chosen more often), a mask of wanted choices, and priorities with many ties."""
     generator = torch.Generator().manual_seed(5)
     noise = torch.rand(SEQUENCES, LENGTH, EXPERTS, generator=generator) + torch.tensor([0.6, 0.3, 0.0, 0.0])
     valid_BS = torch.rand(SEQUENCES, LENGTH, generator=generator) < 0.8

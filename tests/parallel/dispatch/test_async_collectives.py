@@ -23,7 +23,7 @@ COUNTS = {
 
 @pytest.mark.parametrize(("world", "counts"), [(world, counts) for world, cases in COUNTS.items() for counts in cases])
 def test_exchange(ranks: Any, world: int, counts: list[list[int]]) -> None:
-    """Row i of those from rank a to rank b is [a, b, i]; gradients come back as the weights of where the rows went."""
+    """Row i of those from rank a to rank b is [a, b, i]; gradients are the weights at the rows' destinations."""
     torch.manual_seed(0)
     weights = [torch.randn(sum(row[rank] for row in counts), 3, dtype=torch.float64) for rank in range(world)]
     results = ranks(world, exchange, counts, weights)
@@ -48,7 +48,7 @@ SIZES = pytest.mark.parametrize("sizes", [[2, 2], [3, 0], [1, 4, 0, 2], [2, 2, 2
 
 @SIZES
 def test_gather(ranks: Any, sizes: list[int]) -> None:
-    """All rows come to all; the gradient of a rank's rows is the sum of what each rank gives them."""
+    """Every rank gets all rows; the gradient of a row is the sum over the ranks."""
     torch.manual_seed(0)
     rows, weights_NTD = torch.randn(sum(sizes), 3), torch.randn(len(sizes), sum(sizes), 3)
     for rank, result in enumerate(ranks(len(sizes), gather, sizes, rows, weights_NTD)):
@@ -76,7 +76,7 @@ def scatter(sizes: list[int], parts_NTD: Tensor, weights: Tensor) -> Pass:
 
 
 def test_narrow_parts_are_added_up_wide(ranks: Any) -> None:
-    """In bf16 1 + 2**-8 + 2**-8 + 2**-8 is 1, added one after the other."""
+    """Summed one after the other in bf16, 1 + 2**-8 + 2**-8 + 2**-8 is 1."""
     parts = torch.full((4, 4, 1), 2.0**-8, dtype=torch.bfloat16)
     parts[0] = 1.0
     for result in ranks(4, scatter, [1, 1, 1, 1], parts, torch.ones(4, 1, dtype=torch.bfloat16)):

@@ -65,7 +65,7 @@ def test_reorder_and_its_gradient() -> None:
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_one_device(ranks: Any, config: ParallelConfig, world: int, tokens: list[int], dropped: float | None) -> None:
-    """Outputs and gradients of tokens and weights rank by rank; gradients of experts are sums over the ranks' tokens."""
+    """Compares outputs and gradients of tokens and weights rank by rank; gradients of experts are sums over all tokens."""
     torch.manual_seed(0)
     assert_ranks_equal_one_device(ranks, config, [random_tokens(count, dropped) for count in tokens[:world]])
 
@@ -82,7 +82,7 @@ def test_all_tokens_to_one_expert(ranks: Any, config: ParallelConfig) -> None:
 
 @ALL
 def test_any_number_of_experts_per_token(ranks: Any, config: ParallelConfig) -> None:
-    """Expert choice: a column for each expert, and some tokens have none."""
+    """As in expert choice: a column for each expert, and some tokens without any."""
     torch.manual_seed(0)
     parts = [random_tokens(5, 0.6, EXPERTS) for _ in range(4)]
     for part in parts:
@@ -103,7 +103,7 @@ def test_null_experts_get_nothing(ranks: Any, config: ParallelConfig) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXCHANGES if "chunks" not in name])
 def test_padding_reaches_the_experts(ranks: Any, name: str) -> None:
-    """Each expert gets as many rows from each rank as it has at most: 5 from each of 4 here."""
+    """Each expert gets its maximum of rows from each rank: here 5 from each of 4."""
     torch.manual_seed(0)
     parts = [random_tokens(5, 0.3) | {"padded_rows": 5} for _ in range(4)]
     for of_rank in assert_ranks_equal_one_device(ranks, EXCHANGES[name], parts):
@@ -118,7 +118,7 @@ FILES = {"plain": "all_to_all.py", "deduplicated": "deduplicated.py", "hierarchi
 @pytest.mark.parametrize("name", WAITS)
 @pytest.mark.parametrize("dropped", [None, 0.3])
 def test_the_host_waits_as_often_as_said(ranks: Any, name: str, dropped: float | None) -> None:
-    """Dropping costs the plain exchange one more, the number of kept choices."""
+    """With dropping the plain exchange reads one more number, that of kept choices."""
     torch.manual_seed(0)
     parts = [random_tokens(count, dropped) for count in (7, 1, 4, 2)]
     expected = {f"parallel/dispatch/{FILES[name]}": WAITS[name]}
@@ -128,7 +128,7 @@ def test_the_host_waits_as_often_as_said(ranks: Any, name: str, dropped: float |
 
 
 def waits(config: ParallelConfig, parts: list[dict[str, Any]]) -> dict[str, int]:
-    """How often the host waits, by file."""
+    """Returns how often the host waits, by file."""
     config.expert = len(parts)
     mesh = build_mesh(config)
     dispatcher, part = build_dispatcher(EXPERTS, mesh, config), parts[mesh.rank]
@@ -150,7 +150,7 @@ def pass_rows(dispatcher: Dispatcher, part: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", WAITS)
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(64, 8, 3), (48, 32, 8), (1, 8, 3), (32, 4, 4)])
 def test_a_dry_run_goes_on_with_numbers_that_fit_each_other(name: str, tokens: int, experts: int, top_k: int) -> None:
-    """No number is read; about as many rows arrive as are chosen, which splits and sums of a backward pass agree with."""
+    """No number is read; about as many rows arrive as are chosen, and the sizes of the backward pass agree."""
     dispatcher, arrived = dry_dispatcher(name, experts), []
     with FakeTensorMode(), dry_run("cuda") as seen:
         part = random_tokens(tokens, None, top_k, experts)
@@ -163,7 +163,7 @@ def test_a_dry_run_goes_on_with_numbers_that_fit_each_other(name: str, tokens: i
 
 
 def dry_dispatcher(name: str, experts: int) -> Dispatcher:
-    """Of rank 1 of 4, whose collectives do nothing."""
+    """Returns the dispatcher of rank 1 of 4, whose collectives do nothing."""
 
     def axis(size: int) -> Axis:
         group = ProcessGroup(1, size)

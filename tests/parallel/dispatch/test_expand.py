@@ -1,4 +1,4 @@
-"""Copies of rows and their sums against a loop, with rows that have none, and with padding."""
+"""Expanded rows and their sums against a loop, with rows without copies and with padding."""
 
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ def test_bf16_copies_are_added_in_fp32() -> None:
 
 
 def made(case: Case) -> tuple[Expansion, list[list[int]]]:
-    """An expansion whose choices go to any of the copies, and the copies of each row."""
+    """Returns an expansion whose choices are in random order, and the copies of each row."""
     torch.manual_seed(len(case.counts))
     row_C = torch.repeat_interleave(torch.arange(len(case.counts)), torch.tensor(case.counts, dtype=torch.int64))
     nth_C = torch.tensor([nth for count in case.counts for nth in range(count)], dtype=torch.int64)
