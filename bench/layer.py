@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from ..moe import dispatch, layer
-from ..moe import experts as expert_function
-from ..moe.scoring import Choice
+from ..moe import experts as experts_module
+from ..moe.scoring import ChosenExperts
 from ..train.allocator import restart_with_kept_memory
 from .shapes import LayerShape, our_layer
 from .timing import Ratio, markdown, ratio, take_turns
 
 PARTS = {
     "route": ((layer.Router, "forward"),),
-    "sort": ((dispatch, "plan_rows"), (dispatch, "rounded_up")),
-    "gather": ((expert_function, "gather_rows"),),
-    "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
-    "activation": ((expert_function, "_activated"), (expert_function, "_back_through_activation")),
-    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices")),
-    "combine": ((expert_function, "sum_rows"),),
+    "sort": ((dispatch, "plan_rows"), (dispatch, "pad_to_multiple")),
+    "gather": ((experts_module, "gather_rows"),),
+    "products": ((experts_module, "grouped_mm"), (experts_module, "grouped_outer")),
+    "activation": ((experts_module, "_activated"), (experts_module, "_activation_backward")),
+    "weights": ((experts_module, "weights_per_row"), (experts_module, "values_per_choice")),
+    "combine": ((experts_module, "sum_rows"),),
 }
 """The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""
 
@@ -69,8 +69,8 @@ class Timer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Calls of the parts' functions are timed inside."""
-        places = [(part, owner, name) for part, all_of in PARTS.items() for owner, name in all_of]
-        patches = [patch.object(owner, name, self.timed(part, getattr(owner, name))) for part, owner, name in places]
+        targets = [(part, owner, name) for part, all_of in PARTS.items() for owner, name in all_of]
+        patches = [patch.object(owner, name, self.timed(part, getattr(owner, name))) for part, owner, name in targets]
         for each in patches:
             each.start()
         try:
@@ -97,8 +97,8 @@ class Bench:
     def forward(self) -> Tensor:
         if self.chosen_TK is None:
             return self.layer(self.x_BSD)[0]
-        choice = Choice(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
-        with patch("tokenyard.moe.router.choose", lambda *_: choice):
+        choice = ChosenExperts(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
+        with patch("tokenyard.moe.router.choose_experts", lambda *_: choice):
             return self.layer(self.x_BSD)[0]
 
     def backward(self, y_BSD: Tensor) -> None:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from ..moe import router
-from ..moe.router import RouterMetrics, gauge
+from ..moe.router import RouterMetrics, compute_router_metrics
 from ..train.config.compose import compose
 from ..train.config.config import Config
 from ..train.logging.expert_stats.collector import ExpertStats
@@ -44,13 +44,13 @@ class Line(NamedTuple):
 
 
 class Timed:
-    """`gauge` of moe/router.py, and how long it has taken."""
+    """`compute_router_metrics` of moe/router.py, and how long it has taken."""
 
     seconds = 0.0
 
     def __call__(self, *arguments: Any) -> RouterMetrics:
         start = perf_counter()
-        found = gauge(*arguments)
+        found = compute_router_metrics(*arguments)
         self.seconds += perf_counter() - start
         return found
 
@@ -105,7 +105,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def measure(overrides: list[str], rounds: int, steps: int) -> list[Line]:
     """One line a tier."""
-    with patch.object(router, "gauge", GAUGES), tempfile.TemporaryDirectory() as folder:
+    with patch.object(router, "compute_router_metrics", GAUGES), tempfile.TemporaryDirectory() as folder:
         runners = {tier: _runner(tier, overrides, Path(folder) / tier) for tier in TIERS}
         for runner in runners.values():
             runner.steps(2)

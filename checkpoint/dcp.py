@@ -151,17 +151,17 @@ class HeldLoadPlanner(LoadPlanner):
             )
         saved = self.saved[name]
         check_held(name, held)
-        if (saved.size, saved.properties.dtype) != (held.piece.shape, held.tensor.dtype):
+        if (saved.size, saved.properties.dtype) != (held.metadata.shape, held.tensor.dtype):
             raise ValueError(
                 f"checkpoint {self.checkpoint}: tensor {name!r} is {_kind(saved.size, saved.properties.dtype)} in the checkpoint "
-                f"and {_kind(held.piece.shape, held.tensor.dtype)} in this run: shape and dtype must be the same"
+                f"and {_kind(held.metadata.shape, held.tensor.dtype)} in this run: shape and dtype must be the same"
             )
         if held.tensor.numel() == 0:
             return []
-        items = create_read_items_for_chunk_list(name, saved, [_chunk(held.piece)])
+        items = create_read_items_for_chunk_list(name, saved, [_chunk(held.metadata)])
         if sum(math.prod(item.lengths) for item in items) != held.tensor.numel():
             raise ValueError(
-                f"checkpoint {self.checkpoint}: tensor {name!r} is incomplete: no file holds all of {span(held.piece)}"
+                f"checkpoint {self.checkpoint}: tensor {name!r} is incomplete: no file holds all of {span(held.metadata)}"
             )
         return items
 

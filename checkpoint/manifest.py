@@ -15,7 +15,7 @@ import xxhash
 
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
-from ..parallel.shard import apart
+from ..parallel.shard import ShardMetadata, disjoint
 from .bounded import MOST_DIMENSIONS, brief, check_name, read_regular, room_beside, said, strict_json, tensor_bytes
 from .facts import check_facts
 from .fsync import sync
@@ -228,7 +228,7 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
         if 0 in chunk.sizes:
             raise ValueError(f"tensor {name!r}: a chunk must hold something")
     covered, total = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
-    if covered != total or not apart(chunks):
+    if covered != total or not disjoint([ShardMetadata(shape, chunk.offsets, chunk.sizes) for chunk in chunks]):
         raise ValueError(f"tensor {name!r} is incomplete: its chunks must cover each of its {total} elements once")
     return TensorRecord(one["dtype"], shape, chunks)
 

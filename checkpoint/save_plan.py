@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..parallel.shard import LocalShard, ShardMetadata, apart
+from ..parallel.shard import LocalShard, ShardMetadata, disjoint
 from .expert_hashes import Slice, cut_slices
 from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
 from .safetensors_file import CODES, DTYPES
@@ -134,7 +134,7 @@ def _writers(offers: list[list[Offer]]) -> dict[Offer, int]:
 
 def _check_tiling(name: str, tensor: TensorRecord) -> None:
     """The chunks cover the tensor without overlap."""
-    if not apart(tensor.chunks):
+    if not disjoint([ShardMetadata(tensor.shape, chunk.offsets, chunk.sizes) for chunk in tensor.chunks]):
         raise ValueError(f"tensor {name!r}: two ranks hold pieces that overlap but differ; pieces must be equal or apart")
     covered, total = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
     if covered != total:

@@ -97,7 +97,7 @@ class _Writing:
         def see(name: str, content: memoryview) -> None:
             failpoint("checkpoint.shard_begun", job.step)
             self._go_on()
-            if found := hash_held(name, held[name].piece, content):
+            if found := hash_held(name, held[name].metadata, content):
                 slices[name] = found
 
         if not held:

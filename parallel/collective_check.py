@@ -1,6 +1,6 @@
-"""debug.collectives: before each collective of ours its ranks compare what they are about to do, which shows at once who is wrong.
+"""debug.collectives: before each collective its ranks compare what they are about to do, and name the rank that differs.
 
-Without it a rank that leaves one out, or has other row counts, is seen as a hang or as wrong numbers, later and elsewhere.
+Without it a rank that skips a collective, or disagrees on row counts, shows up later as a hang or as wrong numbers elsewhere.
 """
 
 import zlib
@@ -16,11 +16,11 @@ from .progress import PROGRESS
 
 
 class CollectiveMismatch(RuntimeError):
-    """The ranks of a group are about to do different collectives. All of them raise it, with the same text."""
+    """The ranks of a group are about to enter different collectives. All of them raise it, with the same message."""
 
 
 def compare(name: str, axis: Axis, send: list[int] | None, receive: list[int] | None) -> None:
-    """(collective, step, phase, layer) must be equal on all ranks, and what one sends to another what that one expects."""
+    """Raises CollectiveMismatch unless (collective, step, phase, layer) agree on all ranks, and rows sent with rows expected."""
     if axis.group is None:
         return
     own = [_code(name), PROGRESS.step, _code(PROGRESS.phase), -1 if PROGRESS.layer is None else PROGRESS.layer]
@@ -48,9 +48,9 @@ def _place() -> str:
     return f"step {PROGRESS.step}, {PROGRESS.phase}" + ("" if PROGRESS.layer is None else f", layer {PROGRESS.layer}")
 
 
-def _ranks(places: list[int], axis: Axis) -> str:
+def _ranks(indices: list[int], axis: Axis) -> str:
     ranks: Any = dist.get_process_group_ranks(axis.group or dist.group.WORLD)
-    return "rank " + ", ".join(str(ranks[place]) for place in places)
+    return "rank " + ", ".join(str(ranks[place]) for place in indices)
 
 
 def _gather(numbers: list[int], axis: Axis) -> list[list[int]]:

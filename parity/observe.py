@@ -79,8 +79,8 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
         seen.append(_whole(Key(step, "gradient norm", ""), numbers.gradient_norm))
         seen += [_whole(Key(step, "expert bias", name), bias.clone()) for name, bias in expert_biases(parallel.model).items()]
     return seen + [
-        ObservedTensor(Key(steps, "weight", name), placed.piece, local(placed.parameter).detach().clone())
-        for name, placed in parallel.placed.items()
+        ObservedTensor(Key(steps, "weight", name), sharded.metadata, local(sharded.parameter).detach().clone())
+        for name, sharded in parallel.parameters.items()
     ]
 
 
@@ -146,8 +146,8 @@ def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[Ob
 
 def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[ObservedTensor]:
     """Before they were multiplied by `factor`; those of the last layers, which the backward pass makes first, come first."""
-    for name, placed in reversed(parallel.placed.items()):
-        yield ObservedTensor(Key(1, "gradient", name), placed.piece, gradient_of(placed) / factor)
+    for name, sharded in reversed(parallel.parameters.items()):
+        yield ObservedTensor(Key(1, "gradient", name), sharded.metadata, gradient_of(sharded) / factor)
 
 
 def _whole(key: Key, tensor: Tensor) -> ObservedTensor:

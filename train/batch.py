@@ -11,7 +11,7 @@ from ..data.batches import IGNORE, Batch
 from ..data.build import DataPipeline
 from ..data.errors import DataStop
 from ..moe.device import kind_of
-from ..moe.model import ahead
+from ..moe.model import shift_left
 from ..moe.token_info import documents_of
 from ..parallel.mesh import Axis
 from ..parallel.progress import in_phase
@@ -133,7 +133,7 @@ def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Ro
 
 def targets_ahead(rows: Rows, depth: int) -> Tensor:
     """(B, S): of each position the target that is `depth` further; IGNORE beyond its sequence (documents apart: its document)."""
-    return ahead(rows.targets, depth, IGNORE, rows.documents)
+    return shift_left(rows.targets, depth, IGNORE, rows.documents)
 
 
 def valid_targets(rows: Rows, mtp_depth: int) -> list[int]:

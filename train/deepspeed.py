@@ -102,13 +102,13 @@ class Zero:
     def fragments(self) -> Iterator[tuple[str, ShardedParameter, Fragment | None]]:
         """Of each parameter; None if this rank updates no element of it. For ZeRO 1 and 2."""
         partitions = self.engine.optimizer.single_partition_of_fp32_groups
-        for name, placed in self.parallel.placed.items():
-            link: Any = getattr(placed.parameter, "_hp_mapping")  # noqa: B009
+        for name, sharded in self.parallel.parameters.items():
+            link: Any = getattr(sharded.parameter, "_hp_mapping")  # noqa: B009
             if link is None:
-                yield name, placed, None
+                yield name, sharded, None
                 continue
             here, there = link.lp_fragment_address, link.hp_fragment_address
-            yield name, placed, Fragment(here.start, here.numel, partitions[link.param_group_index], there.start)
+            yield name, sharded, Fragment(here.start, here.numel, partitions[link.param_group_index], there.start)
 
     def _gradients(self) -> list[Tensor]:
         """This rank's share of them, which no other rank has; after the last micro-batch of a step. For ZeRO 1 and 2."""
@@ -119,8 +119,8 @@ def own_group(parallel: Parallel) -> Callable[[ShardedParameter], dict[str, Any]
     """What marks an optimizer's group of parameters that fewer ranks than all hold, as DeepSpeed reads it; nothing for others."""
     names = _group_names(parallel)
 
-    def mark(placed: ShardedParameter) -> dict[str, Any]:
-        return {"moe": True, "name": names[placed.copies]} if placed.copies in names else {}
+    def mark(sharded: ShardedParameter) -> dict[str, Any]:
+        return {"moe": True, "name": names[sharded.replicas]} if sharded.replicas in names else {}
 
     return mark
 
@@ -150,7 +150,7 @@ def _sign_of_groups(deepspeed: ModuleType) -> nn.Module:
 
 def _group_names(parallel: Parallel) -> dict[Axis, str]:
     """The sets of ranks, other than all, that hold the same pieces; named in the same order on every rank."""
-    axes = {placed.copies: None for placed in parallel.placed.values() if placed.copies.size < parallel.mesh.world}
+    axes = {sharded.replicas: None for sharded in parallel.parameters.values() if sharded.replicas.size < parallel.mesh.world}
     return {axis: f"copies_{number}" for number, axis in enumerate(axes)}
 
 
@@ -163,10 +163,10 @@ def _register_groups(parallel: Parallel, deepspeed: ModuleType) -> None:
     names = _group_names(parallel)
     for axis, name in names.items():
         known[name] = axis.group or dist.new_subgroups_by_enumeration([[rank] for rank in range(parallel.mesh.world)])[0]
-    for placed in parallel.placed.values():
-        if placed.copies in names:
-            marked: Any = placed.parameter
-            marked.allreduce, marked.group_name = False, names[placed.copies]
+    for sharded in parallel.parameters.values():
+        if sharded.replicas in names:
+            marked: Any = sharded.parameter
+            marked.allreduce, marked.group_name = False, names[sharded.replicas]
 
 
 def _start_world_of_one(device: torch.device) -> None:
@@ -236,11 +236,11 @@ class ZeroEngine(Engine):
         if not self.zero.stage:
             return held_state(self.parallel, self.optimizer)
         held = held_weights(self.parallel)
-        for turn, (name, placed, fragment) in enumerate(self.zero.fragments()):
+        for turn, (name, sharded, fragment) in enumerate(self.zero.fragments()):
             for moment in MOMENTS:
-                whole = self._gather(placed, fragment, moment)
-                if turn % placed.copies.size == placed.copies.rank:
-                    held[f"optimizer.{name}.{moment}"] = LocalShard(placed.piece, whole)
+                whole = self._gather(sharded, fragment, moment)
+                if turn % sharded.replicas.size == sharded.replicas.rank:
+                    held[f"optimizer.{name}.{moment}"] = LocalShard(sharded.metadata, whole)
         return held
 
     def wanted(self) -> dict[str, LocalShard]:
@@ -248,34 +248,34 @@ class ZeroEngine(Engine):
         if not self.zero.stage:
             return held_state(self.parallel, self.optimizer)
         held = held_weights(self.parallel)
-        for name, placed, fragment in self.zero.fragments():
+        for name, sharded, fragment in self.zero.fragments():
             if fragment is not None:
-                rows = rows_around(placed.piece, fragment)
+                rows = rows_around(sharded.metadata, fragment)
                 for moment in MOMENTS:
                     held[f"optimizer.{name}.{moment}"] = LocalShard(rows, torch.empty(rows.sizes, device=self.parallel.device))
         return held
 
     def take(self, loaded: dict[str, LocalShard], step: int) -> None:
         if not self.zero.stage:
-            set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
+            set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)
             return
-        for name, placed, fragment in self.zero.fragments():
+        for name, sharded, fragment in self.zero.fragments():
             if fragment is not None:
-                weights = placed.parameter.detach().flatten()
+                weights = sharded.parameter.detach().flatten()
                 fragment.of(fragment.partition.data).copy_(weights.narrow(0, fragment.start, fragment.size))
                 for moment in MOMENTS:
                     piece, rows = loaded[f"optimizer.{name}.{moment}"]
-                    first = (piece.offsets[0] - placed.piece.offsets[0]) * row_size(piece)
+                    first = (piece.offsets[0] - sharded.metadata.offsets[0]) * row_size(piece)
                     wanted = rows.flatten().narrow(0, fragment.start - first, fragment.size)
                     self._moment(fragment, moment).copy_(wanted)
         partitions = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         set_optimizer_steps(self.optimizer, partitions, step)
 
-    def _gather(self, placed: ShardedParameter, fragment: Fragment | None, moment: str) -> Tensor:
-        whole = torch.zeros(placed.piece.sizes, device=self.parallel.device)
+    def _gather(self, sharded: ShardedParameter, fragment: Fragment | None, moment: str) -> Tensor:
+        whole = torch.zeros(sharded.metadata.sizes, device=self.parallel.device)
         if fragment is not None:
             whole.view(-1).narrow(0, fragment.start, fragment.size).copy_(self._moment(fragment, moment))
-        return sum_over(whole, placed.copies)
+        return sum_over(whole, sharded.replicas)
 
     def _moment(self, fragment: Fragment, moment: str) -> Tensor:
         return fragment.of(optimizer_state(self.optimizer, fragment.partition)[moment])

@@ -70,4 +70,4 @@ class TorchEngine(Engine):
         return self.held()
 
     def take(self, loaded: dict[str, LocalShard], step: int) -> None:
-        set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
+        set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)

@@ -14,7 +14,7 @@ SHOWN = 4
 
 def bad_gradients(parallel: Parallel) -> list[str]:
     """`rank R: parameter` for gradients that are not finite, the first of each rank. Collective."""
-    mine = [name for name, placed in parallel.placed.items() if not gradient_of(placed).isfinite().all()]
+    mine = [name for name, sharded in parallel.parameters.items() if not gradient_of(sharded).isfinite().all()]
     return _of_all_ranks(mine)
 
 

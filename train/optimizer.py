@@ -17,8 +17,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group, which has the items of its `mark`."""
     groups: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
-    for placed in parallel.placed.values():
-        groups[_decays(placed), _kind(placed), tuple(mark(placed).items())].append(placed.parameter)
+    for sharded in parallel.parameters.values():
+        groups[_decays(sharded), _kind(sharded), tuple(mark(sharded).items())].append(sharded.parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
@@ -37,14 +37,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _decays(placed: ShardedParameter) -> bool:
+def _decays(sharded: ShardedParameter) -> bool:
     """Matrices decay, norms do not (GPT-2)."""
-    return len(placed.piece.shape) >= 2
+    return len(sharded.metadata.shape) >= 2
 
 
-def _kind(placed: ShardedParameter) -> str:
+def _kind(sharded: ShardedParameter) -> str:
     """Torch updates the parameters of a group together, which plain tensors and different FSDP meshes refuse."""
-    parameter = placed.parameter
+    parameter = sharded.parameter
     return str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"
 
 

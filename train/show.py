@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from ..moe.param_count import moe_layers
-from ..parallel.layout_diagram import picture
+from ..parallel.layout_diagram import layout_diagram
 from .config.compose import CONF, Arguments, compose_arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
@@ -39,7 +39,7 @@ def layout_lines(config: Config, world: int) -> list[str]:
         f"of {short(trained)} parameters a rank holds {short(held)} between steps",
         "",
     ]
-    return [line.rstrip() for line in lines + picture(config.parallel, world, node, model.moe.experts if layers else 0)]
+    return [line.rstrip() for line in lines + layout_diagram(config.parallel, world, node, model.moe.experts if layers else 0)]
 
 
 def ranks_of_a_node(config: Config, world: int) -> int:

@@ -21,16 +21,16 @@ def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str
     The tensors are the live ones: loading into them restores weights and moments.
     """
     held = held_weights(parallel)
-    for name, placed in parallel.placed.items():
-        moments = optimizer_state(optimizer, placed.parameter)
+    for name, sharded in parallel.parameters.items():
+        moments = optimizer_state(optimizer, sharded.parameter)
         for moment in MOMENTS:
-            held[f"optimizer.{name}.{moment}"] = LocalShard(placed.piece, local(moments[moment]))
+            held[f"optimizer.{name}.{moment}"] = LocalShard(sharded.metadata, local(moments[moment]))
     return held
 
 
 def held_weights(parallel: Parallel) -> dict[str, LocalShard]:
     """Parameters and expert biases, the live tensors."""
-    held = {f"model.{name}": LocalShard(p.piece, local(p.parameter.detach())) for name, p in parallel.placed.items()}
+    held = {f"model.{name}": LocalShard(p.metadata, local(p.parameter.detach())) for name, p in parallel.parameters.items()}
     for name, bias in expert_biases(parallel.model).items():
         held[f"model.{name}"] = LocalShard(whole(bias.shape), bias)
     return held

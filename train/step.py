@@ -18,7 +18,7 @@ from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
-from ..parallel.gradients import scale_gradients, squared_norm, summed_over_copies
+from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
@@ -77,7 +77,7 @@ def train_step(
         last = index == len(micro_batches) - 1
         prepare_backward(parallel.model, parallel.zero, last)
         share = forward(parallel, rows, totals, place)
-        with summed_over_copies(parallel) if last else nullcontext():
+        with gradient_all_reduce(parallel) if last else nullcontext():
             backward(share)
         shares.append(share)
     squared = squared_norm(parallel)
@@ -116,7 +116,7 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, place: BatchPosition
     config = parallel.model.config
     place = (place or BatchPosition())._replace(row=rows.first)
     valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
-    (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, place=place, documents_BS=rows.documents)
+    (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, position=place, documents_BS=rows.documents)
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
 

@@ -10,7 +10,7 @@ import torch
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel
-from ...parallel.gradients import squared_norm, summed_over_copies
+from ...parallel.gradients import gradient_all_reduce, squared_norm
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
 from ...train.config.model_summary import training_bytes
@@ -131,5 +131,5 @@ def _stages(trained: Trained, rows: Rows, device: torch.device) -> list[tuple[st
 
 def reduced_backward(parallel: Parallel, share: Losses) -> None:
     """That of the only micro-batch."""
-    with summed_over_copies(parallel):
+    with gradient_all_reduce(parallel):
         backward(share)

@@ -1,4 +1,4 @@
-"""Nothing that is watched depends on the layout; every choice counts once: recomputed, accumulated, padded, evaluated between."""
+"""No metric depends on the layout, and every choice counts once: with recomputation, accumulation, padding, evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def test_a_layout_has_the_numbers_of_one_process(ranks, tmp_path: Path, name: st
 
 
 def test_the_busiest_rank_is_found(ranks, tmp_path: Path) -> None:
-    """With an expert to a rank its overload is that of its expert, and over both layers that of their sum."""
+    """With one expert per rank, the overload of a rank is that of its expert, and over both layers that of their sum."""
     layout = [
         "model.moe.experts=4",
         "model.moe.top_k=1",
@@ -107,7 +107,7 @@ def flat(value: Any) -> list[float]:
 
 
 class Keeps(Reporter):
-    """What the loop tells a reporter: one entry a step, with the record of telemetry.jsonl that came with it."""
+    """Records what the loop reports: one entry a step, with its record of telemetry.jsonl."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
@@ -133,7 +133,7 @@ class Keeps(Reporter):
 
 
 def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """On a rank: a run without files."""
+    """Runs on a rank, without writing files."""
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
     session, reporter = open_session(config, torch.device("cpu")), Keeps()
     train(session, reporter, build_supervisor(session, reporter))

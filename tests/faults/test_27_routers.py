@@ -34,9 +34,9 @@ TOKENS = 8 * 32
 def crafted_run(folder: Path, bias: dict[int, float], *overrides: str) -> int:
     """On ranks of the pool: with a bias of the router that no logit can make up for. The exit code."""
     session = open_session(configured(folder, *RUN, *overrides), torch.device("cpu"))
-    for name, placed in session.parallel.placed.items():
+    for name, sharded in session.parallel.parameters.items():
         if name.endswith("router.bias"):
-            bias_E = local(placed.parameter.detach())
+            bias_E = local(sharded.parameter.detach())
             assert bias_E.shape == (8,)
             for expert, value in bias.items():
                 bias_E[expert] = value

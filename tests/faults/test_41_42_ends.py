@@ -103,8 +103,8 @@ def poisoned(folder: Path, overrides: list[str], poison: bool) -> int:
     session = open_session(configured(folder, *overrides), torch.device("cpu"))
     if poison:
         with torch.no_grad():
-            for placed in session.parallel.placed.values():
-                placed.parameter.fill_(float("nan"))
+            for sharded in session.parallel.parameters.values():
+                sharded.parameter.fill_(float("nan"))
     with closing(session), build_reporter(session) as reporter:
         return train_session(session, reporter)
 

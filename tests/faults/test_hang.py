@@ -16,7 +16,7 @@ from tokenyard.checkpoint.saver import Saver
 from tokenyard.parallel import collective_check as fingerprints
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.async_collectives import RowExchange, depart, land
+from tokenyard.parallel.dispatch.async_collectives import AllToAll
 from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, in_phase
@@ -160,7 +160,7 @@ def disagree(kind: str, culprit: int) -> str:
                 sum_over(torch.ones(2), everyone)
             else:
                 send = [1 + (everyone.rank == culprit)] + [1] * (everyone.size - 1)
-                land(depart(torch.ones(sum(send), 2), RowExchange(send, [1] * everyone.size, everyone)))
+                AllToAll(send, [1] * everyone.size, everyone).start(torch.ones(sum(send), 2)).wait()
     except fingerprints.CollectiveMismatch as error:
         return str(error)
     finally:

@@ -32,7 +32,7 @@ def spoiled_gradient(session: Session, rank: int, steps: dict[int, int], value: 
         step = session.step + 1
         if session.parallel.mesh.rank == rank and left.get(step, 0) > 0:
             left[step] -= 1
-            gradient = session.parallel.placed[name].parameter.grad
+            gradient = session.parallel.parameters[name].parameter.grad
             assert gradient is not None
             gradient.mul_(value) if math.isfinite(value) else gradient.view(-1)[:1].fill_(value)
 

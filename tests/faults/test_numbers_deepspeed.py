@@ -30,7 +30,7 @@ def spoiled_run(folder: Path, overrides: list[str], steps: dict[int, int]) -> di
         result = right(*arguments, last=last)
         if last and session.parallel.mesh.rank == 1 and left.get(step_of(), 0) > 0:
             left[step_of()] -= 1
-            first = zero._gradients()[0] if zero.stage else next(iter(session.parallel.placed.values())).parameter.grad
+            first = zero._gradients()[0] if zero.stage else next(iter(session.parallel.parameters.values())).parameter.grad
             assert first is not None
             first.view(-1)[:1].fill_(math.nan)
         return result

@@ -28,12 +28,12 @@ NAME = "layers.0.attention.qkv"
 def flipped_run(folder: Path, overrides: list[str], rank: int, steps: list[int]) -> dict[str, Any]:
     """A run on ranks of the pool; on one of them a bit of one weight flips after each of `steps`."""
     session = open_session(configured(folder, *overrides), torch.device("cpu"))
-    right, name = session.engine.step, next(name for name in session.parallel.placed if ".attention." in name)
+    right, name = session.engine.step, next(name for name in session.parallel.parameters if ".attention." in name)
 
     def step(*args: Any) -> Any:
         numbers = right(*args)
         if session.step + 1 in steps and session.parallel.mesh.rank == rank:
-            local(session.parallel.placed[name].parameter.detach()).view(torch.int32).view(-1)[3] ^= 1
+            local(session.parallel.parameters[name].parameter.detach()).view(torch.int32).view(-1)[3] ^= 1
         return numbers
 
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ def timed(folder: Path) -> dict[str, float]:
         single_step(session)
         steps = [lasted(lambda: single_step(session)) for _ in range(5)]
         comparisons = [lasted(lambda: differences(session.parallel)) for _ in range(6)][1:]
-        held = sum(local(placed.parameter).numel() for placed in session.parallel.placed.values())
+        held = sum(local(sharded.parameter).numel() for sharded in session.parallel.parameters.values())
         every = session.config.debug.replicas_every
         return {"step": median(steps), "comparison": median(comparisons), "every": every, "held": held}
 

@@ -270,8 +270,8 @@ def test_router_metrics_are_computed_in_steps_that_are_logged(tmp_path: Path) ->
     def trouble(session: Session) -> Any:
         from tokenyard.moe import router
 
-        right = router.gauge
-        return mock.patch.object(router, "gauge", lambda *args: (calls.append(session.step + 1), right(*args))[1])
+        right = router.compute_router_metrics
+        return mock.patch.object(router, "compute_router_metrics", lambda *args: (calls.append(session.step + 1), right(*args))[1])
 
     trained(tmp_path / "run", ["log.every=3", "telemetry.every=4", "checkpoint.every=0"], False, trouble)
     logged = [3, 4, 6, 8]

@@ -69,15 +69,15 @@ def hash_of(tensor: Tensor) -> Tensor:
 
 def _by_axis(parallel: Parallel) -> dict[Axis, list[str]]:
     found: dict[Axis, list[str]] = defaultdict(list)
-    for name, placed in parallel.placed.items():
-        if placed.copies.size > 1 and local(placed.parameter).numel():
-            found[placed.copies].append(name)
+    for name, sharded in parallel.parameters.items():
+        if sharded.replicas.size > 1 and local(sharded.parameter).numel():
+            found[sharded.replicas].append(name)
     return found
 
 
 def _among(parallel: Parallel, axis: Axis, names: list[str]) -> list[Difference]:
     """Of the ranks of one axis: the largest and, of the complements, the smallest hash; then, if they differ, who has which."""
-    hashes_P = torch.stack([hash_of(local(parallel.placed[name].parameter)) for name in names])
+    hashes_P = torch.stack([hash_of(local(parallel.parameters[name].parameter)) for name in names])
     most_P, least_P = max_over(torch.cat([hashes_P, ~hashes_P]), axis).chunk(2)
     wrong = (most_P != ~least_P).nonzero().flatten()
     if not len(wrong):
@@ -144,7 +144,7 @@ class Replicas:
         assert difference.source is not None
         if self.session.parallel.mesh.rank not in difference.copies:
             return
-        placed = self.session.parallel.placed[difference.name]
-        moments = optimizer_state(self.session.engine.optimizer, placed.parameter)
-        for tensor in (placed.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
-            dist.broadcast(local(tensor), difference.source, group=placed.copies.group)
+        sharded = self.session.parallel.parameters[difference.name]
+        moments = optimizer_state(self.session.engine.optimizer, sharded.parameter)
+        for tensor in (sharded.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
+            dist.broadcast(local(tensor), difference.source, group=sharded.replicas.group)

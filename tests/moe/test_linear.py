@@ -1,11 +1,11 @@
-"""bf16 where the processor has no products of it: made in fp32, rounded once, and nothing wider is kept for the backward pass."""
+"""bf16 on a CPU without bf16 products: computed in fp32, rounded once, and nothing wider is saved for the backward pass."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenyard.moe import linear as products
+from tokenyard.moe import linear as linear_module
 from tokenyard.moe.attention import Softmax, attend
 from tokenyard.moe.feedforward import FeedForward
 from tokenyard.moe.linear import compute_dtype, linear, lists_bf16, makes_tf32
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "MULTIPLIES_BF16", False)
+    monkeypatch.setattr(linear_module, "MULTIPLIES_BF16", False)
 
 
 def test_flags_of_processors() -> None:
@@ -25,7 +25,7 @@ def test_flags_of_processors() -> None:
 
 def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
-        monkeypatch.setattr(products, "MULTIPLIES_BF16", has)
+        monkeypatch.setattr(linear_module, "MULTIPLIES_BF16", has)
         assert compute_dtype(torch.empty(1, dtype=torch.bfloat16)) == (torch.bfloat16 if has else torch.float32)
         assert compute_dtype(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
         for dtype in (torch.float32, torch.float64):
@@ -34,7 +34,7 @@ def test_which_products_are_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_rounds_once(emulated: None, bias: bool) -> None:
-    """Numbers whose products and sums fp32 has exactly: so the result is the exact one, rounded to bf16. Also the gradients."""
+    """With numbers whose products and sums are exact in fp32, results and gradients are the exact ones, rounded to bf16."""
     x, weight = (torch.randint(-8, 9, shape).bfloat16().requires_grad_() for shape in ((2, 3, 40), (7, 40)))
     bias_N = torch.randint(-8, 9, (7,)).bfloat16().requires_grad_() if bias else None
     grad = torch.randint(-8, 9, (2, 3, 7)).bfloat16()
@@ -78,7 +78,7 @@ def test_attention_is_that_of_fp32_rounded(emulated: None, softmax: Softmax) -> 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 def test_compiles_in_one_piece(emulated: None) -> None:
-    """Forward and backward, and what comes out is the same."""
+    """Forward and backward compile, and the results are the same."""
     torch.compiler.reset()
     layer, x = FeedForward(8, 16, torch.float32), torch.randn(2, 3, 8).bfloat16().requires_grad_()
     for weight in layer.parameters():

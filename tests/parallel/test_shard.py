@@ -1,14 +1,13 @@
-"""Pieces of global tensors: what a rank holds, by tensor, expert and FSDP parallelism."""
+"""Shards of global tensors: what a rank holds, by tensor, expert and FSDP parallelism."""
 
 import pytest
 import torch
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
-from tokenyard.parallel.apply import _shard
 from tokenyard.parallel.fsdp import shard_dim, stays_whole
 from tokenyard.parallel.mesh import Axis
 from tokenyard.parallel.shard import ShardMetadata, whole
-from tokenyard.parallel.tensor import narrowed, sliced_dim
+from tokenyard.parallel.tensor import slice_parameter, sliced_dim
 
 TENSOR = torch.arange(4 * 6 * 10).view(4, 6, 10)
 
@@ -26,21 +25,24 @@ def test_cut_is_a_view_of_the_rectangle() -> None:
 
 
 @pytest.mark.parametrize(("dim", "size"), [(0, 4), (1, 3), (2, 5), (1, 1)])
-def test_narrowed_is_torchs_chunk(dim: int, size: int) -> None:
+def test_chunks_are_torchs(dim: int, size: int) -> None:
     for rank, expected in enumerate(TENSOR.chunk(size, dim)):
-        piece = narrowed(whole(TENSOR.shape), dim, Axis(size, rank, None))
-        assert torch.equal(piece.cut(TENSOR), expected) and piece.shape == TENSOR.shape
+        shard = whole(TENSOR.shape).chunk(dim, size, rank)
+        assert torch.equal(shard.cut(TENSOR), expected) and shard.shape == TENSOR.shape
 
 
-def test_narrowed_twice_is_a_part_of_the_part() -> None:
-    once = narrowed(whole(TENSOR.shape), 1, Axis(2, 1, None))
-    twice = narrowed(narrowed(once, 2, Axis(5, 3, None)), 1, Axis(3, 2, None))
+def test_a_chunk_of_a_chunk_is_a_part_of_it() -> None:
+    twice = whole(TENSOR.shape).chunk(1, 2, 1).chunk(2, 5, 3).chunk(1, 3, 2)
     assert torch.equal(twice.cut(TENSOR), TENSOR[:, 5:6, 6:8])
 
 
-def test_narrowed_refuses_uneven_shares() -> None:
+def test_a_sliced_parameter_is_an_even_chunk() -> None:
+    linear = torch.nn.Linear(6, 4)
+    weight, shards = linear.weight.detach(), {"weight": whole((4, 6))}
+    slice_parameter(linear, "weight", 1, Axis(3, 2, None), shards)
+    assert torch.equal(linear.weight, weight[:, 4:]) and torch.equal(linear.weight, shards["weight"].cut(weight))
     with pytest.raises(AssertionError, match="does not divide by 4 in dimension 1"):
-        narrowed(whole(TENSOR.shape), 1, Axis(4, 0, None))
+        slice_parameter(linear, "weight", 1, Axis(4, 0, None), {"weight": whole((4, 6))})
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (3, 8), (5, 3), (3, 3), (1, 7), (2, 6, 5)])
@@ -50,13 +52,13 @@ def test_shards_are_torchs_chunks_and_nothing_for_the_rest(shape: tuple[int, ...
     assert dim == next((d for d, size in enumerate(shape) if size % ranks == 0), 0)
     chunks = list(tensor.chunk(ranks, dim))
     for rank in range(ranks):
-        part = _shard(whole(shape), Axis(ranks, rank, None)).cut(tensor)
+        part = whole(shape).chunk(dim, ranks, rank).cut(tensor)
         assert torch.equal(part, chunks[rank]) if rank < len(chunks) else part.numel() == 0
 
 
 def test_shard_of_a_part_keeps_its_place_in_the_whole() -> None:
-    expert_part = narrowed(whole((4, 6, 10)), 0, Axis(2, 1, None))
-    shard = _shard(expert_part, Axis(3, 2, None))
+    expert_part = whole((4, 6, 10)).chunk(0, 2, 1)
+    shard = expert_part.chunk(shard_dim(expert_part.sizes, 3), 3, 2)
     assert torch.equal(shard.cut(TENSOR), TENSOR[2:4, 4:6])
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from tokenyard.bench.host_reads import host_reads
-from tokenyard.moe import experts as expert_function
+from tokenyard.moe import experts as experts_module
 from tokenyard.moe import linear
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, alignment, plan_rows, rounded_up
+from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, pad_to_multiple, plan_rows, row_alignment
 from tokenyard.moe.experts import Experts, experts_by_loop
-from tokenyard.moe.feedforward import activate, activate_and_pull, projections
+from tokenyard.moe.feedforward import activate, activate_with_backward
 from tokenyard.moe.router import Routing
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def test_equals_dispatch_experts_combine(
 ) -> None:
     experts = random_experts(torch.float64, activation, bias)
     routing, x_TD = random_routing(*case), torch.randn(case[0], WIDTH, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(expert_function, "BLOCK", 3 * HIDDEN)  # more than one block
+    monkeypatch.setattr(experts_module, "BLOCK", 3 * HIDDEN)  # more than one block
     fused = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None)
     plain = LocalDispatcher(EXPERTS).run(
         x_TD, routing, lambda x_RD, counts_E: experts_by_loop(experts, x_RD, counts_E), lambda: None
@@ -46,23 +46,23 @@ def test_equals_dispatch_experts_combine(
 
 @pytest.mark.parametrize("activation", Activation)
 def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
-    x = (4 * torch.randn(50, 6 * projections(activation), dtype=torch.float64)).requires_grad_()
+    x = (4 * torch.randn(50, 6 * activation.projections, dtype=torch.float64)).requires_grad_()
     grad = torch.randn(50, 6, dtype=torch.float64)
     (expected,) = torch.autograd.grad(activate(activation, x), x, grad)
     result = torch.empty_like(x)
-    active, pull = activate_and_pull(activation, x.detach())
+    active, pull = activate_with_backward(activation, x.detach())
     pull(grad, result)
     torch.testing.assert_close(active, activate(activation, x.detach()), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_weights_gradient_is_not_rounded_on_cuda() -> None:
-    """With products that come in bf16: of a row's activation and its gradient the sum of exact products is taken."""
+    """With bf16 products: the gradient of a row's weight sums exact products of activation and gradient."""
     torch.manual_seed(0)
     inner_RN, grad_RF = torch.randn(5, 2 * 256).bfloat16(), torch.randn(5, 256).bfloat16()
     active_RF, exact = activate(Activation.swiglu, inner_RN), grad_RF.double()
     with dry_run("cuda"):
-        *_, found_R = expert_function._back_through_activation(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
+        *_, found_R = experts_module._activation_backward(Activation.swiglu, inner_RN, grad_RF, torch.ones(5, 1))
     torch.testing.assert_close(found_R.double(), (active_RF.double() * exact).sum(-1), rtol=1e-5, atol=1e-5)
 
 
@@ -74,12 +74,12 @@ def test_experts_with_biases_do_not_make_the_host_wait() -> None:
 
 
 def test_rounding_up_changes_no_number() -> None:
-    """What is filled in is zeros that nobody takes: the outputs and gradients are those without it, and whole multiples go in."""
+    """Padding rows are zeros that are ignored: outputs and gradients do not change, and the numbers of rows are multiples."""
     experts, routing = random_experts(torch.float64), random_routing(11, 2, 0.3, None)
     x_TD = torch.randn(11, WIDTH, dtype=torch.float64)
     plan = plan_rows(routing, EXPERTS)
     experts_TK = routing.experts_TK.masked_fill(~routing.kept_TK, EXPERTS)  # pyright: ignore[reportOptionalOperand]
-    filled = rounded_up(plan, experts_TK, 4)
+    filled = pad_to_multiple(plan, experts_TK, 4)
     assert filled.filled_R is not None and filled.counts_E.tolist() == [-(-n // 4) * 4 for n in plan.counts_E.tolist()]
     assert int(filled.filled_R.sum()) == len(plan.token_R) and len(filled.token_R) == int(filled.counts_E.sum())
     outcomes = [run(experts, x_TD, routing.weights_TK, each) for each in (plan, filled)]
@@ -89,12 +89,12 @@ def test_rounding_up_changes_no_number() -> None:
 
 @pytest.mark.parametrize("multiplies", [False, True])
 def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the processor has products of bf16, and experts get a multiple of rows, or not."""
+    """Rows are padded to a multiple if the CPU has bf16 products, and not otherwise."""
     monkeypatch.setattr(linear, "MULTIPLIES_BF16", multiplies)
     experts, narrow = random_experts(torch.float64, bias=True), random_experts(torch.bfloat16, bias=True)
     narrow.load_state_dict(experts.state_dict())
     routing, x_TD = random_routing(40, 2, None, None), torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)
-    assert alignment(x_TD.bfloat16()) == (32 if multiplies else 1)
+    assert row_alignment(x_TD.bfloat16()) == (32 if multiplies else 1)
     y_TD = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None).y_TD
     result = FusedDispatcher(EXPERTS).run(x_TD.bfloat16(), routing, narrow, lambda: None)
     assert result.y_TD.dtype == torch.bfloat16 and result.rows == 80
@@ -106,7 +106,7 @@ def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
-    """The tokens and the first product: no copies of rows, no activations, no outputs."""
+    """Only the tokens and the first product are saved: no copies of rows, no activations, no outputs."""
     experts, routing = random_experts(torch.float32), random_routing(64, 2, None, None)
     kept: dict[int, int] = {}
 
@@ -137,7 +137,7 @@ def random_experts(dtype: torch.dtype, activation: Activation = Activation.swigl
 
 
 def random_routing(tokens: int, top_k: int, dropped: float | None, padded_rows: int | None) -> Routing:
-    """Distinct experts for each token."""
+    """Random routing with distinct experts for each token."""
     experts_TK = torch.rand(tokens, EXPERTS).argsort(dim=1)[:, :top_k]
     weights_TK = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
     kept_TK = None if dropped is None else torch.rand(tokens, top_k) >= dropped

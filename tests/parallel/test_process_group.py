@@ -1,4 +1,4 @@
-"""Joining the world: what the environment and the device say."""
+"""Joining the process group: world from the environment, backend from the device."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Multi-token prediction: the definition of DeepSeek-V3 (section 2.2) its loss, and where it takes no part."""
+"""Multi-token prediction: DeepSeek-V3's definition (section 2.2), its loss, and where it is not used."""
 
 from itertools import accumulate
 from typing import Any
@@ -11,8 +11,8 @@ from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.moe.generation import generate
 from tokenyard.moe.init import initialise
-from tokenyard.moe.model import Prediction, Transformer, ahead
-from tokenyard.moe.rotary import rotary_turns
+from tokenyard.moe.model import MTPModule, Transformer, shift_left
+from tokenyard.moe.rotary import rotary_tables
 from tokenyard.moe.token_info import documents_of
 from tokenyard.parallel.apply import Parallel, parallelize
 from tokenyard.parallel.apply import initialise as initialise_ranks
@@ -30,7 +30,7 @@ LOGITS: Any = 3 * [lambda x, _weight, head: head(x)]
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_logits_are_those_of_the_definition(dense: bool) -> None:
-    """h' = projection [norm(embedding of token i + d); norm(h)], a block over positions that have such a token, norm, the head."""
+    """h' = projection [norm(embedding of token i + d); norm(h)], then block, norm and head over positions with such a token."""
     model, ids_BS = tiny(depth=2, dense=dense), torch.randint(VOCABULARY, (2, LENGTH))
     (_, *further), stats = model(ids_BS, head_losses=LOGITS)
     assert len(further) == 2 and len(stats) == (0 if dense else 4)
@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_definition(dense: bool) -> None:
         embedded_BSD = model.embedding(ids_BS[:, depth:])
         hidden_BSD = hidden_BSD[:, : LENGTH - depth]
         joined = torch.cat([module.embedding_norm(embedded_BSD), module.hidden_norm(hidden_BSD)], -1) @ module.projection.weight.T
-        hidden_BSD, _ = module.block(joined, rotary_turns(model.config, 0, LENGTH - depth, CPU, torch.float64))
+        hidden_BSD, _ = module.block(joined, rotary_tables(model.config, 0, LENGTH - depth, CPU, torch.float64))
         torch.testing.assert_close(logits_BSV[:, : LENGTH - depth], model.head(module.norm(hidden_BSD)), rtol=0, atol=1e-12)
         if not dense:
             assert stats[1 + depth].counts_BE.sum() == 2 * (LENGTH - depth) * model.config.moe.top_k
@@ -69,7 +69,7 @@ def test_objective_is_the_loss_plus_the_coefficient_times_the_mean() -> None:
 
 
 def test_a_prediction_sees_no_more_than_it_may() -> None:
-    """Position i of module d depends on tokens 0 ... i + d and on none after; tokens beyond the sequence drop nobody."""
+    """Position i of module d depends on tokens 0 to i + d only; tokens beyond the sequence take no capacity."""
     model = tiny(depth=2, capacity=0.6)
     ids_BS = torch.randint(VOCABULARY, (1, LENGTH))
     before = model(ids_BS, head_losses=LOGITS)[0][1:]
@@ -81,7 +81,7 @@ def test_a_prediction_sees_no_more_than_it_may() -> None:
 
 
 def test_the_model_itself_is_as_without() -> None:
-    """Logits, statistics and generation; only the same names have the same initial weights."""
+    """Logits, statistics and generation do not change; parameters of the same name have the same initial weights."""
     with_modules, without = tiny(depth=2), tiny(depth=0)
     assert {name for name, _ in with_modules.named_parameters() if not name.startswith("mtp.")} == set(
         dict(without.named_parameters())
@@ -97,7 +97,7 @@ def test_the_model_itself_is_as_without() -> None:
 
 
 def test_with_documents_apart_the_objective_is_that_of_each_alone() -> None:
-    """Documents of 5, 1, 2 and 3 tokens and one that the sequence cuts off: none predicts, sees or counts a token of another."""
+    """Documents of 5, 1, 2 and 3 tokens and a truncated one: none predicts, attends to or counts tokens of another."""
     parallel, end, lengths = one_rank(depth=2), 2, (5, 1, 2, 3, 4)
     ids = torch.randint(3, VOCABULARY, (1, sum(lengths) + 1))
     ids[0, torch.tensor(lengths[:-1]).cumsum(0) - 1] = end
@@ -122,20 +122,20 @@ def test_with_documents_apart_the_objective_is_that_of_each_alone() -> None:
 
 
 @pytest.mark.parametrize("fill", [0, False, IGNORE])
-def test_ahead(fill: int | bool) -> None:
+def test_shift_left(fill: int | bool) -> None:
     x_BS = torch.tensor([[5, 6, 7], [8, 9, 1]])
     x_BS = x_BS > 6 if fill is False else x_BS
-    assert torch.equal(ahead(x_BS, 0, fill), x_BS)
-    shifted = ahead(x_BS, 2, fill)
+    assert torch.equal(shift_left(x_BS, 0, fill), x_BS)
+    shifted = shift_left(x_BS, 2, fill)
     assert shifted.dtype == x_BS.dtype
     assert shifted.tolist() == [[x_BS[0, 2].item(), fill, fill], [x_BS[1, 2].item(), fill, fill]]
-    assert ahead(x_BS, 5, fill).tolist() == [[fill] * 3] * 2
+    assert shift_left(x_BS, 5, fill).tolist() == [[fill] * 3] * 2
 
 
 def residual_stream(model: Transformer, ids_BS: Tensor) -> Tensor:
     x_BSD = model.embedding(ids_BS)
     for block in model.layers.values():
-        x_BSD, _ = block(x_BSD, rotary_turns(model.config, 0, LENGTH, CPU, torch.float64))
+        x_BSD, _ = block(x_BSD, rotary_tables(model.config, 0, LENGTH, CPU, torch.float64))
     return x_BSD
 
 
@@ -148,7 +148,7 @@ def tiny(depth: int, dense: bool = False, capacity: float | None = None) -> Tran
     torch.manual_seed(0)
     model = Transformer(config_of(depth, dense, capacity), torch.float64)
     initialise(model, 1)
-    assert all(isinstance(module, Prediction) for module in model.mtp.values())
+    assert all(isinstance(module, MTPModule) for module in model.mtp.values())
     return model
 
 

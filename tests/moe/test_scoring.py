@@ -1,4 +1,4 @@
-"""Who is chosen: what each selection promises. Expert choice has a file of its own."""
+"""The experts that each selection chooses; test_expert_choice.py has expert choice."""
 
 import math
 
@@ -8,8 +8,8 @@ from tokenyard.moe.capacity import LocalScope, count_choices
 from tokenyard.moe.config import BalanceConfig, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.router import Router
-from tokenyard.moe.scoring import Noisy, best, chance_of_choice, choose, hash_scores, second_is_kept
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, fold_in, places
+from tokenyard.moe.scoring import NoisyLogits, choose_experts, hash_scores, sample_second_expert, selection_probability, top_k_ids
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, fold_in, token_keys
 
 EXPERTS, WIDTH = 8, 16
 
@@ -17,15 +17,15 @@ EXPERTS, WIDTH = 8, 16
 def test_best_is_top_k_and_takes_the_first_of_equals() -> None:
     torch.manual_seed(0)
     scores = torch.rand(3, 50, 9)
-    assert torch.equal(best(scores, 4), scores.topk(4).indices)
-    assert torch.equal(best(torch.zeros(2, 300), 5), torch.arange(5).expand(2, 5))
-    assert best(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 4).tolist() == [1, 3, 2, 4]
+    assert torch.equal(top_k_ids(scores, 4), scores.topk(4).indices)
+    assert torch.equal(top_k_ids(torch.zeros(2, 300), 5), torch.arange(5).expand(2, 5))
+    assert top_k_ids(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0]), 4).tolist() == [1, 3, 2, 4]
 
 
 @pytest.mark.parametrize("columns", [8, 9, 128, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_takes_the_same_on_cuda(columns: int, dtype: torch.dtype) -> None:
-    """One sort instead of K maxima: random scores, ties, -inf, NaN, all equal; up to as many as are not -inf."""
+    """One sort equals K maxima: for random scores, ties, -inf, NaN and equal scores, up to the number of scores above -inf."""
     torch.manual_seed(0)
     scores = torch.randn(2, 50, columns, dtype=dtype)
     few = scores.masked_fill(torch.rand_like(scores) < 0.5, -torch.inf)
@@ -35,8 +35,8 @@ def test_best_takes_the_same_on_cuda(columns: int, dtype: torch.dtype) -> None:
     for ranked_BSE, top_k in cases:
         for taken in {1, 2, 8, top_k}:
             with dry_run("cuda"):
-                found = best(ranked_BSE, taken)
-            assert torch.equal(found, best(ranked_BSE, taken)) and found.is_contiguous()
+                found = top_k_ids(ranked_BSE, taken)
+            assert torch.equal(found, top_k_ids(ranked_BSE, taken)) and found.is_contiguous()
 
 
 def test_hash_is_balanced_fixed_and_another_in_each_layer() -> None:
@@ -71,7 +71,7 @@ def test_sinkhorn_evens_the_load_of_its_scope(scope: Scope) -> None:
     even, uneven = (loads_of(sinkhorn(logits_BSE, valid_BS, scope, training), valid_BS, scope) for training in (True, False))
     assert (even.amax(1) < 1.3 * even.mean(1)).all() and (even.amin(1) > 0.7 * even.mean(1)).all()
     assert (uneven.amax(1) > 2 * uneven.mean(1)).all()
-    assert torch.equal(sinkhorn(logits_BSE, valid_BS, scope, False), best(logits_BSE, 1)), "outside training it is plain top-k"
+    assert torch.equal(sinkhorn(logits_BSE, valid_BS, scope, False), top_k_ids(logits_BSE, 1)), "outside training it is plain top-k"
 
 
 @pytest.mark.parametrize("scope", [Scope.sequence, Scope.batch])
@@ -88,7 +88,7 @@ def test_sinkhorn_sees_its_scope_and_valid_tokens_alone(scope: Scope) -> None:
 def sinkhorn(logits_BSE: torch.Tensor, valid_BS: torch.Tensor, scope: Scope, training: bool) -> torch.Tensor:
     router, balance = RouterConfig(selection=Selection.sinkhorn), BalanceConfig(scope=scope)
     config = MoEConfig(experts=EXPERTS, top_k=1, router=router, balance=balance)
-    return choose(logits_BSE, valid_BS, config, LocalScope(), training, None).experts_BSK
+    return choose_experts(logits_BSE, valid_BS, config, LocalScope(), training, None).experts_BSK
 
 
 def loads_of(experts_BSK: torch.Tensor, valid_BS: torch.Tensor, scope: Scope) -> torch.Tensor:
@@ -99,7 +99,7 @@ def loads_of(experts_BSK: torch.Tensor, valid_BS: torch.Tensor, scope: Scope) ->
 def test_chance_of_choice_is_that_of_beating_the_kth_of_the_others() -> None:
     torch.manual_seed(0)
     clean, std, drawn = torch.randn(6, 5).double(), torch.rand(6, 5).double() + 0.1, torch.randn(6, 5).double()
-    chance = chance_of_choice(Noisy(clean + std * drawn, clean, std), 2)
+    chance = selection_probability(NoisyLogits(clean + std * drawn, clean, std), 2)
     for t in range(6):
         for expert in range(5):
             others = [(clean + std * drawn)[t, e].item() for e in range(5) if e != expert]
@@ -108,9 +108,9 @@ def test_chance_of_choice_is_that_of_beating_the_kth_of_the_others() -> None:
 
 
 def test_the_second_expert_is_kept_as_often_as_its_share_says() -> None:
-    key_BS = fold_in(places(BatchPosition(), 100, 200, torch.device("cpu")), 3)
+    key_BS = fold_in(token_keys(BatchPosition(), 100, 200, torch.device("cpu")), 3)
     for share in (0.05, 0.2, 0.45, 0.5):
-        kept_BSK = second_is_kept(torch.tensor([1 - share, share]).expand(100, 200, 2) * 3, key_BS)
+        kept_BSK = sample_second_expert(torch.tensor([1 - share, share]).expand(100, 200, 2) * 3, key_BS)
         assert kept_BSK[..., 0].all()
         assert abs(kept_BSK[..., 1].double().mean() - 2 * share) < 0.015
     assert kept_BSK.all(), "an even second is always kept"

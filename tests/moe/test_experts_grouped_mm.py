@@ -58,7 +58,7 @@ def test_a_group_without_rows_has_a_zero_product_whatever_torch_leaves_there(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_takes_the_gradient_of_a_plain_sum(dtype: torch.dtype) -> None:
-    """Such a gradient is one number with strides of 0, which torch's own operator refuses."""
+    """The gradient of a sum is one number with strides of 0, which torch's operator refuses."""
     rows, weights = operands(6, 2, dtype)
     grouped_mm(rows, weights, torch.tensor([2, 6], dtype=torch.int32)).sum().backward()
     expected = torch.stack([rows[:2].detach().sum(0), rows[2:].detach().sum(0)])
@@ -76,7 +76,7 @@ def test_operator_keeps_torchs_rules(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_whole_and_once_for_all_counts(dtype: torch.dtype) -> None:
-    """Up to the code generator, which calls the operator as it is (tests/parallel/test_compile.py runs that too)."""
+    """Compiles up to the code generator, which calls the operator unchanged (tests/parallel/test_compile.py runs that too)."""
     torch.compiler.reset()
     compiled = torch.compile(squared_product, fullgraph=True, dynamic=True, backend="aot_eager")
     for step, ends in enumerate([[3, 9, 9], [0, 5, 14], [7, 7, 40]]):

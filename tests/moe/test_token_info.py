@@ -1,10 +1,10 @@
-"""The counter-based generator against plain whole numbers, and its draws against what is known of uniform and normal ones."""
+"""The stateless generator against Python integers, and its numbers against properties of uniform and normal ones."""
 
 import math
 
 import pytest
 import torch
-from tokenyard.moe.token_info import BatchPosition, Purpose, fold_in, normal, places, uniform
+from tokenyard.moe.token_info import BatchPosition, Purpose, fold_in, random_normal, random_uniform, token_keys
 from torch import Tensor
 
 WORD = 2**64 - 1
@@ -49,7 +49,7 @@ def test_draws_of_neighbours_are_independent() -> None:
 
 
 def test_normal_has_the_moments_and_tails_of_a_normal() -> None:
-    drawn = normal(places(BatchPosition(3, 7), 32, 64, CPU), 32)
+    drawn = random_normal(token_keys(BatchPosition(3, 7), 32, 64, CPU), 32)
     count = drawn.numel()
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(drawn.pow(power).mean() - expected) < 5 * math.sqrt(variance / count), power
@@ -58,21 +58,21 @@ def test_normal_has_the_moments_and_tails_of_a_normal() -> None:
 
 
 def test_a_part_of_the_tokens_draws_what_the_whole_draws() -> None:
-    """Rows by rank, slices of sequences, fewer columns: nothing but (seed, step, row, position, column) matters."""
-    whole_BS = places(BatchPosition(3, 7), 6, 10, CPU)
-    rows_BS = places(BatchPosition(3, 7, row=4), 2, 10, CPU)
+    """Numbers depend only on (seed, step, row, position, column), whatever rows, slices or columns a rank has."""
+    whole_BS = token_keys(BatchPosition(3, 7), 6, 10, CPU)
+    rows_BS = token_keys(BatchPosition(3, 7, row=4), 2, 10, CPU)
     assert torch.equal(rows_BS, whole_BS[4:])
-    drawn = uniform(whole_BS, 5, Purpose.drop)
-    assert torch.equal(uniform(rows_BS[:, 5:], 3, Purpose.drop), drawn[4:, 5:, :3])
+    drawn = random_uniform(whole_BS, 5, Purpose.drop)
+    assert torch.equal(random_uniform(rows_BS[:, 5:], 3, Purpose.drop), drawn[4:, 5:, :3])
 
 
 def test_large_seeds_and_steps() -> None:
-    keys = [places(BatchPosition(seed, step), 2, 3, CPU) for seed in (0, 1, 2**63 - 1) for step in (1, 2, 10**9)]
+    keys = [token_keys(BatchPosition(seed, step), 2, 3, CPU) for seed in (0, 1, 2**63 - 1) for step in (1, 2, 10**9)]
     assert torch.stack(keys).unique().numel() == 9 * 6
 
 
-def draws(purpose: Purpose, place: BatchPosition = BatchPosition(3, 7)) -> Tensor:  # noqa: B008
-    return uniform(places(place, 32, 64, CPU), 32, purpose)
+def draws(purpose: Purpose, position: BatchPosition = BatchPosition(3, 7)) -> Tensor:  # noqa: B008
+    return random_uniform(token_keys(position, 32, 64, CPU), 32, purpose)
 
 
 def correlation(one: Tensor, other: Tensor) -> float:

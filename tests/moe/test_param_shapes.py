@@ -1,4 +1,4 @@
-"""The shapes that the configuration promises are those of the real model, name by name, for every model that is shipped."""
+"""The shapes computed from the configuration equal those of the model, for every model in conf/model."""
 
 import time
 

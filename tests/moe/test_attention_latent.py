@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenyard.moe.attention import KeyValueCache, LatentAttention
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.rotary import RotaryTables, rotary_turns
+from tokenyard.moe.rotary import RotaryTables, rotary_tables
 
 WIDTH, HEADS, LENGTH = 24, 3, 9
 NAMES = {"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj", "o": "o_proj"}
@@ -25,9 +25,9 @@ def test_same_outputs_and_gradients_as_deepseek_v3(q_rank: int | None, interleav
         theirs.get_parameter(their_name(name)).data.copy_(parameter)
     x_BSD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
     y_BSD = ours(x_BSD, turns_of(config, 0, LENGTH))
-    turns = theirs_in.DeepseekV3RotaryEmbedding(theirs.config).double()(x_BSD, torch.arange(LENGTH)[None])
+    rotary = theirs_in.DeepseekV3RotaryEmbedding(theirs.config).double()(x_BSD, torch.arange(LENGTH)[None])
     hidden = torch.full((LENGTH, LENGTH), -torch.inf, dtype=torch.float64).triu(1)
-    expected_BSD, _ = theirs(x_BSD, position_embeddings=turns, attention_mask=hidden)
+    expected_BSD, _ = theirs(x_BSD, position_embeddings=rotary, attention_mask=hidden)
     torch.testing.assert_close(y_BSD, expected_BSD, rtol=0, atol=1e-10)
     weight = torch.randn_like(y_BSD)
     parameters = dict(ours.named_parameters())
@@ -53,7 +53,7 @@ def test_cached_chunks_equal_the_whole_sequence(window: int | None, softcap: flo
 
 
 def test_window_and_scale_change_the_outputs_as_they_should() -> None:
-    """Token 4 sees 2 ... 4; a scale of zero gives the mean of the values."""
+    """Token 4 attends to tokens 2 to 4; with a scale of 0 the output is the mean of the values."""
     config = model_config(None, False, False, window=3)
     attention, x_BSD = random_attention(config), torch.randn(1, LENGTH, WIDTH, dtype=torch.float64)
     before = attention(x_BSD, turns_of(config, 0, LENGTH))
@@ -118,4 +118,4 @@ def their_name(name: str) -> str:
 
 
 def turns_of(config: ModelConfig, start: int, length: int) -> RotaryTables:
-    return rotary_turns(config, start, length, torch.device("cpu"), torch.float64)
+    return rotary_tables(config, start, length, torch.device("cpu"), torch.float64)

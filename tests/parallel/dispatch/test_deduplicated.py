@@ -19,7 +19,7 @@ CASES = [
 
 @pytest.mark.parametrize(("experts", "node_ranks", "expected"), CASES)
 def test_axes(ranks: Any, experts: int, node_ranks: int, expected: list[list[list[int]]]) -> None:
-    """First those with the same place in other nodes, then the own node; one axis where there is one node or nodes of one rank."""
+    """First the ranks of the same index in other nodes, then the own node; one axis for one node, or nodes of one rank."""
     assert ranks(4, members, experts, node_ranks) == expected
 
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against numbers worked by hand and against those that the makers of known models publish."""
+"""Parameters and FLOPs against numbers computed by hand, and against published numbers of known models."""
 
 from dataclasses import fields, replace
 
@@ -154,7 +154,7 @@ def test_moe_extras_by_hand():
 
 
 def test_noise_biases_and_null_experts_in_flops():
-    """The noise is of training and biases are added; null experts take their share of the choices from the others."""
+    """Noise and biases cost nothing; null experts take their share of the choices."""
     moe = MoEConfig(experts=4, top_k=2, hidden=5, shared_hidden=3)
     plain = flops_per_token(small(), 7)
     assert flops_per_token(small(moe=replace(moe, bias=True, router=RouterConfig(bias=True, noise=True))), 7) == plain
