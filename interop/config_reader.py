@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..checkpoint.bounded import brief, said
+from ..checkpoint.bounded import brief, short_message
 
 MOST = 1 << 40
 
@@ -72,4 +72,4 @@ class Keys:
 
     def wrong(self, key: str, rule: str) -> ValueError:
         """The error about `key`, to be raised."""
-        return ValueError(f"{self.place}{said(key)}={brief(self._values.get(key))}: {rule}")
+        return ValueError(f"{self.place}{short_message(key)}={brief(self._values.get(key))}: {rule}")

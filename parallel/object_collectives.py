@@ -68,3 +68,22 @@ def through_first(mine: Any, decide: Callable[[list[Any]], list[Any]]) -> Any:
     if failure is not None:
         raise failure
     return value
+
+
+def on_each_rank(work: Callable[[], Result], failed: str) -> Result:
+    """The result of `work` on this rank. If any rank's raises, every rank raises the error of the first such rank.
+
+    A ValueError is raised as it is, any other Exception as a RuntimeError: `failed`, the rank and the error.
+    """
+    result: list[Result] = []
+    error: Exception | None = None
+    try:
+        result.append(work())
+    except ValueError as caught:
+        error = caught
+    except Exception as caught:
+        error = RuntimeError(f"{failed}: rank {rank_and_world()[0]}: {type(caught).__name__}: {caught}")
+    for each in from_all(error):
+        if each is not None:
+            raise each
+    return result[0]

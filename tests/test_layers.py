@@ -123,7 +123,7 @@ def test_a_wrong_arrow_is_found(file: str, code: str) -> None:
     ("file", "code"),
     [
         ("launch/x.py", "from ..train.config import Config\nfrom .main import main\nfrom ..version import __version__"),
-        ("interop/x.py", "from ..checkpoint import dcp\nfrom ..checkpoint.manifest import read_manifest"),
+        ("interop/x.py", "from ..checkpoint import diff\nfrom ..checkpoint.manifest import read_manifest"),
         ("train/x.py", "import torch\nfrom ..moe.model import Model\nfrom . import step"),
     ],
 )

@@ -28,12 +28,12 @@ def settled(session: Session, failed: bool, writing: bool) -> Iterator[Outcome]:
 
     Raises SaveFailed, after the Outcome, if it failed and checkpoint.on_failure=stop. Collective if it has ended.
     """
-    yield from _told(session, session.saver.settle(failed, writing))
+    yield from _told(session, session.saver.poll(failed, writing))
 
 
 def finished(session: Session) -> Iterator[Outcome]:
     """What became of the save under way, once it has ended. Collective."""
-    yield from _told(session, session.saver.finish(), may_stop=False)
+    yield from _told(session, session.saver.wait(), may_stop=False)
 
 
 def started(session: Session) -> Iterator[Outcome]:
@@ -41,7 +41,7 @@ def started(session: Session) -> Iterator[Outcome]:
 
     Raises SaveFailed, after the Outcome, if one failed and checkpoint.on_failure=stop.
     """
-    yield from _told(session, session.saver.finish())
+    yield from _told(session, session.saver.wait())
     yield from _told(session, begin(session, session.config.checkpoint.asynchronous and not session.careful))
 
 
@@ -73,8 +73,8 @@ def begin(session: Session, asynchronous: bool) -> Outcome | None:
     refuse_bad(session, held)
     state = held | random_state()
     saver, attach = session.saver, lambda path: session.data.tokenizer.save(path / "tokenizer")
-    outcome = saver.begin(session.step, state, facts_of(session), attach, asynchronous)
-    return outcome or (None if asynchronous else saver.finish())
+    outcome = saver.start(session.step, state, facts_of(session), attach, asynchronous)
+    return outcome or (None if asynchronous else saver.wait())
 
 
 def refuse_bad(session: Session, held: dict[str, LocalShard]) -> None:

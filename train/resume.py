@@ -108,7 +108,7 @@ def resume(session: Session, path: Path) -> None:
     facts = manifest.facts
     refuse_another_run(session.config, facts, path)
     refuse_other_data(session, facts, path)
-    session.saver.release()
+    session.saver.wait_for_copies()
     held = session.engine.wanted()
     random = {name: one for name, one in random_state().items() if name in manifest.tensors}
     random = random if facts["ranks"] == session.parallel.mesh.world else {}

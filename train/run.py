@@ -101,7 +101,7 @@ def train(session: Session, reporter: Reporter, supervisor: Supervisor) -> Evalu
             continue
         watch.took(numbers)
         stopwatch.tokens += numbers.tokens
-        since = (*stopwatch.take(), session.feed.waited(), session.data.train.counts(session.step)) if due.log else None
+        since = (*stopwatch.take(), session.feed.waited(), session.data.train.metrics(session.step)) if due.log else None
         with stopwatch.paused():
             evaluation = validated(session, reporter) if due.validate else None
             if since is not None:
@@ -159,7 +159,7 @@ def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
 
 def tell_findings(data: DataPipeline, step: int, reporter: Reporter) -> None:
     """Rows and files that could not be read while the rows of `step` were: all of them as events, the first rows also in words."""
-    for found in data.train.findings():
+    for found in data.train.read_failures():
         reporter.event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)
         if found.kind == "file_failed":
             reporter.alert("file_failed", f"step {step}: {found}")

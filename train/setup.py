@@ -51,7 +51,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     saver = build_saver(config.checkpoint, folder)
     engine = build_engine(config, parallel)
     session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, lock=lock)
-    session.engine.optimizer.register_step_pre_hook(lambda *_: saver.release())
+    session.engine.optimizer.register_step_pre_hook(lambda *_: saver.wait_for_copies())
     if found is not None:
         resume(session, found)
     keep_timeline(session)

@@ -93,7 +93,7 @@ def same_bytes(teller: Teller, config: Config, device: torch.device) -> None:
         session.saver = saver
         ended = begin(session, asynchronous=True)
         steps(session, 1)
-        ended = ended or saver.finish()
+        ended = ended or saver.wait()
         for outcome in (waited, ended):
             assert outcome is not None
             if outcome.error is not None:

@@ -12,7 +12,7 @@ from tokenyard.bench.gpu import alone, models, products, saves, waits
 from tokenyard.bench.gpu.presets import preset, tiny_presets
 from tokenyard.bench.gpu.sameness import worst_matrix, worst_row
 from tokenyard.bench.gpu.tell import Absent, Teller
-from tokenyard.checkpoint.host_copies import Copies
+from tokenyard.checkpoint.host_staging import HostStaging
 from tokenyard.moe import experts as experts_module
 from tokenyard.moe import experts as grouped
 from tokenyard.moe import router
@@ -169,14 +169,14 @@ def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
         saves.same_bytes(teller, config, CPU)
 
     assert failed(told(compare)) == []
-    real = Copies.take
+    real = HostStaging.copy
 
     def garbled(*call: Any) -> Any:
         copied = real(*call)
         next(iter(copied.values())).tensor.flatten()[:1].zero_()
         return copied
 
-    monkeypatch.setattr(Copies, "take", garbled)
+    monkeypatch.setattr(HostStaging, "copy", garbled)
     assert len(failed(told(compare))) == 3
 
 

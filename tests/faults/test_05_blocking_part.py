@@ -43,6 +43,6 @@ def save(session: Session, asynchronous: bool) -> Outcome:
     outcome = begin(session, asynchronous)
     while outcome is None:
         single_step(session)
-        outcome = session.saver.step()
+        outcome = session.saver.poll_all()
     assert outcome.error is None
     return outcome

@@ -26,7 +26,7 @@ def save_both_ways(folder: Path, overrides: list[str]) -> tuple[int, bool]:
         for _ in range(5):
             single_step(session)
         writing = session.saver.flags()[1]
-        outcome = session.saver.finish()
+        outcome = session.saver.wait()
         assert outcome is not None and outcome.error is None and outcome.step == 3
         return session.step - 3, writing
 

@@ -32,7 +32,7 @@ def full_disk(until: int) -> Iterator[None]:
     def no_shard(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with mock.patch.object(journal.os, "write", write), mock.patch("tokenyard.checkpoint.writer.write_shard", no_shard):
+    with mock.patch.object(journal.os, "write", write), mock.patch("tokenyard.checkpoint.writer.write_safetensors", no_shard):
         yield
 
 

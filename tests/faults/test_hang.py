@@ -116,11 +116,11 @@ def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[HangDiagnosi
     PROGRESS.__init__()
     dist.barrier()
     dog = Watchdog(folder, rank, 2, TIMEOUT, end=verdicts.append).start()
-    with mock.patch.dict(os.environ, {VARIABLE: slow, "RANK": str(rank)}), mock.patch.object(saver_module, "PATIENCE_AT_EXIT", 0.1):
-        saver.begin(1, held, {}, asynchronous=False)
+    with mock.patch.dict(os.environ, {VARIABLE: slow, "RANK": str(rank)}), mock.patch.object(saver_module, "EXIT_SECONDS", 0.1):
+        saver.start(1, held, {}, asynchronous=False)
         if kind == "frozen rank" and rank == 1:
             _wait_for(verdicts)
-        outcome = saver.finish()
+        outcome = saver.wait()
     dog.close()
     assert outcome is not None
     return outcome.error, verdicts

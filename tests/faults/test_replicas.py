@@ -129,7 +129,7 @@ def test_a_repair_waits_for_the_copies_of_a_save(monkeypatch: pytest.MonkeyPatch
     done: list[str] = []
     debug = SimpleNamespace(replicas_every=1, on_divergence=OnDivergence.repair)
     session: Any = SimpleNamespace(step=0, config=SimpleNamespace(debug=debug), parallel=None, engine=object.__new__(TorchEngine))
-    session.saver = SimpleNamespace(release=lambda: done.append("copied"))
+    session.saver = SimpleNamespace(wait_for_copies=lambda: done.append("copied"))
     reporter: Any = mock.Mock()
     replicas = Replicas(session, reporter)
     monkeypatch.setattr(divergence, "differences", lambda _: [Difference("x", [1], 0, [0, 1, 2])])

@@ -106,6 +106,6 @@ def try_checkpoint(session: Session) -> None:
 
 def try_disk(session: Session) -> None:
     """Room for one more checkpoint. ValueError if there is none."""
-    lacking = session.saver.lacking(session.engine.held())
+    lacking = session.saver.space_error(session.engine.held())
     if lacking:
         raise ValueError(f"a checkpoint takes more than there is: {lacking}")

@@ -135,7 +135,7 @@ class Replicas:
             why = "; it was so before, so the device may be broken" if again else ""
             raise RunStop(f"{text}{why}", ExitCode.ranks_differ, saves=False)
         self.repaired |= set(ranks)
-        self.session.saver.release()  # a step that was skipped has not waited for the copies of a save
+        self.session.saver.wait_for_copies()  # a step that was skipped has not waited for the copies of a save
         for difference in found:
             self._repair(difference)
 

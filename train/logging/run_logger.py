@@ -253,7 +253,7 @@ class RunLogger(Reporter):
 
     def look_ahead(self, outcome: Outcome) -> None:
         """Is there room for the next checkpoint, an interval before it is due?"""
-        lacking = self.session.saver.lacking_for(outcome.bytes) if self.session.step < self.session.config.steps else None
+        lacking = self.session.saver.space_error_for(outcome.bytes) if self.session.step < self.session.config.steps else None
         if lacking:
             self.alert("disk", f"the next checkpoint will not be written unless room is made: {lacking}")
 

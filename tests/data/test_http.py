@@ -14,7 +14,7 @@ import pytest
 from streaming import config_of, names_in, opened, taken, write
 from tokenyard.data.config import Corpus
 from tokenyard.data.errors import DataUnavailable
-from tokenyard.data.stream import http as remote
+from tokenyard.data.stream import http as stream_http
 from tokenyard.data.stream.http import RetryPolicy, open_url
 
 
@@ -102,9 +102,9 @@ def test_a_missing_file_is_said_at_once(server, tmp_path: Path) -> None:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All that servers answered."""
-    seen, right = list[Any](), remote.ask
+    seen, right = list[Any](), stream_http.get_from
 
-    def ask(*arguments: Any) -> Any:
+    def get_from(*arguments: Any) -> Any:
         try:
             seen.append(right(*arguments))
         except urllib.error.HTTPError as error:
@@ -112,7 +112,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise
         return seen[-1]
 
-    monkeypatch.setattr(remote, "ask", ask)
+    monkeypatch.setattr(stream_http, "get_from", get_from)
     return seen
 
 

@@ -61,7 +61,7 @@ class Crash(BaseException):
     """As good as the end of the process: nothing between here and the test handles it."""
 
 
-@pytest.mark.parametrize("phase", ["write_shard", "write_manifest", "sync_folder", "give_name"])
+@pytest.mark.parametrize("phase", ["write_safetensors", "write_manifest", "sync_folder", "give_name"])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_no_failure_shows_or_loses_a_final_name(tmp_path, monkeypatch, phase, earlier):
     final = save(tmp_path, 5, 1.0) if earlier else tmp_path / "step_00000005"
@@ -115,7 +115,7 @@ def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
 
 def save_with_a_failing_rank(folder, how):
     """Rank 1 fails once its file is written and rank 0's may be, too."""
-    write = writer.write_shard
+    write = writer.write_safetensors
 
     def write_and_fail(*args):
         write(*args)
@@ -123,14 +123,14 @@ def save_with_a_failing_rank(folder, how):
             os._exit(3)
         raise OSError("disk full")
 
-    writer.write_shard = write_and_fail if dist.get_rank() == 1 else write
+    writer.write_safetensors = write_and_fail if dist.get_rank() == 1 else write
     mine = LocalShard(whole((4,)), torch.zeros(4))
     try:
         save_checkpoint(folder, 5, {f"x{dist.get_rank()}": mine}, {})
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        writer.write_shard = write
+        writer.write_safetensors = write
 
 
 def test_one_rank_fails(ranks, tmp_path):

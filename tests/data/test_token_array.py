@@ -9,7 +9,7 @@ import pytest
 from streaming import BYTES, LENGTH, write
 from tokenyard.data import token_array as module
 from tokenyard.data.build import prepare
-from tokenyard.data.cache import cache_folder, publish
+from tokenyard.data.cache import atomic_folder, cache_folder
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.corpus import documents, survey
 from tokenyard.data.token_array import MANIFEST_FILE, TOKENS_FILE, open_tokens
@@ -68,13 +68,13 @@ def test_damaged_tokens_are_refused(folder: DataConfig, tmp_path: Path) -> None:
 
 
 def test_publish_shows_all_or_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), publish(tmp_path / "a") as unfinished:
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "a") as unfinished:
         (unfinished / "half").touch()
         raise KeyError
     assert not list(tmp_path.iterdir())
-    with publish(tmp_path / "a") as slow:
+    with atomic_folder(tmp_path / "a") as slow:
         (slow / "slow").touch()
-        with publish(tmp_path / "a") as fast:
+        with atomic_folder(tmp_path / "a") as fast:
             (fast / "fast").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "fast"]
 
@@ -116,7 +116,7 @@ def test_a_changed_id_of_many(tmp_path: Path) -> None:
     about = module.TokensManifest(1, len(ids), 1, [], 0, 0, module.hash_ids(ids))
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(about._asdict()))
     assert len(module.load_tokens(tmp_path).ids) == len(ids)  # of a version that noted nothing: hashed whole
-    module.note_seen(tmp_path)
+    module.write_stamp(tmp_path)
     changed(tmp_path / TOKENS_FILE, 300_001, keep_time=True)
     module.load_tokens(tmp_path)
     with pytest.raises(ValueError, match="were changed"):
@@ -145,7 +145,7 @@ def test_all_of_the_cache_is_hashed_if_asked(
 ) -> None:
     config, sizes = kind(folder, tmp_path), (LENGTH, 1, 4, None, 1)
     prepare(config, BYTES, *sizes)
-    monkeypatch.setattr(module, "_as_seen", lambda _: True)
+    monkeypatch.setattr(module, "_stamp_matches", lambda _: True)
     for file in (tmp_path / "cache").rglob(TOKENS_FILE):
         changed(file, -1, keep_time=True)
     prepare(config, BYTES, *sizes)

@@ -1,4 +1,4 @@
-"""HTTP answers that are whole in time, and lead nowhere else unseen."""
+"""HTTP responses with a deadline for each read, and with redirects that are checked and logged."""
 
 import functools
 import http.client
@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 log = logging.getLogger("tokenyard")
 
 
-def ask(url: str, begin: int, seconds: float) -> "Answer":
-    """The server's answer for the bytes from `begin` on, with its head. TimeoutError if that takes longer than `seconds`.
+def get_from(url: str, begin: int, seconds: float) -> "Response":
+    """The server's response, headers read, for the bytes from `begin` on. TimeoutError if that takes longer than `seconds`.
 
-    ValueError if it redirects to another protocol, or from a host farther away to this machine or a network around it.
+    ValueError for a redirect to another protocol, or to an address of this machine or its network from outside.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-", "Accept-Encoding": "identity"})
     return _opener().open(request, timeout=seconds)
@@ -27,7 +27,7 @@ def ask(url: str, begin: int, seconds: float) -> "Answer":
 
 @final
 class DeadlineReader(io.RawIOBase):
-    """What a socket receives until a time: one that gives a byte now and then would hold its reader for ever."""
+    """Reads a socket up to a deadline: with a timeout per byte, a server that drips bytes would block its reader for ever."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket, self._raw = sock, sock.makefile("rb", buffering=0)
@@ -35,7 +35,7 @@ class DeadlineReader(io.RawIOBase):
         self.restart()
 
     def restart(self) -> None:
-        """The time begins anew."""
+        """Set the deadline anew."""
         self._end = time.monotonic() + self._seconds
 
     def readinto(self, buffer: memoryview) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,8 +54,8 @@ class DeadlineReader(io.RawIOBase):
 
 
 @final
-class Answer(http.client.HTTPResponse):
-    """Its head, and each read of its body, has the time that the connection says; not each byte of them."""
+class Response(http.client.HTTPResponse):
+    """A response whose headers, and each read of whose body, must arrive within the connection's timeout."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **settings: Any) -> None:
         super().__init__(sock, *arguments, **settings)
@@ -69,31 +69,31 @@ class Answer(http.client.HTTPResponse):
         return self.read1(limit)
 
 
-class Plain(http.client.HTTPConnection):
-    response_class = Answer
+class HttpConnection(http.client.HTTPConnection):
+    response_class = Response
 
 
-class Secure(http.client.HTTPSConnection):
-    response_class = Answer
+class HttpsConnection(http.client.HTTPSConnection):
+    response_class = Response
 
 
-class PlainHandler(urllib.request.HTTPHandler):
+class HttpHandler(urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(Plain, req)
+        return self.do_open(HttpConnection, req)
 
 
-class SecureHandler(urllib.request.HTTPSHandler):
+class HttpsHandler(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(Secure, req)
+        return self.do_open(HttpsConnection, req)
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to the same host; names one to another host first."""
+class RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Follows redirects; logs one to another host and refuses those that lead inside (see `get_from`)."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        fp.close()  # else all of it is read, however long it is
+        fp.close()  # otherwise urllib reads the whole body, however long it is
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("http", "https") or (old.scheme, new.scheme) == ("https", "http"):
             raise ValueError(f"{req.full_url} cannot be read: it redirects to {newurl}, by another protocol")
@@ -102,12 +102,12 @@ class Redirects(urllib.request.HTTPRedirectHandler):
                 raise ValueError(
                     f"{req.full_url} cannot be read: it redirects to {newurl}, an address of this machine or its network"
                 )
-            _say(*(url.netloc.rpartition("@")[2] for url in (old, new)))  # without user and password
+            _log_redirect(*(url.netloc.rpartition("@")[2] for url in (old, new)))  # without user and password
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _reach(host: str | None) -> int:
-    """How far away a host is: 0 link-local, 1 this machine, 2 its networks, 3 beyond, as one of which no address is known."""
+    """How far away a host is: 0 link-local, 1 this machine, 2 its private networks, 3 public, or without a known address."""
     with suppress(OSError, UnicodeError):
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return min(_reach_of(ipaddress.ip_address(str(each[4][0]).partition("%")[0])) for each in found)
@@ -121,11 +121,11 @@ def _reach_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
 
 
 @functools.cache
-def _say(host: str, other: str) -> None:
-    """Once."""
+def _log_redirect(host: str, other: str) -> None:
+    """Once per pair of hosts."""
     log.warning("data: %s redirects to %s", host, other)
 
 
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(PlainHandler, SecureHandler, Redirects)
+    return urllib.request.build_opener(HttpHandler, HttpsHandler, RedirectHandler)

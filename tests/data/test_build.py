@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenyard.data import token_array as tokens
-from tokenyard.data import tokenizer
+from tokenyard.data import token_array, tokenizer
 from tokenyard.data.build import prepare
 from tokenyard.data.config import DataConfig, TokenizerConfig, TokenizerKind
 
@@ -16,7 +15,7 @@ SMALL = TokenizerConfig(pieces=320, sample_bytes=20_000)
 def test_prepare_and_again_from_the_cache(folder: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(folder, SMALL, 32, seed=1, batch_sequences=4)
     monkeypatch.setattr(tokenizer, "train_pieces", None)
-    monkeypatch.setattr(tokens, "_write", None)
+    monkeypatch.setattr(token_array, "_write", None)
     again = prepare(folder, SMALL, 32, seed=1, batch_sequences=4)
     assert again.facts == first.facts and again.train.digest(5) == first.train.digest(5)
     assert first.facts.train_documents + first.facts.validation_documents == 120

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenyard.checkpoint import saver as saver_module
-from tokenyard.checkpoint.host_copies import Copies
+from tokenyard.checkpoint.host_staging import HostStaging
 from tokenyard.checkpoint.saver import Saver
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.parallel.shard import LocalShard, whole
@@ -25,30 +25,30 @@ def held(value: float = 1.0, size: int = 64) -> dict[str, LocalShard]:
 
 def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    plan = saver_module.shares_of
-    monkeypatch.setattr(saver_module, "shares_of", lambda offers: made.append(1) or plan(offers))
+    plan = saver_module.make_save_plans
+    monkeypatch.setattr(saver_module, "make_save_plans", lambda shards: made.append(1) or plan(shards))
     saver = Saver(tmp_path)
     for step, size, times in ((1, 64, 1), (2, 64, 1), (3, 32, 2), (4, 32, 2)):
-        assert saver.begin(step, held(step, size), {}) is None
-        outcome = saver.finish()
+        assert saver.start(step, held(step, size), {}) is None
+        outcome = saver.wait()
         assert outcome is not None and outcome.error is None and outcome.path == saver.path_of(step)
         assert len(made) == times
     assert [read_whole(saver.path_of(step))["x"][0] for step in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    assert saver.step() is None and saver.finish() is None and saver.flags() == (False, False)
+    assert saver.poll_all() is None and saver.wait() is None and saver.flags() == (False, False)
 
 
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = Copies._copied
-    monkeypatch.setattr(Copies, "_copied", lambda self, held: time.sleep(0.3) or copied(self, held))
+    copy = HostStaging._copy_tensor
+    monkeypatch.setattr(HostStaging, "_copy_tensor", lambda self, name, tensor: time.sleep(0.3) or copy(self, name, tensor))
 
 
 def test_an_update_waits_for_the_copies_and_is_not_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_copies(monkeypatch)
     state, saver = held(), Saver(tmp_path)
-    saver.begin(1, state, {})
-    saver.release()
+    saver.start(1, state, {})
+    saver.wait_for_copies()
     state["model.x"].tensor.add_(1)
-    outcome = saver.finish()
+    outcome = saver.wait()
     assert outcome is not None and outcome.error is None and 0.2 < outcome.blocked_seconds <= outcome.seconds
     assert read_whole(outcome.path)["x"].eq(1).all()
 
@@ -56,10 +56,10 @@ def test_an_update_waits_for_the_copies_and_is_not_in_the_file(tmp_path: Path, m
 def test_a_change_that_did_not_wait_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_copies(monkeypatch)
     state, saver = held(), Saver(tmp_path)
-    saver.begin(1, state, {})
+    saver.start(1, state, {})
     time.sleep(0.1)
     state["model.x"].tensor.add_(1)
-    outcome = saver.finish()
+    outcome = saver.wait()
     assert outcome is not None and outcome.error is not None
     assert "RuntimeError: tensor 'model.x' changed while it was copied" in outcome.error
     assert list(tmp_path.iterdir()) == []
@@ -80,11 +80,11 @@ def test_an_update_does_not_wait_for_a_thread_that_died(
     def no_memory(*_: object) -> None:
         raise kind
 
-    monkeypatch.setattr(Copies, "take", no_memory)
+    monkeypatch.setattr(HostStaging, "copy", no_memory)
     saver = Saver(tmp_path)
-    saver.begin(1, held(), {})
-    assert returns(saver.release)
-    outcome = saver.finish()
+    saver.start(1, held(), {})
+    assert returns(saver.wait_for_copies)
+    outcome = saver.wait()
     assert outcome is not None and outcome.error is not None and kind.__name__ in outcome.error
 
 
@@ -96,8 +96,8 @@ def test_nor_for_one_that_could_not_start(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Thread, "start", no_thread)
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            saver.begin(1, held(), {})
-    assert returns(saver.release) and saver.finish() is None
+            saver.start(1, held(), {})
+    assert returns(saver.wait_for_copies) and saver.wait() is None
     saver.close()
 
 
@@ -119,8 +119,8 @@ def test_a_copy_of_another_gpu_than_the_first_is_waited_for(tmp_path: Path, monk
     saver = Saver(tmp_path)
     for step in (1, 2):
         cuda.calls.clear()
-        assert saver.begin(step, {"model.x": LocalShard(whole((4,)), x)}, {}) is None
-        outcome = saver.finish()
+        assert saver.start(step, {"model.x": LocalShard(whole((4,)), x)}, {}) is None
+        outcome = saver.wait()
         assert outcome is not None and outcome.error is None
         assert read_whole(outcome.path)["x"].tolist() == [1.0, 2.0, 3.0, 4.0]
         assert cuda.of("MainThread") == [("record", "cuda:1 default")]
@@ -134,8 +134,8 @@ def test_a_synchronous_save_reads_behind_the_computation(tmp_path: Path, monkeyp
     plain, saver = x.as_subclass(torch.Tensor).data, Saver(tmp_path)
     with cuda.stream(cuda.Stream()):
         cuda.current_stream().give(lambda: plain.add_(10))
-        assert saver.begin(1, {"model.x": LocalShard(whole((4,)), x)}, {}, asynchronous=False) is None
-    outcome = saver.finish()
+        assert saver.start(1, {"model.x": LocalShard(whole((4,)), x)}, {}, asynchronous=False) is None
+    outcome = saver.wait()
     assert outcome is not None and outcome.error is None
     assert read_whole(outcome.path)["x"].min() >= 10
     assert cuda.of("checkpoint")[:2] == [("set_device", 1), ("wait_event", "cuda:1 default")]
@@ -145,11 +145,11 @@ def test_what_was_made_for_the_save_is_gone_when_it_is_copied(tmp_path: Path, mo
     """As DeepSpeed's moments, which are gathered on the device for it."""
     gathered, begun, gone = torch.zeros(4), Event(), []
     made, saver = weakref.ref(gathered), Saver(tmp_path)
-    monkeypatch.setattr(saver_module, "write_share", lambda job, held: (begun.wait(10), gone.append(made() is None)))
-    saver.begin(1, {"model.x": LocalShard(whole((4,)), gathered)}, {})
+    monkeypatch.setattr(saver_module, "write_checkpoint", lambda job, held: (begun.wait(10), gone.append(made() is None)))
+    saver.start(1, {"model.x": LocalShard(whole((4,)), gathered)}, {})
     del gathered
     begun.set()
-    saver.finish()
+    saver.wait()
     assert gone == [True]
 
 
