@@ -90,23 +90,26 @@ def train(session: Session, reporter: Reporter, supervisor: Supervisor) -> Evalu
     """
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch, watch = Stopwatch(session.device), ExpertStats(session)
+    stopwatch, expert_stats = Stopwatch(session.device), ExpertStats(session)
     reporter.started()
     while session.step < config.steps:
-        due = due_after(session.step + 1, config, watch)
-        watch.before(due.log)
+        due = due_after(session.step + 1, config, expert_stats)
+        expert_stats.begin_step(due.log)
         numbers, lr = next_step(session, supervisor)
         reporter.catch_up()
         if not numbers:
             continue
-        watch.took(numbers)
+        expert_stats.update(numbers)
         stopwatch.tokens += numbers.tokens
-        since = (*stopwatch.take(), session.feed.waited(), session.data.train.counts(session.step)) if due.log else None
+        intervals, tokens = stopwatch.take() if due.log else ([], 0)
         with stopwatch.paused():
             evaluation = validated(session, reporter) if due.validate else None
-            if since is not None:
-                snapshot = watch.look(numbers, validated=due.validate, saves=due.save)
-                reporter.logged(StepLog(session.step, numbers, lr, *since, evaluation, snapshot))
+            if due.log:
+                data_wait, data = session.feed.waited(), session.data.train.counts(session.step)
+                snapshot = expert_stats.snapshot(numbers, validated=due.validate, saves=due.save)
+                reporter.logged(
+                    StepLog(session.step, numbers, lr, intervals, tokens, data_wait, data, evaluation, snapshot)
+                )
             session.validated = {session.step: evaluation.loss} if evaluation else {}
             settle(session, reporter, numbers.global_flags)
             if due.save or numbers.global_flags.save:
@@ -222,14 +225,14 @@ class Due(NamedTuple):
     log: bool
 
 
-def due_after(step: int, config: Config, watch: ExpertStats) -> Due:
+def due_after(step: int, config: Config, expert_stats: ExpertStats) -> Due:
     """Known before the step is computed. Each comes every so many steps, and after the last."""
 
     def due(every: int | None) -> bool:
         return step == config.steps or (bool(every) and step % every == 0)
 
     validate, save = due(config.evaluate.every), due(config.checkpoint.every)
-    return Due(validate, save, due(config.log.every) or validate or save or watch.due(step))
+    return Due(validate, save, due(config.log.every) or validate or save or expert_stats.due(step))
 
 
 def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:

@@ -8,6 +8,7 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.config.compose import compose
 from tokenyard.train.fault_tolerance.supervisor import build_supervisor
+from tokenyard.train.logging.expert_stats.collector import describe
 from tokenyard.train.logging.run_logger import Reporter
 from tokenyard.train.logging.step_log import StepLog
 from tokenyard.train.run import train
@@ -109,15 +110,18 @@ def flat(value: Any) -> list[float]:
 class Keeps(Reporter):
     """What the loop tells a reporter: one entry a step, with the record of telemetry.jsonl that came with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        self.config, self.ranks = session.config, session.parallel.mesh.world
         self.entries: list[dict[str, Any]] = []
 
     def __exit__(self, *_: Any) -> None: ...
 
     def logged(self, logged: StepLog) -> None:
-        seen = logged.snapshot.seen()
-        numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **seen.metrics}
-        self.entries.append(numbers | (seen.record or {}))
+        metrics, record = {}, None
+        if logged.snapshot is not None:
+            metrics, record = describe(logged.numbers, logged.snapshot, self.config, self.ranks)
+        numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **metrics}
+        self.entries.append(numbers | (record or {}))
 
     def saved(self, outcome: Any) -> None: ...
 
@@ -135,7 +139,8 @@ class Keeps(Reporter):
 def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """On a rank: a run without files."""
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
-    session, reporter = open_session(config, torch.device("cpu")), Keeps()
+    session = open_session(config, torch.device("cpu"))
+    reporter = Keeps(session)
     train(session, reporter, build_supervisor(session, reporter))
     return reporter.entries
 
@@ -143,6 +148,6 @@ def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
 def weights_after(folder: Path, overrides: list[str]) -> list[torch.Tensor]:
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", "precision=fp32", *overrides])
     session = open_session(config, torch.device("cpu"))
-    reporter = Keeps()
+    reporter = Keeps(session)
     train(session, reporter, build_supervisor(session, reporter))
     return [*session.parallel.model.state_dict().values(), torch.get_rng_state()]

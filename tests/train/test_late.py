@@ -287,8 +287,8 @@ def test_router_metrics_are_computed_in_steps_that_are_logged(tmp_path: Path) ->
 def test_what_follows_a_step_is_known_before(tmp_path: Path) -> None:
     config = configured(tmp_path / "run", "log.every=5", "evaluate.every=4", "checkpoint.every=3", "telemetry.every=7")
     with closing(open_session(config, CPU)) as session:
-        watch = ExpertStats(session)
-        found = {step: due_after(step, config, watch) for step in range(1, 9)}
+        expert_stats = ExpertStats(session)
+        found = {step: due_after(step, config, expert_stats) for step in range(1, 9)}
     assert [step for step, due in found.items() if due.validate] == [4, 8]
     assert [step for step, due in found.items() if due.save] == [3, 6, 8]
     assert [step for step, due in found.items() if due.log] == [3, 4, 5, 6, 7, 8]

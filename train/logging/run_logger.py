@@ -26,13 +26,13 @@ from .console.summary import end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
-from .expert_stats.collector import table_due
+from .expert_stats.collector import describe, table_due
 from .goodput import Accounting, in_words
 from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
-from .step_log import OnHost, PendingLog, StepLog
-from .summary_data import end_facts, startup_facts, step_result, train_command, validation_record
+from .step_log import PendingLog, StepLog
+from .summary_data import end_facts, startup_facts, train_command, validation_record
 from .trackers.trackers import build_trackers, run_identity
 
 TRACKER_SECONDS = 20.0
@@ -202,24 +202,28 @@ class RunLogger(Reporter):
     def catch_up(self) -> None:
         late, self.late = self.late, None
         if late is not None:
-            self.tell(late.logged, late.get())
+            self.tell(late.get())
 
-    def tell(self, logged: StepLog, found: OnHost) -> None:
-        """A logged step: the files, trackers, the console."""
-        config, step = self.session.config, logged.step
-        record = self.meter.record(step_result(config, step, found.numbers, logged.lr, logged.tokens), found.seconds)
-        record |= {"data_wait_fraction": logged.waited / found.seconds, **logged.data, **found.seen.metrics}
+    def tell(self, logged: StepLog) -> None:
+        """Writes a logged step, all of it on the host, to the files, the trackers and the console."""
+        config, step, seconds = self.session.config, logged.step, logged.seconds()
+        record = self.meter.record(step, logged.numbers, logged.lr, logged.tokens, seconds)
+        record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.data}
+        telemetry = None
+        if logged.snapshot is not None:
+            metrics, telemetry = describe(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
+            record |= metrics
         if logged.evaluation is not None:
             record |= validation_record(config, logged.evaluation)
-        self.accounting.waited(logged.waited)
+        self.accounting.waited(logged.data_wait)
         self.metrics.write(record)
         self.trackers.log(record)
         self.printer.line(fitting_spans(record, config.steps, self.eta.after(step), self.printer.width))
         if logged.evaluation is not None:
             loss, tokens, _ = logged.evaluation
             self.printer.say(f"step {step}: validation loss {loss:.4f} over {tokens:,} tokens")
-        if found.seen.record is not None:
-            self.watched(found.seen.record, logged.evaluation is not None)
+        if telemetry is not None:
+            self.watched(telemetry, logged.evaluation is not None)
 
     def watched(self, record: dict[str, Any], validated: bool) -> None:
         """A record of telemetry.jsonl: the file, trackers, the table of the layers, alarms."""

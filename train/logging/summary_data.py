@@ -1,4 +1,4 @@
-"""What is said about a run, gathered from where it is known: a logged step, a validation pass, the start, the end."""
+"""Gathers what is reported about a run at its start, after a validation pass and at its end."""
 
 import copy
 import functools
@@ -16,40 +16,13 @@ from ..config.serialize import changed_settings
 from ..derive import derive
 from ..evaluation import Evaluation
 from ..session import Session
-from ..step import StepNumbers
 from .console.startup import StartupFacts
 from .console.summary import EndFacts
-from .metrics import StepResult, auxiliary_metrics, count_metrics, load_metrics
+from .metrics import load_metrics
 from .peak_flops import Peak
 
 SAMPLE_LIMIT = 2_000_000_000
 """Models with more parameters than this are not opened on one device for the sample at the end."""
-
-
-def step_result(config: Config, step: int, numbers: StepNumbers, lr: float, tokens: int) -> StepResult:
-    """As plain numbers. This waits for the device, so it happens on logged steps alone. Null experts are left out of the load."""
-    moe = config.model.moe
-    layers = len(numbers.balance_L)
-    kinds = {
-        "balance": numbers.balance_L,
-        "balance_sequence": numbers.sequence_L,
-        "importance": numbers.importance_L,
-        "z": numbers.z_L,
-    }
-    means = {kind: values_L.sum().item() / max(1, layers) for kind, values_L in kinds.items()}
-    return StepResult(
-        step=step,
-        tokens=tokens,
-        loss=numbers.cross_entropy.item(),
-        loss_balance=means["balance"],
-        loss_z=means["z"],
-        grad_norm=numbers.gradient_norm.item(),
-        lr=lr,
-        counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
-        dropped_L=numbers.dropped_L.tolist(),
-        loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
-        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE),
-    )
 
 
 def validation_record(config: Config, evaluation: Evaluation) -> dict[str, Any]:

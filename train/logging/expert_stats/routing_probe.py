@@ -102,7 +102,7 @@ class Probe:
         self.last: Tensor | None = None
         self.texts: dict[int, tuple[str, bool]] = {}
 
-    def look(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Route the probe and describe it as telemetry.jsonl does. Collective; the vocabulary is for rank 0."""
         routed, mesh = self.route(), self.session.parallel.mesh
         parts = {"classes": self._by(routed, self._classes(routed.ids_T), len(CLASSES))}
