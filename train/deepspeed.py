@@ -12,20 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 
-from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel, ShardedParameter
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import scale_gradients, squared_norm
 from ..parallel.mesh import Axis
 from ..parallel.shard import LocalShard, ShardMetadata
-from .batch import Rows
 from .config.config import Config
 from .config.deepspeed import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
-from .step import StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
-from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound
+from .step import StepInput, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
 
 # DeepSpeed's engine around a parallel model: backward, the sum of gradients over ranks, and the update.
 #
@@ -205,28 +202,19 @@ class ZeroEngine(Engine):
         super().__init__(parallel, optimizer)
         self.zero = zero
 
-    def step(
-        self,
-        rows: list[Rows],
-        lr: float,
-        clip_norm: float | None,
-        place: BatchPosition | None = None,
-        rank_flags: RankFlags = NOTHING,
-        accepts: Callable[[GlobalFlags], bool] = is_sound,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> StepNumbers:
-        """What `train_step` does, in the same order."""
-        totals = count_totals(self.parallel, rows)
-        shares = [self.zero.compute(part, totals, place, last=part is rows[-1]) for part in rows]
+    def step(self, batch: StepInput) -> StepNumbers:
+        """Does what `train_step` does, in the same order."""
+        totals = count_totals(self.parallel, batch.rows)
+        shares = [self.zero.compute(rows, totals, batch.position, last=rows is batch.rows[-1]) for rows in batch.rows]
         squared = self.zero.squared_norm()
-        meanwhile()
-        numbers = add_up(self.parallel, shares, totals, squared, rank_flags)
-        if not accepts(numbers.global_flags):
+        batch.overlap_fn()
+        numbers = add_up(self.parallel, shares, totals, squared, batch.rank_flags)
+        if not batch.accepts(numbers.global_flags):
             self.zero.drop()
             return numbers._replace(updated=False)
-        if clip_norm is not None:
-            self.zero.scale(clip_factor(numbers.gradient_norm, clip_norm))
-        set_learning_rate(self.optimizer, lr)
+        if batch.clip_norm is not None:
+            self.zero.scale(clip_factor(numbers.gradient_norm, batch.clip_norm))
+        set_learning_rate(self.optimizer, batch.lr)
         self.zero.update()
         update_expert_biases(self.parallel, numbers.counts_LE)
         return numbers

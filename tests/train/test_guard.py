@@ -12,7 +12,7 @@ from tokenyard.train.fault_tolerance.step_guard import Action, Guard, RecentStep
 from tokenyard.train.fault_tolerance.watchdog import Beat, blame
 from tokenyard.train.logging import goodput as accounting
 from tokenyard.train.logging.goodput import before
-from tokenyard.train.step_flags import RankFlags, numbers_of, read
+from tokenyard.train.step_flags import RankFlags, encode_flags, read_flags
 
 
 def global_flags(loss: float, squared: float = 1.0, *tellings: RankFlags) -> Any:
@@ -21,9 +21,9 @@ def global_flags(loss: float, squared: float = 1.0, *tellings: RankFlags) -> Any
     world, total = len(tellings), torch.zeros(0)
     for rank, rank_flags in enumerate(tellings):
         mine = torch.tensor([squared, loss] if rank == 0 else [0.0, 0.0], dtype=torch.float64)
-        part = torch.cat([numbers_of(rank_flags, mine, rank, world), mine])
+        part = torch.cat([encode_flags(rank_flags, mine, rank, world), mine])
         total = part if rank == 0 else total + part
-    global_flags, _ = read(total, 0)
+    global_flags, _ = read_flags(total, 0)
     return global_flags
 
 

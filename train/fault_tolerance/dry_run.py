@@ -25,6 +25,7 @@ from ..logging.journal import Journal
 from ..logging.run_logger import Reporter
 from ..session import Session
 from ..state import random_state, restore_random
+from ..step import StepInput
 from .failure_note import Failure, find_note, leave_note
 
 
@@ -80,8 +81,8 @@ def try_step(session: Session) -> None:
     rows = session.config.batch.sequences // session.parallel.mesh.data.size // micro
     first = session.parallel.mesh.data.rank * micro
     batches = [made_up(session, micro, length, first) for _ in range(min(rows, 2))]
-    clip_norm, place = session.config.optimizer.clip_norm, BatchPosition(session.config.seed, session.step + 1)
-    session.engine.step(batches, 0.0, clip_norm, place, accepts=lambda _: False)
+    clip_norm, position = session.config.optimizer.clip_norm, BatchPosition(session.config.seed, session.step + 1)
+    session.engine.step(StepInput(batches, 0.0, clip_norm, position, accepts=lambda _: False))
     session.engine.optimizer.zero_grad(set_to_none=True)
 
 

@@ -1,7 +1,5 @@
 """One optimizer step of a run, and what is done when its numbers are wrong: repeat, then stop, skip or roll back."""
 
-from collections.abc import Callable
-
 from ...moe.token_info import BatchPosition
 from ...parallel.object_collectives import from_all
 from ..batch import Rows
@@ -12,8 +10,8 @@ from ..exit import ExitCode, RunStop
 from ..nonfinite import bad_gradients
 from ..resume import keep_timeline, newest_whole, resume
 from ..session import Session
-from ..step import StepNumbers
-from ..step_flags import GlobalFlags, RankFlags
+from ..step import StepInput, StepNumbers
+from ..step_flags import GlobalFlags
 from .step_guard import Action, Fault
 from .supervisor import Supervisor
 
@@ -21,18 +19,14 @@ from .supervisor import Supervisor
 def attempt(session: Session, supervisor: Supervisor, rows: list[Rows], lr: float) -> StepNumbers:
     """A step on these rows, once more if something is wrong with it; `updated` says whether one of them was taken."""
     guard, step = supervisor.guard, session.step + 1
-    place = BatchPosition(session.config.seed, step)
-
-    def compute(rank_flags: RankFlags, accepts: Callable[[GlobalFlags], bool], meanwhile: Callable[[], None]) -> StepNumbers:
-        return session.engine.step(rows, lr, session.config.optimizer.clip_norm, place, rank_flags, accepts, meanwhile)
-
-    rank_flags = supervisor.rank_flags()
-    numbers = compute(rank_flags, guard.accepts, lambda: session.feed.prepare(step))
+    position, rank_flags = BatchPosition(session.config.seed, step), supervisor.rank_flags()
+    batch = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
+    numbers = session.engine.step(batch._replace(overlap_fn=lambda: session.feed.prepare(step)))
     fault = guard.fault(numbers.global_flags)
     if fault is None or fault.kind == "bad_data":
         return numbers
     tensors = bad_gradients(session.parallel)
-    again = compute(rank_flags._replace(seconds=None), guard.accepts_again, lambda: None)
+    again = session.engine.step(batch._replace(rank_flags=rank_flags._replace(seconds=None), accepts=guard.accepts_again))
     repeated = "persistent" if guard.fault(again.global_flags) else "transient"
     text = f"step {step}: {fault.text}; repeated, it was {'there again' if repeated == 'persistent' else 'gone'}"
     supervisor.reporter.event(fault.kind, step=step, rank=numbers.global_flags.rank, tensors=tensors, again=repeated, text=text)

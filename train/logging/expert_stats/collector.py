@@ -79,7 +79,7 @@ class ExpertStats:
             return None
         step, parallel, record = self.session.step, self.session.parallel, None
         tensors = {
-            "peaks_LP": max_over(numbers.own_LP.clone(), parallel.mesh.everyone),
+            "peaks_LP": max_over(numbers.local_peaks_LP.clone(), parallel.mesh.everyone),
             "dead_LE": self.last_used_LE <= step - self.settings.window,
         }
         if (bias_LE := weight_stats.biases(parallel)) is not None:
