@@ -2,10 +2,10 @@
 
 import sys
 
-from .fault_tolerance.signals import hold_back, listen
+from .fault_tolerance.signals import block_signals, install_handlers
 
 if __name__ == "__main__":
-    hold_back()  # from the first line: a signal while torch is imported, or this program starts anew, is heard later
+    block_signals()  # from the first line: a signal that comes while torch is imported, or during the restart, is handled later
 
 from .allocator import restart_with_kept_memory
 from .config.redact import redact_tracebacks
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         end_with_launcher()
         restart_with_kept_memory()
         redact_tracebacks()
-        listen()
+        install_handlers()
     return train_command(sys.argv[1:] if argv is None else argv)
 
 

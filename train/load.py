@@ -1,6 +1,7 @@
-"""Opening a checkpoint on one device, whatever layout wrote it."""
+"""Opens a checkpoint on one device, whatever layout wrote it, and continues text with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,25 +10,30 @@ import torch
 from ..checkpoint.store import read_whole
 from ..data.config import DataConfig
 from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
+from ..moe.generation import generate
 from ..moe.model import Transformer
+from ..moe.param_count import count
 from ..moe.router import Router
+from ..parallel.config import ParallelConfig
 from ..parallel.process_group import pick_device
-from .config.config import Config, ConfigError, EngineConfig
+from .config.config import Config, ConfigError, EngineConfig, SampleConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
 from .derive import DTYPES, derive, set_products
 from .resume import as_checkpoint
 from .session import Session
-from .setup import build_saver, first_rank_first
+from .setup import build_engine, build_parallel, build_saver, first_rank_first
 from .stored_config import read_stored
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
 """Settings of `data` that say where to read."""
+SAMPLE_LIMIT = 2_000_000_000
+"""Models with more parameters than this are not opened on one device for the sample at the end of a run."""
 
 
 class OpenedCheckpoint(NamedTuple):
-    """What a checkpoint holds for use."""
+    """A checkpoint's model, tokenizer and configuration, ready for use."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -77,14 +83,34 @@ def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Ope
     return OpenedCheckpoint(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
 
 
+def continuation(model: Transformer, tokenizer: Tokenizer, settings: SampleConfig, seed: int) -> Iterator[str]:
+    """Yields the text that each new token adds to the prompt. Characters of several byte tokens come with the last of them."""
+    stop = tokenizer.end_of_document
+    prompt = tokenizer.encode(settings.prompt) or [stop]
+    ids, shown = list(prompt), tokenizer.decode(prompt)
+    sampling = partial(generate, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
+    for token in sampling(model, prompt, settings.tokens, stop=stop, vocabulary=tokenizer.size):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        ready = "" if text.endswith("\ufffd") else text[len(shown) :]
+        shown = text if ready else shown
+        yield ready
+
+
+def sample_of(session: Session) -> tuple[str, str] | None:
+    """Returns the configured prompt and its continuation by the last checkpoint, opened on one device; None if it is off."""
+    settings = session.config.sample
+    if not settings.prompt or session.checkpoint is None or count(session.config.model).total > SAMPLE_LIMIT:
+        return None
+    opened = open_checkpoint(session.checkpoint, session.device)
+    return settings.prompt, "".join(continuation(opened.model, opened.tokenizer, settings, session.config.seed))
+
+
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation.
 
     Files, folders and URLs that a checkpoint names are never read (it may come from anybody): `overrides` name them again.
     """
-    from ..parallel.config import ParallelConfig
-    from .setup import build_engine, build_parallel
-
     checkpoint = as_checkpoint(Path(path))
     stored = read_stored(checkpoint)[1]
     config = config_from_plain(_described(stored, checkpoint / "tokenizer"), overrides)

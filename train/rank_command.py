@@ -8,7 +8,7 @@ from .config.complain import BAD_USAGE, complain
 from .config.compose import compose_arguments, parse_arguments
 from .config.config import Config, ConfigError
 from .config.environment import may_find_the_dead, world_size
-from .fault_tolerance.signals import ignore, listen
+from .fault_tolerance.signals import ignore_signals, install_handlers
 from .preflight import validate
 
 SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
@@ -37,14 +37,14 @@ def run_here(config: Config) -> int:
         print(f"tokenyard: {SHARED_STORE}", file=sys.stderr)
     # Checkpoints, logs and what trackers write are for this user alone.
     os.umask(0o077)
-    listen()
+    install_handlers()
     try:
         # The import of torch: about two seconds that an error above does not cost.
         from .run import run
 
         return run(config)
     finally:
-        ignore()
+        ignore_signals()
 
 
 def refuse(error: ConfigError) -> int:

@@ -24,7 +24,7 @@ from .config.private_files import new_run_folder, writing_to
 from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
-from .fault_tolerance.failure_note import remove_note
+from .exit import remove_note
 from .optimizer import build_optimizer
 from .resume import find_resume, keep_timeline, note, resume
 from .run_folder import RunLock, lock_run

@@ -204,7 +204,7 @@ def add_up(
 
 
 def local_peaks(shares: list[Losses], router_metrics_LG: Tensor) -> Tensor:
-    """Returns (L, 2) of this rank alone, as its `router_metrics_LG`: the largest logit of any micro-batch, the rows of all of them."""
+    """Returns (L, 2) of this rank alone: the largest logit of any micro-batch, and the rows of all of them."""
     if not router_metrics_LG.numel():
         return router_metrics_LG
     logit_max_L = torch.stack([s.logit_max_L for s in shares]).amax(0).double()

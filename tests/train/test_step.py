@@ -111,7 +111,9 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses() -> None:
     narrow, wide = build(torch.bfloat16), build(torch.float32)
     optimizers = [build_optimizer(OptimizerConfig(), parallel) for parallel in (narrow, wide)]
     for _ in range(3):
-        found, expected = (train_step(p, o, StepInput(batch(2), 0.003, 1.0)) for p, o in zip((narrow, wide), optimizers, strict=True))
+        found, expected = (
+            train_step(p, o, StepInput(batch(2), 0.003, 1.0)) for p, o in zip((narrow, wide), optimizers, strict=True)
+        )
         assert found.cross_entropy.item() == pytest.approx(expected.cross_entropy.item(), rel=0.01)
         assert found.gradient_norm.item() == pytest.approx(expected.gradient_norm.item(), rel=0.05)
     for name, parameter in narrow.model.named_parameters():

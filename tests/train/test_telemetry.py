@@ -23,7 +23,6 @@ from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
 from tokenyard.train.step import StepNumbers
 
-
 MODEL = ModelConfig(layers=4, moe_every=2, moe=MoEConfig(experts=4))
 """Layers 1 and 3 have experts."""
 PEAKS = torch.tensor([[3.0, 30.0], [4.0, 18.0]]).double()
@@ -154,14 +153,14 @@ def test_alarms_are_told_once_until_it_is_over():
     alive, dead = [[0] * 8, [0] * 8], [[0] * 8, [0] * 3 + [1] * 5]
 
     def heard(counts: list[list[int]], dead: list[list[int]]) -> list[str]:
-        return [kind for kind, _ in alerts.heard({"layers": [0, 5], "counts_LE": counts, "dead_LE": dead})]
+        return [kind for kind, _ in alerts.check({"layers": [0, 5], "counts_LE": counts, "dead_LE": dead})]
 
     assert heard(even, alive) == []
     assert heard(one, alive) == ["collapse"]
     assert heard(one, dead) == ["dead_experts"]
     assert heard(one, dead) == []
     assert heard(even, alive) == []
-    (text,) = [text for kind, text in alerts.heard({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
+    (text,) = [text for kind, text in alerts.check({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
     assert text == "layer 5 uses only about 2.2 of its 8 experts"
     assert experts_in_use([50, 50, 0, 0]) == pytest.approx(2.0)
 

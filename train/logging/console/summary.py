@@ -10,6 +10,9 @@ from ..metrics import max_over_mean, min_over_mean
 from .step_line import UNEVEN
 from .text import ASCII_BARS, Line, Span, bar, commands, duration, plain, printable, rows, title
 
+Sample = tuple[str, str]
+"""A prompt and what the model wrote after it."""
+
 COLUMNS = 64
 """At most, of the bar chart; with more experts a column shows the busiest of several."""
 
@@ -33,8 +36,7 @@ class EndFacts:
     """The block index of each row of counts_LE."""
     checkpoint: str | None
     """Path of the last checkpoint; None if none was written."""
-    sample: tuple[str, str] | None = None
-    """A prompt and what the model wrote after it."""
+    sample: Sample | None = None
     commands: list[tuple[str, str]] = field(default_factory=list)
     """What for, and the command: the next ones to try."""
     outcome: str = "Done"

@@ -1,4 +1,4 @@
-"""Collects statistics of the experts: sums over all steps, numbers of a logged step, and from time to time a telemetry.jsonl record.
+"""Collects statistics of the experts: sums over steps, numbers of a logged step, and at intervals a record for telemetry.jsonl.
 
 Only the probe waits for the device, and steps that are not logged need no communication. L layers that route, E experts.
 """
@@ -30,7 +30,7 @@ class Snapshot(NamedTuple):
 
 
 class ExpertStats:
-    """Runs on every rank with calls in the same order: `begin_step` and `update` around each step, `snapshot` after a logged one."""
+    """Collects on every rank, in the same order: `begin_step` and `update` around each step, `snapshot` after a logged one."""
 
     def __init__(self, session: Session) -> None:
         config = session.config
@@ -74,7 +74,7 @@ class ExpertStats:
         return self.on and (step % self.settings.every == 0 or table_due(self.session.config, step) or self._probe_due(step))
 
     def snapshot(self, numbers: StepNumbers, validated: bool, saves: bool) -> Snapshot | None:
-        """Returns the statistics of a logged step, None if they are off. A validation or checkpoint makes a record due. Collective."""
+        """Returns the statistics of a logged step, None if off. A validation or checkpoint makes a record due. Collective."""
         if not self.on:
             return None
         step, parallel, record = self.session.step, self.session.parallel, None
