@@ -1,4 +1,4 @@
-"""`python -m tokenyard.train`, also behind torchrun and the launcher of deepspeed."""
+"""`python -m tokenyard.train`, which torchrun and the launcher of deepspeed start too."""
 
 import sys
 
@@ -14,7 +14,7 @@ from .rank_command import train_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; `argv` is by default the process's."""
+    """Runs one rank. Returns the exit code. `argv`: by default that of the process."""
     if argv is None:
         end_with_launcher()
         restart_with_kept_memory()

@@ -42,9 +42,9 @@ class OpenedCheckpoint(NamedTuple):
 
 
 def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Transformer:
-    """The model of a checkpoint (or of the newest one of a run folder), whole on one device, in evaluation mode.
+    """Returns the model of a checkpoint (or of the newest one of a run folder), whole on one device, in evaluation mode.
 
-    precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one line, for what is no checkpoint or damaged.
+    precision: that of the activations, fp32, bf16 or fp64. Raises ValueError, one line, if it is no checkpoint or damaged.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
@@ -59,7 +59,7 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
 
 
 def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
-    """For the routers that have an expert bias in `names`: it may have been trained by a run that is not going on."""
+    """Adds the expert bias to the routers that have one in `names`: the checkpoint's run may have balanced by it."""
     for name in names:
         path, _, last = name.rpartition(".")
         if last == "expert_bias":
@@ -69,12 +69,12 @@ def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
 
 
 def _kept_as(name: str, model: Transformer) -> torch.dtype:
-    """Expert biases are fp32 whatever the weights are."""
+    """Returns the type of a tensor in the model: expert biases are fp32 whatever the weights are."""
     return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
 def open_checkpoint(path: str | Path, device: torch.device | None = None) -> OpenedCheckpoint:
-    """Model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
+    """Opens model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
     device = pick_device("auto") if device is None else device
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
@@ -107,9 +107,9 @@ def sample_of(session: Session) -> tuple[str, str] | None:
 
 
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:
-    """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation.
+    """Returns the checkpoint's run as a session of one process, without optimizer state; overrides may change data and evaluation.
 
-    Files, folders and URLs that a checkpoint names are never read (it may come from anybody): `overrides` name them again.
+    Files, folders and URLs that a checkpoint names are never read, because it may come from anybody: `overrides` must name them.
     """
     checkpoint = as_checkpoint(Path(path))
     stored = read_stored(checkpoint)[1]
@@ -131,7 +131,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
 
 
 def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
-    """What a checkpoint's configuration says of model, tokenizer and evaluation, without what it says of places to read from."""
+    """Returns the settings of model, tokenizer and evaluation in a checkpoint's configuration, without the places to read from."""
     plain = plain_config(stored)
     kept = {name: plain[name] for name in ("model", "sequence_length", "precision", "seed", "batch", "evaluate")}
     kept["data"] = {name: value for name, value in plain["data"].items() if name not in PLACES}
@@ -139,7 +139,7 @@ def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
 
 
 def _check_places(config: Config, stored: Config) -> None:
-    """ConfigError if the data lack a place that the checkpoint had."""
+    """Raises ConfigError if the data lack a place that the checkpoint had."""
     wanted, given, default = vars(stored.data), vars(config.data), vars(DataConfig())
     for name in PLACES:
         if (

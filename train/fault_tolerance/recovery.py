@@ -8,7 +8,7 @@ from ..config.complain import say
 from ..config.private_files import writing_to
 from ..exit import ExitCode, RunStop
 from ..nonfinite import bad_gradients
-from ..resume import keep_timeline, newest_whole, resume
+from ..resume import keep_timeline, newest_intact, resume
 from ..session import Session
 from ..step import StepInput, StepNumbers
 from ..step_flags import GlobalFlags
@@ -60,7 +60,7 @@ def roll_back(session: Session, supervisor: Supervisor, fault: Fault) -> None:
     step, run_logger = session.step + 1, supervisor.run_logger
     for outcome in wait_for_save(session):
         run_logger.log_checkpoint(outcome)
-    path = newest_whole(session)
+    path = newest_intact(session)
     if path is None:
         raise RunStop(f"step {step}: {fault.text}; there is no checkpoint to roll back to", ExitCode.not_finite)
     resume(session, path)

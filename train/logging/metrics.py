@@ -105,7 +105,8 @@ def load_metrics(
 
     `layers`: the block index of each row of `counts_LE`.
     """
-    rows, dropped = (values.tolist() if isinstance(values, Tensor) else list(values) for values in (counts_LE, dropped_L))
+    rows: list[list[int]] = counts_LE.tolist() if isinstance(counts_LE, Tensor) else [list(counts_E) for counts_E in counts_LE]
+    dropped: list[int] = dropped_L.tolist() if isinstance(dropped_L, Tensor) else list(dropped_L)
     if not rows:
         return {"dropped_fraction": 0.0}
     routed = sum(map(sum, rows))

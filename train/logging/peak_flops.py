@@ -1,4 +1,4 @@
-"""The FLOP/s that the devices could do at best, which MFU is measured against: from data sheets, else by a short product."""
+"""The peak FLOP/s of the devices, by which MFU is defined: from data sheets, otherwise measured by a short matrix product."""
 
 import math
 import os
@@ -11,16 +11,16 @@ from ...moe.linear import compute_dtype
 
 
 class Peak(NamedTuple):
-    """FLOP/s of all devices of the run together, and in words where the number is from."""
+    """FLOP/s of all devices of the run together, and the source of the number in words."""
 
     flops: float
     source: str
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_per_host: int | None = None) -> Peak:
-    """Peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
+    """Returns the peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
 
-    A CPU is measured with the threads this process has, in the type that moe/linear.py takes; ranks beyond the host's cores add
+    A CPU is measured with the threads of this process, in the type that moe/linear.py uses; ranks beyond the host's cores add
     nothing.
     """
     if device.type == "cpu":
@@ -35,13 +35,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_p
 
 
 def data_sheet(name: str, mode: str) -> float | None:
-    """Dense peak in FLOP/s of the CUDA device called `name` in `mode` (bf16, tf32, fp32, fp64); None if it is not in the table."""
+    """Returns the dense peak in FLOP/s of the CUDA device `name` in `mode` (bf16, tf32, fp32, fp64); None if it is not listed."""
     row = next((row for key, row in _TERAFLOPS if all(word in name for word in key.split())), None)
     return row[mode] * 1e12 if row and mode in row else None
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """The best FLOP/s of square products of growing size that fit into `seconds`."""
+    """Returns the best FLOP/s of square products of growing size that fit into `seconds`."""
     best, end = 0.0, perf_counter() + seconds
     for size in (128, 256, 512, 1024, 2048, 4096, 8192):
         x = torch.ones(size, size, dtype=dtype, device=device)
@@ -56,7 +56,7 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> 
 
 
 def _product_seconds(x: torch.Tensor) -> float:
-    """Time of x @ x, waiting for the device before and after."""
+    """Returns the time of x @ x, waiting for the device before and after."""
     _wait(x.device)
     start = perf_counter()
     torch.mm(x, x)
@@ -70,7 +70,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _cores() -> int:
-    """Cores this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
