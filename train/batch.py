@@ -93,9 +93,10 @@ class BatchLoader:
         if work.done():  # the device has been idle
             self._waited += perf_counter() - begin
 
-    def nothing(self) -> list[Rows]:
-        """Returns as many rows as `take`, without a token that counts."""
-        return [no_rows(self.micro, self.config.sequence_length, start, self.device) for start in self.starts]
+    def empty(self) -> list[Rows]:
+        """Returns micro-batches without a token that counts: a step's collectives need every rank, also one that has no rows."""
+        ids_BS = torch.zeros(self.micro, self.config.sequence_length, dtype=torch.int64, device=self.device)
+        return [Rows(ids_BS, torch.full_like(ids_BS, IGNORE), start) for start in self.starts]
 
     def _made(self, step: int) -> list[Rows]:
         batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self.starts]
@@ -116,12 +117,6 @@ def as_rows(batch: Batch, first: int, config: Config, data: DataPipeline, device
     rows = rows._replace(valid=valid_targets(rows, config.model.mtp_depth))
     documents_BS = None if rows.documents is None else on_device(rows.documents, device)
     return rows._replace(ids=on_device(rows.ids, device), targets=on_device(rows.targets, device), documents=documents_BS)
-
-
-def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Rows:
-    """Returns a micro-batch without a token that counts: a step's collectives need every rank, also one that has no rows."""
-    ids_BS = torch.zeros(sequences, length, dtype=torch.int64, device=device)
-    return Rows(ids_BS, torch.full_like(ids_BS, IGNORE), first)
 
 
 def targets_ahead(rows: Rows, depth: int) -> Tensor:

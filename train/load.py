@@ -52,7 +52,9 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
     config = read_stored(checkpoint)[1]
     with torch.device("meta"):
         model = Transformer(config.model, PRECISIONS[precision])
-    weights = {name: tensor.to(device, _kept_as(name, model)) for name, tensor in read_whole(checkpoint).items()}
+    weights = read_whole(checkpoint)
+    for name, tensor in weights.items():  # expert biases are fp32 whatever the weights are
+        weights[name] = tensor.to(device, torch.float32 if name.endswith("router.expert_bias") else model.weights)
     add_expert_biases(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
@@ -66,11 +68,6 @@ def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
             router = model.get_submodule(path)
             assert isinstance(router, Router)
             router.add_expert_bias()
-
-
-def _kept_as(name: str, model: Transformer) -> torch.dtype:
-    """Returns the type of a tensor in the model: expert biases are fp32 whatever the weights are."""
-    return torch.float32 if name.endswith("router.expert_bias") else model.weights
 
 
 def open_checkpoint(path: str | Path, device: torch.device | None = None) -> OpenedCheckpoint:

@@ -90,7 +90,8 @@ def _check_path(config: Config, path: Path) -> None:
     from ..checkpoint.folder import checkpoints_of
 
     if not path.is_dir():
-        nearest = nearest_text(str(path), ["auto", "never", *_siblings(path)])
+        siblings = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+        nearest = nearest_text(str(path), ["auto", "never", *siblings])
         rule = "must be auto, never or the path of a checkpoint"
         raise ConfigError.of("checkpoint.resume", str(path), rule, f"checkpoint.resume={nearest}")
     found = checkpoints_of(path)
@@ -126,8 +127,3 @@ def _check_run(config: Config, folder: Path) -> None:
             continue
         refuse_another_run(config, facts, path)
         return
-
-
-def _siblings(path: Path) -> list[str]:
-    """Returns the folders next to `path`."""
-    return [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

@@ -105,7 +105,7 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
         with stopwatch.paused():
             evaluation = validate(session, run_logger) if due.validate else None
             if due.log:
-                data_wait, counters = session.feed.waited(), session.data.train.counts(session.step)
+                data_wait, counters = session.batch_loader.waited(), session.data.train.counts(session.step)
                 snapshot = expert_stats.snapshot(numbers, due.validate, due.save)
                 timing = (intervals, tokens, data_wait)
                 run_logger.log_step(StepLog(session.step, numbers, lr, *timing, counters, evaluation, snapshot))
@@ -153,12 +153,12 @@ def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
     """
     try:
         try:
-            return session.feed.take(session.step)
+            return session.batch_loader.take(session.step)
         finally:
             log_findings(session.data, session.step + 1, supervisor.run_logger)
     except (OSError, ValueError) as error:
         supervisor.bad_data = f"{type(error).__name__}: {error}"
-        return session.feed.nothing()
+        return session.batch_loader.empty()
 
 
 def log_findings(data: DataPipeline, step: int, run_logger: RunLogger) -> None:
@@ -214,7 +214,7 @@ def end_early(stop: DataStop | RunStop, session: Session, run_logger: RunLogger,
 
 
 class Due(NamedTuple):
-    """What follows a step."""
+    """Which of these follow a step."""
 
     validate: bool
     save: bool

@@ -58,7 +58,8 @@ def lock_run(folder: Path) -> RunLock:
         os.close(descriptor)
         return lock_run(folder)
     owner = _owner(descriptor)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": _now(), "process": PROCESS}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": now, "process": PROCESS}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(mine).encode(), 0)
     return RunLock(path, descriptor, _words(owner) if owner else None)
@@ -99,10 +100,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # If a run resumes from an earlier point, the later checkpoints of the folder are moved out of the way, never mixed in.

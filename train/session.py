@@ -53,7 +53,7 @@ class Session:
         return self.config.batch.micro or self.config.batch.sequences // self.parallel.mesh.data.size
 
     @functools.cached_property
-    def feed(self) -> BatchLoader:
+    def batch_loader(self) -> BatchLoader:
         return BatchLoader(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
 
     @functools.cached_property

@@ -53,9 +53,18 @@ def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch
 
 
 def random_state() -> dict[str, LocalShard]:
-    """Returns the states of all generators of this process (Python's, numpy's, torch's), under names of this rank."""
+    """Returns the states of all generators of this process (Python's, numpy's, torch's), under names of this rank.
+
+    A second normal number that Python or numpy may have stored is dropped.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    states = {"cpu": torch.get_rng_state(), "python": _python_state(), "numpy": _numpy_state()}
+    version, python_words, _ = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    states = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor([version, *python_words]),
+        "numpy": torch.tensor([*numpy_state[1].tolist(), numpy_state[2]]),  # words and position
+    }
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"random.{kind}.rank_{rank}": LocalShard(whole(state.shape), state) for kind, state in states.items()}
@@ -75,15 +84,3 @@ def restore_random(held: dict[str, LocalShard]) -> None:
             case "numpy":
                 words = state.numpy()
                 np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1]), 0, 0.0))
-
-
-def _python_state() -> torch.Tensor:
-    """Returns version, words and position of `random`; the second normal number that it may have stored is dropped."""
-    version, words, _ = random.getstate()
-    return torch.tensor([version, *words])
-
-
-def _numpy_state() -> torch.Tensor:
-    """Returns words and position of numpy's global generator, also without a stored normal number."""
-    state = np.random.get_state()
-    return torch.tensor([*state[1].tolist(), state[2]])  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue, reportArgumentType]

@@ -29,7 +29,7 @@ from .step_flags import NOTHING, GlobalFlags, RankFlags, encode_flags, is_sound,
 
 
 class StepInput(NamedTuple):
-    """What a step is computed from: this rank's part of a global batch, and how to update."""
+    """The arguments of a step: this rank's part of a global batch, and how to update."""
 
     rows: list[Rows]
     """This rank's micro-batches."""
@@ -38,7 +38,7 @@ class StepInput(NamedTuple):
     position: BatchPosition | None = None
     """The step and seed of the run, for capacity schedules and random routing; None: the first step."""
     rank_flags: RankFlags = NOTHING
-    """What this rank reports to the others."""
+    """This rank's flags for the others."""
     accepts: Callable[[GlobalFlags], bool] = is_sound
     """Decides, by the same numbers on every rank, whether to update."""
     overlap_fn: Callable[[], None] = lambda: None
@@ -72,7 +72,7 @@ class StepNumbers(NamedTuple):
     router_metrics_LG: Tensor = torch.empty(0, 0)
     """Sums of router metrics (moe/router.py); without columns if the routers do not collect them."""
     local_peaks_LP: Tensor = torch.empty(0, 0)
-    """Of THIS RANK alone, fp64: largest absolute router logit, and rows that its experts computed."""
+    """Of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
 
 
 def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, batch: StepInput) -> StepNumbers:

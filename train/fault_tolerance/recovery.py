@@ -21,7 +21,7 @@ def run_step(session: Session, supervisor: Supervisor, rows: list[Rows], lr: flo
     guard, step = supervisor.guard, session.step + 1
     position, rank_flags = BatchPosition(session.config.seed, step), supervisor.rank_flags()
     batch = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
-    numbers = session.engine.step(batch._replace(overlap_fn=lambda: session.feed.prepare(step)))
+    numbers = session.engine.step(batch._replace(overlap_fn=lambda: session.batch_loader.prepare(step)))
     fault = guard.fault(numbers.global_flags)
     if fault is None or fault.kind == "bad_data":
         return numbers

@@ -24,7 +24,7 @@ class StopRequests:
 
     def clear(self) -> None:
         self.stops: list[str] = []
-        """What asked to stop, in words."""
+        """The signals or files that asked to stop, in words."""
         self.saves = 0
         self.granted = 0
         """How many of the saves were granted."""

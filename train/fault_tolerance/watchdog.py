@@ -162,7 +162,9 @@ class Watchdog:
 
     def _report(self) -> None:
         """Writes the note and, on the first rank, the diagnosis. Whatever fails here, the process ends."""
-        mine = current_position(self.rank, self.start_id)
+        seconds = round(time.monotonic() - PROGRESS.since, 3)
+        where = (PROGRESS.step, PROGRESS.phase, PROGRESS.layer, current_collective(), PROGRESS.number)
+        mine = Position(self.rank, *where, seconds, self.start_id)
         diagnosis = HangDiagnosis([], f"hang: rank {self.rank} waits: {mine}")
         try:
             self._write_note(mine)
@@ -243,12 +245,6 @@ def hang_guard(session: Session, on_hang: Callable[[str], None], on_failure: Cal
         raise
     finally:
         watchdog.close()
-
-
-def current_position(rank: int, start: str = "") -> Position:
-    """Returns where the training thread is now."""
-    p, seconds = PROGRESS, round(time.monotonic() - PROGRESS.since, 3)
-    return Position(rank, p.step, p.phase, p.layer, current_collective(), p.number, seconds, start)
 
 
 def current_collective() -> str | None:

@@ -28,8 +28,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_p
         at_once = min(per_host, max(1.0, _cores() / torch.get_num_threads()))
         made_in = compute_dtype(torch.empty(0, dtype=dtype))
         return Peak(measure(device, made_in) * ranks * at_once / per_host, "measured by a matrix product")
-    name = torch.cuda.get_device_name(device)
-    if known := data_sheet(name, _mode(dtype)):
+    name, mode = torch.cuda.get_device_name(device), MODES[dtype]
+    if mode == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        mode = "tf32"
+    if known := data_sheet(name, mode):
         return Peak(known * ranks, "from its data sheet")
     return Peak(measure(device, dtype) * ranks, f"measured by a matrix product, {name} is not in the table")
 
@@ -74,11 +76,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _mode(dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}[dtype]
-
+MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}
 
 # Dense teraFLOP/s (data sheets print bf16 and tf32 with sparsity: twice as much); fp64 on tensor cores where there are any.
 # Sources: NVIDIA data sheets "A100 80GB" (2021), "H100" and "H100 NVL" (2024), "H200" (2024), "GB200 NVL72" and "HGX B200" (2024),

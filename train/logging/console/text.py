@@ -28,7 +28,11 @@ class Printer:
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
-        self._rich = _rich_console(self._stream) if self._stream.isatty() else None
+        self._rich: Any = None
+        if self._stream.isatty():
+            from rich.console import Console
+
+            self._rich = Console(file=self._stream, highlight=False, soft_wrap=True)
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self.bars = BLOCKS if self._writable(BLOCKS) == BLOCKS else ASCII_BARS
 
@@ -98,9 +102,3 @@ def bar(values: Iterable[float], full: float, marks: str) -> str:
     """Returns a character for each value, from marks[0] (zero) to marks[-1] (`full` and above), at least marks[1] if not zero."""
     top = len(marks) - 1
     return "".join(marks[0 if value <= 0 else min(top, max(1, round(value / full * top)))] for value in values)
-
-
-def _rich_console(stream: TextIO) -> Any:
-    from rich.console import Console
-
-    return Console(file=stream, highlight=False, soft_wrap=True)

@@ -56,7 +56,7 @@ def trained(folder: Path, overrides: list[str], late: bool, trouble: Callable[[S
         run_logger = stack.enter_context(build_run_logger(session))
         stack.enter_context(mock.patch.object(flags, "host_read", noted))
         if late:
-            session.feed.ahead = True
+            session.batch_loader.ahead = True
             if isinstance(run_logger, RankZeroLogger):
                 run_logger.defers = True
             stack.enter_context(mock.patch.object(step_module, "kind_of", lambda _: "cuda"))
