@@ -21,7 +21,7 @@ from ..train.batch import Rows
 from ..train.config.config import Config
 from ..train.optimizer import build_optimizer
 from ..train.setup import build_parallel
-from ..train.step import StepNumbers, clip_factor, train_step
+from ..train.step import StepInput, StepNumbers, clip_factor, train_step
 from .finding import Key
 
 
@@ -71,7 +71,8 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
         with watched(parallel, rows, step) as outputs:
-            numbers = train_step(parallel, optimizer, rows, config.optimizer.lr, clip_norm, BatchPosition(config.seed, step))
+            position = BatchPosition(config.seed, step)
+            numbers = train_step(parallel, optimizer, StepInput(rows, config.optimizer.lr, clip_norm, position))
         seen += [*(outputs if step == 1 else []), *reported(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)

@@ -14,7 +14,7 @@ from ...checkpoint.saver import Saver
 from ...data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from ...moe.config import ModelConfig, MoEConfig
 from ...parallel.apply import local
-from ...train.checkpointing import begin
+from ...train.checkpointing import write_checkpoint
 from ...train.config.config import BatchConfig, Config, EvaluateConfig, Precision, RunConfig, TrackerConfig
 from ...train.run import single_step
 from ...train.session import Session
@@ -70,7 +70,7 @@ def goes_on(teller: Teller, config: Config, device: torch.device) -> None:
     expected = trained(whole, device, 6)
     session = opened(again, device)
     steps(session, 3)
-    begin(session, asynchronous=False)
+    write_checkpoint(session, asynchronous=False)
     session.close()
     found = trained(again, device, 6, begins=3)
     name = f"resume, {config.precision.value}"
@@ -89,9 +89,9 @@ def same_bytes(teller: Teller, config: Config, device: torch.device) -> None:
         steps(session, 1)
         at, saver = session.step, session.saver
         session.saver = Saver(Path(f"{config.run.dir}-waited"))
-        waited = begin(session, asynchronous=False)
+        waited = write_checkpoint(session, asynchronous=False)
         session.saver = saver
-        ended = begin(session, asynchronous=True)
+        ended = write_checkpoint(session, asynchronous=True)
         steps(session, 1)
         ended = ended or saver.wait()
         for outcome in (waited, ended):

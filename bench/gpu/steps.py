@@ -17,7 +17,7 @@ from ...train.config.model_summary import training_bytes
 from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
-from ...train.step import add_up, backward, count_totals, forward, train_step, update
+from ...train.step import StepInput, add_up, backward, count_totals, forward, train_step, update
 from ..host_reads import host_reads
 from ..timing import peak_bytes, spread, take_turns, timed
 from .alone import model_alone
@@ -49,7 +49,7 @@ class Trained(NamedTuple):
     optimizer: torch.optim.Optimizer
 
     def step(self, rows: Rows) -> Callable[[], Any]:
-        return partial(train_step, self.parallel, self.optimizer, [rows], 1e-4, 1.0)
+        return partial(train_step, self.parallel, self.optimizer, StepInput([rows], 1e-4, 1.0))
 
 
 def run(teller: Teller) -> None:

@@ -27,6 +27,7 @@ from tokenyard.train.config.config import BatchConfig, Config, EngineConfig, Opt
 from tokenyard.train.config.config import EngineKind as EngineKind
 from tokenyard.train.run import single_step
 from tokenyard.train.setup import build_engine, open_session
+from tokenyard.train.step import StepInput
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 
@@ -99,7 +100,8 @@ def steps_of(layout: Layout, case: Case, engine: EngineConfig, dtype: torch.dtyp
     config = Config(batch=batch, parallel=spread, model=case.config, engine=engine, optimizer=OptimizerConfig(lr=0.01))
     used = build_engine(config, parallel)
     steps = [
-        used.step(rows_of(parallel, step, case), 0.01, CLIP, BatchPosition(seed=5, step=step + 1)) for step in range(case.steps)
+        used.step(StepInput(rows_of(parallel, step, case), 0.01, CLIP, BatchPosition(seed=5, step=step + 1)))
+        for step in range(case.steps)
     ]
     weights = {name: (p.metadata, local(p.parameter).detach().double()) for name, p in parallel.parameters.items()}
     weights |= {name: (whole(bias.shape), bias.double()) for name, bias in expert_biases(parallel.model).items()}

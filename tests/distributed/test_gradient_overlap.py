@@ -57,7 +57,7 @@ def order(layout: Layout) -> list[str]:
         share.objective.backward()
 
     with small_buckets(), mock.patch.object(step, "backward", backward), events:
-        step.train_step(parallel, optimizer, rows_of(parallel, 0, case()), lr=0.01, clip_norm=None)
+        step.train_step(parallel, optimizer, step.StepInput(rows_of(parallel, 0, case()), lr=0.01, clip_norm=None))
     return events.seen
 
 
@@ -120,7 +120,7 @@ def checked_step(layout: Layout) -> float:
     check_before_collectives(compare)
     try:
         with small_buckets(1):
-            numbers = step.train_step(parallel, optimizer, rows_of(parallel, 0, case()), lr=0.01, clip_norm=None)
+            numbers = step.train_step(parallel, optimizer, step.StepInput(rows_of(parallel, 0, case()), lr=0.01, clip_norm=None))
     finally:
         check_before_collectives(None)
     return numbers.gradient_norm.item()

@@ -20,7 +20,7 @@ from tokenyard.parallel.apply import Parallel
 from tokenyard.parallel.dispatch import all_to_all
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
-from tokenyard.train.step import head_losses, train_step
+from tokenyard.train.step import StepInput, head_losses, train_step
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,9 +106,8 @@ def gathers_begun(layout: Layout, layers: int) -> dict[str, Any]:
             y.register_hook(lambda _: at("at experts"))
 
     with Collectives() as counted, mock.patch.object(all_to_all, "host_read", read):
-        train_step(
-            parallel, build_optimizer(OptimizerConfig(lr=0.01), parallel), rows_of(parallel, 0, case(1)), lr=0.01, clip_norm=None
-        )
+        batch = StepInput(rows_of(parallel, 0, case(1)), lr=0.01, clip_norm=None)
+        train_step(parallel, build_optimizer(OptimizerConfig(lr=0.01), parallel), batch)
     return begun | {"all": dict(counted.calls)}
 
 
@@ -127,7 +126,7 @@ def train_and_evaluate(layout: Layout, mtp_depth: int) -> dict[str, Any]:
         if step == 2:
             losses.append(evaluate(parallel))
         with Collectives() as counted:
-            train_step(parallel, optimizer, rows_of(parallel, step, case(MICRO_BATCHES)), lr=0.01, clip_norm=None)
+            train_step(parallel, optimizer, StepInput(rows_of(parallel, step, case(MICRO_BATCHES)), lr=0.01, clip_norm=None))
         calls.append(dict(counted.calls))
         whole |= {name for name, p in parallel.model.named_parameters() if name in sharded and not isinstance(p, DTensor)}
     losses.append(evaluate(parallel))

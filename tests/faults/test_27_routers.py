@@ -10,7 +10,7 @@ import torch
 from fault_run import configured, events_of, losses
 from tokenyard.parallel.apply import local
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.setup import open_session
 
@@ -40,8 +40,8 @@ def crafted_run(folder: Path, bias: dict[int, float], *overrides: str) -> int:
             assert bias_E.shape == (8,)
             for expert, value in bias.items():
                 bias_E[expert] = value
-    with closing(session), build_reporter(session) as reporter:
-        return train_session(session, reporter)
+    with closing(session), build_run_logger(session) as run_logger:
+        return train_session(session, run_logger)
 
 
 @pytest.mark.fault(27)

@@ -21,7 +21,8 @@ from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, in_phase
 from tokenyard.parallel.shard import LocalShard, whole
-from tokenyard.train.fault_tolerance.watchdog import STACKS, HangDiagnosis, Watchdog
+from tokenyard.train.exit import STACKS
+from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
 
 TIMEOUT = 0.5
 
@@ -33,7 +34,9 @@ def hang(folder: Path, kind: str, culprit: int) -> tuple[float, HangDiagnosis]:
     PROGRESS.step, verdicts, rank = 7, [], everyone.rank
     dist.barrier()
     begin = time.monotonic()
-    dog = Watchdog(folder, rank, everyone.size, TIMEOUT, end=lambda verdict: verdicts.append((time.monotonic() - begin, verdict)))
+    dog = Watchdog(
+        folder, rank, everyone.size, TIMEOUT, on_end=lambda verdict: verdicts.append((time.monotonic() - begin, verdict))
+    )
     if rank != culprit or kind != "frozen":
         dog.start()
     with in_phase("forward"):
@@ -115,7 +118,7 @@ def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[HangDiagnosi
     slow = f"checkpoint.shard_begun:rank=1:sleep={60 if kind == 'stuck writer' else 2 * TIMEOUT}"
     PROGRESS.__init__()
     dist.barrier()
-    dog = Watchdog(folder, rank, 2, TIMEOUT, end=verdicts.append).start()
+    dog = Watchdog(folder, rank, 2, TIMEOUT, on_end=verdicts.append).start()
     with mock.patch.dict(os.environ, {VARIABLE: slow, "RANK": str(rank)}), mock.patch.object(saver_module, "EXIT_SECONDS", 0.1):
         saver.start(1, held, {}, asynchronous=False)
         if kind == "frozen rank" and rank == 1:

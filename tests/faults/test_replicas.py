@@ -18,7 +18,7 @@ from tokenyard.train.config.config import OnDivergence
 from tokenyard.train.engine import TorchEngine
 from tokenyard.train.fault_tolerance import replicas as divergence
 from tokenyard.train.fault_tolerance.replicas import Difference, Replicas, differences, hash_of
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import single_step, train_session
 from tokenyard.train.setup import open_session
 
@@ -38,9 +38,9 @@ def flipped_run(folder: Path, overrides: list[str], rank: int, steps: list[int])
 
     with ExitStack() as stack:
         stack.enter_context(closing(session))
-        reporter = stack.enter_context(build_reporter(session))
+        run_logger = stack.enter_context(build_run_logger(session))
         stack.enter_context(mock.patch.object(session.engine, "step", step))
-        code = train_session(session, reporter)
+        code = train_session(session, run_logger)
     begin = time.perf_counter()
     found = differences(session.parallel)
     return {"code": code, "name": name, "found": found, "seconds": time.perf_counter() - begin}
@@ -130,8 +130,8 @@ def test_a_repair_waits_for_the_copies_of_a_save(monkeypatch: pytest.MonkeyPatch
     debug = SimpleNamespace(replicas_every=1, on_divergence=OnDivergence.repair)
     session: Any = SimpleNamespace(step=0, config=SimpleNamespace(debug=debug), parallel=None, engine=object.__new__(TorchEngine))
     session.saver = SimpleNamespace(wait_for_copies=lambda: done.append("copied"))
-    reporter: Any = mock.Mock()
-    replicas = Replicas(session, reporter)
+    run_logger: Any = mock.Mock()
+    replicas = Replicas(session, run_logger)
     monkeypatch.setattr(divergence, "differences", lambda _: [Difference("x", [1], 0, [0, 1, 2])])
     monkeypatch.setattr(Replicas, "_repair", lambda self, difference: done.append(difference.name))
     session.step = 1

@@ -1,6 +1,6 @@
-"""What the parameters say about the experts: the norm of each one's gradient, and how alike they are.
+"""Statistics of the parameters: the gradient norm of each expert, and the similarity of the experts.
 
-L layers that route, E experts. Every rank adds what it holds, so the numbers are those of one device.
+L layers that route, E experts. Every rank adds the part that it holds, so the numbers are those of one device.
 """
 
 import math
@@ -16,20 +16,20 @@ from ....parallel.apply import Parallel, ShardedParameter, local
 from ....parallel.collectives import sum_over
 
 CORNER = 64
-"""Experts are compared by the first 64 x 64 weights of each of their matrices: all of them would have to travel."""
+"""Experts are compared by the first 64 x 64 weights of each of their matrices, so that little has to be communicated."""
 
 _PLACE = re.compile(r"(layers|mtp)\.(\d+)\.")
 
 
 class GradientNorms(NamedTuple):
     experts_LE: Tensor
-    """Norm of each expert's gradient, fp64."""
+    """The norm of each expert's gradient, fp64."""
     router: Tensor
-    """Norm of the gradient of all routers together."""
+    """The norm of the gradient of all routers together."""
 
 
 def gradient_norms(parallel: Parallel, layers: list[int], scale: Tensor | float) -> GradientNorms:
-    """Of the gradients that the last step left, divided by `scale` (what clipping multiplied them by). Collective."""
+    """Returns the norms of the last step's gradients, divided by `scale` (the factor of clipping). Collective."""
     experts = parallel.model.config.moe.experts
     squares = torch.zeros(len(layers) * experts + 1, dtype=torch.float64, device=parallel.device)
     squares_LE = squares[:-1].view(len(layers), experts)
@@ -48,7 +48,7 @@ def gradient_norms(parallel: Parallel, layers: list[int], scale: Tensor | float)
 
 
 def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict[int, Tensor]:
-    """Of each chosen layer (E, E): the cosine between the experts' weights, by a corner of each matrix. Collective."""
+    """Returns for each chosen layer the cosines between the experts' weights, (E, E), by a corner of each matrix. Collective."""
     config, found = parallel.model.config, {}
     for layer in chosen:
         names = [name for name in parallel.parameters if ".experts." in name and layers[row_of(name, config, layers)] == layer]
@@ -59,20 +59,20 @@ def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict
 
 
 def biases(parallel: Parallel) -> Tensor | None:
-    """(L, E): the bias of each expert of the routers that have one; null experts are left out."""
+    """Returns the biases of the experts, (L, E), without null experts; None if no router has any."""
     found = [bias[: parallel.model.config.moe.experts] for bias in expert_biases(parallel.model).values()]
     return torch.stack(found) if found else None
 
 
 def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
-    """The row of the parameter's layer: blocks of multi-token prediction follow the model's own."""
+    """Returns the row of the parameter's layer; blocks of multi-token prediction follow the model's own."""
     found = _PLACE.match(name)
     assert found is not None, name
     return layers.index(int(found[2]) + (config.layers if found[1] == "mtp" else 0))
 
 
 def _corner(sharded: ShardedParameter, device: torch.device) -> Tensor:
-    """(E, all of the corner), fp64: this rank's share, whose sum over all ranks is the corner itself."""
+    """Returns this rank's share of the corner, fp64 (E, weights), whose sum over all ranks is the corner itself."""
     piece = sharded.metadata
     region = (piece.shape[0], *(min(CORNER, size) for size in piece.shape[1:]))
     corner = torch.zeros(region, dtype=torch.float64, device=device)

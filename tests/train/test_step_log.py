@@ -24,9 +24,9 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.fault_tolerance.signals import STOP_REQUESTS
 from tokenyard.train.logging.expert_stats.collector import ExpertStats
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import RunLogger, build_reporter
+from tokenyard.train.logging.run_logger import RankZeroLogger, build_run_logger
 from tokenyard.train.logging.step_log import Stopwatch
-from tokenyard.train.run import due_after, train_session
+from tokenyard.train.run import plan, train_session
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
 
@@ -53,16 +53,16 @@ def trained(folder: Path, overrides: list[str], late: bool, trouble: Callable[[S
 
     with ExitStack() as stack:
         session = stack.enter_context(closing(open_session(configured(folder, *overrides), CPU)))
-        reporter = stack.enter_context(build_reporter(session))
+        run_logger = stack.enter_context(build_run_logger(session))
         stack.enter_context(mock.patch.object(flags, "host_read", noted))
         if late:
-            session.feed.ahead = True
-            if isinstance(reporter, RunLogger):
-                reporter.waits_for_next = True
+            session.batch_loader.ahead = True
+            if isinstance(run_logger, RankZeroLogger):
+                run_logger.defers = True
             stack.enter_context(mock.patch.object(step_module, "kind_of", lambda _: "cuda"))
         if trouble is not None:
             stack.enter_context(trouble(session))
-        code = train_session(session, reporter)
+        code = train_session(session, run_logger)
         return {"code": code, "step": session.step, "places": places}
 
 
@@ -117,7 +117,7 @@ def asked_to_stop(step: int) -> Callable[[Session], Any]:
             return right(*args)
 
         stack = ExitStack()
-        stack.callback(STOP_REQUESTS.forget)
+        stack.callback(STOP_REQUESTS.clear)
         stack.enter_context(mock.patch.object(session.engine, "step", asked))
         return stack
 
@@ -247,20 +247,20 @@ def test_a_step_is_told_after_the_next_one(tmp_path: Path) -> None:
 def test_a_hang_leaves_what_has_arrived(tmp_path: Path) -> None:
     """The watchdog's thread tells what the thread that hangs can tell no more."""
     found: list[int] = []
-    with closing(open_session(configured(tmp_path / "run"), CPU)) as session, build_reporter(session) as reporter:
-        assert isinstance(reporter, RunLogger)
-        reporter.waits_for_next = True
+    with closing(open_session(configured(tmp_path / "run"), CPU)) as session, build_run_logger(session) as run_logger:
+        assert isinstance(run_logger, RankZeroLogger)
+        run_logger.defers = True
         right = session.engine.step
 
         def hangs(*args: Any) -> Any:
             if session.step + 1 == 3:
                 found.append(len(losses(tmp_path / "run")))
-                reporter.stalled("rank 0 hangs")
+                run_logger.on_hang("rank 0 hangs")
                 found.append(len(losses(tmp_path / "run")))
             return right(*args)
 
         with mock.patch.object(session.engine, "step", hangs):
-            train_session(session, reporter)
+            train_session(session, run_logger)
     assert found == [1, 2]
 
 
@@ -287,8 +287,8 @@ def test_router_metrics_are_computed_in_steps_that_are_logged(tmp_path: Path) ->
 def test_what_follows_a_step_is_known_before(tmp_path: Path) -> None:
     config = configured(tmp_path / "run", "log.every=5", "evaluate.every=4", "checkpoint.every=3", "telemetry.every=7")
     with closing(open_session(config, CPU)) as session:
-        watch = ExpertStats(session)
-        found = {step: due_after(step, config, watch) for step in range(1, 9)}
+        expert_stats = ExpertStats(session)
+        found = {step: plan(step, config, expert_stats) for step in range(1, 9)}
     assert [step for step, due in found.items() if due.validate] == [4, 8]
     assert [step for step, due in found.items() if due.save] == [3, 6, 8]
     assert [step for step, due in found.items() if due.log] == [3, 4, 5, 6, 7, 8]

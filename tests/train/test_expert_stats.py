@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from step_numbers import step_numbers
 from tiny_run import TINY_RUN
-from tokenyard.moe.config import MoEConfig, RouterConfig, Selection
+from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig, Selection
 from tokenyard.moe.router import SUMS, Router
 from tokenyard.moe.token_info import TokenInfo
 from tokenyard.train.config.compose import compose
@@ -17,29 +18,33 @@ from tokenyard.train.logging.console.text import BLOCKS, plain
 from tokenyard.train.logging.expert_stats.alerts import Alerts, experts_in_use
 from tokenyard.train.logging.expert_stats.heatmap import load_map, png
 from tokenyard.train.logging.expert_stats.routing_probe import movement, piece_text, token_class
-from tokenyard.train.logging.expert_stats.step_metrics import Step, brief_metrics, layer_metrics
+from tokenyard.train.logging.expert_stats.step_metrics import brief_metrics, layer_metrics
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.run import run
+from tokenyard.train.step import StepNumbers
+
+MODEL = ModelConfig(layers=4, moe_every=2, moe=MoEConfig(experts=4))
+"""Layers 1 and 3 have experts."""
+PEAKS = torch.tensor([[3.0, 30.0], [4.0, 18.0]]).double()
+DEAD = torch.tensor([[False] * 4, [True, True, False, False]])
 
 
-def step(**changes: Any) -> Step:
+def step(**changes: Any) -> StepNumbers:
     counts = torch.tensor([[10, 10, 10, 10], [25, 5, 10, 0]])
     router_metrics = torch.tensor([[20.0, 20.0, 10.0, 40.0, 40.0], [20.0, 10.0, 16.0, 20.0, 30.0]]).double()
-    peaks = torch.tensor([[3.0, 30.0], [4.0, 18.0]]).double()
-    values: dict[str, Any] = {
-        "layers": [1, 3],
-        "counts_LE": counts,
-        "dropped_L": torch.tensor([0, 10]),
-        "router_metrics_LG": router_metrics,
-    }
-    return Step(**(values | {"peaks_LP": peaks, "ranks": 2, "dead": 2, "bias_LE": None} | changes))
+    return step_numbers(counts, dropped_L=torch.tensor([0, 10]), router_metrics_LG=router_metrics)._replace(**changes)
+
+
+def metrics(numbers: StepNumbers, **extra: torch.Tensor) -> dict[str, float]:
+    """The keys of a step of two ranks."""
+    return brief_metrics(numbers, {"peaks_LP": PEAKS, "dead_LE": DEAD, **extra}, MODEL, 2)
 
 
 def test_every_number_by_hand():
     assert SUMS == ("tokens", "entropy", "top1", "logit_norm", "rows")
     second = -(25 * math.log(25 / 40) + 5 * math.log(5 / 40) + 10 * math.log(10 / 40)) / 40 / math.log(4)
     variation = math.sqrt((15**2 + 5**2 + 10**2) / 4) / 10
-    assert brief_metrics(step(bias_LE=torch.tensor([[0.0, 0.5], [-0.25, 0.5]]))) == pytest.approx(
+    assert metrics(step(), bias_LE=torch.tensor([[0.0, 0.5], [-0.25, 0.5]])) == pytest.approx(
         {
             "moe/load_cv": variation,
             "moe/load_cv_layer": 3,
@@ -61,15 +66,16 @@ def test_every_number_by_hand():
             "moe/expert_bias_range": 0.75,
         }
     )
-    assert brief_metrics(step(counts_LE=torch.zeros(0, 4))) == {} == layer_metrics(step(counts_LE=torch.zeros(0, 4)))
-    assert layer_metrics(step())["moe/dropped/layer_3"] == 10
+    dense = step(counts_LE=torch.zeros(0, 4))
+    assert metrics(dense) == {} == layer_metrics(dense, MODEL)
+    assert layer_metrics(step(), MODEL)["moe/dropped/layer_3"] == 10
 
 
 def test_a_step_without_tokens_divides_by_nothing():
     nothing = step(
-        counts_LE=torch.zeros(2, 4).long(), router_metrics_LG=torch.zeros(2, 5).double(), peaks_LP=torch.zeros(2, 2).double()
+        counts_LE=torch.zeros(2, 4).long(), router_metrics_LG=torch.zeros(2, 5).double(), dropped_L=torch.zeros(2).long()
     )
-    found = brief_metrics(nothing._replace(dropped_L=torch.zeros(2).long()))
+    found = metrics(nothing, peaks_LP=torch.zeros(2, 2).double())
     assert all(math.isfinite(value) for value in found.values())
     assert (found["moe/load_entropy"], found["moe/load_cv"], found["moe/rank_overload"]) == (1.0, 0.0, 1.0)
 
@@ -147,14 +153,14 @@ def test_alarms_are_told_once_until_it_is_over():
     alive, dead = [[0] * 8, [0] * 8], [[0] * 8, [0] * 3 + [1] * 5]
 
     def heard(counts: list[list[int]], dead: list[list[int]]) -> list[str]:
-        return [kind for kind, _ in alerts.heard({"layers": [0, 5], "counts_LE": counts, "dead_LE": dead})]
+        return [kind for kind, _ in alerts.check({"layers": [0, 5], "counts_LE": counts, "dead_LE": dead})]
 
     assert heard(even, alive) == []
     assert heard(one, alive) == ["collapse"]
     assert heard(one, dead) == ["dead_experts"]
     assert heard(one, dead) == []
     assert heard(even, alive) == []
-    (text,) = [text for kind, text in alerts.heard({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
+    (text,) = [text for kind, text in alerts.check({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
     assert text == "layer 5 uses only about 2.2 of its 8 experts"
     assert experts_in_use([50, 50, 0, 0]) == pytest.approx(2.0)
 
