@@ -23,7 +23,7 @@ from ..parallel.gradients import scale_gradients, squared_norm
 from ..parallel.mesh import Axis
 from ..parallel.shard import LocalShard, ShardMetadata
 from .config.config import Config
-from .config.deepspeed import deepspeed_settings
+from .config.deepspeed_settings import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..data.checks import check_corpus, check_tokenizer
 from .config.config import Config, ConfigError
-from .config.environment import started_again
+from .config.environment import job_restarted
 from .config.launch import Launcher
 from .config.schema import nearest_text
 from .config.serialize import config_from_plain, leaves, shown_config
@@ -78,7 +78,7 @@ def check_resume(config: Config) -> None:
     from .run_folder import goes_on
 
     setting, folder = config.checkpoint.resume, config.run.dir
-    if folder is not None and started_again() and goes_on(setting, Path(folder)):
+    if folder is not None and job_restarted() and goes_on(setting, Path(folder)):
         _check_run(config, Path(folder))
     elif setting not in ("auto", "never"):
         _check_path(config, Path(setting))

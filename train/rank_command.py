@@ -7,7 +7,7 @@ import time
 from .config.complain import BAD_USAGE, complain
 from .config.compose import compose_arguments, parse_arguments
 from .config.config import Config, ConfigError
-from .config.environment import may_find_the_dead, world_size
+from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
 from .preflight import validate
 
@@ -33,7 +33,7 @@ def train_command(argv: list[str]) -> int:
 
 def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
-    if may_find_the_dead() and os.environ.get("RANK") == "0":
+    if restarts_share_store() and os.environ.get("RANK") == "0":
         print(f"tokenyard: {SHARED_STORE}", file=sys.stderr)
     os.umask(0o077)  # checkpoints, logs and trackers' files are for this user alone
     install_handlers()

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.folder import checkpoints_in, step_of
 from ..checkpoint.fsync import sync_folder
 from .config.config import ConfigError
-from .config.environment import launch_id, started_again
+from .config.environment import job_restarted, launch_id
 from .config.private_files import refuse_links, write_private
 
 # Rank 0 locks `run.dir/lock`; the operating system releases the lock with the process.
@@ -112,7 +112,7 @@ BEGUN = "begun.json"
 
 def goes_on(setting: str, folder: Path) -> bool:
     """Whether this is a restart by the launch that has started the run with `setting` (checkpoint.resume)."""
-    return started_again() and _begun(folder) == _mark(setting)
+    return job_restarted() and _begun(folder) == _mark(setting)
 
 
 def keep_begin(setting: str, folder: Path) -> None:

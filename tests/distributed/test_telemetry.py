@@ -29,7 +29,6 @@ COMMON = [
     "model.moe.balance.bias_rate=0.01",
     "telemetry.tier=detailed",
     "telemetry.every=2",
-    "telemetry.probe_every=2",
     "telemetry.window=4",
     "telemetry.probe=5",
 ]

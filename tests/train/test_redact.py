@@ -1,4 +1,4 @@
-"""Secrets are replaced by value and by name, and nothing else is."""
+"""Secrets are replaced, by value and by name, and nothing else is."""
 
 import logging
 import subprocess
@@ -71,7 +71,7 @@ def test_tracebacks(code: str) -> None:
 
 
 def test_what_ends_a_run_is_said_without_secrets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wherever it is said: a URL with a key in it is in the message of what it did not answer."""
+    """In every message: an error about a URL that does not answer shows the URL, which may hold a key."""
     url = f"https://me:{SECRET}@host/a?token=xyz"
     stop.report_stop(DataUnavailable(f"{url} did not answer for 3 s (OSError: {SECRET})"), 7)
     with mock.patch.object(stop.dist, "is_initialized", lambda: True), mock.patch.object(stop, "place", lambda: "rank 0"):

@@ -38,7 +38,7 @@ TINY = [
     "checkpoint.every=2",
     "sample.prompt=''",
     "telemetry.tier=detailed",
-    "telemetry.probe_every=2",
+    "telemetry.every=2",
 ]
 ROUTED = [
     f"{ROUTER}.score=sigmoid",

@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.logging.trackers.trackers import build_trackers
 run_dir, first = Path(sys.argv[1]), int(sys.argv[2])
-trackers = build_trackers(TrackerConfig(tags=["a", "b"]), run_dir, "abcd1234")
+trackers = build_trackers(TrackerConfig(), run_dir, "abcd1234")
 trackers.start({"seed": 1, "model": {"width": 256}})
 for step in (first, first + 1, first + 2):
     trackers.log({"step": step, "loss": 0.1 + step if step != 3 else math.nan, "moe/dead_experts": step})
@@ -93,6 +93,8 @@ def history(records: list[dict]) -> list[dict]:
 
 
 def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path: Path):
+    for name, value in (("ENTITY", "us"), ("RUN_GROUP", "g"), ("JOB_TYPE", "j"), ("TAGS", "a,b")):
+        clean.setenv(f"WANDB_{name}", value)
     records = read(run(tmp_path, first=1))
     assert history(records) == [
         {"global_step": 1, "loss": 1.1, "moe/dead_experts": 1},
@@ -101,7 +103,7 @@ def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path:
     ]
     (header,) = [record["run"] for record in records if record["type"] == "run"]
     assert (header["run_id"], header["project"], header["display_name"]) == ("abcd1234", "tokenyard", "run")
-    assert header["tags"] == ["a", "b"]
+    assert (header["entity"], header["run_group"], header["job_type"], header["tags"]) == ("us", "g", "j", ["a", "b"])
     update = header["config"]["update"]
     assert (update["seed"], update["model"]) == (1, {"width": 256})
     metrics = {
@@ -122,22 +124,13 @@ def test_a_resumed_run_has_the_same_id_and_may_repeat_steps(clean: pytest.Monkey
 
 
 def test_settings_beat_the_environment_and_the_environment_beats_defaults(clean: pytest.MonkeyPatch, tmp_path: Path):
-    for name in ("ENTITY", "PROJECT", "NAME", "RUN_GROUP", "JOB_TYPE"):
+    assert init_arguments(TrackerConfig(), tmp_path / "folder", "id", None)["job_type"] == "train"
+    for name in ("PROJECT", "NAME", "JOB_TYPE"):
         clean.setenv(f"WANDB_{name}", f"env-{name}")
-    clean.setenv("WANDB_TAGS", "x, y")
     usual = init_arguments(TrackerConfig(), tmp_path / "folder", "id", None)
-    chosen = {key: usual[key] for key in ("entity", "project", "name", "group", "job_type", "tags")}
-    assert chosen == {
-        "entity": "env-ENTITY",
-        "project": "env-PROJECT",
-        "name": "env-NAME",
-        "group": "env-RUN_GROUP",
-        "job_type": "env-JOB_TYPE",
-        "tags": ["x", "y"],
-    }
-    config = TrackerConfig(project="p", entity="e", group="g", tags=["t"])
-    explicit = init_arguments(config, tmp_path / "folder", "id", "n")
-    assert [explicit[key] for key in ("entity", "project", "name", "group", "tags")] == ["e", "p", "n", "g", ["t"]]
+    assert [usual[key] for key in ("project", "name", "job_type")] == ["env-PROJECT", "env-NAME", "env-JOB_TYPE"]
+    explicit = init_arguments(TrackerConfig(project="p"), tmp_path / "folder", "id", "n")
+    assert [explicit[key] for key in ("project", "name", "job_type")] == ["p", "n", "env-JOB_TYPE"]
 
 
 def test_offline_unless_an_account_is_configured(clean: pytest.MonkeyPatch, tmp_path: Path):

@@ -19,7 +19,7 @@ from ...parallel.progress import PROGRESS, in_phase
 from ...parallel.shard import LocalShard
 from ..batch import Rows
 from ..config.complain import say
-from ..config.environment import restarted
+from ..config.environment import ranks_restarted
 from ..exit import ExitCode, Failure, RunStop, find_note, in_one_line, leave_note, place
 from ..logging.journal import Journal
 from ..logging.run_logger import RunLogger
@@ -34,7 +34,7 @@ def dry_step(session: Session, run_logger: RunLogger) -> None:
     several, setting = session.parallel.mesh.world > 1, session.config.debug.dry_step
     if setting is None and not several:
         check(session, "the disk", try_disk)
-    if not (several and not restarted() if setting is None else setting):
+    if not (several and not ranks_restarted() if setting is None else setting):
         return
     PROGRESS.step = session.step
     before = {name: LocalShard(piece, state.clone()) for name, (piece, state) in random_state().items()}

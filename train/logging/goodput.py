@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..config.environment import restarted
+from ..config.environment import ranks_restarted
 from .journal import readable
 
 KINDS: tuple[str, ...] = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")
@@ -86,7 +86,7 @@ def earlier_starts(folder: Path, step: int) -> tuple[dict[str, float], int]:
 
 def seconds_between_starts(folder: Path) -> float:
     """Returns the time from the last write of the earlier start to the start of this process, if torch's launcher restarted it."""
-    if not restarted():
+    if not ranks_restarted():
         return 0.0
     writes = [path.stat().st_mtime for path in (folder / "metrics.jsonl", folder / "events.jsonl") if path.exists()]
     return max(0.0, time.time() - age_of_process() - max(writes)) if writes else 0.0

@@ -26,7 +26,7 @@ from .console.summary import Sample, end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
-from .expert_stats.collector import describe, table_due
+from .expert_stats.collector import describe
 from .goodput import Goodput, in_words
 from .journal import Journal
 from .metrics import Meter
@@ -203,7 +203,7 @@ class RankZeroLogger(RunLogger):
         self.telemetry.write(record)
         if validated or config.telemetry.tier is Tier.detailed:
             self.trackers.telemetry(record)
-        if table_due(config, step):
+        if validated and step < config.steps:  # the summary at the end has a table of its own
             self.printer.lines(layer_lines(record, self.printer.bars))
         for kind, text in self.alerts.check(record):
             self.alert(kind, text, step)
@@ -214,9 +214,9 @@ class RankZeroLogger(RunLogger):
     def alert(self, kind: str, text: str, step: int | None = None) -> None:
         step = self.session.step if step is None else step
         self.log_event("alert", step=step, alert=kind, text=text)
-        sharded = text if text.startswith("step ") else f"step {step}: {text}"
-        self.printer.line([Span(f"{TITLES.get(kind, kind)}: {sharded}", "bold red")])
-        self.trackers.alert(kind, sharded)
+        placed = text if text.startswith("step ") else f"step {step}: {text}"
+        self.printer.line([Span(f"{TITLES.get(kind, kind)}: {placed}", "bold red")])
+        self.trackers.alert(kind, placed)
 
     def log_checkpoint(self, outcome: Outcome) -> None:
         session = self.session

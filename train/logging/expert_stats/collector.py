@@ -70,8 +70,8 @@ class ExpertStats:
             self.measured_steps += 1
 
     def due(self, step: int) -> bool:
-        """Whether `step` must be logged because a record or a table of the layers follows it."""
-        return self.on and (step % self.settings.every == 0 or table_due(self.session.config, step) or self._probe_due(step))
+        """Whether `step` must be logged because a record of telemetry.jsonl follows it."""
+        return self.on and step % self.settings.every == 0
 
     def snapshot(self, numbers: StepNumbers, validated: bool, saves: bool) -> Snapshot | None:
         """Returns the statistics of a logged step, None if off. A validation or checkpoint makes a record due. Collective."""
@@ -89,15 +89,11 @@ class ExpertStats:
             tensors |= {"counts_LE": self.counts_LE, "dropped_L": self.dropped_L, "router_metrics_LG": self.router_metrics_LG}
             tensors |= self._gradient_norms(numbers)
             record = {"step": step, "steps": self.steps, "gauged": self.measured_steps, "layers": self.layers}
-            if self.probe is not None and (validated or self._probe_due(step)):
+            if self.probe is not None and validated:
                 record |= self._probe(self.probe)
             self._reset()
             record["seconds"] = perf_counter() - begin
         return Snapshot(tensors, record)
-
-    def _probe_due(self, step: int) -> bool:
-        every = self.settings.probe_every
-        return self.settings.tier is Tier.detailed and every > 0 and step % every == 0
 
     def _gradient_norms(self, numbers: StepNumbers) -> dict[str, Tensor]:
         """Returns norms of the clipped gradients; only the torch engine leaves the gradients where they can be read."""
@@ -165,9 +161,3 @@ def telemetry_sums(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "dead_LE": tensors["dead_LE"].long().tolist(),
     }
     return record | {name: tensors[name].tolist() for name in ("bias_LE", "grad_norm_LE") if name in tensors}
-
-
-def table_due(config: Config, step: int) -> bool:
-    """Whether the console shows the layers after this step; the summary at the end has a table of its own."""
-    every = config.log.layers_every
-    return every > 0 and step % every == 0 and step < config.steps

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class TrackioTracker(AbstractTracker):
             self._run = trackio.init(
                 project=self._config.project,
                 name=self._name,
-                group=self._config.group,
+                group=os.environ.get("WANDB_RUN_GROUP"),
                 config=dict(facts),
                 resume="allow",
                 embed=False,

@@ -26,7 +26,7 @@ TABLE_COLUMNS: list[Any] = ["layer", "expert", "tokens", "load over even", "dead
 class WandbTracker(AbstractTracker):
     """A W&B run in `run_dir`/wandb.
 
-    A tracker.* setting that is not its default takes precedence over wandb's environment variable of the same meaning.
+    tracker.project and run.name, where they are set, take precedence over wandb's environment variables of the same meaning.
     """
 
     name = "wandb"
@@ -98,9 +98,8 @@ def table_rows(record: Mapping[str, Any]) -> list[Any]:
 
 
 def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None) -> dict[str, Any]:
-    """Returns the arguments of `wandb.init`, from our settings and the environment. Raises ValueError: see `mode`."""
+    """Returns the arguments of `wandb.init`, which itself reads entity, group and tags from the environment. ValueError: see `mode`."""
     defaults, environment = TrackerConfig(), os.environ
-    tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
     return {
         "mode": mode(),
         "dir": str(run_dir),
@@ -108,11 +107,8 @@ def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: 
         "resume": "allow",
         "reinit": "create_new",  # a sweep runs several jobs in one process
         "project": config.project if config.project != defaults.project else environment.get("WANDB_PROJECT") or defaults.project,
-        "entity": config.entity or environment.get("WANDB_ENTITY"),
         "name": run_name or environment.get("WANDB_NAME") or run_dir.name,
-        "group": config.group or environment.get("WANDB_RUN_GROUP"),
-        "tags": config.tags or tags or None,
-        "job_type": config.job_type or environment.get("WANDB_JOB_TYPE") or "train",
+        "job_type": environment.get("WANDB_JOB_TYPE") or "train",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenyard.interop.config_mapping import choose_family, differences, read_config, write_config
 from tokenyard.interop.families import FAMILIES, Family
-from tokenyard.interop.families.base import IRRELEVANT
+from tokenyard.interop.families.family import IRRELEVANT
 from tokenyard.moe.config import (
     Activation,
     AttentionConfig,

@@ -1,4 +1,4 @@
-"""Which host this is, on networks that every Linux machine has."""
+"""Addresses of this host, on the networks that every Linux machine has."""
 
 import socket
 
@@ -7,7 +7,7 @@ from tokenyard.launch.launchers.torchrun import check_hosts, interface_of, is_fi
 from tokenyard.train.config.compose import compose
 
 ELSEWHERE = "192.0.2.1"
-"""RFC 5737: an address that nobody has."""
+"""An address that no host has (RFC 5737)."""
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.3.2.1"])

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder may hold: each tensor accounted for, each refusal one line that names it."""
+"""Contents of a Hugging Face folder: every tensor has a place, or one line refuses it by name."""
 
 import json
 from collections.abc import Callable

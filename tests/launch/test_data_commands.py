@@ -13,7 +13,7 @@ SIZES = ["tokenizer=bytes", "model.vocabulary=264", "sequence_length=32", "batch
 
 
 def inspected(capsys: pytest.CaptureFixture[str], cache: Path, *words: str) -> tuple[list[str], dict[str, str]]:
-    """Lines, and the cells of the table's first source by their columns."""
+    """The output's lines, and the cells of the table's first source by column."""
     assert main(["data", "inspect", "--steps", "3", "--rows", "1", *SIZES, f"data.cache={cache}", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith("source "))
@@ -48,7 +48,7 @@ def test_inspect_counts_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_inspect_ends_as_training_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Too many bad rows: one line, and the exit code of bad data."""
+    """Too many bad rows end in one line and the exit code of bad data."""
     (tmp_path / "rows.jsonl").write_text(
         "\n".join([json.dumps({"text": f"{row} " + "y" * 40}) for row in range(40)] + ["broken"] * 30)
     )
@@ -73,7 +73,7 @@ def shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def flip(path: Path) -> None:
-    """A bit of the middle."""
+    """Flips a bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -109,7 +109,7 @@ def test_verify_refuses_a_manifest_that_was_changed(shards: Path, capsys: pytest
 
 
 def train(shards: Path, *words: str) -> int:
-    """A run of three steps on the shards."""
+    """Trains three steps on the shards."""
     tiny = ["model.layers=1", "model.width=32", "model.heads=4", "model.moe.hidden=32", "steps=3", "checkpoint.every=0"]
     own = ["tracker=jsonl", "sample.prompt=", "data=prepared", f"data.path={shards}", f"run.dir={shards.parent / 'run'}"]
     return run(compose([*SIZES, *tiny, *own, f"data.cache={shards.parent / 'cache'}", *words]))

@@ -1,4 +1,4 @@
-"""A configuration as plain values and back: nothing changes, and what is no setting is one line with key, value, rule, nearest."""
+"""A configuration survives the way to plain values and back; a wrong key or value ends in one line."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ import pytest
 from tokenyard.moe.config import Activation, AttentionConfig, AttentionKind, CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.config.config import Config, ConfigError, OnFailure, Precision
+from tokenyard.train.config.schema import REMOVED, settings
 from tokenyard.train.config.serialize import config_from_plain, plain_config
 
 PRESETS = sorted(path.stem for path in Path(CONF, "model").glob("*.yaml"))
@@ -32,7 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"clip_norm": []}}, "optimizer.clip_norm=[]: must be a number or null; nearest valid: optimizer.clip_norm=1.0"),
     ({"compile": 1}, "compile=1: must be true or false; nearest valid: compile="),
     ({"tracker": {"names": "wandb"}}, "tracker.names=wandb: must be a list, [a,b]; nearest valid: tracker.names=[wandb]"),
-    ({"tracker": {"tags": [["a"]]}}, "tracker.tags=[[a]]: must be a list, [a,b]; nearest valid: tracker.tags=[]"),
+    ({"tracker": {"names": [["a"]]}}, "tracker.names=[[a]]: must be a list, [a,b]; nearest valid: tracker.names=[wandb]"),
     ({"engine": {"extra": [1]}}, "engine.extra=[1]: must be a mapping, {key:value}; nearest valid: engine.extra={}"),
     ({"engine": {"extra": {3: 1}}}, "engine.extra={3:1}: must be a mapping"),
     ({"run": {"name": {"a": 1}}}, "run.name={a:1}: must be text or null; nearest valid: run.name=null"),
@@ -49,7 +50,7 @@ def test_shipped_models_come_back(preset: str) -> None:
 
 def test_every_kind_of_value_comes_back() -> None:
     config = compose(
-        ["precision=bf16", "tracker.tags=[a,b]", "batch.micro=2", "optimizer.clip_norm=null", "checkpoint.on_failure=stop"]
+        ["precision=bf16", "tracker.names=[a,b]", "batch.micro=2", "optimizer.clip_norm=null", "checkpoint.on_failure=stop"]
     )
     config.engine.extra = {"a": {"b": [1, None, "x"]}}
     config.model.moe.capacity = CapacityConfig(schedule=[0.0, 1.0])
@@ -79,16 +80,28 @@ def test_what_is_refused_is_one_line(plain: dict[str, Any], says: str) -> None:
 
 
 def test_overrides_are_checked_alike() -> None:
-    plain = {"engine": {"extra": {"a": 1}}, "tracker": {"tags": ["x"]}}
-    config = config_from_plain(plain, ["engine.extra.b=2", "tracker.tags=[y]", "optimizer.lr=1e-3", "data.path=null", "run.name=7"])
-    assert config.engine.extra == {"a": 1, "b": 2} and config.tracker.tags == ["y"]
+    plain = {"engine": {"extra": {"a": 1}}, "tracker": {"names": ["x"]}}
+    config = config_from_plain(
+        plain, ["engine.extra.b=2", "tracker.names=[y]", "optimizer.lr=1e-3", "data.path=null", "run.name=7"]
+    )
+    assert config.engine.extra == {"a": 1, "b": 2} and config.tracker.names == ["y"]
     assert (config.optimizer.lr, config.data.path, config.run.name) == (1e-3, None, "7")
     for override, says in (
         ("stepz=3", "stepz=3: there is no such setting; nearest valid: steps=3"),
         ("steps=x", "steps=x: must be an"),
+        ("tracker.group=x", "tracker.group=x: there is no such setting any more, .*; nearest valid: WANDB_RUN_GROUP=x in the"),
     ):
         with pytest.raises(ConfigError, match=says):
             config_from_plain(plain, [override])
+
+
+def test_a_setting_that_was_removed_is_skipped_in_what_an_earlier_version_wrote() -> None:
+    assert set(REMOVED).isdisjoint(settings())
+    plain = plain_config(Config())
+    for key in REMOVED:
+        section, _, name = key.partition(".")
+        plain[section][name] = ["whatever"]
+    assert config_from_plain(plain) == config_from_plain(plain, ["steps=1150"]) == Config()
 
 
 def test_reading_needs_no_omegaconf() -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers travel only where they give the same ids: sentencepiece and bytes to tokenizer.json, tokenizer.model back."""
+"""Exported and imported tokenizers give the same ids: sentencepiece and bytes to tokenizer.json, tokenizer.model back."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tokenyard.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tok
 from tokenyard.data.tokenizer_training import train_pieces
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
-from tokenyard.interop.tokenizer_json import TEXTS, adopt, write_tokenizer
+from tokenyard.interop.tokenizer_json import TEXTS, import_tokenizer, write_tokenizer
 
 pytest.importorskip("tokenizers", reason="the comparison needs tokenizers (pip install 'tokenyard[hf]')")
 
@@ -26,7 +26,7 @@ MORE = (*(path.read_text()[:3000] for path in SOURCES[::10]), " " * 40, "\n" * 9
 
 @pytest.fixture(scope="module")
 def trained() -> SentencePieceTokenizer:
-    """As `tokenyard train` makes them."""
+    """Tokenizers as `tokenyard train` makes them."""
     return SentencePieceTokenizer(train_pieces([path.read_text()[:20000] for path in SOURCES], 1200), "trained")
 
 
@@ -81,7 +81,7 @@ def test_what_would_differ_is_refused(settings: dict[str, Any], tmp_path: Path) 
 
 def test_ours_comes_back(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
     write_tokenizer(trained, tmp_path)
-    adopt(tmp_path, tmp_path / "ours")
+    import_tokenizer(tmp_path, tmp_path / "ours")
     assert load_tokenizer(tmp_path / "ours").hash == trained.hash
 
 
@@ -89,10 +89,10 @@ def test_a_model_beside_another_tokenizer_is_not_taken(trained: SentencePieceTok
     write_tokenizer(BytesTokenizer(), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(trained.model)
     with pytest.raises(ValueError, match=r"tokenizer\.json would give other ids"):
-        adopt(tmp_path, tmp_path / "ours")
+        import_tokenizer(tmp_path, tmp_path / "ours")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
-        adopt(tmp_path, tmp_path / "ours")
+        import_tokenizer(tmp_path, tmp_path / "ours")
 
 
 def test_files_travel_through_an_import(saved: Callable[..., Path], trained: SentencePieceTokenizer, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Wrong settings of the exchange end in one line with key, value, rule and the nearest valid value; right ones do not."""
+"""Wrong settings of the exchange end in one line with key, value, rule and the nearest valid value."""
 
 import pytest
 from tokenyard.train.config.compose import compose

@@ -24,7 +24,7 @@ def prepare(argv: list[str]) -> int:
     parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="that work at once (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
 
-    return _told(lambda: _prepare(arguments.folder, arguments.processes, compose(arguments.overrides)))
+    return _exit_code(lambda: _prepare(arguments.folder, arguments.processes, compose(arguments.overrides)))
 
 
 def data(argv: list[str]) -> int:
@@ -37,7 +37,7 @@ def data(argv: list[str]) -> int:
     parser.add_argument("--rows", type=positive, default=2, help="sequences to print (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
 
-    return _told(lambda: _inspect(arguments.steps, arguments.rows, compose(arguments.overrides)))
+    return _exit_code(lambda: _inspect(arguments.steps, arguments.rows, compose(arguments.overrides)))
 
 
 def _verify(argv: list[str]) -> int:
@@ -55,10 +55,11 @@ def tokenizer(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="data=... tokenizer.pieces=..., as for tokenyard train")
     arguments = parser.parse_intermixed_args(argv)
 
-    return _told(lambda: _train_tokenizer(Path(arguments.folder), compose(arguments.overrides)))
+    return _exit_code(lambda: _train_tokenizer(Path(arguments.folder), compose(arguments.overrides)))
 
 
-def _told(command: Callable[[], None]) -> int:
+def _exit_code(command: Callable[[], None]) -> int:
+    """Runs a command. Returns the exit code, with one line on standard error if it failed."""
     from ..data.errors import DataStop
 
     try:
@@ -114,11 +115,8 @@ def _train_tokenizer(folder: Path, config: Config) -> None:
     tokenizer = open_tokenizer(config.data, config.tokenizer, cache_folder(config.data))
     tokenizer.save(folder)
     print(f"{folder}: {config.tokenizer.kind.value}, {tokenizer.size} pieces, hash {tokenizer.hash}")
-    print(f"train with it: tokenyard train {_words(str(folder.parent)) if folder.name == 'tokenizer' else _path(folder)}")
-
-
-def _path(folder: Path) -> str:
-    return f"tokenizer.path={folder / 'tokenizer.model'}"
+    path = f"tokenizer.path={folder / 'tokenizer.model'}"
+    print(f"train with it: tokenyard train {_words(str(folder.parent)) if folder.name == 'tokenizer' else path}")
 
 
 def _inspect(steps: int, rows: int, config: Config) -> None:
@@ -149,13 +147,13 @@ def _inspect(steps: int, rows: int, config: Config) -> None:
         data.train.close()
 
 
-# The table of `tokenyard data inspect`: what each source gives, as plain text in columns.
+# The table of `tokenyard data inspect`: a row of text for each source.
 
 COLUMNS = ("source", "share", "tokens", "epoch", "documents", "their tokens", "held out", "bad rows", "duplicates")
 
 
 def source_table(data: DataPipeline, name: str, steps: int, length: int) -> list[str]:
-    """Lines, after `steps` global batches of rows of `length` tokens. `name`: of a corpus that is one array."""
+    """The table's lines, after `steps` global batches of rows of `length` tokens. `name` names a corpus that is one array."""
     train = data.train
     if isinstance(train, GlobalBatches):
         return _table([_whole(data, train, name, steps, length)], "documents: of the corpus; held out: for validation")
@@ -187,7 +185,7 @@ def _streamed(label: str, tokens: int, counts: dict[str, Any]) -> list[str]:
 
 
 def _table(rows: list[list[str]], note: str) -> list[str]:
-    """A column that has nothing to say is left out; the first is aligned to the left, numbers to the right."""
+    """Aligned lines: the first column to the left, numbers to the right. Columns without any value are left out."""
     shown = [index for index in range(len(COLUMNS)) if any(row[index] != "-" for row in rows)]
     lines = [[row[index] for index in shown] for row in [list(COLUMNS), *rows]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -199,7 +197,7 @@ def _table(rows: list[list[str]], note: str) -> list[str]:
 
 
 def verify(folder: str) -> int:
-    """Prints each damaged shard, and a line about all. Returns the exit code: 0, 1 if one is damaged, 2 for other folders."""
+    """Prints each damaged shard, and a summary. Returns the exit code: 0; 1 if a shard is damaged; 2 if there are no shards."""
     from ..data.pretokenized import verify as verify_shards
 
     path, started, damaged, shards, tokens = Path(folder).expanduser(), perf_counter(), 0, 0, 0

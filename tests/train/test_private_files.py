@@ -1,15 +1,15 @@
-"""What a run writes lands in its own folder, for its owner alone."""
+"""A run writes to its own folder only, readable by its owner only."""
 
 from pathlib import Path
 
 import pytest
 from tokenyard.train.config.config import ConfigError
-from tokenyard.train.config.private_files import OWN, append_private, write_private
+from tokenyard.train.config.private_files import RUN_FILES, append_private, write_private
 from tokenyard.train.logging.trackers.trackers import run_identity
 from tokenyard.train.run_folder import lock_run
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", RUN_FILES)
 def test_a_run_folder_with_a_link_for_a_file_is_refused(name: str, tmp_path: Path) -> None:
     folder, private = tmp_path / "run", tmp_path / "private"
     folder.mkdir()
