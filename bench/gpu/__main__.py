@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .parts import BY_NAME, PARTS, TINY_FACTOR, TOTAL_SECONDS
 from .report import Report
-from .runner import Record, Runner
+from .runner import BY_NAME, PARTS, TINY_FACTOR, TOTAL_SECONDS, Record, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ...moe.feedforward import FeedForward
 from ...moe.layer import MoELayer
 from ..shapes import LayerShape, our_layer
-from .tell import Absent
+from .recorder import Unavailable
 
 Forward = Callable[[Tensor], Tensor]
 """(1, T, D) to (1, T, D)."""
 
 
 def contenders(ours: MoELayer, shape: LayerShape) -> dict[str, Callable[[], Forward]]:
-    """What makes each, by name. Making one raises Absent where it is not installed, and anything where it does not run."""
+    """What makes each, by name. Making one raises Unavailable where it is not installed, and anything where it does not run."""
     return {
         "tokenyard": lambda: lambda x: ours(x)[0],
         "tokenyard, fp32 weights": partial(_with_wide_weights, ours, shape),
@@ -138,7 +138,7 @@ def _module(name: str) -> Any:
     """By name, as it may not be installed."""
     top = name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
-        raise Absent("not installed")
+        raise Unavailable("not installed")
     return importlib.import_module(name)
 
 

@@ -16,7 +16,7 @@ from ..host_reads import host_reads
 from ..shapes import LayerShape, our_layer
 from ..timing import Spread, peak_bytes, spread, take_turns
 from .contenders import DenseProducts, Forward, contenders
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
 
 SHAPES = {
     "full": {
@@ -55,19 +55,19 @@ class LayerLine(NamedTuple):
     note: str = ""
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     """The next layer is smaller if the time that is left might not be enough for one like that before."""
     before = 0.0
-    for name, shape in SHAPES[teller.scale].items():
-        if before > teller.remaining / 2:
+    for name, shape in SHAPES[recorder.scale].items():
+        if before > recorder.remaining / 2:
             shape = shape._replace(tokens=shape.tokens // 4)
-        if before > teller.remaining:
-            teller.skip(name, f"{teller.remaining:.0f} s are left, and the layer before took {before:.0f} s")
+        if before > recorder.remaining:
+            recorder.skip(name, f"{recorder.remaining:.0f} s are left, and the layer before took {before:.0f} s")
             continue
         begin = monotonic()
-        for line in measure_layer(name, shape, teller.device, *REPEATS[teller.scale]):
-            teller.row("layers, forward and backward", **cells(line, shape.tokens))
-        forget(teller.device)
+        for line in measure_layer(name, shape, recorder.device, *REPEATS[recorder.scale]):
+            recorder.row("layers, forward and backward", **cells(line, shape.tokens))
+        forget(recorder.device)
         before = monotonic() - begin
 
 
@@ -85,7 +85,7 @@ def measure_layer(
             forward = make()
             off = _off(forward(x).detach(), expected)
             forward(x).backward(gradient)
-        except Absent as reason:
+        except Unavailable as reason:
             lines[contender] = LayerLine(name, contender, note=str(reason))
         except Exception as error:  # of somebody else's kernels: a row says so, the others are measured
             lines[contender] = LayerLine(name, contender, note=" ".join(f"{type(error).__name__}: {error}".split())[:120])

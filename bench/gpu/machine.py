@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from .tell import Teller
+from .recorder import Recorder
 
 WANTED = {
     "yaml": "the tiny models' files cannot be read: no presets",
@@ -25,29 +25,29 @@ WANTED = {
 """Packages that may be missing, and what is then left out."""
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     for name, value in versions().items():
-        teller.fact(name, value)
+        recorder.fact(name, value)
     for package, lost in WANTED.items():
         if not has(package):
-            teller.skip(package, f"not installed, nor in .gpu/ (make gpu-bundle, with a network): {lost}")
-    if not teller.cuda:
-        teller.skip("CUDA", "--device cpu: no NCCL, no streams, no waits that CUDA tells of, no memory counted")
+            recorder.skip(package, f"not installed, nor in .gpu/ (make gpu-bundle, with a network): {lost}")
+    if not recorder.cuda:
+        recorder.skip("CUDA", "--device cpu: no NCCL, no streams, no waits that CUDA tells of, no memory counted")
         return
     if not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU; --device cpu --scale tiny tries the code without one")
     for index in range(torch.cuda.device_count()):
         told = torch.cuda.get_device_properties(index)
-        teller.fact(
+        recorder.fact(
             f"GPU {index}",
             f"{told.name}, {told.total_memory / 2**30:.0f} GiB, sm_{told.major}{told.minor}",
         )
     if torch.cuda.device_count() < 2:
-        teller.skip("layouts", "one GPU: each layout of two needs two; the exchanges run with a world of one")
+        recorder.skip("layouts", "one GPU: each layout of two needs two; the exchanges run with a world of one")
     if shutil.which(os.environ.get("CC", "gcc")) is None:
-        teller.skip("gcc", "there is no C compiler, which triton's launchers need: torch.compile may fail")
-    sum_of_ones = torch.ones(1024, device=teller.device).sum().item()
-    teller.check("the GPU adds up", sum_of_ones == 1024, f"1024 ones are {sum_of_ones}")
+        recorder.skip("gcc", "there is no C compiler, which triton's launchers need: torch.compile may fail")
+    sum_of_ones = torch.ones(1024, device=recorder.device).sum().item()
+    recorder.check("the GPU adds up", sum_of_ones == 1024, f"1024 ones are {sum_of_ones}")
 
 
 def versions() -> dict[str, Any]:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...moe.config import Activation
 from ...moe.experts import Experts, experts_by_loop, grouped_mm, grouped_outer
-from .sameness import LIMITS, worst_row
-from .tell import Teller
+from .recorder import Recorder
+from .row_error import LIMITS, worst_row
 
 GROUPS = {
     "even": [32, 32, 32, 32],
@@ -32,16 +32,16 @@ class Shown(NamedTuple):
     """The gradients of weights of experts without rows."""
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float64]
     for name, counts in GROUPS.items():
         for dtype in dtypes:
-            for what, value, limit in products(counts, dtype, teller.device):
-                teller.below(f"{what}, {name}, {_short(dtype)}", value, limit)
+            for what, value, limit in products(counts, dtype, recorder.device):
+                recorder.below(f"{what}, {name}, {_short(dtype)}", value, limit)
     for activation in Activation:
         for name, counts in GROUPS.items():
             for dtype in dtypes[:2]:
-                compare_experts(teller, f"{activation.value}, {name}, {_short(dtype)}", activation, counts, dtype)
+                compare_experts(recorder, f"{activation.value}, {name}, {_short(dtype)}", activation, counts, dtype)
 
 
 def products(counts: list[int], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
@@ -63,7 +63,7 @@ def products(counts: list[int], dtype: torch.dtype, device: torch.device) -> Ite
         yield "grouped_outer of empty groups", largest(empty), 0.0
 
 
-def compare_experts(teller: Teller, name: str, activation: Activation, counts: list[int], dtype: torch.dtype) -> None:
+def compare_experts(recorder: Recorder, name: str, activation: Activation, counts: list[int], dtype: torch.dtype) -> None:
     """Forward and backward of experts, and that experts without rows have gradients of exactly zero.
 
     Biases are added to rounded products, which may change a sign: relu, whose derivative jumps there, has none here.
@@ -75,12 +75,12 @@ def compare_experts(teller: Teller, name: str, activation: Activation, counts: l
         parameter.data = parameter.data.to(dtype).double()
     x, gradient = (torch.randn(sum(counts), WIDTH).to(dtype) for _ in range(2))
     expected = shown(experts, x.double(), gradient.double(), counts, loop=True)
-    poison(teller.device)
-    found = shown(experts.to(teller.device, dtype), x.to(teller.device), gradient.to(teller.device), counts, loop=False)
+    poison(recorder.device)
+    found = shown(experts.to(recorder.device, dtype), x.to(recorder.device), gradient.to(recorder.device), counts, loop=False)
     worst = max((worst_row(value, expected.tensors[key]), key) for key, value in found.tensors.items())
-    teller.below(f"experts, {name}", worst[0], LIMITS[dtype], f"the worst is {worst[1]}")
+    recorder.below(f"experts, {name}", worst[0], LIMITS[dtype], f"the worst is {worst[1]}")
     if found.empty:
-        teller.below(f"experts without rows, {name}", largest(found.empty), 0.0, "largest gradient")
+        recorder.below(f"experts without rows, {name}", largest(found.empty), 0.0, "largest gradient")
 
 
 def shown(experts: Experts, x: Tensor, gradient: Tensor, counts: list[int], loop: bool) -> Shown:

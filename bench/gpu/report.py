@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..timing import markdown
-from .parts import BY_NAME
-from .runner import Record
+from .runner import BY_NAME, Record
 
 MOST_BYTES = 16 * 10**6
 MOST_CELLS = 160

@@ -20,7 +20,7 @@ from ...train.run import single_step
 from ...train.session import Session
 from ...train.setup import open_session
 from .machine import has
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
 
 SHARD = ".safetensors"
 MODELS = {
@@ -30,21 +30,21 @@ MODELS = {
 """Full: 29M parameters, 0.35 GB to copy, which takes about as long as a step."""
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     for package in ("omegaconf", "sentencepiece", "pyarrow"):
         if not has(package):
-            raise Absent(f"{package} is not installed, nor in .gpu/: a session cannot be opened")
-    device = teller.device
-    if teller.cuda:
+            raise Unavailable(f"{package} is not installed, nor in .gpu/: a session cannot be opened")
+    device = recorder.device
+    if recorder.cuda:
         device = torch.device("cuda", min(1, torch.cuda.device_count() - 1))
         torch.cuda.set_device(device)
-    teller.fact("device of the process", str(device))
+    recorder.fact("device of the process", str(device))
     for precision in (Precision.fp32, Precision.bf16):
         with tempfile.TemporaryDirectory() as folder:
-            goes_on(teller, configured(teller.scale, precision, Path(folder)), device)
+            goes_on(recorder, configured(recorder.scale, precision, Path(folder)), device)
     with tempfile.TemporaryDirectory() as folder:
-        same_bytes(teller, configured(teller.scale, Precision.bf16, Path(folder)), device)
-    if teller.cuda:
+        same_bytes(recorder, configured(recorder.scale, Precision.bf16, Path(folder)), device)
+    if recorder.cuda:
         torch.cuda.set_device(0)
 
 
@@ -64,7 +64,7 @@ def configured(scale: str, precision: Precision, folder: Path) -> Config:
     )
 
 
-def goes_on(teller: Teller, config: Config, device: torch.device) -> None:
+def goes_on(recorder: Recorder, config: Config, device: torch.device) -> None:
     """Six steps in one go, and three, a checkpoint, and three from it in a new session: the same bits."""
     whole, again = (replace(config, run=RunConfig(dir=f"{config.run.dir}-{name}")) for name in ("whole", "again"))
     expected = trained(whole, device, 6)
@@ -77,12 +77,12 @@ def goes_on(teller: Teller, config: Config, device: torch.device) -> None:
     for key, value in expected.items():
         if not torch.equal(found[key], value):
             worst = (found[key].double() - value.double()).abs().max().item()
-            teller.check(name, False, f"{key} differs by {worst:.1e}")
+            recorder.check(name, False, f"{key} differs by {worst:.1e}")
             return
-    teller.check(name, True, f"{len(expected)} tensors, bit for bit")
+    recorder.check(name, True, f"{len(expected)} tensors, bit for bit")
 
 
-def same_bytes(teller: Teller, config: Config, device: torch.device) -> None:
+def same_bytes(recorder: Recorder, config: Config, device: torch.device) -> None:
     """Of one state, saved while training waits and, three times, while it goes on; each time over the copies of the time before."""
     session = opened(config, device)
     for _ in range(3):
@@ -97,12 +97,12 @@ def same_bytes(teller: Teller, config: Config, device: torch.device) -> None:
         for outcome in (waited, ended):
             assert outcome is not None
             if outcome.error is not None:
-                teller.check(f"save at step {at}", False, outcome.error)
+                recorder.check(f"save at step {at}", False, outcome.error)
                 return
         assert waited is not None and ended is not None
         other = different_files(waited.path, ended.path)
         text = ", ".join(other) or f"{ended.bytes / 1e6:.0f} MB, blocked {ended.blocked_seconds:.3f} s of {ended.seconds:.2f} s"
-        teller.check(f"asynchronous save at step {at} has the bytes of a synchronous one", not other, text)
+        recorder.check(f"asynchronous save at step {at} has the bytes of a synchronous one", not other, text)
     session.close()
 
 

@@ -20,9 +20,9 @@ from ...train.optimizer import build_optimizer
 from ...train.step import add_up, backward, count_totals, forward, train_step, update
 from ..host_reads import host_reads
 from ..timing import peak_bytes, spread, take_turns, timed
-from .alone import model_alone
+from .exchanges import model_alone
 from .layers import forget, mebibytes, milliseconds, waits
-from .tell import Teller
+from .recorder import Recorder
 from .waits import random_rows, random_weights
 
 WIDE = ModelConfig(
@@ -52,15 +52,15 @@ class Trained(NamedTuple):
         return partial(train_step, self.parallel, self.optimizer, [rows], 1e-4, 1.0)
 
 
-def run(teller: Teller) -> None:
-    model = fitting(teller.device) if teller.scale == "full" else NARROW
-    trained = build(model, teller.device)
-    for sequences, length in BATCHES[teller.scale]:
+def run(recorder: Recorder) -> None:
+    model = fitting(recorder.device) if recorder.scale == "full" else NARROW
+    trained = build(model, recorder.device)
+    for sequences, length in BATCHES[recorder.scale]:
         rows = random_rows(trained.parallel, sequences, length)
-        measure(teller, trained, rows, "eager")
-        stages(teller, trained, rows)
+        measure(recorder, trained, rows, "eager")
+        stages(recorder, trained, rows)
     del trained
-    forget(teller.device)
+    forget(recorder.device)
 
 
 def fitting(device: torch.device) -> ModelConfig:
@@ -78,16 +78,16 @@ def build(model: ModelConfig, device: torch.device, compiled: bool = False) -> T
     return Trained(parallel, build_optimizer(OptimizerConfig(), parallel))
 
 
-def measure(teller: Teller, trained: Trained, rows: Rows, name: str) -> None:
+def measure(recorder: Recorder, trained: Trained, rows: Rows, name: str) -> None:
     """A line: the step's time, and what follows from it. MFU is of the device's peak for bf16."""
-    device, model, step = teller.device, trained.parallel.model.config, trained.step(rows)
-    seconds = spread(take_turns({name: step}, device, *REPEATS[teller.scale])[name])
-    held = torch.cuda.memory_allocated(device) if teller.cuda else 0
+    device, model, step = recorder.device, trained.parallel.model.config, trained.step(rows)
+    seconds = spread(take_turns({name: step}, device, *REPEATS[recorder.scale])[name])
+    held = torch.cuda.memory_allocated(device) if recorder.cuda else 0
     more = peak_bytes(step, device)
     peak, tokens = peak_flops(device, torch.bfloat16), rows.ids.numel()
     flops = tokens * training_flops_per_token(model, rows.ids.shape[1])
     parameters = count(model)
-    teller.row(
+    recorder.row(
         "steps, bf16",
         step=name,
         layers=model.layers,
@@ -103,14 +103,14 @@ def measure(teller: Teller, trained: Trained, rows: Rows, name: str) -> None:
     )
 
 
-def stages(teller: Teller, trained: Trained, rows: Rows) -> None:
+def stages(recorder: Recorder, trained: Trained, rows: Rows) -> None:
     """Milliseconds of each stage of a step, each from an idle device: together they take longer than a step."""
     taken: dict[str, list[float]] = {}
-    for _ in range(1 + REPEATS[teller.scale][0]):
-        for name, seconds in _stages(trained, rows, teller.device):
+    for _ in range(1 + REPEATS[recorder.scale][0]):
+        for name, seconds in _stages(trained, rows, recorder.device):
             taken.setdefault(name, []).append(seconds)
     medians = {f"{name} ms": round(1e3 * spread(times[1:]).median, 3) for name, times in taken.items()}
-    teller.row("stages of a step, bf16", tokens=rows.ids.numel(), **medians)
+    recorder.row("stages of a step, bf16", tokens=rows.ids.numel(), **medians)
 
 
 def _stages(trained: Trained, rows: Rows, device: torch.device) -> list[tuple[str, float]]:

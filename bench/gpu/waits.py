@@ -25,9 +25,9 @@ from ...train.config.config import OptimizerConfig
 from ...train.optimizer import build_optimizer
 from ...train.step import train_step
 from ..host_reads import ROOT, host_reads
-from .alone import MODEL, model_alone, world_of_one
+from .exchanges import MODEL, model_alone, world_of_one
 from .presets import preset, tiny_presets
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
 
 HEADING = "## Where the host waits"
 COLUMNS = ["with", "place", "a step", "a pass"]
@@ -56,39 +56,39 @@ class Waits(NamedTuple):
         return {place: count for place, count in self.seen.items() if not place.startswith(READER) and place not in self.places}
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     listed = listed_waits()
     if listed is None:
-        teller.skip("table of waits", f"docs/performance.md has no table under '{HEADING}': waits are counted alone")
-    models = [(f"{name}, one device", preset(name), None) for name in _names(teller)]
-    with world_of_one(teller.device):
+        recorder.skip("table of waits", f"docs/performance.md has no table under '{HEADING}': waits are counted alone")
+    models = [(f"{name}, one device", preset(name), None) for name in _names(recorder)]
+    with world_of_one(recorder.device):
         for name, model, exchange in [*models, *((f"{one.value} exchange", MODEL, one) for one in Exchange)]:
-            tell(teller, name, waits_of(model, teller.device, exchange), model, listed)
+            tell(recorder, name, waits_of(model, recorder.device, exchange), model, listed)
 
 
-def _names(teller: Teller) -> list[str]:
+def _names(recorder: Recorder) -> list[str]:
     try:
         names = tiny_presets()
         preset(names[0])
-    except Absent as reason:
-        teller.skip("waits of the tiny models", str(reason))
+    except Unavailable as reason:
+        recorder.skip("waits of the tiny models", str(reason))
         return []
     return names
 
 
-def tell(teller: Teller, name: str, waits: Waits, model: ModelConfig, listed: list[Listed] | None) -> None:
+def tell(recorder: Recorder, name: str, waits: Waits, model: ModelConfig, listed: list[Listed] | None) -> None:
     layers = sum(model.moe_layer(index) for index in range(model.layers)) + model.mtp_depth
     places = ", ".join(f"{count} x {place}" for place, count in waits.named.items())
-    teller.row("waits of a step", of=name, **{"MoE layers": layers}, waits=waits.named.total(), places=places)
-    teller.check(f"{name}: no hidden wait", not waits.hidden, f"{waits.hidden or 'none'}")
+    recorder.row("waits of a step", of=name, **{"MoE layers": layers}, waits=waits.named.total(), places=places)
+    recorder.check(f"{name}: no hidden wait", not waits.hidden, f"{waits.hidden or 'none'}")
     through = waits.seen.total() - sum(waits.hidden.values())
     text = f"{waits.named.total()} reads, and torch tells of {through} waits in them"
-    teller.check(f"{name}: no read waits twice", through <= waits.named.total(), text)
+    recorder.check(f"{name}: no read waits twice", through <= waits.named.total(), text)
     if listed is None:
         return
     for place, count in waits.named.items():
         said = {row.step + row.layers * layers for row in listed if row.place == place}
-        teller.check(f"{name}: {place}", count in said, f"{count}, and the table says {sorted(said) or 'nothing'}")
+        recorder.check(f"{name}: {place}", count in said, f"{count}, and the table says {sorted(said) or 'nothing'}")
 
 
 def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None) -> Waits:

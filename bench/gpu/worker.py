@@ -16,8 +16,8 @@ import traceback
 
 import torch
 
-from .parts import BY_NAME
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
+from .runner import BY_NAME
 
 
 def main(device: str, scale: str) -> int:
@@ -28,9 +28,9 @@ def main(device: str, scale: str) -> int:
     torch.set_num_threads(1)  # references are small, and threads on a busy machine wait for each other
     for line in sys.stdin:
         call = json.loads(line)
-        teller = Teller(out, torch.device(device), scale, call["seconds"])
+        recorder = Recorder(out, torch.device(device), scale, call["seconds"])
         faulthandler.dump_traceback_later(max(0.1, call["seconds"] - 1.0))
-        ok = run(call["part"], teller)
+        ok = run(call["part"], recorder)
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps({"kind": "end", "stays": ok}), file=out, flush=True)
         if not ok:
@@ -38,19 +38,19 @@ def main(device: str, scale: str) -> int:
     return 0
 
 
-def run(name: str, teller: Teller) -> bool:
+def run(name: str, recorder: Recorder) -> bool:
     """Whether the part came to its end."""
     try:
         exact_products()
-        importlib.import_module(f"{__package__}.{BY_NAME[name].module}").run(teller)
-    except Absent as reason:
-        teller.skip(name, str(reason))
+        importlib.import_module(f"{__package__}.{BY_NAME[name].module}").run(recorder)
+    except Unavailable as reason:
+        recorder.skip(name, str(reason))
     except Exception as error:
-        teller.check(f"{name} came to its end", False, " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        recorder.check(f"{name} came to its end", False, " ".join(f"{type(error).__name__}: {error}".split())[:500])
         traceback.print_exc()
         return False
     finally:
-        forget(teller)
+        forget(recorder)
     return True
 
 
@@ -59,9 +59,9 @@ def exact_products() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def forget(teller: Teller) -> None:
+def forget(recorder: Recorder) -> None:
     gc.collect()
-    if teller.cuda:
+    if recorder.cuda:
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
 

@@ -27,36 +27,36 @@ from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
 from .choices import ChoiceLog, again, kept
-from .models import LIMITS, configured, furthest
-from .tell import Teller
+from .presets import LIMITS, configured, furthest
+from .recorder import Recorder
 
 STEPS = 3
 EXACT = dict.fromkeys(LIMITS[Precision.bf16], 1e-9)
 MODEL = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, vocabulary=256, moe=MoEConfig(experts=8, top_k=4, hidden=64))
 
 
-def run(teller: Teller) -> None:
-    with world_of_one(teller.device):
-        collectives(teller)
+def run(recorder: Recorder) -> None:
+    with world_of_one(recorder.device):
+        collectives(recorder)
         for precision, limits in ((Precision.fp64, EXACT), (Precision.bf16, LIMITS[Precision.bf16])):
-            compare(teller, precision, limits)
+            compare(recorder, precision, limits)
 
 
-def compare(teller: Teller, precision: Precision, limits: dict[str, float]) -> None:
+def compare(recorder: Recorder, precision: Precision, limits: dict[str, float]) -> None:
     """Training with exchanges, and under FSDP2, against training without."""
     choices = ChoiceLog()
     with kept(choices):
-        reference = trained(teller.device, precision)
+        reference = trained(recorder.device, precision)
     works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}
     works["plain exchange in 2 chunks"] = partial(trained, exchange=Exchange.plain, chunks=2)
     for zero in (3, 2, 1):
         works[f"FSDP2 as ZeRO-{zero}"] = partial(trained, zero=zero)
     for name, work in works.items():
         with again(choices):
-            found = work(teller.device, precision)
+            found = work(recorder.device, precision)
         for column, (value, key) in furthest(found, reference).items():
             where = f"step {key.step}, {key.kind} {key.name}".strip()
-            teller.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
+            recorder.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
 
 
 def trained(
@@ -105,21 +105,21 @@ def whole_world(config: ParallelConfig) -> Mesh:
     return mesh
 
 
-def collectives(teller: Teller) -> None:
+def collectives(recorder: Recorder) -> None:
     """Of one rank each gives what it was given."""
     axis = Axis(1, 0, dist.group.WORLD)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8):
-        x = torch.arange(24, device=teller.device).to(dtype).view(6, 4)
+        x = torch.arange(24, device=recorder.device).to(dtype).view(6, 4)
         gathered, sent = torch.empty_like(x), torch.empty_like(x)
         all_gather(gathered, x)
         dist.all_to_all_single(sent, x, [6], [6])
         found = {"all-reduce": sum_over(x.clone(), axis), "maximum": max_over(x.clone(), axis), "stack": stack_over(x, axis)[0]}
         for name, value in (found | {"all-gather": gathered, "all-to-all": sent}).items():
-            teller.check(f"{name}, {dtype}", torch.equal(value.cpu(), x.cpu()))
-    empty = torch.empty(0, 4, device=teller.device)
+            recorder.check(f"{name}, {dtype}", torch.equal(value.cpu(), x.cpu()))
+    empty = torch.empty(0, 4, device=recorder.device)
     dist.all_to_all_single(torch.empty_like(empty), empty, [0], [0])
     dist.barrier()
-    teller.check("all-to-all of nothing, and a barrier", True)
+    recorder.check("all-to-all of nothing, and a barrier", True)
 
 
 @contextmanager

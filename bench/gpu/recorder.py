@@ -8,11 +8,11 @@ from typing import IO, Any
 import torch
 
 
-class Absent(Exception):
+class Unavailable(Exception):
     """What cannot run here, and why."""
 
 
-class Teller:
+class Recorder:
     """A part's way out, and what it should know: device, scale, and how much time it has left."""
 
     def __init__(self, out: IO[str], device: torch.device, scale: str, seconds: float) -> None:
