@@ -1,6 +1,6 @@
-"""The command itself: `tokenyard train` to its end, and once more, killed after a checkpoint and started again: the same losses.
+"""Runs `tokenyard train` to its end, and again with a kill after a checkpoint and a restart. The losses must be the same.
 
-On the first GPU, or on two over NCCL where there are two.
+Uses the first GPU, or two GPUs over NCCL if there are two.
 """
 
 import json
@@ -64,7 +64,7 @@ def run(recorder: Recorder) -> None:
 
 
 def train(words: list[str], folder: Path, recorder: Recorder) -> dict[int, float] | None:
-    """To the end; the loss of each step, or None, told, if it failed."""
+    """Trains to the end. Returns the loss of each step, or None, with a failed check, if the command failed."""
     begin, process = monotonic(), start(words, folder)
     output = process.communicate()[0].decode(errors="replace")
     if process.returncode == 0:
@@ -76,12 +76,12 @@ def train(words: list[str], folder: Path, recorder: Recorder) -> dict[int, float
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
     program = [sys.executable, "-P", "-m", "tokenyard", "train", *words, f"run.dir={folder}"]
-    # A session of its own, so that all ranks can be killed at once.
+    # A new session, so that all ranks can be killed together.
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def wait_for(checkpoints: Path, process: subprocess.Popen[bytes], recorder: Recorder) -> bool:
-    """Whether a checkpoint came while the process ran."""
+    """Whether a checkpoint appeared while the process ran."""
     while process.poll() is None and recorder.remaining > 0:
         if list(checkpoints.glob("step_????????")):
             return True
@@ -90,7 +90,7 @@ def wait_for(checkpoints: Path, process: subprocess.Popen[bytes], recorder: Reco
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """By step, as metrics.jsonl has them; a step that was trained twice counts as it was last."""
+    """The losses in metrics.jsonl by step; of a step that was trained twice, the last."""
     path = folder / "metrics.jsonl"
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:

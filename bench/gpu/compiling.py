@@ -1,4 +1,4 @@
-"""torch.compile on and off: the same numbers, and what a step takes."""
+"""torch.compile on and off: compares the numbers and measures a compiled step."""
 
 from dataclasses import replace
 from time import monotonic
@@ -10,8 +10,8 @@ from ...parity.compare import assembled
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
-from .choices import ChoiceLog, again, kept
-from .exchanges import MODEL, model_alone
+from .choices import ChoiceLog, record_choices, replay_choices
+from .exchanges import MODEL, build_single_rank
 from .machine import has
 from .presets import LIMITS, configured, furthest
 from .recorder import Recorder, Unavailable
@@ -20,7 +20,7 @@ from .waits import random_rows
 
 STEPS, SHALLOW = 2, replace(MODEL, layers=1)
 SECONDS = 25.0
-"""That compiling the wide model may take."""
+"""Time to reserve for compiling the wide model."""
 
 
 def run(recorder: Recorder) -> None:
@@ -45,11 +45,11 @@ def run(recorder: Recorder) -> None:
 
 
 def same_numbers(recorder: Recorder, precision: Precision, limits: dict[str, float]) -> None:
-    """Three steps with compiled blocks against three without, with the same choices of experts."""
+    """Compares training with compiled blocks to training without, with the same choices of experts."""
     choices, found = ChoiceLog(), []
     for compiled in (False, True):
-        with again(choices) if compiled else kept(choices):
-            parallel = model_alone(SHALLOW, recorder.device, DTYPES[precision], None, compiled=compiled)
+        with replay_choices(choices) if compiled else record_choices(choices):
+            parallel = build_single_rank(SHALLOW, recorder.device, DTYPES[precision], None, compiled=compiled)
             initialise(parallel, 1)
             seen = observe_model(parallel, configured(SHALLOW, precision), STEPS)
             found.append(assembled(one._replace(tensor=one.tensor.cpu()) for one in seen))

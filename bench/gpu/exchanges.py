@@ -1,6 +1,6 @@
-"""A world of one rank over NCCL (gloo on a CPU): what several ranks send travels here from a GPU to itself.
+"""Tests exchanges and FSDP2 in a world of one rank over NCCL (gloo on a CPU), where a GPU sends to itself.
 
-Layouts of one rank communicate nothing, so the axes of the mesh are made of the whole world by hand.
+A layout of one rank does not communicate, so the mesh here has axes with the process group of the whole world.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from ...parity.compare import assembled
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
-from .choices import ChoiceLog, again, kept
+from .choices import ChoiceLog, record_choices, replay_choices
 from .presets import LIMITS, configured, furthest
 from .recorder import Recorder
 
@@ -43,16 +43,16 @@ def run(recorder: Recorder) -> None:
 
 
 def compare(recorder: Recorder, precision: Precision, limits: dict[str, float]) -> None:
-    """Training with exchanges, and under FSDP2, against training without."""
+    """Compares training with each exchange, and under FSDP2, with plain training."""
     choices = ChoiceLog()
-    with kept(choices):
+    with record_choices(choices):
         reference = trained(recorder.device, precision)
     works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}
     works["plain exchange in 2 chunks"] = partial(trained, exchange=Exchange.plain, chunks=2)
     for zero in (3, 2, 1):
         works[f"FSDP2 as ZeRO-{zero}"] = partial(trained, zero=zero)
     for name, work in works.items():
-        with again(choices):
+        with replay_choices(choices):
             found = work(recorder.device, precision)
         for column, (value, key) in furthest(found, reference).items():
             where = f"step {key.step}, {key.kind} {key.name}".strip()
@@ -62,15 +62,15 @@ def compare(recorder: Recorder, precision: Precision, limits: dict[str, float]) 
 def trained(
     device: torch.device, precision: Precision, exchange: Exchange | None = None, zero: int = 0, chunks: int = 1
 ) -> dict[Any, torch.Tensor]:
-    """What parity sees of three steps."""
+    """What parity observes in three steps."""
     config = configured(MODEL, precision)
-    parallel = model_alone(MODEL, device, DTYPES[precision], exchange, zero, chunks)
+    parallel = build_single_rank(MODEL, device, DTYPES[precision], exchange, zero, chunks)
     initialise(parallel, config.seed)
     seen = observe_model(parallel, config, STEPS)
     return assembled(one._replace(tensor=one.tensor.cpu()) for one in seen)
 
 
-def model_alone(
+def build_single_rank(
     model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -79,7 +79,7 @@ def model_alone(
     chunks: int = 1,
     compiled: bool = False,
 ) -> Parallel:
-    """Without weights yet. `exchange` and `zero` over the whole world; None and 0: neither."""
+    """A model on one rank, without weights. `exchange` and `zero` use the group of the whole world; None and 0 turn them off."""
     config = ParallelConfig(overlap_chunks=chunks, node_ranks=1)
     mesh = whole_world(config) if exchange or zero else Mesh(1, 0, mesh_sizes(config, 1))
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def model_alone(
 
 
 def whole_world(config: ParallelConfig) -> Mesh:
-    """All axes are of the one rank, with a group."""
+    """A mesh of one rank whose axes all have a process group."""
     mesh = Mesh(1, 0, mesh_sizes(config, 1))
     names = [(name,) for name in DENSE + EXPERTS] + [DENSE, ("replicate", "shard")]
     mesh.axes = {key: Axis(1, 0, dist.group.WORLD) for key in names}
@@ -106,7 +106,7 @@ def whole_world(config: ParallelConfig) -> Mesh:
 
 
 def collectives(recorder: Recorder) -> None:
-    """Of one rank each gives what it was given."""
+    """Each collective of one rank must return its input."""
     axis = Axis(1, 0, dist.group.WORLD)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8):
         x = torch.arange(24, device=recorder.device).to(dtype).view(6, 4)
@@ -124,14 +124,14 @@ def collectives(recorder: Recorder) -> None:
 
 @contextmanager
 def world_of_one(device: torch.device) -> Iterator[None]:
-    """The process group of this process alone."""
+    """A process group of this process alone."""
     with tempfile.TemporaryDirectory() as folder, world(device, 0, 1, Path(folder) / "meeting"):
         yield
 
 
 @contextmanager
 def world(device: torch.device, rank: int, size: int, meeting: Path) -> Iterator[None]:
-    """The process group of `size` ranks that meet at a file, NCCL's for GPUs."""
+    """A process group of `size` ranks that meet through a file, with NCCL on GPUs and gloo on CPUs."""
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", device.index or 0)

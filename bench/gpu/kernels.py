@@ -1,4 +1,4 @@
-"""Where the time of a step goes: its kernels by name, launches and gaps, as torch's profiler sees them; and its memory."""
+"""Profiles a step with torch's profiler: kernels by name, launches, gaps; and measures its memory."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,24 +10,24 @@ from torch.profiler import ProfilerActivity, profile
 from ...train.config.config import Precision
 from ...train.config.model_summary import training_bytes
 from .recorder import Recorder
-from .steps import BATCHES, NARROW, Trained, build, fitting
+from .steps import BATCHES, NARROW, ModelAndOptimizer, build, fitting
 from .waits import random_rows
 
 MOST_ROWS, LONGEST_NAME = 40, 100
 STEPS = 2
 GAP = 20e-6
-"""Seconds without a kernel that count as a gap: launches that follow each other are closer."""
+"""Idle seconds that count as a gap; consecutive launches are closer."""
 
 
 class Busy(NamedTuple):
-    """Of a device over some time, in seconds."""
+    """The activity of a device, in seconds."""
 
     span: float
-    """From the first kernel's begin to the last one's end."""
+    """From the start of the first kernel to the end of the last."""
     busy: float
-    """In which at least one runs."""
+    """Time in which at least one kernel runs."""
     gaps: int
-    """Longer than GAP."""
+    """Gaps longer than GAP."""
     longest: float
 
 
@@ -39,15 +39,15 @@ def run(recorder: Recorder) -> None:
         step = trained.step(rows)
         for _ in range(3):
             step()
-        tell_kernels(recorder, profiled(step, recorder), f"{rows.ids.numel()} tokens")
+        report_kernels(recorder, profiled(step, recorder), f"{rows.ids.numel()} tokens")
         if recorder.cuda:
-            tell_memory(recorder, trained, step, rows.ids.numel())
+            report_memory(recorder, trained, step, rows.ids.numel())
     if not recorder.cuda:
         recorder.skip("gaps and memory", "a CPU has neither kernels to launch nor a count of its memory")
 
 
 def profiled(step: Any, recorder: Recorder) -> list[Any]:
-    """The profiler's events of STEPS steps."""
+    """The events of the profiler in STEPS steps."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if recorder.cuda else [])]
     with profile(activities=activities) as seen:
         for _ in range(STEPS):
@@ -57,9 +57,9 @@ def profiled(step: Any, recorder: Recorder) -> list[Any]:
     return list(seen.events() or [])
 
 
-def tell_kernels(recorder: Recorder, events: list[Any], title: str) -> None:
-    """Of a GPU its kernels; of a CPU its operators, by the time that they spend themselves."""
-    # Ranges that somebody named, as the optimizer does, are on the device's line too.
+def report_kernels(recorder: Recorder, events: list[Any], title: str) -> None:
+    """Reports the kernels of a GPU, or the operators of a CPU by self time."""
+    # User annotations, as of the optimizer, are device events too.
     kernels = (
         [one for one in events if one.device_type == DeviceType.CUDA and not one.is_user_annotation] if recorder.cuda else events
     )
@@ -81,7 +81,7 @@ def tell_kernels(recorder: Recorder, events: list[Any], title: str) -> None:
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> Busy:
-    """Of kernels that may overlap, each from its begin to its end."""
+    """The activity of a device, from the start and end of kernels, which may overlap."""
     ordered = sorted(intervals)
     if not ordered:
         return Busy(0.0, 0.0, 0, 0.0)
@@ -97,8 +97,8 @@ def busy(intervals: Iterable[tuple[float, float]]) -> Busy:
     return Busy(until - first, total + until - begin, len(long), max(gaps, default=0.0))
 
 
-def tell_memory(recorder: Recorder, trained: Trained, step: Any, tokens: int) -> None:
-    """The peak of a step beside what `tokenyard params` says that weights, gradients and moments take."""
+def report_memory(recorder: Recorder, trained: ModelAndOptimizer, step: Any, tokens: int) -> None:
+    """Compares the peak memory of a step with the estimate of `tokenyard params` for weights, gradients and moments."""
     torch.cuda.reset_peak_memory_stats(recorder.device)
     step()
     torch.cuda.synchronize(recorder.device)

@@ -1,6 +1,7 @@
-"""Two GPUs over NCCL: each layout of two ranks against one process, in fp64 to rounding and in bf16 to its tolerance.
+"""Compares each layout of two ranks with one process, on two GPUs over NCCL or on a CPU over gloo, in fp64 and in bf16.
 
-On a CPU the two ranks meet over gloo.
+`python -m tokenyard.bench.gpu.layouts RANK DEVICE MEETING SECONDS` is one of the two ranks. Rank 0 prints a line of JSON for each
+check.
 """
 
 import json
@@ -59,16 +60,16 @@ def run(recorder: Recorder) -> None:
 
 
 def _end_with(one: subprocess.Popen[bytes], other: subprocess.Popen[bytes]) -> None:
-    """A rank that failed leaves the other one waiting."""
+    """Kill the other rank if `one` fails, because it would wait forever."""
     if one.wait() != 0:
         sleep(GRACE_SECONDS)
         other.kill()
 
 
-# One of the two ranks: first it trains as one process and keeps what it saw, then its part of each layout.
+# One of the two ranks. It first trains as one process, as the reference, and then its part of each layout.
 
 EXACT, NARROW = 1e-9, 3e-2
-"""In fp64; and of the losses in bf16, where ranks may choose other experts at near ties."""
+"""Limits in fp64, and of the losses in bf16, where ranks may choose other experts at near ties."""
 STEPS, LEAST_SECONDS = 3, 2.0
 
 
@@ -83,34 +84,34 @@ def main(rank: int, kind: str, meeting: Path, seconds: float) -> int:
     with world(device, rank, 2, meeting):
         for name, parallel in LAYOUTS.items():
             if has_time(end):
-                tell(rank, f"{name}, fp64", *against(exact, parallel, device))
+                print_check(rank, f"{name}, fp64", *against(exact, parallel, device))
         for name, parallel in LAYOUTS.items():
             if has_time(end):
                 losses = assembled(one for one in seen(on(Precision.bf16, parallel), device) if one.key.kind == "cross entropy")
                 value = max(worst_row(loss, narrow[key]) for key, loss in losses.items())
-                tell(rank, f"{name}, bf16, losses", value, NARROW)
-        tell(rank, "every layout had its time", 0.0 if has_time(end) else float("inf"), 0.0)
+                print_check(rank, f"{name}, bf16, losses", value, NARROW)
+        print_check(rank, "every layout had its time", 0.0 if has_time(end) else float("inf"), 0.0)
     return 0
 
 
 def has_time(end: float) -> bool:
-    """The same on both ranks. Collective."""
+    """Whether both ranks have time for another layout. Collective."""
     return min(from_all(end - monotonic())) > LEAST_SECONDS
 
 
 def on(precision: Precision, parallel: ParallelConfig | None = None) -> Config:
-    """Of two ranks' layout, or of one process."""
+    """The configuration of a layout of two ranks, or of one process (None)."""
     config = configured(MODEL, precision)
     return config if parallel is None else Layout(2, parallel).applied(config)
 
 
 def seen(config: Config, device: torch.device) -> list[ObservedTensor]:
-    """On this rank, on the host."""
+    """What this rank observes, copied to the host."""
     return [one._replace(tensor=one.tensor.cpu()) for one in observe(config, STEPS, device=device)]
 
 
 def against(reference: Reference, parallel: ParallelConfig, device: torch.device) -> tuple[float, float, str]:
-    """The largest difference, infinite if copies disagree; what is allowed; and the first that differs, in words. Collective."""
+    """Returns the largest difference (infinite if copies disagree), the limit, and a text on the first that differs. Collective."""
     config, layout = on(Precision.fp64, parallel), Layout(2, parallel)
     by_rank = from_all(compare(seen(config, device), reference))
     sizes = build_mesh(config.parallel).sizes
@@ -120,7 +121,7 @@ def against(reference: Reference, parallel: ParallelConfig, device: torch.device
     return value, EXACT, "" if verdict.equal else " ".join(explained(verdict, set()))
 
 
-def tell(rank: int, name: str, value: float, limit: float, text: str = "") -> None:
+def print_check(rank: int, name: str, value: float, limit: float, text: str = "") -> None:
     if rank == 0:
         print(json.dumps({"name": name, "value": min(value, 1e300), "limit": limit, "text": text}), flush=True)
 

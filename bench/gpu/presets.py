@@ -1,4 +1,4 @@
-"""Tiny models trained for three steps on the device in fp32 and bf16, against fp64 on the CPU with the same choices of experts."""
+"""Trains tiny models for three steps on the device, in fp32 and bf16, and compares with fp64 on the CPU and the same choices."""
 
 import dataclasses
 import typing
@@ -15,7 +15,7 @@ from ...parity.finding import KINDS, Key
 from ...parity.observe import ObservedTensor, observe
 from ...train.config.compose import CONF
 from ...train.config.config import BatchConfig, Config, OptimizerConfig, Precision
-from .choices import ChoiceLog, again, kept
+from .choices import ChoiceLog, record_choices, replay_choices
 from .recorder import Recorder, Unavailable
 from .row_error import worst_matrix, worst_row
 
@@ -24,22 +24,23 @@ LIMITS = {
     Precision.fp32: {"outputs": 2e-5, "losses": 1e-5, "norm": 1e-5, "gradients": 1e-4, "weights": 1e-3, "counts": 0.0},
     Precision.bf16: {"outputs": 1.5e-1, "losses": 3e-2, "norm": 5e-2, "gradients": 3e-1, "weights": 2e-1, "counts": 0.0},
 }
-"""Of the worst row (row_error.py) of any tensor of a column of parity's table."""
+"""Limits of the worst row (row_error.py) of any tensor in a column of parity's table."""
 OTHER = {Precision.fp32: (1e-3, 1e-3), Precision.bf16: (0.2, 0.5)}
-"""Share of choices that rounding may make otherwise, and by how much of their deviation scores may differ there."""
+"""Limits of the share of choices that rounding changes, and of the difference of their scores, relative to the deviation."""
 FLOORS = {"gradients": 1e-3, "weights": 1e-2}
-"""A tensor whose norm is below this share of the largest of its kind is measured by that share: it may be rounding."""
+"""A tensor whose norm is below this share of the largest of its kind is measured relative to that share: it may be rounding."""
 
 
 class Apart(NamedTuple):
-    """The tensor of a column that is furthest from the reference."""
+    """The tensor of a column with the largest error."""
 
     value: float
     key: Key
 
 
 def run(recorder: Recorder) -> None:
-    """Every tiny model of conf/model/, first those whose attention is torch's own: the others may have to be compiled."""
+    """Compares every tiny model of conf/model/, first those with torch's own attention, since the others may have to be
+    compiled."""
     models = {name: small(preset(name)) for name in tiny_presets()}
     for name, model in sorted(models.items(), key=lambda item: masked(item[1])):
         compare(recorder, name, model)
@@ -52,19 +53,19 @@ def masked(model: ModelConfig) -> bool:
 
 
 def compare(recorder: Recorder, name: str, model: ModelConfig) -> None:
-    """A line for each precision and column."""
+    """Checks each precision and column."""
     choices = ChoiceLog()
-    with kept(choices):
+    with record_choices(choices):
         reference = assembled(observe(configured(model, Precision.fp64), STEPS))
     for precision, limits in LIMITS.items():
         own = ChoiceLog(choices.made)
-        with again(own):
+        with replay_choices(own):
             found = assembled(_on_host(observe(configured(model, precision), STEPS, device=recorder.device)))
         for column, (value, key) in furthest(found, reference).items():
             where = f"step {key.step}, {key.kind} {key.name}".strip()
             recorder.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
         share, gap = OTHER[precision]
-        text = f"{own.other} of {own.compared} choices, by {own.gap:.1e} of the scores' deviation"
+        text = f"{own.different} of {own.compared} choices, by {own.gap:.1e} of the scores' deviation"
         recorder.check(f"{name}, {precision.value}, choices", own.share <= share and own.gap <= gap, text)
 
 
@@ -75,12 +76,12 @@ def configured(model: ModelConfig, precision: Precision) -> Config:
 
 
 def small(model: ModelConfig) -> ModelConfig:
-    """A vocabulary that costs no time."""
+    """The model with a small vocabulary."""
     return replace(model, vocabulary=min(model.vocabulary, 512))
 
 
 def furthest(found: dict[Key, Tensor], reference: dict[Key, Tensor]) -> dict[str, Apart]:
-    """By column of parity's table."""
+    """The tensor with the largest error in each column of parity's table."""
     largest: dict[str, float] = {}
     for key, tensor in reference.items():
         largest[key.kind] = max(largest.get(key.kind, 0.0), float(tensor.double().norm()))
@@ -97,25 +98,25 @@ def _on_host(seen: Iterable[ObservedTensor]) -> Iterable[ObservedTensor]:
     return (one._replace(tensor=one.tensor.cpu()) for one in seen)
 
 
-# The models of conf/model/, read without Hydra.
+# Reads the models of conf/model/ without Hydra, which may not be installed; tests/bench/test_gpu_checks.py compares both.
 
 FOLDER = CONF / "model"
 
 
 def tiny_presets() -> list[str]:
-    """By name."""
+    """The names of the tiny models."""
     return sorted(path.stem for path in FOLDER.glob("tiny*.yaml"))
 
 
 def preset(name: str) -> ModelConfig:
-    """Unavailable where there is no reader of YAML."""
+    """The model of this name. Raises Unavailable without PyYAML."""
     model = ModelConfig()
     _fill(model, _read(name))
     return model
 
 
 def _read(name: str) -> dict[str, Any]:
-    """What the file says, over what the files say that it is made from."""
+    """The values of the file, merged over those of its defaults."""
     try:
         import yaml
     except ImportError as error:
@@ -138,7 +139,7 @@ def _merge(plain: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill(target: Any, plain: dict[str, Any]) -> None:
-    """The dataclass with these values; KeyError for a name that it does not have."""
+    """Set the fields of the dataclass. Raises KeyError for an unknown name."""
     types = typing.get_type_hints(type(target))
     for key, value in plain.items():
         if dataclasses.is_dataclass(getattr(target, key)):
@@ -148,7 +149,7 @@ def _fill(target: Any, plain: dict[str, Any]) -> None:
 
 
 def _as(kind: Any, value: Any) -> Any:
-    """YAML knows no enums, and writes 1e-6 as a text."""
+    """Converts a YAML value: YAML has no enums and reads 1e-6 as a string."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
     numbers = kind is float or float in typing.get_args(kind)

@@ -22,7 +22,7 @@ EXPERTS = 8
 
 
 def moe(router: dict[str, Any], balance: dict[str, Any] | None = None, capacity: dict[str, Any] | None = None, top_k: int = 2):
-    """8 experts, with all linear losses on."""
+    """A layer of 8 experts with all linear losses on."""
     return MoEConfig(
         experts=EXPERTS,
         top_k=top_k,
@@ -60,10 +60,10 @@ ROUTERS = {
     "padded by batch": moe({"null_experts": 2}, capacity={"factor": 0.9, "pad": True, **BATCH}),
     "scheduled": moe({}, capacity={"schedule": [1, 0.6, 2, 1.2, 3, 0]}),
 }
-"""By name."""
+"""The configurations by name."""
 
 RANDOM = ("switch, jitter", "noise, importance and load", "gshard", "random drops", "random drops by batch")
-"""Those whose training is random."""
+"""The configurations whose training is random."""
 
 
 def run(recorder: Recorder) -> None:
@@ -72,6 +72,6 @@ def run(recorder: Recorder) -> None:
 
 
 def router_models() -> dict[str, ModelConfig]:
-    """A small model around each router."""
+    """A small model with each router."""
     sizes = ModelConfig(layers=2, width=32, heads=4, kv_heads=4, hidden=48, vocabulary=64, init_std=0.2)
     return {name: dataclasses.replace(sizes, moe=moe) for name, moe in ROUTERS.items()}

@@ -1,8 +1,8 @@
-"""The process in which parts run: `python -m tokenyard.bench.gpu.worker DEVICE SCALE`. It answers on what was its standard output.
+"""The process that runs parts: `python -m tokenyard.bench.gpu.worker DEVICE SCALE`.
 
-A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered by the part's records, and then by `{"kind": "end"}`, which
-says whether the process `stays`: a part that raises ends it, since what a GPU was doing then cannot be trusted; the next part has a
-new one.
+A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered on standard output by the records of the part, then by
+`{"kind": "end"}`, which says whether the process `stays`. A part that raises ends the process, since the state of the GPU cannot be
+trusted then; the next part gets a new process.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .runner import BY_NAME
 
 def main(device: str, scale: str) -> int:
     """Serve until standard input ends. Returns the exit code."""
-    # Libraries print, NCCL from C: nothing of that may come between the records.
+    # Libraries print to standard output, NCCL from C; keep that apart from the records.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)  # references are small, and threads on a busy machine wait for each other
@@ -39,7 +39,7 @@ def main(device: str, scale: str) -> int:
 
 
 def run(name: str, recorder: Recorder) -> bool:
-    """Whether the part came to its end."""
+    """Run a part. Returns whether it finished."""
     try:
         exact_products()
         importlib.import_module(f"{__package__}.{BY_NAME[name].module}").run(recorder)
@@ -55,7 +55,7 @@ def run(name: str, recorder: Recorder) -> bool:
 
 
 def exact_products() -> None:
-    """Products in fp32 are made in fp32 (not TF32), until a part that measures speed wants it otherwise."""
+    """Compute fp32 products in fp32, not TF32, until a part that measures speed changes this."""
     torch.set_float32_matmul_precision("highest")
 
 

@@ -156,7 +156,7 @@ def test_the_table_of_waits_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: A
         ({"kept choices": 1, "totals": 1}, ["kept choices", "totals"]),
     ]:
         found = waits.Waits(Counter(names), Counter())
-        records = told(lambda recorder, found=found: waits.tell(recorder, "m", found, exchanges.MODEL, listed))
+        records = told(lambda recorder, found=found: waits.report_waits(recorder, "m", found, exchanges.MODEL, listed))
         assert failed(records) == [f"m: {place}" for place in wrong]
 
 
@@ -164,7 +164,7 @@ def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
     config = saves.configured("tiny", Precision.fp32, tmp_path)
 
     def compare(recorder: Recorder) -> None:
-        saves.same_bytes(recorder, config, CPU)
+        saves.check_async_save(recorder, config, CPU)
 
     assert failed(told(compare)) == []
     real = Copies.take
@@ -180,7 +180,7 @@ def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_resume_is_bit_for_bit(tmp_path: Any) -> None:
     def compare(recorder: Recorder) -> None:
-        saves.goes_on(recorder, saves.configured("tiny", Precision.bf16, tmp_path), CPU)
+        saves.check_resume(recorder, saves.configured("tiny", Precision.bf16, tmp_path), CPU)
 
     assert failed(told(compare)) == []
 

@@ -11,7 +11,7 @@ from tokenyard.bench.gpu.contenders import DenseProducts
 from tokenyard.bench.gpu.kernels import Busy, busy
 from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
 from tokenyard.bench.gpu.recorder import Recorder
-from tokenyard.bench.shapes import LayerShape
+from tokenyard.bench.layer import LayerShape
 from tokenyard.bench.timing import take_turns
 from tokenyard.moe.param_count import count
 
