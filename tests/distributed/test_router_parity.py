@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sameness import VOCABULARY, Case, Layout, assert_close, assert_layout_gives_the_numbers_of_one_process, reference
-from tokenyard.bench.gpu.router_cases import RANDOM, ROUTERS
+from tokenyard.bench.gpu.routers import RANDOM, ROUTERS
 from tokenyard.moe.config import ModelConfig, MoEConfig, Scope, Selection
 
 LAYOUTS = {

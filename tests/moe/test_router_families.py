@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenyard.bench.gpu.router_cases import EXPERTS, RANDOM, ROUTERS
+from tokenyard.bench.gpu.routers import EXPERTS, RANDOM, ROUTERS
 from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer

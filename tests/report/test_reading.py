@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from made_run import made_run, telemetry, write
 from tokenyard.report.columns import Column, Columns, line, smoothed, thinned
-from tokenyard.report.journal_reader import Record, Tail
+from tokenyard.report.journal_reader import JournalReader, Record
 from tokenyard.report.payload import by_layer, partners, quantize_amounts, quantize_ratios
 from tokenyard.report.run_reader import Run
 from tokenyard.report.telemetry_reader import MOST_FRAMES, Telemetry
 
 
-def steps(tail: Tail) -> list[int]:
+def steps(tail: JournalReader) -> list[int]:
     return [record.values["step"] for record in tail.read()]
 
 
 def test_each_record_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
+    tail = JournalReader(path)
     assert steps(tail) == []
     write(path, [{"step": 1}, {"step": 2}])
     assert steps(tail) == [1, 2]
@@ -37,7 +37,7 @@ def test_each_record_is_read_once(tmp_path: Path) -> None:
 def test_a_line_without_its_end_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}')
-    tail = Tail(path)
+    tail = JournalReader(path)
     assert steps(tail) == [1]
     with path.open("a") as file:
         file.write('\n{"step": 2}\nwhat\n{}\n')

@@ -1,4 +1,4 @@
-"""What a part tells: records, one JSON object each, written as soon as they are known, so that what ends a part loses nothing."""
+"""The records of a part, one JSON object each. They are written at once, so a part that is killed loses none."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import IO, Any
 import torch
 
 
-class Absent(Exception):
-    """What cannot run here, and why."""
+class Unavailable(Exception):
+    """A part cannot run here; the message says why."""
 
 
-class Teller:
-    """A part's way out, and what it should know: device, scale, and how much time it has left."""
+class Recorder:
+    """Writes the records of a part to `out`, and holds its device, scale and remaining time."""
 
     def __init__(self, out: IO[str], device: torch.device, scale: str, seconds: float) -> None:
         self.out, self.device, self.scale = out, device, scale
@@ -25,29 +25,29 @@ class Teller:
 
     @property
     def remaining(self) -> float:
-        """Seconds until this part is ended."""
+        """Seconds until the part is killed."""
         return self.end - monotonic()
 
     def check(self, name: str, ok: bool, text: str = "") -> None:
-        """Something is as it has to be, or not; `text` says by how much."""
-        self._tell("check", name=name, ok=bool(ok), text=text)
+        """A check that passed or failed; `text` gives details."""
+        self._write("check", name=name, ok=bool(ok), text=text)
 
     def below(self, name: str, value: float, limit: float, text: str = "") -> None:
-        """A check that `value` is at most `limit`; one that is not a number fails."""
+        """A check that `value` is at most `limit`; NaN fails."""
         known = value if math.isfinite(value) else 1e300  # JSON has no infinity
         shown = f"{value:.1e}, at most {limit:.1e} is allowed{f'; {text}' if text else ''}"
-        self._tell("check", name=name, ok=value <= limit, value=known, limit=limit, text=shown)
+        self._write("check", name=name, ok=value <= limit, value=known, limit=limit, text=shown)
 
     def skip(self, name: str, why: str) -> None:
-        self._tell("skip", name=name, text=why)
+        self._write("skip", name=name, text=why)
 
     def fact(self, name: str, value: Any) -> None:
-        """Something to know, plain JSON."""
-        self._tell("fact", name=name, value=value)
+        """A fact to report, plain JSON."""
+        self._write("fact", name=name, value=value)
 
     def row(self, table: str, **cells: Any) -> None:
-        """A line of a table: plain JSON by column."""
-        self._tell("row", table=table, cells=cells)
+        """A row of a table: plain JSON by column."""
+        self._write("row", table=table, cells=cells)
 
-    def _tell(self, kind: str, **record: Any) -> None:
+    def _write(self, kind: str, **record: Any) -> None:
         print(json.dumps({"kind": kind, **record}), file=self.out, flush=True)

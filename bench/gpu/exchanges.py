@@ -1,6 +1,6 @@
-"""A world of one rank over NCCL (gloo on a CPU): what several ranks send travels here from a GPU to itself.
+"""Tests exchanges and FSDP2 in a world of one rank over NCCL (gloo on a CPU), where a GPU sends to itself.
 
-Layouts of one rank communicate nothing, so the axes of the mesh are made of the whole world by hand.
+A layout of one rank does not communicate, so the mesh here has axes with the process group of the whole world.
 """
 
 import tempfile
@@ -26,51 +26,51 @@ from ...parity.compare import assembled
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
-from .choices import ChoiceLog, again, kept
-from .models import LIMITS, configured, furthest
-from .tell import Teller
+from .choices import ChoiceLog, record_choices, replay_choices
+from .presets import LIMITS, configured, furthest
+from .recorder import Recorder
 
 STEPS = 3
 EXACT = dict.fromkeys(LIMITS[Precision.bf16], 1e-9)
 MODEL = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, vocabulary=256, moe=MoEConfig(experts=8, top_k=4, hidden=64))
 
 
-def run(teller: Teller) -> None:
-    with world_of_one(teller.device):
-        collectives(teller)
+def run(recorder: Recorder) -> None:
+    with world_of_one(recorder.device):
+        collectives(recorder)
         for precision, limits in ((Precision.fp64, EXACT), (Precision.bf16, LIMITS[Precision.bf16])):
-            compare(teller, precision, limits)
+            compare(recorder, precision, limits)
 
 
-def compare(teller: Teller, precision: Precision, limits: dict[str, float]) -> None:
-    """Training with exchanges, and under FSDP2, against training without."""
+def compare(recorder: Recorder, precision: Precision, limits: dict[str, float]) -> None:
+    """Compares training with each exchange, and under FSDP2, with plain training."""
     choices = ChoiceLog()
-    with kept(choices):
-        reference = trained(teller.device, precision)
+    with record_choices(choices):
+        reference = trained(recorder.device, precision)
     works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}
     works["plain exchange in 2 chunks"] = partial(trained, exchange=Exchange.plain, chunks=2)
     for zero in (3, 2, 1):
         works[f"FSDP2 as ZeRO-{zero}"] = partial(trained, zero=zero)
     for name, work in works.items():
-        with again(choices):
-            found = work(teller.device, precision)
+        with replay_choices(choices):
+            found = work(recorder.device, precision)
         for column, (value, key) in furthest(found, reference).items():
             where = f"step {key.step}, {key.kind} {key.name}".strip()
-            teller.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
+            recorder.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
 
 
 def trained(
     device: torch.device, precision: Precision, exchange: Exchange | None = None, zero: int = 0, chunks: int = 1
 ) -> dict[Any, torch.Tensor]:
-    """What parity sees of three steps."""
+    """What parity observes in three steps."""
     config = configured(MODEL, precision)
-    parallel = model_alone(MODEL, device, DTYPES[precision], exchange, zero, chunks)
+    parallel = build_single_rank(MODEL, device, DTYPES[precision], exchange, zero, chunks)
     initialise(parallel, config.seed)
     seen = observe_model(parallel, config, STEPS)
     return assembled(one._replace(tensor=one.tensor.cpu()) for one in seen)
 
 
-def model_alone(
+def build_single_rank(
     model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -79,7 +79,7 @@ def model_alone(
     chunks: int = 1,
     compiled: bool = False,
 ) -> Parallel:
-    """Without weights yet. `exchange` and `zero` over the whole world; None and 0: neither."""
+    """A model on one rank, without weights. `exchange` and `zero` use the group of the whole world; None and 0 turn them off."""
     config = ParallelConfig(overlap_chunks=chunks, node_ranks=1)
     mesh = whole_world(config) if exchange or zero else Mesh(1, 0, mesh_sizes(config, 1))
     with torch.device("meta"):
@@ -98,40 +98,40 @@ def model_alone(
 
 
 def whole_world(config: ParallelConfig) -> Mesh:
-    """All axes are of the one rank, with a group."""
+    """A mesh of one rank whose axes all have a process group."""
     mesh = Mesh(1, 0, mesh_sizes(config, 1))
     names = [(name,) for name in DENSE + EXPERTS] + [DENSE, ("replicate", "shard")]
     mesh.axes = {key: Axis(1, 0, dist.group.WORLD) for key in names}
     return mesh
 
 
-def collectives(teller: Teller) -> None:
-    """Of one rank each gives what it was given."""
+def collectives(recorder: Recorder) -> None:
+    """Each collective of one rank must return its input."""
     axis = Axis(1, 0, dist.group.WORLD)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8):
-        x = torch.arange(24, device=teller.device).to(dtype).view(6, 4)
+        x = torch.arange(24, device=recorder.device).to(dtype).view(6, 4)
         gathered, sent = torch.empty_like(x), torch.empty_like(x)
         all_gather(gathered, x)
         dist.all_to_all_single(sent, x, [6], [6])
         found = {"all-reduce": sum_over(x.clone(), axis), "maximum": max_over(x.clone(), axis), "stack": stack_over(x, axis)[0]}
         for name, value in (found | {"all-gather": gathered, "all-to-all": sent}).items():
-            teller.check(f"{name}, {dtype}", torch.equal(value.cpu(), x.cpu()))
-    empty = torch.empty(0, 4, device=teller.device)
+            recorder.check(f"{name}, {dtype}", torch.equal(value.cpu(), x.cpu()))
+    empty = torch.empty(0, 4, device=recorder.device)
     dist.all_to_all_single(torch.empty_like(empty), empty, [0], [0])
     dist.barrier()
-    teller.check("all-to-all of nothing, and a barrier", True)
+    recorder.check("all-to-all of nothing, and a barrier", True)
 
 
 @contextmanager
 def world_of_one(device: torch.device) -> Iterator[None]:
-    """The process group of this process alone."""
+    """A process group of this process alone."""
     with tempfile.TemporaryDirectory() as folder, world(device, 0, 1, Path(folder) / "meeting"):
         yield
 
 
 @contextmanager
 def world(device: torch.device, rank: int, size: int, meeting: Path) -> Iterator[None]:
-    """The process group of `size` ranks that meet at a file, NCCL's for GPUs."""
+    """A process group of `size` ranks that meet through a file, with NCCL on GPUs and gloo on CPUs."""
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", device.index or 0)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.bench.gpu import alone, models, products, saves, waits
+from tokenyard.bench.gpu import exchanges, presets, products, saves, waits
 from tokenyard.bench.gpu.presets import preset, tiny_presets
-from tokenyard.bench.gpu.sameness import worst_matrix, worst_row
-from tokenyard.bench.gpu.tell import Absent, Teller
+from tokenyard.bench.gpu.recorder import Recorder, Unavailable
+from tokenyard.bench.gpu.row_error import worst_matrix, worst_row
 from tokenyard.checkpoint.host_staging import HostStaging
 from tokenyard.moe import experts as experts_module
 from tokenyard.moe import experts as grouped
@@ -23,10 +23,10 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
-def told(part: Callable[[Teller], Any]) -> list[dict[str, Any]]:
+def told(part: Callable[[Recorder], Any]) -> list[dict[str, Any]]:
     """The records of a part."""
     out = io.StringIO()
-    part(Teller(out, CPU, "tiny", 100.0))
+    part(Recorder(out, CPU, "tiny", 100.0))
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
@@ -36,7 +36,7 @@ def failed(records: list[dict[str, Any]]) -> list[str]:
 
 
 def compared(name: str) -> list[dict[str, Any]]:
-    return told(lambda teller: models.compare(teller, name, models.small(preset(name))))
+    return told(lambda recorder: presets.compare(recorder, name, presets.small(preset(name))))
 
 
 @pytest.mark.parametrize("name", tiny_presets())
@@ -88,13 +88,13 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, precision: str) -
 
 def test_wrong_choices_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 the router itself would choose the least likely experts; the numbers are those of the reference's choices anyway."""
-    choose_experts, observe, turned = router.choose_experts, models.observe, {"now": False}
+    choose_experts, observe, turned = router.choose_experts, presets.observe, {"now": False}
 
     def observing(config: Config, *rest: Any, **named: Any) -> Any:
         turned["now"] = config.precision is Precision.fp32
         return observe(config, *rest, **named)
 
-    monkeypatch.setattr(models, "observe", observing)
+    monkeypatch.setattr(presets, "observe", observing)
     monkeypatch.setattr(
         router, "choose_experts", lambda ranked_BSE, *rest: choose_experts(-ranked_BSE if turned["now"] else ranked_BSE, *rest)
     )
@@ -121,14 +121,14 @@ def test_garbage_of_empty_groups_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_world_of_one_passes() -> None:
-    records = told(alone.run)
+    records = told(exchanges.run)
     assert failed(records) == []
     names = {one["name"].partition(",")[0] for one in records}
     assert {"gather exchange", "hierarchical exchange", "plain exchange in 2 chunks", "all-to-all of nothing"} <= names
 
 
 def test_waits_are_those_that_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = waits.waits_of(alone.MODEL, CPU, None)
+    found = waits.waits_of(exchanges.MODEL, CPU, None)
     assert dict(found.named) == {"flags, loss and norm": 1} and found.hidden == {} and found.seen.total() == 1
     logsumexp = Tensor.logsumexp
 
@@ -137,7 +137,7 @@ def test_waits_are_those_that_have_names(monkeypatch: pytest.MonkeyPatch) -> Non
         return logsumexp(x, *rest, **named)
 
     monkeypatch.setattr(Tensor, "logsumexp", reading)  # of the router's logits, for its z-loss
-    read = waits.waits_of(alone.MODEL, CPU, None)
+    read = waits.waits_of(exchanges.MODEL, CPU, None)
     assert read.named == found.named and sum(read.hidden.values()) >= 2  # of two layers
 
 
@@ -158,15 +158,15 @@ def test_the_table_of_waits_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: A
         ({"kept choices": 1, "totals": 1}, ["kept choices", "totals"]),
     ]:
         found = waits.Waits(Counter(names), Counter())
-        records = told(lambda teller, found=found: waits.tell(teller, "m", found, alone.MODEL, listed))
+        records = told(lambda recorder, found=found: waits.report_waits(recorder, "m", found, exchanges.MODEL, listed))
         assert failed(records) == [f"m: {place}" for place in wrong]
 
 
 def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     config = saves.configured("tiny", Precision.fp32, tmp_path)
 
-    def compare(teller: Teller) -> None:
-        saves.same_bytes(teller, config, CPU)
+    def compare(recorder: Recorder) -> None:
+        saves.check_async_save(recorder, config, CPU)
 
     assert failed(told(compare)) == []
     real = HostStaging.copy
@@ -181,13 +181,13 @@ def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_resume_is_bit_for_bit(tmp_path: Any) -> None:
-    def compare(teller: Teller) -> None:
-        saves.goes_on(teller, saves.configured("tiny", Precision.bf16, tmp_path), CPU)
+    def compare(recorder: Recorder) -> None:
+        saves.check_resume(recorder, saves.configured("tiny", Precision.bf16, tmp_path), CPU)
 
     assert failed(told(compare)) == []
 
 
 def test_without_omegaconf_saves_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saves, "has", lambda package: package != "omegaconf")
-    with pytest.raises(Absent, match="omegaconf is not installed"):
+    with pytest.raises(Unavailable, match="omegaconf is not installed"):
         told(saves.run)
