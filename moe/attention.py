@@ -212,20 +212,17 @@ class LatentAttention(nn.Module):
         key_B1Tr = rotate(key_BTr.unsqueeze(1), rotary, self.interleaved)
         if cache is not None:
             key_B1Tr, latent_B1TL = cache.extend(key_B1Tr, latent_B1TL)
-        q_BHSh = self._rotate_queries(_heads(q_BHSh, widths.nope_width + widths.rope_width), rotary)
-        k_BHTn, v_BHTv = _heads(self.kv_up(latent_B1TL.squeeze(1)), widths.nope_width + widths.value_width).split(
-            [widths.nope_width, widths.value_width], dim=-1
-        )
+        q_BHSn, q_BHSr = _split_heads(q_BHSh, widths.nope_width, widths.rope_width)
+        q_BHSh = torch.cat([q_BHSn, rotate(q_BHSr, rotary, self.interleaved)], dim=-1)
+        k_BHTn, v_BHTv = _split_heads(self.kv_up(latent_B1TL.squeeze(1)), widths.nope_width, widths.value_width)
         k_BHTh = torch.cat([k_BHTn, key_B1Tr.expand(-1, k_BHTn.shape[1], -1, -1)], dim=-1)
         y_BHSv = attend(
             q_BHSh, k_BHTh, v_BHTv, self.softmax, None, rotary.documents_BS, rotary.blocks.get(self.softmax.window is not None)
         )
         return self.o(y_BHSv.transpose(1, 2).flatten(2))
 
-    def _rotate_queries(self, q_BHSh: Tensor, rotary: RotaryTables) -> Tensor:
-        q_BHSn, q_BHSr = q_BHSh.split([self.widths.nope_width, self.widths.rope_width], dim=-1)
-        return torch.cat([q_BHSn, rotate(q_BHSr, rotary, self.interleaved)], dim=-1)
 
-
-def _heads(x_BSC: Tensor, width: int) -> Tensor:
-    return x_BSC.unflatten(-1, (-1, width)).transpose(1, 2)
+def _split_heads(x_BSC: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    """(B, S, H * (first + second)) to (B, H, S, first) and (B, H, S, second)."""
+    first_BHSh, second_BHSh = x_BSC.unflatten(-1, (-1, first + second)).transpose(1, 2).split([first, second], dim=-1)
+    return first_BHSh, second_BHSh

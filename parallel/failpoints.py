@@ -58,9 +58,9 @@ class Failpoint:
 
 @functools.cache
 def _parse(text: str) -> list[Failpoint]:
-    return [_entry(*entry.split(":")) for entry in text.split(",")]
-
-
-def _entry(name: str, *words: str) -> Failpoint:
-    conditions = dict(word.split("=") for word in words[:-1])
-    return Failpoint(name, words[-1], {key: int(value) for key, value in conditions.items()})
+    failpoints = []
+    for entry in text.split(","):
+        name, *conditions, action = entry.split(":")
+        pairs = (condition.split("=") for condition in conditions)
+        failpoints.append(Failpoint(name, action, {key: int(value) for key, value in pairs}))
+    return failpoints

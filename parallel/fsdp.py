@@ -27,8 +27,10 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) 
     Experts are gathered and reduced around their MoE layer: once, however many chunks it cuts its tokens into.
     """
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
+    # Weights are gathered in the dtype of the activations.
     # Inputs are not cast: activations are narrow already, and rotary tables must stay wide.
-    policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights, cast_forward_inputs=False)
+    narrow = None if model.activations == model.weights else model.activations
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=model.weights, cast_forward_inputs=False)
     # No code writes into the output of an MoE layer, which is added to the residual stream.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPMoELayer\) returned a view")
     dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
@@ -77,8 +79,3 @@ def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisio
     )
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
-
-
-def _narrow(model: Transformer) -> torch.dtype | None:
-    """Returns the dtype in which weights are gathered: that of the activations, if it differs; else None."""
-    return None if model.activations == model.weights else model.activations

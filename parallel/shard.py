@@ -34,6 +34,11 @@ class ShardMetadata(NamedTuple):
         offsets[dim], sizes[dim] = offsets[dim] + start, min(size, sizes[dim] - start)
         return ShardMetadata(self.shape, tuple(offsets), tuple(sizes))
 
+    def overlaps(self, other: "ShardMetadata") -> bool:
+        """Whether the two share an element."""
+        spans = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        return all(a < b + q and b < a + p for a, p, b, q in spans)
+
 
 class LocalShard(NamedTuple):
     """A shard and this rank's tensor with its values, of shape `metadata.sizes`."""
@@ -70,14 +75,9 @@ def disjoint(shards: Sequence[ShardMetadata]) -> bool:
             return False
         elif budget < 0 or len(group) > MAX_INSEPARABLE:
             raise ValueError(f"its {len(shards)} chunks are cut as no layout cuts a tensor")
-        elif any(_overlap(one, other) for one, other in combinations(group, 2)):
+        elif any(one.overlaps(other) for one, other in combinations(group, 2)):
             return False
     return True
-
-
-def _overlap(one: ShardMetadata, other: ShardMetadata) -> bool:
-    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(a < b + q and b < a + p for a, p, b, q in spans)
 
 
 def _separate(group: list[ShardMetadata]) -> tuple[list[list[ShardMetadata]], int]:
