@@ -107,7 +107,14 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "step": manifest.step,
         "facts": manifest.facts,
         "tensors": {
-            name: {"dtype": record.dtype, "shape": record.shape, "chunks": [_chunk_json(chunk) for chunk in record.chunks]}
+            name: {
+                "dtype": record.dtype,
+                "shape": record.shape,
+                "chunks": [
+                    {"offsets": metadata.offsets, "sizes": metadata.sizes, "file": file, "key": key}
+                    for metadata, file, key in record.chunks
+                ],
+            }
             for name, record in manifest.tensors.items()
         },
         "files": {name: record._asdict() for name, record in manifest.files.items()},
@@ -185,7 +192,10 @@ def _parse(content: Any) -> Manifest:
         raise ValueError(f"{len(tensors)} tensors are more than the {MOST_TENSORS} that a checkpoint may have")
     records = {check_name(name): _tensor(name, one, files) for name, one in tensors.items()}
     _check_room(records, files)
-    experts = {layer: _hashes(kinds) for layer, kinds in _object(content, "experts", optional=True).items()}
+    experts = {
+        layer: {kind: [_string(value) for value in _list(hashes)] for kind, hashes in kinds.items()}
+        for layer, kinds in _object(content, "experts", optional=True).items()
+    }
     step, facts = _count(content["step"]), check_facts(content["facts"])
     if facts.get("step", step) != step:
         raise ValueError(f"step = {step} must be facts.step = {facts['step']}")
@@ -203,10 +213,6 @@ def _object(content: dict[str, Any], name: str, optional: bool = False) -> dict[
 
 def _file(one: dict[str, Any]) -> FileRecord:
     return FileRecord(_count(one["bytes"]), _string(one["hash"]))
-
-
-def _hashes(kinds: dict[str, Any]) -> dict[str, list[str]]:
-    return {kind: [_string(value) for value in _list(hashes)] for kind, hashes in kinds.items()}
 
 
 def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
@@ -281,10 +287,6 @@ def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 53:
         raise ValueError(f"{brief(value)} must be a whole number >= 0 and below 2^53")
     return value
-
-
-def _chunk_json(chunk: ChunkRecord) -> dict[str, Any]:
-    return {"offsets": chunk.metadata.offsets, "sizes": chunk.metadata.sizes, "file": chunk.file, "key": chunk.key}
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -64,7 +64,8 @@ def pretokenize_stream(
         PretokenizeJob(str(folder), config, shard, part, parts, key) for shard in range(len(shards.names)) for part in range(parts)
     ]
     done = {job.name: record for job in jobs if (record := _finished(job)) is not None}
-    waiting, tokens = [job for job in jobs if job.name not in done], _tokens_of(done)
+    waiting = [job for job in jobs if job.name not in done]
+    tokens = sum(record["train"]["tokens"] for record in done.values())
     progress(len(done), len(jobs), tokens)
     for name, record in _run_jobs(waiting, processes):
         done[name] = record
@@ -196,10 +197,6 @@ def _finished(job: PretokenizeJob) -> dict[str, Any] | None:
         return None
     there = all((Path(job.folder) / record[split]["file"]).is_file() for split in ("train", "validation"))
     return {split: record[split] for split in ("train", "validation")} if record["key"] == job.key and there else None
-
-
-def _tokens_of(done: dict[str, Any]) -> int:
-    return sum(record["train"]["tokens"] for record in done.values())
 
 
 def _refuse_other(folder: Path, key: str) -> None:

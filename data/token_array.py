@@ -117,7 +117,8 @@ def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Pat
     with (folder / TOKENS_FILE).open("wb") as file:
         write_header(file, kind, 0)
         for texts in _batches(map(corpus.read, names)):
-            ids = _encode(texts, tokenizer, kind)
+            encoded = tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16))
+            ids = np.concatenate([np.array([*each, tokenizer.end_of_document], dtype=kind) for each in encoded])
             file.write(ids.tobytes())
             running.update(ids.tobytes())
             tokens += len(ids)
@@ -141,11 +142,6 @@ def write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
     # numpy pads the header, so that the number of tokens can be filled in at the end.
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer, kind: np.dtype) -> np.ndarray:
-    encoded = tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16))
-    return np.concatenate([np.array([*ids, tokenizer.end_of_document], dtype=kind) for ids in encoded])
 
 
 def _batches(documents: Iterator[Document], limit: int = 4_000_000) -> Iterator[list[str]]:

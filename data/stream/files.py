@@ -32,16 +32,14 @@ def find_files(path: str, kind: str) -> list[str]:
         found = [str(file) for file in place.rglob("*") if file.is_file() and file.name.endswith(endings)]
         refuse_outside(place, found, "data.path")
     else:
-        found = [file for each in _expand_numbers(str(place)) for file in _matching(each) if Path(file).is_file()]
+        patterns = _expand_numbers(str(place))
+        # Path.glob does not take absolute patterns.
+        found = [file for each in patterns for file in glob.glob(each, recursive=True) if Path(file).is_file()]  # noqa: PTH207
     if not found:
         raise ValueError(
             f"data.path={path} must be a file, a folder with files of kind {kind}, a pattern that matches some, or a URL"
         )
     return sorted(found)
-
-
-def _matching(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob wants relative patterns, users write absolute ones
 
 
 def is_remote(path: str) -> bool:

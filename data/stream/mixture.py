@@ -39,8 +39,12 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         """The state of all sources as plain JSON."""
-        own = {"rows": self.rows, "since": self._since, "ended": self.ended}
-        return {**{name: list(values) for name, values in own.items()}, "sources": [_labelled(each) for each in self.sources]}
+        return {
+            "rows": list(self.rows),
+            "since": list(self._since),
+            "ended": list(self.ended),
+            "sources": [{"label": each.label, "fingerprint": each.fingerprint, "state": each.state()} for each in self.sources],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Sources and weights may differ: known sources continue where they were, with the new shares."""
@@ -108,10 +112,6 @@ class Mixture:
             plan[row] = behind.argmax()
             given[plan[row]] += 1
         return plan
-
-
-def _labelled(source: RowSource) -> dict[str, Any]:
-    return {"label": source.label, "fingerprint": source.fingerprint, "state": source.state()}
 
 
 # Global batches of streamed data; every rank has each batch whole.

@@ -109,7 +109,10 @@ class ArrayRows(RowSource):
             count = min(count, self._rows - self._next)
         epochs, places = np.divmod(np.arange(self._next, self._next + count), self._rows)
         self._next += count
-        orders = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
+        orders = {
+            int(epoch): cached_permutation(self._rows, "train", self.fingerprint, self._seed, int(epoch))
+            for epoch in np.unique(epochs)
+        }
         rows = np.array([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64)
         return self._ids[rows[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
 
@@ -118,9 +121,6 @@ class ArrayRows(RowSource):
 
     def restore(self, state: dict[str, Any]) -> None:
         self._next = state["row"]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return cached_permutation(self._rows, "train", self.fingerprint, self._seed, epoch)
 
 
 @final

@@ -50,12 +50,18 @@ class Shards(ABC):
     fingerprint: str
     """Hash of what identifies the data."""
 
-    @abstractmethod
+    _retry: RetryPolicy
+
     def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         """The rows of a shard from row `first` on. Raises DataUnavailable if its source does not answer.
 
         If the shard fails, the last item is a FailedShard, at the same row wherever reading began.
         """
+        return retry_items(lambda row: self._read(shard, row), first, self.names[shard], self._retry)
+
+    @abstractmethod
+    def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
+        """Like `rows`, but raises transient errors of the source."""
 
 
 def open_shards(config: DataConfig, retry: RetryPolicy) -> Shards:
@@ -83,22 +89,19 @@ class LineShards(Shards):
         self.fingerprint = fingerprint(paths, self._versions, "lines", str(key))
         self._paths, self._key, self._retry, self._longest = paths, key, retry, longest
 
-    def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
-        return retry_items(lambda row: self._read(shard, row), first, self.names[shard], self._retry)
-
     def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         try:
             with open_shard(self._paths[shard], self._retry, self._versions[shard]) as file:
                 for row, line in enumerate(bounded_lines(file, self._longest, 1 if self._key is None else ESCAPED)):
                     if row >= first:
-                        yield line if isinstance(line, BadRow) else self._row(line)
+                        if isinstance(line, BadRow):
+                            yield line
+                        else:
+                            yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
         except BROKEN_FILE as error:
             if is_transient(error):
                 raise
             yield FailedShard(error_text(error))
-
-    def _row(self, line: bytes) -> Row:
-        return line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
 
 
 def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes | BadRow]:
@@ -128,9 +131,6 @@ class ParquetShards(Shards):
         self._versions = versions(paths, retry)
         self.fingerprint = fingerprint(paths, self._versions, "parquet", column)
         self._paths, self._column, self._retry = paths, column, retry
-
-    def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
-        return retry_items(lambda row: self._read(shard, row), first, self.names[shard], self._retry)
 
     def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         import pyarrow as pa
@@ -315,9 +315,6 @@ class HubShards(Shards):
         key = (config.name, config.subset, config.split, config.revision, config.column, files, count)
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(key).encode())
         self._column, self._retry = config.column, retry
-
-    def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
-        return retry_items(lambda row: self._read(shard, row), first, self.names[shard], self._retry)
 
     def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         part = self._data.shard(len(self.names), shard) if len(self.names) > 1 else self._data
