@@ -75,7 +75,7 @@ def write_checkpoint(session: Session, asynchronous: bool) -> Outcome | None:
 
     Raises RunStop, without a save, if a weight or a moment is not finite.
     """
-    held = session.engine.held()
+    held = session.engine.state_to_save()
     if bad := bad_state(session.parallel, held):
         text = f"{', '.join(bad)}: not finite after the update, so no checkpoint is written; the newest is {session.checkpoint}"
         raise RunStop(text, ExitCode.not_finite, saves=False)

@@ -26,7 +26,7 @@ from .config.config import Config
 from .config.deepspeed_settings import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
-from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
+from .state import MOMENTS, local_state, local_weights, optimizer_state, set_optimizer_steps
 from .step import StepInput, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
 
 
@@ -217,11 +217,11 @@ class ZeroEngine(Engine):
         update_expert_biases(self.parallel, numbers.counts_LE)
         return numbers
 
-    def held(self) -> dict[str, LocalShard]:
+    def state_to_save(self) -> dict[str, LocalShard]:
         """Gathers the moments one by one; each stays on one of the ranks that hold the parameter, in turns."""
         if not self.zero.stage:
-            return held_state(self.parallel, self.optimizer)
-        held = held_weights(self.parallel)
+            return local_state(self.parallel, self.optimizer)
+        held = local_weights(self.parallel)
         for turn, (name, sharded, fragment) in enumerate(self.zero.fragments()):
             for moment in MOMENTS:
                 whole = self._gather(sharded, fragment, moment)
@@ -229,11 +229,11 @@ class ZeroEngine(Engine):
                     held[f"optimizer.{name}.{moment}"] = LocalShard(sharded.metadata, whole)
         return held
 
-    def wanted(self) -> dict[str, LocalShard]:
+    def state_to_load(self) -> dict[str, LocalShard]:
         """Returns weights, and of the moments the rows in which this rank has an element."""
         if not self.zero.stage:
-            return held_state(self.parallel, self.optimizer)
-        held = held_weights(self.parallel)
+            return local_state(self.parallel, self.optimizer)
+        held = local_weights(self.parallel)
         for name, sharded, fragment in self.zero.fragments():
             if fragment is not None:
                 rows = rows_around(sharded.metadata, fragment)
@@ -241,7 +241,7 @@ class ZeroEngine(Engine):
                     held[f"optimizer.{name}.{moment}"] = LocalShard(rows, torch.empty(rows.sizes, device=self.parallel.device))
         return held
 
-    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
+    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
         if not self.zero.stage:
             set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)
             return

@@ -7,7 +7,7 @@ import torch
 
 from ..parallel.apply import Parallel
 from ..parallel.shard import LocalShard
-from .state import held_state, set_optimizer_steps
+from .state import local_state, set_optimizer_steps
 from .step import StepInput, StepNumbers, train_step
 
 
@@ -23,16 +23,16 @@ class Engine(ABC):
         """Runs one optimizer step on a global batch; see `train_step`."""
 
     @abstractmethod
-    def held(self) -> dict[str, LocalShard]:
+    def state_to_save(self) -> dict[str, LocalShard]:
         """Returns weights and moments to save, by global name; the ranks together hold every element, and copies are equal."""
 
     @abstractmethod
-    def wanted(self) -> dict[str, LocalShard]:
-        """Returns the tensors to read a checkpoint into; `take` must follow."""
+    def state_to_load(self) -> dict[str, LocalShard]:
+        """Returns the tensors to read a checkpoint into; `restore` must follow."""
 
     @abstractmethod
-    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
-        """Continues from what was read into `wanted()`, after `step` optimizer steps."""
+    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
+        """Continues from what was read into `state_to_load()`, after `step` optimizer steps."""
 
 
 class TorchEngine(Engine):
@@ -41,11 +41,11 @@ class TorchEngine(Engine):
     def step(self, batch: StepInput) -> StepNumbers:
         return train_step(self.parallel, self.optimizer, batch)
 
-    def held(self) -> dict[str, LocalShard]:
-        return held_state(self.parallel, self.optimizer)
+    def state_to_save(self) -> dict[str, LocalShard]:
+        return local_state(self.parallel, self.optimizer)
 
-    def wanted(self) -> dict[str, LocalShard]:
-        return self.held()
+    def state_to_load(self) -> dict[str, LocalShard]:
+        return self.state_to_save()
 
-    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
+    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
         set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)

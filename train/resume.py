@@ -104,13 +104,13 @@ def resume(session: Session, path: Path) -> None:
     refuse_another_run(session.config, facts, path)
     refuse_other_data(session, facts, path)
     session.saver.wait_for_copies()
-    held = session.engine.wanted()
+    held = session.engine.state_to_load()
     random = {name: one for name, one in random_state().items() if name in manifest.tensors}
     random = random if facts["ranks"] == session.parallel.mesh.world else {}
     load_checkpoint(path, held | random, verify=False, optional="random.")
     restore_random(random)
     session.extra = facts.get("extra", {})
-    session.engine.take(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
+    session.engine.restore(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
     data_state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
     session.data.train.restore({**data_state, "step": session.step})

@@ -208,7 +208,7 @@ def end_early(stop: DataStop | RunStop, session: Session, run_logger: RunLogger,
         if not isinstance(stop, RunStop):
             run_logger.log_end(validate(session, run_logger), lambda: sample_of(session), code)
             return code
-    supervisor.grant_stop()
+    supervisor.remove_request("stop")
     run_logger.log_stop(why, code)
     return code
 

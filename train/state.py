@@ -15,12 +15,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names of AdamW's moments."""
 
 
-def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
+def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
     """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`.
 
     They are the tensors in use: loading into them restores weights and moments.
     """
-    held = held_weights(parallel)
+    held = local_weights(parallel)
     for name, sharded in parallel.parameters.items():
         moments = optimizer_state(optimizer, sharded.parameter)
         for moment in MOMENTS:
@@ -28,7 +28,7 @@ def held_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str
     return held
 
 
-def held_weights(parallel: Parallel) -> dict[str, LocalShard]:
+def local_weights(parallel: Parallel) -> dict[str, LocalShard]:
     """Returns parameters and expert biases, the tensors in use."""
     held = {f"model.{name}": LocalShard(p.metadata, local(p.parameter.detach())) for name, p in parallel.parameters.items()}
     for name, bias in expert_biases(parallel.model).items():

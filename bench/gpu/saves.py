@@ -134,6 +134,6 @@ def trained(config: Config, device: torch.device, until: int, begins: int = 0) -
     session = opened(config, device)
     assert session.step == begins
     steps(session, until - session.step)
-    found = {name: local(one.tensor).detach().cpu().clone() for name, one in session.engine.held().items()}
+    found = {name: local(one.tensor).detach().cpu().clone() for name, one in session.engine.state_to_save().items()}
     session.close()
     return found

@@ -63,7 +63,7 @@ def saved(case: Case) -> tuple[Found, list[NamedShard]]:
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         rank.step()
-        held = rank.engine.held()
+        held = rank.engine.state_to_save()
         for _, tensor in held.values():
             copy_to_host(tensor, host_memory(tensor))
         return found(rank, config), named_shards(held)

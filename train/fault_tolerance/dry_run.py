@@ -78,7 +78,7 @@ def end_all(session: Session, text: str) -> None:
 
 def try_step(session: Session) -> None:
     """Runs a step without the update, on micro-batches in which all tokens count, and allocates the moments of AdamW."""
-    session.engine.held()  # allocates the moments
+    session.engine.state_to_save()  # allocates the moments
     config, data = session.config, session.parallel.mesh.data
     first = data.rank * session.micro
     micro_batches = min(config.batch.sequences // data.size // session.micro, 2)
@@ -109,6 +109,6 @@ def try_checkpoint(session: Session) -> None:
 
 def try_disk(session: Session) -> None:
     """Raises ValueError if there is no space for one more checkpoint."""
-    lacking = session.saver.space_error(session.engine.held())
+    lacking = session.saver.space_error(session.engine.state_to_save())
     if lacking:
         raise ValueError(f"a checkpoint takes more than there is: {lacking}")

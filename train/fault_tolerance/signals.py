@@ -7,7 +7,6 @@ counts, so that no signal, and no second one, can break a step or a save; ranks 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
 from typing import Any
@@ -35,10 +34,6 @@ class StopRequests:
             self.stops.append(signal.Signals(number).name)
         else:
             self.saves += 1
-
-    @property
-    def save(self) -> bool:
-        return self.saves > self.granted
 
 
 STOP_REQUESTS = StopRequests()
@@ -98,18 +93,3 @@ def handling_signals() -> Iterator[StopRequests]:
         for number, handler in zip((*STOPPING, *SAVING), before, strict=False):
             signal.signal(number, handler)
         STOP_REQUESTS.clear()
-
-
-class RequestFiles:
-    """`RUN/save` and `RUN/stop`, which the first rank looks for at every step."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def exists(self, name: str) -> bool:
-        return (self.folder / name).exists()
-
-    def remove(self, name: str) -> None:
-        """Removes the file, so that it is granted once; ignores a folder that cannot be written."""
-        with suppress(OSError):
-            (self.folder / name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Supervises a run while it trains: guard of the steps, stop requests, comparison of replicas, stragglers."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..logging.run_logger import RunLogger
 from ..session import Session
 from ..step_flags import GlobalFlags, RankFlags
 from .replicas import Replicas
-from .signals import STOP_REQUESTS, RequestFiles, StopRequests
+from .signals import STOP_REQUESTS, StopRequests
 from .step_guard import Guard
 from .stragglers import Stragglers
 
@@ -24,7 +25,6 @@ class Supervisor:
     guard: Guard
     stragglers: Stragglers
     replicas: Replicas
-    files: RequestFiles
     stop_requests: StopRequests = field(default_factory=lambda: STOP_REQUESTS)
     bad_data: str | None = None
     """Why this rank could not read its rows."""
@@ -34,10 +34,11 @@ class Supervisor:
         step, first = self.session.step + 1, self.session.parallel.mesh.rank == 0
         PROGRESS.step = step
         failpoint("step.begin", step)
-        if first and self.files.exists("stop") and "touch stop" not in self.stop_requests.stops:
-            self.stop_requests.stops.append("touch stop")
-        save = self.stop_requests.save or (first and self.files.exists("save"))
-        stop, seconds = bool(self.stop_requests.stops), self.stragglers.seconds(step)
+        folder, requests = self.session.folder, self.stop_requests
+        if first and (folder / "stop").exists() and "touch stop" not in requests.stops:
+            requests.stops.append("touch stop")
+        save = requests.saves > requests.granted or (first and (folder / "save").exists())
+        stop, seconds = bool(requests.stops), self.stragglers.seconds(step)
         return RankFlags(stop, save, self.bad_data is not None, *self.session.saver.flags(), seconds)
 
     def handle_flags(self, global_flags: GlobalFlags) -> None:
@@ -51,13 +52,13 @@ class Supervisor:
     def grant_save(self) -> None:
         """Marks the requests for a checkpoint as granted: this step has one."""
         self.stop_requests.granted = self.stop_requests.saves
-        if self.session.parallel.mesh.rank == 0:
-            self.files.remove("save")
+        self.remove_request("save")
 
-    def grant_stop(self) -> None:
-        """Marks the request to stop as granted: the run ends."""
+    def remove_request(self, name: str) -> None:
+        """Removes RUN/save or RUN/stop, so that it is granted once; ignores a folder that cannot be written."""
         if self.session.parallel.mesh.rank == 0:
-            self.files.remove("stop")
+            with suppress(OSError):
+                (self.session.folder / name).unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint contains of this: plain JSON."""
@@ -69,5 +70,4 @@ def build_supervisor(session: Session, run_logger: RunLogger) -> Supervisor:
     guard = Guard(session.config.numerics)
     guard.restore(session.extra.get("guard", {}))
     stragglers = Stragglers(session.config.debug.stragglers_every)
-    replicas, files = Replicas(session, run_logger), RequestFiles(session.folder)
-    return Supervisor(session, run_logger, guard, stragglers, replicas, files)
+    return Supervisor(session, run_logger, guard, stragglers, Replicas(session, run_logger))
