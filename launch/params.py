@@ -9,7 +9,7 @@ from typing import Any
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
-from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check, facts, intended_ranks
+from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check_model_and_layout, facts, intended_ranks
 from ..train.config.number_format import flops, short
 from ..train.rank_command import refuse
 
@@ -32,7 +32,7 @@ def params_command(arguments: Namespace) -> int:
             return 0
         name, config = configured(arguments.words)
         world = intended_ranks(config, world_size())
-        check(config, world)
+        check_model_and_layout(config, world)
     except ConfigError as error:
         return refuse(error)
     found = {"model": name, **facts(config, world)}

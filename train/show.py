@@ -12,7 +12,7 @@ from ..parallel.layout_diagram import layout_diagram
 from .config.compose import CONF, Arguments, compose_arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
-from .config.model_summary import check, count, intended_ranks, per_rank
+from .config.model_summary import check_model_and_layout, count, intended_ranks, per_rank
 from .config.number_format import short
 from .config.redact import redact
 
@@ -21,7 +21,7 @@ def show_layout(arguments: Arguments) -> int:
     """Prints the layout of the ranks that would be started, or of the fewest that it fits. Raises ConfigError if it is wrong."""
     config = compose_arguments(arguments)
     world = intended_ranks(config, world_size())
-    check(config, world)
+    check_model_and_layout(config, world)
     print("\n".join(layout_lines(config, world)))
     return 0
 

@@ -72,7 +72,7 @@ def intended_ranks(config: Config, started: int) -> int:
     return asked if asked > 1 else fewest_ranks(config.parallel)
 
 
-def check(config: Config, world: int) -> None:
+def check_model_and_layout(config: Config, world: int) -> None:
     """Raises ConfigError if model or layout violate a rule; other settings (tokenizer, batch) are not checked."""
     for broken in violations(config, world):
         if broken.key.partition(".")[0] in ("model", "parallel", "sequence_length"):

@@ -110,7 +110,7 @@ def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] 
     """The `key=value` overrides that turn `before` into `config`, except for the keys in `leave_out`."""
     old, new = (dict(leaves(shown_config(each))) for each in (before, config))
     changed = {key: value for key, value in new.items() if value != old[key] and key not in leave_out}
-    return [f"{key}={_written(value)}" for key, value in changed.items()]
+    return [f"{key}={_shell_text(value)}" for key, value in changed.items()]
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -122,7 +122,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _written(value: Any) -> str:
+def _shell_text(value: Any) -> str:
     """The value as Hydra reads it, quoted for a shell where necessary."""
     if isinstance(value, dict):
         return shlex.quote(written(value))

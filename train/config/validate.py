@@ -27,7 +27,7 @@ def nearest_valid(config: Config, world: int, broken: Violation) -> str:
     whole = [fix for fix in fixes if fix.valid] or fixes or [Fix(attrgetter(broken.key)(Config()), world, False)]
     least = min(_distance(value, fix.value) for fix in whole)
     best = sorted(
-        {fix.written(broken.key, world) for fix in whole if _distance(value, fix.value) == least}, key=lambda fix: (len(fix), fix)
+        {fix.overrides(broken.key, world) for fix in whole if _distance(value, fix.value) == least}, key=lambda fix: (len(fix), fix)
     )
     return " or ".join(best)
 
@@ -39,7 +39,7 @@ class Fix(NamedTuple):
     world: int
     valid: bool
 
-    def written(self, key: str, world: int) -> str:
+    def overrides(self, key: str, world: int) -> str:
         started = "" if self.world == world else f" launch=torchrun launch.ranks={self.world}"
         return f"{key}={written(self.value)}{started}"
 

@@ -16,7 +16,7 @@ WORD = r"[\w.,@+:-]+"
 DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
 IMAGE = r"[\w./:@+-]+"
 
-SET_BY_US = {
+OPTIONS_FROM_SETTINGS = {
     "--nodes": "launch.nodes",
     "-N": "launch.nodes",
     "--ntasks": "launch.nodes",
@@ -51,9 +51,9 @@ def launchers(config: Config, world: int) -> Iterator[Violation]:
     yield from _rendezvous(config)
     match c.kind:
         case Launcher.slurm:
-            yield from [*_slurm(config), *_shared_folder(config), *_goes_on(config)]
+            yield from [*_slurm(config), *_shared_folder(config), *_resume(config)]
         case Launcher.kubernetes:
-            yield from [*_kubernetes(config), *_shared_folder(config), *_goes_on(config)]
+            yield from [*_kubernetes(config), *_shared_folder(config), *_resume(config)]
         case Launcher.deepspeed:
             yield from _deepspeed(config)
         case _:
@@ -97,8 +97,8 @@ def _slurm(config: Config) -> Iterator[Violation]:
         others = [other for other in c.lines if other != line]
         if option is None or not line.isprintable():
             yield Violation("launch.slurm.lines", f"{line!r} must be one option of sbatch, as --qos=high", [others])
-        elif option[0] in SET_BY_US:
-            yield Violation("launch.slurm.lines", f"{option[0]} comes from {SET_BY_US[option[0]]}", [others])
+        elif option[0] in OPTIONS_FROM_SETTINGS:
+            yield Violation("launch.slurm.lines", f"{option[0]} comes from {OPTIONS_FROM_SETTINGS[option[0]]}", [others])
 
 
 def _kubernetes(config: Config) -> Iterator[Violation]:
@@ -142,7 +142,7 @@ def _shared_folder(config: Config) -> Iterator[Violation]:
         yield Violation("run.dir", rule, [re.sub(r"[^\w./@+=,:-]+", "_", folder)])
 
 
-def _goes_on(config: Config) -> Iterator[Violation]:
+def _resume(config: Config) -> Iterator[Violation]:
     if config.checkpoint.resume != "auto":
         rule = f"must be auto with launch={config.launch.kind.name}, or a job that is started again would begin anew"
         yield Violation("checkpoint.resume", rule, ["auto"])
