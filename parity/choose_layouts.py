@@ -49,7 +49,7 @@ class Layout:
         return dataclasses.replace(config, parallel=self.parallel, batch=batch)
 
 
-def prepared(config: Config) -> Config:
+def prepare_config(config: Config) -> Config:
     """`config` in fp64 and without corpus, tokenizer and launcher. Raises ConfigError for what cannot be compared."""
     _refuse_rank_scopes(config.model.moe)
     neutral = TokenizerConfig(path="none")  # ids are random: no tokenizer has to fit the vocabulary
@@ -70,7 +70,7 @@ def refuse_broken(config: Config, world: int) -> None:
         raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
 
 
-def legal(config: Config, layout: Layout) -> bool:
+def is_legal(config: Config, layout: Layout) -> bool:
     """Whether no rule forbids the layout, and each rank has a sequence for every micro-batch."""
     applied = layout.applied(config)
     if next(violations(applied, layout.ranks), None) is not None:
@@ -78,19 +78,19 @@ def legal(config: Config, layout: Layout) -> bool:
     return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * (layout.ranks // layout.parallel.tensor)
 
 
-def automatic(config: Config, ranks: int) -> list[Layout]:
+def all_layouts(config: Config, ranks: int) -> list[Layout]:
     """All legal splits of 1, 2, 4, ... `ranks` ranks, and each option on the split of each size that mixes most degrees."""
     worlds = [1 << power for power in range(ranks.bit_length())]
     found: list[Layout] = []
     for world in worlds:
-        splits = [layout for layout in _splits(world) if legal(config, layout)]
+        splits = [layout for layout in _splits(world) if is_legal(config, layout)]
         found += [layout for layout in splits if layout != Layout()]
         for accumulation, changes in options(most=world == worlds[-1]):
             variants = (
                 Layout(world, dataclasses.replace(base.parallel, **changes), accumulation)
                 for base in sorted(splits, key=_mixed, reverse=True)
             )
-            found += itertools.islice((layout for layout in variants if legal(config, layout)), 1)
+            found += itertools.islice((layout for layout in variants if is_legal(config, layout)), 1)
     return found
 
 
@@ -114,7 +114,7 @@ def _others(default: Any) -> list[Any]:
     return [value for value in range(1, default + 2) if value != default] if isinstance(default, int) else []
 
 
-def listed(text: str) -> list[Layout]:
+def parse_layouts(text: str) -> list[Layout]:
     """Parses `[tensor=2 expert=2, shard=4 recompute]`. Raises ConfigError for an invalid layout."""
     parts = [" ".join(part.split()) for part in text[1:-1].split(",") if part.strip()]
     if not parts or text[:1] + text[-1:] != "[]":
@@ -136,12 +136,12 @@ def _read(text: str) -> Layout:
     return Layout(int(own["replicate"]) * parallel.shard * parallel.tensor, parallel, int(own["accumulation"]))
 
 
-def checked(config: Config, layout: Layout, most: int = 8) -> Layout:
+def fit_layout(config: Config, layout: Layout, most: int = 8) -> Layout:
     """`layout` on as many ranks as its experts need. Raises ConfigError if no number of ranks is legal."""
     unit = layout.ranks
     sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, most // unit + 1))]
     for candidate in sizes if layout.replicate == 1 else sizes[:1]:
-        if legal(config, candidate):
+        if is_legal(config, candidate):
             return candidate
     wide = max(sizes[0].ranks, *(getattr(layout.parallel, name, 1) for name in DEGREES))
     at_fault = dataclasses.replace(layout, ranks=wide)

@@ -11,7 +11,7 @@ from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.serialize import plain_config
 from ..train.rank_command import refuse
-from .choose_layouts import Layout, automatic, checked, legal, listed, prepared, sees_accumulation
+from .choose_layouts import Layout, all_layouts, fit_layout, is_legal, parse_layouts, prepare_config, sees_accumulation
 from .config import TOLERANCE, ParityConfig, split_settings
 from .diagnose import Verdict, judge, layer_of, place
 from .finding import KINDS, Finding
@@ -107,12 +107,12 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
     begin = perf_counter()
     try:
         settings, overrides = split_settings(words)
-        config, layouts = planned(settings, overrides)
+        config, layouts = plan_comparison(settings, overrides)
     except ConfigError as error:
         return refuse(error)
     report = ParityTable(config, settings, layouts, sys.stderr if as_json else out or sys.stdout)
     verdicts = []
-    for verdict in compared(config, settings, layouts):
+    for verdict in compare_layouts(config, settings, layouts):
         report.row(verdict)
         verdicts.append(verdict)
     report.end(verdicts, perf_counter() - begin)
@@ -122,23 +122,23 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
     return int(not all(verdict.equal for verdict in verdicts))
 
 
-def planned(settings: ParityConfig, overrides: list[str]) -> tuple[Config, list[Layout]]:
+def plan_comparison(settings: ParityConfig, overrides: list[str]) -> tuple[Config, list[Layout]]:
     """The configuration of one process, and the layouts to compare. Raises ConfigError for what cannot be compared."""
-    given = prepared(compose(overrides))
-    wanted = [] if settings.layouts == "auto" else listed(settings.layouts)
+    given = prepare_config(compose(overrides))
+    wanted = [] if settings.layouts == "auto" else parse_layouts(settings.layouts)
     most = max((layout.ranks for layout in wanted), default=settings.ranks)
     config = shrink(given, max(most, settings.ranks)) if settings.shrink else given
     # The layouts must be legal for the full model too; only its batch may change.
     given.batch = config.batch
     if wanted:
-        wanted = [checked(given, layout) for layout in wanted]
+        wanted = [fit_layout(given, layout) for layout in wanted]
         for layout in wanted:
-            checked(config, layout)
+            fit_layout(config, layout)
         return config, wanted
-    return config, [layout for layout in automatic(given, settings.ranks) if legal(config, layout)]
+    return config, [layout for layout in all_layouts(given, settings.ranks) if is_legal(config, layout)]
 
 
-def compared(config: Config, settings: ParityConfig, layouts: list[Layout]) -> Iterator[Verdict]:
+def compare_layouts(config: Config, settings: ParityConfig, layouts: list[Layout]) -> Iterator[Verdict]:
     """Yields the verdict on each layout, in order. Starts and ends the ranks."""
     limit = LIMIT_SECONDS if settings.shrink else config.parallel.timeout_seconds
     apart = sees_accumulation(config.model.moe)

@@ -28,18 +28,18 @@ class Reference(NamedTuple):
 
 def reference_of(seen: Iterable[ObservedTensor], without_auxiliary: Iterable[ObservedTensor] = ()) -> Reference:
     """The reference from what one process observed, and from its first step without auxiliary losses, for hints."""
-    tensors = assembled(seen)
+    tensors = assemble(seen)
     largest: dict[tuple[int, str], float] = {}
     sizes = {key: _largest(tensor) for key, tensor in tensors.items()}
     for key, size in sizes.items():
         largest[key[:2]] = max(size, largest.get(key[:2], 0.0))
     scales = {key: max(size, FLOOR * largest[key[:2]], 1e-30) for key, size in sizes.items()}
-    plain = {key.name: tensor for key, tensor in assembled(without_auxiliary).items() if key.kind == "gradient"}
+    plain = {key.name: tensor for key, tensor in assemble(without_auxiliary).items() if key.kind == "gradient"}
     auxiliary = {name: tensors[Key(1, "gradient", name)] - tensor for name, tensor in plain.items()}
     return Reference(tensors, scales, auxiliary)
 
 
-def assembled(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
+def assemble(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
     """Whole tensors from the pieces that one process observed; floats become fp64."""
     wholes: dict[Key, Tensor] = {}
     for key, piece, tensor in seen:

@@ -70,10 +70,10 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
     clip_norm = config.optimizer.clip_norm
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
-        with watched(parallel, rows, step) as outputs:
+        with record_outputs(parallel, rows, step) as outputs:
             position = BatchPosition(config.seed, step)
             numbers = train_step(parallel, optimizer, StepInput(rows, config.optimizer.lr, clip_norm, position))
-        seen += [*(outputs if step == 1 else []), *reported(parallel, numbers, step)]
+        seen += [*(outputs if step == 1 else []), *observe_numbers(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)
             seen += gradients(parallel, factor)
@@ -104,7 +104,7 @@ def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tens
 
 
 @contextmanager
-def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[ObservedTensor]]:
+def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[ObservedTensor]]:
     """Collects the outputs of attention and feed-forward of each block. With recomputation only the first output counts."""
     seen: dict[tuple[str, int], ObservedTensor] = {}
     started: list[Rows] = []
@@ -133,7 +133,7 @@ def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterato
     collected += seen.values()
 
 
-def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
+def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
     """The numbers of the step without its norm; those of MoE layers have the names of the layers."""
     layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
     for kind, field in OF_LAYERS.items():

@@ -1,4 +1,4 @@
-"""The arrows between the folders, read from the imports: launch -> train -> {parallel, data}, parallel -> moe; interop beside."""
+"""Fails on any import between folders that points the wrong way: launch -> train -> {parallel, data}, parallel -> moe."""
 
 import ast
 import functools

@@ -123,7 +123,9 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, position: BatchPosit
     config = parallel.model.config
     position = (position or BatchPosition())._replace(row=rows.first)
     valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
-    (summed, *further), stats = parallel.model(rows.ids, valid_BS, head_losses=heads, position=position, documents_BS=rows.documents)
+    (summed, *further), stats = parallel.model(
+        rows.ids, valid_BS, head_losses=heads, position=position, documents_BS=rows.documents
+    )
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
 

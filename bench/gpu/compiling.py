@@ -6,7 +6,7 @@ from time import monotonic
 import torch
 
 from ...parallel.apply import initialise
-from ...parity.compare import assembled
+from ...parity.compare import assemble
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
@@ -52,7 +52,7 @@ def same_numbers(recorder: Recorder, precision: Precision, limits: dict[str, flo
             parallel = build_single_rank(SHALLOW, recorder.device, DTYPES[precision], None, compiled=compiled)
             initialise(parallel, 1)
             seen = observe_model(parallel, configured(SHALLOW, precision), STEPS)
-            found.append(assembled(one._replace(tensor=one.tensor.cpu()) for one in seen))
+            found.append(assemble(one._replace(tensor=one.tensor.cpu()) for one in seen))
     torch.compiler.reset()
     for column, (value, key) in furthest(found[1], found[0]).items():
         where = f"step {key.step}, {key.kind} {key.name}".strip()

@@ -22,7 +22,7 @@ from ...parallel.config import Exchange, ParallelConfig
 from ...parallel.fsdp import apply_fsdp
 from ...parallel.layout import DENSE, EXPERTS, mesh_sizes
 from ...parallel.mesh import Axis, Mesh
-from ...parity.compare import assembled
+from ...parity.compare import assemble
 from ...parity.observe import observe_model
 from ...train.config.config import Precision
 from ...train.derive import DTYPES
@@ -67,7 +67,7 @@ def trained(
     parallel = build_single_rank(MODEL, device, DTYPES[precision], exchange, zero, chunks)
     initialise(parallel, config.seed)
     seen = observe_model(parallel, config, STEPS)
-    return assembled(one._replace(tensor=one.tensor.cpu()) for one in seen)
+    return assemble(one._replace(tensor=one.tensor.cpu()) for one in seen)
 
 
 def build_single_rank(

@@ -19,7 +19,7 @@ from ...parallel.mesh import build_mesh
 from ...parallel.object_collectives import from_all
 from ...parity.choose_layouts import Layout
 from ...parity.command import explained
-from ...parity.compare import Reference, assembled, compare, reference_of
+from ...parity.compare import Reference, assemble, compare, reference_of
 from ...parity.diagnose import judge, place
 from ...parity.observe import ObservedTensor, observe
 from ...train.config.config import Config, Precision
@@ -80,14 +80,14 @@ def main(rank: int, kind: str, meeting: Path, seconds: float) -> int:
     exact_products()
     torch.set_num_threads(1)
     exact = reference_of(seen(on(Precision.fp64), device))
-    narrow = assembled(seen(on(Precision.bf16), device))
+    narrow = assemble(seen(on(Precision.bf16), device))
     with world(device, rank, 2, meeting):
         for name, parallel in LAYOUTS.items():
             if has_time(end):
                 print_check(rank, f"{name}, fp64", *against(exact, parallel, device))
         for name, parallel in LAYOUTS.items():
             if has_time(end):
-                losses = assembled(one for one in seen(on(Precision.bf16, parallel), device) if one.key.kind == "cross entropy")
+                losses = assemble(one for one in seen(on(Precision.bf16, parallel), device) if one.key.kind == "cross entropy")
                 value = max(worst_row(loss, narrow[key]) for key, loss in losses.items())
                 print_check(rank, f"{name}, bf16, losses", value, NARROW)
         print_check(rank, "every layout had its time", 0.0 if has_time(end) else float("inf"), 0.0)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...moe.config import ModelConfig
-from ...parity.compare import assembled
+from ...parity.compare import assemble
 from ...parity.finding import KINDS, Key
 from ...parity.observe import ObservedTensor, observe
 from ...train.config.compose import CONF
@@ -56,11 +56,11 @@ def compare(recorder: Recorder, name: str, model: ModelConfig) -> None:
     """Checks each precision and column."""
     choices = ChoiceLog()
     with record_choices(choices):
-        reference = assembled(observe(configured(model, Precision.fp64), STEPS))
+        reference = assemble(observe(configured(model, Precision.fp64), STEPS))
     for precision, limits in LIMITS.items():
         own = ChoiceLog(choices.made)
         with replay_choices(own):
-            found = assembled(_on_host(observe(configured(model, precision), STEPS, device=recorder.device)))
+            found = assemble(_on_host(observe(configured(model, precision), STEPS, device=recorder.device)))
         for column, (value, key) in furthest(found, reference).items():
             where = f"step {key.step}, {key.kind} {key.name}".strip()
             recorder.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
