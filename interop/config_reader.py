@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..checkpoint.bounded import brief, said
+from ..checkpoint.bounded import brief, short_message
 
 MOST = 1 << 40
 """Upper bound of a whole number."""
@@ -72,5 +72,5 @@ class ConfigReader:
                 raise self.wrong(key, "is not supported")
 
     def wrong(self, key: str, rule: str) -> ValueError:
-        """Returns the error about `key`, for the caller to raise."""
-        return ValueError(f"{self.place}{said(key)}={brief(self._values.get(key))}: {rule}")
+        """The error about `key`, to be raised."""
+        return ValueError(f"{self.place}{short_message(key)}={brief(self._values.get(key))}: {rule}")

@@ -20,12 +20,13 @@ from ..checkpoint.bounded import (
     brief,
     check_header,
     check_name,
+    file_bytes,
+    json_limit,
     read_regular,
-    room_beside,
-    said,
+    short_message,
     strict_json,
-    tensor_bytes,
 )
+from ..checkpoint.safetensors_file import content_of, header_bytes
 from .weight_mapping import HFTensor
 
 log = logging.getLogger("tokenyard")
@@ -85,7 +86,7 @@ def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
     try:
         content = strict_json(read_regular(path, limit))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable JSON: {said(error)}") from None
+        raise ValueError(f"{path} is no readable JSON: {short_message(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content
@@ -98,7 +99,7 @@ def open_file(path: Path) -> Iterator[Any]:
         check_header(path)
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {said(error)}") from None
+        raise ValueError(f"{path} is no readable safetensors file: {short_message(error)}") from None
     with opened as file:
         yield file
 
@@ -142,7 +143,7 @@ def _indexed(path: Path) -> dict[str, str]:
     """The file of each tensor as the index says; empty without an index."""
     if not (path / INDEX).is_file():
         return {}
-    names = read_json(path / INDEX, room_beside(tensor_bytes(path))).get("weight_map")
+    names = read_json(path / INDEX, json_limit(file_bytes(path))).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{path / INDEX}: weight_map must name the file of each tensor")
     if len(names) > MOST_TENSORS:
@@ -178,8 +179,7 @@ def _header(path: Path) -> dict[str, TensorHeader]:
 # Writes safetensors files as Hugging Face names them (model-00001-of-00003.safetensors) and their index, one tensor at a time.
 
 SHARD_BYTES = 5_000_000_000
-"""The largest size of a file, unless one tensor is larger."""
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""A file is not larger, unless one tensor is."""
 
 
 class Output(NamedTuple):
@@ -205,7 +205,7 @@ def write_shards(folder: Path, outputs: dict[str, Output], read: Callable[[str],
     current: dict[str, Tensor] = {}
     for file, names in zip(files, shards, strict=True):
         with (folder / file).open("xb") as stream:
-            stream.write(_header_bytes({name: outputs[name] for name in names}))
+            stream.write(header_bytes({name: (outputs[name].dtype, outputs[name].shape) for name in names}))
             for name in names:
                 stream.write(_bytes(outputs[name], read, current))
     index = {
@@ -229,22 +229,9 @@ def _cut(outputs: dict[str, Output], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _header_bytes(outputs: dict[str, Output]) -> bytes:
-    """The JSON header of a file, behind its length in 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, output in outputs.items():
-        begin, end = end, end + output.bytes
-        header[name] = {"dtype": CODES[output.dtype], "shape": output.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _bytes(output: Output, read: Callable[[str], Tensor], current: dict[str, Tensor]) -> memoryview:
     """The bytes of one tensor. `current` caches our last tensor, since neighbours are often parts of the same one."""
     if output.ours not in current:
         current.clear()
         current[output.ours] = read(output.ours)
-    theirs = output.part.written(current[output.ours]).to(output.dtype).contiguous()
-    return theirs.reshape(-1).view(torch.uint8).numpy().data
+    return content_of(output.part.written(current[output.ours]).to(output.dtype))

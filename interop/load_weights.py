@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint.bounded import said
+from ..checkpoint.bounded import short_message
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from ..moe.param_count import count
@@ -40,7 +40,7 @@ def open_source(path: Path) -> HFSource:
     try:
         return HFSource(folder, family, model, read_plan(family, model, ours, folder.tensors), ours)
     except ValueError as error:
-        raise ValueError(f"{path}: {said(error)}") from None
+        raise ValueError(f"{path}: {short_message(error)}") from None
 
 
 def _check_bytes(path: Path, folder: HFFolder, model: ModelConfig) -> None:
@@ -48,7 +48,7 @@ def _check_bytes(path: Path, folder: HFFolder, model: ModelConfig) -> None:
     try:
         wanted = model.layers <= len(folder.tensors) and count(model).trained
     except (ArithmeticError, TypeError) as error:
-        raise ValueError(f"{path}: config.json makes no model: {said(error)}") from None
+        raise ValueError(f"{path}: config.json makes no model: {short_message(error)}") from None
     held = sum((path / file).stat().st_size for file in {stored.file for stored in folder.tensors.values()})
     if wanted is False or wanted > held:
         raise ValueError(f"{path}: config.json describes {model.layers} layers and more weights than are in {held} bytes")

@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from ..checkpoint.bounded import said
+from ..checkpoint.bounded import short_message
 from ..data.tokenizer import MODEL_FILE, SPACE_MARK, SentencePieceTokenizer, Tokenizer
 
 FILE = "tokenizer.json"
@@ -63,7 +63,7 @@ def import_tokenizer(path: Path, folder: Path) -> None:
         except BaseException as error:  # the library has no error class of its own, and its panics are BaseExceptions
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise ValueError(f"{FILE} cannot be read: {said(error)}") from None
+            raise ValueError(f"{FILE} cannot be read: {short_message(error)}") from None
         _check(tokenizer, fast)
     tokenizer.save(folder)
 

@@ -101,9 +101,9 @@ def _prepare(folder: str, processes: int, config: Config) -> None:
 
 
 def _words(folder: str) -> str:
-    from ..data.pretokenized import tokenizer_words
+    from ..data.pretokenized import tokenizer_overrides
 
-    return tokenizer_words(Path(folder))
+    return tokenizer_overrides(Path(folder))
 
 
 def _train_tokenizer(folder: Path, config: Config) -> None:
@@ -158,7 +158,7 @@ def source_table(data: DataPipeline, name: str, steps: int, length: int) -> list
     if isinstance(train, GlobalBatches):
         return _table([_whole(data, train, name, steps, length)], "documents: of the corpus; held out: for validation")
     counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in train.counts().items():
+    for key, value in train.metrics().items():
         label, _, count = key.removeprefix("data/").rpartition("/")
         counts[label][count] = value
     given = dict(zip((source.label for source in train.mixture.sources), train.mixture.rows, strict=True))

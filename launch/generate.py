@@ -6,8 +6,7 @@ from time import perf_counter
 
 from ..train.config.complain import complain, printable
 from ..train.config.config import SampleConfig
-from ..train.continuation import continuation
-from ..train.load import open_checkpoint
+from ..train.load import continuation, open_checkpoint
 
 
 def generate_command(arguments: argparse.Namespace) -> int:

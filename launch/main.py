@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from ..train.allocator import restart_with_kept_memory
 from ..train.config.complain import BAD_USAGE, printable
 from ..train.config.redact import redact_tracebacks
-from ..train.fault_tolerance.signals import SAVING, hold_back
+from ..train.fault_tolerance.signals import SAVING, block_signals
 from ..version import __version__
 from .parser import OneLineParser, not_negative, port, positive, share
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         redact_tracebacks()
     if argv is None and words[0] == "train":
-        hold_back(SAVING)  # there is nothing to save yet, and the signal's default is to end the process
+        block_signals(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
     return VERBS[words[0]](words[1:])
 

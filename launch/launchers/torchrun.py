@@ -15,7 +15,7 @@ from ...train.config.config import Config, ConfigError
 from ...train.config.private_files import new_run_folder
 from ...train.config.schema import quoted
 from ...train.fault_tolerance.processes import LAUNCHER
-from ...train.fault_tolerance.signals import SAVING, STOPPING, held_back
+from ...train.fault_tolerance.signals import SAVING, STOPPING, signals_blocked
 
 # The signals that ask a run to save or stop are forwarded to the ranks instead of ending the launcher.
 
@@ -34,7 +34,7 @@ def forwarding() -> Iterator[None]:
     for number in (*STOPPING, *SAVING):
         signal.signal(number, forward)
     try:
-        with held_back():
+        with signals_blocked():
             yield
     finally:
         for number in (*STOPPING, *SAVING):

@@ -16,7 +16,7 @@ import pytest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
-from tokenyard.parity.command import planned
+from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import split_settings
 from tokenyard.train.config.compose import CONF, compose, parse_arguments
 from tokenyard.train.config.launch import Launcher
@@ -135,7 +135,7 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             own = [word for word in arguments if word not in ("HF_FOLDER", ">", "docs/models.md", "model=NAME")]
             assert main(["params", *(own or ["model=default"])]) == 0
         case ["tokenyard", "parity", *arguments]:
-            assert planned(*split_settings(arguments))[1]
+            assert plan_comparison(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:

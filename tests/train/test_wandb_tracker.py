@@ -10,7 +10,7 @@ import pytest
 import tokenyard
 from tiny_run import TINY_RUN
 from tokenyard.train.config.config import TrackerConfig
-from tokenyard.train.logging.expert_stats.alerts import GRAVE, TITLES
+from tokenyard.train.logging.expert_stats.alerts import ERRORS, TITLES
 from tokenyard.train.logging.trackers.wandb_tracker import account, init_arguments, mode
 
 RUN = """
@@ -34,13 +34,13 @@ from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis
 from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.logging.console.text import Printer
 from tokenyard.train.logging.journal import Journal
-from tokenyard.train.logging.run_logger import RunLogger
+from tokenyard.train.logging.run_logger import RankZeroLogger
 from tokenyard.train.logging.expert_stats.alerts import TITLES
 from tokenyard.train.logging.trackers.trackers import build_trackers
 from tokenyard.train.fault_tolerance.watchdog import Watchdog
 folder = Path(sys.argv[1])
-rank = RunLogger.__new__(RunLogger)
-rank.late, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
+rank = RankZeroLogger.__new__(RankZeroLogger)
+rank.pending, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
 rank.events = Journal(folder / "events.jsonl")
 rank.trackers = build_trackers(TrackerConfig(), folder, "abcd1234", events=rank.events)
 rank.trackers.start({})
@@ -48,7 +48,7 @@ rank.trackers.log({"step": 7, "loss": 2.0})
 for kind in TITLES:
     if kind != "stall":
         rank.alert(kind, "some words")
-Watchdog(folder, 0, 2, 1.0, tell=rank.stalled)._report()
+Watchdog(folder, 0, 2, 1.0, on_hang=rank.on_hang)._report()
 """
 
 
@@ -192,7 +192,7 @@ def test_a_hang_and_every_kind_of_alert_is_told(tmp_path: Path) -> None:
     assert done.returncode == 69, done.stderr
     alerts, codes, history = told(tmp_path)
     assert [title for title, _, _ in alerts] == [TITLES[kind] for kind in [*(set_without(TITLES, "stall")), "stall"]]
-    assert all((level == "ERROR") == (title in {TITLES[kind] for kind in GRAVE}) for title, _, level in alerts)
+    assert all((level == "ERROR") == (title in {TITLES[kind] for kind in ERRORS}) for title, _, level in alerts)
     assert alerts[0][1] == "step 7: some words" and "rank" in alerts[-1][1]
     assert codes == [69] and [item["global_step"] for item in history] == [7]
 
