@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..parallel import collectives
@@ -121,7 +120,8 @@ class Traffic(TorchDispatchMode):
                 _, sent, group, _, splits = args[:5]
                 ranks = _ranks(group)
                 rows = splits or [len(sent) // len(ranks)] * len(ranks)
-                self._add(ranks, [count * _bytes_of_a_row(sent) for count in rows])
+                row_bytes = sent.element_size() * sent.shape[1:].numel()
+                self._add(ranks, [count * row_bytes for count in rows])
             case "_allgather_base_":
                 _, sent, group = args[:3]
                 self._add(_ranks(group), [sent.numel() * sent.element_size()] * len(_ranks(group)))
@@ -136,7 +136,3 @@ class Traffic(TorchDispatchMode):
 def _ranks(group: Any) -> list[int]:
     """The world ranks of a group, in the order of the group."""
     return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-
-
-def _bytes_of_a_row(sent: Tensor) -> int:
-    return sent.element_size() * sent.shape[1:].numel()

@@ -77,7 +77,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, settings = func._opname, kwargs or {}
-        if name in SYNCHRONISING or _has_unknown_size(name, args, settings) or _checks_numbers(name, settings):
+        if (
+            name in SYNCHRONISING
+            or _has_unknown_size(name, args, settings)
+            or (name == "segment_reduce" and not settings.get("unsafe"))
+        ):
             self.found[_caller()] += 1
         return func(*args, **settings)
 
@@ -86,10 +90,6 @@ def _has_unknown_size(name: str, args: Any, settings: dict[str, Any]) -> bool:
     if name in ("index", "index_put", "index_put_"):
         return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return name == "repeat_interleave" and isinstance(args[-1], Tensor) and settings.get("output_size") is None
-
-
-def _checks_numbers(name: str, settings: dict[str, Any]) -> bool:
-    return name == "segment_reduce" and not settings.get("unsafe")
 
 
 def _caller() -> str:

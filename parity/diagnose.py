@@ -41,7 +41,9 @@ def _scaled_by_rank(mismatch: Mismatch) -> Iterator[Hint]:
     """All gradients of a rank share a factor that differs between ranks."""
     if mismatch.key[1] != "gradient":
         return
-    of_ranks = [[f.ratio or (0.0 if _differs(f) else 1.0) for f in rank if _is_gradient(f)] for rank in mismatch.by_rank]
+    of_ranks = [
+        [f.ratio or (0.0 if _differs(f) else 1.0) for f in rank if f.kind == "gradient" and f.digest] for rank in mismatch.by_rank
+    ]
     factors = [ratios[0] for ratios in of_ranks if ratios]
     if all(_close(ratio, ratios[0]) for ratios in of_ranks for ratio in ratios) and not _close(min(factors), max(factors)):
         shown = ", ".join(f"{factor:.3g}" for factor in factors)
@@ -132,10 +134,6 @@ def _only_later_rows(mismatch: Mismatch) -> bool:
 
 def _of_key(mismatch: Mismatch) -> list[Finding]:
     return [finding for findings in mismatch.by_rank for finding in findings if finding[:3] == mismatch.key]
-
-
-def _is_gradient(finding: Finding) -> bool:
-    return finding.kind == "gradient" and bool(finding.digest)
 
 
 def _differs(finding: Finding) -> bool:

@@ -79,9 +79,6 @@ class Ledger(TorchDispatchMode):
         self._pinned.add(StorageWeakRef(x.untyped_storage()))
         return x
 
-    def _is_pinned(self, x: Tensor) -> bool:
-        return StorageWeakRef(x.untyped_storage()) in self._pinned
-
     def _place(self, namespace: str, name: str, tensors: list[Tensor]) -> None:
         here = [x.device.type == self.device for x in tensors]
         if name in COPIES or not tensors or all(here):
@@ -109,7 +106,7 @@ class Ledger(TorchDispatchMode):
         if (source.device.type == self.device) == (target_kind == self.device):
             return
         host = source if target_kind == self.device else target  # None: an asynchronous `to` allocates pinned memory
-        if not asynchronous or (host is not None and not self._is_pinned(host)):
+        if not asynchronous or (host is not None and StorageWeakRef(host.untyped_storage()) not in self._pinned):
             self.waits[caller()] += 1
 
 

@@ -84,7 +84,11 @@ def _transformers(ours: MoELayer, shape: LayerShape) -> Forward:
     )
     with torch.device("meta"):
         block = mixtral.MixtralSparseMoeBlock(config)
-    names = {"gate.weight": ours.router.weight, "experts.gate_up_proj": _gate_up(ours), "experts.down_proj": ours.experts.down}
+    names = {
+        "gate.weight": ours.router.weight,
+        "experts.gate_up_proj": ours.experts.gate_up.flatten(1, 2),
+        "experts.down_proj": ours.experts.down,
+    }
     return _with_shared(ours, _filled(block, names))
 
 
@@ -141,10 +145,6 @@ def _module(name: str) -> Any:
     if importlib.util.find_spec(top) is None:
         raise Unavailable("not installed")
     return importlib.import_module(name)
-
-
-def _gate_up(ours: MoELayer) -> Tensor:
-    return ours.experts.gate_up.flatten(1, 2)
 
 
 def _filled(module: nn.Module, weights: dict[str, Tensor | None]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 from ...moe.config import ModelConfig
 from ...parity.compare import assemble
 from ...parity.finding import KINDS, Key
-from ...parity.observe import ObservedTensor, observe
+from ...parity.observe import observe
 from ...train.config.compose import CONF
 from ...train.config.config import BatchConfig, Config, OptimizerConfig, Precision
 from .choices import ChoiceLog, record_choices, replay_choices
@@ -60,7 +59,8 @@ def compare(recorder: Recorder, name: str, model: ModelConfig) -> None:
     for precision, limits in LIMITS.items():
         own = ChoiceLog(choices.made)
         with replay_choices(own):
-            found = assemble(_on_host(observe(configured(model, precision), STEPS, device=recorder.device)))
+            seen = observe(configured(model, precision), STEPS, device=recorder.device)
+            found = assemble(one._replace(tensor=one.tensor.cpu()) for one in seen)
         for column, (value, key) in furthest(found, reference).items():
             where = f"step {key.step}, {key.kind} {key.name}".strip()
             recorder.below(f"{name}, {precision.value}, {column}", value, limits[column], where)
@@ -92,10 +92,6 @@ def furthest(found: dict[Key, Tensor], reference: dict[Key, Tensor]) -> dict[str
         apart = Apart(measure(found[key], expected, FLOORS.get(column, 0.0) * largest[key.kind]), key)
         farthest[column] = max(farthest.get(column, apart), apart)
     return farthest
-
-
-def _on_host(seen: Iterable[ObservedTensor]) -> Iterable[ObservedTensor]:
-    return (one._replace(tensor=one.tensor.cpu()) for one in seen)
 
 
 # Reads the models of conf/model/ without Hydra, which may not be installed; tests/bench/test_gpu_checks.py compares both.

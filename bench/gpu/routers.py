@@ -67,11 +67,6 @@ RANDOM = ("switch, jitter", "noise, importance and load", "gshard", "random drop
 
 
 def run(recorder: Recorder) -> None:
-    for name, model in router_models().items():
-        compare(recorder, name, model)
-
-
-def router_models() -> dict[str, ModelConfig]:
-    """A small model with each router."""
     sizes = ModelConfig(layers=2, width=32, heads=4, kv_heads=4, hidden=48, vocabulary=64, init_std=0.2)
-    return {name: dataclasses.replace(sizes, moe=moe) for name, moe in ROUTERS.items()}
+    for name, config in ROUTERS.items():
+        compare(recorder, name, dataclasses.replace(sizes, moe=config))

@@ -85,7 +85,8 @@ class Worker:
 
 def measure(name: str, case: Case, sides: list[Side], plan: Measurement) -> list[SideResult]:
     """Results of the sides, in their order. Raises RuntimeError if a side fails, or if losses that must be equal are not."""
-    refused = {side: words for side in sides if (words := refusal(side, case, _available()))}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    refused = {side: words for side in sides if (words := refusal(side, case, memory))}
     lines = {side: SideResult(name, side.name, note=words) for side, words in refused.items()}
     for group in groups([side for side in sides if side not in refused], plan.together):
         workers = [Worker(side, case, plan) for side in group]
@@ -138,8 +139,3 @@ def _same(worker: Worker, ours: Worker, case: Case) -> bool:
     if abs(mine / reference - 1) > TOLERANCE[case.precision]:
         raise RuntimeError(f"{worker.side.name} begins with a loss of {mine}, {ours.side.name} with {reference}: not the same work")
     return True
-
-
-def _available() -> int:
-    """Bytes of physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
