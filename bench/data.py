@@ -98,7 +98,7 @@ def batches(config: DataConfig, tokenizer: TokenizerConfig, steps: int) -> float
     def work() -> int:
         for step in range(steps):
             data.batch(step)
-        return int(data.counts().get("data/jsonl/document_tokens", steps * LENGTH * SEQUENCES))
+        return int(data.metrics().get("data/jsonl/document_tokens", steps * LENGTH * SEQUENCES))
 
     return rate(work)
 

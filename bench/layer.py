@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import dispatch, layer
-from ..moe import experts as expert_function
+from ..moe import experts as experts_module
 from ..moe.config import ModelConfig, MoEConfig
 from ..moe.layer import MoELayer
-from ..moe.scoring import Choice
+from ..moe.scoring import ChosenExperts
 from ..train.allocator import restart_with_kept_memory
 from .timing import Ratio, markdown, ratio, take_turns
 
@@ -58,12 +58,12 @@ def our_layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> Mo
 
 PARTS = {
     "route": ((layer.Router, "forward"),),
-    "sort": ((dispatch, "plan_rows"), (dispatch, "rounded_up")),
-    "gather": ((expert_function, "gather_rows"),),
-    "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
-    "activation": ((expert_function, "_activated"), (expert_function, "_back_through_activation")),
-    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices")),
-    "combine": ((expert_function, "sum_rows"),),
+    "sort": ((dispatch, "plan_rows"), (dispatch, "pad_to_multiple")),
+    "gather": ((experts_module, "gather_rows"),),
+    "products": ((experts_module, "grouped_mm"), (experts_module, "grouped_outer")),
+    "activation": ((experts_module, "_activated"), (experts_module, "_activation_backward")),
+    "weights": ((experts_module, "weights_per_row"), (experts_module, "values_per_choice")),
+    "combine": ((experts_module, "sum_rows"),),
 }
 """The functions of each part. The remaining time is `rest`: the backward pass of the router, autograd."""
 
@@ -129,8 +129,8 @@ class Bench:
     def forward(self) -> Tensor:
         if self.chosen_TK is None:
             return self.layer(self.x_BSD)[0]
-        choice = Choice(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
-        with patch("tokenyard.moe.router.choose", lambda *_: choice):
+        choice = ChosenExperts(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
+        with patch("tokenyard.moe.router.choose_experts", lambda *_: choice):
             return self.layer(self.x_BSD)[0]
 
     def backward(self, y_BSD: Tensor) -> None:

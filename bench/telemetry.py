@@ -16,13 +16,14 @@ from unittest.mock import patch
 import torch
 
 from ..moe import router
-from ..moe.router import RouterMetrics, gauge
+from ..moe.router import RouterMetrics, compute_router_metrics
 from ..train.config.compose import compose
 from ..train.config.config import Config
-from ..train.logging.expert_stats.collector import ExpertStats
+from ..train.logging.expert_stats.collector import ExpertStats, describe
 from ..train.logging.journal import Journal
 from ..train.run import single_step
 from ..train.setup import open_session
+from ..train.step import StepNumbers
 from .timing import rotated
 
 TIERS = ("none", "brief", "detailed")
@@ -44,13 +45,13 @@ class TierResult(NamedTuple):
 
 
 class Timed:
-    """Calls `gauge` of moe/router.py and sums its time."""
+    """Calls `compute_router_metrics` of moe/router.py and sums its time."""
 
     seconds = 0.0
 
     def __call__(self, *arguments: Any) -> RouterMetrics:
         start = perf_counter()
-        found = gauge(*arguments)
+        found = compute_router_metrics(*arguments)
         self.seconds += perf_counter() - start
         return found
 
@@ -64,7 +65,7 @@ class TierRun:
     def __init__(self, config: Config, folder: Path) -> None:
         self.session = open_session(config, torch.device("cpu"))
         self.session.parallel.model.train()
-        self.watch = ExpertStats(self.session)
+        self.expert_stats = ExpertStats(self.session)
         self.journal = Journal(folder / "telemetry.jsonl")
         self.probes: list[float] = []
 
@@ -75,17 +76,25 @@ class TierRun:
         for _ in range(count):
             numbers = single_step(self.session)
             start = perf_counter()
-            self.watch.took(numbers)
-            seen = self.watch.look(numbers, validated=False, saves=False).seen()
-            if seen.record is not None:
-                self.journal.write(seen.record)
+            self.expert_stats.update(numbers)
+            record = self.record(numbers, validated=False)
+            if record is not None:
+                self.journal.write(record)
             watching += perf_counter() - start
         seconds, watching = (perf_counter() - begin) / count, watching + GAUGES.seconds
         assert numbers is not None
         start = perf_counter()
-        self.watch.look(numbers, validated=True, saves=False).seen()
+        self.record(numbers, validated=True)
         self.probes.append(perf_counter() - start)
         return seconds, watching / count
+
+    def record(self, numbers: StepNumbers, validated: bool) -> dict[str, Any] | None:
+        """The record for telemetry.jsonl, if one is due; copies all statistics to the host."""
+        snapshot = self.expert_stats.snapshot(numbers, validated, saves=False)
+        if snapshot is None:
+            return None
+        snapshot = snapshot._replace(tensors={name: tensor.cpu() for name, tensor in snapshot.tensors.items()})
+        return describe(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
 
 
 def main() -> None:
@@ -105,7 +114,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def measure(overrides: list[str], rounds: int, steps: int) -> list[TierResult]:
     """Measures each tier."""
-    with patch.object(router, "gauge", GAUGES), tempfile.TemporaryDirectory() as folder:
+    with patch.object(router, "compute_router_metrics", GAUGES), tempfile.TemporaryDirectory() as folder:
         runners = {tier: _runner(tier, overrides, Path(folder) / tier) for tier in TIERS}
         for runner in runners.values():
             runner.steps(2)

@@ -1,4 +1,4 @@
-"""The folder `checkpoints` of a run: which are in it, what a crash has left, and which may go.
+"""The folder `checkpoints` of a run: lists its checkpoints and removes them, and what interrupted saves left.
 
 A checkpoint is complete exactly when it has its final name: it is written under another name and renamed. No torch here.
 """
@@ -10,51 +10,52 @@ from pathlib import Path
 
 from ..parallel.failpoints import failpoint
 from .fsync import sync_folder
-from .manifest import MANIFEST
+from .manifest import MANIFEST, STEP_FOLDER
 
-FINAL = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(r"(step_\d{8,})\.tmp-.+")
 REPLACED = ".tmp-replaced-"
 PRUNED = ".tmp-pruned-"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All with a final name, newest first; whether they can be read is not asked."""
+    """All checkpoints with a final name, newest first; they are not opened."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if FINAL.fullmatch(path.name) and path.is_dir()), key=step_of, reverse=True)
+    return sorted(
+        (path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()), key=step_of, reverse=True
+    )
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """Of a run folder or of its `checkpoints`, newest first; `path` itself if it is a checkpoint or has none."""
+    """The checkpoints of a run folder or of its `checkpoints`, newest first; only `path` if it is or is named like a checkpoint."""
     if (path / MANIFEST).is_file():
         return [path]
-    return checkpoints_in(path / "checkpoints") or checkpoints_in(path) or ([path] if FINAL.fullmatch(path.name) else [])
+    return checkpoints_in(path / "checkpoints") or checkpoints_in(path) or ([path] if STEP_FOLDER.fullmatch(path.name) else [])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The one of the highest step in `folder` that has a manifest; None if there is none."""
+    """The checkpoint in `folder` with the highest step that has a manifest; None if there is none."""
     return next((path for path in checkpoints_in(Path(folder)) if (path / MANIFEST).is_file()), None)
 
 
 def step_of(path: Path) -> int:
-    """The step in the name."""
+    """The step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Renamed first, so that no folder with a final name is ever half removed."""
-    doomed = path.with_name(f"{path.name}{PRUNED}{secrets.token_hex(4)}")
-    path.rename(doomed)
-    sync_folder(doomed.parent)
+    """Rename the folder, so that none with a final name is ever half removed, and remove it."""
+    renamed = path.with_name(f"{path.name}{PRUNED}{secrets.token_hex(4)}")
+    path.rename(renamed)
+    sync_folder(renamed.parent)
     failpoint("checkpoint.prune", step_of(path))
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what interrupted saves left in `folder` and return those paths. For one rank, while nobody saves.
+    """Remove what interrupted saves left in `folder` and return those paths. On one rank, while no save is under way.
 
-    A checkpoint that had been set aside for its replacement, which then never came, gets its name back.
+    A checkpoint that was set aside for a replacement that never came gets its name back.
     """
     removed = []
     for path in sorted(Path(folder).glob("step_*.tmp-*")):

@@ -1,4 +1,4 @@
-"""Files that are on the disk when a call returns, and names that appear only when what they name is complete."""
+"""Files that are on the disk when the call returns."""
 
 import os
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def sync(file: Any) -> None:
-    """Return only when the written `file` is on the disk."""
+    """Flush `file` and return once its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Return only when the names in `folder` are on the disk."""
+    """Return once the names in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,7 +21,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write the new file `path`: other processes see all of it or nothing."""
+    """Write the new file `path`; other processes see all of it or nothing."""
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("wb") as file:
         file.write(content)

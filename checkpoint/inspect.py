@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its manifest alone: no tensor is read, and torch is not needed."""
+"""What a checkpoint holds, from its manifest alone. No torch here."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq", "random", "other")
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """As plain JSON. DamagedCheckpoint if the manifest cannot be read, or the files have other sizes than it says."""
+    """A checkpoint in plain JSON. DamagedCheckpoint if the manifest cannot be read, or a file has another size than it says."""
     manifest = read_manifest(path)
     check_sizes(path, manifest)
     facts = manifest.facts
@@ -22,7 +22,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "torch": facts.get("torch"),
         "ranks": facts.get("ranks"),
         "layout": facts.get("layout"),
-        "tensors": kinds(manifest),
+        "tensors": _sizes(manifest),
         "files": {name: record.bytes for name, record in (manifest.files | manifest.attachments).items()},
         "bytes": sum(record.bytes for record in (manifest.files | manifest.attachments).values()),
         "experts": {layer: len(next(iter(hashes.values()), [])) for layer, hashes in manifest.experts.items()},
@@ -31,19 +31,19 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def kinds(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Tensors, elements and bytes by kind."""
+def _sizes(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Numbers of tensors, elements and bytes by kind."""
     found = {kind: {"tensors": 0, "elements": 0, "bytes": 0} for kind in KINDS}
     for name, record in manifest.tensors.items():
-        count, size = found[kind_of(name)], math.prod(record.shape)
+        count, size = found[_kind(name)], math.prod(record.shape)
         count["tensors"] += 1
         count["elements"] += size
         count["bytes"] += size * ITEM_BYTES[record.dtype]
     return {kind: count for kind, count in found.items() if count["tensors"]}
 
 
-def kind_of(name: str) -> str:
-    """By the tensor's name."""
+def _kind(name: str) -> str:
+    """The kind of a tensor by its name."""
     first, last = name.partition(".")[0], name.rpartition(".")[2]
     if first == "model":
         return "weights"

@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint holds and in which file. Nothing in it is trusted before `read_manifest` has checked it.
+"""manifest.json: what a checkpoint holds and in which file. `read_manifest` trusts nothing in it unchecked.
 
 No torch here: a wrong `checkpoint.resume` is refused before torch is imported.
 """
@@ -15,8 +15,8 @@ import xxhash
 
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
-from ..parallel.shard import apart
-from .bounded import MOST_DIMENSIONS, brief, check_name, read_regular, room_beside, said, strict_json, tensor_bytes
+from ..parallel.shard import ShardMetadata, disjoint
+from .bounded import MOST_DIMENSIONS, brief, check_name, file_bytes, json_limit, read_regular, short_message, strict_json
 from .facts import check_facts
 from .fsync import sync
 
@@ -38,17 +38,17 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-"""Bytes of an element by the code of its dtype, as safetensors writes it."""
+"""Bytes of an element by dtype, as safetensors codes it."""
 LARGEST_MANIFEST = 1 << 30
-"""Bytes; and no more than the files beside it can need."""
+"""Bytes; a smaller limit follows from the files that it may describe."""
 MOST_TENSORS = 1 << 17
-"""Those of a thousand layers, with both their moments, are fewer."""
-NAMED = re.compile(r"step_(\d{8,})")
-"""What a checkpoint's folder is called; see folder.py."""
+"""More than a thousand layers have, with both their moments."""
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+"""Name of a checkpoint's folder."""
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what it was when it was written: `file` is at fault."""
+    """A checkpoint is not what was written: `file` is missing, changed or unsafe."""
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(file, reason)
@@ -59,7 +59,7 @@ class DamagedCheckpoint(ValueError):
 
 
 class NoManifest(DamagedCheckpoint):
-    """A manifest that is missing, or not one that tokenyard writes: nothing of the checkpoint can be used."""
+    """The manifest is missing, or not one that tokenyard writes: nothing of the checkpoint can be used."""
 
 
 class FileRecord(NamedTuple):
@@ -70,16 +70,15 @@ class FileRecord(NamedTuple):
 
 
 class ChunkRecord(NamedTuple):
-    """A rectangle of a tensor: the tensor `key` of the safetensors file `file`."""
+    """A rectangle of a tensor, stored as the tensor `key` of the safetensors file `file`."""
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    metadata: ShardMetadata
     file: str
     key: str
 
 
 class TensorRecord(NamedTuple):
-    """A tensor: its dtype (the code that safetensors uses), global shape and rectangles. Empty ones are not stored."""
+    """A tensor: its dtype as safetensors codes it, its global shape, and its rectangles, without those that are empty."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -88,16 +87,16 @@ class TensorRecord(NamedTuple):
 
 @dataclass
 class Manifest:
-    """All that is known of a checkpoint without opening another file."""
+    """The content of manifest.json."""
 
     step: int
     facts: dict[str, Any]
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
     attachments: dict[str, FileRecord] = field(default_factory=dict)
-    """Files beside the tensors, as the tokenizer's, by `folder/name`."""
+    """Other files than those of tensors, such as the tokenizer's, by `folder/name`."""
     experts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """See expert_hashes.py: by layer and kind of tensor, the hash of each expert by global id."""
+    """By layer and kind of tensor, the hash of each expert by global id (expert_hashes.py)."""
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -108,7 +107,14 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "step": manifest.step,
         "facts": manifest.facts,
         "tensors": {
-            name: {"dtype": record.dtype, "shape": record.shape, "chunks": [chunk._asdict() for chunk in record.chunks]}
+            name: {
+                "dtype": record.dtype,
+                "shape": record.shape,
+                "chunks": [
+                    {"offsets": metadata.offsets, "sizes": metadata.sizes, "file": file, "key": key}
+                    for metadata, file, key in record.chunks
+                ],
+            }
             for name, record in manifest.tensors.items()
         },
         "files": {name: record._asdict() for name, record in manifest.files.items()},
@@ -117,34 +123,34 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     }
     content["hash"] = _hash(content)
     with path.open("x", encoding="ascii") as file:
-        # One line per tensor and file: as good as indented to a reader's eye, and a fifth of the bytes.
+        # One line for each tensor and file is as readable as indented JSON, in a fifth of the bytes.
         file.write(_lines(content))
         sync(file)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint `folder`. NoManifest if it is missing, damaged, unsafe or of another version."""
+    """Returns the manifest of the checkpoint `folder`. NoManifest if it is missing, damaged, unsafe or of another version."""
     path = Path(folder) / MANIFEST
     try:
-        content = strict_json(read_regular(path, min(LARGEST_MANIFEST, room_beside(tensor_bytes(path.parent)))))
+        content = strict_json(read_regular(path, min(LARGEST_MANIFEST, json_limit(file_bytes(path.parent)))))
     except (FileNotFoundError, NotADirectoryError):
         raise NoManifest(path, f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
-        raise NoManifest(path, f"{path} is no readable JSON: {said(error)}") from None
+        raise NoManifest(path, f"{path} is no readable JSON: {short_message(error)}") from None
     try:
         manifest = _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
         raise NoManifest(path, f"{path} is damaged: {type(error).__name__}: {str(error)[:60]}") from None
     except ValueError as error:
-        raise NoManifest(path, f"{path}: {said(error)}") from None
-    named = NAMED.fullmatch(path.parent.name)
+        raise NoManifest(path, f"{path}: {short_message(error)}") from None
+    named = STEP_FOLDER.fullmatch(path.parent.name)
     if named and int(named[1]) != manifest.step:
         raise NoManifest(path, f"{path} is of step {manifest.step}, and its folder is called {path.parent.name}")
     return manifest
 
 
-def checked_facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts` as they will be read again. ValueError if they are no plain JSON."""
+def json_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` as they will be read again. ValueError if they are not JSON."""
     try:
         return json.loads(json.dumps(facts, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -166,7 +172,7 @@ def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
 
 
 def check_unlisted(path: Path, manifest: Manifest) -> None:
-    """DamagedCheckpoint for a file or link in the folder that the manifest does not list: somebody else has put it there."""
+    """DamagedCheckpoint for a file or link in the folder that the manifest does not list."""
     listed = {MANIFEST, *manifest.files, *manifest.attachments}
     for found in sorted(path.rglob("*")):
         if (found.is_symlink() or not found.is_dir()) and found.relative_to(path).as_posix() not in listed:
@@ -174,7 +180,7 @@ def check_unlisted(path: Path, manifest: Manifest) -> None:
 
 
 def _parse(content: Any) -> Manifest:
-    """The schema, whole: what is not written here is in no manifest."""
+    """Check the whole schema: every key that a manifest may have is read here."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not the manifest of a tokenyard checkpoint: format must be {FORMAT!r}")
     if content["version"] != VERSION or type(content["version"]) is not int:
@@ -186,7 +192,10 @@ def _parse(content: Any) -> Manifest:
         raise ValueError(f"{len(tensors)} tensors are more than the {MOST_TENSORS} that a checkpoint may have")
     records = {check_name(name): _tensor(name, one, files) for name, one in tensors.items()}
     _check_room(records, files)
-    experts = {layer: _hashes(kinds) for layer, kinds in _object(content, "experts", optional=True).items()}
+    experts = {
+        layer: {kind: [_string(value) for value in _list(hashes)] for kind, hashes in kinds.items()}
+        for layer, kinds in _object(content, "experts", optional=True).items()
+    }
     step, facts = _count(content["step"]), check_facts(content["facts"])
     if facts.get("step", step) != step:
         raise ValueError(f"step = {step} must be facts.step = {facts['step']}")
@@ -206,53 +215,53 @@ def _file(one: dict[str, Any]) -> FileRecord:
     return FileRecord(_count(one["bytes"]), _string(one["hash"]))
 
 
-def _hashes(kinds: dict[str, Any]) -> dict[str, list[str]]:
-    return {kind: [_string(value) for value in _list(hashes)] for kind, hashes in kinds.items()}
-
-
 def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
     if _string(one["dtype"]) not in ITEM_BYTES:
         raise ValueError(f"tensor {name!r}: dtype = {brief(one['dtype'])} must be one of {', '.join(ITEM_BYTES)}")
     shape = _counts(one["shape"])
     chunks = [
-        ChunkRecord(_counts(chunk["offsets"]), _counts(chunk["sizes"]), _inside(chunk["file"]), check_name(chunk["key"]))
+        ChunkRecord(
+            ShardMetadata(shape, _counts(chunk["offsets"]), _counts(chunk["sizes"])),
+            _inside(chunk["file"]),
+            check_name(chunk["key"]),
+        )
         for chunk in _list(one["chunks"])
     ]
-    for chunk in chunks:
-        if chunk.file not in files:
-            raise ValueError(f"tensor {name!r}: file {chunk.file!r} must be listed under files")
-        if not len(chunk.offsets) == len(chunk.sizes) == len(shape):
+    for (_, offsets, sizes), file, _ in chunks:
+        if file not in files:
+            raise ValueError(f"tensor {name!r}: file {file!r} must be listed under files")
+        if not len(offsets) == len(sizes) == len(shape):
             raise ValueError(f"tensor {name!r}: the offsets and sizes of a chunk must have {len(shape)} dimensions")
-        if any(offset + size > extent for offset, size, extent in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
+        if any(offset + size > extent for offset, size, extent in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"tensor {name!r}: a chunk must lie inside of the shape {shape}")
-        if 0 in chunk.sizes:
+        if 0 in sizes:
             raise ValueError(f"tensor {name!r}: a chunk must hold something")
-    covered, total = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
-    if covered != total or not apart(chunks):
+    covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in chunks), math.prod(shape)
+    if covered != total or not disjoint([chunk.metadata for chunk in chunks]):
         raise ValueError(f"tensor {name!r} is incomplete: its chunks must cover each of its {total} elements once")
     return TensorRecord(one["dtype"], shape, chunks)
 
 
 def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:
-    """No file is said to hold more than its bytes: so memory for a tensor is never asked for beyond what files there are."""
+    """ValueError if a file would hold more than its bytes, so that no tensor takes more memory than there are bytes in files."""
     needed = dict.fromkeys(files, 0)
     for record in tensors.values():
         for chunk in record.chunks:
-            needed[chunk.file] += math.prod(chunk.sizes) * ITEM_BYTES[record.dtype]
+            needed[chunk.file] += math.prod(chunk.metadata.sizes) * ITEM_BYTES[record.dtype]
     for name, size in needed.items():
         if size > files[name].bytes:
             raise ValueError(f"file {name!r} is said to hold {size} bytes of tensors in {files[name].bytes}")
 
 
 def _inside(name: Any) -> str:
-    """A file's name, if it is a plain one: so it lies in the checkpoint's folder."""
+    """Returns a file's name. ValueError unless it is a plain one, of a file in the checkpoint's own folder."""
     if check_name(name) in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
         raise ValueError(f"file {brief(name)} must be a plain name, of a file in the checkpoint's own folder")
     return name
 
 
 def _attached(name: str) -> str:
-    """`folder/name` of two plain names."""
+    """Returns `folder/name`. ValueError unless both are plain names."""
     return "/".join(_inside(part) for part in name.split("/", maxsplit=1))
 
 
@@ -285,6 +294,7 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def _lines(content: dict[str, Any]) -> str:
+    """JSON with one line for each tensor, file and layer."""
     parts = []
     for key, value in content.items():
         text = json.dumps(value)
@@ -294,15 +304,15 @@ def _lines(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-# Does a checkpoint hold the tensors of the model that its configuration describes? Asked before any is made. No torch here.
+# Does a checkpoint hold the tensors of the model that its configuration describes? Checked before any is allocated.
 
 PREFIX = "model."
 BIAS = ".expert_bias"
-"""Ending of the one kind of tensor that a model may hold beside its parameters: a number for each output of the router."""
+"""Ending of the one kind of tensor that a model may hold in addition to its parameters: a number for each output of the router."""
 
 
 def check_fits(model: ModelConfig, tensors: Mapping[str, TensorRecord], path: Any) -> None:
-    """ValueError for the first parameter of `model` that `tensors` lacks or has in another shape; and for one too many."""
+    """ValueError for the first parameter of `model` that `tensors` lacks or has in another shape, or that the model has not."""
     stored = {name.removeprefix(PREFIX): record.shape for name, record in tensors.items() if name.startswith(PREFIX)}
     try:
         if model.layers > len(stored):

@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder may go. At least one that was found whole stays, whatever the numbers say."""
+"""Removes old checkpoints of a folder. At least one that was found undamaged stays, whatever the settings say."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,28 +8,29 @@ from .manifest import DamagedCheckpoint, read_manifest
 from .verify import check_files
 
 LOSS = "validation_loss"
-"""The fact by which the best are found."""
-Stamp = tuple[tuple[str, int, int], ...]
+"""The fact by which the best checkpoints are chosen."""
+FileTimes = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change (ns) of each file."""
 
 
 @dataclass
 class Retention:
-    """`keep` newest of all and of those written here, every one whose step is a multiple of `every` (0: none), and the `best` with
-    the lowest validation loss."""
+    """Keeps the `keep` newest, the `keep` that this process wrote last, each whose step is a multiple of `every` (0: none), and the
+    `best` with the lowest validation loss."""
 
     keep: int = 2
     every: int = 0
     best: int = 0
     _written: list[Path] = field(default_factory=list)
-    _whole: dict[Path, Stamp] = field(default_factory=dict)
+    _undamaged: dict[Path, FileTimes] = field(default_factory=dict)
 
     def written(self, path: Path) -> None:
-        """`path` was hashed while it was written: as long as its files have the same size and time, it is not read again."""
-        self._whole[path] = _stamp(path)
+        """Add a new checkpoint, which was hashed while it was written: it is not read again while its files keep size and time."""
+        self._undamaged[path] = _file_times(path)
         self._written = [*(other for other in self._written if other != path), path]
 
     def prune(self, folder: Path) -> list[Path]:
-        """Remove what may go and return those paths; one that stays is read if nothing else tells that it is whole."""
+        """Remove the checkpoints that need not be kept; returns their paths. Reads one to keep if none is known to be undamaged."""
         found = checkpoints_in(folder)
         newest = max(self.keep, 1)
         stay = (
@@ -41,13 +42,13 @@ class Retention:
         doomed = [path for path in found if path not in stay]
         if not doomed:
             return []
-        if not any(self._is_whole(path) for path in found if path in stay):
-            # The newest of the old that is whole is all that a run could go on from.
-            spared = next((path for path in doomed if self._is_whole(path)), None)
+        if not any(self._is_undamaged(path) for path in found if path in stay):
+            # Spare the newest undamaged one: a run could resume from no other.
+            spared = next((path for path in doomed if self._is_undamaged(path)), None)
             doomed = [path for path in doomed if path != spared] if spared else []
         for path in doomed:
             remove_checkpoint(path)
-            self._whole.pop(path, None)
+            self._undamaged.pop(path, None)
         return doomed[::-1]
 
     def _best(self, found: list[Path]) -> list[Path]:
@@ -56,11 +57,11 @@ class Retention:
         losses = {path: loss for path in found if (loss := _loss(path)) is not None}
         return sorted(losses, key=losses.__getitem__)[: self.best]
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_undamaged(self, path: Path) -> bool:
         try:
-            if self._whole.get(path) != (stamp := _stamp(path)):
+            if self._undamaged.get(path) != (times := _file_times(path)):
                 check_files(path, read_manifest(path))
-                self._whole[path] = stamp
+                self._undamaged[path] = times
         except (DamagedCheckpoint, OSError):
             return False
         return True
@@ -73,7 +74,6 @@ def _loss(path: Path) -> float | None:
         return None
 
 
-def _stamp(path: Path) -> Stamp:
-    """Name, size and time of change of each file."""
+def _file_times(path: Path) -> FileTimes:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return tuple((file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files)

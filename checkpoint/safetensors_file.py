@@ -1,22 +1,24 @@
-"""One safetensors file of a checkpoint: written in one pass together with its hash, read by rectangle.
+"""One safetensors file of a checkpoint: written and hashed in one pass, read by rectangle.
 
 The format is the header's length (8 bytes, little-endian), a JSON header and the tensors' bytes. It is written here because
 safetensors' own save_file makes files of mode 0600, holds all tensors in host memory at once and would need a second pass to hash.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from .bounded import check_header, said
+from ..parallel.shard import ShardMetadata
+from .bounded import check_header, short_message
 from .fsync import sync
-from .manifest import DamagedCheckpoint
+from .manifest import DamagedCheckpoint, FileRecord
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,34 +39,43 @@ READ_BYTES = 1 << 22
 WRITE_BYTES = 1 << 24
 
 
-class Written(NamedTuple):
-    """A file that is on the disk."""
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], on_content: Callable[[str, memoryview], None] | None = None
+) -> FileRecord:
+    """Write `tensors` (on any device) by key to the new file `path`, durably.
 
-    bytes: int
-    hash: str
-    """xxh3-128 of its bytes, as hexadecimal digits."""
-
-
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], see: Callable[[str, memoryview], None] | None = None) -> Written:
-    """Write `tensors` (on any device) by key to the new file `path`, durably. `see` is shown each tensor's bytes as they go by."""
-    # Widest elements first: so each tensor begins at a multiple of its element size.
+    `on_content` is called with each tensor's key and bytes, after they are written.
+    """
+    # Widest elements first, so that each tensor begins at a multiple of its element size.
     keys = sorted(tensors, key=lambda key: -tensors[key].element_size())
     digest = xxhash.xxh3_128()
-    # Without a buffer: tensors are large, and a copy more would be made of each.
+    # Unbuffered: tensors are large, and a buffer would copy each once more.
     with path.open("xb", buffering=0) as file:
-        _write(file, digest, memoryview(_header(tensors, keys)))
+        _write(file, digest, memoryview(header_bytes({key: (tensors[key].dtype, tensors[key].shape) for key in keys})))
         for key in keys:
             content = content_of(tensors[key])
             _write(file, digest, content)
-            if see is not None:
-                see(key, content)
+            if on_content is not None:
+                on_content(key, content)
         size = file.tell()
         sync(file)
-    return Written(size, digest.hexdigest())
+    return FileRecord(size, digest.hexdigest())
+
+
+def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """The header of a file that holds `tensors` (dtype and shape by key) in this order: the length in 8 bytes, and the JSON."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def content_of(tensor: torch.Tensor) -> memoryview:
-    """Its bytes, row-major; copied to the host, or to lie so, where they do not."""
+    """The bytes of a tensor, row-major; a copy only where the tensor is on another device or not contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -79,39 +90,27 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[Any]:
-    """The safetensors file `path`, open. DamagedCheckpoint if it is none."""
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """The open safetensors file `path`. DamagedCheckpoint if it cannot be read as one."""
     try:
         check_header(path)
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {said(error)}") from None
+        raise DamagedCheckpoint(path, f"checkpoint file {path} is no readable safetensors file: {short_message(error)}") from None
     with opened as file:
         yield file
 
 
-def read_rectangle(file: Any, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-    """`sizes` elements from `offsets` on of the tensor `key`; other bytes of the file are not read."""
-    view = file.get_slice(key)
-    if tuple(sizes) == tuple(view.get_shape()):
+def read_rectangle(file: Any, key: str, rectangle: ShardMetadata) -> torch.Tensor:
+    """A rectangle of the tensor `key` of an open file; other bytes of the file are not read."""
+    if rectangle.sizes == rectangle.shape:
         return file.get_tensor(key)
-    return view[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))]
-
-
-def _header(tensors: dict[str, torch.Tensor], keys: list[str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key in keys:
-        tensor = tensors[key]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    spans = zip(rectangle.offsets, rectangle.sizes, strict=True)
+    return file.get_slice(key)[tuple(slice(offset, offset + size) for offset, size in spans)]
 
 
 def _write(file: Any, digest: Any, content: memoryview) -> None:
-    """All of it: one call of the operating system may write less."""
+    """Write and hash all of `content`: a single write of the operating system may be shorter."""
     for start in range(0, len(content), WRITE_BYTES):
         part = content[start : start + WRITE_BYTES]
         digest.update(part)

@@ -1,145 +1,138 @@
-"""Who writes which rectangle of which tensor: decided by rank 0 from what all ranks hold, and kept while that stays the same."""
+"""Which rank writes which rectangle of which tensor. Rank 0 decides from the shards of all ranks, once while they stay the same."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from ..parallel.shard import LocalShard, ShardMetadata, apart
-from .expert_hashes import Slice, cut_slices
+from ..parallel.shard import LocalShard, ShardMetadata, disjoint
+from .expert_hashes import ExpertSlice, split_slices
 from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
 from .safetensors_file import CODES, DTYPES
 
 
-class Offer(NamedTuple):
-    """What a rank holds of a tensor."""
+class NamedShard(NamedTuple):
+    """A rank's shard of a tensor, without the values."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    """safetensors' code."""
+    metadata: ShardMetadata
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.sizes) * ITEM_BYTES[self.dtype]
+        return math.prod(self.metadata.sizes) * ITEM_BYTES[self.dtype]
 
 
-class Share(NamedTuple):
-    """What one rank does in a save."""
+class SavePlan(NamedTuple):
+    """The part of one rank in a save."""
 
     names: list[str]
-    """Tensors whose piece here it writes into its file."""
-    slices: list[Slice]
-    """Slices of experts for it to read back and hash, when all files are there."""
+    """Tensors whose local shard this rank writes into its file."""
+    slices: list[ExpertSlice]
+    """Expert slices that are split over files and that this rank reads back and hashes once all files are written."""
     tensors: dict[str, TensorRecord]
-    """Where these slices are; for rank 0, which writes the manifest, every tensor."""
-    readers: int
-    """The ranks below this number have such slices."""
+    """The records that `slices` needs; for rank 0, which writes the manifest, those of every tensor."""
+    hashing_ranks: int
+    """Ranks below this number have slices to hash."""
     bytes: int
-    """That all ranks together write."""
+    """Written by all ranks together."""
 
 
-def shard_name(rank: int) -> str:
-    """The file that a rank writes."""
+def file_of_rank(rank: int) -> str:
+    """Name of the file that a rank writes."""
     return f"shard_{rank:05d}.safetensors"
 
 
-def offers_of(held: dict[str, LocalShard]) -> list[Offer]:
-    """ValueError for a piece that cannot be saved."""
-    return [_offer(name, one) for name, one in held.items()]
+def named_shards(shards: dict[str, LocalShard]) -> list[NamedShard]:
+    """What a rank tells rank 0 of its shards. ValueError for a shard that cannot be saved."""
+    named = []
+    for name, shard in shards.items():
+        check_shard(name, shard)
+        metadata, tensor = shard
+        if tensor.dtype not in CODES:
+            known = ", ".join(map(dtype_name, CODES))
+            raise ValueError(f"tensor {name!r}: dtype {dtype_name(tensor.dtype)} cannot be saved; these can: {known}")
+        named.append(NamedShard(name, CODES[tensor.dtype], ShardMetadata(*map(tuple, metadata))))
+    return named
 
 
-def shares_of(offers: list[list[Offer]]) -> list[Share]:
-    """Each rectangle is written once, by one of the ranks that hold it, so that the ranks write about the same number of bytes.
+def make_save_plans(shards: list[list[NamedShard]]) -> list[SavePlan]:
+    """The plan of each rank from the shards of each rank.
 
-    ValueError for pieces that do not make up their tensor.
+    Each rectangle is written once, by one of the ranks that hold it, such that all ranks write about the same number of bytes.
+    ValueError for shards that do not make up their tensor.
     """
-    tensors = _agreed_tensors(offers)
-    names: list[list[str]] = [[] for _ in offers]
-    for offer, rank in _writers(offers).items():
-        names[rank].append(offer.name)
-        # A rank holds one piece of a tensor at most, so the tensor's name will do as the key in its file.
-        tensors[offer.name].chunks.append(ChunkRecord(offer.offsets, offer.sizes, shard_name(rank), offer.name))
-    for name, tensor in tensors.items():
-        tensor.chunks.sort(key=lambda chunk: chunk.offsets)
-        _check_tiling(name, tensor)
-    total = sum(math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
-    cut = cut_slices(tensors)
-    shares = []
+    tensors = _empty_records(shards)
+    names: list[list[str]] = [[] for _ in shards]
+    for shard, rank in _writers(shards).items():
+        names[rank].append(shard.name)
+        # A rank holds at most one shard of a tensor, so the tensor's name is a unique key in the rank's file.
+        tensors[shard.name].chunks.append(ChunkRecord(shard.metadata, file_of_rank(rank), shard.name))
+    for name, record in tensors.items():
+        record.chunks.sort(key=lambda chunk: chunk.metadata.offsets)
+        _check_tiling(name, record)
+    total = sum(math.prod(record.shape) * ITEM_BYTES[record.dtype] for record in tensors.values())
+    split = split_slices(tensors)
+    plans = []
     for rank, own in enumerate(names):
-        mine = cut[rank :: len(names)]
-        known = tensors if rank == 0 else {one.tensor: tensors[one.tensor] for one in mine}
-        shares.append(Share(sorted(own), mine, known, min(len(cut), len(names)), total))
-    return shares
+        slices = split[rank :: len(names)]
+        known = tensors if rank == 0 else {one.tensor: tensors[one.tensor] for one in slices}
+        plans.append(SavePlan(sorted(own), slices, known, min(len(split), len(names)), total))
+    return plans
 
 
-def check_held(name: str, held: LocalShard) -> None:
-    """ValueError if the tensor is not the piece, or the piece not inside of its shape."""
-    piece, tensor = held
-    if tuple(tensor.shape) != tuple(piece.sizes):
-        raise ValueError(f"tensor {name!r}: the local shape {tuple(tensor.shape)} must be the piece's sizes {tuple(piece.sizes)}")
-    spans = zip(piece.shape, piece.offsets, piece.sizes, strict=True)
-    if any(offset < 0 or offset + size > extent for extent, offset, size in spans):
-        raise ValueError(f"tensor {name!r}: {span(piece)} must lie inside of the shape {tuple(piece.shape)}")
-
-
-def span(piece: ShardMetadata) -> str:
-    """The piece as slices are written."""
-    return "[" + ", ".join(f"{offset}:{offset + size}" for offset, size in zip(piece.offsets, piece.sizes, strict=True)) + "]"
+def check_shard(name: str, shard: LocalShard) -> None:
+    """ValueError if the tensor has not the sizes of its metadata, or the rectangle does not lie inside of the global shape."""
+    metadata, tensor = shard
+    if tuple(tensor.shape) != tuple(metadata.sizes):
+        sizes = tuple(metadata.sizes)
+        raise ValueError(f"tensor {name!r}: the local shape {tuple(tensor.shape)} must be the piece's sizes {sizes}")
+    rectangle = [(offset, offset + size) for offset, size in zip(metadata.offsets, metadata.sizes, strict=True)]
+    if any(begin < 0 or end > extent for (begin, end), extent in zip(rectangle, metadata.shape, strict=True)):
+        text = ", ".join(f"{begin}:{end}" for begin, end in rectangle)
+        raise ValueError(f"tensor {name!r}: [{text}] must lie inside of the shape {tuple(metadata.shape)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Without torch's name before it."""
+    """torch.float32 as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
-def _offer(name: str, held: LocalShard) -> Offer:
-    check_held(name, held)
-    piece, tensor = held
-    if tensor.dtype not in CODES:
-        known = ", ".join(map(dtype_name, CODES))
-        raise ValueError(f"tensor {name!r}: dtype {dtype_name(tensor.dtype)} cannot be saved; these can: {known}")
-    return Offer(name, CODES[tensor.dtype], tuple(piece.shape), tuple(piece.offsets), tuple(piece.sizes))
-
-
-def _agreed_tensors(offers: list[list[Offer]]) -> dict[str, TensorRecord]:
-    """Each tensor by name, without chunks yet; all ranks that hold a piece must mean the same tensor."""
+def _empty_records(shards: list[list[NamedShard]]) -> dict[str, TensorRecord]:
+    """A record without chunks for each tensor. ValueError if two ranks give it another shape or dtype."""
     tensors: dict[str, TensorRecord] = {}
-    for offer in _all(offers):
-        known = tensors.setdefault(offer.name, TensorRecord(offer.dtype, offer.shape, []))
-        if (known.dtype, known.shape) != (offer.dtype, offer.shape):
-            kinds = " and ".join(f"{dtype_name(DTYPES[one.dtype])} {one.shape}" for one in (known, offer))
-            raise ValueError(f"tensor {offer.name!r}: shape and dtype must be the same on all ranks, not {kinds}")
+    for name, dtype, metadata in chain(*shards):
+        record = TensorRecord(dtype, metadata.shape, [])
+        known = tensors.setdefault(name, record)
+        if known[:2] != record[:2]:
+            kinds = " and ".join(f"{dtype_name(DTYPES[one.dtype])} {one.shape}" for one in (known, record))
+            raise ValueError(f"tensor {name!r}: shape and dtype must be the same on all ranks, not {kinds}")
     return tensors
 
 
-def _writers(offers: list[list[Offer]]) -> dict[Offer, int]:
+def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
     """The rank that writes each rectangle: largest first, to the rank with the fewest bytes so far among those that hold it."""
-    holders: dict[Offer, list[int]] = defaultdict(list)
-    for rank, own in enumerate(offers):
-        for offer in own:
-            if offer.bytes:
-                holders[offer].append(rank)
-    load = [0] * len(offers)
-    writer: dict[Offer, int] = {}
-    # What only one rank holds comes first: there is no choice, and it counts for the choices after it.
-    for offer in sorted(holders, key=lambda one: (len(holders[one]) > 1, -one.bytes)):
-        writer[offer] = min(holders[offer], key=load.__getitem__)
-        load[writer[offer]] += offer.bytes
+    holders: dict[NamedShard, list[int]] = defaultdict(list)
+    for rank, own in enumerate(shards):
+        for shard in own:
+            if shard.bytes:
+                holders[shard].append(rank)
+    load = [0] * len(shards)
+    writer: dict[NamedShard, int] = {}
+    # Shards that only one rank holds come first: they leave no choice, and their bytes count in the choices that follow.
+    for shard in sorted(holders, key=lambda one: (len(holders[one]) > 1, -one.bytes)):
+        writer[shard] = min(holders[shard], key=load.__getitem__)
+        load[writer[shard]] += shard.bytes
     return writer
 
 
-def _check_tiling(name: str, tensor: TensorRecord) -> None:
-    """The chunks cover the tensor without overlap."""
-    if not apart(tensor.chunks):
+def _check_tiling(name: str, record: TensorRecord) -> None:
+    """ValueError unless the chunks cover each element of the tensor once."""
+    if not disjoint([chunk.metadata for chunk in record.chunks]):
         raise ValueError(f"tensor {name!r}: two ranks hold pieces that overlap but differ; pieces must be equal or apart")
-    covered, total = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
+    covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in record.chunks), math.prod(record.shape)
     if covered != total:
         raise ValueError(f"tensor {name!r}: the ranks hold {covered} of its {total} elements; the pieces must make up the whole")
-
-
-def _all(offers: Iterable[list[Offer]]) -> Iterator[Offer]:
-    return (offer for own in offers for offer in own)

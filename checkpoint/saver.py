@@ -1,9 +1,10 @@
-"""Saves that go on beside the training. The ranks agree where training is anyway; the writing needs no collective.
+"""Saves while training goes on. What the ranks agree on travels with collectives that training has anyway; writing needs none.
 
-`begin`: the ranks agree on who writes what; a thread copies this rank's pieces to the host, and then writes them.
-`release`: before the next update of the weights; waits for the copies, which is all that training waits for.
-`step`: after each optimizer step while a save is under way: do all ranks write, or has one failed?
-`finish`: wait for it.
+`start`: the ranks agree on who writes what; a thread copies this rank's shards to host memory and then writes them.
+`wait_for_copies`: before the next update of the weights, the only thing that training waits for.
+`flags`, `poll`: whether this rank failed or is still writing travels with the flags of each step (train/step_flags.py); once they
+say that any rank has failed or that none is writing, `poll` ends the save. `poll_all` reduces the flags itself.
+`wait`: until the save has ended.
 """
 
 import logging
@@ -20,20 +21,21 @@ from ..parallel.object_collectives import any_rank, from_all, from_first, rank_a
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard
 from ..parallel.streams import Event, record
-from .host_copies import Copies, device_of, in_place
-from .manifest import checked_facts
-from .save_plan import Offer, Share, offers_of, shares_of
-from .writer import TEMPORARY, Job, Stopped, beside, describe, discard, write_share
+from .host_staging import HostStaging, device_of, in_place
+from .manifest import json_facts
+from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
+from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_checkpoint
 
 log = logging.getLogger("tokenyard")
 
-ROOM = 1.1
+FREE_SPACE = 1.1
 """Free space that a save must find, as a multiple of its own size."""
-PATIENCE_AT_EXIT = 5.0
+EXIT_SECONDS = 5.0
+"""For which the end of a run, or of a failed save, waits for the thread."""
 
 
 class Outcome(NamedTuple):
-    """How a save ended; the same on every rank but for the seconds."""
+    """How a save ended; the same on every rank except for the seconds."""
 
     step: int
     path: Path
@@ -41,20 +43,20 @@ class Outcome(NamedTuple):
     """None: the checkpoint is durable."""
     bytes: int
     blocked_seconds: float
-    """Of training, on this rank."""
+    """For which the save blocked training on this rank."""
     seconds: float
-    """From its begin until it was known to have ended, on this rank."""
+    """From its start until this rank knew that it had ended."""
 
     def facts(self) -> dict[str, Any]:
-        """For events.jsonl."""
+        """The fields that are not None as plain JSON, for events.jsonl."""
         return {key: str(value) if key == "path" else value for key, value in self._asdict().items() if value is not None}
 
 
 @dataclass
 class _Save:
-    """One that is under way."""
+    """A save that is under way."""
 
-    job: Job
+    job: SaveJob
     thread: Thread
     begin: float
     blocked: float = 0.0
@@ -62,84 +64,128 @@ class _Save:
 
 
 class Saver:
-    """Saves of one run, one at a time, to `folder`. All methods are collective but for those that say so.
+    """Saves of one run, one at a time, to `folder`. Methods are collective unless they say otherwise.
 
-    after: called by rank 0's writer with the new checkpoint's path, to tidy up; what it raises does not matter to the save.
+    after: called by rank 0's thread with the path of each new checkpoint, to tidy up; an error in it does not fail the save.
     """
 
     def __init__(self, folder: Path, limit_seconds: float = 1800.0, after: Callable[[Path], None] | None = None) -> None:
         self.folder = folder
         self.limit_seconds = limit_seconds
         self.after = after
-        self._offers: list[Offer] | None = None
-        self._share: Share | None = None
-        self._copies = Copies()
+        self._shards: list[NamedShard] | None = None
+        self._plan: SavePlan | None = None
+        self._staging = HostStaging()
         self._save: _Save | None = None
 
-    def begin(
+    def start(
         self,
         step: int,
-        held: dict[str, LocalShard],
+        shards: dict[str, LocalShard],
         facts: dict[str, Any],
         attach: Callable[[Path], None] | None = None,
         asynchronous: bool = True,
     ) -> Outcome | None:
-        """Start a save; `held` may change after `release`, unless `asynchronous` is false. No other may be under way.
+        """Start a save; no other may be under way. The tensors may change after `wait_for_copies`, unless `asynchronous` is false.
 
-        facts: plain JSON; rank 0's are kept. An Outcome if it could not start, for want of space. ValueError, on every rank, for
-        pieces that do not make up their tensor or facts that are no JSON.
+        facts: plain JSON; rank 0's are kept. Returns an Outcome only if the save could not start, as for lack of space.
+        ValueError, on every rank, for shards that do not make up their tensor or facts that are not JSON.
         """
         assert self._save is None
         begin = perf_counter()
         final = self.path_of(step)
-        share = self._plan(held)
-        temporary, facts, refused = from_first(lambda: self._open(final, facts, share.bytes))
-        if refused:
-            return Outcome(step, final, refused, share.bytes, perf_counter() - begin, perf_counter() - begin)
-        job = Job(final, temporary, step, facts, *rank_and_world(), share, self.limit_seconds, attach)
-        mine = {name: held[name] for name in share.names}
+        plan = self._plan_for(shards)
+        temporary, facts, error = from_first(lambda: self._open(final, facts, plan.bytes))
+        if error:
+            return Outcome(step, final, error, plan.bytes, perf_counter() - begin, perf_counter() - begin)
+        job = SaveJob(final, temporary, step, facts, *rank_and_world(), plan, self.limit_seconds, attach)
+        mine = {name: shards[name] for name in plan.names}
         ready = record(device_of(mine))
         thread = Thread(target=self._write, args=[job, mine, ready, asynchronous], name="checkpoint", daemon=True)
         save = self._save = _Save(job, thread, begin)
         if asynchronous:
-            self._copies.open()
+            self._staging.begin()
         try:
             thread.start()
-        except RuntimeError:  # the system has none
-            self._copies.close()
+        except RuntimeError:  # the system has no thread left
+            self._staging.end()
             self._save = None
             raise
         save.blocked = perf_counter() - begin
         return None
 
-    def lacking(self, held: dict[str, LocalShard]) -> str | None:
-        """Why there is no room for a save of `held`, None if there is."""
-        size = self._plan(held).bytes
-        return from_first(lambda: self._lacking(size))
-
-    def release(self) -> None:
-        """Return when what is being saved may change; the optimizer calls it before its update. Not collective."""
-        seconds = self._copies.wait()
+    def wait_for_copies(self) -> None:
+        """Return when the tensors that are being saved may change. The optimizer calls it before its update. Not collective."""
+        seconds = self._staging.wait()
         if self._save is not None:
             self._save.blocked += seconds
-
-    def path_of(self, step: int) -> Path:
-        """Where a checkpoint of this step is, or would be."""
-        return self.folder / f"step_{step:08d}"
-
-    def step(self) -> Outcome | None:
-        """How the save under way ended, if it has. One small all-reduce while there is one, else nothing."""
-        return self.settle(*any_rank(*self.flags())) if self._save else None
 
     def flags(self) -> tuple[bool, bool]:
         """(this rank has failed, this rank is writing). Not collective."""
         if self._save is None:
             return False, False
-        writing = self._save.thread.is_alive()  # asked first: a thread that has ended has said how
-        return self.failure() is not None, writing
+        writing = self._save.thread.is_alive()  # read first: a thread that has ended has set its error
+        return self._error() is not None, writing
 
-    def failure(self) -> str | None:
-        """What went wrong on this rank with the save under way. Not collective, and known at once."""
+    def poll(self, failed: bool, writing: bool) -> Outcome | None:
+        """The outcome, if the save has ended: if it `failed` on any rank, or no rank is `writing`. Collective only then."""
+        save = self._save
+        if save is None or (writing and not failed):
+            return None
+        error = None
+        if failed:
+            mine = self._error()
+            save.job.stop.set()
+            save.thread.join(EXIT_SECONDS)
+            # After this collective nobody writes any more, and the folder can be removed.
+            error = next(f"rank {rank}: {text}" for rank, text in enumerate(from_all(mine)) if text is not None)
+            if save.job.rank == 0:
+                shutil.rmtree(save.job.temporary, ignore_errors=True)
+        self._save = None
+        job, seconds = save.job, perf_counter() - save.begin
+        return Outcome(job.step, job.final, error, job.plan.bytes, save.blocked, seconds)
+
+    def poll_all(self) -> Outcome | None:
+        """Like `poll`, with an all-reduce of the `flags` of its own if a save is under way."""
+        return self.poll(*any_rank(*self.flags())) if self._save else None
+
+    def wait(self) -> Outcome | None:
+        """Wait up to `limit_seconds` for the save under way; returns its outcome. Keeps the hang guard quiet while ranks answer."""
+        while self._save is not None:
+            self._save.thread.join(0.02)
+            if (outcome := self.poll_all()) is not None:
+                return outcome
+            progress()
+        return None
+
+    def close(self) -> None:
+        """At the end of a run, however it ends: gives a save that is nearly done a moment. Not collective."""
+        if self._save is not None:
+            self._save.thread.join(EXIT_SECONDS)
+            self._save.job.stop.set()
+
+    def path_of(self, step: int) -> Path:
+        """Where a checkpoint of this step is, or would be. Not collective."""
+        return self.folder / f"step_{step:08d}"
+
+    def space_error(self, shards: dict[str, LocalShard]) -> str | None:
+        """Why there is no space for a save of `shards`, None if there is."""
+        size = self._plan_for(shards).bytes
+        return from_first(lambda: self._space_error(size))
+
+    def space_error_for(self, size: int) -> str | None:
+        """Like `space_error`, for a save of `size` bytes. Not collective."""
+        with suppress(OSError):  # a folder that cannot be read: the next save reports it
+            return self._space_error(size)
+
+    def _space_error(self, size: int) -> str | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        text = f"it needs {size:,} bytes and a tenth more, and {self.folder} has {free:,} bytes free"
+        return text if free < FREE_SPACE * size else None
+
+    def _error(self) -> str | None:
+        """The error of the save under way on this rank."""
         save = self._save
         if save is None:
             return None
@@ -147,100 +193,48 @@ class Saver:
             return f"TimeoutError: the save took longer than checkpoint.timeout_seconds={self.limit_seconds:g}"
         return save.error
 
-    def settle(self, failed: bool, writing: bool) -> Outcome | None:
-        """`step` for who knows already what `flags` are on any rank."""
-        if self._save is None or (writing and not failed):
-            return None
-        return self._end(failed)
-
-    def finish(self) -> Outcome | None:
-        """Wait for the save under way, up to `limit_seconds`; how it ended. The hang guard sees that all ranks still answer."""
-        while self._save is not None:
-            self._save.thread.join(0.02)
-            if (outcome := self.step()) is not None:
-                return outcome
-            progress()
-        return None
-
-    def close(self) -> None:
-        """At the end, whatever ended the run: a moment for what is nearly done. Not collective."""
-        if self._save is not None:
-            self._save.thread.join(PATIENCE_AT_EXIT)
-            self._save.job.stop.set()
-
-    def _plan(self, held: dict[str, LocalShard]) -> Share:
-        """This rank's share, made anew only if some rank holds other pieces than the last time."""
-        offers, failure = None, None
+    def _plan_for(self, shards: dict[str, LocalShard]) -> SavePlan:
+        """This rank's plan, made anew only if some rank holds other shards than in the last save."""
+        named, failure = None, None
         try:
-            offers = offers_of(held)
+            named = named_shards(shards)
         except ValueError as error:
             failure = error
-        changed, failed = any_rank(offers != self._offers or self._share is None, failure is not None)
+        changed, failed = any_rank(named != self._shards or self._plan is None, failure is not None)
         if failed:
             raise next(error for error in from_all(failure) if error is not None)
         if changed:
-            self._share = through_first(offers, shares_of)
-            self._offers = offers
-        assert self._share is not None
-        return self._share
-
-    def lacking_for(self, size: int) -> str | None:
-        """The same for so many bytes. Not collective."""
-        with suppress(OSError):  # a folder that cannot be asked: the save will say so
-            return self._lacking(size)
-
-    def _lacking(self, size: int) -> str | None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        return (
-            f"it needs {size:,} bytes and a tenth more, and {self.folder} has {free:,} bytes free" if free < ROOM * size else None
-        )
+            self._plan = through_first(named, make_save_plans)
+            self._shards = named
+        assert self._plan is not None
+        return self._plan
 
     def _open(self, final: Path, facts: dict[str, Any], size: int) -> tuple[Path, dict[str, Any], str | None]:
-        """For rank 0: the temporary folder, the facts as they will be read, and why not."""
-        facts = checked_facts(facts)
-        temporary = beside(final, TEMPORARY)
+        """On rank 0: makes the temporary folder. Returns it, the facts as they will be read, and the error if that failed."""
+        facts = json_facts(facts)
+        temporary = sibling(final, TEMPORARY)
         try:
-            if lacking := self._lacking(size):
-                return temporary, {}, lacking
-            temporary.mkdir()
-        except OSError as error:
-            return temporary, {}, describe(error)
-        return temporary, facts, None
+            error = self._space_error(size)
+            if error is None:
+                temporary.mkdir()
+        except OSError as caught:
+            error = error_text(caught)
+        return temporary, facts, error
 
-    def _write(self, job: Job, held: dict[str, LocalShard], ready: Event, copy: bool) -> None:
-        """In the thread. `held` is what the device has computed when `ready` is done."""
+    def _write(self, job: SaveJob, shards: dict[str, LocalShard], ready: Event, copy: bool) -> None:
+        """In the thread. The tensors have their values once the device's event `ready` is done."""
         try:
-            write_share(job, self._copies.take(held, ready) if copy else in_place(held, ready))
+            write_checkpoint(job, self._staging.copy(shards, ready) if copy else in_place(shards, ready))
         except Stopped:
             return
-        except BaseException as error:  # a thread has nobody to tell but the next `flags`
-            self._failed(job, describe(error))
+        except BaseException as error:  # nobody joins the thread for its exception: the next `flags` report it
+            if self._save is not None and self._save.job is job:
+                self._save.error = error_text(error)
             return
         finally:
-            self._copies.close()  # also if it did not come to them
+            self._staging.end()  # also if it failed before the copy
         if job.rank == 0 and self.after is not None:
             try:
                 self.after(job.final)
             except Exception as error:
-                log.warning("checkpoint %s is durable, but tidying up failed: %s", job.final, describe(error))
-
-    def _failed(self, job: Job, error: str) -> None:
-        if self._save is not None and self._save.job is job:
-            self._save.error = error
-
-    def _end(self, failed: bool) -> Outcome:
-        """Collective. After a failure nobody writes any more when the folder is removed."""
-        save, error = self._save, None
-        assert save is not None
-        if failed:
-            mine = self.failure()
-            save.job.stop.set()
-            save.thread.join(PATIENCE_AT_EXIT)
-            texts = from_all(mine)
-            error = next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None)
-            if save.job.rank == 0:
-                discard(save.job.temporary)
-        self._save = None
-        job, seconds = save.job, perf_counter() - save.begin
-        return Outcome(job.step, job.final, error, job.share.bytes, save.blocked, seconds)
+                log.warning("checkpoint %s is durable, but tidying up failed: %s", job.final, error_text(error))

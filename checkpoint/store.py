@@ -1,25 +1,22 @@
 """Save and load training state: `step_00000100/` holds one safetensors file per rank and one manifest."""
 
+import difflib
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
 
-from ..parallel.object_collectives import from_first, rank_and_world
+from ..parallel.object_collectives import from_first, on_each_rank, rank_and_world, through_first
 from ..parallel.shard import LocalShard, whole
-from .dcp import CheckpointReader, HeldLoadPlanner
 from .folder import checkpoints_of
 from .manifest import DamagedCheckpoint, Manifest, check_sizes, read_manifest
 from .safetensors_file import DTYPES
+from .save_plan import check_shard, dtype_name
 from .saver import Saver
-from .verify import check_files, verified
+from .tensor_reader import Reads, fill_shards, reads_by_file
+from .verify import check_files, check_headers, verify_checkpoint
 
 log = logging.getLogger("tokenyard")
 
@@ -27,51 +24,54 @@ log = logging.getLogger("tokenyard")
 def save_checkpoint(
     folder: Path,
     step: int,
-    held: dict[str, LocalShard],
+    shards: dict[str, LocalShard],
     facts: dict[str, Any],
     attach: Callable[[Path], None] | None = None,
     limit_seconds: float = 1800.0,
 ) -> Path:
     """Write the tensors of all ranks to `folder/step_XXXXXXXX` and return that path once it is durable.
 
-    Collective over the default process group, if there is one. Ranks that hold the same piece of a tensor must hold the same
+    Collective over the default process group, if there is one. Ranks that hold the same shard of a tensor must hold the same
     values: one of them writes it. `facts` is plain JSON; rank 0's are kept. `attach(folder)` may write files into folders of that
-    folder. A checkpoint of the same step is replaced. Raises, on every rank: ValueError for pieces that do not make up their tensor
-    or facts that are no JSON, else RuntimeError, also after `limit_seconds`.
+    folder. A checkpoint of the same step is replaced. Raises, on every rank: ValueError for shards that do not make up their tensor
+    or facts that are not JSON, else RuntimeError, also after `limit_seconds`.
     """
     saver = Saver(Path(folder), limit_seconds)
-    outcome = saver.begin(step, held, facts, attach, asynchronous=False) or saver.finish()
-    assert outcome is not None
-    if outcome.error is not None:
-        raise RuntimeError(f"checkpoint {outcome.path} was not saved: {outcome.error}")
-    return outcome.path
+    result = saver.start(step, shards, facts, attach, asynchronous=False) or saver.wait()
+    assert result is not None
+    if result.error is not None:
+        raise RuntimeError(f"checkpoint {result.path} was not saved: {result.error}")
+    return result.path
 
 
 def load_checkpoint(
-    path: Path, held: dict[str, LocalShard], *, strict: bool = True, verify: bool = True, optional: str | None = None
+    path: Path, shards: dict[str, LocalShard], *, strict: bool = True, verify: bool = True, optional: str | None = None
 ) -> dict[str, Any]:
-    """Fill the tensors of `held` from the checkpoint `path`, whatever layout it was written on, and return its facts.
+    """Fill the tensors of `shards` from the checkpoint `path`, whatever layout it was written on, and return its facts.
 
     Collective over the default process group, if there is one. Each name must be in the checkpoint with the same global shape
     and dtype, and (if `strict`) each name of the checkpoint must be wanted by some rank, or begin with `optional`. `verify` hashes
     the files; the ranks share that work. ValueError for whatever does not match, on every rank and before any tensor is changed.
     """
     path = Path(path)
+    failed = f"checkpoint {path} was not loaded"
     manifest = from_first(lambda: read_manifest(path))
-    rank, world = rank_and_world()
-    reader = CheckpointReader(path, manifest, rank=rank, world=world, verify=verify)
-    _fill(reader, held, HeldLoadPlanner(path.name, strict, optional), alone=not dist.is_initialized())
+    reads = on_each_rank(lambda: _checked_reads(path, manifest, shards, verify, *rank_and_world()), failed)
+    if strict:
+        # The names travel apart from the reads: a rank whose shard is empty wants the tensor but reads nothing.
+        through_first(list(shards), lambda names: _refuse_unwanted(path, manifest, names, optional))
+    on_each_rank(lambda: fill_shards(path, reads), failed)
     return manifest.facts
 
 
 def newest_verified(paths: Iterable[Path], refused: Callable[[Path, DamagedCheckpoint], None]) -> Path | None:
-    """The first of `paths` that is what it was when it was written; `refused` hears of those before it. Collective.
+    """The first of `paths` that is undamaged, None if there is none; `refused` is called with each before it. Collective.
 
-    All ranks must give the same paths. None if there is none.
+    All ranks must give the same paths.
     """
     for path in paths:
         try:
-            verified(path)
+            verify_checkpoint(path)
         except DamagedCheckpoint as error:
             refused(path, error)
         else:
@@ -80,14 +80,14 @@ def newest_verified(paths: Iterable[Path], refused: Callable[[Path, DamagedCheck
 
 
 def checkpoint_at(path: Path) -> Path:
-    """`path` if that is a checkpoint; of a run folder the newest that is whole, with a line about each that is not. Not collective.
+    """`path` if it is a checkpoint, else the newest undamaged one of the run folder `path`; logs damaged ones. Not collective.
 
     ValueError if there is none.
     """
     found = checkpoints_of(path)
-    if found in ([], [path]):
-        if not found:
-            raise ValueError(f"{path}: is neither a checkpoint nor a run folder with one")
+    if not found:
+        raise ValueError(f"{path}: is neither a checkpoint nor a run folder with one")
+    if found == [path]:
         return path
     refused: list[DamagedCheckpoint] = []
     for each in found:
@@ -102,46 +102,78 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts that were saved with the checkpoint `path`; not collective."""
+    """The facts that were saved with the checkpoint `path`. Not collective."""
     return read_manifest(Path(path)).facts
 
 
 def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> dict[str, torch.Tensor]:
-    """The whole tensors, on the CPU, of all names that begin with `prefix`, by name without it; not collective."""
+    """The whole tensors, on the CPU, of all names that begin with `prefix`, by name without it. Not collective."""
     path = Path(path)
     manifest = read_manifest(path)
-    check_sizes(path, manifest)  # before memory is asked for
-    held = {
+    check_sizes(path, manifest)  # before memory is allocated
+    shards = {
         name: LocalShard(whole(record.shape), torch.empty(record.shape, dtype=DTYPES[record.dtype]))
         for name, record in manifest.tensors.items()
         if name.startswith(prefix)
     }
-    if not held:
-        raise ValueError(f"checkpoint {path}: no tensor's name begins with {prefix!r}; it has {_some_names(manifest)}")
-    reader = CheckpointReader(path, manifest, rank=0, world=1, verify=verify)
-    _fill(reader, held, HeldLoadPlanner(path.name, strict=False), alone=True)
-    return {name.removeprefix(prefix): tensor for name, (_, tensor) in held.items()}
+    if not shards:
+        names = list(manifest.tensors)
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no tensors"
+        raise ValueError(f"checkpoint {path}: no tensor's name begins with {prefix!r}; it has {some}")
+    fill_shards(path, _checked_reads(path, manifest, shards, verify))
+    return {name.removeprefix(prefix): shard.tensor for name, shard in shards.items()}
 
 
-def _some_names(manifest: Manifest) -> str:
-    names = list(manifest.tensors)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no tensors"
+def _checked_reads(
+    path: Path, manifest: Manifest, shards: dict[str, LocalShard], verify: bool, rank: int = 0, world: int = 1
+) -> Reads:
+    """What this rank has to read. ValueError if its shards do not match the checkpoint, or a file does not match the manifest.
+
+    `verify` hashes this rank's part of all files.
+    """
+    missing = [name for name in shards if name not in manifest.tensors]
+    if missing:
+        raise ValueError(
+            f"checkpoint {path.name}: tensor {missing[0]!r}{_and_more(missing)} is in this run but not in the checkpoint: "
+            f"the names must be the same{_nearest(missing[0], manifest.tensors)}"
+        )
+    for name, shard in shards.items():
+        check_shard(name, shard)
+        metadata, tensor = shard
+        stored, here = manifest.tensors[name], (tuple(metadata.shape), tensor.dtype)
+        if (stored.shape, DTYPES[stored.dtype]) != here:
+            raise ValueError(
+                f"checkpoint {path.name}: tensor {name!r} is {_kind(stored.shape, DTYPES[stored.dtype])} in the checkpoint "
+                f"and {_kind(*here)} in this run: shape and dtype must be the same"
+            )
+    reads = reads_by_file(manifest.tensors, shards)
+    check_sizes(path, manifest, reads)
+    check_headers(path, manifest, set(reads))
+    if verify:
+        check_files(path, manifest, rank, world)
+    return reads
 
 
-def _fill(reader: CheckpointReader, held: dict[str, LocalShard], planner: HeldLoadPlanner, alone: bool) -> None:
-    with _plain_errors(f"checkpoint {reader.path} was not loaded"):
-        load(dict(held), storage_reader=reader, planner=planner, no_dist=alone)
+def _refuse_unwanted(path: Path, manifest: Manifest, names: list[list[str]], optional: str | None) -> list[None]:
+    """ValueError for a tensor of the checkpoint that is in the `names` of no rank. Returns nothing for each rank."""
+    wanted = {name for own in names for name in own}
+    extra = [name for name in manifest.tensors if name not in wanted and not (optional and name.startswith(optional))]
+    if extra:
+        raise ValueError(
+            f"checkpoint {path.name}: tensor {extra[0]!r}{_and_more(extra)} is in the checkpoint but not in this run: "
+            f"the names must be the same{_nearest(extra[0], wanted)}"
+        )
+    return [None] * len(names)
 
 
-@contextmanager
-def _plain_errors(failed: str) -> Iterator[None]:
-    """Turns torch's CheckpointException, which `except Exception` does not catch, into the error of the first rank that failed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is (disabled, )?unavailable or uninitialized")
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        if isinstance(cause, ValueError):
-            raise ValueError(str(cause)) from None
-        raise RuntimeError(f"{failed}: rank {rank}: {type(cause).__name__}: {cause}") from error
+def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} {shape}"
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; the nearest name there is {near[0]!r}" if near else ""

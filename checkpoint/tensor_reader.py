@@ -1,6 +1,7 @@
-"""Any rectangle of a checkpoint's tensors, from whatever files have parts of it; no more than that is in memory."""
+"""Reads any rectangle of a checkpoint's tensors, from whichever files hold parts of it; no more than that is in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -8,62 +9,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parallel.shard import ShardMetadata
-from .manifest import ChunkRecord, Manifest, TensorRecord
-from .safetensors_file import DTYPES, open_shard, read_rectangle
+from ..parallel.shard import LocalShard, ShardMetadata, whole
+from .manifest import PREFIX, ChunkRecord, Manifest, TensorRecord
+from .safetensors_file import DTYPES, open_safetensors, read_rectangle
+
+Reads = dict[str, list[tuple[ChunkRecord, LocalShard]]]
+"""By file: its chunks that overlap a shard, each with that shard."""
 
 
-class StoredTensors:
-    """The tensors in `folder`. A context: files that were opened are closed at its end."""
+def reads_by_file(tensors: Mapping[str, TensorRecord], shards: dict[str, LocalShard]) -> Reads:
+    """What must be read to fill `shards`; each of their names is in `tensors`."""
+    reads: Reads = defaultdict(list)
+    for name, shard in shards.items():
+        for chunk in tensors[name].chunks:
+            if overlap(chunk.metadata, shard[0]) is not None:
+                reads[chunk.file].append((chunk, shard))
+    return dict(reads)
+
+
+def fill_shards(folder: Path, reads: Reads) -> None:
+    """Copy the chunks into the tensors of the shards, in place, one file after the other."""
+    for name, pairs in reads.items():
+        with open_safetensors(folder / name) as file:
+            for chunk, shard in pairs:
+                copy_overlap(file, chunk, shard)
+
+
+class TensorReader:
+    """The tensors of the checkpoint `folder`. A context: files, and the pages that were read from them, stay open until its end."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorRecord]) -> None:
         self.folder, self.tensors = folder, tensors
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> "StoredTensors":
+    def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
         self._files.clear()
 
-    def read(self, name: str, offsets: Sequence[int] | None = None, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """`sizes` elements from `offsets` on; by default all."""
+    def read(self, name: str, metadata: ShardMetadata | None = None) -> Tensor:
+        """The rectangle `metadata` of the tensor `name`; by default the whole tensor."""
         record = self.tensors[name]
-        offsets = [0] * len(record.shape) if offsets is None else offsets
-        sizes = record.shape if sizes is None else sizes
-        result = torch.empty(tuple(sizes), dtype=DTYPES[record.dtype])
-        for chunk in record.chunks:
-            self._fill(result, offsets, chunk)
-        return result
-
-    def _fill(self, result: torch.Tensor, offsets: Sequence[int], chunk: ChunkRecord) -> None:
-        """Copy what the chunk has of it."""
-        begins = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-        ends = [min(a + p, b + q) for a, p, b, q in zip(offsets, result.shape, chunk.offsets, chunk.sizes, strict=True)]
-        if any(end <= begin for begin, end in zip(begins, ends, strict=True)):
-            return
-        sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        there = [begin - base for begin, base in zip(begins, chunk.offsets, strict=True)]
-        for dim, (begin, base, size) in enumerate(zip(begins, offsets, sizes, strict=True)):
-            result = result.narrow(dim, begin - base, size)
-        result.copy_(read_rectangle(self._open(chunk.file), chunk.key, there, sizes))
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = self._stack.enter_context(open_shard(self.folder / name))
-        return self._files[name]
+        metadata = whole(record.shape) if metadata is None else metadata
+        shard = LocalShard(metadata, torch.empty(metadata.sizes, dtype=DTYPES[record.dtype]))
+        for file, pairs in reads_by_file({name: record}, {name: shard}).items():
+            if file not in self._files:
+                self._files[file] = self._stack.enter_context(open_safetensors(self.folder / file))
+            for chunk, _ in pairs:
+                copy_overlap(self._files[file], chunk, shard)
+        return shard.tensor
 
 
-# The tensors of a checkpoint of ours, one at a time.
+def overlap(one: ShardMetadata, other: ShardMetadata) -> ShardMetadata | None:
+    """The rectangle that two rectangles of a tensor have in common; None if they share no element."""
+    offsets = tuple(map(max, one.offsets, other.offsets))
+    ends = [min(a + p, b + q) for a, p, b, q in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)]
+    sizes = tuple(end - begin for begin, end in zip(offsets, ends, strict=True))
+    return ShardMetadata(one.shape, offsets, sizes) if all(size > 0 for size in sizes) else None
 
-PREFIX = "model."
-"""Of the names of weights; the others are the optimizer's and the generators'."""
+
+def copy_overlap(file: Any, chunk: ChunkRecord, shard: LocalShard) -> None:
+    """Copy from the open `file` what the chunk and the shard have in common into the shard's tensor."""
+    metadata, tensor = shard
+    common = overlap(chunk.metadata, metadata)
+    assert common is not None
+    _within(metadata, common).cut(tensor.detach()).copy_(read_rectangle(file, chunk.key, _within(chunk.metadata, common)))
+
+
+def _within(outer: ShardMetadata, inner: ShardMetadata) -> ShardMetadata:
+    """`inner` as a rectangle of the tensor that `outer` is stored as."""
+    return ShardMetadata(outer.sizes, tuple(a - b for a, b in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes)
 
 
 def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:
-    """The model's tensors by name, as they are stored but on the meta device."""
+    """The model's tensors by name, in their stored dtypes, on the meta device."""
     return {
         name.removeprefix(PREFIX): torch.empty(record.shape, dtype=DTYPES[record.dtype], device="meta")
         for name, record in manifest.tensors.items()
@@ -72,13 +94,6 @@ def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:
 
 
 def read_weight(checkpoint: Path, manifest: Manifest, name: str) -> Tensor:
-    """One whole tensor of the model, whatever pieces it is stored in."""
-    record = manifest.tensors[PREFIX + name]
-    tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype])
-    for chunk in record.chunks:
-        with open_shard(checkpoint / chunk.file) as file:
-            begin = (0,) * len(chunk.sizes)
-            ShardMetadata(record.shape, chunk.offsets, chunk.sizes).cut(tensor).copy_(
-                read_rectangle(file, chunk.key, begin, chunk.sizes)
-            )
-    return tensor
+    """The whole tensor `name` of the model. Opens the files anew, so that no pages of them stay in memory."""
+    with TensorReader(checkpoint, manifest.tensors) as reader:
+        return reader.read(PREFIX + name)

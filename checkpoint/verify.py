@@ -1,33 +1,21 @@
-"""Is a checkpoint what it was when it was written? Asked before any tensor is changed, of all files, by all ranks together."""
+"""Checks that a checkpoint is what was written: presence, sizes, headers and hashes of its files."""
 
 from pathlib import Path
 
-from ..parallel.object_collectives import from_all, from_first, rank_and_world
-from .expert_hashes import expert_hashes, hash_stored, slices
+from ..parallel.object_collectives import from_first, on_each_rank, rank_and_world
+from .expert_hashes import expert_hashes, expert_slices, hash_stored_slices
 from .manifest import MANIFEST, DamagedCheckpoint, Manifest, check_sizes, check_unlisted, read_manifest
-from .safetensors_file import hash_file, open_shard
+from .safetensors_file import hash_file, open_safetensors
 
 
-def verified(path: Path) -> Manifest:
-    """The manifest of the checkpoint `path`, whose files are all as it says. Collective; the ranks share the reading.
-
-    DamagedCheckpoint, the same on every rank, if they are not.
-    """
+def verify_checkpoint(path: Path) -> None:
+    """DamagedCheckpoint, the same on every rank, if a file is not what was written. Collective; the ranks share the reading."""
     manifest = from_first(lambda: read_manifest(path))
-    rank, world = rank_and_world()
-    failure = None
-    try:
-        check_files(path, manifest, rank, world)
-    except DamagedCheckpoint as error:
-        failure = error
-    failures = [each for each in from_all(failure) if each is not None]
-    if failures:
-        raise failures[0]
-    return manifest
+    on_each_rank(lambda: check_files(path, manifest, *rank_and_world()), f"checkpoint {path} was not verified")
 
 
 def check_all(path: Path) -> Manifest:
-    """The manifest of `path`, all of whose bytes, headers and experts were checked; not collective, a slice at a time in memory.
+    """Check every byte, header and expert hash of `path`, one slice at a time in memory, and return the manifest. Not collective.
 
     DamagedCheckpoint for the first that is wrong.
     """
@@ -35,8 +23,8 @@ def check_all(path: Path) -> Manifest:
     check_files(path, manifest)
     check_unlisted(path, manifest)
     if manifest.experts:
-        wanted = [one for name, record in manifest.tensors.items() for one in slices(name, record.shape)]
-        found = expert_hashes([hash_stored(path, manifest.tensors, wanted, lambda: None)])
+        wanted = [one for name, record in manifest.tensors.items() for one in expert_slices(name, record.shape)]
+        found = expert_hashes([hash_stored_slices(path, manifest.tensors, wanted, lambda: None)])
         for layer in sorted(found.keys() | manifest.experts.keys()):
             if found.get(layer) != manifest.experts.get(layer):
                 raise DamagedCheckpoint(path / MANIFEST, f"{path / MANIFEST}: the experts of {layer} are not those it states")
@@ -44,12 +32,14 @@ def check_all(path: Path) -> Manifest:
 
 
 def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -> None:
-    """DamagedCheckpoint for the first of this rank's share of the files that is missing, or does not hold what it should."""
+    """Check every `world`-th file from the `rank`-th on. DamagedCheckpoint for the first that is missing or was changed."""
     share = sorted(manifest.files | manifest.attachments)[rank::world]
     check_sizes(path, manifest, share)
     check_headers(path, manifest, {name for name in share if name in manifest.files})
     for name in share:
-        check_hash(path, manifest, name)
+        if hash_file(path / name) != (manifest.files | manifest.attachments)[name].hash:
+            reason = f"checkpoint file {path / name} is damaged: its hash is not the one in {MANIFEST}"
+            raise DamagedCheckpoint(path / name, reason)
 
 
 def check_headers(path: Path, manifest: Manifest, names: set[str]) -> None:
@@ -58,18 +48,12 @@ def check_headers(path: Path, manifest: Manifest, names: set[str]) -> None:
     for record in manifest.tensors.values():
         for chunk in record.chunks:
             if chunk.file in names:
-                wanted[chunk.file].append((chunk.key, (record.dtype, chunk.sizes)))
+                wanted[chunk.file].append((chunk.key, (record.dtype, chunk.metadata.sizes)))
     for name, tensors in wanted.items():
-        with open_shard(path / name) as file:
+        with open_safetensors(path / name) as file:
             keys = set(file.keys())
-            for key, said in tensors:
+            for key, stated in tensors:
                 view = file.get_slice(key) if key in keys else None
-                if view is None or (view.get_dtype(), tuple(view.get_shape())) != said:
-                    reason = f"checkpoint file {path / name} does not hold {key!r} as {MANIFEST} says: {said}"
+                if view is None or (view.get_dtype(), tuple(view.get_shape())) != stated:
+                    reason = f"checkpoint file {path / name} does not hold {key!r} as {MANIFEST} says: {stated}"
                     raise DamagedCheckpoint(path / name, reason)
-
-
-def check_hash(path: Path, manifest: Manifest, name: str) -> None:
-    """DamagedCheckpoint if the bytes of a file are not those that were written."""
-    if hash_file(path / name) != (manifest.files | manifest.attachments)[name].hash:
-        raise DamagedCheckpoint(path / name, f"checkpoint file {path / name} is damaged: its hash is not the one in {MANIFEST}")

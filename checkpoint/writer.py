@@ -1,7 +1,7 @@
-"""One rank's part of a save, from its first byte to the name of the whole. It talks to the other ranks through files alone.
+"""One rank's part of a save. It talks to the other ranks through files alone, so it may run in a thread while training goes on.
 
-So it may run in a thread beside the training. Each rank writes its shard and then a note about it, in JSON; rank 0 waits for all
-notes, writes the manifest and gives the folder its name. A rank that fails leaves a note of that, which ends the others.
+Each rank writes its file of tensors and then a note about it, in JSON; rank 0 waits for all notes, writes the manifest and gives
+the folder its final name. A rank that fails leaves a note of that, which ends the others.
 """
 
 import contextlib
@@ -17,15 +17,16 @@ from typing import Any
 
 from ..parallel.failpoints import failpoint
 from ..parallel.shard import LocalShard
-from .expert_hashes import Hashes, expert_hashes, hash_held, hash_stored
+from .expert_hashes import SliceHashes, expert_hashes, hash_stored_slices, hash_whole_slices
 from .folder import REPLACED
 from .fsync import sync, sync_folder, write_durably
 from .manifest import MANIFEST, FileRecord, Manifest, write_manifest
-from .safetensors_file import hash_file, write_shard
-from .save_plan import Share, shard_name
+from .safetensors_file import hash_file, write_safetensors
+from .save_plan import SavePlan, file_of_rank
 
 TEMPORARY = ".tmp-"
 LONGEST_PAUSE = 0.2
+"""Seconds between two looks for notes."""
 
 
 class Stopped(Exception):
@@ -33,7 +34,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Job:
+class SaveJob:
     """A save as this rank knows it."""
 
     final: Path
@@ -42,88 +43,83 @@ class Job:
     facts: dict[str, Any]
     rank: int
     world: int
-    share: Share
+    plan: SavePlan
     limit_seconds: float
     attach: Callable[[Path], None] | None = None
-    """Rank 0: writes further files into the folder."""
+    """On rank 0: writes further files into the folder."""
     stop: Event = field(default_factory=Event)
-    """Set from outside to end the writing."""
+    """Set by another thread to end the writing."""
 
 
-def write_share(job: Job, held: dict[str, LocalShard]) -> None:
-    """Everything this rank has to do; rank 0 returns once the checkpoint has its name. `held` must not change meanwhile."""
+def write_checkpoint(job: SaveJob, shards: dict[str, LocalShard]) -> None:
+    """This rank's part of a save; rank 0 returns once the checkpoint has its final name. The tensors must not change meanwhile."""
     try:
-        _Writing(job).run(held)
+        _Writer(job).run(shards)
     except BaseException as error:
         if not isinstance(error, Stopped):
             with contextlib.suppress(OSError):
-                _write_note(job.temporary / f"failed_{job.rank:05d}.note", describe(error))
+                _write_note(job.temporary / f"failed_{job.rank:05d}.note", error_text(error))
         raise
 
 
-def describe(error: BaseException) -> str:
-    """Type and text."""
+def error_text(error: BaseException) -> str:
+    """Type and message."""
     return f"{type(error).__name__}: {error}"
 
 
-def discard(temporary: Path) -> None:
-    """Remove what a failed save has left; for one rank, when all have stopped."""
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-class _Writing:
-    def __init__(self, job: Job) -> None:
+class _Writer:
+    def __init__(self, job: SaveJob) -> None:
         self.job = job
         self.end = monotonic() + job.limit_seconds
 
-    def run(self, held: dict[str, LocalShard]) -> None:
-        job, share = self.job, self.job.share
-        note = self._write_shard({name: held[name] for name in share.names})
+    def run(self, shards: dict[str, LocalShard]) -> None:
+        job, plan = self.job, self.job.plan
+        note = self._write_shards({name: shards[name] for name in plan.names})
         if job.world > 1:
-            _write_note(self._place("shard", job.rank), note)
-        if share.slices or job.rank == 0:
+            _write_note(self._note("shard", job.rank), note)
+        if plan.slices or job.rank == 0:
             notes = self._gather("shard", range(job.world), note)
-            read = hash_stored(job.temporary, share.tensors, share.slices, self._go_on)
+            hashes = hash_stored_slices(job.temporary, plan.tensors, plan.slices, self._check)
             if job.rank == 0:
-                hashes = [note["slices"] for note in notes] + self._gather("slices", range(share.readers), read)
-                self._commit({note["file"]: FileRecord(*note["record"]) for note in notes if note["file"]}, hashes)
+                files = {note["file"]: FileRecord(*note["record"]) for note in notes if note["file"]}
+                self._commit(files, [note["slices"] for note in notes] + self._gather("slices", range(plan.hashing_ranks), hashes))
             else:
-                _write_note(self._place("slices", job.rank), read)
+                _write_note(self._note("slices", job.rank), hashes)
 
-    def _write_shard(self, held: dict[str, LocalShard]) -> dict[str, Any]:
-        """Returns the note about it: file, size and hash, and the hashes of the slices of experts that it holds whole."""
-        job, slices = self.job, Hashes()
-
-        def see(name: str, content: memoryview) -> None:
-            failpoint("checkpoint.shard_begun", job.step)
-            self._go_on()
-            if found := hash_held(name, held[name].piece, content):
-                slices[name] = found
-
-        if not held:
+    def _write_shards(self, shards: dict[str, LocalShard]) -> dict[str, Any]:
+        """Writes the file of this rank. Returns the note: its name, size and hash, and the hashes of the expert slices in it."""
+        if not shards:
             return {"file": None, "record": None, "slices": {}}
-        path = job.temporary / shard_name(job.rank)
-        record = write_shard(path, {name: one.tensor for name, one in held.items()}, see)
+        job, slices = self.job, SliceHashes()
+
+        def on_content(name: str, content: memoryview) -> None:
+            failpoint("checkpoint.shard_begun", job.step)
+            self._check()
+            if hashes := hash_whole_slices(name, shards[name][0], content):
+                slices[name] = hashes
+
+        path = job.temporary / file_of_rank(job.rank)
+        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content)
         failpoint("checkpoint.shard_written", job.step)
         return {"file": path.name, "record": record, "slices": slices}
 
-    def _commit(self, files: dict[str, FileRecord], hashes: list[Hashes]) -> None:
-        """What all ranks wrote becomes a checkpoint."""
+    def _commit(self, files: dict[str, FileRecord], hashes: list[SliceHashes]) -> None:
+        """On rank 0: makes the files of all ranks a checkpoint."""
         job = self.job
         failpoint("checkpoint.before_manifest", job.step)
         for note in job.temporary.glob("*.note"):
             note.unlink()
         attachments = self._attach()
-        manifest = Manifest(job.step, job.facts, job.share.tensors, files, attachments, expert_hashes(hashes))
+        manifest = Manifest(job.step, job.facts, job.plan.tensors, files, attachments, expert_hashes(hashes))
         write_manifest(job.temporary / MANIFEST, manifest)
         sync_folder(job.temporary)
         failpoint("checkpoint.before_rename", job.step)
-        self._go_on()
+        self._check()
         give_name(job.temporary, job.final)
         failpoint("checkpoint.renamed", job.step)
 
     def _attach(self) -> dict[str, FileRecord]:
-        """The files that `job.attach` makes in folders beside the shards."""
+        """Has `job.attach` write its files, into folders next to the tensors. Returns their records."""
         folder = self.job.temporary
         if self.job.attach is not None:
             self.job.attach(folder)
@@ -137,40 +133,40 @@ class _Writing:
         return records
 
     def _gather(self, kind: str, ranks: range, mine: Any) -> list[Any]:
-        """The notes of the ranks, when all are there."""
+        """The notes of `ranks`, once all are there; `mine` is this rank's."""
         found = {self.job.rank: mine}
         pause = 0.002
         while waiting := [rank for rank in ranks if rank not in found]:
-            there = {path.name for path in self.job.temporary.iterdir()}
-            arrived = [rank for rank in waiting if self._place(kind, rank).name in there]
-            found |= {rank: json.loads(self._place(kind, rank).read_bytes()) for rank in arrived}
+            names = {path.name for path in self.job.temporary.iterdir()}
+            arrived = [rank for rank in waiting if self._note(kind, rank).name in names]
+            found |= {rank: json.loads(self._note(kind, rank).read_bytes()) for rank in arrived}
             if len(arrived) < len(waiting):
-                if any(name.startswith("failed_") for name in there):
+                if any(name.startswith("failed_") for name in names):
                     raise Stopped("another rank failed")
-                self._go_on()
+                self._check()
                 self.job.stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
         return [found[rank] for rank in ranks]
 
-    def _place(self, kind: str, rank: int) -> Path:
+    def _note(self, kind: str, rank: int) -> Path:
         return self.job.temporary / f"{kind}_{rank:05d}.note"
 
-    def _go_on(self) -> None:
-        """Raises if this save cannot become a checkpoint any more."""
+    def _check(self) -> None:
+        """Stopped or TimeoutError if this save cannot become a checkpoint any more."""
         if self.job.stop.is_set():
             raise Stopped("stopped")
         if monotonic() > self.end:
             raise TimeoutError(f"the save took longer than checkpoint.timeout_seconds={self.job.limit_seconds:g}")
 
 
-def beside(path: Path, tag: str) -> Path:
-    """Another name for `path` in the same folder."""
+def sibling(path: Path, tag: str) -> Path:
+    """An unused name in the folder of `path`: its own name, `tag` and random digits."""
     return path.with_name(f"{path.name}{tag}{secrets.token_hex(4)}")
 
 
 def give_name(temporary: Path, final: Path) -> None:
-    """Rename the complete folder `temporary` to `final`. A folder of that name is set aside first and removed last."""
-    old = beside(final, REPLACED) if final.exists() else None
+    """Rename the complete folder `temporary` to `final`. An existing `final` is set aside first and removed last."""
+    old = sibling(final, REPLACED) if final.exists() else None
     if old:
         final.rename(old)
     try:

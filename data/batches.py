@@ -1,4 +1,4 @@
-"""The sequence of global batches: a function of the corpus, the seed and the step, and of nothing else.
+"""Global batches of a tokenized corpus, as a function of the corpus, the seed and the step alone.
 
 B: sequences; S: tokens per sequence. A corpus row is S + 1 consecutive tokens; rows start every S tokens, so each token but the
 first is a target once an epoch.
@@ -11,65 +11,65 @@ import numpy as np
 import torch
 import xxhash
 
-from .permutation import kept_permutation
+from .permutation import cached_permutation
 from .token_array import TokenArray
 
 IGNORE = -100
-"""A target that is not counted: F.cross_entropy's default `ignore_index`."""
+"""Target of a position without a loss: F.cross_entropy's default `ignore_index`."""
 
 
 class Batch(NamedTuple):
     ids_BS: torch.Tensor
     """int64 token ids."""
     targets_BS: torch.Tensor
-    """int64: the token that follows each of ids_BS, or IGNORE."""
+    """int64 ids of the next tokens, or IGNORE."""
 
 
 @final
 class GlobalBatches:
-    """The training batches. Stateless: to resume, a run needs its step alone.
+    """The training batches. Stateless: a run resumes from its step alone.
 
-    Position p of the endless stream of rows is row `order[p % rows]` of epoch `p // rows`, each epoch with its own permutation;
-    the global batch of step s is the positions from `s * sequences` on. So epochs may end inside of a batch.
+    Position p of the endless stream of rows is row `order[p % rows]` of epoch `p // rows`, each epoch with its own permutation.
+    The global batch of step s starts at position `s * sequences`, so an epoch may end inside a batch.
     """
 
     def __init__(self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int) -> None:
-        """Raises a ValueError of one line if the corpus has no row."""
-        self._table = _Table(tokens, sequence_length, "training")
+        """Raises ValueError, one line, if the corpus has no row."""
+        self._row_table = _RowTable(tokens, sequence_length, "training")
         self._seed = seed
         self.sequences = sequences
         self.fingerprint = tokens.manifest.fingerprint
-        self.rows = self._table.rows
+        self.rows = self._row_table.rows
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
         """The given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
         return split_rows(self._tokens(step, rows))
 
     def digest(self, step: int) -> str:
-        """xxh3-64 of the global batch: its int64 token ids, targets included, row by row."""
+        """xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
         return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """Nothing: a batch is found by its step."""
+        """Empty: a batch follows from its step."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Does nothing: there is no state."""
 
-    def counts(self, step: int | None = None) -> dict[str, float]:
-        """Nothing is counted: all is known beforehand."""
+    def metrics(self, step: int | None = None) -> dict[str, float]:
+        """Empty: StreamBatches has metrics."""
         return {}
 
-    def findings(self) -> list[Any]:
-        """Nothing: what is no text was left out beforehand."""
+    def read_failures(self) -> list[Any]:
+        """Empty: unreadable documents were left out when the corpus was tokenized."""
         return []
 
     def bad_rows(self) -> list[str]:
-        """None, for the same reason."""
+        """Empty, for the same reason."""
         return []
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
     def _tokens(self, step: int, rows: slice | range | None) -> np.ndarray:
         """(B, S + 1), int64."""
@@ -77,48 +77,48 @@ class GlobalBatches:
         epochs, places = np.divmod(positions, self.rows)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
-            order = kept_permutation(self.rows, "train", self._table.fingerprint, self._seed, int(epoch))
+            order = cached_permutation(self.rows, "train", self._row_table.fingerprint, self._seed, int(epoch))
             indices[epochs == epoch] = order[places[epochs == epoch]]
-        return self._table.read(indices)
+        return self._row_table.read(indices)
 
 
 @final
 class ValidationBatches:
-    """The validation rows in one spread order that does not depend on the run's seed."""
+    """The validation rows, in a shuffled order that does not depend on the run's seed."""
 
     def __init__(self, tokens: TokenArray, *, sequence_length: int, sources: list[tuple[str, int]] | None = None) -> None:
-        """Raises a ValueError of one line if the corpus has no row.
+        """Raises ValueError, one line, if the corpus has no row.
 
-        `sources`: the names of those that the tokens are of, and how many of them are of each, in order; None: of one.
+        sources: name and number of tokens of each source, in the order of the tokens; None for a single source.
         """
-        self._table = _Table(tokens, sequence_length, "validation")
+        self._row_table = _RowTable(tokens, sequence_length, "validation")
         self._length = sequence_length
-        self.rows = self._table.rows
+        self.rows = self._row_table.rows
         self.source_names = [name for name, _ in sources or [("all", 0)]]
         self._ends = np.cumsum([size for _, size in sources or []][:-1])
 
     def batches(self, sequences: int, size: int, rows: slice | range | None = None) -> Iterator[Batch]:
-        """The first `sequences` rows, or all if there are fewer, in global batches of `size`; of each the given rows (None: all).
+        """The first `sequences` rows, or all if there are fewer, in global batches of `size`; of each the given `rows` (None: all).
 
-        The last batch is filled up with rows whose targets are all IGNORE, so that every rank gets the same shapes.
+        The last batch is padded with rows whose targets are all IGNORE, so that every rank gets the same shapes.
         """
-        order = kept_permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
         chosen = np.array(chosen_rows(rows, size), dtype=np.int64)
         for start in range(0, len(order), size):
             places = start + chosen
-            ids_BS, targets_BS = split_rows(self._table.read(order[np.minimum(places, len(order) - 1)]))
+            ids_BS, targets_BS = split_rows(self._row_table.read(order[np.minimum(places, len(order) - 1)]))
             targets_BS[torch.from_numpy(places >= len(order))] = IGNORE
             yield Batch(ids_BS, targets_BS)
 
     def sources(self, sequences: int, rows: range) -> list[int]:
-        """Of the given rows of the first global batch, the index into `source_names` of the source that each begins in."""
-        order = kept_permutation(self.rows, "validation", self._table.fingerprint)[:sequences]
+        """For each of the given rows of the first global batch, the index into `source_names` of the source that it begins in."""
+        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
         starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
         return np.searchsorted(self._ends, starts, side="right").tolist()
 
 
 def unigram_entropy(tokens: np.ndarray, size: int) -> float:
-    """Entropy, in nats per token, of the frequencies of the `size` ids in `tokens`: the loss of the best model without context."""
+    """Entropy of the frequencies of the `size` ids in `tokens`, nats per token: the loss of the best model without context."""
     counts = np.zeros(size, dtype=np.int64)
     for start in range(0, len(tokens), 1 << 22):
         counts += np.bincount(tokens[start : start + (1 << 22)], minlength=size)
@@ -127,8 +127,8 @@ def unigram_entropy(tokens: np.ndarray, size: int) -> float:
 
 
 @final
-class _Table:
-    """The rows of a flat array of tokens."""
+class _RowTable:
+    """A flat array of tokens as rows of S + 1."""
 
     def __init__(self, tokens: TokenArray, sequence_length: int, split: str) -> None:
         self._ids = tokens.ids
@@ -147,13 +147,13 @@ class _Table:
 
 
 def split_rows(tokens: np.ndarray) -> Batch:
-    """Ids and targets of rows of S + 1 tokens."""
+    """Ids and targets, (B, S) each, of `tokens`, (B, S + 1)."""
     tokens_BS1 = torch.from_numpy(tokens)
     return Batch(tokens_BS1[:, :-1].contiguous(), tokens_BS1[:, 1:].contiguous())
 
 
 def chosen_rows(rows: slice | range | None, size: int) -> range:
-    """`rows` (None: all) of a global batch of `size`, as a range."""
+    """`rows` of a global batch of `size` (None: all) as a range."""
     if isinstance(rows, slice):
         rows = range(rows.start or 0, size if rows.stop is None else rows.stop, rows.step or 1)
     chosen = range(size) if rows is None else rows

@@ -1,4 +1,4 @@
-"""Everything between the settings and the first batch."""
+"""Builds the data pipeline of a run: tokenizer, training batches and validation batches."""
 
 import logging
 import threading
@@ -11,13 +11,13 @@ from .cache import cache_folder
 from .checks import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .corpus import CorpusSurvey, survey
-from .mixture_config import MixtureSource, parts_of
-from .pretokenized import open_prepared, tokenizer_words
+from .mixture_config import MixtureSource, mixture_sources
+from .pretokenized import open_pretokenized, tokenizer_overrides
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
 from .stream.packing import World
 from .stream.shards import open_shards
-from .stream.source import OpenedSource, build_mixture, held_out_tokens, joined_shares, joined_tokens, sample_texts, whole_tokens
+from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
 from .token_array import TokenArray, open_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokenizer_training import sample
@@ -26,20 +26,20 @@ log = logging.getLogger("tokenyard")
 
 
 class Facts(NamedTuple):
-    """What the start-up table and the report say about the data; ranks that train together have equal facts."""
+    """Numbers about the data for the start-up table and the report; equal on all ranks."""
 
     train_documents: int | None
-    """None: not known, the documents are streamed."""
+    """None if the documents are streamed: their number is not known."""
     train_tokens: int | None
     validation_documents: int
     validation_tokens: int
     bytes_per_token: float
-    """Of the training documents; of the validation documents if those are streamed."""
+    """In the training documents, or in the validation documents if the former are streamed."""
     undecodable: int
     duplicates: int
     empty: int
     unigram_entropy: float
-    """Of the validation tokens, nats per token."""
+    """Nats per token of the validation tokens."""
     train_fingerprint: str
     validation_fingerprint: str
     tokenizer_hash: str
@@ -61,14 +61,14 @@ def prepare(
     world: World | None = None,
     validation_sequences: int = 256,
 ) -> DataPipeline:
-    """Open the corpus, training a tokenizer and tokenizing where the cache has neither.
+    """Open the corpus; trains a tokenizer and tokenizes where the cache lacks the result.
 
-    Any number of processes may call this at once; to save work let rank 0 be first, the others then find all in the cache.
-    `world` shares the tokenizing of streamed data. Raises a ValueError of one line for settings that cannot work.
+    Any number of processes may call this at once. Call it on rank 0 first to save work: the others find everything in the cache.
+    The ranks of `world` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
     """
     check_corpus(config)
     cache = cache_folder(config)
-    order = BatchOrder(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
+    order = BatchSettings(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
     if config.corpus in (*STREAMED, Corpus.mix):
         prepared = _streamed(config, tokenizer_config, cache, order)
     else:
@@ -79,46 +79,46 @@ def prepare(
     return prepared
 
 
-class BatchOrder(NamedTuple):
-    """What decides the batches beside the data, and who makes them."""
+class BatchSettings(NamedTuple):
+    """What the batches depend on in addition to the data, and the ranks that make them."""
 
     length: int
     seed: int
     sequences: int
     world: World
     validation: int
-    """Sequences to validate on."""
+    """Validation sequences."""
 
 
 def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """The tokenizer of a run, trained on samples of its sources if it is none that exists."""
+    """The tokenizer of a run; trained on samples of its sources unless the configuration names one."""
     tokenizer = ready_tokenizer(tokenizer_config)
     if tokenizer is not None:
         return tokenizer
     if config.corpus is Corpus.prepared:
-        raise ValueError(f"tokenizer.path=null cannot be trained on tokens; take {tokenizer_words(Path(config.path or ''))}")
-    parts, limit = parts_of(config), tokenizer_config.sample_bytes
+        raise ValueError(f"tokenizer.path=null cannot be trained on tokens; take {tokenizer_overrides(Path(config.path or ''))}")
+    parts, limit = mixture_sources(config), tokenizer_config.sample_bytes
     total = sum(part.weight for part in parts)
-    texts = [text for part in parts for text in part_texts(part, max(1, round(limit * part.weight / total)))]
+    texts = [text for part in parts for text in _sample(part, max(1, round(limit * part.weight / total)))]
     return trained_tokenizer(tokenizer_config, texts, cache)
 
 
-def part_texts(part: MixtureSource, limit: int) -> list[str]:
-    """Beginnings of training documents of one source, about `limit` bytes."""
+def _sample(part: MixtureSource, limit: int) -> list[str]:
+    """Beginnings of training documents of one source, together about `limit` bytes."""
     if part.config.corpus in STREAMED:
-        return sample_texts(OpenedSource(part, open_shards(part.config, patience_of(part.config))), limit)
+        return sample_texts(OpenedSource(part, open_shards(part.config, retry_policy(part.config))), limit)
     return [] if part.config.corpus is Corpus.prepared else sample(survey(part.config), limit)
 
 
-def patience_of(config: DataConfig) -> RetryPolicy:
-    """That of the settings."""
+def retry_policy(config: DataConfig) -> RetryPolicy:
+    """The RetryPolicy of the settings, with a `closed` event of its own."""
     return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 
-def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchOrder) -> DataPipeline:
+def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchSettings) -> DataPipeline:
     if config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
-        corpus, train, validation = None, *(open_prepared(config, tokenizer.hash, split) for split in ("train", "validation"))
+        corpus, train, validation = None, *(open_pretokenized(config, tokenizer.hash, split) for split in ("train", "validation"))
     else:
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
@@ -128,27 +128,27 @@ def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, o
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
 
 
-def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchOrder) -> DataPipeline:
+def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchSettings) -> DataPipeline:
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
-    patience = patience_of(config)
+    retry = retry_policy(config)
     parts = [
-        OpenedSource(part, open_shards(part.config, patience)) if part.config.corpus in STREAMED else part
-        for part in parts_of(config)
+        OpenedSource(part, open_shards(part.config, retry)) if part.config.corpus in STREAMED else part
+        for part in mixture_sources(config)
     ]
     pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
     mixture = build_mixture(parts, tokenizer, cache, order.seed, order.length, order.world, pool)
-    batches = StreamBatches(mixture, sequences=order.sequences, patience=patience, pool=pool)
+    batches = StreamBatches(mixture, sequences=order.sequences, retry=retry, pool=pool)
     wanted = order.validation * order.length + 1
     held_out = [
         held_out_tokens(part, tokenizer, cache, wanted, source.note)
         if isinstance(part, OpenedSource)
-        else whole_tokens(part.config, "validation", tokenizer, cache)
+        else open_array(part.config, "validation", tokenizer, cache)
         for part, source in zip(parts, mixture.sources, strict=True)
     ]
-    validation = joined_tokens(held_out, mixture.weights, wanted)
+    validation = concatenate_tokens(held_out, mixture.weights, wanted)
     facts = _facts(None, validation, validation, tokenizer)
     facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
-    shares = zip(mixture.sources, joined_shares(held_out, mixture.weights, wanted), strict=True)
+    shares = zip(mixture.sources, token_shares(held_out, mixture.weights, wanted), strict=True)
     sources = [(source.label, share) for source, share in shares]
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
 

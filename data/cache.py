@@ -1,4 +1,4 @@
-"""Folders that are written once under the hash of what made them and appear whole or not at all."""
+"""The cache of trained tokenizers and tokenized corpora: folders named by a hash of their inputs, complete or absent."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ from .config import DataConfig
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where trained tokenizers and tokenized corpora lie; made if missing."""
+    """The cache folder, made if missing. ValueError if it cannot be written."""
     folder = Path(config.cache or os.environ.get("TOKENYARD_CACHE") or "~/.cache/tokenyard").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,8 +24,8 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 @contextmanager
-def publish(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill and renames it to `folder` at the end; if another process was first, its copy stays."""
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill and renames it to `folder` at the end, unless another process has written that meanwhile."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)
     try:

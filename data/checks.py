@@ -1,7 +1,4 @@
-"""Refuses data and tokenizer settings that cannot work, before anything is read.
-
-Standard library only, as it runs before torch is imported.
-"""
+"""Refuses data and tokenizer settings that cannot work, before anything is read. Standard library only."""
 
 import difflib
 import glob
@@ -13,20 +10,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
-from .mixture_config import parts_of
-
-# Refuses sources that name nothing, or what is not there. Standard library only.
+from .mixture_config import mixture_sources
 
 WITH_PATH = (Corpus.text, Corpus.parquet, Corpus.jsonl, Corpus.lines, Corpus.prepared)
 
 
 def check_sources(config: DataConfig) -> None:
-    """ValueError of one line for the first source that cannot be opened; URLs and the hub are not asked."""
+    """ValueError, one line, for the first source that is not named or does not exist. URLs and the hub are not opened."""
     if config.corpus is Corpus.mix and not config.mix:
         raise ValueError("data.mix=[] must name a source for data.corpus=mix, as data.mix=['weight=0.7 corpus=stdlib']")
     if config.corpus is not Corpus.mix and config.mix:
         raise ValueError(f"data.mix is read by data.corpus=mix only, and data.corpus={config.corpus.value}")
-    for part in parts_of(config):
+    for part in mixture_sources(config):
         _check(part.config)
 
 
@@ -40,7 +35,7 @@ def _check(config: DataConfig) -> None:
         )
     if path is not None and kind in (Corpus.parquet, Corpus.jsonl, Corpus.lines) and "://" not in path:
         plain = re.sub(r"\{\d+\.\.\d+\}", "*", str(Path(path).expanduser()))
-        # Path.glob wants relative patterns, users write absolute ones.
+        # Path.glob does not take absolute patterns.
         if not Path(plain).exists() and not glob.glob(plain, recursive=True):  # noqa: PTH207
             there = Path(plain)
             while not there.exists():
@@ -49,11 +44,11 @@ def _check(config: DataConfig) -> None:
 
 
 def check_corpus(config: DataConfig) -> None:
-    """Raise a ValueError of one line if `config` names no text."""
+    """ValueError, one line, if `config` names no text."""
     if not 0 < config.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
     check_sources(config)
-    for part in parts_of(config):
+    for part in mixture_sources(config):
         _check_part(part.config)
 
 
@@ -71,7 +66,7 @@ def _check_part(config: DataConfig) -> None:
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:
-    """Raise a ValueError of one line if `config` describes no tokenizer."""
+    """ValueError, one line, if `config` describes no tokenizer."""
     if config.path is not None:
         _check_exists("tokenizer.path", config.path)
         if not Path(config.path).expanduser().is_file():
@@ -99,7 +94,7 @@ def stdlib_root() -> Path:
 
 
 def stdlib_files(root: Path) -> Iterator[str]:
-    """Paths below `root` of every .py file, with / between their parts; what pip installed is left out."""
+    """Relative paths, with /, of all .py files below `root` except those that pip installed."""
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
         for name in files:
@@ -108,7 +103,7 @@ def stdlib_files(root: Path) -> Iterator[str]:
 
 
 def pattern_files(root: Path, pattern: str) -> Iterator[str]:
-    """Paths below `root` of every file that `pattern` matches, with / between their parts."""
+    """Relative paths, with /, of all files below `root` that match `pattern`."""
     for path in root.glob(pattern):
         if path.is_file():
             yield path.relative_to(root).as_posix()
@@ -129,14 +124,14 @@ def _check_text(config: DataConfig) -> None:
 
 
 def _check_pattern(pattern: str) -> None:
-    # What pathlib.Path.glob would raise on, without a line of ours.
+    # Path.glob would raise an error that does not name the setting.
     parts = Path(pattern).parts
     if not parts or Path(pattern).is_absolute() or ".." in parts or any("**" in part and part != "**" for part in parts):
         raise ValueError(f"data.pattern='{pattern}' must be a relative pattern, with ** as a whole part; the default is '**/*.txt'")
 
 
 def _suffixes(root: Path) -> list[str]:
-    """Patterns that would match something, the most frequent first."""
+    """Patterns for the suffixes of the files in `root`, the most frequent first."""
     found = Counter(Path(name).suffix for name in pattern_files(root, "**/*"))
     return [f"**/*{suffix}" for suffix, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
 
@@ -148,7 +143,7 @@ def _check_exists(key: str, value: str) -> None:
 
 
 def nearest_path(path: Path) -> Path:
-    """The existing path most like `path`: a similarly named entry of its deepest existing parent, else that parent."""
+    """The existing path nearest to `path`: a similarly named entry of its deepest existing parent, else that parent."""
     path = path.absolute()
     while not path.parent.is_dir():
         path = path.parent
@@ -158,9 +153,9 @@ def nearest_path(path: Path) -> Path:
 
 
 def refuse_outside(root: Path, files: Iterable[str], key: str) -> None:
-    """ValueError of one line, which names the setting `key`, for the first of `files` that is not below the folder `root`.
+    """ValueError, one line, naming the setting `key`, for the first of `files` that is not below the folder `root`.
 
-    The cache of the Hugging Face hub is one folder: its snapshots are links to the blobs beside them.
+    In the cache of the Hugging Face hub, links from a snapshot to the blobs of the same repository are allowed.
     """
     home = os.path.realpath(root)
     inside = [home]

@@ -12,14 +12,11 @@ import xxhash
 from .checks import check_corpus, pattern_files, stdlib_files, stdlib_root
 from .config import Corpus, DataConfig
 
-# Where documents come from: a folder of files, one file cut into chunks, a grammar.
-#
-# A source names its documents and reads one by its name; what is done with them is the same for all. A new kind of source
-# (streams, mixtures, shards) is another class here and another case in `open_source`.
+# Sources of documents. A new kind of source that is not streamed is another class here and another case in `open_source`.
 
 
 def open_source(config: DataConfig) -> "DocumentSource":
-    """The source that `config` describes; the settings were checked by `check_corpus`."""
+    """The source that `config` describes. Call `check_corpus` before."""
     match config.corpus:
         case Corpus.stdlib:
             return TextFolder(stdlib_root(), sorted(stdlib_files(stdlib_root())))
@@ -36,16 +33,16 @@ def open_source(config: DataConfig) -> "DocumentSource":
 class DocumentSource(ABC):
     @abstractmethod
     def names(self) -> list[str]:
-        """The names of all documents, sorted; they do not depend on where the corpus lies."""
+        """The names of all documents, sorted; independent of where the corpus lies."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The document of that name, as stored."""
+        """The bytes of the document `name`."""
 
 
 @final
 class TextFolder(DocumentSource):
-    """One document per file; its name is the path below the folder."""
+    """One document per file, named by its path relative to the folder."""
 
     def __init__(self, root: Path, files: list[str]) -> None:
         self._root = root
@@ -60,17 +57,17 @@ class TextFolder(DocumentSource):
 
 @final
 class Chunks(DocumentSource):
-    """One text file, cut before lines that follow a blank line so that it has documents to keep for validation."""
+    """One text file, cut before lines that follow a blank line, so that there are documents for validation."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._places = {f"{path.name}#{index:08d}": place for index, place in enumerate(_cut(path))}
+        self._spans = {f"{path.name}#{index:08d}": place for index, place in enumerate(_cut(path))}
 
     def names(self) -> list[str]:
-        return list(self._places)
+        return list(self._spans)
 
     def read(self, name: str) -> bytes:
-        offset, size = self._places[name]
+        offset, size = self._spans[name]
         with self._path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -83,7 +80,7 @@ def _cut(path: Path) -> list[tuple[int, int]]:
     with path.open("rb") as file:
         for line in file:
             size = at - start
-            # Text without blank lines is cut at line ends, or one file would be one document.
+            # Text without blank lines is cut at line ends: otherwise the file would be one document.
             if line.strip() and ((size >= least and blank) or size >= 16 * least):
                 places.append((start, size))
                 start = at
@@ -94,7 +91,7 @@ def _cut(path: Path) -> list[tuple[int, int]]:
 
 @final
 class Grammar(DocumentSource):
-    """Small stories that a small model learns: who holds how much of what, and the sum."""
+    """Generates small stories that a small model can learn: who has how many things, and the sum."""
 
     def __init__(self, documents: int) -> None:
         self._documents = documents
@@ -123,7 +120,7 @@ def _pick(chance: random.Random, words: str) -> str:
 
 
 def _below(chance: random.Random, limit: int) -> int:
-    # Of random.Random only random() promises the same numbers in every version of Python.
+    # Only random() of random.Random gives the same numbers in every version of Python.
     return int(chance.random() * limit)
 
 
@@ -142,25 +139,25 @@ class Document(NamedTuple):
 
 
 def documents(config: DataConfig, split: Split) -> Iterator[Document]:
-    """The documents of one split in the order of their names."""
+    """The documents of one split, in the order of their names."""
     corpus = survey(config)
     return map(corpus.read, corpus.names(split))
 
 
 class CorpusSurvey(NamedTuple):
-    """What one pass over a source found. Documents are read again when needed, so a corpus need not fit in memory."""
+    """The result of one pass over a source. Documents are read again when needed, so a corpus need not fit in memory."""
 
     source: DocumentSource
     train: list[str]
     validation: list[str]
     undecodable: list[str]
-    """Names of what is not UTF-8."""
+    """Names of documents that are not UTF-8."""
     duplicates: int
     """Documents with exactly the text of an earlier one."""
     empty: int
-    """Documents of nothing but white space."""
+    """Documents of white space alone."""
     fingerprints: dict[str, str]
-    """xxh3-128 over names and texts, for each split."""
+    """By split: xxh3-128 of names and texts."""
 
     def names(self, split: Split) -> list[str]:
         return self.train if split == "train" else self.validation
@@ -170,10 +167,10 @@ class CorpusSurvey(NamedTuple):
 
 
 def survey(config: DataConfig) -> CorpusSurvey:
-    """Read everything once: leave out what is no text or was there before, and split the rest by a hash of the name alone.
+    """Read all documents once, leave out those that are not UTF-8, empty or duplicates, and split the rest by a hash of the name.
 
-    Exact duplicates go before the split, so no validation text is in the training documents.
-    Raises a ValueError of one line when the settings name no text or leave a split empty.
+    Duplicates are removed before the split, so that no validation text is in the training documents.
+    Raises ValueError, one line, if the settings name no text or leave a split empty.
     """
     check_corpus(config)
     corpus = CorpusSurvey(open_source(config), [], [], [], 0, 0, {})
@@ -191,7 +188,7 @@ def survey(config: DataConfig) -> CorpusSurvey:
             duplicates += 1
         else:
             seen.add(digest)
-            split: Split = "validation" if place(name) < config.validation_fraction else "train"
+            split: Split = "validation" if unit_hash(name) < config.validation_fraction else "train"
             corpus.names(split).append(name)
             hashes[split].update(_raw(name) + b"\0" + digest)
     _refuse_empty_split(config, corpus)
@@ -200,8 +197,8 @@ def survey(config: DataConfig) -> CorpusSurvey:
     return corpus._replace(duplicates=duplicates, empty=empty, fingerprints=fingerprints)
 
 
-def place(name: str, seed: int = 0) -> float:
-    """A number in [0, 1) that depends on the name and the seed alone."""
+def unit_hash(name: str, seed: int = 0) -> float:
+    """A hash in [0, 1) of the name and the seed."""
     return xxhash.xxh3_64_intdigest(_raw(name), seed) / 2**64
 
 
@@ -218,7 +215,7 @@ def _is_text(raw: bytes) -> bool:
 
 
 def _refuse_empty_split(config: DataConfig, corpus: CorpusSurvey) -> None:
-    places = sorted(map(place, corpus.train + corpus.validation))
+    places = sorted(map(unit_hash, corpus.train + corpus.validation))
     if len(places) < 2:
         what = f"data.path={config.path}" if config.path else f"data.corpus={config.corpus.value}"
         raise ValueError(f"{what} must have a document for each split; it has {len(places)} and the least is 2")

@@ -1,4 +1,4 @@
-"""The sources of a configuration: the one that it names, or those of data.mix. Standard library only."""
+"""The data sources of a configuration: a single one, or the entries of data.mix. Standard library only."""
 
 import shlex
 from dataclasses import replace
@@ -17,8 +17,8 @@ class MixtureSource(NamedTuple):
     config: DataConfig
 
 
-def parts_of(config: DataConfig) -> list[MixtureSource]:
-    """ValueError of one line for an entry of data.mix that says nothing clear."""
+def mixture_sources(config: DataConfig) -> list[MixtureSource]:
+    """The sources of `config`. ValueError, one line, for an entry of data.mix that cannot be parsed."""
     if config.corpus is not Corpus.mix:
         return [MixtureSource(config.corpus.value, 1.0, config)]
     parts = [_parse(entry, config) for entry in config.mix]
@@ -58,7 +58,7 @@ def _weight(text: str, entry: str) -> float:
 
 
 def _label(config: DataConfig) -> str:
-    """The last word of where it comes from, as metrics are called by it."""
+    """The source's name in metrics: the last part of its name or path that is not a pattern."""
     place = config.name or config.path or config.corpus.value
     words = [word for word in place.replace("\\", "/").split("/") if word and "*" not in word and "{" not in word]
     return (words or [config.corpus.value])[-1].split(".")[0]

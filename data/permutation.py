@@ -1,4 +1,4 @@
-"""Seeded permutations that are the same on every machine and in every version of numpy."""
+"""Seeded permutations, the same on every machine and in every version of numpy."""
 
 from functools import lru_cache
 
@@ -7,11 +7,11 @@ import xxhash
 
 
 def permutation(size: int, *key: object) -> np.ndarray:
-    """The numbers below `size` in an order that depends on `size` and `key` alone; int64."""
-    # Sorting raw random bits, because numpy keeps those the same between its versions and Generator.permutation not.
+    """The int64 numbers below `size` in an order that depends on `size` and `key` alone."""
+    # Sorts raw random bits: numpy promises to keep those between its versions, but not Generator.permutation.
     bits = np.random.Philox(key=xxhash.xxh3_128_intdigest(repr(key).encode()))
     return np.argsort(bits.random_raw(size), kind="stable")
 
 
-kept_permutation = lru_cache(maxsize=4)(permutation)
-"""The same, remembered: for the few large ones of whole corpora."""
+cached_permutation = lru_cache(maxsize=4)(permutation)
+"""Like `permutation`, with a cache for the few large ones of whole corpora."""

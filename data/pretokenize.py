@@ -1,4 +1,4 @@
-"""`tokenyard prepare`: tokenize once into shards, by several processes; what is finished is kept when it is started again."""
+"""`tokenyard prepare`: tokenizes a source into shards, in several processes; started again, it keeps what is finished."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from .errors import BadData
 from .mixture_config import MixtureSource
 from .pretokenized import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
 from .stream.http import RetryPolicy
-from .stream.shards import Failed, Row, Shards, open_shards
-from .stream.tokenize import Recipe, Window, is_held_out, tokenized
+from .stream.shards import FailedShard, Row, Shards, open_shards
+from .stream.tokenize import Tokenization, Window, is_held_out, tokenize_share
 from .token_array import TokenArray, id_type, write_header
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -30,7 +30,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 class PretokenizeJob(NamedTuple):
-    """The blocks of 256 rows of a shard whose number has a remainder: part `part` of `parts`."""
+    """Part `part` of the `parts` of a shard: every `parts`-th block of 256 rows."""
 
     folder: str
     config: DataConfig
@@ -38,23 +38,23 @@ class PretokenizeJob(NamedTuple):
     part: int
     parts: int
     key: str
-    """Of the data, the tokenizer and the settings."""
+    """Hash of the data, the tokenizer and the settings."""
 
     @property
     def name(self) -> str:
         return f"{self.shard:05}_{self.part:02}"
 
 
-def write_shards(
+def pretokenize_stream(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
-    """Fill `folder` and return its manifest. `progress` is told of shards done, of how many, and tokens.
+    """Fill `folder` from a streamed source and return its manifest. `progress(done, total, tokens)` is called after each shard.
 
-    Neither the number of processes nor interruptions change a byte. ValueError of one line if the folder has other data.
+    Neither the number of processes nor interruptions change a byte. ValueError, one line, if the folder has other data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    patience = RetryPolicy(config.patience_seconds, config.stall_seconds)
-    shards = open_shards(config, patience)
+    retry = RetryPolicy(config.patience_seconds, config.stall_seconds)
+    shards = open_shards(config, retry)
     kept = (shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row)
     key = xxhash.xxh3_128_hexdigest(repr(kept).encode())
     _refuse_other(folder, key)
@@ -64,9 +64,10 @@ def write_shards(
         PretokenizeJob(str(folder), config, shard, part, parts, key) for shard in range(len(shards.names)) for part in range(parts)
     ]
     done = {job.name: record for job in jobs if (record := _finished(job)) is not None}
-    waiting, tokens = [job for job in jobs if job.name not in done], _tokens_of(done)
+    waiting = [job for job in jobs if job.name not in done]
+    tokens = sum(record["train"]["tokens"] for record in done.values())
     progress(len(done), len(jobs), tokens)
-    for name, record in _worked(waiting, processes):
+    for name, record in _run_jobs(waiting, processes):
         done[name] = record
         tokens += record["train"]["tokens"]
         progress(len(done), len(jobs), tokens)
@@ -77,7 +78,7 @@ def write_shards(
 
 
 def write_arrays(tokenizer: Tokenizer, folder: Path, splits: dict[str, TokenArray]) -> dict[str, Any]:
-    """The same of a corpus that is tokenized already: a shard for each split."""
+    """Like `pretokenize_stream`, for a source that is tokenized already: one shard for each split."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / TOKENIZER_FOLDER)
     records = {}
@@ -101,18 +102,18 @@ def finish(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[dict[str, 
     return about
 
 
-def _worked(jobs: list[PretokenizeJob], processes: int) -> Any:
+def _run_jobs(jobs: list[PretokenizeJob], processes: int) -> Any:
     if processes <= 1:
-        yield from ((job.name, work(job)) for job in jobs)
+        yield from ((job.name, run_job(job)) for job in jobs)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        started = {pool.submit(work, job): job for job in jobs}
+        started = {pool.submit(run_job, job): job for job in jobs}
         for future in as_completed(started):
             yield started[future].name, future.result()
 
 
-def work(job: PretokenizeJob) -> dict[str, Any]:
-    """One job, in a process of its own."""
+def run_job(job: PretokenizeJob) -> dict[str, Any]:
+    """Runs in a worker process: tokenizes one part and returns its records, by split."""
     shards = open_shards(job.config, RetryPolicy(job.config.patience_seconds, job.config.stall_seconds))
     tokenizer = load_tokenizer(Path(job.folder) / TOKENIZER_FOLDER)
     with ExitStack() as stack:
@@ -120,14 +121,14 @@ def work(job: PretokenizeJob) -> dict[str, Any]:
         writers = {split: stack.enter_context(closing(ShardWriter(Path(job.folder), names[split], tokenizer))) for split in names}
         for window in _blocks(shards, job):
             for split, rows in _split(window, job.config.validation_fraction).items():
-                writers[split].write(tokenized(rows, 0, (0, 1), Recipe(tokenizer, 0.0, job.config.longest_row), shards))
+                writers[split].write(tokenize_share(rows, 0, (0, 1), Tokenization(tokenizer, 0.0, job.config.longest_row), shards))
         record = {split: writer.finish()._asdict() for split, writer in writers.items()}
     _write_whole(Path(job.folder) / f"part_{job.name}.json", json.dumps({"key": job.key, **record}) + "\n")
     return record
 
 
 class ShardWriter:
-    """An .npy file that grows."""
+    """Appends to an .npy file."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer) -> None:
         self._path, self._kind = folder / name, id_type(tokenizer)
@@ -138,7 +139,7 @@ class ShardWriter:
         write_header(self._file, self._kind, 0)
 
     def write(self, piece: Any) -> None:
-        """Append the documents of a piece."""
+        """Append the documents of a TokenizedShare."""
         ids = piece.tokens.astype(self._kind).tobytes()
         self._file.write(ids)
         self._hash.update(ids)
@@ -148,7 +149,7 @@ class ShardWriter:
         self._bad += [f"{name} row {row}: {reason}" for name, row, reason in piece.bad]
 
     def finish(self) -> ShardRecord:
-        """Give the file its name."""
+        """Complete the header and give the file its final name."""
         self._file.seek(0)
         write_header(self._file, self._kind, self._tokens)
         self._file.flush()
@@ -158,7 +159,7 @@ class ShardWriter:
         return ShardRecord(self._path.name, self._tokens, self._documents, self._bytes, self._hash.hexdigest(), self._bad)
 
     def close(self) -> None:
-        """Without `finish` it stays unfinished."""
+        """Close the file; without `finish` it keeps its temporary name."""
         self._file.close()
 
 
@@ -166,7 +167,7 @@ def _blocks(shards: Shards, job: PretokenizeJob) -> Any:
     numbers: list[int] = []
     rows: list[Row] = []
     for number, row in enumerate(shards.rows(job.shard, 0)):
-        if isinstance(row, Failed):
+        if isinstance(row, FailedShard):
             raise BadData(f"{shards.names[job.shard]} failed after {number} rows: {row.reason}; mend it or leave it out")
         if number // BLOCK % job.parts == job.part:
             numbers.append(number)
@@ -178,7 +179,7 @@ def _blocks(shards: Shards, job: PretokenizeJob) -> Any:
 
 
 def _split(window: Window, fraction: float) -> dict[str, Window]:
-    """Documents for validation, chosen as in streams, and everything else."""
+    """The rows of each split, by the same hash as in streams."""
     held = [isinstance(row, bytes) and is_held_out(row, fraction) for row in window.rows]
     return {
         split: window._replace(
@@ -198,10 +199,6 @@ def _finished(job: PretokenizeJob) -> dict[str, Any] | None:
     return {split: record[split] for split in ("train", "validation")} if record["key"] == job.key and there else None
 
 
-def _tokens_of(done: dict[str, Any]) -> int:
-    return sum(record["train"]["tokens"] for record in done.values())
-
-
 def _refuse_other(folder: Path, key: str) -> None:
     for path in (*folder.glob("part_*.json"), *folder.glob(MANIFEST_FILE)):
         if json.loads(path.read_text()).get("key") != key:
@@ -215,7 +212,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def check_preparable(config: DataConfig) -> None:
-    """ValueError of one line for what is no single source of text."""
+    """ValueError, one line, unless `config` is a single source of text."""
     check_corpus(config)
     if config.corpus in (Corpus.mix, Corpus.prepared):
         raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
@@ -224,16 +221,16 @@ def check_preparable(config: DataConfig) -> None:
 def prepare_command(
     config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
-    """All of it. ValueError of one line for what cannot be prepared."""
+    """Run `tokenyard prepare`; returns the manifest. ValueError, one line, for what cannot be prepared."""
     from .build import open_tokenizer
-    from .stream.source import whole_tokens
+    from .stream.source import open_array
 
     check_preparable(config)
     cache = cache_folder(config)
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     if config.corpus in STREAMED:
-        return write_shards(config, tokenizer, folder, processes, progress)
+        return pretokenize_stream(config, tokenizer, folder, processes, progress)
     part = MixtureSource("", 1.0, config)
     return write_arrays(
-        tokenizer, folder, {split: whole_tokens(part.config, split, tokenizer, cache) for split in ("train", "validation")}
+        tokenizer, folder, {split: open_array(part.config, split, tokenizer, cache) for split in ("train", "validation")}
     )

@@ -1,4 +1,4 @@
-"""Tokenized shards on disk: .npy files and a JSON manifest with their hashes, trained on by memory map."""
+"""Pretokenized shards on disk: memory-mapped .npy files and a JSON manifest with their hashes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenyard tokens"
 VERSION = 2
 AGAIN = "remove it and start tokenyard prepare again"
-"""What to do about damage."""
+"""Advice in messages about damage."""
 
 
 class ShardRecord(NamedTuple):
@@ -30,22 +30,22 @@ class ShardRecord(NamedTuple):
     hash: str
     """xxh3-128 of the ids."""
     bad: list[str]
-    """Rows that were skipped: shard, row, reason."""
+    """Rows that were skipped: shard, row and reason of each."""
 
 
-def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
-    """The shards of a split in the folder `data.path`, as one array. ValueError of one line if something does not fit.
+def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
+    """The shards of a split in the folder `data.path`, as one array. ValueError, one line, if they are damaged or do not match.
 
-    Sizes and the manifest's own hash are compared here; with `data.verify` that of a shard when it is first read.
+    Checks sizes and the manifest's own hash; with `data.verify` also the hash of each shard, when it is first read.
     """
     folder = Path(config.path or "").expanduser()
     about = read_manifest(folder)
     if about["tokenizer_hash"] != tokenizer_hash:
         has = f"tokenizer {about['tokenizer_hash']}, and this one is {tokenizer_hash}"
-        raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_words(folder)}")
+        raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_overrides(folder)}")
     records = [ShardRecord(**record) for record in about["splits"][split]]
     arrays = [_open(folder, record) for record in records]
-    ids = JoinedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
+    ids = ConcatenatedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
     running = xxhash.xxh3_128(tokenizer_hash.encode() + b"".join(record.hash.encode() for record in records))
     documents, size = sum(record.documents for record in records), sum(record.bytes for record in records)
     manifest = TokensManifest(
@@ -55,7 +55,7 @@ def open_prepared(config: DataConfig, tokenizer_hash: str, split: str) -> TokenA
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """ValueError of one line if the folder holds none of ours, or a damaged one."""
+    """The manifest of a folder of pretokenized shards. ValueError, one line, if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     try:
         about = json.loads(path.read_text())
@@ -72,15 +72,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_hash(about: dict[str, Any]) -> str:
-    """xxh3-128 of everything in a manifest but this hash."""
+    """xxh3-128 of a manifest without its hash."""
     rest = {name: value for name, value in about.items() if name != "hash"}
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
-    """Every shard in the manifest and what is wrong with it, "" if nothing is; each byte is read.
+    """Yields each shard of the manifest with what is wrong with it ("" for nothing), after reading all of its bytes.
 
-    ValueError of one line if the manifest itself is none or damaged.
+    ValueError, one line, if the manifest is missing or damaged.
     """
     about = read_manifest(folder)
     for record in (ShardRecord(**record) for split in about["splits"].values() for record in split):
@@ -91,8 +91,8 @@ def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
             yield record, str(error)
 
 
-def tokenizer_words(folder: Path) -> str:
-    """The overrides that name the tokenizer that lies beside the shards."""
+def tokenizer_overrides(folder: Path) -> str:
+    """The overrides for the tokenizer in the folder of the shards."""
     for name, kind in (("tokenizer.model", "sentencepiece"), ("tokenizer.json", "huggingface")):
         if (folder / "tokenizer" / name).is_file():
             return f"tokenizer.kind={kind} tokenizer.path={folder / 'tokenizer' / name}"
@@ -100,11 +100,11 @@ def tokenizer_words(folder: Path) -> str:
 
 
 @final
-class JoinedArrays:
-    """Several memory-mapped arrays as one. Indexed by arrays of places, or by slices, as a numpy array is."""
+class ConcatenatedArrays:
+    """Several memory-mapped arrays as one, indexed by integer arrays or slices like a numpy array."""
 
     def __init__(self, arrays: list[np.ndarray], check: Callable[[int], None] | None = None) -> None:
-        """`check` is called with the index of an array before that is first read."""
+        """check: called with the index of each array before it is first read."""
         self._arrays = arrays
         self._check, self._unchecked = check, set(range(len(arrays)) if check else ())
         self._starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A split of the corpus as one flat array of token ids, made once and memory-mapped ever after."""
+"""A split of a corpus as one flat array of token ids, tokenized once and then memory-mapped from the cache."""
 
 import json
 import logging
@@ -11,18 +11,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
-from .cache import publish
-from .corpus import CorpusSurvey, Document, Split, place
+from .cache import atomic_folder
+from .corpus import CorpusSurvey, Document, Split, unit_hash
 from .tokenizer import Tokenizer
 
 TOKENS_FILE = "tokens.npy"
 MANIFEST_FILE = "manifest.json"
-SEEN_FILE = "seen.json"
-"""What tells at a glance that tokens are those that were written."""
-PIECES, PIECE = 16, 1 << 16
-"""Of the bytes of tokens, hashed whenever they are opened: all of those up to a MiB."""
+STAMP_FILE = "seen.json"
+"""A stamp that shows without reading all tokens whether they are those that were written."""
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+"""Number and bytes of the samples of a file that its stamp hashes; up to 1 MiB they cover all of it."""
 HASHED = 1 << 24
-"""Ids that are hashed at a time."""
+"""Ids hashed at a time."""
 log = logging.getLogger("tokenyard")
 
 
@@ -32,7 +32,7 @@ class TokensManifest(NamedTuple):
     bytes: int
     """UTF-8 bytes of the documents."""
     undecodable: list[str]
-    """Names in the whole corpus of what is not UTF-8."""
+    """Names of documents of the whole corpus that are not UTF-8."""
     duplicates: int
     empty: int
     fingerprint: str
@@ -41,17 +41,17 @@ class TokensManifest(NamedTuple):
 
 class TokenArray(NamedTuple):
     ids: np.ndarray
-    """Shape (tokens,), uint16 or uint32, read-only: the documents in the order of a hash of their names, each with its end mark."""
+    """Shape (tokens,), uint16 or uint32, read-only: documents in the order of a hash of their names, each with its end token."""
     manifest: TokensManifest
 
 
 def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> TokenArray:
-    """The tokens of one split, made now if `cache` does not have them. `verify`: hash all of them."""
+    """The tokens of one split, made now if `cache` does not have them. `verify` hashes all of them."""
     key = xxhash.xxh3_128_hexdigest(f"tokens 1 {split} {corpus.fingerprints[split]} {tokenizer.hash}".encode())
     folder = cache / "tokens" / key
     if not folder.is_dir():
         started = time.perf_counter()
-        with publish(folder) as unfinished:
+        with atomic_folder(folder) as unfinished:
             manifest = _write(corpus, split, tokenizer, unfinished)
         seconds = time.perf_counter() - started
         log.info("data: %s: %d tokens of %d documents in %.1f s", split, manifest.tokens, manifest.documents, seconds)
@@ -59,14 +59,14 @@ def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache:
 
 
 def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
-    """The tokens in a folder of the cache. ValueError of one line if they are damaged or were changed.
+    """The tokens in a folder of the cache. ValueError, one line, if they are damaged or were changed.
 
-    A changed time, or a changed hash of 16 pieces, are seen at once; then, and with `verify`, all is hashed.
+    Hashes all of them with `verify`, or if the stamp (size, time and a hash of 16 samples) differs.
     """
     try:
         manifest = TokensManifest(**json.loads((folder / MANIFEST_FILE).read_text()))
         ids = np.load(folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
-        whole = verify or not _as_seen(folder)
+        whole = verify or not _stamp_matches(folder)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"cached tokens in {folder} are damaged ({error}); remove the folder and they are made again") from None
     if ids.shape != (manifest.tokens,):
@@ -87,37 +87,38 @@ def hash_ids(ids: np.ndarray) -> str:
     return running.hexdigest()
 
 
-def note_seen(folder: Path) -> None:
-    """Of tokens that were written into `folder` just now."""
-    (folder / SEEN_FILE).write_text(json.dumps(_glance(folder / TOKENS_FILE)) + "\n")
+def write_stamp(folder: Path) -> None:
+    """Stamp the tokens that were just written into `folder`."""
+    (folder / STAMP_FILE).write_text(json.dumps(_stamp(folder / TOKENS_FILE)) + "\n")
 
 
-def _as_seen(folder: Path) -> bool:
-    """False also for a folder of a version of this package that did not look."""
+def _stamp_matches(folder: Path) -> bool:
+    """Whether the tokens have the stamp of the folder; False for a folder without one."""
     try:
-        return json.loads((folder / SEEN_FILE).read_text()) == _glance(folder / TOKENS_FILE)
+        return json.loads((folder / STAMP_FILE).read_text()) == _stamp(folder / TOKENS_FILE)
     except FileNotFoundError:
         return False
 
 
-def _glance(path: Path) -> dict[str, Any]:
-    """Size, time and the hash of some pieces from the first to the last."""
+def _stamp(path: Path) -> dict[str, Any]:
+    """Size, time and a hash of samples that are spread over the file."""
     about, running = path.stat(), xxhash.xxh3_128()
     with path.open("rb") as file:
-        for number in range(PIECES):
-            file.seek(max(0, about.st_size - PIECE) * number // (PIECES - 1))
-            running.update(file.read(PIECE))
+        for number in range(SAMPLES):
+            file.seek(max(0, about.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+            running.update(file.read(SAMPLE_BYTES))
     return {"bytes": about.st_size, "time": about.st_mtime_ns, "pieces": running.hexdigest()}
 
 
 def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Path) -> TokensManifest:
-    names = sorted(corpus.names(split), key=lambda name: (place(name, seed=2), name))
+    names = sorted(corpus.names(split), key=lambda name: (unit_hash(name, seed=2), name))
     kind = id_type(tokenizer)
     running, tokens, size = xxhash.xxh3_128(), 0, 0
     with (folder / TOKENS_FILE).open("wb") as file:
         write_header(file, kind, 0)
         for texts in _batches(map(corpus.read, names)):
-            ids = _encode(texts, tokenizer, kind)
+            encoded = tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16))
+            ids = np.concatenate([np.array([*each, tokenizer.end_of_document], dtype=kind) for each in encoded])
             file.write(ids.tobytes())
             running.update(ids.tobytes())
             tokens += len(ids)
@@ -127,29 +128,24 @@ def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Pat
     skipped = corpus.undecodable, corpus.duplicates, corpus.empty
     manifest = TokensManifest(len(names), tokens, size, *skipped, running.hexdigest())
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
-    note_seen(folder)
+    write_stamp(folder)
     return manifest
 
 
 def id_type(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest that holds every id."""
+    """The smallest type that holds every id."""
     return np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
 
 
 def write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
-    """The beginning of an .npy file of that many ids."""
-    # numpy leaves room in the header for a longer shape, so the number of tokens can be filled in at the end.
+    """Write the header of an .npy file of `tokens` ids."""
+    # numpy pads the header, so that the number of tokens can be filled in at the end.
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, kind: np.dtype) -> np.ndarray:
-    encoded = tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16))
-    return np.concatenate([np.array([*ids, tokenizer.end_of_document], dtype=kind) for ids in encoded])
-
-
 def _batches(documents: Iterator[Document], limit: int = 4_000_000) -> Iterator[list[str]]:
-    """Texts of together at least `limit` characters: enough for all threads, and little in memory."""
+    """Texts in batches of at least `limit` characters: enough for all threads, and little in memory."""
     texts: list[str] = []
     size = 0
     for document in documents:

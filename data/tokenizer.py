@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 import xxhash
 
-from .cache import publish
+from .cache import atomic_folder
 from .checks import check_tokenizer
 from .config import TokenizerConfig, TokenizerKind
 from .corpus import CorpusSurvey
@@ -25,15 +25,15 @@ log = logging.getLogger("tokenyard")
 
 
 def build_tokenizer(config: TokenizerConfig, corpus: CorpusSurvey, cache: Path) -> "Tokenizer":
-    """The tokenizer that `config` describes: bytes, a model at hand, or one trained on the training documents and kept in `cache`.
+    """The tokenizer that `config` describes: bytes, an existing model, or one trained on the training documents, from `cache`.
 
-    Raises a ValueError of one line for settings that cannot work, with this corpus or at all.
+    Raises ValueError, one line, for settings that cannot work, in general or with this corpus.
     """
     return ready_tokenizer(config) or trained_tokenizer(config, sample(corpus, config.sample_bytes), cache)
 
 
 def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
-    """The tokenizer that needs no text; None if `config` wants one that is trained."""
+    """The tokenizer that `config` describes; None if it must be trained."""
     check_tokenizer(config)
     if config.kind is TokenizerKind.bytes:
         return BytesTokenizer()
@@ -51,7 +51,7 @@ def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
 
 
 def trained_tokenizer(config: TokenizerConfig, texts: list[str], cache: Path) -> "Tokenizer":
-    """A sentencepiece model of these texts, kept in `cache`."""
+    """A sentencepiece model trained on `texts`, from `cache` if it is there."""
     folder = cache / "tokenizers" / _key(config, texts)
     if not folder.is_dir():
         _train(texts, config.pieces, folder)
@@ -59,7 +59,7 @@ def trained_tokenizer(config: TokenizerConfig, texts: list[str], cache: Path) ->
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
-    """The tokenizer that `save` wrote into `folder`. Raises a ValueError of one line if its files are missing or were changed."""
+    """The tokenizer that `save` wrote into `folder`. Raises ValueError, one line, if its files are missing or were changed."""
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text())
         tokenizer = _saved(folder, about)
@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
 
 
 def settings_of_saved(folder: Path) -> dict[str, str | None]:
-    """The settings of a `TokenizerConfig` that opens what `save` wrote into `folder`; ValueError as of `load_tokenizer`."""
+    """The settings of a TokenizerConfig that opens what `save` wrote into `folder`. Raises like `load_tokenizer`."""
     load_tokenizer(folder)
     about = json.loads((folder / ABOUT_FILE).read_text())
     file = {TokenizerKind.bytes.value: None, TokenizerKind.huggingface.value: TOKENIZER_JSON}.get(about["kind"], MODEL_FILE)
@@ -95,7 +95,7 @@ class Tokenizer(ABC):
     """Turns text into ids in [0, size) and back."""
 
     size: int
-    """How many ids there are."""
+    """The number of ids."""
     end_of_document: int
     """The id that follows each document in the training data."""
     hash: str
@@ -103,7 +103,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without marks before or behind."""
+        """The ids of `text`, without special tokens before or after it."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
@@ -111,19 +111,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` in [0, size); marks are left out, and bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids` in [0, size), without special tokens; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what `load_tokenizer` reads into `folder`, which is made if missing."""
+        """Write into `folder`, made if missing, what `load_tokenizer` reads."""
 
 
 @final
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model. Those trained here give back any text exactly; of others that is for their makers to say."""
+    """A sentencepiece model. Those trained here decode to the exact text that was encoded; others may not."""
 
     def __init__(self, model: bytes, origin: str) -> None:
-        """`model`: the bytes of a .model file; `origin`: what an error calls it."""
+        """model: the bytes of a .model file; origin: its name in errors."""
         self.model = model
         """The bytes of the .model file."""
         self._processor = _processor(model, origin)
@@ -152,13 +152,13 @@ class SentencePieceTokenizer(Tokenizer):
         save_about(self, "sentencepiece", folder)
 
 
-# Inside of sentencepiece a space is this character, so that the character itself would come back as a space; it is sent as bytes.
+# sentencepiece represents a space by this character and would decode the character itself as a space; it is encoded as bytes.
 SPACE_MARK = "\u2581"
 
 
 @final
 class BytesTokenizer(Tokenizer):
-    """Three marks (unknown, begin, end of document), then the 256 bytes: the first 259 ids of any model trained here."""
+    """Three special tokens (unknown, begin, end of document), then the 256 bytes: the first 259 ids of any model trained here."""
 
     size = 259
     end_of_document = 2
@@ -204,35 +204,33 @@ def _key(config: TokenizerConfig, texts: list[str]) -> str:
 def _train(texts: list[str], pieces: int, folder: Path) -> None:
     started = time.perf_counter()
     tokenizer = SentencePieceTokenizer(train_pieces(texts, pieces), "the trained model")
-    with publish(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         tokenizer.save(unfinished)
     size = sum(map(len, texts)) / 1e6
     log.info("data: trained %d pieces on %.1f MB in %.1f s", tokenizer.size, size, time.perf_counter() - started)
 
-
-# A Hugging Face tokenizer.json as one of our tokenizers, through the `tokenizers` library.
 
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
 
 @final
 class HuggingFaceTokenizer(Tokenizer):
-    """Special tokens are never made of text: what looks like one is cut into ordinary pieces."""
+    """A tokenizer.json, through the `tokenizers` library. Text that looks like a special token is encoded as ordinary pieces."""
 
     def __init__(self, content: bytes, origin: str, end: str | None = None) -> None:
-        """`content`: the bytes of a tokenizer.json; `origin`: what an error calls it; `end`: the token that ends a document."""
+        """content: the bytes of a tokenizer.json; origin: its name in errors; end: the token that ends a document."""
         from tokenizers import Tokenizer as Library
 
         try:
             self._library: Any = Library.from_str(content.decode())
-        except BaseException as error:  # the library has no error of its own, and its panics are no Exception
+        except BaseException as error:  # the library has no error type, and its panics are not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(f"{origin} must be a tokenizer.json ({' '.join(str(error).split())})") from None
         self._library.no_padding()
         self._library.no_truncation()
         self._library.encode_special_tokens = True
-        if dropout_of(content):  # of a model trained with it: what is drawn while training is not drawn afterwards
+        if dropout_of(content):  # of a model trained with dropout: outside of training nothing is dropped
             self._library.model.dropout = None
         self.content = content
         """The bytes of the tokenizer.json."""
@@ -268,12 +266,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def dropout_of(content: bytes) -> float:
-    """The chance with which a tokenizer.json leaves out merges, so that equal texts get other ids each time; 0 without."""
+    """The probability with which a tokenizer.json drops merges, so that equal texts get different ids; 0 without."""
     return json.loads(content)["model"].get("dropout") or 0.0
 
 
 def end_beside(path: Path) -> str | None:
-    """What the tokenizer_config.json beside a tokenizer.json calls its eos_token."""
+    """The eos_token in the tokenizer_config.json next to a tokenizer.json."""
     try:
         token = json.loads((path.parent / "tokenizer_config.json").read_text()).get("eos_token")
     except (OSError, ValueError, AttributeError):

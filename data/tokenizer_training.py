@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from .corpus import CorpusSurvey, place
+from .corpus import CorpusSurvey, unit_hash
 
 # Byte fallback, no normalisation and no dummy prefix make every round trip exact. Whole runs of spaces are pieces, for source code:
 # 3.4 bytes a token on the standard library, 2.3 without. Pieces that mix letters with punctuation would make it 3.9, but a small
@@ -30,13 +30,13 @@ SENTENCE = 2048
 
 
 def sample(corpus: CorpusSurvey, limit: int) -> list[str]:
-    """Beginnings of training documents, together about `limit` bytes: the same for the same documents.
+    """Beginnings of training documents, together about `limit` bytes; deterministic.
 
-    No document gives more than a few times its even share, so that one large file cannot fill the sample.
+    A document contributes at most a few times its even share, so that one large file cannot fill the sample.
     """
     share = max(16384, 4 * limit // len(corpus.train))
     texts: list[str] = []
-    for name in sorted(corpus.train, key=lambda name: place(name, seed=1)):
+    for name in sorted(corpus.train, key=lambda name: unit_hash(name, seed=1)):
         text = corpus.read(name).text[: min(share, limit)]
         texts.append(text)
         limit -= len(text.encode())
@@ -46,7 +46,7 @@ def sample(corpus: CorpusSurvey, limit: int) -> list[str]:
 
 
 def train_pieces(texts: list[str], pieces: int) -> bytes:
-    """The model file of `pieces` pieces. Raises a ValueError of one line if the text has too little in it for so many."""
+    """The bytes of a model file with `pieces` pieces. Raises ValueError, one line, if the text has too little in it for that."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -58,7 +58,7 @@ def train_pieces(texts: list[str], pieces: int) -> bytes:
 
 
 def _sentences(texts: list[str]) -> Iterator[str]:
-    # The trainer takes nothing above 4192 bytes, and refuses NUL; neither concerns encoding.
+    # The trainer takes no sentence above 4192 bytes and no NUL; encoding has neither limit.
     for text in texts:
         for start in range(0, len(text), SENTENCE):
             yield text[start : start + SENTENCE].replace("\0", "")

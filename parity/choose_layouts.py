@@ -12,7 +12,7 @@ from ..moe.config import MoEConfig, Scope, Selection
 from ..parallel.config import Exchange, ParallelConfig
 from ..train.config.compose import compose
 from ..train.config.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
-from ..train.config.rules.rules import broken_rules
+from ..train.config.rules.rules import violations
 from ..train.config.schema import written
 from ..train.config.validate import nearest_valid
 
@@ -62,7 +62,7 @@ def prepare_config(config: Config) -> Config:
 
 def refuse_broken(config: Config, world: int) -> None:
     """Raises ConfigError for the first rule that `config` breaks on `world` ranks."""
-    broken = next(broken_rules(config, world), None)
+    broken = next(violations(config, world), None)
     if broken is not None:
         value: Any = config
         for name in broken.key.split("."):
@@ -73,7 +73,7 @@ def refuse_broken(config: Config, world: int) -> None:
 def is_legal(config: Config, layout: Layout) -> bool:
     """Whether no rule forbids the layout, and each rank has a sequence for every micro-batch."""
     applied = layout.applied(config)
-    if next(broken_rules(applied, layout.ranks), None) is not None:
+    if next(violations(applied, layout.ranks), None) is not None:
         return False
     return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * (layout.ranks // layout.parallel.tensor)
 

@@ -21,7 +21,7 @@ from ..train.batch import Rows
 from ..train.config.config import Config
 from ..train.optimizer import build_optimizer
 from ..train.setup import build_parallel
-from ..train.step import StepNumbers, clip_factor, train_step
+from ..train.step import StepInput, StepNumbers, clip_factor, train_step
 from .finding import Key
 
 
@@ -71,7 +71,8 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
         with record_outputs(parallel, rows, step) as outputs:
-            numbers = train_step(parallel, optimizer, rows, config.optimizer.lr, clip_norm, BatchPosition(config.seed, step))
+            position = BatchPosition(config.seed, step)
+            numbers = train_step(parallel, optimizer, StepInput(rows, config.optimizer.lr, clip_norm, position))
         seen += [*(outputs if step == 1 else []), *observe_numbers(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)
@@ -79,8 +80,8 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
         seen.append(_whole(Key(step, "gradient norm", ""), numbers.gradient_norm))
         seen += [_whole(Key(step, "expert bias", name), bias.clone()) for name, bias in expert_biases(parallel.model).items()]
     return seen + [
-        ObservedTensor(Key(steps, "weight", name), placed.piece, local(placed.parameter).detach().clone())
-        for name, placed in parallel.placed.items()
+        ObservedTensor(Key(steps, "weight", name), sharded.metadata, local(sharded.parameter).detach().clone())
+        for name, sharded in parallel.parameters.items()
     ]
 
 
@@ -146,8 +147,8 @@ def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iter
 
 def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[ObservedTensor]:
     """The gradients before clipping by `factor`, in the order of the backward pass: those of the last layers first."""
-    for name, placed in reversed(parallel.placed.items()):
-        yield ObservedTensor(Key(1, "gradient", name), placed.piece, gradient_of(placed) / factor)
+    for name, sharded in reversed(parallel.parameters.items()):
+        yield ObservedTensor(Key(1, "gradient", name), sharded.metadata, gradient_of(sharded) / factor)
 
 
 def _whole(key: Key, tensor: Tensor) -> ObservedTensor:

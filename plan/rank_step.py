@@ -21,7 +21,7 @@ from ..train.config.config import Config
 from ..train.derive import DTYPES
 from ..train.engine import Engine
 from ..train.setup import build_engine
-from ..train.step import StepNumbers
+from ..train.step import StepInput, StepNumbers
 from .fused_attention import fused_attention
 from .ledger import Ledger
 from .stand_in import stand_in
@@ -39,7 +39,7 @@ class DryRank:
 
     def step(self) -> StepNumbers:
         """One optimizer step on rows in which every token is valid."""
-        return self.engine.step(self._rows(), 1e-3, self.config.optimizer.clip_norm)
+        return self.engine.step(StepInput(self._rows(), 1e-3, self.config.optimizer.clip_norm))
 
     def _rows(self) -> list[Rows]:
         """The micro-batches of this rank."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...moe import router
 from ...moe.config import Selection
-from ...moe.scoring import Choice
+from ...moe.scoring import ChosenExperts
 
-DECIDING = ("choose", "keep_best", "second_is_kept")
+DECIDING = ("choose_experts", "keep_best", "sample_second_expert")
 """The functions of moe/router.py whose result depends on the order of scores."""
 
 
@@ -62,10 +62,10 @@ def replay_choices(choices: ChoiceLog) -> Iterator[None]:
     def repeating(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             own, given = decide(*args), next(turn[name])
-            if isinstance(own, Choice):
+            if isinstance(own, ChosenExperts):
                 there = own.experts_BSK.device
-                made_BSK = None if given.made_BSK is None else given.made_BSK.to(there)
-                given = Choice(given.experts_BSK.to(there), made_BSK)
+                mask_BSK = None if given.mask_BSK is None else given.mask_BSK.to(there)
+                given = ChosenExperts(given.experts_BSK.to(there), mask_BSK)
                 priced = args[2].router.selection is Selection.sinkhorn
                 _compare_choices(choices, own, given, args[0].detach(), args[1], priced)
                 return given
@@ -88,11 +88,11 @@ def _replaced(make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> 
 
 
 def _compare_choices(
-    choices: ChoiceLog, own: Choice, given: Choice, ranked_BSE: Tensor, valid_BS: Tensor | None, priced: bool
+    choices: ChoiceLog, own: ChosenExperts, given: ChosenExperts, ranked_BSE: Tensor, valid_BS: Tensor | None, priced: bool
 ) -> None:
     """`priced`: more than `ranked_BSE` decides the ranking, so only the number of differences is known."""
-    if own.made_BSK is not None and given.made_BSK is not None:
-        _count(choices, own.made_BSK != given.made_BSK)
+    if own.mask_BSK is not None and given.mask_BSK is not None:
+        _count(choices, own.mask_BSK != given.mask_BSK)
         return
     ours, theirs = (one.experts_BSK.sort(dim=-1).values for one in (own, given))
     other_BS = (ours != theirs).any(-1)

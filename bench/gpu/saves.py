@@ -15,7 +15,7 @@ from ...checkpoint.saver import Saver
 from ...data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from ...moe.config import ModelConfig, MoEConfig
 from ...parallel.apply import local
-from ...train.checkpointing import begin
+from ...train.checkpointing import write_checkpoint
 from ...train.config.config import BatchConfig, Config, EvaluateConfig, Precision, RunConfig, TrackerConfig
 from ...train.run import single_step
 from ...train.session import Session
@@ -71,7 +71,7 @@ def check_resume(recorder: Recorder, config: Config, device: torch.device) -> No
     expected = trained(whole, device, 6)
     session = opened(again, device)
     steps(session, 3)
-    begin(session, asynchronous=False)
+    write_checkpoint(session, asynchronous=False)
     session.close()
     found = trained(again, device, 6, begins=3)
     name = f"resume, {config.precision.value}"
@@ -90,11 +90,11 @@ def check_async_save(recorder: Recorder, config: Config, device: torch.device) -
         steps(session, 1)
         at, saver = session.step, session.saver
         session.saver = Saver(Path(f"{config.run.dir}-waited"))
-        waited = begin(session, asynchronous=False)
+        waited = write_checkpoint(session, asynchronous=False)
         session.saver = saver
-        ended = begin(session, asynchronous=True)
+        ended = write_checkpoint(session, asynchronous=True)
         steps(session, 1)
-        ended = ended or saver.finish()
+        ended = ended or saver.wait()
         for outcome in (waited, ended):
             assert outcome is not None
             if outcome.error is not None:
@@ -134,6 +134,6 @@ def trained(config: Config, device: torch.device, until: int, begins: int = 0) -
     session = opened(config, device)
     assert session.step == begins
     steps(session, until - session.step)
-    found = {name: local(one.tensor).detach().cpu().clone() for name, one in session.engine.held().items()}
+    found = {name: local(one.tensor).detach().cpu().clone() for name, one in session.engine.state_to_save().items()}
     session.close()
     return found

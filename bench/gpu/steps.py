@@ -11,14 +11,14 @@ import torch
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel
-from ...parallel.gradients import squared_norm, summed_over_copies
+from ...parallel.gradients import gradient_all_reduce, squared_norm
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
 from ...train.config.model_summary import training_bytes
 from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
-from ...train.step import add_up, backward, count_totals, forward, train_step, update
+from ...train.step import StepInput, add_up, backward, count_totals, forward, train_step, update
 from ..host_reads import host_reads
 from ..timing import peak_bytes, spread, take_turns, timed
 from .exchanges import build_single_rank
@@ -50,7 +50,7 @@ class ModelAndOptimizer(NamedTuple):
     optimizer: torch.optim.Optimizer
 
     def step(self, rows: Rows) -> Callable[[], Any]:
-        return partial(train_step, self.parallel, self.optimizer, [rows], 1e-4, 1.0)
+        return partial(train_step, self.parallel, self.optimizer, StepInput([rows], 1e-4, 1.0))
 
 
 def run(recorder: Recorder) -> None:
@@ -132,5 +132,5 @@ def _stages(trained: ModelAndOptimizer, rows: Rows, device: torch.device) -> lis
 
 def reduced_backward(parallel: Parallel, share: Losses) -> None:
     """The backward pass of the only micro-batch, with its gradient sums."""
-    with summed_over_copies(parallel):
+    with gradient_all_reduce(parallel):
         backward(share)

@@ -23,7 +23,7 @@ from ...parallel.config import Exchange
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig
 from ...train.optimizer import build_optimizer
-from ...train.step import train_step
+from ...train.step import StepInput, train_step
 from ..host_reads import ROOT, host_reads
 from .exchanges import MODEL, build_single_rank, world_of_one
 from .presets import preset, tiny_presets
@@ -97,7 +97,7 @@ def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None
     parallel = build_single_rank(model, device, dtype, exchange)
     random_weights(parallel)
     rows = random_rows(parallel, sequences=4, length=32)
-    step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), [rows], 1e-4, 1.0)
+    step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), StepInput([rows], 1e-4, 1.0))
     step()
     step()
     with named_reads() as (named, places):

@@ -1,4 +1,4 @@
-"""Finding shards by path, pattern or URL, opening them whatever they are compressed with, and telling them from others."""
+"""Finds shards by path, pattern or URL, opens them with any compression, and identifies their version."""
 
 import bz2
 import glob
@@ -15,24 +15,26 @@ from typing import IO, Any
 import xxhash
 
 from ..checks import refuse_outside
-from .http import HttpFile, RetryPolicy, may_pass, open_url, persistently
+from .http import HttpFile, RetryPolicy, is_transient, open_url, retry_call
 
 ENDINGS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson", ".json"), "lines": (".txt", ".lines")}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-COUNT = re.compile(r"\{(\d+)\.\.(\d+)\}")
+NUMBER_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def find_files(path: str, kind: str) -> list[str]:
-    """All shards that `path` means, sorted. ValueError if there is none, or if a link in a folder leads out of it."""
+    """The shards at `path`, sorted. ValueError if there is none, or if a link in a folder leads out of it."""
     if is_remote(path):
-        return list(_counted(path))
+        return list(_expand_numbers(path))
     place = Path(path).expanduser()
     if place.is_dir():
         endings = tuple(ending + packed for ending in ENDINGS[kind] for packed in ("", *COMPRESSED))
         found = [str(file) for file in place.rglob("*") if file.is_file() and file.name.endswith(endings)]
         refuse_outside(place, found, "data.path")
     else:
-        found = [file for each in _counted(str(place)) for file in _matching(each) if Path(file).is_file()]
+        patterns = _expand_numbers(str(place))
+        # Path.glob does not take absolute patterns.
+        found = [file for each in patterns for file in glob.glob(each, recursive=True) if Path(file).is_file()]  # noqa: PTH207
     if not found:
         raise ValueError(
             f"data.path={path} must be a file, a folder with files of kind {kind}, a pattern that matches some, or a URL"
@@ -40,31 +42,27 @@ def find_files(path: str, kind: str) -> list[str]:
     return sorted(found)
 
 
-def _matching(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob wants relative patterns, users write absolute ones
-
-
 def is_remote(path: str) -> bool:
     return "://" in path
 
 
 @contextmanager
-def open_shard(path: str, patience: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
-    """The decompressed bytes. Closes what lies below as well, which decompressors do not."""
-    with open_raw(path, patience, version) as raw, decompressed(raw, path) as file:
+def open_shard(path: str, retry: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
+    """The decompressed bytes. Closes the raw file as well, which decompressors do not."""
+    with open_raw(path, retry, version) as raw, decompressed(raw, path) as file:
         yield file
         if file is not raw and raw.tell() == 0:
             raise EOFError("the file is empty, which no compressed file is")
 
 
 @contextmanager
-def open_raw(path: str, patience: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
-    """The bytes as stored: local, http(s), or whatever `datasets` reaches, as hf://.
+def open_raw(path: str, retry: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
+    """The bytes as stored: a local file, http(s), or another protocol that fsspec knows, such as hf://.
 
-    ValueError if the file is not of this version, of `versions`, or another at the end of the block.
+    ValueError if the file has not this version (see `versions`), or changes before the end of the block.
     """
     if path.startswith(("http://", "https://")):
-        with open_url(path, patience) as file:
+        with open_url(path, retry) as file:
             _refuse_change(_url_version(file.raw), version)
             yield file
     elif is_remote(path):
@@ -79,7 +77,7 @@ def open_raw(path: str, patience: RetryPolicy, version: bytes) -> Iterator[IO[by
 
 
 def decompressed(file: IO[bytes], path: str) -> Any:
-    """What is in `file`, by the ending of its name; a context, which leaves `file` open."""
+    """A context with the decompressed `file`; the compression follows from the suffix of `path`. Leaves `file` open."""
     match Path(path.partition("?")[0]).suffix:
         case ".gz":
             return gzip.GzipFile(fileobj=file)
@@ -90,43 +88,43 @@ def decompressed(file: IO[bytes], path: str) -> Any:
         case ".zst":
             import pyarrow
 
-            # A small buffer: where the stream breaks off, what is in the buffer is lost.
+            # A small buffer, since its content is lost where the stream breaks off.
             return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 14)
         case _:
             return nullcontext(file)
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The paths below the folder that all have in common: they do not depend on where the data lies."""
+    """The paths relative to their common folder, so that they do not depend on where the data lies."""
     shared = len(_folder_of_all([path.split("/")[:-1] for path in paths]))
     return ["/".join(path.split("/")[shared:]) for path in paths]
 
 
 def fingerprint(paths: list[str], versions: list[bytes], *more: str) -> str:
-    """xxh3-128 over the names of the shards and their versions."""
+    """xxh3-128 of the names of the shards, their versions and `more`."""
     running = xxhash.xxh3_128(repr(more).encode())
     for name, version in zip(short_names(paths), versions, strict=True):
         running.update(f"{name}\0".encode(errors="surrogateescape") + version + b"\0")
     return running.hexdigest()
 
 
-def versions(paths: list[str], patience: RetryPolicy) -> list[bytes]:
-    """What tells another version of each file from this one. ValueError of one line for a file that cannot be read.
+def versions(paths: list[str], retry: RetryPolicy) -> list[bytes]:
+    """The version of each file. ValueError, one line, for a file that cannot be read.
 
-    Of a local file: its size, and its first and last 64 KiB. Of a URL: its size and the server's ETag or date. The URLs of hub data
-    sets hold the commit.
+    A local file: its size and a hash of its first and last 64 KiB. An http(s) URL: its size and the server's ETag or date. Other
+    URLs: themselves, as those of the hub hold the commit.
     """
-    return [persistently(lambda path=path: _version(path, patience), path, patience) for path in paths]
+    return [retry_call(lambda path=path: _version(path, retry), path, retry) for path in paths]
 
 
-def _version(path: str, patience: RetryPolicy) -> bytes:
+def _version(path: str, retry: RetryPolicy) -> bytes:
     if path.startswith(("http://", "https://")):
-        with HttpFile(path, patience) as file:
+        with HttpFile(path, retry) as file:
             return _url_version(file)
     try:
         return path.encode() if is_remote(path) else _local_version(path)
     except OSError as error:
-        if may_pass(error):
+        if is_transient(error):
             raise
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -156,14 +154,14 @@ def _folder_of_all(folders: list[list[str]]) -> list[str]:
     return shared
 
 
-def _counted(path: str) -> Iterator[str]:
-    """{000..127} as each of its numbers, with as many digits."""
-    found = COUNT.search(path)
+def _expand_numbers(path: str) -> Iterator[str]:
+    """Expand {000..127} to each of its numbers, with as many digits."""
+    found = NUMBER_RANGE.search(path)
     if found is None:
         yield path
         return
     for number in range(int(found[1]), int(found[2]) + 1):
-        yield from _counted(f"{path[: found.start()]}{number:0{len(found[1])}}{path[found.end() :]}")
+        yield from _expand_numbers(f"{path[: found.start()]}{number:0{len(found[1])}}{path[found.end() :]}")
 
 
 def open_remote(path: str) -> IO[bytes]:

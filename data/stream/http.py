@@ -1,4 +1,4 @@
-"""Files behind HTTP as seekable byte streams, which outlive servers that fail, stall or hang up in the middle."""
+"""Files behind HTTP as seekable byte streams that survive servers that fail, stall or disconnect."""
 
 import errno
 import http.client
@@ -11,38 +11,39 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, final
 
 from ..errors import DataUnavailable
-from .answers import Answer, ask
+from .http_response import Response, get_from
 
 TRANSIENT_STATUS = (408, 425, 429)
 LONGEST_DELAY = 30.0
 PROGRESS = 1 << 16
-"""Bytes that a file must give for its patience to begin anew."""
+"""Bytes after which the time that was spent waiting is forgotten."""
 SLOWEST = 1024.0
-"""Bytes a second; what comes more slowly uses patience up."""
+"""Bytes per second; time beyond that counts as waiting."""
 PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-"""Errors of the operating system that stay, however often one asks."""
+"""Errors of the operating system that do not go away when tried again."""
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 Item = TypeVar("Item")
 
 
 class RetryPolicy(NamedTuple):
-    """How long to wait for a source. Once `closed` is set nobody waits any more."""
+    """How long to wait for a source that does not answer."""
 
     seconds: float = 240.0
-    """Without any progress."""
+    """In total, without progress."""
     stall: float = 30.0
-    """Without a byte on an open connection."""
+    """On an open connection, without a byte."""
     closed: threading.Event = threading.Event()
+    """Once it is set, nobody waits any more."""
 
 
-def open_url(url: str, patience: RetryPolicy) -> io.BufferedReader:
-    """The file at `url`, for reading. ValueError if the server says that there is none."""
-    return io.BufferedReader(HttpFile(url, patience), 1 << 20)
+def open_url(url: str, retry: RetryPolicy) -> io.BufferedReader:
+    """The file at `url`, for reading. ValueError if the server refuses it."""
+    return io.BufferedReader(HttpFile(url, retry), 1 << 20)
 
 
-def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, patience: RetryPolicy) -> Iterator[Item]:
-    """`read(first)`, and if the source fails at its n-th item `read(first + n)`. Raises DataUnavailable at the end of patience."""
-    at, backoff = first, Backoff(what, patience)
+def retry_items(read: Callable[[int], Iterator[Item]], first: int, what: str, retry: RetryPolicy) -> Iterator[Item]:
+    """Yields from `read(first)`; after a transient error at item n, from `read(first + n)`. DataUnavailable if that goes on."""
+    at, backoff = first, Backoff(what, retry)
     while True:
         begin = time.monotonic()
         try:
@@ -53,38 +54,38 @@ def patiently(read: Callable[[int], Iterator[Item]], first: int, what: str, pati
                 begin = time.monotonic()
             return
         except Exception as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             backoff.wait(error, begin)
 
 
-def persistently(action: Callable[[], Item], what: str, patience: RetryPolicy) -> Item:
-    """What `action` returns, tried again as long as it fails with an error that may pass."""
-    return next(patiently(lambda _: iter([action()]), 0, what, patience))
+def retry_call(action: Callable[[], Item], what: str, retry: RetryPolicy) -> Item:
+    """The result of `action`, called again while it raises a transient error. DataUnavailable if that goes on."""
+    return next(retry_items(lambda _: iter([action()]), 0, what, retry))
 
 
 @final
 class HttpFile(io.RawIOBase):
-    """One connection that is opened again at the same byte when it fails."""
+    """A file behind one connection, which is reopened at the same byte when it fails."""
 
-    def __init__(self, url: str, patience: RetryPolicy) -> None:
+    def __init__(self, url: str, retry: RetryPolicy) -> None:
         self.url = url
         self.tag = ""
-        """What the server says of the version of the file."""
+        """The server's ETag or date of the file."""
         self.size = -1
-        """-1 until it is known: of an answer in chunks without a length it is at its end."""
+        """-1 until it is known: for a chunked response without a length, at its end."""
         self._at = self._place = self._end = 0
-        """The next byte wanted, the next of the open answer, and the one behind that answer, -1 if it does not say."""
+        """Offsets of the next byte to return, the next byte of the open response, and that response's end (-1: unknown)."""
         self._answered = False
-        self._response: Answer | None = None
-        self._timeout = patience.stall
-        self._backoff = Backoff(url, patience)
-        self._trying(self._connect)
+        self._response: Response | None = None
+        self._timeout = retry.stall
+        self._backoff = Backoff(url, retry)
+        self._retrying(self._connect)
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         data = b""
         while not data and not 0 <= self.size <= self._at:
-            data = self._trying(lambda: self._some(len(buffer)))
+            data = self._retrying(lambda: self._some(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
         if self._at == self.size:
@@ -96,7 +97,7 @@ class HttpFile(io.RawIOBase):
             self.read(1 << 20)
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         if at != self._at:
-            self._hang_up()
+            self._disconnect()
         self._at = at
         return at
 
@@ -110,11 +111,11 @@ class HttpFile(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        self._hang_up()
+        self._disconnect()
         super().close()
 
     def _some(self, wanted: int) -> bytes:
-        """What comes next of the open answer, without the bytes that an answer begins with before the one asked for."""
+        """The next bytes of the open response, without those that it has before the requested one."""
         begin = time.monotonic()
         if self._response is None:
             self._connect()
@@ -123,9 +124,9 @@ class HttpFile(io.RawIOBase):
         left = wanted if self.size < 0 else min(wanted, self.size - self._at)
         data = self._response.some(min(ahead + left, 1 << 20))
         if not data and self.size < 0 and not ahead:
-            self.size = self._place  # the mark at the end of the chunks was there, or it would have raised
+            self.size = self._place  # the last chunk was received, or the read would have raised
         elif not data and self._place == self._end:
-            self._connect()  # whole, but not all of the file: servers may give less than they are asked for
+            self._connect()  # the response is complete but shorter than requested, as servers may send
         elif not data:
             raise ConnectionError(f"connection closed at byte {self._place} of {self.size}")
         self._place += len(data)
@@ -133,44 +134,44 @@ class HttpFile(io.RawIOBase):
         return data[ahead:]
 
     def _connect(self) -> None:
-        response = self._response = ask(self.url, self._at, self._timeout)
+        response = self._response = get_from(self.url, self._at, self._timeout)
         self._place, self._end, size = _extent(response, self._at)
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         if self._place > self._at or 0 <= self._end <= self._at != size:
             raise ConnectionError(f"asked for byte {self._at} it answers from {self._place} to {self._end}")
         if self._answered and (tag != self.tag or (size != self.size and min(size, self.size) >= 0)):
-            self._hang_up()
+            self._disconnect()
             raise ValueError(f"{self.url} changed while it was read: {self.size} bytes {self.tag}, now {size} bytes {tag}")
         if size < 0 and self.size < 0 and not response.chunked:
-            self._hang_up()
+            self._disconnect()
             raise ValueError(f"{self.url} cannot be read: the server says neither how long it is nor where it ends; copy it here")
         self.size, self.tag, self._answered = max(size, self.size), tag, True
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._response is not None:
             self._response.close()
             self._response = None
 
-    def _trying(self, action: Callable[[], Item]) -> Item:
+    def _retrying(self, action: Callable[[], Item]) -> Item:
         while True:
             begin = time.monotonic()
             try:
                 return action()
             except urllib.error.HTTPError as error:
                 error.close()
-                self._hang_up()
+                self._disconnect()
                 if error.code < 500 and error.code not in TRANSIENT_STATUS:
                     raise ValueError(f"{self.url} cannot be read: HTTP {error.code} {str(error.reason).splitlines()[0]}") from None
                 self._backoff.wait(error, begin)
             except (OSError, http.client.HTTPException) as error:
-                self._hang_up()
+                self._disconnect()
                 self._backoff.wait(error, begin)
 
 
 def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, int]:
-    """The byte that an answer begins with, the one behind it, and the size of the whole file; -1 if it does not say.
+    """First byte and end of a response, and the size of the whole file; -1 for what it does not state.
 
-    `asked`: for this byte. A server that knows no ranges begins anew.
+    asked: the requested first byte. A server without ranges sends the file from its start.
     """
     partial, stated = response.status == 206, response.headers.get("Content-Range")
     if not partial or stated is None:
@@ -185,38 +186,38 @@ def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, i
 
 @final
 class Backoff:
-    """Waits between attempts, each time twice as long. Time in which nobody asks the source does not count."""
+    """Exponential backoff between attempts. Counts only the time in which the source is asked."""
 
-    def __init__(self, what: str, patience: RetryPolicy) -> None:
+    def __init__(self, what: str, retry: RetryPolicy) -> None:
         self._what = what
-        self._patience = patience
+        self._retry = retry
         self.reset()
 
     def reset(self) -> None:
-        """There was progress."""
+        """Forget the time spent, after progress."""
         self._delay, self._spent, self._got = 0.1, 0.0, 0
 
     def got(self, count: int, new: int, begin: float) -> None:
-        """So many bytes came since `begin`, `new` of them for the first time. Raises DataUnavailable if they come too slowly."""
+        """Count bytes received since `begin`, `new` of them for the first time. DataUnavailable if they come too slowly."""
         self._got += new
         self._spent += max(0.0, time.monotonic() - begin - count / SLOWEST)
         if self._got >= PROGRESS:
             self.reset()
-        elif self._spent > self._patience.seconds:
+        elif self._spent > self._retry.seconds:
             raise DataUnavailable(f"{self._what} gave {self._got} bytes in {self._spent:.0f} s")
 
     def wait(self, error: BaseException, begin: float) -> None:
-        """After an attempt since `begin`. Raises DataUnavailable if patience would end before the next one."""
+        """Wait after an attempt that began at `begin` and failed. DataUnavailable if the next one would come too late."""
         self._spent += time.monotonic() - begin
-        if self._spent + self._delay > self._patience.seconds or self._patience.closed.wait(self._delay):
+        if self._spent + self._delay > self._retry.seconds or self._retry.closed.wait(self._delay):
             reason = f"{type(error).__name__}: {error}"
             raise DataUnavailable(f"{self._what} did not answer for {self._spent:.0f} s ({reason})") from error
         self._spent += self._delay
         self._delay = min(2 * self._delay, LONGEST_DELAY)
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether an error may go away by itself; httpx is how huggingface_hub reads."""
+def is_transient(error: BaseException) -> bool:
+    """Whether an error may go away when tried again. huggingface_hub raises those of httpx."""
     import httpx
 
     if isinstance(error, ConnectionError | TimeoutError | httpx.HTTPError):

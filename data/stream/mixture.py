@@ -1,4 +1,4 @@
-"""Several sources as one sequence of rows: which one comes next depends on the weights alone, so shares of tokens are exact."""
+"""Several sources as one sequence of rows. The next source follows from the weights alone, so shares of tokens are exact."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from .packing import ReadFailure, RowSource
 
 @final
 class Mixture:
-    """Each row is of the source that is furthest behind its weight. A source that ends leaves its share to the others."""
+    """Takes each row from the source that is furthest behind its weight. The share of a source that ends goes to the others."""
 
     def __init__(self, sources: list[RowSource], weights: list[float]) -> None:
         assert len(sources) == len(weights) and all(weight > 0 for weight in weights)
@@ -23,13 +23,13 @@ class Mixture:
         self.weights = weights
         self._weights = np.array(weights, dtype=np.float64)
         self.rows = [0] * len(sources)
-        """Rows that each has given."""
+        """Rows taken of each source."""
         self._since = [0] * len(sources)
-        """Of those, rows given since a source last ended."""
+        """Rows taken of each source since a source last ended."""
         self.ended = [False] * len(sources)
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` rows, (count, S + 1); fewer when all sources have ended."""
+        """The next `count` rows, (count, S + 1); fewer once all sources have ended. Collective."""
         parts: list[np.ndarray] = []
         while count > 0 and not all(self.ended):
             taken = self._some(count)
@@ -38,13 +38,17 @@ class Mixture:
         return np.concatenate(parts) if parts else np.empty((0, 0), np.int64)
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON."""
-        own = {"rows": self.rows, "since": self._since, "ended": self.ended}
-        return {**{name: list(values) for name, values in own.items()}, "sources": [_labelled(each) for each in self.sources]}
+        """The state of all sources as plain JSON."""
+        return {
+            "rows": list(self.rows),
+            "since": list(self._since),
+            "ended": list(self.ended),
+            "sources": [{"label": each.label, "fingerprint": each.fingerprint, "state": each.state()} for each in self.sources],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Also of a mixture with other sources or weights: those that were in it go on where they were, with the new shares."""
-        same = self._places(state["sources"])
+        """Continue from `state`. Sources and weights may differ: known sources continue where they were, with the new shares."""
+        same = self._match_saved(state["sources"])
         for source, index in zip(self.sources, same, strict=True):
             if index is not None:
                 source.restore(state["sources"][index]["state"])
@@ -54,8 +58,8 @@ class Mixture:
         if same != list(range(len(state["sources"]))) or not self._fits():
             self._since[:] = [0] * len(same)
 
-    def _places(self, saved: list[dict[str, Any]]) -> list[int | None]:
-        """Which of the saved sources each source is: of equal data, that of its label, else the first that no other one is."""
+    def _match_saved(self, saved: list[dict[str, Any]]) -> list[int | None]:
+        """For each source, the index of the saved source with equal data: with its label if possible, else the first one free."""
         left = dict(enumerate(saved))
         found: list[int | None] = [None] * len(self.sources)
         for keys in (("fingerprint", "label"), ("fingerprint",)):
@@ -67,13 +71,13 @@ class Mixture:
         return found
 
     def _fits(self) -> bool:
-        """Whether the rows given since a source last ended are those of these weights: no source is ever as many rows behind or
-        ahead as there are sources."""
+        """Whether the rows taken since a source last ended fit these weights: each source is ahead or behind by fewer rows than
+        there are sources."""
         given, shares = np.array(self._since), self._shares()
         return bool((np.abs(given - shares * given.sum()) < len(given)).all())
 
     def _some(self, count: int) -> np.ndarray:
-        """Up to `count` rows, to the point where a source ends."""
+        """Up to `count` rows; stops where a source ends."""
         plan = self._plan(count)
         wanted = np.bincount(plan, minlength=len(self.sources))
         taken = [
@@ -95,12 +99,12 @@ class Mixture:
         return np.stack(rows) if rows else np.empty((0, taken[0].shape[-1]), np.int64)
 
     def _shares(self) -> np.ndarray:
-        """Of the sources that have not ended; zeros if all have."""
+        """Normalized weights of the sources that have not ended; zero for the others."""
         live = ~np.array(self.ended)
         return np.where(live, self._weights, 0) / (self._weights[live].sum() or 1.0)
 
     def _plan(self, count: int) -> np.ndarray:
-        """Which source each of the next rows is of."""
+        """The source of each of the next `count` rows."""
         live, shares = ~np.array(self.ended), self._shares()
         given, plan = np.array(self._since), np.empty(count, np.int64)
         for row in range(count):
@@ -110,82 +114,78 @@ class Mixture:
         return plan
 
 
-def _labelled(source: RowSource) -> dict[str, Any]:
-    return {"label": source.label, "fingerprint": source.fingerprint, "state": source.state()}
+# Global batches of streamed data; every rank has each batch whole.
 
 
-# The global batches of streamed data: one after the other, each whole on every rank.
-
-
-class Mark(NamedTuple):
-    """Before a batch."""
+class BatchSnapshot(NamedTuple):
+    """State and metrics before a batch."""
 
     state: dict[str, Any]
-    counts: dict[str, float]
+    metrics: dict[str, float]
 
 
 @final
 class StreamBatches:
-    """Like GlobalBatches, but its batches can only be had in order, and what comes next is in `state`."""
+    """Like GlobalBatches, but its batches can only be read in order, from a state."""
 
-    def __init__(self, mixture: Mixture, *, sequences: int, patience: RetryPolicy, pool: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, mixture: Mixture, *, sequences: int, retry: RetryPolicy, pool: ThreadPoolExecutor | None = None) -> None:
         self.mixture = mixture
         self.sequences = sequences
         self.fingerprint = _fingerprint(mixture)
-        self._patience, self._pool = patience, pool
+        self._retry, self._pool = retry, pool
         self._step, self._current = -1, np.empty((0, 0), np.int64)
-        self._marks = {0: self._mark(0)}
-        """Of the batch that comes next, and of the last two: one may be made while another is trained on."""
+        self._snapshots = {0: self._snapshot(0)}
+        """By step: of the next batch and of the last two, since one batch may be prepared while another is trained on."""
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
-        """The given rows (None: all) of the global batch of `step`, which is that of the last call or the next. Collective.
+        """The given rows (None: all) of the global batch of `step`, which is the last one again or the next. Collective.
 
-        Raises a DataStop, on all ranks, if there is none; `state` is then still that before it.
+        Raises a DataStop, on all ranks, if there is none; `state` does not change then.
         """
         self._advance(step)
         return split_rows(self._current[list(chosen_rows(rows, self.sequences))])
 
     def digest(self, step: int) -> str:
-        """xxh3-64 of the global batch: its int64 token ids, targets included, row by row."""
+        """xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
         self._advance(step)
         return xxhash.xxh3_64_hexdigest(self._current.astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """What `restore` needs to give the batch of `step`: plain JSON, the same on every rank.
+        """What `restore` needs to continue with the batch of `step`: plain JSON, the same on every rank.
 
-        `step` is that of the last batch, of the one before it or of the one after it, which None is.
+        step: of the last batch, the one before it or the next one; None is the next.
         """
-        return self._marks[self._step + 1 if step is None else step].state
+        return self._snapshots[self._step + 1 if step is None else step].state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was made."""
+        """Continue from `state`."""
         self.mixture.restore(state)
         self._step = state["step"] - 1
-        self._marks = {state["step"]: self._mark(state["step"])}
+        self._snapshots = {state["step"]: self._snapshot(state["step"])}
 
-    def counts(self, step: int | None = None) -> dict[str, float]:
-        """For the metrics: tokens trained on by source, rows read, bad rows; before `step`, and with None until now."""
-        return self._mark(self._step + 1).counts if step is None else self._marks[step].counts
+    def metrics(self, step: int | None = None) -> dict[str, float]:
+        """By source: share of the rows, rows read, bad rows and more, up to the batch of `step`; None: up to now."""
+        return self._snapshot(self._step + 1).metrics if step is None else self._snapshots[step].metrics
 
-    def _mark(self, step: int) -> Mark:
+    def _snapshot(self, step: int) -> BatchSnapshot:
         record: dict[str, float] = {}
         total = max(1, sum(self.mixture.rows))
         for source, rows in zip(self.mixture.sources, self.mixture.rows, strict=True):
             record[f"data/{source.label}/share"] = rows / total
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
-        return Mark({"step": step, **self.mixture.state()}, record)
+        return BatchSnapshot({"step": step, **self.mixture.state()}, record)
 
-    def findings(self) -> list[ReadFailure]:
-        """Rows that were skipped and files that failed since this was last asked; those of a round that is read again, again."""
-        return [found for source in self.mixture.sources for found in source.findings()]
+    def read_failures(self) -> list[ReadFailure]:
+        """Rows that were skipped and files that failed since the last call. A round that is read again returns its own again."""
+        return [found for source in self.mixture.sources for found in source.read_failures()]
 
     def bad_rows(self) -> list[str]:
-        """The same in words."""
-        return [str(found) for found in self.findings()]
+        """`read_failures` as text."""
+        return [str(found) for found in self.read_failures()]
 
     def close(self) -> None:
-        """End the threads."""
-        self._patience.closed.set()
+        """Stop the threads."""
+        self._retry.closed.set()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -197,11 +197,13 @@ class StreamBatches:
         if len(current) < self.sequences:
             raise EndOfData(f"the data ends after step {step}; {len(current)} of {self.sequences} rows are left over")
         self._step, self._current = step, current
-        self._marks = {at: mark for at, mark in self._marks.items() if at >= step - 1} | {step + 1: self._mark(step + 1)}
+        self._snapshots = {at: mark for at, mark in self._snapshots.items() if at >= step - 1} | {
+            step + 1: self._snapshot(step + 1)
+        }
 
 
 def _fingerprint(mixture: Mixture) -> str:
-    """Of one source its own; of more, all of theirs with their weights."""
+    """The fingerprint of a single source, or a hash of those of all sources with their weights."""
     if len(mixture.sources) == 1:
         return mixture.sources[0].fingerprint
     parts = [[source.fingerprint for source in mixture.sources], mixture.weights]

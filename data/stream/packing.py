@@ -1,6 +1,7 @@
-"""One source as an endless sequence of packed rows of S + 1 tokens, on all ranks the same, with a state of a few numbers.
+"""One source as an endless sequence of packed rows of S + 1 tokens, the same on all ranks, with a state of a few numbers.
 
-Documents follow each other, each with its end mark, and are cut every S tokens: a row begins with the last token of the one before.
+Documents are concatenated, each with its end-of-document token, and cut every S tokens: a row begins with the last token of the
+row before.
 """
 
 import logging
@@ -13,12 +14,12 @@ from typing import Any, Literal, NamedTuple, final
 import numpy as np
 import xxhash
 
-from ..errors import BadData, DataStop, heard, told
-from ..permutation import kept_permutation, permutation
+from ..errors import BadData, DataStop, decode_stop, encode_stop
+from ..permutation import cached_permutation, permutation
 from ..token_array import TokenArray
 from .prefetch import Prefetcher
 from .shards import Shards
-from .tokenize import HELD_OUT, Recipe, TokenizedShare, Window, joined, pack, tokenized, unpack, windows
+from .tokenize import HELD_OUT, Tokenization, TokenizedShare, Window, deserialize, merge_shares, serialize, tokenize_share, windows
 
 FREE_BAD_ROWS = 10
 LISTED_BAD_ROWS = 100
@@ -26,16 +27,16 @@ log = logging.getLogger("tokenyard")
 
 
 class World(NamedTuple):
-    """The ranks that share the work."""
+    """The ranks that share the tokenizing."""
 
     rank: int = 0
     size: int = 1
     gather: Callable[[bytes], list[bytes]] = lambda data: [data]
-    """Gives every rank what each of them has, in the order of ranks."""
+    """All-gather of bytes, in the order of ranks."""
 
 
-class Settings(NamedTuple):
-    """Of a streamed source; `window` and `open_shards` decide the order of the data, the others do not."""
+class StreamSettings(NamedTuple):
+    """Settings of a streamed source (see DataConfig). `window` and `open_shards` change the order of the data, like `seed`."""
 
     seed: int
     length: int
@@ -49,16 +50,16 @@ class Settings(NamedTuple):
 
 
 class ReadFailure(NamedTuple):
-    """What could not be read: a row that was skipped, or a file from a row on."""
+    """A row that was skipped, or a file that could not be read from a row on."""
 
     kind: Literal["bad_row", "file_failed"]
     source: str
     file: str
     row: int
-    """Of a file: the rows that it gave in all."""
+    """For a file: the number of rows read before it failed."""
     reason: str
     number: int
-    """This is the n-th of its kind that the source has met, counted over resumes."""
+    """Running number of this kind in the source, counted over resumes."""
 
     def __str__(self) -> str:
         words = f"row {self.row}: " if self.kind == "bad_row" else f"failed after {self.row} rows: "
@@ -71,32 +72,32 @@ class RowSource(ABC):
 
     @abstractmethod
     def take(self, count: int) -> np.ndarray:
-        """The next `count` rows, int64 (count, S + 1); fewer if the source ends before. Every rank must call it alike."""
+        """The next `count` rows, int64 (count, S + 1); fewer if the source ends. Collective."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Where the next row begins: plain JSON."""
+        """Where the next row begins, as plain JSON."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was made, on whatever number of ranks and workers."""
+        """Continue from `state`, which any number of ranks and workers may have made."""
 
     def counts(self) -> dict[str, int]:
-        """What was read so far."""
+        """What was read so far, by name of the metric."""
         return {}
 
-    def findings(self) -> list[ReadFailure]:
-        """What could not be read since this was last asked."""
+    def read_failures(self) -> list[ReadFailure]:
+        """What could not be read since the last call."""
         return []
 
     def note(self, found: list[ReadFailure]) -> None:
-        """What another reader of this source has met: told as if met here, and not again when it is."""
-        assert not found, "nothing of an array is skipped"
+        """Add failures that another reader of this source met: `read_failures` returns them once, even if they occur here again."""
+        assert not found, "no row of an array is skipped"
 
 
 @final
 class ArrayRows(RowSource):
-    """A tokenized corpus: the rows of each epoch in an order of their own. Its state is the number of rows taken."""
+    """A tokenized corpus, shuffled anew in each epoch. Its state is the number of rows taken."""
 
     def __init__(self, label: str, tokens: TokenArray, seed: int, length: int, repeat: bool) -> None:
         self.label, self.fingerprint = label, tokens.manifest.fingerprint
@@ -108,7 +109,10 @@ class ArrayRows(RowSource):
             count = min(count, self._rows - self._next)
         epochs, places = np.divmod(np.arange(self._next, self._next + count), self._rows)
         self._next += count
-        orders = {int(epoch): self._order(int(epoch)) for epoch in np.unique(epochs)}
+        orders = {
+            int(epoch): cached_permutation(self._rows, "train", self.fingerprint, self._seed, int(epoch))
+            for epoch in np.unique(epochs)
+        }
         rows = np.array([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64)
         return self._ids[rows[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
 
@@ -118,34 +122,44 @@ class ArrayRows(RowSource):
     def restore(self, state: dict[str, Any]) -> None:
         self._next = state["row"]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return kept_permutation(self._rows, "train", self.fingerprint, self._seed, epoch)
-
 
 @final
 class StreamRows(RowSource):
-    """Shards in a seeded order, dealt to slots that are read in turns, a window of each; a round is a window of every slot.
+    """Shards in a seeded order, dealt to slots; a round is one window of rows of every slot.
 
-    With fewer ranks than slots a rank makes whole windows, with more it makes its share of one: each document is tokenized by one
-    rank, and the tokens of a round are gathered. So every rank knows all rows, and the same state.
+    With fewer ranks than slots a rank tokenizes whole windows, with more it tokenizes its share of one: each document is tokenized
+    by one rank, and the tokens of a round are all-gathered. So every rank has all rows, and the same state.
     """
 
     def __init__(
-        self, label: str, shards: Shards, recipe: Recipe, settings: Settings, world: World, pool: ThreadPoolExecutor | None
+        self,
+        label: str,
+        shards: Shards,
+        tokenization: Tokenization,
+        settings: StreamSettings,
+        world: World,
+        pool: ThreadPoolExecutor | None,
     ) -> None:
         self.label = label
-        kept = (shards.fingerprint, recipe.tokenizer.hash, recipe.held_out, recipe.longest, settings.window, settings.open_shards)
+        kept = (
+            shards.fingerprint,
+            tokenization.tokenizer.hash,
+            tokenization.held_out,
+            tokenization.longest,
+            settings.window,
+            settings.open_shards,
+        )
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(kept).encode())
-        """Of everything that decides which tokens follow which, beside the seed and the length of a row."""
-        self._shards, self._recipe, self._settings, self._world, self._pool = shards, recipe, settings, world, pool
+        """Hash of everything, except the seed and the length of a row, that the order of the tokens depends on."""
+        self._shards, self._tokenization, self._settings, self._world, self._pool = shards, tokenization, settings, world, pool
         self._slots = min(settings.open_shards, len(shards.names))
         self._bad: list[tuple[str, int, str]] = []
-        """The first of them, for the message at the end."""
+        """Shard, row and reason of the first bad rows, for the error message."""
         self._failed: ReadFailure | None = None
         """The last file that failed."""
-        self._findings: list[ReadFailure] = []
+        self._read_failures: list[ReadFailure] = []
         self._noted: set[tuple[str, str, int]] = set()
-        """Kind, file and row of findings that are told already."""
+        """Kind, file and row of failures that were returned before they were met here."""
         self.restore({})
 
     def take(self, count: int) -> np.ndarray:
@@ -161,7 +175,7 @@ class StreamRows(RowSource):
         return rows
 
     def state(self) -> dict[str, Any]:
-        return {**self._marks[0], "offset": self._next - self._marks[0]["position"]}
+        return {**self._snapshots[0], "offset": self._next - self._snapshots[0]["position"]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._epoch: int = state.get("epoch", 0)
@@ -173,44 +187,44 @@ class StreamRows(RowSource):
         self._begin = self._end = state.get("position", 0)
         self._next: int = self._begin + state.get("offset", 0)
         self._parts = [np.empty(0, np.int32)]
-        self._marks: deque[dict[str, Any]] = deque([self._mark()])
+        self._snapshots: deque[dict[str, Any]] = deque([self._snapshot()])
         self._live: dict[int, Prefetcher[Window, TokenizedShare] | None] = {}
         self._open_slots()
 
     def counts(self) -> dict[str, int]:
         return {"epoch": self._epoch, **self._counts}
 
-    def findings(self) -> list[ReadFailure]:
-        found, self._findings = self._findings, []
+    def read_failures(self) -> list[ReadFailure]:
+        found, self._read_failures = self._read_failures, []
         return found
 
     def note(self, found: list[ReadFailure]) -> None:
-        self._findings += found
+        self._read_failures += found
         self._noted.update((each.kind, each.file, each.row) for each in found)
 
     def _round(self) -> None:
-        """One window of every live slot, from all ranks."""
+        """Gather one window of every live slot from all ranks."""
         gathered = self._world.gather(self._mine())
         if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
-            raise heard(failed[0])
+            raise decode_stop(failed[0])
         shares: dict[int, list[TokenizedShare]] = {slot: [] for slot in self._live}
-        for piece in (piece for data in gathered for piece in unpack(data[1:])):
+        for piece in (piece for data in gathered for piece in deserialize(data[1:])):
             shares[piece.slot].append(piece)
         for pieces in shares.values():
-            self._accept(joined(pieces))
+            self._accept(merge_shares(pieces))
         self._refuse_too_much()
         if not self._live:
             self._next_epoch()
-        self._marks.append(self._mark())
+        self._snapshots.append(self._snapshot())
 
     def _mine(self) -> bytes:
-        """This rank's part of the round, or why there is none."""
+        """This rank's tokens of the round, serialized, or its error."""
         try:
-            return b"=" + pack([reader.next() for reader in self._live.values() if reader is not None])
-        except Exception as error:  # whatever it is, the others wait for it
+            return b"=" + serialize([reader.next() for reader in self._live.values() if reader is not None])
+        except Exception as error:  # any error must reach the other ranks, which wait in the gather
             if not isinstance(error, DataStop):
                 log.error("%s cannot be read", self.label, exc_info=error)
-            return b"!" + told(error, self._world.rank)
+            return b"!" + encode_stop(error, self._world.rank)
 
     def _accept(self, piece: TokenizedShare) -> None:
         self._cursors[piece.slot] = piece.after
@@ -232,9 +246,9 @@ class StreamRows(RowSource):
     def _tell(self, found: Iterable[ReadFailure]) -> None:
         for each in found:
             if (key := (each.kind, each.file, each.row)) in self._noted:
-                self._noted.remove(key)  # the next epoch tells it again
+                self._noted.remove(key)  # the next epoch returns it again
             else:
-                self._findings.append(each)
+                self._read_failures.append(each)
 
     def _next_epoch(self) -> None:
         if self._counts["documents"] == 0:
@@ -247,7 +261,7 @@ class StreamRows(RowSource):
             self._open_slots()
 
     def _open_slots(self) -> None:
-        """Readers for the slots that this rank makes; None for the others' slots."""
+        """Start prefetchers for the slots that this rank tokenizes; those of other ranks are None."""
         key = (self.fingerprint, self._settings.seed, self._epoch)
         order = permutation(len(self._shards.names), "shards", *key).tolist()
         for slot, cursor in enumerate(self._cursors):
@@ -263,12 +277,12 @@ class StreamRows(RowSource):
         share = (owners.index(rank), len(owners))
         return Prefetcher(
             items,
-            lambda window: tokenized(window, slot, share, self._recipe, self._shards),
+            lambda window: tokenize_share(window, slot, share, self._tokenization, self._shards),
             self._pool,
             self._settings.ahead,
         )
 
-    def _mark(self) -> dict[str, Any]:
+    def _snapshot(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
             "slots": [list(cursor) if cursor else None for cursor in self._cursors],
@@ -277,9 +291,9 @@ class StreamRows(RowSource):
         }
 
     def _forget(self, buffer: np.ndarray) -> None:
-        """Drop rounds that are used up, tokens and marks."""
-        while len(self._marks) > 1 and self._marks[1]["position"] <= self._next:
-            self._marks.popleft()
+        """Drop the tokens and snapshots of rounds that are used up."""
+        while len(self._snapshots) > 1 and self._snapshots[1]["position"] <= self._next:
+            self._snapshots.popleft()
         self._parts = [buffer[min(self._next, self._end) - self._begin :]]
         self._begin = min(self._next, self._end)
 
@@ -292,7 +306,7 @@ class StreamRows(RowSource):
 
 
 def too_many_bad_rows(label: str, bad: int, rows: int, listed: list[tuple[str, int, str]], fraction: float) -> str | None:
-    """In words, if `bad` of `rows` are more than there may be. `listed`: shard, row and reason of the first of them."""
+    """The error message if `bad` of `rows` exceed the allowed fraction, else None. listed: shard, row and reason of the first."""
     if bad <= max(FREE_BAD_ROWS, fraction * rows):
         return None
     each = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in listed[:LISTED_BAD_ROWS])

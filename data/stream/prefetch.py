@@ -1,4 +1,4 @@
-"""Read-ahead: a bounded number of windows of each slot, made by threads of this rank."""
+"""Reads and tokenizes a bounded number of windows of each slot ahead, in threads of this rank."""
 
 import threading
 from collections import deque
@@ -12,9 +12,9 @@ Made = TypeVar("Made")
 
 @final
 class Prefetcher(Generic[Raw, Made]):
-    """`make` of each item of `items`, in order. With a pool up to `depth` of them are in the making or done.
+    """Yields `make(item)` for each of `items`, in order. With a pool, up to `depth` of them are under way or done.
 
-    Reading is one thread's at a time, making is not. What reading raises is raised in its turn, and ever after.
+    One thread at a time reads `items`; `make` runs concurrently. An error of reading is raised in its place and by each later call.
     """
 
     def __init__(self, items: Iterator[Raw], make: Callable[[Raw], Made], pool: ThreadPoolExecutor | None, depth: int) -> None:
@@ -29,7 +29,7 @@ class Prefetcher(Generic[Raw, Made]):
         self._fill()
 
     def next(self) -> Made:
-        """The next one, waited for if need be."""
+        """Wait for the next one and return it."""
         if self._pool is None:
             return self._make(next(self._items))
         self._fill()
@@ -44,7 +44,7 @@ class Prefetcher(Generic[Raw, Made]):
             self._ordered += 1
 
     def _job(self, turn: int) -> Made | None:
-        # The pool starts jobs in the order of their turns, so whoever is waited for here is running.
+        # The pool starts jobs in the order of their turns, so the job that has the turn is running.
         with self._may_read:
             self._may_read.wait_for(lambda: self._turn == turn)
         try:

@@ -1,4 +1,4 @@
-"""The shards of a source and their rows, read from any row on. A row that cannot be read is given as such, never left out."""
+"""The shards of a source and their rows, read from any row on. A row that cannot be read is yielded as a BadRow, never skipped."""
 
 import json
 import lzma
@@ -14,131 +14,131 @@ import xxhash
 from ..checks import refuse_outside
 from ..config import Corpus, DataConfig
 from .files import find_files, fingerprint, open_raw, open_shard, short_names, versions
-from .http import RetryPolicy, may_pass, patiently, persistently
+from .http import RetryPolicy, is_transient, retry_call, retry_items
 
-BATCH = 256
-"""Rows that are read at a time where a format gives several."""
-BESIDE = 1 << 20
-"""Bytes of a line beside its document."""
+BATCH_ROWS = 256
+"""Rows read at a time, in formats that have batches."""
+LINE_OVERHEAD = 1 << 20
+"""Bytes that a line may have in addition to its document."""
 ESCAPED = 6
-"""Bytes that JSON may need for one byte of a document."""
-PART = 1 << 20
-"""Bytes of a line that is too long, of which no more are held at a time."""
-NO_ROW = 32
-"""Times the longest row, a line is no row."""
+"""Most bytes that JSON takes for one byte of a document."""
+SKIPPED_BYTES = 1 << 20
+"""Bytes read at a time of a line that is too long."""
+NO_ROW_FACTOR = 32
+"""A line of this many times the longest row is not skipped: the shard fails."""
 
 
-class Bad(NamedTuple):
-    """A row without text."""
-
-    reason: str
-
-
-class Failed(NamedTuple):
-    """Stands behind the last row of a shard that could be read, if that is not the last that it had."""
+class BadRow(NamedTuple):
+    """A row without usable text or ids."""
 
     reason: str
 
 
-Row = bytes | np.ndarray | Bad
-"""The UTF-8 text of a document, its token ids, or neither."""
+class FailedShard(NamedTuple):
+    """Yielded in place of the rows of a shard from one that cannot be read on."""
+
+    reason: str
+
+
+Row = bytes | np.ndarray | BadRow
+"""The UTF-8 text of a document, its token ids, or a BadRow."""
 
 
 class Shards(ABC):
     names: list[str]
-    """What a message calls each shard."""
+    """Name of each shard in messages."""
     fingerprint: str
-    """Differs for other data."""
+    """Hash of what identifies the data."""
+
+    _retry: RetryPolicy
+
+    def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
+        """The rows of a shard from row `first` on. Raises DataUnavailable if its source does not answer.
+
+        If the shard fails, the last item is a FailedShard, at the same row wherever reading began.
+        """
+        return retry_items(lambda row: self._read(shard, row), first, self.names[shard], self._retry)
 
     @abstractmethod
-    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
-        """The rows of a shard from row `first` on. Raises DataUnavailable if its source stays silent.
-
-        If the shard fails there is a Failed at the end, at the same place wherever reading began.
-        """
+    def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
+        """Like `rows`, but raises transient errors of the source."""
 
 
-def open_shards(config: DataConfig, patience: RetryPolicy) -> Shards:
-    """The shards of a streamed source. ValueError of one line if there are none."""
+def open_shards(config: DataConfig, retry: RetryPolicy) -> Shards:
+    """The shards of a streamed source. ValueError, one line, if there are none."""
     if config.corpus is Corpus.hf:
-        return open_hub(config, patience)
+        return open_hub(config, retry)
     assert config.path is not None
-    return file_shards(find_files(config.path, config.corpus.value), config.corpus, config, patience)
+    return file_shards(find_files(config.path, config.corpus.value), config.corpus, config, retry)
 
 
-def file_shards(paths: list[str], kind: Corpus, config: DataConfig, patience: RetryPolicy) -> Shards:
-    """Shards of known format: parquet, jsonl or lines."""
+def file_shards(paths: list[str], kind: Corpus, config: DataConfig, retry: RetryPolicy) -> Shards:
+    """Shards in the format `kind`: parquet, jsonl or lines."""
     if kind is Corpus.parquet:
-        return ParquetShards(paths, config.column, patience)
-    return LineShards(paths, config.column if kind is Corpus.jsonl else None, patience, config.longest_row)
+        return ParquetShards(paths, config.column, retry)
+    return LineShards(paths, config.column if kind is Corpus.jsonl else None, retry, config.longest_row)
 
 
 @final
 class LineShards(Shards):
     """A row for each line: a JSON object with the text at `key`, or (key None) the text itself."""
 
-    def __init__(self, paths: list[str], key: str | None, patience: RetryPolicy, longest: int = DataConfig.longest_row) -> None:
+    def __init__(self, paths: list[str], key: str | None, retry: RetryPolicy, longest: int = DataConfig.longest_row) -> None:
         self.names = short_names(paths)
-        self._versions = versions(paths, patience)
+        self._versions = versions(paths, retry)
         self.fingerprint = fingerprint(paths, self._versions, "lines", str(key))
-        self._paths, self._key, self._patience, self._longest = paths, key, patience, longest
+        self._paths, self._key, self._retry, self._longest = paths, key, retry, longest
 
-    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
-        return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
-
-    def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
+    def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         try:
-            with open_shard(self._paths[shard], self._patience, self._versions[shard]) as file:
+            with open_shard(self._paths[shard], self._retry, self._versions[shard]) as file:
                 for row, line in enumerate(bounded_lines(file, self._longest, 1 if self._key is None else ESCAPED)):
                     if row >= first:
-                        yield line if isinstance(line, Bad) else self._row(line)
+                        if isinstance(line, BadRow):
+                            yield line
+                        else:
+                            yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
         except BROKEN_FILE as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
-            yield Failed(in_words(error))
-
-    def _row(self, line: bytes) -> Row:
-        return line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
+            yield FailedShard(error_text(error))
 
 
-def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes | Bad]:
-    """The lines of a file with documents of up to `longest` bytes, each written in up to `escaped` bytes; longer ones are bad rows.
+def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes | BadRow]:
+    """The lines of a file; a BadRow for one that cannot be a document of at most `longest` bytes, each in up to `escaped` bytes.
 
-    ValueError for a line that is no row at all: a small compressed file may hold one that takes hours.
+    ValueError for an excessive line: a small compressed file may hold one that would take hours to read.
     """
-    most, size = escaped * longest + BESIDE, 0
+    most, size = escaped * longest + LINE_OVERHEAD, 0
     while line := file.readline(most):
         size = len(line)
         if size < most or line.endswith(b"\n"):
             yield line
             continue
-        while not line.endswith(b"\n") and (line := file.readline(PART)):
+        while not line.endswith(b"\n") and (line := file.readline(SKIPPED_BYTES)):
             size += len(line)
-            if size > NO_ROW * (longest + BESIDE):
+            if size > NO_ROW_FACTOR * (longest + LINE_OVERHEAD):
                 raise ValueError(f"a row of more than {size} bytes, and data.longest_row={longest}")
-        yield Bad(f"{size} bytes, more than data.longest_row={longest}")
+        yield BadRow(f"{size} bytes, more than data.longest_row={longest}")
 
 
 @final
 class ParquetShards(Shards):
-    """A row for each row of the column; row groups before the first wanted row are not read."""
+    """The rows of one column. Row groups before the first wanted row are not read."""
 
-    def __init__(self, paths: list[str], column: str, patience: RetryPolicy) -> None:
+    def __init__(self, paths: list[str], column: str, retry: RetryPolicy) -> None:
         self.names = short_names(paths)
-        self._versions = versions(paths, patience)
+        self._versions = versions(paths, retry)
         self.fingerprint = fingerprint(paths, self._versions, "parquet", column)
-        self._paths, self._column, self._patience = paths, column, patience
+        self._paths, self._column, self._retry = paths, column, retry
 
-    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
-        return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
-
-    def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
+    def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         row = 0
         try:
-            with open_raw(self._paths[shard], self._patience, self._versions[shard]) as raw, pq.ParquetFile(raw) as file:
+            with open_raw(self._paths[shard], self._retry, self._versions[shard]) as raw, pq.ParquetFile(raw) as file:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 group = 0
                 while group < len(sizes) and row + sizes[group] <= first:
@@ -147,93 +147,93 @@ class ParquetShards(Shards):
                 if self._column not in names:
                     yield no_column(self._column, names)
                     return
-                # Group by group, so that the batches, and what a damaged one takes along, are the same wherever reading begins.
-                for batch in (b for at in range(group, len(sizes)) for b in file.iter_batches(BATCH, [at], [self._column])):
+                # Group by group, so that batches, and the rows lost with a damaged one, are the same wherever reading begins.
+                for batch in (b for at in range(group, len(sizes)) for b in file.iter_batches(BATCH_ROWS, [at], [self._column])):
                     for item in column_rows(batch.column(0)):
                         if row >= first:
                             yield item
                         row += 1
         except (pa.ArrowException, *BROKEN_FILE) as error:
-            if may_pass(error):
+            if is_transient(error):
                 raise
-            yield Failed(in_words(error))
+            yield FailedShard(error_text(error))
 
 
 BROKEN_FILE = (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
-"""What truncated or damaged files raise, once errors that may go away are taken out."""
+"""Errors of truncated or damaged files, apart from transient ones."""
 
 
-def no_column(column: str, names: list[str]) -> Failed:
-    """A shard with these columns only."""
-    return Failed(f"no column {column}, there are {', '.join(names[:8])}")
+def no_column(column: str, names: list[str]) -> FailedShard:
+    """The failure of a shard that lacks the column."""
+    return FailedShard(f"no column {column}, there are {', '.join(names[:8])}")
 
 
-def in_words(error: BaseException) -> str:
-    """On one line, without the path, which the name of the shard stands for."""
+def error_text(error: BaseException) -> str:
+    """The message in one line, without the path: the shard's name is added to it."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def column_rows(values: Any) -> list[Row]:
-    """An Arrow array of text or of lists of ids as rows."""
+    """The rows of an Arrow array of text or of lists of ids."""
     import pyarrow as pa
     import pyarrow.types as kinds
 
     if kinds.is_string(values.type) or kinds.is_large_string(values.type):
-        # As bytes: Arrow does not check what a file calls UTF-8, and one bad row must not take the others with it.
+        # As bytes: Arrow does not check that text is UTF-8, and a bad row must not fail the others of its batch.
         texts = values.cast(pa.large_binary() if kinds.is_large_string(values.type) else pa.binary()).to_pylist()
-        return [Bad("null") if text is None else text for text in texts]
+        return [BadRow("null") if text is None else text for text in texts]
     return [_arrow_row(value) for value in values]
 
 
 def _arrow_row(value: Any) -> Row:
-    """A row of an Arrow value; one that Python has no value for, as a date after the year 9999, takes no other row with it."""
+    """The row of an Arrow value; a BadRow if Python cannot represent it, such as a date after the year 9999."""
     try:
         return value_row(value.as_py())
-    except Exception as error:  # whatever the type of the column raises
-        return Bad(f"is {value.type}, which cannot be read ({in_words(error)})")
+    except Exception as error:  # the errors depend on the column's type
+        return BadRow(f"is {value.type}, which cannot be read ({error_text(error)})")
 
 
 def value_row(value: Any) -> Row:
-    """A row of a Python value."""
+    """The row of a Python value."""
     match value:
         case str():
             return value.encode(errors="surrogatepass")
         case None:
-            return Bad("null")
+            return BadRow("null")
         case list() if value and all(type(item) is int for item in value):
             beyond = [item for item in value if not -(2**63) <= item < 2**63]
-            return Bad(f"id {str(beyond[0])[:24]} is no int64") if beyond else np.array(value, dtype=np.int64)
+            return BadRow(f"id {str(beyond[0])[:24]} is no int64") if beyond else np.array(value, dtype=np.int64)
         case list() if not value:
-            return Bad("empty")
+            return BadRow("empty")
         case _:
-            return Bad(f"is {type(value).__name__}, not text")
+            return BadRow(f"is {type(value).__name__}, not text")
 
 
 def _json_row(line: bytes, key: str) -> Row:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        return Bad("not UTF-8")
+        return BadRow("not UTF-8")
     except (ValueError, RecursionError):
-        return Bad("no JSON")
+        return BadRow("no JSON")
     if not isinstance(record, dict):
-        return Bad("no JSON object")
+        return BadRow("no JSON object")
     if key not in record:
-        return Bad(f"no key {key}")
+        return BadRow(f"no key {key}")
     return value_row(record[key])
 
 
-# Data sets of the Hugging Face hub, through `datasets`: which files a split has, and formats that only `datasets` reads.
+# Data sets of the Hugging Face hub: `datasets` finds the files of a split and reads formats that the readers above do not.
 
 
-def open_hub(config: DataConfig, patience: RetryPolicy) -> Shards:
-    """The split of a data set by name, or of a folder that is laid out as one.
+def open_hub(config: DataConfig, retry: RetryPolicy) -> Shards:
+    """The split of a data set on the hub, or of a folder with the layout of one.
 
-    Files of parquet, of JSON lines and of text are read by our own readers, which lose no row to a bad neighbour and begin at any
-    row; everything else by an IterableDataset. ValueError of one line if the hub does not know it, or if it names files of others.
+    Files of parquet, JSON lines and text are read by the readers above, which lose no row to a bad neighbour and begin at any row;
+    everything else by an IterableDataset. ValueError, one line, if the hub does not know it, or if it names files of others.
     """
     name = str(Path(config.name or "").expanduser()) if Path(config.name or "").expanduser().exists() else config.name or ""
-    builder = persistently(lambda: _builder(config, name), f"data.name={config.name}", patience)
+    builder = retry_call(lambda: _builder(config, name), f"data.name={config.name}", retry)
     every = builder.config.data_files or {}
     refuse_foreign_files(name, [file for files in every.values() for file in files])
     files, splits = list(every.get(config.split, [])), list(every or builder.info.splits or {})
@@ -241,26 +241,26 @@ def open_hub(config: DataConfig, patience: RetryPolicy) -> Shards:
         raise ValueError(f"data.split={config.split} must be one of {', '.join(map(str, splits))}, the splits of {config.name}")
     kind = _kind(builder, files)
     if kind is not None:
-        return file_shards(files, kind, config, patience)
-    return HubShards(config, name, files, patience)
+        return file_shards(files, kind, config, retry)
+    return HubShards(config, name, files, retry)
 
 
 def _builder(config: DataConfig, name: str) -> Any:
-    """What `datasets` makes of it. ConnectionError if the hub cannot be reached, ValueError if it knows no such data set."""
+    """The builder of `datasets`. A transient error if the hub cannot be reached, ValueError if the data set is unknown."""
     import datasets
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    refuse_card(name)
+    refuse_outside_card(name)
     try:
         return datasets.load_dataset_builder(name, config.subset, revision=config.revision)
-    except Exception as error:  # whatever the hub, the network and the builders raise
-        if may_pass(error) and not isinstance(error, OfflineModeIsEnabled):
+    except Exception as error:  # the hub, the network and the builders raise many types
+        if is_transient(error) and not isinstance(error, OfflineModeIsEnabled):
             raise
-        raise ValueError(f"data.name={config.name} cannot be opened: {in_words(error)}") from error
+        raise ValueError(f"data.name={config.name} cannot be opened: {error_text(error)}") from error
 
 
-def refuse_card(name: str) -> None:
-    """ValueError if the card of the folder `name` names a place outside of it: before `datasets` looks there, or asks a server."""
+def refuse_outside_card(name: str) -> None:
+    """ValueError if the card of the folder `name` names a path or URL outside of it; checked before `datasets` follows it."""
     import yaml
     from huggingface_hub import DatasetCard
 
@@ -270,14 +270,14 @@ def refuse_card(name: str) -> None:
         found += [DatasetCard(card.read_text(), ignore_metadata_errors=True).data.to_dict()] if card.is_file() else []
         found += [yaml.safe_load(more.read_text())] if more.is_file() else []
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"data.name={name}: its card cannot be read: {in_words(error)}") from None
-    for place in _places(found):
+        raise ValueError(f"data.name={name}: its card cannot be read: {error_text(error)}") from None
+    for place in _card_paths(found):
         if "://" in place or "::" in place or place.startswith(("/", "~")) or ".." in place.replace("\\", "/").split("/"):
             raise ValueError(f"data.name={name} leads out of its folder: its card names {place}")
 
 
-def _places(found: list[Any]) -> Iterator[str]:
-    """All texts under the keys data_files and data_dir; with aliases YAML may hold one thing in many places."""
+def _card_paths(found: list[Any]) -> Iterator[str]:
+    """All strings under the keys data_files and data_dir. Visits each object once: YAML aliases may repeat one many times."""
     left, seen = [(each, False) for each in found], set[tuple[int, bool]]()
     while left:
         thing, named = left.pop()
@@ -293,7 +293,7 @@ def _places(found: list[Any]) -> Iterator[str]:
 
 
 def refuse_foreign_files(name: str, files: list[str]) -> None:
-    """ValueError for a file that is not of the data set `name`."""
+    """ValueError for a file that does not belong to the data set `name`."""
     if Path(name).exists():
         return refuse_outside(Path(name), files, "data.name")
     for file in files:
@@ -304,9 +304,9 @@ def refuse_foreign_files(name: str, files: list[str]) -> None:
 
 @final
 class HubShards(Shards):
-    """An IterableDataset, shard by shard. `skip` finds a row again exactly; its shuffle buffer, which does not, is not used."""
+    """The shards of an IterableDataset. Its `skip` finds a row again; its shuffle buffer, which cannot be resumed, is not used."""
 
-    def __init__(self, config: DataConfig, name: str, files: list[str], patience: RetryPolicy) -> None:
+    def __init__(self, config: DataConfig, name: str, files: list[str], retry: RetryPolicy) -> None:
         import datasets
 
         self._data: Any = datasets.load_dataset(name, config.subset, split=config.split, revision=config.revision, streaming=True)
@@ -314,25 +314,22 @@ class HubShards(Shards):
         self.names = [f"{config.name}/{config.split}#{index}" for index in range(count)]
         key = (config.name, config.subset, config.split, config.revision, config.column, files, count)
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(key).encode())
-        self._column, self._patience = config.column, patience
+        self._column, self._retry = config.column, retry
 
-    def rows(self, shard: int, first: int) -> Iterator[Row | Failed]:
-        return patiently(lambda row: self._read(shard, row), first, self.names[shard], self._patience)
-
-    def _read(self, shard: int, first: int) -> Iterator[Row | Failed]:
+    def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         part = self._data.shard(len(self.names), shard) if len(self.names) > 1 else self._data
-        above = first % BATCH  # batches begin at the same rows wherever reading begins
+        above = first % BATCH_ROWS  # batches begin at the same rows wherever reading begins
         try:
-            for table in part.skip(first - above).with_format("arrow").iter(batch_size=BATCH):
+            for table in part.skip(first - above).with_format("arrow").iter(batch_size=BATCH_ROWS):
                 if self._column not in table.column_names:
                     yield no_column(self._column, table.column_names)
                     return
                 yield from column_rows(table.column(self._column).combine_chunks())[above:]
                 above = 0
-        except Exception as error:  # whatever a builder raises
-            if may_pass(error):
+        except Exception as error:  # builders raise many types
+            if is_transient(error):
                 raise
-            yield Failed(in_words(error))
+            yield FailedShard(error_text(error))
 
 
 def _kind(builder: Any, files: list[str]) -> Corpus | None:

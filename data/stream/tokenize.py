@@ -1,4 +1,4 @@
-"""From rows to tokens: windows of rows, a rank's share of one tokenized, and the shares of all ranks put together again."""
+"""From rows to tokens: cuts shards into windows of rows, tokenizes a rank's share of each, and merges the shares of all ranks."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,64 +10,64 @@ import xxhash
 from ..errors import BadData
 from ..permutation import permutation
 from ..tokenizer import Tokenizer
-from .shards import Bad, Failed, Row, Shards
+from .shards import BadRow, FailedShard, Row, Shards
 
 HELD_OUT = -1
-"""Stands for the length of a document that is kept for validation."""
+"""In place of the length of a document that is kept for validation."""
 
 
 class Window(NamedTuple):
-    """Neighbouring rows of one shard, in the order of training."""
+    """Neighbouring rows of one shard, shuffled."""
 
     shard: int
     numbers: list[int]
-    """Row of the shard, of each."""
+    """Index in the shard of each row."""
     rows: list[Row]
     after: tuple[int, int] | None
-    """Where the next window begins: place in the order of the shards, and row. None after the last window of an epoch."""
+    """Where the next window begins: position in the order of the shards, and row. None after the last window of an epoch."""
     failed: tuple[int, str] | None = None
-    """The shard cannot be read any further: the rows that it gave in all, and the reason."""
+    """If the shard cannot be read any further: the number of rows read, and the reason."""
 
 
-class Recipe(NamedTuple):
+class Tokenization(NamedTuple):
     """How rows become tokens."""
 
     tokenizer: Tokenizer
     held_out: float
-    """Share of the documents that are not trained on."""
+    """Share of the documents that are kept for validation."""
     longest: int
-    """Bytes."""
+    """Bytes of a document."""
 
 
 class TokenizedShare(NamedTuple):
-    """What a rank made of its share of a window."""
+    """A rank's share of a window, as tokens."""
 
     slot: int
     after: tuple[int, int] | None
     share: tuple[int, int]
-    """Rows share[0], share[0] + share[1], ... of the window are in it."""
+    """(first, step): it has the rows `first`, `first + step`, ... of the window."""
     lengths: list[int]
-    """Tokens of each row: 0 of a bad one, HELD_OUT of one for validation."""
+    """Tokens of each row: 0 for a bad row, HELD_OUT for a validation document."""
     bad: list[tuple[str, int, str]]
     """Shard, row and reason."""
     failed: tuple[str, int, str] | None
-    """The shard, if it cannot be read any further: the rows that it gave in all, and the reason."""
+    """If the shard cannot be read any further: its name, the number of rows read, and the reason."""
     bytes: int
-    """Of the documents, UTF-8."""
+    """UTF-8 bytes of the documents."""
     tokens: np.ndarray
-    """int32: all documents, each with its end mark."""
+    """int32: the documents, each with its end-of-document token."""
 
 
 def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: int, *key: object) -> Iterator[Window]:
-    """The windows of the shards `order` from (place, row) `start` on. `key` seeds the order of the rows inside of each.
+    """The windows of the shards `order` from (position, row) `start` on. `key` seeds the shuffle of the rows inside each.
 
-    The last window of an epoch has no rows, as one cannot know before that another is the last.
+    The last window of an epoch has no rows: only at the end is it known that the one before was the last.
     """
     beginning, first = start
     for place in range(beginning, len(order)):
         shard, numbers, rows, failed = order[place], [], [], None
         for number, row in enumerate(shards.rows(shard, first), first):
-            if isinstance(row, Failed):
+            if isinstance(row, FailedShard):
                 failed = (number, row.reason)
                 break
             numbers.append(number)
@@ -86,20 +86,20 @@ def _shuffled(window: Window, *key: object) -> Window:
     return window._replace(numbers=[window.numbers[i] for i in order], rows=[window.rows[i] for i in order])
 
 
-def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe, shards: Shards) -> TokenizedShare:
-    """A rank's share of a window."""
+def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenization: Tokenization, shards: Shards) -> TokenizedShare:
+    """Tokenize the rows `share` (first, step) of a window."""
     chosen = range(share[0], len(window.rows), share[1])
-    found = [prepared_row(window.rows[index], recipe) for index in chosen]
+    found = [parse_row(window.rows[index], tokenization) for index in chosen]
     texts = [text for text in found if isinstance(text, str)]
-    encoded = iter(recipe.tokenizer.encode_batch(texts, threads=1))
-    parts, lengths, bad, end = [], [], [], [recipe.tokenizer.end_of_document]
+    encoded = iter(tokenization.tokenizer.encode_batch(texts, threads=1))
+    parts, lengths, bad, end = [], [], [], [tokenization.tokenizer.end_of_document]
     for index, item in zip(chosen, found, strict=True):
         ids = next(encoded) if isinstance(item, str) else item
-        if isinstance(ids, Bad):
+        if isinstance(ids, BadRow):
             bad.append((shards.names[window.shard], window.numbers[index], ids.reason))
         elif ids is not None:
             parts += [np.asarray(ids, dtype=np.int32), end]
-        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, Bad) else len(ids) + 1)
+        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, BadRow) else len(ids) + 1)
     tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
     failed = window.failed and (shards.names[window.shard], *window.failed)
     return TokenizedShare(
@@ -107,37 +107,37 @@ def tokenized(window: Window, slot: int, share: tuple[int, int], recipe: Recipe,
     )
 
 
-def prepared_row(row: Row, recipe: Recipe) -> str | np.ndarray | Bad | None:
-    """Text or ids to train on; None for validation."""
-    if isinstance(row, Bad):
+def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow | None:
+    """The text or token ids to train on, a BadRow, or None for a validation document."""
+    if isinstance(row, BadRow):
         return row
     if isinstance(row, np.ndarray):
-        wrong = row[(row < 0) | (row >= recipe.tokenizer.size)]
-        return Bad(f"id {wrong[0]} is not below the tokenizer's {recipe.tokenizer.size}") if len(wrong) else row
-    if len(row) > recipe.longest:
-        return Bad(f"{len(row)} bytes, more than data.longest_row={recipe.longest}")
+        wrong = row[(row < 0) | (row >= tokenization.tokenizer.size)]
+        return BadRow(f"id {wrong[0]} is not below the tokenizer's {tokenization.tokenizer.size}") if len(wrong) else row
+    if len(row) > tokenization.longest:
+        return BadRow(f"{len(row)} bytes, more than data.longest_row={tokenization.longest}")
     if not row.strip():
-        return Bad("empty")
+        return BadRow("empty")
     try:
         text = row.decode()
     except UnicodeDecodeError:
-        return Bad("not UTF-8")
-    return None if is_held_out(row, recipe.held_out) else text
+        return BadRow("not UTF-8")
+    return None if is_held_out(row, tokenization.held_out) else text
 
 
 def is_held_out(text: bytes, fraction: float) -> bool:
-    """By a hash of the text, so that equal documents are on the same side."""
+    """Whether a document is kept for validation: by a hash of its text, so that equal documents are in the same split."""
     return xxhash.xxh3_64_intdigest(text) < fraction * 2**64
 
 
-def pack(pieces: list[TokenizedShare]) -> bytes:
-    """For the way to the other ranks: a line of JSON, then the tokens."""
+def serialize(pieces: list[TokenizedShare]) -> bytes:
+    """Bytes for the other ranks: a line of JSON, then the tokens."""
     heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
     return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
 
 
-def unpack(data: bytes) -> list[TokenizedShare]:
-    """What `pack` packed."""
+def deserialize(data: bytes) -> list[TokenizedShare]:
+    """The inverse of `serialize`."""
     head, _, body = data.partition(b"\n")
     tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
     for slot, after, share, lengths, bad, failed, size, count in json.loads(head):
@@ -149,8 +149,8 @@ def unpack(data: bytes) -> list[TokenizedShare]:
     return pieces
 
 
-def joined(pieces: list[TokenizedShare]) -> TokenizedShare:
-    """All shares of one window as one. BadData if they are not of the same rows."""
+def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
+    """Merge all shares of one window, in the order of its rows. BadData if the ranks have not read the same rows."""
     if len(pieces) == 1:
         return pieces[0]
     pieces = sorted(pieces, key=lambda piece: piece.share[0])
@@ -169,7 +169,7 @@ def joined(pieces: list[TokenizedShare]) -> TokenizedShare:
 
 
 def _of_window(piece: TokenizedShare) -> tuple[Any, ...]:
-    """What all ranks must have found alike."""
+    """What must be equal on all ranks that share a window."""
     return piece.slot, piece.after, piece.failed
 
 

@@ -12,8 +12,8 @@ from tokenyard.bench.gpu import exchanges, presets, products, saves, waits
 from tokenyard.bench.gpu.presets import preset, tiny_presets
 from tokenyard.bench.gpu.recorder import Recorder, Unavailable
 from tokenyard.bench.gpu.row_error import worst_matrix, worst_row
-from tokenyard.checkpoint.host_copies import Copies
-from tokenyard.moe import experts as expert_function
+from tokenyard.checkpoint.host_staging import HostStaging
+from tokenyard.moe import experts as experts_module
 from tokenyard.moe import experts as grouped
 from tokenyard.moe import router
 from tokenyard.train.config.compose import compose
@@ -69,7 +69,7 @@ def test_a_model_passes(name: str) -> None:
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """In the precision that is compared alone; the reference is right."""
     narrow = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    real, sums = expert_function.activate, expert_function.sum_rows
+    real, sums = experts_module.activate, experts_module.sum_rows
 
     def swapped(activation: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
         return real(activation, x.roll(x.shape[-1] // 2, -1) if x.dtype == narrow else x, out)
@@ -79,23 +79,25 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, precision: str) -
         sums_TD = sums(y_RD, *plan)
         return torch.cat([torch.zeros_like(sums_TD[:1]), sums_TD[1:]]) if y_RD.dtype == narrow else sums_TD
 
-    monkeypatch.setattr(expert_function, "activate", swapped)
+    monkeypatch.setattr(experts_module, "activate", swapped)
     assert f"tiny_mixtral, {precision}, outputs" in failed(compared("tiny_mixtral"))
-    monkeypatch.setattr(expert_function, "activate", real)
-    monkeypatch.setattr(expert_function, "sum_rows", dropped)
+    monkeypatch.setattr(experts_module, "activate", real)
+    monkeypatch.setattr(experts_module, "sum_rows", dropped)
     assert f"tiny_mixtral, {precision}, outputs" in failed(compared("tiny_mixtral"))
 
 
 def test_wrong_choices_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 the router itself would choose the least likely experts; the numbers are those of the reference's choices anyway."""
-    choose, observe, turned = router.choose, presets.observe, {"now": False}
+    choose_experts, observe, turned = router.choose_experts, presets.observe, {"now": False}
 
     def observing(config: Config, *rest: Any, **named: Any) -> Any:
         turned["now"] = config.precision is Precision.fp32
         return observe(config, *rest, **named)
 
     monkeypatch.setattr(presets, "observe", observing)
-    monkeypatch.setattr(router, "choose", lambda ranked_BSE, *rest: choose(-ranked_BSE if turned["now"] else ranked_BSE, *rest))
+    monkeypatch.setattr(
+        router, "choose_experts", lambda ranked_BSE, *rest: choose_experts(-ranked_BSE if turned["now"] else ranked_BSE, *rest)
+    )
     assert failed(compared("tiny_olmoe")) == ["tiny_olmoe, fp32, choices"]
 
 
@@ -167,14 +169,14 @@ def test_saves_pass_and_a_garbled_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
         saves.check_async_save(recorder, config, CPU)
 
     assert failed(told(compare)) == []
-    real = Copies.take
+    real = HostStaging.copy
 
     def garbled(*call: Any) -> Any:
         copied = real(*call)
         next(iter(copied.values())).tensor.flatten()[:1].zero_()
         return copied
 
-    monkeypatch.setattr(Copies, "take", garbled)
+    monkeypatch.setattr(HostStaging, "copy", garbled)
     assert len(failed(told(compare))) == 3
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from tokenyard.checkpoint.save_plan import Offer, offers_of
+from tokenyard.checkpoint.save_plan import NamedShard, named_shards
 from tokenyard.moe.config import Selection
 from tokenyard.parallel.config import Exchange
 from tokenyard.parallel.streams import copy_to_host, host_memory
@@ -53,20 +53,20 @@ def step_of(case: Case) -> Found:
         return found(rank, config)
 
 
-def ranks_of(words: tuple[str, ...], world: int) -> list[tuple[Found, list[Offer]]]:
+def ranks_of(words: tuple[str, ...], world: int) -> list[tuple[Found, list[NamedShard]]]:
     """The same step of each rank of a world, one after the other, and what the rank holds for a save then."""
     return [saved(Case("tiny_qwen3_moe", world, rank, words)) for rank in range(world)]
 
 
-def saved(case: Case) -> tuple[Found, list[Offer]]:
+def saved(case: Case) -> tuple[Found, list[NamedShard]]:
     """A step, and the pieces of a save with their copies to the host."""
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         rank.step()
-        held = rank.engine.held()
+        held = rank.engine.state_to_save()
         for _, tensor in held.values():
             copy_to_host(tensor, host_memory(tensor))
-        return found(rank, config), offers_of(held)
+        return found(rank, config), named_shards(held)
 
 
 def watched(case: Case, logged: bool) -> Found:
@@ -74,12 +74,12 @@ def watched(case: Case, logged: bool) -> Found:
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         session: Any = SimpleNamespace(config=config, parallel=rank.parallel, device=rank.parallel.device, step=0)
-        watch = ExpertStats(session)
+        expert_stats = ExpertStats(session)
         numbers = rank.step()
         session.step = 1
-        watch.took(numbers)
+        expert_stats.update(numbers)
         if logged:
-            watch.look(numbers, validated=False, saves=True)
+            expert_stats.snapshot(numbers, validated=False, saves=True)
         return found(rank, config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dry import Found, ranks_of
-from tokenyard.checkpoint.save_plan import Offer, shares_of
+from tokenyard.checkpoint.save_plan import NamedShard, make_save_plans
 from tokenyard.plan.ledger import Collective
 
 LAYOUTS = [
@@ -15,7 +15,7 @@ LAYOUTS = [
 ]
 
 
-Ranks = list[tuple[Found, list[Offer]]]
+Ranks = list[tuple[Found, list[NamedShard]]]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -33,7 +33,7 @@ def test_ranks_meet(ranks_of_a_world: Ranks) -> None:
 def test_ranks_agree_on_a_save(ranks_of_a_world: Ranks) -> None:
     """Their pieces make up every tensor, and each is written once. Copies to the host wait for nothing."""
     held = [offers for _, offers in ranks_of_a_world]
-    shares = shares_of(held)
+    shares = make_save_plans(held)
     assert all({offer.name for offer in mine} >= set(share.names) for mine, share in zip(held, shares, strict=True))
     assert all(share.names for share in shares)
     assert not any(step.unlisted or step.strangers for step, _ in ranks_of_a_world)

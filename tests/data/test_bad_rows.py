@@ -18,7 +18,7 @@ from streaming import config_of, names_in, opened, taken
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, EndOfData
 from tokenyard.data.stream.http import RetryPolicy
-from tokenyard.data.stream.shards import Bad, LineShards
+from tokenyard.data.stream.shards import BadRow, LineShards
 
 
 def good(count: int) -> list[bytes]:
@@ -31,7 +31,7 @@ def read_all(config: DataConfig) -> tuple[set[str], dict[str, float], list[str]]
     with pytest.raises(EndOfData):
         while True:
             seen.append(taken(batches, range(len(seen), len(seen) + 1)))
-    counts = {name.rpartition("/")[2]: count for name, count in batches.counts().items()}
+    counts = {name.rpartition("/")[2]: count for name, count in batches.metrics().items()}
     return set(names_in(np.concatenate(seen))), counts, batches.bad_rows()
 
 
@@ -145,7 +145,7 @@ def test_a_row_of_gigabytes(tmp_path: Path, ending: str, verb: str, record_prope
 def test_lines_that_are_too_long_are_bad_rows_and_the_next_one_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + b"x" * 9_000_000 + b'\n{"text": "two"}\n' + b"x" * 9_000_000)
     read = list(LineShards([str(tmp_path / "a.jsonl")], "text", RetryPolicy(), 1_000_000).rows(0, 0))
-    long = Bad("9000001 bytes, more than data.longest_row=1000000"), Bad("9000000 bytes, more than data.longest_row=1000000")
+    long = BadRow("9000001 bytes, more than data.longest_row=1000000"), BadRow("9000000 bytes, more than data.longest_row=1000000")
     assert read == [b"one", long[0], b"two", long[1]]
     assert list(LineShards([str(tmp_path / "a.jsonl")], "text", RetryPolicy(), 1_000_000).rows(0, 2)) == read[2:]
 
@@ -161,4 +161,4 @@ def test_a_line_as_long_as_what_is_read_at_once(tmp_path: Path) -> None:
     for size in (most - 2, most - 1, most, most + 1, most + (1 << 20) - 1, most + (1 << 20)):
         (tmp_path / "a.txt").write_bytes(b"x" * size + b"\nnext\n")
         first, *rest = LineShards([str(tmp_path / "a.txt")], None, RetryPolicy(), 10).rows(0, 0)
-        assert rest == [b"next"] and (first == b"x" * size or first == Bad(f"{size + 1} bytes, more than data.longest_row=10"))
+        assert rest == [b"next"] and (first == b"x" * size or first == BadRow(f"{size + 1} bytes, more than data.longest_row=10"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.corpus import Chunks, documents, place, survey
+from tokenyard.data.corpus import Chunks, documents, survey, unit_hash
 
 
 def test_stdlib_is_found_split_and_reported() -> None:
@@ -12,7 +12,7 @@ def test_stdlib_is_found_split_and_reported() -> None:
     assert len(corpus.train) > 500 and len(corpus.validation) > 25
     assert "argparse.py" in corpus.train + corpus.validation
     assert not any("site-packages" in name for name in corpus.train + corpus.validation)
-    assert place("argparse.py") == 0.25960999606469415, (
+    assert unit_hash("argparse.py") == 0.25960999606469415, (
         "another hash would move documents between the splits of running experiments"
     )
 

@@ -68,15 +68,15 @@ def test_what_cannot_be_read_of_held_out_text_is_told_once(tmp_path: Path) -> No
     data = replace(data, max_bad_fraction=0.5, repeat=False)
     first = prepare(data, BYTES, LENGTH, 1, 4, None, 256).train
     assert isinstance(first, StreamBatches)
-    found = first.findings()
+    found = first.read_failures()
     assert len(found) == 23 and sorted({each.kind for each in found}) == ["bad_row", "file_failed"]
     assert (found[0].file, found[0].row, found[0].kind) == ("1.txt.gz", 0, "file_failed") and found[1].number == 1
     to_the_end(first)
-    assert first.findings() == [] and first.counts()["data/lines/bad_rows"] == 22
+    assert first.read_failures() == [] and first.metrics()["data/lines/bad_rows"] == 22
     again = prepare(data, BYTES, LENGTH, 1, 4, None, 256).train  # held out text is in the cache, training meets them
-    assert isinstance(again, StreamBatches) and again.findings() == []
+    assert isinstance(again, StreamBatches) and again.read_failures() == []
     to_the_end(again)
-    assert {each[1:5] for each in again.findings()} == {each[1:5] for each in found}
+    assert {each[1:5] for each in again.read_failures()} == {each[1:5] for each in found}
 
 
 def test_nothing_but_bad_rows_at_the_start(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_one_file_that_fails_ends_the_run(tmp_path: Path, kind: Corpus, name: st
     batches = opened(data)
     with pytest.raises(BadData, match=rf"{kind.value}: {name} failed {reason}.*; data\.max_failed_files=0"):
         taken(batches, range(200))
-    (found,) = batches.findings()
+    (found,) = batches.read_failures()
     assert (found.kind, found.source, found.file, found.row) == ("file_failed", kind.value, name, 0)
 
 
@@ -151,10 +151,10 @@ def test_files_that_may_fail(tmp_path: Path) -> None:
     with pytest.raises(EndOfData):
         while True:
             seen.append(taken(batches, range(len(seen), len(seen) + 1)))
-    counts = batches.counts()
+    counts = batches.metrics()
     assert (counts["data/parquet/failed_files"], counts["data/parquet/bad_rows"]) == (2, 0)
     assert counts["data/parquet/rows"] == 64 + 90 + 1 + 48 and len(set(names_in(np.concatenate(seen)))) > 180
-    assert sorted(found.file for found in batches.findings()) == ["0.parquet", "2.parquet"]
+    assert sorted(found.file for found in batches.read_failures()) == ["0.parquet", "2.parquet"]
     with pytest.raises(BadData, match=r"data\.max_failed_files=1"):
         taken(opened(replace(data, max_failed_files=1)), range(200))
     assert taken(opened(replace(data, repeat=True)), range(300)).shape[0] == 300  # an epoch's failures are no other epoch's
@@ -198,7 +198,7 @@ def test_errors_that_may_pass_are_waited_for(tmp_path: Path, monkeypatch: pytest
     straight = taken(opened(data), range(60))
     batches = opened(replace(data, patience_seconds=5.0))
     stale(monkeypatch, code, 1)
-    assert np.array_equal(taken(batches, range(60)), straight) and not batches.findings()
+    assert np.array_equal(taken(batches, range(60)), straight) and not batches.read_failures()
     batches = opened(replace(data, patience_seconds=0.3))
     stale(monkeypatch, code, 1000)
     with pytest.raises(DataUnavailable, match=r"\d\.txt did not answer for .*Stale file handle"):
@@ -250,7 +250,7 @@ def test_ids_beyond_int64_are_bad_rows(tmp_path: Path, number: str) -> None:
     rows.insert(7, f'{{"text": [1, {number}]}}')
     batches = opened(lines_config(tmp_path / "rows", rows))
     assert taken(batches, range(30)).shape[0] == 30
-    assert {str(found) for found in batches.findings()} == {f"jsonl: a.jsonl row 7: id {number[:24]} is no int64"}
+    assert {str(found) for found in batches.read_failures()} == {f"jsonl: a.jsonl row 7: id {number[:24]} is no int64"}
 
 
 @pytest.mark.fault(34)
@@ -265,7 +265,7 @@ def test_dates_that_python_does_not_know_are_bad_rows(tmp_path: Path, kind: pa.D
     pq.write_table(pa.table({"text": column}), folder / "1.parquet")
     batches = opened(config_of(folder, Corpus.parquet, validation_fraction=0.2, max_bad_fraction=0.2))
     assert taken(batches, range(30)).shape[0] == 30
-    found = batches.findings()[:3]
+    found = batches.read_failures()[:3]
     assert [(each.kind, each.file, each.row) for each in found] == [("bad_row", "1.parquet", row) for row in range(3)]
 
 

@@ -24,7 +24,7 @@ def test_proportions_after_a_million_tokens(data: DataConfig) -> None:
     batches = prepare(replace(data, validation_fraction=0.2), BYTES, 128, 1, 512, None, 1).train
     for step in range(16):
         batches.batch(step)
-    shares = [batches.counts()[f"data/{label}/share"] for label in ("a", "b", "synthetic")]
+    shares = [batches.metrics()[f"data/{label}/share"] for label in ("a", "b", "synthetic")]
     assert np.allclose(shares, [0.65, 0.3, 0.05], rtol=0.01)
 
 
@@ -44,7 +44,7 @@ def test_a_source_that_ends_leaves_its_share_to_the_others(data: DataConfig) -> 
     taken(batches, range(200))
     rows = batches.mixture.rows
     assert batches.mixture.ended == [True, False] and sum(rows) == 800
-    tokens = batches.counts()["data/a/document_tokens"]
+    tokens = batches.metrics()["data/a/document_tokens"]
     assert rows[0] == (tokens - 1) // LENGTH
     none = opened(replace(data, mix=[f"{entry} repeat=false" for entry in data.mix[:2]]))
     with pytest.raises(EndOfData, match="the data ends after step"):

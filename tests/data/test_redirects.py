@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 import pytest
 from fault_run import heard
 from tokenyard.data.errors import DataUnavailable
-from tokenyard.data.stream import answers
+from tokenyard.data.stream import http_response
 from tokenyard.data.stream.http import RetryPolicy, open_url
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwords"
@@ -83,9 +83,9 @@ def test_another_host_is_said_once(serve, code: int) -> None:
 
 
 def test_no_password_of_a_redirect_is_said() -> None:
-    request, place = answers.urllib.request.Request("http://1.1.1.1/x"), "http://me:passw0rd@1.0.0.1/y"
+    request, place = http_response.urllib.request.Request("http://1.1.1.1/x"), "http://me:passw0rd@1.0.0.1/y"
     with heard() as said:
-        answers.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), place)
+        http_response.RedirectHandler().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), place)
     assert said == ["data: 1.1.1.1 redirects to 1.0.0.1"]
 
 
@@ -127,12 +127,16 @@ def test_nothing_leads_nearer_home(far: str, host: str, monkeypatch: pytest.Monk
     known = {"home.example": host, "far.example": far}
     right = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, *more, **rest: right(known.get(name, name), *more, **rest))
-    request = answers.urllib.request.Request("http://far.example/x")
+    request = http_response.urllib.request.Request("http://far.example/x")
     with pytest.raises(ValueError, match=r"redirects to http://home.example/y, an address of this machine"):
-        answers.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://home.example/y")
-    request = answers.urllib.request.Request("https://far.example/x")
+        http_response.RedirectHandler().redirect_request(
+            request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://home.example/y"
+        )
+    request = http_response.urllib.request.Request("https://far.example/x")
     with pytest.raises(ValueError, match="by another protocol"):
-        answers.Redirects().redirect_request(request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://far.example/y")
+        http_response.RedirectHandler().redirect_request(
+            request, io.BytesIO(), 302, "", http.client.HTTPMessage(), "http://far.example/y"
+        )
 
 
 def test_a_circle_is_one_line(serve) -> None:

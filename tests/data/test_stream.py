@@ -29,7 +29,7 @@ def test_an_epoch_has_each_row_once_and_another_order_than_the_files(data: DataC
             rows.append(batches.batch(steps).ids_BS.numpy())
             steps += 1
     seen = names_in(np.stack(rows))
-    counts = batches.counts()
+    counts = batches.metrics()
     held_out = counts[f"data/{data.corpus.value}/held_out"]
     left_over = set(all_documents()) - set(seen)
     assert max(Counter(seen).values()) == 1 and seen != sorted(seen) and set(seen) <= set(all_documents())

@@ -11,7 +11,7 @@ from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import ParityConfig
 from tokenyard.parity.shrink import shrink
 from tokenyard.train.config.compose import CONF, compose
-from tokenyard.train.config.rules.rules import broken_rules
+from tokenyard.train.config.rules.rules import violations
 
 MODELS = sorted(path.stem for path in Path(CONF / "model").glob("*.yaml"))
 
@@ -20,7 +20,7 @@ MODELS = sorted(path.stem for path in Path(CONF / "model").glob("*.yaml"))
 def test_every_model_can_be_made_small(model: str) -> None:
     given = prepare_config(compose([f"model={model}", "sequence_length=64"]))
     small = shrink(given, 4)
-    assert next(broken_rules(small, 1), None) is None
+    assert next(violations(small, 1), None) is None
     assert count(small.model).total < 300_000
     before, after = given.model, small.model
     assert after.moe.top_k == min(before.moe.top_k, 8) and after.moe.router.groups == before.moe.router.groups
