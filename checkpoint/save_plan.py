@@ -131,7 +131,7 @@ def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
 
 def _check_tiling(name: str, record: TensorRecord) -> None:
     """ValueError unless the chunks cover each element of the tensor once."""
-    if not disjoint([chunk.metadata for chunk in record.chunks]):
+    if len(record.chunks) > 1 and not disjoint([chunk.metadata for chunk in record.chunks]):
         raise ValueError(f"tensor {name!r}: two ranks hold pieces that overlap but differ; pieces must be equal or apart")
     covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in record.chunks), math.prod(record.shape)
     if covered != total:

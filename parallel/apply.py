@@ -112,6 +112,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def gradient_of(sharded: ShardedParameter) -> Tensor:
+    """Returns this rank's gradient of a parameter; zeros, which it then has, if no token used it."""
+    if sharded.parameter.grad is None:
+        sharded.parameter.grad = torch.zeros_like(sharded.parameter)
+    return local(sharded.parameter.grad)
+
+
 def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata], config: ParallelConfig) -> None:
     axis = mesh.axis("expert")
     dispatcher = build_dispatcher(model.config.moe.experts, mesh, config)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 
-from .apply import Parallel, ShardedParameter, local
+from .apply import Parallel, ShardedParameter, gradient_of, local
 from .layout import ADDED_BY_ONE
 from .mesh import Axis
 from .progress import collective, in_phase, waiting
@@ -123,10 +123,3 @@ def scale_gradients(parallel: Parallel, factor: Tensor) -> None:
     """Multiplies all gradients by a scalar, in place."""
     gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]
     _foreach_mul_(gradients, factor.to(gradients[0].dtype))
-
-
-def gradient_of(sharded: ShardedParameter) -> Tensor:
-    """Returns this rank's gradient of a parameter; zeros, which it then has, if no token used it."""
-    if sharded.parameter.grad is None:
-        sharded.parameter.grad = torch.zeros_like(sharded.parameter)
-    return local(sharded.parameter.grad)

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..data.batches import IGNORE
 from ..moe.init import expert_biases
 from ..moe.token_info import BatchPosition
-from ..parallel.apply import Parallel, local
-from ..parallel.gradients import gradient_of
+from ..parallel.apply import Parallel, gradient_of, local
 from ..parallel.shard import ShardMetadata, whole
 from ..parallel.streams import on_device
 from ..train.batch import Rows

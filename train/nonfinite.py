@@ -3,9 +3,8 @@
 import torch
 from torch import _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 
-from ..parallel.apply import Parallel
+from ..parallel.apply import Parallel, gradient_of
 from ..parallel.collectives import sum_over
-from ..parallel.gradients import gradient_of
 from ..parallel.object_collectives import from_all
 from ..parallel.shard import LocalShard
 

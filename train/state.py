@@ -20,12 +20,12 @@ def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[st
 
     They are the tensors in use: loading into them restores weights and moments.
     """
-    held = local_weights(parallel)
-    for name, sharded in parallel.parameters.items():
-        moments = optimizer_state(optimizer, sharded.parameter)
-        for moment in MOMENTS:
-            held[f"optimizer.{name}.{moment}"] = LocalShard(sharded.metadata, local(moments[moment]))
-    return held
+    states = {name: optimizer_state(optimizer, sharded.parameter) for name, sharded in parallel.parameters.items()}
+    return local_weights(parallel) | {
+        f"optimizer.{name}.{moment}": LocalShard(parallel.parameters[name].metadata, local(state[moment]))
+        for name, state in states.items()
+        for moment in MOMENTS
+    }
 
 
 def local_weights(parallel: Parallel) -> dict[str, LocalShard]:

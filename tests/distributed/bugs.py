@@ -11,7 +11,7 @@ from tokenyard.moe.balance import update_expert_bias
 from tokenyard.moe.init import expert_biases
 from tokenyard.moe.router import Router
 from tokenyard.parallel import gradients
-from tokenyard.parallel.apply import Parallel
+from tokenyard.parallel.apply import Parallel, gradient_of
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.train import step
 
@@ -26,7 +26,7 @@ def averaged_over_expert_ranks() -> Iterator[None]:
             yield
         for name, sharded in parallel.parameters.items():
             if ".experts." in name:
-                gradients.gradient_of(sharded).div_(parallel.mesh.sizes["expert"])
+                gradient_of(sharded).div_(parallel.mesh.sizes["expert"])
 
     with mock.patch.object(step, "gradient_all_reduce", summed):
         yield
@@ -37,7 +37,7 @@ def clipped_by_own_norm() -> Iterator[None]:
     """Each rank clips by the norm of its own shards, and reports the right norm."""
 
     def scale(parallel: Parallel, _: Any) -> None:
-        held = [gradients.gradient_of(sharded) for sharded in parallel.parameters.values()]
+        held = [gradient_of(sharded) for sharded in parallel.parameters.values()]
         norm = torch.stack([gradient.square().sum() for gradient in held]).sum().sqrt()
         gradients.scale_gradients(parallel, (0.01 / norm).clamp(max=1.0))
 

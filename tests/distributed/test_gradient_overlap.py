@@ -10,7 +10,7 @@ import torch
 from sameness import VOCABULARY, Case, Layout, build, rows_of
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.parallel import gradients
-from tokenyard.parallel.apply import Parallel
+from tokenyard.parallel.apply import Parallel, gradient_of
 from tokenyard.parallel.collective_check import compare
 from tokenyard.parallel.progress import check_before_collectives
 from tokenyard.train import step
@@ -103,7 +103,7 @@ def made(parallel: Parallel, overlapped: bool, of: Case) -> list[Tensor]:
         share.objective.backward()
         with gradients.gradient_all_reduce(parallel):
             pass
-    return [gradients.gradient_of(sharded).clone() for sharded in parallel.parameters.values()]
+    return [gradient_of(sharded).clone() for sharded in parallel.parameters.values()]
 
 
 @pytest.mark.parametrize("layout", [Layout(2, tensor=2, expert=2), Layout(2, expert_tensor=2)])

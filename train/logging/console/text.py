@@ -34,7 +34,7 @@ class Printer:
 
             self._rich = Console(file=self._stream, highlight=False, soft_wrap=True)
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self.bars = BLOCKS if self._writable(BLOCKS) == BLOCKS else ASCII_BARS
+        self.bars = BLOCKS if self._clean(BLOCKS) == BLOCKS else ASCII_BARS
 
     @property
     def width(self) -> int | None:
@@ -43,14 +43,13 @@ class Printer:
 
     def line(self, line: Line) -> None:
         """Prints a line, without wrapping or cropping it."""
-        line = [Span(self._writable(printable(redact(text))), style) for text, style in line]
         if self._rich is None:
-            self._stream.write(plain(line) + "\n")
+            self._stream.write(self._clean(plain(line)) + "\n")
             self._stream.flush()
             return
         from rich.text import Text
 
-        self._rich.print(Text.assemble(*line))
+        self._rich.print(Text.assemble(*(Span(self._clean(text), style) for text, style in line)))
 
     def lines(self, lines: Iterable[Line]) -> None:
         for line in lines:
@@ -60,9 +59,9 @@ class Printer:
         """Prints a line of unstyled text."""
         self.line([Span(text)])
 
-    def _writable(self, text: str) -> str:
-        """Returns `text` with escapes for characters that the stream's encoding does not have."""
-        return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
+    def _clean(self, text: str) -> str:
+        """Returns `text` without secrets, with escapes for control characters and for what the stream's encoding lacks."""
+        return printable(redact(text)).encode(self._encoding, "backslashreplace").decode(self._encoding)
 
 
 def plain(line: Line) -> str:
