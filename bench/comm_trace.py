@@ -1,6 +1,6 @@
-"""When each collective of a rank was begun, waited for and done: how much of a step is exchange, and how much waiting for others.
+"""Traces the collectives of a rank: when each started, when the rank waited for it, when it ended, and the bytes it sent.
 
-Ranks of one machine have one clock (CLOCK_MONOTONIC), so the stamps of several ranks can be laid side by side.
+Ranks on one machine share a clock (CLOCK_MONOTONIC), so the times of several ranks are comparable.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..parallel import collectives
 from ..parallel.dispatch import async_collectives
 
-Stamp = list[float]
-"""Begun, first waited for, done; in seconds. What was never waited for is done when it was begun."""
+CollectiveTimes = list[float]
+"""Start, begin of the wait, end, in seconds. A collective that nobody waited for ends when it starts."""
 
 PLACES: list[tuple[Any, str]] = [
     *((dist, name) for name in ("all_reduce", "all_to_all_single", "all_gather_single", "reduce_scatter_single")),
@@ -25,42 +25,42 @@ PLACES: list[tuple[Any, str]] = [
     (collectives, "_reduce_scatter"),
     (async_collectives, "all_gather"),
 ]
-"""Where this code and FSDP2 call collectives that carry tensors of a step."""
+"""The functions through which this code and FSDP2 start the collectives of a step."""
 
 
 class Split(NamedTuple):
-    """Seconds of one rank; they add up to its step."""
+    """The seconds of one rank in a step, in three parts."""
 
     computing: float
     exchanging: float
-    """Held up by collectives after the last rank had begun them."""
+    """Blocked by collectives that all ranks have started."""
     waiting: float
-    """Held up before that."""
+    """Blocked by collectives that another rank has not started yet."""
 
 
 @contextmanager
-def stamped() -> Iterator[list[Stamp]]:
-    """The stamps of all collectives that begin inside, in their order."""
-    stamps: list[Stamp] = []
-    under_way: dict[int, tuple[Stamp, Any]] = {}
+def trace_collectives() -> Iterator[list[CollectiveTimes]]:
+    """Yields a list to which each collective that starts inside the block adds its times."""
+    traced: list[CollectiveTimes] = []
+    running: dict[int, tuple[CollectiveTimes, Any]] = {}
     wait = dist.Work.wait
 
     def waited(work: Any, *arguments: Any) -> Any:
         begin = perf_counter()
         result = wait(work, *arguments)
-        stamp, _ = under_way.pop(id(work), ([0.0] * 3, None))
-        stamp[1:] = begin, perf_counter()
+        times, _ = running.pop(id(work), ([0.0] * 3, None))
+        times[1:] = begin, perf_counter()
         return result
 
-    def begun(function: Callable[..., Any]) -> Callable[..., Any]:
+    def started(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **settings: Any) -> Any:
-            stamp = [perf_counter()] * 3
-            stamps.append(stamp)
+            times = [perf_counter()] * 3
+            traced.append(times)
             work = function(*arguments, **settings)
             if work is None:
-                stamp[2] = perf_counter()
+                times[2] = perf_counter()
             else:
-                under_way[id(work)] = stamp, work  # the work too: another one may get its id
+                running[id(work)] = times, work  # keeps the work alive, so that no other one gets its id
             return work
 
         return call
@@ -68,31 +68,33 @@ def stamped() -> Iterator[list[Stamp]]:
     with ExitStack() as stack:
         for place, name in PLACES:
             if hasattr(place, name):
-                stack.enter_context(patch.object(place, name, begun(getattr(place, name))))
+                stack.enter_context(patch.object(place, name, started(getattr(place, name))))
         stack.enter_context(patch.object(dist.Work, "wait", waited))
-        yield stamps
+        yield traced
 
 
-def split_times(seconds: list[float], stamps: list[list[Stamp]]) -> list[Split]:
-    """By rank, from each one's seconds of the step and its stamps. All ranks must have begun the same collectives."""
-    assert len({len(own) for own in stamps}) == 1, "the ranks began different collectives"
-    last = [max(stamp[0] for stamp in everyones) for everyones in zip(*stamps, strict=True)]
-    return [_split(total, own, last) for total, own in zip(seconds, stamps, strict=True)]
+def split_times(seconds: list[float], traces: list[list[CollectiveTimes]]) -> list[Split]:
+    """Splits each rank's `seconds` of a step by the traces of all ranks, which must have started the same collectives."""
+    assert len({len(own) for own in traces}) == 1, "the ranks started different collectives"
+    last = [max(times[0] for times in everyones) for everyones in zip(*traces, strict=True)]
+    return [_split(total, own, last) for total, own in zip(seconds, traces, strict=True)]
 
 
-def _split(total: float, own: list[Stamp], last: list[float]) -> Split:
-    held = sum(done - waited for _, waited, done in own)
+def _split(total: float, own: list[CollectiveTimes], last: list[float]) -> Split:
+    """`last`: when the last rank started each collective."""
+    blocked = sum(done - waited for _, waited, done in own)
     waiting = sum(min(max(arrival - waited, 0.0), done - waited) for (_, waited, done), arrival in zip(own, last, strict=True))
-    return Split(total - held, held - waiting, waiting)
+    return Split(total - blocked, blocked - waiting, waiting)
 
 
-# The bytes that really leave a rank, counted where torch.distributed hands each collective to its backend.
+# The bytes that leave a rank, counted where torch.distributed calls the backend.
 
 
 class Traffic(TorchDispatchMode):
-    """While it is entered, `sent[n]` grows by the bytes that this rank sends to rank n of the world.
+    """While active, adds the bytes that this rank sends to rank n of the world to `sent[n]`.
 
-    A gathered tensor is sent once to each other rank, as a ring's links carry it. AssertionError for a collective it does not know.
+    A gathered tensor counts once for each other rank, as the links of a ring carry it. Raises AssertionError for an unknown
+    collective.
     """
 
     def __init__(self) -> None:
@@ -101,11 +103,11 @@ class Traffic(TorchDispatchMode):
         self.sent = [0] * dist.get_world_size()
 
     def total(self) -> int:
-        """Bytes to other ranks."""
+        """Bytes sent to other ranks."""
         return sum(self.sent) - self.sent[self.rank]
 
     def between_nodes(self, node_ranks: int) -> int:
-        """Bytes to ranks of other nodes, which are runs of `node_ranks` ranks."""
+        """Bytes sent to ranks of other nodes; a node has `node_ranks` neighbouring ranks."""
         return sum(count for rank, count in enumerate(self.sent) if rank // node_ranks != self.rank // node_ranks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +134,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _ranks(group: Any) -> list[int]:
-    """The world's ranks in the order of the group's."""
+    """The world ranks of a group, in the order of the group."""
     return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
 
 

@@ -1,4 +1,5 @@
-"""How fast text becomes batches: `python -m tokenyard.bench.data` prints a JSON object. All sides take turns on one core."""
+"""Measures how fast text becomes batches: `python -m tokenyard.bench.data` prints a JSON object. All sides take turns on one
+core."""
 
 import argparse
 import json
@@ -19,7 +20,7 @@ from ..data.tokenizer import SentencePieceTokenizer
 
 LENGTH, SEQUENCES = 256, 8
 MOST_GROWTH_MIB = 16.0
-"""Between the first and the last quarter of a streaming: above it something is kept that should not be."""
+"""Limit of the growth of memory between the first and the last quarter of a streaming run."""
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def measure(folder: Path, text: str | None, repeats: int, memory_seconds: float) -> dict[str, float]:
-    """Rates in tokens a second of processor time (all threads together), times in ms."""
+    """Rates are tokens per second of processor time (all threads together); times are in ms."""
     documents = read_documents(text)
     config = write_rows(folder, documents)
     tokenizer_config = TokenizerConfig(pieces=8192 if text is None else 2048)
@@ -84,14 +85,14 @@ def write_rows(folder: Path, documents: list[str]) -> DataConfig:
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Tokens a second of processor time."""
+    """Tokens per second of processor time."""
     begin = process_time()
     tokens = work()
     return tokens / (process_time() - begin)
 
 
 def batches(config: DataConfig, tokenizer: TokenizerConfig, steps: int) -> float:
-    """Tokens a second from opened data to batches, without threads, so that all that is tokenized is counted."""
+    """Tokens per second from opened data to batches, without threads, so that all tokenized tokens are counted."""
     data = prepare(replace(config, workers=0), tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
 
     def work() -> int:
@@ -115,7 +116,7 @@ def state_cost(config: DataConfig, tokenizer: TokenizerConfig) -> dict[str, floa
 
 
 def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> dict[str, float]:
-    """Resident size while streaming: medians of the first and of the last quarter of the time, and a verdict on standard error."""
+    """Resident memory while streaming: medians of the first and of the last quarter. Prints a verdict on standard error."""
     if not seconds:
         return {}
     data = prepare(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
@@ -140,7 +141,7 @@ def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> di
 
 
 def resident_mib() -> float:
-    """Of this process, now (Linux)."""
+    """Resident memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

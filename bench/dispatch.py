@@ -1,7 +1,7 @@
-"""What each exchange sends and how long it takes: `python -m tokenyard.bench.dispatch`.
+"""Measures the bytes and the time of each exchange: `python -m tokenyard.bench.dispatch`.
 
-Bytes are counted at the collectives, forward and backward, beside the least that could do: each token once to each other rank that
-has any of its experts, and one row back. Time is that of dispatch and combine, with experts that do nothing.
+Bytes are counted at the collectives, forward and backward, and compared with a lower bound: each token once to each other rank
+that has any of its experts, and one row back. Time is that of dispatch and combine, with experts that do nothing.
 """
 
 import argparse
@@ -33,11 +33,11 @@ ROUTINGS = {
     "qwen3": MoEConfig(experts=128, top_k=8),
     "deepseek_v3": MoEConfig(experts=256, top_k=8, router=V3),
 }
-"""By the model that routes so."""
+"""Routings, named after the model that uses them."""
 
 
-class Line(NamedTuple):
-    """Bytes and seconds are means over the ranks; seconds are the median of the repetitions."""
+class ExchangeResult(NamedTuple):
+    """Bytes and seconds are means over the ranks. Seconds are the median of the repeats."""
 
     routing: str
     ranks: int
@@ -46,12 +46,12 @@ class Line(NamedTuple):
     backward_bytes: float
     bound_bytes: float
     between_nodes_bytes: float
-    """Forward and backward."""
+    """Bytes to other nodes, forward and backward."""
     seconds: float
 
 
 class SentBytes(NamedTuple):
-    """What this rank sent in one pass."""
+    """Bytes that this rank sent in one pass."""
 
     forward: int
     backward: int
@@ -65,7 +65,7 @@ def main() -> None:
         answer(arguments.rank, [line._asdict() for line in measure(**task)])
         return
     task = {name: getattr(arguments, name) for name in ("tokens", "width", "repeats", "routings")}
-    lines = [Line(**line) for world in arguments.ranks for line in on_ranks("tokenyard.bench.dispatch", world, task)[0]]
+    lines = [ExchangeResult(**line) for world in arguments.ranks for line in on_ranks("tokenyard.bench.dispatch", world, task)[0]]
     print(json.dumps([line._asdict() for line in lines], indent=1) if arguments.json else table(lines))
 
 
@@ -81,8 +81,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[Line]:
-    """On each rank of the world: all exchanges for each routing, taking turns."""
+def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[ExchangeResult]:
+    """On each rank: measures all exchanges for each routing, in turns."""
     lines = []
     for name in routings:
         x_TD, routing = routed(ROUTINGS[name], tokens, width)
@@ -94,13 +94,15 @@ def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[
                 seconds[exchange].append(timed(functools.partial(one_pass, made, x_TD, routing)))
         bound = mean(2.0 * len(pairs(routing, experts)) * width * x_TD.element_size())
         for exchange, made in makers.items():
-            there, back, between = map(mean, count(made, x_TD, routing))
-            lines.append(Line(name, world, exchange, there, back, bound, between, mean(statistics.median(seconds[exchange]))))
+            there, back, between = map(mean, sent_bytes(made, x_TD, routing))
+            lines.append(
+                ExchangeResult(name, world, exchange, there, back, bound, between, mean(statistics.median(seconds[exchange])))
+            )
     return lines
 
 
 def routed(config: MoEConfig, tokens: int, width: int) -> tuple[Tensor, Routing]:
-    """Random tokens of this rank in bf16, and what a random router, the same on all ranks, makes of them."""
+    """Random bf16 tokens of this rank, and their routing by a random router that is the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
     router = Router(width, config, torch.float32)
     assert router.weight is not None
@@ -121,7 +123,7 @@ def dispatcher(exchange: Exchange, experts: int, world: int) -> Dispatcher:
 
 
 def pairs(routing: Routing, experts: int) -> set[tuple[int, int]]:
-    """Tokens of this rank, and other ranks that have any of their experts: a row has to go there, and another to come back."""
+    """Pairs of a token of this rank and another rank with any of its experts: a row must go there, and one must come back."""
     held, rank = experts // dist.get_world_size(), dist.get_rank()
     chosen = enumerate(routing.experts_TK.tolist())
     return {(token, expert // held) for token, row in chosen for expert in row if expert // held != rank}
@@ -135,7 +137,7 @@ def forward(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
     return made.run(x_TD, routing, lambda rows, counts: rows, lambda: None).y_TD
 
 
-def count(made: Dispatcher, x_TD: Tensor, routing: Routing) -> SentBytes:
+def sent_bytes(made: Dispatcher, x_TD: Tensor, routing: Routing) -> SentBytes:
     with Traffic() as there:
         y_TD = forward(made, x_TD, routing)
     with Traffic() as back:
@@ -152,20 +154,20 @@ def timed(function: Callable[[], None]) -> float:
 
 
 def mean(value: float) -> float:
-    """Over the ranks."""
+    """The mean of `value` over the ranks."""
     everyone = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
     return sum_over(torch.tensor(value, dtype=torch.float64), everyone).item() / everyone.size
 
 
-def table(lines: list[Line]) -> str:
-    """Markdown. MiB are those that a rank sends, forward and backward; shares of the bound are of one and of the other."""
+def table(lines: list[ExchangeResult]) -> str:
+    """A Markdown table. MiB are sent by a rank, forward and backward. Shares of the bound are given for forward, then backward."""
     heads = ["routing", "ranks", "exchange", "MiB", "bound MiB", "of the bound", "of plain", "MiB between nodes", "ms"]
     plain = {(line.routing, line.ranks): line for line in lines if line.exchange == Exchange.plain.value}
     rows = [heads, ["---"] * len(heads), *(_cells(line, plain[line.routing, line.ranks]) for line in lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(line: Line, plain: Line) -> list[str]:
+def _cells(line: ExchangeResult, plain: ExchangeResult) -> list[str]:
     total = line.forward_bytes + line.backward_bytes
     shares = f"{line.forward_bytes / line.bound_bytes:.4f}, {line.backward_bytes / line.bound_bytes:.4f}"
     of_plain = f"{total / (plain.forward_bytes + plain.backward_bytes):.2f}"

@@ -1,8 +1,8 @@
-"""Where a program makes the host wait for the device: each place in our code, and how often.
+"""Counts the host synchronisations of a program by the place in our code.
 
-On a GPU torch itself tells (`set_sync_debug_mode`). On a CPU the same calls are counted by what they are: numbers read by the host,
-operators that read some or whose output has a size that only the device knows, and tensors made of the host's numbers on a `device`
-that is named, since memory that is not pinned is copied while the host waits.
+On a GPU torch reports them (`set_sync_debug_mode`). On a CPU the calls that would synchronise are counted: numbers that the host
+reads; operators that read numbers, or whose output has a size that only the device knows; and tensors created from host numbers on
+a named `device`, since the host waits for a copy from memory that is not pinned.
 """
 
 import functools
@@ -22,24 +22,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
-"""Operators after which a GPU's host knows what was computed."""
+"""Operators that make the host of a GPU wait for a result."""
 
 
 def host_reads(work: Callable[[], Any], device: torch.device) -> Counter[str]:
-    """Runs `work`; how often the host waited at each place, as `file:line`; `outside` is beyond our code (on a GPU: any other)."""
-    return _told_by_torch(work) if device.type == "cuda" else _seen_on_cpu(work)
+    """Runs `work`. Returns the number of synchronisations at each `file:line`; `outside` are those without a place in our code."""
+    return _reported_by_torch(work) if device.type == "cuda" else _counted_on_cpu(work)
 
 
-def _told_by_torch(work: Callable[[], Any]) -> Counter[str]:
+def _reported_by_torch(work: Callable[[], Any]) -> Counter[str]:
     found: Counter[str] = Counter()
 
-    def told(message: Warning | str, *_: Any, **__: Any) -> None:
+    def count(message: Warning | str, *_: Any, **__: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
             found[_caller()] += 1
 
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(), patch.object(warnings, "showwarning", told):
+    with warnings.catch_warnings(), patch.object(warnings, "showwarning", count):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -49,7 +49,7 @@ def _told_by_torch(work: Callable[[], Any]) -> Counter[str]:
     return found
 
 
-def _seen_on_cpu(work: Callable[[], Any]) -> Counter[str]:
+def _counted_on_cpu(work: Callable[[], Any]) -> Counter[str]:
     watch = _Watch()
     with ExitStack() as stack:
         for owner, name in ((Tensor, "tolist"), (Tensor, "new_tensor"), (torch, "tensor"), (torch, "as_tensor")):
@@ -60,7 +60,7 @@ def _seen_on_cpu(work: Callable[[], Any]) -> Counter[str]:
 
 
 def _counted(function: Callable[..., Any], found: Counter[str], always: bool) -> Callable[..., Any]:
-    """`function`, which makes the host wait `always`, or where a device is named and the numbers are the host's."""
+    """Counts calls of `function` that synchronise: all if `always`, else those with a named device and host numbers."""
 
     def call(*args: Any, **settings: Any) -> Any:
         if always or (settings.get("device") is not None and not isinstance(args[0], Tensor)):
@@ -93,7 +93,7 @@ def _checks_numbers(name: str, settings: dict[str, Any]) -> bool:
 
 
 def _caller() -> str:
-    """The innermost place of ours on the stack, but for bench/ and `host_read`, whose caller it is."""
+    """The innermost place on the stack in our code, apart from bench/ and `host_read` (its caller counts)."""
     frame = sys._getframe(1)
     while frame is not None:
         path = _ours(frame.f_code.co_filename)
@@ -110,6 +110,6 @@ def _place(file: str, line: int) -> str:
 
 @functools.cache
 def _ours(file: str) -> str | None:
-    """The path in the repository, which may have been imported through a link; None for other files."""
+    """The path within the repository, even if it was imported through a link; None for other files."""
     path = Path(file).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None

@@ -1,7 +1,7 @@
-"""Where the time of an MoE layer goes: `python -m tokenyard.bench.layer`.
+"""Measures where the time of an MoE layer goes: `python -m tokenyard.bench.layer`.
 
-Three tables: the parts of forward and backward, with the share that is not matrix products; the cost against the number of experts,
-each token's experts staying the same size; the cost against skew. One device; the sides of a table take turns.
+Prints three tables: the parts of forward and backward, with the share that is not matrix products; the throughput against the
+number of experts, at constant work per token; the throughput against skewed loads. On one device; the sides of a table take turns.
 """
 
 import argparse
@@ -15,25 +15,57 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..moe import dispatch, layer
-from ..moe import experts as expert_function
-from ..moe.scoring import Choice
+from ..moe import experts as experts_module
+from ..moe.config import ModelConfig, MoEConfig
+from ..moe.layer import MoELayer
+from ..moe.scoring import ChosenExperts
 from ..train.allocator import restart_with_kept_memory
-from .shapes import LayerShape, our_layer
 from .timing import Ratio, markdown, ratio, take_turns
+
+
+class LayerShape(NamedTuple):
+    """Sizes of an MoE layer. The router is a softmax over all experts, and the weights of a token sum to one."""
+
+    width: int
+    hidden: int
+    """Hidden width of one expert."""
+    experts: int
+    top_k: int
+    tokens: int
+    shared: int = 0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of forward and backward in the matrix products of the experts: 3 x 2 for each weight and row."""
+        return 18 * self.width * (self.top_k * self.hidden + self.shared) * self.tokens
+
+    @property
+    def title(self) -> str:
+        return f"d {self.width}, {self.experts} x {self.hidden}, top-{self.top_k}"
+
+
+def our_layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> MoELayer:
+    """An MoE layer with random normal weights."""
+    moe = MoEConfig(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, shared_hidden=shape.shared)
+    layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype).to_empty(device=device)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=shape.width**-0.5)
+    return layer
+
 
 PARTS = {
     "route": ((layer.Router, "forward"),),
-    "sort": ((dispatch, "plan_rows"), (dispatch, "rounded_up")),
-    "gather": ((expert_function, "gather_rows"),),
-    "products": ((expert_function, "grouped_mm"), (expert_function, "grouped_outer")),
-    "activation": ((expert_function, "_activated"), (expert_function, "_back_through_activation")),
-    "weights": ((expert_function, "weights_of_rows"), (expert_function, "of_choices")),
-    "combine": ((expert_function, "sum_rows"),),
+    "sort": ((dispatch, "plan_rows"), (dispatch, "pad_to_multiple")),
+    "gather": ((experts_module, "gather_rows"),),
+    "products": ((experts_module, "grouped_mm"), (experts_module, "grouped_outer")),
+    "activation": ((experts_module, "_activated"), (experts_module, "_activation_backward")),
+    "weights": ((experts_module, "weights_per_row"), (experts_module, "values_per_choice")),
+    "combine": ((experts_module, "sum_rows"),),
 }
-"""The functions that a part is; what is left of the time is `rest`: the router's backward pass, autograd."""
+"""The functions of each part. The remaining time is `rest`: the backward pass of the router, autograd."""
 
 
 SHAPES = [
@@ -46,7 +78,7 @@ TINY = LayerShape(width=16, hidden=16, experts=4, top_k=2, tokens=64)
 
 
 class Timer:
-    """Seconds in each part, added up. On a GPU the device is waited for before and after: parts there do not overlap."""
+    """Sums the seconds of each part. On a GPU it synchronises before and after each part, so parts do not overlap."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -68,7 +100,7 @@ class Timer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Calls of the parts' functions are timed inside."""
+        """Times the functions of the parts inside the block."""
         places = [(part, owner, name) for part, all_of in PARTS.items() for owner, name in all_of]
         patches = [patch.object(owner, name, self.timed(part, getattr(owner, name))) for part, owner, name in places]
         for each in patches:
@@ -97,8 +129,8 @@ class Bench:
     def forward(self) -> Tensor:
         if self.chosen_TK is None:
             return self.layer(self.x_BSD)[0]
-        choice = Choice(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
-        with patch("tokenyard.moe.router.choose", lambda *_: choice):
+        choice = ChosenExperts(self.chosen_TK.view(1, *self.chosen_TK.shape).to(self.x_BSD.device))
+        with patch("tokenyard.moe.router.choose_experts", lambda *_: choice):
             return self.layer(self.x_BSD)[0]
 
     def backward(self, y_BSD: Tensor) -> None:
@@ -107,7 +139,7 @@ class Bench:
 
 
 class Parts(NamedTuple):
-    """Shares of forward and backward together; the parts of each in milliseconds, medians."""
+    """Median milliseconds of the parts of forward and of backward, and the share of both together that is not products."""
 
     shape: LayerShape
     forward: dict[str, float]
@@ -116,7 +148,7 @@ class Parts(NamedTuple):
 
 
 def parts(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int) -> Parts:
-    """How long each part takes."""
+    """Measures the parts of a layer."""
     bench = Bench(shape, dtype, device)
     bench.run()
     taken: dict[str, list[dict[str, float]]] = {"forward": [], "backward": []}
@@ -146,21 +178,21 @@ def _watched(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[s
 def against_experts(
     shape: LayerShape, counts: list[int], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[int, Ratio]:
-    """Tokens a second as a share of those with the fewest experts."""
+    """Tokens per second relative to the layer with the fewest experts."""
     benches = {str(count): Bench(shape._replace(experts=count), dtype, device) for count in counts}
     seconds = take_turns({name: bench.run for name, bench in benches.items()}, device, rounds)
     return {count: ratio(seconds[str(counts[0])], seconds[str(count)]) for count in counts}
 
 
 def against_skew(shape: LayerShape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Ratio]:
-    """Tokens a second as a share of those with a balanced load."""
+    """Tokens per second relative to a balanced load."""
     benches = {name: Bench(shape, dtype, device, chosen) for name, chosen in skews(shape).items()}
     seconds = take_turns({name: bench.run for name, bench in benches.items()}, device, rounds)
     return {name: ratio(seconds["balanced"], seconds[name]) for name in seconds}
 
 
 def skews(shape: LayerShape) -> dict[str, Tensor]:
-    """(T, K) experts of each token: equal loads, loads as 1 / rank (Zipf), and the first K experts for everybody."""
+    """The experts of each token, (T, K): equal loads, loads of 1 / rank (Zipf), and the first K experts for every token."""
     generator = torch.Generator().manual_seed(0)
     places_TE = torch.arange(shape.tokens)[:, None] * shape.top_k + torch.arange(shape.top_k)
     chances_E = 1 / torch.arange(1, shape.experts + 1)
@@ -197,7 +229,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Three tables of Markdown."""
+    """Three Markdown tables."""
     names, rows = [*PARTS, "rest", "all"], []
     for shape, forward, backward, not_products in found["parts"]:
         for name, times in (("forward", forward), ("backward", backward)):

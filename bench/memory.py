@@ -1,7 +1,7 @@
-"""What a layer keeps for the backward pass: `python -m tokenyard.bench.memory`, bytes a token; the same on every device.
+"""Measures the bytes per token that a layer saves for the backward pass: `python -m tokenyard.bench.memory`.
 
-An MoE layer with its router beside the dense feed-forward of equal active size. Weights, and copies of them in another type, are
-not counted: they do not grow with the tokens.
+Compares an MoE layer and its router with the dense feed-forward of equal active size. Weights, and copies of them in another
+dtype, are not counted, because they do not grow with the tokens. The numbers are the same on every device.
 """
 
 import argparse
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.feedforward import FeedForward
-from .layer import SHAPES, TINY
-from .shapes import LayerShape, our_layer
+from .layer import SHAPES, TINY, LayerShape, our_layer
 from .timing import markdown
 
 FINE = LayerShape(width=512, hidden=256, experts=64, top_k=8, tokens=4096)
 TOKENS = 509
-"""A prime, so that no activation has as many numbers as a weight."""
+"""A prime, so that no activation has as many elements as a weight."""
 
 
-class Line(NamedTuple):
-    """Bytes that are kept for each token."""
+class MemoryResult(NamedTuple):
+    """Bytes saved per token."""
 
     shape: LayerShape
     precision: str
@@ -32,8 +31,8 @@ class Line(NamedTuple):
     ratio: float
 
 
-def kept(call: Callable[[], Any], module: nn.Module) -> int:
-    """Bytes of the storages that autograd keeps of `call`, each once, without those that hold as many numbers as a weight."""
+def saved_bytes(call: Callable[[], Any], module: nn.Module) -> int:
+    """Bytes of the storages that autograd saves in `call`, each counted once, without those of the size of a weight."""
     weights = {parameter.numel() for parameter in module.parameters()}
     storages: dict[int, int] = {}
 
@@ -49,14 +48,14 @@ def kept(call: Callable[[], Any], module: nn.Module) -> int:
     return sum(storages.values())
 
 
-def measure(shape: LayerShape, dtype: torch.dtype) -> Line:
-    """Both layers on the same tokens."""
+def measure(shape: LayerShape, dtype: torch.dtype) -> MemoryResult:
+    """Runs both layers on the same tokens."""
     moe, dense = our_layer(shape, torch.device("cpu"), dtype), FeedForward(shape.width, shape.top_k * shape.hidden, dtype)
     for parameter in dense.parameters():
         nn.init.normal_(parameter, std=shape.width**-0.5)
     x_BSD = torch.randn(1, shape.tokens, shape.width, dtype=dtype, requires_grad=True)
-    of_moe, of_dense = (kept(lambda layer=layer: layer(x_BSD), layer) / shape.tokens for layer in (moe, dense))
-    return Line(shape, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], of_moe, of_dense, of_moe / of_dense)
+    of_moe, of_dense = (saved_bytes(lambda layer=layer: layer(x_BSD), layer) / shape.tokens for layer in (moe, dense))
+    return MemoryResult(shape, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], of_moe, of_dense, of_moe / of_dense)
 
 
 def main() -> None:
@@ -73,8 +72,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def table(lines: list[Line]) -> str:
-    """Markdown."""
+def table(lines: list[MemoryResult]) -> str:
+    """A Markdown table."""
     rows = ([line.shape.title, line.precision, f"{line.moe:,.0f}", f"{line.dense:,.0f}", f"{line.ratio:.2f}"] for line in lines)
     return markdown(["layer", "precision", "MoE", "dense", "ratio"], rows)
 

@@ -1,9 +1,9 @@
-"""Times the exchanges of expert parallelism between two hosts with a slow link: python -m tokenyard.bench.nodes plain deduplicated
+"""Times the exchanges of expert parallelism over a slow link: `python -m tokenyard.bench.nodes plain deduplicated`.
 
-Two network namespaces of this machine stand for the hosts (bench/nodes.py, so root is needed), with 2 gloo ranks each. What
-is timed is forward and backward of one MoE layer whose experts are spread over the 4 ranks. The exchanges take turns within each
-repeat. Standard output is JSON, a line each exchange: median, fastest and slowest seconds (of the slowest rank), and the bytes
-that went over the link in one direction in one pass.
+Two network namespaces of this machine act as hosts (this needs root), with 2 gloo ranks each. The time is that of forward and
+backward of one MoE layer whose experts are spread over the 4 ranks. The exchanges take turns within each repeat. Prints one line of
+JSON for each exchange: median, fastest and slowest seconds (of the slowest rank), and the bytes that one pass sends over the link
+in one direction.
 """
 
 import argparse
@@ -31,32 +31,32 @@ from ..parallel.config import ParallelConfig
 from ..parallel.mesh import build_mesh
 from ..parallel.process_group import join, leave
 
-# Two hosts on one Linux machine: network namespaces joined by a virtual cable, whose rate can be limited. Needs root.
+# Two hosts on one Linux machine: network namespaces joined by a veth pair, whose rate can be limited. This needs root.
 
 ADDRESSES = "10.77.0.1", "10.77.0.2"
-"""Of the two ends; only the two namespaces know them."""
+"""The addresses of the two ends, which exist only in the two namespaces."""
 
 
 class Host(NamedTuple):
-    """One end of the cable."""
+    """One end of the veth pair."""
 
     name: str
     address: str
     interface: str
 
     def command(self, words: list[str]) -> list[str]:
-        """`words` to be run on this host."""
+        """The command that runs `words` on this host."""
         return ["ip", "netns", "exec", self.name, *words]
 
     def sent_bytes(self) -> int:
-        """What has left through the cable so far."""
+        """Bytes that this host has sent so far."""
         (link,) = json.loads(_ip("-netns", self.name, "-json", "-statistics", "link", "show", self.interface))
         return link["stats64"]["tx"]["bytes"]
 
 
 @contextlib.contextmanager
 def two_hosts(megabits: int | None = None) -> Iterator[tuple[Host, Host]]:
-    """Both ends, gone afterwards. `megabits` a second limit each direction. OSError if this machine does not allow it."""
+    """Creates both hosts, and deletes them afterwards. `megabits` limits each direction, in Mbit/s. OSError if not permitted."""
     hosts = tuple(Host(f"tokenyard-{os.getpid()}-{end}", address, f"host{end}") for end, address in enumerate(ADDRESSES))
     first, second = hosts
     try:
@@ -74,7 +74,7 @@ def two_hosts(megabits: int | None = None) -> Iterator[tuple[Host, Host]]:
         yield first, second
     finally:
         for host in hosts:
-            # The cable goes with its ends.
+            # Deleting one end deletes the pair.
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
 
 
@@ -83,7 +83,7 @@ def _ip(*words: str) -> str:
 
 
 def _run(*words: str) -> str:
-    """The command's output. OSError if it is not there or fails."""
+    """Returns the output of the command. Raises OSError if it is missing or fails."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
@@ -95,7 +95,7 @@ PORT = 29510
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Without a rank in the environment: makes the hosts and starts the ranks. Returns the exit code."""
+    """Creates the hosts and starts the ranks; a process with a rank in its environment measures. Returns the exit code."""
     arguments = parse(argv)
     if "RANK" in os.environ:
         measure(arguments)
@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def start(hosts: tuple[Host, Host], argv: list[str]) -> int:
-    """The ranks of both hosts, with the environment that torchrun would give them. Returns 0 if all succeeded, else 1."""
+    """Start the ranks of both hosts with the environment that torchrun would give them. Returns 0 if all succeed, else 1."""
     processes = []
     for rank in range(NODES * RANKS):
         host = hosts[rank // RANKS]
@@ -136,7 +136,7 @@ def start(hosts: tuple[Host, Host], argv: list[str]) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """One rank: all exchanges in turn, then rank 0 prints."""
+    """On each rank: time the exchanges in turn. Rank 0 prints the results."""
     join(torch.device("cpu"), 300)
     try:
         layers = {name: build(name, arguments) for name in arguments.exchanges}
@@ -146,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for repeat in range(-1, arguments.repeats):
             for name, layer in layers.items():
                 seconds = timed_pass(layer, x_BSD)
-                # The first is for warming up.
+                # The first pass warms up.
                 passes[name] += [seconds] if repeat >= 0 else []
         for name, layer in layers.items():
             report(name, passes[name], link_bytes(layer, x_BSD), arguments)
@@ -155,7 +155,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def build(exchange: str, arguments: argparse.Namespace) -> MoELayer:
-    """The same layer with each exchange: same seed, experts over all ranks."""
+    """The MoE layer with this exchange and the experts spread over all ranks; the seed is the same for each exchange."""
     moe = MoEConfig(experts=arguments.experts, top_k=arguments.top_k, hidden=arguments.hidden)
     model = ModelConfig(layers=1, width=arguments.width, heads=4, kv_heads=4, vocabulary=64, moe=moe)
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def build(exchange: str, arguments: argparse.Namespace) -> MoELayer:
 
 
 def with_exchange(config: ParallelConfig, exchange: str) -> ParallelConfig:
-    """`config` with parallel.exchange set, where there is such a setting."""
+    """`config` with parallel.exchange set, if this version has the setting."""
     known = {field.name: field for field in dataclasses.fields(ParallelConfig)}
     if "exchange" not in known:
         if exchange != "plain":
@@ -179,7 +179,7 @@ def with_exchange(config: ParallelConfig, exchange: str) -> ParallelConfig:
 
 
 def timed_pass(layer: MoELayer, x_BSD: Tensor) -> float:
-    """Seconds of forward and backward on the slowest rank; all begin together."""
+    """Seconds of forward and backward on the slowest rank. All ranks start together."""
     dist.barrier()
     begin = perf_counter()
     one_pass(layer, x_BSD)
@@ -194,7 +194,7 @@ def one_pass(layer: MoELayer, x_BSD: Tensor) -> None:
 
 
 def link_bytes(layer: MoELayer, x_BSD: Tensor) -> int:
-    """What left this host over the link in one pass, by the counter of its interface: headers and barriers included."""
+    """Bytes that leave this host over the link in one pass, headers and barriers included, by the counter of its interface."""
     dist.barrier()
     before = _sent()
     one_pass(layer, x_BSD)

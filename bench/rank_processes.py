@@ -1,4 +1,4 @@
-"""Processes of this machine that a benchmark starts itself, as gloo ranks or alone: each runs a module and answers with JSON."""
+"""Processes that a benchmark starts on this machine, as gloo ranks or alone. Each runs a module and answers with JSON."""
 
 import json
 import os
@@ -15,49 +15,51 @@ import torch.distributed as dist
 
 from ..train.allocator import SETTINGS
 
-# A process that answers lines of JSON with such lines, and sleeps in between.
 
+class JsonWorker:
+    """A process `python -m WORDS` that answers each line of JSON with a line of JSON, and sleeps in between.
 
-class Asked:
-    """`python -m WORDS` with more `environment`. Its name is for messages."""
+    `environment` is added to that of this process. `name` is for messages.
+    """
 
     def __init__(self, name: str, words: list[str], environment: Mapping[str, str]) -> None:
-        self.name, self._complaints = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.name, self._stderr = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=self._stderr,
             env=os.environ | environment,
             text=True,
             bufsize=1,
         )
 
     def ask(self, call: Any) -> None:
-        """Does not wait."""
+        """Send a request. Does not wait."""
         assert self._process.stdin is not None
         print(json.dumps(call), file=self._process.stdin, flush=True)
 
     def answer(self) -> Any:
-        """The next line. RuntimeError with its last words if it has ended."""
+        """Wait for the next answer. Raises RuntimeError, with the last line of its standard error, if the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
-        self._complaints.seek(0)
-        words = self._complaints.read().strip().splitlines() or ["nothing"]
+        self._stderr.seek(0)
+        words = self._stderr.read().strip().splitlines() or ["nothing"]
         raise RuntimeError(f"{self.name} ended with code {self._process.wait()} and said: {words[-1]}")
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
             assert stream is not None
             stream.close()
 
 
 def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600.0) -> list[Any]:
-    """What `python -m MODULE --rank FOLDER` on each of `world` ranks hands to `answer`. RuntimeError if one fails or is late."""
+    """Run `python -m MODULE --rank FOLDER` on `world` ranks. Returns what each gave to `answer`; RuntimeError if one fails or is
+    late."""
     with tempfile.TemporaryDirectory(prefix="tokenyard-bench-") as name:
         folder = Path(name)
         (folder / "task.json").write_text(json.dumps(task))
@@ -72,7 +74,7 @@ def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600
 
 
 def join(folder: Path) -> dict[str, Any]:
-    """On a rank: join the group, if there are others, and read the task."""
+    """On a rank: join the process group, if there are other ranks, and return the task."""
     rank, world, threads = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
     torch.set_num_threads(threads)
     if world > 1:
@@ -81,16 +83,16 @@ def join(folder: Path) -> dict[str, Any]:
 
 
 def answer(folder: Path, result: Any) -> None:
-    """On a rank: hand back the result, and leave the group."""
+    """On a rank: return the result to the parent, and leave the process group."""
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
 class RankProcesses:
-    """`world` processes that run `python -m MODULE --rank FOLDER` and answer lines of JSON with such lines. They sleep in between.
+    """`world` processes that run `python -m MODULE --rank FOLDER` and answer lines of JSON, as `JsonWorker`.
 
-    All have said that they are ready before this returns. Use it in a `with` statement. RuntimeError if one has ended.
+    The constructor returns when all of them are ready. Use it in a `with` statement. Raises RuntimeError if one has ended.
     """
 
     def __init__(self, module: str, world: int, threads: int, task: dict[str, Any]) -> None:
@@ -98,7 +100,7 @@ class RankProcesses:
         folder = Path(self._folder.name)
         (folder / "task.json").write_text(json.dumps(task | {"folder": str(folder)}))
         words = [module, "--rank", str(folder)]
-        self._ranks = [Asked(f"rank {rank} of {world}", words, _environment(rank, world, threads)) for rank in range(world)]
+        self._ranks = [JsonWorker(f"rank {rank} of {world}", words, _environment(rank, world, threads)) for rank in range(world)]
         self._answers()
 
     def ask(self, call: dict[str, Any]) -> list[Any]:
@@ -129,7 +131,7 @@ def _start(module: str, folder: Path, rank: int, world: int) -> "subprocess.Pope
 
 
 def _environment(rank: int, world: int, threads: int) -> dict[str, str]:
-    """Of a rank, with the memory settings of the command `tokenyard`."""
+    """The environment of a rank, with the memory settings of the command `tokenyard`."""
     settings = SETTINGS | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(threads)}
     interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return settings | interface | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -140,5 +142,5 @@ def _wait(processes: list["subprocess.Popen[bytes]"], deadline: float) -> None:
         if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
             raise RuntimeError(f"rank {failed[0]} ended with code {processes[failed[0]].returncode}")
         if time.monotonic() > deadline:
-            raise RuntimeError("the ranks are not done in time")
+            raise RuntimeError("the ranks did not finish in time")
         time.sleep(0.05)

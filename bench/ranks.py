@@ -1,8 +1,8 @@
-"""Two ranks of one thread against one process of two, same global batch: `python -m tokenyard.bench.ranks [key=value ...]`.
+"""Compares two ranks of one thread with one process of two threads: `python -m tokenyard.bench.ranks [key=value ...]`.
 
-Whole training steps, as `tokenyard train` makes them. All layouts take turns: a round is as many steps of the one process and of
-each layout, and who does not compute sleeps. A rank's step is split into computing, exchanging (in collectives that all have
-begun) and waiting for the other rank.
+Steps are whole training steps of `tokenyard train`, with the same global batch. All layouts take turns: a round has the same number
+of steps of the one process and of each layout, and the other processes sleep. The step of a rank is split into computing,
+exchanging (in collectives that both ranks have started) and waiting for the other rank.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ..train.config.compose import compose
 from ..train.run import single_step
 from ..train.session import Session
 from ..train.setup import open_session
-from .comm_trace import Split, Stamp, split_times, stamped
+from .comm_trace import Split, split_times, trace_collectives
 from .rank_processes import RankProcesses, join
 from .timing import markdown, rotated, spread
 
@@ -35,7 +35,7 @@ RUN = [
     "model.kv_heads=8",
     "model.moe.hidden=1024",
 ]
-"""4 layers, 8 experts top-2, vocabulary 8192 are the default."""
+"""4 layers, 8 experts top-2 and a vocabulary of 8192 are the default."""
 
 LAYOUTS = {
     "data": [],
@@ -44,25 +44,26 @@ LAYOUTS = {
     "expert_chunks": ["parallel.expert=2", "parallel.overlap_chunks=2"],
     "tensor": ["parallel.tensor=2"],
 }
-"""Of the two ranks. Chunks overlap the exchange of rows with the experts; FSDP2 overlaps its gathering with the layers."""
+"""Layouts of the two ranks. Chunks overlap the exchange of rows with the experts; FSDP2 overlaps its all-gathers with the
+layers."""
 
 
 class Turn(NamedTuple):
-    """What steps of one side took: means over the steps."""
+    """The steps of one side in a round, as means over the steps."""
 
     seconds: float
     split: Split
     loss: float
-    """After the last step."""
+    """The loss of the last step."""
 
 
-class Line(NamedTuple):
-    """One layout. Seconds are medians over the rounds, of a step."""
+class LayoutResult(NamedTuple):
+    """Results of one layout. Seconds are of a step, medians over the rounds."""
 
     layout: str
     precision: str
     throughput: float
-    """Over that of the one process: the median of the rounds' own."""
+    """Ratio to the throughput of the one process, the median over the rounds."""
     least: float
     most: float
     one_process: float
@@ -71,7 +72,7 @@ class Line(NamedTuple):
     exchanging: float
     waiting: float
     loss_off: float
-    """Largest relative difference of the loss from the one process'."""
+    """Largest relative difference of the loss from that of the one process."""
 
 
 def main() -> None:
@@ -98,35 +99,35 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def measure(overrides: list[str], layouts: dict[str, list[str]], rounds: int, steps: int) -> list[Line]:
-    """A line for each layout, in one precision."""
+def measure(overrides: list[str], layouts: dict[str, list[str]], rounds: int, steps: int) -> list[LayoutResult]:
+    """Measures each layout in one precision."""
     overrides = [*RUN, *overrides]
     module = "tokenyard.bench.ranks"
     with ExitStack() as stack:
-        # One after the other: the first finds or makes the tokenizer and the tokens for both.
+        # Started one after the other: the first creates the tokenizer and the tokens for both.
         alone = stack.enter_context(RankProcesses(module, 1, 2, {"overrides": overrides, "layouts": {"one process": []}}))
         ranks = stack.enter_context(RankProcesses(module, 2, 1, {"overrides": overrides, "layouts": layouts}))
         sides = {"one process": alone} | dict.fromkeys(layouts, ranks)
         turns: dict[str, list[Turn]] = {name: [] for name in sides}
         for round_ in range(-1, rounds):
             for name in rotated(list(sides), round_):
-                turn = taken(sides[name].ask({"layout": name, "steps": steps}))
-                # The first is for warming up.
+                turn = mean_turn(sides[name].ask({"layout": name, "steps": steps}))
+                # The first round warms up.
                 turns[name] += [turn] if round_ >= 0 else []
     precision = str(compose(overrides).precision.value)
     return [_line(name, precision, turns[name], turns["one process"]) for name in layouts]
 
 
-def taken(answers: list[dict[str, Any]]) -> Turn:
-    """From the answers of a side's processes; times are means over them."""
-    splits = split_times([answer["seconds"] for answer in answers], [answer["stamps"] for answer in answers])
+def mean_turn(answers: list[dict[str, Any]]) -> Turn:
+    """The mean over the processes of a side, from their answers."""
+    splits = split_times([answer["seconds"] for answer in answers], [answer["collectives"] for answer in answers])
     mean = Split(*(statistics.fmean(values) for values in zip(*splits, strict=True)))
     steps = answers[0]["steps"]
     return Turn(sum(mean) / steps, Split(*(value / steps for value in mean)), answers[0]["loss"])
 
 
 def serve(folder: Path) -> None:
-    """One process of a side: a session for each layout, and steps when asked for."""
+    """One process of a side: opens a session for each layout, and takes steps on request."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     sys.stdout = sys.stderr
     task = join(folder)
@@ -138,16 +139,16 @@ def serve(folder: Path) -> None:
 
 
 def steps_of(session: Session, steps: int) -> dict[str, Any]:
-    """So many training steps: seconds from when all ranks are there, the stamps of collectives, and the last loss."""
+    """Takes `steps` training steps. Returns their seconds from a barrier on, the times of their collectives, and the last loss."""
     wait_for_all()
     numbers = None
-    with stamped() as stamps:
+    with trace_collectives() as traced:
         begin = perf_counter()
         for _ in range(steps):
             numbers = single_step(session)
         seconds = perf_counter() - begin
     assert numbers is not None
-    return {"seconds": seconds, "steps": steps, "stamps": list[Stamp](stamps), "loss": numbers.global_flags.loss}
+    return {"seconds": seconds, "steps": steps, "collectives": list(traced), "loss": numbers.global_flags.loss}
 
 
 def _session(task: dict[str, Any], layout: list[str], name: str) -> Session:
@@ -157,22 +158,22 @@ def _session(task: dict[str, Any], layout: list[str], name: str) -> Session:
     return session
 
 
-def _line(name: str, precision: str, turns: list[Turn], alone: list[Turn]) -> Line:
+def _line(name: str, precision: str, turns: list[Turn], alone: list[Turn]) -> LayoutResult:
     ratios = [one.seconds / many.seconds for one, many in zip(alone, turns, strict=True)]
     off = max(abs(many.loss / one.loss - 1) for one, many in zip(alone, turns, strict=True))
     split = Split(*(statistics.median(values) for values in zip(*(turn.split for turn in turns), strict=True)))
     step, one_process = (statistics.median(turn.seconds for turn in side) for side in (turns, alone))
-    return Line(name, precision, *spread(ratios), one_process, step, *split, off)
+    return LayoutResult(name, precision, *spread(ratios), one_process, step, *split, off)
 
 
-def table(lines: list[Line]) -> str:
-    """Markdown. Shares are of the layout's own step."""
+def table(lines: list[LayoutResult]) -> str:
+    """A Markdown table. Shares are relative to the step of the layout."""
     heads = ["precision", "2 ranks x 1 thread", "throughput (least, most)", "step s", "1 x 2 step s"]
     heads += ["computing", "exchanging", "waiting", "loss off by"]
     return markdown(heads, map(_cells, lines))
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: LayoutResult) -> list[str]:
     ratio = f"{line.throughput:.2f} ({line.least:.2f}, {line.most:.2f})"
     shares = [f"{part / line.step:.1%}" for part in (line.computing, line.exchanging, line.waiting)]
     return [line.precision, line.layout, ratio, f"{line.step:.3f}", f"{line.one_process:.3f}", *shares, f"{line.loss_off:.0e}"]

@@ -1,7 +1,7 @@
-"""What watching the experts costs a step: `python -m tokenyard.bench.telemetry [key=value ...]`, settings as for `tokenyard train`.
+"""Measures the cost of expert statistics: `python -m tokenyard.bench.telemetry [key=value ...]`, settings as for `tokenyard train`.
 
-The same run three times in one process, one with each tier, taking turns: a round is as many steps of each, in another order every
-time. Beside the difference of whole steps, which on a busy machine is noise, stands the time of the watch's own calls.
+Runs three runs in one process, one for each tier, in turns: a round has the same number of steps of each, in an order that rotates.
+The difference of whole steps is noise on a busy machine, so the time of the calls themselves is measured too.
 """
 
 import argparse
@@ -16,41 +16,42 @@ from unittest.mock import patch
 import torch
 
 from ..moe import router
-from ..moe.router import RouterMetrics, gauge
+from ..moe.router import RouterMetrics, compute_router_metrics
 from ..train.config.compose import compose
 from ..train.config.config import Config
-from ..train.logging.expert_stats.collector import ExpertStats
+from ..train.logging.expert_stats.collector import ExpertStats, describe
 from ..train.logging.journal import Journal
 from ..train.run import single_step
 from ..train.setup import open_session
+from ..train.step import StepNumbers
 from .timing import rotated
 
 TIERS = ("none", "brief", "detailed")
 
 
-class Line(NamedTuple):
-    """Seconds; medians over the rounds."""
+class TierResult(NamedTuple):
+    """Seconds, as medians over the rounds."""
 
     tier: str
     step: float
-    """A whole step, its record and its share of what comes every telemetry.every steps."""
+    """A whole step, with its record and its share of the work that is done every telemetry.every steps."""
     over_none: float
-    """Its excess over tier none, as a share of that; the median of the rounds' own."""
+    """Relative excess over the tier none, the median over the rounds."""
     calls: float
-    """Of a step: the watch, writing telemetry.jsonl, and the routers' metrics. On a CPU, where a call takes as long as its work."""
+    """The calls in a step: expert statistics, telemetry.jsonl, router metrics. On a CPU a call takes as long as its work."""
     calls_share: float
     probe: float
-    """Of a record after an evaluation: probe, similarity, vocabulary and all."""
+    """A record after an evaluation, with probe, similarity and vocabulary."""
 
 
 class Timed:
-    """`gauge` of moe/router.py, and how long it has taken."""
+    """Calls `compute_router_metrics` of moe/router.py and sums its time."""
 
     seconds = 0.0
 
     def __call__(self, *arguments: Any) -> RouterMetrics:
         start = perf_counter()
-        found = gauge(*arguments)
+        found = compute_router_metrics(*arguments)
         self.seconds += perf_counter() - start
         return found
 
@@ -59,12 +60,12 @@ GAUGES = Timed()
 
 
 class TierRun:
-    """A run with one tier."""
+    """A run of one tier."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.session = open_session(config, torch.device("cpu"))
         self.session.parallel.model.train()
-        self.watch = ExpertStats(self.session)
+        self.expert_stats = ExpertStats(self.session)
         self.journal = Journal(folder / "telemetry.jsonl")
         self.probes: list[float] = []
 
@@ -75,17 +76,25 @@ class TierRun:
         for _ in range(count):
             numbers = single_step(self.session)
             start = perf_counter()
-            self.watch.took(numbers)
-            seen = self.watch.look(numbers, validated=False, saves=False).seen()
-            if seen.record is not None:
-                self.journal.write(seen.record)
+            self.expert_stats.update(numbers)
+            record = self.record(numbers, validated=False)
+            if record is not None:
+                self.journal.write(record)
             watching += perf_counter() - start
         seconds, watching = (perf_counter() - begin) / count, watching + GAUGES.seconds
         assert numbers is not None
         start = perf_counter()
-        self.watch.look(numbers, validated=True, saves=False).seen()
+        self.record(numbers, validated=True)
         self.probes.append(perf_counter() - start)
         return seconds, watching / count
+
+    def record(self, numbers: StepNumbers, validated: bool) -> dict[str, Any] | None:
+        """The record for telemetry.jsonl, if one is due; copies all statistics to the host."""
+        snapshot = self.expert_stats.snapshot(numbers, validated, saves=False)
+        if snapshot is None:
+            return None
+        snapshot = snapshot._replace(tensors={name: tensor.cpu() for name, tensor in snapshot.tensors.items()})
+        return describe(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
 
 
 def main() -> None:
@@ -103,9 +112,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def measure(overrides: list[str], rounds: int, steps: int) -> list[Line]:
-    """One line a tier."""
-    with patch.object(router, "gauge", GAUGES), tempfile.TemporaryDirectory() as folder:
+def measure(overrides: list[str], rounds: int, steps: int) -> list[TierResult]:
+    """Measures each tier."""
+    with patch.object(router, "compute_router_metrics", GAUGES), tempfile.TemporaryDirectory() as folder:
         runners = {tier: _runner(tier, overrides, Path(folder) / tier) for tier in TIERS}
         for runner in runners.values():
             runner.steps(2)
@@ -123,13 +132,13 @@ def _runner(tier: str, overrides: list[str], folder: Path) -> TierRun:
     return TierRun(config, folder)
 
 
-def _line(tier: str, taken: dict[str, list[tuple[float, float]]], probes: list[float]) -> Line:
+def _line(tier: str, taken: dict[str, list[tuple[float, float]]], probes: list[float]) -> TierResult:
     step, calls = (statistics.median(values) for values in zip(*taken[tier], strict=True))
     excess = [mine / none - 1 for (mine, _), (none, _) in zip(taken[tier], taken["none"], strict=True)]
-    return Line(tier, step, statistics.median(excess), calls, calls / step, statistics.median(probes))
+    return TierResult(tier, step, statistics.median(excess), calls, calls / step, statistics.median(probes))
 
 
-def table(lines: list[Line]) -> str:
+def table(lines: list[TierResult]) -> str:
     head = f"{'tier':<9} {'step ms':>8} {'over none':>9} {'calls ms':>9} {'of a step':>9} {'probe ms':>9}"
     rows = (
         f"{line.tier:<9} {1e3 * line.step:>8.2f} {100 * line.over_none:>8.2f}% {1e3 * line.calls:>9.3f}"

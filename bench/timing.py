@@ -1,6 +1,6 @@
-"""Time and memory of work on a device: events on a GPU, the clock of the host on a CPU. Sides of a comparison take turns.
+"""Measures time and memory of work on a device, by events on a GPU and by the clock of the host on a CPU.
 
-On a machine that others use too, only what ran in the same minute can be compared.
+The sides of a comparison take turns: on a shared machine, only measurements of the same minute are comparable.
 """
 
 import gc
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Numbers of several rounds as one figure, and figures as tables.
+# Statistics over rounds, and Markdown tables.
 
 
 class Spread(NamedTuple):
-    """Over the repeats."""
+    """Median, minimum and maximum over the repeats."""
 
     median: float
     least: float
@@ -23,7 +23,7 @@ class Spread(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Of the rounds: the median and the quartiles."""
+    """Median and quartiles of a ratio over the rounds."""
 
     median: float
     low: float
@@ -38,13 +38,13 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratio(above: list[float], below: list[float]) -> Ratio:
-    """Of one side's numbers to another's, round by round."""
+    """The ratio of two sides, taken round by round."""
     quotients = [a / b for a, b in zip(above, below, strict=True)]
     return Ratio(statistics.median(quotients), *quartiles(quotients))
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """The first and the third."""
+    """The first and the third quartile."""
     if len(values) < 2:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -52,13 +52,13 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """Another one begins in each turn."""
+    """`names`, beginning with another one in each turn."""
     place = turn % len(names)
     return names[place:] + names[:place]
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
@@ -68,9 +68,9 @@ Work = Callable[[], Any]
 def take_turns(
     works: dict[str, Work], device: torch.device, repeats: int, warm_up: int = 1, reset: Work = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat, by name. A repeat is one run of each work, in another order every time.
+    """Returns the seconds of each repeat, by name. A repeat runs each work once, in an order that rotates.
 
-    `reset` comes before each, outside of the time.
+    `reset` runs before each work and is not timed.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(-warm_up, repeats):
@@ -82,7 +82,7 @@ def take_turns(
 
 
 def timed(work: Work, device: torch.device) -> float:
-    """Seconds from an idle device to the end of the work, launches included."""
+    """Seconds from an idle device to the end of `work`, kernel launches included."""
     if device.type != "cuda":
         start = perf_counter()
         work()
@@ -97,7 +97,7 @@ def timed(work: Work, device: torch.device) -> float:
 
 
 def peak_bytes(work: Work, device: torch.device) -> int | None:
-    """The most memory that the work holds at once above what was held before; None on a CPU, which does not count."""
+    """Peak memory of `work` above what was allocated before, in bytes; None on a CPU, which does not count it."""
     if device.type != "cuda":
         return None
     gc.collect()

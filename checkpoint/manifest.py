@@ -15,7 +15,7 @@ import xxhash
 
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
-from ..parallel.shard import ShardMetadata, apart
+from ..parallel.shard import ShardMetadata, disjoint
 from .bounded import MOST_DIMENSIONS, brief, check_name, file_bytes, json_limit, read_regular, short_message, strict_json
 from .facts import check_facts
 from .fsync import sync
@@ -237,7 +237,7 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
         if 0 in sizes:
             raise ValueError(f"tensor {name!r}: a chunk must hold something")
     covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in chunks), math.prod(shape)
-    if covered != total or not apart([chunk.metadata for chunk in chunks]):
+    if covered != total or not disjoint([chunk.metadata for chunk in chunks]):
         raise ValueError(f"tensor {name!r} is incomplete: its chunks must cover each of its {total} elements once")
     return TensorRecord(one["dtype"], shape, chunks)
 

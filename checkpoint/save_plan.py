@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..parallel.shard import LocalShard, ShardMetadata, apart
+from ..parallel.shard import LocalShard, ShardMetadata, disjoint
 from .expert_hashes import ExpertSlice, split_slices
 from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
 from .safetensors_file import CODES, DTYPES
@@ -131,7 +131,7 @@ def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
 
 def _check_tiling(name: str, record: TensorRecord) -> None:
     """ValueError unless the chunks cover each element of the tensor once."""
-    if not apart([chunk.metadata for chunk in record.chunks]):
+    if not disjoint([chunk.metadata for chunk in record.chunks]):
         raise ValueError(f"tensor {name!r}: two ranks hold pieces that overlap but differ; pieces must be equal or apart")
     covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in record.chunks), math.prod(record.shape)
     if covered != total:

@@ -1,1 +1,1 @@
-"""interop"""
+"""Hugging Face folders in and out, and upcycling."""

@@ -1,4 +1,4 @@
-"""Between config.json and ModelConfig."""
+"""Maps config.json to ModelConfig and back."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,11 +9,11 @@ from ..checkpoint.bounded import brief
 from ..checkpoint.facts import check_model_numbers
 from ..moe.config import AttentionKind, ModelConfig, RopeScaling
 from ..train.config.serialize import plain_config
-from .config_reader import Keys
+from .config_reader import ConfigReader
 from .families import FAMILIES, Family
-from .families.base import IRRELEVANT
+from .families.family import IRRELEVANT
 
-# What of a ModelConfig decides the function of the trained model: two that agree in it compute the same from the same weights.
+# The settings of a ModelConfig that decide the function of the trained model: with equal ones the same weights compute the same.
 
 TRAINING = (
     "model.mtp_coefficient",
@@ -27,7 +27,7 @@ TRAINING = (
     "model.moe.capacity.schedule",
     "model.moe.router.jitter",
 )
-"""Settings of training alone."""
+"""Settings that only training uses, or the beginnings of their names."""
 
 ROPE = {
     RopeScaling.none: (),
@@ -44,28 +44,28 @@ ROPE = {
     ),
     RopeScaling.llama3: ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
 }
-"""The settings of rope that each scaling uses, besides theta, fraction and interleaved."""
+"""The settings of rope that each scaling uses, in addition to theta, fraction and interleaved."""
 
 
-def essence(config: ModelConfig) -> dict[str, Any]:
-    """By setting. Left out: what only training uses, and what has no effect beside the others."""
-    idle = tuple(f"model.{name}" for name in _idle(config))
-    found = {key: value for key, value in _leaves(config, "model") if not key.startswith(TRAINING + idle)}
+def architecture_key(config: ModelConfig) -> dict[str, Any]:
+    """The settings that decide the model's function, by key: without those of training and those without effect here."""
+    without_effect = tuple(f"model.{name}" for name in _without_effect(config))
+    found = {key: value for key, value in _leaves(config, "model") if not key.startswith(TRAINING + without_effect)}
     if config.attention.kind is AttentionKind.gqa:
         found["model.head_width"] = config.head_width or config.width // config.heads
     layers = range(config.layers)
-    # Said in layers, as different settings may mean the same ones.
+    # As lists of layers, since different settings may mean the same ones.
     found["model.moe_every"] = [index for index in layers if config.moe_layer(index)]
     if config.attention.window is not None:
         found["model.attention.window_every"] = [index for index in layers if config.windowed_layer(index)]
-    # The rate is of training, but with it the router has a bias.
+    # Only training uses the rate, but with any rate above 0 the router has a bias.
     found["model.moe.balance.bias_rate"] = bool(found["model.moe_every"]) and config.moe.balance.bias_rate > 0
     return found
 
 
 def differences(wanted: ModelConfig, expressed: ModelConfig) -> dict[str, Any]:
-    """The settings of `wanted` that `expressed` does not have, with their values."""
-    ours, theirs = essence(wanted), essence(expressed)
+    """The settings in which the two differ, with the values of `wanted`."""
+    ours, theirs = architecture_key(wanted), architecture_key(expressed)
     return {key: ours.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
 
 
@@ -75,8 +75,8 @@ def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, inside) if is_dataclass(value) else [(inside, value)]
 
 
-def _idle(config: ModelConfig) -> Iterator[str]:
-    """Settings (or the beginnings of their names) without effect beside the others."""
+def _without_effect(config: ModelConfig) -> Iterator[str]:
+    """Settings, or the beginnings of their names, that have no effect with the values of the others."""
     moe, router, attention = config.moe, config.moe.router, config.attention
     sparse = sum(config.moe_layer(index) for index in range(config.layers))
     yield from ("dense_first", "moe_every")
@@ -101,7 +101,7 @@ def _idle(config: ModelConfig) -> Iterator[str]:
 
 
 def family_of(config: dict[str, Any], place: str = "config.json: ") -> Family:
-    """By `architectures`, or without it `model_type`. ValueError if it is none of FAMILIES."""
+    """The family that `architectures`, or without it `model_type`, names. Raises ValueError if it is none of FAMILIES."""
     names = config.get("architectures") or [
         family.architecture for family in FAMILIES.values() if family.model_type == config.get("model_type")
     ]
@@ -112,21 +112,21 @@ def family_of(config: dict[str, Any], place: str = "config.json: ") -> Family:
 
 
 def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[Family, ModelConfig]:
-    """The family and what its keys mean. ValueError, one line, for a key or a value that cannot be expressed."""
+    """The family and the model that a config.json describes. ValueError, one line, for a key or value without equivalent here."""
     family = family_of(config, place)
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(f"{place}quantization_config.quant_method={brief(method)}: weights must be bf16, fp16, fp32 or fp64")
-    keys = Keys(config, family.defaults, place)
-    model = family.read(keys)
+    reader = ConfigReader(config, family.defaults, place)
+    model = family.read(reader)
     check_model_numbers({"model": plain_config(model)})
-    keys.finish(IRRELEVANT | family.irrelevant | {"quantization_config"})
+    reader.finish(IRRELEVANT | family.irrelevant | {"quantization_config"})
     return family, model
 
 
 def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """A complete config.json. ValueError naming the first setting that the architecture cannot express."""
+    """A complete config.json. Raises ValueError, naming the first setting that the architecture cannot express."""
     if different := inexpressible(family, model):
         key, value = next(iter(different.items()))
         raise ValueError(f"{key}={_shown(value)}: {family.architecture} cannot express it")
@@ -134,7 +134,10 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 
 def choose_family(model: ModelConfig, first: str | None = None) -> Family:
-    """The first architecture that can express the model, `first` before the others. ValueError naming what the nearest cannot."""
+    """The first architecture that can express the model; `first` is tried first.
+
+    Raises ValueError, naming the settings that the nearest one cannot express.
+    """
     nearest: tuple[Family, dict[str, Any]] | None = None
     for family in sorted(FAMILIES.values(), key=lambda family: family.architecture != first):
         with suppress(ValueError):
@@ -150,16 +153,16 @@ def choose_family(model: ModelConfig, first: str | None = None) -> Family:
 
 
 def inexpressible(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """The settings that config.json would say otherwise, with their values: found by reading it again.
+    """The settings, with their values, that are lost in this architecture's config.json: found by writing and reading it.
 
-    ValueError for a value that the architecture's own rules refuse.
+    Raises ValueError for a value that the architecture's own rules refuse.
     """
     _, expressed = read_config(_written(family, model), f"{family.architecture} cannot express the model: ")
     return differences(model, expressed)
 
 
 def _written(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """config.json as far as the architecture's keys reach."""
+    """config.json, without what the architecture has no keys for."""
     return {"architectures": [family.architecture], "model_type": family.model_type} | family.defaults | family.write(model)
 
 

@@ -1,4 +1,4 @@
-"""config.json read key by key: each one is understood, known not to matter, or refused by name with its value."""
+"""Reads config.json key by key. Every key is read, known not to matter, or refused with its name and value."""
 
 import math
 from collections.abc import Iterable
@@ -7,27 +7,28 @@ from typing import Any
 from ..checkpoint.bounded import brief, short_message
 
 MOST = 1 << 40
+"""Upper bound of a whole number."""
 
 
-class Keys:
-    """The values of one JSON object, with `defaults` for those that it leaves out. What is read counts as understood.
+class ConfigReader:
+    """The values of one JSON object, with `defaults` for the keys that it leaves out; records which keys were read.
 
-    `place` begins every error: ValueErrors of one line, as `config.json: hidden_act='gelu': must be 'silu'`.
+    Each error is a ValueError of one line that begins with `place`: `config.json: hidden_act='gelu': must be 'silu'`.
     """
 
     def __init__(self, given: dict[str, Any], defaults: dict[str, Any], place: str) -> None:
         self._given = given
         self._values = defaults | given
         self.place = place
-        self._understood: set[str] = set()
+        self._read: set[str] = set()
 
     def given(self, key: str) -> bool:
         """Whether the file itself has the key."""
         return key in self._given
 
     def any(self, key: str) -> Any:
-        """Whatever stands there; None if nothing does."""
-        self._understood.add(key)
+        """The value, unchecked; None if there is none."""
+        self._read.add(key)
         return self._values.get(key)
 
     def integer(self, key: str, least: int = 1) -> int:
@@ -46,7 +47,7 @@ class Keys:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; null is false."""
+        """A boolean; null is false."""
         value = self.any(key)
         if value is not None and type(value) is not bool:
             raise self.wrong(key, "must be true or false")
@@ -60,14 +61,14 @@ class Keys:
         return dict(value or {})
 
     def require(self, key: str, *allowed: Any, why: str = "") -> None:
-        """Only these values can be expressed here."""
+        """Raises unless the value is in `allowed`, the only ones that ModelConfig can express."""
         if self.any(key) not in allowed:
             raise self.wrong(key, f"must be {' or '.join(map(repr, allowed))}{', ' if why else ''}{why}")
 
     def finish(self, irrelevant: Iterable[str]) -> None:
-        """Refuse the first key of the file that nobody has read and that is not in `irrelevant`."""
+        """Raises for the first key of the file that was not read and is not in `irrelevant`."""
         for key in self._given:
-            if key not in self._understood and key not in irrelevant:
+            if key not in self._read and key not in irrelevant:
                 raise self.wrong(key, "is not supported")
 
     def wrong(self, key: str, rule: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""`tokenyard export`: a checkpoint of ours becomes a Hugging Face folder, whatever layout wrote it."""
+"""`tokenyard export`: makes a Hugging Face folder of a checkpoint that any layout wrote."""
 
 import json
 import shutil
@@ -20,11 +20,11 @@ from ..parallel.failpoints import failpoint
 from ..train.config.serialize import config_from_plain
 from .config_mapping import choose_family, write_config
 from .families import FAMILIES, Family
-from .families.base import IRRELEVANT
+from .families.family import IRRELEVANT
 from .hf_folder import CONFIG, SHARD_BYTES, Output, new_folder, write_shards
-from .import_ import CARRIED, CARRIED_FILES
+from .import_ import HF_FILES, HF_FILES_FOLDER
 from .tokenizer_json import write_tokenizer
-from .weight_plan import copies, write_plan
+from .weight_plan import repeated_tensors, write_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPERT_BIAS = "router.expert_bias"
@@ -33,28 +33,28 @@ GENERATION = "generation_config.json"
 
 @dataclass
 class Exported:
-    """What an export made."""
+    """The result of an export."""
 
     folder: Path
     architecture: str
     files: list[str]
     notes: list[str] = field(default_factory=list)
-    """What could not go along, a line each."""
+    """One line for each thing that could not be exported."""
 
 
 def export_checkpoint(
     path: Path, folder: Path, dtype: str | None = None, architecture: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
-    """Write the new folder `folder`, complete or not at all. In memory is one tensor of ours at a time.
+    """Writes the new folder `folder`, complete or not at all. Memory holds one tensor of the checkpoint at a time.
 
-    dtype: bf16 or fp32; None leaves each tensor as it is stored. architecture: one of FAMILIES; None takes the one that the model
-    was imported from, or the first that can express it. ValueError, one line, naming a setting or a tensor that has no place.
+    dtype: bf16 or fp32; None keeps the stored types. architecture: one of FAMILIES; None takes the one that the model was imported
+    from, or the first that can express it. ValueError, one line, for a setting or tensor that the architecture cannot express.
     """
     checkpoint = checkpoint_at(path)
     manifest = read_manifest(checkpoint)
     model, ours = _model(checkpoint, manifest), weights_on_meta(manifest)
     family = _family(model, manifest.facts, architecture)
-    config = write_config(family, model) | _kept(manifest.facts, family, model)
+    config = write_config(family, model) | _irrelevant_keys(manifest.facts, family, model)
     _check_complete(model, ours, checkpoint)
     outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
@@ -74,7 +74,7 @@ def _model(checkpoint: Path, manifest: Manifest) -> ModelConfig:
     model = config_from_plain({"model": plain}).model
     check_fits(model, manifest.tensors, checkpoint)
     if model.moe.balance.bias_rate == 0 and any(name.endswith(EXPERT_BIAS) for name in manifest.tensors):
-        model.moe.balance.bias_rate = 0.001  # of an earlier run; with any rate there is a bias
+        model.moe.balance.bias_rate = 0.001  # an earlier run trained the bias; with any rate above 0 the model has one
     return model
 
 
@@ -86,8 +86,8 @@ def _family(model: ModelConfig, facts: dict[str, Any], architecture: str | None)
     return FAMILIES[architecture]
 
 
-def _kept(facts: dict[str, Any], family: Family, model: ModelConfig) -> dict[str, Any]:
-    """Keys that decide nothing about the function: those of the origin, or what the run says."""
+def _irrelevant_keys(facts: dict[str, Any], family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Keys that do not change the model's function, from the folder that was imported, or else from the run's configuration."""
     origin = facts.get("source", {}).get("config")
     if origin is not None:
         return {key: origin[key] for key in IRRELEVANT & family.defaults.keys() & origin.keys()}
@@ -98,7 +98,7 @@ def _kept(facts: dict[str, Any], family: Family, model: ModelConfig) -> dict[str
 
 
 def _check_complete(model: ModelConfig, ours: dict[str, Tensor], checkpoint: Path) -> None:
-    """The checkpoint holds the tensors that its own configuration asks for."""
+    """Raises ValueError unless the checkpoint holds exactly the tensors that its own configuration asks for."""
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in Transformer(model).state_dict().items()}
     for name in sorted(wanted.keys() | ours.keys()):
@@ -111,25 +111,25 @@ def _check_complete(model: ModelConfig, ours: dict[str, Tensor], checkpoint: Pat
 
 
 def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Output]:
-    """What to write, by their names. Expert biases stay as they are, in fp32."""
+    """The tensors to write, by Hugging Face's names. Expert biases stay in fp32."""
     plan = write_plan(family, model, ours)
-    for name, original in copies(model).items():
+    for name, original in repeated_tensors(model).items():
         if name != "lm_head.weight":
             plan[name] = plan[original]
     outputs = {}
     for name, (mine, part) in plan.items():
-        kept = ours[mine].dtype if dtype is None or mine.endswith(EXPERT_BIAS) else dtype
-        outputs[name] = Output(mine, part, kept, tuple(part.written(ours[mine]).shape))
+        stored = ours[mine].dtype if dtype is None or mine.endswith(EXPERT_BIAS) else dtype
+        outputs[name] = Output(mine, part, stored, tuple(part.written(ours[mine]).shape))
     return outputs
 
 
 def _write_tokenizer(checkpoint: Path, manifest: Manifest, folder: Path, config: dict[str, Any]) -> list[str]:
-    """The files that an import carried, or a tokenizer.json of our own; what cannot go along, a line each."""
-    carried = [name for name in CARRIED_FILES if f"{CARRIED}/{name}" in manifest.attachments]
+    """Writes the files that an import kept, or a tokenizer.json made of our tokenizer. Returns a line for each that is missing."""
+    kept = [name for name in HF_FILES if f"{HF_FILES_FOLDER}/{name}" in manifest.attachments]
     notes = []
-    if carried:  # listed, hashed and no links: `check_files` has read them
-        for name in carried:
-            shutil.copyfile(checkpoint / CARRIED / name, folder / name, follow_symlinks=False)
+    if kept:  # `check_files` has checked their hashes, and that they are no links
+        for name in kept:
+            shutil.copyfile(checkpoint / HF_FILES_FOLDER / name, folder / name, follow_symlinks=False)
     else:
         try:
             tokenizer: Tokenizer = load_tokenizer(checkpoint / "tokenizer")

@@ -1,4 +1,4 @@
-"""A folder as published on Hugging Face: config.json and safetensors files. Nothing in it is run or unpickled."""
+"""Reads and writes folders as published on Hugging Face: config.json and safetensors. Nothing in them is run or unpickled."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from ..checkpoint.bounded import (
     strict_json,
 )
 from ..checkpoint.safetensors_file import content_of, header_bytes
-from .weight_mapping import TensorPart
+from .weight_mapping import HFTensor
 
 log = logging.getLogger("tokenyard")
 LARGEST_CONFIG = 1 << 20
@@ -35,7 +35,7 @@ LARGEST_CONFIG = 1 << 20
 MOST_TENSORS = 1 << 20
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""By safetensors' code; what weights may be in."""
+"""The types that weights may have, by safetensors' codes."""
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -44,37 +44,33 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ADVICE = "only safetensors are read; transformers' save_pretrained writes them"
 
 
-class Stored(NamedTuple):
-    """A tensor of a file: safetensors' code of its type, its shape."""
+class TensorHeader(NamedTuple):
+    """What the header of a safetensors file says about a tensor."""
 
     file: str
     code: str
+    """safetensors' code of its type; see DTYPES."""
     shape: tuple[int, ...]
 
 
 class HFFolder(NamedTuple):
-    """What a folder says it holds; no tensor is read yet."""
+    """A folder's config.json and the headers of its tensors."""
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Stored]
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Whether `path` is to be opened as a Hugging Face folder."""
-    return (path / CONFIG).is_file()
+    tensors: dict[str, TensorHeader]
 
 
 def open_folder(path: Path) -> HFFolder:
-    """Configuration and the headers of all files. ValueError, one line, for whatever is missing, unsafe or contradictory."""
-    if not is_hugging_face(path):
+    """Reads config.json and the headers of all files. Raises ValueError, one line, for what is missing, unsafe or contradictory."""
+    if not (path / CONFIG).is_file():
         raise ValueError(f"{path}: must be a Hugging Face folder, it has no {CONFIG}")
     _refuse_links(path)
     return HFFolder(path, read_json(path / CONFIG), _tensors(path))
 
 
 def _refuse_links(path: Path) -> None:
-    """ValueError for a file of the folder that is a link out of it. The hub's cache links to the `blobs` of the same model."""
+    """Raises ValueError for a link out of the folder, unless to the `blobs` of the same model, as in the hub's cache."""
     inside = [path.resolve()]
     if path.resolve().parent.name == "snapshots":
         inside.append(path.resolve().parent.parent / "blobs")
@@ -86,7 +82,7 @@ def _refuse_links(path: Path) -> None:
 
 
 def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """One JSON object, of at most `limit` bytes."""
+    """Reads a file of at most `limit` bytes that holds one JSON object."""
     try:
         content = strict_json(read_regular(path, limit))
     except (OSError, ValueError) as error:
@@ -98,7 +94,7 @@ def read_json(path: Path, limit: int = LARGEST_CONFIG) -> dict[str, Any]:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """A safetensors file, open; its pages are given back at the end."""
+    """Opens a safetensors file. Closing it releases the pages that were read."""
     try:
         check_header(path)
         opened = safe_open(path, framework="pt")
@@ -110,7 +106,7 @@ def open_file(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under another name, which is `path` once all went well and is removed if not. ValueError if `path` is in use."""
+    """A temporary folder that is renamed to `path` at the end, or removed after an error. ValueError if `path` is not empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: must be a new or an empty folder")
     for old in path.parent.glob(f"{path.name}.tmp-*"):
@@ -128,10 +124,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _tensors(path: Path) -> dict[str, Stored]:
-    """Every tensor of the files that the index names, or of the one file without an index."""
+def _tensors(path: Path) -> dict[str, TensorHeader]:
+    """The headers of all files that the index names, or of the only file if there is no index."""
     names = _indexed(path)
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorHeader] = {}
     for name in sorted(set(names.values())) if names else _files(path):
         for key, stored in _header(path / name).items():
             if key in found:
@@ -144,7 +140,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
 
 
 def _indexed(path: Path) -> dict[str, str]:
-    """The file of each tensor by the index; empty if there is none."""
+    """The file of each tensor as the index says; empty without an index."""
     if not (path / INDEX).is_file():
         return {}
     names = read_json(path / INDEX, json_limit(file_bytes(path))).get("weight_map")
@@ -169,28 +165,28 @@ def _files(path: Path) -> list[str]:
     raise ValueError(f"{path}: has neither {SINGLE} nor {INDEX}")
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def _header(path: Path) -> dict[str, TensorHeader]:
     with open_file(path) as file:
-        keys = list(file.keys())
-        if len(keys) > MOST_TENSORS:
-            raise ValueError(f"{path} has {len(keys)} tensors, more than {MOST_TENSORS}")
-        views = {check_name(key): file.get_slice(key) for key in keys}
+        names = list(file.keys())
+        if len(names) > MOST_TENSORS:
+            raise ValueError(f"{path} has {len(names)} tensors, more than {MOST_TENSORS}")
+        views = {check_name(key): file.get_slice(key) for key in names}
         if wrong := next((key for key, view in views.items() if len(view.get_shape()) > MOST_DIMENSIONS), None):
             raise ValueError(f"{path}: tensor {brief(wrong)} has more than {MOST_DIMENSIONS} dimensions")
-        return {key: Stored(path.name, view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}
+        return {key: TensorHeader(path.name, view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}
 
 
-# Safetensors files as Hugging Face has them: model-00001-of-00003.safetensors and an index, written one tensor after the other.
+# Writes safetensors files as Hugging Face names them (model-00001-of-00003.safetensors) and their index, one tensor at a time.
 
 SHARD_BYTES = 5_000_000_000
 """A file is not larger, unless one tensor is."""
 
 
 class Output(NamedTuple):
-    """A tensor to write: the part `part` of our tensor `ours`, as `dtype`."""
+    """A Hugging Face tensor to write: the part `part` of our tensor `ours`, as `dtype`."""
 
     ours: str
-    part: TensorPart
+    part: HFTensor
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -200,7 +196,10 @@ class Output(NamedTuple):
 
 
 def write_shards(folder: Path, outputs: dict[str, Output], read: Callable[[str], Tensor], shard_bytes: int) -> list[str]:
-    """Write all `outputs`, by their names, and the index. `read` gives a tensor of ours; one at a time is kept. Gives the files."""
+    """Writes all `outputs`, by Hugging Face's names, and the index. Returns the names of the files.
+
+    `read` returns a tensor of ours by name; at most one is in memory at a time.
+    """
     shards = _cut(outputs, shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     current: dict[str, Tensor] = {}
@@ -218,7 +217,7 @@ def write_shards(folder: Path, outputs: dict[str, Output], read: Callable[[str],
 
 
 def _cut(outputs: dict[str, Output], shard_bytes: int) -> list[list[str]]:
-    """Names by file. Widest elements first, so that each tensor begins at a multiple of its element's size."""
+    """The names of each file. Wider types come first, so that each tensor begins at a multiple of its element size."""
     shards: list[list[str]] = []
     room = 0
     for name in sorted(outputs, key=lambda name: -outputs[name].dtype.itemsize):
@@ -231,7 +230,7 @@ def _cut(outputs: dict[str, Output], shard_bytes: int) -> list[list[str]]:
 
 
 def _bytes(output: Output, read: Callable[[str], Tensor], current: dict[str, Tensor]) -> memoryview:
-    """The bytes of one tensor. Neighbours are often parts of the same tensor of ours, so that one stays in `current`."""
+    """The bytes of one tensor. `current` caches our last tensor, since neighbours are often parts of the same one."""
     if output.ours not in current:
         current.clear()
         current[output.ours] = read(output.ours)

@@ -1,6 +1,6 @@
-"""A sentencepiece model (or plain bytes) as a tokenizer.json, and the other way where there is a tokenizer.model.
+"""Makes a tokenizer.json of our sentencepiece or byte tokenizer, and imports a tokenizer.model.
 
-Either is used only if both give the same ids, and the text back, for TEXTS and for a mix of the tokenizer's own pieces.
+Both are compared: they must give the same ids, and the text back, for TEXTS and for random texts of the tokenizer's pieces.
 """
 
 import json
@@ -40,24 +40,27 @@ TEXTS = (
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and, of a sentencepiece model, tokenizer.model. ValueError if they would differ."""
-    fast = _library().Tokenizer.from_str(json.dumps(_fast(tokenizer)))
+    """Writes tokenizer.json, tokenizer_config.json and, for a sentencepiece model, tokenizer.model. ValueError if they differ."""
+    fast = _import_tokenizers().Tokenizer.from_str(json.dumps(_tokenizer_json(tokenizer)))
     _check(tokenizer, fast)
     fast.save(str(folder / FILE))
-    (folder / CONFIG_FILE).write_text(json.dumps(_about(tokenizer), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n")
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / MODEL_FILE).write_bytes(tokenizer.model)
 
 
-def adopt(path: Path, folder: Path) -> None:
-    """Save the tokenizer.model of the Hugging Face folder `path` into `folder` as ours. ValueError if it is none or differs."""
+def import_tokenizer(path: Path, folder: Path) -> None:
+    """Saves the tokenizer.model of the Hugging Face folder `path` in `folder` as our tokenizer.
+
+    Raises ValueError if there is none, or if tokenizer.json gives other ids.
+    """
     if not (path / MODEL_FILE).is_file():
         raise ValueError(f"it reads sentencepiece models, and there is no {MODEL_FILE}")
     tokenizer = SentencePieceTokenizer((path / MODEL_FILE).read_bytes(), str(path / MODEL_FILE))
     if (path / FILE).is_file():
         try:
-            fast = _library().Tokenizer.from_file(str(path / FILE))
-        except BaseException as error:  # the library has no error of its own, and its panics are no Exception
+            fast = _import_tokenizers().Tokenizer.from_file(str(path / FILE))
+        except BaseException as error:  # the library has no error class of its own, and its panics are BaseExceptions
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(f"{FILE} cannot be read: {short_message(error)}") from None
@@ -67,7 +70,7 @@ def adopt(path: Path, folder: Path) -> None:
 
 def _check(tokenizer: Tokenizer, fast: Any) -> None:
     fast.encode_special_tokens = True
-    for text in (*TEXTS, *_mixes(tokenizer)):
+    for text in (*TEXTS, *_random_texts(tokenizer)):
         ours, theirs = tokenizer.encode(text), fast.encode(text, add_special_tokens=False).ids
         if ours != theirs:
             raise ValueError(f"{FILE} would give other ids for {text[:40]!r}")
@@ -76,8 +79,8 @@ def _check(tokenizer: Tokenizer, fast: Any) -> None:
             raise ValueError(f"{FILE} would give {back[:40]!r} back for {text[:40]!r}")
 
 
-def _mixes(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts of random pieces: neighbours that may merge in more than one order."""
+def _random_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts of random pieces, whose neighbours may merge in more than one order."""
     chance = random.Random(1)
     pieces = [tokenizer.decode([index]) for index in range(3, tokenizer.size)]
     pieces = [piece for piece in pieces if piece and "\ufffd" not in piece] or ["a"]
@@ -85,20 +88,20 @@ def _mixes(tokenizer: Tokenizer) -> Iterator[str]:
         yield "".join(chance.choices(pieces, k=64))
 
 
-def _about(tokenizer: Tokenizer) -> dict[str, Any]:
-    marks = _marks(tokenizer)
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    special = _special_tokens(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
-        "eos_token": marks[tokenizer.end_of_document],
-        "unk_token": marks.get(0),
+        "eos_token": special[tokenizer.end_of_document],
+        "unk_token": special.get(0),
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # the letters "</s>" in a text are letters
+        "split_special_tokens": True,  # "</s>" in a text is plain text
     }
 
 
-def _marks(tokenizer: Tokenizer) -> dict[int, str]:
-    """Ids that stand for no text, by id."""
+def _special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The special tokens, by id."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return dict(enumerate(("<unk>", "<s>", "</s>")))
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
@@ -106,16 +109,20 @@ def _marks(tokenizer: Tokenizer) -> dict[int, str]:
     return {index: processor.id_to_piece(index) for index in ids if processor.is_control(index) or processor.is_unknown(index)}
 
 
-def _fast(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer.json: byte-pair encoding with byte fallback and nothing around it.
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json: byte-pair encoding with byte fallback, without normalizer or pre-tokenizer.
 
-    A space is itself and not sentencepiece's mark for it, so that the mark in a text goes to bytes, as it does here.
+    A space is a space and not sentencepiece's mark, so that the mark in a text is encoded as bytes, as our tokenizer does.
     """
-    vocabulary, merges = _pieces(tokenizer) if isinstance(tokenizer, SentencePieceTokenizer) else (_bytes(), [])
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        vocabulary, merges = _pieces(tokenizer)
+    else:
+        vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
+        merges = []
     model = {
         "type": "BPE",
         "dropout": None,
-        "unk_token": _marks(tokenizer).get(0),
+        "unk_token": _special_tokens(tokenizer).get(0),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
@@ -138,7 +145,7 @@ def _fast(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pieces(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The ids of all pieces, and every pair that makes a piece, best score first: sentencepiece merges any pair that does."""
+    """Returns the ids of all pieces, and every pair that merges into a piece, best score first, as sentencepiece merges them."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     ids = range(processor.get_piece_size())
     texts = {index: processor.id_to_piece(index).replace(SPACE_MARK, " ") for index in ids}
@@ -152,12 +159,7 @@ def _pieces(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, int], list[tup
     return {text: index for index, text in texts.items()}, merges
 
 
-def _bytes() -> dict[str, int]:
-    """The ids of BytesTokenizer."""
-    return {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": byte + 3 for byte in range(256)}
-
-
-def _library() -> Any:
+def _import_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError:

@@ -1,1 +1,1 @@
-"""launch"""
+"""The command line, a file for each verb, and the launchers."""

@@ -1,4 +1,4 @@
-"""`tokenyard import` and `tokenyard export`: the words of the command line, and one line about what was made."""
+"""`tokenyard import` and `tokenyard export`: their arguments, and one line about the result."""
 
 import argparse
 import re
@@ -12,34 +12,34 @@ UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
 
 
 def import_command(arguments: argparse.Namespace) -> int:
-    """Returns the exit code: 2 with one line for a folder that cannot be imported."""
+    """Returns the exit code: 2, with one line on standard error, for a folder that cannot be imported."""
     from ..interop.import_ import import_folder
     from ..interop.upcycle import Upcycle
 
     try:
-        wish = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
-        made = import_folder(Path(arguments.folder), Path(arguments.out), wish)
+        upcycling = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
+        made = import_folder(Path(arguments.folder), Path(arguments.out), upcycling)
     except (ValueError, OSError) as error:
-        return _refuse(error)
+        return complain(error)
     return _report(f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}", made.notes)
 
 
 def export_command(arguments: argparse.Namespace) -> int:
-    """Returns the exit code: 2 with one line for a checkpoint that cannot be exported."""
+    """Returns the exit code: 2, with one line on standard error, for a checkpoint that cannot be exported."""
     from ..train.stored_config import check_readable
 
     try:
         check_readable(Path(arguments.checkpoint))
-        from ..interop.export import export_checkpoint  # and with it torch
+        from ..interop.export import export_checkpoint  # imports torch
 
         made = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
     except (ValueError, OSError) as error:
-        return _refuse(error)
+        return complain(error)
     return _report(f"{made.architecture}: {len(made.files)} files of weights in {made.folder}", made.notes)
 
 
 def split_upcycle(argv: list[str]) -> tuple[list[str], list[str] | None]:
-    """The words without `--upcycle` and the `key=value` that follow it, and those; None if there is no --upcycle."""
+    """Returns the arguments without `--upcycle`, and the `key=value` words that follow it; None if there is no --upcycle."""
     if "--upcycle" not in argv:
         return argv, None
     begin = end = argv.index("--upcycle") + 1
@@ -49,7 +49,7 @@ def split_upcycle(argv: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def upcycle_settings(words: list[str]) -> dict[str, int]:
-    """ValueError for a word that is no setting of an upcycling, or if `experts` is not among them."""
+    """The settings of --upcycle. Raises ValueError for a word that is none, or if `experts` is missing."""
     found: dict[str, int] = {}
     for word in words:
         match = ASSIGNMENT.fullmatch(word)
@@ -61,10 +61,6 @@ def upcycle_settings(words: list[str]) -> dict[str, int]:
     if "experts" not in found:
         raise ValueError("--upcycle: must say how many experts; nearest valid: --upcycle experts=8 top_k=2")
     return found
-
-
-def _refuse(error: Exception) -> int:
-    return complain(error)
 
 
 def _report(line: str, notes: list[str]) -> int:

@@ -10,7 +10,7 @@ from ..train.load import open_for_evaluation
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    """`tokenyard evaluate CHECKPOINT [key=value ...]`, as one process: prints loss and perplexity."""
+    """Prints loss and perplexity, computed in one process. Returns the exit code."""
     try:
         session = open_for_evaluation(arguments.checkpoint, arguments.overrides)
     except ValueError as error:

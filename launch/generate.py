@@ -6,20 +6,19 @@ from time import perf_counter
 
 from ..train.config.complain import complain, printable
 from ..train.config.config import SampleConfig
-from ..train.continuation import continuation
-from ..train.load import open_checkpoint
+from ..train.load import continuation, open_checkpoint
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
-    """Prints the prompt, its continuation as it comes, and tokens per second. Returns the exit code."""
+    """Prints the prompt, its continuation as it is generated, and tokens per second. Returns the exit code."""
     try:
         opened = open_checkpoint(arguments.checkpoint)
     except ValueError as error:
         return complain(error)
-    wish = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)
+    sampling = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)
     print(arguments.prompt, end="", flush=True)
     begin, count = perf_counter(), 0
-    for text in continuation(opened.model, opened.tokenizer, wish, arguments.seed):
+    for text in continuation(opened.model, opened.tokenizer, sampling, arguments.seed):
         print(printable(text), end="", flush=True)
         count += 1
     seconds = perf_counter() - begin

@@ -7,13 +7,13 @@ from difflib import get_close_matches
 from ..train.allocator import restart_with_kept_memory
 from ..train.config.complain import BAD_USAGE, printable
 from ..train.config.redact import redact_tracebacks
-from ..train.fault_tolerance.signals import SAVING, hold_back
+from ..train.fault_tolerance.signals import SAVING, block_signals
 from ..version import __version__
 from .parser import OneLineParser, not_negative, port, positive, share
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; `argv` is by default the process's. Returns the exit code."""
+    """Runs one verb; `argv` defaults to the arguments of the process. Returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         redact_tracebacks()
     if argv is None and words[0] == "train":
-        hold_back(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
+        block_signals(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
     return VERBS[words[0]](words[1:])
 
@@ -89,7 +89,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _unreadable(path: str) -> int:
-    """The exit code for what cannot be opened, said before torch is imported; 0 for what can."""
+    """Checks a checkpoint before torch is imported. Returns 0, or the exit code if it cannot be opened."""
     from pathlib import Path
 
     from ..train.config.complain import complain
@@ -173,19 +173,19 @@ def watch(argv: list[str]) -> int:
 
 
 def prepare(argv: list[str]) -> int:
-    from .data import prepare
+    from .data_commands import prepare
 
     return prepare(argv)
 
 
 def data(argv: list[str]) -> int:
-    from .data import data
+    from .data_commands import data
 
     return data(argv)
 
 
 def tokenizer(argv: list[str]) -> int:
-    from .data import tokenizer
+    from .data_commands import tokenizer
 
     return tokenizer(argv)
 

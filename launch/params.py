@@ -1,4 +1,4 @@
-"""`tokenyard params`: what a model holds and costs, from its configuration or from a Hugging Face folder's config.json."""
+"""`tokenyard params`: size and cost of a model, from its configuration or from a Hugging Face folder's config.json."""
 
 import json
 import sys
@@ -9,22 +9,21 @@ from typing import Any
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
-from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check, facts, ranks_of
+from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check_model_and_layout, facts, intended_ranks
 from ..train.config.number_format import flops, short
 from ..train.rank_command import refuse
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")
-"""In the order of the table; multi-token prediction comes below the sum."""
-
+"""The parts of a model in the order of the table; multi-token prediction comes below the sum."""
 
 LARGEST_CONFIG = 1 << 20
-"""Bytes."""
+"""Bytes of a config.json."""
 PUBLISHED_LENGTH = 4096
 """The sequence length for a Hugging Face folder, unless another one is given."""
 
 
 def params_command(arguments: Namespace) -> int:
-    """Prints the table, or with --json one object, or with --table docs/models.md. Returns the exit code."""
+    """Prints the table, one object (--json), or docs/models.md (--table). Returns the exit code."""
     try:
         if arguments.table:
             from .models_page import models_page
@@ -32,8 +31,8 @@ def params_command(arguments: Namespace) -> int:
             sys.stdout.write(models_page())
             return 0
         name, config = configured(arguments.words)
-        world = ranks_of(config, world_size())
-        check(config, world)
+        world = intended_ranks(config, world_size())
+        check_model_and_layout(config, world)
     except ConfigError as error:
         return refuse(error)
     found = {"model": name, **facts(config, world)}
@@ -42,7 +41,7 @@ def params_command(arguments: Namespace) -> int:
 
 
 def configured(words: list[str]) -> tuple[str, Config]:
-    """The model's name and the configuration that the words make: overrides, and at most one Hugging Face folder."""
+    """The model's name and the configuration, from overrides and at most one Hugging Face folder."""
     folders = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     chosen = [word for word in overrides if word.lstrip("+~").startswith(("model=", "model."))]
@@ -59,7 +58,7 @@ def configured(words: list[str]) -> tuple[str, Config]:
 
 
 def read_model(folder: Path) -> Any:
-    """The model that the config.json in `folder` describes. ConfigError if there is none, or one that is not supported."""
+    """The model that the config.json in `folder` describes. Raises ConfigError if there is none or it is not supported."""
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
@@ -70,7 +69,7 @@ def read_model(folder: Path) -> Any:
         described = strict_json(read_regular(path, LARGEST_CONFIG))
         if not isinstance(described, dict):
             raise ValueError(f"{path}: must hold a JSON object")
-        # Weights of fewer bits are weights all the same.
+        # Quantized weights are counted like others.
         described.pop("quantization_config", None)
         return read_config(described, f"{path}: ")[1]
     except (OSError, ValueError) as error:
@@ -79,7 +78,7 @@ def read_model(folder: Path) -> Any:
 
 
 def table(found: dict[str, Any], config: Config) -> list[str]:
-    """Everything in words and short numbers."""
+    """The lines of the whole output for people."""
     return [*_model(found, config), "", *_parts(found), "", *_memory(found, config), "", *_cost(found)]
 
 
@@ -94,7 +93,7 @@ def _model(found: dict[str, Any], config: Config) -> list[str]:
 
 
 def _parts(found: dict[str, Any]) -> list[str]:
-    """The parts of the model, of what a token passes, of what a rank holds."""
+    """Parameters by part: total, active per token, held by a rank."""
     whole, held = found["parts"], found["per_rank"]
     lines = [f"  {'part':12}{'total':>20}{'active':>20}{'a rank holds':>20}"]
     for part in PARTS:

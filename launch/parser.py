@@ -1,4 +1,4 @@
-"""Command lines that are refused in one line, and what their numbers may be."""
+"""`OneLineParser`, whose errors are one line, and the types of numeric arguments."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ Number = TypeVar("Number", int, float)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as configuration errors do."""
+    """Reports an error in one line, as for configuration errors."""
 
     def error(self, message: str) -> NoReturn:
         verb = self.prog.partition(" ")[2]

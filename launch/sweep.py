@@ -1,4 +1,4 @@
-"""`tokenyard train -m`: every point of a sweep is a job of its own; which points there are, Hydra's sweeper decides."""
+"""`tokenyard train -m`: runs each point of a sweep as a process of its own; Hydra's sweeper chooses the points."""
 
 import json
 import subprocess
@@ -8,14 +8,14 @@ from typing import Any
 
 from ..train.config.compose import Arguments, check_arguments, one_line_errors
 from ..train.config.config import ConfigError
-from ..train.config.overrides import Groups, halves, parse_override
+from ..train.config.overrides import Groups, parse_override, split_override
 from ..train.config.private_files import new_run_folder
 from ..train.config.schema import quoted
 from ..train.show import hydra_application
 
 
 def multirun(arguments: Arguments) -> int:
-    """Runs all points, whether or not some fail. Returns 0, or 1 if one failed. ConfigError for wrong overrides."""
+    """Runs all points, even if some fail. Returns 0, or 1 if any failed. Raises ConfigError for wrong overrides."""
     groups = check_arguments(arguments, sweep=True)
     sweep = _sweep_folder(arguments, groups)
     codes: list[int] = []
@@ -34,7 +34,7 @@ def multirun(arguments: Arguments) -> int:
 
 
 def _run_point(overrides: list[str], folder: Path, arguments: Arguments, groups: Groups) -> int:
-    """One point as a process of its own, so that nothing of it is left for the next. Returns its exit code."""
+    """Runs one point in a new process, so that no state is shared with the next. Returns its exit code."""
     own = [text for text in overrides if parse_override(text, groups).key_or_group != "run.dir"]
     config_dir = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     command = [sys.executable, "-m", "tokenyard", "train", *config_dir, *own, f"run.dir={quoted(str(folder))}"]
@@ -44,19 +44,19 @@ def _run_point(overrides: list[str], folder: Path, arguments: Arguments, groups:
 
 
 def _sweep_folder(arguments: Arguments, groups: Groups) -> Path:
-    """run.dir if it was given, else a new one; the points' folders go inside."""
+    """run.dir if it was given, else a new folder; it holds a folder for each point."""
     chosen = [override for text in arguments.overrides if (override := parse_override(text, groups)).key_or_group == "run.dir"]
     if not chosen or chosen[-1].value() is None:
         return Path(new_run_folder())
     if chosen[-1].is_sweep_override():
         raise ConfigError.of(
-            *halves(chosen[-1].input_line or ""), "is the folder of the whole sweep", f"run.dir={new_run_folder()}"
+            *split_override(chosen[-1].input_line or ""), "is the folder of the whole sweep", f"run.dir={new_run_folder()}"
         )
     return Path(str(chosen[-1].value()))
 
 
 def _last_loss(folder: Path) -> float | None:
-    """For sweepers that look for the best point: the loss of the last logged step, null if nothing was logged."""
+    """The loss of the last logged step, which sweepers may minimise; None if nothing was logged."""
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     return json.loads(lines[-1]).get("loss") if lines else None

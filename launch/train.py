@@ -1,4 +1,4 @@
-"""`tokenyard train`: one process, ranks of our own, a job for a cluster, or a sweep of any of them."""
+"""`tokenyard train`: trains in this process, starts ranks, prints or submits a job for a cluster, or runs a sweep."""
 
 from ..train.config.compose import Arguments, compose_arguments, parse_arguments
 from ..train.config.config import Config, ConfigError
@@ -9,7 +9,7 @@ from ..train.rank_command import refuse, run_here
 
 
 def train(argv: list[str]) -> int:
-    """Returns the exit code: of the run, of the first rank that failed, or 1 if a point of a sweep failed."""
+    """Returns the exit code of the run, of the first rank that failed, or 1 if a point of a sweep failed."""
     try:
         arguments = parse_arguments(argv)
         if arguments.prints():
@@ -29,7 +29,7 @@ def train(argv: list[str]) -> int:
 
 
 def start(config: Config, arguments: Arguments, argv: list[str]) -> int:
-    """Hands a valid configuration to its launcher. Returns the exit code. ConfigError if that one cannot start here."""
+    """Starts a valid configuration with its launcher. Returns the exit code. Raises ConfigError if that is not possible here."""
     match config.launch.kind:
         case Launcher.inline:
             return run_here(config)

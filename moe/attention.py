@@ -1,6 +1,6 @@
-"""Causal grouped-query attention (Ainslie et al. 2023), and the softmax that it shares with latent attention (moe/attention.py).
+"""Causal grouped-query attention (Ainslie et al. 2023) and multi-head latent attention (DeepSeek-V2).
 
-B sequences, S new tokens, T tokens seen so far with those, D width, H query heads, G key-value heads, h width of a head.
+B sequences, S new tokens, T tokens so far (the new ones included), D width, H query heads, G key-value heads, h width of a head.
 """
 
 import torch
@@ -11,16 +11,16 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, QKNorm
 from .device import kind_of
-from .flexible_attention import attend_by_blocks, padded
+from .flexible_attention import attend_with_blocks, padded
 from .linear import HeadsNorm, Linear, RMSNorm, compute_dtype, constant_when_compiled
 from .param_count import head_width
 from .rotary import RotaryTables, logits_factor, rotate
-from .softmax import Softmax, softcapped, softmax_of, with_sinks
+from .softmax import Softmax, apply_sinks, apply_softcap, softmax_of
 from .token_info import same_document
 
 
 class Attention(nn.Module):
-    """Heads are read off the weights' shapes, so the same code serves a tensor-parallel rank that holds some of them."""
+    """Infers the number of heads from the shapes of the weights: a tensor-parallel rank holds some of them."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
         super().__init__()
@@ -34,15 +34,21 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if settings.sinks else None
         self.softmax = softmax_of(config, index, width)
 
-    def forward(self, x_BSD: Tensor, turns: RotaryTables, cache: "KeyValueCache | None" = None) -> Tensor:
-        """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
-        q_BHSh = rotate(self._heads(self.q(x_BSD), self.q_norm), turns, self.interleaved)
-        k_BGTh = rotate(self._heads(self.k(x_BSD), self.k_norm), turns, self.interleaved)
+    def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: "KeyValueCache | None" = None) -> Tensor:
+        """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
+        q_BHSh = rotate(self._heads(self.q(x_BSD), self.q_norm), rotary, self.interleaved)
+        k_BGTh = rotate(self._heads(self.k(x_BSD), self.k_norm), rotary, self.interleaved)
         v_BGTh = self._heads(self.v(x_BSD), None)
         if cache is not None:
             k_BGTh, v_BGTh = cache.extend(k_BGTh, v_BGTh)
         y_BHSh = attend(
-            q_BHSh, k_BGTh, v_BGTh, self.softmax, self.sinks, turns.documents_BS, turns.blocks.get(self.softmax.window is not None)
+            q_BHSh,
+            k_BGTh,
+            v_BGTh,
+            self.softmax,
+            self.sinks,
+            rotary.documents_BS,
+            rotary.blocks.get(self.softmax.window is not None),
         )
         return self.o(y_BHSh.transpose(1, 2).flatten(2))
 
@@ -60,37 +66,37 @@ def attend(
     documents_BS: Tensor | None = None,
     blocks: BlockMask | None = None,
 ) -> Tensor:
-    """(B, H, S, width of v): the queries are the last S of the T tokens. Sinks (gpt-oss) are logits that draw on no value.
+    """Returns (B, H, S, width of v); the queries are of the last S of T tokens. Sinks (gpt-oss) are logits without a value.
 
-    With `documents_BS` (then S = T) no token sees another document. `blocks` (see moe/flexible_attention.py) say the same as the
-    window and these; with them nothing of (S, S) is made.
+    With `documents_BS` (then S = T) tokens attend only to their own document. `blocks` (see moe/flexible_attention.py) is the mask
+    of window and documents together; with it no tensor of shape (S, S) is made.
     """
     if blocks is not None:
-        return attend_by_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
+        return attend_with_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
     new, seen, dtype = q_BHSh.shape[2], k_BGTh.shape[2], q_BHSh.dtype
     q_BHSh, k_BGTh, v_BGTh = (x.to(compute_dtype(x)) for x in (q_BHSh, k_BGTh, v_BGTh))
     if sinks_H is not None or softmax.softcap is not None:
-        return _attend_in_steps(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS).to(dtype)
+        return _attend_unfused(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS).to(dtype)
     unlimited = softmax.window is None or softmax.window >= seen
     causal = unlimited and new == seen and documents_BS is None
-    mask = None if causal or (unlimited and new == 1) else visible(new, seen, softmax.window, q_BHSh.device, documents_BS)
+    mask = None if causal or (unlimited and new == 1) else attention_mask(new, seen, softmax.window, q_BHSh.device, documents_BS)
     return fused_attention(q_BHSh, k_BGTh, v_BGTh, softmax.scale, mask, causal).to(dtype)
 
 
 def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float, mask_ST: Tensor | None, causal: bool) -> Tensor:
-    """(B, H, S, v): torch's own. A dry run puts a stand-in here."""
+    """Returns (B, H, S, v), by torch's own kernels. A dry run replaces this function."""
     width = v_BGTv.shape[-1]
     if kind_of(q_BHSh) == "cuda":
-        k_BGTh, v_BGTv = _suited(q_BHSh, k_BGTh, v_BGTv)
+        k_BGTh, v_BGTv = _prepare_keys_and_values(q_BHSh, k_BGTh, v_BGTv)
     grouped = q_BHSh.shape[1] != k_BGTh.shape[1]
     y_BHSv = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTv, mask_ST, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y_BHSv if y_BHSv.shape[-1] == width else y_BHSv[..., :width]
 
 
-def _suited(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for which CUDA has a kernel, since without one (B, H, S, T) is made.
+def _prepare_keys_and_values(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns keys and values in shapes that have a fused CUDA kernel; without one, torch makes a tensor of (B, H, S, T).
 
-    That of fp32 knows no groups. Flash attention wants values as wide as keys; only cuDNN's is as fast without.
+    The kernel for fp32 has no grouped queries. Flash attention needs values as wide as keys; only cuDNN's kernel does not.
     """
     if q_BHSh.dtype == torch.float32:
         repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
@@ -103,7 +109,7 @@ def _suited(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Ten
 
 @constant_when_compiled
 def _by_cudnn(width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch chooses cuDNN for heads of these widths in training."""
+    """Whether torch selects cuDNN's kernel for heads of these widths in training."""
     q_11Sh, v_11Sv = (torch.empty(1, 1, 128, each, dtype=dtype, device=device).requires_grad_() for each in (width, value_width))
     chosen = torch._fused_sdp_choice(q_11Sh, q_11Sh, v_11Sv, is_causal=True)  # pyright: ignore[reportPrivateImportUsage]
     return chosen == SDPBackend.CUDNN_ATTENTION.value
@@ -113,33 +119,33 @@ def _repeated(x_BGTh: Tensor, repeats: int) -> Tensor:
     return x_BGTh if repeats == 1 else x_BGTh.repeat_interleave(repeats, dim=1)
 
 
-def visible(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:
-    """(new, seen) booleans, or (B, 1, new, seen) with documents: which keys each of the last `new` tokens sees."""
+def attention_mask(new: int, seen: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> Tensor:
+    """Booleans (new, seen), or (B, 1, new, seen) with documents: which keys each of the last `new` tokens attends to."""
     mask_ST = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
     mask_ST = mask_ST if window is None else mask_ST.triu(seen - new - window + 1)
     return mask_ST if documents_BS is None else mask_ST & same_document(documents_BS)
 
 
-def _attend_in_steps(
+def _attend_unfused(
     q_BHSh: Tensor, k_BGTh: Tensor, v_BGTh: Tensor, softmax: Softmax, sinks_H: Tensor | None, documents_BS: Tensor | None
 ) -> Tensor:
-    """What torch's fused attention cannot do, in fp32 or wider: soft-cap and sinks."""
+    """Attention with soft cap and sinks, which torch's fused attention does not have; logits in fp32 or wider."""
     wide = torch.promote_types(q_BHSh.dtype, torch.float32)
     repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
     k_BHTh, v_BHTh = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTh, v_BGTh))
     logits_BHST = (q_BHSh @ k_BHTh.transpose(-1, -2)).to(wide) * softmax.scale
     if softmax.softcap is not None:
-        logits_BHST = softcapped(logits_BHST, softmax.softcap)
-    hidden = ~visible(logits_BHST.shape[2], logits_BHST.shape[3], softmax.window, q_BHSh.device, documents_BS)
+        logits_BHST = apply_softcap(logits_BHST, softmax.softcap)
+    hidden = ~attention_mask(logits_BHST.shape[2], logits_BHST.shape[3], softmax.window, q_BHSh.device, documents_BS)
     logits_BHST = logits_BHST.masked_fill(hidden, -torch.inf)
     y_BHSh = logits_BHST.softmax(dim=-1).to(v_BHTh.dtype) @ v_BHTh
     if sinks_H is None:
         return y_BHSh
-    return with_sinks(y_BHSh, logits_BHST.logsumexp(dim=-1), sinks_H).to(y_BHSh.dtype)
+    return apply_sinks(y_BHSh, logits_BHST.logsumexp(dim=-1), sinks_H).to(y_BHSh.dtype)
 
 
 class KeyValueCache:
-    """Keys and values, or the latents of these, of the tokens seen so far by one attention layer, for generation."""
+    """Keys and values, or their latents, of the tokens so far in one attention layer, for generation."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -151,7 +157,7 @@ class KeyValueCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def extend(self, keys_BGSh: Tensor, values_BGSh: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and return all keys and values."""
+        """Appends to the cache and returns all keys and values in it."""
         if self.keys is not None and self.values is not None:
             keys_BGSh = torch.cat([self.keys, keys_BGSh], dim=2)
             values_BGSh = torch.cat([self.values, values_BGSh], dim=2)
@@ -169,16 +175,15 @@ def _norm(config: ModelConfig, heads: int, dtype: torch.dtype) -> nn.Module | No
             return HeadsNorm(heads * head_width(config), config.norm_epsilon, dtype)
 
 
-# Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one small latent per token.
+# Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from a small latent per token.
 #
-# B sequences, S new tokens, T tokens seen so far with those, D width, H heads, L width of the latent; of each head h dimensions
-# of a query, n of them without rotary embedding and r rotary, whose key all heads share.
+# L width of the latent; h dimensions of a head's query: n without rotary embedding, and r rotary, whose key all heads share.
 
 
 class LatentAttention(nn.Module):
-    """Heads are read off the weights' shapes, so the same code serves a tensor-parallel rank that holds some of them.
+    """Infers the number of heads from the shapes of the weights: a tensor-parallel rank holds some of them.
 
-    A cache keeps the latent and the rotary key of each token, L + r numbers.
+    A cache holds the latent and the rotary key of each token, L + r numbers.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
@@ -198,29 +203,26 @@ class LatentAttention(nn.Module):
         self.o = Linear(config.heads * mla.value_width, config.width, dtype)
         self.softmax = softmax_of(config, index, query, logits_factor(rope))
 
-    def forward(self, x_BSD: Tensor, turns: RotaryTables, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, S, D) to (B, S, D); each token sees itself and those before it (in its window)."""
+    def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
         widths = self.widths
         q_BHSh = self.q(x_BSD) if widths.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BSD)))
         latent_BTL, key_BTr = self.kv_down(x_BSD).split([widths.kv_rank, widths.rope_width], dim=-1)
         latent_B1TL = self.kv_norm(latent_BTL).unsqueeze(1)
-        key_B1Tr = rotate(key_BTr.unsqueeze(1), turns, self.interleaved)
+        key_B1Tr = rotate(key_BTr.unsqueeze(1), rotary, self.interleaved)
         if cache is not None:
             key_B1Tr, latent_B1TL = cache.extend(key_B1Tr, latent_B1TL)
-        q_BHSh = self._turned(_heads(q_BHSh, widths.nope_width + widths.rope_width), turns)
-        k_BHTn, v_BHTv = _heads(self.kv_up(latent_B1TL.squeeze(1)), widths.nope_width + widths.value_width).split(
-            [widths.nope_width, widths.value_width], dim=-1
-        )
+        q_BHSn, q_BHSr = _split_heads(q_BHSh, widths.nope_width, widths.rope_width)
+        q_BHSh = torch.cat([q_BHSn, rotate(q_BHSr, rotary, self.interleaved)], dim=-1)
+        k_BHTn, v_BHTv = _split_heads(self.kv_up(latent_B1TL.squeeze(1)), widths.nope_width, widths.value_width)
         k_BHTh = torch.cat([k_BHTn, key_B1Tr.expand(-1, k_BHTn.shape[1], -1, -1)], dim=-1)
         y_BHSv = attend(
-            q_BHSh, k_BHTh, v_BHTv, self.softmax, None, turns.documents_BS, turns.blocks.get(self.softmax.window is not None)
+            q_BHSh, k_BHTh, v_BHTv, self.softmax, None, rotary.documents_BS, rotary.blocks.get(self.softmax.window is not None)
         )
         return self.o(y_BHSv.transpose(1, 2).flatten(2))
 
-    def _turned(self, q_BHSh: Tensor, turns: RotaryTables) -> Tensor:
-        q_BHSn, q_BHSr = q_BHSh.split([self.widths.nope_width, self.widths.rope_width], dim=-1)
-        return torch.cat([q_BHSn, rotate(q_BHSr, turns, self.interleaved)], dim=-1)
 
-
-def _heads(x_BSC: Tensor, width: int) -> Tensor:
-    return x_BSC.unflatten(-1, (-1, width)).transpose(1, 2)
+def _split_heads(x_BSC: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:
+    """(B, S, H * (first + second)) to (B, H, S, first) and (B, H, S, second)."""
+    first_BHSh, second_BHSh = x_BSC.unflatten(-1, (-1, first + second)).transpose(1, 2).split([first, second], dim=-1)
+    return first_BHSh, second_BHSh

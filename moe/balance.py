@@ -1,4 +1,4 @@
-"""Load-balance losses as sums over this device's tokens (adding all ranks' values gives the global loss), and the expert bias.
+"""Load-balance losses as sums over this device's tokens, which add up over ranks to the global loss; and the expert bias.
 
 L MoE layers, B sequences, E router columns (experts, then null experts), K choices per token.
 """
@@ -12,30 +12,37 @@ from torch import Tensor
 def balance_loss(counts: Tensor, scores: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     """Switch Transformer's load-balance loss (Fedus et al. 2021, eq. 4-6; GShard's for K = 2), one value per leading index.
 
-    counts (..., E): int64 choices of the WHOLE scope, on every rank the same; scores (..., E): sums of router probabilities of
-    this device's tokens; tokens (...): valid tokens of the whole scope. The result E * sum_e f_e * P_e is linear in `scores`,
-    so it needs no gradient through a collective; it is 1 when the load is even. Over one sequence it is DeepSeek-V3's
-    complementary sequence-wise loss (eq. 17-20), with the choices that were made where those include an expert bias.
+    The result E * sum_e f_e * P_e is linear in `scores`, so no gradient passes through a collective; it is 1 if the load is even.
+    Over one sequence it is DeepSeek-V3's complementary sequence-wise loss (eq. 17-20), with the choices after the expert bias.
+
+    Args:
+        counts: (..., E), int64 choices of the WHOLE scope, the same on every rank.
+        scores: (..., E), sums of router probabilities over this device's tokens.
+        tokens: (...), valid tokens of the whole scope.
+        top_k: choices of a token.
     """
-    fraction = counts.to(scores.dtype) / (tokens * top_k).clamp(min=1).unsqueeze(-1)  # two int64 would give fp32
+    fraction = counts.to(scores.dtype) / (tokens * top_k).clamp(min=1).unsqueeze(-1)  # dividing two int64 would give fp32
     mean_score = scores / tokens.clamp(min=1).unsqueeze(-1)
     return counts.shape[-1] * (fraction * mean_score).sum(dim=-1)
 
 
 class Variation(NamedTuple):
-    """A value that is not linear in this device's sums, and what to differentiate in its place."""
+    """A value that is not linear in this device's sums, and a linear term to differentiate instead."""
 
     value: Tensor
-    """The same on every rank of the scope; no gradient."""
+    """The same on every rank of the scope; without gradient."""
     slope: Tensor
-    """Linear in this device's sums: its gradients, added up over the ranks, are those of `value`. Of no use as a number."""
+    """Linear in this device's sums: its gradients add up over the ranks to those of `value`. Only its gradient is meaningful."""
 
 
 def squared_variation(total: Tensor, mine: Tensor) -> Variation:
     """Squared coefficient of variation over E, variance / mean ** 2 (Shazeer et al. 2017, eq. 6-7), one value per leading index.
 
-    total (..., E): sums over the WHOLE scope; mine (..., E): this device's part of them, with gradient.
-    d value / d total_e = 2 E / sum * (share_e - sum of squared shares), which is constant in each device's part.
+    d value / d total_e = 2 E / sum * (share_e - sum of squared shares), which does not depend on how the sums are split over ranks.
+
+    Args:
+        total: (..., E), sums over the WHOLE scope.
+        mine: (..., E), this device's part of them, differentiable.
     """
     total = total.detach()
     everything = total.sum(dim=-1, keepdim=True)
@@ -51,6 +58,6 @@ def squared_variation(total: Tensor, mine: Tensor) -> Variation:
 def update_expert_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
     """Auxiliary-loss-free balancing (Wang et al. 2024; DeepSeek-V3, section 2.1.2): b += rate * sign(mean - count), in place.
 
-    counts_E: int64 choices of the whole optimizer step, over all ranks. In whole numbers, so that an even load changes nothing.
+    counts_E: int64 choices of the whole optimizer step, over all ranks; integers, so that an even load changes nothing.
     """
     bias_E.add_(torch.sign(counts_E.sum() - counts_E * len(counts_E)).to(bias_E.dtype), alpha=rate)

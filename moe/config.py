@@ -1,6 +1,6 @@
-"""What a model is: all that decides its shape or its function, and nothing about how it is spread or trained.
+"""The configuration of a model: everything that determines its parameters and its function, and nothing about training or layout.
 
-One transformer whose parts are chosen here stands for every family; conf/model/ has a file for each published model.
+One transformer covers every model family by these settings; conf/model/ has a file for each published model.
 """
 
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from enum import Enum
 
 from ..ranges import within
 
-# Which expert a token gets: the router, the balance of load and the capacity.
+# Routing: router, load balance and capacity.
 
 
 class Scope(Enum):
-    """Over which tokens a balance loss, a capacity or a balanced choice is counted."""
+    """The tokens over which a balance loss, a capacity or a balanced selection is computed."""
 
     sequence = "sequence"
     batch = "batch"
@@ -28,7 +28,7 @@ class Score(Enum):
 
 
 class Selection(Enum):
-    """How tokens and experts find each other."""
+    """How experts are chosen."""
 
     top_k = "top_k"
     gshard = "gshard"
@@ -38,14 +38,14 @@ class Selection(Enum):
 
 
 class GroupScore(Enum):
-    """What a group of experts is ranked by in group-limited selection."""
+    """The rank of a group of experts in group-limited selection."""
 
     max = "max"
     top2 = "top2"
 
 
 class DropPolicy(Enum):
-    """Which choices a full expert keeps."""
+    """Which choices an expert keeps if it is full."""
 
     position = "position"
     probability = "probability"
@@ -55,13 +55,13 @@ class DropPolicy(Enum):
 @dataclass
 class RouterConfig:
     score: Score = Score.softmax
-    """How logits become scores: over all experts, or each expert on its own (DeepSeek-V3: sigmoid)."""
+    """How logits become scores: over all experts, or for each expert separately (DeepSeek-V3: sigmoid)."""
     selection: Selection = Selection.top_k
     """top_k; gshard (a random second expert); expert_choice (looks ahead); hash of the token; sinkhorn (balanced)."""
     softmax_after_top_k: bool = False
-    """Choose by logits, then softmax over the chosen alone (gpt-oss)."""
+    """Choose by logits, then softmax over the chosen experts only (gpt-oss)."""
     normalize_top_k: bool = True
-    """Divide the chosen scores by their sum, as Mixtral does; top_k = 1 never does (Switch), or its router would not learn."""
+    """Divide the chosen scores by their sum (Mixtral); never if top_k = 1 (Switch), since the router could not learn then."""
     scale: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the chosen weights (DeepSeek's routed_scaling_factor)."""
     bias: bool = False
@@ -73,11 +73,11 @@ class RouterConfig:
     group_score: GroupScore = GroupScore.max
     """max (DeepSeek-V2) or the sum of the two best (DeepSeek-V3)."""
     jitter: float = field(default=0.0, metadata=within("[0, 1)"))
-    """In training the router's input is multiplied by uniform noise from 1 - jitter to 1 + jitter (Switch)."""
+    """In training, multiply the router's input by uniform noise from 1 - jitter to 1 + jitter (Switch)."""
     noise: bool = False
-    """In training learned Gaussian noise is added to the logits (Shazeer 2017)."""
+    """In training, add learned Gaussian noise to the logits (Shazeer 2017)."""
     null_experts: int = field(default=0, metadata=within("[0, inf)"))
-    """More experts that compute nothing: a token that chooses one has fewer real experts."""
+    """Additional experts that compute nothing: a token that chooses one has fewer real experts."""
 
 
 @dataclass
@@ -85,11 +85,11 @@ class BalanceConfig:
     coefficient: float = field(default=0.01, metadata=within("[0, inf)"))
     """Factor of the load-balance loss of each MoE layer (Switch Transformer, eq. 4); 0 turns it off."""
     scope: Scope = Scope.sequence
-    """Of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
+    """Scope of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
     sequence_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
     importance_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
-    """Factor of the squared coefficient of variation of importance and load (Shazeer 2017), in `scope`; 0 turns it off."""
+    """Factor of the squared coefficient of variation of importance and load (Shazeer 2017) in `scope`; 0 turns it off."""
     bias_rate: float = field(default=0.0, metadata=within("[0, inf)"))
     """Step of the auxiliary-loss-free expert bias (DeepSeek-V3: 0.001), once per optimizer step; 0 turns it off."""
 
@@ -101,18 +101,18 @@ class CapacityConfig:
     evaluation_factor: float | None = field(default=None, metadata=within("(0, inf)"))
     """The same outside training; null is dropless."""
     minimum: int = field(default=1, metadata=within("[1, inf)"))
-    """An expert always takes so many rows of a scope."""
+    """Rows of a scope that an expert always takes."""
     scope: Scope = Scope.sequence
-    """The tokens that compete for an expert, in expert_choice too; with sequence and batch the layout decides nothing."""
+    """The tokens that compete for an expert, also in expert_choice; sequence and batch do not depend on the layout."""
     policy: DropPolicy = DropPolicy.position
     """Earlier tokens first (causal), likelier choices first (looks ahead), or at random (outside training by position)."""
     pad: bool = False
-    """Pad each expert's rows to its capacity, as GShard does: fixed shapes for more computation."""
+    """Pad each expert's rows to its capacity (GShard): fixed shapes, more computation."""
     schedule: list[float] = field(default_factory=list)
     """Pairs of step and factor, flattened, as [0, 1.0, 1000, 1.5, 2000, 0]: the factor from each step on; 0 is dropless."""
 
     def factor_at(self, step: int) -> float | None:
-        """The factor in force in training at optimizer step `step` (the first is 1); None is dropless."""
+        """Returns the factor in training at optimizer step `step` (the first is 1); None is dropless."""
         factor = self.factor
         for start, scheduled in zip(self.schedule[::2], self.schedule[1::2], strict=True):
             if step >= start:
@@ -120,7 +120,7 @@ class CapacityConfig:
         return factor
 
 
-# How tokens see each other: attention and rotary positions.
+# Attention and rotary embeddings.
 
 
 class AttentionKind(Enum):
@@ -182,7 +182,7 @@ class MLAConfig:
     q_rank: int | None = field(default=None, metadata=within("[1, 1048576]"))
     """Width of the latent of queries; null projects them directly (V2-Lite)."""
     kv_rank: int = field(default=64, metadata=within("[1, 1048576]"))
-    """Width of the latent of keys and values, which is all that a cache keeps beside one rotary key."""
+    """Width of the latent of keys and values; a cache holds it and one rotary key."""
     nope_width: int = field(default=32, metadata=within("[1, 65536]"))
     """Width of a head's part without rotary embedding."""
     rope_width: int = field(default=16, metadata=within("[2, 65536]"))
@@ -202,11 +202,11 @@ class AttentionConfig:
     output_bias: bool = False
     """The projection back has a bias."""
     window: int | None = field(default=None, metadata=within("[1, inf)"))
-    """A token sees so many tokens, itself included; null is all before it."""
+    """Tokens that a token attends to, itself included; null is all before it."""
     window_every: int = field(default=1, metadata=within("[1, inf)"))
-    """Of every so many layers all but the last have the window (2: alternating, the first has it); 1: all layers."""
+    """In each run of this many layers, all but the last have the window (2: alternating, the first has it); 1: all layers."""
     sinks: bool = False
-    """Each head has a learned logit that takes probability and gives nothing (gpt-oss)."""
+    """Each head has a learned logit without a value, which takes part of the probability (gpt-oss)."""
     softcap: float | None = field(default=None, metadata=within("(0, inf)"))
     """Logits become cap * tanh(logits / cap) (Grok, Gemma 2)."""
     scale: float | None = field(default=None, metadata=within("(0, inf)"))
@@ -245,6 +245,11 @@ class Activation(Enum):
     gelu = "gelu"
     relu = "relu"
     relu_squared = "relu_squared"
+
+    @property
+    def projections(self) -> int:
+        """Projections of the input: 2 with a gate (gate and up), 1 without."""
+        return 2 if "glu" in self.value else 1
 
 
 @dataclass
@@ -289,15 +294,15 @@ class ModelConfig:
     vocabulary: int = field(default=8192, metadata=within("[1, 16777216]"))
     """Rows of the embedding; the tokenizer must not have more pieces."""
     dense_first: int = field(default=0, metadata=within("[0, 1024]"))
-    """The first so many layers are dense (DeepSeek)."""
+    """Number of dense layers at the start (DeepSeek)."""
     moe_every: int = field(default=1, metadata=within("[1, inf)"))
-    """Of the remaining layers every so-many-th has experts, the others are dense (GShard uses 2)."""
+    """Of the remaining layers, every moe_every-th has experts and the others are dense (GShard: 2)."""
     tie_embeddings: bool = False
     """The output head uses the embedding's weights."""
     norm_epsilon: float = field(default=1e-5, metadata=within("(0, inf)"))
     """Added to the mean square in RMSNorm."""
     sandwich_norms: bool = False
-    """RMSNorm also after attention and feed-forward, before the residual addition (Grok, Gemma 2)."""
+    """Also RMSNorm after attention and feed-forward, before the residual addition (Grok, Gemma 2)."""
     embedding_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the embedding's output (Grok)."""
     output_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
@@ -307,7 +312,7 @@ class ModelConfig:
     init_std: float = field(default=0.02, metadata=within("(0, inf)"))
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 * layers) (GPT-2)."""
     mtp_depth: int = field(default=0, metadata=within("[0, 64]"))
-    """Multi-token prediction modules in training (DeepSeek-V3, section 2.2): each predicts one token further."""
+    """Modules of multi-token prediction in training (DeepSeek-V3, section 2.2); each predicts one token further."""
     mtp_coefficient: float = field(default=0.3, metadata=within("[0, inf)"))
     """Factor of the mean of their cross entropies."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -1,7 +1,7 @@
-"""Choices by kind of device, and the places where the host waits for a device's numbers.
+"""The kind of device, and host reads, where the host waits for a device's numbers.
 
-Both go through this module, so that a process without a GPU can stand in for one: a dry run runs the step of a rank on fake
-tensors, which have shapes and no numbers.
+Both go through this module, so that a process without a GPU can simulate one: a dry run executes the step of a rank on fake
+tensors, which have shapes and no values.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class DryRun:
-    """What stands in for a device: `kind` is the one that choices go by, `waits` counts the places where the host would wait."""
+    """A simulated device of `kind`; `waits` counts host reads by name."""
 
     kind: str
     waits: Counter[str] = field(default_factory=Counter)
@@ -26,16 +26,16 @@ _dry_run: DryRun | None = None
 
 
 def kind_of(x: Tensor | torch.device) -> str:
-    """`cpu` or `cuda`: every choice by kind of device goes by this."""
+    """Returns `cpu` or `cuda`; everything that depends on the kind of device asks here."""
     if _dry_run is not None:
         return _dry_run.kind
     return x.type if isinstance(x, torch.device) else x.device.type
 
 
 def host_read(x: Tensor, place: str, assumed: Callable[[], Any]) -> Any:
-    """The numbers of `x`, as `Tensor.tolist` gives them. The host waits for the device.
+    """Returns `x.tolist()`, for which the host waits for the device.
 
-    `place` is the name of this wait in docs/performance.md. `assumed` gives the numbers with which a dry run goes on.
+    `place` is the name of this read in docs/performance.md. A dry run continues with the numbers that `assumed` returns.
     """
     if _dry_run is None:
         return x.tolist()
@@ -45,7 +45,7 @@ def host_read(x: Tensor, place: str, assumed: Callable[[], Any]) -> Any:
 
 @contextmanager
 def dry_run(kind: str) -> Iterator[DryRun]:
-    """Inside, tensors are taken to be on a device of this kind and to have no numbers. One at a time in a process."""
+    """Treats tensors as if they were on a device of this kind and had no values. Only one at a time in a process."""
     global _dry_run
     assert _dry_run is None
     _dry_run = DryRun(kind)

@@ -1,6 +1,7 @@
-"""Token rows to their experts and back, on one device: one stable sort gives the permutation and its inverse.
+"""Dispatches token rows to the experts and combines their outputs, on one device: one stable sort gives both permutations.
 
-T tokens, D width, E experts, K choices per token, A = T * K choices, R rows that arrive (choices that are kept).
+Every direction is a gather, forward and backward: no atomic additions, so the same bits every time.
+T tokens, D width, E experts, K choices per token, A = T * K choices, R rows of experts (choices that are kept, and padding).
 """
 
 from abc import ABC, abstractmethod
@@ -15,20 +16,15 @@ from .device import host_read, kind_of
 from .linear import compute_dtype
 from .router import Routing
 
-# Rows of experts: which token each is a copy of, and the gathers that make them and add them up.
-#
-# Every direction is a gather, forward and backward: no atomic additions, so the same bits every time. T tokens, D width, E
-# experts, K choices per token, R rows.
-
-AT_ONCE = 2**26
-"""Numbers of rows that are weighed at a time: 0.4 GB in bf16 and fp32."""
+MAX_ELEMENTS = 2**26
+"""Elements of weighted rows that exist at a time on a GPU: 0.4 GB in bf16 and fp32."""
 
 
 class RowPlan(NamedTuple):
-    """Where each row goes: row r is a copy of token `token_R[r]`; choice k of token t is row `slot_TK[t, k]`, or -1 (dropped).
+    """Row r is a copy of token `token_R[r]`; choice k of token t is row `slot_TK[t, k]`, or -1 if it is dropped.
 
-    Rows are in the order of the experts, counts_E of each. `filled_R` is False for rows of padding: zeros, whose outputs nobody
-    takes; None where there are none. `kept_TK` is False for dropped choices; None where nothing is dropped.
+    Rows are in the order of the experts, counts_E of each. `filled_R` is False for rows of padding: zeros, whose outputs are
+    ignored; None if there are none. `kept_TK` is False for dropped choices; None if nothing is dropped.
     """
 
     token_R: Tensor
@@ -39,23 +35,23 @@ class RowPlan(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Tokens that are not yet rows: where their rows come from and go to, and the weight of each choice."""
+    """How to make rows of tokens and sum them up again: the plan, and the weight of each choice."""
 
     plan: RowPlan
     weights_TK: Tensor
 
 
 def permute(x_TD: Tensor, plan: RowPlan) -> Tensor:
-    """(T, D) to (R, D), differentiable."""
-    return _CopyToRows.apply(x_TD, *plan)  # pyright: ignore[reportReturnType]
+    """Copies tokens (T, D) to rows (R, D). Differentiable."""
+    return _Permute.apply(x_TD, *plan)  # pyright: ignore[reportReturnType]
 
 
 def unpermute(y_RD: Tensor, weights_TK: Tensor, plan: RowPlan) -> Tensor:
-    """(R, D) to (T, D) in the type of y_RD, summed in the type of the weights; differentiable in both."""
-    return _WeightedSum.apply(y_RD, weights_TK, *plan)  # pyright: ignore[reportReturnType]
+    """Sums the weighted rows (R, D) of each token, (T, D), in fp32 or wider. Differentiable in rows and weights."""
+    return _Unpermute.apply(y_RD, weights_TK, *plan)  # pyright: ignore[reportReturnType]
 
 
-class _CopyToRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, *plan: Any) -> Tensor:
         ctx.save_for_backward(*plan)
@@ -66,7 +62,7 @@ class _CopyToRows(torch.autograd.Function):
         return sum_rows(grads[0], RowPlan(*ctx.saved_tensors)), *5 * [None]
 
 
-class _WeightedSum(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, *plan: Any) -> Tensor:
         ctx.save_for_backward(y_RD, weights_TK, *plan)
@@ -77,21 +73,21 @@ class _WeightedSum(torch.autograd.Function):
         y_RD, weights_TK, *saved = ctx.saved_tensors
         plan = RowPlan(*saved)
         grad_RD = gather_rows(grads[0], plan)
-        grad_weights_R = dots(y_RD, grad_RD, weights_TK.dtype)
-        grad_y_RD = grad_RD.mul_(weights_of_rows(weights_TK, plan)[:, None])
-        return grad_y_RD, of_choices(grad_weights_R, plan), *5 * [None]
+        grad_weights_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
+        grad_y_RD = grad_RD.mul_(weights_per_row(weights_TK, plan)[:, None])
+        return grad_y_RD, values_per_choice(grad_weights_R, plan), *5 * [None]
 
 
 def gather_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
-    """(R, D): each row's token, zeros for padding."""
+    """(R, D): the token of each row, zeros for padding."""
     rows_RD = x_TD.index_select(0, plan.token_R)
     return rows_RD if plan.filled_R is None else rows_RD.masked_fill_(~plan.filled_R.unsqueeze(-1), 0.0)
 
 
 def sum_rows(y_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None = None) -> Tensor:
-    """(T, D) in the type of y_RD: each token's sum over its rows, times their weights; dropped choices add nothing.
+    """(T, D) in the dtype of y_RD: the sum of each token's rows, times their weights; dropped choices add nothing.
 
-    Summed in fp32 or wider.
+    Sums in fp32 or wider.
     """
     if not len(y_RD):
         return y_RD.new_zeros(len(plan.slot_TK), y_RD.shape[1])
@@ -100,34 +96,34 @@ def sum_rows(y_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None = None) -> T
         slot_TK = slot_TK.clamp(min=0)
         factors_TK = plan.kept_TK if weights_TK is None else weights_TK * plan.kept_TK
     wide = torch.promote_types(y_RD.dtype, torch.float32)
-    if weights_TK is None or y_RD.dtype == wide:  # in one pass over the rows; it takes weights of the rows' type only
+    if weights_TK is None or y_RD.dtype == wide:  # one pass over the rows, but the weights must have their dtype
         factors_TK = None if factors_TK is None else factors_TK.to(y_RD.dtype)
         return F.embedding_bag(slot_TK, y_RD, mode="sum", per_sample_weights=factors_TK)
     assert factors_TK is not None
-    add_up = _add_up_choice_by_choice if kind_of(y_RD) == "cpu" else _add_up_at_once
-    return add_up(y_RD, slot_TK, factors_TK.to(wide))
+    weighted_sum = _weighted_sum_by_choice if kind_of(y_RD) == "cpu" else _weighted_sum_by_block
+    return weighted_sum(y_RD, slot_TK, factors_TK.to(wide))
 
 
-def _add_up_choice_by_choice(y_RD: Tensor, slot_TK: Tensor, factors_TK: Tensor) -> Tensor:
-    """In the type of the factors, with little memory; three operators for each choice."""
+def _weighted_sum_by_choice(y_RD: Tensor, slot_TK: Tensor, factors_TK: Tensor) -> Tensor:
+    """Sums in the dtype of the factors, with little memory; three operators for each choice."""
     total_TD = torch.zeros(len(slot_TK), y_RD.shape[1], dtype=factors_TK.dtype, device=y_RD.device)
     for slot_T, factor_T in zip(slot_TK.unbind(1), factors_TK.unbind(1), strict=True):
         total_TD.addcmul_(y_RD.index_select(0, slot_T).to(factors_TK.dtype), factor_T[:, None])
     return total_TD.to(y_RD.dtype)
 
 
-def _add_up_at_once(y_RD: Tensor, slot_TK: Tensor, factors_TK: Tensor) -> Tensor:
-    """In the type of the factors, in four operators whatever K is, for as many tokens as have `AT_ONCE` numbers."""
+def _weighted_sum_by_block(y_RD: Tensor, slot_TK: Tensor, factors_TK: Tensor) -> Tensor:
+    """Sums in the dtype of the factors, in four operators whatever K is, for `MAX_ELEMENTS` at a time."""
     total_TD = y_RD.new_empty(len(slot_TK), y_RD.shape[1])
-    tokens = max(1, AT_ONCE // (slot_TK.shape[1] * y_RD.shape[1]))
+    tokens = max(1, MAX_ELEMENTS // (slot_TK.shape[1] * y_RD.shape[1]))
     for total_tD, slot_tK, factors_tK in zip(*(x.split(tokens) for x in (total_TD, slot_TK, factors_TK)), strict=True):
         rows_tKD = y_RD.index_select(0, slot_tK.flatten()).view(*slot_tK.shape, -1)
         total_tD.copy_((rows_tKD * factors_tK.unsqueeze(-1)).sum(1))
     return total_TD
 
 
-def dots(a_RD: Tensor, b_RD: Tensor, wide: torch.dtype) -> Tensor:
-    """(R,): each row's product with the other's, in the type `wide`; a product of two bf16 numbers is exact in fp32."""
+def row_dots(a_RD: Tensor, b_RD: Tensor, wide: torch.dtype) -> Tensor:
+    """(R,): the dot product of each row of `a` with that of `b`, in `wide`; the product of two bf16 numbers is exact in fp32."""
     if a_RD.dtype == wide:
         return (a_RD * b_RD).sum(-1)
     if kind_of(a_RD) == "cpu":
@@ -135,17 +131,17 @@ def dots(a_RD: Tensor, b_RD: Tensor, wide: torch.dtype) -> Tensor:
     return torch.addcmul(a_RD.new_zeros(1, 1, dtype=wide), a_RD, b_RD).sum(-1)  # without a wide copy of either
 
 
-def weights_of_rows(weights_TK: Tensor, plan: RowPlan) -> Tensor:
+def weights_per_row(weights_TK: Tensor, plan: RowPlan) -> Tensor:
     """(R,): the weight of each row's choice, 0 for padding."""
     if plan.kept_TK is None and plan.filled_R is None:
         return torch.empty_like(weights_TK).flatten().index_copy_(0, plan.slot_TK.flatten(), weights_TK.flatten())
     weights_R = weights_TK.new_zeros(len(plan.token_R) + 1)
-    weights_R[plan.slot_TK.flatten()] = weights_TK.flatten()  # dropped choices (-1) land in the extra last place
+    weights_R[plan.slot_TK.flatten()] = weights_TK.flatten()  # dropped choices (-1) write to the extra last element
     return weights_R[:-1]
 
 
-def of_choices(values_R: Tensor, plan: RowPlan) -> Tensor:
-    """(T, K): each choice's row of (R,), 0 for dropped ones."""
+def values_per_choice(values_R: Tensor, plan: RowPlan) -> Tensor:
+    """(T, K): the value of each choice's row, 0 for dropped choices."""
     if not len(values_R):
         return values_R.new_zeros(plan.slot_TK.shape)
     if plan.kept_TK is None:
@@ -154,45 +150,43 @@ def of_choices(values_R: Tensor, plan: RowPlan) -> Tensor:
 
 
 class DispatchedTokens(NamedTuple):
-    """The rows for this device's experts, in the order of the experts, and what `combine` needs to take them back."""
+    """The rows for this device's experts, in the order of the experts, and the metadata that `combine` needs."""
 
     tokens_RD: Tensor
     counts_E: Tensor
     metadata: Any
 
 
-Compute = Callable[..., Tensor]
+ExpertsFn = Callable[..., Tensor]
 """The experts, called as `Experts.forward`."""
-Beside = Callable[[], Any]
-"""Something that needs nothing of the experts."""
+OverlapFn = Callable[[], Any]
+"""Computation that does not depend on the experts."""
 
 
-class Passed(NamedTuple):
-    """Tokens that have been through their experts."""
-
+class DispatcherOutput(NamedTuple):
     y_TD: Tensor
-    beside: Any
-    """What `Beside` gave."""
+    overlapped: Any
+    """The result of the `OverlapFn`."""
     rows: int
-    """Rows that this device's experts computed, of tokens of other ranks too."""
+    """Rows that this device's experts computed, those of other ranks' tokens and padding included."""
 
 
 class Dispatcher(ABC):
-    """Brings token rows to the experts and their outputs back. Holds no parameters and no state between the two calls."""
+    """Brings token rows to the experts and their outputs back. Holds no parameters, and no state between the two calls."""
 
     @abstractmethod
     def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
-        """Copy each token of (T, D) to a row for each of its kept experts."""
+        """Copies each token of (T, D) to a row for each of its kept experts."""
 
     @abstractmethod
-    def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
-        """Each token's weighted sum of its experts' rows: (R, D) to (T, D)."""
+    def combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Tensor:
+        """Returns the weighted sum of the rows of each token: (R, D) to (T, D)."""
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
-        """Dispatch, experts, combine: (T, D) to (T, D). And what `beside` gives, which is computed while rows travel."""
-        arrived = self.dispatch(x_TD, routing)
-        y_RD = experts(arrived.tokens_RD, arrived.counts_E)
-        return Passed(self.combine(y_RD, arrived), beside(), len(y_RD))
+    def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
+        """Dispatch, experts, combine: (T, D) to (T, D). Calls `overlap_fn` while rows travel."""
+        dispatched = self.dispatch(x_TD, routing)
+        y_RD = experts(dispatched.tokens_RD, dispatched.counts_E)
+        return DispatcherOutput(self.combine(y_RD, dispatched), overlap_fn(), len(y_RD))
 
 
 class LocalDispatcher(Dispatcher):
@@ -205,38 +199,38 @@ class LocalDispatcher(Dispatcher):
         plan = plan_rows(routing, self.experts)
         return DispatchedTokens(permute(x_TD, plan), plan.counts_E, (plan, routing.weights_TK))
 
-    def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
-        plan, weights_TK = arrived.metadata
+    def combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Tensor:
+        plan, weights_TK = dispatched.metadata
         return unpermute(y_RD, weights_TK, plan)
 
 
 class FusedDispatcher(LocalDispatcher):
-    """The same with all three steps inside of the experts' function, which then keeps no row for the backward pass."""
+    """Leaves all three steps to the experts' autograd function, which then keeps no row for the backward pass."""
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
+    def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
         plan = plan_rows(routing, self.experts)
         rows = len(plan.token_R)
-        if plan.filled_R is None and (multiple := alignment(x_TD)) > 1:
-            plan = rounded_up(plan, chosen(routing, self.experts), multiple)
-        return Passed(experts(x_TD, plan.counts_E, Choices(plan, routing.weights_TK)), beside(), rows)
+        if plan.filled_R is None and (multiple := row_alignment(x_TD)) > 1:
+            plan = pad_to_multiple(plan, experts_or_dropped(routing, self.experts), multiple)
+        return DispatcherOutput(experts(x_TD, plan.counts_E, Choices(plan, routing.weights_TK)), overlap_fn(), rows)
 
 
 def plan_rows(routing: Routing, experts: int) -> RowPlan:
-    """Rows in the order of (expert, token). With dropping, the number of rows is read on the host (a synchronisation)."""
-    return plan_choices(chosen(routing, experts), experts, routing.padded_rows, dropping=routing.kept_TK is not None)
+    """Plans rows in the order of (expert, token). With dropping, the host reads the number of rows (a synchronisation)."""
+    return plan_choices(experts_or_dropped(routing, experts), experts, routing.padded_rows, dropping=routing.kept_TK is not None)
 
 
-def chosen(routing: Routing, experts: int) -> Tensor:
-    """(T, K): the experts, and `experts` for what was dropped."""
+def experts_or_dropped(routing: Routing, experts: int) -> Tensor:
+    """(T, K): the chosen experts, and `experts` for dropped choices."""
     return routing.experts_TK if routing.kept_TK is None else routing.experts_TK.masked_fill(~routing.kept_TK, experts)
 
 
 def plan_choices(
     experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counts_E: Tensor | None = None
 ) -> RowPlan:
-    """See `plan_rows`. With padding each expert has the same number of rows, zeros behind its tokens, and nothing is read.
+    """See `plan_rows`. With `padded_rows`, each expert has that many rows, and the host reads nothing.
 
-    `counts_E` is what `count_rows` gives, if it is known already.
+    `counts_E` is the result of `count_rows`, if it is known already.
     """
     top_k = experts_TK.shape[1]
     counts_E = count_rows(experts_TK, experts) if counts_E is None else counts_E
@@ -247,7 +241,7 @@ def plan_choices(
     kept_TK = experts_TK < experts if dropping else None
     if padded_rows is not None:
         plan = RowPlan(order_A // top_k, slot_A.view_as(experts_TK), counts_E, kept_TK=kept_TK)
-        return _filled(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
+        return _pad(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
     rows, slot_TK = len(order_A), slot_A.view_as(experts_TK)
     if kept_TK is not None:
         rows, slot_TK = host_read(counts_E.sum(), "kept choices", lambda: len(order_A)), slot_TK.masked_fill(~kept_TK, -1)
@@ -255,38 +249,38 @@ def plan_choices(
 
 
 def count_rows(experts_TK: Tensor, experts: int) -> Tensor:
-    """int64 (E,): how many choices each expert has; those of `experts`, which were dropped, are not counted."""
+    """int64 (E,): the number of choices of each expert, without dropped ones (which have the id `experts`)."""
     chosen_A = experts_TK.flatten()
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
     return counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
 
 
-def alignment(x: Tensor) -> int:
-    """What the number of an expert's rows must be a multiple of.
+def row_alignment(x: Tensor) -> int:
+    """The number of rows of an expert should be a multiple of this.
 
-    Where a CPU multiplies bf16, oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new
-    ones each step; with few sizes the allocator finds what fits, too, which saves memory.
+    For bf16 on a CPU oneDNN compiles a kernel for each number of rows that it has not seen, and a dropless layer has new ones in
+    each step. With few sizes the allocator also finds free blocks that fit, which saves memory.
     """
     return 32 if kind_of(x) == "cpu" and compute_dtype(x) == torch.bfloat16 else 1
 
 
-def rounded_up(plan: RowPlan, experts_TK: Tensor, multiple: int) -> RowPlan:
-    """`plan` with each expert's rows filled up to a multiple; the number of rows is read on the host."""
+def pad_to_multiple(plan: RowPlan, experts_TK: Tensor, multiple: int) -> RowPlan:
+    """Pads the rows of each expert to a multiple. The host reads the number of rows (a synchronisation)."""
     rows_E = (plan.counts_E + multiple - 1) // multiple * multiple
     rows = host_read(
         rows_E.sum(), "rounded rows", lambda: len(rows_E) * -(-experts_TK.numel() // (len(rows_E) * multiple)) * multiple
     )
-    return _filled(plan, experts_TK.flatten(), rows_E, rows)
+    return _pad(plan, experts_TK.flatten(), rows_E, rows)
 
 
-def _filled(plan: RowPlan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> RowPlan:
-    """`plan` with rows_E rows for each expert, zeros behind its tokens; `rows` of all. Dropped choices may still be in it, last."""
+def _pad(plan: RowPlan, chosen_A: Tensor, rows_E: Tensor, rows: int) -> RowPlan:
+    """Pads the rows of each expert to rows_E, `rows` in all. `plan` may still have dropped choices, behind all others."""
     shift_E = (rows_E.cumsum(0) - rows_E) - (plan.counts_E.cumsum(0) - plan.counts_E)
     slot_A = plan.slot_TK.flatten() + torch.cat([shift_E, shift_E.new_zeros(1)])[chosen_A]
     if plan.kept_TK is not None:
         slot_A = slot_A.masked_fill(~plan.kept_TK.flatten(), -1)
     choice_R = torch.full((rows + 1,), -1, device=chosen_A.device)
-    choice_R[slot_A] = torch.arange(len(slot_A), device=chosen_A.device)  # dropped choices land in the extra last place
+    choice_R[slot_A] = torch.arange(len(slot_A), device=chosen_A.device)  # dropped choices write to the extra last element
     choice_R, slot_TK = choice_R[:-1], slot_A.view_as(plan.slot_TK)
     token_R = choice_R.clamp(min=0) // slot_TK.shape[1]
     return RowPlan(token_R, slot_TK, rows_E, choice_R >= 0, plan.kept_TK)

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from .config import Activation
 from .device import kind_of
-from .dispatch import Choices, RowPlan, dots, gather_rows, of_choices, sum_rows, weights_of_rows
-from .feedforward import activate, activate_and_pull, projections
+from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
+from .feedforward import activate, activate_with_backward
 from .linear import compute_dtype
 
-# The grouped matrix product behind the experts: rows of each group times that group's matrix, in one call.
+# The grouped matrix product: the rows of each group times the matrix of that group, in one call.
 #
-# An own operator around torch's `grouped_mm`, because that one has no fp64, no fp32 under torch.compile (its shape function
-# takes bf16 only), leaves rows behind the last group uninitialised, refuses gradients of stride 0, and does not promise that
-# the product over no rows is zero. R rows, E groups, K inputs, N outputs.
+# A custom operator around torch's `grouped_mm`, which has no fp64, no fp32 under torch.compile (its shape function takes bf16
+# only), leaves rows behind the last group uninitialised, refuses gradients of stride 0, and does not guarantee that the product
+# over no rows is zero. R rows, E groups, K inputs, N outputs.
 
 
 @torch.library.custom_op("tokenyard::grouped_mm", mutates_args=())
 def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
-    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T. ends_E is int32 and ends with R."""
+    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T. ends_E is int32, and its last element is R."""
     if not len(rows_RK):
         return rows_RK.new_empty(0, weights_ENK.shape[1])
     if rows_RK.dtype == torch.float64:
@@ -36,17 +36,17 @@ def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("tokenyard::grouped_outer", mutates_args=())
 def grouped_outer(left_RN: Tensor, right_RK: Tensor, ends_E: Tensor) -> Tensor:
-    """(E, N, K): the product left.T @ right over the rows of each group; zeros for a group without rows."""
+    """(E, N, K): left.T @ right over the rows of each group; zeros for a group without rows."""
     if not len(left_RN):
         return left_RN.new_zeros(len(ends_E), left_RN.shape[1], right_RK.shape[1])
     if left_RN.dtype == torch.float64:
         sizes = _sizes(ends_E)
         return torch.stack([a.T @ b for a, b in zip(left_RN.split(sizes), right_RK.split(sizes), strict=True)])
-    return _zero_without_rows(F.grouped_mm(left_RN.T, right_RK, offs=ends_E), ends_E)
+    return _zero_empty_groups(F.grouped_mm(left_RN.T, right_RK, offs=ends_E), ends_E)
 
 
-def _zero_without_rows(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
-    """In place: zeros for groups without rows. On CUDA a pass over all groups, since the host does not know which those are."""
+def _zero_empty_groups(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    """Zeroes groups without rows, in place. On CUDA in a pass over all groups, since the host does not know which are empty."""
     empty_E = ends_E == F.pad(ends_E[:-1], (1, 0))
     if kind_of(product_ENK) == "cpu":
         product_ENK[empty_E] = 0
@@ -83,21 +83,20 @@ def _backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, Tensor | None, 
 grouped_mm.register_autograd(_backward, setup_context=_save)
 
 
-# Gather, two grouped products, weighted sum: the experts' function and its backward pass, which keeps as little as a dense
-# layer.
+# The experts' autograd function: gather, two grouped products, weighted sum. It saves as little as a dense layer.
 #
-# Kept are the input and the first product: the rows are gathered and the activation is made again, and no output is needed. A
-# row's output is a product of its activation a, y = W a; so the gradient of the row's weight, <dy, y>, is also <W.T dy, a>, and
-# W.T dy is computed anyhow (SonicMoE, Guo et al. 2025). All is computed in the type of the products, `compute_dtype(x)`; what goes
-# in, comes out and is kept is in that of x. T tokens, K choices of each, R rows in the order of the experts, E experts, D
-# width, F hidden width, N = P * F with P projections.
+# It saves the input and the first product; the backward pass gathers the rows and computes the activation again, and needs no
+# output. The output of a row is y = W a for its activation a, so the gradient of the row's weight, <dy, y>, equals <W.T dy, a>, and
+# W.T dy is computed anyway (SonicMoE, Guo et al. 2025). Everything is computed in `compute_dtype(x)`; inputs, outputs and saved
+# tensors have the dtype of x. T tokens, K choices of each, R rows in the order of the experts, E experts, D width, F hidden width,
+# N = P * F with P projections.
 
 BLOCK = 2**18
-"""Numbers: what is done element by element between the products is done on so many at a time."""
+"""Elements that are processed at a time between the products."""
 
 
 class ExpertFunction(torch.autograd.Function):
-    """See `Experts.forward`. The plan and the weights are there if x are tokens, and not if x are rows."""
+    """See `Experts.forward`. `weights_TK` and the tensors of a `RowPlan` are given if x are tokens, and not if x are rows."""
 
     @staticmethod
     def forward(
@@ -110,31 +109,34 @@ class ExpertFunction(torch.autograd.Function):
         down_bias_ED: Tensor | None,
         weights_TK: Tensor | None,
         counts_E: Tensor,
-        *places: Any,
+        *plan_tensors: Any,
     ) -> Tensor:
-        plan, ends_E, wide = RowPlan(*places) if places else None, ends(counts_E), compute_dtype(x)
+        plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
+        ends_E = counts_E.cumsum(0, dtype=torch.int32)
         inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
         y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
         ctx.activation = activation
         biases = gate_up_bias_EN, down_bias_ED
-        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, *places)
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, *plan_tensors)
         return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *places = ctx.saved_tensors
-        plan, wide = RowPlan(*places) if places else None, compute_dtype(x)
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *plan_tensors = (
+            ctx.saved_tensors
+        )
+        plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
-        weights_R1 = weights_of_rows(weights_TK, plan)[:, None] if plan else None
-        active_RF, grad_inner_RN, grad_weights_R = _back_through_activation(ctx.activation, inner_RN, grad_active_RF, weights_R1)
+        weights_R1 = weights_per_row(weights_TK, plan)[:, None] if plan else None
+        active_RF, grad_inner_RN, grad_weights_R = _activation_backward(ctx.activation, inner_RN, grad_active_RF, weights_R1)
         del grad_active_RF
         grad_weights_TK = grad_down_bias = grad_gate_up_bias = None
         if down_bias_ED is not None and weights_R1 is not None:
             grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_R1.dtype)
         if plan:
-            grad_weights_TK = of_choices(grad_weights_R, plan)
+            grad_weights_TK = values_per_choice(grad_weights_R, plan)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
         grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E).to(x.dtype)
@@ -145,63 +147,58 @@ class ExpertFunction(torch.autograd.Function):
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
         grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
-        return None, *gradients, None, *[None] * len(places)
+        return None, *gradients, None, *[None] * len(plan_tensors)
 
 
 def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
-    """(R, D): what products take, of tokens (T, D) with a plan, else of rows."""
+    """(R, D): the rows for the products, gathered from tokens (T, D) if there is a plan."""
     x = x.to(compute_dtype(x))
     return gather_rows(x, plan) if plan else x.contiguous()
 
 
 def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
     """(R, F)."""
-    active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // projections(activation))
+    active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // activation.projections)
     for block in _blocks(inner_RN):
         activate(activation, inner_RN[block], out=active_RF[block])
     return active_RF
 
 
-def _back_through_activation(
+def _activation_backward(
     activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The activation times its row's weight, which may overwrite its gradient `grad_RF`; inner's gradient; the weights' (R,).
+    """Returns the activation times its row's weight, the gradient of `inner_RN`, and that of the weights (R,), if there are any.
 
-    `grad_RF` is that of a row with weight 1. Without weights there is no gradient of them.
+    `grad_RF` is the gradient of the activation of a row with weight 1; it may be overwritten.
     """
     grad_inner_RN = torch.empty_like(inner_RN, dtype=grad_RF.dtype)
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
     for block in _blocks(inner_RN):
-        (active, pull), grad = activate_and_pull(activation, inner_RN[block].to(grad_RF.dtype)), grad_RF[block]
+        (active, backward), grad = activate_with_backward(activation, inner_RN[block].to(grad_RF.dtype)), grad_RF[block]
         weights = 1.0 if weights_R1 is None else weights_R1[block]
         if weights_R1 is not None:
             grad_weights_R[block] = _dots(active, grad, weights_R1.dtype)
             grad.mul_(weights)
-        pull(grad, grad_inner_RN[block])
-        if weights_R1 is None and len(active) == len(grad_RF):  # all rows at once: nothing to put together
+        backward(grad, grad_inner_RN[block])
+        if weights_R1 is None and len(active) == len(grad_RF):  # a single block
             return active, grad_inner_RN, grad_weights_R
         torch.mul(active, weights, out=grad)
     return grad_RF, grad_inner_RN, grad_weights_R
 
 
 def _blocks(x_RN: Tensor) -> list[slice]:
-    """Rows that one after the other stay in a core's cache, on a CPU; on a GPU all at once."""
+    """Splits rows into blocks that fit into a core's cache; on a GPU there is one block."""
     rows = max(1, BLOCK // x_RN.shape[1]) if kind_of(x_RN) == "cpu" else max(1, len(x_RN))
     return [slice(start, start + rows) for start in range(0, len(x_RN), rows)]
 
 
 def _dots(a_RN: Tensor, b_RN: Tensor, wide: torch.dtype) -> Tensor:
-    """(R,): each row's product with the other's. A CPU rounds what it multiplies in bf16 to that."""
-    return (a_RN * b_RN).sum(-1, dtype=wide) if kind_of(a_RN) == "cpu" else dots(a_RN, b_RN, wide)
-
-
-def ends(counts_E: Tensor) -> Tensor:
-    """(E,), int32: the row behind each expert's last."""
-    return counts_E.cumsum(0, dtype=torch.int32)
+    """(R,): the dot product of each row of `a` with that of `b`. On a CPU products of bf16 are rounded to bf16."""
+    return (a_RN * b_RN).sum(-1, dtype=wide) if kind_of(a_RN) == "cpu" else row_dots(a_RN, b_RN, wide)
 
 
 def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:
-    """Each row plus the bias of its expert; writes into x_RN."""
+    """Adds the bias of its expert to each row, in place."""
     return x_RN if bias_EN is None else x_RN.add_(_of_rows(bias_EN, counts_E, len(x_RN)))
 
 
@@ -210,7 +207,7 @@ def _of_rows(values_EN: Tensor, counts_E: Tensor, rows: int) -> Tensor:
 
 
 def _sums(x_RN: Tensor, counts_E: Tensor) -> Tensor:
-    """(E, N): the sum over each expert's rows. To check the lengths first, the host would wait for the device."""
+    """(E, N): the sum over the rows of each expert. `unsafe` skips a check of the lengths, for which the host would wait."""
     wide_RN = x_RN.float() if x_RN.dtype == torch.bfloat16 else x_RN
     return torch.segment_reduce(wide_RN, "sum", lengths=counts_E, axis=0, unsafe=True)
 
@@ -218,7 +215,7 @@ def _sums(x_RN: Tensor, counts_E: Tensor) -> Tensor:
 class Experts(nn.Module):
     """down_e(f(gate_e(x), up_e(x))) for the rows x of each expert e; no loop over experts.
 
-    Weights: gate_up (E, P, F, D) and down (E, D, F), with `bias` also gate_up_bias (E, P, F) and down_bias (E, D); dimension 0 is
+    Weights: gate_up (E, P, F, D) and down (E, D, F), with `bias` also gate_up_bias (E, P, F) and down_bias (E, D). Dimension 0 is
     the expert's global id, whatever rank holds it.
     """
 
@@ -232,19 +229,19 @@ class Experts(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        parts = projections(activation)
+        parts = activation.projections
         self.activation = activation
         self.gate_up = nn.Parameter(torch.empty(experts, parts, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))
         self.gate_up_bias = nn.Parameter(torch.empty(experts, parts, hidden, dtype=dtype)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(experts, width, dtype=dtype)) if bias else None
         self.adds_bias = bias
-        """Of `down`: False where the output is one part of a sum and another part has the bias already."""
+        """Whether to add down_bias: False if the output is one part of a sum and another part adds it."""
 
     def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
-        """Rows (R, D) to (R, D); counts_E (int64) says how many rows each expert has, and they sum to R.
+        """Rows (R, D) to (R, D); counts_E (int64) is the number of rows of each expert, R in all.
 
-        With `choices` tokens (T, D) to (T, D): rows are made of the tokens, and each token gets the weighted sum of its rows.
+        With `choices`, tokens (T, D) to (T, D): gathers the rows of the tokens, and returns the weighted sum of each token's rows.
         """
         gate_up, down, dtype = self.gate_up.to(x.dtype).flatten(1, 2), self.down.to(x.dtype), x.dtype
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype).flatten(1)
@@ -255,7 +252,7 @@ class Experts(nn.Module):
 
 
 def experts_by_loop(experts: Experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-    """The same function, one expert after the other: the reference of the tests."""
+    """The reference of the tests: the same function, one expert after the other."""
     outputs = []
     for expert, rows in enumerate(x_RD.split(counts_E.tolist())):
         inner = rows @ experts.gate_up[expert].flatten(0, 1).T

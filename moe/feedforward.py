@@ -1,4 +1,4 @@
-"""The dense feed-forward: dense layers, and the shared expert of MoE layers."""
+"""The dense feed-forward, of dense layers and of the shared expert, and the activation functions, which experts use too."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,23 +10,14 @@ from torch import Tensor, nn
 from .config import Activation
 from .linear import linear
 
-# The functions between a feed-forward's two products.
-#
 # P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
-
-GATED = {Activation.swiglu, Activation.geglu, Activation.swiglu_clamped}
 
 CLAMP, SLOPE = 7.0, 1.702
 """gpt-oss's swiglu_limit and swiglu_alpha."""
 
 
-def projections(activation: Activation) -> int:
-    """P."""
-    return 2 if activation in GATED else 1
-
-
 def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """(..., P * F), the gate before up, to (..., F). Into `out`, if given, without derivatives."""
+    """(..., P * F), the gate before up, to (..., F). Writes into `out` if it is given, which is not differentiable."""
     match activation:
         case Activation.gelu:
             return F.gelu(x) if out is None else out.copy_(F.gelu(x))
@@ -45,28 +36,28 @@ def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Te
             return torch.mul(gate * (SLOPE * gate).sigmoid(), up.clamp(-CLAMP, CLAMP) + 1, out=out)
 
 
-Pull = Callable[[Tensor, Tensor], None]
-"""From the gradient (..., F) of an activation to that of its input, (..., P * F), which goes to the second argument."""
+ActivationBackward = Callable[[Tensor, Tensor], None]
+"""Takes the gradient (..., F) of an activation, and writes that of its input into the second argument, (..., P * F)."""
 
 
-def activate_and_pull(activation: Activation, x: Tensor) -> tuple[Tensor, Pull]:
-    """`activate`, and its backward pass without autograd, so that rows can be pulled through while they are in the cache."""
+def activate_with_backward(activation: Activation, x: Tensor) -> tuple[Tensor, ActivationBackward]:
+    """Returns `activate(activation, x)` and its backward function, which needs no autograd and so works block by block."""
     if activation is Activation.swiglu:
         return _swiglu(x)
-    backward = _gated_backward if activation in GATED else _ungated_backward
+    backward = _gated_backward if activation.projections == 2 else _ungated_backward
     return activate(activation, x), partial(backward, activation, x)
 
 
-def _swiglu(x: Tensor) -> tuple[Tensor, Pull]:
+def _swiglu(x: Tensor) -> tuple[Tensor, ActivationBackward]:
     gate, up = x.chunk(2, dim=-1)
     silu = F.silu(gate)
 
-    def pull(grad: Tensor, out: Tensor) -> None:
+    def backward(grad: Tensor, out: Tensor) -> None:
         grad_gate, grad_up = out.chunk(2, dim=-1)
         torch.mul(grad, silu, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
 
-    return silu * up, pull
+    return silu * up, backward
 
 
 def _gated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
@@ -77,9 +68,9 @@ def _gated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor
         return
     assert activation is Activation.swiglu_clamped
     low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
-    chance = (SLOPE * low).sigmoid()
-    torch.mul(grad * low * chance, up.abs() <= CLAMP, out=grad_up)
-    torch.mul(grad * shifted * chance * (1 + SLOPE * low * (1 - chance)), gate <= CLAMP, out=grad_gate)
+    sigmoid = (SLOPE * low).sigmoid()
+    torch.mul(grad * low * sigmoid, up.abs() <= CLAMP, out=grad_up)
+    torch.mul(grad * shifted * sigmoid * (1 + SLOPE * low * (1 - sigmoid)), gate <= CLAMP, out=grad_gate)
 
 
 def _ungated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
@@ -101,9 +92,9 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, dtype: torch.dtype, activation: Activation = Activation.swiglu) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_up = nn.Parameter(torch.empty(projections(activation), hidden, width, dtype=dtype))
+        self.gate_up = nn.Parameter(torch.empty(activation.projections, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        between = activate(self.activation, linear(x, self.gate_up.flatten(0, 1)))
-        return linear(between, self.down)
+        hidden = activate(self.activation, linear(x, self.gate_up.flatten(0, 1)))
+        return linear(hidden, self.down)

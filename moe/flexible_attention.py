@@ -1,6 +1,6 @@
-"""Attention in one kernel that skips what is masked (FlexAttention, Dong et al. 2024): for windows, documents, soft cap, sinks.
+"""FlexAttention (Dong et al. 2024), one kernel that skips masked blocks: for windows, documents, soft cap and sinks.
 
-No tensor of (S, S) is made: what each token sees is known by blocks of tokens and, inside of those seen in part, by a function.
+No tensor of shape (S, S) is made: the mask is known by blocks of tokens and, inside partly masked blocks, by a function.
 B sequences, S tokens of each, N blocks of a sequence, H query heads, G key-value heads, h width of a head, v width of a value.
 """
 
@@ -14,23 +14,23 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from .config import ModelConfig
 from .device import kind_of
-from .softmax import Softmax, softcapped, with_sinks
+from .softmax import Softmax, apply_sinks, apply_softcap
 
 BLOCK = 128
 """Tokens of a block."""
-NARROWEST = 16
-"""The kernel's products need heads of this width; narrower ones are padded with zeros."""
+MIN_HEAD_WIDTH = 16
+"""The kernel needs heads at least this wide; narrower ones are padded with zeros."""
 
-VARIANTS = 64
-"""So many kinds of layer, batch sizes and types one process may compile; torch's own limit is 8."""
+MAX_RECOMPILES = 64
+"""Kinds of layer, batch sizes and dtypes that one process may compile; torch's limit is 8."""
 
 
 def block_masks(
     config: ModelConfig, ids_BS: Tensor, dtype: torch.dtype, documents_BS: Tensor | None = None
 ) -> dict[bool, BlockMask]:
-    """What the tokens of each sequence see, for layers without (False) and with (True) the window, made once for all of them.
+    """Returns the masks of layers without (False) and with (True) the window, which all layers of a kind share.
 
-    A kind of layer is missing where torch's fused attention does: on CPUs, in fp64 (no kernel), where attention is plainly causal.
+    A kind of layer that uses torch's fused attention has none: on CPUs, in fp64 (no kernel), and if attention is plainly causal.
     """
     if kind_of(ids_BS) != "cuda" or dtype == torch.float64:
         return {}
@@ -43,7 +43,7 @@ def block_masks(
 
 
 def block_mask(length: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> BlockMask:
-    """Of each pair of blocks, whether some or all of its pairs of tokens see each other. Documents are numbered in order."""
+    """Computes for each pair of blocks whether some or all of its pairs of tokens are visible. Documents are numbered in order."""
     first_N = torch.arange(0, length, BLOCK, device=device)
     last_N = (first_N + BLOCK - 1).clamp(max=length - 1)
     some_BNN = (first_N <= last_N[:, None]).unsqueeze(0)
@@ -57,16 +57,19 @@ def block_mask(length: int, window: int | None, device: torch.device, documents_
         from_BN, to_BN = documents_BS[:, first_N], documents_BS[:, last_N]
         some_BNN = some_BNN & (to_BN[:, None, :] >= from_BN[:, :, None])
         every_BNN = every_BNN & (from_BN[:, None, :] == to_BN[:, :, None])
-    part_BNN, sees = some_BNN & ~every_BNN, _sees(window, documents_BS)
-    of_queries, of_keys = (*_listed(part_BNN), *_listed(every_BNN)), (*_listed(part_BNN.mT), *_listed(every_BNN.mT))
-    return BlockMask((length, length), *of_queries, *of_keys, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
+    part_BNN, mask_mod = some_BNN & ~every_BNN, _mask_mod(window, documents_BS)
+    of_queries, of_keys = (
+        (*_block_indices(part_BNN), *_block_indices(every_BNN)),
+        (*_block_indices(part_BNN.mT), *_block_indices(every_BNN.mT)),
+    )
+    return BlockMask((length, length), *of_queries, *of_keys, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
 
 
-def attend_by_blocks(
+def attend_with_blocks(
     q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask
 ) -> Tensor:
-    """(B, H, S, v) in the type of v: `attend` in moe/attention.py where `blocks` say what is seen. Compiled on a GPU."""
-    # Not kind_of: where fake tensors stand for a GPU there is nothing to compile for. Nor inside of what is compiled already.
+    """`attend` of moe/attention.py with a block mask: (B, H, S, v) in the dtype of v. Compiled on a GPU."""
+    # Not kind_of: fake tensors that stand for a GPU need no compiled code, and neither does code that is compiled already.
     run = _compiled() if q_BHSh.device.type == "cuda" and not torch.compiler.is_compiling() else _attend
     return run(q_BHSh, k_BGSh, v_BGSv, softmax, sinks_H, blocks)
 
@@ -74,60 +77,60 @@ def attend_by_blocks(
 def flexible_attention(
     q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, blocks: BlockMask
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, S, v), and (B, H, S) logarithms of the sums of exponentials. A dry run puts a stand-in here."""
-    capped = None if softmax.softcap is None else _capped(softmax.softcap)
-    q_BHSh, k_BGSh, wide_BGSv = (padded(x, NARROWEST) for x in (q_BHSh, k_BGSh, v_BGSv))
-    y_BHSv, others = flex_attention(
+    """Returns (B, H, S, v) and the log-sum-exp (B, H, S) of the logits. A dry run replaces this function."""
+    score_mod = None if softmax.softcap is None else _score_mod(softmax.softcap)
+    q_BHSh, k_BGSh, wide_BGSv = (padded(x, MIN_HEAD_WIDTH) for x in (q_BHSh, k_BGSh, v_BGSv))
+    y_BHSv, aux = flex_attention(
         q_BHSh,
         k_BGSh,
         wide_BGSv,
-        capped,
+        score_mod,
         blocks,
         softmax.scale,
         q_BHSh.shape[1] != k_BGSh.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    assert others.lse is not None
-    return y_BHSv[..., : v_BGSv.shape[-1]], others.lse
+    assert aux.lse is not None
+    return y_BHSv[..., : v_BGSv.shape[-1]], aux.lse
 
 
 def padded(x: Tensor, width: int) -> Tensor:
-    """x with zeros up to `width` in the last dimension."""
+    """Pads x with zeros up to `width` in the last dimension."""
     return x if x.shape[-1] >= width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _attend(q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask) -> Tensor:
     y_BHSv, logsumexp_BHS = flexible_attention(q_BHSh, k_BGSh, v_BGSv, softmax, blocks)
-    return y_BHSv if sinks_H is None else with_sinks(y_BHSv, logsumexp_BHS, sinks_H).to(v_BGSv.dtype)
+    return y_BHSv if sinks_H is None else apply_sinks(y_BHSv, logsumexp_BHS, sinks_H).to(v_BGSv.dtype)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """One for all layers. With `fullgraph` torch ends the run where it would make (B, H, S, S), uncompiled, beyond its limit."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    """One function for all layers. Beyond the limit `fullgraph` raises; without it torch would run eagerly and make (B,H,S,S)."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_RECOMPILES)
     return torch.compile(_attend, fullgraph=True)
 
 
-def _listed(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each row are marked, int32 (B, 1, N), and their indices in front of the others', int32 (B, 1, N, N)."""
-    marked_B1NN = blocks_BNN.unsqueeze(1).int().contiguous()  # the kernel takes the last dimension's stride to be 1
+def _block_indices(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the number of marked blocks in each row, int32 (B, 1, N), and the row's indices, marked first, int32 (B, 1, N, N)."""
+    marked_B1NN = blocks_BNN.unsqueeze(1).int().contiguous()  # the kernel assumes stride 1 in the last dimension
     return marked_B1NN.sum(-1, dtype=torch.int32), marked_B1NN.argsort(dim=-1, descending=True, stable=True).int()
 
 
-def _sees(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
-    def sees(sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = key <= query
+def _mask_mod(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
+    def mask_mod(sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = key <= query
         if window is not None:
-            seen = seen & (query - key < window)
+            visible = visible & (query - key < window)
         if documents_BS is not None:
-            seen = seen & (documents_BS[sequence, query] == documents_BS[sequence, key])
-        return seen
+            visible = visible & (documents_BS[sequence, query] == documents_BS[sequence, key])
+        return visible
 
-    return sees
+    return mask_mod
 
 
-def _capped(cap: float) -> Callable[..., Tensor]:
-    def capped(logit: Tensor, _sequence: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
-        return softcapped(logit, cap)
+def _score_mod(cap: float) -> Callable[..., Tensor]:
+    def score_mod(logit: Tensor, _sequence: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return apply_softcap(logit, cap)
 
-    return capped
+    return score_mod

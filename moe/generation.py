@@ -1,4 +1,4 @@
-"""Continue a sequence of tokens, one token at a time, with a key-value cache. One device.
+"""Generates tokens one at a time with a key-value cache, on one device.
 
 V vocabulary.
 """
@@ -24,11 +24,11 @@ def generate(
     stop: int | None = None,
     vocabulary: int | None = None,
 ) -> Iterator[int]:
-    """Up to `tokens` ids that follow `prompt` (which must not be empty); ends early after the id `stop`, which is not given.
+    """Yields up to `tokens` ids that follow `prompt` (which must not be empty); ends early at the id `stop`, which is not yielded.
 
-    temperature 0 takes the likeliest id; otherwise samples from the likeliest ids that together have probability top_p
-    (nucleus sampling, Holtzman et al. 2020), from a generator of its own. Ids from `vocabulary` on are never chosen: an embedding
-    may have more rows than the tokenizer has pieces.
+    Temperature 0 takes the likeliest id. Otherwise samples, with a generator of its own, from the likeliest ids that together have
+    probability top_p (nucleus sampling, Holtzman et al. 2020). Ids from `vocabulary` on are never chosen: an embedding may have
+    more rows than the tokenizer has pieces.
     """
     if not prompt:
         raise ValueError("prompt must have at least one token")
@@ -47,7 +47,7 @@ def generate(
 
 
 def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One id, an int64 scalar, drawn from (V,) logits."""
+    """Draws one id, an int64 scalar, from logits (V,)."""
     if temperature == 0:
         return logits_V.argmax()
     sorted_V, ids_V = (logits_V / temperature).softmax(0).sort(descending=True)

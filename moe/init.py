@@ -1,6 +1,6 @@
-"""Initial weights: each tensor (each expert of one) from its own generator, seeded by the run's seed and its global name.
+"""Initial weights: each tensor (and each expert in it) has its own generator, seeded by the run's seed and its global name.
 
-So the weights do not depend on the layout, on the order of construction, or on how many layers there are.
+So the weights do not depend on the layout, the order of construction or the number of layers.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from .model import Transformer
 
 
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill all weights of a model that is whole on its device."""
+    """Fills all weights of a model that is whole on its device."""
     for name, parameter in model.named_parameters():
         fill(parameter.data, name, tuple(parameter.shape), model.config, seed)
     reset_expert_biases(model)
 
 
 def reset_expert_biases(model: Transformer) -> None:
-    """Zero, as every run begins; a model that comes from the meta device has any bits there."""
+    """Zeroes the expert biases; on a model from the meta device they are uninitialised."""
     for bias in expert_biases(model).values():
         bias.zero_()
 
 
 def expert_biases(model: Transformer) -> dict[str, Tensor]:
-    """The buffers of auxiliary-loss-free balancing by name, in the order of the layers; they are whole on every rank."""
+    """Returns the buffers of auxiliary-loss-free balancing by name, in the order of the layers. They are whole on every rank."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.expert_bias")}
 
 
@@ -38,28 +38,28 @@ def fill(
     shape: tuple[int, ...],
     config: ModelConfig,
     seed: int,
-    cut: Callable[[Tensor, int], Tensor] | None = None,
+    cut: Callable[[Tensor], Tensor] | None = None,
     experts: range | None = None,
 ) -> None:
-    """Write into `local` the part of tensor `name` (global `shape`) that it stands for.
+    """Writes initial values into `local`, this rank's part of the tensor `name` of global `shape`.
 
-    Tensors of experts are made expert by expert, so no rank ever makes those of others: `experts` are the global ids in
-    `local`. `cut(whole, first)` takes the rank's part of a whole tensor whose dimension 0 is dimension `first` of `shape`.
+    Experts are drawn one by one, so a rank never draws those of other ranks: `experts` are the global ids in `local`.
+    `cut` takes the rank's part of a whole tensor, or of a whole expert.
     """
     if ".experts." not in name:
         whole = _draw(name, shape, config, seed)
-        local.copy_(whole if cut is None else cut(whole, 0))
+        local.copy_(whole if cut is None else cut(whole))
         return
     for index, expert in enumerate(experts if experts is not None else range(shape[0])):
         whole = _draw(f"{name}.{expert}", shape[1:], config, seed)
-        local[index].copy_(whole if cut is None else cut(whole, 1))
+        local[index].copy_(whole if cut is None else cut(whole))
 
 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Ones for norms, zeros for biases and sinks; else normal, smaller for what writes to the residual stream (GPT-2)."""
+    """Ones for norms, zeros for biases and sinks; else normal, with a smaller deviation for output projections (GPT-2)."""
     if "norm" in name:
         return torch.ones(shape)
-    if name.endswith((".bias", ".sinks")) or "_bias" in name:  # of experts: down_bias.7
+    if name.endswith((".bias", ".sinks")) or "_bias" in name:  # e.g. down_bias.7, of an expert
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))

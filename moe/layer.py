@@ -1,7 +1,9 @@
-"""The MoE layer: route, dispatch, experts, combine; beside these the shared expert.
+"""The MoE layer: route, dispatch, experts, combine; the shared expert overlaps with the dispatch.
 
 B sequences, S tokens of each, T = B * S tokens, D width.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from .token_info import TokenInfo
 class MoELayer(nn.Module):
     """A sparse feed-forward: each token passes its top-k experts and, if there is one, the shared expert.
 
-    `dispatcher` decides where the experts are: on this device, or (parallel/dispatch/) on other ranks too.
+    `dispatcher` knows where the experts are: on this device, or (parallel/dispatch/) on other ranks too.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -31,21 +33,16 @@ class MoELayer(nn.Module):
         self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
     def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> tuple[Tensor, RoutingStats]:
-        """(B, S, D) to (B, S, D), and what the router did. Dropped tokens get zeros (the residual passes them on)."""
+        """(B, S, D) to (B, S, D), and the router's statistics. Dropped tokens get zeros; the residual carries them on."""
         routing = self.router(x_BSD, tokens)
-        passed = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, lambda: self._shared(x_BSD))
-        y_BSD = passed.y_TD.view_as(x_BSD)
-        y_BSD = y_BSD if passed.beside is None else y_BSD + passed.beside
-        return y_BSD, with_rows(routing.stats, passed.rows)
+        y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, partial(self._shared, x_BSD))
+        y_BSD = y_TD.view_as(x_BSD)
+        stats, metrics = routing.stats, routing.stats.router_metrics
+        if metrics is not None:
+            stats = stats._replace(router_metrics=metrics._replace(rows=torch.full_like(metrics.tokens, rows)))
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 
     def _shared(self, x_BSD: Tensor) -> Tensor | None:
         if self.shared is None:
             return None
         return self.shared(x_BSD) if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * self.shared(x_BSD)
-
-
-def with_rows(stats: RoutingStats, rows: int) -> RoutingStats:
-    """`stats` with the number of rows that the experts computed, where that is watched."""
-    if stats.router_metrics is None:
-        return stats
-    return stats._replace(router_metrics=stats.router_metrics._replace(rows=torch.full_like(stats.router_metrics.tokens, rows)))

@@ -1,4 +1,4 @@
-"""Linear, embedding and norms. Weights may be wider than the activations: they are cast to the activations' type where used."""
+"""Linear, embedding and norms. Weights may be wider than the activations: they are cast to the dtype of these where used."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,32 +10,32 @@ from torch import Tensor, nn
 
 from .device import kind_of
 
-# The type in which matrix products are made.
+# The dtype in which matrix products are computed.
 #
-# A CPU without instructions for bf16 would emulate them, at a fifth of the speed of fp32 (docs/performance.md). There, products
-# of bf16 numbers are made in fp32 and rounded once, as processors with such instructions do it inside.
+# A CPU without bf16 instructions emulates them, at a fifth of the speed of fp32 (docs/performance.md). There, products of bf16
+# numbers are computed in fp32 and rounded once, as CPUs with these instructions do internally.
 
 CPUINFO = Path("/proc/cpuinfo")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def lists_bf16(cpuinfo: str) -> bool:
-    """Whether these flags, of x86 or ARM, have instructions for products of bf16."""
+    """Whether these CPU flags, of x86 or ARM, include instructions for bf16 products."""
     return any(name in cpuinfo.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 MULTIPLIES_BF16 = lists_bf16(CPUINFO.read_text(errors="replace")) if CPUINFO.exists() else True
-"""Of this machine's processor; True if not known. Read when the module is, since torch.compile cannot trace the reading."""
+"""Whether this CPU does; True if not known. Read at import, since torch.compile cannot trace the reading."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What x has to be cast to for a product: its own type, or fp32 for bf16 on such a CPU."""
+    """Returns the dtype to which x is cast for a product: its own, or fp32 for bf16 on a CPU that would emulate it."""
     emulated = x.dtype == torch.bfloat16 and kind_of(x) == "cpu" and not MULTIPLIES_BF16
     return torch.float32 if emulated else x.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the type of x."""
+    """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the dtype of x."""
     weight, wide = weight.to(x.dtype), compute_dtype(x)
     if wide == x.dtype:
         return F.linear(x, weight, bias)
@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def wide_linear(x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    """x @ weight.T in the type `wide`, never in TF32. For the backward pass x and weight are kept as they are, not wider copies."""
+    """x @ weight.T in the dtype `wide`, never in TF32. Saves x and weight themselves for the backward pass, not wider copies."""
     return _WideLinear.apply(x, weight, wide)  # pyright: ignore[reportReturnType]
 
 
@@ -64,25 +64,25 @@ class _WideLinear(torch.autograd.Function):
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """torch.compiler.assume_constant_result, without its import of the compiler: that takes a second at each start."""
+    """torch.compiler.assume_constant_result, but without importing the compiler, which takes a second at each start."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with all bits of fp32, whatever other products are made in."""
+    """left @ right in full fp32 precision, whatever the precision of other products."""
     return full_product(left, right) if makes_tf32() else left @ right
 
 
 @constant_when_compiled
 def makes_tf32() -> bool:
-    """Whether fp32 products on CUDA are made in TF32. Code is compiled again when that changes."""
+    """Whether fp32 products on CUDA use TF32. Code is compiled again when that changes."""
     return torch.get_float32_matmul_precision() != "highest"
 
 
 @torch.library.custom_op("tokenyard::full_product", mutates_args=())
 def full_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with TF32 off for as long. An operator, since compiled code could not switch it."""
+    """left @ right with TF32 disabled. A custom operator, since compiled code cannot switch it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -104,7 +104,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
         self.adds_bias = bias
-        """False where the output is one part of a sum and another part has the bias already."""
+        """Whether to add the bias: False if the output is one part of a sum and another part adds it."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None and self.adds_bias else None
@@ -135,20 +135,20 @@ class RMSNorm(nn.Module):
 
 
 class HeadsNorm(nn.Module):
-    """RMSNorm over all heads together, for x of shape (..., H, h), where this device may hold some of the heads.
+    """RMSNorm over all heads together, for x of shape (..., H, h), of which this device may hold some.
 
-    `add_up` sums a tensor over the devices that hold the others; `width` is that of all heads.
+    `all_reduce` sums a tensor over the ranks that hold the other heads; `width` is that of all heads.
     """
 
     def __init__(self, width: int, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.epsilon = width, epsilon
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.add_up: Callable[[Tensor], Tensor] | None = None
+        self.all_reduce: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum(dim=(-2, -1), keepdim=True)
-        squares = squares if self.add_up is None else self.add_up(squares)
+        squares = squares if self.all_reduce is None else self.all_reduce(squares)
         normed = wide * (squares / self.width + self.epsilon).rsqrt()
         return (normed * self.weight.to(wide.dtype).view(x.shape[-2:])).to(x.dtype)

@@ -16,19 +16,18 @@ from .feedforward import FeedForward
 from .flexible_attention import block_masks
 from .layer import MoELayer
 from .linear import Embedding, Linear, RMSNorm, linear
-from .rotary import RotaryTables, rotary_turns
-from .router import RoutingStats, draws, warn_of_lookahead
-from .softmax import softcapped
-from .token_info import BatchPosition, TokenInfo, describe
+from .rotary import RotaryTables, rotary_tables
+from .router import RoutingStats, is_random, warn_of_lookahead
+from .softmax import apply_softcap
+from .token_info import BatchPosition, TokenInfo, build_token_info
 
-# Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts the token d further than the model does.
+# Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts d tokens further than the model.
 #
-# B sequences, S tokens of each, D width. Position i of module d (from 1) has seen tokens up to i + d and predicts token i + d +
-# 1.
+# At position i, module d (from 1) has seen the tokens up to i + d and predicts token i + d + 1.
 
 
-class Prediction(nn.Module):
-    """One module: a block over what the one before it made of each position, joined with the embedding of the next token."""
+class MTPModule(nn.Module):
+    """A block over the hidden states of the module before it, each joined with the embedding of the next token."""
 
     def __init__(self, config: ModelConfig, block: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,35 +37,33 @@ class Prediction(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
 
-    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, turns: RotaryTables, tokens: TokenInfo) -> Any:
-        """The residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo) -> Any:
+        """Returns the residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
-        hidden_BSD is the residual stream of the module before (of the model: before its last norm), embedded_BSD[:, i] the
-        embedding of token i + d. The joined vector has the embedding first, as DeepSeek's published weights.
+        hidden_BSD is the residual stream of the previous module (or of the model, before its last norm), embedded_BSD[:, i] the
+        embedding of token i + d. The embedding comes first in the joined vector, as in DeepSeek's published weights.
         """
         joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
-        return self.block(self.projection(joined_BSD), turns, tokens)
+        return self.block(self.projection(joined_BSD), rotary, tokens)
 
 
-def ahead(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | None = None) -> Tensor:
-    """(B, S): at position i what stands at i + tokens; `fill` where that is beyond the sequence, or beyond i's document."""
+def shift_left(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | None = None) -> Tensor:
+    """(B, S): the value `tokens` positions further; `fill` if that is beyond the sequence, or beyond the document."""
     shifted_BS = F.pad(x_BS[:, tokens:], (0, min(tokens, x_BS.shape[1])), value=fill)
     if documents_BS is None:
         return shifted_BS
-    return shifted_BS.masked_fill(ahead(documents_BS, tokens, -1) != documents_BS, fill)
+    return shifted_BS.masked_fill(shift_left(documents_BS, tokens, -1) != documents_BS, fill)
 
 
-# The head: from the last hidden states to logits. A training step takes its loss inside, so that all logits never exist at
-# once.
-#
-# D width, V vocabulary (on this device), T tokens.
-
-HeadLoss = Callable[[Tensor, Tensor, "Head"], Tensor]
-"""From hidden states (..., D), the weight (V, D) and the head to a scalar."""
+HeadLoss = Callable[[Tensor, Tensor, "LMHead"], Tensor]
+"""Takes hidden states (..., D), the weight (V, D) and the head, and returns a scalar."""
 
 
-class Head(nn.Module):
-    """x @ weight.T, times a multiplier, softly capped. With tied embeddings the embedding stays the only owner of the weight."""
+class LMHead(nn.Module):
+    """x @ weight.T, times a multiplier, soft-capped. With tied embeddings it uses the weight of the embedding and owns none.
+
+    A training step computes the loss inside, so that never all logits exist at once.
+    """
 
     def __init__(
         self, width: int, vocabulary: int, dtype: torch.dtype, tied: nn.Module | None, multiplier: float, softcap: float | None
@@ -78,17 +75,17 @@ class Head(nn.Module):
         self.owner = (self if tied is None else tied,)  # in a tuple, so that it is not registered a second time
 
     def forward(self, x: Tensor, loss: HeadLoss | None = None) -> Any:
-        """Logits (..., V) of hidden states (..., D), or what `loss` makes of these."""
+        """Returns the logits (..., V) of hidden states (..., D), or the result of `loss` if it is given."""
         weight_VD = self.owner[0].get_parameter("weight")
-        return self.shape(linear(x, weight_VD)) if loss is None else loss(x, weight_VD, self)
+        return self.to_logits(linear(x, weight_VD)) if loss is None else loss(x, weight_VD, self)
 
-    def shape(self, products: Tensor) -> Tensor:
-        """Logits from the products with the weight."""
+    def to_logits(self, products: Tensor) -> Tensor:
+        """Applies the multiplier and the soft cap to the products with the weight."""
         logits = products if self.multiplier == 1.0 else products * self.multiplier
-        return logits if self.softcap is None else softcapped(logits, self.softcap)
+        return logits if self.softcap is None else apply_softcap(logits, self.softcap)
 
-    def shape_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """The gradient of the products from that of the logits, which only a soft cap needs."""
+    def to_logits_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Returns the gradient of the products from that of the logits; only a soft cap needs the logits."""
         if self.softcap is not None:
             assert logits is not None
             gradient = gradient * (1 - (logits / self.softcap).square())
@@ -98,9 +95,9 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """A causal language model.
 
-    `activations` is the type that flows through the blocks; weights are kept in `weights` and cast where they are used, so bf16
-    activations keep fp32 weights and fp32 gradients. Built on whatever device is current (`with torch.device("meta")`), with
-    weights that are not initialised: see moe/init.py.
+    `activations` is the dtype between the blocks; weights have the dtype `weights` and are cast where they are used, so with bf16
+    activations weights and gradients are fp32. It is built on the current device (`with torch.device("meta")`), with uninitialised
+    weights: see moe/init.py.
     """
 
     def __init__(self, config: ModelConfig, activations: torch.dtype = torch.float32, weights: torch.dtype | None = None) -> None:
@@ -113,13 +110,13 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
         tied = self.embedding if config.tie_embeddings else None
-        self.head = Head(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
+        self.head = LMHead(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
         further = (Block(config, config.layers + i, weights) for i in range(config.mtp_depth))
-        self.mtp = nn.ModuleDict({str(i): Prediction(config, block, weights) for i, block in enumerate(further)})
+        self.mtp = nn.ModuleDict({str(i): MTPModule(config, block, weights) for i, block in enumerate(further)})
 
     @property
     def blocks(self) -> list["Block"]:
-        """All blocks in order; those of multi-token prediction, which only training runs, come last."""
+        """All blocks in order; those of multi-token prediction, which run only in training, come last."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def forward(
@@ -129,27 +126,30 @@ class Transformer(nn.Module):
         cache: list[KeyValueCache] | None = None,
         with_stats: bool = False,
         head_losses: list[HeadLoss] | None = None,
-        place: BatchPosition | None = None,
+        position: BatchPosition | None = None,
         documents_BS: Tensor | None = None,
     ) -> Any:
-        """Logits of shape (B, S, V); with `with_stats` a pair of those and the routing statistics of each MoE layer.
+        """Returns logits of shape (B, S, V); with `with_stats` a pair of these and the routing statistics of each MoE layer.
 
-        valid_BS marks the tokens that the statistics count (None: all). With a `cache` (one per layer, see `KeyValueCache`),
-        ids_BS are the tokens that follow those already in it. With `head_losses` a pair of losses instead of logits and the
-        statistics: the first is what head_losses[0] makes of the last hidden states, and in training one follows for each module
-        of multi-token prediction (see moe/model.py), as do the statistics of its MoE layer. `place` (None: the run's first rows)
-        decides what is random in training; outside of it nothing is. `documents_BS` (see moe/token_info.py) keeps attention inside
-        of each document.
+        Args:
+            valid_BS: tokens that the statistics count; None: all.
+            cache: one `KeyValueCache` per layer; ids_BS are then the tokens that follow those in it.
+            head_losses: if given, returns a pair of losses and statistics. The first loss is that of the model; in training one
+                follows for each module of multi-token prediction, and so do the statistics of its MoE layer.
+            position: position in the run, which determines what is random in training; None: the first rows of the run.
+            documents_BS: the document of each token (see moe/token_info.py); attention stays inside each document.
         """
-        tokens = describe(ids_BS, valid_BS, (place or BatchPosition()) if self.training else None, draws(self.config.moe))
+        tokens = build_token_info(
+            ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, is_random(self.config.moe)
+        )
         start = cache[0].length if cache else 0
-        turns = rotary_turns(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
+        rotary = rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
-            turns = turns._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
+            rotary = rotary._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
-            x_BSD, routed = block(x_BSD, turns, tokens._replace(layer=index), cache[index] if cache else None)
+            x_BSD, routed = block(x_BSD, rotary, tokens._replace(layer=index), cache[index] if cache else None)
             stats.append(routed)
         of_moe_layers = [routed for routed in stats if routed is not None]
         if head_losses is None:
@@ -157,27 +157,27 @@ class Transformer(nn.Module):
             return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
         losses = [self.head(self.norm(x_BSD), head_losses[0])]
         if self.training:
-            losses += self._predict_further(x_BSD, ids_BS, tokens, turns, of_moe_layers, head_losses[1:])
+            losses += self._mtp_losses(x_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
         return losses, of_moe_layers
 
-    def _predict_further(
+    def _mtp_losses(
         self,
         x_BSD: Tensor,
         ids_BS: Tensor,
         tokens: TokenInfo,
-        turns: RotaryTables,
+        rotary: RotaryTables,
         stats: list[RoutingStats],
         head_losses: list[HeadLoss],
     ) -> list[Tensor]:
-        """The loss of each module, whose positions are valid if their targets are; adds to `stats`."""
+        """Returns the loss of each module and appends to `stats`. A position of a module is valid if its target is."""
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if tokens.valid_BS is None else tokens.valid_BS
         losses = []
         for depth, (module, head_loss) in enumerate(zip(self.mtp.values(), head_losses, strict=True), 1):
-            assert isinstance(module, Prediction)
-            ids_ahead_BS, valid_ahead_BS = ahead(ids_BS, depth, 0), ahead(valid_BS, depth, False, turns.documents_BS)
+            assert isinstance(module, MTPModule)
+            ids_ahead_BS, valid_ahead_BS = shift_left(ids_BS, depth, 0), shift_left(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), turns, seen)
+            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), rotary, seen)
             stats += [] if routed is None else [routed]
             losses.append(self.head(module.norm(x_BSD), head_loss))
         return losses
@@ -188,9 +188,9 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
+    """A transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
 
-    With sandwich norms also what is added is normed (Gemma 2).
+    With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2).
     """
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
@@ -209,15 +209,13 @@ class Block(nn.Module):
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, turns: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
+        self, x_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        y_BSD = self.attention(self.attention_norm(x_BSD), turns, cache)
+        y_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache)
         x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
-        y_BSD, stats = self._feedforward(self.feedforward_norm(x_BSD), tokens)
-        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
-
-    def _feedforward(self, x_BSD: Tensor, tokens: TokenInfo | None) -> tuple[Tensor, RoutingStats | None]:
+        y_BSD, stats = self.feedforward_norm(x_BSD), None
         if self.moe is not None:
-            return self.moe(x_BSD, tokens)
-        assert self.dense is not None
-        return self.dense(x_BSD), None
+            y_BSD, stats = self.moe(y_BSD, tokens)
+        elif self.dense is not None:
+            y_BSD = self.dense(y_BSD)
+        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats

@@ -1,5 +1,4 @@
-"""How many parameters a model has, by part, how many FLOPs a token costs, how much its cache holds. No torch: it answers before
-anything is built.
+"""Counts a model's parameters by part, its FLOPs per token and the size of its cache, from the configuration. Without torch.
 
 FLOPs follow PaLM (Chowdhery et al. 2022), appendix B, with two differences that matter for MoE: only the experts that a token
 passes are counted, and causal attention looks back over (S + 1) / 2 tokens on average, not S. One multiply-add is 2 FLOPs.
@@ -13,7 +12,7 @@ from .config import AttentionKind, ModelConfig, Score, Selection
 from .param_shapes import Shapes, head_width, shapes
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head", "mtp")
-"""What Count adds up."""
+"""The parts of a model, fields of `Count`."""
 
 
 @dataclass
@@ -25,15 +24,15 @@ class Count:
     router: int
     experts: int
     active_experts: int
-    """Of top_k experts. With null experts those of an even load: they take their share of the choices."""
+    """Parameters of the top_k experts of a token. Null experts take their share of the choices, as if the load were even."""
     shared: int
     dense: int
     norms: int
-    """Those of queries and keys included."""
+    """Norms of queries and keys included."""
     head: int
     """0 if the head uses the embedding's weights."""
     mtp: int = 0
-    """Multi-token prediction modules: trained, but no part of the model that predicts; so neither in total nor in active."""
+    """Modules of multi-token prediction: trained, but not part of the final model, so not in `total` or `active`."""
 
     @property
     def total(self) -> int:
@@ -42,24 +41,24 @@ class Count:
 
     @property
     def active(self) -> int:
-        """Parameters a token uses. As in the field (Mixtral's 12.9B, DeepSeek-V3's 37B), embedding and head count in full."""
+        """Parameters that a token uses; embedding and head count in full (as in Mixtral's 12.9B, DeepSeek-V3's 37B)."""
         always = self.embedding + self.attention + self.router + self.shared + self.dense + self.norms + self.head
         return always + self.active_experts
 
     @property
     def trained(self) -> int:
-        """Parameters that a training run holds."""
+        """Parameters in training."""
         return self.total + self.mtp
 
 
 def count(config: ModelConfig) -> Count:
-    """Parameters of the model that `config` describes."""
+    """Counts the parameters of the model that `config` describes."""
     parts = sum_by_part(shapes(config))
     return Count(active_experts=_active(config, parts["experts"]), **parts)
 
 
 def sum_by_part(found: Shapes) -> dict[str, int]:
-    """The elements of `found`, by the part that each name belongs to; a key for every part."""
+    """Sums the elements of `found` by part; has a key for every part."""
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for name, shape in found.items():
         parts[part_of(name)] += math.prod(shape)
@@ -67,7 +66,7 @@ def sum_by_part(found: Shapes) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The part that the parameter of this global name belongs to, a field of Count."""
+    """Returns the part that the parameter with this global name belongs to."""
     if name.startswith("mtp."):
         return "mtp"
     if name.endswith("norm.weight"):
@@ -77,22 +76,22 @@ def part_of(name: str) -> str:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """FLOPs of one token in the forward pass, the mean over a sequence of `sequence_length` tokens that see all before them.
+    """Returns the FLOPs of one token in the forward pass, averaged over a causal sequence of `sequence_length` tokens.
 
     2 x (attention + router + active experts + shared + dense + head weights) for the products with weights, and per layer
-    2 x heads x (width of a key + width of a value) x the mean number of tokens that a token sees: (S + 1) / 2, or fewer in a
-    window. Look-ups, norms, biases, softmax, rotary embedding and activations are not counted, nor the rest of the blocks that
-    attention computes whole; what masks between packed documents save is not taken off. Latent attention counts as it is trained,
-    with keys and values of every head.
+    2 x heads x (width of a key + width of a value) x the mean number of tokens attended to: (S + 1) / 2, or fewer in a window.
+    Not counted are look-ups, norms, biases, softmax, rotary embedding and activations, nor masked tokens in blocks that attention
+    computes; masks between packed documents subtract nothing. Latent attention counts as in training, with keys and values of every
+    head.
     """
     main = {name: shape for name, shape in shapes(config).items() if part_of(name) != "mtp"}
     return _flops(config, main, [config.windowed_layer(index) for index in range(config.layers)], 1, sequence_length)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: bool = False) -> int:
-    """FLOPs of one token in forward and backward: 3 x forward, which MFU counts; 4 x if activations are recomputed (HFU).
+    """Returns the FLOPs of one token in forward and backward: 3 x forward, for MFU; 4 x with recomputation, for HFU.
 
-    Here multi-token prediction counts, as if each module predicted for all tokens of the sequence.
+    Includes multi-token prediction, as if each module predicted for all tokens of the sequence.
     """
     mtp = {name: shape for name, shape in shapes(config).items() if part_of(name) == "mtp"}
     windowed = [config.windowed_layer(config.layers + index) for index in range(config.mtp_depth)]
@@ -101,9 +100,9 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, recomput
 
 
 def kv_cache_elements(config: ModelConfig, tokens: int) -> int:
-    """Numbers that the cache keeps for a sequence of `tokens`: keys and values, or the latent and one rotary key (DeepSeek-V2).
+    """Returns the elements of the cache of `tokens` tokens: keys and values, or the latent and one rotary key (DeepSeek-V2).
 
-    A layer with a window keeps no more tokens than the window.
+    A layer with a window caches no more tokens than the window.
     """
     mla, latent = config.attention.mla, config.attention.kind is AttentionKind.mla
     each = mla.kv_rank + mla.rope_width if latent else 2 * config.kv_heads * head_width(config)
@@ -111,14 +110,14 @@ def kv_cache_elements(config: ModelConfig, tokens: int) -> int:
 
 
 def _flops(config: ModelConfig, found: Shapes, windowed: Iterable[bool], heads: int, length: int) -> int:
-    """Of the weights in `found`, of `heads` products with the head, and of a layer of attention for each of `windowed`."""
+    """FLOPs of the weights in `found`, of `heads` products with the head, and of an attention layer for each of `windowed`."""
     products = heads * config.vocabulary * config.width + sum(_multiplied(config, *item) for item in found.items())
     pairs = sum(_pairs(length, _window(config, each, length)) for each in windowed)
     return 2 * products + 2 * config.heads * _key_and_value(config) * pairs // length
 
 
 def _multiplied(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
-    """How many elements of a parameter a token is multiplied with."""
+    """Returns the number of elements of a parameter that a token is multiplied with."""
     if (
         len(shape) < 2
         or name.rpartition(".")[2] not in ("weight", "gate_up", "down")
@@ -129,17 +128,17 @@ def _multiplied(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
 
 
 def _pairs(length: int, window: int) -> int:
-    """How many tokens the tokens of a sequence see, themselves included, all together."""
+    """Returns the number of (query, key) pairs of a sequence that attention computes."""
     return window * (window + 1) // 2 + (length - window) * window
 
 
 def _window(config: ModelConfig, windowed: bool, length: int) -> int:
-    """The most tokens that a token of a layer sees in a sequence."""
+    """Returns the most tokens that a token of a layer attends to."""
     return min(length, config.attention.window or length) if windowed else length
 
 
 def _key_and_value(config: ModelConfig) -> int:
-    """The width of a head's key and that of its value, added."""
+    """Returns the width of a head's key plus that of its value."""
     mla = config.attention.mla
     if config.attention.kind is AttentionKind.mla:
         return mla.nope_width + mla.rope_width + mla.value_width
@@ -147,21 +146,21 @@ def _key_and_value(config: ModelConfig) -> int:
 
 
 def _active(config: ModelConfig, experts: int) -> int:
-    """Of so many elements of experts those that a token passes; with expert choice or null experts on average."""
+    """Returns how many of the elements of `experts` a token uses; with expert choice or null experts on average."""
     choices = config.moe.experts + config.moe.router.null_experts
     return experts * config.moe.top_k // choices if experts else 0
 
 
-# A model in words: how its tokens find their experts. No torch.
+# A description of a model's routing.
 
 
 def describe_routing(config: ModelConfig) -> str:
-    """As in: top-8 of 256 from 4 of 8 groups, sigmoid scores, normalized, x 2.5, shared expert of 2048, balance by expert bias."""
+    """E.g. top-8 of 256 from 4 of 8 groups, sigmoid scores, normalized, x 2.5, shared expert of 2048, balance by expert bias."""
     return ", ".join(_words(config)) if moe_layers(config) else "dense"
 
 
 def moe_layers(config: ModelConfig) -> int:
-    """How many layers have experts."""
+    """Returns the number of layers with experts."""
     return sum(config.moe_layer(index) for index in range(config.layers))
 
 

@@ -1,15 +1,15 @@
-"""Every parameter of a model by its global name, with its shape, from the configuration alone. No torch.
+"""The name and shape of every parameter of a model, from the configuration alone. Does not import torch.
 
 V vocabulary, D width, H query heads, G key-value heads, h width of a head, E experts, F hidden width of an expert.
 """
 
-from .config import Activation, AttentionKind, ModelConfig, QKNorm, Selection
+from .config import AttentionKind, ModelConfig, QKNorm, Selection
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes(config: ModelConfig) -> Shapes:
-    """All parameters of the model that `config` describes (moe/model.py builds the same); a tied head has none of its own."""
+    """Returns all parameters of the model that `config` describes, as moe/model.py builds it; a tied head has none of its own."""
     D = config.width
     found: Shapes = {"embedding.weight": (config.vocabulary, D)}
     for index in range(config.layers):
@@ -23,7 +23,7 @@ def shapes(config: ModelConfig) -> Shapes:
 
 
 def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
-    """One block, dense or with experts."""
+    """Returns the parameters of one block, dense or with experts."""
     D = config.width
     names = ["attention_norm", "feedforward_norm"]
     if config.sandwich_norms:
@@ -38,13 +38,8 @@ def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
 
 
 def head_width(config: ModelConfig) -> int:
-    """Width of one head in grouped-query attention."""
+    """Returns the width of a head in grouped-query attention."""
     return config.head_width or config.width // config.heads
-
-
-def projections(activation: Activation) -> int:
-    """2 with a gate (gate and up), 1 without."""
-    return 2 if "glu" in activation.name else 1
 
 
 def _gqa(config: ModelConfig) -> Shapes:
@@ -81,7 +76,7 @@ def _mla(config: ModelConfig) -> Shapes:
 
 def _moe(config: ModelConfig) -> Shapes:
     D, moe = config.width, config.moe
-    E, F, P = moe.experts, moe.hidden, projections(moe.activation)
+    E, F, P = moe.experts, moe.hidden, moe.activation.projections
     found: Shapes = {"moe.experts.gate_up": (E, P, F, D), "moe.experts.down": (E, D, F)}
     if moe.bias:
         found |= {"moe.experts.gate_up_bias": (E, P, F), "moe.experts.down_bias": (E, D)}
@@ -93,7 +88,7 @@ def _moe(config: ModelConfig) -> Shapes:
 
 
 def _router(config: ModelConfig) -> Shapes:
-    """None for hashed tokens; expert_bias is a buffer, for it is not trained by gradients."""
+    """Hash selection has no parameters; expert_bias is a buffer, since no gradient trains it."""
     router = config.moe.router
     if router.selection is Selection.hash:
         return {}
@@ -107,11 +102,11 @@ def _router(config: ModelConfig) -> Shapes:
 
 
 def _feedforward(config: ModelConfig, hidden: int) -> Shapes:
-    return {"gate_up": (projections(config.activation), hidden, config.width), "down": (config.width, hidden)}
+    return {"gate_up": (config.activation.projections, hidden, config.width), "down": (config.width, hidden)}
 
 
 def _prediction(config: ModelConfig, index: int) -> Shapes:
-    """A multi-token prediction module: its block would be the model's next; embedding and head are the model's."""
+    """A multi-token prediction module: its block continues the layers of the model, whose embedding and head it shares."""
     D = config.width
     found: Shapes = {f"{name}.weight": (D,) for name in ("embedding_norm", "hidden_norm", "norm")}
     found["projection.weight"] = (D, 2 * D)

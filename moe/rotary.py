@@ -16,20 +16,20 @@ from .token_info import positions_of
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines of the rotary angles, each of shape (S, r / 2) or (B, 1, S, r / 2), times the factor of YaRN."""
+    """Cosines and sines of the rotary angles, each (S, r / 2) or (B, 1, S, r / 2), times YaRN's factor; and attention masks."""
 
     cos: Tensor
     sin: Tensor
     documents_BS: Tensor | None
-    """Which document each token is of; None: all of a sequence are of one."""
+    """The document of each token; None: a sequence is one document."""
     blocks: dict[bool, BlockMask]
-    """What tokens see, by blocks, in layers without and with the window: see `block_masks` in moe/flexible_attention.py."""
+    """Block masks of layers without (False) and with (True) the window: see `block_masks` in moe/flexible_attention.py."""
 
 
-def rotary_turns(
+def rotary_tables(
     config: ModelConfig, start: int, length: int, device: torch.device, dtype: torch.dtype, documents_BS: Tensor | None = None
 ) -> RotaryTables:
-    """The turns of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider.
+    """Returns the tables of positions start ... start + length - 1, in `dtype` or fp32, whichever is wider.
 
     With `documents_BS` (see moe/token_info.py) positions restart with each document.
     """
@@ -39,29 +39,29 @@ def rotary_turns(
     if documents_BS is not None:
         positions = positions_of(documents_BS).unsqueeze(1).double()
     angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device)
-    factor = turns_factor(rope)
+    factor = rotary_factor(rope)
     return RotaryTables((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS, {})
 
 
-def rotate(x: Tensor, turns: RotaryTables, interleaved: bool = False) -> Tensor:
-    """Turn pairs of the first r dimensions of (B, H, S, h) by each position's angles: (i, i + r/2), or interleaved (2i, 2i + 1)."""
-    width = 2 * turns.cos.shape[-1]
+def rotate(x: Tensor, rotary: RotaryTables, interleaved: bool = False) -> Tensor:
+    """Rotates pairs of the first r dimensions of (B, H, S, h): dimensions (i, i + r/2), or (2i, 2i + 1) if interleaved."""
+    width = 2 * rotary.cos.shape[-1]
     if width < x.shape[-1]:
-        return torch.cat([rotate(x[..., :width], turns, interleaved), x[..., width:]], dim=-1)
+        return torch.cat([rotate(x[..., :width], rotary, interleaved), x[..., width:]], dim=-1)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    turned = (first * turns.cos - second * turns.sin, second * turns.cos + first * turns.sin)
-    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
+    rotated = (first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin)
+    return (torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)).to(x.dtype)
 
 
 def rotary_width(config: ModelConfig) -> int:
-    """How many dimensions of a head are rotated."""
+    """Returns the number of dimensions of a head that are rotated."""
     if config.attention.kind is AttentionKind.mla:
         return config.attention.mla.rope_width
     return round(head_width(config) * config.attention.rope.fraction)
 
 
 def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:
-    """Radians per position of each of the width / 2 pairs, fp64."""
+    """Returns radians per position of each of the width / 2 pairs, in fp64."""
     plain = rope.theta ** -(torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
     match rope.scaling:
         case RopeScaling.none:
@@ -76,8 +76,8 @@ def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:
             return torch.lerp(plain / rope.factor, plain, ((turns - low) / (high - low)).clamp(0, 1))
 
 
-def turns_factor(rope: RopeConfig) -> float:
-    """What YaRN multiplies cosines and sines by, so the logits by its square; 1 for all others."""
+def rotary_factor(rope: RopeConfig) -> float:
+    """Returns YaRN's factor of cosines and sines, whose square multiplies the logits; 1 without YaRN."""
     if rope.scaling is not RopeScaling.yarn:
         return 1.0
     if rope.attention_factor is not None:
@@ -88,7 +88,7 @@ def turns_factor(rope: RopeConfig) -> float:
 
 
 def logits_factor(rope: RopeConfig) -> float:
-    """What DeepSeek's YaRN multiplies the attention's scale by; 1 for all others."""
+    """Returns the factor of the attention's scale in DeepSeek's YaRN; 1 without YaRN."""
     return _logarithmic(rope.factor, rope.mscale_all) ** 2 if rope.scaling is RopeScaling.yarn else 1.0
 
 
@@ -97,10 +97,10 @@ def _logarithmic(factor: float, weight: float) -> float:
 
 
 def _yarn_ramp(rope: RopeConfig, width: int, like: Tensor) -> Tensor:
-    """From 0 (kept: turns often in the original context) to 1 (interpolated), by pair."""
+    """For each pair, from 0 (many turns in the original context: kept) to 1 (few turns: interpolated)."""
 
     def pair(turns: float) -> float:
-        """The pair, as a real number, that turns so often in the original context."""
+        """Returns the (fractional) index of the pair that makes this many turns in the original context."""
         return width * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair(rope.beta_fast), pair(rope.beta_slow)

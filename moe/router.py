@@ -1,4 +1,4 @@
-"""From tokens to their experts: score, choose, weigh, keep, count.
+"""The router: from tokens to the experts of each, their weights, and statistics.
 
 B sequences, S tokens of each, T = B * S tokens, D width, E router columns (experts, then null experts), K chosen per token.
 """
@@ -9,46 +9,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capacity import LocalScope, capacity, count_choices, keep_best, keep_earliest, most_rows
+from .capacity import LocalScope, capacity, count_choices, keep_best, keep_earliest, max_rows
 from .config import DropPolicy, MoEConfig, Selection
 from .scoring import (
-    Choice,
-    Noisy,
-    chance_of_choice,
-    choose,
+    ChosenExperts,
+    NoisyLogits,
+    add_noise,
+    apply_jitter,
+    choose_experts,
     gate_weights,
     hash_scores,
-    jittered,
-    noisy,
-    probabilities,
-    project,
-    score,
-    second_is_kept,
+    normalize_scores,
+    router_logits,
+    sample_second_expert,
+    selection_probability,
+    to_scores,
 )
-from .token_info import BatchPosition, Purpose, TokenInfo, fold_in, places, uniform
+from .token_info import BatchPosition, Purpose, TokenInfo, fold_in, random_uniform, token_keys
 
-# What one layer's router and experts did with the valid tokens of this device, beside counts: numbers to watch, without
-# gradient.
-#
-# B sequences, S tokens of each, E router columns.
+log = logging.getLogger("tokenyard")
 
 SUMS = ("tokens", "entropy", "top1", "logit_norm", "rows")
-"""The columns G of `RouterMetrics.sums`, in this order. They add up over micro-batches and ranks."""
+"""The fields of `RouterMetrics.sums`, in this order (G). They add up over micro-batches and ranks."""
 
 
 class RouterMetrics(NamedTuple):
-    """Scalars; the first five add up, the last one is a maximum."""
+    """Scalars of one layer over the valid tokens of this device, without gradient. All add up but the last, which is a maximum."""
 
     tokens: Tensor
     """Valid tokens."""
     entropy: Tensor
-    """Sum over tokens of the entropy of the router's probabilities, nats."""
+    """Sum over tokens of the entropy of the router's probabilities, in nats."""
     top1: Tensor
-    """Sum over tokens of the largest of those probabilities."""
+    """Sum over tokens of the largest probability."""
     logit_norm: Tensor
-    """Sum over tokens of the Euclidean norm of the logits; 0 where there are none."""
+    """Sum over tokens of the Euclidean norm of the logits; 0 if there are no logits."""
     rows: Tensor
-    """Rows that this device's experts computed, padding included; of tokens of other ranks too."""
+    """Rows that this device's experts computed, padding and tokens of other ranks included."""
     logit_max: Tensor
     """Largest absolute logit."""
 
@@ -58,8 +55,8 @@ class RouterMetrics(NamedTuple):
 
 
 @torch.no_grad()
-def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> RouterMetrics:
-    """Without the rows, which nobody knows before dispatch."""
+def compute_router_metrics(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> RouterMetrics:
+    """Computes all metrics but `rows`, which is known only after dispatch."""
     wide, tokens = probabilities_BSE.dtype, valid_BS.sum()
     valid_T = valid_BS.flatten().to(wide)
     none = valid_T.new_zeros(())
@@ -73,61 +70,58 @@ def gauge(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor
     return RouterMetrics(tokens, entropy, top1, norm, none, largest)
 
 
-log = logging.getLogger("tokenyard")
-
-
 class RoutingStats(NamedTuple):
-    """What one MoE layer's router did with the valid tokens of this device. Sums, so that ranks can add theirs."""
+    """Statistics of one MoE layer over the valid tokens of this device. They are sums, so that ranks can add up theirs."""
 
     counts_BE: Tensor
-    """int64: tokens of each sequence that chose each column, null experts included, before any is dropped.
+    """int64: tokens of each sequence that chose each column, null experts and dropped choices included.
 
-    Sums to valid tokens x K; in expert choice it is what the experts took.
+    Sums to valid tokens x K; in expert choice, to the tokens that the experts took.
     """
     tokens_B: Tensor
     """int64: valid tokens of each sequence."""
     scores_BE: Tensor
-    """Sum over each sequence's tokens of the router's probabilities; carries the balance losses' gradient, if any is on."""
+    """Sum over each sequence's tokens of the router's probabilities; differentiable if a balance loss is on."""
     z: Tensor
-    """Scalar: sum over tokens of logsumexp(logits) ** 2; carries the z-loss's gradient, if it is on."""
+    """Scalar: sum over tokens of logsumexp(logits) ** 2; differentiable if the z-loss is on."""
     dropped: Tensor
-    """int64 scalar: choices that found their expert full."""
+    """int64 scalar: choices dropped because their expert was full."""
     importance_BE: Tensor | None = None
-    """Sum of the chosen experts' weights, with gradient; only where balance.importance_coefficient is on."""
+    """Sum of the gate weights of each expert, differentiable; None if balance.importance_coefficient is 0."""
     load_BE: Tensor | None = None
-    """Sum of the probabilities to be chosen under learned noise, with gradient; else the counts."""
+    """Sum of the selection probabilities under learned noise, differentiable; without noise the counts."""
     router_metrics: RouterMetrics | None = None
-    """Numbers to watch; only in training and only where the router `collects_metrics`."""
+    """Only in training, and only if the router `collects_metrics`."""
 
 
 class Routing(NamedTuple):
-    """Each token's experts and the weights of their outputs."""
+    """The experts of each token and the weights of their outputs."""
 
     experts_TK: Tensor
     weights_TK: Tensor
     kept_TK: Tensor | None
-    """False where nothing is dispatched: the expert was full, is a null expert, or was not chosen after all; None: all are."""
+    """False for choices that are not dispatched: of a full expert, of a null expert, or not chosen after all; None: all are."""
     stats: RoutingStats
     padded_rows: int | None = None
-    """Rows that each expert gets from this device, zeros included; None: as many as chose it."""
+    """Rows that each expert gets from this device, padding included; None: as many as chose it."""
 
 
 class Scored(NamedTuple):
-    """What choices are made by. Hash selection has no logits, and only learned noise has `noise`."""
+    """What experts are chosen by. Hash selection has no logits; `noise` is there with learned noise only."""
 
     logits_BSE: Tensor | None
     scores_BSE: Tensor
-    noise: Noisy | None = None
+    noise: NoisyLogits | None = None
 
 
 class Router(nn.Module):
-    """A linear projection to one logit per expert, in fp32 or wider whatever x is, and a choice by those."""
+    """A linear projection to one logit per expert, in fp32 or wider whatever the dtype of x, and a choice by the logits."""
 
     def __init__(self, width: int, config: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.columns = config.experts + config.router.null_experts
-        hashed = config.router.selection is Selection.hash  # it has nothing to learn
+        hashed = config.router.selection is Selection.hash  # nothing to learn
         self.weight = None if hashed else nn.Parameter(torch.empty(self.columns, width, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.columns, dtype=dtype)) if config.router.bias else None
         self.noise_weight = nn.Parameter(torch.empty(self.columns, width, dtype=dtype)) if config.router.noise else None
@@ -135,47 +129,47 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", None)
         if config.balance.bias_rate > 0:
             self.add_expert_bias()
-        self.surroundings = LocalScope()
-        self.draws = draws(config)
+        self.scopes = LocalScope()
+        self.is_random = is_random(config)
         self.collects_metrics = False
 
     def add_expert_bias(self) -> None:
-        """The auxiliary-loss-free bias (DeepSeek-V3): fp32 always, decides who is chosen and not how much they weigh."""
+        """Adds the bias of auxiliary-loss-free balancing (DeepSeek-V3), always in fp32. It affects the choice, not the weights."""
         assert self.weight is not None
         self.register_buffer("expert_bias", torch.zeros(self.columns, dtype=torch.float32, device=self.weight.device))
 
     def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> Routing:
-        """Route (B, S, D). Tokens that are not valid are not counted, and take no capacity."""
+        """Routes (B, S, D). Tokens that are not valid are not counted and take no capacity."""
         tokens = tokens or TokenInfo()
-        key_BS = self._key(x_BSD, tokens) if self.training and self.draws else None
+        key_BS = self._key(x_BSD, tokens) if self.training and self.is_random else None
         rows = self._capacity(x_BSD, tokens)
         scored = self._score(x_BSD, tokens, key_BS)
-        choice = choose(self._ranked(scored), tokens.valid_BS, self.config, self.surroundings, self.training, rows)
-        weights_BSK = gate_weights(scored.logits_BSE, scored.scores_BSE, choice.experts_BSK, self.config)
-        kept_BSK, dropped = self._keep(choice, weights_BSK, scored, tokens, key_BS, rows)
-        stats = self._count(choice, weights_BSK, scored, tokens, dropped)
+        chosen = choose_experts(self._ranked(scored), tokens.valid_BS, self.config, self.scopes, self.training, rows)
+        weights_BSK = gate_weights(scored.logits_BSE, scored.scores_BSE, chosen.experts_BSK, self.config)
+        kept_BSK, dropped = self._drop(chosen, weights_BSK, scored, tokens, key_BS, rows)
+        stats = self._stats(chosen, weights_BSK, scored, tokens, dropped)
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
         padded = None
         if self.config.capacity.pad and rows is not None:
-            padded = most_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
-        return Routing(choice.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
+            padded = max_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
+        return Routing(chosen.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
 
     def _key(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor:
-        """int64 (B, S): the key of all randomness of these tokens in this layer. A router on its own sees the run's first rows."""
-        place_BS = tokens.place_BS
-        if place_BS is None:
-            place_BS = places(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
-        return fold_in(place_BS, tokens.layer)
+        """int64 (B, S): the random keys of these tokens in this layer; by default those of the run's first rows."""
+        keys_BS = tokens.keys_BS
+        if keys_BS is None:
+            keys_BS = token_keys(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
+        return fold_in(keys_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: TokenInfo) -> int | None:
-        """Rows that each expert takes of a scope; None is dropless. Expert choice needs one always."""
+        """Returns the rows that each expert takes of a scope; None is dropless, which expert choice never is."""
         config = self.config
         factor = config.capacity.factor_at(tokens.step) if self.training else config.capacity.evaluation_factor
         if config.router.selection is Selection.expert_choice:
             factor = factor or config.capacity.factor or 1.0
         if factor is None:
             return None
-        return capacity(factor, self.surroundings.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
+        return capacity(factor, self.scopes.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
 
     def _score(self, x_BSD: Tensor, tokens: TokenInfo, key_BS: Tensor | None) -> Scored:
         router = self.config.router
@@ -183,12 +177,12 @@ class Router(nn.Module):
         if self.weight is None:
             return Scored(None, hash_scores(tokens, self.columns, self.config.top_k, wide))
         if router.jitter > 0 and key_BS is not None:
-            x_BSD = jittered(x_BSD.to(wide), key_BS, router.jitter)
-        logits_BSE, noise = project(x_BSD, self.weight, self.bias), None
+            x_BSD = apply_jitter(x_BSD.to(wide), key_BS, router.jitter)
+        logits_BSE, noise = router_logits(x_BSD, self.weight, self.bias), None
         if self.noise_weight is not None and key_BS is not None:
-            noise = noisy(logits_BSE, project(x_BSD, self.noise_weight), key_BS)
+            noise = add_noise(logits_BSE, router_logits(x_BSD, self.noise_weight), key_BS)
             logits_BSE = noise.logits_BSE
-        return Scored(logits_BSE, score(logits_BSE, router.score), noise)
+        return Scored(logits_BSE, to_scores(logits_BSE, router.score), noise)
 
     def _ranked(self, scored: Scored) -> Tensor:
         router, ranked_BSE = self.config.router, scored.scores_BSE
@@ -197,16 +191,16 @@ class Router(nn.Module):
             ranked_BSE = scored.logits_BSE
         return ranked_BSE if self.expert_bias is None else ranked_BSE + self.expert_bias
 
-    def _keep(
-        self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, key_BS: Tensor | None, rows: int | None
+    def _drop(
+        self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, key_BS: Tensor | None, rows: int | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Which choices are dispatched (None: all), and how many were dropped for want of capacity."""
-        config, experts_BSK, wanted_BSK = self.config, choice.experts_BSK, choice.made_BSK
+        """Returns the mask of choices to dispatch (None: all), and how many were dropped for lack of capacity."""
+        config, experts_BSK, wanted_BSK = self.config, chosen.experts_BSK, chosen.mask_BSK
         none = torch.zeros((), dtype=torch.int64, device=experts_BSK.device)
         if config.router.null_experts:
             wanted_BSK = experts_BSK < config.experts
         if config.router.selection is Selection.gshard and key_BS is not None:
-            second_BSK = second_is_kept(weights_BSK.detach(), key_BS)
+            second_BSK = sample_second_expert(weights_BSK.detach(), key_BS)
             wanted_BSK = second_BSK if wanted_BSK is None else wanted_BSK & second_BSK
         if rows is None or config.router.selection is Selection.expert_choice:
             return wanted_BSK, none
@@ -214,60 +208,65 @@ class Router(nn.Module):
             wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool)
         if tokens.valid_BS is not None:
             wanted_BSK = wanted_BSK & tokens.valid_BS.unsqueeze(-1)
-        kept_BSK = self._keep_within(experts_BSK, wanted_BSK, scored.scores_BSE.detach(), key_BS, rows)
+        kept_BSK = self._within_capacity(experts_BSK, wanted_BSK, scored.scores_BSE.detach(), key_BS, rows)
         return kept_BSK, wanted_BSK.sum() - kept_BSK.sum()
 
-    def _keep_within(self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor, key_BS: Tensor | None, rows: int) -> Tensor:
-        """Outside training nothing is random: there a random policy drops by position."""
+    def _within_capacity(
+        self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor, key_BS: Tensor | None, rows: int
+    ) -> Tensor:
+        """Outside training nothing is random: there the random policy drops by position."""
         limits = self.config.capacity
         if limits.policy is DropPolicy.probability:
-            return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, self.surroundings)
+            return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, self.scopes)
         if limits.policy is DropPolicy.random and key_BS is not None:
-            drawn_BSE = uniform(key_BS, self.columns, Purpose.drop)
-            return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, self.surroundings)
-        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, self.surroundings)
+            drawn_BSE = random_uniform(key_BS, self.columns, Purpose.drop)
+            return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, self.scopes)
+        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, self.scopes)
 
-    def _count(self, choice: Choice, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, dropped: Tensor) -> RoutingStats:
+    def _stats(
+        self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, dropped: Tensor
+    ) -> RoutingStats:
         valid_BS = tokens.valid_BS
         if valid_BS is None:
             valid_BS = torch.ones(weights_BSK.shape[:2], dtype=torch.bool, device=weights_BSK.device)
         valid_BS1 = valid_BS.unsqueeze(-1)
-        counted_BSK = valid_BS1 if choice.made_BSK is None else choice.made_BSK & valid_BS1
-        counts_BE = count_choices(choice.experts_BSK, counted_BSK, self.columns)
+        counted_BSK = valid_BS1 if chosen.mask_BSK is None else chosen.mask_BSK & valid_BS1
+        counts_BE = count_choices(chosen.experts_BSK, counted_BSK, self.columns)
         balance, logits_BSE = self.config.balance, scored.logits_BSE
         # A loss that is off has no backward pass.
         balanced = balance.coefficient != 0 or balance.sequence_coefficient != 0
-        probabilities_BSE = probabilities(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
+        probabilities_BSE = normalize_scores(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
         scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
         if logits_BSE is not None and self.config.z_coefficient == 0:
             logits_BSE = logits_BSE.detach()
         z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
         if self.collects_metrics and self.training:
-            stats = stats._replace(router_metrics=gauge(scored.logits_BSE, probabilities_BSE.detach(), valid_BS))
+            metrics = compute_router_metrics(scored.logits_BSE, probabilities_BSE.detach(), valid_BS)
+            stats = stats._replace(router_metrics=metrics)
         if self.config.balance.importance_coefficient == 0:
             return stats
-        chosen_BA = choice.experts_BSK.flatten(1)
+        chosen_BA = chosen.experts_BSK.flatten(1)
         importance_BE = torch.zeros_like(scores_BE).scatter_add(1, chosen_BA, (weights_BSK * counted_BSK).flatten(1))
         load_BE = counts_BE.to(scores_BE.dtype)
-        if scored.noise is not None and self._ranked_by_logits():
-            load_BE = (chance_of_choice(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
+        if scored.noise is not None and self._is_top_k_of_logits():
+            load_BE = (selection_probability(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
         return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
 
-    def _ranked_by_logits(self) -> bool:
-        """Whether the K largest logits are chosen, so that the chance of it is known; and not simply all."""
+    def _is_top_k_of_logits(self) -> bool:
+        """Whether the K < E largest logits are chosen, so that `selection_probability` holds."""
         router = self.config.router
         plain = router.selection in (Selection.top_k, Selection.gshard) and router.groups == 1 and self.expert_bias is None
         return plain and self.config.top_k < self.columns
 
 
-def draws(config: MoEConfig) -> bool:
-    """Whether anything in training's routing is random."""
+def is_random(config: MoEConfig) -> bool:
+    """Whether routing draws random numbers in training."""
     router, random_drops = config.router, config.capacity.policy is DropPolicy.random
     return router.jitter > 0 or router.noise or router.selection is Selection.gshard or random_drops
 
 
 def warn_of_lookahead(config: MoEConfig) -> None:
-    """One line where a causal model would see later tokens."""
+    """Logs a warning if a token's experts depend on later tokens."""
     if config.experts and config.router.selection is Selection.expert_choice:
         log.warning("expert_choice looks ahead: whether an expert takes a token depends on later tokens, which generation has not")

@@ -1,4 +1,4 @@
-"""How products of queries and keys become probabilities. B sequences, S tokens, H heads, v width of a value."""
+"""Settings of the attention softmax, soft cap and sinks. B sequences, S tokens, H heads, v width of a value."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from .config import ModelConfig
 
 
 class Softmax(NamedTuple):
-    """Products are multiplied by `scale`, then soft-capped; a token sees the last `window` tokens, itself included."""
+    """Logits are products times `scale`, then soft-capped; a token attends to the last `window` tokens, itself included."""
 
     scale: float
     softcap: float | None
@@ -17,18 +17,18 @@ class Softmax(NamedTuple):
 
 
 def softmax_of(config: ModelConfig, index: int, width: int, factor: float = 1.0) -> Softmax:
-    """That of block `index`, whose queries have `width` dimensions; `factor` is one more of the usual scale."""
+    """Returns the settings of block `index`, whose queries have `width` dimensions. `factor` multiplies the default scale."""
     settings = config.attention
     scale = factor / math.sqrt(width) if settings.scale is None else settings.scale
     return Softmax(scale, settings.softcap, settings.window if config.windowed_layer(index) else None)
 
 
-def softcapped(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap): about x where it is small, never beyond the cap (Gemma 2)."""
+def apply_softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): close to x if it is small, and never beyond the cap (Gemma 2)."""
     return (x / cap).tanh() * cap
 
 
-def with_sinks(y_BHSv: Tensor, logsumexp_BHS: Tensor, sinks_H: Tensor) -> Tensor:
-    """A sink's share of the softmax takes the same fraction from every value. The result is as wide as the logarithms."""
+def apply_sinks(y_BHSv: Tensor, logsumexp_BHS: Tensor, sinks_H: Tensor) -> Tensor:
+    """Scales outputs by the share of the softmax that the sinks leave. The result has the dtype of the logarithms."""
     kept_BHS = (logsumexp_BHS - sinks_H.to(logsumexp_BHS.dtype)[:, None]).sigmoid()
     return y_BHSv * kept_BHS.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""What a router may know about tokens beside their vectors: which count, what they are, and where in the run they stand.
+"""Per-token information for the router: validity, ids and random keys; and documents inside a sequence.
 
 B sequences, S tokens of each.
 """
@@ -10,14 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Random numbers without a generator: each is a pure function of what it is for.
+# Stateless random numbers: each is a pure function of its key, so it does not depend on layout, recomputation or accumulation.
 #
-# So they depend neither on the layout nor on recomputation nor on accumulation. Keys are int64 and are mixed as splitmix64
-# mixes its counter (Steele et al. 2014); all arithmetic is modulo 2**64 and gives the same bits on every device.
+# Keys are int64, mixed as splitmix64 mixes its counter (Steele et al. 2014), modulo 2**64: the same bits on every device.
 
 
 class Purpose(IntEnum):
-    """What a number is for; different purposes are independent."""
+    """What a random number is used for; numbers for different purposes are independent."""
 
     jitter = 1
     radius = 2
@@ -27,96 +26,92 @@ class Purpose(IntEnum):
     hash = 6
 
 
-def uniform(key: Tensor, columns: int, purpose: Purpose) -> Tensor:
-    """fp64 (..., columns) inside of (0, 1), for int64 keys of shape (...)."""
+def random_uniform(key: Tensor, columns: int, purpose: Purpose) -> Tensor:
+    """Uniform fp64 numbers in (0, 1), shape (..., columns), for int64 keys of shape (...)."""
     bits = fold_in(fold_in(key, purpose).unsqueeze(-1), torch.arange(columns, device=key.device))
     return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52  # exact: 52 bits and a half
 
 
-def normal(key: Tensor, columns: int) -> Tensor:
-    """fp64 (..., columns) of mean 0 and variance 1 (Box and Muller 1958)."""
-    radius = (-2 * uniform(key, columns, Purpose.radius).log()).sqrt()
-    return radius * (2 * math.pi * uniform(key, columns, Purpose.angle)).cos()
+def random_normal(key: Tensor, columns: int) -> Tensor:
+    """Normal fp64 numbers of mean 0 and variance 1, shape (..., columns) (Box and Muller 1958)."""
+    radius = (-2 * random_uniform(key, columns, Purpose.radius).log()).sqrt()
+    return radius * (2 * math.pi * random_uniform(key, columns, Purpose.angle)).cos()
 
 
 def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
-    """A new int64 key from a key and a number; the two broadcast."""
-    mixed = key * _signed(0x9E3779B97F4A7C15) + value
-    mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(0x94D049BB133111EB)
+    """Returns a new int64 key from a key and a number, which broadcast."""
+    mixed = key * (0x9E3779B97F4A7C15 - 2**64) + value  # the constants as signed int64
+    mixed = (mixed ^ _shift_right(mixed, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    mixed = (mixed ^ _shift_right(mixed, 27)) * (0x94D049BB133111EB - 2**64)
     return mixed ^ _shift_right(mixed, 31)
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Without the sign, which torch would shift in."""
+    """A logical shift; torch's copies the sign bit."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64)
-
-
 class BatchPosition(NamedTuple):
-    """Where a micro-batch of this rank stands in the run. The first row of a device alone, if nothing else is known."""
+    """The position of a micro-batch of this rank in the run; by default the first row of the first step."""
 
     seed: int = 0
-    """The run's seed."""
+    """Seed of the run."""
     step: int = 1
     """Optimizer step; the first is 1."""
     row: int = 0
-    """Row of the global batch that is this rank's first; the others follow."""
+    """Index in the global batch of this rank's first row; its other rows follow."""
 
 
 class TokenInfo(NamedTuple):
-    """One record for all MoE layers. Every tensor is (B, S), or a slice of it under tensor parallelism."""
+    """Tensors are (B, S), or a slice of that under tensor parallelism. All MoE layers share it but for `layer`."""
 
     valid_BS: Tensor | None = None
-    """Tokens that are counted; None: all."""
+    """Tokens that count in statistics and capacity; None: all."""
     ids_BS: Tensor | None = None
-    """Token ids, which hash selection needs."""
-    place_BS: Tensor | None = None
-    """int64: differs for every token of a run and depends on (seed, step, global row, position) alone; None: nothing is random."""
+    """Token ids, for hash selection."""
+    keys_BS: Tensor | None = None
+    """int64 random keys, unique in a run: a function of (seed, step, global row, position); None: no randomness."""
     step: int = 1
     """Optimizer step, for schedules; the first is 1."""
     layer: int = 0
     """Index of the layer."""
 
 
-def describe(ids_BS: Tensor, valid_BS: Tensor | None, place: BatchPosition | None, draws: bool = True) -> TokenInfo:
-    """The record of whole sequences; `place` is None outside training, and `draws` False where no layer draws random numbers."""
-    if place is None:
+def build_token_info(ids_BS: Tensor, valid_BS: Tensor | None, position: BatchPosition | None, is_random: bool = True) -> TokenInfo:
+    """Returns the information of whole sequences. `position` is None outside training; `is_random`: routers draw random numbers."""
+    if position is None:
         return TokenInfo(valid_BS, ids_BS)
-    place_BS = places(place, len(ids_BS), ids_BS.shape[1], ids_BS.device) if draws else None
-    return TokenInfo(valid_BS, ids_BS, place_BS, place.step)
+    keys_BS = token_keys(position, len(ids_BS), ids_BS.shape[1], ids_BS.device) if is_random else None
+    return TokenInfo(valid_BS, ids_BS, keys_BS, position.step)
 
 
-def places(place: BatchPosition, sequences: int, length: int, device: torch.device) -> Tensor:
-    """int64 (B, S): the keys of all randomness of these tokens."""
-    step = fold_in(torch.full((1, 1), place.seed, dtype=torch.int64, device=device), place.step)
-    rows_B1 = place.row + torch.arange(sequences, device=device).unsqueeze(1)
+def token_keys(position: BatchPosition, sequences: int, length: int, device: torch.device) -> Tensor:
+    """int64 (B, S): the random key of each token."""
+    step = fold_in(torch.full((1, 1), position.seed, dtype=torch.int64, device=device), position.step)
+    rows_B1 = position.row + torch.arange(sequences, device=device).unsqueeze(1)
     return fold_in(fold_in(step, rows_B1), torch.arange(length, device=device))
 
 
-# Several documents in one sequence: attention that stays inside of each, with positions that restart. B sequences, S tokens.
+# Several documents in one sequence: attention stays inside each of them and positions restart. B sequences, S tokens.
 
 
 def documents_of(ids_BS: Tensor, targets_BS: Tensor, end: int, ignore: int = -100) -> tuple[Tensor, Tensor]:
-    """Which document of its sequence each token is of, int64 (B, S), and the targets without those that begin a document.
+    """Returns the index of each token's document in its sequence, int64 (B, S), and the targets without first tokens of documents.
 
-    `end` is the id of the mark that ends a document and belongs to it.
+    `end` is the id of the end-of-document token, which belongs to the document that it ends.
     """
     ends_BS = ids_BS == end
     return ends_BS.cumsum(1) - ends_BS.long(), targets_BS.masked_fill(ends_BS, ignore)
 
 
 def positions_of(documents_BS: Tensor) -> Tensor:
-    """int64 (B, S): the place of each token in its document, from 0; the first of a sequence may be cut off in front."""
-    places_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+    """int64 (B, S): the position of each token in its document, from 0 (or from the start of the sequence, if it began before)."""
+    positions_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
     begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    return places_S - torch.where(begins_BS, places_S, 0).cummax(1).values
+    return positions_S - torch.where(begins_BS, positions_S, 0).cummax(1).values
 
 
 def same_document(documents_BS: Tensor) -> Tensor:
-    """Booleans (B, 1, S, S): which tokens are of one document."""
+    """Booleans (B, 1, S, S): which tokens share a document."""
     return (documents_BS[:, :, None] == documents_BS[:, None, :]).unsqueeze(1)

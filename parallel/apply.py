@@ -1,4 +1,4 @@
-"""The one place where a model is changed for a layout: in one visible order, one log line each."""
+"""The one place where a model is changed for a parallel layout, one transformation after the other, each with a log line."""
 
 import functools
 import logging
@@ -14,72 +14,73 @@ from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import Exchange, ParallelConfig
-from .dispatch.all_gather import GatherDispatcher
-from .dispatch.all_to_all import PlainDispatcher
-from .dispatch.base import ExchangingDispatcher
-from .dispatch.deduplicated import DeduplicatedDispatcher, hierarchical_dispatcher
+from .dispatch.all_gather import AllGatherDispatcher
+from .dispatch.all_to_all import AllToAllDispatcher
+from .dispatch.base import ExpertParallelDispatcher
+from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .fsdp import apply_fsdp
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .scopes import DistributedScope
 from .shard import ShardMetadata, whole
-from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, narrowed, replace_parameter
-
-# The exchange that the configuration asks for.
-
-
-def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExchangingDispatcher:
-    """One for all layers: it has no state. `experts` are those of a layer on all ranks."""
-    axis, chunks = mesh.axis("expert"), config.overlap_chunks
-    match config.exchange:
-        case Exchange.plain:
-            return PlainDispatcher(experts, axis, chunks)
-        case Exchange.deduplicated:
-            return DeduplicatedDispatcher(experts, [axis], chunks)
-        case Exchange.hierarchical:
-            local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
-            return hierarchical_dispatcher(experts, mesh, local, chunks)
-        case Exchange.gather:
-            return GatherDispatcher(experts, axis, chunks)
-
+from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, slice_parameter
 
 log = logging.getLogger("tokenyard")
 
 
+def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExpertParallelDispatcher:
+    """The dispatcher that `config.exchange` names. It has no state, so all layers share it. `experts`: of a layer, on all ranks."""
+    axis, chunks = mesh.axis("expert"), config.overlap_chunks
+    match config.exchange:
+        case Exchange.plain:
+            return AllToAllDispatcher(experts, axis, chunks)
+        case Exchange.deduplicated:
+            return DeduplicatedDispatcher(experts, [axis], chunks)
+        case Exchange.hierarchical:
+            local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
+            return DeduplicatedDispatcher(experts, node_axes(mesh, local), chunks)
+        case Exchange.gather:
+            return AllGatherDispatcher(experts, axis, chunks)
+
+
 @dataclass
 class ShardedParameter:
-    """One parameter on this rank: which piece of the global tensor it is, and the ranks that hold the same piece."""
+    """A parameter of this rank."""
 
     parameter: nn.Parameter
-    piece: ShardMetadata
-    copies: Axis
+    metadata: ShardMetadata
+    """Which shard of the global tensor it is."""
+    replicas: Axis
+    """The ranks that hold the same shard, over which its gradient is summed."""
 
 
 @dataclass
 class Parallel:
-    """A model on this rank, and where each of its parameters is."""
+    """A model on this rank, with the shard that it holds of each parameter."""
 
     model: Transformer
     mesh: Mesh
     device: torch.device
-    placed: dict[str, ShardedParameter] = field(default_factory=dict)
+    parameters: dict[str, ShardedParameter] = field(default_factory=dict)
     zero: int = 3
-    """What FSDP2 keeps whole within a step, see parallel/config.py."""
+    """What FSDP2 keeps whole within a step: `ParallelConfig.zero`."""
 
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
-    """Spread a model that was built on the meta device; its weights are then empty on `device` (see `initialise`)."""
-    pieces = {name: whole(parameter.shape) for name, parameter in model.named_parameters()}
+    """Distributes a model that was built on the meta device. Its weights are uninitialised on `device`: see `initialise`."""
+    shards = {name: whole(parameter.shape) for name, parameter in model.named_parameters()}
     if mesh.world > 1:
-        _set_surroundings(model, mesh)
+        for block in model.blocks:
+            if block.moe is not None:
+                block.moe.router.scopes = DistributedScope(mesh)
     if config.tensor > 1:
-        apply_tensor_parallel(model, mesh, pieces)
+        apply_tensor_parallel(model, mesh, shards)
         log.info("tensor parallel: %d ranks share dense weights and sequences", config.tensor)
     if config.expert > 1:
-        _apply_expert_parallel(model, mesh, pieces, config)
+        _apply_expert_parallel(model, mesh, shards, config)
         log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
     if config.expert_tensor > 1:
-        apply_expert_tensor_parallel(model, mesh, pieces)
+        apply_expert_tensor_parallel(model, mesh, shards)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
     if config.recompute:
         for block in model.blocks:
@@ -92,46 +93,38 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         apply_fsdp(model, mesh, device, config.zero)
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, mesh.sizes["shard"])
     model.to_empty(device=device)
-    return Parallel(model, mesh, device, _place(model, mesh, pieces), config.zero)
+    parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
+    return Parallel(model, mesh, device, parameters, config.zero)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:
-    """Fill this rank's weights: those of one device with the same seed, cut to its pieces."""
-    for name, placed in parallel.placed.items():
-        piece = placed.piece
-        target = local(placed.parameter.data)
-        if not target.numel():
-            continue
-        experts = range(piece.offsets[0], piece.offsets[0] + piece.sizes[0])
-        init.fill(target, name, piece.shape, parallel.model.config, seed, _cutter(piece), experts)
+    """Fills this rank's weights with its shards of the weights that one device has with the same seed."""
+    for name, sharded in parallel.parameters.items():
+        shard, values = sharded.metadata, local(sharded.parameter.data)
+        if values.numel():
+            experts = range(shard.offsets[0], shard.offsets[0] + shard.sizes[0])
+            init.fill(values, name, shard.shape, parallel.model.config, seed, shard.cut, experts)
     init.reset_expert_biases(parallel.model)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that FSDP may have sharded."""
+    """Returns this rank's part of a tensor that FSDP may have sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _set_surroundings(model: Transformer, mesh: Mesh) -> None:
-    for block in model.blocks:
-        if block.moe is not None:
-            block.moe.router.surroundings = DistributedScope(mesh)
-
-
-def _apply_expert_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata], config: ParallelConfig) -> None:
+def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata], config: ParallelConfig) -> None:
     axis = mesh.axis("expert")
     dispatcher = build_dispatcher(model.config.moe.experts, mesh, config)
-    for name, parameter in list(model.named_parameters()):
+    for name, _ in list(model.named_parameters()):
         if ".experts." in name:
-            replace_parameter(model, name, parameter.chunk(axis.size)[axis.rank].contiguous())
-            pieces[name] = narrowed(pieces[name], 0, axis)
+            slice_parameter(model, name, 0, axis, shards)
     for block in model.blocks:
         if block.moe is not None:
             block.moe.dispatcher = dispatcher
 
 
 def _compile(model: Transformer) -> None:
-    """Routing and dispatch stay outside: their shapes and splits are known only when the tokens are."""
+    """Compiles all but routing, dispatch and experts, whose shapes depend on the tokens."""
     for block in model.blocks:
         norms = (block.attention_norm, block.attention_post_norm, block.feedforward_norm, block.feedforward_post_norm)
         for module in (block.attention, *norms, block.dense):
@@ -139,37 +132,16 @@ def _compile(model: Transformer) -> None:
                 module.compile()
 
 
-def _place(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> dict[str, ShardedParameter]:
-    return {name: _place_one(name, parameter, mesh, pieces[name], model.config) for name, parameter in model.named_parameters()}
-
-
-def _place_one(name: str, parameter: nn.Parameter, mesh: Mesh, piece: ShardMetadata, config: ModelConfig) -> ShardedParameter:
-    """A piece is copied by every rank that neither FSDP, nor tensor, nor expert (tensor) parallelism tells apart."""
+def _sharded(name: str, parameter: nn.Parameter, mesh: Mesh, shard: ShardMetadata, config: ModelConfig) -> ShardedParameter:
+    """`shard` is this rank's before FSDP. Ranks are replicas if FSDP, tensor and expert (tensor) parallelism give them the same."""
     kind = "expert_" if ".experts." in name else ""
-    sharded = isinstance(parameter, DTensor)
-    if sharded:
-        piece = _shard(piece, mesh.axis(kind + "shard"))
-    names = [kind + "replicate"]
-    if not sharded:
-        names.append(kind + "shard")
+    replicated = [kind + "replicate"]
+    if isinstance(parameter, DTensor):
+        axis = mesh.axis(kind + "shard")
+        shard = shard.chunk(shard_dim(shard.sizes, axis.size), axis.size, axis.rank)
+    else:
+        replicated.append(kind + "shard")
     if (sliced_dim_of_experts(name) if kind else sliced_dim(name, config)) is None:
-        names.append(kind + "tensor")
-    assert tuple(local(parameter).shape) == piece.sizes, f"{name} is {tuple(local(parameter).shape)}, not {piece.sizes}"
-    return ShardedParameter(parameter, piece, mesh.axis(*names))
-
-
-def _shard(piece: ShardMetadata, axis: Axis) -> ShardMetadata:
-    """FSDP's share: even chunks of the size rounded up, so the last ranks may have less or nothing."""
-    dim = shard_dim(piece.sizes, axis.size)
-    size = -(-piece.sizes[dim] // axis.size)
-    start = min(axis.rank * size, piece.sizes[dim])
-    offsets, sizes = list(piece.offsets), list(piece.sizes)
-    offsets[dim], sizes[dim] = offsets[dim] + start, min(size, piece.sizes[dim] - start)
-    return ShardMetadata(piece.shape, tuple(offsets), tuple(sizes))
-
-
-def _cutter(piece: ShardMetadata):
-    def cut(whole_tensor: Tensor, first: int) -> Tensor:
-        return ShardMetadata(piece.shape[first:], piece.offsets[first:], piece.sizes[first:]).cut(whole_tensor)
-
-    return cut
+        replicated.append(kind + "tensor")
+    assert tuple(local(parameter).shape) == shard.sizes, f"{name} is {tuple(local(parameter).shape)}, not {shard.sizes}"
+    return ShardedParameter(parameter, shard, mesh.axis(*replicated))

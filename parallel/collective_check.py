@@ -1,6 +1,6 @@
-"""debug.collectives: before each collective of ours its ranks compare what they are about to do, which shows at once who is wrong.
+"""debug.collectives: before each collective its ranks compare what they are about to do, and name the rank that differs.
 
-Without it a rank that leaves one out, or has other row counts, is seen as a hang or as wrong numbers, later and elsewhere.
+Without it a rank that skips a collective, or disagrees on row counts, shows up later as a hang or as wrong numbers elsewhere.
 """
 
 import zlib
@@ -16,44 +16,39 @@ from .progress import PROGRESS
 
 
 class CollectiveMismatch(RuntimeError):
-    """The ranks of a group are about to do different collectives. All of them raise it, with the same text."""
+    """The ranks of a group are about to enter different collectives. All of them raise it, with the same message."""
 
 
 def compare(name: str, axis: Axis, send: list[int] | None, receive: list[int] | None) -> None:
-    """(collective, step, phase, layer) must be equal on all ranks, and what one sends to another what that one expects."""
+    """Raises CollectiveMismatch unless (collective, step, phase, layer) agree on all ranks, and rows sent with rows expected."""
     if axis.group is None:
         return
-    own = [_code(name), PROGRESS.step, _code(PROGRESS.phase), -1 if PROGRESS.layer is None else PROGRESS.layer]
+    own = _code(name), PROGRESS.step, _code(PROGRESS.phase), -1 if PROGRESS.layer is None else PROGRESS.layer
     splits = [*(send or [0] * axis.size), *(receive or [0] * axis.size)]
     rows = _gather([*own, *splits], axis)
-    heads = [tuple(row[: len(own)]) for row in rows]
-    usual, _ = Counter(heads).most_common(1)[0]
-    wrong = [rank for rank, head in enumerate(heads) if head != usual]
+    collectives = [tuple(row[: len(own)]) for row in rows]
+    usual, _ = Counter(collectives).most_common(1)[0]
+    wrong = [rank for rank, other in enumerate(collectives) if other != usual]
+    where = f"step {PROGRESS.step}, {PROGRESS.phase}" + ("" if PROGRESS.layer is None else f", layer {PROGRESS.layer}")
     if wrong:
-        raise CollectiveMismatch(f"{_ranks(wrong, axis)} is about to do another collective than {_in_words(heads, usual, name)}")
+        others = f"the others; {'they are' if own == usual else 'this rank is'} at {name}, {where}"
+        raise CollectiveMismatch(f"{_ranks(wrong, axis)} is about to do another collective than {others}")
     for sender, row in enumerate(rows):
         for receiver, there in enumerate(rows):
             sent, expected = row[len(own) + receiver], there[len(own) + axis.size + sender]
             if sent != expected:
                 between = f"{_ranks([sender], axis)} sends {sent} rows to {_ranks([receiver], axis)}, which expects {expected}"
-                raise CollectiveMismatch(f"{name} at {_place()}: {between}")
+                raise CollectiveMismatch(f"{name} at {where}: {between}")
 
 
-def _in_words(heads: list[tuple[int, ...]], usual: tuple[int, ...], name: str) -> str:
-    own = (_code(name), PROGRESS.step, _code(PROGRESS.phase), -1 if PROGRESS.layer is None else PROGRESS.layer)
-    return f"the others; {'they are' if own == usual else 'this rank is'} at {name}, {_place()}"
-
-
-def _place() -> str:
-    return f"step {PROGRESS.step}, {PROGRESS.phase}" + ("" if PROGRESS.layer is None else f", layer {PROGRESS.layer}")
-
-
-def _ranks(places: list[int], axis: Axis) -> str:
+def _ranks(indices: list[int], axis: Axis) -> str:
+    """Returns the global ranks of these ranks of the axis, as text."""
     ranks: Any = dist.get_process_group_ranks(axis.group or dist.group.WORLD)
-    return "rank " + ", ".join(str(ranks[place]) for place in places)
+    return "rank " + ", ".join(str(ranks[index]) for index in indices)
 
 
 def _gather(numbers: list[int], axis: Axis) -> list[list[int]]:
+    """Returns the numbers of each rank of the axis."""
     device = torch.device("cuda") if dist.get_backend(axis.group) == "nccl" else torch.device("cpu")
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     out = mine.new_empty(axis.size * len(mine))

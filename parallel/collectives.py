@@ -1,4 +1,4 @@
-"""The differentiable collectives of tensor parallelism, and small sums. Each is the identity on an axis of one rank.
+"""The differentiable collectives of tensor parallelism, and small reductions. On an axis of one rank each is the identity.
 
 B sequences, S tokens of each, N ranks of the axis.
 """
@@ -12,28 +12,28 @@ from torch import Tensor
 from .mesh import Axis
 from .progress import collective
 
-# torch 2.13 renamed both; the old names only warn there, the new ones do not exist before.
+# torch 2.13 renamed both; the old names are deprecated there.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
-    """(B, S / N, D), each rank's slice of the sequences, to (B, S, D). Its gradient is summed over the ranks and sliced."""
+    """Gathers each rank's slice of the sequences, (B, S / N, D), to (B, S, D). The gradient is reduce-scattered."""
     return x_BSD if axis.size == 1 else _GatherSequence.apply(x_BSD, axis)  # pyright: ignore[reportReturnType]
 
 
 def scatter_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
-    """(B, S, D), each rank's part of a sum, to the sum's slice (B, S / N, D). Its gradient is gathered."""
+    """Sums (B, S, D) over the ranks and returns this rank's slice (B, S / N, D) of the sum. The gradient is gathered."""
     return x_BSD if axis.size == 1 else _ScatterSequence.apply(x_BSD, axis)  # pyright: ignore[reportReturnType]
 
 
-def add_up_parts(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of the ranks' `x`, on every rank. Each rank uses it for its own part of the loss, so its gradient is summed too."""
-    return x if axis.size == 1 else _AddUpParts.apply(x, axis)  # pyright: ignore[reportReturnType]
+def all_reduce_parts(x: Tensor, axis: Axis) -> Tensor:
+    """Sums `x` over the ranks. Each rank uses the sum for its own part of the loss, so the gradient is summed too."""
+    return x if axis.size == 1 else _AllReduceParts.apply(x, axis)  # pyright: ignore[reportReturnType]
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """Add up `x` over the ranks, in place; not differentiable."""
+    """Sums `x` over the ranks, in place; not differentiable."""
     if axis.group is not None:
         with collective("all_reduce", axis):
             dist.all_reduce(x, group=axis.group)
@@ -41,7 +41,7 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
-    """The maximum of `x` over the ranks, in place; not differentiable."""
+    """Takes the maximum of `x` over the ranks, in place; not differentiable."""
     if axis.group is not None:
         with collective("all_reduce", axis):
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
@@ -49,7 +49,7 @@ def max_over(x: Tensor, axis: Axis) -> Tensor:
 
 
 def stack_over(x: Tensor, axis: Axis) -> Tensor:
-    """(N, ...): every rank's `x`; not differentiable."""
+    """Stacks the `x` of all ranks to (N, ...); not differentiable."""
     if axis.group is None:
         return x.unsqueeze(0)
     out = x.new_empty(axis.size * x.numel())
@@ -92,7 +92,7 @@ class _ScatterSequence(torch.autograd.Function):
         return _gather(grads[0], ctx.axis), None
 
 
-class _AddUpParts(torch.autograd.Function):
+class _AllReduceParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis

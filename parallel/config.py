@@ -1,4 +1,4 @@
-"""How many ways the work is split. What can be derived (the ranks that replicate) is not a setting."""
+"""The degrees of parallelism. What follows from them, such as the number of replicas, is not a setting."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,15 +25,15 @@ class ParallelConfig:
     """What FSDP2 keeps whole within a step, as ZeRO-3, -2 or -1. 3: nothing, weights are gathered for each pass; 2: weights;
     1: weights, and gradients until the last micro-batch, which alone reduces them."""
     expert: int = field(default=1, metadata=within("[1, inf)"))
-    """Ranks that share each MoE layer's experts; laid over data x tensor ranks, so it costs no ranks of its own."""
+    """Ranks that share each MoE layer's experts; folded over data x tensor ranks, so it needs no ranks of its own."""
     expert_tensor: int = field(default=1, metadata=within("[1, inf)"))
-    """Ranks that share each expert's hidden columns; laid over data x tensor ranks too, neighbours inside an expert group."""
+    """Ranks that share each expert's hidden columns; folded over data x tensor ranks too, neighbours inside an expert group."""
     exchange: Exchange = Exchange.plain
     """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); or all tokens (gather)."""
     node_ranks: int | None = field(default=None, metadata=within("[1, inf)"))
     """Ranks of a node, for exchange=hierarchical; null is the launcher's number of local ranks."""
     overlap_chunks: int = field(default=1, metadata=within("[1, inf)"))
-    """Cut a rank's tokens into so many chunks, so that the experts work on one while the next one travels."""
+    """Chunks of a rank's tokens: one is exchanged while the experts compute another."""
     recompute: bool = False
     """Activation checkpointing: keep only each block's input and compute the block again in the backward pass."""
     timeout_seconds: float = field(default=600.0, metadata=within("(0, inf)"))

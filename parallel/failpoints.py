@@ -1,9 +1,9 @@
-"""Named places where a test lets a run fail. Nothing happens unless TOKENYARD_FAILPOINTS is set.
+"""Named points where a test can make a run fail. Nothing happens unless TOKENYARD_FAILPOINTS is set.
 
     TOKENYARD_FAILPOINTS=checkpoint.shard_written:rank=1:step=6:SIGKILL,step.begin:rank=0:sleep=0.05
 
-A condition that is left out always holds. `times=N` lets the failpoint act in the first N cases only; `restart=N` in the N-th start
-of the ranks by torch's elastic launcher, counted from 0.
+A missing condition always holds. `times=N` limits the failpoint to its first N hits; `restart=N` to the N-th start of the ranks by
+torch's elastic launcher, counted from 0.
 """
 
 import errno
@@ -17,10 +17,10 @@ VARIABLE = "TOKENYARD_FAILPOINTS"
 
 
 def failpoint(name: str, step: int | None = None) -> bool:
-    """Whether the failpoint `name` is set for this rank and `step`; its action is done first.
+    """Runs the action of the failpoint `name`, if it is set for this rank and `step`, and returns whether it is.
 
-    Actions: a signal by name, sent to this process; `raise` (RuntimeError); `enospc` (OSError, as of a full disk); `sleep=SECONDS`;
-    `on`, for places that do something of their own.
+    Actions: the name of a signal, sent to this process; `raise` (RuntimeError); `enospc` (OSError, as from a full disk);
+    `sleep=SECONDS`; `on`, if the caller acts on the result itself.
     """
     if not os.environ.get(VARIABLE):
         return False
@@ -32,7 +32,7 @@ def failpoint(name: str, step: int | None = None) -> bool:
 
 @dataclass
 class Failpoint:
-    """One entry of the variable."""
+    """One entry of TOKENYARD_FAILPOINTS."""
 
     name: str
     action: str
@@ -58,9 +58,9 @@ class Failpoint:
 
 @functools.cache
 def _parse(text: str) -> list[Failpoint]:
-    return [_entry(*entry.split(":")) for entry in text.split(",")]
-
-
-def _entry(name: str, *words: str) -> Failpoint:
-    conditions = dict(word.split("=") for word in words[:-1])
-    return Failpoint(name, words[-1], {key: int(value) for key, value in conditions.items()})
+    failpoints = []
+    for entry in text.split(","):
+        name, *conditions, action = entry.split(":")
+        pairs = (condition.split("=") for condition in conditions)
+        failpoints.append(Failpoint(name, action, {key: int(value) for key, value in pairs}))
+    return failpoints

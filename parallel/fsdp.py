@@ -1,10 +1,10 @@
 """FSDP2 for `parallel.shard` > 1: blocks and root over the shard axis, experts over the ranks that hold the same experts.
 
-While a block computes, the weights of the next one, its experts' too, are on their way: they are asked for before the host waits
-for row counts in the MoE layer, which would delay them. So two blocks are whole at the same time, and not more.
+While a block computes, the weights of the next one (its experts' too) are prefetched: before the host waits for row counts in the
+MoE layer, which would delay them. So at most two blocks are gathered at a time.
 
-What stays gathered within a step is `parallel.zero`. Only sums travel (never means), in the gradients' own type. Norms and routers
-stay whole on every rank: they are small, and the router must not be cast down.
+`parallel.zero` decides what stays gathered within a step. Gradients are summed (never averaged) in their own dtype. Norms and
+routers are not sharded: they are small, and the router must not be cast down.
 """
 
 import itertools
@@ -22,14 +22,16 @@ from .mesh import Mesh
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) -> None:
-    """Wrap blocks, their experts and the root, in that order.
+    """Wraps blocks, their experts and the root, in this order.
 
-    Experts are gathered and reduced around their MoE layer: once, into however many chunks it cuts its tokens.
+    Experts are gathered and reduced around their MoE layer: once, however many chunks it cuts its tokens into.
     """
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
-    # Inputs are not cast: activations are narrow already, and rotary angles must stay wide.
-    policy = MixedPrecisionPolicy(param_dtype=_narrow(model), reduce_dtype=model.weights, cast_forward_inputs=False)
-    # Nobody writes into an MoE layer's output, which is added to the residual stream.
+    # Weights are gathered in the dtype of the activations.
+    # Inputs are not cast: activations are narrow already, and rotary tables must stay wide.
+    narrow = None if model.activations == model.weights else model.activations
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=model.weights, cast_forward_inputs=False)
+    # No code writes into the output of an MoE layer, which is added to the residual stream.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPMoELayer\) returned a view")
     dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
     dense_mesh = mesh.device_mesh("shard", device) if dense > 1 else None
@@ -40,23 +42,23 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) 
         if block.moe is not None and expert_mesh is not None:
             _wrap(block.moe, expert_mesh, experts, policy, set(block.moe.parameters()) - of_experts)
     _wrap(model, dense_mesh, dense, policy, whole)
-    _ask_ahead(model)
+    _set_prefetch(model)
     if zero < 3:
         cast(FSDPModule, model).set_reshard_after_forward(False)
 
 
 def prepare_backward(model: nn.Module, zero: int, last: bool) -> None:
-    """What FSDP does in the backward pass of the next micro-batch of a step, the `last` or one before it."""
+    """Sets what FSDP does in the next backward pass; `last`: it is that of the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or zero > 1)
         model.set_reshard_after_backward(last or zero == 3)
 
 
-def _ask_ahead(model: Transformer) -> None:
-    """Each block asks for the weights of the one that follows it, forward and backward.
+def _set_prefetch(model: Transformer) -> None:
+    """Each block prefetches the weights of the block that follows it, in the forward and in the backward pass.
 
-    Only training runs the modules of multi-token prediction: the first of them is not asked for by the last layer. Backward, the
-    last block is asked for by torch's own rule: what is set for the root would be asked for again with each of its outputs.
+    The last layer does not prefetch the first module of multi-token prediction, which only training runs. Backward, torch
+    prefetches the last block by itself; if the root did, it would do so again for each of its outputs.
     """
     groups: list[list[Any]] = [[m for m in (block, block.moe) if isinstance(m, FSDPModule)] for block in model.blocks]
     forward: list[list[Any]] = [[model], *groups]
@@ -77,8 +79,3 @@ def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisio
     )
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
-
-
-def _narrow(model: Transformer) -> torch.dtype | None:
-    """The type in which weights travel: that of the activations if it is narrower."""
-    return None if model.activations == model.weights else model.activations

@@ -1,8 +1,7 @@
 """Gradients over ranks: one rule for every parameter and every layout.
 
-Each rank's gradient is its own contribution: that of the tokens (and heads, columns) it computed. The gradient of the global
-loss is the SUM over the ranks that hold the same piece of the parameter, never a mean; FSDP has added its part already. The
-norm counts each piece once.
+A rank's gradient is the contribution of the tokens (and heads, columns) that it computed. The gradient of the global loss is the
+SUM over the replicas of a shard, never a mean; FSDP has summed over its own ranks already. The norm counts each shard once.
 """
 
 import math
@@ -23,111 +22,111 @@ from .progress import collective, in_phase, waiting
 from .streams import on_device
 
 BUCKET = 2**23
-"""Elements that travel in one all-reduce: many small tensors cost latency, one huge copy costs memory."""
+"""Elements in one all-reduce: many small ones cost latency, one large one costs memory."""
 
 
 @contextmanager
-def summed_over_copies(parallel: Parallel) -> Iterator[None]:
-    """Around the backward pass that makes gradients final: each is added up over the ranks that hold copies of the parameter.
+def gradient_all_reduce(parallel: Parallel) -> Iterator[None]:
+    """Wraps the last backward pass of a step, and sums each gradient over the replicas of its parameter.
 
-    A bucket departs as soon as its gradients are final, and all have landed at the end. Those of FSDP are final when they have been
-    scattered. Every rank starts the same collectives in the same order: that of the graph, which all ranks have in common.
+    The all-reduce of a bucket starts as soon as all its gradients are final (for FSDP: reduce-scattered), and every one is complete
+    on exit. Autograd visits the graph in the same order on all ranks, so they start the same collectives in the same order.
     """
-    sums = _Sums(parallel)
-    with_copies = [placed.parameter for bucket in sums.buckets for placed in bucket.members]
-    hooks = [parameter.register_post_accumulate_grad_hook(sums.final) for parameter in with_copies]
+    reducer = _Reducer(parallel)
+    replicated = [sharded.parameter for bucket in reducer.buckets for sharded in bucket.members]
+    hooks = [parameter.register_post_accumulate_grad_hook(reducer.on_final_gradient) for parameter in replicated]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    sums.finish()
+    reducer.finish()
 
 
 @dataclass
 class _Bucket:
-    """Parameters of one type with copies on the same ranks; all or none are of FSDP, which makes gradients on its own stream."""
+    """Parameters of one dtype with the same replicas. All or none are FSDP's, whose gradients are made on a stream of its own."""
 
     axis: Axis
     members: list[ShardedParameter] = field(default_factory=list)
     elements: int = 0
     missing: float = 0
-    """Members whose gradient is not final yet. Infinite with one that some ranks never have: such a bucket departs at the end."""
+    """Members whose gradient is not final. Infinite if some ranks never have one of them: the all-reduce then starts at the end."""
     work: Any = None
 
-    def depart(self) -> None:
-        gradients = [gradient_of(placed) for placed in self.members]
+    def start(self) -> None:
+        gradients = [gradient_of(sharded) for sharded in self.members]
         flat = gradients[0]
         if len(gradients) > 1 or not flat.is_contiguous():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            # The gradients become views of what travels, which frees their own memory.
+            # The gradients become views of the flat tensor, which frees their own memory.
             for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
                 gradient.data = part.view_as(gradient)
         with collective("all_reduce", self.axis):
             self.work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
 
 
-class _Sums:
-    """Buckets in the order in which the backward pass fills them, from the last parameter to the first: so they depart."""
+class _Reducer:
+    """Starts buckets in the order in which the backward pass completes them: from the last parameter to the first."""
 
     def __init__(self, parallel: Parallel) -> None:
         self.buckets = sorted(_buckets(parallel), key=lambda bucket: bucket.missing == math.inf)
-        self.waiting = list(self.buckets)
-        self.of_parameter = {id(placed.parameter): bucket for bucket in self.buckets for placed in bucket.members}
+        self.not_started = list(self.buckets)
+        self.bucket_of = {id(sharded.parameter): bucket for bucket in self.buckets for sharded in bucket.members}
 
-    def final(self, parameter: Tensor) -> None:
-        """The backward pass has made this gradient."""
-        bucket = self.of_parameter[id(parameter)]
+    def on_final_gradient(self, parameter: Tensor) -> None:
+        bucket = self.bucket_of[id(parameter)]
         assert bucket.work is None, "a gradient came after its bucket had departed"
         bucket.missing -= 1
-        while self.waiting and not self.waiting[0].missing:
-            self.waiting.pop(0).depart()
+        while self.not_started and not self.not_started[0].missing:
+            self.not_started.pop(0).start()
 
     @in_phase("exchange")
     @torch.no_grad()
     def finish(self) -> None:
-        """What is left departs, with zeros for a parameter without gradient, and all land."""
-        for bucket in self.waiting:
-            bucket.depart()
+        """Starts the remaining buckets, with zeros for parameters without a gradient, and waits for all."""
+        for bucket in self.not_started:
+            bucket.start()
         for bucket in self.buckets:
             with waiting(f"all_reduce of gradients over {bucket.axis.size} ranks"):
                 bucket.work.wait()
 
 
 def _buckets(parallel: Parallel) -> list[_Bucket]:
-    """Those of the last parameters first."""
+    """Returns the buckets of all parameters that have replicas, those of the last parameters first."""
     buckets: list[_Bucket] = []
-    last: dict[Any, _Bucket] = {}
-    for name, placed in parallel.placed.items():
-        if placed.copies.group is None:
+    current: dict[Any, _Bucket] = {}
+    for name, sharded in parallel.parameters.items():
+        if sharded.replicas.group is None:
             continue
-        key = placed.copies, placed.parameter.dtype, isinstance(placed.parameter, DTensor)
-        elements = local(placed.parameter).numel()
-        if key not in last or last[key].elements + elements > BUCKET:
-            last[key] = _Bucket(placed.copies)
-            buckets.insert(0, last[key])
-        last[key].members.append(placed)
-        last[key].elements += elements
-        last[key].missing += math.inf if name.endswith(ADDED_BY_ONE) else 1
+        key = sharded.replicas, sharded.parameter.dtype, isinstance(sharded.parameter, DTensor)
+        elements = local(sharded.parameter).numel()
+        if key not in current or current[key].elements + elements > BUCKET:
+            current[key] = _Bucket(sharded.replicas)
+            buckets.insert(0, current[key])
+        bucket = current[key]
+        bucket.members.append(sharded)
+        bucket.elements += elements
+        bucket.missing += math.inf if name.endswith(ADDED_BY_ONE) else 1
     return buckets
 
 
 def squared_norm(parallel: Parallel) -> Tensor:
-    """This rank's share of the squared norm of all gradients, fp64: the shares of all ranks add up to it."""
-    gradients = [gradient_of(placed) for placed in parallel.placed.values()]
+    """Returns this rank's share of the squared norm of all gradients, in fp64. The shares of all ranks sum to the squared norm."""
+    gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]
     norms = torch.stack([norm.double() for norm in _foreach_norm(gradients)])
-    copies = on_device(torch.tensor([placed.copies.size for placed in parallel.placed.values()]), norms.device)
-    return (norms.square() / copies).sum()
+    replicas = on_device(torch.tensor([sharded.replicas.size for sharded in parallel.parameters.values()]), norms.device)
+    return (norms.square() / replicas).sum()
 
 
 def scale_gradients(parallel: Parallel, factor: Tensor) -> None:
-    """Multiply all gradients by a scalar, in place."""
-    gradients = [gradient_of(placed) for placed in parallel.placed.values()]
+    """Multiplies all gradients by a scalar, in place."""
+    gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]
     _foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
-def gradient_of(placed: ShardedParameter) -> Tensor:
-    """This rank's tensor of the gradient; zeros where no token took part."""
-    if placed.parameter.grad is None:
-        placed.parameter.grad = torch.zeros_like(placed.parameter)
-    return local(placed.parameter.grad)
+def gradient_of(sharded: ShardedParameter) -> Tensor:
+    """Returns this rank's gradient of a parameter; zeros, which it then has, if no token used it."""
+    if sharded.parameter.grad is None:
+        sharded.parameter.grad = torch.zeros_like(sharded.parameter)
+    return local(sharded.parameter.grad)

@@ -1,4 +1,4 @@
-"""What each rank holds of each parameter, by name and shape. No torch: a layout is counted before anything is built."""
+"""What each rank holds of each parameter, by name and shape. Without torch: layouts are computed before anything is built."""
 
 import math
 
@@ -22,26 +22,23 @@ SLICED = {
     "dense.gate_up": 1,
     "dense.down": 1,
 }
-"""Endings of the names of sliced parameters, and the dimension that is sliced; all others are whole on every tensor rank."""
-
+"""Suffixes of the names of sliced parameters, and the sliced dimension; all others are whole on every tensor rank."""
 
 SLICED_OF_EXPERTS = {"experts.gate_up": 2, "experts.gate_up_bias": 2, "experts.down": 2}
-"""The same for the hidden columns of experts, over expert_tensor ranks. One of them adds the bias of `down`, which is whole."""
-
+"""The same for the hidden columns of experts over expert_tensor ranks. The bias of `down` is whole: one of the ranks adds it."""
 
 ADDED_BY_ONE = ("attention.o.bias", "experts.down_bias")
-"""Endings of the names of biases of a sum that the ranks of an (expert) tensor group share out: one of them adds the bias."""
-
+"""Suffixes of the names of biases that only one rank of an (expert) tensor group adds, since the output is a sum over the group."""
 
 NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
-"""Sliced too where a norm spans all heads."""
+"""Sliced as well if the norm spans all heads."""
 
 DENSE = ("replicate", "shard", "tensor")
 EXPERTS = ("expert_replicate", "expert_shard", "expert", "expert_tensor")
 
 
 def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
-    """Both grids of ranks, the last dimension of each its neighbours. The caller has refused what does not divide."""
+    """Returns the sizes of both grids of ranks, the last dimension of each varying fastest. The caller has checked divisibility."""
     assert world % (parallel.tensor * parallel.shard) == 0 and world % (parallel.expert * parallel.expert_tensor) == 0
     shard = expert_shard_ranks(parallel, world)
     dense = (world // parallel.tensor // parallel.shard, parallel.shard, parallel.tensor)
@@ -50,44 +47,44 @@ def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:
-    """The fewest ranks that the degrees fit; others are multiples of it."""
+    """Returns the fewest ranks that fit the degrees; all world sizes that fit are multiples of it."""
     return math.lcm(parallel.tensor * parallel.shard, parallel.expert * parallel.expert_tensor)
 
 
 def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Shapes:
-    """What rank 0 of `world` holds of each parameter between steps; where a dimension does not divide, no rank holds more."""
+    """Returns the shapes that rank 0 of `world` holds between steps. If a dimension does not divide evenly, no rank holds more."""
     return {name: _rank_shape(name, shape, config, parallel, world) for name, shape in shapes(config).items()}
 
 
 def sliced_dim(name: str, config: ModelConfig) -> int | None:
-    """The dimension in which tensor ranks share the parameter, or None."""
+    """Returns the dimension that is sliced over tensor ranks, or None."""
     spanning = config.attention.kind is AttentionKind.gqa and config.attention.qk_norm is QKNorm.full
     sliced = SLICED | NORMS_OF_ALL_HEADS if spanning else SLICED
     return next((dim for ending, dim in sliced.items() if name.endswith(ending)), None)
 
 
 def sliced_dim_of_experts(name: str) -> int | None:
-    """The dimension in which expert_tensor ranks share the parameter, or None."""
+    """Returns the dimension that is sliced over expert_tensor ranks, or None."""
     return next((dim for ending, dim in SLICED_OF_EXPERTS.items() if name.endswith(ending)), None)
 
 
 def stays_whole(name: str, dims: int) -> bool:
-    """Whether FSDP leaves a parameter of so many dimensions alone."""
+    """Whether FSDP does not shard a parameter with this name and number of dimensions."""
     return dims < 2 or ".router." in name
 
 
 def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
-    """The dimension that FSDP shards: the first that divides evenly, else the first."""
+    """Returns the dimension that FSDP shards: the first that divides evenly, else the first."""
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
-    """Ways in which FSDP shards experts: over as many of the ranks that hold the same experts as `shard` allows."""
+    """Returns over how many ranks FSDP shards experts: as many of those with the same experts as `shard` allows."""
     return math.gcd(parallel.shard, world // (parallel.expert * parallel.expert_tensor))
 
 
 def node_ranks(parallel: ParallelConfig, world: int, local: str | int | None) -> int:
-    """Ranks of a node: the setting, else what the launcher says (`local`, of LOCAL_WORLD_SIZE), else all are on one."""
+    """Returns the ranks of a node: the setting, else the launcher's LOCAL_WORLD_SIZE (`local`), else all."""
     return parallel.node_ranks or int(local or world)
 
 

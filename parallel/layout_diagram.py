@@ -1,7 +1,7 @@
-"""A layout as text: which rank holds what, and which ranks are neighbours. No torch: nothing is started or built for it.
+"""Draws a layout as text: which rank holds what, and which ranks communicate. Does not import torch or start anything.
 
-A rank is a column. Between two bars are neighbours that send to each other in every layer: `tensor` groups above, below them the
-groups that hold all experts once, in which colons part those that hold the same experts.
+Each rank is a column. Bars enclose ranks that communicate in every layer: `tensor` groups in the upper rows; in the lower rows the
+groups that together hold all experts, in which colons separate ranks with different experts.
 """
 
 import math
@@ -12,11 +12,11 @@ from .config import ParallelConfig
 from .layout import DENSE, EXPERTS, mesh_sizes
 
 COLUMNS = 104
-"""How wide the ranks of one line may be."""
-MOST = 64
-"""Ranks that are all drawn; of more the first two lines and the last one are."""
+"""Width of the ranks in one line."""
+MAX_RANKS = 64
+"""Beyond this number of ranks, only the first two bands and the last one are drawn."""
 NAMES = 26
-"""Width of the names at the left."""
+"""Width of the column of names."""
 
 SENDS = {
     "tensor": "every layer: sequences gathered, partial sums scattered",
@@ -27,25 +27,25 @@ SENDS = {
     "replicate": "once a step: gradients summed",
     "expert_replicate": "once a step: gradients of experts summed",
 }
-"""What the ranks that differ in one dimension alone send to each other, the most frequent first."""
+"""What ranks that differ only in one dimension send to each other, the most frequent first."""
 
 BARS = "bars part groups: above those of tensor, below those with all experts; : parts other experts; < and > go on elsewhere"
 
 
 class Row(NamedTuple):
-    """One line of the picture."""
+    """One line of the diagram."""
 
     name: str
     cells: list[str]
     """One for each rank."""
     run: int = 1
-    """A bar stands after each so many ranks."""
+    """Ranks between two bars."""
     inner: int = 0
-    """And a colon after each so many; 0 for none."""
+    """Ranks between two colons; 0 for no colons."""
 
 
-def picture(config: ParallelConfig, world: int, node: int, experts: int) -> list[str]:
-    """The lines: the groups in words, then the ranks. A node has `node` ranks (the last one the rest), a layer `experts` or 0."""
+def layout_diagram(config: ParallelConfig, world: int, node: int, experts: int) -> list[str]:
+    """A table of the groups, then the ranks. `node`: ranks of a node (the last has the rest); `experts`: of a layer, or 0."""
     sizes = mesh_sizes(config, world)
     dims = [dim for dim in SENDS if sizes[dim] > 1 and (experts or dim in DENSE)]
     lines = [*_groups(dims, sizes, world, node), "", BARS, ""] if world > 1 else []
@@ -54,7 +54,7 @@ def picture(config: ParallelConfig, world: int, node: int, experts: int) -> list
         rows += _experts(sizes, world, experts)
     width = max(len(cell) for row in rows for cell in row.cells)
     bands = _bands(world, node, width)
-    left_out = bands[2:-1] if world > MOST else []
+    left_out = bands[2:-1] if world > MAX_RANKS else []
     for band in bands:
         if band not in left_out:
             lines += [*_band(rows, band, node, width), ""]
@@ -63,19 +63,19 @@ def picture(config: ParallelConfig, world: int, node: int, experts: int) -> list
     return lines[:-1]
 
 
-def places(dim: str, sizes: dict[str, int], world: int) -> list[int]:
-    """Where each rank is in the dimension `dim` of its grid."""
+def coordinates(dim: str, sizes: dict[str, int], world: int) -> list[int]:
+    """Returns the coordinate of each rank in the dimension `dim`."""
     return [rank // _stride(dim, sizes) % sizes[dim] for rank in range(world)]
 
 
 def _stride(dim: str, sizes: dict[str, int]) -> int:
-    """How far apart neighbours in a dimension are."""
+    """Returns the distance of neighbours in a dimension, in ranks."""
     dims = DENSE if dim in DENSE else EXPERTS
     return math.prod(sizes[inner] for inner in dims[dims.index(dim) + 1 :])
 
 
 def _dense(sizes: dict[str, int], world: int) -> Iterator[Row]:
-    """Which part of the batch and of the dense weights. Where only shards, or only replicas, have other rows it is one line."""
+    """Yields the parts of the batch and of the dense weights. If data ranks are all shards, or all replicas, that is one row."""
     run, data = sizes["tensor"], world // sizes["tensor"]
     same = [dim for dim in ("shard", "replicate") if sizes[dim] == data > 1]
     yield Row(f"{' = '.join(['batch', *same])}, of {data}", [str(rank // run) for rank in range(world)], run)
@@ -83,10 +83,10 @@ def _dense(sizes: dict[str, int], world: int) -> Iterator[Row]:
 
 
 def _experts(sizes: dict[str, int], world: int, experts: int) -> Iterator[Row]:
-    """Which experts, and which part of them; after a line of bars."""
+    """Yields the experts of each rank, and its parts of them, after a row of bars."""
     holders, each = sizes["expert_tensor"], experts // sizes["expert"]
     run, inner = sizes["expert"] * holders, holders if holders > 1 else 0
-    first = [each * place for place in places("expert", sizes, world)]
+    first = [each * place for place in coordinates("expert", sizes, world)]
     yield Row("", [""] * world, run, inner)
     yield Row(f"experts, of {experts}", [_ids(expert, each) for expert in first], run, inner)
     yield from _parts(["expert_tensor", "expert_shard", "expert_replicate"], sizes, world, run, inner)
@@ -95,17 +95,17 @@ def _experts(sizes: dict[str, int], world: int, experts: int) -> Iterator[Row]:
 def _parts(dims: list[str], sizes: dict[str, int], world: int, run: int, inner: int) -> Iterator[Row]:
     for dim in dims:
         if sizes[dim] > 1:
-            yield Row(f"{dim}, of {sizes[dim]}", [str(place) for place in places(dim, sizes, world)], run, inner)
+            yield Row(f"{dim}, of {sizes[dim]}", [str(place) for place in coordinates(dim, sizes, world)], run, inner)
 
 
 def _bands(world: int, node: int, width: int) -> list[list[range]]:
-    """The ranks of each line with cells of this `width`: those of as many nodes as fit, or an even part of one."""
+    """Returns the ranks of each band, for cells of this `width`: those of as many nodes as fit, or an even part of a node."""
     fit = max(1, COLUMNS // (width + 3))
     part = next(size for size in range(min(fit, node), 0, -1) if node % size == 0)
     title = len(f"node {world // node}")
-    beside = max(1, COLUMNS // (max(part * (width + 3) + 1, title) + 2)) if part == node else 1
+    side_by_side = max(1, COLUMNS // (max(part * (width + 3) + 1, title) + 2)) if part == node else 1
     chunks = [range(start, min(start + part, world)) for start in range(0, world, part)]
-    return [chunks[start : start + beside] for start in range(0, len(chunks), beside)]
+    return [chunks[start : start + side_by_side] for start in range(0, len(chunks), side_by_side)]
 
 
 def _band(rows: list[Row], chunks: list[range], node: int, width: int) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _band(rows: list[Row], chunks: list[range], node: int, width: int) -> Iterat
 
 
 def _drawn(row: Row, chunk: range, width: int) -> str:
-    """The cells of some ranks, with what stands between them."""
+    """Returns the cells of the ranks in `chunk`, with bars and colons."""
     text = "|" if chunk[0] % row.run == 0 else "<"
     for rank in chunk:
         text += f" {row.cells[rank]:^{width}} "
@@ -128,18 +128,18 @@ def _drawn(row: Row, chunk: range, width: int) -> str:
 
 
 def _groups(dims: list[str], sizes: dict[str, int], world: int, node: int) -> Iterator[str]:
-    """A line for each of `dims`."""
+    """Yields a line for each of `dims`."""
     yield f"{'group of':{NAMES}}ranks  groups  {'the first':<14}{'where':<16}what they send to each other"
     for dim in dims:
         size, stride = sizes[dim], _stride(dim, sizes)
-        starts = [rank for rank, place in enumerate(places(dim, sizes, world)) if place == 0]
+        starts = [rank for rank, place in enumerate(coordinates(dim, sizes, world)) if place == 0]
         nodes = max(len({(start + stride * place) // node for place in range(size)}) for start in starts)
         where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
         yield f"{dim:{NAMES}}{size:>5}{len(starts):>8}  {_members(size, stride):<14}{where:<16}{SENDS[dim]}"
 
 
 def _members(size: int, stride: int) -> str:
-    """The ranks of the first group."""
+    """Returns the ranks of the first group."""
     if size <= 3:
         return ",".join(str(place * stride) for place in range(size))
     last = (size - 1) * stride

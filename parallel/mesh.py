@@ -1,9 +1,10 @@
-"""The ranks as two meshes over the same world: one for dense parameters, one for experts (parallel folding).
+"""Two meshes over the same ranks, one for dense parameters and one for experts (parallel folding). The last dimension varies
+fastest.
 
-    dense    replicate x shard x tensor                                     neighbours are tensor-parallel
-    experts  expert_replicate x expert_shard x expert x expert_tensor       neighbours share experts, then are expert-parallel
+    dense    replicate x shard x tensor
+    experts  expert_replicate x expert_shard x expert x expert_tensor
 
-Expert parallelism takes no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
+Expert parallelism needs no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from .layout import DENSE, EXPERTS, mesh_sizes
 
 
 class Axis(NamedTuple):
-    """A group of ranks that this rank is one of. A group of one has no process group and never communicates."""
+    """A group of ranks that includes this one. A group of one has no process group and never communicates."""
 
     size: int
     rank: int
@@ -31,7 +32,7 @@ class Axis(NamedTuple):
 
 @dataclass
 class Mesh:
-    """Both meshes, seen from one rank. Groups are made at first use, which must come in the same order on every rank."""
+    """Both meshes, as seen from one rank. Process groups are created at first use, in the same order on every rank."""
 
     world: int
     rank: int
@@ -39,7 +40,7 @@ class Mesh:
     axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
 
     def axis(self, *names: str) -> Axis:
-        """The ranks that differ from this one in the named dimensions (of one of the meshes) alone."""
+        """Returns the ranks that differ from this one only in the named dimensions, which are of one mesh."""
         if names not in self.axes:
             self.axes[names] = self._make(names)
         return self.axes[names]
@@ -50,16 +51,16 @@ class Mesh:
 
     @property
     def data(self) -> Axis:
-        """Ranks with different rows of the batch."""
+        """The ranks with different rows of the batch."""
         return self.axis("replicate", "shard")
 
     @property
     def tensor(self) -> Axis:
-        """Ranks with the same rows and different slices of them and of the dense weights."""
+        """The ranks with the same rows, and different slices of them and of the dense weights."""
         return self.axis("tensor")
 
     def device_mesh(self, name: str, device: torch.device) -> DeviceMesh:
-        """One dimension as torch's own mesh, for FSDP2."""
+        """Returns one dimension as a torch DeviceMesh, for FSDP2."""
         group = self.axis(name).group
         assert group is not None
         return DeviceMesh.from_group(group, device.type, mesh_dim_names=(name,))
@@ -70,13 +71,13 @@ class Mesh:
         return self.axis_of([[first + further for further in self._ranks(dims, names)] for first in firsts])
 
     def _ranks(self, dims: Sequence[str], varied: Sequence[str]) -> list[int]:
-        """The ranks at 0 in all of `dims` but the `varied` ones, the last of these fastest."""
-        places = itertools.product(*(range(self.sizes[dim]) for dim in varied))
+        """Returns the ranks with coordinate 0 in all of `dims` but the `varied` ones, of which the last varies fastest."""
+        coordinates = itertools.product(*(range(self.sizes[dim]) for dim in varied))
         strides = [math.prod(self.sizes[dim] for dim in dims[dims.index(dim) + 1 :]) for dim in varied]
-        return [sum(map(operator.mul, place, strides)) for place in places]
+        return [sum(map(operator.mul, coordinate, strides)) for coordinate in coordinates]
 
     def axis_of(self, groups: list[list[int]]) -> Axis:
-        """The one of `groups` (which share out the world, in the same order on every rank) that this rank is in."""
+        """Returns the group of this rank. `groups` partition the world and have the same order on every rank."""
         mine = next(group for group in groups if self.rank in group)
         if len(mine) == 1:
             return Axis(1, 0, None)
@@ -85,6 +86,6 @@ class Mesh:
 
 
 def build_mesh(config: ParallelConfig) -> Mesh:
-    """The meshes of the current world (train/config/validate.py has refused what does not divide)."""
+    """Builds the meshes of the current world. The configuration has been validated, so all degrees divide it."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     return Mesh(world, rank, mesh_sizes(config, world))

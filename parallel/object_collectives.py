@@ -1,4 +1,4 @@
-"""What all ranks must know alike. Every function is collective over the default process group, if there is one."""
+"""Collectives of small Python objects. Every function is collective over the default process group, if there is one."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,12 +10,12 @@ Result = TypeVar("Result")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(0, 1) without a process group. Not collective."""
+    """Returns the rank and the world size; (0, 1) without a process group. Not collective."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """Each flag: whether it is set on any rank. One small all-reduce."""
+    """Returns for each flag whether any rank has set it, in one small all-reduce."""
     if not dist.is_initialized():
         return list(flags)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -25,7 +25,7 @@ def any_rank(*flags: bool) -> list[bool]:
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all ranks, which are small and plain."""
+    """Returns the values of all ranks; they must be small and picklable."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -34,7 +34,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def from_first(read: Callable[[], Result]) -> Result:
-    """What rank 0 reads, or its error (OSError, ValueError) as a ValueError, on every rank: one reader, one opinion."""
+    """Calls `read` on rank 0 and returns the result on every rank. Its OSError or ValueError is raised on all, as a ValueError."""
     if not dist.is_initialized():
         return read()
     outcome: list[Any] = [None, None]
@@ -50,7 +50,7 @@ def from_first(read: Callable[[], Result]) -> Result:
 
 
 def through_first(mine: Any, decide: Callable[[list[Any]], list[Any]]) -> Any:
-    """Rank 0 gets all ranks' `mine` and decides what each of them gets back. Its errors are raised on every rank."""
+    """Gathers `mine` on rank 0, where `decide` returns an answer for each rank. Its errors are raised on every rank."""
     if not dist.is_initialized():
         return decide([mine])[0]
     rank, world = dist.get_rank(), dist.get_world_size()

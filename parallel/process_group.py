@@ -1,4 +1,4 @@
-"""Joining and leaving the world of ranks: who is in it comes from the environment, the backend from the device."""
+"""Starts and ends the default process group: its ranks come from the environment, its backend from the device."""
 
 import os
 from datetime import timedelta
@@ -11,14 +11,14 @@ from .streams import enter_thread
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: this rank's GPU if there is one, else the CPU."""
+    """Returns the device `name`; `auto` is this rank's GPU if there is one, else the CPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join(device: torch.device, timeout_seconds: float) -> None:
-    """Start the process group if the environment names more than one rank."""
+    """Starts the process group if the environment names more than one rank."""
     enter_thread(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(
@@ -29,13 +29,13 @@ def join(device: torch.device, timeout_seconds: float) -> None:
 
 
 def leave() -> None:
-    """End the process group, if there is one."""
+    """Ends the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def wait_for_all() -> None:
-    """Return when every rank has come here."""
+    """A barrier of all ranks."""
     if dist.is_initialized():
         PROGRESS.number += 1
         with waiting("barrier of all ranks"):

@@ -1,6 +1,6 @@
-"""What this rank does at this moment: the hang guard may have to tell, and time in collectives is time spent waiting for others.
+"""What this rank is doing now, for the watchdog's reports of hangs, and the time it spends waiting in collectives.
 
-One record for the process, as one training loop runs in it. The thread that trains writes it, the watchdog's thread reads it.
+One record for the process, since one training loop runs in it. The training thread writes it, the watchdog's thread reads it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,46 +15,46 @@ from .mesh import Axis
 
 
 class Progress:
-    """Where the thread that trains is."""
+    """The position of the training thread."""
 
     def __init__(self) -> None:
         self.step = 0
-        """The optimizer step under way; the first is 1."""
+        """The current optimizer step; the first is 1."""
         self.phase = "start"
         self.layer: int | None = None
-        """The block whose forward or backward pass runs, or ran last."""
+        """The block whose forward or backward pass is running, or ran last."""
         self.collective: str | None = None
-        """The one that was begun and has not ended."""
+        """The collective that this rank has started and not completed."""
         self.last = "none"
-        """The collective begun last."""
+        """The collective that it started last."""
         self.number = 0
-        """Collectives begun. Ranks begin the same ones, so a rank with fewer is behind."""
+        """How many collectives it has started. All ranks start the same ones, so a rank with fewer is behind."""
         self.since = monotonic()
-        """When any of these last changed, or when `progress` was seen."""
+        """When any of these last changed, or `progress` was last called."""
         self.waited = 0.0
-        """Seconds in collectives, all in all."""
+        """Seconds spent in collectives."""
 
 
 PROGRESS = Progress()
 
 Check = Callable[[str, Axis, list[int] | None, list[int] | None], None]
 _checks: list[Check] = []
-"""What is called before each collective; see collective_check.py."""
+"""Called before each collective; see collective_check.py."""
 
 
 @contextmanager
 def in_phase(phase: str) -> Iterator[None]:
-    """`with` or decorator: what runs inside is this phase of the step."""
+    """Context manager or decorator: sets the phase of the step."""
     before, PROGRESS.phase, PROGRESS.layer, PROGRESS.since = PROGRESS.phase, phase, None, monotonic()
     yield
-    # Not after an error: where it was is what one wants to know.
+    # Not after an error, so that reports show where it happened.
     PROGRESS.phase, PROGRESS.layer, PROGRESS.since = before, None, monotonic()
 
 
 def collective(
     name: str, axis: Axis, send: list[int] | None = None, receive: list[int] | None = None
 ) -> AbstractContextManager[None]:
-    """Around a collective, or around the start of one. `send`, `receive`: the rows for and of each rank, if they are uneven."""
+    """Wraps a collective, or its start. `send` and `receive` are the rows for and from each rank, if they are uneven."""
     if torch.compiler.is_compiling():  # compiled code may have no side effects
         return nullcontext()
     for check in _checks:
@@ -65,7 +65,7 @@ def collective(
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """For other ranks."""
+    """Wraps code that waits for other ranks."""
     outer, PROGRESS.collective, PROGRESS.since = PROGRESS.collective, what, monotonic()
     begin = PROGRESS.since
     yield
@@ -74,22 +74,22 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def progress() -> None:
-    """All ranks have just answered, and the thread that trains goes on waiting for what is under way: that is no hang."""
+    """Tells the watchdog that this is no hang: all ranks have just answered, though the training thread still waits."""
     PROGRESS.since = monotonic()
 
 
 def waiting_for_device() -> AbstractContextManager[None]:
-    """Around what the host reads of a GPU, which may be in a collective that the host has left behind."""
+    """Wraps a host read from a GPU, which may still be in a collective that the host has already passed."""
     return waiting(f"{PROGRESS.last} or what follows it on the device")
 
 
 def check_before_collectives(check: Check | None) -> None:
-    """Call `check` before each collective from now on; None: nothing."""
+    """Calls `check` before each collective from now on; None removes it."""
     _checks[:] = [] if check is None else [check]
 
 
 def name_layers(blocks: Iterable[nn.Module]) -> None:
-    """Let each block say when its forward pass begins and when its backward pass does."""
+    """Registers hooks that set `PROGRESS.layer` when the forward or backward pass of a block begins."""
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(_enters(index))
         block.register_forward_hook(_enters_backward(index))
@@ -103,7 +103,7 @@ def _enters(index: int) -> Callable[..., None]:
 
 
 def _enters_backward(index: int) -> Callable[..., None]:
-    """The gradient of a block's output is there when its own backward pass begins."""
+    """The backward pass of a block begins when the gradient of its output is computed."""
     enter = _enters(index)
 
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Scopes across ranks: the tokens of a scope that other ranks hold, and sums over all of them.
+"""Scopes across ranks: gathers the tokens of a scope, and sums over them.
 
 L MoE layers, B sequences of this rank, S tokens of each here, E router columns, D data ranks, N tensor ranks, T tokens of a scope.
 """
@@ -12,7 +12,7 @@ from .mesh import Axis, Mesh
 
 
 class DistributedScope(LocalScope):
-    """The order of tokens is that of one device: by data rank, sequence, slice of the sequence (tensor rank), token."""
+    """Tokens have the order of one device: by data rank, sequence, slice of the sequence (tensor rank), token."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -20,12 +20,12 @@ class DistributedScope(LocalScope):
     def tokens(self, sequences: int, length: int, scope: Scope) -> int:
         return super().tokens(sequences, length, scope) * scope_axis(scope, self.mesh).size
 
-    def ahead(self, counts_BE: Tensor, scope: Scope) -> Tensor:
+    def counts_before(self, counts_BE: Tensor, scope: Scope) -> Tensor:
         """Gathers the counts of the ranks that share the scope."""
         if scope is Scope.rank:
-            return super().ahead(counts_BE, scope)
-        counts_GTE = self.gather(counts_BE.unsqueeze(1), scope)  # as if each slice of a sequence were one token
-        return self.own(counts_GTE.cumsum(1) - counts_GTE, len(counts_BE), 1, scope).squeeze(1)
+            return super().counts_before(counts_BE, scope)
+        counts_GTE = self.gather(counts_BE.unsqueeze(1), scope)  # each slice of a sequence as one token
+        return self.local_part(counts_GTE.cumsum(1) - counts_GTE, len(counts_BE), 1, scope).squeeze(1)
 
     def total(self, x_BE: Tensor, scope: Scope) -> Tensor:
         return sum_over(super().total(x_BE, scope).clone(), scope_axis(scope, self.mesh))
@@ -37,17 +37,19 @@ class DistributedScope(LocalScope):
         x_DBSE = x_DNBSE.transpose(1, 2).flatten(2, 3)
         return super().gather(x_DBSE.flatten(0, 1), scope)
 
-    def own(self, x_GTE: Tensor, sequences: int, length: int, scope: Scope) -> Tensor:
+    def local_part(self, x_GTE: Tensor, sequences: int, length: int, scope: Scope) -> Tensor:
         if scope is Scope.rank:
-            return super().own(x_GTE, sequences, length, scope)
+            return super().local_part(x_GTE, sequences, length, scope)
         data, tensor = self.mesh.data, self.mesh.tensor
         if scope is Scope.batch:
-            x_GTE = super().own(x_GTE, sequences * data.size, length * tensor.size, scope)[data.rank * sequences :][:sequences]
+            x_GTE = super().local_part(x_GTE, sequences * data.size, length * tensor.size, scope)[data.rank * sequences :][
+                :sequences
+            ]
         return x_GTE.chunk(tensor.size, dim=1)[tensor.rank]
 
 
 def scope_axis(scope: Scope, mesh: Mesh) -> Axis:
-    """The ranks that hold tokens of one scope."""
+    """Returns the ranks that hold the tokens of a scope."""
     match scope:
         case Scope.sequence:
             return mesh.tensor
@@ -58,6 +60,6 @@ def scope_axis(scope: Scope, mesh: Mesh) -> Axis:
 
 
 def scope_sum(x_LBE: Tensor, scope: Scope, mesh: Mesh) -> Tensor:
-    """Sums over each whole scope, without gradient: (L, B, E) for sequence, else (L, E). One all-reduce at most."""
+    """Sums over each whole scope, in at most one all-reduce: (L, B, E) for sequence, else (L, E). Not differentiable."""
     mine = x_LBE if scope is Scope.sequence else x_LBE.sum(1)
     return sum_over(mine.detach().clone(), scope_axis(scope, mesh))

@@ -1,102 +1,103 @@
-"""Which part of a global tensor a rank holds. Checkpoints, initial weights and tests speak of parameters in these terms.
+"""Which part of a global tensor a rank holds: used by checkpoints, initial weights and tests. Does not import torch.
 
-Every layout here cuts tensors into rectangles (a range in each dimension): experts by id, tensor-parallel slices of rows or
-columns, FSDP shards inside of those. So one rectangle with its global shape says all there is to know. No torch here.
+Every layout cuts tensors into rectangles (a range in each dimension): experts by id, tensor-parallel slices of rows or columns,
+and FSDP shards of those. A rectangle and the global shape therefore describe a shard completely.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
 
 class ShardMetadata(NamedTuple):
-    """A rectangle of a global tensor: `sizes` elements from `offsets` on, in each dimension of `shape`."""
+    """A rectangle of a global tensor of `shape`: in each dimension, `sizes` elements from `offsets` on."""
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def cut(self, whole: "torch.Tensor") -> "torch.Tensor":
-        """The view of the global tensor `whole` (of `shape`) that this piece is."""
-        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
-            whole = whole.narrow(dim, offset, size)
+        """Returns this rectangle of the global tensor `whole`, as a view. `whole` may lack leading dimensions."""
+        leading = len(self.shape) - whole.ndim
+        for dim in range(whole.ndim):
+            whole = whole.narrow(dim, self.offsets[leading + dim], self.sizes[leading + dim])
         return whole
+
+    def chunk(self, dim: int, ranks: int, rank: int) -> "ShardMetadata":
+        """Returns one of `ranks` chunks in dimension `dim`. Sizes are rounded up, as by torch.chunk: the last may be empty."""
+        size = -(-self.sizes[dim] // ranks)
+        start = min(rank * size, self.sizes[dim])
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[dim], sizes[dim] = offsets[dim] + start, min(size, sizes[dim] - start)
+        return ShardMetadata(self.shape, tuple(offsets), tuple(sizes))
+
+    def overlaps(self, other: "ShardMetadata") -> bool:
+        """Whether the two share an element."""
+        spans = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        return all(a < b + q and b < a + p for a, p, b, q in spans)
 
 
 class LocalShard(NamedTuple):
-    """A piece and this rank's tensor of it, of shape `piece.sizes`."""
+    """A shard and this rank's tensor with its values, of shape `metadata.sizes`."""
 
-    piece: ShardMetadata
+    metadata: ShardMetadata
     tensor: "torch.Tensor"
 
 
 def whole(shape: "tuple[int, ...] | torch.Size") -> ShardMetadata:
-    """The piece that is everything."""
+    """Returns the shard that is the whole tensor."""
     return ShardMetadata(tuple(shape), (0,) * len(shape), tuple(shape))
 
 
-MOST_WORK = 64
-"""Looks at a rectangle, on average: layouts cut a tensor along one dimension after the other, which takes one look each."""
-MOST_TANGLED = 256
-"""Rectangles that no cut separates: each is compared with each."""
+MAX_COMPARISONS = 64
+"""Comparisons per shard, on average: a layout cuts a tensor along one dimension after the other, and each cut needs one."""
+MAX_INSEPARABLE = 256
+"""Shards that no cut separates; these are compared pairwise."""
 
 
-class Rectangle(Protocol):
-    """`sizes` elements from `offsets` on, in each dimension."""
+def disjoint(shards: Sequence[ShardMetadata]) -> bool:
+    """Whether no two of the shards (of one tensor, none empty) share an element.
 
-    @property
-    def offsets(self) -> tuple[int, ...]: ...
-
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-
-
-def apart(rectangles: Sequence[Rectangle]) -> bool:
-    """Whether no two of them share an element. None of them is empty. ValueError if they are cut as no layout cuts."""
-    left = [list(rectangles)]
-    work = MOST_WORK * (len(rectangles) + 64)
-    while left:
-        group = left.pop()
-        parts, looks = _separated(group) if len(group) > 1 else ([], 0)
-        work -= looks * len(group)
+    Raises ValueError for arrangements that no layout produces and that would take too long to check.
+    """
+    groups = [list(shards)]
+    budget = MAX_COMPARISONS * (len(shards) + 64)
+    while groups:
+        group = groups.pop()
+        parts, dims = _separate(group) if len(group) > 1 else ([], 0)
+        budget -= dims * len(group)
         if len(parts) > 1:
-            left += parts
-        elif len({(tuple(one.offsets), tuple(one.sizes)) for one in group}) < len(group):
+            groups += parts
+        elif len({(shard.offsets, shard.sizes) for shard in group}) < len(group):
             return False
-        elif work < 0 or len(group) > MOST_TANGLED:
-            raise ValueError(f"its {len(rectangles)} chunks are cut as no layout cuts a tensor")
-        elif any(overlap(one, other) for one, other in combinations(group, 2)):
+        elif budget < 0 or len(group) > MAX_INSEPARABLE:
+            raise ValueError(f"its {len(shards)} chunks are cut as no layout cuts a tensor")
+        elif any(one.overlaps(other) for one, other in combinations(group, 2)):
             return False
     return True
 
 
-def overlap(one: Rectangle, other: Rectangle) -> bool:
-    """Whether they share an element."""
-    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(a < b + q and b < a + p for a, p, b, q in spans)
-
-
-def _separated(group: list[Rectangle]) -> tuple[list[list[Rectangle]], int]:
-    """The parts between which a cut across the whole of a dimension goes, of the first that has one; how many were looked at."""
+def _separate(group: list[ShardMetadata]) -> tuple[list[list[ShardMetadata]], int]:
+    """Splits the group along the first dimension that allows it. Returns the parts, and how many dimensions were tried."""
     dims = range(len(group[0].offsets))
     for dim in dims:
-        parts = list(_cut(group, dim))
+        parts = list(_split(group, dim))
         if len(parts) > 1:
             return parts, dim + 1
     return [group], len(dims)
 
 
-def _cut(group: list[Rectangle], dim: int) -> Iterator[list[Rectangle]]:
-    """Runs of rectangles that reach into each other in this dimension."""
-    part: list[Rectangle] = []
+def _split(group: list[ShardMetadata], dim: int) -> Iterator[list[ShardMetadata]]:
+    """Yields runs of shards whose ranges in `dim` overlap."""
+    part: list[ShardMetadata] = []
     end = 0
-    for one in sorted(group, key=lambda one: one.offsets[dim]):
-        if part and one.offsets[dim] >= end:
+    for shard in sorted(group, key=lambda shard: shard.offsets[dim]):
+        if part and shard.offsets[dim] >= end:
             yield part
             part = []
-        end = max(end, one.offsets[dim] + one.sizes[dim]) if part else one.offsets[dim] + one.sizes[dim]
-        part.append(one)
+        end = max(end, shard.offsets[dim] + shard.sizes[dim]) if part else shard.offsets[dim] + shard.sizes[dim]
+        part.append(shard)
     yield part

@@ -1,11 +1,11 @@
 """Tensor parallelism with sequence parallelism between the blocks (Megatron-LM; Korthikanti et al. 2022).
 
 Between the sublayers every tensor rank holds a slice of each sequence. Attention and dense feed-forwards gather the sequence,
-compute their own heads or hidden columns, and scatter the sum. Norms, routers, shared experts work on the slice, with weights
-that every rank holds whole; so does the MoE layer, which routes each token on one rank only.
+compute their own heads or hidden columns, and reduce-scatter the sum. Norms, routers and shared experts work on the slice, with
+weights that are whole on every rank; so does the MoE layer, which routes each token on one rank.
 
-A weight that is whole on every rank gets from each rank the gradient of that rank's slice, or of that rank's heads (norms of heads
-and latents), so that the sum over the ranks is the gradient.
+For a weight that is whole on every rank, a rank computes the gradient of its slice of the sequence, or of its heads (norms of heads
+and latents); the gradient is the sum over the ranks.
 """
 
 import functools
@@ -19,31 +19,30 @@ from ..moe.dispatch import Choices, FusedDispatcher, LocalDispatcher
 from ..moe.linear import HeadsNorm
 from ..moe.model import Transformer
 from ..moe.token_info import TokenInfo
-from .collectives import add_up_parts, gather_sequence, scatter_sequence, stack_over
-from .dispatch.all_to_all import plan_arrivals, read_splits, reorder
-from .dispatch.async_collectives import RowExchange, depart, land
+from .collectives import all_reduce_parts, gather_sequence, scatter_sequence, stack_over
+from .dispatch.all_to_all import plan_expert_order, read_splits, reorder
+from .dispatch.async_collectives import AllToAll
 from .layout import sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
 from .shard import ShardMetadata
 from .vocabulary import VocabularyParallelEmbedding
 
 
-def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> None:
-    """Slice the weights, and put the gathers and scatters around the modules as hooks. Updates `pieces`."""
+def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata]) -> None:
+    """Slices the weights and registers the gathers and scatters as hooks of the modules. Updates `shards`."""
     axis = mesh.tensor
-    for name, parameter in list(model.named_parameters()):
+    for name, _ in list(model.named_parameters()):
         dim = sliced_dim(name, model.config)
         if dim is not None:
-            replace_parameter(model, name, parameter.chunk(axis.size, dim)[axis.rank].contiguous())
-            pieces[name] = narrowed(pieces[name], dim, axis)
+            slice_parameter(model, name, dim, axis, shards)
     model.embedding = VocabularyParallelEmbedding(
-        model.get_parameter("embedding.weight"), pieces["embedding.weight"].offsets[0], axis
+        model.get_parameter("embedding.weight"), shards["embedding.weight"].offsets[0], axis
     )
     if model.config.tie_embeddings:
         model.head.owner = (model.embedding,)
     model.head.register_forward_pre_hook(_gather_input(axis))
     for block in model.blocks:
-        _spread_attention(block.attention, axis)
+        _parallelize_attention(block.attention, axis)
         if block.dense is not None:
             block.dense.register_forward_pre_hook(_gather_input(axis))
             block.dense.register_forward_hook(_scatter_output(axis))
@@ -51,13 +50,13 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, Shar
             block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
 
-def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
-    """Latents are made of the slice and then gathered: they are smaller than what they are made of."""
+def _parallelize_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
+    """Latents are projected from the slice and then gathered, since they are smaller than the input."""
     if isinstance(attention, Attention):
         attention.register_forward_pre_hook(_gather_input(axis))
         for norm in (attention.q_norm, attention.k_norm):
             if isinstance(norm, HeadsNorm):
-                norm.add_up = functools.partial(add_up_parts, axis=axis)
+                norm.all_reduce = functools.partial(all_reduce_parts, axis=axis)
     else:
         attention.kv_down.register_forward_hook(_gather_output(axis))
         if attention.widths.q_rank is None:
@@ -68,19 +67,13 @@ def _spread_attention(attention: Attention | LatentAttention, axis: Axis) -> Non
     attention.register_forward_hook(_scatter_output(axis))
 
 
-def narrowed(piece: ShardMetadata, dim: int, axis: Axis) -> ShardMetadata:
-    """This rank's even share of `piece` in dimension `dim`."""
-    size = piece.sizes[dim] // axis.size
-    assert size * axis.size == piece.sizes[dim], f"{piece} does not divide by {axis.size} in dimension {dim}"
-    offsets, sizes = list(piece.offsets), list(piece.sizes)
-    offsets[dim], sizes[dim] = offsets[dim] + axis.rank * size, size
-    return ShardMetadata(piece.shape, tuple(offsets), tuple(sizes))
-
-
-def replace_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a new parameter in the place of the one called `name`."""
-    path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, nn.Parameter(value.detach()))
+def slice_parameter(model: nn.Module, name: str, dim: int, axis: Axis, shards: dict[str, ShardMetadata]) -> None:
+    """Replaces the parameter `name` by this rank's even chunk of it in dimension `dim`, and updates its entry in `shards`."""
+    assert shards[name].sizes[dim] % axis.size == 0, f"{name}: {shards[name]} does not divide by {axis.size} in dimension {dim}"
+    path, _, attribute = name.rpartition(".")
+    chunk = model.get_parameter(name).detach().chunk(axis.size, dim)[axis.rank].contiguous()
+    setattr(model.get_submodule(path), attribute, nn.Parameter(chunk))
+    shards[name] = shards[name].chunk(dim, axis.size, axis.rank)
 
 
 def _gather_input(axis: Axis) -> Any:
@@ -96,53 +89,52 @@ def _scatter_output(axis: Axis) -> Any:
 
 
 def _slice_tokens(axis: Axis) -> Any:
-    """The MoE layer gets a slice of x_BSD and the record of whole sequences: take the same slice of that."""
+    """The MoE layer receives a slice of x_BSD, and the information of whole sequences: takes the same slice of that."""
 
-    def own(part_BS: Tensor | None) -> Tensor | None:
-        return None if part_BS is None else part_BS.chunk(axis.size, dim=1)[axis.rank]
+    def slice_of(whole_BS: Tensor | None) -> Tensor | None:
+        return None if whole_BS is None else whole_BS.chunk(axis.size, dim=1)[axis.rank]
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, TokenInfo]) -> tuple[Tensor, TokenInfo]:
         x_BSD, tokens = inputs
-        whole = (tokens.valid_BS, tokens.ids_BS, tokens.place_BS)
-        return x_BSD, TokenInfo(*map(own, whole), step=tokens.step, layer=tokens.layer)
+        whole = (tokens.valid_BS, tokens.ids_BS, tokens.keys_BS)
+        return x_BSD, TokenInfo(*map(slice_of, whole), step=tokens.step, layer=tokens.layer)
 
     return hook
 
 
 # Expert tensor parallelism: the ranks of an expert_tensor group hold the same experts, each some of their hidden columns.
 #
-# The ranks route different tokens (parallel folding), so each brings its rows to all of the group, all compute their part of
-# all rows, and each takes the parts of its own rows back and adds them up. It is around the experts and behind any dispatcher.
-# N ranks of the group, E experts of a rank, R rows of this rank, A rows of all of them.
+# The ranks route different tokens (parallel folding). So each rank sends its rows to the whole group, computes its part of all
+# rows, and sums the parts of its own rows. This wraps the experts, and works with any dispatcher.
+# N ranks of the group, E experts of a rank, R rows of this rank, A rows of all ranks.
 
 
-def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, pieces: dict[str, ShardMetadata]) -> None:
-    """Slice the experts' hidden columns, and put the exchange of rows around their computation. Updates `pieces`."""
+def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata]) -> None:
+    """Slices the experts' hidden columns and exchanges rows around their computation. Updates `shards`."""
     axis = mesh.axis("expert_tensor")
-    for name, parameter in list(model.named_parameters()):
+    for name, _ in list(model.named_parameters()):
         dim = sliced_dim_of_experts(name)
         if dim is not None:
-            replace_parameter(model, name, parameter.chunk(axis.size, dim)[axis.rank].contiguous())
-            pieces[name] = narrowed(pieces[name], dim, axis)
+            slice_parameter(model, name, dim, axis, shards)
     for block in model.blocks:
         if block.moe is not None:
             experts = block.moe.experts
             experts.adds_bias = experts.adds_bias and axis.rank == 0
             if isinstance(block.moe.dispatcher, FusedDispatcher):
-                block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # rows must be there to be shared
+                block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # exchanging rows needs rows
             experts.forward = functools.partial(share_rows, experts.forward, axis)
 
 
 def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
-    """Rows (R, D) to (R, D): `experts` gives this rank's part of the rows of all ranks; the sum of the parts is the output.
+    """Computes the rows of all ranks with this rank's part of `experts`, and sums the parts: rows (R, D) to (R, D).
 
-    Rows are gathered and scattered by all-to-alls, since ranks have different numbers of them; each is the other's gradient.
+    Rows are gathered and scattered by all-to-alls, since ranks have different numbers of rows; each is the other's gradient.
     """
     assert choices is None, "rows are shared, and tokens have none yet"
-    came_NE = stack_over(counts_E, axis)
-    sent_N, came_N = read_splits(counts_E.expand_as(came_NE), came_NE, axis.size * len(x))
-    flight = depart(x.expand(axis.size, -1, -1).flatten(0, 1), RowExchange(sent_N, came_N, axis))
-    order_A, back_A = plan_arrivals(came_NE, sum(came_N))
-    part_AD = experts(reorder(land(flight), order_A, back_A), came_NE.sum(0))
-    flight = depart(reorder(part_AD, back_A, order_A), RowExchange(came_N, sent_N, axis))
-    return land(flight).view(axis.size, *x.shape).sum(0)
+    received_NE = stack_over(counts_E, axis)
+    send_N, receive_N = read_splits(counts_E.expand_as(received_NE), received_NE, axis.size * len(x))
+    pending = AllToAll(send_N, receive_N, axis).start(x.expand(axis.size, -1, -1).flatten(0, 1))
+    order_A, inverse_A = plan_expert_order(received_NE, sum(receive_N))
+    part_AD = experts(reorder(pending.wait(), order_A, inverse_A), received_NE.sum(0))
+    pending = AllToAll(receive_N, send_N, axis).start(reorder(part_AD, inverse_A, order_A))
+    return pending.wait().view(axis.size, *x.shape).sum(0)

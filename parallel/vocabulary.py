@@ -1,6 +1,6 @@
 """The vocabulary split over tensor-parallel ranks (Megatron-LM): embedding, and the head with its cross entropy.
 
-T tokens, D width, V columns of the vocabulary on this rank; the axis may have one rank, and then this is the ordinary loss.
+T tokens, D width, V columns of the vocabulary on this rank. An axis of one rank gives the ordinary loss.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..moe.device import kind_of
 from ..moe.linear import compute_dtype
-from ..moe.model import Head
+from ..moe.model import LMHead
 from .collectives import max_over, scatter_sequence, sum_over
 from .mesh import Axis
 
 LOGITS = {"cpu": 2**21, "cuda": 2**27}
-"""Logits that exist at once: the head and its loss work on so many, a chunk of tokens, and the next chunk overwrites them."""
+"""Logits that exist at once: head and loss work on a chunk of tokens with that many logits, which the next chunk overwrites."""
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """Holds the embedding's rows from `first` on; gives this rank's slice (B, S / N, D) of each sequence."""
+    """Holds the rows of the embedding from `first` on; returns this rank's slice (B, S / N, D) of each sequence."""
 
     def __init__(self, weight: nn.Parameter, first: int, axis: Axis) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class VocabularyParallelEmbedding(nn.Module):
         return scatter_sequence(part_BSD.masked_fill(absent_BS[..., None], 0), self.axis)
 
 
-def head_loss(x: Tensor, weight_VD: Tensor, head: Head, targets: Tensor, ignore: int, axis: Axis) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[target], in nats, in fp32 or wider; targets equal to `ignore` are left out.
+def head_loss(x: Tensor, weight_VD: Tensor, head: LMHead, targets: Tensor, ignore: int, axis: Axis) -> Tensor:
+    """Returns the sum over tokens of -log softmax(logits)[target], in nats, in fp32 or wider, without targets equal to `ignore`.
 
-    x (..., D) are hidden states, the same on all ranks of the axis; weight_VD is this rank's columns of the vocabulary. Every rank
-    gets the whole sum, the gradient of its weight, and its columns' part of the gradient of x.
+    x (..., D) are hidden states, the same on all ranks of the axis; weight_VD are this rank's columns of the vocabulary. Every rank
+    gets the whole sum, the gradient of its own weight, and the part of the gradient of x that is due to its columns.
     """
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight_VD.requires_grad)
     arguments = x.flatten(0, -2), weight_VD, head, targets.flatten(), ignore, axis, differentiates
@@ -47,24 +47,26 @@ def head_loss(x: Tensor, weight_VD: Tensor, head: Head, targets: Tensor, ignore:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradients are made in the forward pass, while a chunk's logits are there: none are kept, and none computed again."""
+    """Computes the gradients in the forward pass, while the logits of a chunk exist: none are saved, and none computed again."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: Head, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, head: LMHead, targets_T: Tensor, ignore: int, axis: Axis, differentiates: bool
     ) -> Tensor:
-        dtype, made_in, wide = x_TD.dtype, compute_dtype(x_TD), torch.promote_types(x_TD.dtype, torch.float32)
-        cast_VD, x_TD = weight_VD.to(dtype).to(made_in), x_TD.to(made_in)
+        dtype, product_dtype, wide = x_TD.dtype, compute_dtype(x_TD), torch.promote_types(x_TD.dtype, torch.float32)
+        cast_VD, x_TD = weight_VD.to(dtype).to(product_dtype), x_TD.to(product_dtype)
         gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)
-        for part in _chunks(x_TD, len(weight_VD)):
-            logits_TV = head.shape(F.linear(x_TD[part], cast_VD))
-            kept_TV = logits_TV.to(wide, copy=head.softcap is not None)
-            loss, gradient_TV = cross_entropy(kept_TV, targets_T[part], ignore, axis)
+        tokens = max(1, LOGITS[kind_of(x_TD)] // len(weight_VD))
+        for start in range(0, len(x_TD), tokens):
+            part = slice(start, start + tokens)
+            logits_TV = head.to_logits(F.linear(x_TD[part], cast_VD))
+            wide_TV = logits_TV.to(wide, copy=head.softcap is not None)  # the soft cap's backward needs the logits
+            loss, gradient_TV = cross_entropy(wide_TV, targets_T[part], ignore, axis)
             total += loss
             if gradients is not None:
                 grad_x_TD, grad_weight_VD = gradients
-                gradient_TV = head.shape_backward(gradient_TV, logits_TV).to(x_TD.dtype)
+                gradient_TV = head.to_logits_backward(gradient_TV, logits_TV).to(x_TD.dtype)
                 torch.mm(gradient_TV, cast_VD, out=grad_x_TD[part])
                 if wide == x_TD.dtype:
                     grad_weight_VD.addmm_(gradient_TV.T, x_TD[part])
@@ -76,15 +78,17 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Once: the gradients are scaled where they are, and given away."""
+        """Scales the gradients in place and returns them, which works only once."""
         (grad_x_TD, grad_weight_VD), ctx.gradients = ctx.gradients, None
         return grad_x_TD.mul_(grads[0]), grad_weight_VD.mul_(grads[0]).to(ctx.weight_dtype), *5 * [None]
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The sum over tokens, and its gradient (T, V), which takes the place of the logits."""
-    local_T, here_T = _local_targets(targets_T, logits_TV.shape[1], axis)
-    counted_T = targets_T != ignore
+    """Returns the sum over tokens, and its gradient (T, V), which overwrites the logits."""
+    columns, counted_T = logits_TV.shape[1], targets_T != ignore
+    local_T = targets_T - axis.rank * columns
+    here_T = (local_T >= 0) & (local_T < columns)
+    local_T = local_T.masked_fill(~here_T, 0)
     target_logits_T = logits_TV.gather(1, local_T[:, None]).squeeze(1) * here_T
     largest_T = max_over(logits_TV.amax(1), axis)
     exps_TV = logits_TV.sub_(largest_T[:, None]).exp_()
@@ -92,15 +96,3 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis)
     loss = ((exps_T.log() + largest_T - target_logits_T) * counted_T).sum()
     gradient_TV = exps_TV.mul_((counted_T / exps_T)[:, None])
     return loss, gradient_TV.scatter_add_(1, local_T[:, None], -(here_T & counted_T)[:, None].to(exps_TV.dtype))
-
-
-def _local_targets(targets_T: Tensor, columns: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Each target's column on this rank (0 if it is elsewhere), and whether it is here."""
-    local_T = targets_T - axis.rank * columns
-    here_T = (local_T >= 0) & (local_T < columns)
-    return local_T.masked_fill(~here_T, 0), here_T
-
-
-def _chunks(x_TD: Tensor, columns: int) -> list[slice]:
-    tokens = max(1, LOGITS[kind_of(x_TD)] // columns)
-    return [slice(start, start + tokens) for start in range(0, len(x_TD), tokens)]

@@ -1,1 +1,1 @@
-"""`tokenyard parity`: one model on many layouts, the same numbers or a named difference."""
+"""`tokenyard parity`: trains one model on many layouts and checks that the numbers are the same."""

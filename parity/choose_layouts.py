@@ -1,4 +1,4 @@
-"""Which layouts are compared: those that the user lists, or all that the rules of the configuration allow."""
+"""The layouts to compare: those that the user lists, or all that the rules of the configuration allow."""
 
 import dataclasses
 import itertools
@@ -12,17 +12,17 @@ from ..moe.config import MoEConfig, Scope, Selection
 from ..parallel.config import Exchange, ParallelConfig
 from ..train.config.compose import compose
 from ..train.config.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
-from ..train.config.rules.rules import broken_rules
+from ..train.config.rules.rules import violations
 from ..train.config.schema import written
 from ..train.config.validate import nearest_valid
 
 DEGREES = ("shard", "tensor", "expert", "expert_tensor")
-"""The settings of `parallel` that say over how many ranks something is spread, those that there are."""
+"""The settings of `parallel` that are degrees."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`ranks` ranks, of which those replicate that `parallel` leaves over."""
+    """A layout of `ranks` ranks. The ranks beyond the degrees of `parallel` are replicas."""
 
     ranks: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def text(self) -> str:
-        """As in parity.layouts; what has its default is left out."""
+        """The layout as in parity.layouts, without defaults."""
         changed = {"replicate": self.replicate, **_settings(self.parallel), "accumulation": self.accumulation}
         default = {"replicate": 1, **_settings(ParallelConfig()), "accumulation": 1}
         words = (name if value is True else f"{name}={written(value)}" for name, value in changed.items() if value != default[name])
@@ -49,8 +49,8 @@ class Layout:
         return dataclasses.replace(config, parallel=self.parallel, batch=batch)
 
 
-def prepared(config: Config) -> Config:
-    """In fp64, and without what parity does not need: corpus, tokenizer, launcher. ConfigError for what cannot be compared."""
+def prepare_config(config: Config) -> Config:
+    """`config` in fp64 and without corpus, tokenizer and launcher. Raises ConfigError for what cannot be compared."""
     _refuse_rank_scopes(config.model.moe)
     neutral = TokenizerConfig(path="none")  # ids are random: no tokenizer has to fit the vocabulary
     changed = dataclasses.replace(
@@ -61,8 +61,8 @@ def prepared(config: Config) -> Config:
 
 
 def refuse_broken(config: Config, world: int) -> None:
-    """ConfigError for the first rule that `config` breaks on `world` ranks."""
-    broken = next(broken_rules(config, world), None)
+    """Raises ConfigError for the first rule that `config` breaks on `world` ranks."""
+    broken = next(violations(config, world), None)
     if broken is not None:
         value: Any = config
         for name in broken.key.split("."):
@@ -70,32 +70,32 @@ def refuse_broken(config: Config, world: int) -> None:
         raise ConfigError.of(broken.key, written(value), broken.rule, nearest_valid(config, world, broken))
 
 
-def legal(config: Config, layout: Layout) -> bool:
-    """Whether no rule forbids it, and each rank has a sequence for every micro-batch."""
+def is_legal(config: Config, layout: Layout) -> bool:
+    """Whether no rule forbids the layout, and each rank has a sequence for every micro-batch."""
     applied = layout.applied(config)
-    if next(broken_rules(applied, layout.ranks), None) is not None:
+    if next(violations(applied, layout.ranks), None) is not None:
         return False
     return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * (layout.ranks // layout.parallel.tensor)
 
 
-def automatic(config: Config, ranks: int) -> list[Layout]:
-    """All legal splits of 1, 2, 4, ... `ranks` ranks; and each option on the most mixed split of each number of ranks."""
+def all_layouts(config: Config, ranks: int) -> list[Layout]:
+    """All legal splits of 1, 2, 4, ... `ranks` ranks, and each option on the split of each size that mixes most degrees."""
     worlds = [1 << power for power in range(ranks.bit_length())]
     found: list[Layout] = []
     for world in worlds:
-        splits = [layout for layout in _splits(world) if legal(config, layout)]
+        splits = [layout for layout in _splits(world) if is_legal(config, layout)]
         found += [layout for layout in splits if layout != Layout()]
         for accumulation, changes in options(most=world == worlds[-1]):
             variants = (
                 Layout(world, dataclasses.replace(base.parallel, **changes), accumulation)
                 for base in sorted(splits, key=_mixed, reverse=True)
             )
-            found += itertools.islice((layout for layout in variants if legal(config, layout)), 1)
+            found += itertools.islice((layout for layout in variants if is_legal(config, layout)), 1)
     return found
 
 
 def options(most: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Micro-batches and changed settings: each switch and choice of `parallel`, and accumulation; for the `most` ranks together."""
+    """Pairs of micro-batches and changed settings: each switch and choice of `parallel`, accumulation, and (if `most`) both."""
     yield 2, {}
     for name, default in _settings(ParallelConfig()).items():
         for value in [] if name in DEGREES else _others(default):
@@ -106,7 +106,7 @@ def options(most: bool) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _others(default: Any) -> list[Any]:
-    """The values that a switch, a choice or a small number may have beside its default; the rules decide which are legal."""
+    """The other values of a switch, a choice or a small number; the rules decide which are legal."""
     if isinstance(default, bool):
         return [not default]
     if isinstance(default, Enum):
@@ -114,8 +114,8 @@ def _others(default: Any) -> list[Any]:
     return [value for value in range(1, default + 2) if value != default] if isinstance(default, int) else []
 
 
-def listed(text: str) -> list[Layout]:
-    """The layouts of `[tensor=2 expert=2, shard=4 recompute]`. ConfigError for one that cannot be read."""
+def parse_layouts(text: str) -> list[Layout]:
+    """Parses `[tensor=2 expert=2, shard=4 recompute]`. Raises ConfigError for an invalid layout."""
     parts = [" ".join(part.split()) for part in text[1:-1].split(",") if part.strip()]
     if not parts or text[:1] + text[-1:] != "[]":
         raise ConfigError.of("parity.layouts", text, "must be auto or a list of layouts", "parity.layouts='[shard=2, expert=2]'")
@@ -123,7 +123,7 @@ def listed(text: str) -> list[Layout]:
 
 
 def _read(text: str) -> Layout:
-    """`replicate` and `accumulation` are ours, the rest are settings of `parallel`; a switch may stand alone."""
+    """Parses one layout: `replicate`, `accumulation`, and settings of `parallel`; a switch needs no value."""
     pairs = dict((word if "=" in word else f"{word}=true").split("=", 1) for word in text.split())
     own = {name: pairs.pop(name, "1") for name in ("replicate", "accumulation")}
     for name, value in own.items():
@@ -136,12 +136,12 @@ def _read(text: str) -> Layout:
     return Layout(int(own["replicate"]) * parallel.shard * parallel.tensor, parallel, int(own["accumulation"]))
 
 
-def checked(config: Config, layout: Layout, most: int = 8) -> Layout:
-    """`layout`, on as many ranks as its experts need. ConfigError if no rule-abiding number of ranks is found."""
+def fit_layout(config: Config, layout: Layout, most: int = 8) -> Layout:
+    """`layout` on as many ranks as its experts need. Raises ConfigError if no number of ranks is legal."""
     unit = layout.ranks
     sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, most // unit + 1))]
     for candidate in sizes if layout.replicate == 1 else sizes[:1]:
-        if legal(config, candidate):
+        if is_legal(config, candidate):
             return candidate
     wide = max(sizes[0].ranks, *(getattr(layout.parallel, name, 1) for name in DEGREES))
     at_fault = dataclasses.replace(layout, ranks=wide)
@@ -154,7 +154,7 @@ def checked(config: Config, layout: Layout, most: int = 8) -> Layout:
 
 
 def sees_accumulation(config: MoEConfig) -> bool:
-    """Whether something is counted over a micro-batch of all ranks, so that accumulation is a choice of its own."""
+    """Whether something is counted over the global micro-batch, so that accumulation changes the result."""
     return Scope.batch in (config.balance.scope, config.capacity.scope)
 
 
@@ -173,7 +173,7 @@ def _mixed(layout: Layout) -> tuple[int, int]:
 
 
 def _settings(parallel: ParallelConfig) -> dict[str, Any]:
-    """Without what changes no number."""
+    """The settings that can change a number."""
     return {name: value for name, value in vars(parallel).items() if not isinstance(value, float)}
 
 

@@ -1,4 +1,4 @@
-"""`tokenyard parity`: from the words of the command line to verdicts about all layouts. The ranks alone import torch."""
+"""`tokenyard parity`: from the command line to a verdict on each layout. Only the ranks import torch."""
 
 import json
 import sys
@@ -11,21 +11,21 @@ from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
 from ..train.config.serialize import plain_config
 from ..train.rank_command import refuse
-from .choose_layouts import Layout, automatic, checked, legal, listed, prepared, sees_accumulation
+from .choose_layouts import Layout, all_layouts, fit_layout, is_legal, parse_layouts, prepare_config, sees_accumulation
 from .config import TOLERANCE, ParityConfig, split_settings
 from .diagnose import Verdict, judge, layer_of, place
 from .finding import KINDS, Finding
 from .rank_pool import Done, RankCall, Ranks
 from .shrink import shrink
 
-# What a person reads: a line for each layout, and of a difference where it begins and what it looks like.
+# The table for the user: a line for each layout, and an explanation of each difference.
 
 COLUMNS = list(dict.fromkeys(KINDS.values()))
 WIDE = 100
 
 
 class ParityTable:
-    """Prints a table line by line."""
+    """Prints the table, one line at a time."""
 
     def __init__(self, config: Config, settings: ParityConfig, layouts: list[Layout], out: TextIO) -> None:
         self.out = out
@@ -43,13 +43,13 @@ class ParityTable:
         self._print(*lines)
 
     def row(self, verdict: Verdict) -> None:
-        """The line of a layout; below it, what is wrong."""
+        """Prints the line of a layout."""
         cells = "".join(f"{self._cell(verdict, column):>10}" for column in COLUMNS)
         mark = "" if verdict.equal else "  FAILED" if verdict.error else "  DIFFERS"
         self._print(f"{verdict.ranks:5}  {verdict.layout:{self.width}}{cells}{mark}")
 
     def end(self, verdicts: list[Verdict], seconds: float) -> None:
-        """The differences, and one line that says it all."""
+        """Prints the explanations of differences, and a summary."""
         wrong = [verdict for verdict in verdicts if not verdict.equal]
         causes = common_causes(verdicts)
         for verdict in wrong[:3]:
@@ -70,7 +70,7 @@ class ParityTable:
 
 
 def explained(verdict: Verdict, causes: set[str]) -> list[str]:
-    """The first tensor that differs, and the hints that explain all layouts (or, if none does, those about this one)."""
+    """The first tensor that differs, and the hints that explain all layouts, or else this one."""
     where = f"{verdict.ranks} ranks, {verdict.layout}"
     first = verdict.first
     if first is None:
@@ -98,20 +98,21 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 LIMIT_SECONDS = 120.0
-"""For one layout of a model that was made small."""
+"""Time limit for one layout of a shrunk model."""
 
 
 def parity_command(words: list[str], as_json: bool = False, out: TextIO | None = None) -> int:
-    """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one is not, 2 if it cannot run."""
+    """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one differs, 2 if it cannot
+    run."""
     begin = perf_counter()
     try:
         settings, overrides = split_settings(words)
-        config, layouts = planned(settings, overrides)
+        config, layouts = plan_comparison(settings, overrides)
     except ConfigError as error:
         return refuse(error)
     report = ParityTable(config, settings, layouts, sys.stderr if as_json else out or sys.stdout)
     verdicts = []
-    for verdict in compared(config, settings, layouts):
+    for verdict in compare_layouts(config, settings, layouts):
         report.row(verdict)
         verdicts.append(verdict)
     report.end(verdicts, perf_counter() - begin)
@@ -121,24 +122,24 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
     return int(not all(verdict.equal for verdict in verdicts))
 
 
-def planned(settings: ParityConfig, overrides: list[str]) -> tuple[Config, list[Layout]]:
-    """The configuration of one process, and the layouts to compare it with. ConfigError for what cannot be compared."""
-    given = prepared(compose(overrides))
-    wanted = [] if settings.layouts == "auto" else listed(settings.layouts)
+def plan_comparison(settings: ParityConfig, overrides: list[str]) -> tuple[Config, list[Layout]]:
+    """The configuration of one process, and the layouts to compare. Raises ConfigError for what cannot be compared."""
+    given = prepare_config(compose(overrides))
+    wanted = [] if settings.layouts == "auto" else parse_layouts(settings.layouts)
     most = max((layout.ranks for layout in wanted), default=settings.ranks)
     config = shrink(given, max(most, settings.ranks)) if settings.shrink else given
-    # The rules of the model as it is count too; only its batch may be another.
+    # The layouts must be legal for the full model too; only its batch may change.
     given.batch = config.batch
     if wanted:
-        wanted = [checked(given, layout) for layout in wanted]
+        wanted = [fit_layout(given, layout) for layout in wanted]
         for layout in wanted:
-            checked(config, layout)
+            fit_layout(config, layout)
         return config, wanted
-    return config, [layout for layout in automatic(given, settings.ranks) if legal(config, layout)]
+    return config, [layout for layout in all_layouts(given, settings.ranks) if is_legal(config, layout)]
 
 
-def compared(config: Config, settings: ParityConfig, layouts: list[Layout]) -> Iterator[Verdict]:
-    """A verdict for each layout, in their order. Starts the ranks and ends them."""
+def compare_layouts(config: Config, settings: ParityConfig, layouts: list[Layout]) -> Iterator[Verdict]:
+    """Yields the verdict on each layout, in order. Starts and ends the ranks."""
     limit = LIMIT_SECONDS if settings.shrink else config.parallel.timeout_seconds
     apart = sees_accumulation(config.model.moe)
     amounts = sorted({layout.accumulation if apart else 1 for layout in layouts})

@@ -1,4 +1,4 @@
-"""What a rank saw against what one process saw: a finding for each tensor, of plain values that can be sent."""
+"""Compares what a rank observed with one process: a finding of plain values for each tensor."""
 
 import math
 from collections.abc import Iterable
@@ -13,33 +13,34 @@ from .finding import Finding, Key
 from .observe import ObservedTensor
 
 FLOOR = 1e-6
-"""A tensor whose largest element is below this share of the largest of its kind is measured by that share: it may be rounding."""
+"""A tensor whose largest element is below this share of the largest of its kind is measured relative to that share: it may be
+rounding."""
 
 
 class Reference(NamedTuple):
-    """Global tensors of one process, and what each is measured by."""
+    """The global tensors of one process, and the scale of each difference."""
 
     tensors: dict[Key, Tensor]
     scales: dict[Key, float]
     auxiliary: dict[str, Tensor]
-    """The part of each parameter's first gradient that the auxiliary losses make, by the parameter's name."""
+    """The part of each parameter's first gradient that comes from the auxiliary losses."""
 
 
 def reference_of(seen: Iterable[ObservedTensor], without_auxiliary: Iterable[ObservedTensor] = ()) -> Reference:
-    """Of one process: `seen`, and the same run (or its first step) without auxiliary losses, for hints."""
-    tensors = assembled(seen)
+    """The reference from what one process observed, and from its first step without auxiliary losses, for hints."""
+    tensors = assemble(seen)
     largest: dict[tuple[int, str], float] = {}
     sizes = {key: _largest(tensor) for key, tensor in tensors.items()}
     for key, size in sizes.items():
         largest[key[:2]] = max(size, largest.get(key[:2], 0.0))
     scales = {key: max(size, FLOOR * largest[key[:2]], 1e-30) for key, size in sizes.items()}
-    plain = {key.name: tensor for key, tensor in assembled(without_auxiliary).items() if key.kind == "gradient"}
+    plain = {key.name: tensor for key, tensor in assemble(without_auxiliary).items() if key.kind == "gradient"}
     auxiliary = {name: tensors[Key(1, "gradient", name)] - tensor for name, tensor in plain.items()}
     return Reference(tensors, scales, auxiliary)
 
 
-def assembled(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
-    """Whole tensors, in fp64 if they are not whole numbers, from the pieces that one process saw."""
+def assemble(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
+    """Whole tensors from the pieces that one process observed; floats become fp64."""
     wholes: dict[Key, Tensor] = {}
     for key, piece, tensor in seen:
         wide = tensor.double() if tensor.is_floating_point() else tensor
@@ -50,7 +51,7 @@ def assembled(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
 
 
 def compare(seen: Iterable[ObservedTensor], reference: Reference) -> list[Finding]:
-    """A finding for each tensor of this rank, in the order in which they were computed."""
+    """The finding for each tensor of this rank, in the order of computation."""
     return [_finding(each, reference) for each in seen]
 
 
@@ -71,7 +72,7 @@ def _finding(seen: ObservedTensor, reference: Reference) -> Finding:
 
 
 def _factor(value: Tensor, expected: Tensor, scale: float = 0.0) -> float | None:
-    """What `expected` is multiplied by, if `value` is a multiple of it to within the tolerance."""
+    """The factor between `value` and `expected`, if one is a multiple of the other within the tolerance."""
     square = expected.square().sum()
     if not square > 0:
         return None

@@ -1,4 +1,4 @@
-"""The settings of `tokenyard parity`, beside those of the run that it takes; standard library only."""
+"""The settings of `tokenyard parity`, in addition to those of a run. Imports only the standard library."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from ..train.config.config import ConfigError
 from ..train.config.schema import nearest_key, written
 
 TOLERANCE = 1e-9
-"""Largest relative difference, in fp64, that rounding in another order may make."""
+"""The largest relative difference in fp64 that is accepted as rounding."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class ParityConfig:
 
 
 def split_settings(words: list[str]) -> tuple[ParityConfig, list[str]]:
-    """The parity.* settings among `words`, and the other words. ConfigError for one that is unknown or has a wrong value."""
+    """The parity.* settings among `words`, and the other words. Raises ConfigError for an unknown setting or invalid value."""
     config, others = ParityConfig(), []
     for word in words:
         if word.startswith("parity."):

@@ -1,6 +1,6 @@
-"""From the findings of all ranks to a verdict about a layout: how large the differences are, and the first tensor that differs.
+"""Turns the findings of all ranks into a verdict on a layout: the largest differences, and the first tensor that differs.
 
-Nothing here needs torch.
+Needs no torch.
 """
 
 import math
@@ -12,11 +12,11 @@ from .choose_layouts import DEGREES, Layout
 from .config import TOLERANCE
 from .finding import KINDS, Finding
 
-# What a difference looks like: a factor that is a degree of the layout, copies that were not added up, and the like.
+# Hints at the cause of a difference: a factor that is a degree of the layout, copies that were not summed, and others.
 
 
-class Doubt(NamedTuple):
-    """A layout that differs, all that its ranks found, and the first tensor that differs."""
+class Mismatch(NamedTuple):
+    """A layout that differs, the findings of its ranks, and the first tensor that differs."""
 
     layout: Layout
     by_rank: list[list[Finding]]
@@ -25,23 +25,23 @@ class Doubt(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """`cause` is short, the same for all layouts that differ for one reason."""
+    """A hint. `cause` is short, and the same for all layouts that differ for one reason."""
 
     cause: str
     text: str
 
 
-def hints(doubt: Doubt) -> list[Hint]:
-    """The likeliest first; none if it looks like nothing known."""
-    found = list(_scaled_by_rank(doubt)) or [*_factors(doubt), *_auxiliary(doubt), *_not_added_up(doubt)]
-    return found or list(_by_kind(doubt))
+def hints(mismatch: Mismatch) -> list[Hint]:
+    """The hints, the likeliest first; none for an unknown pattern."""
+    found = list(_scaled_by_rank(mismatch)) or [*_factors(mismatch), *_auxiliary(mismatch), *_not_added_up(mismatch)]
+    return found or list(_by_kind(mismatch))
 
 
-def _scaled_by_rank(doubt: Doubt) -> Iterator[Hint]:
-    """All gradients of a rank have one factor, and each rank has its own."""
-    if doubt.key[1] != "gradient":
+def _scaled_by_rank(mismatch: Mismatch) -> Iterator[Hint]:
+    """All gradients of a rank share a factor that differs between ranks."""
+    if mismatch.key[1] != "gradient":
         return
-    of_ranks = [[f.ratio or (0.0 if _differs(f) else 1.0) for f in rank if _is_gradient(f)] for rank in doubt.by_rank]
+    of_ranks = [[f.ratio or (0.0 if _differs(f) else 1.0) for f in rank if _is_gradient(f)] for rank in mismatch.by_rank]
     factors = [ratios[0] for ratios in of_ranks if ratios]
     if all(_close(ratio, ratios[0]) for ratios in of_ranks for ratio in ratios) and not _close(min(factors), max(factors)):
         shown = ", ".join(f"{factor:.3g}" for factor in factors)
@@ -50,24 +50,24 @@ def _scaled_by_rank(doubt: Doubt) -> Iterator[Hint]:
         )
 
 
-def _factors(doubt: Doubt) -> Iterator[Hint]:
-    ratios = [finding.ratio for finding in _of_key(doubt) if _differs(finding)]
+def _factors(mismatch: Mismatch) -> Iterator[Hint]:
+    ratios = [finding.ratio for finding in _of_key(mismatch) if _differs(finding)]
     if not ratios or any(ratio is None or not _close(ratio, ratios[0] or 0.0) for ratio in ratios):
         return
-    yield from _named(ratios[0] or 0.0, doubt.layout, "exactly {} of what one process has")
+    yield from _named(ratios[0] or 0.0, mismatch.layout, "exactly {} of what one process has")
 
 
-def _auxiliary(doubt: Doubt) -> Iterator[Hint]:
-    factors = [finding.auxiliary for finding in _of_key(doubt) if _differs(finding)]
+def _auxiliary(mismatch: Mismatch) -> Iterator[Hint]:
+    factors = [finding.auxiliary for finding in _of_key(mismatch) if _differs(finding)]
     if not factors or any(factor is None or not _close(factor, factors[0] or 0.0) for factor in factors):
         return
     yield from _named(
-        factors[0] or 0.0, doubt.layout, "cross entropy's part is right, that of balance losses and z-loss is exactly {}"
+        factors[0] or 0.0, mismatch.layout, "cross entropy's part is right, that of balance losses and z-loss is exactly {}"
     )
 
 
 def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
-    """A hint for each number of the layout that the ratio, or 1 / ratio, is."""
+    """A hint for each number of the layout that equals the ratio or its inverse."""
     found = False
     for name, number in numbers(layout).items():
         if _close(ratio * number, 1.0):
@@ -81,7 +81,7 @@ def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
 
 
 def numbers(layout: Layout) -> dict[str, int]:
-    """What a layout has more than one of, by name."""
+    """The degrees and counts of a layout that are more than one, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
     data = layout.ranks // layout.parallel.tensor
     counted = {"data ranks": data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
@@ -89,33 +89,33 @@ def numbers(layout: Layout) -> dict[str, int]:
     return {name: number for name, number in (degrees | counted | passes).items() if number > 1}
 
 
-def _not_added_up(doubt: Doubt) -> Iterator[Hint]:
-    """Dimensions of the grid in which neighbours hold copies that disagree."""
-    name, found = doubt.key[2], {}
-    held = [(rank, f) for rank, findings in enumerate(doubt.by_rank) for f in findings if f[:3] == doubt.key]
+def _not_added_up(mismatch: Mismatch) -> Iterator[Hint]:
+    """Dimensions of the grid along which copies disagree."""
+    name, found = mismatch.key[2], {}
+    held = [(rank, f) for rank, findings in enumerate(mismatch.by_rank) for f in findings if f[:3] == mismatch.key]
     for rank, finding in held:
         for other, copy in held:
             if other > rank and copy[4:6] == finding[4:6] and copy.digest != finding.digest:
-                for dim in _apart(doubt.places[rank], doubt.places[other], ".experts." in name):
+                for dim in _apart(mismatch.places[rank], mismatch.places[other], ".experts." in name):
                     found.setdefault(dim, (rank, other))
     for dim, (rank, other) in found.items():
-        what = "each its own part: not summed" if doubt.key[1] == "gradient" else "which must be one value"
+        what = "each its own part: not summed" if mismatch.key[1] == "gradient" else "which must be one value"
         yield Hint(f"not added up over {dim}", f"ranks {rank} and {other} hold copies that disagree, {what} over the {dim} ranks?")
 
 
 def _apart(one: dict[str, int], other: dict[str, int], experts: bool) -> list[str]:
-    """The dimension in which two ranks differ, if it is the only one of their grid."""
+    """The dimension in which two ranks differ, if it is the only one."""
     dims = [dim for dim in one if dim.startswith("expert") == experts and one[dim] != other[dim]]
     return dims if len(dims) == 1 else []
 
 
-def _by_kind(doubt: Doubt) -> Iterator[Hint]:
-    kind = doubt.key[1]
-    if kind == "expert bias" and doubt.layout.accumulation > 1:
+def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
+    kind = mismatch.key[1]
+    if kind == "expert bias" and mismatch.layout.accumulation > 1:
         yield Hint(
             "bias per micro-batch", "it moves once a step, from the counts of the global batch: moved once per micro-batch here?"
         )
-    elif kind == "output" and doubt.layout.accumulation > 1 and _only_later_rows(doubt):
+    elif kind == "output" and mismatch.layout.accumulation > 1 and _only_later_rows(mismatch):
         text = "the first micro-batch agrees and a later one does not: was an expert bias moved per micro-batch?"
         yield Hint("bias per micro-batch", text)
     elif kind == "gradient norm":
@@ -124,14 +124,14 @@ def _by_kind(doubt: Doubt) -> Iterator[Hint]:
         yield Hint("update", "losses, gradients and norms agree: look at clipping and the optimizer")
 
 
-def _only_later_rows(doubt: Doubt) -> bool:
-    """Whether each rank's first piece of the tensor, that of its first micro-batch, is right."""
-    firsts = [next(finding for finding in findings if finding[:3] == doubt.key) for findings in doubt.by_rank]
+def _only_later_rows(mismatch: Mismatch) -> bool:
+    """Whether the piece of each rank's first micro-batch is right."""
+    firsts = [next(finding for finding in findings if finding[:3] == mismatch.key) for findings in mismatch.by_rank]
     return not any(_differs(finding) for finding in firsts)
 
 
-def _of_key(doubt: Doubt) -> list[Finding]:
-    return [finding for findings in doubt.by_rank for finding in findings if finding[:3] == doubt.key]
+def _of_key(mismatch: Mismatch) -> list[Finding]:
+    return [finding for findings in mismatch.by_rank for finding in findings if finding[:3] == mismatch.key]
 
 
 def _is_gradient(finding: Finding) -> bool:
@@ -161,7 +161,7 @@ class First(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A layout against one process."""
+    """The result of comparing a layout with one process."""
 
     layout: str
     ranks: int
@@ -171,9 +171,9 @@ class Verdict(NamedTuple):
     first: First | None = None
     hints: tuple[Hint, ...] = ()
     numbers: tuple[str, ...] = ()
-    """What the layout has more than one of."""
+    """The degrees and counts of the layout that are more than one."""
     error: str = ""
-    """Why there is no comparison: what a rank raised, or which did not answer."""
+    """Why there is no comparison: the error of a rank, or which rank did not answer."""
 
     @property
     def equal(self) -> bool:
@@ -187,7 +187,7 @@ class Verdict(NamedTuple):
 
 
 def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, int]], seconds: float = 0.0) -> Verdict:
-    """`by_rank`: the findings of each rank, in order; `places`: where each rank stands in the grids."""
+    """The verdict from the findings of each rank (`by_rank`) and the position of each rank in the grids (`places`)."""
     groups: dict[tuple[int, str, str], list[tuple[int, Finding]]] = defaultdict(list)
     for rank, findings in enumerate(by_rank):
         for finding in findings:
@@ -198,12 +198,12 @@ def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, i
     first = next((found for key, group in groups.items() if (found := _fault(key, group)) is not None), None)
     if first is None:
         return Verdict(layout.text, layout.ranks, seconds, differences, numbers=tuple(numbers(layout)))
-    doubt = Doubt(layout, by_rank, places, (first.step, first.kind, first.name))
-    return Verdict(layout.text, layout.ranks, seconds, differences, first, tuple(hints(doubt)))
+    mismatch = Mismatch(layout, by_rank, places, (first.step, first.kind, first.name))
+    return Verdict(layout.text, layout.ranks, seconds, differences, first, tuple(hints(mismatch)))
 
 
 def place(sizes: dict[str, int], rank: int) -> dict[str, int]:
-    """Where a rank stands in each dimension of both grids (`sizes` of parallel/mesh.py); the last of a grid is its neighbours."""
+    """The position of a rank in each dimension of both grids (`sizes` of parallel/mesh.py), whose last dimension varies fastest."""
     found = {}
     for experts in (True, False):
         rest = rank
@@ -213,7 +213,7 @@ def place(sizes: dict[str, int], rank: int) -> dict[str, int]:
 
 
 def layer_of(name: str) -> str:
-    """In words, of a parameter's or module's name; empty if it is in none."""
+    """The layer of a parameter or module, in words; empty if it is in none."""
     head, _, rest = name.partition(".")
     words = {"layers": "layer", "mtp": "mtp module"}
     return f"{words[head]} {rest.partition('.')[0]}" if head in words else ""
@@ -233,7 +233,7 @@ def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First
 
 
 def disagreeing(group: list[tuple[int, Finding]]) -> list[int]:
-    """The ranks whose copies of one piece have other bits than the first copy, with the rank of that."""
+    """The ranks whose copies of a piece differ bitwise, including the rank of the first copy."""
     copies: dict[tuple[int, ...], tuple[int, str]] = {}
     found: set[int] = set()
     for rank, finding in group:

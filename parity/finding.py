@@ -1,4 +1,4 @@
-"""What parity speaks of: the names of tensors, the kinds there are, and what a rank found about one. No torch."""
+"""The names and kinds of the tensors that parity compares, and the finding of a rank about one. Needs no torch."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Key(NamedTuple):
     kind: str
     """One of KINDS."""
     name: str
-    """Of the parameter or of the module."""
+    """The name of the parameter or module."""
 
 
 KINDS = {
@@ -30,11 +30,11 @@ KINDS = {
     "weight": "weights",
     "expert bias": "weights",
 }
-"""What is compared, in the order of computation, and the column of the table that it belongs to."""
+"""The kinds of tensors in the order of computation, and the table column of each."""
 
 
 class Finding(NamedTuple):
-    """How a rank's piece of a tensor compares with the same piece of one process. Numbers and text only."""
+    """The comparison of a rank's piece of a tensor with the same piece of one process. Numbers and text only."""
 
     step: int
     kind: str
@@ -43,10 +43,10 @@ class Finding(NamedTuple):
     offsets: list[int]
     sizes: list[int]
     difference: float
-    """Largest difference, relative to the global tensor's largest element."""
+    """The largest difference, relative to the largest element of the global tensor."""
     digest: str
-    """Of the bits: copies must be alike."""
+    """A hash of the bits, which must be equal for copies."""
     ratio: float | None = None
-    """The piece is exactly so many times that of one process."""
+    """The factor by which the piece differs from that of one process, if it is exact."""
     auxiliary: float | None = None
-    """The gradient is exactly that of one process if the auxiliary losses count so many times."""
+    """The factor by which the part of the auxiliary losses in a gradient differs, if it is exact."""

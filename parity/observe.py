@@ -1,6 +1,6 @@
-"""What one rank sees of the first steps of a run: outputs, losses, counts, gradients, norm and weights, in order of computation.
+"""Observes the first steps of a run on one rank: outputs, losses, counts, gradients, norm and weights, in order of computation.
 
-Each tensor comes with the piece of a global tensor that it is, so that a rank can compare it with what one process has.
+Each tensor comes with its rectangle of the global tensor, so that a rank can compare it with that of one process.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ from ..train.batch import Rows
 from ..train.config.config import Config
 from ..train.optimizer import build_optimizer
 from ..train.setup import build_parallel
-from ..train.step import StepNumbers, clip_factor, train_step
+from ..train.step import StepInput, StepNumbers, clip_factor, train_step
 from .finding import Key
 
 
 class ObservedTensor(NamedTuple):
-    """A tensor of this rank, and which piece of the global one it is."""
+    """A tensor of this rank, and its rectangle of the global tensor."""
 
     key: Key
     piece: ShardMetadata
@@ -43,7 +43,7 @@ OF_LAYERS = {
 }
 
 Batch = Callable[[Config, int], tuple[Tensor, Tensor]]
-"""From configuration and step (from 0) to the global batch: ids and targets, both (B, S)."""
+"""From the configuration and the step (from 0) to the global batch: ids and targets, both (B, S)."""
 
 
 def observe(
@@ -55,8 +55,8 @@ def observe(
 ) -> list[ObservedTensor]:
     """Train on this rank of the current world, on `device` (None: the CPU). Collective.
 
-    `prepare` may change the first weights, `batch` says what is trained on (None: random tokens). Gradients are those before
-    clipping. Gradients are kept of the first step, weights of the last.
+    `prepare` may change the initial weights, and `batch` gives the data (None: random tokens). Gradients are observed in the first
+    step, before clipping, and weights after the last.
     """
     parallel = build_parallel(config, device or torch.device("cpu"))
     if prepare is not None:
@@ -65,27 +65,28 @@ def observe(
 
 
 def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[ObservedTensor]:
-    """The same for a model that is on its ranks already."""
+    """`observe` for a model that is already spread over the ranks."""
     optimizer, seen = build_optimizer(config.optimizer, parallel), []
     clip_norm = config.optimizer.clip_norm
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
-        with watched(parallel, rows, step) as outputs:
-            numbers = train_step(parallel, optimizer, rows, config.optimizer.lr, clip_norm, BatchPosition(config.seed, step))
-        seen += [*(outputs if step == 1 else []), *reported(parallel, numbers, step)]
+        with record_outputs(parallel, rows, step) as outputs:
+            position = BatchPosition(config.seed, step)
+            numbers = train_step(parallel, optimizer, StepInput(rows, config.optimizer.lr, clip_norm, position))
+        seen += [*(outputs if step == 1 else []), *observe_numbers(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)
             seen += gradients(parallel, factor)
         seen.append(_whole(Key(step, "gradient norm", ""), numbers.gradient_norm))
         seen += [_whole(Key(step, "expert bias", name), bias.clone()) for name, bias in expert_biases(parallel.model).items()]
     return seen + [
-        ObservedTensor(Key(steps, "weight", name), placed.piece, local(placed.parameter).detach().clone())
-        for name, placed in parallel.placed.items()
+        ObservedTensor(Key(steps, "weight", name), sharded.metadata, local(sharded.parameter).detach().clone())
+        for name, sharded in parallel.parameters.items()
     ]
 
 
 def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """Random tokens; a tenth of the targets is not counted."""
+    """Random tokens; a tenth of the targets is ignored."""
     generator = torch.Generator().manual_seed(config.seed + step)
     shape = (config.batch.sequences, config.sequence_length)
     ids, targets = (torch.randint(config.model.vocabulary, shape, generator=generator) for _ in range(2))
@@ -94,7 +95,7 @@ def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tensor) -> list[Rows]:
-    """This rank's micro-batches: micro-step m of all ranks together is the m-th run of the global batch, as in a run."""
+    """The micro-batches of this rank. As in training, micro-step m of all ranks covers the m-th part of the global batch."""
     data, sequences = parallel.mesh.data, len(ids_BS)
     micro = config.batch.micro or sequences // data.size
     starts = range(data.rank * micro, sequences, micro * data.size)
@@ -103,8 +104,8 @@ def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tens
 
 
 @contextmanager
-def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[ObservedTensor]]:
-    """Collects the outputs of attention and feed-forward of each block. A recomputed one comes again, and only the first counts."""
+def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[ObservedTensor]]:
+    """Collects the outputs of attention and feed-forward of each block. With recomputation only the first output counts."""
     seen: dict[tuple[str, int], ObservedTensor] = {}
     started: list[Rows] = []
     length = micro_batches[0].ids.shape[1]
@@ -132,8 +133,8 @@ def watched(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterato
     collected += seen.values()
 
 
-def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
-    """The step's numbers but its norm, those of MoE layers under the names of the layers."""
+def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
+    """The numbers of the step without its norm; those of MoE layers have the names of the layers."""
     layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
     for kind, field in OF_LAYERS.items():
         for name, value in zip(layers, getattr(numbers, field), strict=True):
@@ -145,9 +146,9 @@ def reported(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[Ob
 
 
 def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[ObservedTensor]:
-    """Before they were multiplied by `factor`; those of the last layers, which the backward pass makes first, come first."""
-    for name, placed in reversed(parallel.placed.items()):
-        yield ObservedTensor(Key(1, "gradient", name), placed.piece, gradient_of(placed) / factor)
+    """The gradients before clipping by `factor`, in the order of the backward pass: those of the last layers first."""
+    for name, sharded in reversed(parallel.parameters.items()):
+        yield ObservedTensor(Key(1, "gradient", name), sharded.metadata, gradient_of(sharded) / factor)
 
 
 def _whole(key: Key, tensor: Tensor) -> ObservedTensor:

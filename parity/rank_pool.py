@@ -1,4 +1,4 @@
-"""Gloo ranks on this machine, started once and used for layouts of any number of ranks, several at a time where they fit."""
+"""Gloo ranks on this machine, started once and used for layouts of any size, several at the same time if they fit."""
 
 import contextlib
 import json
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 WORKER = ["-m", f"{__package__}.rank_worker"]
 START_SECONDS, GRACE_SECONDS = 180.0, 3.0
-"""To import torch on a busy machine; and for the other ranks of a layout once one has failed."""
+"""Time to import torch on a busy machine, and time for the other ranks of a layout after one has failed."""
 
 
 class RankCall(NamedTuple):
-    """A call that `world` ranks answer together; its `limit` counts from its start."""
+    """A call that `world` ranks answer together within `limit` seconds."""
 
     name: str
     world: int
@@ -28,7 +28,7 @@ class RankCall(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The answers by rank; `error` if there are none."""
+    """The answers by rank, or an `error`."""
 
     job: RankCall
     seconds: float
@@ -38,7 +38,7 @@ class Done(NamedTuple):
 
 @dataclass
 class Running:
-    """A job on these ranks."""
+    """A job that runs on these ranks."""
 
     job: RankCall
     ranks: list[int]
@@ -52,7 +52,7 @@ class Running:
 
 
 class Ranks:
-    """`count` processes and a temporary folder of theirs. Use it in a `with` statement."""
+    """`count` processes and their temporary folder. Use it in a `with` statement."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -68,7 +68,7 @@ class Ranks:
         self._folder.cleanup()
 
     def run(self, jobs: list[RankCall]) -> Iterator[Done]:
-        """The jobs as they are done, begun in order. A job that fails ends its ranks, and the next ones get new ones."""
+        """Yields the jobs as they finish; they start in order. After a failed job all ranks are replaced."""
         waiting, running, free = list(jobs), list[Running](), set(range(self.count))
         while waiting or running:
             if not self._processes:
@@ -80,7 +80,7 @@ class Ranks:
                 running.append(self._begin(job, ranks))
             done, running = self._wait(running)
             if any(each.error for each in done):
-                # Ranks that stopped at different places cannot be used again; what ran beside is begun again.
+                # Ranks that stopped at different places are not reusable; the other running jobs start again.
                 self._end()
                 waiting[:0] = [each.job for each in running]
                 running, free = [], set(range(self.count))
@@ -124,7 +124,7 @@ class Ranks:
         return Running(job, ranks, now, now + job.limit)
 
     def _wait(self, running: list[Running]) -> tuple[list[Done], list[Running]]:
-        """Until a job is done or late: those that are, and those that are left."""
+        """Wait until a job is done or late. Returns the ended jobs and the running ones."""
         while True:
             first = min(each.deadline for each in running)
             for rank in self._readable([rank for each in running for rank in each.missing], first - time.monotonic()):

@@ -1,7 +1,7 @@
-"""The program of a parity rank: `python -m tokenyard.parity.rank_worker RANK FOLDER`. It answers calls until its parent is gone.
+"""The process of a parity rank: `python -m tokenyard.parity.rank_worker RANK FOLDER`. It answers calls until its parent exits.
 
-A call and its answer are a line of JSON each, on standard input and output. Tensors stay here: what one process has is a file that
-one rank writes and all read.
+A call and its answer are a line of JSON each, on standard input and output. Tensors do not travel: one rank writes the reference of
+one process to a file, and all ranks read it.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from .observe import observe
 
 
 def main(argv: list[str]) -> None:
-    """Serve as one of the ranks."""
+    """Answer calls as one of the ranks."""
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     torch.set_num_threads(1)
-    # What libraries print must not come between the answers.
+    # Libraries print to standard output; keep that apart from the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
@@ -56,7 +56,7 @@ def _answer(call: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def write_reference(config: Config, steps: int, path: Path) -> None:
-    """Train as one process, and the first step without auxiliary losses as well."""
+    """Train as one process, and its first step once more without auxiliary losses."""
     reference = reference_of(observe(config, steps), observe(without_auxiliary(config), 1))
     tensors = {"|".join(map(str, key)): tensor.contiguous() for key, tensor in reference.tensors.items()}
     tensors |= {f"auxiliary|{name}": tensor.contiguous() for name, tensor in reference.auxiliary.items()}
@@ -65,7 +65,7 @@ def write_reference(config: Config, steps: int, path: Path) -> None:
 
 
 def read_reference(path: Path) -> Reference:
-    """What `write_reference` wrote; the file is mapped, so ranks share its memory."""
+    """Read what `write_reference` wrote. The file is memory-mapped, so ranks share its memory."""
     with safe_open(path, "pt") as file:
         scales = {_key(name): scale for name, scale in json.loads(file.metadata()["scales"]).items()}
     tensors = load_file(path)
@@ -74,7 +74,7 @@ def read_reference(path: Path) -> Reference:
 
 
 def without_auxiliary(config: Config) -> Config:
-    """The same run, trained on cross entropy alone."""
+    """The same run, trained only on cross entropy."""
     changed = config_from_plain(plain_config(config))
     moe = changed.model.moe
     moe.z_coefficient = moe.balance.coefficient = moe.balance.sequence_coefficient = moe.balance.importance_coefficient = 0.0
@@ -88,7 +88,7 @@ def _key(name: str) -> Key:
 
 @contextlib.contextmanager
 def _world(rank: int, world: int, meeting: str, seconds: float) -> Iterator[None]:
-    """A process group of its own for each layout, so that nothing of one is left for the next."""
+    """A separate process group for each layout, so that layouts cannot affect each other."""
     if world == 1:
         yield
         return
@@ -96,12 +96,12 @@ def _world(rank: int, world: int, meeting: str, seconds: float) -> Iterator[None
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
     )
     yield
-    # Not after an error: the others would fail of the closed connection, and their errors would hide the first.
+    # Not after an error: the closed connection would make the others fail, and hide the first error.
     dist.destroy_process_group()
 
 
 def _end_with_parent(parent: int) -> None:
-    """A rank that waits in a collective would outlive a parent that was killed."""
+    """Exit with the parent, because a rank that waits in a collective would outlive a killed parent."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

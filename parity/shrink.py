@@ -1,4 +1,4 @@
-"""A small model with all the features of a large one, so that many layouts can be compared in seconds."""
+"""Makes a small model with all features of a large one, so that many layouts can be compared in seconds."""
 
 import copy
 import math
@@ -9,14 +9,14 @@ from ..train.config.config import Config
 
 LENGTH, VOCABULARY, WIDTH, HIDDEN = 32, 64, 32, 32
 CLIP_NORM = 0.05
-"""So that clipping takes part: gradients of these models are larger."""
+"""Small enough that gradients of these models are clipped."""
 
 
 def shrink(config: Config, ranks: int) -> Config:
-    """`config` with few and narrow layers; what divides by degrees up to `ranks` still does.
+    """`config` with few and narrow layers; sizes that degrees up to `ranks` divide stay divisible.
 
-    Kept are dense first layers, every kind of layer, shared and null experts, groups, top-k (up to 8), heads that share keys and
-    values, windows, latents, multi-token prediction (up to 2). The weights' deviation grows as the width shrinks.
+    Keeps dense first layers, every kind of layer, shared and null experts, groups, top-k (up to 8), grouped-query heads, windows,
+    latents and multi-token prediction (up to 2). The standard deviation of the weights grows as the width shrinks.
     """
     small = copy.deepcopy(config)
     m = small.model

@@ -1,1 +1,1 @@
-"""What a run would do, found out without its devices."""
+"""Runs the step of a rank without its device."""

@@ -1,4 +1,4 @@
-"""What a GPU's attention keeps and makes, in the place of torch's: on a stand-in that would be (B, H, S, S) scores, or nothing."""
+"""Replaces attention in a dry run by one that saves what a GPU kernel saves, not (B, H, S, S) scores."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from ..moe import attention, flexible_attention
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, attention keeps what the kernels of a GPU keep: queries, keys, values, output, and a number for each query."""
+    """Inside, attention saves what GPU kernels save: queries, keys, values, output, and one number for each query."""
     with ExitStack() as undo:
         for module, name, stand_in in (
             (attention, "fused_attention", lambda q, k, v, *_: _Fused.apply(q, k, v)[0]),
@@ -24,7 +24,7 @@ def fused_attention() -> Iterator[None]:
 
 
 class _Fused(torch.autograd.Function):
-    """(B, H, S, v) outputs in the layout (B, S, H, v), and (B, H, S) logarithms of the sums of exponentials."""
+    """Outputs (B, H, S, v) in the memory layout (B, S, H, v), and logsumexp (B, H, S)."""
 
     @staticmethod
     def forward(ctx: Any, q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:

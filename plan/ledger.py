@@ -1,4 +1,4 @@
-"""What a rank does on its device, written down operator by operator: collectives, waits of the host, tensors in the wrong place."""
+"""Records what a rank does on its device, operator by operator: collectives, host synchronisations, misplaced tensors."""
 
 import sys
 from collections import Counter
@@ -18,35 +18,36 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "barrier", "gather", "scatter")
 COPIES = ("_to_copy", "copy_")
 CHECKING = ("segment_reduce",)
-"""Operators that read their arguments' numbers on the host, only to check them."""
+"""Operators that read numbers on the host only to check their arguments."""
 
 
 class UnknownNumbers(RuntimeError):
-    """The host wants to know what the device computed, and there is no device."""
+    """The host reads a number of the device, and there is no device."""
 
 
 class Collective(NamedTuple):
-    """As the members of its group must agree on it."""
+    """A collective, by what the members of its group must agree on."""
 
     kind: str
     ranks: tuple[int, ...]
     dtype: str
     elements: int | None
-    """Of the larger side; None for an all-to-all, which may be uneven."""
+    """Elements of the larger side; None for an all-to-all, which may be uneven."""
 
 
 class Ledger(TorchDispatchMode):
-    """Inside of a fake tensor mode, a dispatch mode that looks at each operator. `device`: the kind of the stand-in's tensors."""
+    """A dispatch mode, inside of a fake tensor mode, that sees each operator. `device` is the device type of the stand-in."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = device
         self.collectives: list[Collective] = []
         self.waits: Counter[str] = Counter()
-        """Of the host, beside those that have a name in moe/device.py: `file:line`. UnknownNumbers is raised where
-        it cannot go on without them."""
+        """Host synchronisations by `file:line`, apart from those named in moe/device.py. UnknownNumbers is raised if the step
+        cannot
+        continue without the number."""
         self.strangers: Counter[str] = Counter()
-        """Host tensors in an operator of the device, or in a collective: `file:line operator`."""
+        """Host tensors in an operator of the device or in a collective, by `file:line operator`."""
         self._pinned: set[StorageWeakRef] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +99,7 @@ class Ledger(TorchDispatchMode):
         self.collectives.append(Collective(kind, ranks, str(tensors[0].dtype) if tensors else "", elements))
 
     def _copy(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        """Between host and device the host waits, unless the copy is asynchronous and the host's side of it pinned."""
+        """A copy between host and device synchronises, unless it is asynchronous and the host memory is pinned."""
         if name == "copy_":
             target, source = args[:2]
             target_kind, asynchronous = target.device.type, args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
@@ -107,13 +108,13 @@ class Ledger(TorchDispatchMode):
             target_kind, asynchronous = (kwargs.get("device") or source.device).type, kwargs.get("non_blocking", False)
         if (source.device.type == self.device) == (target_kind == self.device):
             return
-        host = source if target_kind == self.device else target  # None: an asynchronous `to` makes pinned memory itself
+        host = source if target_kind == self.device else target  # None: an asynchronous `to` allocates pinned memory
         if not asynchronous or (host is not None and not self._is_pinned(host)):
             self.waits[caller()] += 1
 
 
 def caller() -> str:
-    """The innermost place of ours on the stack, but for this folder: `file:line`; `outside` where torch goes on by itself."""
+    """The innermost `file:line` on the stack in our code, apart from this folder; `outside` if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

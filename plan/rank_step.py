@@ -1,4 +1,4 @@
-"""One rank of a run, without its device and without the other ranks: the real step on tensors that have no numbers."""
+"""Runs the real step of one rank without its device and without other ranks, on tensors without numbers."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from ..train.config.config import Config
 from ..train.derive import DTYPES
 from ..train.engine import Engine
 from ..train.setup import build_engine
-from ..train.step import StepNumbers
+from ..train.step import StepInput, StepNumbers
 from .fused_attention import fused_attention
 from .ledger import Ledger
 from .stand_in import stand_in
@@ -29,7 +29,7 @@ from .stand_in import stand_in
 
 @dataclass
 class DryRank:
-    """Its parts are those of a run. What it did is in the `ledger`, and the host's reads in `waits`, by place."""
+    """A rank with the parts of a run. `ledger` records what it did, and `waits` the host reads by place."""
 
     config: Config
     parallel: Parallel
@@ -38,11 +38,11 @@ class DryRank:
     waits: Counter[str]
 
     def step(self) -> StepNumbers:
-        """One optimizer step, on rows of which every token counts."""
-        return self.engine.step(self._rows(), 1e-3, self.config.optimizer.clip_norm)
+        """One optimizer step on rows in which every token is valid."""
+        return self.engine.step(StepInput(self._rows(), 1e-3, self.config.optimizer.clip_norm))
 
     def _rows(self) -> list[Rows]:
-        """This rank's micro-batches of a global batch."""
+        """The micro-batches of this rank."""
         config, data = self.config, self.parallel.mesh.data
         micro = config.batch.micro or config.batch.sequences // data.size
         ids_BS = torch.zeros(micro, config.sequence_length, dtype=torch.int64, device=self.parallel.device)
@@ -54,7 +54,7 @@ class DryRank:
 
 @contextmanager
 def dry_rank(config: Config, rank: int, world: int, kind: str = "cuda") -> Iterator[DryRank]:
-    """Rank `rank` of `world` on a device that stands for one of this kind. Inside, every tensor that is made is a fake one."""
+    """Rank `rank` of `world` on a stand-in for a device of this kind. All tensors created inside are fake."""
     device = stand_in()
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(device.type)
     dist.init_process_group(f"cpu:fake,{device.type}:fake", rank=rank, world_size=world, store=FakeStore())
@@ -72,7 +72,7 @@ def dry_rank(config: Config, rank: int, world: int, kind: str = "cuda") -> Itera
 
 
 class _Births(TorchDispatchMode):
-    """Tensors that are made on the stand-in are fake. All others are real, as meshes of ranks read numbers off the host's."""
+    """Makes tensors created on the stand-in fake. All others are real, because meshes read numbers of host tensors."""
 
     def __init__(self, fake: FakeTensorMode, device: torch.device) -> None:
         super().__init__()

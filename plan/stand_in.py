@@ -1,7 +1,7 @@
-"""A device that stands in for a GPU: its tensors have shapes and no numbers, and can be told from the host's.
+"""A device that stands in for a GPU: its tensors have shapes and no numbers, and are distinct from host tensors.
 
 It is torch's private-use device, with guards, streams and events that do nothing. Only fake tensors can be on it. A process that
-has registered it takes it for its accelerator, and so is no longer one to train in.
+registers it has it as its accelerator, and can no longer train.
 """
 
 import functools
@@ -16,13 +16,13 @@ NAME = "standin"
 
 @functools.cache
 def stand_in() -> torch.device:
-    """The device, registered at the first call."""
+    """The device; the first call registers it."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
     return torch.device(NAME, 0)
 
 
 class _Event:
-    """Has always happened."""
+    """An event that has always completed."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -41,7 +41,7 @@ class _Event:
 
 
 class _Stream:
-    """Work on it is done when it is begun."""
+    """A stream whose work completes at once."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -60,7 +60,7 @@ class _Stream:
 
 
 class _Module:
-    """What `torch.cuda` is for a GPU, as far as FSDP2, recomputation and fake tensors ask for it."""
+    """The counterpart of `torch.cuda`, as far as FSDP2, recomputation and fake tensors need it."""
 
     Stream, Event = _Stream, _Event
 
@@ -68,7 +68,7 @@ class _Module:
         self._stream = _Stream()
 
     def is_available(self) -> bool:
-        """No memory is there: fake tensors copy nothing to it."""
+        """False, so that fake tensors copy nothing to it."""
         return False
 
     def is_initialized(self) -> bool:

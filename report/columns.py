@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns: for each number its steps and values, kept small enough for a page by what the eye would see anyway."""
+"""metrics.jsonl as columns: the steps and values of each number, thinned for the page without a visible difference."""
 
 import itertools
 import math
@@ -11,20 +11,20 @@ from .journal_reader import Record, RunError
 
 
 class Column(NamedTuple):
-    """One number over time."""
+    """One metric over time."""
 
     steps: "array[float]"
     values: "array[float]"
 
 
 class Columns:
-    """All numbers of a run's metrics; what is not a number (or the word for one that is not finite) is left out."""
+    """All metrics of a run. Values that are neither numbers nor words for non-finite numbers are left out."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Column] = {}
 
     def add(self, record: Record) -> None:
-        """One logged step. RunError without a step."""
+        """Adds the record of a logged step. Raises RunError if it has no step."""
         step = record.values.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise RunError(f"{record.where}: has no step")
@@ -48,11 +48,11 @@ class Columns:
 
 
 WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""How a journal writes what JSON has no number for."""
+"""How a journal writes non-finite numbers, which JSON does not have."""
 
 
 def as_number(value: Any) -> float | None:
-    """`value` as a float, None if it is none."""
+    """`value` as a float; None if it is not a number."""
     if isinstance(value, str):
         return WORDS.get(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -61,11 +61,12 @@ def as_number(value: Any) -> float | None:
 
 
 SMOOTHED_FROM = 120
-"""Points; fewer are shown as they are."""
+"""Series with fewer points have no smoothed line."""
 
 
 def line(column: Column, points: int) -> dict[str, Any]:
-    """For the page: `x`, `y` of about `points` points at most; `sx`, `sy` of the smoothed line; `bad`, where it was not finite."""
+    """A series for the page: `x`, `y` with at most about `points` points; `sx`, `sy`, the smoothed line; `bad`, steps with
+    non-finite values."""
     x, y = np.asarray(column.steps), np.asarray(column.values)
     finite = np.isfinite(y)
     bad = x[~finite]
@@ -81,7 +82,7 @@ def line(column: Column, points: int) -> dict[str, Any]:
 
 
 def thinned(y: np.ndarray, points: int) -> np.ndarray:
-    """Indices, in order, of about `points` values at most: the first, the last, the least and greatest of equal stretches."""
+    """Sorted indices of at most about `points` values: the first, the last, and the minimum and maximum of equal stretches."""
     if len(y) <= points:
         return np.arange(len(y))
     edges = np.linspace(0, len(y), max(1, points // 2) + 1).astype(int)
@@ -91,7 +92,7 @@ def thinned(y: np.ndarray, points: int) -> np.ndarray:
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """The mean around each value, over a fiftieth of all; at the ends over what there is."""
+    """The mean around each value, over a fiftieth of all values; at the ends over those that exist."""
     half = max(1, len(y) // 100)
     sums = np.concatenate([[0.0], np.cumsum(y)])
     at = np.arange(len(y))
@@ -100,5 +101,5 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def rounded(values: Any, digits: int = 5) -> list[Any]:
-    """As numbers of so many digits; what is not finite becomes None, as JSON has it."""
+    """Values rounded to `digits` significant digits; non-finite values become None."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float).tolist()]

@@ -1,4 +1,4 @@
-"""`tokenyard report`: reads the runs, writes the page and the pictures."""
+"""`tokenyard report`: reads the runs and writes the page and the pictures."""
 
 import sys
 from argparse import Namespace
@@ -30,7 +30,7 @@ def report_command(arguments: Namespace) -> int:
 
 
 def pictures(data: dict[str, Any], folder: Path) -> list[str]:
-    """Names of the PNGs written; a hint instead where matplotlib is not installed."""
+    """Writes the PNGs and returns their names; prints a hint if matplotlib is not installed."""
     from .pictures import write_pictures
 
     try:
@@ -41,5 +41,5 @@ def pictures(data: dict[str, Any], folder: Path) -> list[str]:
 
 
 def refuse(error: Exception) -> int:
-    """In one line."""
+    """Prints the error in one line. Returns the exit code."""
     return complain(error)

@@ -1,4 +1,4 @@
-"""The opening lines: is the router balanced, which layer is worst, are experts dead, is anything dropped, where is the loss."""
+"""The sentences at the top of the page: balance of the routers, worst layer, dead experts, drops, losses, failures."""
 
 from collections import Counter
 from typing import Any, NamedTuple
@@ -9,35 +9,35 @@ from .run_reader import Run
 from .telemetry_reader import Sums, max_over_mean
 
 EVEN, UNEVEN = 1.5, 3.0
-"""Load of the busiest expert over the mean: up to the first is balanced, above the second is badly unbalanced."""
+"""Load of the busiest expert over the mean: up to EVEN is balanced, above UNEVEN is badly unbalanced."""
 DROPPED = 0.01
-"""A share of dropped choices that is worth a warning."""
+"""A share of dropped choices above this is a warning."""
 TROUBLE = {"failed", "alert", "nan", "spike", "stall", "collapse", "hang", "straggler", "skipped", "rolled_back", "silent"}
 ENDS = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
 
 
 class Remark(NamedTuple):
-    """A sentence, and whether it is `good`, to `watch`, `bad` or just a `fact`."""
+    """A sentence and its level: `good`, `watch`, `bad` or `fact`."""
 
     level: str
     text: str
 
 
 def state(run: Run) -> str:
-    """finished, failed, stopped; or going on, for all that the journals say."""
+    """finished, failed or stopped; `no end recorded` for a run that continues or was killed."""
     ends = [event["event"] for event in run.events if event.get("event") in {*ENDS, "start", "resume"}]
     return ENDS.get(ends[-1], "no end recorded") if ends else "no end recorded"
 
 
 def verdict(run: Run) -> list[Remark]:
-    """The most important first."""
+    """The remarks, the most important first."""
     window = run.telemetry.window()
     balance = _balance(run, window) if window is not None else _balance_of_metrics(run)
     return [*balance, *_losses(run), *_trouble(run)]
 
 
 def _balance(run: Run, window: Sums) -> list[Remark]:
-    """Of the recent records: the worst layer and its busiest expert, dead experts, drops."""
+    """From the recent records of telemetry: the worst layer and its busiest expert, dead experts, drops."""
     load_L = max_over_mean(window.counts_LE)
     row = int(np.argmax(load_L))
     layer, expert, load = run.telemetry.layers[row], int(np.argmax(window.counts_LE[row])), float(load_L[row])
@@ -48,7 +48,7 @@ def _balance(run: Run, window: Sums) -> list[Remark]:
 
 
 def _dead(run: Run, window: Sums, since: str) -> Remark:
-    """What the run itself calls dead, by its own window; else experts without a token in the recent records."""
+    """The experts that the run reports as dead, by its own window; otherwise those without a token in the recent records."""
     told = run.telemetry.latest.get("dead_LE")
     dead = np.argwhere(told > 0 if told is not None else window.counts_LE == 0)
     if told is not None:
@@ -62,7 +62,7 @@ def _dead(run: Run, window: Sums, since: str) -> Remark:
 
 
 def _balance_of_metrics(run: Run) -> list[Remark]:
-    """As far as metrics.jsonl knows."""
+    """The same from metrics.jsonl alone."""
     load, layer = run.metrics.last("moe/load_max_over_mean"), run.metrics.last("moe/load_max_over_mean_layer")
     if load is None or layer is None:
         return [Remark("fact", "No experts: a dense model, or nothing logged yet.")]
@@ -97,13 +97,13 @@ def _losses(run: Run) -> list[Remark]:
 
 
 def last_validation(run: Run) -> float | None:
-    """The last one: that of the end is with the event."""
+    """The last validation loss; the final one is in the event of the end."""
     end = _end(run)
     return end["validation_loss"] if end else run.metrics.last("validation_loss")
 
 
 def _validated(run: Run) -> str:
-    """The step of that."""
+    """The step of the last validation loss."""
     end, column = _end(run), run.metrics.by_name.get("validation_loss")
     step = end.get("step") if end else column.steps[-1] if column else None
     return f"{step:,.0f}" if isinstance(step, int | float) else "unknown"
@@ -115,7 +115,7 @@ def _end(run: Run) -> dict[str, Any] | None:
 
 
 def _trouble(run: Run) -> list[Remark]:
-    """What the events say that nobody hoped for."""
+    """Failures and alerts among the events."""
     told = [event for event in run.events if is_trouble(event)]
     alerts = {event.get("text") for event in told if "alert" in event}
     told = [event for event in told if "alert" in event or event.get("text") is None or event["text"] not in alerts]
@@ -127,7 +127,7 @@ def _trouble(run: Run) -> list[Remark]:
 
 
 def named(event: dict[str, Any]) -> str:
-    """Its kind; of an alert, what it is about."""
+    """The kind of an event, and of an alert its subject."""
     return f"alert: {event['alert']}" if "alert" in event else str(event.get("event", "unnamed"))
 
 

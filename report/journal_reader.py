@@ -1,4 +1,4 @@
-"""Reads a journal (train/logging/journal.py) that may still be written: each record once, as its line is complete."""
+"""Reads a journal (train/logging/journal.py) while it is still being written: each record once, when its line is complete."""
 
 import json
 from collections.abc import Iterator
@@ -7,34 +7,33 @@ from typing import Any, NamedTuple
 
 
 class RunError(ValueError):
-    """A run that cannot be shown: one line that names the folder or the file and its line."""
+    """The run cannot be shown. The message is one line with the folder, or with the file and line."""
 
 
 class Record(NamedTuple):
-    """An object of a journal, and where it stands, for complaints."""
+    """An object of a journal; `where` is its file and line, for error messages."""
 
     where: str
     values: dict[str, Any]
 
 
-class Tail:
-    """What is new in the file `path` at each call of `read`.
+class JournalReader:
+    """Returns the new records of the file `path` at each call of `read`.
 
-    A resumed run cuts its journals back, by another file under the same name or by a shorter one: `read` then begins anew, and
-    `beginnings` is one more.
+    A resumed run truncates or replaces its journals. `read` then starts from the beginning, and `beginnings` increases by one.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.beginnings = 0
         self.torn: str | None = None
-        """In words, a last line that is not whole."""
+        """A message if the last line is incomplete."""
         self._inode = -1
         self._offset = 0
         self._line = 0
 
     def read(self) -> Iterator[Record]:
-        """The records since the last call. RunError for a line that is no JSON object and has others after it."""
+        """The records since the last call. Raises RunError for a line that is not a JSON object, unless it is the last."""
         try:
             status = self.path.stat()
         except FileNotFoundError:
@@ -55,7 +54,7 @@ class Tail:
                 where = f"{self.path}, line {number}"
                 values = _parse(line)
                 if values is None and line.strip():
-                    # What a crash tore is the last line; and of a line being written the rest is not there yet.
+                    # A crash tears only the last line, and a line that is being written is the last one.
                     wrong = where
                     continue
                 self._offset += len(line)

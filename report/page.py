@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its data, its style and its code, and is allowed to load nothing."""
+"""The page: one HTML file with its data, style and code, whose content security policy forbids loading anything."""
 
 import base64
 import hashlib
@@ -10,11 +10,11 @@ from typing import Any
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("dom", "numbers", "palette", "lines", "heat", "bars", "balance", "overview", "experts", "layer", "tables", "main")
-"""In this order; only the last does anything when it is read."""
+"""Concatenated in this order; only the last has effects when it is loaded."""
 
 
 def page(data: dict[str, Any]) -> str:
-    """The whole file. What comes from files is in it twice, as the title and as JSON, escaped both times."""
+    """The whole file. Content of run folders appears in the title and as JSON, and is escaped in both."""
     style, script = (PAGE / "page.css").read_text(encoding="utf-8"), code()
     names = ", ".join(run["name"] for run in data["runs"])
     connect = "'self'" if data["live"] else "'none'"
@@ -45,17 +45,17 @@ def page(data: dict[str, Any]) -> str:
 
 @cache
 def code() -> str:
-    """All scripts as one function: nothing of them is a global name."""
+    """All scripts inside one function, so they define no global names."""
     parts = "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     return f'(() => {{\n"use strict";\n{parts}\n}})();'
 
 
 def embedded(data: Any) -> str:
-    """As JSON that cannot end the element it stands in: neither `<` nor `&` is left in it."""
+    """JSON that cannot end its HTML element: it contains neither `<` nor `&`."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def digest(content: str) -> str:
-    """The name by which a content security policy allows this text alone."""
+    """The source by which a content security policy allows only this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""What the page is told: one object of plain values for each run. The JavaScript in page/ draws nothing that is not in it."""
+"""The data of the page: one object of plain values for each run. The JavaScript in page/ draws only what it contains."""
 
 import base64
 import math
@@ -15,13 +15,13 @@ from .headline import is_trouble, last_validation, named, state, verdict
 from .run_reader import Run
 from .telemetry_reader import Sums, Telemetry, max_over_mean
 
-# The configuration for the page: what differs from the defaults first; and what the model holds, by part.
+# The configuration and the parameters of the model, by part.
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head", "mtp")
 
 
 def described(plain: dict[str, Any]) -> dict[str, Any]:
-    """`settings`: rows of key, value, default (None for a key that the defaults lack) and whether it differs; `parameters`."""
+    """`settings`: rows of key, value, default (None for an unknown key) and whether they differ; `parameters`."""
     defaults = dict(leaves(plain_config(Config())))
     rows = [
         {"key": key, "value": text(value), "default": text(defaults[key]) if key in defaults else None}
@@ -33,7 +33,7 @@ def described(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Each setting with its dotted key."""
+    """Pairs of dotted key and value for each setting."""
     found = []
     for key, value in node.items():
         name = f"{prefix}{key}"
@@ -42,13 +42,13 @@ def leaves(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def text(value: Any) -> str:
-    """As YAML writes it."""
+    """`value` as in YAML."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def parameters(plain: dict[str, Any]) -> dict[str, Any] | None:
-    """Total, active and by part; None for a configuration that this version does not know."""
+    """Parameters in total, active, and by part; None for a configuration that this version cannot read."""
     if not isinstance(plain.get("model"), dict):
         return None
     try:
@@ -60,19 +60,19 @@ def parameters(plain: dict[str, Any]) -> dict[str, Any] | None:
 
 
 MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
-"""Columns that are drawn with more points than the others."""
+"""Metrics that are drawn with more points than the others."""
 POINTS, FEWER, ALL_POINTS = 1000, 400, 20_000
-"""Of each of these; of each of the others, if there are few of them; of all the others together."""
+"""Points of each main metric; most points of each other metric; points of all other metrics together."""
 MOST_EVENTS = 2000
 
 
 def payload(runs: list[Run], live: bool = False) -> dict[str, Any]:
-    """All that the page shows."""
+    """The data of the page."""
     return {"live": live, "runs": [about(run) for run in runs]}
 
 
 def about(run: Run) -> dict[str, Any]:
-    """One run."""
+    """The data of one run."""
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -93,7 +93,7 @@ def about(run: Run) -> dict[str, Any]:
 
 
 def drawn(run: Run) -> dict[str, Any]:
-    """The lines. Numbers of single layers are left out where the telemetry has them as a picture."""
+    """The series. Metrics of single layers are left out if the telemetry shows them as a heat map."""
     columns = {name: column for name, column in run.metrics.by_name.items() if name != "step"}
     if run.telemetry.frames:
         columns = {name: column for name, column in columns.items() if "/layer_" not in name}
@@ -102,7 +102,7 @@ def drawn(run: Run) -> dict[str, Any]:
 
 
 def facts(run: Run) -> dict[str, float | None]:
-    """The figures on top of the page."""
+    """The numbers at the top of the page."""
     typical = run.metrics.typical
     return {
         "loss": run.metrics.last("loss"),
@@ -114,7 +114,7 @@ def facts(run: Run) -> dict[str, float | None]:
 
 
 def shown_event(event: dict[str, Any]) -> dict[str, Any]:
-    """Its step if it has one, its kind, the rest in words."""
+    """The step (if any), kind and remaining fields of an event."""
     rest = {key: value for key, value in event.items() if key not in ("event", "step", "time", "alert", "environment")}
     step = event.get("step")
     return {
@@ -127,7 +127,7 @@ def shown_event(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def accounting(run: Run) -> dict[str, Any] | None:
-    """Where the time went, as the last event of that name says."""
+    """The time accounting of the last `accounting` event."""
     found = [event for event in run.events if event.get("event") == "accounting" and isinstance(event.get("seconds"), dict)]
     if not found:
         return None
@@ -137,7 +137,7 @@ def accounting(run: Run) -> dict[str, Any] | None:
 
 
 def is_amount(value: Any) -> bool:
-    """Whether it is a number that JSON can hold."""
+    """Whether `value` is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -145,7 +145,7 @@ NOT_SHOWN = ("event", "time", "step", "seconds", "path", "environment")
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
-    """What the newest start says of the ranks and of the machine, flat, and when the run began and ended."""
+    """Ranks and machine of the newest start, and when the run began and ended, as rows."""
     starts = [event for event in run.events if event.get("event") in ("start", "resume")]
     rows = [("first start", str(starts[0].get("time"))), ("starts", str(len(starts)))] if starts else []
     rows += [("last event", str(run.events[-1].get("time")))] if run.events else []
@@ -156,7 +156,7 @@ def environment(run: Run) -> list[tuple[str, str]]:
 
 
 def routing(telemetry: Telemetry) -> dict[str, Any]:
-    """Tables by layer and expert. After the frames, where there are several, `load` has the recent records as one."""
+    """Tables by layer and expert. With several frames, the last table of `load` covers the recent records."""
     window, several = telemetry.window(), len(telemetry.frames) > 1
     assert window is not None
     shown = [*telemetry.frames, window] if several else telemetry.frames
@@ -174,19 +174,19 @@ def routing(telemetry: Telemetry) -> dict[str, Any]:
 
 
 def balance(window: Sums) -> list[tuple[int, float]]:
-    """Of each layer the busiest expert, and its load over an even share."""
+    """The busiest expert of each layer, and its load over an even share."""
     busiest_L = window.counts_LE.argmax(axis=-1).tolist()
     return list(zip(busiest_L, max_over_mean(window.counts_LE).tolist(), strict=True))
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """Each number over the mean of its row (the last dimension); NaN in a row of nothing."""
+    """Each number over the mean of its row (the last dimension); NaN in a row of zeros."""
     mean = counts.mean(axis=-1, keepdims=True)
     return np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
 
 
 def by_layer(frames: list[Sums]) -> dict[str, Any]:
-    """For each number that there is one of per layer: rows of layers, columns of frames."""
+    """For each metric with one value per layer: rows of layers, columns of frames."""
     names = sorted({name for frame in frames for name in frame.layers})
     nothing = np.zeros(len(frames[0].counts_LE) + 1)
     columns = {name: [frame.layers.get(name, nothing) for frame in frames] for name in names}
@@ -198,13 +198,13 @@ def by_layer(frames: list[Sums]) -> dict[str, Any]:
 
 
 def split(telemetry: Telemetry, kind: str) -> dict[str, Any]:
-    """Each layer's load by class of token or source: names, and counts as layers x experts x names."""
+    """The load by class of token or by source: names, and counts as layers x experts x names."""
     tables = telemetry.of_kind(kind)
     return {"names": list(tables), "counts": np.stack(list(tables.values()), axis=-1).tolist()}
 
 
 def latest(telemetry: Telemetry) -> dict[str, Any]:
-    """What is shown as it was last."""
+    """The tables of which only the latest is shown."""
     found: dict[str, Any] = {}
     for name in ("bias_LE", "grad_norm_LE"):
         if name in telemetry.latest:
@@ -218,23 +218,23 @@ def latest(telemetry: Telemetry) -> dict[str, Any]:
 
 
 MOST_WORDS = 4000
-"""Tokens that a page may hold; experts share them, each shows the same number."""
+"""Tokens on a page, divided evenly between the experts."""
 
 
 def vocabulary(by_layer: dict[str, Any]) -> dict[str, Any]:
-    """For each layer and expert the most frequent tokens with their counts."""
+    """The most frequent tokens of each layer and expert, with their counts."""
     each = max(3, min(10, MOST_WORDS // max(1, sum(len(experts) for experts in by_layer.values()))))
     return {layer: [tokens[:each] for tokens in experts] for layer, experts in by_layer.items()}
 
 
 def widest(table: np.ndarray) -> float:
-    """The greatest absolute value; 1 if there is none."""
+    """The largest finite absolute value; 1 if there is none."""
     finite = np.abs(table[np.isfinite(table)])
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 
 
 def partners(table_EE: Any) -> np.ndarray:
-    """Row i: how often each other expert is chosen with expert i, over what an even choice would give; NaN for itself."""
+    """Row i: how often each other expert is chosen together with expert i, over an even share; NaN for itself."""
     counts = np.array(table_EE, dtype=float)
     np.fill_diagonal(counts, 0.0)
     total = counts.sum(axis=1, keepdims=True)
@@ -243,15 +243,15 @@ def partners(table_EE: Any) -> np.ndarray:
     return ratio
 
 
-# Tables of numbers as text of one byte each, which is what a heat map can show: 256 colours.
+# Tables quantized to one byte per number, since a heat map shows at most 256 colours.
 
 STEPS = 253
-"""Codes 1 to 254 are values from lowest to highest; 0 is none at all (an expert without a token), 255 is not known."""
+"""Codes 1 to 254 are values from lowest to highest; 0 is exactly zero (an expert without a token), 255 is unknown."""
 LOWEST_RATIO = 1 / 32
 
 
 def quantize_ratios(values: np.ndarray, highest: float) -> dict[str, Any]:
-    """Multiples of an even share, on a logarithmic scale from 1/32 to `highest`; 0 is kept apart."""
+    """Quantizes multiples of an even share on a logarithmic scale from 1/32 to `highest`; 0 has a code of its own."""
     low, high = np.log2(LOWEST_RATIO), np.log2(max(highest, 4.0))
     with np.errstate(divide="ignore", invalid="ignore"):
         place = (np.log2(values) - low) / (high - low)
@@ -259,7 +259,7 @@ def quantize_ratios(values: np.ndarray, highest: float) -> dict[str, Any]:
 
 
 def quantize_amounts(values: np.ndarray, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-    """Plain numbers on a linear scale between their extremes, or those given."""
+    """Quantizes numbers on a linear scale between their extremes, or between `low` and `high`."""
     finite = values[np.isfinite(values)]
     low = float(finite.min()) if low is None and finite.size else low or 0.0
     high = float(finite.max()) if high is None and finite.size else high or 0.0

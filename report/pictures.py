@@ -1,4 +1,4 @@
-"""The main charts as PNGs, for a document or a message, from the same data as the page. Needs matplotlib, an optional library."""
+"""Draws the main charts as PNGs from the data of the page. Needs matplotlib, an optional library."""
 
 from base64 import b64decode
 from pathlib import Path
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0064a6", "#c04a00", "#00745a", "#a03f84", "#7a5c00", "#4b4b9a")
-"""As in page/palette.js."""
+"""The colours of page/palette.js."""
 SHADES = ("#083877", "#2070b4", "#5ba3cf", "#b5d4e9", "#eeeeee", "#fdc692", "#f4822f", "#c84a02", "#6b2303")
-"""From an eighth of an even share to eight times, as there."""
+"""From an eighth of an even share to eight times that share, as in page/palette.js."""
 PARTS = {
     "compute": "#0064a6",
     "data": "#7fb8e6",
@@ -25,7 +25,7 @@ PARTS = {
 
 
 def write_pictures(data: dict[str, Any], folder: Path) -> list[str]:
-    """Writes what there is data for: loss, speed, time, load and layers. Returns the names. ImportError without matplotlib."""
+    """Writes loss, speed, time, load and layers if they have data. Returns the names. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     runs, written = data["runs"], []
@@ -45,7 +45,7 @@ def write_pictures(data: dict[str, Any], folder: Path) -> list[str]:
 
 
 def draw_loss(figure: "Figure", runs: list[dict[str, Any]]) -> None:
-    """Training thin and smoothed, validation dashed with dots; trouble as vertical lines."""
+    """Training loss thin and smoothed, validation loss dashed with dots, failures and alerts as vertical lines."""
     axes = figure.subplots()
     for run, colour in coloured(runs):
         draw_line(axes, run, "loss", f"{plain(run['name'])} training", colour)
@@ -104,7 +104,7 @@ def draw_layers(figure: "Figure", runs: list[dict[str, Any]]) -> None:
 def draw_ratios(
     figure: "Figure", table: np.ndarray, across: str, layers: list[int], title: str, ends: tuple[int, int] | None = None
 ) -> None:
-    """Multiples of an even share on a scale of doublings; experts without a token are black."""
+    """Draws multiples of an even share on a logarithmic scale; experts without a token are black."""
     from matplotlib.colors import LinearSegmentedColormap
 
     axes = figure.subplots()
@@ -132,7 +132,7 @@ def draw_ratios(
 
 
 def draw_line(axes: "Axes", run: dict[str, Any], name: str, label: str, colour: str) -> None:
-    """As logged, thin, and smoothed if there are many points."""
+    """Draws a series; with many points, thin as logged and thick smoothed."""
     found = run["series"].get(name)
     if found is None:
         return
@@ -155,12 +155,12 @@ def coloured(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
 
 
 def plain(text: str) -> str:
-    """Without what matplotlib takes for a formula or for a name that a legend leaves out."""
+    """Escapes what matplotlib reads as a formula, and leading underscores, which hide a name from the legend."""
     return text.replace("$", r"\$").lstrip("_") or "run"
 
 
 def decoded(coded: dict[str, Any]) -> np.ndarray:
-    """A table of report/payload.py as numbers."""
+    """The numbers of a quantized table of report/payload.py."""
     codes = np.frombuffer(b64decode(coded["codes"]), dtype=np.uint8).astype(float)
     values = coded["low"] + (codes - 1) / 253 * (coded["high"] - coded["low"])
     values = np.where(codes == 255, np.nan, np.where(codes == 0, 0.0, 2**values if coded["log"] else values))

@@ -1,4 +1,4 @@
-"""A run folder, read so far; `refresh` reads what was written since."""
+"""Reads a run folder, and what is added to it later."""
 
 import math
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 from ..checkpoint.bounded import read_regular
 from ..checkpoint.facts import DEEPEST, check_model_numbers, check_plain
 from .columns import Columns
-from .journal_reader import Record, RunError, Tail
+from .journal_reader import JournalReader, Record, RunError
 from .telemetry_reader import Telemetry
 
 LARGEST_CONFIG = 1 << 16
-"""Bytes of a config.yaml; a run writes some thousand."""
+"""Limit for the bytes of config.yaml; a run writes some thousand."""
 NEEDED = ("config.yaml", "metrics.jsonl")
 
 
 class Run:
-    """What the journals of the run in `folder` say. RunError if it is no run folder, or for a wrong line in a journal."""
+    """The content of a run folder. Raises RunError if it is not a run folder, or for an invalid line in a journal."""
 
     def __init__(self, folder: Path):
         check_folder(folder)
@@ -27,17 +27,17 @@ class Run:
         self.metrics = Columns()
         self.events: list[dict[str, Any]] = []
         self.telemetry = Telemetry()
-        self._tails = {name: Tail(folder / f"{name}.jsonl") for name in ("metrics", "events", "telemetry")}
-        self._beginnings = dict.fromkeys(self._tails, 1)
+        self._readers = {name: JournalReader(folder / f"{name}.jsonl") for name in ("metrics", "events", "telemetry")}
+        self._beginnings = dict.fromkeys(self._readers, 1)
         self.refresh()
 
     def refresh(self) -> bool:
-        """Reads what is new; whether there was anything."""
-        return sum([self._read_config(), *(self._read(name) for name in self._tails)]) > 0
+        """Reads what was added. Returns whether there was anything."""
+        return sum([self._read_config(), *(self._read(name) for name in self._readers)]) > 0
 
     def remarks(self) -> list[str]:
-        """In words, what could not be read."""
-        return [tail.torn for tail in self._tails.values() if tail.torn]
+        """Messages about incomplete last lines."""
+        return [reader.torn for reader in self._readers.values() if reader.torn]
 
     def last_step(self) -> int:
         """The newest step of the metrics; 0 before the first."""
@@ -45,7 +45,7 @@ class Run:
         return int(column.values[-1]) if column else 0
 
     def _read_config(self) -> bool:
-        """A resumed run writes it again."""
+        """Reads config.yaml if it has changed; a resumed run rewrites it. Returns whether it has."""
         path = self.folder / "config.yaml"
         changed = path.stat().st_mtime_ns
         if changed == self._config_changed:
@@ -54,17 +54,17 @@ class Run:
         return True
 
     def _read(self, name: str) -> bool:
-        tail, something = self._tails[name], False
-        for record in tail.read():
-            if tail.beginnings > self._beginnings[name]:
-                self._beginnings[name] = tail.beginnings
+        reader, something = self._readers[name], False
+        for record in reader.read():
+            if reader.beginnings > self._beginnings[name]:
+                self._beginnings[name] = reader.beginnings
                 self._forget(name)
             self._take(name, record)
             something = True
         return something
 
     def _forget(self, name: str) -> None:
-        """The journal was written anew."""
+        """Drops what was read of a journal that was rewritten."""
         if name == "metrics":
             self.metrics = Columns()
         elif name == "events":
@@ -82,7 +82,7 @@ class Run:
 
 
 def check_folder(folder: Path) -> None:
-    """RunError with the nearest folder that is one."""
+    """Raises RunError, with the nearest run folder, if `folder` is not one."""
     if not folder.is_dir():
         existing = next((parent for parent in folder.absolute().parents if parent.is_dir()), Path("/"))
         raise RunError(f"{folder}: no such folder{_nearest(existing)}")
@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _nearest(folder: Path) -> str:
-    """The newest run folder in `folder` or beside it, in words."""
+    """A hint with the newest run folder in `folder` or next to it."""
     for place in (folder, folder.absolute().parent):
         runs = [child for child in _children(place) if all((child / name).is_file() for name in NEEDED)]
         if runs:
@@ -108,7 +108,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """As plain values: nothing in it is resolved, and so nothing of the environment comes into the page."""
+    """The configuration as plain values. Nothing is resolved, so no environment variable enters the page."""
     import yaml
 
     try:
@@ -125,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_events(events: Any) -> None:
-    """ValueError for an alias, by which some lines stand for millions, and for deep nesting, in which the parser takes long."""
+    """Raises ValueError for an alias, which can expand some lines to millions, and for deep nesting, which is slow to parse."""
     import yaml
 
     depth = 0
@@ -136,5 +136,5 @@ def _check_events(events: Any) -> None:
 
 
 def finite(value: float | None) -> float | None:
-    """`value` unless it is not finite."""
+    """`value` if it is finite, else None."""
     return value if value is not None and math.isfinite(value) else None

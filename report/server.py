@@ -1,4 +1,4 @@
-"""`tokenyard watch`: the page of a run that goes on, for its own user alone. It reads the journals and changes nothing."""
+"""`tokenyard watch`: serves the page of a running run, only to its own user. It reads the run folder and changes nothing."""
 
 import hmac
 import json
@@ -22,7 +22,7 @@ from .run_reader import Run
 
 ADDRESS = "127.0.0.1"
 COOKIE = "tokenyard"
-"""Keeps the token of the URL, for the requests of the page; its name ends with the port, which cookies do not tell apart."""
+"""The cookie with the token of the URL. Its name ends with the port, because cookies are not separate by port."""
 
 
 def watch_command(arguments: Namespace) -> int:
@@ -33,7 +33,7 @@ def watch_command(arguments: Namespace) -> int:
         return refuse(error)
     except OSError as error:
         return refuse(OSError(f"--port {arguments.port}: {error.strerror}; nearest valid: --port 0, which takes a free one"))
-    # A shell that starts a job in the background lets it ignore Ctrl-C: what is asked for by name is heard all the same.
+    # A shell makes background jobs ignore SIGINT; handle both signals in any case.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -46,26 +46,26 @@ def watch_command(arguments: Namespace) -> int:
 
 
 class Watched:
-    """A run, and what the page was told last. Used by one thread for each request."""
+    """A run, and the latest data of its page. Shared by the threads of all requests."""
 
     def __init__(self, run: Run):
         self._run = run
         self._lock = Lock()
         self._version = 0
-        self._told: dict[str, Any] | None = None
+        self._data: dict[str, Any] | None = None
 
-    def news(self, known: str | None) -> tuple[str, dict[str, Any] | None]:
-        """The version, and the page's data unless `known` is that version. RunError if a journal has a wrong line."""
+    def latest(self, known: str | None) -> tuple[str, dict[str, Any] | None]:
+        """The version, and the data unless `known` is that version. Raises RunError if a journal has an invalid line."""
         with self._lock:
-            if self._run.refresh() or self._told is None:
+            if self._run.refresh() or self._data is None:
                 self._version += 1
-                self._told = payload([self._run], live=True)
+                self._data = payload([self._run], live=True)
             version = f'"{id(self):x}-{self._version}"'
-            return version, None if known == version else self._told
+            return version, None if known == version else self._data
 
 
 class Server(ThreadingHTTPServer):
-    """Listens on the loopback address only; raises OSError if the port is taken."""
+    """Listens only on the loopback address. Raises OSError if the port is taken."""
 
     daemon_threads = True
 
@@ -73,22 +73,22 @@ class Server(ThreadingHTTPServer):
         super().__init__((ADDRESS, port), Handler)
         self.watched = watched
         self.token = secrets.token_urlsafe(32)
-        """Whoever has it may look: other users of this machine reach the port too."""
+        """Required for access, because other users of this machine can reach the port too."""
 
     @property
     def url(self) -> str:
-        """To be opened in a browser."""
+        """The URL to open in a browser."""
         return f"http://{ADDRESS}:{self.server_port}/?token={self.token}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing about a browser that has gone; anything else in one line."""
+        """Ignores a closed connection; prints any other error in one line."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"tokenyard: {one_line(f'a request failed: {error!r}')}", file=sys.stderr)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET of the page and of its data; there is nothing else."""
+    """Answers GET requests for the page and its data."""
 
     server_version = "tokenyard"
     sys_version = ""
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answers one request."""
         assert isinstance(self.server, Server)
-        # A page of elsewhere whose name is made to lead here (DNS rebinding) still sends that name.
+        # With DNS rebinding, a page from elsewhere still sends its own host name.
         if self.headers.get("Host") not in {f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")}:
             self._send(403, "text/plain", f"only for http://{ADDRESS}:{self.server.server_port}/")
         elif not self._may_look():
@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(self.server.watched)
 
     def _may_look(self) -> bool:
-        """Whether the request has the token, in its URL or in its cookie; the time that this takes tells nothing of it."""
+        """Whether the request has the token in its URL or cookie; compared in constant time."""
         assert isinstance(self.server, Server)
         try:
             cookie = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         place = urlsplit(self.path).path
         known = self.headers.get("If-None-Match") if place == "/data" else None
         try:
-            version, data = watched.news(known)
+            version, data = watched.latest(known)
         except (RunError, OSError) as error:
             return self._send(500, "text/plain", str(error))
         if data is None:
@@ -154,4 +154,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is for people."""
+        """Logs nothing to the terminal."""

@@ -1,7 +1,7 @@
-"""telemetry.jsonl, gathered while it is read: what a page needs of it stays small however long the run.
+"""Aggregates telemetry.jsonl while it is read, so that the data of a page stays small for a run of any length.
 
-L layers with experts, E experts, F frames, V records. A frame is a stretch of neighbouring records; when there are too many,
-neighbours become one, so the frames are always equal stretches of the run and each record counts in exactly one.
+L layers with experts, E experts. A frame is a stretch of consecutive records. If there are too many frames, neighbours are merged,
+so frames are equal stretches of the run, and each record counts in exactly one.
 """
 
 from collections import deque
@@ -12,16 +12,16 @@ import numpy as np
 from .journal_reader import Record, RunError
 
 FRAME_CELLS = 700_000
-"""Layers x experts x frames that a page may hold."""
+"""Limit for layers x experts x frames on a page."""
 MOST_FRAMES = 240
 RECENT = 20
-"""Records over which classes, sources and dead experts are summed up."""
+"""Records over which classes, sources and dead experts are summed."""
 PER_LAYER = ("router_entropy_L", "top1_L", "stability_L", "saturation_L")
 LATEST = ("bias_LE", "grad_norm_LE", "dead_LE", "coactivation", "similarity", "vocabulary")
 
 
 class Sums(NamedTuple):
-    """Of the records of a frame."""
+    """Sums over the records of a frame."""
 
     first: int
     last: int
@@ -29,10 +29,10 @@ class Sums(NamedTuple):
     counts_LE: np.ndarray
     dropped_L: np.ndarray
     layers: dict[str, np.ndarray]
-    """Sums of PER_LAYER and of each record's `load_L`, max over mean; with how many records had it, as a last element."""
+    """Sums of PER_LAYER and of `load_L`, max over mean; the last element is the number of records that have the value."""
 
     def plus(self, later: "Sums") -> "Sums":
-        """Both as one frame."""
+        """The sums of both frames."""
         names = {**self.layers, **later.layers}
         nothing = np.zeros(len(self.counts_LE) + 1)
         layers = {name: self.layers.get(name, nothing) + later.layers.get(name, nothing) for name in names}
@@ -41,22 +41,22 @@ class Sums(NamedTuple):
 
 
 class Telemetry:
-    """Everything of the records so far."""
+    """The aggregate of the records so far."""
 
     def __init__(self) -> None:
         self.layers: list[int] = []
-        """Block indices, one for each row."""
+        """The block index of each row."""
         self.experts = 0
         self.frames: list[Sums] = []
         self.recent: deque[Sums] = deque(maxlen=RECENT)
         self.kinds: deque[dict[str, dict[str, np.ndarray]]] = deque(maxlen=RECENT)
-        """`sources` and `classes` of the recent records: names to counts_LE."""
+        """`sources` and `classes` of the recent records, from names to counts_LE."""
         self.latest: dict[str, Any] = {}
         self._each = 1
         """Records of a full frame."""
 
     def add(self, record: Record) -> None:
-        """One record. RunError if its shapes do not fit each other or those before."""
+        """Adds a record. Raises RunError if its shapes do not match."""
         try:
             sums = self._sums(record.values)
             kinds = {kind: self._tables(record.values.get(kind)) for kind in ("sources", "classes")}
@@ -74,7 +74,7 @@ class Telemetry:
         self._merge()
 
     def window(self) -> Sums | None:
-        """The recent records as one."""
+        """The sums over the recent records."""
         if not self.recent:
             return None
         first, *others = self.recent
@@ -83,7 +83,7 @@ class Telemetry:
         return first
 
     def of_kind(self, kind: str) -> dict[str, np.ndarray]:
-        """`sources` or `classes`: counts_LE of each name, over the recent records."""
+        """counts_LE of each name of `sources` or `classes`, over the recent records."""
         total: dict[str, np.ndarray] = {}
         for kinds in self.kinds:
             for name, counts_LE in kinds[kind].items():
@@ -107,14 +107,14 @@ class Telemetry:
         return Sums(step, step, 1, counts_LE, self._row(values["dropped_L"])[:-1], layers)
 
     def _row(self, values: Any) -> np.ndarray:
-        """A number for each layer, and 1 for the one record it is of."""
+        """The value of each layer, followed by 1, the number of records."""
         row = np.array(values, dtype=float)
         if row.shape != (len(self.layers),):
             raise ValueError(f"must have {len(self.layers)} numbers, one for each layer")
         return np.append(row, 1.0)
 
     def _latest(self, name: str, found: Any) -> Any:
-        """A table of layers x experts; or for some layers, by their index as text, a table or what an expert sees."""
+        """A table of layers x experts; or, by layer index as text, a table of experts x experts or the tokens of each expert."""
         if name.endswith("_LE"):
             return self._checked(name, np.array(found, dtype=float), (len(self.layers), self.experts))
         if name == "vocabulary":
@@ -142,6 +142,6 @@ class Telemetry:
 
 
 def max_over_mean(counts_LE: np.ndarray) -> np.ndarray:
-    """For each layer the tokens of the busiest expert over an even share; 0 if nothing was routed."""
+    """The load of the busiest expert of each layer over an even share; 0 if nothing was routed."""
     mean_L = counts_LE.mean(axis=-1)
     return np.divide(counts_LE.max(axis=-1), mean_L, out=np.zeros_like(mean_L), where=mean_L > 0)

@@ -1,1 +1,1 @@
-"""train"""
+"""A training run: configuration, session, step, checkpoints, logging, fault tolerance."""

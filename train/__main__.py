@@ -1,11 +1,11 @@
-"""`python -m tokenyard.train`, also behind torchrun and the launcher of deepspeed."""
+"""`python -m tokenyard.train`, which torchrun and the launcher of deepspeed start too."""
 
 import sys
 
-from .fault_tolerance.signals import hold_back, listen
+from .fault_tolerance.signals import block_signals, install_handlers
 
 if __name__ == "__main__":
-    hold_back()  # from the first line: a signal while torch is imported, or this program starts anew, is heard later
+    block_signals()  # from the first line: a signal that comes while torch is imported, or during the restart, is handled later
 
 from .allocator import restart_with_kept_memory
 from .config.redact import redact_tracebacks
@@ -14,12 +14,12 @@ from .rank_command import train_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; `argv` is by default the process's."""
+    """Runs one rank. Returns the exit code. `argv`: by default that of the process."""
     if argv is None:
         end_with_launcher()
         restart_with_kept_memory()
         redact_tracebacks()
-        listen()
+        install_handlers()
     return train_command(sys.argv[1:] if argv is None else argv)
 
 

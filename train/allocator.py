@@ -1,4 +1,4 @@
-"""Memory settings that must stand in the environment before a process starts."""
+"""Allocator settings that must be in the environment before a process starts."""
 
 import os
 import sys
@@ -8,20 +8,19 @@ SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(2**35),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-"""glibc keeps freed activations instead of giving them back to the kernel, which would clear them again in every step."""
-
+"""glibc keeps freed activations instead of returning them to the kernel, which would clear them again in every step."""
 
 CUDA_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Torch 2.11 to 2.13 read either, the second first."""
 CUDA_SETTING = "expandable_segments:True"
-"""Torch maps memory of a GPU where it is needed: with all-to-alls whose sizes change at every step, blocks of fixed sizes leave
-gaps that nothing fits into. Without a GPU nothing reads it."""
+"""Torch then maps GPU memory where it is needed. The sizes of all-to-alls change every step, and blocks of fixed sizes would leave
+gaps that nothing fits into."""
 
 
 def restart_with_kept_memory() -> None:
-    """Put this program in its own place with SETTINGS, unless the environment has one of them already. Linux alone has them.
+    """Replaces this process by itself with SETTINGS, unless the environment has one of them already. Only on Linux.
 
-    The same for CUDA_SETTING, which is read when CUDA starts and needs no new start.
+    CUDA_SETTING is set too; it is read when CUDA starts and does not need a restart.
     """
     if sys.platform != "linux":
         return

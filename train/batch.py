@@ -1,8 +1,7 @@
-"""What the data needs of the ranks, and how a batch becomes rows on the device, on a GPU a step ahead."""
+"""Turns the batches of the data into this rank's rows on the device, on a GPU one step ahead."""
 
-import logging
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,18 +10,12 @@ from ..data.batches import IGNORE, Batch
 from ..data.build import DataPipeline
 from ..data.errors import DataStop
 from ..moe.device import kind_of
-from ..moe.model import ahead
+from ..moe.model import shift_left
 from ..moe.token_info import documents_of
 from ..parallel.mesh import Axis
 from ..parallel.progress import in_phase
 from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
 from .config.config import Config
-
-if TYPE_CHECKING:
-    pass
-
-
-log = logging.getLogger("tokenyard")
 
 
 class Rows(NamedTuple):
@@ -31,15 +24,15 @@ class Rows(NamedTuple):
     ids: Tensor
     targets: Tensor
     first: int = 0
-    """Row of the global batch that is the first here; the others follow."""
+    """The row of the global batch that is the first here; the others follow."""
     documents: Tensor | None = None
-    """Which document of its row each token is of, if attention stays inside of documents."""
+    """The index of each token's document in its row, if attention stays inside documents."""
     valid: list[int] | None = None
-    """What `valid_targets` gives, where the host has counted them before they went to the device."""
+    """The result of `valid_targets`, if the host has counted them before they went to the device."""
 
 
 class NextRows(NamedTuple):
-    """The rows of a step before that begins, or what their making has raised."""
+    """The rows of a step that has not begun, or the error of preparing them."""
 
     step: int
     rows: list[Rows]
@@ -48,10 +41,10 @@ class NextRows(NamedTuple):
 
 
 class BatchLoader:
-    """This rank's rows of one step after the other. Micro-step m of all ranks together is the m-th run of the global batch.
+    """Loads this rank's rows, one step after the other. Micro-step m of all ranks together is the m-th run of the global batch.
 
-    On a GPU the host makes the next step's while the device works on this one's, and a side stream copies them. On a CPU both would
-    have the same cores.
+    On a GPU the host prepares the next step's rows while the device works on the current one, and a side stream copies them. On a
+    CPU both would share the same cores.
     """
 
     def __init__(self, config: Config, data: DataPipeline, axis: Axis, micro: int, device: torch.device) -> None:
@@ -64,12 +57,12 @@ class BatchLoader:
         self._waited = 0.0
 
     def waited(self) -> float:
-        """Seconds that training waited for rows since this was last asked."""
+        """Returns the seconds that training waited for rows since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
     def take(self, step: int) -> list[Rows]:
-        """The rows of `step`, counted from 0. Collective.
+        """Returns the rows of `step`, counted from 0. Collective.
 
         Raises a DataStop, on all ranks, if there are none; OSError or ValueError, on this rank alone, if it cannot read them.
         """
@@ -87,7 +80,7 @@ class BatchLoader:
 
     @in_phase("data")
     def prepare(self, step: int) -> None:
-        """Make the rows that `take(step)` will give. What that raises is kept for it. Collective."""
+        """Prepares the rows that `take(step)` will return; it raises the error, if there is one. Collective."""
         if not self.ahead or step == self.config.steps:
             return
         rows, error, begin, work = [], None, perf_counter(), record(self.device)
@@ -97,12 +90,13 @@ class BatchLoader:
             except (DataStop, OSError, ValueError) as found:
                 error = found
             self._next = NextRows(step, rows, record(self.device), error)
-        if work.done():  # the device had nothing left to do
+        if work.done():  # the device has been idle
             self._waited += perf_counter() - begin
 
-    def nothing(self) -> list[Rows]:
-        """As many rows without a token that counts."""
-        return [no_rows(self.micro, self.config.sequence_length, start, self.device) for start in self.starts]
+    def empty(self) -> list[Rows]:
+        """Returns micro-batches without a token that counts: a step's collectives need every rank, also one that has no rows."""
+        ids_BS = torch.zeros(self.micro, self.config.sequence_length, dtype=torch.int64, device=self.device)
+        return [Rows(ids_BS, torch.full_like(ids_BS, IGNORE), start) for start in self.starts]
 
     def _made(self, step: int) -> list[Rows]:
         batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self.starts]
@@ -110,9 +104,9 @@ class BatchLoader:
 
 
 def as_rows(batch: Batch, first: int, config: Config, data: DataPipeline, device: torch.device) -> Rows:
-    """A micro-batch on the device, counted, with its documents told apart if attention is to stay inside of them.
+    """Returns a micro-batch on the device, with its counts, and with its documents if attention stays inside them.
 
-    ValueError for a token id that the model does not know, which a GPU would answer by ending its context.
+    Raises ValueError for a token id that the model does not know, which would destroy the context of a GPU.
     """
     if batch.ids_BS.max() >= config.model.vocabulary or batch.targets_BS.max() >= config.model.vocabulary:
         raise ValueError(f"row {first} and following: a token id is not below model.vocabulary={config.model.vocabulary}")
@@ -125,18 +119,12 @@ def as_rows(batch: Batch, first: int, config: Config, data: DataPipeline, device
     return rows._replace(ids=on_device(rows.ids, device), targets=on_device(rows.targets, device), documents=documents_BS)
 
 
-def no_rows(sequences: int, length: int, first: int, device: torch.device) -> Rows:
-    """A micro-batch without a token that counts: the collectives of a step need every rank, also one that has nothing to read."""
-    ids_BS = torch.zeros(sequences, length, dtype=torch.int64, device=device)
-    return Rows(ids_BS, torch.full_like(ids_BS, IGNORE), first)
-
-
 def targets_ahead(rows: Rows, depth: int) -> Tensor:
-    """(B, S): of each position the target that is `depth` further; IGNORE beyond its sequence (documents apart: its document)."""
-    return ahead(rows.targets, depth, IGNORE, rows.documents)
+    """Returns the target `depth` positions further, (B, S); IGNORE beyond the end of the sequence, or of the document."""
+    return shift_left(rows.targets, depth, IGNORE, rows.documents)
 
 
 def valid_targets(rows: Rows, mtp_depth: int) -> list[int]:
-    """How many targets count: of the model itself, which predicts 0 tokens further, then of each module."""
+    """Counts the valid targets of the model itself (depth 0), then those of each module of multi-token prediction."""
     counts = [(targets_ahead(rows, depth) != IGNORE).sum() for depth in range(mtp_depth + 1)]
     return torch.stack(counts).tolist()

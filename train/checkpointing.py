@@ -1,4 +1,7 @@
-"""Checkpoints of a run while it trains: when they are due, what is in them, and what a failed one means."""
+"""Saves checkpoints of a run while it trains: starts and polls a save, says what a checkpoint contains, and what a failure means.
+
+The functions that save are generators of Outcomes, so that the caller logs each one before an error may end the run.
+"""
 
 import math
 import os
@@ -11,7 +14,6 @@ import torch
 from ..checkpoint.folder import checkpoints_in
 from ..checkpoint.retention import LOSS
 from ..checkpoint.saver import Outcome
-from ..parallel.shard import LocalShard
 from .config.config import OnFailure
 from .exit import ExitCode, RunStop
 from .nonfinite import bad_state
@@ -20,74 +22,72 @@ from .state import random_state
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint that the run cannot do without was not written; the same on every rank."""
+    """A checkpoint that the run needs was not written; the same on every rank."""
 
 
-def settled(session: Session, failed: bool, writing: bool) -> Iterator[Outcome]:
-    """What became of the save under way, if it has ended; `failed` and `writing` are true if they are on any rank.
+def poll_save(session: Session, failed: bool, writing: bool) -> Iterator[Outcome]:
+    """Yields the outcome of the save under way, if it has ended. Collective if it has.
 
-    Raises SaveFailed, after the Outcome, if it failed and checkpoint.on_failure=stop. Collective if it has ended.
+    `failed`, `writing`: whether any rank has failed, or is writing. Raises SaveFailed if it failed and checkpoint.on_failure=stop.
     """
-    yield from _told(session, session.saver.poll(failed, writing))
+    yield from _record(session, session.saver.poll(failed, writing))
 
 
-def finished(session: Session) -> Iterator[Outcome]:
-    """What became of the save under way, once it has ended. Collective."""
-    yield from _told(session, session.saver.wait(), may_stop=False)
+def wait_for_save(session: Session) -> Iterator[Outcome]:
+    """Waits for the save under way and yields its outcome. Collective."""
+    yield from _record(session, session.saver.wait(), may_stop=False)
 
 
-def started(session: Session) -> Iterator[Outcome]:
-    """Begin a save of this step; the Outcome of the one before, and of this one if it is waited for. Collective.
+def start_save(session: Session) -> Iterator[Outcome]:
+    """Starts a save of this step. Yields the outcome of the one before, and of this one if it is synchronous. Collective.
 
-    Raises SaveFailed, after the Outcome, if one failed and checkpoint.on_failure=stop.
+    A save is synchronous without checkpoint.asynchronous, or after one that failed. Raises SaveFailed as `poll_save` does.
     """
-    yield from _told(session, session.saver.wait())
-    yield from _told(session, begin(session, session.config.checkpoint.asynchronous and not session.careful))
+    yield from _record(session, session.saver.wait())
+    asynchronous = session.config.checkpoint.asynchronous and not session.last_save_failed
+    yield from _record(session, write_checkpoint(session, asynchronous))
 
 
-def conclude(session: Session) -> Iterator[Outcome]:
-    """A durable checkpoint of this step: the one under way, or a new one. Collective.
+def save_and_wait(session: Session) -> Iterator[Outcome]:
+    """Makes sure that a durable checkpoint of this step exists: the one under way, or a new one. Collective.
 
-    Raises SaveFailed, after the Outcome, if there is none.
+    Raises SaveFailed if it cannot be written.
     """
-    yield from finished(session)
+    yield from wait_for_save(session)
     if session.checkpoint != session.saver.path_of(session.step):
-        outcome = begin(session, asynchronous=False)
+        outcome = write_checkpoint(session, asynchronous=False)
         assert outcome is not None
-        yield from _told(session, outcome, may_stop=False)
+        yield from _record(session, outcome, may_stop=False)
         if outcome.error is not None:
-            raise SaveFailed(_words(outcome))
+            raise SaveFailed(_failure_text(outcome))
 
 
 def save(session: Session) -> Path:
-    """A durable checkpoint of this step. Collective. Raises SaveFailed."""
-    for _ in conclude(session):
+    """Returns the path of a durable checkpoint of this step. Collective. Raises SaveFailed if it cannot be written."""
+    for _ in save_and_wait(session):
         pass
     assert session.checkpoint is not None
     return session.checkpoint
 
 
-def begin(session: Session, asynchronous: bool) -> Outcome | None:
-    """None if the save goes on beside the training. RunStop, and no save, if a weight or a moment is not finite."""
-    held = session.engine.held()
-    refuse_bad(session, held)
+def write_checkpoint(session: Session, asynchronous: bool) -> Outcome | None:
+    """Saves this step. Returns None if the save continues while the run trains. Collective.
+
+    Raises RunStop, without a save, if a weight or a moment is not finite.
+    """
+    held = session.engine.state_to_save()
+    if bad := bad_state(session.parallel, held):
+        text = f"{', '.join(bad)}: not finite after the update, so no checkpoint is written; the newest is {session.checkpoint}"
+        raise RunStop(text, ExitCode.not_finite, saves=False)
     state = held | random_state()
     saver, attach = session.saver, lambda path: session.data.tokenizer.save(path / "tokenizer")
     outcome = saver.start(session.step, state, facts_of(session), attach, asynchronous)
     return outcome or (None if asynchronous else saver.wait())
 
 
-def refuse_bad(session: Session, held: dict[str, LocalShard]) -> None:
-    """RunStop if a number of what would be saved is not finite. Collective."""
-    bad = bad_state(session.parallel, held)
-    if bad:
-        text = f"{', '.join(bad)}: not finite after the update, so no checkpoint is written; the newest is {session.checkpoint}"
-        raise RunStop(text, ExitCode.not_finite, saves=False)
-
-
 def facts_of(session: Session) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors: plain JSON."""
-    identity, loss = session.folder / "run_id", session.validated.get(session.step)
+    """Returns what a checkpoint contains in addition to its tensors: plain JSON."""
+    identity, loss = session.folder / "run_id", session.validation_loss.get(session.step)
     return {
         "config": session.shown,
         "step": session.step,
@@ -105,18 +105,18 @@ def facts_of(session: Session) -> dict[str, Any]:
     }
 
 
-def _told(session: Session, outcome: Outcome | None, may_stop: bool = True) -> Iterator[Outcome]:
-    """The outcome, kept in mind."""
+def _record(session: Session, outcome: Outcome | None, may_stop: bool = True) -> Iterator[Outcome]:
+    """Yields the outcome, if there is one, after recording it in the session."""
     if outcome is None:
         return
-    session.careful = outcome.error is not None
+    session.last_save_failed = outcome.error is not None
     if outcome.error is None:
         session.checkpoint = outcome.path
     yield outcome
     if outcome.error is not None and may_stop and session.config.checkpoint.on_failure is OnFailure.stop:
-        raise SaveFailed(_words(outcome))
+        raise SaveFailed(_failure_text(outcome))
 
 
-def _words(outcome: Outcome) -> str:
-    left = checkpoints_in(outcome.path.parent)
-    return f"checkpoint {outcome.path} was not written: {outcome.error}; the newest there is: {left[0] if left else 'none'}"
+def _failure_text(outcome: Outcome) -> str:
+    found = checkpoints_in(outcome.path.parent)
+    return f"checkpoint {outcome.path} was not written: {outcome.error}; the newest there is: {found[0] if found else 'none'}"

@@ -1,4 +1,9 @@
-"""engine=deepspeed: a training step through DeepSpeed, and its sharded optimizer state as named pieces of tensors."""
+"""engine=deepspeed: DeepSpeed runs backward, the sum of gradients and the update; its state becomes named shards of tensors.
+
+ZeRO 0 keeps the optimizer whole on every rank, 1 shards its state, 2 the gradients too. DeepSpeed knows dense parameters, which all
+ranks hold, and those of experts, which are reduced over groups of their own. Here every parameter that fewer ranks than all hold is
+of the second kind: experts, and slices of tensor parallelism. Gradients are summed and never averaged, as in parallel/gradients.py.
+"""
 
 import functools
 import math
@@ -12,51 +17,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 
-from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel, ShardedParameter
 from ..parallel.collectives import sum_over
 from ..parallel.gradients import scale_gradients, squared_norm
 from ..parallel.mesh import Axis
 from ..parallel.shard import LocalShard, ShardMetadata
-from .batch import Rows
 from .config.config import Config
-from .config.deepspeed import deepspeed_settings
+from .config.deepspeed_settings import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
-from .state import MOMENTS, held_state, held_weights, optimizer_state, set_optimizer_steps
-from .step import StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
-from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound
-
-# DeepSpeed's engine around a parallel model: backward, the sum of gradients over ranks, and the update.
-#
-# ZeRO 0 keeps the optimizer whole on every rank, 1 shards its state, 2 the gradients too. DeepSpeed knows dense parameters,
-# which all ranks hold, and those of experts, which are reduced over groups of their own. Here whatever fewer ranks than all
-# hold is of the second kind: experts, and slices of tensor parallelism. Gradients are summed and never averaged, as in
-# gradients.py.
+from .state import MOMENTS, local_state, local_weights, optimizer_state, set_optimizer_steps
+from .step import StepInput, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
 
 
 class Fragment(NamedTuple):
-    """The elements `start`, `start + 1`, ... of a flattened parameter: those that this rank updates."""
+    """The elements of a flattened parameter that this rank updates: `size` of them from `start` on."""
 
     start: int
     size: int
     partition: nn.Parameter
-    """The optimizer's own parameter, flat, with the weights of many fragments."""
+    """The optimizer's own flat parameter, with the weights of many fragments."""
     offset: int
-    """Of this fragment in the partition."""
+    """The position of this fragment in the partition."""
 
-    def of(self, flat: Tensor) -> Tensor:
-        """The view of a tensor that is laid out as the partition."""
+    def view_in(self, flat: Tensor) -> Tensor:
+        """Returns the view of this fragment in a tensor with the layout of the partition."""
         return flat.narrow(0, self.offset, self.size)
 
 
 class Zero:
-    """A DeepSpeed engine. `forward` is called with what `compute` is called with, and gives what `compute` gives."""
+    """A DeepSpeed engine around a parallel model; `compute` takes the arguments of `forward` and returns its result."""
 
     def __init__(
         self, parallel: Parallel, optimizer: torch.optim.Optimizer, settings: dict[str, Any], forward: Callable[..., Any]
     ) -> None:
-        """`optimizer` must have groups by `own_group`; DeepSpeed takes it over. Collective."""
+        """`optimizer` must have the groups of `expert_groups`; DeepSpeed takes it over. Collective."""
         deepspeed = _import_deepspeed(parallel.device)
         _start_world_of_one(parallel.device)
         _register_groups(parallel, deepspeed)
@@ -66,81 +61,81 @@ class Zero:
         self.engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)[0]
 
     def compute(self, *arguments: Any, last: bool) -> Any:
-        """Forward and backward of one micro-batch. After the `last` one of a step the gradients are summed over ranks."""
+        """Runs forward and backward of one micro-batch, and sums the gradients over ranks after the `last` one of a step."""
         self.engine.set_gradient_accumulation_boundary(last)
         result = self.engine(*arguments)
         self.engine.backward(result.objective, scale_wrt_gas=False)
         return result
 
     def squared_norm(self) -> Tensor:
-        """As in gradients.py: the shares of all ranks add up to the squared norm of all gradients, fp64.
+        """Returns this rank's share of the squared norm of all gradients, fp64, as in parallel/gradients.py.
 
-        DeepSpeed's own norm takes the mean over ranks that hold different experts (its issue 8475), so it is not used.
+        DeepSpeed's own norm is not used, because it is a mean over ranks that hold different experts (its issue 8475).
         """
         if not self.stage:
             return squared_norm(self.parallel)
         return torch.stack([norm.double() for norm in _foreach_norm(self._gradients())]).square().sum()
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply all gradients by a scalar."""
+        """Multiplies all gradients by a scalar."""
         if not self.stage:
             scale_gradients(self.parallel, factor)
         else:
             _foreach_mul_(self._gradients(), factor.float())
 
     def update(self) -> None:
-        """The optimizer's step, after which every rank has all of its weights again."""
+        """Runs the optimizer's step, after which every rank has all of its weights again."""
         self.engine.step()
 
     def drop(self) -> None:
-        """Forget the gradients of a step that is not taken."""
+        """Drops the gradients of a step that is not accepted."""
         self.engine.zero_grad() if not self.stage else self.engine.optimizer.zero_grad()
         if self.stage:
             gradients = self.engine.optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
 
     def fragments(self) -> Iterator[tuple[str, ShardedParameter, Fragment | None]]:
-        """Of each parameter; None if this rank updates no element of it. For ZeRO 1 and 2."""
+        """Yields name, parameter and fragment, which is None if this rank updates no element of it. For ZeRO 1 and 2."""
         partitions = self.engine.optimizer.single_partition_of_fp32_groups
-        for name, placed in self.parallel.placed.items():
-            link: Any = getattr(placed.parameter, "_hp_mapping")  # noqa: B009
+        for name, sharded in self.parallel.parameters.items():
+            link: Any = getattr(sharded.parameter, "_hp_mapping")  # noqa: B009
             if link is None:
-                yield name, placed, None
+                yield name, sharded, None
                 continue
             here, there = link.lp_fragment_address, link.hp_fragment_address
-            yield name, placed, Fragment(here.start, here.numel, partitions[link.param_group_index], there.start)
+            yield name, sharded, Fragment(here.start, here.numel, partitions[link.param_group_index], there.start)
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's share of them, which no other rank has; after the last micro-batch of a step. For ZeRO 1 and 2."""
+        """Returns this rank's share of the gradients, after the last micro-batch of a step. For ZeRO 1 and 2."""
         return [tensor for group in self.engine.optimizer.averaged_gradients.values() for tensor in group]
 
 
-def own_group(parallel: Parallel) -> Callable[[ShardedParameter], dict[str, Any]]:
-    """What marks an optimizer's group of parameters that fewer ranks than all hold, as DeepSpeed reads it; nothing for others."""
+def expert_groups(parallel: Parallel) -> Callable[[ShardedParameter], dict[str, Any]]:
+    """Returns the items by which DeepSpeed recognizes an optimizer group of parameters that fewer ranks than all hold."""
     names = _group_names(parallel)
 
-    def mark(placed: ShardedParameter) -> dict[str, Any]:
-        return {"moe": True, "name": names[placed.copies]} if placed.copies in names else {}
+    def mark(sharded: ShardedParameter) -> dict[str, Any]:
+        return {"moe": True, "name": names[sharded.replicas]} if sharded.replicas in names else {}
 
     return mark
 
 
 class _Computation(nn.Module):
-    """What DeepSpeed sees as the model."""
+    """The model, as DeepSpeed sees it."""
 
     def __init__(self, parallel: Parallel, forward: Callable[..., Any], deepspeed: ModuleType) -> None:
         super().__init__()
         self.model = parallel.model
         self.compute = forward
         if _group_names(parallel):
-            self.groups = _sign_of_groups(deepspeed)
+            self.groups = _empty_moe_layer(deepspeed)
 
     def forward(self, *arguments: Any) -> Any:
         return self.compute(*arguments)
 
 
-def _sign_of_groups(deepspeed: ModuleType) -> nn.Module:
-    """An empty MoE layer: DeepSpeed looks for groups of experts only where it finds one of its own layers."""
+def _empty_moe_layer(deepspeed: ModuleType) -> nn.Module:
+    """Returns a layer without experts: DeepSpeed looks for groups of experts only if it finds one of its own layers."""
     layer = deepspeed.moe.layer.MoE.__new__(deepspeed.moe.layer.MoE)
     nn.Module.__init__(layer)
     layer.num_experts = 0
@@ -149,28 +144,28 @@ def _sign_of_groups(deepspeed: ModuleType) -> nn.Module:
 
 
 def _group_names(parallel: Parallel) -> dict[Axis, str]:
-    """The sets of ranks, other than all, that hold the same pieces; named in the same order on every rank."""
-    axes = {placed.copies: None for placed in parallel.placed.values() if placed.copies.size < parallel.mesh.world}
+    """Returns the sets of ranks, except all ranks, that hold the same shards, with names in the same order on every rank."""
+    axes = {sharded.replicas: None for sharded in parallel.parameters.values() if sharded.replicas.size < parallel.mesh.world}
     return {axis: f"copies_{number}" for number, axis in enumerate(axes)}
 
 
 def _register_groups(parallel: Parallel, deepspeed: ModuleType) -> None:
-    """Tell DeepSpeed the process groups, and each parameter its own. Collective."""
+    """Gives DeepSpeed the process groups, and marks each parameter with its own. Collective."""
     registry = deepspeed.utils.groups
-    registry._WORLD_GROUP = None  # of an earlier world of this process
+    registry._WORLD_GROUP = None  # that of an earlier world of this process
     known = registry._get_expert_data_parallel_group_dict()
     known.clear()
     names = _group_names(parallel)
     for axis, name in names.items():
         known[name] = axis.group or dist.new_subgroups_by_enumeration([[rank] for rank in range(parallel.mesh.world)])[0]
-    for placed in parallel.placed.values():
-        if placed.copies in names:
-            marked: Any = placed.parameter
-            marked.allreduce, marked.group_name = False, names[placed.copies]
+    for sharded in parallel.parameters.values():
+        if sharded.replicas in names:
+            marked: Any = sharded.parameter
+            marked.allreduce, marked.group_name = False, names[sharded.replicas]
 
 
 def _start_world_of_one(device: torch.device) -> None:
-    """DeepSpeed wants a process group even for one process."""
+    """Starts a process group for one process, which DeepSpeed requires."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -178,7 +173,7 @@ def _start_world_of_one(device: torch.device) -> None:
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
-    """Late: the import takes half a second, reads the environment and looks for devices, which it reports."""
+    """Imports DeepSpeed only when it is used: that takes half a second, reads the environment and reports devices."""
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
@@ -186,108 +181,99 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     import deepspeed.moe.layer
     import deepspeed.utils.groups
 
-    # On the CPU it would compile its own all-reduce first: a minute of C++, and other sums than those of gloo.
+    # On the CPU it would first compile its own all-reduce: a minute of C++, whose sums differ from those of gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def build_zero_engine(config: Config, parallel: Parallel) -> Engine:
-    """Collective."""
-    optimizer = build_optimizer(config.optimizer, parallel, own_group(parallel))
+    """Returns the engine. Collective."""
+    optimizer = build_optimizer(config.optimizer, parallel, expert_groups(parallel))
     settings = deepspeed_settings(config, parallel.mesh.world)
     return ZeroEngine(parallel, optimizer, Zero(parallel, optimizer, settings, functools.partial(forward, parallel)))
 
 
 class ZeroEngine(Engine):
-    """With ZeRO 1 and 2 a rank has the moments of a run of elements of some parameters: a `Fragment` of each."""
+    """With ZeRO 1 and 2 a rank holds the moments of a run of elements of some parameters: a `Fragment` of each."""
 
     def __init__(self, parallel: Parallel, optimizer: torch.optim.Optimizer, zero: Zero) -> None:
         super().__init__(parallel, optimizer)
         self.zero = zero
 
-    def step(
-        self,
-        rows: list[Rows],
-        lr: float,
-        clip_norm: float | None,
-        place: BatchPosition | None = None,
-        rank_flags: RankFlags = NOTHING,
-        accepts: Callable[[GlobalFlags], bool] = is_sound,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> StepNumbers:
-        """What `train_step` does, in the same order."""
-        totals = count_totals(self.parallel, rows)
-        shares = [self.zero.compute(part, totals, place, last=part is rows[-1]) for part in rows]
+    def step(self, batch: StepInput) -> StepNumbers:
+        """Does what `train_step` does, in the same order."""
+        totals = count_totals(self.parallel, batch.rows)
+        shares = [self.zero.compute(rows, totals, batch.position, last=rows is batch.rows[-1]) for rows in batch.rows]
         squared = self.zero.squared_norm()
-        meanwhile()
-        numbers = add_up(self.parallel, shares, totals, squared, rank_flags)
-        if not accepts(numbers.global_flags):
+        batch.overlap_fn()
+        numbers = add_up(self.parallel, shares, totals, squared, batch.rank_flags)
+        if not batch.accepts(numbers.global_flags):
             self.zero.drop()
             return numbers._replace(updated=False)
-        if clip_norm is not None:
-            self.zero.scale(clip_factor(numbers.gradient_norm, clip_norm))
-        set_learning_rate(self.optimizer, lr)
+        if batch.clip_norm is not None:
+            self.zero.scale(clip_factor(numbers.gradient_norm, batch.clip_norm))
+        set_learning_rate(self.optimizer, batch.lr)
         self.zero.update()
         update_expert_biases(self.parallel, numbers.counts_LE)
         return numbers
 
-    def held(self) -> dict[str, LocalShard]:
-        """Moments are gathered one by one, and each stays on one of the ranks that hold the parameter, in turns."""
+    def state_to_save(self) -> dict[str, LocalShard]:
+        """Gathers the moments one by one; each stays on one of the ranks that hold the parameter, in turns."""
         if not self.zero.stage:
-            return held_state(self.parallel, self.optimizer)
-        held = held_weights(self.parallel)
-        for turn, (name, placed, fragment) in enumerate(self.zero.fragments()):
+            return local_state(self.parallel, self.optimizer)
+        held = local_weights(self.parallel)
+        for turn, (name, sharded, fragment) in enumerate(self.zero.fragments()):
             for moment in MOMENTS:
-                whole = self._gather(placed, fragment, moment)
-                if turn % placed.copies.size == placed.copies.rank:
-                    held[f"optimizer.{name}.{moment}"] = LocalShard(placed.piece, whole)
+                whole = self._gather(sharded, fragment, moment)
+                if turn % sharded.replicas.size == sharded.replicas.rank:
+                    held[f"optimizer.{name}.{moment}"] = LocalShard(sharded.metadata, whole)
         return held
 
-    def wanted(self) -> dict[str, LocalShard]:
-        """Of the moments, the rows that this rank has an element of."""
+    def state_to_load(self) -> dict[str, LocalShard]:
+        """Returns weights, and of the moments the rows in which this rank has an element."""
         if not self.zero.stage:
-            return held_state(self.parallel, self.optimizer)
-        held = held_weights(self.parallel)
-        for name, placed, fragment in self.zero.fragments():
+            return local_state(self.parallel, self.optimizer)
+        held = local_weights(self.parallel)
+        for name, sharded, fragment in self.zero.fragments():
             if fragment is not None:
-                rows = rows_around(placed.piece, fragment)
+                rows = rows_around(sharded.metadata, fragment)
                 for moment in MOMENTS:
                     held[f"optimizer.{name}.{moment}"] = LocalShard(rows, torch.empty(rows.sizes, device=self.parallel.device))
         return held
 
-    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
+    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
         if not self.zero.stage:
-            set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
+            set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)
             return
-        for name, placed, fragment in self.zero.fragments():
+        for name, sharded, fragment in self.zero.fragments():
             if fragment is not None:
-                weights = placed.parameter.detach().flatten()
-                fragment.of(fragment.partition.data).copy_(weights.narrow(0, fragment.start, fragment.size))
+                weights = sharded.parameter.detach().flatten()
+                fragment.view_in(fragment.partition.data).copy_(weights.narrow(0, fragment.start, fragment.size))
                 for moment in MOMENTS:
                     piece, rows = loaded[f"optimizer.{name}.{moment}"]
-                    first = (piece.offsets[0] - placed.piece.offsets[0]) * row_size(piece)
+                    first = (piece.offsets[0] - sharded.metadata.offsets[0]) * row_size(piece)
                     wanted = rows.flatten().narrow(0, fragment.start - first, fragment.size)
                     self._moment(fragment, moment).copy_(wanted)
         partitions = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         set_optimizer_steps(self.optimizer, partitions, step)
 
-    def _gather(self, placed: ShardedParameter, fragment: Fragment | None, moment: str) -> Tensor:
-        whole = torch.zeros(placed.piece.sizes, device=self.parallel.device)
+    def _gather(self, sharded: ShardedParameter, fragment: Fragment | None, moment: str) -> Tensor:
+        whole = torch.zeros(sharded.metadata.sizes, device=self.parallel.device)
         if fragment is not None:
             whole.view(-1).narrow(0, fragment.start, fragment.size).copy_(self._moment(fragment, moment))
-        return sum_over(whole, placed.copies)
+        return sum_over(whole, sharded.replicas)
 
     def _moment(self, fragment: Fragment, moment: str) -> Tensor:
-        return fragment.of(optimizer_state(self.optimizer, fragment.partition)[moment])
+        return fragment.view_in(optimizer_state(self.optimizer, fragment.partition)[moment])
 
 
 def rows_around(piece: ShardMetadata, fragment: Fragment) -> ShardMetadata:
-    """The smallest run of rows of the piece that has all elements of the fragment in it."""
+    """Returns the smallest run of rows of the shard that contains all elements of the fragment."""
     row = row_size(piece)
     first, end = fragment.start // row, -(-(fragment.start + fragment.size) // row)
     return ShardMetadata(piece.shape, (piece.offsets[0] + first, *piece.offsets[1:]), (end - first, *piece.sizes[1:]))
 
 
 def row_size(piece: ShardMetadata) -> int:
-    """Elements of one row."""
+    """Returns the elements of one row."""
     return math.prod(piece.sizes[1:])

@@ -1,7 +1,7 @@
-"""What the configuration leaves open until the device is known: precision, and how often a run logs.
+"""Settings that are open until the device is known: the precision, and how often a run logs.
 
-Derived once, when a rank starts, and by the same facts on all ranks. What comes after, the run folder and checkpoints too, has the
-values alone.
+They are derived once, when a rank starts, from facts that are the same on all ranks. Everything after that, run folder and
+checkpoints included, has the derived values.
 """
 
 import logging
@@ -20,9 +20,9 @@ NAMES = {"cuda": "a GPU", "cpu": "a CPU"}
 
 
 def derive(config: Config, device: torch.device, saved: str | None = None) -> str:
-    """Fill in `config`. Returns where the precision is from, in words.
+    """Fills in `config`. Returns where the precision is from, in words.
 
-    `saved`: the precision of the checkpoint that the run goes on from. `auto` keeps it, on whatever machine.
+    `saved`: the precision of the checkpoint that the run resumes from, which `auto` keeps on any machine.
     """
     kind = kind_of(device)
     if config.log.every is None:
@@ -37,7 +37,7 @@ def derive(config: Config, device: torch.device, saved: str | None = None) -> st
 
 
 def set_products(config: Config, device: torch.device, precision_from: str) -> None:
-    """What this process makes fp32 products on CUDA in. In bf16 the router's are the only ones, and these are never in TF32."""
+    """Sets whether fp32 products on CUDA use TF32. In bf16 only the router has any, and these never do."""
     if kind_of(device) != "cuda":
         return
     fp32 = config.precision is Precision.fp32

@@ -1,18 +1,14 @@
-"""Who runs backward, reduction and update: torch's FSDP2 with our own collectives, or DeepSpeed. The numbers are the same."""
+"""Engines run backward, reduction and update: torch's FSDP2 with our own collectives, or DeepSpeed. The numbers are the same."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ..moe.token_info import BatchPosition
 from ..parallel.apply import Parallel
 from ..parallel.shard import LocalShard
-from .batch import Rows
-from .state import held_state, set_optimizer_steps
-from .step import StepNumbers, train_step
-from .step_flags import NOTHING, GlobalFlags, RankFlags, is_sound
+from .state import local_state, set_optimizer_steps
+from .step import StepInput, StepNumbers, train_step
 
 
 @dataclass
@@ -23,51 +19,33 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def step(
-        self,
-        rows: list[Rows],
-        lr: float,
-        clip_norm: float | None,
-        place: BatchPosition | None = None,
-        rank_flags: RankFlags = NOTHING,
-        accepts: Callable[[GlobalFlags], bool] = is_sound,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> StepNumbers:
-        """One optimizer step on a global batch, of which `rows` are this rank's micro-batches; see `train_step`."""
+    def step(self, batch: StepInput) -> StepNumbers:
+        """Runs one optimizer step on a global batch; see `train_step`."""
 
     @abstractmethod
-    def held(self) -> dict[str, LocalShard]:
-        """Weights and moments to save, by global name; ranks together hold every element, and copies are equal."""
+    def state_to_save(self) -> dict[str, LocalShard]:
+        """Returns weights and moments to save, by global name; the ranks together hold every element, and copies are equal."""
 
     @abstractmethod
-    def wanted(self) -> dict[str, LocalShard]:
-        """Tensors that a checkpoint is to be read into; `take` must follow."""
+    def state_to_load(self) -> dict[str, LocalShard]:
+        """Returns the tensors to read a checkpoint into; `restore` must follow."""
 
     @abstractmethod
-    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
-        """Go on from what was read into `wanted()`, after `step` optimizer steps."""
+    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
+        """Continues from what was read into `state_to_load()`, after `step` optimizer steps."""
 
 
 class TorchEngine(Engine):
-    """Gradients by parallel/gradients.py and FSDP2; the state is where the optimizer has it."""
+    """Sums gradients by parallel/gradients.py and FSDP2; the tensors to save are those of the optimizer."""
 
-    def step(
-        self,
-        rows: list[Rows],
-        lr: float,
-        clip_norm: float | None,
-        place: BatchPosition | None = None,
-        rank_flags: RankFlags = NOTHING,
-        accepts: Callable[[GlobalFlags], bool] = is_sound,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> StepNumbers:
-        return train_step(self.parallel, self.optimizer, rows, lr, clip_norm, place, rank_flags, accepts, meanwhile)
+    def step(self, batch: StepInput) -> StepNumbers:
+        return train_step(self.parallel, self.optimizer, batch)
 
-    def held(self) -> dict[str, LocalShard]:
-        return held_state(self.parallel, self.optimizer)
+    def state_to_save(self) -> dict[str, LocalShard]:
+        return local_state(self.parallel, self.optimizer)
 
-    def wanted(self) -> dict[str, LocalShard]:
-        return self.held()
+    def state_to_load(self) -> dict[str, LocalShard]:
+        return self.state_to_save()
 
-    def take(self, loaded: dict[str, LocalShard], step: int) -> None:
-        set_optimizer_steps(self.optimizer, [placed.parameter for placed in self.parallel.placed.values()], step)
+    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
+        set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)

@@ -1,4 +1,4 @@
-"""Validation: the loss per token over rows that do not depend on the layout, and where the tokens went."""
+"""Validation: the loss per token over rows that do not depend on the layout, and the load of the experts."""
 
 from typing import NamedTuple
 
@@ -13,18 +13,18 @@ from .step import forward
 
 
 class Evaluation(NamedTuple):
-    """Over all ranks."""
+    """The results of a validation pass over all ranks."""
 
     loss: float
     """Mean cross entropy per token, nats."""
     tokens: int
     counts_LE: list[list[int]]
-    """Valid tokens x K routed to each expert of each MoE layer."""
+    """Choices of each expert by valid tokens, without null experts."""
 
 
 @torch.no_grad()
 def evaluate_session(session: Session) -> Evaluation:
-    """The first evaluate.sequences rows of the validation split; leaves the training state as it is. Collective."""
+    """Evaluates the first evaluate.sequences rows of the validation split. Does not change the training state. Collective."""
     parallel, micro = session.parallel, session.micro
     data = parallel.mesh.data
     mine = range(data.rank * micro, (data.rank + 1) * micro)

@@ -1,6 +1,10 @@
-"""Why a run ends before its last step. All ranks raise the same one after the same step."""
+"""How a run ends before its last step: exit codes, the error that all ranks raise, and the note of a rank that fails alone."""
 
+import json
+from contextlib import suppress
 from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -8,12 +12,14 @@ from ..data.errors import DataStop
 from ..parallel.process_group import is_first
 from ..parallel.progress import PROGRESS
 from .config.complain import say
-
-# How a run ended, as the exit code of its process. Those of sysexits.h where one fits, so that none is that of a signal.
+from .config.redact import redact_plain
 
 
 class ExitCode(IntEnum):
-    """docs/running.md has the same list in words; a test compares them."""
+    """The exit code of a run's process, from sysexits.h where one fits, so that none is that of a signal.
+
+    docs/running.md has the same list in words; a test compares them.
+    """
 
     done = 0
     """The last step is done, or the run was asked to stop and its checkpoint is durable."""
@@ -37,11 +43,8 @@ class ExitCode(IntEnum):
     """A source did not answer for data.patience_seconds; a checkpoint was written, the same command goes on."""
 
 
-_said: BaseException | None = None
-
-
 class RunStop(Exception):
-    """The text says why, in words."""
+    """Ends a run. All ranks raise it after the same step; the text says why."""
 
     def __init__(self, text: str, code: ExitCode, saves: bool = True) -> None:
         """`saves`: whether the state is sound, so that a checkpoint may be written of it."""
@@ -50,28 +53,71 @@ class RunStop(Exception):
         self.saves = saves
 
 
-def say_stop(stop: DataStop | RunStop, step: int) -> int:
-    """Tell why the run ends after `step`. Returns the exit code."""
+_reported: BaseException | None = None
+
+
+def report_stop(stop: DataStop | RunStop, step: int) -> int:
+    """Prints why the run ends after `step`. Returns the exit code."""
     if is_first():
         say(f"stopped after step {step}: {stop}")
     return stop.exit_code
 
 
-def say_failure(error: BaseException) -> None:
-    """Before this rank leaves and the others fail with it: which rank it was, and what it did. Once for an error."""
-    global _said
-    if dist.is_initialized() and error is not _said:
-        _said = error
+def report_failure(error: BaseException) -> None:
+    """Prints which rank failed and what it was doing, once for an error, before this rank leaves and the others fail with it."""
+    global _reported
+    if dist.is_initialized() and error is not _reported:
+        _reported = error
         say(f"{place()}: {in_one_line(error)}")
 
 
 def place() -> str:
-    """Where the thread that trains is on this rank, in words."""
+    """Returns where the training thread of this rank is, in words."""
     layer = "" if PROGRESS.layer is None else f", layer {PROGRESS.layer}"
     within = f", in {PROGRESS.collective}" if PROGRESS.collective else ""
     return f"rank {dist.get_rank()}, step {PROGRESS.step}, {PROGRESS.phase}{layer}{within}"
 
 
 def in_one_line(error: BaseException) -> str:
-    """Type and text."""
+    """Returns type and text of an error."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+# A rank that fails while the others wait for it leaves a note in the run folder, which ends them within seconds. They may be in a
+# collective that runs on their GPUs, which only the end of the process interrupts. The watchdogs look for the note.
+
+STACKS = "stacks"
+"""The folder in the run folder for what ranks report when the job hangs or one of them fails."""
+NOTE = f"{STACKS}/failed.json"
+
+
+class Failure(NamedTuple):
+    rank: int
+    step: int
+    """Optimizer steps done."""
+    text: str
+    code: int
+    """The exit code of all ranks."""
+
+
+def leave_note(folder: Path, failure: Failure) -> None:
+    """Writes the note for the other ranks of the run in `folder`, if it can be written and there is none."""
+    note = folder / NOTE
+    temporary = note.with_name(f"{note.name}.{failure.rank}.tmp")
+    with suppress(OSError):
+        note.parent.mkdir(exist_ok=True)
+        if not note.exists():
+            temporary.write_text(json.dumps(redact_plain(failure)))
+            temporary.replace(note)
+
+
+def find_note(folder: Path) -> Failure | None:
+    """Returns what a rank has written since `remove_note`, None if there is nothing."""
+    with suppress(OSError, ValueError, TypeError):
+        return Failure(*json.loads((folder / NOTE).read_text()))
+    return None
+
+
+def remove_note(folder: Path) -> None:
+    """Removes the note of an earlier start; called by rank 0 before the ranks meet."""
+    (folder / NOTE).unlink(missing_ok=True)

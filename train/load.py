@@ -1,6 +1,7 @@
-"""Opening a checkpoint on one device, whatever layout wrote it."""
+"""Opens a checkpoint on one device, whatever layout wrote it, and continues text with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,25 +10,30 @@ import torch
 from ..checkpoint.store import read_whole
 from ..data.config import DataConfig
 from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
+from ..moe.generation import generate
 from ..moe.model import Transformer
+from ..moe.param_count import count
 from ..moe.router import Router
+from ..parallel.config import ParallelConfig
 from ..parallel.process_group import pick_device
-from .config.config import Config, ConfigError, EngineConfig
+from .config.config import Config, ConfigError, EngineConfig, SampleConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
 from .derive import DTYPES, derive, set_products
 from .resume import as_checkpoint
 from .session import Session
-from .setup import build_saver, first_rank_first
+from .setup import build_engine, build_parallel, build_saver, first_rank_first
 from .stored_config import read_stored
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
 """Settings of `data` that say where to read."""
+SAMPLE_LIMIT = 2_000_000_000
+"""Models with more parameters than this are not opened on one device for the sample at the end of a run."""
 
 
 class OpenedCheckpoint(NamedTuple):
-    """What a checkpoint holds for use."""
+    """A checkpoint's model, tokenizer and configuration, ready for use."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -36,9 +42,9 @@ class OpenedCheckpoint(NamedTuple):
 
 
 def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Transformer:
-    """The model of a checkpoint (or of the newest one of a run folder), whole on one device, in evaluation mode.
+    """Returns the model of a checkpoint (or of the newest one of a run folder), whole on one device, in evaluation mode.
 
-    precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one line, for what is no checkpoint or damaged.
+    precision: that of the activations, fp32, bf16 or fp64. Raises ValueError, one line, if it is no checkpoint or damaged.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
@@ -46,14 +52,16 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
     config = read_stored(checkpoint)[1]
     with torch.device("meta"):
         model = Transformer(config.model, PRECISIONS[precision])
-    weights = {name: tensor.to(device, _kept_as(name, model)) for name, tensor in read_whole(checkpoint).items()}
+    weights = read_whole(checkpoint)
+    for name, tensor in weights.items():  # expert biases are fp32 whatever the weights are
+        weights[name] = tensor.to(device, torch.float32 if name.endswith("router.expert_bias") else model.weights)
     add_expert_biases(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
 
 def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
-    """For the routers that have an expert bias in `names`: it may have been trained by a run that is not going on."""
+    """Adds the expert bias to the routers that have one in `names`: the checkpoint's run may have balanced by it."""
     for name in names:
         path, _, last = name.rpartition(".")
         if last == "expert_bias":
@@ -62,13 +70,8 @@ def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
             router.add_expert_bias()
 
 
-def _kept_as(name: str, model: Transformer) -> torch.dtype:
-    """Expert biases are fp32 whatever the weights are."""
-    return torch.float32 if name.endswith("router.expert_bias") else model.weights
-
-
 def open_checkpoint(path: str | Path, device: torch.device | None = None) -> OpenedCheckpoint:
-    """Model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
+    """Opens model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
     device = pick_device("auto") if device is None else device
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
@@ -77,14 +80,34 @@ def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Ope
     return OpenedCheckpoint(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
 
 
+def continuation(model: Transformer, tokenizer: Tokenizer, settings: SampleConfig, seed: int) -> Iterator[str]:
+    """Yields the text that each new token adds to the prompt. Characters of several byte tokens come with the last of them."""
+    stop = tokenizer.end_of_document
+    prompt = tokenizer.encode(settings.prompt) or [stop]
+    ids, shown = list(prompt), tokenizer.decode(prompt)
+    sampling = partial(generate, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
+    for token in sampling(model, prompt, settings.tokens, stop=stop, vocabulary=tokenizer.size):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        ready = "" if text.endswith("\ufffd") else text[len(shown) :]
+        shown = text if ready else shown
+        yield ready
+
+
+def sample_of(session: Session) -> tuple[str, str] | None:
+    """Returns the configured prompt and its continuation by the last checkpoint, opened on one device; None if it is off."""
+    settings = session.config.sample
+    if not settings.prompt or session.checkpoint is None or count(session.config.model).total > SAMPLE_LIMIT:
+        return None
+    opened = open_checkpoint(session.checkpoint, session.device)
+    return settings.prompt, "".join(continuation(opened.model, opened.tokenizer, settings, session.config.seed))
+
+
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:
-    """The checkpoint's run as a session of one process, without an optimizer state; overrides may change data and evaluation.
+    """Returns the checkpoint's run as a session of one process, without optimizer state; overrides may change data and evaluation.
 
-    Files, folders and URLs that a checkpoint names are never read (it may come from anybody): `overrides` name them again.
+    Files, folders and URLs that a checkpoint names are never read, because it may come from anybody: `overrides` must name them.
     """
-    from ..parallel.config import ParallelConfig
-    from .setup import build_engine, build_parallel
-
     checkpoint = as_checkpoint(Path(path))
     stored = read_stored(checkpoint)[1]
     config = config_from_plain(_described(stored, checkpoint / "tokenizer"), overrides)
@@ -105,7 +128,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
 
 
 def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
-    """What a checkpoint's configuration says of model, tokenizer and evaluation, without what it says of places to read from."""
+    """Returns the settings of model, tokenizer and evaluation in a checkpoint's configuration, without the places to read from."""
     plain = plain_config(stored)
     kept = {name: plain[name] for name in ("model", "sequence_length", "precision", "seed", "batch", "evaluate")}
     kept["data"] = {name: value for name, value in plain["data"].items() if name not in PLACES}
@@ -113,7 +136,7 @@ def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
 
 
 def _check_places(config: Config, stored: Config) -> None:
-    """ConfigError if the data lack a place that the checkpoint had."""
+    """Raises ConfigError if the data lack a place that the checkpoint had."""
     wanted, given, default = vars(stored.data), vars(config.data), vars(DataConfig())
     for name in PLACES:
         if (

@@ -17,7 +17,7 @@ from ..parallel.scopes import scope_axis, scope_sum
 
 
 class Totals(NamedTuple):
-    """What the shares are shares of, the same on every rank. On a GPU the counts stay there, as scalars: nobody waits for them."""
+    """The totals that shares are divided by, the same on every rank. On a GPU the counts are scalars of the device."""
 
     tokens: int | Tensor
     """Valid tokens of the global batch."""
@@ -30,50 +30,54 @@ class Totals(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """This rank's shares, and counts. Reported values are unscaled: coefficients apply in `objective` only."""
+    """This rank's shares of the losses, and its counts. Coefficients apply in `objective` only."""
 
     objective: Tensor
-    """Scalar to differentiate."""
+    """The scalar to differentiate."""
     cross_entropy: Tensor
     """Scalar, nats: sum over tokens / the global batch's tokens (and / the tensor ranks, which all have the same sum)."""
     balance_L: Tensor
     sequence_L: Tensor
     """DeepSeek-V3's sequence-wise balance loss; zeros if it is off."""
     importance_L: Tensor
-    """Squared variation of importance and of load, added; zeros if it is off."""
+    """Sum of the squared variations of importance and load; zeros if it is off."""
     z_L: Tensor
     counts_LE: Tensor
-    """Null experts included."""
+    """Choices of each router column, null experts included."""
     dropped_L: Tensor
     mtp_D: Tensor = torch.empty(0)
     """Cross entropy of each module of multi-token prediction, by its own tokens; see `add_mtp`."""
     router_metrics_LG: Tensor = torch.empty(0, 0)
-    """Sums to watch (moe/router.py), fp64; without columns where nobody watches."""
+    """Sums of router metrics (moe/router.py), fp64; without columns if the routers do not collect them."""
     logit_max_L: Tensor = torch.empty(0)
-    """Largest absolute router logit; of the same rank and micro-batch as the rest, and a maximum, so it does not add up."""
+    """Largest absolute router logit of this rank and micro-batch: a maximum, which does not add up."""
 
 
 def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals: Totals, mesh: Mesh) -> Losses:
-    """Cross entropy / tokens + sum over layers of the balance losses and the z-loss, each times its coefficient.
+    """Returns cross entropy / tokens + sum over layers of the balance losses and the z-loss, each times its coefficient.
 
-    `summed`: the cross entropy of this rank's tokens, added up; all tensor ranks have the same.
+    `summed`: the sum of the cross entropy over this rank's tokens, the same on all tensor ranks.
     """
     cross_entropy = summed / totals.tokens
     if not stats:
         none = cross_entropy.new_zeros(0)
         empty = torch.zeros(0, dtype=torch.int64, device=none.device)
         return Losses(cross_entropy, cross_entropy.detach() / mesh.tensor.size, none, none, none, none, empty.view(0, 0), empty)
-    on = config.balance
+    balance = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
-    balance_L = _balance(stats, on.scope, config.top_k, totals, mesh)
-    sequence_L = _balance(stats, Scope.sequence, config.top_k, totals, mesh) if on.sequence_coefficient else torch.zeros_like(z_L)
+    balance_L = _balance(stats, balance.scope, config.top_k, totals, mesh)
+    sequence_L = (
+        _balance(stats, Scope.sequence, config.top_k, totals, mesh) if balance.sequence_coefficient else torch.zeros_like(z_L)
+    )
     importance = (
-        _importance(stats, on.scope, totals, mesh) if on.importance_coefficient else Variation(*2 * [torch.zeros_like(z_L)])
+        _importance(stats, balance.scope, totals, mesh)
+        if balance.importance_coefficient
+        else Variation(*2 * [torch.zeros_like(z_L)])
     )
     auxiliary = (
-        on.coefficient * balance_L.sum()
-        + on.sequence_coefficient * sequence_L.sum()
-        + on.importance_coefficient * importance.slope.sum()
+        balance.coefficient * balance_L.sum()
+        + balance.sequence_coefficient * sequence_L.sum()
+        + balance.importance_coefficient * importance.slope.sum()
         + config.z_coefficient * z_L.sum()
     )
     return Losses(
@@ -90,6 +94,7 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
 
 
 def _router_metrics(stats: list[RoutingStats]) -> dict[str, Tensor]:
+    """Returns the fields of Losses about router metrics."""
     router_metrics = [layer.router_metrics for layer in stats if layer.router_metrics is not None]
     if not router_metrics:
         return {
@@ -103,7 +108,7 @@ def _router_metrics(stats: list[RoutingStats]) -> dict[str, Tensor]:
 
 
 def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: Totals, mesh: Mesh) -> Losses:
-    """With coefficient x the mean of the cross entropies (`summed`, as in `losses`) of the modules (DeepSeek-V3, eq. 24-25)."""
+    """Adds the mean cross entropy of the modules times its coefficient (DeepSeek-V3, eq. 24-25). `summed`: as in `losses`."""
     if not summed:
         return share._replace(mtp_D=share.objective.new_zeros(0))
     mtp_D = torch.stack([total / tokens for total, tokens in zip(summed, totals.mtp_tokens, strict=True)])
@@ -112,7 +117,7 @@ def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: To
 
 
 def _balance(stats: list[RoutingStats], scope: Scope, top_k: int, totals: Totals, mesh: Mesh) -> Tensor:
-    """This rank's share (L,) of the balance loss: a mean over sequences, over micro-batches, or over ranks' micro-batches."""
+    """Returns this rank's share (L,) of the balance loss: a mean over sequences, micro-batches, or micro-batches of ranks."""
     scores_LBE = torch.stack([layer.scores_BE for layer in stats])
     chosen_LBE = torch.stack([torch.cat([layer.counts_BE, layer.tokens_B.unsqueeze(1)], dim=1) for layer in stats])
     chosen = scope_sum(chosen_LBE, scope, mesh)
@@ -123,7 +128,7 @@ def _balance(stats: list[RoutingStats], scope: Scope, top_k: int, totals: Totals
 
 
 def _importance(stats: list[RoutingStats], scope: Scope, totals: Totals, mesh: Mesh) -> Variation:
-    """This rank's share of the squared variations, (L,); of the value, all ranks of a scope have the same and report a part."""
+    """Returns this rank's share (L,) of the squared variations. All ranks of a scope have the same value; each reports a part."""
     mine = torch.stack([part for layer in stats for part in (layer.importance_BE, layer.load_BE) if part is not None])
     value, slope = squared_variation(scope_sum(mine, scope, mesh), mine if scope is Scope.sequence else mine.sum(1))
     value = value / scope_axis(scope, mesh).size
@@ -134,7 +139,7 @@ def _importance(stats: list[RoutingStats], scope: Scope, totals: Totals, mesh: M
 
 
 def _scopes(scope: Scope, totals: Totals, mesh: Mesh) -> int | Tensor:
-    """Scopes in the global batch."""
+    """Returns the number of scopes in the global batch."""
     if scope is Scope.sequence:
         return totals.sequences
     return totals.micro_batches * (mesh.world if scope is Scope.rank else 1)

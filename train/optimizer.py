@@ -1,4 +1,4 @@
-"""AdamW over this rank's pieces, with weight decay for matrices only."""
+"""AdamW over this rank's shards, and the learning rate schedule."""
 
 import math
 from collections import defaultdict
@@ -15,10 +15,16 @@ from .config.config import OptimizerConfig, ScheduleConfig, Shape
 def build_optimizer(
     config: OptimizerConfig, parallel: Parallel, mark: Callable[[ShardedParameter], dict[str, Any]] = lambda _: {}
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group, which has the items of its `mark`."""
+    """Returns AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group, which has the items of its `mark`.
+
+    Matrices decay, norms do not (GPT-2). Torch updates the parameters of a group together, which excludes mixing plain tensors and
+    different FSDP meshes.
+    """
     groups: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
-    for placed in parallel.placed.values():
-        groups[_decays(placed), _kind(placed), tuple(mark(placed).items())].append(placed.parameter)
+    for sharded in parallel.parameters.values():
+        decays, parameter = len(sharded.metadata.shape) >= 2, sharded.parameter
+        mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"
+        groups[decays, mesh, tuple(mark(sharded).items())].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
@@ -32,30 +38,16 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for every group."""
+    """Sets the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def _decays(placed: ShardedParameter) -> bool:
-    """Matrices decay, norms do not (GPT-2)."""
-    return len(placed.piece.shape) >= 2
-
-
-def _kind(placed: ShardedParameter) -> str:
-    """Torch updates the parameters of a group together, which plain tensors and different FSDP meshes refuse."""
-    parameter = placed.parameter
-    return str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"
-
-
-# The learning rate of each step.
-
-
 def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Share of the peak learning rate in optimizer step `step` (the first is 1) of `steps`.
+    """Returns the share of the peak learning rate in optimizer step `step` (the first is 1) of `steps`.
 
-    Linear warm-up; then a cosine to `final` (Loshchilov and Hutter 2017), or stable and a linear decay to `final` (MiniCPM's
-    warm-up-stable-decay), or constant.
+    After a linear warm-up the rate follows a cosine to `final` (Loshchilov and Hutter 2017), or is stable and then decays linearly
+    to `final` (MiniCPM's warm-up-stable-decay), or is constant.
     """
     if step <= config.warmup:
         return step / config.warmup

@@ -1,30 +1,30 @@
-"""What can be refused before torch is imported: broken rules, paths that lead nowhere, a checkpoint that cannot be resumed."""
+"""Checks before torch is imported: rules of the configuration, paths that do not exist, a checkpoint that cannot be resumed."""
 
 from pathlib import Path
 from typing import Any
 
 from ..data.checks import check_corpus, check_tokenizer
 from .config.config import Config, ConfigError
-from .config.environment import started_again
+from .config.environment import job_restarted
 from .config.launch import Launcher
 from .config.schema import nearest_text
 from .config.serialize import config_from_plain, leaves, shown_config
 from .config.validate import check_rules
 
 QUIET = ("run.", "launch.", "log.", "sample.", "checkpoint.resume")
-"""Beginnings of settings that say nothing about the training."""
+"""Prefixes of settings that do not change the training."""
 
 
 def validate(config: Config, world: int) -> None:
-    """ConfigError for a rule that `config` breaks on `world` ranks, and for a path that leads nowhere."""
+    """Raises ConfigError for a rule that `config` breaks on `world` ranks, and for a path that does not exist."""
     check_rules(config, world)
-    # Paths in containers are nothing to look up here; the ranks look them up there.
+    # Paths in containers cannot be checked here; the ranks check them there.
     if config.launch.kind is not Launcher.kubernetes:
         check_files(config)
 
 
 def check_files(config: Config) -> None:
-    """ConfigError for a path that leads nowhere."""
+    """Raises ConfigError for a path that does not exist, and for a checkpoint that cannot be resumed."""
     try:
         check_corpus(config.data)
         check_tokenizer(config.tokenizer)
@@ -37,7 +37,7 @@ def check_files(config: Config) -> None:
 
 
 def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> None:
-    """ConfigError, naming the setting, for another model or order of the data than the checkpoint `path` was made with."""
+    """Raises ConfigError, naming the setting, if the checkpoint `path` is of another model or order of the data."""
     saved = config_from_plain(facts["config"])
     same = {
         "model": (saved.model, config.model),
@@ -49,7 +49,7 @@ def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> Non
 
 
 def refuse_difference(same: dict[str, tuple[Any, Any]], path: Path) -> None:
-    """ConfigError for the first key whose value in the checkpoint is not the one now."""
+    """Raises ConfigError for the first key whose value differs from that in the checkpoint."""
     for key, (before, now) in same.items():
         if before != now:
             key, before, now = first_difference(key, before, now)
@@ -59,7 +59,7 @@ def refuse_difference(same: dict[str, tuple[Any, Any]], path: Path) -> None:
 
 
 def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """Down to the setting that differs."""
+    """Returns key and values of the first setting that differs, inside of dataclasses too."""
     if hasattr(before, "__dataclass_fields__"):
         for name in before.__dataclass_fields__:
             if getattr(before, name) != getattr(now, name):
@@ -68,33 +68,30 @@ def first_difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
 
 
 def changes(facts: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that are others than in the checkpoint, by key: before and now."""
+    """Returns the settings that differ from those of the checkpoint, by key: before and now."""
     before, now = (dict(leaves(plain)) for plain in (shown_config(config_from_plain(facts["config"])), shown_config(config)))
     return {key: (before[key], now[key]) for key in now if before[key] != now[key] and not key.startswith(QUIET)}
 
 
 def check_resume(config: Config) -> None:
-    """ConfigError for a path that is no checkpoint, of a newer format or incomplete; and for one that another model has written."""
-    wish, folder = config.checkpoint.resume, config.run.dir
-    if folder is not None and started_again() and _goes_on(wish, Path(folder)):
-        _check_run(config, Path(folder))
-    elif wish not in ("auto", "never"):
-        _check_path(config, Path(wish))
-    elif wish == "auto" and folder is not None:
-        _check_run(config, Path(folder))
-
-
-def _goes_on(wish: str, folder: Path) -> bool:
+    """Raises ConfigError for a path that is no checkpoint, of a newer format, incomplete, or written by another model."""
     from .run_folder import goes_on
 
-    return goes_on(wish, folder)
+    setting, folder = config.checkpoint.resume, config.run.dir
+    if folder is not None and job_restarted() and goes_on(setting, Path(folder)):
+        _check_run(config, Path(folder))
+    elif setting not in ("auto", "never"):
+        _check_path(config, Path(setting))
+    elif setting == "auto" and folder is not None:
+        _check_run(config, Path(folder))
 
 
 def _check_path(config: Config, path: Path) -> None:
     from ..checkpoint.folder import checkpoints_of
 
     if not path.is_dir():
-        nearest = nearest_text(str(path), ["auto", "never", *_beside(path)])
+        siblings = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+        nearest = nearest_text(str(path), ["auto", "never", *siblings])
         rule = "must be auto, never or the path of a checkpoint"
         raise ConfigError.of("checkpoint.resume", str(path), rule, f"checkpoint.resume={nearest}")
     found = checkpoints_of(path)
@@ -119,7 +116,7 @@ def _check_manifest(config: Config, path: Path) -> None:
 
 
 def _check_run(config: Config, folder: Path) -> None:
-    """The newest checkpoint that can be read says what model it is of; which one is whole is found out later, by all ranks."""
+    """Checks the newest checkpoint that can be read; which one is intact is found out later, by all ranks."""
     from ..checkpoint.folder import checkpoints_of
     from ..checkpoint.manifest import DamagedCheckpoint, read_manifest
 
@@ -130,8 +127,3 @@ def _check_run(config: Config, folder: Path) -> None:
             continue
         refuse_another_run(config, facts, path)
         return
-
-
-def _beside(path: Path) -> list[str]:
-    """The folders where `path` should be one."""
-    return [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

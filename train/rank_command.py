@@ -1,4 +1,4 @@
-"""One rank of a training run, from its command line to its exit code; what can be refused is refused before torch is imported."""
+"""Runs one rank of a training run, from its command line to its exit code. Errors of usage are found before torch is imported."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ import time
 from .config.complain import BAD_USAGE, complain
 from .config.compose import compose_arguments, parse_arguments
 from .config.config import Config, ConfigError
-from .config.environment import may_find_the_dead, world_size
-from .fault_tolerance.signals import ignore, listen
+from .config.environment import restarts_share_store, world_size
+from .fault_tolerance.signals import ignore_signals, install_handlers
 from .preflight import validate
 
 SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
 
 
 def train_command(argv: list[str]) -> int:
-    """`python -m tokenyard.train`: this process is one rank, the environment says which. Returns the exit code."""
+    """Runs `python -m tokenyard.train`: this process is one rank, given by the environment. Returns the exit code."""
     try:
         arguments = parse_arguments(argv)
         if arguments.prints():
@@ -33,24 +33,22 @@ def train_command(argv: list[str]) -> int:
 
 def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
-    if may_find_the_dead() and os.environ.get("RANK") == "0":
+    if restarts_share_store() and os.environ.get("RANK") == "0":
         print(f"tokenyard: {SHARED_STORE}", file=sys.stderr)
-    # Checkpoints, logs and what trackers write are for this user alone.
-    os.umask(0o077)
-    listen()
+    os.umask(0o077)  # checkpoints, logs and trackers' files are for this user alone
+    install_handlers()
     try:
-        # The import of torch: about two seconds that an error above does not cost.
-        from .run import run
+        from .run import run  # imports torch: about two seconds, which an error above does not cost
 
         return run(config)
     finally:
-        ignore()
+        ignore_signals()
 
 
 def refuse(error: ConfigError) -> int:
-    """Reports a wrong configuration, once for all ranks. Returns the exit code."""
+    """Prints an error of the configuration, once for all ranks. Returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
         complain(error)
     else:
-        time.sleep(2)  # launchers end all ranks with the first: let it be the one that speaks
+        time.sleep(2)  # launchers end all ranks with the first, which should be the one that prints
     return BAD_USAGE

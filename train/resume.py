@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits, and what it puts back."""
+"""Resumes a run: chooses a checkpoint, checks that it belongs to the same run, and restores the state."""
 
 import logging
 from contextlib import closing, suppress
@@ -23,66 +23,61 @@ log = logging.getLogger("tokenyard")
 
 
 def find_resume(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from, if any; every byte of it was read and is as it was written. Collective.
+    """Returns the checkpoint to resume from, None for a new run. Every byte of it was read and verified. Collective.
 
-    Of a run folder it is the newest that is whole; those that are not are named. ConfigError if none of several is, or if the one
-    that was asked for is not. Ranks that are started again go on from the newest that they wrote, whatever was asked for.
+    In a run folder it is the newest intact one; damaged ones are reported. Raises ConfigError if none is intact, or if the
+    requested one is not. Ranks that the launcher restarts resume from the newest that they wrote, whatever was requested.
     """
-    wish = config.checkpoint.resume
-    again = from_first(lambda: goes_on(wish, folder))
-    if wish == "never" and not again:
+    setting = config.checkpoint.resume
+    again = from_first(lambda: goes_on(setting, folder))
+    if setting == "never" and not again:
         if found := from_first(lambda: checkpoints_in(folder / "checkpoints")):
             nearest = "checkpoint.resume=auto or a new run.dir"
             raise ConfigError.of("checkpoint.resume", "never", f"would overwrite {found[0]}", nearest)
         return None
-    found = from_first(lambda: candidates(wish, folder, again))
-    chosen, refused = first_whole(found, folder)
-    if chosen is None and wish not in ("auto", "never") and not found:
-        raise ConfigError(f"{wish}: is neither a checkpoint nor a run folder with one")
+    found = from_first(lambda: candidates(setting, folder, again))
+    chosen, refused = first_intact(found, folder)
+    if chosen is None and setting not in ("auto", "never") and not found:
+        raise ConfigError(f"{setting}: is neither a checkpoint nor a run folder with one")
     if chosen is None and found:
         rest = "" if len(found) == 1 else f" (and none of the {len(found) - 1} before it is whole)"
-        raise ConfigError(f"checkpoint.resume={wish}: {refused[0]}{rest}; nearest valid: a new run.dir, or another checkpoint")
+        raise ConfigError(f"checkpoint.resume={setting}: {refused[0]}{rest}; nearest valid: a new run.dir, or another checkpoint")
     return chosen
 
 
-def candidates(wish: str, folder: Path, again: bool) -> list[Path]:
-    """What a run in `folder` may go on from, the first that is whole."""
-    own = checkpoints_in(folder / "checkpoints") if again or wish == "auto" else []
-    return own or (checkpoints_of(Path(wish)) if wish not in ("auto", "never") else [])
+def candidates(setting: str, folder: Path, again: bool) -> list[Path]:
+    """Returns the checkpoints that a run in `folder` may resume from, the preferred one first."""
+    own = checkpoints_in(folder / "checkpoints") if again or setting == "auto" else []
+    return own or (checkpoints_of(Path(setting)) if setting not in ("auto", "never") else [])
 
 
 def keep_timeline(session: Session) -> None:
-    """Rank 0 sets aside, and says so, the checkpoints that are not behind the one this run goes on from. Collective."""
+    """Moves the checkpoints that do not precede the one this run resumes from out of the way, on rank 0. Collective."""
+    folder, found = session.folder, session.checkpoint
 
     def keep() -> None:
-        with writing_to(session.folder):
-            keep_timeline_here(session)
+        with writing_to(folder):
+            aside = set_aside(folder, found) if found is not None else None
+            if aside is not None:
+                names = ", ".join(path.name for path in checkpoints_in(aside)[::-1])
+                text = f"this run goes on from {found}: {names} of another timeline set aside in {aside}"
+                note(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
+            keep_begin(session.config.checkpoint.resume, folder)
 
     from_first(keep)
 
 
-def keep_timeline_here(session: Session) -> None:
-    """For rank 0."""
-    folder, found = session.folder, session.checkpoint
-    aside = set_aside(folder, found) if found is not None else None
-    if aside is not None:
-        names = ", ".join(path.name for path in checkpoints_in(aside)[::-1])
-        text = f"this run goes on from {found}: {names} of another timeline set aside in {aside}"
-        note(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
-    keep_begin(session.config.checkpoint.resume, folder)
+def newest_intact(session: Session) -> Path | None:
+    """Returns the newest verified checkpoint of the run; damaged ones are reported. Collective.
 
-
-def newest_whole(session: Session) -> Path | None:
-    """The newest checkpoint of the run every byte of which is as it was written; others are named. Collective.
-
-    If it has written none: the one that it began from.
+    If the run has written none, it is the one that it started from.
     """
     found = from_first(lambda: checkpoints_in(session.folder / "checkpoints"))
-    return first_whole(found or [path for path in [session.checkpoint] if path is not None], session.folder)[0]
+    return first_intact(found or [path for path in [session.checkpoint] if path is not None], session.folder)[0]
 
 
-def first_whole(found: list[Path], folder: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
-    """The first that is whole, and what is wrong with those before it, which the run folder's events keep. Collective."""
+def first_intact(found: list[Path], folder: Path) -> tuple[Path | None, list[DamagedCheckpoint]]:
+    """Returns the first intact checkpoint, and what is wrong with those before it, which is logged too. Collective."""
     refused: list[DamagedCheckpoint] = []
 
     def refuse(path: Path, error: DamagedCheckpoint) -> None:
@@ -95,7 +90,7 @@ def first_whole(found: list[Path], folder: Path) -> tuple[Path | None, list[Dama
 
 
 def as_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest one of the run folder `path` that is whole."""
+    """Returns `path` itself if it is a checkpoint, otherwise the newest intact one of the run folder `path`."""
     try:
         return checkpoint_at(path)
     except ValueError as error:
@@ -103,28 +98,29 @@ def as_checkpoint(path: Path) -> Path:
 
 
 def resume(session: Session, path: Path) -> None:
-    """Continue from a checkpoint that was verified, of whatever layout; on the same layout bit for bit. Collective."""
+    """Restores the state of a verified checkpoint of any layout; on the same layout bit for bit. Collective."""
     manifest = read_manifest(path)
     facts = manifest.facts
     refuse_another_run(session.config, facts, path)
     refuse_other_data(session, facts, path)
     session.saver.wait_for_copies()
-    held = session.engine.wanted()
+    held = session.engine.state_to_load()
     random = {name: one for name, one in random_state().items() if name in manifest.tensors}
     random = random if facts["ranks"] == session.parallel.mesh.world else {}
     load_checkpoint(path, held | random, verify=False, optional="random.")
     restore_random(random)
     session.extra = facts.get("extra", {})
-    session.engine.take(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
+    session.engine.restore(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
-    restore_data(session, facts)
+    data_state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
+    session.data.train.restore({**data_state, "step": session.step})
     restore_identity(session.folder, facts, path)
     session.start = f"resumed after step {session.step} from {path}"
     say_changes(session, facts)
 
 
 def refuse_other_data(session: Session, facts: dict[str, Any], path: Path) -> None:
-    """Another tokenizer or corpus would not be the same run."""
+    """Raises ConfigError for another tokenizer or corpus, which would not be the same run."""
     now = session.data.facts
     same = {"tokenizer": (facts["tokenizer_hash"], now.tokenizer_hash)}
     if not session.config.data.allow_change:
@@ -132,20 +128,14 @@ def refuse_other_data(session: Session, facts: dict[str, Any], path: Path) -> No
     refuse_difference(same, path)
 
 
-def restore_data(session: Session, facts: dict[str, Any]) -> None:
-    """Where the data was left. With other data, allowed, each source goes on where it was, if it was there."""
-    state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
-    session.data.train.restore({**state, "step": session.step})
-
-
 def restore_identity(folder: Path, facts: dict[str, Any], path: Path) -> None:
-    """The id under which trackers know the run, if its own file of that was lost."""
+    """Restores the id under which trackers know the run, if its file was lost."""
     if is_first() and facts.get("run_id") and path.parent.parent == folder and not (folder / "run_id").exists():
         write_private(folder / "run_id", facts["run_id"] + "\n")
 
 
 def say_changes(session: Session, facts: dict[str, Any]) -> None:
-    """Once: the settings that differ from those that the checkpoint was made with."""
+    """Logs the settings that differ from those of the checkpoint."""
     changed = changes(facts, session.config)
     if changed:
         words = ", ".join(f"{key} {written(before)} -> {written(now)}" for key, (before, now) in changed.items())
@@ -154,7 +144,7 @@ def say_changes(session: Session, facts: dict[str, Any]) -> None:
 
 
 def note(folder: Path, kind: str, text: str, **facts: Any) -> None:
-    """Rank 0 says it on the console and keeps it in events.jsonl, if that can be written."""
+    """Logs a line on the console and in events.jsonl, if that can be written; rank 0 only."""
     if is_first():
         log.warning("%s", text)
         with suppress(OSError), closing(Journal(folder / "events.jsonl")) as events:

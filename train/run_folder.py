@@ -1,4 +1,4 @@
-"""A run folder: the lock that gives it to one job, and the one timeline of checkpoints and records that it holds."""
+"""A run folder belongs to one job, by a lock, and holds one timeline of checkpoints and records."""
 
 import contextlib
 import fcntl
@@ -15,22 +15,22 @@ from typing import Any
 from ..checkpoint.folder import checkpoints_in, step_of
 from ..checkpoint.fsync import sync_folder
 from .config.config import ConfigError
-from .config.environment import launch_id, started_again
+from .config.environment import job_restarted, launch_id
 from .config.private_files import refuse_links, write_private
 
-# One run folder, one job: rank 0 holds a lock on `run.dir/lock`, which the operating system ends with the process.
+# Rank 0 locks `run.dir/lock`; the operating system releases the lock with the process.
 
 NAME = "lock"
 PROCESS = secrets.token_hex(8)
-"""Tells this process from another one with its id: in another container, or before."""
+"""Distinguishes this process from another one with its id, in another container or earlier."""
 
 
 class RunLock:
-    """Held until `release`, or until nobody has this object any more."""
+    """Held until `release`, or until this object is garbage-collected."""
 
     def __init__(self, path: Path, descriptor: int | None, previous: str | None = None) -> None:
         self.previous = previous
-        """In words, the owner that never gave it back."""
+        """The owner that never released it, in words."""
         self._release = weakref.finalize(self, _release, path, descriptor) if descriptor is not None else None
 
     def release(self) -> None:
@@ -39,7 +39,7 @@ class RunLock:
 
 
 def lock_run(folder: Path) -> RunLock:
-    """ConfigError, naming host and process id, if another process has the lock. What a dead one has left is taken over."""
+    """Locks a run folder, also if a dead process has left its lock. Raises ConfigError, naming the owner, if it is in use."""
     refuse_links(folder)
     path = folder / NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -52,13 +52,14 @@ def lock_run(folder: Path) -> RunLock:
             return RunLock(path, None)  # an earlier run of this process, which is over
         living = f"{_words(owner)}{_heirs(path, owner)}"
         raise ConfigError.of("run.dir", str(folder), f"is in use by {living}", "another run.dir, or end that job") from None
-    except OSError:  # a file system without locks: what the file says is all there is
+    except OSError:  # a file system without locks: there is only the content of the file
         pass
     if not _is_at(descriptor, path):  # its owner removed it between our two calls
         os.close(descriptor)
         return lock_run(folder)
     owner = _owner(descriptor)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": _now(), "process": PROCESS}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": now, "process": PROCESS}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(mine).encode(), 0)
     return RunLock(path, descriptor, _words(owner) if owner else None)
@@ -83,7 +84,7 @@ def _words(owner: dict[str, Any]) -> str:
 
 
 def _heirs(path: Path, owner: dict[str, Any]) -> str:
-    """If the owner has ended on this host: the processes that it started and that keep its lock, in words."""
+    """Returns the processes that keep the lock of an owner that has ended on this host, in words."""
     if owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists():
         return ""
     found = set()
@@ -101,41 +102,37 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-# A run folder holds one timeline: what a run that goes on from an earlier point leaves behind is set aside, never mixed in.
+# If a run resumes from an earlier point, the later checkpoints of the folder are moved out of the way, never mixed in.
 #
-# `RUN/begun.json` says from where the run was told to begin and which launch did so: ranks that the same launch starts again go
-# on from what they wrote themselves. No torch here.
+# `RUN/begun.json` says what checkpoint.resume was and which launch started the run: ranks that the same launch restarts resume from
+# the checkpoints that they wrote themselves. No torch here.
 
 BEGUN = "begun.json"
 
 
-def goes_on(wish: str, folder: Path) -> bool:
-    """Whether this start of the ranks repeats one of the same launch, which has begun as `wish` (checkpoint.resume) says."""
-    return started_again() and _begun(folder) == _mark(wish)
+def goes_on(setting: str, folder: Path) -> bool:
+    """Whether this is a restart by the launch that has started the run with `setting` (checkpoint.resume)."""
+    return job_restarted() and _begun(folder) == _mark(setting)
 
 
-def keep_begin(wish: str, folder: Path) -> None:
-    """The checkpoints of `folder` are from now on of a run that has begun as `wish` says."""
-    if _begun(folder) != _mark(wish):
-        write_private(folder / BEGUN, json.dumps(_mark(wish)))
+def keep_begin(setting: str, folder: Path) -> None:
+    """Records that the checkpoints of `folder` are those of a run started with `setting`."""
+    if _begun(folder) != _mark(setting):
+        write_private(folder / BEGUN, json.dumps(_mark(setting)))
 
 
 def set_aside(folder: Path, found: Path) -> Path | None:
-    """Move the checkpoints that a run in `folder`, which goes on from `found`, has not come from into a folder with the date.
+    """Moves the checkpoints that are not part of a run resumed from `found` into a folder with the date.
 
-    Those are all later than `found`; and all there are if `found` is of another folder. None if there are none.
+    They are the ones later than `found`, or all of them if `found` is in another folder. Returns that folder, or None.
     """
     checkpoints = folder / "checkpoints"
     own = found.resolve().parent == checkpoints.resolve()
-    strange = [path for path in checkpoints_in(checkpoints) if not own or step_of(path) > step_of(found)]
-    if not strange:
+    others = [path for path in checkpoints_in(checkpoints) if not own or step_of(path) > step_of(found)]
+    if not others:
         return None
     aside = _new_folder(checkpoints)
-    for path in strange:
+    for path in others:
         path.rename(aside / path.name)
     sync_folder(checkpoints)
     return aside
@@ -150,8 +147,8 @@ def _new_folder(checkpoints: Path) -> Path:
     raise FileExistsError(checkpoints / stem)
 
 
-def _mark(wish: str) -> list[str]:
-    path = wish if wish in ("auto", "never") else os.path.realpath(wish)
+def _mark(setting: str) -> list[str]:
+    path = setting if setting in ("auto", "never") else os.path.realpath(setting)
     return [path, launch_id()]
 
 

@@ -1,4 +1,4 @@
-"""A run with everything it needs, from its configuration to the step before the first."""
+"""The state of a run on one rank, from which the training loop, the logger and the checkpoints work."""
 
 import functools
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .run_folder import RunLock
 
 @dataclass
 class Session:
-    """The state of a run on this rank."""
+    """The state of a run on this rank; `open_session` in setup.py makes it."""
 
     config: Config
     folder: Path
@@ -33,37 +33,36 @@ class Session:
     tokens: int = 0
     """Tokens trained on."""
     precision_from: str = ""
-    """Why it is what it is, in words."""
+    """Where the precision comes from, in words."""
     start: str = "new run"
-    """Where it started from, in words."""
+    """Where the run started from, in words."""
     checkpoint: Path | None = None
-    """The last one that is durable, or that was read."""
-    careful: bool = False
-    """The last save failed: the next one is waited for."""
-    validated: dict[int, float] = field(default_factory=dict)
-    """The last validation: its step and loss."""
+    """The last one that is durable, or that was loaded."""
+    last_save_failed: bool = False
+    """If so, the next save is synchronous."""
+    validation_loss: dict[int, float] = field(default_factory=dict)
+    """The loss of this step's validation, by step; empty if there was none."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Plain JSON that belongs to the run and is kept in its checkpoints: the training loop's own state."""
+    """The training loop's own state, plain JSON that checkpoints contain."""
     lock: RunLock | None = None
-    """Of the run folder, which no other job may use; rank 0 has it."""
+    """The lock of the run folder, which no other job may use; None on all ranks but the first."""
 
     @property
     def micro(self) -> int:
-        """Sequences of this rank in one micro-step."""
+        """Sequences of a micro-batch on this rank."""
         return self.config.batch.micro or self.config.batch.sequences // self.parallel.mesh.data.size
 
     @functools.cached_property
-    def feed(self) -> BatchLoader:
-        """Of this rank's rows."""
+    def batch_loader(self) -> BatchLoader:
         return BatchLoader(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
 
     @functools.cached_property
     def shown(self) -> dict[str, Any]:
-        """The configuration as checkpoints keep it: a tenth of a second, once."""
+        """The configuration as checkpoints contain it; cached because it takes a tenth of a second."""
         return shown_config(self.config)
 
     def close(self) -> None:
-        """End what goes on beside the training; not collective."""
+        """Ends the threads of saver and data, and releases the run folder. Not collective."""
         self.saver.close()
         self.data.train.close()
         if self.lock is not None:

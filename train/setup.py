@@ -1,6 +1,5 @@
 """Opens a run: data, model, engine and saver on this rank, and the newest checkpoint's state if the run resumes."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from .config.private_files import new_run_folder, writing_to
 from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
-from .fault_tolerance.failure_note import remove_note
+from .exit import remove_note
 from .optimizer import build_optimizer
 from .resume import find_resume, keep_timeline, note, resume
 from .run_folder import RunLock, lock_run
@@ -32,10 +31,7 @@ from .session import Session
 
 
 def open_session(config: Config, device: torch.device) -> Session:
-    """Data, model and engine on this rank, and the newest checkpoint's state if the run resumes. Collective.
-
-    ValueError, one line, for what cannot run.
-    """
+    """Returns the session of a run, ready for its next step. Collective. Raises ValueError, one line, for what cannot run."""
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
     world = data_world(device)
@@ -59,14 +55,14 @@ def open_session(config: Config, device: torch.device) -> Session:
 
 
 def saved_precision(config: Config, found: Path | None) -> str | None:
-    """Of the checkpoint `found`, if the configuration leaves the precision open. Collective."""
+    """Returns the precision of the checkpoint `found`, if the configuration leaves it open. Collective."""
     if found is None or config.precision is not Precision.auto:
         return None
     return from_first(lambda: read_facts(found)["config"].get("precision"))
 
 
 def build_parallel(config: Config, device: torch.device) -> Parallel:
-    """The model with its first weights, spread over the ranks."""
+    """Returns the model with its initial weights, spread over the ranks."""
     with torch.device("meta"):
         model = Transformer(config.model, DTYPES[config.precision])
     parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
@@ -75,17 +71,28 @@ def build_parallel(config: Config, device: torch.device) -> Parallel:
 
 
 def first_rank_first(config: Config, world: World | None = None) -> DataPipeline:
-    """The data of the configuration; see `open_together`."""
+    """Opens the data on rank 0, which may have to tokenize them, and then on the others, which find them in the cache. Collective.
 
-    def ready() -> DataPipeline:
-        sizes = config.sequence_length, config.seed, config.batch.sequences
-        return prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
-
-    return open_together(ready)
+    If one rank refuses them (ValueError), or a source does not answer (DataUnavailable), all ranks raise the error.
+    """
+    data: DataPipeline | None = None
+    failure: Exception | None = None
+    sizes = config.sequence_length, config.seed, config.batch.sequences
+    for my_turn in (is_first(), not is_first()):
+        if my_turn:
+            try:
+                data = prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
+            except (DataStop, ValueError) as error:
+                failure = error
+        wait_for_all()
+        if failures := [each for each in from_all(failure) if each is not None]:
+            raise failures[0]
+    assert data is not None
+    return data
 
 
 def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
-    """The run folder, decided by rank 0, which alone makes it, locks it and removes what an interrupted save has left there."""
+    """Returns the run folder and its lock. Only rank 0 creates it, locks it and removes what an interrupted save has left there."""
     locks: list[RunLock] = []
 
     def make() -> str:
@@ -107,7 +114,7 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
 
 
 def build_engine(config: Config, parallel: Parallel) -> Engine:
-    """The engine of `engine.kind`. Collective."""
+    """Returns the engine of `engine.kind`. Collective."""
     match config.engine.kind:
         case EngineKind.torch:
             return TorchEngine(parallel, build_optimizer(config.optimizer, parallel))
@@ -118,7 +125,7 @@ def build_engine(config: Config, parallel: Parallel) -> Engine:
 
 
 def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
-    """For the run folder `folder`. Old checkpoints go after each new one, beside the training too."""
+    """Returns the saver of the run folder `folder`, which removes old checkpoints after each new one."""
     checkpoints = folder / "checkpoints"
     retention = Retention(config.keep, config.keep_every, config.keep_best)
 
@@ -130,14 +137,14 @@ def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
 
 
 def data_world(device: torch.device) -> World:
-    """All ranks: each of them tokenizes its share of the documents."""
+    """Returns the ranks that tokenize the documents together: all of them."""
     if not dist.is_initialized():
         return World()
     return World(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
-    """What each rank has, on every rank: an all-gather of the sizes, then one of the bytes. Collective."""
+    """Returns the bytes of each rank on every rank: an all-gather of the sizes, then one of the bytes. Collective."""
     size = torch.tensor([len(data)], device=device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
@@ -147,23 +154,3 @@ def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
     parts = [torch.empty_like(mine) for _ in sizes]
     dist.all_gather(parts, mine)
     return [part.cpu().numpy()[: int(each)].tobytes() for part, each in zip(parts, sizes, strict=True)]
-
-
-def open_together(ready: Callable[[], DataPipeline]) -> DataPipeline:
-    """The data, opened on rank 0, which may have to tokenize it, and then on the others, which find it in the cache. Collective.
-
-    What is refused on one of them is refused on all (ValueError), and so is a source that does not answer (DataUnavailable).
-    """
-    data: DataPipeline | None = None
-    failure: Exception | None = None
-    for mine in (is_first(), not is_first()):
-        if mine:
-            try:
-                data = ready()
-            except (DataStop, ValueError) as error:
-                failure = error
-        wait_for_all()
-        if failures := [each for each in from_all(failure) if each is not None]:
-            raise failures[0]
-    assert data is not None
-    return data

@@ -1,4 +1,4 @@
-"""--help, --cfg, --info, --hydra-help, answered by a real Hydra application; multirun runs the same one with a task."""
+"""Answers --help, --cfg, --info and --hydra-help by a real Hydra application, which multirun uses too; and --layout-only."""
 
 import io
 import os
@@ -8,28 +8,26 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from ..moe.param_count import moe_layers
-from ..parallel.layout_diagram import picture
+from ..parallel.layout_diagram import layout_diagram
 from .config.compose import CONF, Arguments, compose_arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
-from .config.model_summary import check, count, per_rank, ranks_of
+from .config.model_summary import check_model_and_layout, count, intended_ranks, per_rank
 from .config.number_format import short
 from .config.redact import redact
 
-# `tokenyard train --layout-only ...`: the layout as a picture. Nothing is started, torch is not imported.
-
 
 def show_layout(arguments: Arguments) -> int:
-    """Prints it for the ranks that are started or would be, else for the fewest that it fits. ConfigError for a wrong layout."""
+    """Prints the layout of the ranks that would be started, or of the fewest that it fits. Raises ConfigError if it is wrong."""
     config = compose_arguments(arguments)
-    world = ranks_of(config, world_size())
-    check(config, world)
+    world = intended_ranks(config, world_size())
+    check_model_and_layout(config, world)
     print("\n".join(layout_lines(config, world)))
     return 0
 
 
 def layout_lines(config: Config, world: int) -> list[str]:
-    """The whole output."""
+    """Returns the output of --layout-only."""
     model, node, layers = config.model, ranks_of_a_node(config, world), moe_layers(config.model)
     nodes = -(-world // node)
     experts = f", {model.moe.experts} experts in {'each' if layers == model.layers else layers} of {model.layers} layers"
@@ -39,11 +37,11 @@ def layout_lines(config: Config, world: int) -> list[str]:
         f"of {short(trained)} parameters a rank holds {short(held)} between steps",
         "",
     ]
-    return [line.rstrip() for line in lines + picture(config.parallel, world, node, model.moe.experts if layers else 0)]
+    return [line.rstrip() for line in lines + layout_diagram(config.parallel, world, node, model.moe.experts if layers else 0)]
 
 
 def ranks_of_a_node(config: Config, world: int) -> int:
-    """launch.ranks if it is set, or what torchrun says; else all ranks are on one node."""
+    """Returns launch.ranks if it is set, or torchrun's value; otherwise all ranks are on one node."""
     if config.launch.ranks * config.launch.nodes > 1:
         return min(config.launch.ranks, world)
     return min(local_world_size() or world, world)
@@ -54,7 +52,7 @@ def _plural(word: str, number: int) -> str:
 
 
 def show(arguments: Arguments) -> int:
-    """Prints what the flags ask for, trains nothing. Returns the exit code. ConfigError if the overrides are wrong."""
+    """Prints what the flags ask for, without training. Returns the exit code. Raises ConfigError if the overrides are wrong."""
     if arguments.layout_only:
         return show_layout(arguments)
     compose_arguments(arguments)
@@ -64,23 +62,23 @@ def show(arguments: Arguments) -> int:
     flags += [f"--cfg={arguments.cfg}"] if arguments.cfg else []
     flags += [f"--package={arguments.package}"] if arguments.package else []
     flags += [f"--info={arguments.info}"] if arguments.info else []
-    said = io.StringIO()
-    with redirect_stdout(said):
+    output = io.StringIO()
+    with redirect_stdout(output):
         code = hydra_application(lambda config: None, arguments, flags, [])
-    sys.stdout.write(redact(said.getvalue()))
+    sys.stdout.write(redact(output.getvalue()))
     return code
 
 
 def hydra_application(task: Callable[[Any], object], arguments: Arguments, flags: list[str], overrides: list[str]) -> int:
-    """hydra.main on our configuration, with `flags` and with `overrides` after those of `arguments`. Returns the exit code."""
+    """Runs hydra.main with `flags`, and with `overrides` after those of `arguments`. Returns the exit code."""
     import hydra
 
     register_schema()
-    # Hydra then raises its errors, for us to report, instead of printing several lines.
+    # Hydra then raises its errors instead of printing several lines, and the caller reports them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     application = hydra.main(config_path=str(CONF), config_name="config", version_base=None)(task)
-    # Hydra reads the command line of the process and nothing else.
+    # Hydra reads only the command line of the process.
     before, sys.argv = sys.argv, ["tokenyard train", *flags, *folder, *arguments.overrides, *overrides]
     try:
         application()

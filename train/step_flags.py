@@ -1,8 +1,8 @@
-"""What ranks tell each other in every step: a few numbers in front of those that are added up over all ranks anyway.
+"""Flags that the ranks exchange in every step, in front of the numbers that are summed over all ranks anyway.
 
 The host reads them before the update: a gradient that is not finite on any rank must be known to all ranks before one of them
-changes a weight. That is one copy of some 60 bytes, at a place where a GPU has only the update left to do in this step. Outside of
-the layers it is the only wait of a step.
+changes a weight. That copies some 60 bytes, at a point where a GPU has only the update left to do in this step. Apart from the
+layers it is the only time a step waits for the device.
 """
 
 import math
@@ -17,7 +17,7 @@ from ..parallel.streams import on_device
 
 
 class RankFlags(NamedTuple):
-    """What one rank has to tell."""
+    """The flags of one rank."""
 
     stop: bool = False
     """It was asked to stop."""
@@ -30,14 +30,14 @@ class RankFlags(NamedTuple):
     writing: bool = False
     """It is writing a checkpoint."""
     seconds: float | None = None
-    """Of its own work in a step, on steps on which all ranks tell that."""
+    """Its own working time in a step; None except on the steps on which all ranks report it."""
 
 
 NOTHING = RankFlags()
 
 
 class GlobalFlags(NamedTuple):
-    """What all ranks told, on each of them. Of flags the number of ranks that set them."""
+    """The flags of all ranks, the same on each of them. A flag is the number of ranks that set it."""
 
     stop: int
     save: int
@@ -47,39 +47,42 @@ class GlobalFlags(NamedTuple):
     not_finite: int
     """Ranks with a loss or a gradient that is NaN or infinite."""
     rank: int | None
-    """The rank with bad data, a failed writer or what is not finite, if it is one alone."""
+    """The rank with bad data, a failed writer or a number that is not finite, if there is exactly one."""
     seconds: list[float]
-    """Of each rank, if they told them."""
+    """The working time of each rank, empty if it was not reported."""
     gradient_norm: float
     loss: float
 
 
 def is_sound(global_flags: GlobalFlags) -> bool:
-    """Whether an update may use it."""
+    """Whether an update may use the step."""
     return not global_flags.bad_data and math.isfinite(global_flags.loss) and math.isfinite(global_flags.gradient_norm)
 
 
-def numbers_of(rank_flags: RankFlags, mine: Tensor, rank: int, world: int) -> Tensor:
-    """What this rank adds to the flags, fp64. `mine`: its part of all other numbers, which are finite if all is well."""
+def encode_flags(rank_flags: RankFlags, mine: Tensor, rank: int, world: int) -> Tensor:
+    """Returns this rank's flags as fp64 numbers to be summed over the ranks. `mine`: this rank's part of all other numbers."""
     flags = [rank_flags.stop, rank_flags.save, rank_flags.bad_data, rank_flags.failed_writer, rank_flags.writing]
-    spoken = rank + 1 if rank_flags.bad_data or rank_flags.failed_writer else 0
-    slots = [] if rank_flags.seconds is None else [rank_flags.seconds if place == rank else 0.0 for place in range(world)]
+    failed_rank = rank + 1 if rank_flags.bad_data or rank_flags.failed_writer else 0
+    seconds = [] if rank_flags.seconds is None else [rank_flags.seconds if slot == rank else 0.0 for slot in range(world)]
     not_finite = (~mine.isfinite()).any().double().view(1)
-    own = on_device(torch.tensor([*flags, spoken, *slots], dtype=mine.dtype), mine.device)
+    own = on_device(torch.tensor([*flags, failed_rank, *seconds], dtype=mine.dtype), mine.device)
     return torch.cat([not_finite, not_finite * (rank + 1), own])
 
 
-def read(numbers: Tensor, tokens: int | Tensor) -> tuple[GlobalFlags, int]:
-    """Flags, squared norm and loss, added up over all ranks; and the tokens of the step. The host waits for the device."""
+def read_flags(numbers: Tensor, tokens: int | Tensor) -> tuple[GlobalFlags, int]:
+    """Returns the flags, and the tokens of the step. The host waits for the device.
+
+    `numbers`: the encoded flags, the squared norm and the loss, summed over all ranks.
+    """
     if isinstance(tokens, Tensor):
         numbers = torch.cat([numbers, tokens.view(1).to(numbers.dtype)])
     with waiting_for_device():
         values = host_read(numbers, "flags, loss and norm", lambda: [0.0] * len(numbers))
     if isinstance(tokens, Tensor):
         tokens = int(values.pop())
-    not_finite, finders, stop, save, bad_data, failed_writer, writing, speakers, *seconds, squared, loss = values
-    alone = finders if not_finite == 1 else speakers if bad_data + failed_writer == 1 else 0
+    not_finite, not_finite_ranks, stop, save, bad_data, failed_writer, writing, failed_ranks, *seconds, squared, loss = values
+    single = not_finite_ranks if not_finite == 1 else failed_ranks if bad_data + failed_writer == 1 else 0
     norm = math.sqrt(squared) if squared >= 0 else math.nan
-    rank = int(alone) - 1 if alone else None
+    rank = int(single) - 1 if single else None
     counts = [int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite)]
     return GlobalFlags._make([*counts, rank, seconds, norm, loss]), tokens

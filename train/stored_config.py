@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint that somebody else may have written, checked before anything is built of it. No torch here."""
+"""Reads the configuration of a checkpoint that anybody may have written, and checks it before anything is built. No torch here."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ ABOUT = "tokenizer/tokenizer_about.json"
 
 
 def read_stored(path: Path) -> tuple[Manifest, Config]:
-    """Manifest and configuration. ValueError for files that are not as it says, and for a model that is not the one it holds."""
+    """Returns manifest and configuration. Raises ValueError if they do not agree with the files or with the tensors."""
     manifest = read_manifest(path)
     check_sizes(path, manifest)
     check_unlisted(path, manifest)
@@ -30,7 +30,7 @@ def read_stored(path: Path) -> tuple[Manifest, Config]:
 
 
 def check_tokenizer_files(path: Path, manifest: Manifest) -> None:
-    """ValueError for a tokenizer of a size that none has, or a description of it that is no JSON object."""
+    """Raises ValueError for a tokenizer of an implausible size, or one whose description is no JSON object."""
     for name, record in manifest.attachments.items():
         if record.bytes > LARGEST_TOKENIZER:
             raise ValueError(f"checkpoint {path}: {name} has {record.bytes} bytes, more than {LARGEST_TOKENIZER}")
@@ -39,7 +39,7 @@ def check_tokenizer_files(path: Path, manifest: Manifest) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """ValueError for a checkpoint (or the only one of a run) that `read_stored` refuses: for verbs, before they import torch."""
+    """Raises ValueError for a checkpoint (or the only one of a run) that `read_stored` refuses, before torch is imported."""
     found = checkpoints_of(path)
     if len(found) == 1:
         read_stored(found[0])

@@ -1,1 +1,1 @@
-"""`make gpu`: all that a machine with GPUs can tell of this code within minutes, in parts that do not stop each other."""
+"""`make gpu`: tests and measures this code on a machine with GPUs within minutes, in parts that do not stop each other."""

@@ -1,4 +1,4 @@
-"""`make gpu`, or `python -m tokenyard.bench.gpu`: runs the parts one after the other, and reports. Needs no torch itself."""
+"""`make gpu`, or `python -m tokenyard.bench.gpu`: runs the parts one after the other and reports. This process needs no torch."""
 
 import argparse
 import os
@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .parts import BY_NAME, PARTS, TINY_FACTOR, TOTAL_SECONDS
 from .report import Report
-from .runner import Record, Runner
+from .runner import BY_NAME, PARTS, TINY_FACTOR, TOTAL_SECONDS, Record, Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +26,7 @@ def main(words: list[str] | None = None) -> int:
             print(f"\n[{part.name}] {part.about}", flush=True)
             for record in runner.run(part):
                 report.add(part.name, record)
-                say(record)
+                print_record(record)
             report.write()
     finally:
         runner.close()
@@ -39,7 +38,7 @@ def main(words: list[str] | None = None) -> int:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny tries the code in minutes on a CPU")
+    parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny tries the code within minutes on a CPU")
     parser.add_argument("--part", nargs="+", choices=BY_NAME, default=[part.name for part in PARTS], help="these parts only")
     parser.add_argument("--out", default=f"runs/gpu-{time.strftime('%Y%m%d-%H%M%S')}", help="folder for report.md and report.json")
     parser.add_argument("--seconds", type=float, help=f"when all must be over; {TOTAL_SECONDS:.0f} on a GPU")
@@ -52,7 +51,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is known before torch is there."""
+    """Facts that do not need torch."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": arguments.device,
@@ -64,7 +63,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the repository, if it is one and git is there."""
+    """The commit of the repository; unknown without git or outside of a repository."""
     try:
         shown = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -72,8 +71,8 @@ def commit() -> str:
     return shown.stdout.strip()
 
 
-def say(record: Record) -> None:
-    """A line on the console for what is not a check that passed."""
+def print_record(record: Record) -> None:
+    """Prints each record except for checks that passed."""
     match record["kind"]:
         case "check" if not record["ok"]:
             print(f"  FAILED {record['name']}: {record['text']}", flush=True)

@@ -1,7 +1,7 @@
-"""`make gpu-bundle`: the wheels that a machine without a network may lack, into `.gpu/`. Runs pip, which needs a network.
+"""`make gpu-bundle`: downloads wheels that a machine without a network may lack into `.gpu/`. Runs pip, which needs a network.
 
-antlr4-python3-runtime, which omegaconf needs, is published as source: its wheel is built here. PyYAML is compiled: a wheel for each
-Python and processor.
+omegaconf needs antlr4-python3-runtime, which is published only as source, so its wheel is built here. PyYAML is compiled, so there
+is a wheel for each Python and processor.
 """
 
 import shutil
@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def pip(command: str, *words: str) -> None:
-    """With the versions of constraints.txt."""
+    """Runs pip with the versions of constraints.txt."""
     program = [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*program, "-c", str(ROOT / "constraints.txt"), *words], check=True)
 

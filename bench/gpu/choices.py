@@ -1,7 +1,7 @@
-"""The routers' choices of one run, kept, and made again in another run.
+"""Records the routers' choices of one run and replays them in another run.
 
-Which experts a token chooses jumps where two are nearly equal, and everything after that would differ. So a run in another
-precision is given the choices of the first one, and what it would have chosen itself is compared with these.
+The choice of experts is discontinuous where two scores are nearly equal, and one other choice changes all later numbers. So a run
+in another precision gets the choices of the first run, and the choices that it would have made are compared with them.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,34 +15,34 @@ from torch import Tensor
 
 from ...moe import router
 from ...moe.config import Selection
-from ...moe.scoring import Choice
+from ...moe.scoring import ChosenExperts
 
-DECIDING = ("choose", "keep_best", "second_is_kept")
-"""Functions of moe/router.py that go by the order of scores."""
+DECIDING = ("choose_experts", "keep_best", "sample_second_expert")
+"""The functions of moe/router.py whose result depends on the order of scores."""
 
 
 @dataclass
 class ChoiceLog:
-    """In the order in which they were made."""
+    """The choices of a run in the order in which they were made, and how a replaying run differs."""
 
     made: dict[str, list[Any]] = field(default_factory=dict)
     compared: int = 0
-    """Choices of tokens, in runs that were given these."""
-    other: int = 0
-    """Of them, what that run would have chosen otherwise."""
+    """Choices of tokens in the replaying run."""
+    different: int = 0
+    """Those that the replaying run would have made differently."""
     gap: float = 0.0
-    """By how much the scores differed there, at most, as a share of the deviation of a token's scores."""
+    """The largest difference of the scores there, relative to the standard deviation of a token's scores."""
 
     @property
     def share(self) -> float:
-        return self.other / max(1, self.compared)
+        return self.different / max(1, self.compared)
 
 
 @contextmanager
-def kept(choices: ChoiceLog) -> Iterator[None]:
-    """Inside, what the routers decide goes into `choices`."""
+def record_choices(choices: ChoiceLog) -> Iterator[None]:
+    """Records the routers' decisions inside the block in `choices`."""
 
-    def keeping(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             decided = decide(*args)
             choices.made.setdefault(name, []).append(decided)
@@ -50,22 +50,22 @@ def kept(choices: ChoiceLog) -> Iterator[None]:
 
         return call
 
-    with _replaced(keeping):
+    with _replaced(recording):
         yield
 
 
 @contextmanager
-def again(choices: ChoiceLog) -> Iterator[None]:
-    """Inside, the routers decide as in `choices`, and what they would have decided themselves is compared."""
+def replay_choices(choices: ChoiceLog) -> Iterator[None]:
+    """Inside the block the routers decide as in `choices`; their own decisions are compared with these."""
     turn = {name: iter(made) for name, made in choices.made.items()}
 
     def repeating(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             own, given = decide(*args), next(turn[name])
-            if isinstance(own, Choice):
+            if isinstance(own, ChosenExperts):
                 there = own.experts_BSK.device
-                made_BSK = None if given.made_BSK is None else given.made_BSK.to(there)
-                given = Choice(given.experts_BSK.to(there), made_BSK)
+                mask_BSK = None if given.mask_BSK is None else given.mask_BSK.to(there)
+                given = ChosenExperts(given.experts_BSK.to(there), mask_BSK)
                 priced = args[2].router.selection is Selection.sinkhorn
                 _compare_choices(choices, own, given, args[0].detach(), args[1], priced)
                 return given
@@ -88,11 +88,11 @@ def _replaced(make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> 
 
 
 def _compare_choices(
-    choices: ChoiceLog, own: Choice, given: Choice, ranked_BSE: Tensor, valid_BS: Tensor | None, priced: bool
+    choices: ChoiceLog, own: ChosenExperts, given: ChosenExperts, ranked_BSE: Tensor, valid_BS: Tensor | None, priced: bool
 ) -> None:
-    """`priced`: what is ranked is not `ranked_BSE` alone, so that only the number is known."""
-    if own.made_BSK is not None and given.made_BSK is not None:
-        _count(choices, own.made_BSK != given.made_BSK)
+    """`priced`: more than `ranked_BSE` decides the ranking, so only the number of differences is known."""
+    if own.mask_BSK is not None and given.mask_BSK is not None:
+        _count(choices, own.mask_BSK != given.mask_BSK)
         return
     ours, theirs = (one.experts_BSK.sort(dim=-1).values for one in (own, given))
     other_BS = (ours != theirs).any(-1)
@@ -109,4 +109,4 @@ def _compare_choices(
 
 def _count(choices: ChoiceLog, other: Tensor) -> None:
     choices.compared += other.numel()
-    choices.other += int(other.sum())
+    choices.different += int(other.sum())

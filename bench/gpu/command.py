@@ -1,6 +1,6 @@
-"""The command itself: `tokenyard train` to its end, and once more, killed after a checkpoint and started again: the same losses.
+"""Runs `tokenyard train` to its end, and again with a kill after a checkpoint and a restart. The losses must be the same.
 
-On the first GPU, or on two over NCCL where there are two.
+Uses the first GPU, or two GPUs over NCCL if there are two.
 """
 
 import json
@@ -15,7 +15,7 @@ from time import monotonic, sleep
 import torch
 
 from .machine import has
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
 
 STEPS, EVERY = 90, 30
 WORDS = [
@@ -38,51 +38,51 @@ WORDS = [
 TWO = ["launch=torchrun", "launch.ranks=2", "parallel.shard=2", "parallel.expert=2"]
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     for package in ("hydra", "omegaconf", "sentencepiece", "pyarrow"):
         if not has(package):
-            raise Absent(f"{package} is not installed, nor in .gpu/")
-    two = teller.cuda and torch.cuda.device_count() > 1
-    words = [*WORDS, f"device={teller.device.type}", *(TWO if two else [])]
-    teller.fact("ranks", 2 if two else 1)
+            raise Unavailable(f"{package} is not installed, nor in .gpu/")
+    two = recorder.cuda and torch.cuda.device_count() > 1
+    words = [*WORDS, f"device={recorder.device.type}", *(TWO if two else [])]
+    recorder.fact("ranks", 2 if two else 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words.append(f"data.cache={folder / 'cache'}")
-        whole = train(words, folder / "whole", teller)
+        whole = train(words, folder / "whole", recorder)
         if whole is None:
             return
         killed = start(words, folder / "killed")
-        reached = wait_for(folder / "killed" / "checkpoints", killed, teller)
+        reached = wait_for(folder / "killed" / "checkpoints", killed, recorder)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.communicate()
-        teller.check("a checkpoint before the kill", reached, f"after {len(losses(folder / 'killed'))} steps")
-        again = train(words, folder / "killed", teller)
+        recorder.check("a checkpoint before the kill", reached, f"after {len(losses(folder / 'killed'))} steps")
+        again = train(words, folder / "killed", recorder)
         if again is not None:
             different = [step for step, loss in whole.items() if again.get(step) != loss]
             text = f"the losses of steps {different[:5]} differ" if different else f"{len(whole)} losses, bit for bit"
-            teller.check("killed and resumed", bool(whole) and not different, text)
+            recorder.check("killed and resumed", bool(whole) and not different, text)
 
 
-def train(words: list[str], folder: Path, teller: Teller) -> dict[int, float] | None:
-    """To the end; the loss of each step, or None, told, if it failed."""
+def train(words: list[str], folder: Path, recorder: Recorder) -> dict[int, float] | None:
+    """Trains to the end. Returns the loss of each step, or None, with a failed check, if the command failed."""
     begin, process = monotonic(), start(words, folder)
     output = process.communicate()[0].decode(errors="replace")
     if process.returncode == 0:
-        teller.fact(f"seconds of {STEPS} steps, {folder.name}", round(monotonic() - begin, 1))
+        recorder.fact(f"seconds of {STEPS} steps, {folder.name}", round(monotonic() - begin, 1))
         return losses(folder)
-    teller.check("tokenyard train", False, f"exit code {process.returncode}: {output.strip()[-400:]}")
+    recorder.check("tokenyard train", False, f"exit code {process.returncode}: {output.strip()[-400:]}")
     return None
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
     program = [sys.executable, "-P", "-m", "tokenyard", "train", *words, f"run.dir={folder}"]
-    # A session of its own, so that all ranks can be killed at once.
+    # A new session, so that all ranks can be killed together.
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def wait_for(checkpoints: Path, process: subprocess.Popen[bytes], teller: Teller) -> bool:
-    """Whether a checkpoint came while the process ran."""
-    while process.poll() is None and teller.remaining > 0:
+def wait_for(checkpoints: Path, process: subprocess.Popen[bytes], recorder: Recorder) -> bool:
+    """Whether a checkpoint appeared while the process ran."""
+    while process.poll() is None and recorder.remaining > 0:
         if list(checkpoints.glob("step_????????")):
             return True
         sleep(0.02)
@@ -90,7 +90,7 @@ def wait_for(checkpoints: Path, process: subprocess.Popen[bytes], teller: Teller
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """By step, as metrics.jsonl has them; a step that was trained twice counts as it was last."""
+    """The losses in metrics.jsonl by step; of a step that was trained twice, the last."""
     path = folder / "metrics.jsonl"
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -1,6 +1,6 @@
-"""Layers that do the same: ours, those of others where they are installed, and the dense products that are their limit.
+"""MoE layers that compute the same: ours, those of other libraries if they are installed, and the dense products as upper bound.
 
-All have the same weights and a shared expert of ours, if there is one. T tokens, D width, F hidden width of an expert, E experts,
+All have the same weights, and our shared expert if there is one. T tokens, D width, F hidden width of an expert, E experts,
 K choices of a token, R = T * K rows, H hidden width of a dense layer.
 """
 
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from ...moe.feedforward import FeedForward
 from ...moe.layer import MoELayer
-from ..shapes import LayerShape, our_layer
-from .tell import Absent
+from ..layer import LayerShape, our_layer
+from .recorder import Unavailable
 
 Forward = Callable[[Tensor], Tensor]
 """(1, T, D) to (1, T, D)."""
 
 
 def contenders(ours: MoELayer, shape: LayerShape) -> dict[str, Callable[[], Forward]]:
-    """What makes each, by name. Making one raises Absent where it is not installed, and anything where it does not run."""
+    """Functions that build the layers, by name. They raise Unavailable if a library is missing, and any error if it does not
+    run."""
     return {
         "tokenyard": lambda: lambda x: ours(x)[0],
         "tokenyard, fp32 weights": partial(_with_wide_weights, ours, shape),
@@ -36,7 +37,7 @@ def contenders(ours: MoELayer, shape: LayerShape) -> dict[str, Callable[[], Forw
 
 
 class DenseProducts:
-    """The matrix products of forward and backward with one weight for all rows, and nothing else: the limit of the layer."""
+    """Only the matrix products of forward and backward, with one weight for all rows: the upper bound for a layer."""
 
     def __init__(self, shape: LayerShape, like: Tensor) -> None:
         sizes = [(shape.tokens * shape.top_k, shape.hidden), *([(shape.tokens, shape.shared)] if shape.shared else [])]
@@ -57,7 +58,7 @@ class DenseProducts:
 
 
 def _with_wide_weights(ours: MoELayer, shape: LayerShape) -> Forward:
-    """As a training step holds them: cast where they are used."""
+    """Our layer with fp32 weights, as in training, which are cast where they are used."""
     layer = our_layer(shape, ours.experts.down.device, torch.float32)
     layer.load_state_dict(ours.state_dict())
     return lambda x: layer(x)[0]
@@ -72,7 +73,7 @@ def _dense_layer(ours: MoELayer, shape: LayerShape) -> Forward:
 
 
 def _transformers(ours: MoELayer, shape: LayerShape) -> Forward:
-    """The block of Mixtral, with the implementation of experts that calls torch's grouped product."""
+    """Mixtral's block, with the experts that call torch's grouped product."""
     mixtral = _module("transformers.models.mixtral.modeling_mixtral")
     config = _module("transformers").MixtralConfig(
         hidden_size=shape.width,
@@ -84,7 +85,7 @@ def _transformers(ours: MoELayer, shape: LayerShape) -> Forward:
     with torch.device("meta"):
         block = mixtral.MixtralSparseMoeBlock(config)
     names = {"gate.weight": ours.router.weight, "experts.gate_up_proj": _gate_up(ours), "experts.down_proj": ours.experts.down}
-    return _beside_shared(ours, _filled(block, names))
+    return _with_shared(ours, _filled(block, names))
 
 
 def _sonic(ours: MoELayer, shape: LayerShape) -> Forward:
@@ -102,11 +103,11 @@ def _sonic(ours: MoELayer, shape: LayerShape) -> Forward:
     alternating = ours.experts.gate_up.transpose(1, 2).flatten(1, 2)
     names = {"router.weight": ours.router.weight, "c_fc.weight": alternating, "c_proj.weight": ours.experts.down}
     layer = _filled(layer.to(ours.experts.down), names)
-    return _beside_shared(ours, lambda x: layer(x)[0])
+    return _with_shared(ours, lambda x: layer(x)[0])
 
 
 def _megablocks(ours: MoELayer, shape: LayerShape) -> Forward:
-    """github.com/databricks/megablocks, dropless, SwiGLU. It keeps a balance loss of each pass, which is thrown away."""
+    """github.com/databricks/megablocks, dropless, SwiGLU. It stores a balance loss for each pass, which is discarded."""
     dmoe, moe = _module("megablocks.layers.dmoe"), _module("megablocks.layers.moe")
     arguments = _module("megablocks.layers.arguments").Arguments(
         hidden_size=shape.width,
@@ -131,14 +132,14 @@ def _megablocks(ours: MoELayer, shape: LayerShape) -> Forward:
         moe.clear_load_balancing_loss()
         return y[0] if isinstance(y, tuple) else y
 
-    return _beside_shared(ours, forward)
+    return _with_shared(ours, forward)
 
 
 def _module(name: str) -> Any:
-    """By name, as it may not be installed."""
+    """Imports an optional module. Raises Unavailable if its package is not installed."""
     top = name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
-        raise Absent("not installed")
+        raise Unavailable("not installed")
     return importlib.import_module(name)
 
 
@@ -147,7 +148,7 @@ def _gate_up(ours: MoELayer) -> Tensor:
 
 
 def _filled(module: nn.Module, weights: dict[str, Tensor | None]) -> nn.Module:
-    """The module with copies of these as its parameters, in its own shapes; on their device."""
+    """`module` with copies of these weights as its parameters, in the shapes of the module and on the device of the weights."""
     for name, value in weights.items():
         assert value is not None
         path, _, last = name.rpartition(".")
@@ -156,5 +157,5 @@ def _filled(module: nn.Module, weights: dict[str, Tensor | None]) -> nn.Module:
     return module
 
 
-def _beside_shared(ours: MoELayer, forward: Forward) -> Forward:
+def _with_shared(ours: MoELayer, forward: Forward) -> Forward:
     return forward if ours.shared is None else lambda x: forward(x) + ours.shared(x)  # pyright: ignore[reportOptionalCall]

@@ -1,7 +1,7 @@
-"""Forward and backward of MoE layers of known models, beside dense products of the same FLOPs and the layers of others.
+"""Times forward and backward of MoE layers with the sizes of known models, of dense products with the same FLOPs, and of others.
 
-Those of others are transformers, SonicMoE and MegaBlocks, where these are installed. All take turns. Inputs are random and so is
-the router, which makes the load nearly even.
+The others are the layers of transformers, SonicMoE and MegaBlocks, if installed. All take turns. Inputs and routers are random, so
+the load is nearly even.
 """
 
 import gc
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..host_reads import host_reads
-from ..shapes import LayerShape, our_layer
+from ..layer import LayerShape, our_layer
 from ..timing import Spread, peak_bytes, spread, take_turns
 from .contenders import DenseProducts, Forward, contenders
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
 
 SHAPES = {
     "full": {
@@ -32,49 +32,49 @@ SHAPES = {
         "deepseek_v3": LayerShape(width=64, hidden=32, experts=8, top_k=4, shared=32, tokens=128),
     },
 }
-"""As those models have them; of DeepSeek-V3's 256 experts the 32 of one of 8 ranks."""
+"""The sizes of those models; for DeepSeek-V3, the 32 of 256 experts that one of 8 ranks holds."""
 
 REPEATS = {"full": (10, 3), "tiny": (2, 1)}
-"""And those before them, which warm up."""
+"""Repeats, and warm-up repeats before them."""
 DENSE = "dense products"
 
 
 class LayerLine(NamedTuple):
-    """Forward and backward of one layer; without times where `note` says why."""
+    """Forward and backward of one layer; `note` says why there are no times."""
 
     shape: str
     name: str
     seconds: Spread | None = None
     teraflops: float = 0.0
     of_dense: float = 0.0
-    """The dense products' median time over its own."""
+    """Median time of the dense products over that of the layer."""
     peak_bytes: int | None = None
     host_reads: dict[str, int] | None = None
     off: float | None = None
-    """Norm of the difference of the output from ours, over the norm of ours."""
+    """Norm of the difference between its output and ours, over the norm of ours."""
     note: str = ""
 
 
-def run(teller: Teller) -> None:
-    """The next layer is smaller if the time that is left might not be enough for one like that before."""
+def run(recorder: Recorder) -> None:
+    """Measures each layer; with fewer tokens if the remaining time may be too short for one like the last."""
     before = 0.0
-    for name, shape in SHAPES[teller.scale].items():
-        if before > teller.remaining / 2:
+    for name, shape in SHAPES[recorder.scale].items():
+        if before > recorder.remaining / 2:
             shape = shape._replace(tokens=shape.tokens // 4)
-        if before > teller.remaining:
-            teller.skip(name, f"{teller.remaining:.0f} s are left, and the layer before took {before:.0f} s")
+        if before > recorder.remaining:
+            recorder.skip(name, f"{recorder.remaining:.0f} s are left, and the layer before took {before:.0f} s")
             continue
         begin = monotonic()
-        for line in measure_layer(name, shape, teller.device, *REPEATS[teller.scale]):
-            teller.row("layers, forward and backward", **cells(line, shape.tokens))
-        forget(teller.device)
+        for line in measure_layer(name, shape, recorder.device, *REPEATS[recorder.scale]):
+            recorder.row("layers, forward and backward", **cells(line, shape.tokens))
+        forget(recorder.device)
         before = monotonic() - begin
 
 
 def measure_layer(
     name: str, shape: LayerShape, device: torch.device, repeats: int, warm_up: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[LayerLine]:
-    """A line for the dense products and for each contender."""
+    """Measures the dense products and each contender."""
     ours = our_layer(shape, device, dtype)
     x = torch.randn(1, shape.tokens, shape.width, device=device).to(dtype).requires_grad_()
     gradient, expected = torch.randn_like(x), ours(x)[0].detach()
@@ -85,9 +85,9 @@ def measure_layer(
             forward = make()
             off = _off(forward(x).detach(), expected)
             forward(x).backward(gradient)
-        except Absent as reason:
+        except Unavailable as reason:
             lines[contender] = LayerLine(name, contender, note=str(reason))
-        except Exception as error:  # of somebody else's kernels: a row says so, the others are measured
+        except Exception as error:  # of another library: its row has the error, and the others are measured
             lines[contender] = LayerLine(name, contender, note=" ".join(f"{type(error).__name__}: {error}".split())[:120])
         else:
             works[contender] = partial(_forward_and_backward, forward, x, gradient)
@@ -109,7 +109,7 @@ def _filled(
 
 
 def _forward_and_backward(forward: Forward, x: Tensor, gradient: Tensor) -> None:
-    """Gradients of weights add to those of the repeat before, as in a step of several micro-batches."""
+    """Weight gradients accumulate over the repeats, as over micro-batches."""
     forward(x).backward(gradient)
 
 
@@ -128,7 +128,7 @@ def forget(device: torch.device) -> None:
 
 
 def cells(line: LayerLine, tokens: int) -> dict[str, Any]:
-    """Of a table; milliseconds are medians, and waits are how often the host waits for the device."""
+    """The cells of a table row. Milliseconds are medians; waits are host synchronisations."""
     found: dict[str, Any] = {"layer": line.shape, "tokens": tokens, "by": line.name}
     if line.seconds is None:
         return found | {"ms (least, most)": line.note}

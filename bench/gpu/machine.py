@@ -1,4 +1,4 @@
-"""The first part: GPUs, driver and versions, and what will be skipped for want of something."""
+"""The first part: reports GPUs, driver and versions, and what will be skipped because something is missing."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
-from .tell import Teller
+from .recorder import Recorder
 
 WANTED = {
     "yaml": "the tiny models' files cannot be read: no presets",
@@ -22,36 +22,36 @@ WANTED = {
     "sentencepiece": "no tokenizer: no saves and no command",
     "pyarrow": "no corpus: no saves and no command",
 }
-"""Packages that may be missing, and what is then left out."""
+"""Packages that may be missing, and what is then skipped."""
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     for name, value in versions().items():
-        teller.fact(name, value)
+        recorder.fact(name, value)
     for package, lost in WANTED.items():
         if not has(package):
-            teller.skip(package, f"not installed, nor in .gpu/ (make gpu-bundle, with a network): {lost}")
-    if not teller.cuda:
-        teller.skip("CUDA", "--device cpu: no NCCL, no streams, no waits that CUDA tells of, no memory counted")
+            recorder.skip(package, f"not installed, nor in .gpu/ (make gpu-bundle, with a network): {lost}")
+    if not recorder.cuda:
+        recorder.skip("CUDA", "--device cpu: no NCCL, no streams, no waits reported by CUDA, no memory counted")
         return
     if not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU; --device cpu --scale tiny tries the code without one")
     for index in range(torch.cuda.device_count()):
-        told = torch.cuda.get_device_properties(index)
-        teller.fact(
+        properties = torch.cuda.get_device_properties(index)
+        recorder.fact(
             f"GPU {index}",
-            f"{told.name}, {told.total_memory / 2**30:.0f} GiB, sm_{told.major}{told.minor}",
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}",
         )
     if torch.cuda.device_count() < 2:
-        teller.skip("layouts", "one GPU: each layout of two needs two; the exchanges run with a world of one")
+        recorder.skip("layouts", "one GPU: each layout of two needs two; the exchanges run with a world of one")
     if shutil.which(os.environ.get("CC", "gcc")) is None:
-        teller.skip("gcc", "there is no C compiler, which triton's launchers need: torch.compile may fail")
-    sum_of_ones = torch.ones(1024, device=teller.device).sum().item()
-    teller.check("the GPU adds up", sum_of_ones == 1024, f"1024 ones are {sum_of_ones}")
+        recorder.skip("gcc", "there is no C compiler, which triton's launchers need: torch.compile may fail")
+    sum_of_ones = torch.ones(1024, device=recorder.device).sum().item()
+    recorder.check("the GPU adds up", sum_of_ones == 1024, f"1024 ones are {sum_of_ones}")
 
 
 def versions() -> dict[str, Any]:
-    """Of torch and what is under it."""
+    """Versions of torch and of what it uses."""
     found: dict[str, Any] = {"torch": torch.__version__, "CUDA": torch.version.cuda, "cores": os.cpu_count()}
     found["driver"] = driver()
     found["NCCL"] = ".".join(map(str, nccl.version())) if dist.is_available() and torch.cuda.is_available() else None
@@ -68,7 +68,7 @@ def version(package: str) -> str | None:
 
 
 def driver() -> str | None:
-    """Of NVIDIA's kernel module, as its program says."""
+    """The version of NVIDIA's driver, by nvidia-smi; None without it."""
     try:
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         shown = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20)

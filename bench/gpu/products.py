@@ -1,4 +1,4 @@
-"""Grouped products and the experts around them, for each activation, against loops in fp64 on the CPU."""
+"""Compares grouped products, and experts with each activation, with loops in fp64 on the CPU."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...moe.config import Activation
 from ...moe.experts import Experts, experts_by_loop, grouped_mm, grouped_outer
-from .sameness import LIMITS, worst_row
-from .tell import Teller
+from .recorder import Recorder
+from .row_error import LIMITS, worst_row
 
 GROUPS = {
     "even": [32, 32, 32, 32],
@@ -20,32 +20,32 @@ GROUPS = {
     "all in one": [0, 0, 96, 0],
     "no rows": [0, 0, 0, 0],
 }
-"""Rows of each group."""
+"""The number of rows of each group."""
 WIDTH, HIDDEN = 64, 96
 
 
-class Shown(NamedTuple):
-    """What experts give for one input and gradient, by name."""
+class ExpertTensors(NamedTuple):
+    """Output and gradients of experts, by name."""
 
     tensors: dict[str, Tensor]
     empty: list[Tensor]
-    """The gradients of weights of experts without rows."""
+    """The weight gradients of experts without rows."""
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float64]
     for name, counts in GROUPS.items():
         for dtype in dtypes:
-            for what, value, limit in products(counts, dtype, teller.device):
-                teller.below(f"{what}, {name}, {_short(dtype)}", value, limit)
+            for what, value, limit in products(counts, dtype, recorder.device):
+                recorder.below(f"{what}, {name}, {_short(dtype)}", value, limit)
     for activation in Activation:
         for name, counts in GROUPS.items():
             for dtype in dtypes[:2]:
-                compare_experts(teller, f"{activation.value}, {name}, {_short(dtype)}", activation, counts, dtype)
+                compare_experts(recorder, f"{activation.value}, {name}, {_short(dtype)}", activation, counts, dtype)
 
 
 def products(counts: list[int], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """How far the two operators are from a loop, and may be; memory that they leave as it was holds NaN."""
+    """Yields name, error and limit of both operators against a loop. Memory that they do not write holds NaN."""
     torch.manual_seed(0)
     rows, left = (torch.randn(sum(counts), width).to(dtype) for width in (WIDTH, HIDDEN))
     weights = torch.randn(len(counts), HIDDEN, WIDTH).to(dtype)
@@ -63,10 +63,10 @@ def products(counts: list[int], dtype: torch.dtype, device: torch.device) -> Ite
         yield "grouped_outer of empty groups", largest(empty), 0.0
 
 
-def compare_experts(teller: Teller, name: str, activation: Activation, counts: list[int], dtype: torch.dtype) -> None:
-    """Forward and backward of experts, and that experts without rows have gradients of exactly zero.
+def compare_experts(recorder: Recorder, name: str, activation: Activation, counts: list[int], dtype: torch.dtype) -> None:
+    """Compares forward and backward, and checks that experts without rows have gradients of exactly zero.
 
-    Biases are added to rounded products, which may change a sign: relu, whose derivative jumps there, has none here.
+    Rounded products plus a bias may change their sign, where the derivative of relu jumps, so relu has no bias here.
     """
     torch.manual_seed(0)
     experts = Experts(len(counts), WIDTH, HIDDEN, torch.float64, activation, bias=activation is not Activation.relu)
@@ -74,17 +74,17 @@ def compare_experts(teller: Teller, name: str, activation: Activation, counts: l
         torch.nn.init.normal_(parameter, std=WIDTH**-0.5)
         parameter.data = parameter.data.to(dtype).double()
     x, gradient = (torch.randn(sum(counts), WIDTH).to(dtype) for _ in range(2))
-    expected = shown(experts, x.double(), gradient.double(), counts, loop=True)
-    poison(teller.device)
-    found = shown(experts.to(teller.device, dtype), x.to(teller.device), gradient.to(teller.device), counts, loop=False)
+    expected = run_experts(experts, x.double(), gradient.double(), counts, loop=True)
+    poison(recorder.device)
+    found = run_experts(experts.to(recorder.device, dtype), x.to(recorder.device), gradient.to(recorder.device), counts, loop=False)
     worst = max((worst_row(value, expected.tensors[key]), key) for key, value in found.tensors.items())
-    teller.below(f"experts, {name}", worst[0], LIMITS[dtype], f"the worst is {worst[1]}")
+    recorder.below(f"experts, {name}", worst[0], LIMITS[dtype], f"the worst is {worst[1]}")
     if found.empty:
-        teller.below(f"experts without rows, {name}", largest(found.empty), 0.0, "largest gradient")
+        recorder.below(f"experts without rows, {name}", largest(found.empty), 0.0, "largest gradient")
 
 
-def shown(experts: Experts, x: Tensor, gradient: Tensor, counts: list[int], loop: bool) -> Shown:
-    """Output and gradients."""
+def run_experts(experts: Experts, x: Tensor, gradient: Tensor, counts: list[int], loop: bool) -> ExpertTensors:
+    """Forward and backward; `loop` computes one expert after the other."""
     experts.zero_grad()
     x = x.requires_grad_()
     counts_E = torch.tensor(counts, device=x.device)
@@ -92,7 +92,7 @@ def shown(experts: Experts, x: Tensor, gradient: Tensor, counts: list[int], loop
     y.backward(gradient)
     gradients = {name: _gradient(parameter) for name, parameter in experts.named_parameters()}
     empty = [one[expert] for one in gradients.values() for expert, count in enumerate(counts) if not count]
-    return Shown({"output": y.detach(), "input's gradient": _gradient(x), **gradients}, empty)
+    return ExpertTensors({"output": y.detach(), "input's gradient": _gradient(x), **gradients}, empty)
 
 
 def _gradient(x: Tensor) -> Tensor:
@@ -100,14 +100,14 @@ def _gradient(x: Tensor) -> Tensor:
 
 
 def poison(device: torch.device, elements: int = 2**22) -> None:
-    """Fill memory that the allocator gives out next with NaN: what is not written shows."""
+    """Fill the memory that the allocator returns next with NaN, so that unwritten elements show."""
     if device.type == "cuda":
         for size in (elements, *[2**power for power in range(8, 19)] * 4):
             torch.full([size], torch.nan, device=device)
 
 
 def largest(tensors: list[Tensor]) -> float:
-    """The largest absolute value, infinite if one is not a number."""
+    """The largest absolute value; infinite if any is NaN."""
     value = float(torch.stack([tensor.detach().abs().max().double() for tensor in tensors]).max())
     return value if value == value else float("inf")
 

@@ -1,4 +1,4 @@
-"""What the parts told, as one JSON file and one Markdown file, written anew after each part. Needs no torch."""
+"""Writes the records of all parts as one JSON file and one Markdown file, after each part. Needs no torch."""
 
 import json
 import re
@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..timing import markdown
-from .parts import BY_NAME
-from .runner import Record
+from .runner import BY_NAME, Record
 
 MOST_BYTES = 16 * 10**6
 MOST_CELLS = 160
 MOST_CHECKS = 15
-"""Of a part, in Markdown; the JSON file has all."""
+"""The number of checks of a part in the Markdown file; the JSON file has all."""
 
 
 class Report:
-    """Of one run, in `folder`: report.md and report.json, at most MOST_BYTES each."""
+    """The report of one run: report.md and report.json in `folder`, at most MOST_BYTES each."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
@@ -28,18 +27,18 @@ class Report:
 
     @property
     def failed(self) -> list[tuple[str, Record]]:
-        """Checks that failed, and the part of each."""
+        """The failed checks, each with its part."""
         return [(part, one) for part, records in self.parts.items() for one in of(records, "check") if not one["ok"]]
 
     def write(self) -> None:
-        """A reader never sees half a file."""
+        """Write both files atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("report.json", self._json()), ("report.md", self.markdown()[:MOST_BYTES])):
             (self.folder / f"{name}.tmp").write_text(text)
             (self.folder / f"{name}.tmp").replace(self.folder / name)
 
     def _json(self) -> str:
-        """Without the checks that passed, if there are too many."""
+        """All records; without the checks that passed if the file would be too large."""
         text = json.dumps({**self.facts, "parts": self.parts}, indent=1)
         if len(text) <= MOST_BYTES:
             return text
@@ -90,7 +89,7 @@ def _body(records: list[Record]) -> list[str]:
 
 
 def _nearness(check: Record) -> tuple[bool, float]:
-    """Failed ones first, then those nearest to their limits."""
+    """Sorts failed checks first, then by closeness to the limit."""
     return check["ok"], -check["value"] / check["limit"] if check.get("limit") else -1.0
 
 
@@ -99,5 +98,5 @@ def _cell(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """Short enough for a cell of a table, and without what would end it."""
+    """`text` for a cell of a table: shortened, without line breaks and bars."""
     return re.sub(r"\s+", " ", text).replace("|", "/")[:MOST_CELLS]

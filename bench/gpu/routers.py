@@ -1,9 +1,77 @@
-"""Every router, selection and kind of capacity, in a small model each."""
+"""One configuration of each kind of router, balance loss and capacity: a part of `make gpu`, and cases for the tests."""
 
-from .models import compare, router_models
-from .tell import Teller
+import dataclasses
+from typing import Any
+
+from ...moe.config import (
+    BalanceConfig,
+    CapacityConfig,
+    DropPolicy,
+    GroupScore,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    Scope,
+    Score,
+    Selection,
+)
+from .presets import compare
+from .recorder import Recorder
+
+EXPERTS = 8
 
 
-def run(teller: Teller) -> None:
+def moe(router: dict[str, Any], balance: dict[str, Any] | None = None, capacity: dict[str, Any] | None = None, top_k: int = 2):
+    """A layer of 8 experts with all linear losses on."""
+    return MoEConfig(
+        experts=EXPERTS,
+        top_k=top_k,
+        hidden=16,
+        z_coefficient=0.01,
+        router=RouterConfig(**router),
+        balance=BalanceConfig(**{"coefficient": 0.05, **(balance or {})}),
+        capacity=CapacityConfig(**(capacity or {})),
+    )
+
+
+BATCH = {"scope": Scope.batch}
+V3 = {"score": Score.sigmoid, "groups": 4, "top_groups": 2, "group_score": GroupScore.top2, "scale": 2.5}
+
+ROUTERS = {
+    "softmax": moe({}),
+    "softmax after top-k, bias": moe({"softmax_after_top_k": True, "bias": True}),
+    "deepseek v2": moe({"groups": 4, "top_groups": 2, "normalize_top_k": False, "scale": 16.0}),
+    "deepseek v3": moe(V3, {"sequence_coefficient": 0.02, "bias_rate": 0.01}),
+    "sqrtsoftplus": moe({"score": Score.sqrtsoftplus}, {"bias_rate": 0.05, "coefficient": 0.0}),
+    "switch, jitter": moe({"jitter": 0.1}, capacity={"factor": 1.0}, top_k=1),
+    "noise, importance and load": moe({"noise": True}, {"importance_coefficient": 0.1, **BATCH}),
+    "importance by sequence": moe({"score": Score.sigmoid}, {"importance_coefficient": 0.1}),
+    "gshard": moe({"selection": Selection.gshard}, capacity={"factor": 0.8}),
+    "random drops": moe({}, capacity={"factor": 0.8, "policy": DropPolicy.random}),
+    "random drops by batch": moe({}, capacity={"factor": 0.8, "policy": DropPolicy.random, **BATCH}),
+    "drops by probability": moe({}, BATCH, {"factor": 0.8, "policy": DropPolicy.probability, **BATCH}),
+    "hash": moe({"selection": Selection.hash}),
+    "sinkhorn": moe({"selection": Selection.sinkhorn}),
+    "sinkhorn by batch": moe({"selection": Selection.sinkhorn, "score": Score.sigmoid}, BATCH, top_k=1),
+    "expert choice": moe({"selection": Selection.expert_choice}),
+    "expert choice by batch": moe({"selection": Selection.expert_choice}, BATCH, {"factor": 0.75, **BATCH}),
+    "null experts": moe({"null_experts": 4}, {"bias_rate": 0.01}, {"factor": 1.0}, top_k=3),
+    "padded": moe({}, capacity={"factor": 0.9, "pad": True}),
+    "padded by batch": moe({"null_experts": 2}, capacity={"factor": 0.9, "pad": True, **BATCH}),
+    "scheduled": moe({}, capacity={"schedule": [1, 0.6, 2, 1.2, 3, 0]}),
+}
+"""The configurations by name."""
+
+RANDOM = ("switch, jitter", "noise, importance and load", "gshard", "random drops", "random drops by batch")
+"""The configurations whose training is random."""
+
+
+def run(recorder: Recorder) -> None:
     for name, model in router_models().items():
-        compare(teller, name, model)
+        compare(recorder, name, model)
+
+
+def router_models() -> dict[str, ModelConfig]:
+    """A small model with each router."""
+    sizes = ModelConfig(layers=2, width=32, heads=4, kv_heads=4, hidden=48, vocabulary=64, init_std=0.2)
+    return {name: dataclasses.replace(sizes, moe=moe) for name, moe in ROUTERS.items()}

@@ -1,4 +1,5 @@
-"""Runs parts in a process apart, which is replaced when a part fails, crashes or takes too long. Needs no torch."""
+"""The parts of `make gpu`, and their runner: a separate process, replaced if a part fails, crashes or is too slow. Needs no
+torch."""
 
 import contextlib
 import json
@@ -10,19 +11,49 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from time import monotonic
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from .parts import Part
+
+class Part(NamedTuple):
+    name: str
+    about: str
+    module: str
+    """The module of this package whose function `run` takes a Recorder."""
+    seconds: float
+    """Time limit."""
+    group: str = "correctness"
+
+
+PARTS = (
+    Part("machine", "what this runs on", "machine", 90, "machine"),
+    Part("products", "grouped products and activations, with empty, unaligned and single-row groups", "products", 40),
+    Part("presets", "every tiny model: forward, losses, gradients and three steps", "presets", 100),
+    Part("routers", "every router, selection and capacity, the same way", "routers", 60),
+    Part("exchanges", "NCCL with a world of one: collectives, FSDP2 and each exchange", "exchanges", 40),
+    Part("waits", "where the host waits for the device", "waits", 30),
+    Part("saves", "resume bit for bit, and an asynchronous save against a synchronous one", "saves", 60),
+    Part("layouts", "two GPUs: each layout of two against one process", "layouts", 60),
+    Part("layers", "forward and backward of MoE layers of known models", "layers", 110, "speed"),
+    Part("steps", "whole training steps", "steps", 70, "speed"),
+    Part("kernels", "where the time and the memory of a step go", "kernels", 50, "time"),
+    Part("compile", "torch.compile on and off", "compiling", 70),
+    Part("command", "tokenyard train, killed and resumed", "command", 60),
+)
+TINY_FACTOR = 5.0
+"""Parts that try the code on a CPU may take so many times as long."""
+BY_NAME = {part.name: part for part in PARTS}
+TOTAL_SECONDS = 465.0
+"""Of all parts together: what is left of 8 minutes is for starting and reporting."""
 
 LEAST_SECONDS = 3.0
-"""A part that would have less is not begun."""
+"""A part that would have less time is skipped."""
 LONGEST_LOG = 6000
 """Characters."""
 Record = dict[str, Any]
 
 
 class Runner:
-    """`deadline`, of `time.monotonic`, is when all is over."""
+    """`deadline` is the end of the whole run, by `time.monotonic`."""
 
     def __init__(self, device: str, scale: str, deadline: float) -> None:
         self.words = [device, scale]
@@ -30,7 +61,7 @@ class Runner:
         self._worker: _Worker | None = None
 
     def run(self, part: Part) -> Iterator[Record]:
-        """What the part tells, as it comes; the last record says how long it took."""
+        """Yields the records of the part as they arrive; the last record has its duration."""
         begin = monotonic()
         limit = min(part.seconds, self.deadline - begin)
         if limit < LEAST_SECONDS:
@@ -59,14 +90,14 @@ class Runner:
         yield {"kind": "log", "text": worker.log}
 
     def close(self) -> None:
-        """End the process, and those that it started."""
+        """Kill the process and its children."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
 
 
 class _Worker:
-    """Its process, and, once that is killed, the end of its `log`."""
+    """The worker process. After `kill`, `log` has the end of its standard error."""
 
     log = ""
 
@@ -81,7 +112,7 @@ class _Worker:
         )
 
     def ask(self, part: str, end: float) -> Iterator[Record]:
-        """The records that come until `end`, or until the process ends."""
+        """Yields the records of the part until `end`, or until the process exits."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"part": part, "seconds": end - monotonic()}).encode() + b"\n")
@@ -90,7 +121,7 @@ class _Worker:
             yield json.loads(line)
 
     def kill(self) -> None:
-        """And what it started, and keep what it wrote to its standard error."""
+        """Kill the process and its children, and keep the end of its standard error."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with self._process, self._errors:  # waits, and closes the pipes
@@ -103,7 +134,7 @@ class _Worker:
 
 
 def _lines(pipe: IO[bytes], end: float) -> Iterator[bytes]:
-    """Whole lines, until the pipe is closed or the time is over."""
+    """Yields whole lines until the pipe is closed or the time is over."""
     held = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)

@@ -1,7 +1,7 @@
-"""The program of `make gpu`: makes `tokenyard` importable where nothing is installed, and starts it. Standard library only.
+"""Starts `make gpu`: makes `tokenyard` importable without installation and runs it. Uses only the standard library.
 
-A folder of its own holds a link `tokenyard` to the repository, whatever the repository's folder is called, and what is missing here
-of the wheels in `.gpu/`. Nothing is written elsewhere.
+A temporary folder holds a link `tokenyard` to the repository, whatever the name of its folder, and the packages of the wheels in
+`.gpu/` that are missing here. Nothing is written elsewhere.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def unpack(wheels: Path, folder: Path) -> list[str]:
-    """Put the packages into `folder` that this Python lacks and a wheel has; the names of those wheels."""
+    """Extract the wheels whose packages this Python lacks into `folder`. Returns their names."""
     taken = []
     for wheel in sorted(wheels.glob("*.whl")):
         if fits(wheel.name):
@@ -41,7 +41,7 @@ def unpack(wheels: Path, folder: Path) -> list[str]:
 
 
 def fits(name: str) -> bool:
-    """Whether a wheel of this name is for any Python 3, or for this one and this processor."""
+    """Whether the wheel is for any Python 3, or for this Python and processor."""
     python, _, platform = name.removesuffix(".whl").split("-")[-3:]
     if platform == "any":
         return "py3" in python.split(".")
@@ -55,7 +55,7 @@ def packages(archive: zipfile.ZipFile) -> set[str]:
 
 
 def is_installed(package: str) -> bool:
-    """Also one of several wheels that share a namespace counts."""
+    """Whether the package can be found; a part of a namespace package counts too."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -1,4 +1,5 @@
-"""Whole training steps on one device, without data, Hydra or a tracker: tokens/s, MFU, memory, and the time of each stage."""
+"""Measures whole training steps on one device, without data, Hydra or trackers: tokens/s, MFU, memory, and the time of each
+stage."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,19 +11,19 @@ import torch
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel
-from ...parallel.gradients import squared_norm, summed_over_copies
+from ...parallel.gradients import gradient_all_reduce, squared_norm
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
 from ...train.config.model_summary import training_bytes
 from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
-from ...train.step import add_up, backward, count_totals, forward, train_step, update
+from ...train.step import StepInput, add_up, backward, count_totals, forward, train_step, update
 from ..host_reads import host_reads
 from ..timing import peak_bytes, spread, take_turns, timed
-from .alone import model_alone
+from .exchanges import build_single_rank
 from .layers import forget, mebibytes, milliseconds, waits
-from .tell import Teller
+from .recorder import Recorder
 from .waits import random_rows, random_weights
 
 WIDE = ModelConfig(
@@ -36,58 +37,58 @@ WIDE = ModelConfig(
 """0.9B active of 4.4B parameters."""
 NARROW = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, vocabulary=256, moe=MoEConfig(hidden=64))
 BATCHES = {"full": [(4, 4096), (1, 2048)], "tiny": [(2, 64), (1, 32)]}
-"""Sequences and their length: one that keeps the device busy, and one that waits for the host."""
+"""Sequences and their length: a batch that keeps the device busy, and one for which the device waits for the host."""
 REPEATS = {"full": (8, 3), "tiny": (2, 1)}
 SHARE = 0.55
-"""Of a device's memory for weights, gradients and moments; the rest is for activations."""
+"""The share of the device memory for weights, gradients and moments; the rest is for activations."""
 
 
-class Trained(NamedTuple):
-    """A model with random weights, in bf16 with fp32 weights, and its optimizer."""
+class ModelAndOptimizer(NamedTuple):
+    """A bf16 model with random fp32 weights, and its optimizer."""
 
     parallel: Parallel
     optimizer: torch.optim.Optimizer
 
     def step(self, rows: Rows) -> Callable[[], Any]:
-        return partial(train_step, self.parallel, self.optimizer, [rows], 1e-4, 1.0)
+        return partial(train_step, self.parallel, self.optimizer, StepInput([rows], 1e-4, 1.0))
 
 
-def run(teller: Teller) -> None:
-    model = fitting(teller.device) if teller.scale == "full" else NARROW
-    trained = build(model, teller.device)
-    for sequences, length in BATCHES[teller.scale]:
+def run(recorder: Recorder) -> None:
+    model = fitting(recorder.device) if recorder.scale == "full" else NARROW
+    trained = build(model, recorder.device)
+    for sequences, length in BATCHES[recorder.scale]:
         rows = random_rows(trained.parallel, sequences, length)
-        measure(teller, trained, rows, "eager")
-        stages(teller, trained, rows)
+        measure(recorder, trained, rows, "eager")
+        stages(recorder, trained, rows)
     del trained
-    forget(teller.device)
+    forget(recorder.device)
 
 
 def fitting(device: torch.device) -> ModelConfig:
-    """WIDE with as many layers as fit."""
+    """WIDE with as many layers as fit into memory."""
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**33
     models = (replace(WIDE, layers=layers) for layers in range(WIDE.layers, 1, -1))
     fits = (model for model in models if training_bytes(count(model).total, Precision.bf16)["total"] <= SHARE * room)
     return next(fits, replace(WIDE, layers=1))
 
 
-def build(model: ModelConfig, device: torch.device, compiled: bool = False) -> Trained:
-    """Random weights are drawn on the device: those of a run are drawn by the host, which takes a minute here."""
-    parallel = model_alone(model, device, torch.bfloat16, None, compiled=compiled)
+def build(model: ModelConfig, device: torch.device, compiled: bool = False) -> ModelAndOptimizer:
+    """Draws random weights on the device; `initialise` draws them on the host, which would take a minute."""
+    parallel = build_single_rank(model, device, torch.bfloat16, None, compiled=compiled)
     random_weights(parallel)
-    return Trained(parallel, build_optimizer(OptimizerConfig(), parallel))
+    return ModelAndOptimizer(parallel, build_optimizer(OptimizerConfig(), parallel))
 
 
-def measure(teller: Teller, trained: Trained, rows: Rows, name: str) -> None:
-    """A line: the step's time, and what follows from it. MFU is of the device's peak for bf16."""
-    device, model, step = teller.device, trained.parallel.model.config, trained.step(rows)
-    seconds = spread(take_turns({name: step}, device, *REPEATS[teller.scale])[name])
-    held = torch.cuda.memory_allocated(device) if teller.cuda else 0
+def measure(recorder: Recorder, trained: ModelAndOptimizer, rows: Rows, name: str) -> None:
+    """Reports the time of a step. MFU is relative to the bf16 peak of the device."""
+    device, model, step = recorder.device, trained.parallel.model.config, trained.step(rows)
+    seconds = spread(take_turns({name: step}, device, *REPEATS[recorder.scale])[name])
+    held = torch.cuda.memory_allocated(device) if recorder.cuda else 0
     more = peak_bytes(step, device)
     peak, tokens = peak_flops(device, torch.bfloat16), rows.ids.numel()
     flops = tokens * training_flops_per_token(model, rows.ids.shape[1])
     parameters = count(model)
-    teller.row(
+    recorder.row(
         "steps, bf16",
         step=name,
         layers=model.layers,
@@ -103,18 +104,18 @@ def measure(teller: Teller, trained: Trained, rows: Rows, name: str) -> None:
     )
 
 
-def stages(teller: Teller, trained: Trained, rows: Rows) -> None:
-    """Milliseconds of each stage of a step, each from an idle device: together they take longer than a step."""
+def stages(recorder: Recorder, trained: ModelAndOptimizer, rows: Rows) -> None:
+    """Reports the milliseconds of each stage, each from an idle device, so together they take longer than a step."""
     taken: dict[str, list[float]] = {}
-    for _ in range(1 + REPEATS[teller.scale][0]):
-        for name, seconds in _stages(trained, rows, teller.device):
+    for _ in range(1 + REPEATS[recorder.scale][0]):
+        for name, seconds in _stages(trained, rows, recorder.device):
             taken.setdefault(name, []).append(seconds)
     medians = {f"{name} ms": round(1e3 * spread(times[1:]).median, 3) for name, times in taken.items()}
-    teller.row("stages of a step, bf16", tokens=rows.ids.numel(), **medians)
+    recorder.row("stages of a step, bf16", tokens=rows.ids.numel(), **medians)
 
 
-def _stages(trained: Trained, rows: Rows, device: torch.device) -> list[tuple[str, float]]:
-    """The parts of `train_step`."""
+def _stages(trained: ModelAndOptimizer, rows: Rows, device: torch.device) -> list[tuple[str, float]]:
+    """Runs the stages of `train_step` and times each."""
     parallel, optimizer = trained
     optimizer.zero_grad(set_to_none=True)
     totals, shares, found = count_totals(parallel, [rows]), [], []
@@ -130,6 +131,6 @@ def _stages(trained: Trained, rows: Rows, device: torch.device) -> list[tuple[st
 
 
 def reduced_backward(parallel: Parallel, share: Losses) -> None:
-    """That of the only micro-batch."""
-    with summed_over_copies(parallel):
+    """The backward pass of the only micro-batch, with its gradient sums."""
+    with gradient_all_reduce(parallel):
         backward(share)

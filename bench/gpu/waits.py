@@ -1,6 +1,6 @@
-"""Where the host waits for the device in a step: what torch's sync debug mode sees, against the waits that the code knows of.
+"""Compares the host synchronisations of a step that torch's sync debug mode reports with those that the code names.
 
-Every wait of a step goes through `host_read` of moe/device.py, under the name that it has in docs/performance.md.
+Every wait of a step goes through `host_read` of moe/device.py, with the name that it has in docs/performance.md.
 """
 
 import sys
@@ -23,11 +23,11 @@ from ...parallel.config import Exchange
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig
 from ...train.optimizer import build_optimizer
-from ...train.step import train_step
+from ...train.step import StepInput, train_step
 from ..host_reads import ROOT, host_reads
-from .alone import MODEL, model_alone, world_of_one
+from .exchanges import MODEL, build_single_rank, world_of_one
 from .presets import preset, tiny_presets
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
 
 HEADING = "## Where the host waits"
 COLUMNS = ["with", "place", "a step", "a pass"]
@@ -35,7 +35,7 @@ READER = "moe/device.py:"
 
 
 class Listed(NamedTuple):
-    """A row of the table: how often the host waits at a place, in a step, and in the forward pass of each MoE layer."""
+    """A row of the table: waits at a place, per step and per forward pass of each MoE layer."""
 
     place: str
     step: int
@@ -46,58 +46,58 @@ class Waits(NamedTuple):
     named: Counter[str]
     """Calls of `host_read`, by the name of the wait."""
     seen: Counter[str]
-    """Waits that torch tells of, by file and line."""
+    """Waits that torch reports, by file and line."""
     places: frozenset[str] = frozenset()
-    """Where `host_read` was called, by file and line."""
+    """The places that called `host_read`, by file and line."""
 
     @property
     def hidden(self) -> dict[str, int]:
-        """Those that go through no `host_read`."""
+        """Waits that do not go through `host_read`."""
         return {place: count for place, count in self.seen.items() if not place.startswith(READER) and place not in self.places}
 
 
-def run(teller: Teller) -> None:
+def run(recorder: Recorder) -> None:
     listed = listed_waits()
     if listed is None:
-        teller.skip("table of waits", f"docs/performance.md has no table under '{HEADING}': waits are counted alone")
-    models = [(f"{name}, one device", preset(name), None) for name in _names(teller)]
-    with world_of_one(teller.device):
+        recorder.skip("table of waits", f"docs/performance.md has no table under '{HEADING}': waits are counted alone")
+    models = [(f"{name}, one device", preset(name), None) for name in _names(recorder)]
+    with world_of_one(recorder.device):
         for name, model, exchange in [*models, *((f"{one.value} exchange", MODEL, one) for one in Exchange)]:
-            tell(teller, name, waits_of(model, teller.device, exchange), model, listed)
+            report_waits(recorder, name, waits_of(model, recorder.device, exchange), model, listed)
 
 
-def _names(teller: Teller) -> list[str]:
+def _names(recorder: Recorder) -> list[str]:
     try:
         names = tiny_presets()
         preset(names[0])
-    except Absent as reason:
-        teller.skip("waits of the tiny models", str(reason))
+    except Unavailable as reason:
+        recorder.skip("waits of the tiny models", str(reason))
         return []
     return names
 
 
-def tell(teller: Teller, name: str, waits: Waits, model: ModelConfig, listed: list[Listed] | None) -> None:
+def report_waits(recorder: Recorder, name: str, waits: Waits, model: ModelConfig, listed: list[Listed] | None) -> None:
     layers = sum(model.moe_layer(index) for index in range(model.layers)) + model.mtp_depth
     places = ", ".join(f"{count} x {place}" for place, count in waits.named.items())
-    teller.row("waits of a step", of=name, **{"MoE layers": layers}, waits=waits.named.total(), places=places)
-    teller.check(f"{name}: no hidden wait", not waits.hidden, f"{waits.hidden or 'none'}")
+    recorder.row("waits of a step", of=name, **{"MoE layers": layers}, waits=waits.named.total(), places=places)
+    recorder.check(f"{name}: no hidden wait", not waits.hidden, f"{waits.hidden or 'none'}")
     through = waits.seen.total() - sum(waits.hidden.values())
-    text = f"{waits.named.total()} reads, and torch tells of {through} waits in them"
-    teller.check(f"{name}: no read waits twice", through <= waits.named.total(), text)
+    text = f"{waits.named.total()} reads, and torch reports {through} waits in them"
+    recorder.check(f"{name}: no read waits twice", through <= waits.named.total(), text)
     if listed is None:
         return
     for place, count in waits.named.items():
         said = {row.step + row.layers * layers for row in listed if row.place == place}
-        teller.check(f"{name}: {place}", count in said, f"{count}, and the table says {sorted(said) or 'nothing'}")
+        recorder.check(f"{name}: {place}", count in said, f"{count}, and the table says {sorted(said) or 'nothing'}")
 
 
 def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None) -> Waits:
-    """Of the third step."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # where a CPU multiplies bf16, it waits for numbers of rows
-    parallel = model_alone(model, device, dtype, exchange)
+    """The waits of the third step."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # a CPU that multiplies bf16 reads numbers of rows
+    parallel = build_single_rank(model, device, dtype, exchange)
     random_weights(parallel)
     rows = random_rows(parallel, sequences=4, length=32)
-    step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), [rows], 1e-4, 1.0)
+    step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), StepInput([rows], 1e-4, 1.0))
     step()
     step()
     with named_reads() as (named, places):
@@ -106,7 +106,7 @@ def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None
 
 
 def random_weights(parallel: Parallel) -> None:
-    """Drawn on the device; the model is ready to train."""
+    """Draw random weights on the device, and set the model to training mode."""
     for name, parameter in parallel.model.named_parameters():
         nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
     reset_expert_biases(parallel.model)
@@ -114,7 +114,7 @@ def random_weights(parallel: Parallel) -> None:
 
 
 def random_rows(parallel: Parallel, sequences: int, length: int) -> Rows:
-    """All targets count, which the host knows."""
+    """Random rows in which every target is valid; the host has their number."""
     model = parallel.model.config
     ids = torch.randint(model.vocabulary, (sequences, length + 1), device=parallel.device)
     valid = [sequences * (length - depth) for depth in range(model.mtp_depth + 1)]
@@ -123,7 +123,7 @@ def random_rows(parallel: Parallel, sequences: int, length: int) -> Rows:
 
 @contextmanager
 def named_reads() -> Iterator[tuple[Counter[str], set[str]]]:
-    """Counts the calls of `host_read` by name, wherever it was imported to, and notes where they are."""
+    """Yields the calls of `host_read` by name, and their places. Replaces it in all modules that import it."""
     found, places = Counter[str](), set[str]()
     real = device_module.host_read
 
@@ -140,7 +140,7 @@ def named_reads() -> Iterator[tuple[Counter[str], set[str]]]:
 
 
 def listed_waits() -> list[Listed] | None:
-    """The table under the heading in docs/performance.md; None if there is none."""
+    """The table in docs/performance.md; None if it is missing."""
     _, _, rest = (ROOT / "docs" / "performance.md").read_text().partition(f"{HEADING}\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rest.partition("\n## ")[0].splitlines() if line[:1] == "|"]
     if not rows or rows[0] != COLUMNS:

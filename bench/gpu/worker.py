@@ -1,8 +1,8 @@
-"""The process in which parts run: `python -m tokenyard.bench.gpu.worker DEVICE SCALE`. It answers on what was its standard output.
+"""The process that runs parts: `python -m tokenyard.bench.gpu.worker DEVICE SCALE`.
 
-A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered by the part's records, and then by `{"kind": "end"}`, which
-says whether the process `stays`: a part that raises ends it, since what a GPU was doing then cannot be trusted; the next part has a
-new one.
+A line `{"part": NAME, "seconds": LIMIT}` on standard input is answered on standard output by the records of the part, then by
+`{"kind": "end"}`, which says whether the process `stays`. A part that raises ends the process, since the state of the GPU cannot be
+trusted then; the next part gets a new process.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ import traceback
 
 import torch
 
-from .parts import BY_NAME
-from .tell import Absent, Teller
+from .recorder import Recorder, Unavailable
+from .runner import BY_NAME
 
 
 def main(device: str, scale: str) -> int:
     """Serve until standard input ends. Returns the exit code."""
-    # Libraries print, NCCL from C: nothing of that may come between the records.
+    # Libraries print to standard output, NCCL from C; keep that apart from the records.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)  # references are small, and threads on a busy machine wait for each other
     for line in sys.stdin:
         call = json.loads(line)
-        teller = Teller(out, torch.device(device), scale, call["seconds"])
+        recorder = Recorder(out, torch.device(device), scale, call["seconds"])
         faulthandler.dump_traceback_later(max(0.1, call["seconds"] - 1.0))
-        ok = run(call["part"], teller)
+        ok = run(call["part"], recorder)
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps({"kind": "end", "stays": ok}), file=out, flush=True)
         if not ok:
@@ -38,30 +38,30 @@ def main(device: str, scale: str) -> int:
     return 0
 
 
-def run(name: str, teller: Teller) -> bool:
-    """Whether the part came to its end."""
+def run(name: str, recorder: Recorder) -> bool:
+    """Run a part. Returns whether it finished."""
     try:
         exact_products()
-        importlib.import_module(f"{__package__}.{BY_NAME[name].module}").run(teller)
-    except Absent as reason:
-        teller.skip(name, str(reason))
+        importlib.import_module(f"{__package__}.{BY_NAME[name].module}").run(recorder)
+    except Unavailable as reason:
+        recorder.skip(name, str(reason))
     except Exception as error:
-        teller.check(f"{name} came to its end", False, " ".join(f"{type(error).__name__}: {error}".split())[:500])
+        recorder.check(f"{name} came to its end", False, " ".join(f"{type(error).__name__}: {error}".split())[:500])
         traceback.print_exc()
         return False
     finally:
-        forget(teller)
+        forget(recorder)
     return True
 
 
 def exact_products() -> None:
-    """Products in fp32 are made in fp32 (not TF32), until a part that measures speed wants it otherwise."""
+    """Compute fp32 products in fp32, not TF32, until a part that measures speed changes this."""
     torch.set_float32_matmul_precision("highest")
 
 
-def forget(teller: Teller) -> None:
+def forget(recorder: Recorder) -> None:
     gc.collect()
-    if teller.cuda:
+    if recorder.cuda:
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
 

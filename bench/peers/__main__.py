@@ -1,8 +1,9 @@
-"""One training step by tokenyard, by others, and dense: `python -m tokenyard.bench.peers`.
+"""Compares one training step of tokenyard, of other systems, and of a dense model: `python -m tokenyard.bench.peers`.
 
-Forward, backward and AdamW of the same transformer on the same tokens, each side in a process of its own, taking turns. The limit
-is a dense transformer with as much computation for each token. The peers: pip install 'tokenyard[peers]', then
-pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 triton (torchtitan asks for an older datasets than tokenyard does).
+Forward, backward and AdamW of the same transformer on the same tokens. Each side has a process of its own, and the sides take
+turns. The upper bound is a dense transformer that computes as much for each token. To install the peers:
+pip install 'tokenyard[peers]', then
+pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 triton (torchtitan requires an older datasets than tokenyard).
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 
 from ..timing import markdown
 from .cases import CASES, SIDES, sides_of
-from .rounds import Line, Measurement, measure
+from .rounds import Measurement, SideResult, measure
 
 
 def main() -> None:
@@ -29,24 +30,24 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.peers", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["8x2-fp32", "8x2-bf16", "64x8-bf16"], help="experts x top-k")
     names = [side.name for side in SIDES]
-    parser.add_argument("--sides", nargs="+", choices=names, help="these, and what they are compared with; default: all")
+    parser.add_argument("--sides", nargs="+", choices=names, help="these, and the sides they are compared with (all)")
     parser.add_argument("--rounds", type=int, default=Measurement().rounds)
     parser.add_argument("--steps", type=int, default=Measurement().steps, help="of each side in a round")
     parser.add_argument("--warmup", type=int, default=Measurement().warmup, help="steps of each side before the first round")
     parser.add_argument("--threads", type=int, default=Measurement().threads, help="of each side; one works at a time")
     parser.add_argument("--together", type=int, default=Measurement().together, help="sides in memory at once")
-    parser.add_argument("--plain-memory", action="store_true", help="without the settings of memory that tokenyard train makes")
+    parser.add_argument("--plain-memory", action="store_true", help="without the memory settings of tokenyard train")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
 
-def table(lines: list[Line]) -> str:
-    """Markdown. Shares with their quartiles; `ours` is what tokenyard's tokens/s are of the side's."""
+def table(lines: list[SideResult]) -> str:
+    """A Markdown table. `ours` is the ratio of tokenyard's tokens/s to those of the side."""
     heads = ["case", "side", "tokens/s", "of dense", "quartiles", "ours", "peak MiB", "first loss"]
     return markdown(heads, map(_cells, lines))
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: SideResult) -> list[str]:
     if line.of_dense is None or line.quartiles is None:
         return [line.case, line.side, line.note, *[""] * 5]
     shares = [f"{line.of_dense:.2f}", "{:.2f}-{:.2f}".format(*line.quartiles)]

@@ -1,4 +1,4 @@
-"""What is compared: the transformers, and the sides that build them."""
+"""The cases and the sides of the comparison: which transformers are trained, and who computes them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Case:
-    """A decoder of `layers` blocks of which each has `experts`, and the batch of a step."""
+    """A decoder of `layers` blocks, each with `experts`, and the batch of a step."""
 
     experts: int
     top_k: int
     hidden: int
-    """Of one expert. The dense side's feed-forward has top_k times that: as much computation for each token."""
+    """Hidden width of one expert. The dense feed-forward has top_k times that width, which computes as much for each token."""
     precision: str
-    """fp32 or bf16: of activations, weights, gradients and moments."""
+    """fp32 or bf16, for activations, weights, gradients and moments."""
     width: int = 512
     layers: int = 4
     heads: int = 8
@@ -25,7 +25,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.sequences * self.length
 
 
@@ -35,34 +35,34 @@ CASES = {
     "64x8-bf16": Case(64, 8, 256, "bf16"),
     "64x8-fp32": Case(64, 8, 256, "fp32"),
 }
-"""By name: experts x top_k."""
+"""Each name is experts x top_k and precision."""
 
 CAPACITY = 1.25
-"""Rows an expert takes on the sides that drop, as a multiple of an even share."""
+"""Rows that an expert accepts on the sides that drop, as a multiple of an even share."""
 
 
 class Side(NamedTuple):
-    """`name` in the table; `module` of this folder builds it, told the `variant`."""
+    """`name` in the table; `builder` of worker.py builds the model for a `variant`."""
 
     name: str
-    module: str
+    builder: str
     variant: str = ""
     needs: str | None = None
-    """The distribution to install."""
+    """The distribution that must be installed."""
     dense: str = "dense"
-    """The side that is the limit of this one."""
+    """The dense side that is the upper bound of this one."""
     ours: str = "tokenyard"
     """The side of ours that does the same work."""
     same: bool = True
-    """Computes the same function as `ours`, so their first losses are equal."""
+    """Whether it computes the same function as `ours`, so that their first losses are equal."""
 
 
 SIDES = (
     Side("dense", "ours", "dense", same=False),
     Side("tokenyard", "ours"),
-    Side("transformers eager", "mixtral", "eager", "transformers"),
-    Side("transformers grouped_mm", "mixtral", "grouped_mm", "transformers"),
-    Side("transformers batched_mm", "mixtral", "batched_mm", "transformers"),
+    Side("transformers eager", "transformers", "eager", "transformers"),
+    Side("transformers grouped_mm", "transformers", "grouped_mm", "transformers"),
+    Side("transformers batched_mm", "transformers", "batched_mm", "transformers"),
     Side("torchtitan", "torchtitan", needs="torchtitan"),
     Side("Megatron-Core", "megatron", needs="megatron-core"),
     Side("DeepSpeed", "deepspeed", needs="deepspeed"),
@@ -71,7 +71,8 @@ SIDES = (
     Side("dense, fp32 weights", "ours", "dense wide", dense="dense, fp32 weights", ours="tokenyard, fp32 weights", same=False),
     Side("tokenyard, fp32 weights", "ours", "wide", dense="dense, fp32 weights", ours="tokenyard, fp32 weights"),
 )
-"""Those with drops choose them differently: only the amount of work is the same. Fp32 weights are what `tokenyard train` has."""
+"""The sides that drop choose the dropped tokens differently; only the amount of work is the same. `tokenyard train` has fp32
+weights."""
 
 IMPORTS = {
     "transformers": "transformers.models.mixtral.modeling_mixtral",
@@ -79,13 +80,13 @@ IMPORTS = {
     "megatron-core": "megatron.core.transformer.moe.moe_layer",
     "deepspeed": "deepspeed.moe.layer",
 }
-"""What a side's process imports before memory is counted."""
+"""The module that a side's process imports before memory is counted."""
 PIP = {"torchtitan": "--no-deps torchtitan spmd_types triton"}
-"""What to install, where it is not the distribution's name. torchtitan 0.3 asks for datasets < 4.8, and tokenyard for >= 5.2."""
+"""Arguments of pip if they are not the distribution's name. torchtitan 0.3 requires datasets < 4.8, and tokenyard >= 5.2."""
 
 
 def sides_of(case: Case, wanted: list[str] | None = None) -> list[Side]:
-    """Those that this case has; `wanted` are names, None is all. What a side is compared with comes along."""
+    """The sides of this case; `wanted` are names (None: all). The sides that a wanted one is compared with are included."""
     sides = [side for side in SIDES if case.precision == "bf16" or "fp32 weights" not in side.name]
     if wanted is None:
         return sides
@@ -94,10 +95,10 @@ def sides_of(case: Case, wanted: list[str] | None = None) -> list[Side]:
 
 
 def refusal(side: Side, case: Case, memory: int) -> str | None:
-    """Why it cannot run here with so many bytes of `memory`, in words; None if it can."""
+    """Why the side cannot run with `memory` bytes; None if it can."""
     if side.needs is not None and find_spec(IMPORTS[side.needs].partition(".")[0]) is None:
         return not_installed(side)
-    if side.module == "torchtitan" and case.precision != "bf16":
+    if side.builder == "torchtitan" and case.precision != "bf16":
         return "computes experts in bf16 only"
     if side.variant == "batched_mm":
         number = 2 if case.precision == "bf16" else 4
@@ -108,7 +109,8 @@ def refusal(side: Side, case: Case, memory: int) -> str | None:
 
 
 def groups(sides: list[Side], together: int) -> Iterator[list[Side]]:
-    """Of at most `together` sides, which take turns; each with those that its other sides are compared with, as far as they run."""
+    """Groups of at most `together` sides that take turns. Each has the sides that its members are compared with, if they can
+    run."""
     by_name = {side.name: side for side in sides}
     group: list[Side] = []
     for side in sides:

@@ -1,4 +1,4 @@
-"""The sides of ours: MoE, MoE with drops, dense; and our transformer with somebody else's MoE layers in it."""
+"""Our sides: MoE, MoE with drops, dense; and our transformer with the MoE layers of another system."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,38 +22,38 @@ SEED = 0
 
 
 class Built(NamedTuple):
-    """A model and its mean cross entropy: from ids and targets, both (B, S), to a scalar."""
+    """A model, and the function from ids and targets, both (B, S), to its mean cross entropy."""
 
     model: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
 def build(case: Case, variant: str) -> Built:
-    """`variant`: any of the words dense, drops, wide (weights in fp32 whatever the activations)."""
+    """`variant`: any of the words dense, drops, wide (fp32 weights for any dtype of activations)."""
     words = variant.split()
     model = transformer(case, "dense" in words, "drops" in words, torch.float32 if "wide" in words else DTYPES[case.precision])
     return Built(model, partial(loss_of, model))
 
 
 def build_with(case: Case, convert: Callable[[MoELayer], nn.Module]) -> Built:
-    """Our transformer in which each MoE layer is what `convert` makes of it: a module that maps (B, S, D) to itself, or to a tuple
-    of that and more."""
+    """Our transformer with each MoE layer replaced by `convert(layer)`, a module from (B, S, D) to (B, S, D), or to a tuple that
+    begins with it."""
     model = transformer(case, weights=DTYPES[case.precision])
     for block in model.blocks:
         assert block.moe is not None
-        block.register_module("moe", Theirs(convert(block.moe)))
+        block.register_module("moe", OtherLayer(convert(block.moe)))
     return Built(model, partial(loss_of, model))
 
 
 def transformer(case: Case, dense: bool = False, drops: bool = False, weights: torch.dtype | None = None) -> Transformer:
-    """With its first weights."""
+    """Our transformer with initial weights."""
     model = Transformer(model_config(case, dense, drops), DTYPES[case.precision], weights)
     initialise(model, SEED)
     return model
 
 
 def model_config(case: Case, dense: bool, drops: bool) -> ModelConfig:
-    """Without auxiliary losses: not all sides have them. Drops are over the whole batch, as DeepSpeed's."""
+    """No auxiliary losses, because not all sides have them. The capacity counts over the whole batch, as DeepSpeed's does."""
     moe = MoEConfig(
         experts=0 if dense else case.experts,
         top_k=case.top_k,
@@ -74,15 +74,15 @@ def model_config(case: Case, dense: bool, drops: bool) -> ModelConfig:
 
 
 def loss_of(model: Transformer, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
-    """As train/step.py computes it."""
+    """The mean cross entropy, as train/step.py computes it."""
     valid_BS = targets_BS != IGNORE
     head = partial(head_loss, targets=targets_BS, ignore=IGNORE, axis=ALONE)
     (summed,), _ = model(ids_BS, valid_BS, head_losses=[head])
     return summed / valid_BS.sum()
 
 
-class Theirs(nn.Module):
-    """In the place of a MoELayer: no statistics."""
+class OtherLayer(nn.Module):
+    """Replaces a MoELayer; returns no statistics."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

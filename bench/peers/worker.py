@@ -1,4 +1,4 @@
-"""One side in a process of its own: builds its model, then does so many steps whenever it is told to, and answers with JSON."""
+"""The process of one side: it builds the model, then takes as many steps as each request asks for, and answers with JSON."""
 
 import gc
 import json
@@ -14,13 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batches import IGNORE
+from . import others, ours
 from .cases import Case
+
+BUILDERS = {
+    "ours": ours.build,
+    "transformers": others.build_transformers,
+    "torchtitan": others.build_torchtitan,
+    "megatron": others.build_megatron,
+    "deepspeed": others.build_deepspeed,
+}
+"""By `builder` of a side: from a case and a variant to the model."""
 
 
 def main() -> None:
-    """The task is the argument; each line of standard input is a number of steps, and the last thing is the peak of memory."""
+    """The argument is the task. Each line of standard input is a number of steps, and is answered by seconds, losses and peak
+    memory."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # libraries print to standard output
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     case = Case(**task["case"])
@@ -29,8 +40,8 @@ def main() -> None:
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=answers)
         return
-    Trainer(tiny(case), task["module"], task["variant"]).steps(1)  # libraries import and reserve much at their first step
-    trainer = Trainer(case, task["module"], task["variant"])
+    Trainer(tiny(case), task["builder"], task["variant"]).steps(1)  # libraries import and reserve much in their first step
+    trainer = Trainer(case, task["builder"], task["variant"])
     print(json.dumps({}), file=answers)
     for line in sys.stdin:
         seconds, losses = trainer.steps(json.loads(line))
@@ -40,26 +51,25 @@ def main() -> None:
 class Trainer:
     """A model and its AdamW, the same for all sides."""
 
-    def __init__(self, case: Case, module: str, variant: str) -> None:
+    def __init__(self, case: Case, builder: str, variant: str) -> None:
         self.case = case
-        builder = import_module(f".{module}", __package__)
         gc.collect()
         self.before = memory("VmRSS")
-        built = builder.build(case, variant)
+        built = BUILDERS[builder](case, variant)
         self.model, self.loss = built.model.train(), built.loss
         self.optimizer = build_optimizer(built.model)
         self.generator = torch.Generator().manual_seed(1)
         forget_peak()
 
     def steps(self, count: int) -> tuple[float, list[float]]:
-        """Seconds of all of them together, and the losses. Each has new tokens: what experts get is never twice the same."""
+        """Seconds of all `count` steps, and their losses. Each step has new tokens, so the load of the experts changes."""
         batches = [self._batch() for _ in range(count)]
         start = perf_counter()
         losses = [self._step(*batch) for batch in batches]
         return perf_counter() - start, [loss.item() for loss in losses]
 
     def peak(self) -> int:
-        """Bytes: the most that was resident in a step, less what was before the model was built."""
+        """Peak resident bytes in a step, without those before the model was built."""
         return memory("VmHWM") - self.before
 
     def _step(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
@@ -76,12 +86,12 @@ class Trainer:
 
 
 def tiny(case: Case) -> Case:
-    """The same in small."""
+    """The case with small sizes."""
     return replace(case, width=8 * case.heads, hidden=16, layers=1, vocabulary=64, sequences=1, length=16)
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """As train/optimizer.py makes it. The small rate keeps routers, which nothing balances here, from collapsing."""
+    """AdamW as in train/optimizer.py. The small learning rate keeps the routers from collapsing, which no loss balances here."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
@@ -89,14 +99,14 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def memory(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most. Linux alone has them; 0 elsewhere."""
+    """Resident bytes of this process: VmRSS now, VmHWM the peak. 0 on systems other than Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def forget_peak() -> None:
-    """VmHWM begins again at what is resident now."""
+    """Reset VmHWM to the current resident memory."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,8 +1,8 @@
-"""Does a Mixture of Experts pay? `python -m tokenyard.bench.quality [key=value ...]`, settings as for `tokenyard train`.
+"""Compares MoE with dense models: `python -m tokenyard.bench.quality [key=value ...]`, settings as for `tokenyard train`.
 
-A dense model and MoE variants with its active parameters, on the same tokens of real text: validation loss against tokens,
-FLOPs and time, and how much less of each a variant needs for the dense model's final loss. Run folders stay in --out; what is
-complete there is not run again.
+Trains a dense model and MoE variants with its active parameters on the same tokens of real text. Reports the validation loss
+against tokens, FLOPs and time, and how much less of each a variant needs to reach the final loss of the dense model. Run
+folders stay in --out; complete runs are not repeated.
 """
 
 import argparse
@@ -13,15 +13,14 @@ from pathlib import Path
 
 from ...train.allocator import restart_with_kept_memory
 from .cost import causal_loss, relative_costs
-from .curves import complete
 from .picture import draw
 from .plan import CHOOSERS, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
 from .results import results, table
-from .runs import Lab
+from .runs import Lab, complete
 
 STAGES = ("train", "cost", "report")
 EXTENSIONS = 3
-"""Of the range of learning rates, at most."""
+"""The most times that tuning extends the range of learning rates."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -64,7 +63,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def laboratory(arguments: argparse.Namespace) -> Lab:
-    """ValueError for a variant that there is not."""
+    """The lab for these arguments. Raises ValueError for an unknown variant."""
     size = SIZES[arguments.size]
     size = replace(size, steps=arguments.steps or size.steps, expansion=arguments.expansion or size.expansion)
     known = variants(size)
@@ -84,7 +83,7 @@ def laboratory(arguments: argparse.Namespace) -> Lab:
 
 
 def train(lab: Lab, arguments: argparse.Namespace) -> None:
-    """Tunes the learning rates and writes down the plan; then all runs."""
+    """Tunes the learning rates, writes the plan, and trains all runs."""
     tried = {name: tune(lab, name, arguments) for name in (DENSE, TUNED)}
     plan = QualityPlan(lab.size.steps, arguments.seeds, arguments.shorter, tried)
     named(lab, "plan", "json").write_text(json.dumps(asdict(plan), indent=1))
@@ -92,7 +91,8 @@ def train(lab: Lab, arguments: argparse.Namespace) -> None:
 
 
 def tune(lab: Lab, variant: str, arguments: argparse.Namespace) -> list[list[float]]:
-    """Pairs of a learning rate and its loss: the given ones, and others while the best is at an end. A single one is taken."""
+    """Pairs of a learning rate and its loss: the given rates, and further ones while the best is at an end. One rate is not
+    tuned."""
     rates, losses = list(arguments.rates), dict[float, float]()
     if len(rates) == 1:
         return [[rates[0], 0.0]]
@@ -108,12 +108,12 @@ def tune(lab: Lab, variant: str, arguments: argparse.Namespace) -> list[list[flo
 
 
 def cost(lab: Lab, arguments: argparse.Namespace) -> None:
-    """Apart from training, since nothing else may run meanwhile."""
+    """Measures the cost of steps. A stage of its own, because nothing else may run at the same time."""
     (lab.folder / "costs.json").write_text(json.dumps(relative_costs(lab, arguments.rounds, 5), indent=1))
 
 
 def report(lab: Lab, _: argparse.Namespace) -> None:
-    """What is there so far."""
+    """Reports the runs that exist so far."""
     plan, costs = QualityPlan(**json.loads(named(lab, "plan", "json").read_text())), lab.folder / "costs.json"
     found = results(lab, plan, json.loads(costs.read_text()) if costs.exists() else {})
     choosers = [plan.full(CHOOSERS, seed) for seed in range(1, plan.seeds + 1)]
@@ -127,7 +127,7 @@ def report(lab: Lab, _: argparse.Namespace) -> None:
 
 
 def named(lab: Lab, name: str, kind: str) -> Path:
-    """A file of the results of runs of this length, beside which others may stand."""
+    """A file of results for runs of this length; the folder may hold results of other lengths."""
     return lab.folder / f"{name}-{lab.size.steps}.{kind}"
 
 

@@ -1,4 +1,4 @@
-"""What a variant's step and its causal loss are worth: time beside the dense model, and expert choice without a look ahead."""
+"""The time of a variant's step relative to the dense model, and the loss of expert choice without looking ahead."""
 
 import tempfile
 from functools import partial
@@ -20,7 +20,7 @@ from .runs import Lab
 
 
 def relative_costs(lab: Lab, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Each variant's time a step over the dense one's: a ratio for each round, in which all take turns in this process."""
+    """Time per step of each variant over that of the dense model, for each round; the variants take turns in this process."""
     torch.set_num_threads(lab.threads)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {name: _opened(lab, model, Path(folder) / name) for name, model in lab.variants.items()}
@@ -44,9 +44,9 @@ def _take(session: Session, steps: int) -> None:
 
 
 def causal_loss(folder: Path) -> float:
-    """The validation loss of a run with expert choice when tokens choose their top_k experts, as they must when text is generated.
+    """The validation loss of an expert-choice run when tokens choose their top_k experts, as they must in generation.
 
-    Experts that choose among the tokens of a sequence see later ones, which its own loss profits from.
+    Experts that choose among the tokens of a sequence see later tokens, so the loss of expert choice itself is too low.
     """
     session = open_for_evaluation(str(folder), [])
     session.config.model.moe.router.selection = Selection.top_k

@@ -1,4 +1,4 @@
-"""The picture of bench/quality/: curves against tokens, FLOPs and time, and the last losses. Needs matplotlib."""
+"""Draws the curves against tokens, FLOPs and time, and the final losses. Needs matplotlib."""
 
 import statistics
 from pathlib import Path
@@ -15,7 +15,7 @@ COLOURS = ("#222222", "#7a5c00", "#0064a6", "#00745a", "#c04a00", "#a03f84", "#6
 
 
 def draw(lab: Lab, plan: QualityPlan, found: dict[str, Any], path: Path) -> None:
-    """Writes a PNG. ImportError without matplotlib."""
+    """Writes a PNG. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
@@ -44,7 +44,7 @@ def draw(lab: Lab, plan: QualityPlan, found: dict[str, Any], path: Path) -> None
 
 
 def _curve(axis: "Axes", lab: Lab, plan: QualityPlan, name: str, factor: float, colour: str) -> None:
-    """Mean over the seeds, and a band from the lowest to the highest."""
+    """The mean over the seeds, with a band from the lowest to the highest."""
     curves = lab.curves([plan.full(name, seed) for seed in range(1, plan.seeds + 1)])
     whole = curves[0].tokens[-1]
     at = [tokens / whole * factor for tokens in curves[0].tokens]
@@ -55,7 +55,7 @@ def _curve(axis: "Axes", lab: Lab, plan: QualityPlan, name: str, factor: float, 
 
 
 def _ends(axis: "Axes", variants: dict[str, Any], colours: dict[str, str], dense: float) -> None:
-    """The last loss of each seed."""
+    """The final loss of each seed."""
     for place, (name, entry) in enumerate(variants.items()):
         axis.plot([place] * len(entry["losses"]), entry["losses"], "o", color=colours[name], alpha=0.7)
         axis.plot([place - 0.25, place + 0.25], [entry["mean"]] * 2, color=colours[name], linewidth=2)

@@ -1,4 +1,4 @@
-"""What bench/quality/ trains: a size, its variants with equal active parameters, each run as settings of `tokenyard train`."""
+"""The plan of runs: a size, its variants with equal active parameters, and the settings of each run for `tokenyard train`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ SIZES = {
         evaluate_sequences=2048,
     ),
 }
-"""cpu: one to two minutes a run on one core. gpu: 2.6 billion tokens a run, which need another corpus than the default one."""
+"""cpu: one to two minutes per run on one core. gpu: 2.6 billion tokens per run, which need a larger corpus than the default."""
 
 
 class TrainingRun(NamedTuple):
@@ -78,12 +78,12 @@ class TrainingRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run folder."""
         return f"{self.variant}-rate{self.rate:g}-steps{self.steps}-seed{self.seed}"
 
 
 def variants(size: Size) -> dict[str, list[str]]:
-    """The settings of each variant's model. The dense one is made wider by about the weights of the router of TUNED."""
+    """The model settings of each variant. The dense model is wider by about the weights of the router of TUNED."""
     experts, hidden = size.expansion, size.hidden
     top_2 = _experts(2 * experts, 2, hidden // 2)
     router = 2 * experts * size.width
@@ -114,7 +114,7 @@ def _experts(experts: int, top_k: int, hidden: int) -> list[str]:
 
 
 def settings(size: Size, model: list[str], more: Iterable[str] = ()) -> list[str]:
-    """All settings that do not depend on the run: those of the size, those of a variant, and the user's, which win."""
+    """The settings that do not depend on the run: those of the size and of the variant, then those of the user, which override."""
     shape = {"layers": size.layers, "width": size.width, "heads": size.heads, "kv_heads": size.kv_heads, "vocabulary": size.pieces}
     return [
         "tracker=none",
@@ -135,7 +135,7 @@ def settings(size: Size, model: list[str], more: Iterable[str] = ()) -> list[str
 
 
 def run_settings(run: TrainingRun, evaluations: int) -> list[str]:
-    """Those that depend on the run."""
+    """The settings that depend on the run."""
     every = max(1, run.steps // evaluations)
     return [
         f"optimizer.lr={run.rate:g}",
@@ -147,13 +147,13 @@ def run_settings(run: TrainingRun, evaluations: int) -> list[str]:
 
 
 def active(model: ModelConfig) -> int:
-    """Parameters that a token passes, router included, without embedding and head."""
+    """Active parameters, router included, without embedding and head."""
     parts = count(model)
     return parts.active - parts.embedding - parts.head
 
 
 def models(size: Size, chosen: Mapping[str, list[str]], more: Iterable[str] = ()) -> dict[str, ModelConfig]:
-    """The model of each variant. ValueError if the active parameters of one are not those of the dense one, within BOUND."""
+    """The model of each variant. Raises ValueError if its active parameters differ from the dense model's by more than BOUND."""
     found = {name: compose(settings(size, model, more)).model for name, model in chosen.items()}
     dense = active(found[DENSE])
     for name, model in found.items():
@@ -166,17 +166,17 @@ def models(size: Size, chosen: Mapping[str, list[str]], more: Iterable[str] = ()
 
 @dataclass
 class QualityPlan:
-    """Which runs there are, after tuning."""
+    """The runs, after tuning."""
 
     steps: int
     seeds: int
     shorter: list[float]
-    """Shares of the steps that TUNED is trained for as well, its learning rate decayed at their end."""
+    """Shares of the steps that TUNED is also trained for, with its learning rate decayed at their end."""
     tried: dict[str, list[list[float]]]
-    """Of DENSE and TUNED: pairs of a learning rate and the loss that it came to in the shorter runs of tuning."""
+    """For DENSE and TUNED, pairs of a learning rate and its loss in the tuning runs."""
 
     def rate(self, variant: str) -> float:
-        """The best one tried."""
+        """The learning rate with the lowest loss in tuning."""
         return min(self.tried[DENSE if variant == DENSE else TUNED], key=lambda pair: pair[1])[0]
 
     def full(self, variant: str, seed: int) -> TrainingRun:
@@ -186,7 +186,7 @@ class QualityPlan:
         return TrainingRun(TUNED, self.rate(TUNED), max(1, round(share * self.steps)), seed)
 
     def runs(self, chosen: Iterable[str]) -> list[TrainingRun]:
-        """A seed after the other, so that the first is there early."""
+        """The runs ordered by seed, so that those of the first seed finish early."""
         names = list(chosen)
         return [
             run

@@ -1,4 +1,4 @@
-"""What the runs came to: losses over the seeds, and the share of the dense model's tokens, FLOPs and time that a variant needs."""
+"""Results of the runs: losses over the seeds, and the share of the dense model's tokens, FLOPs and time that a variant needs."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,17 +6,16 @@ from typing import Any
 
 from ...moe.param_count import count, training_flops_per_token
 from ..timing import markdown
-from .curves import Curve, crossing, deviation
 from .plan import CHOOSERS, DENSE, TUNED, QualityPlan, active, models
-from .runs import Lab
+from .runs import Curve, Lab, crossing, deviation
 
 
 def results(lab: Lab, plan: QualityPlan, costs: dict[str, list[float]]) -> dict[str, Any]:
-    """Of the seeds whose runs are complete, as plain JSON.
+    """Results of the seeds whose runs are complete, as plain JSON.
 
-    `shares` are those of the dense model's tokens after which a variant has the final loss of the same seed's dense run, None
-    where it never has: read off the evaluations of full runs, whose learning rate is still high there, so rather too high.
-    `decayed` are the same between the last losses of TUNED's shorter and full runs, each with a decay of its own.
+    `shares`: the share of the dense model's tokens after which a variant reaches the final loss of the dense run of the same seed;
+    None if it never does. It is read from the evaluations of full runs, whose learning rate is still high, so it is an upper bound.
+    `decayed`: the same, interpolated between the final losses of the shorter and full runs of TUNED, each with its own decay.
     """
     found, shapes = {}, models(lab.size, lab.variants, lab.more)
     dense = _by_seed(lab, plan, DENSE)
@@ -57,7 +56,7 @@ def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> fl
 
 
 def _shorter(lab: Lab, plan: QualityPlan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
-    """The losses of each length, and for each seed with more than one length the share of the dense model's tokens."""
+    """The losses for each length, and the share of the dense model's tokens for each seed with more than one length."""
     by_length: dict[str, list[float]] = {}
     shares: list[float | None] = []
     for seed, other in dense.items():
@@ -74,7 +73,8 @@ HEAD = "variant | rate | active | total | loss | below dense | imbalance | dropp
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown. tokens, of FLOPs, of time: what is needed for the dense model's final loss, as a share of what that needed."""
+    """A Markdown table. tokens, of FLOPs, of time: what a variant needs for the dense model's final loss, relative to that
+    model."""
     lines = [markdown(HEAD.split(" | "), (_row(name, entry) for name, entry in found["variants"].items()))]
     shorter = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["shorter"].items())
     lines += ["", f"{TUNED} by its share of the tokens: {', '.join(shorter)}"]
@@ -108,7 +108,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _shares(shares: list[float | None], factor: float) -> str:
-    """Mean and deviation, or how many seeds never get there."""
+    """Mean and deviation, or the number of seeds that never reach the loss."""
     there = [share * factor for share in shares if share is not None]
     missing = len(shares) - len(there)
     if missing or not there:

@@ -1,7 +1,7 @@
-"""One table per architecture of Hugging Face: its keys of config.json and the names of its tensors."""
+"""The supported Hugging Face architectures: the keys of config.json and the names of the tensors of each."""
 
-from .base import Family
 from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from .family import Family
 from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .mixtral import MIXTRAL
@@ -12,4 +12,4 @@ FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
 }
-"""By architecture, in the order in which an export tries them."""
+"""Families by architecture, in the order in which an export tries them."""

@@ -3,42 +3,42 @@
 from typing import Any
 
 from ...moe.config import AttentionKind, GroupScore, ModelConfig, Scope, Score
-from ..config_reader import Keys
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
-from ..weight_mapping import DENSE, NORMS, ROUTER, experts, feedforward, layer_rows
-from .base import COMMON, Family, normalizes, read_common, read_experts, read_normalize, write_common
+from ..weight_mapping import DENSE, NORMS, ROUTER, experts, feedforward, layer_tensors
+from .family import COMMON, Family, norm_topk_prob, read_common, read_experts, read_norm_topk_prob, write_common
 
 EPSILON = 1e-6
-"""transformers norms the latents with this whatever rms_norm_eps is."""
+"""transformers uses this epsilon in the norms of the latents, whatever rms_norm_eps is."""
 
 
-def read_v2(keys: Keys) -> ModelConfig:
-    config = _read_both(keys, interleaved=True)
-    keys.require("mlp_bias", None, False)
-    keys.require("topk_method", "greedy", "group_limited_greedy")
-    keys.require("scoring_func", None, "softmax")
-    keys.require("norm_topk_prob", None, False, why="transformers would not do it")
+def read_v2(reader: ConfigReader) -> ModelConfig:
+    config = _read_both(reader, interleaved=True)
+    reader.require("mlp_bias", None, False)
+    reader.require("topk_method", "greedy", "group_limited_greedy")
+    reader.require("scoring_func", None, "softmax")
+    reader.require("norm_topk_prob", None, False, why="transformers would not do it")
     config.moe.router.normalize_top_k = False
-    if keys.any("topk_method") == "group_limited_greedy":
-        _read_groups(keys, config, GroupScore.max)
+    if reader.any("topk_method") == "group_limited_greedy":
+        _read_groups(reader, config, GroupScore.max)
     else:
         for unused in ("n_group", "topk_group"):
-            keys.any(unused)
-    config.moe.balance.coefficient = keys.number("aux_loss_alpha")
-    config.moe.balance.scope = Scope.sequence if keys.flag("seq_aux") else Scope.batch
+            reader.any(unused)
+    config.moe.balance.coefficient = reader.number("aux_loss_alpha")
+    config.moe.balance.scope = Scope.sequence if reader.flag("seq_aux") else Scope.batch
     return config
 
 
-def read_v3(keys: Keys) -> ModelConfig:
-    config = _read_both(keys, interleaved=keys.flag("rope_interleave"))
-    keys.require("topk_method", None, "noaux_tc")
-    keys.require("scoring_func", None, "sigmoid")
+def read_v3(reader: ConfigReader) -> ModelConfig:
+    config = _read_both(reader, interleaved=reader.flag("rope_interleave"))
+    reader.require("topk_method", None, "noaux_tc")
+    reader.require("scoring_func", None, "sigmoid")
     router, balance = config.moe.router, config.moe.balance
     router.score = Score.sigmoid
-    read_normalize(keys, config)
-    _read_groups(keys, config, GroupScore.top2)
-    balance.coefficient, balance.sequence_coefficient, balance.bias_rate = 0.0, 0.0001, 0.001  # of the paper, section 4.2
-    config.mtp_depth = keys.integer("num_nextn_predict_layers", 0)
+    read_norm_topk_prob(reader, config)
+    _read_groups(reader, config, GroupScore.top2)
+    balance.coefficient, balance.sequence_coefficient, balance.bias_rate = 0.0, 0.0001, 0.001  # as in section 4.2 of the paper
+    config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
     return config
 
 
@@ -61,42 +61,42 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "n_group": router.groups,
         "topk_group": router.top_groups,
-        "norm_topk_prob": normalizes(config),
+        "norm_topk_prob": norm_topk_prob(config),
         "rope_interleave": config.attention.rope.interleaved,
         "num_nextn_predict_layers": config.mtp_depth,
     }
 
 
-def _read_both(keys: Keys, interleaved: bool) -> ModelConfig:
-    config = read_common(keys)
-    keys.require("rms_norm_eps", EPSILON, why="the only one with which its latents are normed alike")
-    keys.require("num_key_value_heads", None, config.heads)
-    keys.require("attention_bias", None, False)
-    keys.require("moe_layer_freq", None, 1)
-    read_experts(keys, config, "n_routed_experts", "moe_intermediate_size")
-    config.moe.shared_hidden = keys.integer("n_shared_experts") * config.moe.hidden
-    config.moe.router.scale = keys.number("routed_scaling_factor")
-    config.dense_first = keys.integer("first_k_dense_replace", 0)
+def _read_both(reader: ConfigReader, interleaved: bool) -> ModelConfig:
+    config = read_common(reader)
+    reader.require("rms_norm_eps", EPSILON, why="the only one with which its latents are normed alike")
+    reader.require("num_key_value_heads", None, config.heads)
+    reader.require("attention_bias", None, False)
+    reader.require("moe_layer_freq", None, 1)
+    read_experts(reader, config, "n_routed_experts", "moe_intermediate_size")
+    config.moe.shared_hidden = reader.integer("n_shared_experts") * config.moe.hidden
+    config.moe.router.scale = reader.number("routed_scaling_factor")
+    config.dense_first = reader.integer("first_k_dense_replace", 0)
     attention, mla = config.attention, config.attention.mla
     attention.kind = AttentionKind.mla
-    mla.q_rank, mla.kv_rank = keys.optional_integer("q_lora_rank"), keys.integer("kv_lora_rank")
-    mla.nope_width, mla.rope_width = keys.integer("qk_nope_head_dim"), keys.integer("qk_rope_head_dim")
-    mla.value_width = keys.integer("v_head_dim")
-    keys.require("head_dim", None, mla.rope_width)
-    keys.require("qk_head_dim", None, mla.nope_width + mla.rope_width)
-    attention.rope = read_rope(keys, mscale=True, interleaved=interleaved)
+    mla.q_rank, mla.kv_rank = reader.optional_integer("q_lora_rank"), reader.integer("kv_lora_rank")
+    mla.nope_width, mla.rope_width = reader.integer("qk_nope_head_dim"), reader.integer("qk_rope_head_dim")
+    mla.value_width = reader.integer("v_head_dim")
+    reader.require("head_dim", None, mla.rope_width)
+    reader.require("qk_head_dim", None, mla.nope_width + mla.rope_width)
+    attention.rope = read_rope(reader, mscale=True, interleaved=interleaved)
     return config
 
 
-def _read_groups(keys: Keys, config: ModelConfig, score: GroupScore) -> None:
+def _read_groups(reader: ConfigReader, config: ModelConfig, score: GroupScore) -> None:
     router = config.moe.router
-    router.groups, router.top_groups, router.group_score = keys.integer("n_group"), keys.integer("topk_group"), score
+    router.groups, router.top_groups, router.group_score = reader.integer("n_group"), reader.integer("topk_group"), score
     if config.moe.experts % router.groups:
-        raise keys.wrong("n_group", f"must divide n_routed_experts={config.moe.experts}")
+        raise reader.wrong("n_group", f"must divide n_routed_experts={config.moe.experts}")
     if router.top_groups > router.groups:
-        raise keys.wrong("topk_group", f"must be at most n_group={router.groups}")
+        raise reader.wrong("topk_group", f"must be at most n_group={router.groups}")
     if config.moe.experts // router.groups * router.top_groups < config.moe.top_k:
-        raise keys.wrong("num_experts_per_tok", f"must be at most the experts of topk_group={router.top_groups} groups")
+        raise reader.wrong("num_experts_per_tok", f"must be at most the experts of topk_group={router.top_groups} groups")
 
 
 def _write_both(config: ModelConfig) -> dict[str, Any]:
@@ -135,13 +135,13 @@ BOTH: dict[str, Any] = COMMON | {
     "rms_norm_eps": 1e-6,
     "v_head_dim": 128,
 }
-ROWS = (
+TENSORS = (
     NORMS
     | DENSE
     | ROUTER
     | experts()
     | feedforward("moe.shared", "mlp.shared_experts")
-    | layer_rows(
+    | layer_tensors(
         {
             "attention.q.weight": "self_attn.q_proj.weight",
             "attention.q_down.weight": "self_attn.q_a_proj.weight",
@@ -184,7 +184,7 @@ DEEPSEEK_V2 = Family(
     },
     read=read_v2,
     write=write_v2,
-    rows=ROWS,
+    tensors=TENSORS,
     irrelevant=frozenset(("ep_size",)),
 )
 
@@ -215,6 +215,6 @@ DEEPSEEK_V3 = Family(
     },
     read=read_v3,
     write=write_v3,
-    rows=ROWS | layer_rows({"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"}),
+    tensors=TENSORS | layer_tensors({"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"}),
     irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),  # the loss-free bias takes its place
 )

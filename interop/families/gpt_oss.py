@@ -1,26 +1,24 @@
 """gpt-oss (OpenAI 2025) in bf16: biases, attention sinks, alternating windows, fused experts that interleave gate and up."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from ...moe.config import Activation, ModelConfig
-from ..config_reader import Keys
+from ...moe.param_shapes import head_width
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
-from ..weight_mapping import NORMS, PROJECTIONS, Row, Source, layer_rows
-from .base import (
+from ..weight_mapping import NORMS, PROJECTIONS, Source, StoredForms, layer_tensors
+from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    head_width,
     layer_types,
     read_attention_bias,
-    read_auxiliary,
     read_common,
     read_experts,
     read_head_width,
-    read_windows,
+    read_router_aux_loss_coef,
+    read_sliding_window,
+    router_aux_loss_coef,
     write_common,
 )
 
@@ -28,20 +26,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    read_head_width(keys, config)
-    read_experts(keys, config, "num_local_experts", "intermediate_size")
-    keys.require("experts_per_token", None, config.moe.top_k)
-    read_auxiliary(keys, config)
+def read(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    read_experts(reader, config, "num_local_experts", "intermediate_size")
+    reader.require("experts_per_token", None, config.moe.top_k)
+    read_router_aux_loss_coef(reader, config)
     config.moe.activation, config.moe.bias = Activation.swiglu_clamped, True
-    keys.require("swiglu_alpha", 1.702)
-    keys.require("swiglu_limit", 7)
+    reader.require("swiglu_alpha", 1.702)
+    reader.require("swiglu_limit", 7)
     config.moe.router.softmax_after_top_k = config.moe.router.bias = True
-    read_attention_bias(keys, config)
+    read_attention_bias(reader, config)
     config.attention.sinks = True
-    read_windows(keys, config, lambda index: index % 2 == 0)
-    config.attention.rope = read_rope(keys, theta=150000.0)
+    read_sliding_window(reader, config, lambda index: index % 2 == 0)
+    config.attention.rope = read_rope(reader, theta=150000.0)
     return config
 
 
@@ -52,25 +50,24 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_local_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "router_aux_loss_coef": auxiliary(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
         "sliding_window": config.attention.window or 128,  # transformers asks for one even if no layer uses it
         "layer_types": layer_types(config),
         "rope_parameters": write_rope(config.attention.rope),
     }
 
 
-def interleaved(both_EPFD: Tensor) -> Tensor:
-    """(E, D, F, P): inputs first, and each unit's gate beside its up."""
-    return both_EPFD.permute(0, 3, 2, 1)
+def interleaved(gate_up_EPFD: "Tensor") -> "Tensor":
+    """(E, P, F, D) as (E, D, F, P): the gate and up weights of each hidden unit are neighbours."""
+    return gate_up_EPFD.permute(0, 3, 2, 1)
 
 
-def transposed(tensor: Tensor) -> Tensor:
-    """The last two dimensions change places."""
+def transposed(tensor: "Tensor") -> "Tensor":
     return tensor.mT
 
 
 EXPERTS = "model.layers.{layer}.mlp.experts"
-ROWS: dict[str, Row] = {
+TENSORS: dict[str, StoredForms] = {
     "moe.experts.gate_up": ((Source(f"{EXPERTS}.gate_up_proj", interleaved, joined=2),),),
     "moe.experts.gate_up_bias": ((Source(f"{EXPERTS}.gate_up_proj_bias", transposed, joined=1),),),
     "moe.experts.down": ((Source(f"{EXPERTS}.down_proj", transposed),),),
@@ -110,15 +107,15 @@ GPT_OSS = Family(
     },
     read=read,
     write=write,
-    rows=NORMS
+    tensors=NORMS
     | PROJECTIONS
-    | ROWS
-    | layer_rows(
+    | TENSORS
+    | layer_tensors(
         {
             "attention.sinks": "self_attn.sinks",
             "moe.router.weight": "mlp.router.weight",
             "moe.router.bias": "mlp.router.bias",
         }
     ),
-    irrelevant=frozenset(("initial_context_length",)),  # stands in rope_scaling too
+    irrelevant=frozenset(("initial_context_length",)),  # rope_scaling has it too
 )

@@ -3,18 +3,19 @@
 from typing import Any
 
 from ...moe.config import ModelConfig
-from ..config_reader import Keys
+from ...moe.param_shapes import head_width
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import DENSE, NORMS, PROJECTIONS
-from .base import COMMON, Family, head_width, read_attention_bias, read_common, read_head_width, write_common
+from .family import COMMON, Family, read_attention_bias, read_common, read_head_width, write_common
 
 
-def read(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    read_head_width(keys, config)
-    read_attention_bias(keys, config)
-    keys.require("mlp_bias", None, False)
-    config.attention.rope = read_rope(keys)
+def read(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    read_attention_bias(reader, config)
+    reader.require("mlp_bias", None, False)
+    config.attention.rope = read_rope(reader)
     return config
 
 
@@ -48,5 +49,5 @@ LLAMA = Family(
     },
     read=read,
     write=write,
-    rows=NORMS | PROJECTIONS | DENSE,
+    tensors=NORMS | PROJECTIONS | DENSE,
 )

@@ -3,32 +3,32 @@
 from typing import Any
 
 from ...moe.config import ModelConfig
-from ..config_reader import Keys
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import NORMS, PROJECTIONS, ROUTER, Source, experts
-from .base import (
+from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    read_auxiliary,
     read_common,
     read_experts,
     read_head_width,
+    read_router_aux_loss_coef,
     refuse_one_expert,
+    router_aux_loss_coef,
     write_common,
 )
 
 
-def read(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    read_head_width(keys, config)
-    read_experts(keys, config, "num_local_experts", "intermediate_size")
-    refuse_one_expert(keys, config)
-    read_auxiliary(keys, config)
-    keys.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")
-    config.attention.window = keys.optional_integer("sliding_window")
-    config.attention.rope = read_rope(keys, theta=1e6)
+def read(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    read_experts(reader, config, "num_local_experts", "intermediate_size")
+    refuse_one_expert(reader, config)
+    read_router_aux_loss_coef(reader, config)
+    reader.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")
+    config.attention.window = reader.optional_integer("sliding_window")
+    config.attention.rope = read_rope(reader, theta=1e6)
     return config
 
 
@@ -38,7 +38,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_local_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "router_aux_loss_coef": auxiliary(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
         "sliding_window": config.attention.window,
         "rope_parameters": write_rope(config.attention.rope),
     }
@@ -68,7 +68,7 @@ MIXTRAL = Family(
     },
     read=read,
     write=write,
-    rows=NORMS
+    tensors=NORMS
     | PROJECTIONS
     | {
         "moe.router.weight": (

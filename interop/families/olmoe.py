@@ -3,34 +3,34 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
-from ..config_reader import Keys
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts
-from .base import (
+from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    normalizes,
+    norm_topk_prob,
     read_attention_bias,
-    read_auxiliary,
     read_common,
     read_experts,
-    read_normalize,
+    read_norm_topk_prob,
+    read_router_aux_loss_coef,
+    router_aux_loss_coef,
     write_common,
 )
 
 
-def read(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    keys.require("head_dim", None, config.width // config.heads)
-    read_experts(keys, config, "num_experts", "intermediate_size")
-    read_normalize(keys, config)
-    read_auxiliary(keys, config)
-    read_attention_bias(keys, config)
-    keys.require("clip_qkv", None)
+def read(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    reader.require("head_dim", None, config.width // config.heads)
+    read_experts(reader, config, "num_experts", "intermediate_size")
+    read_norm_topk_prob(reader, config)
+    read_router_aux_loss_coef(reader, config)
+    read_attention_bias(reader, config)
+    reader.require("clip_qkv", None)
     config.attention.qk_norm = QKNorm.full
-    config.attention.rope = read_rope(keys)
+    config.attention.rope = read_rope(reader)
     return config
 
 
@@ -40,8 +40,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.moe.hidden,
         "num_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": normalizes(config),
-        "router_aux_loss_coef": auxiliary(config),
+        "norm_topk_prob": norm_topk_prob(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
         "rope_parameters": write_rope(config.attention.rope),
     }
 
@@ -71,5 +71,5 @@ OLMOE = Family(
     },
     read=read,
     write=write,
-    rows=NORMS | PROJECTIONS | QK_NORMS | ROUTER | experts(),
+    tensors=NORMS | PROJECTIONS | QK_NORMS | ROUTER | experts(),
 )

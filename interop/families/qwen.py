@@ -3,58 +3,58 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
-from ..config_reader import Keys
+from ...moe.param_shapes import head_width
+from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
-from ..weight_mapping import DENSE, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward, layer_rows
-from .base import (
+from ..weight_mapping import DENSE, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward, layer_tensors
+from .family import (
     COMMON,
     ROUTED,
     Family,
-    auxiliary,
-    head_width,
     layer_types,
-    moe_layers,
-    normalizes,
+    norm_topk_prob,
     read_attention_bias,
-    read_auxiliary,
     read_common,
     read_experts,
     read_head_width,
     read_moe_layers,
-    read_normalize,
-    read_windows,
+    read_norm_topk_prob,
+    read_router_aux_loss_coef,
+    read_sliding_window,
+    router_aux_loss_coef,
     write_common,
+    write_moe_layers,
 )
 
 
-def read_qwen2_moe(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    read_head_width(keys, config)
-    _read_routing(keys, config, "num_experts")
-    config.moe.shared_hidden, config.moe.shared_gate = keys.integer("shared_expert_intermediate_size"), True
-    config.attention.qkv_bias = keys.flag("qkv_bias")
-    used, windowed = keys.flag("use_sliding_window"), keys.integer("max_window_layers", 0)
-    read_windows(keys, config, lambda index: used and index % 2 == 0 and index < windowed)
-    config.attention.rope = read_rope(keys)
+def read_qwen2_moe(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    _read_routing(reader, config, "num_experts")
+    config.moe.shared_hidden, config.moe.shared_gate = reader.integer("shared_expert_intermediate_size"), True
+    config.attention.qkv_bias = reader.flag("qkv_bias")
+    used, windowed = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
+    read_sliding_window(reader, config, lambda index: used and index % 2 == 0 and index < windowed)
+    config.attention.rope = read_rope(reader)
     return config
 
 
-def read_qwen3_moe(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    read_head_width(keys, config)
-    _read_routing(keys, config, "num_local_experts" if keys.given("num_local_experts") else "num_experts")
-    _read_qwen3_attention(keys, config)
-    used = keys.flag("use_sliding_window")
-    read_windows(keys, config, lambda index: used)
+def read_qwen3_moe(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    _read_routing(reader, config, "num_local_experts" if reader.given("num_local_experts") else "num_experts")
+    _read_qwen3_attention(reader, config)
+    used = reader.flag("use_sliding_window")
+    read_sliding_window(reader, config, lambda index: used)
     return config
 
 
-def read_qwen3(keys: Keys) -> ModelConfig:
-    config = read_common(keys)
-    read_head_width(keys, config)
-    _read_qwen3_attention(keys, config)
-    used, first = keys.flag("use_sliding_window"), keys.integer("max_window_layers", 0)
-    read_windows(keys, config, lambda index: used and index >= first)
+def read_qwen3(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    _read_qwen3_attention(reader, config)
+    used, first = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
+    read_sliding_window(reader, config, lambda index: used and index >= first)
     return config
 
 
@@ -91,26 +91,26 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
     return write_common(config) | _qwen3_attention(config) | _windows(config, none=None, bound=0)
 
 
-def _read_routing(keys: Keys, config: ModelConfig, experts: str) -> None:
-    read_experts(keys, config, experts, "moe_intermediate_size")
-    read_normalize(keys, config)
-    read_auxiliary(keys, config)
-    read_moe_layers(keys, config)
+def _read_routing(reader: ConfigReader, config: ModelConfig, experts: str) -> None:
+    read_experts(reader, config, experts, "moe_intermediate_size")
+    read_norm_topk_prob(reader, config)
+    read_router_aux_loss_coef(reader, config)
+    read_moe_layers(reader, config)
 
 
 def _routing(config: ModelConfig) -> dict[str, Any]:
-    return moe_layers(config) | {
+    return write_moe_layers(config) | {
         "moe_intermediate_size": config.moe.hidden,
         "num_experts_per_tok": config.moe.top_k,
-        "norm_topk_prob": normalizes(config),
-        "router_aux_loss_coef": auxiliary(config),
+        "norm_topk_prob": norm_topk_prob(config),
+        "router_aux_loss_coef": router_aux_loss_coef(config),
     }
 
 
-def _read_qwen3_attention(keys: Keys, config: ModelConfig) -> None:
-    read_attention_bias(keys, config)
+def _read_qwen3_attention(reader: ConfigReader, config: ModelConfig) -> None:
+    read_attention_bias(reader, config)
     config.attention.qk_norm = QKNorm.head
-    config.attention.rope = read_rope(keys)
+    config.attention.rope = read_rope(reader)
 
 
 def _qwen3_attention(config: ModelConfig) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _qwen3_attention(config: ModelConfig) -> dict[str, Any]:
 
 
 def _windows(config: ModelConfig, none: int | None, bound: int) -> dict[str, Any]:
-    """`none` is what transformers writes where no layer has a window; `bound` says for readers without layer_types which have."""
+    """Keys of the window. `none`: what transformers writes if no layer has one; `bound`: max_window_layers if some layers have."""
     window = config.attention.window
     types = {"use_sliding_window": window is not None, "sliding_window": window or none, "layer_types": layer_types(config)}
     return types if window is None else types | {"max_window_layers": bound}
@@ -157,13 +157,13 @@ QWEN2_MOE = Family(
     },
     read=read_qwen2_moe,
     write=write_qwen2_moe,
-    rows=NORMS
+    tensors=NORMS
     | PROJECTIONS
     | DENSE
     | ROUTER
     | experts()
     | feedforward("moe.shared", "mlp.shared_expert")
-    | layer_rows({"moe.shared_gate.weight": "mlp.shared_expert_gate.weight"}),
+    | layer_tensors({"moe.shared_gate.weight": "mlp.shared_expert_gate.weight"}),
 )
 
 QWEN3_MOE = Family(
@@ -181,7 +181,7 @@ QWEN3_MOE = Family(
     },
     read=read_qwen3_moe,
     write=write_qwen3_moe,
-    rows=NORMS | PROJECTIONS | QK_NORMS | DENSE | ROUTER | experts(),
+    tensors=NORMS | PROJECTIONS | QK_NORMS | DENSE | ROUTER | experts(),
     irrelevant=frozenset(("max_window_layers",)),  # transformers gives the window to all layers or none
 )
 
@@ -202,5 +202,5 @@ QWEN3 = Family(
     },
     read=read_qwen3,
     write=write_qwen3,
-    rows=NORMS | PROJECTIONS | QK_NORMS | DENSE,
+    tensors=NORMS | PROJECTIONS | QK_NORMS | DENSE,
 )

@@ -1,1 +1,1 @@
-"""How ranks are started: here, by torchrun, by DeepSpeed, or as a job of Slurm or Kubernetes."""
+"""Start ranks with torchrun or DeepSpeed, or as a job of Slurm or Kubernetes."""

@@ -1,4 +1,4 @@
-"""What a job on other hosts gets of this command line, and how it is shown and handed to the cluster's own command."""
+"""What the launchers share: the arguments of the ranks, the name of a job, printing and submitting it."""
 
 import re
 import shlex
@@ -9,28 +9,28 @@ from pathlib import Path
 
 from ...train.config.compose import Arguments
 from ...train.config.config import Config, ConfigError, Precision
-from ...train.config.overrides import halves
+from ...train.config.overrides import split_override
 from ...train.config.redact import redact
 
 
-def handed_on(arguments: Arguments) -> list[str]:
-    """The flags and overrides that the ranks need: all but those of the launcher."""
+def rank_arguments(arguments: Arguments) -> list[str]:
+    """The flags and overrides for the ranks: all but launch.*."""
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-    return folder + [text for text in arguments.overrides if halves(text)[0].lstrip("+~").partition(".")[0] != "launch"]
+    return folder + [text for text in arguments.overrides if split_override(text)[0].lstrip("+~").partition(".")[0] != "launch"]
 
 
-def handed_to_cluster(config: Config, arguments: Arguments) -> list[str]:
-    """The same for hosts of which this one knows nothing but what was asked for: the precision is written out."""
-    words = handed_on(arguments)
+def cluster_arguments(config: Config, arguments: Arguments) -> list[str]:
+    """The same for ranks on a cluster, with precision=auto resolved by the GPUs that are requested, not by those of this host."""
+    words = rank_arguments(arguments)
     if config.precision is not Precision.auto:
         return words
     gpus = config.launch.gpus_of_host(config.device.value)
     precision = Precision.bf16 if gpus else Precision.fp32
-    return [*(text for text in words if halves(text)[0] != "precision"), f"precision={precision.value}"]
+    return [*(text for text in words if split_override(text)[0] != "precision"), f"precision={precision.value}"]
 
 
 def job_name(config: Config) -> str:
-    """run.name, or the run folder's, as a DNS label of at most 63 characters, which is a name for Slurm as well."""
+    """run.name, or the run folder's name, as a DNS label of at most 63 characters, which Slurm accepts as well."""
     text = config.run.name or Path(config.run.dir or "").name
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if not label[:1].isalpha():
@@ -39,25 +39,25 @@ def job_name(config: Config) -> str:
 
 
 def submit(command: list[str], job: str | None = None) -> int:
-    """Runs the cluster's own command, with `job` on its standard input. Returns its exit code. ConfigError if it is not there."""
+    """Runs the cluster's own command, with `job` on its standard input, and returns its exit code. ConfigError if there is none."""
     if shutil.which(command[0]) is None:
         raise ConfigError.of("launch.submit", "true", f"there is no {command[0]} on this host", "launch.submit=false")
     return subprocess.run(command, input=job, text=True, check=False).returncode
 
 
-def shown(job: str) -> str:
-    """A job as it is printed: without secrets, of which standard error says that they are left out."""
+def without_secrets(job: str) -> str:
+    """The job as it is printed. Standard error says so if secrets were left out."""
     text = redact(job)
     if text != job:
         print("tokenyard: what is printed has names where the job has secrets; launch.submit=true hands them on", file=sys.stderr)
     return text
 
 
-def say_not_started(how: str) -> None:
-    """On standard error, so that standard output is the job and nothing else."""
+def print_not_started(how: str) -> None:
+    """Prints to standard error, since standard output holds the job and nothing else."""
     print(f"tokenyard: nothing was started; {how}, or add launch.submit=true", file=sys.stderr)
 
 
-def joined(command: list[str], words: list[str]) -> str:
-    """`command` on one line of a POSIX shell, each of `words` on a further one."""
+def shell_command(command: list[str], words: list[str]) -> str:
+    """A command for a POSIX shell: `command` on the first line, each of `words` on a line of its own."""
     return " \\\n    ".join([shlex.join(command), *map(shlex.quote, words)])

@@ -1,4 +1,4 @@
-"""launch=slurm: a batch script that starts launch=torchrun on each host, and lets a requeued job go on where it was."""
+"""launch=slurm: a batch script that runs launch=torchrun on each host; a requeued job resumes from its newest checkpoint."""
 
 import shlex
 import sys
@@ -7,29 +7,31 @@ from pathlib import Path
 from ...train.config.compose import Arguments
 from ...train.config.config import Config
 from ...train.config.private_files import write_private
-from .cluster import handed_to_cluster, job_name, joined, say_not_started, shown, submit
+from .cluster import cluster_arguments, job_name, print_not_started, shell_command, submit, without_secrets
 
 
 def start_job(config: Config, arguments: Arguments) -> int:
-    """Writes the script into the run folder, prints it, and with launch.submit=true submits it. Returns the exit code."""
+    """Writes the script to the run folder, prints it, and submits it if launch.submit=true. Returns the exit code."""
     script = batch_script(config, arguments, sys.executable)
     file = _folder(config) / "job.sh"
-    # Slurm does not make the folder of a log, and a job without its log fails without a word.
+    # Slurm does not create the folder of the log, and without it a job fails silently.
     file.parent.mkdir(parents=True, exist_ok=True)
     write_private(file, script)
-    print(shown(script), end="", flush=True)
+    print(without_secrets(script), end="", flush=True)
     if config.launch.submit:
         return submit(["sbatch", str(file)])
-    say_not_started(f"sbatch {file}")
+    print_not_started(f"sbatch {file}")
     return 0
 
 
 def batch_script(config: Config, arguments: Arguments, python: str) -> str:
-    """The whole script. `python` is the interpreter that the hosts use."""
+    """The script. `python` is the interpreter on the hosts."""
     head = "\n".join(f"#SBATCH {option}" for option in _options(config))
-    ranks = joined([python, "-m", "tokenyard", "train"], _overrides(config, arguments))
+    c = config.launch
+    own = ["launch=torchrun", f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
+    ranks = shell_command([python, "-m", "tokenyard", "train"], [*cluster_arguments(config, arguments), *own])
     logs = shlex.quote(str(_folder(config) / "%j-%N.log"))
-    return BATCH.format(head=head, warning=config.launch.slurm.warning, cores=config.launch.cores, logs=logs, ranks=ranks)
+    return BATCH.format(head=head, warning=c.slurm.warning, cores=c.cores, logs=logs, ranks=ranks)
 
 
 BATCH = """\
@@ -67,7 +69,7 @@ exit "$code"
 
 
 def _options(config: Config) -> list[str]:
-    """What follows #SBATCH."""
+    """The options of sbatch, for #SBATCH lines."""
     c, gpus = config.launch, config.launch.gpus_of_host(config.device.value)
     given = [f"--{name}={value}" for name, value in (("partition", c.slurm.partition), ("account", c.slurm.account)) if value]
     return [
@@ -86,13 +88,7 @@ def _options(config: Config) -> list[str]:
     ]
 
 
-def _overrides(config: Config, arguments: Arguments) -> list[str]:
-    c = config.launch
-    own = [f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
-    return [*handed_to_cluster(config, arguments), "launch=torchrun", *own]
-
-
 def _folder(config: Config) -> Path:
-    """For the script and the logs."""
+    """The folder of the script and the logs."""
     assert config.run.dir is not None
     return Path(config.run.dir) / "slurm"

@@ -1,4 +1,4 @@
-"""launch=torchrun: this host's ranks, started, watched and restarted by torch's elastic launcher in this process."""
+"""launch=torchrun: torch's elastic launcher, in this process, starts, watches and restarts the ranks of this host."""
 
 import fcntl
 import os
@@ -15,34 +15,34 @@ from ...train.config.config import Config, ConfigError
 from ...train.config.private_files import new_run_folder
 from ...train.config.schema import quoted
 from ...train.fault_tolerance.processes import LAUNCHER
-from ...train.fault_tolerance.signals import SAVING, STOPPING, held_back
+from ...train.fault_tolerance.signals import SAVING, STOPPING, signals_blocked
 
-# Signals that a launcher hands to the ranks it started, instead of ending by them.
+# The signals that ask a run to save or stop are forwarded to the ranks instead of ending the launcher.
 
 ENDING = ("SIGHUP", "SIGQUIT")
-"""Still end the launcher and the ranks at once."""
+"""Signals that end the launcher and the ranks at once."""
 
 
 @contextmanager
 def forwarding() -> Iterator[None]:
-    """Inside the block the signals of fault_tolerance/signals.py go to the child processes of this one; only its main thread may.
+    """Forwards the signals of fault_tolerance/signals.py to the child processes inside the block. For the main thread.
 
-    After it they do nothing: the ranks have ended as they were asked to, and so will this process. A child that is started inside
-    gets no signal before it asks for them: it is born with them held back.
+    Afterwards the signals are ignored: the ranks have stopped as requested, and this process is about to end. Children start with
+    these signals blocked, and receive them once they unblock them.
     """
-    forward = Forward()
+    forward = SignalForwarder()
     for number in (*STOPPING, *SAVING):
         signal.signal(number, forward)
     try:
-        with held_back():
+        with signals_blocked():
             yield
     finally:
         for number in (*STOPPING, *SAVING):
             signal.signal(number, signal.SIG_IGN)
 
 
-class Forward:
-    """The handler. A signal that asks to stop ends this process if there are no ranks yet; when they have ended it does nothing."""
+class SignalForwarder:
+    """The signal handler. A stop signal ends this process if no rank was started yet, and does nothing after they ended."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -59,7 +59,7 @@ class Forward:
 
 
 def children(parent: int) -> list[int]:
-    """The processes that `parent` started and that still run; none where there is no /proc."""
+    """The running child processes of `parent`; empty without /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -69,14 +69,14 @@ def children(parent: int) -> list[int]:
     return found
 
 
-# What this host is called on the network that leads to another one. Linux, standard library.
+# This host's address on the network that leads to another one. Linux, standard library.
 
 SIOCGIFADDR = 0x8915
 """The request for the IPv4 address of an interface, netdevice(7)."""
 
 
 def own_address(host: str) -> str | None:
-    """This host's IP address on the way to `host`, its own included; None if there is no way yet. Nothing is sent."""
+    """The IP address from which this host reaches `host`, which may be itself; None if there is no route. Nothing is sent."""
     for family, kind, protocol, _, address in _addresses(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
@@ -88,7 +88,7 @@ def own_address(host: str) -> str | None:
 
 
 def is_own(host: str) -> bool:
-    """Whether `host` is this one, that is, whether an address of it can be bound here."""
+    """Whether `host` is this host: whether one of its addresses can be bound here."""
     for family, kind, protocol, _, address in _addresses(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
@@ -100,10 +100,10 @@ def is_own(host: str) -> bool:
 
 
 def is_first_here(port: int) -> bool:
-    """Whether this process is the first on this host that asks for `port`, and until it ends the only one told so."""
+    """Whether this process is the first on this host to call this for `port`. True for one process until that ends."""
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        # A name that is no file: the kernel forgets it with the process, and each network namespace has its own.
+        # An abstract name: the kernel frees it when the process ends, and each network namespace has its own.
         claim.bind(f"\0tokenyard-{port}")
     except OSError:
         claim.close()
@@ -126,7 +126,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _addresses(host: str):
-    """As getaddrinfo gives them, for datagrams; none for a name that nobody knows."""
+    """getaddrinfo for datagrams; empty for an unknown name."""
     try:
         return socket.getaddrinfo(host.strip("[]"), 9, type=socket.SOCK_DGRAM)
     except OSError:
@@ -134,36 +134,39 @@ def _addresses(host: str):
 
 
 def start_ranks(config: Config, argv: list[str]) -> int:
-    """Runs `python -m tokenyard.train` with the same `argv` on launch.ranks ranks. Returns 0 or the first failure's code.
+    """Runs `python -m tokenyard.train` with `argv` on launch.ranks ranks. Returns 0 or the exit code of the first rank that failed.
 
-    Signals that ask the run to save or to stop go to the ranks, which end by themselves: torch's launcher would end them after 30
-    seconds, whether or not their checkpoint is durable, and report the signal as a failure.
+    Signals that ask the run to save or stop are forwarded to the ranks, which stop by themselves: torch's launcher would kill them
+    after 30 seconds, whether or not their checkpoint is durable, and report the signal as a failure.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    # The ranks would otherwise each take all cores, or, by torch's own default, one.
+    # Otherwise each rank would use all cores or, by torch's default, one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.launch.ranks)))
-    # A store of its own for each start of the ranks: in a shared one, ranks find the addresses of those that were killed.
+    # Each start of the ranks gets its own store: in a shared one they would find the addresses of killed ranks.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ[LAUNCHER] = str(os.getpid())
-    handed = f"--signals-to-handle={','.join(ENDING)}"
+    # One run folder for all ranks and all their restarts.
+    folder = [f"run.dir={quoted(new_run_folder())}"] if config.run.dir is None else []
+    launcher = [f"--signals-to-handle={','.join(ENDING)}", *_elastic(config)]
     try:
         with forwarding():
-            run(parse_args([handed, *_elastic(config), "-m", "tokenyard.train", *argv, *_shared_folder(config)]))
+            run(parse_args([*launcher, "-m", "tokenyard.train", *argv, *folder]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode != 2:
             print(f"tokenyard: rank {rank} was the first to fail, exit code {failure.exitcode}", file=sys.stderr)
-        return _shell_code(failure.exitcode)
+        # A process that a signal ended has a negative code in Python, and 128 + signal in a shell.
+        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
     return 0
 
 
 def check_hosts(config: Config) -> None:
-    """ConfigError if ranks on several hosts could not find each other, or would not know of one run folder."""
+    """Raises ConfigError if ranks on several hosts could not find each other, or would use different run folders."""
     nodes = config.launch.nodes
     if nodes == 1:
         return
@@ -176,7 +179,7 @@ def check_hosts(config: Config) -> None:
 
 
 def _elastic(config: Config) -> list[str]:
-    """The arguments of torch's launcher."""
+    """The arguments of torch's launcher: nodes, ranks, restarts, and where the hosts meet."""
     c = config.launch
     ranks = [f"--nnodes={c.nodes}", f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
     if c.rendezvous is not None:
@@ -188,15 +191,15 @@ def _elastic(config: Config) -> list[str]:
 
 
 def _rendezvous(endpoint: str) -> list[str]:
-    """The same command on each host: whether this is the one at `endpoint` is found here, from the addresses of the host."""
+    """Arguments for the same command on all hosts: whether this one is at `endpoint` is derived from its addresses."""
     host, _, port = endpoint.rpartition(":")
     own = own_address(host)
     interface = interface_of(own) if own else None
     if interface:
-        # By itself gloo takes the address of the host's name, which on many systems is a loopback one.
+        # gloo's default is the address of the host's name, which on many systems is a loopback address.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # Left alone, torch compares names, and where names mislead nobody opens the store and all time out. One process alone may open
-    # it, also where several launchers share a machine.
+    # torch's default compares names, and where names mislead no host opens the store and all time out. Only one process may open
+    # it, even if several launchers share a machine.
     opens = is_own(host) and is_first_here(int(port))
     return [
         "--rdzv-backend=c10d",
@@ -204,13 +207,3 @@ def _rendezvous(endpoint: str) -> list[str]:
         f"--rdzv-conf=is_host={int(opens)}",
         *([f"--local-addr={own}"] if own else []),
     ]
-
-
-def _shared_folder(config: Config) -> list[str]:
-    """An override that makes all ranks, and all restarts of them, use one run folder."""
-    return [f"run.dir={quoted(new_run_folder())}"] if config.run.dir is None else []
-
-
-def _shell_code(code: int) -> int:
-    """A process that a signal ended has a negative code in Python, and 128 + signal for a shell."""
-    return code if code >= 0 else 128 - code

@@ -1,8 +1,8 @@
 """The plain exchange: a row for each token and chosen expert, to the rank of the expert and back.
 
-GShard's, dropless as in MegaBlocks. The counts are exchanged first, then the rows, by all-to-alls with uneven splits. The
-weights stay at home.
-N ranks of the axis, E experts, L = E / N experts of a rank, R rows that leave this rank, A rows that arrive at it.
+As in GShard, but dropless as in MegaBlocks: the counts are exchanged first, then the rows, by all-to-alls with uneven splits. The
+weights stay on the rank of the token.
+N ranks of the axis, E experts, L = E / N experts of a rank, R rows that leave this rank, A rows that it receives.
 """
 
 from typing import NamedTuple
@@ -12,47 +12,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
-from ...moe.dispatch import DispatchedTokens, RowPlan, chosen, count_rows, permute, plan_choices, unpermute
+from ...moe.dispatch import DispatchedTokens, RowPlan, count_rows, experts_or_dropped, permute, plan_choices, unpermute
 from ...moe.router import Routing
 from ..mesh import Axis
 from ..progress import collective, waiting, waiting_for_device
-from .async_collectives import Flight, RowExchange, depart, land
-from .base import ExchangingDispatcher
+from .async_collectives import AllToAll, PendingRows
+from .base import ExpertParallelDispatcher
 
 
 class Splits(NamedTuple):
-    """How many rows go to and come from each rank."""
+    """The numbers of rows for and from each rank."""
 
-    sent_N: list[int]
-    came_N: list[int]
+    send_N: list[int]
+    receive_N: list[int]
 
 
-class ArrivalOrder(NamedTuple):
-    """Arrived rows in the order of their experts are `rows[order_A]`; `back_A` is the inverse permutation."""
+class ExpertOrder(NamedTuple):
+    """`rows[order_A]` sorts received rows by expert; `inverse_A` is the inverse permutation."""
 
     order_A: Tensor
-    back_A: Tensor
+    inverse_A: Tensor
 
 
-class Sent(NamedTuple):
-    """What stays here while rows travel, there or back."""
+class StartedAllToAll(NamedTuple):
+    """Rows under way, to the experts or back, and what combine needs to know about them."""
 
-    flight: Flight
+    rows: PendingRows
     plan: RowPlan
     weights_TK: Tensor
-    came_NL: Tensor
+    received_NL: Tensor
     splits: Splits
 
 
-class WayBack(NamedTuple):
-    sent: Sent
-    order: ArrivalOrder
+class AllToAllDispatcher(ExpertParallelDispatcher):
+    """Sends rows sorted by expert, which sorts them by rank too.
 
-
-class PlainDispatcher(ExchangingDispatcher):
-    """Rows to the ranks of their experts: sorted by expert, they are sorted by rank too.
-
-    What the host can plan without the other ranks is planned while the counts travel, the rest while the rows do.
+    What needs no other rank is computed while the counts travel, the rest of the plan while the rows do.
     """
 
     def __init__(self, experts: int, axis: Axis, chunks: int = 1) -> None:
@@ -60,71 +55,68 @@ class PlainDispatcher(ExchangingDispatcher):
         self.experts = experts
         self.axis = axis
 
-    def send(self, x_TD: Tensor, routing: Routing) -> Sent:
-        chosen_TK = chosen(routing, self.experts)
-        counts_E = count_rows(chosen_TK, self.experts)
-        leaving_E = counts_E if routing.padded_rows is None else torch.full_like(counts_E, routing.padded_rows)
-        came_E = torch.empty_like(leaving_E)
+    def start_dispatch(self, x_TD: Tensor, routing: Routing) -> StartedAllToAll:
+        experts_TK = experts_or_dropped(routing, self.experts)
+        counts_E = count_rows(experts_TK, self.experts)
+        sent_E = counts_E if routing.padded_rows is None else torch.full_like(counts_E, routing.padded_rows)
+        received_E = torch.empty_like(sent_E)
         with collective("all_to_all", self.axis):
-            counts = dist.all_to_all_single(came_E, leaving_E, group=self.axis.group, async_op=True)
-        plan = plan_choices(chosen_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counts_E)
+            counts = dist.all_to_all_single(received_E, sent_E, group=self.axis.group, async_op=True)
+        plan = plan_choices(experts_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counts_E)
         rows_RD = permute(x_TD, plan)
         assert counts is not None
         with waiting(f"all_to_all of counts over {self.axis.size} ranks"):
             counts.wait()
-        leaving_NL, came_NL = leaving_E.view(self.axis.size, -1), came_E.view(self.axis.size, -1)
-        splits = read_splits(leaving_NL, came_NL, len(rows_RD))
-        flight = depart(rows_RD, RowExchange(*splits, self.axis))
-        return Sent(flight, plan, routing.weights_TK, came_NL, splits)
+        sent_NL, received_NL = sent_E.view(self.axis.size, -1), received_E.view(self.axis.size, -1)
+        splits = read_splits(sent_NL, received_NL, len(rows_RD))
+        rows = AllToAll(*splits, self.axis).start(rows_RD)
+        return StartedAllToAll(rows, plan, routing.weights_TK, received_NL, splits)
 
-    def receive(self, sent: Sent) -> DispatchedTokens:
-        order, counts_L = plan_arrivals(sent.came_NL, sum(sent.splits.came_N)), sent.came_NL.sum(0)
-        return DispatchedTokens(reorder(land(sent.flight), *order), counts_L, WayBack(sent, order))
+    def finish_dispatch(self, started: StartedAllToAll) -> DispatchedTokens:
+        order, counts_L = plan_expert_order(started.received_NL, sum(started.splits.receive_N)), started.received_NL.sum(0)
+        return DispatchedTokens(reorder(started.rows.wait(), *order), counts_L, (started, order))
 
-    def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Sent:
-        sent, order = arrived.metadata
-        rows_AD = reorder(y_RD, order.back_A, order.order_A)
-        return sent._replace(flight=depart(rows_AD, RowExchange(sent.splits.came_N, sent.splits.sent_N, self.axis)))
+    def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> StartedAllToAll:
+        started, order = dispatched.metadata
+        send_N, receive_N = started.splits
+        rows_AD = reorder(y_RD, order.inverse_A, order.order_A)
+        return started._replace(rows=AllToAll(receive_N, send_N, self.axis).start(rows_AD))
 
-    def receive_back(self, sent: Sent) -> Tensor:
-        return unpermute(land(sent.flight), sent.weights_TK, sent.plan)
+    def finish_combine(self, started: StartedAllToAll) -> Tensor:
+        return unpermute(started.rows.wait(), started.weights_TK, started.plan)
 
 
-def read_splits(sent_NL: Tensor, came_NL: Tensor, rows: int) -> Splits:
-    """Splits on the host (a synchronisation).
+def read_splits(sent_NL: Tensor, received_NL: Tensor, rows: int) -> Splits:
+    """Reads the splits on the host (a synchronisation).
 
-    A dry run assumes that `rows` leave this rank, the same number to each, and as many come.
+    A dry run assumes that `rows` leave this rank, an equal number to each rank, and that as many are received.
     """
-    sums = torch.stack([sent_NL, came_NL]).sum(-1)
+    sums, ranks = torch.stack([sent_NL, received_NL]).sum(-1), len(sent_NL)
+    even = [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]
     with waiting_for_device():
-        return Splits(*host_read(sums, "rows of each rank", lambda: [even(rows, len(sent_NL))] * 2))
+        return Splits(*host_read(sums, "rows of each rank", lambda: [even, even]))
 
 
-def plan_arrivals(came_NL: Tensor, rows: int) -> ArrivalOrder:
-    """The permutation from (rank, expert) order to (expert, rank) order of `rows` rows."""
-    came_LN = came_NL.T.contiguous()
-    ends_by_rank_NL = came_NL.flatten().cumsum(0).view_as(came_NL)
-    ends_by_expert_LN = came_LN.flatten().cumsum(0).view_as(came_LN)
+def plan_expert_order(received_NL: Tensor, rows: int) -> ExpertOrder:
+    """Returns the permutation of `rows` rows from (rank, expert) order to (expert, rank) order."""
+    received_LN = received_NL.T.contiguous()
+    ends_by_rank_NL = received_NL.flatten().cumsum(0).view_as(received_NL)
+    ends_by_expert_LN = received_LN.flatten().cumsum(0).view_as(received_LN)
     shift_LN = ends_by_expert_LN - ends_by_rank_NL.T
-    place_A = torch.arange(rows, device=came_NL.device)
-    order_A = place_A - torch.repeat_interleave(shift_LN.flatten(), came_LN.flatten(), output_size=rows)
-    return ArrivalOrder(order_A, torch.empty_like(order_A).index_copy_(0, order_A, place_A))
+    index_A = torch.arange(rows, device=received_NL.device)
+    order_A = index_A - torch.repeat_interleave(shift_LN.flatten(), received_LN.flatten(), output_size=rows)
+    return ExpertOrder(order_A, torch.empty_like(order_A).index_copy_(0, order_A, index_A))
 
 
-def even(rows: int, ranks: int) -> list[int]:
-    """`rows` shared out evenly."""
-    return [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]
-
-
-def reorder(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    """rows[order], where `back` is the inverse permutation: its gradient is a gather too."""
-    return _Reorder.apply(rows, order, back)  # pyright: ignore[reportReturnType]
+def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Returns rows[order]. `inverse` is the inverse permutation, which makes the gradient a gather too."""
+    return _Reorder.apply(rows, order, inverse)  # pyright: ignore[reportReturnType]
 
 
 class _Reorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
         return rows.index_select(0, order)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Collectives that are started and waited for, differentiable in both halves: what is computed in between overlaps with them.
+"""Differentiable collectives in two halves, start and wait: what is computed in between overlaps with them.
 
-A gradient takes the opposite way. It is started where the rows landed and waited for where they departed, so what overlaps
-forward overlaps backward as well. Every rank takes part in every flight, with no rows too.
+The backward pass sends the gradient along the reverse route. It starts where the forward pass waited and waits where it started,
+so what overlaps forward overlaps backward too. Every rank takes part in every collective, even without rows.
 N ranks of the axis, D width, T own rows.
 """
 
@@ -19,147 +19,142 @@ from ..progress import collective, waiting
 
 
 class Route(ABC):
-    """From where to where rows travel."""
+    """A collective that moves rows between the ranks of an axis, and its reverse."""
 
     axis: Axis
 
-    @abstractmethod
-    def start(self, rows: Tensor) -> tuple[Tensor, Any]:
-        """What will be filled, and the work to wait for."""
+    def start(self, rows: Tensor) -> "PendingRows":
+        """Starts to send rows of shape (T, D)."""
+        if self.axis.size == 1:
+            return PendingRows(rows)
+        running = _Running(self)
+        token: Any = _Start.apply(rows, running)
+        return PendingRows(token, running)
 
     @abstractmethod
-    def unpack(self, filled: Tensor) -> Tensor:
-        """The rows that landed."""
+    def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
+        """Launches the collective. Returns its output buffer and the work to wait for."""
+
+    def unpack(self, output: Tensor) -> Tensor:
+        """Returns this rank's rows from the filled output buffer."""
+        return output
 
     @abstractmethod
-    def opposite(self) -> "Route":
-        """The way of the gradient."""
+    def reverse(self) -> "Route":
+        """Returns the route of the gradient."""
 
 
-class RowExchange(Route):
-    """Rows in the order of the ranks they go to (`send` says how many to each) to those that come, in the order of the ranks."""
+class AllToAll(Route):
+    """Exchanges rows with uneven splits: `send` and `receive` are the numbers of rows for and from each rank, in rank order."""
 
     def __init__(self, send: list[int], receive: list[int], axis: Axis) -> None:
         self.send, self.receive, self.axis = send, receive, axis
 
-    def start(self, rows: Tensor) -> tuple[Tensor, Any]:
+    def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
         out = rows.new_empty(sum(self.receive), *rows.shape[1:])
         with collective("all_to_all", self.axis, self.send, self.receive):
             return out, dist.all_to_all_single(out, rows, self.receive, self.send, group=self.axis.group, async_op=True)
 
-    def unpack(self, filled: Tensor) -> Tensor:
-        return filled
-
-    def opposite(self) -> Route:
-        return RowExchange(self.receive, self.send, self.axis)
+    def reverse(self) -> Route:
+        return AllToAll(self.receive, self.send, self.axis)
 
 
-class Gather(Route):
-    """Every rank's rows to every rank; `sizes` says how many each has."""
+class AllGather(Route):
+    """Every rank receives the rows of all ranks; `sizes` is the number of rows of each."""
 
     def __init__(self, sizes: list[int], axis: Axis) -> None:
         self.sizes, self.axis = sizes, axis
 
-    def start(self, rows: Tensor) -> tuple[Tensor, Any]:
+    def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
         rows = F.pad(rows, (0, 0, 0, max(self.sizes) - len(rows)))
         out = rows.new_empty(self.axis.size * len(rows), *rows.shape[1:])
         with collective("all_gather", self.axis):
             return out, all_gather(out, rows, group=self.axis.group, async_op=True)
 
-    def unpack(self, filled: Tensor) -> Tensor:
+    def unpack(self, output: Tensor) -> Tensor:
         if min(self.sizes) == max(self.sizes):
-            return filled
-        parts = filled.unflatten(0, (self.axis.size, -1))
+            return output
+        parts = output.unflatten(0, (self.axis.size, -1))
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
-    def opposite(self) -> Route:
-        return Scatter(self.sizes, self.axis)
+    def reverse(self) -> Route:
+        return ReduceScatter(self.sizes, self.axis)
 
 
-class Scatter(Route):
-    """Every rank's part of a sum of all rows, to the sum of this rank's own rows.
+class ReduceScatter(Route):
+    """Every rank receives the sum over ranks of its own rows; `sizes` is the number of rows of each.
 
-    A reduce-scatter that adds up in fp32 or wider and in the order of the ranks, whatever the type of the rows: as an all-to-all
-    it sends the same bytes.
+    Sums in fp32 or wider and in rank order, whatever the dtype of the rows; the all-to-all inside sends as many bytes as a
+    reduce-scatter.
     """
 
     def __init__(self, sizes: list[int], axis: Axis) -> None:
         self.sizes, self.axis = sizes, axis
 
-    def start(self, rows: Tensor) -> tuple[Tensor, Any]:
+    def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
         own = [self.sizes[self.axis.rank]] * self.axis.size
-        return RowExchange(self.sizes, own, self.axis).start(rows)
+        return AllToAll(self.sizes, own, self.axis).launch(rows)
 
-    def unpack(self, filled: Tensor) -> Tensor:
-        wide = torch.promote_types(filled.dtype, torch.float32)
+    def unpack(self, output: Tensor) -> Tensor:
+        wide = torch.promote_types(output.dtype, torch.float32)
         own = self.sizes[self.axis.rank]
-        return filled.view(self.axis.size, own, *filled.shape[1:]).sum(0, dtype=wide).to(filled.dtype)
+        return output.view(self.axis.size, own, *output.shape[1:]).sum(0, dtype=wide).to(output.dtype)
 
-    def opposite(self) -> Route:
-        return Gather(self.sizes, self.axis)
+    def reverse(self) -> Route:
+        return AllGather(self.sizes, self.axis)
 
 
-class _UnderWay:
-    """The collective that runs now, with its input, which must live until it ends. First the rows', later the gradient's."""
+class _Running:
+    """The collective that is running, first of the rows, later of the gradient. Holds its input, which must live until it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, route: Route) -> None:
+        self.route = route
         self.current: Any = None
 
-    def start(self, rows: Tensor, way: Route) -> None:
+    def start(self, rows: Tensor, route: Route) -> None:
         rows = rows.contiguous()
-        self.current = way, rows, *way.start(rows)
+        self.current = route, rows, *route.launch(rows)
 
-    def finish(self) -> Tensor:
-        way, _, filled, work = self.current
+    def wait(self) -> Tensor:
+        route, _, output, work = self.current
         self.current = None
-        with waiting(f"all_to_all of rows over {way.axis.size} ranks"):
+        with waiting(f"all_to_all of rows over {route.axis.size} ranks"):
             work.wait()
-        return way.unpack(filled)
+        return route.unpack(output)
 
 
-class Flight(NamedTuple):
-    """Rows that departed. `ticket` ties both halves together in the graph; without other ranks it is the rows themselves."""
+class PendingRows(NamedTuple):
+    """Rows under way. `token` ties both halves together in the autograd graph; on an axis of one rank it is the rows."""
 
-    ticket: Tensor
-    under_way: _UnderWay | None = None
-    way: Route | None = None
+    token: Tensor
+    running: _Running | None = None
 
-
-def depart(rows: Tensor, way: Route) -> Flight:
-    """Start to send rows of shape (T, D)."""
-    if way.axis.size == 1:
-        return Flight(rows)
-    under_way = _UnderWay()
-    ticket: Any = _Depart.apply(rows, under_way, way)
-    return Flight(ticket, under_way, way)
+    def wait(self) -> Tensor:
+        """Waits for the rows of this rank and returns them."""
+        if self.running is None:
+            return self.token
+        return _Wait.apply(self.token, self.running)  # pyright: ignore[reportReturnType]
 
 
-def land(flight: Flight) -> Tensor:
-    """Wait for the rows that come to this rank."""
-    if flight.under_way is None:
-        return flight.ticket
-    return _Land.apply(*flight)  # pyright: ignore[reportReturnType]
-
-
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, under_way: _UnderWay, way: Route) -> Tensor:
-        ctx.under_way = under_way
-        under_way.start(rows, way)
+    def forward(ctx: Any, rows: Tensor, running: _Running) -> Tensor:
+        ctx.running = running
+        running.start(rows, running.route)
         return rows.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.under_way.finish(), None, None
+        return ctx.running.wait(), None
 
 
-class _Land(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, under_way: _UnderWay, way: Route) -> Tensor:
-        ctx.under_way, ctx.way = under_way, way
-        return under_way.finish()
+    def forward(ctx: Any, token: Tensor, running: _Running) -> Tensor:
+        ctx.running = running
+        return running.wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.under_way.start(grads[0], ctx.way.opposite())
-        return grads[0].new_empty(0), None, None
+        ctx.running.start(grads[0], ctx.running.route.reverse())
+        return grads[0].new_empty(0), None

@@ -1,4 +1,4 @@
-"""What all exchanges share: rows depart and land in two calls each, so that there is something to compute in between."""
+"""The base of all exchanges: dispatch and combine in two halves each, so that computation overlaps with communication."""
 
 from abc import abstractmethod
 from typing import Any
@@ -6,54 +6,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...moe.dispatch import Beside, Compute, DispatchedTokens, Dispatcher, Passed
+from ...moe.dispatch import DispatchedTokens, Dispatcher, DispatcherOutput, ExpertsFn, OverlapFn
 from ...moe.router import Routing
 
 
-class ExchangingDispatcher(Dispatcher):
-    """Cuts the tokens into `chunks`: the rows of the next one travel while the experts work on this one."""
+class ExpertParallelDispatcher(Dispatcher):
+    """Exchanges rows with the ranks of their experts, in `chunks` of tokens: one travels while the experts compute another."""
 
     def __init__(self, chunks: int = 1) -> None:
         self.chunks = chunks
 
     @abstractmethod
-    def send(self, x_TD: Tensor, routing: Routing) -> Any:
-        """Start to send tokens to the ranks of their experts."""
+    def start_dispatch(self, x_TD: Tensor, routing: Routing) -> Any:
+        """Starts to send tokens to the ranks of their experts."""
 
     @abstractmethod
-    def receive(self, sent: Any) -> DispatchedTokens:
-        """Wait for the rows of this rank's experts."""
+    def finish_dispatch(self, started: Any) -> DispatchedTokens:
+        """Waits for the rows of this rank's experts."""
 
     @abstractmethod
-    def send_back(self, y_RD: Tensor, arrived: DispatchedTokens) -> Any:
-        """Start to send the experts' outputs to the ranks of their tokens."""
+    def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Any:
+        """Starts to send the experts' outputs to the ranks of their tokens."""
 
     @abstractmethod
-    def receive_back(self, sent: Any) -> Tensor:
-        """Wait for them: each own token's weighted sum, (T, D)."""
+    def finish_combine(self, started: Any) -> Tensor:
+        """Waits for them. Returns the weighted sum of each own token, (T, D)."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
-        return self.receive(self.send(x_TD, routing))
+        return self.finish_dispatch(self.start_dispatch(x_TD, routing))
 
-    def combine(self, y_RD: Tensor, arrived: DispatchedTokens) -> Tensor:
-        return self.receive_back(self.send_back(y_RD, arrived))
+    def combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Tensor:
+        return self.finish_combine(self.start_combine(y_RD, dispatched))
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: Compute, beside: Beside) -> Passed:
-        runs = x_TD.tensor_split(self.chunks) if self.chunks > 1 else [x_TD]  # even a split in one has a gradient to copy
-        parts = list(zip(runs, split(routing, self.chunks), strict=True))
-        sent, result, returning, rows = self.send(*parts[0]), beside(), [], 0
-        for following in [*parts[1:], None]:
-            # The next rows depart first: their counts are waited for, and the experts' work is only queued on a GPU.
-            here, sent = sent, None if following is None else self.send(*following)
-            arrived = self.receive(here)
-            rows += len(arrived.tokens_RD)
-            returning.append(self.send_back(experts(arrived.tokens_RD, arrived.counts_E), arrived))
-        y = [self.receive_back(back) for back in returning]
-        return Passed(torch.cat(y) if len(y) > 1 else y[0], result, rows)
+    def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
+        x_chunks = x_TD.tensor_split(self.chunks) if self.chunks > 1 else [x_TD]  # even a split in one has a gradient to copy
+        chunks = list(zip(x_chunks, split(routing, self.chunks), strict=True))
+        following, overlapped, combining, rows = self.start_dispatch(*chunks[0]), overlap_fn(), [], 0
+        for next_chunk in [*chunks[1:], None]:
+            # The next rows start first: the host waits for their counts, and only queues the experts' work on a GPU.
+            started, following = following, None if next_chunk is None else self.start_dispatch(*next_chunk)
+            dispatched = self.finish_dispatch(started)
+            rows += len(dispatched.tokens_RD)
+            combining.append(self.start_combine(experts(dispatched.tokens_RD, dispatched.counts_E), dispatched))
+        y = [self.finish_combine(started) for started in combining]
+        return DispatcherOutput(torch.cat(y) if len(y) > 1 else y[0], overlapped, rows)
 
 
 def split(routing: Routing, chunks: int) -> list[Routing]:
-    """The routing of each run of tokens; the statistics are of all."""
+    """Returns the routing of each chunk of tokens; the statistics stay those of all tokens."""
     if chunks == 1:
         return [routing]
     kept = [None] * chunks if routing.kept_TK is None else routing.kept_TK.tensor_split(chunks)

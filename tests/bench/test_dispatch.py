@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tokenyard.bench.comm_trace import Traffic
-from tokenyard.bench.dispatch import Line, measure, table
+from tokenyard.bench.dispatch import ExchangeResult, measure, table
 from tokenyard.parallel.collectives import all_gather
 
 
@@ -40,19 +40,21 @@ def reduce_unseen() -> str:
 
 
 @pytest.fixture(scope="module")
-def lines(ranks: Any) -> dict[tuple[str, str], Line]:
+def lines(ranks: Any) -> dict[tuple[str, str], ExchangeResult]:
     found = ranks(4, measure, 64, 1024, 1, ["mixtral", "qwen3", "deepseek_v3"])
-    return {(line.routing, line.exchange): line for line in (Line(*line) for line in found[0])}
+    return {(line.routing, line.exchange): line for line in (ExchangeResult(*line) for line in found[0])}
 
 
 @pytest.mark.parametrize("routing", ["mixtral", "qwen3", "deepseek_v3"])
-def test_the_deduplicated_exchange_is_within_two_percent_of_the_bound(lines: dict[tuple[str, str], Line], routing: str) -> None:
+def test_the_deduplicated_exchange_is_within_two_percent_of_the_bound(
+    lines: dict[tuple[str, str], ExchangeResult], routing: str
+) -> None:
     line = lines[routing, "deduplicated"]
     assert line.bound_bytes < min(line.forward_bytes, line.backward_bytes)
     assert max(line.forward_bytes, line.backward_bytes) < 1.02 * line.bound_bytes
 
 
-def test_what_each_exchange_sends(lines: dict[tuple[str, str], Line]) -> None:
+def test_what_each_exchange_sends(lines: dict[tuple[str, str], ExchangeResult]) -> None:
     """Plain: a row for each choice elsewhere; gather: three rows of each token, each way. Nodes of two ranks."""
     tokens, row = 64, 2048
     for routing, top_k in (("mixtral", 2), ("qwen3", 8), ("deepseek_v3", 8)):

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from tokenyard.bench.gpu import __main__ as program
-from tokenyard.bench.gpu.parts import PARTS, TOTAL_SECONDS, Part
 from tokenyard.bench.gpu.report import Report
-from tokenyard.bench.gpu.runner import Runner
+from tokenyard.bench.gpu.runner import PARTS, TOTAL_SECONDS, Part, Runner
 from tokenyard.bench.gpu.start import fits, unpack
 
 ROOT = Path(__file__).resolve().parents[2]

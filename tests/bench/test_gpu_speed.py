@@ -10,8 +10,8 @@ from tokenyard.bench.gpu import contenders, kernels, steps
 from tokenyard.bench.gpu.contenders import DenseProducts
 from tokenyard.bench.gpu.kernels import Busy, busy
 from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
-from tokenyard.bench.gpu.tell import Teller
-from tokenyard.bench.shapes import LayerShape
+from tokenyard.bench.gpu.recorder import Recorder
+from tokenyard.bench.layer import LayerShape
 from tokenyard.bench.timing import take_turns
 from tokenyard.moe.param_count import count
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def told(part: Any, seconds: float = 100.0) -> list[dict[str, Any]]:
     """The records of a part."""
     out = io.StringIO()
-    part(Teller(out, CPU, "tiny", seconds))
+    part(Recorder(out, CPU, "tiny", seconds))
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 

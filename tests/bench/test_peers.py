@@ -5,11 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenyard.bench.peers import cases
-from tokenyard.bench.peers import rounds as turns
+from tokenyard.bench.peers import cases, rounds
 from tokenyard.bench.peers.__main__ import parse, table
 from tokenyard.bench.peers.cases import CASES, SIDES, Case, groups, refusal, sides_of
-from tokenyard.bench.peers.rounds import Line, Measurement, measure
+from tokenyard.bench.peers.rounds import Measurement, SideResult, measure
 from tokenyard.bench.timing import quartiles
 
 TOY = Case(8, 2, 32, "fp32", width=64, layers=2, heads=4, vocabulary=256, sequences=2, length=32)
@@ -17,19 +16,19 @@ BY_NAME = {side.name: side for side in SIDES}
 
 
 @pytest.fixture(scope="module")
-def lines() -> dict[str, Line]:
+def lines() -> dict[str, SideResult]:
     pytest.importorskip("transformers", reason="a side needs transformers (pip install 'tokenyard[hf]')")
     sides = sides_of(TOY, ["transformers grouped_mm"])
     return {line.side: line for line in measure("toy", TOY, sides, Measurement(rounds=2, warmup=1, threads=1))}
 
 
-def test_first_losses_are_those_of_ours(lines: dict[str, Line]) -> None:
+def test_first_losses_are_those_of_ours(lines: dict[str, SideResult]) -> None:
     ours, theirs = lines["tokenyard"].first_loss, lines["transformers grouped_mm"].first_loss
     assert theirs == pytest.approx(ours, rel=1e-5) and lines["transformers grouped_mm"].same
     assert lines["dense"].same is None and lines["dense"].first_loss != pytest.approx(ours, rel=1e-5)
 
 
-def test_each_side_has_its_ratios(lines: dict[str, Line]) -> None:
+def test_each_side_has_its_ratios(lines: dict[str, SideResult]) -> None:
     assert list(lines) == ["dense", "tokenyard", "transformers grouped_mm"]
     assert lines["dense"].of_dense == 1.0 and lines["tokenyard"].ours_is_faster == 1.0
     for line in lines.values():
@@ -44,9 +43,9 @@ def test_another_loss_is_another_work() -> None:
     def worker(loss: float) -> Any:
         return SimpleNamespace(side=BY_NAME["DeepSpeed"], losses=[loss])
 
-    assert turns._same(worker(9.0), worker(9.00005), TOY)
+    assert rounds._same(worker(9.0), worker(9.00005), TOY)
     with pytest.raises(RuntimeError, match=r"DeepSpeed begins with a loss of 9\.0, DeepSpeed with 9\.001: not the same work"):
-        turns._same(worker(9.0), worker(9.001), TOY)
+        rounds._same(worker(9.0), worker(9.001), TOY)
 
 
 def test_what_is_not_installed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ from statistics import fmean
 import pytest
 from tiny_run import TINY_RUN
 from tokenyard.bench.quality.__main__ import laboratory, main, parse
-from tokenyard.bench.quality.curves import complete, crossing, deviation
 from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
-from tokenyard.bench.quality.runs import Lab
+from tokenyard.bench.quality.runs import Lab, complete, crossing, deviation
 from tokenyard.moe.param_count import count
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_run import TINY_RUN
-from tokenyard.bench.comm_trace import Stamp, split_times, stamped
+from tokenyard.bench.comm_trace import CollectiveTimes, split_times, trace_collectives
 from tokenyard.bench.ranks import LAYOUTS, measure, parse, table
 
 
 def test_a_rank_that_comes_first_waits() -> None:
     """Two collectives of both ranks: one blocks from its beginning, one is begun at 5 and waited for at 6 (rank 1: 8)."""
-    first: list[Stamp] = [[1.0, 1.0, 4.0], [5.0, 6.0, 9.0]]
-    second: list[Stamp] = [[3.0, 3.0, 4.5], [7.0, 8.0, 9.0]]
+    first: list[CollectiveTimes] = [[1.0, 1.0, 4.0], [5.0, 6.0, 9.0]]
+    second: list[CollectiveTimes] = [[3.0, 3.0, 4.5], [7.0, 8.0, 9.0]]
     one, two = split_times([10.0, 10.5], [first, second])
     assert one == (10 - 3 - 3, (4 - 3) + (9 - 7), (3 - 1) + (7 - 6))
     assert two == (10.5 - 1.5 - 1, 1.5 + 1, 0)
@@ -23,22 +23,22 @@ def test_a_rank_that_comes_first_waits() -> None:
         split_times([1.0, 1.0], [first, first[:1]])
 
 
-def test_stamps_of_real_ranks(ranks: Any) -> None:
+def test_times_of_real_ranks(ranks: Any) -> None:
     """Rank 1 is a fifth of a second late for the second of three collectives."""
-    seconds, stamps = zip(*ranks(2, three_collectives), strict=True)
-    assert [len(own) for own in stamps] == [3, 3]
-    first, second = split_times(list(seconds), list(stamps))
+    seconds, traces = zip(*ranks(2, three_collectives), strict=True)
+    assert [len(own) for own in traces] == [3, 3]
+    first, second = split_times(list(seconds), list(traces))
     assert first.waiting > 0.15 > second.waiting
     assert sum(first) == pytest.approx(seconds[0])
-    begun, waited, _ = stamps[0][2]
+    begun, waited, _ = traces[0][2]
     assert waited - begun > 0.05
 
 
-def three_collectives() -> tuple[float, list[Stamp]]:
+def three_collectives() -> tuple[float, list[CollectiveTimes]]:
     """The last one is waited for when something else is done."""
     x = torch.ones(1000)
     dist.barrier()
-    with stamped() as stamps:
+    with trace_collectives() as traced:
         start = time.perf_counter()
         dist.all_reduce(x)
         time.sleep(0.2 * dist.get_rank())
@@ -49,7 +49,7 @@ def three_collectives() -> tuple[float, list[Stamp]]:
         work.wait()
         seconds = time.perf_counter() - start
     dist.all_reduce(x)
-    return seconds, stamps
+    return seconds, traced
 
 
 def test_a_line_for_each_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

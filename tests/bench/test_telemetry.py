@@ -9,7 +9,7 @@ from tokenyard.bench.telemetry import measure, parse, table
 
 def test_a_line_for_each_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path))
-    lines = measure([*TINY_RUN, "telemetry.every=2", "telemetry.probe_every=2", "evaluate.sequences=8"], rounds=2, steps=2)
+    lines = measure([*TINY_RUN, "telemetry.every=2", "evaluate.sequences=8"], rounds=2, steps=2)
     assert [line.tier for line in lines] == ["none", "brief", "detailed"]
     none, brief, detailed = lines
     assert none.over_none == 0 and 0 < none.calls < brief.calls < detailed.calls < detailed.step

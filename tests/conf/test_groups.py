@@ -1,4 +1,4 @@
-"""Every shipped option of every group composes, and is a configuration that could run."""
+"""Every option of every group composes to a valid configuration."""
 
 from collections.abc import Iterator
 from operator import attrgetter
@@ -29,7 +29,7 @@ GROUPS = {
 }
 OPTIONS = [(group, option) for group, options in find_groups([CONF]).items() for option in options]
 RANKS = {"parallel": 4}
-"""Where an option is for more ranks than its launch settings say."""
+"""Ranks of the groups whose options need more than their launch settings start."""
 
 
 def test_the_groups_are_those_of_the_contract() -> None:
@@ -86,7 +86,7 @@ def test_files_say_nothing_that_is_the_default(group: str) -> None:
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting in `node` by its dotted key, as one writes it."""
+    """The settings in `node` by dotted key, as text of an override."""
     for key, value in (node or {}).items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

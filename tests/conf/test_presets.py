@@ -1,4 +1,4 @@
-"""Presets of published models: their sizes are those that their makers publish, and the tiny ones stay true to their families."""
+"""Presets have the published sizes of their models, and tiny presets differ from their families in sizes only."""
 
 import re
 from dataclasses import asdict
@@ -32,7 +32,7 @@ SIZES = re.compile(
     r"(layers|width|heads|kv_heads|head_width|hidden|vocabulary|dense_first|init_std|embedding_multiplier|attention\.window"
     r"|attention\.mla\..*|moe\.(experts|top_k|hidden|shared_hidden)|moe\.router\.(groups|top_groups|scale))$"
 )
-"""What a tiny model may change of its family."""
+"""Settings that a tiny preset may change."""
 
 
 @cache

@@ -63,7 +63,7 @@ def saved(case: Case) -> tuple[Found, list[NamedShard]]:
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         rank.step()
-        held = rank.engine.held()
+        held = rank.engine.state_to_save()
         for _, tensor in held.values():
             copy_to_host(tensor, host_memory(tensor))
         return found(rank, config), named_shards(held)
@@ -74,12 +74,12 @@ def watched(case: Case, logged: bool) -> Found:
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         session: Any = SimpleNamespace(config=config, parallel=rank.parallel, device=rank.parallel.device, step=0)
-        watch = ExpertStats(session)
+        expert_stats = ExpertStats(session)
         numbers = rank.step()
         session.step = 1
-        watch.took(numbers)
+        expert_stats.update(numbers)
         if logged:
-            watch.look(numbers, validated=False, saves=True)
+            expert_stats.snapshot(numbers, validated=False, saves=True)
         return found(rank, config)
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tokenyard.moe.config import ModelConfig
 from tokenyard.moe.device import DryRun, dry_run
 from tokenyard.moe.layer import MoELayer
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe
-from tokenyard.parallel.dispatch.all_to_all import PlainDispatcher
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info
+from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher
 from tokenyard.parallel.mesh import Axis
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -90,7 +90,7 @@ def layer_operators(
 def rank_layer(config: ModelConfig, axis: Axis) -> MoELayer:
     """One rank's part."""
     layer = MoELayer(config, torch.float32)
-    layer.dispatcher = PlainDispatcher(config.moe.experts, axis)
+    layer.dispatcher = AllToAllDispatcher(config.moe.experts, axis)
     for name, weight in layer.experts.named_parameters():
         setattr(layer.experts, name, torch.nn.Parameter(weight.detach()[: config.moe.experts // axis.size]))
     return layer.train()
@@ -99,4 +99,4 @@ def rank_layer(config: ModelConfig, axis: Axis) -> MoELayer:
 def some_tokens(sequences: int, length: int) -> TokenInfo:
     """As in a training step, where targets decide which tokens count."""
     ids_BS = torch.zeros(sequences, length, dtype=torch.int64)
-    return describe(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), BatchPosition())
+    return build_token_info(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool), BatchPosition())

@@ -1,4 +1,4 @@
-"""Known mistakes of distributed MoE training, put into this process for the time of a `with`. Import it as `bugs`, on ranks too."""
+"""Known bugs of distributed MoE training, as context managers that patch this process. Import it as `bugs`, on ranks too."""
 
 import contextlib
 import dataclasses
@@ -22,22 +22,22 @@ def averaged_over_expert_ranks() -> Iterator[None]:
 
     @contextlib.contextmanager
     def summed(parallel: Parallel) -> Iterator[None]:
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             yield
-        for name, placed in parallel.placed.items():
+        for name, sharded in parallel.parameters.items():
             if ".experts." in name:
-                gradients.gradient_of(placed).div_(parallel.mesh.sizes["expert"])
+                gradients.gradient_of(sharded).div_(parallel.mesh.sizes["expert"])
 
-    with mock.patch.object(step, "summed_over_copies", summed):
+    with mock.patch.object(step, "gradient_all_reduce", summed):
         yield
 
 
 @contextlib.contextmanager
 def clipped_by_own_norm() -> Iterator[None]:
-    """Each rank clips by the norm of what it holds, and reports the right norm."""
+    """Each rank clips by the norm of its own shards, and reports the right norm."""
 
     def scale(parallel: Parallel, _: Any) -> None:
-        held = [gradients.gradient_of(placed) for placed in parallel.placed.values()]
+        held = [gradients.gradient_of(sharded) for sharded in parallel.parameters.values()]
         norm = torch.stack([gradient.square().sum() for gradient in held]).sum().sqrt()
         gradients.scale_gradients(parallel, (0.01 / norm).clamp(max=1.0))
 
@@ -47,7 +47,7 @@ def clipped_by_own_norm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def auxiliary_divided_by_data_ranks() -> Iterator[None]:
-    """Balance losses and z-loss count 1 / data ranks in the gradient; what is reported is right."""
+    """The gradients of balance losses and z-loss are divided by the number of data ranks; reported values are right."""
     right = step.losses
 
     def losses(summed: Any, stats: Any, config: Any, totals: Any, mesh: Any) -> Any:
@@ -65,16 +65,16 @@ def auxiliary_divided_by_data_ranks() -> Iterator[None]:
 def router_not_added_up_over_tensor_ranks() -> Iterator[None]:
     @contextlib.contextmanager
     def summed(parallel: Parallel) -> Iterator[None]:
-        copies = {name: placed.copies for name, placed in parallel.placed.items()}
-        for name, placed in parallel.placed.items():
+        replicas = {name: sharded.replicas for name, sharded in parallel.parameters.items()}
+        for name, sharded in parallel.parameters.items():
             if name.endswith("router.weight"):
-                placed.copies = parallel.mesh.data
-        with gradients.summed_over_copies(parallel):
+                sharded.replicas = parallel.mesh.data
+        with gradients.gradient_all_reduce(parallel):
             yield
-        for name, placed in parallel.placed.items():
-            placed.copies = copies[name]
+        for name, sharded in parallel.parameters.items():
+            sharded.replicas = replicas[name]
 
-    with mock.patch.object(step, "summed_over_copies", summed):
+    with mock.patch.object(step, "gradient_all_reduce", summed):
         yield
 
 
@@ -96,7 +96,7 @@ def bias_moved_per_micro_batch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def counts_again_in_recomputation() -> Iterator[None]:
-    """Routers add their counts up on themselves, each time they run."""
+    """Routers accumulate their counts in attributes, each time they run."""
     right_forward, right_sum = Router.forward, step.add_up
     seen: dict[Router, Any] = {}
 
@@ -116,7 +116,7 @@ def counts_again_in_recomputation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised_on_tensor_ranks() -> Iterator[None]:
-    """No bug of numbers: with tensor parallelism the last rank raises, and the others wait for it."""
+    """Not a numerical bug: with tensor parallelism the last rank raises, and the others wait for it."""
     right = step.count_totals
 
     def count_totals(parallel: Parallel, rows: Any) -> Any:
@@ -129,7 +129,7 @@ def raised_on_tensor_ranks() -> Iterator[None]:
 
 
 def install(name: str) -> None:
-    """For the rest of this process's life: for ranks that a command starts."""
+    """Installs a bug until the process ends, for ranks that a command starts."""
     _installed.enter_context(globals()[name]())
 
 

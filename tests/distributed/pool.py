@@ -7,6 +7,7 @@ seeded with 0. Sub-groups that it makes end when the next call comes.
 This file is also the program that a rank runs. It is started as a fresh interpreter: nothing of pytest's state is inherited.
 """
 
+import gc
 import importlib
 import importlib.util
 import io
@@ -34,7 +35,7 @@ GRACE_SECONDS = 3.0
 
 
 class RankError(RuntimeError):
-    """A rank raised, died or did not answer in time. The text names the ranks and holds their tracebacks."""
+    """A rank raised, died or did not answer in time. The message has the ranks and their tracebacks."""
 
 
 class Pools:
@@ -44,7 +45,7 @@ class Pools:
         self._pools: dict[int, Pool] = {}
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, limit_seconds: float = 240.0, **kwargs: Any) -> list[Any]:
-        """`function(*args, **kwargs)` on each of `world` ranks at once; the results by rank.
+        """Calls `function(*args, **kwargs)` on each of `world` ranks at once, and returns the results by rank.
 
         `function` stands at top level of a module. Arguments and results are what pickle takes; tensors arrive as plain CPU
         tensors. RankError if a rank raises, dies or does not answer within `limit_seconds`.
@@ -60,7 +61,7 @@ class Pools:
             raise
 
     def close(self) -> None:
-        """End all ranks."""
+        """Ends all ranks."""
         while self._pools:
             self._pools.popitem()[1].kill()
 
@@ -89,7 +90,7 @@ class Pool:
         return [_unpack(answer) for answer in self._answers(limit_seconds, call[2])]
 
     def kill(self) -> None:
-        """End the ranks at once: they own nothing outside of the temporary folder."""
+        """Kills the ranks: they own nothing outside the temporary folder."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -110,7 +111,7 @@ class Pool:
         self._processes.append(process)
 
     def _answers(self, limit_seconds: float, what: str) -> list[bytes]:
-        """One answer of each rank. After the first error the others get a short time, and all errors are raised together."""
+        """Returns the answer of each rank. After an error the others get a short time, and all errors are raised together."""
         answers: dict[int, bytes] = {}
         errors: dict[int, str] = {}
         deadline = time.monotonic() + limit_seconds
@@ -151,7 +152,7 @@ class Pool:
 
 
 def _address(function: Callable[..., Any]) -> tuple[str, str, str]:
-    """Where another interpreter finds `function`: its module's name and file, and its name there."""
+    """Returns where another interpreter finds `function`: the name and file of its module, and its name there."""
     name = function.__qualname__
     path = sys.modules[function.__module__].__file__
     if "<" in name or path is None:
@@ -160,7 +161,7 @@ def _address(function: Callable[..., Any]) -> tuple[str, str, str]:
 
 
 def _module(name: str, path: str) -> ModuleType:
-    """The module, under its name in pytest so that pickle finds its classes; only the path leads to a test module."""
+    """Imports the module under its name in pytest, so that pickle finds its classes; a test module is found by path only."""
     if name in sys.modules:
         return sys.modules[name]
     if name.split(".")[0] == "tokenyard":
@@ -177,7 +178,7 @@ def _module(name: str, path: str) -> ModuleType:
 
 
 def _pack(value: Any) -> bytes:
-    """Pickle, with tensors as their bytes: multiprocessing's way would share memory and file descriptors."""
+    """Pickles tensors as bytes; multiprocessing would share memory and file descriptors."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return buffer.getvalue()
@@ -208,7 +209,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
-    """What a rank does: join the group, then answer calls until it is killed or the test process is gone."""
+    """The main function of a rank: joins the group, then answers calls until it is killed or the test process is gone."""
     import torch
     import torch.distributed as dist
 
@@ -228,12 +229,14 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
 
 
 def _end_groups(kept: set[Any]) -> None:
-    """Each group of gloo has threads of its own: thousands of groups are slow."""
+    """Each group of gloo has threads that poll until nothing refers to the group any more, and models are circles of references."""
     import torch.distributed as dist
 
     for group in _groups():
         if group not in kept:
             dist.destroy_process_group(group)
+    gc.collect()
+    gc.freeze()  # the next collection looks at what is new alone
 
 
 def _groups() -> list[Any]:
@@ -253,7 +256,7 @@ def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, An
 
 
 def _end_with_parent(parent: int, folder: Path) -> None:
-    """A test process that was killed cannot end its ranks: they see that they are orphans, whatever they wait for."""
+    """Exits if the test process is gone: a test process that was killed cannot end its ranks."""
     while os.getppid() == parent:
         time.sleep(0.5)
     shutil.rmtree(folder, ignore_errors=True)

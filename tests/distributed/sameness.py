@@ -49,7 +49,7 @@ class Case(NamedTuple):
     equal_scores: bool = False
     """All tokens choose the same expert in the first step; else expert 2 is starved."""
     idle_rows: int = 0
-    """So many rows of each global batch have no target that counts: on some layouts a rank has no token."""
+    """Rows of each global batch whose targets are all ignored: on some layouts a rank has no token."""
     steps: int = STEPS
 
 
@@ -69,7 +69,7 @@ def verdict_of(layout: layouts.Layout, answers: list[tuple[list[Finding], dict[s
 
 
 def found(layout: Layout, case: Case, expected: Reference) -> tuple[list[Finding], dict[str, int]]:
-    """On a rank: how what it sees compares, and the sizes of the mesh."""
+    """Runs on a rank; returns the findings of its comparison, and the sizes of the mesh."""
     config = configured(layout, case)
     return compare(seen(config, case), expected), build_mesh(config.parallel).sizes
 
@@ -80,7 +80,7 @@ def seen(config: Config, case: Case) -> list[observe.ObservedTensor]:
 
 
 def compared_with(case: Case) -> Reference:
-    """One process."""
+    """Returns the reference of one process."""
     if repr(case) not in _references:
         _references[repr(case)] = reference_of(seen(configured(Layout(1), case), case))
     return _references[repr(case)]
@@ -90,7 +90,7 @@ _references: dict[str, Reference] = {}
 
 
 def reference(case: Case) -> dict[str, Any]:
-    """One process: the numbers of its steps, its first gradients and last weights, whole and by name."""
+    """Trains in one process; returns the numbers of its steps, its first gradients and last weights, by name."""
     tensors = compared_with(case).tensors
     weights = {key.name: value for key, value in tensors.items() if key.kind == "weight" or key[:2] == (case.steps, "expert bias")}
     return {
@@ -101,7 +101,7 @@ def reference(case: Case) -> dict[str, Any]:
 
 
 def numbers(tensors: dict[Key, torch.Tensor], step: int) -> Any:
-    """Those of one step, named as in StepNumbers."""
+    """Returns the numbers of one step, named as in StepNumbers."""
 
     def of(kind: str) -> torch.Tensor:
         values = [value for key, value in tensors.items() if key[:2] == (step, kind)]
@@ -147,11 +147,11 @@ def favour_one_expert(parallel: Parallel) -> None:
 
 
 def router_weights(parallel: Parallel) -> list[torch.Tensor]:
-    return [local(p.parameter).data for name, p in parallel.placed.items() if name.endswith("router.weight")]
+    return [local(p.parameter).data for name, p in parallel.parameters.items() if name.endswith("router.weight")]
 
 
 def rows_of(parallel: Parallel, step: int, case: Case) -> list[Rows]:
-    """This rank's rows of a global batch."""
+    """Returns this rank's rows of a global batch."""
     config = configured(Layout(1), case)
     config.batch.micro = SEQUENCES // case.micro_batches // parallel.mesh.data.size
     return observe.rows_of(parallel, config, *global_batch(case, config, step))

@@ -98,7 +98,7 @@ def test_each_case_is_sliced_and_each_layout_tried() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fsdp_changes_no_bit_of_bf16_logits(ranks, name: str) -> None:
-    """What it gathers in bf16 is what one process casts; rotary angles and routers stay wide."""
+    """Weights gathered in bf16 equal those that one process casts; rotary tables and routers stay wide."""
     expected = logits_in_bf16(Layout(1), CASES[name].config)
     for logits in ranks(2, logits_in_bf16, Layout(2, shard=2), CASES[name].config):
         assert logits.dtype == torch.bfloat16
@@ -106,7 +106,7 @@ def test_fsdp_changes_no_bit_of_bf16_logits(ranks, name: str) -> None:
 
 
 def logits_in_bf16(layout: Layout, config: ModelConfig) -> torch.Tensor:
-    """Of the same rows on every rank."""
+    """Returns the logits of the same rows on every rank."""
     with torch.no_grad():
         ids_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
         return build(layout, config, Precision.bf16).model(ids_BS)
@@ -114,7 +114,7 @@ def logits_in_bf16(layout: Layout, config: ModelConfig) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_is_worth_comparing_with(name: str) -> None:
-    """Every parameter takes part, and the parts that start at zero or one have been trained away from it."""
+    """Every parameter is used, and those that start at zero or one have moved."""
     expected, config = reference(CASES[name]), CASES[name].config
     idle = [parameter for parameter, gradient in expected["gradients"].items() if not gradient.abs().max() > 1e-6]
     assert not idle

@@ -27,6 +27,7 @@ from tokenyard.train.config.config import BatchConfig, Config, EngineConfig, Opt
 from tokenyard.train.config.config import EngineKind as EngineKind
 from tokenyard.train.run import single_step
 from tokenyard.train.setup import build_engine, open_session
+from tokenyard.train.step import StepInput
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install tokenyard[deepspeed]")
 
@@ -88,7 +89,7 @@ def test_bf16_activations_leave_weights_and_sums_in_fp32(ranks, zero: int) -> No
 
 
 def steps_of(layout: Layout, case: Case, engine: EngineConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Three optimizer steps on this rank: their numbers and the last weights, by name and piece."""
+    """Three optimizer steps on this rank: their numbers, and the last weights by name and shard."""
     spread = ParallelConfig(tensor=layout.tensor, expert=layout.expert)
     with torch.device("meta"):
         transformer = Transformer(case.config, dtype)
@@ -99,9 +100,10 @@ def steps_of(layout: Layout, case: Case, engine: EngineConfig, dtype: torch.dtyp
     config = Config(batch=batch, parallel=spread, model=case.config, engine=engine, optimizer=OptimizerConfig(lr=0.01))
     used = build_engine(config, parallel)
     steps = [
-        used.step(rows_of(parallel, step, case), 0.01, CLIP, BatchPosition(seed=5, step=step + 1)) for step in range(case.steps)
+        used.step(StepInput(rows_of(parallel, step, case), 0.01, CLIP, BatchPosition(seed=5, step=step + 1)))
+        for step in range(case.steps)
     ]
-    weights = {name: (p.piece, local(p.parameter).detach().double()) for name, p in parallel.placed.items()}
+    weights = {name: (p.metadata, local(p.parameter).detach().double()) for name, p in parallel.parameters.items()}
     weights |= {name: (whole(bias.shape), bias.double()) for name, bias in expert_biases(parallel.model).items()}
     return {"steps": steps, "weights": weights}
 
@@ -119,7 +121,7 @@ TINY = [*TINY_RUN, "steps=4"]
     ],
 )
 def test_checkpoints_cross_load(ranks, tmp_path: Path, zero: int, world: int, layout: list[str]) -> None:
-    """Each engine goes on from the other's checkpoint; the state it read, weights and moments, is the other's bit for bit."""
+    """Each engine resumes from the other's checkpoint; weights and moments are the other's bit for bit."""
     engines = {"torch": [*layout, "engine=torch"], "deepspeed": [*layout, "engine=deepspeed", f"engine.zero={zero}"]}
     straight = {name: ranks(world, train_on, tmp_path / name, engine) for name, engine in engines.items()}
     for name, other in (("torch", "deepspeed"), ("deepspeed", "torch")):
@@ -130,7 +132,7 @@ def test_checkpoints_cross_load(ranks, tmp_path: Path, zero: int, world: int, la
 
 
 def train_on(folder: Path, overrides: list[str]) -> list[float]:
-    """To the third step, with a checkpoint after the second, also if that is where it starts. The losses of its steps."""
+    """Trains to the third step, with a checkpoint after the second (also if it starts there). Returns the losses of its steps."""
     cache = folder.parent / "cache"
     session = open_session(compose([*TINY, f"run.dir='{folder}'", f"data.cache='{cache}'", *overrides]), torch.device("cpu"))
     losses = []
@@ -149,7 +151,7 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 
 def assemble(parts: list[dict[str, tuple[ShardMetadata, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from all ranks' pieces; copies must agree."""
+    """Assembles whole tensors from the shards of all ranks; replicas must agree."""
     wholes = {}
     for name in parts[0]:
         total = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)

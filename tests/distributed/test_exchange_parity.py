@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from sameness import VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process
-from tokenyard.bench.gpu.router_cases import ROUTERS
+from tokenyard.bench.gpu.routers import ROUTERS
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.parallel.config import Exchange
 

@@ -48,7 +48,7 @@ def test_layout_gives_the_numbers_of_one_process(ranks, layout: Layout, name: st
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_is_worth_comparing_with(name: str) -> None:
-    """Biases are trained away from zero, an expert has no token, and tokens are dropped where the case says so."""
+    """Biases have moved from zero, an expert has no token, and tokens are dropped if the case drops any."""
     expected, moe = reference(CASES[name]), CASES[name].config.moe
     biases = [value for parameter, value in expected["gradients"].items() if parameter.endswith("down_bias")]
     assert len(biases) == (2 if moe.bias else 0) and all((bias != 0).any() for bias in biases)

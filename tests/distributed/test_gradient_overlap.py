@@ -1,4 +1,4 @@
-"""Gradients are added up over replicas while the backward pass runs, and are bit for bit what they are when it has ended."""
+"""Gradients are summed over replicas during the backward pass, and equal bit for bit those summed after it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ def case(micro_batches: int = 2, tie_embeddings: bool = False, bias: bool = Fals
 
 @EACH
 def test_sums_depart_before_the_last_gradient_is_made(ranks: Any, layout: Layout) -> None:
-    """In the last micro-batch, not in the one before it. The embedding's gradient is made last."""
+    """Sums start in the last micro-batch, not in the one before it. The embedding's gradient is the last."""
     for events in ranks(4, order, layout):
         first, last = [part.split() for part in " ".join(events).split("backward")[1:3]]
         assert "all_reduce" not in first[: first.index("embedding")]
@@ -47,7 +47,7 @@ def test_sums_depart_before_the_last_gradient_is_made(ranks: Any, layout: Layout
 
 
 def order(layout: Layout) -> list[str]:
-    """What happens in a step."""
+    """Returns the events of a step."""
     parallel = build(layout, case().config)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), parallel)
     events = Events()
@@ -57,7 +57,7 @@ def order(layout: Layout) -> list[str]:
         share.objective.backward()
 
     with small_buckets(), mock.patch.object(step, "backward", backward), events:
-        step.train_step(parallel, optimizer, rows_of(parallel, 0, case()), lr=0.01, clip_norm=None)
+        step.train_step(parallel, optimizer, step.StepInput(rows_of(parallel, 0, case()), lr=0.01, clip_norm=None))
     return events.seen
 
 
@@ -81,7 +81,7 @@ def test_the_sums_are_those_after_the_backward_pass_bit_for_bit(ranks: Any, layo
 
 
 def same_bits(layout: Layout, tied: bool) -> bool:
-    """Of every gradient, with buckets of two sizes."""
+    """Compares every gradient, with buckets of two sizes."""
     parallel = build(layout, case(1, tied).config)
     results = []
     for bucket in (2**23, 500):
@@ -91,36 +91,36 @@ def same_bits(layout: Layout, tied: bool) -> bool:
 
 
 def made(parallel: Parallel, overlapped: bool, of: Case) -> list[Tensor]:
-    """Gradients of one micro-batch."""
+    """Returns the gradients of one micro-batch."""
     parallel.model.zero_grad(set_to_none=True)
     [rows] = rows_of(parallel, 0, of)
     step.prepare_backward(parallel.model, parallel.zero, True)
     share = step.forward(parallel, rows, step.count_totals(parallel, [rows]))
     if overlapped:
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             share.objective.backward()
     else:
         share.objective.backward()
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             pass
-    return [gradients.gradient_of(placed).clone() for placed in parallel.placed.values()]
+    return [gradients.gradient_of(sharded).clone() for sharded in parallel.parameters.values()]
 
 
 @pytest.mark.parametrize("layout", [Layout(2, tensor=2, expert=2), Layout(2, expert_tensor=2)])
 def test_all_ranks_start_the_same_collectives_where_one_adds_a_bias(ranks: Any, layout: Layout) -> None:
-    """The others have no gradient of it."""
+    """The other ranks have no gradient for that bias."""
     found = ranks(2, checked_step, layout)
     assert found[0] == found[1] > 0
 
 
 def checked_step(layout: Layout) -> float:
-    """Its norm; each collective is compared before it begins."""
+    """Returns the gradient norm; each collective is checked before it begins."""
     parallel = build(layout, case(bias=True).config)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), parallel)
     check_before_collectives(compare)
     try:
         with small_buckets(1):
-            numbers = step.train_step(parallel, optimizer, rows_of(parallel, 0, case()), lr=0.01, clip_norm=None)
+            numbers = step.train_step(parallel, optimizer, step.StepInput(rows_of(parallel, 0, case()), lr=0.01, clip_norm=None))
     finally:
         check_before_collectives(None)
     return numbers.gradient_norm.item()
@@ -133,7 +133,7 @@ def test_a_failed_backward_pass_leaves_no_hook(ranks: Any) -> None:
 def fail_and_go_on(layout: Layout) -> bool:
     parallel = build(layout, case(1).config)
     expected = made(parallel, False, case(1))
-    with pytest.raises(ArithmeticError), gradients.summed_over_copies(parallel):
+    with pytest.raises(ArithmeticError), gradients.gradient_all_reduce(parallel):
         raise ArithmeticError
     return all(torch.equal(a, b) for a, b in zip(made(parallel, False, case(1)), expected, strict=True))
 

@@ -1,4 +1,4 @@
-"""What the rules say a rank holds is what `parallelize` leaves on it."""
+"""The shapes that parallel/layout.py computes are those of the parameters after `parallelize`."""
 
 import math
 

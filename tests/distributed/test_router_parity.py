@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sameness import VOCABULARY, Case, Layout, assert_close, assert_layout_gives_the_numbers_of_one_process, reference
-from tokenyard.bench.gpu.router_cases import RANDOM, ROUTERS
+from tokenyard.bench.gpu.routers import RANDOM, ROUTERS
 from tokenyard.moe.config import ModelConfig, MoEConfig, Scope, Selection
 
 LAYOUTS = {
@@ -32,7 +32,7 @@ def test_layout_gives_the_numbers_of_one_process(ranks: Any, layout: str, name: 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_equal_logits_and_ranks_without_tokens(ranks: Any, name: str) -> None:
-    """All choices are ties (after a step only nearly: rounding would decide); the first data rank has no token that counts."""
+    """All choices are ties (after a step only nearly, so rounding would decide); the first data rank has no valid token."""
     tied = case(ROUTERS[name], equal_scores=True, idle_rows=2, steps=1)
     assert_layout_gives_the_numbers_of_one_process(ranks, Layout(4, shard=2, expert=2), tied)
 
@@ -40,7 +40,7 @@ def test_equal_logits_and_ranks_without_tokens(ranks: Any, name: str) -> None:
 @pytest.mark.parametrize("layout", [Layout(1, recompute=True), Layout(4, tensor=2, expert=2)], ids=["1", "4"])
 @pytest.mark.parametrize("name", RANDOM)
 def test_accumulation_changes_nothing_that_is_random(ranks: Any, name: str, layout: Layout) -> None:
-    """What has batch scope is of the micro-batch, so the scopes are sequences here."""
+    """Batch scope is that of a micro-batch, so the scopes are sequences here."""
     config = by_sequence(ROUTERS[name])
     assert_layout_gives_the_numbers_of_one_process(ranks, layout, case(config, micro_batches=2))
     split, whole = reference(case(config, micro_batches=2)), reference(case(config))

@@ -1,4 +1,4 @@
-"""Nothing that is watched depends on the layout; every choice counts once: recomputed, accumulated, padded, evaluated between."""
+"""No metric depends on the layout, and every choice counts once: with recomputation, accumulation, padding, evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.config.compose import compose
 from tokenyard.train.fault_tolerance.supervisor import build_supervisor
-from tokenyard.train.logging.run_logger import Reporter
+from tokenyard.train.logging.expert_stats.collector import describe
+from tokenyard.train.logging.run_logger import RunLogger
 from tokenyard.train.logging.step_log import StepLog
 from tokenyard.train.run import train
 from tokenyard.train.session import Session
@@ -28,7 +29,6 @@ COMMON = [
     "model.moe.balance.bias_rate=0.01",
     "telemetry.tier=detailed",
     "telemetry.every=2",
-    "telemetry.probe_every=2",
     "telemetry.window=4",
     "telemetry.probe=5",
 ]
@@ -72,7 +72,7 @@ def test_a_layout_has_the_numbers_of_one_process(ranks, tmp_path: Path, name: st
 
 
 def test_the_busiest_rank_is_found(ranks, tmp_path: Path) -> None:
-    """With an expert to a rank its overload is that of its expert, and over both layers that of their sum."""
+    """With one expert per rank, the overload of a rank is that of its expert, and over both layers that of their sum."""
     layout = [
         "model.moe.experts=4",
         "model.moe.top_k=1",
@@ -106,43 +106,33 @@ def flat(value: Any) -> list[float]:
     return [number for item in value for number in flat(item)] if isinstance(value, list) else [value]
 
 
-class Keeps(Reporter):
-    """What the loop tells a reporter: one entry a step, with the record of telemetry.jsonl that came with it."""
+class Keeps(RunLogger):
+    """Keeps what the loop logs: one entry a step, with the record of telemetry.jsonl that came with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        self.config, self.ranks = session.config, session.parallel.mesh.world
         self.entries: list[dict[str, Any]] = []
 
-    def __exit__(self, *_: Any) -> None: ...
-
-    def logged(self, logged: StepLog) -> None:
-        seen = logged.snapshot.seen()
-        numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **seen.metrics}
-        self.entries.append(numbers | (seen.record or {}))
-
-    def saved(self, outcome: Any) -> None: ...
-
-    def finished(self, evaluation: Any, code: int = 0) -> None: ...
-
-    def event(self, kind: str, /, **facts: Any) -> None: ...
-
-    def alert(self, kind: str, text: str) -> None: ...
-
-    def rolled_back(self, session: Session, step: int) -> None: ...
-
-    def stopped(self, reason: str, code: int) -> None: ...
+    def log_step(self, logged: StepLog) -> None:
+        metrics, record = {}, None
+        if logged.snapshot is not None:
+            metrics, record = describe(logged.numbers, logged.snapshot, self.config, self.ranks)
+        numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **metrics}
+        self.entries.append(numbers | (record or {}))
 
 
 def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """On a rank: a run without files."""
+    """Runs on a rank, without writing files."""
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
-    session, reporter = open_session(config, torch.device("cpu")), Keeps()
-    train(session, reporter, build_supervisor(session, reporter))
-    return reporter.entries
+    session = open_session(config, torch.device("cpu"))
+    run_logger = Keeps(session)
+    train(session, run_logger, build_supervisor(session, run_logger))
+    return run_logger.entries
 
 
 def weights_after(folder: Path, overrides: list[str]) -> list[torch.Tensor]:
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", "precision=fp32", *overrides])
     session = open_session(config, torch.device("cpu"))
-    reporter = Keeps()
-    train(session, reporter, build_supervisor(session, reporter))
+    run_logger = Keeps(session)
+    train(session, run_logger, build_supervisor(session, run_logger))
     return [*session.parallel.model.state_dict().values(), torch.get_rng_state()]

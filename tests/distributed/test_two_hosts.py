@@ -27,7 +27,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process."""
+    """Returns the losses of one process."""
     folder = tmp_path_factory.mktemp("alone")
     words = [sys.executable, "-m", "tokenyard", "train", *RUN, f"run.dir={folder}/run", f"data.cache={folder}/cache"]
     subprocess.run(words, env=environment(), check=True, capture_output=True, timeout=120)
@@ -56,7 +56,7 @@ def test_plain_torchrun_on_both_hosts(hosts: tuple[Host, Host], alone: list[floa
 
 
 def run_on_both(hosts: tuple[Host, Host], commands: list[list[str]]) -> None:
-    """Each host its command, at the same time; both must succeed."""
+    """Runs a command on each host at the same time; both must succeed."""
     started = [
         subprocess.Popen(host.command(words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for host, words in zip(hosts, commands, strict=True)

@@ -17,10 +17,10 @@ from sameness import (
 )
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig
 from tokenyard.parallel.apply import Parallel
-from tokenyard.parallel.dispatch import all_to_all as plain
+from tokenyard.parallel.dispatch import all_to_all
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
-from tokenyard.train.step import head_losses, train_step
+from tokenyard.train.step import StepInput, head_losses, train_step
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 def per_step(zero: int, groups: int) -> dict[str, int]:
-    """Embedding and head are used by the backward pass at once, so they are kept after the forward pass even as ZeRO-3."""
+    """The backward pass uses embedding and head first, so they stay gathered after the forward pass even with ZeRO-3."""
     gathers = MICRO_BATCHES * (2 * groups - 1) if zero == 3 else groups
     return {"all_gather": gathers, "reduce_scatter": groups if zero == 1 else MICRO_BATCHES * groups}
 
@@ -58,7 +58,7 @@ def test_no_number_changes(ranks, layout: Layout, zero: int) -> None:
 @pytest.mark.parametrize("mtp_depth", [0, 1])
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_weights_travel_and_gradients_are_reduced_as_often_as_said(ranks, zero: int, mtp_depth: int) -> None:
-    """An evaluation asks for no weights of multi-token prediction, which it does not use."""
+    """An evaluation does not gather weights of multi-token prediction, which it does not use."""
     expected, usual = train_and_evaluate(Layout(1), mtp_depth), per_step(zero, GROUPS + 2 * mtp_depth)
     found = ranks(2, train_and_evaluate, Layout(2, shard=2, zero=zero), mtp_depth)
     for rank in found:
@@ -86,7 +86,7 @@ def test_the_next_block_is_asked_for_before_the_host_waits(ranks, recompute: boo
 
 
 def gathers_begun(layout: Layout, layers: int) -> dict[str, Any]:
-    """In one step."""
+    """Counts the collectives of one step."""
     parallel = build(layout, case(1, layers=layers).config)
     begun: dict[str, Any] = {"at reads": [], "at experts": []}
 
@@ -105,15 +105,14 @@ def gathers_begun(layout: Layout, layers: int) -> dict[str, Any]:
         if not torch._C._current_graph_task_id() >= 0:  # in a recomputation nobody differentiates it
             y.register_hook(lambda _: at("at experts"))
 
-    with Collectives() as counted, mock.patch.object(plain, "host_read", read):
-        train_step(
-            parallel, build_optimizer(OptimizerConfig(lr=0.01), parallel), rows_of(parallel, 0, case(1)), lr=0.01, clip_norm=None
-        )
+    with Collectives() as counted, mock.patch.object(all_to_all, "host_read", read):
+        batch = StepInput(rows_of(parallel, 0, case(1)), lr=0.01, clip_norm=None)
+        train_step(parallel, build_optimizer(OptimizerConfig(lr=0.01), parallel), batch)
     return begun | {"all": dict(counted.calls)}
 
 
 def kept(zero: int) -> int:
-    """What an evaluation has gathered and left whole for the step after it: as ZeRO-3 embedding and head alone."""
+    """Returns the parameters that an evaluation leaves gathered: with ZeRO-3 embedding and head only."""
     return 1 if zero == 3 else GROUPS
 
 
@@ -127,7 +126,7 @@ def train_and_evaluate(layout: Layout, mtp_depth: int) -> dict[str, Any]:
         if step == 2:
             losses.append(evaluate(parallel))
         with Collectives() as counted:
-            train_step(parallel, optimizer, rows_of(parallel, step, case(MICRO_BATCHES)), lr=0.01, clip_norm=None)
+            train_step(parallel, optimizer, StepInput(rows_of(parallel, step, case(MICRO_BATCHES)), lr=0.01, clip_norm=None))
         calls.append(dict(counted.calls))
         whole |= {name for name, p in parallel.model.named_parameters() if name in sharded and not isinstance(p, DTensor)}
     losses.append(evaluate(parallel))
@@ -136,7 +135,7 @@ def train_and_evaluate(layout: Layout, mtp_depth: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(parallel: Parallel) -> float:
-    """This rank's share of a loss."""
+    """Returns this rank's share of a loss."""
     [rows] = rows_of(parallel, 9, case(1))
     head_loss, *_ = head_losses(parallel, rows)
     parallel.model.eval()

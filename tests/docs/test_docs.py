@@ -1,4 +1,4 @@
-"""What the documents name exists: files, links, settings, names in code; and every command they show would run."""
+"""Files, links, settings and names in the documents exist, and every command that they show would run."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ import pytest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
-from tokenyard.parity.command import planned
+from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import split_settings
 from tokenyard.train.config.compose import CONF, compose, parse_arguments
 from tokenyard.train.config.launch import Launcher
@@ -135,13 +135,13 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             own = [word for word in arguments if word not in ("HF_FOLDER", ">", "docs/models.md", "model=NAME")]
             assert main(["params", *(own or ["model=default"])]) == 0
         case ["tokenyard", "parity", *arguments]:
-            assert planned(*split_settings(arguments))[1]
+            assert plan_comparison(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
         case ["tokenyard", "data", "verify", folder]:
-            monkeypatch.setattr("tokenyard.launch.data.verify", lambda path: int(path != folder))
+            monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
             monkeypatch.setattr(
@@ -168,7 +168,7 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
 
 
 def benchmark(module: str, arguments: list[str]) -> None:
-    """Its parser takes the arguments."""
+    """The benchmark's parser accepts the arguments."""
     folder = (ROOT / module.removeprefix("tokenyard.").replace(".", "/")).is_dir()
     found = importlib.import_module(f"{module}.__main__" if folder else module)
     found.parse(arguments)
@@ -211,7 +211,7 @@ def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_picture_of_the_layout() -> None:
-    """It is what the command above it prints: tests/train/test_show_layout.py checks the file."""
+    """It is the output of the command above it: tests/train/test_show_layout.py checks the file."""
     (block,) = [block for block in blocks("text") if "group of " in block.text]
     assert block.document.name == "README.md"
     assert block.text == (ROOT / "tests" / "golden" / "layouts" / "8_ranks.txt").read_text()

@@ -1,4 +1,4 @@
-"""Every function that the walkthrough names is in the file it names, and its sizes are those of the default run."""
+"""The walkthrough names at most 30 files, its functions are in the files it names, and its sizes are those of the default run."""
 
 import ast
 import re
@@ -15,9 +15,9 @@ TEXT = (ROOT / "docs" / "walkthrough.md").read_text()
 class Stop(NamedTuple):
     number: int
     names: dict[str, list[str]]
-    """By file: what the list at the top of the stop names."""
+    """From each file in the list at the top of the stop to the functions that it names there."""
     mentioned: list[str]
-    """What its sentences call `name()`."""
+    """The functions that the text of the stop writes as `name()`."""
 
 
 def stops() -> list[Stop]:
@@ -47,6 +47,12 @@ def defined(path: str) -> set[str]:
 
 def test_there_are_twelve() -> None:
     assert [stop.number for stop in stops()] == list(range(1, 13))
+
+
+def test_there_are_at_most_thirty_files() -> None:
+    files = set(re.findall(r"\(\.\./([\w/]+\.py)\)", TEXT))
+    assert files >= {path for stop in stops() for path in stop.names}
+    assert len(files) <= 30
 
 
 @pytest.mark.parametrize("stop", stops(), ids=lambda stop: str(stop.number))

@@ -50,7 +50,7 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def state_of(session: Session) -> dict[str, torch.Tensor]:
     """Copies of this rank's weights and moments, by name."""
-    return {name: tensor.clone() for name, (_, tensor) in session.engine.held().items()}
+    return {name: tensor.clone() for name, (_, tensor) in session.engine.state_to_save().items()}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_run import configured
 from tokenyard.checkpoint.saver import Outcome
-from tokenyard.train.checkpointing import begin
+from tokenyard.train.checkpointing import write_checkpoint
 from tokenyard.train.run import single_step
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
@@ -40,7 +40,7 @@ def test_the_blocking_part(tmp_path: Path, record_property) -> None:
 def save(session: Session, asynchronous: bool) -> Outcome:
     """With steps before, and beside it until it is durable."""
     single_step(session)
-    outcome = begin(session, asynchronous)
+    outcome = write_checkpoint(session, asynchronous)
     while outcome is None:
         single_step(session)
         outcome = session.saver.poll_all()

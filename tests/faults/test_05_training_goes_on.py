@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_run import configured
 from tokenyard.checkpoint.manifest import read_manifest
-from tokenyard.train.checkpointing import begin
+from tokenyard.train.checkpointing import write_checkpoint
 from tokenyard.train.run import single_step
 from tokenyard.train.setup import open_session
 
@@ -19,10 +19,10 @@ def save_both_ways(folder: Path, overrides: list[str]) -> tuple[int, bool]:
             single_step(session)
         folder_of_run = session.saver.folder
         session.saver.folder = folder / "synchronous"
-        outcome = begin(session, asynchronous=False)
+        outcome = write_checkpoint(session, asynchronous=False)
         assert outcome is not None and outcome.error is None
         session.saver.folder = folder_of_run
-        assert begin(session, asynchronous=True) is None
+        assert write_checkpoint(session, asynchronous=True) is None
         for _ in range(5):
             single_step(session)
         writing = session.saver.flags()[1]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from fault_run import configured, events_of, state_of
-from tokenyard.train.fault_tolerance.signals import listening
+from tokenyard.train.fault_tolerance.signals import handling_signals
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.setup import open_session
 from tokenyard.train.state import random_state
@@ -47,8 +47,13 @@ def stretch(folder: Path, stop: int | None, seed: int) -> dict[str, Any]:
         drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))
         return right(*args)
 
-    with listening(), closing(session), build_reporter(session) as reporter, mock.patch.object(session.engine, "step", step):
-        code = train_session(session, reporter)
+    with (
+        handling_signals(),
+        closing(session),
+        build_run_logger(session) as run_logger,
+        mock.patch.object(session.engine, "step", step),
+    ):
+        code = train_session(session, run_logger)
         state = state_of(session) | {name: held.tensor for name, held in random_state().items()}
     return {"code": code, "step": session.step, "drawn": drawn, "state": state}
 

@@ -10,7 +10,7 @@ import torch
 from fault_run import configured, events_of, losses
 from tokenyard.parallel.apply import local
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.setup import open_session
 
@@ -34,14 +34,14 @@ TOKENS = 8 * 32
 def crafted_run(folder: Path, bias: dict[int, float], *overrides: str) -> int:
     """On ranks of the pool: with a bias of the router that no logit can make up for. The exit code."""
     session = open_session(configured(folder, *RUN, *overrides), torch.device("cpu"))
-    for name, placed in session.parallel.placed.items():
+    for name, sharded in session.parallel.parameters.items():
         if name.endswith("router.bias"):
-            bias_E = local(placed.parameter.detach())
+            bias_E = local(sharded.parameter.detach())
             assert bias_E.shape == (8,)
             for expert, value in bias.items():
                 bias_E[expert] = value
-    with closing(session), build_reporter(session) as reporter:
-        return train_session(session, reporter)
+    with closing(session), build_run_logger(session) as run_logger:
+        return train_session(session, run_logger)
 
 
 @pytest.mark.fault(27)

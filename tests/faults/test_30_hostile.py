@@ -113,7 +113,7 @@ def test_a_hostile_configuration(tmp_path: Path, word: str, capsys) -> None:
 @pytest.mark.fault(30)
 def test_a_secret_is_in_no_file_and_files_are_private(tmp_path: Path, record_property) -> None:
     folder = tmp_path / "run"
-    hidden = [f"run.name='name {SECRET}'", f"tracker.tags=[{SECRET}]", "tracker.names=[wandb]"]
+    hidden = [f"run.name='name {SECRET}'", f"tracker.project='project {SECRET}'", "tracker.names=[wandb]"]
     port = free_port()
     environment = {"MY_SERVICE_TOKEN": SECRET, "WANDB_MODE": "offline", "WANDB_DIR": "", "MASTER_PORT": str(port)}
     started = start(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fault_run import checkpoint_steps, configured, events_of, heard, losses
 from tokenyard.train.logging import journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import run, train_session
 from tokenyard.train.setup import open_session
 
@@ -86,7 +86,7 @@ def cannot_log(folder: Path) -> str:
     with closing(session):
         (folder / "metrics.jsonl").mkdir(exist_ok=True)
         try:
-            build_reporter(session)
+            build_run_logger(session)
         except ValueError as error:
             return f"{type(error).__name__}: {error}"
     return ""
@@ -103,10 +103,10 @@ def poisoned(folder: Path, overrides: list[str], poison: bool) -> int:
     session = open_session(configured(folder, *overrides), torch.device("cpu"))
     if poison:
         with torch.no_grad():
-            for placed in session.parallel.placed.values():
-                placed.parameter.fill_(float("nan"))
-    with closing(session), build_reporter(session) as reporter:
-        return train_session(session, reporter)
+            for sharded in session.parallel.parameters.values():
+                sharded.parameter.fill_(float("nan"))
+    with closing(session), build_run_logger(session) as run_logger:
+        return train_session(session, run_logger)
 
 
 @pytest.mark.fault(42, "lr=1e38 and NaN weights under stop, skip and rollback: exit 70 on both ranks, one event, no checkpoint")

@@ -21,8 +21,8 @@ from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.progress import PROGRESS, collective, in_phase
 from tokenyard.train import run as run_module
 from tokenyard.train.config.config import ConfigError
+from tokenyard.train.exit import STACKS, Failure, leave_note
 from tokenyard.train.fault_tolerance import processes, watchdog
-from tokenyard.train.fault_tolerance.failure_note import STACKS, Failure, leave_note
 from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
 from tokenyard.train.run_folder import NAME, lock_run
 
@@ -35,7 +35,7 @@ def hang(folder: Path, clock: float, start: str) -> HangDiagnosis:
     PROGRESS.__init__()
     PROGRESS.step = 7
     dist.barrier()
-    dog = Watchdog(folder, everyone.rank, everyone.size, TIMEOUT, end=verdicts.append, start=start).start()
+    dog = Watchdog(folder, everyone.rank, everyone.size, TIMEOUT, on_end=verdicts.append, start_id=start).start()
     with mock.patch.object(time, "time", lambda: now() - clock), in_phase("forward"):
         if everyone.rank == 1:
             deadline = time.monotonic() + 30
@@ -63,19 +63,19 @@ def test_trackers_end_where_another_rank_has_failed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.05)
     monkeypatch.setattr(os, "_exit", lambda code: seen.append(("exit", code)))
     leave_note(tmp_path, Failure(1, 3, "OSError: gone", 1))
-    dog = Watchdog(tmp_path, 0, 2, TIMEOUT, leave=lambda code: seen.append(("trackers", code))).start()
+    dog = Watchdog(tmp_path, 0, 2, TIMEOUT, on_failure=lambda code: seen.append(("trackers", code))).start()
     dog.thread.join(10)
     assert seen == [("trackers", 1), ("exit", 1)]
 
 
 def test_a_run_gives_its_trackers_to_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(run_module, "watched", lambda *arguments: given.append(arguments) or nullcontext())
+    monkeypatch.setattr(run_module, "hang_guard", lambda *arguments: given.append(arguments) or nullcontext())
     for name in ("build_supervisor", "check_before_collectives", "dry_step", "train"):
         monkeypatch.setattr(run_module, name, mock.Mock())
-    reporter = mock.Mock()
-    assert run_module.train_session(mock.Mock(), reporter) == 0
-    assert given[0][1:] == (reporter.stalled, reporter.left_alone)
+    run_logger = mock.Mock()
+    assert run_module.train_session(mock.Mock(), run_logger) == 0
+    assert given[0][1:] == (run_logger.on_hang, run_logger.on_rank_failure)
 
 
 @pytest.mark.fault(43)

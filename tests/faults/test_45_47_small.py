@@ -72,9 +72,9 @@ PROGRAM = (
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_rank_is_born_with_its_signals_held_back(number: signal.Signals, tmp_path: Path) -> None:
     """Our launcher starts ranks so: a signal in the first second of Python itself is heard when the run listens."""
-    from tokenyard.train.fault_tolerance.signals import held_back
+    from tokenyard.train.fault_tolerance.signals import signals_blocked
 
-    with held_back():
+    with signals_blocked():
         child = subprocess.Popen([sys.executable, "-c", PROGRAM, "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert child.stdout is not None and child.stdout.read(1) == b"x"
         child.send_signal(number)
@@ -84,11 +84,11 @@ def test_a_rank_is_born_with_its_signals_held_back(number: signal.Signals, tmp_p
 
 LAUNCHER = """
 import os, signal, subprocess, sys, time
-from tokenyard.train.fault_tolerance.signals import held_back
+from tokenyard.train.fault_tolerance.signals import signals_blocked
 
 heard = []
 signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
-with held_back():
+with signals_blocked():
     child = subprocess.Popen([sys.executable, "-c", "import signal; print(signal.pthread_sigmask(0, []))"], stdout=-1)
     os.kill(os.getpid(), signal.SIGUSR1)
     deadline = time.monotonic() + 20

@@ -14,7 +14,7 @@ import torch
 from fault_run import configured, events_of, losses, state_of
 from tokenyard.moe.layer import MoELayer
 from tokenyard.train.fault_tolerance.dry_run import dry_step
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import run, train_session
 from tokenyard.train.setup import open_session
 from tokenyard.train.state import random_state
@@ -25,9 +25,9 @@ DRY = ["debug.dry_step=true"]
 def traces(folder: Path, layout: list[str]) -> bool:
     """On ranks of the pool: whether weights, moments, random state and data are bit for bit what they were."""
     session = open_session(configured(folder, *layout), torch.device("cpu"))
-    with closing(session), build_reporter(session) as reporter:
+    with closing(session), build_run_logger(session) as run_logger:
         before, random, data = state_of(session), random_state(), session.data.train.state()
-        dry_step(session, reporter)
+        dry_step(session, run_logger)
         after = state_of(session)
         same = all(torch.equal(before[name], after[name]) for name in before) and data == session.data.train.state()
         return same and all(torch.equal(state, random_state()[name].tensor) for name, (_, state) in random.items())
@@ -42,8 +42,12 @@ def test_it_leaves_no_trace(layout: list[str], ranks: Any, tmp_path: Path) -> No
 def dried(folder: Path, restarts: str) -> None:
     """On ranks of the pool: the default, on ranks that were started again so often."""
     session = open_session(configured(folder, "debug.dry_step=null", "parallel.expert=2"), torch.device("cpu"))
-    with closing(session), build_reporter(session) as reporter, mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=restarts):
-        dry_step(session, reporter)
+    with (
+        closing(session),
+        build_run_logger(session) as run_logger,
+        mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=restarts),
+    ):
+        dry_step(session, run_logger)
 
 
 def test_ranks_that_are_started_again_do_not_try_again(ranks: Any, tmp_path: Path) -> None:
@@ -62,8 +66,8 @@ def without_room(folder: Path) -> int:
     """On ranks of the pool: the disk of the run folder is full."""
     full = namedtuple("usage", "total used free")(1, 1, 5000)
     session = open_session(configured(folder, *DRY, "parallel.expert=2"), torch.device("cpu"))
-    with closing(session), build_reporter(session) as reporter, mock.patch.object(shutil, "disk_usage", lambda _: full):
-        return train_session(session, reporter)
+    with closing(session), build_run_logger(session) as run_logger, mock.patch.object(shutil, "disk_usage", lambda _: full):
+        return train_session(session, run_logger)
 
 
 def test_a_full_disk_is_found_before_the_first_step(ranks: Any, tmp_path: Path) -> None:
@@ -87,8 +91,8 @@ def short_of_memory(folder: Path, leaves_after: float) -> int:
     if session.parallel.mesh.rank == 1:
         next(m for m in session.parallel.model.blocks[1].modules() if isinstance(m, MoELayer)).register_forward_pre_hook(fail)
         os._exit = leave
-    with closing(session), build_reporter(session) as reporter:
-        return train_session(session, reporter)
+    with closing(session), build_run_logger(session) as run_logger:
+        return train_session(session, run_logger)
 
 
 @pytest.mark.fault(23)

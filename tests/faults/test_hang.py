@@ -16,12 +16,13 @@ from tokenyard.checkpoint.saver import Saver
 from tokenyard.parallel import collective_check as fingerprints
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.dispatch.async_collectives import RowExchange, depart, land
+from tokenyard.parallel.dispatch.async_collectives import AllToAll
 from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, in_phase
 from tokenyard.parallel.shard import LocalShard, whole
-from tokenyard.train.fault_tolerance.watchdog import STACKS, HangDiagnosis, Watchdog
+from tokenyard.train.exit import STACKS
+from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
 
 TIMEOUT = 0.5
 
@@ -33,7 +34,9 @@ def hang(folder: Path, kind: str, culprit: int) -> tuple[float, HangDiagnosis]:
     PROGRESS.step, verdicts, rank = 7, [], everyone.rank
     dist.barrier()
     begin = time.monotonic()
-    dog = Watchdog(folder, rank, everyone.size, TIMEOUT, end=lambda verdict: verdicts.append((time.monotonic() - begin, verdict)))
+    dog = Watchdog(
+        folder, rank, everyone.size, TIMEOUT, on_end=lambda verdict: verdicts.append((time.monotonic() - begin, verdict))
+    )
     if rank != culprit or kind != "frozen":
         dog.start()
     with in_phase("forward"):
@@ -115,7 +118,7 @@ def awaited_save(folder: Path, kind: str) -> tuple[str | None, list[HangDiagnosi
     slow = f"checkpoint.shard_begun:rank=1:sleep={60 if kind == 'stuck writer' else 2 * TIMEOUT}"
     PROGRESS.__init__()
     dist.barrier()
-    dog = Watchdog(folder, rank, 2, TIMEOUT, end=verdicts.append).start()
+    dog = Watchdog(folder, rank, 2, TIMEOUT, on_end=verdicts.append).start()
     with mock.patch.dict(os.environ, {VARIABLE: slow, "RANK": str(rank)}), mock.patch.object(saver_module, "EXIT_SECONDS", 0.1):
         saver.start(1, held, {}, asynchronous=False)
         if kind == "frozen rank" and rank == 1:
@@ -160,7 +163,7 @@ def disagree(kind: str, culprit: int) -> str:
                 sum_over(torch.ones(2), everyone)
             else:
                 send = [1 + (everyone.rank == culprit)] + [1] * (everyone.size - 1)
-                land(depart(torch.ones(sum(send), 2), RowExchange(send, [1] * everyone.size, everyone)))
+                AllToAll(send, [1] * everyone.size, everyone).start(torch.ones(sum(send), 2)).wait()
     except fingerprints.CollectiveMismatch as error:
         return str(error)
     finally:

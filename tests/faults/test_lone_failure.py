@@ -9,7 +9,7 @@ import pytest
 import torch
 from fault_run import configured, events_of
 from tokenyard.moe.layer import MoELayer
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.setup import open_session
 
@@ -27,9 +27,9 @@ def raises_in_step_3(folder: Path) -> int:
 
     if session.parallel.mesh.rank == 1:
         next(m for m in session.parallel.model.blocks[1].modules() if isinstance(m, MoELayer)).register_forward_pre_hook(fail)
-    with closing(session), build_reporter(session) as reporter:
+    with closing(session), build_run_logger(session) as run_logger:
         try:
-            return train_session(session, reporter)
+            return train_session(session, run_logger)
         except RuntimeError:
             time.sleep(90)  # a rank that hangs while it leaves
             raise

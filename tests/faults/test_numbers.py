@@ -13,7 +13,7 @@ from fault_run import checkpoint_steps, configured, events_of, losses, state_of
 from tokenyard.train import step as step_module
 from tokenyard.train.logging import journal
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
@@ -32,7 +32,7 @@ def spoiled_gradient(session: Session, rank: int, steps: dict[int, int], value: 
         step = session.step + 1
         if session.parallel.mesh.rank == rank and left.get(step, 0) > 0:
             left[step] -= 1
-            gradient = session.parallel.placed[name].parameter.grad
+            gradient = session.parallel.parameters[name].parameter.grad
             assert gradient is not None
             gradient.mul_(value) if math.isfinite(value) else gradient.view(-1)[:1].fill_(value)
 
@@ -63,11 +63,11 @@ def spoiled_run(folder: Path, overrides: list[str], rank: int, steps: dict[int, 
     seen: list[tuple[int, bool, bool]] = []
     with ExitStack() as stack:
         stack.enter_context(closing(session))
-        reporter = stack.enter_context(build_reporter(session))
+        run_logger = stack.enter_context(build_run_logger(session))
         if steps:
             stack.enter_context(spoiled_gradient(session, rank, steps, value, name))
         stack.enter_context(watched_updates(session, seen))
-        code = train_session(session, reporter)
+        code = train_session(session, run_logger)
     finite = all(bool(tensor.isfinite().all()) for tensor in state_of(session).values())
     return {"code": code, "seen": seen, "step": session.step, "finite": finite, "state": state_of(session)}
 

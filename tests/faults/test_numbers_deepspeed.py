@@ -12,7 +12,7 @@ import torch
 from fault_run import configured, events_of, losses, state_of
 from test_numbers import watched_updates
 from tokenyard.train.deepspeed import ZeroEngine
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.setup import open_session
 
@@ -30,17 +30,17 @@ def spoiled_run(folder: Path, overrides: list[str], steps: dict[int, int]) -> di
         result = right(*arguments, last=last)
         if last and session.parallel.mesh.rank == 1 and left.get(step_of(), 0) > 0:
             left[step_of()] -= 1
-            first = zero._gradients()[0] if zero.stage else next(iter(session.parallel.placed.values())).parameter.grad
+            first = zero._gradients()[0] if zero.stage else next(iter(session.parallel.parameters.values())).parameter.grad
             assert first is not None
             first.view(-1)[:1].fill_(math.nan)
         return result
 
     with ExitStack() as stack:
         stack.enter_context(closing(session))
-        reporter = stack.enter_context(build_reporter(session))
+        run_logger = stack.enter_context(build_run_logger(session))
         stack.enter_context(mock.patch.object(zero, "compute", compute))
         stack.enter_context(watched_updates(session, seen))
-        code = train_session(session, reporter)
+        code = train_session(session, run_logger)
     return {"code": code, "seen": seen, "state": state_of(session)}
 
 

@@ -18,7 +18,7 @@ from tokenyard.train.config.config import OnDivergence
 from tokenyard.train.engine import TorchEngine
 from tokenyard.train.fault_tolerance import replicas as divergence
 from tokenyard.train.fault_tolerance.replicas import Difference, Replicas, differences, hash_of
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import single_step, train_session
 from tokenyard.train.setup import open_session
 
@@ -28,19 +28,19 @@ NAME = "layers.0.attention.qkv"
 def flipped_run(folder: Path, overrides: list[str], rank: int, steps: list[int]) -> dict[str, Any]:
     """A run on ranks of the pool; on one of them a bit of one weight flips after each of `steps`."""
     session = open_session(configured(folder, *overrides), torch.device("cpu"))
-    right, name = session.engine.step, next(name for name in session.parallel.placed if ".attention." in name)
+    right, name = session.engine.step, next(name for name in session.parallel.parameters if ".attention." in name)
 
     def step(*args: Any) -> Any:
         numbers = right(*args)
         if session.step + 1 in steps and session.parallel.mesh.rank == rank:
-            local(session.parallel.placed[name].parameter.detach()).view(torch.int32).view(-1)[3] ^= 1
+            local(session.parallel.parameters[name].parameter.detach()).view(torch.int32).view(-1)[3] ^= 1
         return numbers
 
     with ExitStack() as stack:
         stack.enter_context(closing(session))
-        reporter = stack.enter_context(build_reporter(session))
+        run_logger = stack.enter_context(build_run_logger(session))
         stack.enter_context(mock.patch.object(session.engine, "step", step))
-        code = train_session(session, reporter)
+        code = train_session(session, run_logger)
     begin = time.perf_counter()
     found = differences(session.parallel)
     return {"code": code, "name": name, "found": found, "seconds": time.perf_counter() - begin}
@@ -81,7 +81,7 @@ def timed(folder: Path) -> dict[str, float]:
         single_step(session)
         steps = [lasted(lambda: single_step(session)) for _ in range(5)]
         comparisons = [lasted(lambda: differences(session.parallel)) for _ in range(6)][1:]
-        held = sum(local(placed.parameter).numel() for placed in session.parallel.placed.values())
+        held = sum(local(sharded.parameter).numel() for sharded in session.parallel.parameters.values())
         every = session.config.debug.replicas_every
         return {"step": median(steps), "comparison": median(comparisons), "every": every, "held": held}
 
@@ -130,8 +130,8 @@ def test_a_repair_waits_for_the_copies_of_a_save(monkeypatch: pytest.MonkeyPatch
     debug = SimpleNamespace(replicas_every=1, on_divergence=OnDivergence.repair)
     session: Any = SimpleNamespace(step=0, config=SimpleNamespace(debug=debug), parallel=None, engine=object.__new__(TorchEngine))
     session.saver = SimpleNamespace(wait_for_copies=lambda: done.append("copied"))
-    reporter: Any = mock.Mock()
-    replicas = Replicas(session, reporter)
+    run_logger: Any = mock.Mock()
+    replicas = Replicas(session, run_logger)
     monkeypatch.setattr(divergence, "differences", lambda _: [Difference("x", [1], 0, [0, 1, 2])])
     monkeypatch.setattr(Replicas, "_repair", lambda self, difference: done.append(difference.name))
     session.step = 1

@@ -14,8 +14,8 @@ import torch
 from fault_run import Launched, checkpoint_steps, configured, events_of, losses
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.train import step as step_module
-from tokenyard.train.fault_tolerance.signals import listening
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.fault_tolerance.signals import handling_signals
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.setup import open_session
 
@@ -80,10 +80,10 @@ def asked_run(folder: Path, rank: int, step: int, number: int) -> tuple[int, int
             os.kill(os.getpid(), number)
         return right(parallel, rows)
 
-    with listening(), mock.patch.object(step_module, "count_totals", count_totals):
+    with handling_signals(), mock.patch.object(step_module, "count_totals", count_totals):
         session = open_session(configured(folder, "steps=40", "checkpoint.every=0", "parallel.expert=2"), torch.device("cpu"))
-        with closing(session), build_reporter(session) as reporter:
-            code = train_session(session, reporter)
+        with closing(session), build_run_logger(session) as run_logger:
+            code = train_session(session, run_logger)
     return code, session.step, session.checkpoint is not None
 
 

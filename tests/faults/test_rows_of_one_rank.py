@@ -10,7 +10,7 @@ import torch
 from fault_run import checkpoint_steps, configured, events_of, losses, rows_in, state_of
 from test_numbers import EXPERT, spoiled_gradient
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
@@ -35,11 +35,11 @@ def run_of(folder: Path, overrides: list[str], unread: int | None, spoiled: dict
     session = open_session(configured(folder, *overrides), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(closing(session))
-        reporter = stack.enter_context(build_reporter(session))
+        run_logger = stack.enter_context(build_run_logger(session))
         if unread is not None:
             stack.enter_context(unreadable(session, unread))
         stack.enter_context(spoiled_gradient(session, 1, spoiled, float("nan"), EXPERT))
-        code = train_session(session, reporter)
+        code = train_session(session, run_logger)
         return {"code": code, "step": session.step, "state": state_of(session), "data": session.data.train.state()}
 
 

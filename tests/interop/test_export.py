@@ -1,4 +1,4 @@
-"""Export: to any number of files, complete or not at all; and what training knows of a family's loss."""
+"""Export to any number of files, complete or not at all; and an imported model trains on its family's loss."""
 
 import json
 from collections.abc import Callable
@@ -166,7 +166,7 @@ def test_import_does_not_touch_a_run(saved: Callable[..., Path], tmp_path: Path)
 
 @pytest.mark.parametrize("top_k", [2, 3])
 def test_an_imported_mixtral_trains_on_their_loss(top_k: int, build: Callable[..., Any], tmp_path: Path) -> None:
-    """Cross entropy plus auxiliary loss, and the gradients; theirs mixes the layers' loads, so they are the same for one layer."""
+    """Cross entropy plus auxiliary loss, and gradients, of one layer: transformers mixes the loads of several."""
     settings = {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": top_k, "router_aux_loss_coef": 0.05}
     theirs = build("Mixtral", **settings)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -187,7 +187,7 @@ def test_an_imported_mixtral_trains_on_their_loss(top_k: int, build: Callable[..
 
 
 def their_gradient(theirs: Any, name: str) -> tuple[str, Tensor]:
-    """Of a tensor as it is published, out of the fused ones that transformers trains."""
+    """The gradient of a published tensor, cut out of the fused tensors that transformers trains."""
     name = name.replace("block_sparse_moe", "mlp")
     if ".experts." not in name:
         return name, theirs.get_parameter(name).grad

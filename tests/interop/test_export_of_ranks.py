@@ -1,4 +1,4 @@
-"""Checkpoints written on 4 ranks (expert 2 x tensor 2), one of each family: what transformers makes of their exports."""
+"""transformers opens exports of checkpoints written on 4 ranks (expert 2 x tensor 2), one of each family."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ SETTINGS = """steps=1 sequence_length=16 batch.sequences=4 data=synthetic data.s
 
 
 def train(folder: Path) -> None:
-    """A step of each model on 4 ranks, and its checkpoint."""
+    """Trains a step of each model on 4 ranks and saves its checkpoint."""
     for name in FAMILIES:
         config = compose([*SETTINGS.split(), f"model={name}", f"run.dir={folder / name}", f"data.cache={folder / 'cache'}"])
         session = open_session(config, torch.device("cpu"))

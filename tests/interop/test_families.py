@@ -1,4 +1,4 @@
-"""Each family against transformers: the same logits from its folders, the same tensors and logits in the folders made for it."""
+"""Each family against transformers: equal logits after an import, equal tensors and logits after an export."""
 
 import copy
 import json
@@ -239,7 +239,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
-    """The same weights bit for bit. Their logits may differ by rounding: a BLAS's kernels depend on where weights lie in memory."""
+    """Weights are equal bit for bit. Logits may differ by rounding: a BLAS chooses kernels by the alignment of the weights."""
     assert_same_tensors(found.state_dict(), expected.state_dict())
     one, other = (model(IDS) for model in (found, expected))
     one, other = (output if isinstance(output, Tensor) else output.logits for output in (one, other))

@@ -1,4 +1,4 @@
-"""Hugging Face folders that somebody made to hurt: exit code 2 and one line, before anything is made of their sizes."""
+"""Malicious Hugging Face folders end in exit code 2 and one line, before anything of their size is allocated."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_pipes_in_a_hugging_face_folder(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "chat_template.jinja"])
 def test_a_tokenizer_of_a_size_that_none_has(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file with holes, which takes no room."""
+    """A sparse file, which takes no space."""
     path = tiny_files.tiny_hugging_face(tmp_path)
     with (path / name).open("wb") as file:
         file.truncate(LARGEST_TOKENIZER + 1)

@@ -1,4 +1,4 @@
-"""Neither direction has the model in memory twice: an import and a load have it once, an export never whole."""
+"""An import and a load hold the model in memory once, an export never as a whole."""
 
 import math
 import subprocess
@@ -40,7 +40,7 @@ print(largest() - before)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint `ours` and the same in one file in `theirs`."""
+    """A checkpoint in `ours`, and the same weights in one Hugging Face file in `theirs`."""
     folder = tmp_path_factory.mktemp("memory")
     held = {f"model.{name}": LocalShard(whole(shape), torch.randn(shape)) for name, shape in shapes().items()}
     save_checkpoint(folder / "ours", 0, held, {"config": {"model": plain_config(MODEL)}})

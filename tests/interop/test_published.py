@@ -1,4 +1,4 @@
-"""Configurations as their makers published them, older keys included: understood whole, and the same as our presets."""
+"""Published configurations, older keys included, are read completely and equal our presets."""
 
 import json
 from pathlib import Path

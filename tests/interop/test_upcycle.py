@@ -1,4 +1,4 @@
-"""A dense model made into a Mixture of Experts computes the same at first, whatever the number of experts and of slices."""
+"""An upcycled model computes the same as its dense model, for any number of experts and slices."""
 
 from collections.abc import Callable
 from pathlib import Path

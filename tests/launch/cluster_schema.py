@@ -1,4 +1,4 @@
-"""What the CRD of Kubeflow Trainer 2.2 (trainer.kubeflow.org/v1alpha1) says of the fields of a TrainJob that we set."""
+"""The schema of the fields of a TrainJob that we set, from the CRD of Kubeflow Trainer 2.2 (trainer.kubeflow.org/v1alpha1)."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ TRAIN_JOB = obj(
 
 
 def violations(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
-    """What is wrong with `value`; empty if nothing is."""
+    """The violations of the schema by `value`."""
     if type(value) is not schema["type"]:
         return [f"{path}: {value!r} is no {schema['type'].__name__}"]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What `tokenyard params` answers. Import it as `params_answers`: tests/conftest.py puts this folder on the path."""
+"""Runs `tokenyard params`. Import it as `params_answers`: tests/conftest.py puts this folder on the path."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Jobs for Slurm, Kubernetes and DeepSpeed's hosts, against golden files, the cluster's schema and the shells that read them."""
+"""Jobs for Slurm, Kubernetes and DeepSpeed against golden files, the cluster's schema and the shells that run them."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_schema import TRAIN_JOB, violations
-from tokenyard.launch.launchers.cluster import handed_to_cluster, job_name, joined
+from tokenyard.launch.launchers.cluster import cluster_arguments, job_name, shell_command
 from tokenyard.launch.launchers.deepspeed import hostfile, one_host, several_hosts
 from tokenyard.launch.launchers.kubernetes import as_yaml, train_job
 from tokenyard.launch.launchers.slurm import batch_script
@@ -26,7 +26,7 @@ SLURM = ["launch=slurm", *SIZE, "run.dir=runs/first"]
 KUBERNETES = ["launch=kubernetes", *SIZE, "run.dir=/shared/runs/first", "launch.kubernetes.image=registry/tokenyard:0.1.0"]
 DEEPSPEED = ["launch=deepspeed", *SIZE, "run.dir=runs/first", "launch.hosts=[host0,host1]"]
 NASTY = """run.name='a "b" $(touch pwned) `touch pwned`; touch pwned # $HOME *'"""
-"""An override that no shell on the way may read anything into."""
+"""An override that a shell must not expand."""
 
 
 def composed(words: list[str]) -> tuple[Config, Any]:
@@ -59,7 +59,7 @@ def test_train_job() -> None:
 def test_deepspeed_hosts() -> None:
     config, arguments = composed([*DEEPSPEED, "seed=2", "tracker.names=[]"])
     own, ranks = several_hosts(config, arguments)
-    equals_golden("deepspeed.txt", f"{hostfile(config)}\n{joined(['deepspeed', *own], ranks)}\n")
+    equals_golden("deepspeed.txt", f"{hostfile(config)}\n{shell_command(['deepspeed', *own], ranks)}\n")
     # Once through the local shell, once through the hosts'.
     assert shlex.split(" ".join(shlex.split(" ".join(map(shlex.quote, ranks))))) == [
         *SIZE[2:],
@@ -84,7 +84,7 @@ def test_deepspeed_hosts() -> None:
 def test_a_job_says_its_precision(words: list[str], written: list[str]) -> None:
     for launch in (SLURM, KUBERNETES, DEEPSPEED):
         config, arguments = composed([*words, *launch])
-        found = handed_to_cluster(config, arguments)
+        found = cluster_arguments(config, arguments)
         assert [word for word in found if word.partition("=")[0] in ("precision", "device", "experiment")] == written
 
 
@@ -115,7 +115,7 @@ def test_the_schema_can_refuse(path: list[str], value: Any) -> None:
 
 
 def test_an_override_is_read_as_typed_in_a_slurm_job(tmp_path: Path) -> None:
-    """The whole script, run by bash, with stubs for Slurm's commands: srun notes its arguments."""
+    """bash runs the whole script with stubs of Slurm's commands; srun records its arguments."""
     script = batch_script(*composed([*SLURM, NASTY]), python="python")
     stub(tmp_path, "srun", 'printf "%s\\0" "$@" > srun.txt')
     stub(tmp_path, "scontrol", "echo host0; echo host1")
@@ -172,7 +172,7 @@ def test_submitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
 def test_a_secret_in_an_override_reaches_the_job_and_not_the_console(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Which the cluster's own command gets as it was typed."""
+    """The cluster's own command gets the secret as it was typed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_API_KEY", "a-secret-value")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -260,7 +260,7 @@ def run_in(folder: Path, words: list[str], **environment: str) -> subprocess.Com
 
 
 def expanded(word: str) -> str:
-    """As Kubernetes does it: $$ is a dollar, $(NAME) a variable."""
+    """Expands a word as Kubernetes does: $$ is a dollar, $(NAME) a variable."""
     return re.sub(r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "VALUE", word)
 
 
@@ -268,7 +268,7 @@ def expanded(word: str) -> str:
 def test_a_job_is_shown_without_secrets(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And says that something is left out, as what is shown would not run."""
+    """Standard error says that secrets are left out, since the printed job would not run."""
     monkeypatch.setenv("SOME_API_KEY", "s3cr3t-value-of-it")
     more = [f"run.dir={tmp_path}/run", "run.name=s3cr3t-value-of-it", "data=jsonl", "data.path=https://me:passw0rd@host/a.jsonl"]
     assert main(["train", *(word for word in words if not word.startswith("run.dir")), *more]) == 0

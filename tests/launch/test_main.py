@@ -1,4 +1,4 @@
-"""The verbs of the command line, and that asking about them costs no import of torch."""
+"""The verbs of the command line; asking about them does not import torch."""
 
 import subprocess
 import sys

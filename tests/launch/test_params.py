@@ -109,7 +109,7 @@ def test_refusals_are_one_line(words: list[str], says: str, capsys: pytest.Captu
 
 
 def test_what_a_count_does_not_need_is_not_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither does the tokenizer fit this vocabulary, nor does the batch divide."""
+    """Although the tokenizer does not fit this vocabulary, and the batch does not divide."""
     assert asked(capsys, "model=tiny_mixtral", "parallel.shard=32")["world"] == 32
 
 

@@ -85,7 +85,7 @@ def test_a_real_slurm_would_take_the_job(slurm: dict[str, str], tmp_path: Path) 
     ],
 )
 def test_it_reads_each_option(word: str, slurm: dict[str, str], tmp_path: Path) -> None:
-    """What the cluster does not have is refused, so the options of the script reach it."""
+    """The cluster refuses resources that it does not have, so the options of the script reach it."""
     done = ask(slurm, tmp_path, [*(other for other in JOB if other.partition("=")[0] != word.partition("=")[0]), word])
     assert done.returncode != 0
 
@@ -98,7 +98,7 @@ def ask(environment: dict[str, str], folder: Path, words: list[str]) -> subproce
 
 
 def start_daemons(folder: Path, environment: dict[str, str]) -> None:
-    """Each goes to the background by itself. Skips if one does not start, as in a container that allows too little."""
+    """Starts the daemons, which go to the background. Skips if one does not start, as in a restricted container."""
     munge = [f"--{name}={folder / file}" for name, file in (("key-file", "key"), ("socket", "munge.sock"), ("seed-file", "seed"))]
     munge += [f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log"]
     for words in (["munged", "--force", *munge], ["slurmctld", "-c"], ["slurmd", "-N", "host0"], ["slurmd", "-N", "host1"]):

@@ -1,4 +1,4 @@
-"""Ranks and sweeps start real processes; what they would train is replaced by a note of how each was started."""
+"""Ranks and sweeps start real processes, which record how they were started instead of training."""
 
 import json
 import os

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Widest:
-    """torch, whose fp32 is fp64."""
+    """The torch module with fp64 in place of fp32."""
 
     def __getattr__(self, name: str) -> Any:
         return torch.float64 if name in ("float", "float32") else getattr(torch, name)
@@ -17,7 +17,7 @@ class Widest:
 
 @pytest.fixture
 def widen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`widen(*modules)`: where their code widens to fp32, it widens to fp64 instead; nothing else of it is changed."""
+    """`widen(*modules)` makes their code widen to fp64 where it widens to fp32, and changes nothing else."""
 
     def patch(*modules: Any) -> None:
         monkeypatch.setattr(Tensor, "float", Tensor.double)

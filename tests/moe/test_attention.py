@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenyard.moe.attention import Attention, KeyValueCache
 from tokenyard.moe.config import AttentionConfig, ModelConfig, QKNorm, RopeConfig
-from tokenyard.moe.rotary import RotaryTables, rotary_turns
+from tokenyard.moe.rotary import RotaryTables, rotary_tables
 from torch import Tensor
 
 CPU, WIDTH, LENGTH = torch.device("cpu"), 24, 9
@@ -59,8 +59,8 @@ def test_cached_chunks_equal_the_whole_sequence(kind: dict[str, Any]) -> None:
     x_BSD = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
     cache, outputs, start = KeyValueCache(), [], 0
     for length in (4, 1, 3, 1):
-        turns = rotary_turns(config, start, length, CPU, torch.float64)
-        outputs.append(attention(x_BSD[:, start : start + length], turns, cache))
+        rotary = rotary_tables(config, start, length, CPU, torch.float64)
+        outputs.append(attention(x_BSD[:, start : start + length], rotary, cache))
         start += length
         assert cache.length == start
     torch.testing.assert_close(torch.cat(outputs, 1), attention(x_BSD, turns_of(config)), rtol=0, atol=1e-13)
@@ -90,7 +90,7 @@ def test_bf16_stays_close_to_fp64(kind: dict[str, Any]) -> None:
     narrow = Attention(config, torch.float32)
     narrow.load_state_dict(wide.state_dict())
     x_BSD = torch.randn(2, LENGTH, WIDTH)
-    y_BSD = narrow(x_BSD.bfloat16(), rotary_turns(config, 0, LENGTH, CPU, torch.bfloat16))
+    y_BSD = narrow(x_BSD.bfloat16(), rotary_tables(config, 0, LENGTH, CPU, torch.bfloat16))
     expected_BSD = wide(x_BSD.double(), turns_of(config))
     assert y_BSD.dtype == torch.bfloat16
     assert (y_BSD - expected_BSD).norm() < 0.02 * expected_BSD.norm()
@@ -123,11 +123,11 @@ def random_attention(config: ModelConfig) -> Attention:
 
 
 def turns_of(config: ModelConfig) -> RotaryTables:
-    return rotary_turns(config, 0, LENGTH, CPU, torch.float64)
+    return rotary_tables(config, 0, LENGTH, CPU, torch.float64)
 
 
 def plain_attention(attention: Attention, x_BSD: Tensor, config: ModelConfig) -> Tensor:
-    """One sequence, head and query at a time."""
+    """Computes one sequence, head and query at a time."""
     settings = config.attention
     rows = []
     for x_SD in x_BSD:

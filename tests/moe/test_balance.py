@@ -36,14 +36,14 @@ def test_no_tokens_cost_nothing() -> None:
 
 
 def test_gradient_pushes_the_scores_of_crowded_experts_down() -> None:
-    """d loss / d score of expert e = E * share of choices / tokens; the counts carry none."""
+    """d loss / d score of expert e = E * share of choices / tokens; the counts carry no gradient."""
     scores = torch.tensor([4.0, 3.0, 3.0], dtype=torch.float64, requires_grad=True)
     balance_loss(torch.tensor([7, 2, 1]), scores, torch.tensor(10), top_k=1).backward()
     torch.testing.assert_close(scores.grad, torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64) * 3 / 10)
 
 
 def test_squared_variation_and_its_derivative_from_parts() -> None:
-    """The value is that of the whole; each part's slope gives its own share of the gradient, which together is the whole's."""
+    """Every part has the value of the whole; the gradients of the parts' slopes add up to that of the whole."""
     torch.manual_seed(0)
     parts = [torch.rand(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     total = torch.stack(parts).sum(0)

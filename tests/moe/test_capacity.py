@@ -1,4 +1,4 @@
-"""Which choices are dropped, against a plain simulation; the capacity itself by hand; no look at later tokens."""
+"""Dropped choices against a plain simulation, capacities computed by hand, and causality."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from tokenyard.moe.capacity import capacity as capacity_of
 from tokenyard.moe.config import CapacityConfig, DropPolicy, ModelConfig, MoEConfig, RouterConfig, Scope
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info
 from torch import Tensor
 
 EXPERTS = 4
@@ -124,7 +124,7 @@ def test_equal_priorities_keep_the_earlier() -> None:
 
 
 def test_random_drops_are_even_over_positions_and_fresh_each_step() -> None:
-    """By position nothing of the second half would be kept."""
+    """Dropping by position would keep nothing of the second half."""
     config = MoEConfig(
         experts=2, top_k=1, capacity=CapacityConfig(factor=1.0, policy=DropPolicy.random), router=RouterConfig(bias=True)
     )
@@ -132,7 +132,7 @@ def test_random_drops_are_even_over_positions_and_fresh_each_step() -> None:
     torch.nn.init.zeros_(router.get_parameter("weight"))
     torch.nn.init.zeros_(router.get_parameter("bias"))
     x_BSD, ids_BS = torch.randn(200, 16, 8), torch.zeros(200, 16, dtype=torch.int64)
-    masks = [router(x_BSD, describe(ids_BS, None, BatchPosition(step=step))).kept_TK.view(200, 16) for step in (1, 2)]
+    masks = [router(x_BSD, build_token_info(ids_BS, None, BatchPosition(step=step))).kept_TK.view(200, 16) for step in (1, 2)]
     for kept_BS in masks:
         assert (kept_BS.sum(1) == 8).all()
         assert (kept_BS.double().mean(0) - 0.5).abs().max() < 0.15
@@ -171,12 +171,12 @@ def test_padding_changes_rows_and_no_result(scope: Scope) -> None:
         y_BSD.square().sum().backward()
         outcomes.append([y_BSD, stats.dropped, x_BSD.grad, *(parameter.grad for parameter in layer.parameters())])
         routing = layer.router(x_BSD)
-        arrived = layer.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        dispatched = layer.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         if layer is padded:
             rows = {Scope.sequence: 3 * 6, Scope.batch: 17, Scope.rank: 17}[scope]  # ceil(1.1 * 10 * 2 / 4), ceil(1.1 * 30 * 2 / 4)
             assert stats.dropped > 0
-            assert arrived.counts_E.tolist() == [rows] * EXPERTS
-            assert (arrived.tokens_RD == 0).all(1).sum() == EXPERTS * rows - routing.kept_TK.sum() > 0
+            assert dispatched.counts_E.tolist() == [rows] * EXPERTS
+            assert (dispatched.tokens_RD == 0).all(1).sum() == EXPERTS * rows - routing.kept_TK.sum() > 0
     for one, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -198,14 +198,14 @@ def kept(experts_BSK: Tensor, valid_BS: Tensor | None, config: MoEConfig) -> Ten
 
 
 def random_choices(sequences: int, length: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """Uneven: the first experts are chosen more often."""
+    """Random choices in which the first experts are chosen more often."""
     generator = torch.Generator().manual_seed(5)
     noise = torch.rand(sequences, length, EXPERTS, generator=generator) + torch.tensor([0.6, 0.3, 0.0, 0.0])
     return noise.topk(top_k).indices, torch.rand(sequences, length, generator=generator) < 0.7
 
 
 def simulate(experts_BSK: Tensor, valid_BS: Tensor, config: MoEConfig) -> Tensor:
-    """One choice after the other; a device alone is its own rank and the whole batch."""
+    """Simulates one choice after the other; a single device is one rank and the whole batch."""
     sequences, length, top_k = experts_BSK.shape
     tokens = length if config.capacity.scope is Scope.sequence else sequences * length
     capacity = max(1, math.ceil(Fraction(str(config.capacity.factor)) * tokens * top_k / EXPERTS))
@@ -223,7 +223,7 @@ def simulate(experts_BSK: Tensor, valid_BS: Tensor, config: MoEConfig) -> Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_does_not_decide_between_equal_tokens(dtype: torch.dtype) -> None:
-    """Another layout gives equal tokens scores that differ in the last bits: the earlier ones are taken all the same."""
+    """On another layout equal tokens have scores that differ in the last bits; the earlier tokens are still taken."""
     scores_BSE = torch.rand(1, 1, EXPERTS, dtype=dtype, generator=torch.Generator().manual_seed(0)).expand(2, 10, EXPERTS)
     noise_BSE = torch.randint(-2, 3, scores_BSE.shape, generator=torch.Generator().manual_seed(1))
     noisy_BSE = scores_BSE * (1 + noise_BSE.to(dtype) * torch.finfo(dtype).eps)

@@ -22,9 +22,9 @@ CASES = {
 def test_equals_a_loop(case: tuple[int, int, float | None]) -> None:
     routing, x_TD = random_routing(*case), torch.randn(case[0], WIDTH, dtype=torch.float64, requires_grad=True)
     dispatcher = LocalDispatcher(EXPERTS)
-    arrived = dispatcher.dispatch(x_TD, routing)
-    scale_R = expert_of_rows(arrived.metadata[0])[:, None] + 1.0
-    y_TD = dispatcher.combine(arrived.tokens_RD.sin() * scale_R, arrived)
+    dispatched = dispatcher.dispatch(x_TD, routing)
+    scale_R = expert_of_rows(dispatched.metadata[0])[:, None] + 1.0
+    y_TD = dispatcher.combine(dispatched.tokens_RD.sin() * scale_R, dispatched)
     expected_TD = by_loop(x_TD, routing)
     assert y_TD.shape == x_TD.shape and y_TD.dtype == x_TD.dtype
     torch.testing.assert_close(y_TD, expected_TD, rtol=0, atol=1e-14)
@@ -53,10 +53,10 @@ def test_rows_are_the_kept_choices_in_the_order_of_expert_and_token(case: tuple[
 def test_all_tokens_to_one_expert() -> None:
     x_TD = torch.randn(6, WIDTH)
     routing = Routing(torch.full((6, 1), 3), torch.ones(6, 1), None, stats=None)  # pyright: ignore[reportArgumentType]
-    arrived = LocalDispatcher(EXPERTS).dispatch(x_TD, routing)
-    assert arrived.counts_E.tolist() == [0, 0, 0, 6, 0]
-    assert torch.equal(arrived.tokens_RD, x_TD)
-    assert torch.equal(LocalDispatcher(EXPERTS).combine(arrived.tokens_RD, arrived), x_TD)
+    dispatched = LocalDispatcher(EXPERTS).dispatch(x_TD, routing)
+    assert dispatched.counts_E.tolist() == [0, 0, 0, 6, 0]
+    assert torch.equal(dispatched.tokens_RD, x_TD)
+    assert torch.equal(LocalDispatcher(EXPERTS).combine(dispatched.tokens_RD, dispatched), x_TD)
 
 
 def test_derivatives_of_copy_and_sum() -> None:
@@ -72,8 +72,8 @@ def test_derivatives_of_copy_and_sum() -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("dropped", [None, 0.3])
 def test_bf16_rows_are_summed_in_fp32(kind: str, dropped: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and both gradients are within one rounding of the exact values, on CUDA for a few tokens at a time."""
-    monkeypatch.setattr("tokenyard.moe.dispatch.AT_ONCE", 2 * 8 * 64)
+    """Output and both gradients are within one rounding of the exact values; on CUDA a few tokens are summed at a time."""
+    monkeypatch.setattr("tokenyard.moe.dispatch.MAX_ELEMENTS", 2 * 8 * 64)
     torch.manual_seed(0)
     kept_TK = None if dropped is None else torch.rand(9, 8) >= dropped
     routing = Routing(torch.rand(9, 32).argsort(1)[:, :8], torch.rand(9, 8), kept_TK, stats=None)  # pyright: ignore[reportArgumentType]

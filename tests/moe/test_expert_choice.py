@@ -1,4 +1,4 @@
-"""Experts choose tokens: which ones, and that the choice looks ahead and says so."""
+"""Expert choice: which tokens experts take, and that it looks ahead and logs a warning."""
 
 import logging
 
@@ -52,7 +52,7 @@ def test_an_expert_takes_no_token_that_does_not_count_even_if_it_has_room() -> N
 def test_expert_choice_sees_later_tokens(
     selection: Selection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The leak, and the line that tells of it: another last token, another output for an earlier one."""
+    """A different last token changes the output of an earlier one, and a warning is logged."""
     monkeypatch.setattr(logging.getLogger("tokenyard"), "propagate", True)  # a run in this process may have set up logging
     moe = MoEConfig(experts=4, hidden=8, router=RouterConfig(selection=selection))
     model = Transformer(ModelConfig(layers=2, width=16, heads=2, kv_heads=2, vocabulary=40, init_std=0.3, moe=moe), torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenyard.moe.config import Activation
 from tokenyard.moe.experts import Experts, experts_by_loop
-from tokenyard.moe.feedforward import FeedForward, activate, projections
+from tokenyard.moe.feedforward import FeedForward, activate
 from torch import Tensor
 
 WIDTH, HIDDEN = 16, 24
@@ -62,7 +62,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("activation", Activation)
 def test_activations_are_their_formulas(activation: Activation) -> None:
-    formula, parts = FORMULAS[activation], projections(activation)
+    formula, parts = FORMULAS[activation], activation.projections
     values = torch.tensor([-30.0, -7.5, -1.0, 0.0, 0.3, 2.0, 7.5, 30.0], dtype=torch.float64)
     inputs = torch.cartesian_prod(values, values) if parts == 2 else values[:, None]
     expected = torch.tensor([formula(*row) for row in inputs.tolist()], dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_activations_are_their_formulas(activation: Activation) -> None:
 
 @pytest.mark.parametrize("activation", Activation)
 def test_the_dense_feedforward_is_one_expert(activation: Activation) -> None:
-    """And both are the formula with gate before up."""
+    """Both equal the formula, with gate before up."""
     experts, dense = random_experts(1, torch.float64, activation), FeedForward(WIDTH, HIDDEN, torch.float64, activation)
     dense.load_state_dict({"gate_up": experts.gate_up[0], "down": experts.down[0]})
     x_TD = torch.randn(5, WIDTH, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_the_dense_feedforward_is_one_expert(activation: Activation) -> None:
 
 
 def test_equals_the_experts_of_gpt_oss() -> None:
-    """Whose gate and up take turns in one dimension, and whose weights are transposed."""
+    """gpt-oss interleaves gate and up in one dimension, and transposes the weights."""
     gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     experts = random_experts(3, torch.float64, Activation.swiglu_clamped, bias=True, std=2.0)
     assert experts.gate_up_bias is not None and experts.down_bias is not None
@@ -143,6 +143,6 @@ def outcome(y_RD: Tensor, weight_RD: Tensor, experts: Experts, x_RD: Tensor) -> 
 
 
 def assert_close(value: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest element."""
+    """Returns the largest difference, relative to the largest element."""
     assert value.shape == expected.shape and value.dtype == expected.dtype
     assert (value - expected).abs().max() <= tolerance * expected.abs().max()

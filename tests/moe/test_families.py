@@ -186,7 +186,7 @@ def test_same_logits(name: str, widen) -> None:
 
 
 def pair(family: Family) -> tuple[Any, Transformer]:
-    """Their model and ours with their weights, which are random (norms, biases and sinks too)."""
+    """Returns their model and ours, with the same random weights (norms, biases and sinks too)."""
     torch.manual_seed(0)
     implementations = {"attn_implementation": "eager", "experts_implementation": "eager"}
     config = getattr(transformers, family.config)(**(THEIR_SIZES | family.theirs | implementations))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tokenyard.moe import attention as attention_module
 from tokenyard.moe import flexible_attention as module
-from tokenyard.moe.attention import Attention, KeyValueCache, attend, fused_attention, visible
+from tokenyard.moe.attention import Attention, KeyValueCache, attend, attention_mask, fused_attention
 from tokenyard.moe.config import AttentionConfig, ModelConfig
-from tokenyard.moe.flexible_attention import BLOCK, attend_by_blocks, block_mask, block_masks
+from tokenyard.moe.flexible_attention import BLOCK, attend_with_blocks, block_mask, block_masks
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
-from tokenyard.moe.rotary import rotary_turns
+from tokenyard.moe.rotary import rotary_tables
 from tokenyard.moe.softmax import Softmax
 from tokenyard.train.config.compose import compose
 from torch import Tensor
@@ -40,7 +40,7 @@ DOCUMENTS = {
 
 @pytest.fixture(autouse=True)
 def _gradients_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has these, unfused, but lets nobody ask for them."""
+    """Allows the unfused CPU kernels, which torch has but refuses to run."""
     monkeypatch.setattr(torchs, "_validate_device", lambda *tensors: None)
 
 
@@ -65,15 +65,15 @@ def test_documents_of_every_length(window: int | None, documents: str) -> None:
     softmax, documents_BS, tensors = Softmax(0.3, None, window), numbered(documents), random_heads((2, 20, 20), True)
     expected = attend(*tensors[:3], softmax, tensors[3], documents_BS)
     blocks = block_mask(LENGTH, window, CPU, documents_BS)
-    assert_same(attend_by_blocks(*tensors[:3], softmax, tensors[3], blocks), expected, tensors)
+    assert_same(attend_with_blocks(*tensors[:3], softmax, tensors[3], blocks), expected, tensors)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 300, 512])
 @pytest.mark.parametrize("window", [None, 1, 2, 100, 128, 129, 200, 257])
 def test_blocks_are_those_of_the_mask(length: int, window: int | None) -> None:
-    """In the order and the layout in which torch finds them from all (S, S) pairs."""
+    """The blocks have the order and layout that torch computes from all (S, S) pairs."""
     for documents in (None, *(numbered(name, length) for name in DOCUMENTS if name != "none")):
-        ours, seen = block_mask(length, window, CPU, documents), visible(length, length, window, CPU, documents)
+        ours, seen = block_mask(length, window, CPU, documents), attention_mask(length, length, window, CPU, documents)
         seen_BSS = seen.expand(1, 1, length, length)[:, 0] if documents is None else seen[:, 0]
         theirs = create_block_mask(
             lambda b, h, q, k, of=seen_BSS: of[b, q, k], len(seen_BSS), 1, length, length, device="cpu", BLOCK_SIZE=BLOCK
@@ -85,7 +85,7 @@ def test_blocks_are_those_of_the_mask(length: int, window: int | None) -> None:
 
 
 def test_masked_blocks_are_skipped() -> None:
-    """Of 64 blocks in a row a window of 512 tokens needs at most 5, and 16 documents of 4 blocks each 10 pairs a document."""
+    """A window of 512 tokens needs at most 5 of 64 blocks in a row; 16 documents of 4 blocks need 10 pairs each."""
     length = 64 * BLOCK
     documents_BS = torch.arange(length).unsqueeze(0) // (4 * BLOCK)
     assert pairs(block_mask(length, None, CPU)) == 64 * 65 // 2
@@ -118,7 +118,7 @@ def test_which_kinds_of_layer_have_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("preset", ["tiny_gpt_oss", "tiny_grok", "tiny_deepseek_v3", "tiny_mixtral"])
 def test_a_model_makes_its_blocks_once(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fused kernels alone, as on CUDA. Generation, with a cache, goes without."""
+    """Uses fused kernels only, as on CUDA; generation with a cache does not."""
     model = Transformer(compose([f"model={preset}"]).model, torch.float32)
     initialise(model, 1)
     ids_BS = torch.randint(0, 200, (2, 150), generator=torch.Generator().manual_seed(1))
@@ -130,7 +130,7 @@ def test_a_model_makes_its_blocks_once(preset: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         module, "block_mask", lambda length, window, *rest: made.append(window) or block_mask(length, window, *rest)
     )
-    monkeypatch.setattr(attention_module, "visible", None)
+    monkeypatch.setattr(attention_module, "attention_mask", None)
     with torch.no_grad():
         torch.testing.assert_close(model(ids_BS, documents_BS=documents_BS), expected, rtol=1e-4, atol=1e-4)
     assert made == ([None, 16] if preset == "tiny_gpt_oss" else [None])
@@ -142,7 +142,7 @@ def test_a_model_makes_its_blocks_once(preset: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_all_layers_and_micro_batches_share_what_is_compiled() -> None:
-    """Two kinds of layer, three micro-batches with documents of their own, under activation checkpointing."""
+    """Two kinds of layer and three micro-batches with different documents, under activation checkpointing."""
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(module._attend, fullgraph=True, backend=counter)
     for documents, layer in itertools.product(("one", "some", "of a block"), range(4)):
@@ -160,8 +160,8 @@ def test_inside_of_a_compiled_attention_layer() -> None:
         width=24, heads=4, kv_heads=2, attention=AttentionConfig(softcap=1.5, sinks=True, window=70, window_every=2)
     )
     x_BSD, documents_BS = torch.randn(2, LENGTH, 24), numbered("some")
-    plain = rotary_turns(config, 0, LENGTH, CPU, torch.float32, documents_BS)
-    turns = plain._replace(
+    plain = rotary_tables(config, 0, LENGTH, CPU, torch.float32, documents_BS)
+    rotary = plain._replace(
         blocks={False: block_mask(LENGTH, None, CPU, documents_BS), True: block_mask(LENGTH, 70, CPU, documents_BS)}
     )
     counter = CompileCounterWithBackend("aot_eager")
@@ -171,20 +171,20 @@ def test_inside_of_a_compiled_attention_layer() -> None:
             torch.nn.init.normal_(parameter, std=0.2)
         expected = layer(x_BSD, plain)
         layer.compile(backend=counter, fullgraph=True)
-        torch.testing.assert_close(layer(x_BSD, turns), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x_BSD, rotary), expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("cudnn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_attention_in_the_shapes_of_cudas_kernels(cudnn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values as wide as keys for flash attention, as many heads as queries for that of fp32: exactly the same."""
+    """Padding values for flash attention, and repeating heads for the fp32 kernel, changes no bits."""
     monkeypatch.setattr(attention_module, "_by_cudnn", lambda *widths: cudnn)
     for shape in GROUPS_AND_WIDTHS.values():
         tensors = [x.detach().to(dtype).requires_grad_() for x in random_heads(shape, False)[:3]]
         expected = fused_attention(*tensors, 0.3, None, True)
         monkeypatch.setattr(attention_module, "kind_of", lambda x: "cuda")
-        k, v = attention_module._suited(*tensors)
+        k, v = attention_module._prepare_keys_and_values(*tensors)
         assert k.shape[1] == v.shape[1] == (HEADS if dtype == torch.float32 else shape[0])
         assert v.shape[-1] == (shape[2] if cudnn or dtype == torch.float32 else shape[1])
         assert_same(fused_attention(*tensors, 0.3, None, True), expected, tensors, 1e-12 if dtype == torch.float64 else 1e-5)
@@ -192,7 +192,7 @@ def test_plain_attention_in_the_shapes_of_cudas_kernels(cudnn: bool, dtype: torc
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that an operator makes."""
+    """Records the largest tensor that an operator creates."""
 
     elements = 0
 
@@ -213,7 +213,7 @@ def numbered(documents: str, length: int = LENGTH) -> Tensor | None:
 
 
 def random_heads(shape: tuple[int, int, int], sinks: bool) -> list[Any]:
-    """Queries, keys, values and sinks (or None)."""
+    """Returns queries, keys, values and sinks (or None)."""
     groups, width, value_width = shape
     generator = torch.Generator().manual_seed(0)
     shapes = [
@@ -236,7 +236,7 @@ def assert_same(y: Tensor, expected: Tensor, tensors: list[Any], tolerance: floa
 
 
 def pairs(blocks: Any) -> int:
-    """Pairs of blocks whose products are made."""
+    """Returns the number of pairs of blocks that are computed."""
     return int(blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def test_other_layers_experts_and_vocabularies_change_nothing() -> None:
-    """But the scale of the projections into the residual stream, which counts the layers."""
+    """Except for the scale of output projections, which depends on the number of layers."""
     small, large = weights(layers=2, experts=4), weights(layers=5, experts=7)
     scale = math.sqrt(5 / 2)
     for name, weight in small.items():
@@ -53,11 +53,11 @@ def test_standard_deviations_are_those_of_the_config() -> None:
 
 
 def test_a_rank_makes_the_part_it_holds() -> None:
-    """Experts 2 and 3, and of each the middle columns."""
+    """Fills the middle columns of experts 2 and 3."""
     config, name = ModelConfig(init_std=0.05), "layers.0.moe.experts.down"
     whole, part = torch.empty(4, 6, 8), torch.empty(2, 6, 3)
     fill(whole, name, (4, 6, 8), config, 1)
-    fill(part, name, (4, 6, 8), config, 1, lambda tensor, first: tensor[:, 2:5], range(2, 4))
+    fill(part, name, (4, 6, 8), config, 1, lambda tensor: tensor[:, 2:5], range(2, 4))
     assert torch.equal(part, whole[2:4, :, 2:5])
 
 
@@ -67,7 +67,7 @@ LATENT = AttentionConfig(kind=AttentionKind.mla, mla=MLAConfig(q_rank=8, kv_rank
 
 @pytest.mark.parametrize("attention", [GPT_OSS, LATENT])
 def test_norms_are_ones_biases_and_sinks_zeros_and_all_else_is_drawn(attention: AttentionConfig) -> None:
-    """In every part of the model, with nothing left as it was."""
+    """Every parameter of the model is overwritten."""
     sizes = {"layers": 3, "width": 16, "heads": 2, "kv_heads": 1, "hidden": 8, "vocabulary": 30, "dense_first": 1}
     moe = MoEConfig(experts=2, hidden=8, shared_hidden=8, shared_gate=True, bias=True)
     model = Transformer(ModelConfig(**sizes, attention=attention, moe=moe, sandwich_norms=True, mtp_depth=1))

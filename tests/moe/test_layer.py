@@ -40,7 +40,7 @@ def test_derivatives(config: MoEConfig) -> None:
 
 
 def test_tokens_that_are_not_counted_pass_their_experts_all_the_same() -> None:
-    """Without a capacity validity is a matter of the statistics alone."""
+    """Without a capacity, validity only affects the statistics."""
     layer, x_BSD = random_layer(CASES["dropless"]), torch.randn(2, 6, WIDTH, dtype=torch.float64)
     assert torch.equal(layer(x_BSD, TokenInfo(torch.rand(2, 6) < 0.5))[0], layer(x_BSD)[0])
 

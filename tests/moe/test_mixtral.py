@@ -53,7 +53,7 @@ def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, wi
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_their_load_balance_loss_is_top_k_times_ours(dtype: torch.dtype, tolerance: float, widen) -> None:
-    """Theirs counts choices per token, ours per choice, so that an even load gives 1; they differ in nothing else on one layer."""
+    """Their loss counts choices per token, ours per choice, so that an even load gives 1; on one layer nothing else differs."""
     theirs, ours = pair(1, dtype, widen, balance=AUXILIARY * 2)
     ids, labels = batch()
     expected = theirs(input_ids=ids, labels=labels, output_router_logits=True)
@@ -78,7 +78,7 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
 
 
 def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None], balance: float = 0.0) -> tuple[Any, Transformer]:
-    """Their model and ours with their weights, which are random (norms too)."""
+    """Returns their model and ours, with the same random weights (norms too)."""
     if dtype == torch.float64:
         widen(mixtral)
     torch.manual_seed(0)
@@ -131,13 +131,13 @@ def their_name(name: str) -> str:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Ids, and labels of which some are not counted; they stand at the token itself (transformers shifts)."""
+    """Returns ids, and labels of which some are ignored. Labels are not shifted: transformers shifts them."""
     ids = torch.randint(50, (3, 11))
     return ids, ids.masked_fill(torch.rand(3, 11) < 0.2, IGNORE)
 
 
 def forward(ours: Transformer, ids: Tensor, labels: Tensor, balance: float) -> tuple[Tensor, Losses]:
-    """Their load-balance loss counts all tokens, so ours gets no validity."""
+    """Their load-balance loss counts all tokens, so ours gets no mask."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     logits, stats = ours(ids, with_stats=True)
     totals = Totals(int((targets != IGNORE).sum()), len(ids), 1)

@@ -36,7 +36,7 @@ def test_cached_logits_equal_those_of_the_whole_sequence(chunks: list[int]) -> N
 
 @pytest.mark.parametrize("capacity", [None, 0.6])
 def test_logits_depend_on_earlier_tokens_alone(capacity: float | None) -> None:
-    """Training too, with tokens dropped by sequence."""
+    """Also in training, with tokens dropped by sequence."""
     model = tiny(moe=MoEConfig(experts=4, hidden=8, capacity=CapacityConfig(factor=capacity)))
     ids_BS = torch.randint(40, (2, 12))
     before, stats = model(ids_BS, with_stats=True)
@@ -62,7 +62,7 @@ def test_tied_head_is_the_embedding() -> None:
 
 
 def test_multipliers_and_softcap_of_the_logits() -> None:
-    """The factor comes first, as in Grok. Tokens' vectors times a factor are those of an embedding so many times as large."""
+    """The output multiplier comes before the soft cap, as in Grok. An embedding multiplier equals a scaled embedding."""
     plain, ids_BS = tiny(), torch.randint(40, (2, 5))
     logits = plain(ids_BS)
     torch.testing.assert_close(tiny(output_multiplier=0.5)(ids_BS), logits * 0.5)
@@ -73,7 +73,7 @@ def test_multipliers_and_softcap_of_the_logits() -> None:
 
 
 def test_bf16_keeps_fp32_weights_and_gradients() -> None:
-    """Logits are within 3 % of the fp32 model's, gradients within 10 % in the mean: the same weights, rounded on the way."""
+    """Logits are within 3 % of the fp32 model's, gradients within 10 % in the mean: with the same weights."""
     narrow, wide = tiny(torch.bfloat16), tiny(torch.float32)
     torch.manual_seed(3)  # rounding sends none of these tokens to another expert
     ids_BS = torch.randint(40, (4, 16))

@@ -1,4 +1,4 @@
-"""Rotary embeddings: angles as transformers computes them, which dimensions are turned, and what rotation is for."""
+"""Rotary embeddings: angles equal transformers', the rotated dimensions, and scores that depend on distance only."""
 
 import math
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_turns, rotary_width, rotate, turns_factor
+from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_factor, rotary_tables, rotary_width, rotate
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -36,21 +36,21 @@ def test_scaled_angles_are_those_of_transformers(name: str, width: int) -> None:
     rope = SCALED[name]
     expected, factor = rope_utils.ROPE_INIT_FUNCTIONS[rope.scaling.value](their_config(rope, width), CPU)
     torch.testing.assert_close(frequencies(rope, width, CPU).float(), expected, rtol=2e-6, atol=0)
-    assert turns_factor(rope) == pytest.approx(factor, rel=1e-12)
+    assert rotary_factor(rope) == pytest.approx(factor, rel=1e-12)
 
 
 def test_turns_carry_the_factor_of_yarn_and_nothing_else_does() -> None:
     rope = SCALED["yarn with a factor"]
-    turns = rotary_turns(one_head(8, rope), 0, 5, CPU, torch.float64)
+    turns = rotary_tables(one_head(8, rope), 0, 5, CPU, torch.float64)
     torch.testing.assert_close(turns.cos.square() + turns.sin.square(), torch.full((5, 4), 0.49, dtype=torch.float64))
-    assert turns_factor(RopeConfig(scaling=RopeScaling.linear, factor=4.0, attention_factor=3.0)) == 1
+    assert rotary_factor(RopeConfig(scaling=RopeScaling.linear, factor=4.0, attention_factor=3.0)) == 1
     assert logits_factor(RopeConfig(mscale_all=1.0, factor=4.0)) == 1
     assert logits_factor(SCALED["yarn of DeepSeek"]) == pytest.approx((0.07 * math.log(16) + 1) ** 2)
 
 
 def test_interleaved_is_half_of_other_dimensions() -> None:
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-    turns = rotary_turns(one_head(8), 3, 5, CPU, torch.float64)
+    turns = rotary_tables(one_head(8), 3, 5, CPU, torch.float64)
     to_halves = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     torch.testing.assert_close(rotate(x, turns, interleaved=True)[..., to_halves], rotate(x[..., to_halves], turns))
 
@@ -58,8 +58,8 @@ def test_interleaved_is_half_of_other_dimensions() -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_part_of_the_head_is_turned_as_a_head_of_that_width(interleaved: bool) -> None:
     x = torch.randn(2, 3, 5, 20, dtype=torch.float64)
-    turns = rotary_turns(one_head(20, RopeConfig(fraction=0.4)), 0, 5, CPU, torch.float64)
-    expected = rotate(x[..., :8], rotary_turns(one_head(8), 0, 5, CPU, torch.float64), interleaved)
+    turns = rotary_tables(one_head(20, RopeConfig(fraction=0.4)), 0, 5, CPU, torch.float64)
+    expected = rotate(x[..., :8], rotary_tables(one_head(8), 0, 5, CPU, torch.float64), interleaved)
     assert torch.equal(rotate(x, turns, interleaved), torch.cat([expected, x[..., 8:]], -1))
 
 
@@ -88,7 +88,7 @@ def test_scores_of_turned_heads_depend_on_the_distance_alone(interleaved: bool) 
 
 def test_turns_of_far_positions_are_exact_in_fp32() -> None:
     config = one_head(64)
-    narrow = rotary_turns(config, 1_000_000, 3, CPU, torch.bfloat16)
+    narrow = rotary_tables(config, 1_000_000, 3, CPU, torch.bfloat16)
     exponents = [config.attention.rope.theta ** (-2 * i / 64) for i in range(32)]
     expected = torch.tensor([[math.cos(position * f) for f in exponents] for position in range(1_000_000, 1_000_003)])
     assert narrow.cos.dtype == torch.float32
@@ -104,11 +104,11 @@ def fraction(value: float) -> AttentionConfig:
 
 
 def turns_at(config: ModelConfig, position: int) -> RotaryTables:
-    return rotary_turns(config, position, 1, CPU, torch.float64)
+    return rotary_tables(config, position, 1, CPU, torch.float64)
 
 
 def their_config(rope: RopeConfig, width: int) -> Any:
-    """What transformers' functions read of a configuration."""
+    """Returns the configuration that transformers' functions read."""
     parameters = {
         "rope_type": rope.scaling.value,
         "rope_theta": rope.theta,

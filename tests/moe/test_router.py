@@ -67,7 +67,7 @@ def test_weights_of_a_token() -> None:
 
 
 def test_top_1_teaches_the_router_through_the_output() -> None:
-    """With normalized weights all would be 1, whatever the router says."""
+    """With normalised weights all weights would be 1, whatever the scores."""
     config = ModelConfig(width=WIDTH, moe=MoEConfig(experts=EXPERTS, top_k=1, hidden=16))
     layer = MoELayer(config, torch.float64)
     torch.manual_seed(0)

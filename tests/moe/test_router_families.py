@@ -1,15 +1,15 @@
-"""What holds for every kind of router: counts, gradients, ties, capacity, no tokens, and what is random where."""
+"""Properties of every kind of router: counts, gradients, ties, capacity, no tokens, and where it is random."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from tokenyard.bench.gpu.router_cases import EXPERTS, RANDOM, ROUTERS
+from tokenyard.bench.gpu.routers import EXPERTS, RANDOM, ROUTERS
 from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, describe, fold_in, places
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info, fold_in, token_keys
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -96,8 +96,8 @@ def test_ties_go_to_the_first(config: MoEConfig) -> None:
 
 @ALL
 def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
-    """Equal logits and, for the hash, equal tokens: each has the same experts. Of experts that choose, each takes its share."""
-    layer, tokens = random_layer(config), describe(torch.full((SEQUENCES, LENGTH), 7), None, BatchPosition())
+    """With equal logits (and ids) all tokens have the same experts; in expert choice each expert takes its share."""
+    layer, tokens = random_layer(config), build_token_info(torch.full((SEQUENCES, LENGTH), 7), None, BatchPosition())
     for parameter in layer.router.parameters():
         parameter.data.zero_()
     y_BSD, stats = layer(inputs(), tokens)
@@ -115,7 +115,7 @@ def test_all_tokens_to_one_expert(config: MoEConfig) -> None:
 @pytest.mark.parametrize(("sequences", "length"), [(0, LENGTH), (SEQUENCES, 0)])
 def test_no_token_at_all(config: MoEConfig, sequences: int, length: int) -> None:
     layer, x_BSD = random_layer(config), torch.zeros(sequences, length, WIDTH, dtype=torch.float64, requires_grad=True)
-    y_BSD, stats = layer(x_BSD, describe(torch.zeros(sequences, length, dtype=torch.int64), None, BatchPosition()))
+    y_BSD, stats = layer(x_BSD, build_token_info(torch.zeros(sequences, length, dtype=torch.int64), None, BatchPosition()))
     y_BSD.sum().backward()
     assert y_BSD.shape == x_BSD.shape == x_BSD.grad.shape
     assert stats.counts_BE.shape[0] == sequences and not stats.counts_BE.any() and not stats.dropped
@@ -157,10 +157,10 @@ def test_rows_are_routed_alike_in_whatever_batch_they_come(name: str) -> None:
 
 @ALL
 def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a layer and, before all layers, in a model."""
+    """Checks the keys of a layer, and those that a model computes before all layers."""
     made = []
     monkeypatch.setattr("tokenyard.moe.router.fold_in", lambda *of: made.append("layer") or fold_in(*of))
-    monkeypatch.setattr("tokenyard.moe.token_info.places", lambda *of: made.append("model") or places(*of))
+    monkeypatch.setattr("tokenyard.moe.token_info.token_keys", lambda *of: made.append("model") or token_keys(*of))
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocabulary=40, width=WIDTH, layers=1, heads=2, kv_heads=2, moe=config), torch.float64)
     model(torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64))
@@ -188,7 +188,7 @@ def test_layers_draw_their_own_noise() -> None:
 
 
 def test_null_experts_add_nothing_to_a_tokens_output() -> None:
-    """The same as a layer whose last experts give zeros."""
+    """Equals a layer whose last experts output zeros."""
     config = MoEConfig(experts=EXPERTS, top_k=3, hidden=16, router=RouterConfig(null_experts=4))
     layer, wide = random_layer(config), random_layer(replace(config, experts=EXPERTS + 4, router=RouterConfig()))
     with torch.no_grad():
@@ -209,17 +209,17 @@ def route(config: MoEConfig, masked: bool = False) -> tuple[Routing, TokenInfo]:
 
 
 def outcome(router: Router, place: BatchPosition | None, x_BSD: Tensor | None = None) -> Tensor:
-    """(B, S, E): the weights of what is dispatched."""
+    """Returns (B, S, E): the weights of dispatched choices."""
     x_BSD = inputs() if x_BSD is None else x_BSD
     ids_BS = torch.arange(LENGTH).expand(len(x_BSD), LENGTH)
-    routing = router(x_BSD, describe(ids_BS, None, place))
+    routing = router(x_BSD, build_token_info(ids_BS, None, place))
     weights_TK = routing.weights_TK.detach() if routing.kept_TK is None else routing.weights_TK.detach() * routing.kept_TK
     found = torch.zeros(len(weights_TK), router.columns, dtype=torch.float64).scatter(1, routing.experts_TK, weights_TK)
     return found.view(len(x_BSD), LENGTH, -1)
 
 
 def router_gradient(config: MoEConfig) -> Tensor:
-    """Of the whole objective, by the projection of the router (zeros where it has none)."""
+    """Returns the gradient of the whole objective by the router's weight (zeros if it has none)."""
     layer = random_layer(config)
     y_BSD, stats = layer(inputs(), token_record(config))
     (y_BSD.square().sum() + loss_of(stats, config).objective).backward()
@@ -228,7 +228,7 @@ def router_gradient(config: MoEConfig) -> Tensor:
 
 
 def loss_of(stats, config: MoEConfig):
-    """As the only layer of a model whose cross entropy is constant."""
+    """The layer is the only one of a model whose cross entropy is constant."""
     constant = torch.zeros((), dtype=torch.float64)
     return losses(constant, [stats], config, Totals(SEQUENCES * LENGTH, SEQUENCES, 1), build_mesh(ParallelConfig()))
 
@@ -240,7 +240,7 @@ def with_coefficient(config: MoEConfig, name: str, value: float) -> MoEConfig:
 
 def token_record(config: MoEConfig) -> TokenInfo:
     ids_BS = torch.randint(40, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(2))
-    return describe(ids_BS, None, BatchPosition())
+    return build_token_info(ids_BS, None, BatchPosition())
 
 
 def inputs() -> Tensor:

@@ -1,4 +1,4 @@
-"""Our router chooses and weighs as the routers of transformers do."""
+"""Our router gives the experts and weights of the routers of transformers."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ PEERS = {
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_chooses_and_weighs_as_transformers_does(peer: str) -> None:
-    """In fp32, bit for bit in the choices; a V3 router has an expert bias that changes them."""
+    """In fp32, with equal choices bit for bit; the V3 router has an expert bias that changes them."""
     pytest.importorskip("transformers", reason="the comparison needs transformers (pip install 'tokenyard[hf]')")
     make, settings = PEERS[peer]
     theirs, ours = make(), Router(WIDTH, MoEConfig(experts=EXPERTS, top_k=3, router=RouterConfig(**settings)), torch.float32)

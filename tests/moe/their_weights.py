@@ -1,4 +1,4 @@
-"""Our parameters made of those of a transformers model.
+"""Our parameters from those of a transformers model.
 
 Import it as `their_weights`: tests/conftest.py puts this folder on the path.
 """
@@ -14,7 +14,7 @@ ATTENTION |= {"kv_up": "kv_b_proj", "q": "q_proj", "k": "k_proj", "v": "v_proj",
 
 
 def their_value(theirs: Any, name: str, used: set[str]) -> Tensor:
-    """Our parameter `name` made of theirs, whose names are added to `used`."""
+    """Returns our parameter `name` from theirs, and adds their names to `used`."""
 
     def get(path: str) -> Tensor:
         used.add(path)
@@ -44,7 +44,7 @@ def their_norm(theirs: Any, part: str) -> str:
 
 
 def their_feedforward(get: Any, mlp: str, name: str) -> Tensor:
-    """Of an MoE layer `name` begins with router, experts, shared or shared_gate; of a dense one with dense."""
+    """`name` begins with router, experts, shared or shared_gate in an MoE layer, with dense in a dense one."""
     oss = gpt_oss_experts(get, mlp) if name.startswith(("experts", "router")) else {}
     if name in oss:
         return oss[name]
@@ -72,7 +72,7 @@ def shared_name(get: Any, mlp: str) -> str:
 
 
 def gpt_oss_experts(get: Any, mlp: str) -> dict[str, Tensor]:
-    """Its gate and up take turns in one dimension, and its weights are transposed."""
+    """gpt-oss interleaves gate and up in one dimension, and transposes the weights."""
     try:
         router = get(mlp + "router.weight")
     except AttributeError:

@@ -18,11 +18,11 @@ class Call(NamedTuple):
     thread: str
     what: str
     where: Any = None
-    """The stream, or the number of a device."""
+    """Returns the stream, or the index of the device."""
 
 
 class FakeStream:
-    """`queue` is the work that is not done yet."""
+    """`queue` is the work that is not done."""
 
     def __init__(self, double: "CudaDouble", device: int, name: str) -> None:
         self.double, self.device, self.name = double, device, name
@@ -84,7 +84,7 @@ class FakeEvent:
 
 
 class OnCuda(Tensor):
-    """A host tensor that says it is on cuda:`index`; a copy from it is given to a stream."""
+    """A host tensor that claims to be on cuda:`index`; copies from it are queued in a stream."""
 
     double: "CudaDouble"
     index: int
@@ -124,13 +124,13 @@ class OnCuda(Tensor):
 
 
 class CudaDouble:
-    """In the place of torch.cuda; see `installed`."""
+    """Replaces torch.cuda; see `installed`."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.clock = 0.0
         self.pinned: list[int] = []
-        """`data_ptr` of what was made or copied into pinned memory."""
+        """`data_ptr` of tensors created in, or copied to, pinned memory."""
         self._local = threading.local()
         self._defaults: dict[int, FakeStream] = {}
 
@@ -138,7 +138,7 @@ class CudaDouble:
         self.calls.append(Call(threading.current_thread().name, what, where))
 
     def of(self, thread: str) -> list[tuple[str, Any]]:
-        """What a thread did: (what, the stream's name or the device)."""
+        """What a thread did: pairs of the call and the stream's name or the device."""
         return [(call.what, where_of(call.where)) for call in self.calls if call.thread == thread]
 
     def tensor(self, values: Tensor, device: int) -> OnCuda:
@@ -187,7 +187,7 @@ def index_of(device: torch.device | int) -> int:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> CudaDouble:
-    """A double in the place of torch.cuda, of pinned memory and of copies to a device, until the test ends."""
+    """Replaces torch.cuda, pinned memory and copies to a device by a double, until the test ends."""
     double = CudaDouble()
     empty, move = torch.empty, Tensor.to
     for name in ("is_initialized", "current_device", "set_device", "current_stream", "Stream", "Event", "stream"):

@@ -30,8 +30,8 @@ def test_compiled_model_equals_the_eager_one() -> None:
             share.objective.backward()
         torch.testing.assert_close(losses[1].objective, losses[0].objective, rtol=1e-6, atol=0)
         assert torch.equal(losses[1].counts_LE, losses[0].counts_LE)
-    for name, placed in eager.placed.items():
-        expected, gradient = placed.parameter.grad, compiled.placed[name].parameter.grad
+    for name, sharded in eager.parameters.items():
+        expected, gradient = sharded.parameter.grad, compiled.parameters[name].parameter.grad
         assert expected is not None and gradient is not None and expected.norm() > 0
         assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
 

@@ -1,4 +1,4 @@
-"""Gradients over ranks: sums in buckets, and a norm that counts each piece once."""
+"""Gradients over ranks: sums in buckets, and a norm that counts each shard once."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ SHAPES = [(3, 4), (5,), (2, 2, 2), (50,), (1,), (4, 3)]
 
 
 @pytest.mark.parametrize("bucket", [1, 12, 20, 10**6])
-def test_copies_are_summed_and_others_are_not(ranks: Any, bucket: int) -> None:
-    """The fourth parameter has no copies; the fifth has no gradient on any rank; one rank's last is strided."""
+def test_replicas_are_summed_and_others_are_not(ranks: Any, bucket: int) -> None:
+    """The fourth parameter has no replicas; the fifth has no gradient on any rank; one rank's last is strided."""
     torch.manual_seed(0)
     parts = [[torch.randn(shape, dtype=torch.float64) for shape in SHAPES] for _ in range(2)]
     found = ranks(2, reduce_in_buckets, parts, bucket)
@@ -29,14 +29,14 @@ def test_copies_are_summed_and_others_are_not(ranks: Any, bucket: int) -> None:
 
 def reduce_in_buckets(parts: list[list[Tensor]], bucket: int) -> list[Tensor]:
     mesh = build_mesh(ParallelConfig())
-    parallel = placed([mesh.everyone if i != 3 else Axis(1, 0, None) for i in range(len(SHAPES))], parts[mesh.rank])
-    parameters = [p.parameter for p in parallel.placed.values()]
+    parallel = sharded([mesh.everyone if i != 3 else Axis(1, 0, None) for i in range(len(SHAPES))], parts[mesh.rank])
+    parameters = [p.parameter for p in parallel.parameters.values()]
     parameters[4].grad = None
     if mesh.rank == 0:
         parameters[5].grad = parts[0][5].T.contiguous().T
     usual, gradients.BUCKET = gradients.BUCKET, bucket
     try:
-        with gradients.summed_over_copies(parallel):
+        with gradients.gradient_all_reduce(parallel):
             pass
     finally:
         gradients.BUCKET = usual
@@ -44,19 +44,19 @@ def reduce_in_buckets(parts: list[list[Tensor]], bucket: int) -> list[Tensor]:
 
 
 def test_each_rank_contributes_its_share_of_the_squared_norm() -> None:
-    """A piece with 4 copies is counted by each of their ranks for a quarter."""
+    """Each of the 4 replicas of a shard counts a quarter of it."""
     values = [torch.full((3,), 2.0), torch.full((2, 2), 3.0)]
-    parallel = placed([Axis(1, 0, None), Axis(4, 2, None)], values)
+    parallel = sharded([Axis(1, 0, None), Axis(4, 2, None)], values)
     squared = gradients.squared_norm(parallel)
     assert squared.dtype == torch.float64 and squared.item() == pytest.approx(3 * 4 + 4 * 9 / 4, rel=1e-6)
     gradients.scale_gradients(parallel, torch.tensor(0.5, dtype=torch.float64))
     assert gradients.squared_norm(parallel).item() == pytest.approx((3 * 4 + 4 * 9 / 4) / 4, rel=1e-6)
 
 
-def placed(axes: list[Axis], values: list[Tensor]) -> Parallel:
+def sharded(axes: list[Axis], values: list[Tensor]) -> Parallel:
     parallel = Parallel(model=None, mesh=None, device=torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     for index, (axis, value) in enumerate(zip(axes, values, strict=True)):
         parameter = torch.nn.Parameter(torch.zeros_like(value))
         parameter.grad = value.clone()
-        parallel.placed[str(index)] = ShardedParameter(parameter, whole(value.shape), axis)
+        parallel.parameters[str(index)] = ShardedParameter(parameter, whole(value.shape), axis)
     return parallel

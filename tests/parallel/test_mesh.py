@@ -1,4 +1,4 @@
-"""Which ranks form which groups, by coordinates: all ranks of a world are played by this process."""
+"""The groups of ranks by coordinates; this process simulates all ranks of a world."""
 
 import itertools
 import math
@@ -107,7 +107,7 @@ def members(config: ParallelConfig) -> dict[str, list[int]]:
 
 
 def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
-    """This rank's mesh, and a list that takes the groups of which process groups would be made."""
+    """Returns the mesh of a rank, and a list to which the groups of new process groups are appended."""
     world, tensor, shard, expert, expert_tensor = layout
     made: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Ranks decide over slices of sequences as one device decides over all tokens: who is dropped, how often experts are chosen."""
+"""Ranks with slices of sequences drop the same choices, and count the same, as one device with all tokens."""
 
 from typing import Any
 
@@ -31,17 +31,17 @@ def test_ranks_drop_what_one_device_drops(ranks: Any, scope: Scope, by_priority:
 
 def keep_on_rank(rows: int, scope: Scope, by_priority: bool, tensor: int) -> Tensor:
     mesh = build_mesh(ParallelConfig(tensor=tensor))
-    surroundings, mine = DistributedScope(mesh), part_of_choices(mesh.rank, mesh.world, tensor)
+    scopes, mine = DistributedScope(mesh), part_of_choices(mesh.rank, mesh.world, tensor)
     tokens = {Scope.sequence: LENGTH, Scope.batch: SEQUENCES * LENGTH, Scope.rank: SEQUENCES * LENGTH // mesh.world}
-    assert surroundings.tokens(len(mine[0]), mine[0].shape[1], scope) == tokens[scope]
-    return kept(mine, rows, scope, by_priority, surroundings)
+    assert scopes.tokens(len(mine[0]), mine[0].shape[1], scope) == tokens[scope]
+    return kept(mine, rows, scope, by_priority, scopes)
 
 
-def kept(choices: tuple[Tensor, Tensor, Tensor], rows: int, scope: Scope, by_priority: bool, surroundings: LocalScope) -> Tensor:
+def kept(choices: tuple[Tensor, Tensor, Tensor], rows: int, scope: Scope, by_priority: bool, scopes: LocalScope) -> Tensor:
     experts_BSK, wanted_BSK, priority_BSE = choices
     if by_priority:
-        return keep_best(experts_BSK, wanted_BSK, priority_BSE, rows, scope, surroundings)
-    return keep_earliest(experts_BSK, wanted_BSK, rows, EXPERTS, scope, surroundings)
+        return keep_best(experts_BSK, wanted_BSK, priority_BSE, rows, scope, scopes)
+    return keep_earliest(experts_BSK, wanted_BSK, rows, EXPERTS, scope, scopes)
 
 
 @LAYOUTS
@@ -74,12 +74,12 @@ def part_of_choices(rank: int, world: int, tensor: int) -> tuple[Tensor, Tensor,
 
 
 def part_of(tokens_BS: Tensor, rank: int, world: int, tensor: int) -> Tensor:
-    """Data ranks have runs of sequences, tensor ranks slices of them."""
+    """Returns the part of a rank: data ranks have runs of sequences, tensor ranks slices of these."""
     return tokens_BS.chunk(world // tensor)[rank // tensor].chunk(tensor, 1)[rank % tensor]
 
 
 def choices() -> tuple[Tensor, Tensor, Tensor]:
-    """Experts (the first are chosen more often), which choices are wanted, and priorities, of which many are equal."""
+    """Returns experts (the first are chosen more often), a mask of wanted choices, and priorities with many ties."""
     generator = torch.Generator().manual_seed(5)
     noise = torch.rand(SEQUENCES, LENGTH, EXPERTS, generator=generator) + torch.tensor([0.6, 0.3, 0.0, 0.0])
     valid_BS = torch.rand(SEQUENCES, LENGTH, generator=generator) < 0.8

@@ -1,4 +1,4 @@
-"""Streams, events and copies on a double of torch.cuda: which stream of which device, in which order, and who waits for it."""
+"""Streams, events and copies on a double of torch.cuda: which stream of which device, in which order, and what waits for it."""
 
 import re
 from pathlib import Path

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenyard.moe.linear import compute_dtype
-from tokenyard.moe.model import Head
+from tokenyard.moe.model import LMHead
 from tokenyard.parallel import vocabulary
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
@@ -55,7 +55,7 @@ def test_slices_equal_torch(ranks: Any, world: int, dtype: torch.dtype) -> None:
 
 
 def sliced(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Result:
-    """On a rank, whose chunks are as small as here."""
+    """Runs on a rank, with chunks as small as here."""
     before, vocabulary.LOGITS["cpu"] = vocabulary.LOGITS["cpu"], CHUNK * VOCABULARY // 4
     try:
         axis = build_mesh(ParallelConfig()).everyone
@@ -76,7 +76,7 @@ def test_bf16_activations_give_the_gradient_of_fp32_weights_in_fp32() -> None:
 def test_nothing_is_differentiated_where_nobody_asks() -> None:
     x_TD, weight_VD, targets_T = random_inputs(9, torch.float64)
     head = head_of("plain")
-    head.shape_backward = lambda *_: pytest.fail("a gradient was made")
+    head.to_logits_backward = lambda *_: pytest.fail("a gradient was made")
     with torch.no_grad():
         loss = head_loss(x_TD, weight_VD.requires_grad_(), head, targets_T, IGNORE, ALONE)
     assert not loss.requires_grad
@@ -85,7 +85,7 @@ def test_nothing_is_differentiated_where_nobody_asks() -> None:
 
 @pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.bfloat16, 1)])
 def test_the_backward_pass_makes_no_copy_in_the_wide_type(dtype: torch.dtype, copies: float) -> None:
-    """Three uses of the weight, as with two modules of multi-token prediction; what they give is added up in place.
+    """Uses the weight three times, as with two modules of multi-token prediction; the gradients are added up in place.
 
     Narrow weights get narrow gradients: two of them, each half as large, are there while they are added up.
     """
@@ -97,7 +97,7 @@ def test_the_backward_pass_makes_no_copy_in_the_wide_type(dtype: torch.dtype, co
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory of tensors that `work` makes at the same time. (With a dispatch mode autograd adds out of place.)"""
+    """Returns the peak memory of tensors that `work` creates. (With a dispatch mode, autograd adds out of place.)"""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         work()
     events: Any = profile.profiler
@@ -112,7 +112,7 @@ def test_no_counted_target_costs_nothing() -> None:
 
 
 def test_huge_logits_stay_finite() -> None:
-    """The second token's target is 1e4 nats behind the largest logit."""
+    """The target of the second token is 1e4 nats below the largest logit."""
     logits_TV = torch.tensor([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4]])
     loss, gradient_TV = cross_entropy(logits_TV, torch.tensor([0, 1]), IGNORE, ALONE)
     assert loss == 1e4
@@ -133,7 +133,7 @@ def test_embedding(ranks: Any, world: int) -> None:
 
 
 def embed(weight_VD: Tensor, ids_BS: Tensor, upstream_BSD: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's slices of the output and of the weight's gradient."""
+    """Returns this rank's slices of the output and of the weight's gradient."""
     axis = build_mesh(ParallelConfig()).everyone
     weight = torch.nn.Parameter(weight_VD.chunk(axis.size)[axis.rank].clone())
     output = VocabularyParallelEmbedding(weight, axis.rank * len(weight), axis)(ids_BS)
@@ -149,8 +149,8 @@ def random_inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
     return torch.randn(tokens, WIDTH).to(dtype), torch.randn(VOCABULARY, WIDTH).to(dtype), targets_T
 
 
-def head_of(shape: str) -> Head:
-    return Head(WIDTH, VOCABULARY, torch.float32, None, *SHAPES[shape])
+def head_of(shape: str) -> LMHead:
+    return LMHead(WIDTH, VOCABULARY, torch.float32, None, *SHAPES[shape])
 
 
 def by_us(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: str, axis: Axis) -> Result:
@@ -160,10 +160,10 @@ def by_us(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: str, axis: 
 
 
 def by_torch(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, shape: str) -> Result:
-    """In fp32 or wider behind the products, as ours; these in the type that this processor makes them in."""
+    """Computes in fp32 or wider after the products, as ours does; the products in the dtype that this CPU uses."""
     x_TD, weight_VD = x_TD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
     x_AD, weight_AD = (tensor.to(compute_dtype(tensor)) for tensor in (x_TD, weight_VD))
-    logits_TV = head_of(shape).shape(x_AD @ weight_AD.T)
+    logits_TV = head_of(shape).to_logits(x_AD @ weight_AD.T)
     wide_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     loss = F.cross_entropy(wide_TV, targets_T, reduction="sum", ignore_index=IGNORE)
     return Result(loss.detach(), *torch.autograd.grad(FACTOR * loss, (x_TD, weight_VD)))

@@ -8,7 +8,7 @@ import pytest
 from sameness import verdict_of
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.parity.choose_layouts import Layout, prepared
+from tokenyard.parity.choose_layouts import Layout, prepare_config
 from tokenyard.parity.command import common_causes, explained
 from tokenyard.parity.compare import Reference, compare, reference_of
 from tokenyard.parity.diagnose import Verdict, layer_of
@@ -96,7 +96,7 @@ def found(config: Config, expected: Reference, bug: str | None) -> tuple[list[Fi
 
 @cache
 def small() -> Config:
-    config = shrink(prepared(compose(["model=tiny_deepseek_v3", "model.moe.balance.bias_rate=0.05"])), 4)
+    config = shrink(prepare_config(compose(["model=tiny_deepseek_v3", "model.moe.balance.bias_rate=0.05"])), 4)
     config.optimizer.clip_norm = 0.01
     return config
 

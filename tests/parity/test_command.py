@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenyard.launch.main import main
-from tokenyard.parity import rank_pool as ranks
+from tokenyard.parity import rank_pool
 
 BUGGY = "import bugs, sys; from tokenyard.parity import rank_worker; bugs.install({!r}); rank_worker.main(sys.argv[1:])"
 
@@ -24,8 +24,8 @@ def test_equal_layouts(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_difference_and_a_rank_that_raises(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program = BUGGY.replace("rank_worker.main", "bugs.install('raised_on_tensor_ranks'); rank_worker.main")
-    monkeypatch.setattr(ranks, "WORKER", ["-c", program.format("averaged_over_expert_ranks")])
-    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(rank_pool, "WORKER", ["-c", program.format("averaged_over_expert_ranks")])
+    monkeypatch.setattr(rank_pool, "GRACE_SECONDS", 0.5)
     assert main(["parity", "model=tiny_mixtral", "parity.layouts=[tensor=2, expert=2, shard=2]", "parity.steps=1"]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert "DIFFERS" in text and "FAILED" in text

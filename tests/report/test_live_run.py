@@ -27,13 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (base / "texts" / f"{number}.py").write_text("".join(lines))
     sizes = [
         "steps=4",
-        "evaluate.every=0",
+        "evaluate.every=2",
         "evaluate.sequences=8",
         "checkpoint.every=0",
         "sample.tokens=0",
         f"run.dir={base / 'run'}",
     ]
-    watched = ["telemetry.tier=detailed", "telemetry.every=2", "telemetry.probe_every=2", "telemetry.probe=8"]
+    watched = ["telemetry.tier=detailed", "telemetry.every=2", "telemetry.probe=8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENYARD_CACHE", str(base / "cache"))
         mixture = [MIX.format(path=base / "texts"), "data.pattern='*.py'"]

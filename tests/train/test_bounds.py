@@ -18,7 +18,7 @@ import tiny_files
 from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.launch import generate
 from tokenyard.launch.main import main
-from tokenyard.parallel.shard import apart
+from tokenyard.parallel.shard import ShardMetadata, disjoint
 from tokenyard.train.config.compose import compose
 from tokenyard.train.stored_config import ABOUT, LARGEST_TOKENIZER, read_stored
 
@@ -253,15 +253,15 @@ def test_a_hundred_thousand_chunks_are_read(checkpoint: Path) -> None:
 
 
 def test_cuts_that_no_line_crosses() -> None:
-    """A pinwheel is apart, though no cut separates it; moved by one its arms overlap."""
+    """The arms of a pinwheel are disjoint, though no cut separates it; moved by one its arms overlap."""
     arms = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
 
-    def of(places: list[Any]) -> Any:
-        return [type("Arm", (), {"offsets": offsets, "sizes": sizes}) for offsets, sizes in places]
+    def of(places: list[Any]) -> list[ShardMetadata]:
+        return [ShardMetadata((3, 3), offsets, sizes) for offsets, sizes in places]
 
     with pytest.raises(ValueError, match="its 300 chunks are cut as no layout cuts a tensor"):
-        apart(of([((place,), (2,)) for place in range(300)]))
-    assert apart(of(arms)) and not apart(of([*arms, ((1, 1), (1, 1))])) and not apart(of([((0, 0), (2, 2)), *arms[1:]]))
+        disjoint(of([((place,), (2,)) for place in range(300)]))
+    assert disjoint(of(arms)) and not disjoint(of([*arms, ((1, 1), (1, 1))])) and not disjoint(of([((0, 0), (2, 2)), *arms[1:]]))
 
 
 LAUGHS = "a: &a [x, x]\n" + "".join(

@@ -1,4 +1,4 @@
-"""From words to one typed Config; what is wrong with them is said in one line with key, value, rule and the nearest valid value."""
+"""Overrides compose to a typed Config; a wrong one ends in one line with key, value, rule and the nearest valid value."""
 
 from pathlib import Path
 
@@ -64,8 +64,14 @@ BAD = [
     ("steps=???", "steps:", f"steps={Config().steps}"),
     ("optimizer._target_=torch.optim.SGD", "optimizer._target_=torch.optim.SGD:", "optimizer=adamw"),
     ("+_target_=os.system", "+_target_=os.system:", "leave it out"),
-    ("tracker.tags=[{_target_: os.system}]", "tracker.tags=[{_target_: os.system}]:", "tracker=jsonl"),
+    ("tracker.names=[{_target_: os.system}]", "tracker.names=[{_target_: os.system}]:", "tracker=jsonl"),
     ("hydra.sweeper._target_=os.system", "hydra.sweeper._target_=os.system:", "leave it out"),
+    ("tracker.entity=us", "tracker.entity=us: there is no such setting any more, W&B", "WANDB_ENTITY=us in the environment"),
+    ("tracker.group=x", "tracker.group=x: there is no such setting any more", "WANDB_RUN_GROUP=x in the environment"),
+    ("+tracker.tags=[a,b]", "tracker.tags=[a,b]: there is no such setting any more", "WANDB_TAGS=a,b in the environment"),
+    ("tracker.job_type=x", "tracker.job_type=x: there is no such setting any more", "WANDB_JOB_TYPE=x in the environment"),
+    ("telemetry.probe_every=50", "telemetry.probe_every=50: there is no such setting any more, the probe", "evaluate.every=50"),
+    ("log.layers_every=0", "log.layers_every=0: there is no such setting any more, the table", "evaluate.every=0"),
     ("--confg-dir=x", "--confg-dir=x:", "--config-dir"),
     ("--mutlirun", "--mutlirun:", "--multirun"),
 ]
@@ -88,7 +94,8 @@ BAD_FILES = [
     ("optimizer:\n  lr: abc\n", "optimizer.lr=abc:", f"optimizer.lr={Config().optimizer.lr}"),
     ("precision: bf17\n", "precision=bf17:", "precision=bf16"),
     ("optimizer:\n  _target_: os.system\n", "optimizer._target_=", "optimizer=adamw"),
-    ("tracker:\n  tags: [{_target_: os.system}]\n", "tracker.tags._target_=os.system:", "tracker=jsonl"),
+    ("tracker:\n  names: [{_target_: os.system}]\n", "tracker.names._target_=os.system:", "tracker=jsonl"),
+    ("tracker:\n  group: mine\n", "tracker.group=", None),
     ("foo: 1\n", "foo=", None),
     ("steps: [1\n", "configuration:", None),
 ]
@@ -122,7 +129,7 @@ def test_the_result_is_typed() -> None:
 
 
 def test_without_overrides_it_is_the_dataclass() -> None:
-    """But for what the default model's file says."""
+    """Except for the settings of the default model's file."""
     expected = Config()
     expected.model.init_std = 0.06
     assert compose([]) == expected

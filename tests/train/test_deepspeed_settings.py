@@ -1,9 +1,9 @@
-"""What DeepSpeed is told follows from the configuration; what contradicts it, or what DeepSpeed cannot do, is refused by name."""
+"""DeepSpeed's settings follow from the configuration; contradictions, and what DeepSpeed cannot do, are refused by name."""
 
 import pytest
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
-from tokenyard.train.config.deepspeed import DECIDED, OPEN, deepspeed_settings
+from tokenyard.train.config.deepspeed_settings import ALLOWED_EXTRA, DECIDED_BY, deepspeed_settings
 from tokenyard.train.config.serialize import changed_settings, config_from_plain, plain_config
 from tokenyard.train.preflight import validate
 
@@ -61,7 +61,7 @@ def test_without_micro_batches_a_rank_takes_all_its_sequences() -> None:
 
 
 def test_nothing_is_both_open_and_decided() -> None:
-    assert not [key for key in OPEN for owned in DECIDED if key == owned or key.startswith(f"{owned}.")]
+    assert not [key for key in ALLOWED_EXTRA for owned in DECIDED_BY if key == owned or key.startswith(f"{owned}.")]
 
 
 @pytest.mark.parametrize(

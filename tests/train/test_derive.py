@@ -1,4 +1,4 @@
-"""Precision and how often a run logs: one value from the start of a rank on, whatever the machine that goes on with the run."""
+"""precision=auto and log.every=null are resolved once, when a rank starts, and stay the same on another machine."""
 
 import logging
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def test_tf32_is_for_fp32_on_a_gpu_which_is_warned_of(
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_router_multiplies_with_all_bits_of_fp32_where_others_take_tf32(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward: a double of the product notes what it would be made in."""
+    """Forward and backward: a double of the product records its type."""
     seen: list[str] = []
 
     def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_all_that_a_run_writes_has_the_value(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_the_precision_of_its_checkpoint(tmp_path: Path) -> None:
-    """As one that was begun on a GPU and goes on without one; generating and evaluating have it as well."""
+    """Like a run that started on a GPU and resumes without one; generate and evaluate do the same."""
     run_folder = tmp_path / "run"
     assert run(configured(tmp_path, "precision=bf16")) == 0
     with closing(open_session(configured(tmp_path, "steps=4"), CPU)) as session:

@@ -1,17 +1,17 @@
-"""What a rank reads of its launcher's environment; numbers of ranks are in test_exchange_rules.py."""
+"""Variables of launchers; those with numbers of ranks are tested in test_parallel_rules.py."""
 
 import pytest
-from tokenyard.train.config.environment import may_find_the_dead, restarted
+from tokenyard.train.config.environment import ranks_restarted, restarts_share_store
 
 
 @pytest.mark.parametrize(("shared", "restarts", "expected"), [("True", "3", True), ("True", "0", False), ("False", "3", False)])
 def test_a_store_that_outlives_the_ranks(shared: str, restarts: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-    assert may_find_the_dead() is expected
+    assert restarts_share_store() is expected
 
 
 def test_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert not may_find_the_dead() and not restarted()
+    assert not restarts_share_store() and not ranks_restarted()

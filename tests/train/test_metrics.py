@@ -2,35 +2,53 @@
 
 import math
 from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
+from step_numbers import step_numbers
 from tokenyard.moe import linear
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
-from tokenyard.train.logging.metrics import Meter, StepResult, count_metrics, load_metrics
+from tokenyard.train.logging.metrics import Meter, load_metrics, null_expert_metrics
 from tokenyard.train.logging.peak_flops import data_sheet, measure, peak_flops
+from tokenyard.train.step import StepNumbers
 
 MODEL = ModelConfig(
     layers=4, width=8, heads=2, kv_heads=1, vocabulary=16, hidden=1024, dense_first=1, moe=MoEConfig(experts=4, top_k=2, hidden=4)
 )
 
 
-def result(step: int = 1, **changes: object) -> StepResult:
-    values: dict = {"tokens": 20, "loss": 2.5, "loss_balance": 1.25, "loss_z": 0.5, "grad_norm": 0.75, "lr": 1e-3}
-    counts = [[10, 10, 10, 10], [25, 5, 10, 0], [16, 8, 8, 8]]
-    return StepResult(step=step, **(values | {"counts_LE": counts, "dropped_L": [0, 5, 1]} | changes))
+COUNTS = [[10, 10, 10, 10], [25, 5, 10, 0], [16, 8, 8, 8]]
+
+
+def numbers(**changes: object) -> StepNumbers:
+    return step_numbers(
+        torch.tensor(COUNTS),
+        tokens=20,
+        cross_entropy=torch.tensor(2.5).double(),
+        balance_L=torch.tensor([1.0, 1.25, 1.5]).double(),
+        z_L=torch.tensor([0.25, 0.75, 0.5]).double(),
+        dropped_L=torch.tensor([0, 5, 1]),
+        gradient_norm=torch.tensor(0.75).double(),
+    )._replace(**changes)
+
+
+def record_of(meter: Meter, step: int = 1, seconds: float = 0.5) -> dict[str, Any]:
+    return meter.record(step, numbers(), 1e-3, 20, seconds)
 
 
 def test_the_whole_record():
     # forward: 2 x weights (attention 4x2x8x4x3=768, router 3x4x8=96, experts 3x2x96=576, dense 3x8x1024=24576, head 128)
     # + attention 4 layers x 2 x 2 heads x 4 wide x (9 + 1)
     forward = 2 * (768 + 96 + 576 + 24576 + 128) + 4 * 2 * 2 * 4 * 10
-    assert Meter(MODEL, sequence_length=9, peak_flops=1e9, tokens=100).record(result(), seconds=0.5) == {
+    assert record_of(Meter(MODEL, sequence_length=9, peak_flops=1e9, tokens=100)) == {
         "step": 1,
         "tokens": 120,
         "loss": 2.5,
         "loss_balance": 1.25,
         "loss_z": 0.5,
+        "loss_balance_scaled": 0.01 * 1.25 * 3,
+        "loss_z_scaled": 0.001 * 0.5 * 3,
         "grad_norm": 0.75,
         "lr": 1e-3,
         "tokens_per_second": 40.0,
@@ -47,16 +65,15 @@ def test_the_whole_record():
 
 def test_tokens_add_up_over_steps():
     meter = Meter(MODEL, 9, 1e9, tokens=7)
-    records = [meter.record(result(step), 1.0) for step in (1, 2, 3)]
+    records = [record_of(meter, step, 1.0) for step in (1, 2, 3)]
     assert [record["tokens"] for record in records] == [27, 47, 67]
     assert meter.tokens == 67
 
 
 def test_tensors_and_lists_give_the_same_record():
-    tensors = result(counts_LE=torch.tensor(result().counts_LE), dropped_L=torch.tensor(result().dropped_L))
-    from_tensors = Meter(MODEL, 9, 1e9).record(tensors, 0.5)
-    assert from_tensors == Meter(MODEL, 9, 1e9).record(result(), 0.5)
-    assert all(type(value) in (int, float) for value in from_tensors.values())
+    from_tensors = load_metrics(torch.tensor(COUNTS), torch.tensor([0, 5, 1]), [1, 2, 3])
+    assert from_tensors == load_metrics(COUNTS, [0, 5, 1], [1, 2, 3])
+    assert all(type(value) in (int, float) for value in record_of(Meter(MODEL, 9, 1e9)).values())
 
 
 def test_same_keys_for_any_number_of_experts():
@@ -69,10 +86,10 @@ def test_same_keys_for_any_number_of_experts():
 def test_null_share():
     counts_LE = torch.tensor([[10, 20, 6], [8, 16, 4]])
     null = MoEConfig(experts=2, router=RouterConfig(null_experts=1))
-    assert count_metrics(ModelConfig(layers=2, moe=null), counts_LE) == {"moe/null_fraction": 10 / 64}
-    assert count_metrics(ModelConfig(layers=2, moe=MoEConfig(experts=3)), counts_LE) == {}
+    assert null_expert_metrics(ModelConfig(layers=2, moe=null), counts_LE) == {"moe/null_fraction": 10 / 64}
+    assert null_expert_metrics(ModelConfig(layers=2, moe=MoEConfig(experts=3)), counts_LE) == {}
     dense = ModelConfig(moe=MoEConfig(experts=0, router=RouterConfig(null_experts=1)))
-    assert count_metrics(dense, torch.zeros(0, 0, dtype=torch.int64)) == {}
+    assert null_expert_metrics(dense, torch.zeros(0, 0, dtype=torch.int64)) == {}
 
 
 def test_counts_beyond_float_precision_stay_exact():

@@ -1,4 +1,4 @@
-"""Secrets are replaced by value and by name, and nothing else is."""
+"""Secrets are replaced, by value and by name, and nothing else is."""
 
 import logging
 import subprocess
@@ -13,10 +13,10 @@ from tokenyard.train import exit as stop
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.redact import RedactingFormatter, redact, redact_plain
 from tokenyard.train.config.serialize import shown_config, write_config
-from tokenyard.train.fault_tolerance.failure_note import NOTE, STACKS, Failure, find_note, leave_note
+from tokenyard.train.exit import NOTE, STACKS, Failure, find_note, leave_note
 from tokenyard.train.fault_tolerance.recovery import recover
 from tokenyard.train.fault_tolerance.step_guard import Action, Fault
-from tokenyard.train.fault_tolerance.watchdog import Beat, HangDiagnosis, Watchdog
+from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Position, Watchdog
 from tokenyard.train.logging.journal import Journal, read_journal
 
 SECRET = "s3cr3t-value-of-it"
@@ -71,15 +71,15 @@ def test_tracebacks(code: str) -> None:
 
 
 def test_what_ends_a_run_is_said_without_secrets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Wherever it is said: a URL with a key in it is in the message of what it did not answer."""
+    """In every message: an error about a URL that does not answer shows the URL, which may hold a key."""
     url = f"https://me:{SECRET}@host/a?token=xyz"
-    stop.say_stop(DataUnavailable(f"{url} did not answer for 3 s (OSError: {SECRET})"), 7)
+    stop.report_stop(DataUnavailable(f"{url} did not answer for 3 s (OSError: {SECRET})"), 7)
     with mock.patch.object(stop.dist, "is_initialized", lambda: True), mock.patch.object(stop, "place", lambda: "rank 0"):
-        stop.say_failure(OSError(f"no {url}"))
+        stop.report_failure(OSError(f"no {url}"))
     dog = Watchdog(tmp_path, 0, 2, 1.0)
-    dog._say(HangDiagnosis([1], f"hang: rank 1 at {url}"))
+    dog._print(HangDiagnosis([1], f"hang: rank 1 at {url}"))
     (tmp_path / STACKS).write_text("in the way")
-    dog._write_note(Beat(0, 1, url, None, None, 0, 0.0, ""))
+    dog._write_note(Position(0, 1, url, None, None, 0, 0.0, ""))
     supervisor = mock.Mock(bad_data=f"OSError: {url}", **{"guard.fault.return_value": Fault("bad_data", "rows", Action.stop)})
     with pytest.raises(stop.RunStop):
         recover(mock.Mock(step=3), supervisor, mock.Mock())

@@ -17,7 +17,7 @@ from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import NullLogger
 from tokenyard.train.run import micro_batches, run
 from tokenyard.train.setup import open_session
-from tokenyard.train.step import train_step
+from tokenyard.train.step import StepInput, train_step
 
 MOE, ROUTER, BALANCE, CAPACITY = "model.moe", "model.moe.router", "model.moe.balance", "model.moe.capacity"
 TINY = [
@@ -38,7 +38,7 @@ TINY = [
     "checkpoint.every=2",
     "sample.prompt=''",
     "telemetry.tier=detailed",
-    "telemetry.probe_every=2",
+    "telemetry.every=2",
 ]
 ROUTED = [
     f"{ROUTER}.score=sigmoid",
@@ -104,7 +104,7 @@ def test_the_bias_moves_once_a_step_by_the_counts_of_the_step(config: Any) -> No
     assert len(biases) == 2 and not any(bias.any() for bias in biases)
     rows = micro_batches(session, build_supervisor(session, NullLogger()))
     assert [part.first for part in rows] == [0, 1, 2, 3]
-    numbers = train_step(session.parallel, session.engine.optimizer, rows, 0.0, None, BatchPosition(1, 1))
+    numbers = train_step(session.parallel, session.engine.optimizer, StepInput(rows, 0.0, None, BatchPosition(1, 1)))
     for bias, counts in zip(biases, numbers.counts_LE, strict=True):
         expected = [0.01 * ((counts.sum() > 10 * n).int() - (counts.sum() < 10 * n).int()).item() for n in counts]
         torch.testing.assert_close(bias, torch.tensor(expected))

@@ -16,7 +16,7 @@ from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_reporter
+from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import run, train_session
 from tokenyard.train.setup import open_session
 
@@ -212,8 +212,8 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def run_on_ranks(config: Config) -> str:
     """What `run` does after the ranks have met."""
     session = open_session(config, torch.device("cpu"))
-    with closing(session), build_reporter(session) as reporter:
-        assert train_session(session, reporter) == 0
+    with closing(session), build_run_logger(session) as run_logger:
+        assert train_session(session, run_logger) == 0
     return session.start
 
 

@@ -10,7 +10,7 @@ import pytest
 from tokenyard.launch.main import main
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.layout import DENSE, EXPERTS, mesh_sizes
-from tokenyard.parallel.layout_diagram import NAMES, picture
+from tokenyard.parallel.layout_diagram import NAMES, layout_diagram
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layouts"
 PICTURES = {
@@ -51,7 +51,7 @@ def test_every_cell_is_the_place_in_the_grids(layout: tuple[int, ...]) -> None:
     """And a bar is where, and only where, the ranks on both sides differ in more than the neighbours' dimensions."""
     tensor, shard, expert, expert_tensor, world, node = layout
     config = ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor)
-    sizes, lines = mesh_sizes(config, world), picture(config, world, node, experts=8 * expert)
+    sizes, lines = mesh_sizes(config, world), layout_diagram(config, world, node, experts=8 * expert)
     expected = {"rank": [str(rank) for rank in range(world)], "batch": [str(rank // tensor) for rank in range(world)]}
     for dims in (DENSE, EXPERTS):
         columns = zip(*itertools.product(*(range(sizes[dim]) for dim in dims)), strict=True)
@@ -90,7 +90,7 @@ def cut(text: str, world: int) -> list[int]:
 @pytest.mark.parametrize("world", [1, 2, 7, 64, 65, 1000, 4096])
 @pytest.mark.parametrize("node", [1, 8, 72])
 def test_it_is_readable_at_any_size(world: int, node: int) -> None:
-    lines = picture(ParallelConfig(), world, min(node, world), experts=256)
+    lines = layout_diagram(ParallelConfig(), world, min(node, world), experts=256)
     assert max(map(len, lines)) <= 132 and len(lines) <= 90
     assert lines[-1] and lines[0] and not any("\n" in line for line in lines)
 

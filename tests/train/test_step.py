@@ -13,7 +13,7 @@ from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.batch import Rows
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
-from tokenyard.train.step import StepNumbers, train_step
+from tokenyard.train.step import StepInput, StepNumbers, train_step
 from torch import Tensor
 
 EXPERTS, VOCABULARY, SEQUENCES, LENGTH = 4, 40, 4, 10
@@ -77,7 +77,7 @@ def test_every_parameter_learns() -> None:
     parallel = build(shared_hidden=8)
     before = {name: parameter.detach().clone() for name, parameter in parallel.model.named_parameters()}
     optimizer = build_optimizer(OptimizerConfig(weight_decay=0.0), parallel)
-    losses = [train_step(parallel, optimizer, batch(1), lr=0.01, clip_norm=1.0).cross_entropy for _ in range(3)]
+    losses = [train_step(parallel, optimizer, StepInput(batch(1), lr=0.01, clip_norm=1.0)).cross_entropy for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
     for name, parameter in parallel.model.named_parameters():
         changed = (parameter != before[name]).double().mean()
@@ -87,7 +87,7 @@ def test_every_parameter_learns() -> None:
 def test_no_learning_rate_no_change() -> None:
     parallel = build()
     before = {name: parameter.detach().clone() for name, parameter in parallel.model.named_parameters()}
-    train_step(parallel, build_optimizer(OptimizerConfig(), parallel), batch(1), lr=0.0, clip_norm=1.0)
+    train_step(parallel, build_optimizer(OptimizerConfig(), parallel), StepInput(batch(1), lr=0.0, clip_norm=1.0))
     assert all(torch.equal(parameter, before[name]) for name, parameter in parallel.model.named_parameters())
 
 
@@ -111,7 +111,9 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses() -> None:
     narrow, wide = build(torch.bfloat16), build(torch.float32)
     optimizers = [build_optimizer(OptimizerConfig(), parallel) for parallel in (narrow, wide)]
     for _ in range(3):
-        found, expected = (train_step(p, o, batch(2), 0.003, 1.0) for p, o in zip((narrow, wide), optimizers, strict=True))
+        found, expected = (
+            train_step(p, o, StepInput(batch(2), 0.003, 1.0)) for p, o in zip((narrow, wide), optimizers, strict=True)
+        )
         assert found.cross_entropy.item() == pytest.approx(expected.cross_entropy.item(), rel=0.01)
         assert found.gradient_norm.item() == pytest.approx(expected.gradient_norm.item(), rel=0.05)
     for name, parameter in narrow.model.named_parameters():
@@ -146,7 +148,7 @@ def batch(micro_batches: int) -> list[Rows]:
 
 
 def one_step(parallel: Parallel, rows: list[Rows], clip_norm: float | None = None, lr: float = 0.01) -> StepNumbers:
-    return train_step(parallel, build_optimizer(OptimizerConfig(), parallel), rows, lr, clip_norm)
+    return train_step(parallel, build_optimizer(OptimizerConfig(), parallel), StepInput(rows, lr, clip_norm))
 
 
 def norm_of(parallel: Parallel) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rules between settings: each is refused in one line, and what the line proposes instead breaks no rule."""
+"""Each violated rule ends in one line, and the value that it proposes violates no rule."""
 
 import re
 import subprocess

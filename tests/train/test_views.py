@@ -33,7 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluate.sequences=4",
         "checkpoint.every=4",
         "telemetry.every=2",
-        "telemetry.probe_every=2",
         "sample.tokens=4",
     ]
     for steps in (4, 6):

@@ -10,7 +10,7 @@ import pytest
 import tokenyard
 from tiny_run import TINY_RUN
 from tokenyard.train.config.config import TrackerConfig
-from tokenyard.train.logging.expert_stats.alerts import GRAVE, TITLES
+from tokenyard.train.logging.expert_stats.alerts import ERRORS, TITLES
 from tokenyard.train.logging.trackers.wandb_tracker import account, init_arguments, mode
 
 RUN = """
@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.logging.trackers.trackers import build_trackers
 run_dir, first = Path(sys.argv[1]), int(sys.argv[2])
-trackers = build_trackers(TrackerConfig(tags=["a", "b"]), run_dir, "abcd1234")
+trackers = build_trackers(TrackerConfig(), run_dir, "abcd1234")
 trackers.start({"seed": 1, "model": {"width": 256}})
 for step in (first, first + 1, first + 2):
     trackers.log({"step": step, "loss": 0.1 + step if step != 3 else math.nan, "moe/dead_experts": step})
@@ -34,13 +34,13 @@ from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis
 from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.logging.console.text import Printer
 from tokenyard.train.logging.journal import Journal
-from tokenyard.train.logging.run_logger import RunLogger
+from tokenyard.train.logging.run_logger import RankZeroLogger
 from tokenyard.train.logging.expert_stats.alerts import TITLES
 from tokenyard.train.logging.trackers.trackers import build_trackers
 from tokenyard.train.fault_tolerance.watchdog import Watchdog
 folder = Path(sys.argv[1])
-rank = RunLogger.__new__(RunLogger)
-rank.late, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
+rank = RankZeroLogger.__new__(RankZeroLogger)
+rank.pending, rank.session, rank.summary, rank.printer = None, SimpleNamespace(step=7), {"validation_loss": 2.5}, Printer()
 rank.events = Journal(folder / "events.jsonl")
 rank.trackers = build_trackers(TrackerConfig(), folder, "abcd1234", events=rank.events)
 rank.trackers.start({})
@@ -48,7 +48,7 @@ rank.trackers.log({"step": 7, "loss": 2.0})
 for kind in TITLES:
     if kind != "stall":
         rank.alert(kind, "some words")
-Watchdog(folder, 0, 2, 1.0, tell=rank.stalled)._report()
+Watchdog(folder, 0, 2, 1.0, on_hang=rank.on_hang)._report()
 """
 
 
@@ -93,6 +93,8 @@ def history(records: list[dict]) -> list[dict]:
 
 
 def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path: Path):
+    for name, value in (("ENTITY", "us"), ("RUN_GROUP", "g"), ("JOB_TYPE", "j"), ("TAGS", "a,b")):
+        clean.setenv(f"WANDB_{name}", value)
     records = read(run(tmp_path, first=1))
     assert history(records) == [
         {"global_step": 1, "loss": 1.1, "moe/dead_experts": 1},
@@ -101,7 +103,7 @@ def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path:
     ]
     (header,) = [record["run"] for record in records if record["type"] == "run"]
     assert (header["run_id"], header["project"], header["display_name"]) == ("abcd1234", "tokenyard", "run")
-    assert header["tags"] == ["a", "b"]
+    assert (header["entity"], header["run_group"], header["job_type"], header["tags"]) == ("us", "g", "j", ["a", "b"])
     update = header["config"]["update"]
     assert (update["seed"], update["model"]) == (1, {"width": 256})
     metrics = {
@@ -122,22 +124,13 @@ def test_a_resumed_run_has_the_same_id_and_may_repeat_steps(clean: pytest.Monkey
 
 
 def test_settings_beat_the_environment_and_the_environment_beats_defaults(clean: pytest.MonkeyPatch, tmp_path: Path):
-    for name in ("ENTITY", "PROJECT", "NAME", "RUN_GROUP", "JOB_TYPE"):
+    assert init_arguments(TrackerConfig(), tmp_path / "folder", "id", None)["job_type"] == "train"
+    for name in ("PROJECT", "NAME", "JOB_TYPE"):
         clean.setenv(f"WANDB_{name}", f"env-{name}")
-    clean.setenv("WANDB_TAGS", "x, y")
     usual = init_arguments(TrackerConfig(), tmp_path / "folder", "id", None)
-    chosen = {key: usual[key] for key in ("entity", "project", "name", "group", "job_type", "tags")}
-    assert chosen == {
-        "entity": "env-ENTITY",
-        "project": "env-PROJECT",
-        "name": "env-NAME",
-        "group": "env-RUN_GROUP",
-        "job_type": "env-JOB_TYPE",
-        "tags": ["x", "y"],
-    }
-    config = TrackerConfig(project="p", entity="e", group="g", tags=["t"])
-    explicit = init_arguments(config, tmp_path / "folder", "id", "n")
-    assert [explicit[key] for key in ("entity", "project", "name", "group", "tags")] == ["e", "p", "n", "g", ["t"]]
+    assert [usual[key] for key in ("project", "name", "job_type")] == ["env-PROJECT", "env-NAME", "env-JOB_TYPE"]
+    explicit = init_arguments(TrackerConfig(project="p"), tmp_path / "folder", "id", "n")
+    assert [explicit[key] for key in ("project", "name", "job_type")] == ["p", "n", "env-JOB_TYPE"]
 
 
 def test_offline_unless_an_account_is_configured(clean: pytest.MonkeyPatch, tmp_path: Path):
@@ -199,7 +192,7 @@ def test_a_hang_and_every_kind_of_alert_is_told(tmp_path: Path) -> None:
     assert done.returncode == 69, done.stderr
     alerts, codes, history = told(tmp_path)
     assert [title for title, _, _ in alerts] == [TITLES[kind] for kind in [*(set_without(TITLES, "stall")), "stall"]]
-    assert all((level == "ERROR") == (title in {TITLES[kind] for kind in GRAVE}) for title, _, level in alerts)
+    assert all((level == "ERROR") == (title in {TITLES[kind] for kind in ERRORS}) for title, _, level in alerts)
     assert alerts[0][1] == "step 7: some words" and "rank" in alerts[-1][1]
     assert codes == [69] and [item["global_step"] for item in history] == [7]
 

@@ -1,4 +1,4 @@
-"""From the words of a command line to one typed Config, or one line that says what is wrong with them."""
+"""Composes a typed Config of the arguments of a command line, or raises a ConfigError of one line."""
 
 import argparse
 import functools
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from .config import Config, ConfigError
-from .overrides import Groups, check_composed, check_overrides, find_groups, forced, refuse_target
-from .schema import nearest_text, quoted, refuse_key, refuse_value, settings, suggest
+from .overrides import Groups, as_hydra_override, check_composed, check_overrides, find_groups, target_error
+from .schema import nearest_text, quoted, settings, suggest, unknown_key_error, wrong_value_error
 
-# The flags of `tokenyard train`; whatever is no flag is an override of the configuration.
+# The flags of `tokenyard train`. All other arguments are overrides of the configuration.
 
 INFO = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-"""What Hydra tells about itself with --info."""
+"""The choices of Hydra's --info."""
 
 
 def parse_arguments(argv: list[str]) -> "Arguments":
     """Splits flags and overrides, in any order. ConfigError for a flag that does not exist."""
     parser = ArgumentParser("tokenyard train", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    # The launchers of deepspeed and of older torch pass the rank so; it is read from the environment.
+    # deepspeed and older versions of torch pass the rank as an argument; it is read from the environment.
     parser.add_argument("--local_rank", "--local-rank")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-cd", "--config-dir")
@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> "Arguments":
 
 
 class Arguments(argparse.Namespace):
-    """The command line of `tokenyard train`; all but the overrides and `multirun` is for Hydra or for nobody."""
+    """The command line of `tokenyard train`. Most flags are Hydra's own."""
 
     overrides: list[str]
     multirun: bool
@@ -57,36 +57,39 @@ class Arguments(argparse.Namespace):
     layout_only: bool
 
     def prints(self) -> bool:
-        """Whether something is to be shown, not run."""
+        """Whether a flag asks for output instead of a run."""
         return bool(self.help or self.hydra_help or self.cfg or self.info or self.layout_only)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Errors are ConfigErrors, so that they are reported as all others are."""
+    """Raises ConfigErrors, so that wrong flags are reported like wrong overrides."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-"""The Hydra groups: a folder each, an option each file."""
+"""The Hydra groups: a folder for each group, a file for each option."""
 
 
 def compose(argv: list[str]) -> Config:
-    """The configuration that the overrides in `argv` make; launchers' own arguments are left out. ConfigError if they make none."""
+    """The configuration of the overrides in `argv`; arguments of launchers are skipped. Raises ConfigError for wrong ones."""
     return compose_arguments(parse_arguments(argv))
 
 
 def compose_arguments(arguments: Arguments) -> Config:
-    """As compose, from arguments that are split already."""
+    """Like `compose`, for parsed arguments."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
     groups = check_arguments(arguments)
     register_schema()
+    search_path = []
+    if arguments.config_dir is not None:  # Hydra's compose function takes the folder as an override
+        search_path.append(f"hydra.searchpath=[{quoted(f'file://{Path(arguments.config_dir).resolve()}')}]")
     with one_line_errors(groups), initialize_config_dir(config_dir=str(CONF), version_base=None):
-        composed = hydra_compose("config", [*_search_path(arguments), *map(forced, arguments.overrides)])
+        composed = hydra_compose("config", [*search_path, *map(as_hydra_override, arguments.overrides)])
         check_composed(OmegaConf.to_container(composed, resolve=True), groups)
         config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
@@ -94,7 +97,7 @@ def compose_arguments(arguments: Arguments) -> Config:
 
 
 def check_arguments(arguments: Arguments, sweep: bool = False) -> Groups:
-    """ConfigError for a wrong override or a missing --config-dir; otherwise the groups that there are."""
+    """Returns all groups and their options. Raises ConfigError for a wrong override or a missing --config-dir."""
     folders = [CONF]
     if arguments.config_dir is not None:
         folders.append(Path(arguments.config_dir).resolve())
@@ -108,7 +111,7 @@ def check_arguments(arguments: Arguments, sweep: bool = False) -> Groups:
 
 @functools.cache
 def register_schema() -> None:
-    """Makes the dataclasses known to Hydra, once, as `schema`, which the defaults list in conf/config.yaml begins with."""
+    """Registers the dataclasses with Hydra, once, as `schema`, the first entry of the defaults list in conf/config.yaml."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
@@ -116,7 +119,7 @@ def register_schema() -> None:
 
 @contextmanager
 def one_line_errors(groups: Groups) -> Iterator[None]:
-    """Turns what Hydra, OmegaConf and YAML raise into ConfigErrors."""
+    """Turns exceptions of Hydra, OmegaConf and YAML into ConfigErrors."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -138,24 +141,17 @@ def _one_line(error: Exception, groups: Groups) -> ConfigError:
         group, _, option = error.missing_cfg_file.rpartition("/")
         rule = f"must be one of {', '.join(error.options)}"
         return ConfigError.of(group, option, rule, f"{group}={nearest_text(option, error.options)}")
-    # Errors in YAML files reach us as text alone, which names the file, the value and the full key.
+    # An error in a YAML file is known only by its text, which has the file, the value and the full key.
     text = "\n".join(str(link) for link in _causes(error))
     file, key, value = (_find(pattern, text) for pattern in (r"In '(.*?)'", r"full_key: (.*)", r"[Vv]alue '(.*?)'"))
     if "_target_" in key:
-        return refuse_target(key, "...", groups)
+        return target_error(key, "...", groups)
     if key and key not in settings():
-        return refuse_key(key, value or "...", groups)
+        return unknown_key_error(key, value or "...", groups)
     if key and value:
-        return refuse_value(key, value)
+        return wrong_value_error(key, value)
     nearest = f"; nearest valid: {suggest(key, '', groups)}" if key else ""
     return ConfigError(f"{file or key or 'configuration'}: {' '.join(text.partition('full_key')[0].split())}{nearest}")
-
-
-def _search_path(arguments: Arguments) -> list[str]:
-    """--config-dir as the override that Hydra's compose function knows."""
-    if arguments.config_dir is None:
-        return []
-    return [f"hydra.searchpath=[{quoted(f'file://{Path(arguments.config_dir).resolve()}')}]"]
 
 
 def _find(pattern: str, text: str) -> str:

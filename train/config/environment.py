@@ -1,4 +1,4 @@
-"""What a launcher tells a rank through its environment."""
+"""The environment variables that launchers set for a rank."""
 
 import os
 
@@ -6,33 +6,33 @@ from .config import ConfigError
 
 
 def world_size() -> int:
-    """How many ranks the launcher started; 1 without a launcher. ConfigError if that, or the ranks of this host, is no number."""
+    """The number of ranks that the launcher started; 1 without a launcher. Raises ConfigError if a number of ranks is none."""
     local_world_size()
     return _positive("WORLD_SIZE") or 1
 
 
 def local_world_size() -> int | None:
-    """Ranks of this host, if the launcher says so. ConfigError if it is no number."""
+    """The number of ranks on this host; None if the launcher does not set it. Raises ConfigError if it is no number."""
     return _positive("LOCAL_WORLD_SIZE")
 
 
-def restarted() -> bool:
-    """Whether torch's launcher has started the ranks again."""
+def ranks_restarted() -> bool:
+    """Whether torch's launcher has restarted the ranks."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def started_again() -> bool:
-    """Whether a launcher or a cluster has started the same job again."""
-    return restarted() or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+def job_restarted() -> bool:
+    """Whether a launcher or a cluster has restarted the job."""
+    return ranks_restarted() or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def launch_id() -> str:
-    """The same in all starts of one launch; empty if nothing says which it is."""
+    """An id that all restarts of a job share; empty if there is none."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def may_find_the_dead() -> bool:
-    """Whether ranks that are started again would find, in torchrun's own store, the addresses of those that were killed."""
+def restarts_share_store() -> bool:
+    """Whether restarted ranks would find the addresses of killed ranks in the store of torchrun."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 

@@ -1,4 +1,4 @@
-"""How ranks are started, and what a cluster is asked for."""
+"""Settings of launch: how ranks are started, and what to request from a cluster."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,27 +17,27 @@ class Launcher(Enum):
 @dataclass
 class SlurmConfig:
     partition: str | None = None
-    """Partition; null is the cluster's default."""
+    """Partition; null: the cluster's default."""
     account: str | None = None
-    """Account that is charged; null is the user's default."""
+    """Account to charge; null: the user's default."""
     time: str = "24:00:00"
-    """Limit of one run of the job, HH:MM:SS or DAYS-HH:MM:SS; the job is requeued and goes on before it is reached."""
+    """Time limit of the job, HH:MM:SS or DAYS-HH:MM:SS; shortly before it the run is saved and the job requeued."""
     warning: int = field(default=300, metadata=within("[1, 65535]"))
-    """Seconds before the limit at which the ranks are stopped and the job is requeued."""
+    """Seconds before the limit at which the ranks save and stop and the job is requeued."""
     lines: list[str] = field(default_factory=list)
-    """Further options of sbatch, as ["--constraint=h100"]."""
+    """Further options of sbatch, such as ["--constraint=h100"]."""
 
 
 @dataclass
 class KubernetesConfig:
     image: str | None = None
-    """Container image with tokenyard in it."""
+    """Container image with tokenyard installed."""
     namespace: str | None = None
-    """Namespace; null is that of kubectl's context."""
+    """Namespace; null: that of kubectl's context."""
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime of Kubeflow Trainer."""
     claim: str | None = None
-    """PersistentVolumeClaim that holds run.dir and data.cache; null if the runtime mounts what they need."""
+    """PersistentVolumeClaim for run.dir and data.cache; null if the runtime mounts their folders."""
     mount: str = "/shared"
     """Where the claim is mounted in the containers."""
 
@@ -45,28 +45,28 @@ class KubernetesConfig:
 @dataclass
 class LaunchConfig:
     kind: Launcher = Launcher.inline
-    """inline: this process is one rank (the environment says which); torchrun, deepspeed: start the ranks through that launcher;
-    slurm, kubernetes: show a job for the cluster."""
+    """inline: this process is one rank (the environment says which); torchrun, deepspeed: start the ranks with that launcher;
+    slurm, kubernetes: print a job for the cluster."""
     nodes: int = field(default=1, metadata=within("[1, inf)"))
     """Hosts."""
     ranks: int = field(default=1, metadata=within("[1, inf)"))
-    """Ranks on each host that the launcher starts."""
+    """Ranks that the launcher starts on each host."""
     max_restarts: int = field(default=0, metadata=within("[0, inf)"))
-    """How often torch's elastic launcher starts the ranks again after one failed."""
+    """How often torch's elastic launcher restarts the ranks after one failed."""
     rendezvous: str | None = None
-    """torchrun and deepspeed on several hosts: HOST:PORT where the ranks meet, HOST being one of the hosts; null takes MASTER_ADDR,
+    """torchrun and deepspeed on several hosts: HOST:PORT where the ranks meet; HOST is one of the hosts. null: MASTER_ADDR,
     MASTER_PORT and NODE_RANK from the environment (torchrun) or the first of launch.hosts (deepspeed)."""
     hosts: list[str] = field(default_factory=list)
-    """launch=deepspeed: the names of the hosts, launch.nodes of them, reachable through ssh."""
+    """launch=deepspeed: the names of the launch.nodes hosts, reachable by ssh."""
     gpus: int | None = field(default=None, metadata=within("[0, inf)"))
-    """GPUs of each host that Slurm or Kubernetes is asked for; null: launch.ranks, or none with device=cpu."""
+    """GPUs per host to request from Slurm or Kubernetes; null: launch.ranks, or none with device=cpu."""
     cores: int = field(default=4, metadata=within("[1, inf)"))
-    """CPU cores for each rank that Slurm or Kubernetes is asked for."""
+    """CPU cores per rank to request from Slurm or Kubernetes."""
     submit: bool = False
-    """slurm, kubernetes, deepspeed on several hosts: start what is shown."""
+    """slurm, kubernetes, deepspeed on several hosts: start what is printed."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
 
     def gpus_of_host(self, device: str) -> int:
-        """What a cluster is asked for with this setting of `device`."""
+        """GPUs per host to request, with this value of the setting `device`."""
         return (0 if device == "cpu" else self.ranks) if self.gpus is None else self.gpus

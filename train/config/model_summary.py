@@ -1,4 +1,4 @@
-"""What `tokenyard params` tells about a model and a layout, as one object. No torch, nothing is built."""
+"""Sizes and costs of a model on a layout, for `tokenyard params`. Imports no torch, builds no model."""
 
 import math
 from operator import attrgetter
@@ -16,20 +16,20 @@ from ...moe.param_count import (
 )
 from ...parallel.layout import fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
-from .rules.rules import broken_rules
+from .rules.rules import violations
 from .schema import written
 from .validate import nearest_valid
 
 DEVICE_BYTES = 80e9
-"""What a device of 80 GB holds."""
+"""Memory of a device of 80 GB."""
 SHARE = 0.9
-"""Of it for weights; the rest is for activations and the cache."""
+"""The share of it for weights in inference; the rest is for activations and the cache."""
 BITS = {"bf16": 16, "fp8": 8, "int4": 4}
-"""Of a weight in inference; scales of narrow types are not counted."""
+"""Bits of a weight in inference; the scales of quantized types are not counted."""
 
 
 def facts(config: Config, world: int) -> dict[str, Any]:
-    """All numbers, as they are printed with --json. Parameters are numbers of elements, bytes and FLOPs plain numbers."""
+    """All numbers, as printed with --json. Parameters are numbers of elements."""
     model, parts = config.model, count(config.model)
     held = per_rank(config, world)
     length = config.sequence_length
@@ -54,27 +54,27 @@ def facts(config: Config, world: int) -> dict[str, Any]:
 
 
 def per_rank(config: Config, world: int) -> dict[str, int]:
-    """Parameters that rank 0 of `world` holds between steps (no rank holds more), by part; with multi-token prediction."""
+    """Parameters that rank 0 of `world` holds between steps, by part, multi-token prediction included. No rank holds more."""
     parts = sum_by_part(rank_shapes(config.model, config.parallel, world))
     return {"total": sum(parts.values()), **parts}
 
 
 def training_bytes(parameters: int, precision: Precision) -> dict[str, int]:
-    """Weights, gradients and AdamW's two moments, all in fp32 (with precision=fp64 in that); activations come on top."""
+    """Bytes of weights, gradients and AdamW's two moments, in fp32 (or fp64 with precision=fp64), without activations."""
     each = 8 if precision is Precision.fp64 else 4
     parts = {"weights": parameters * each, "gradients": parameters * each, "optimizer": 2 * parameters * each}
     return {**parts, "total": sum(parts.values())}
 
 
-def ranks_of(config: Config, started: int) -> int:
-    """How many ranks are meant: those that are started or would be, else the fewest that the degrees need."""
+def intended_ranks(config: Config, started: int) -> int:
+    """The ranks that were started or that launch.* would start; if that is one, the fewest that the parallel degrees need."""
     asked = max(started, config.launch.nodes * config.launch.ranks)
     return asked if asked > 1 else fewest_ranks(config.parallel)
 
 
-def check(config: Config, world: int) -> None:
-    """ConfigError if model or layout break a rule; what else the configuration says (tokenizer, batch) does not matter here."""
-    for broken in broken_rules(config, world):
+def check_model_and_layout(config: Config, world: int) -> None:
+    """Raises ConfigError if model or layout violate a rule; other settings (tokenizer, batch) are not checked."""
+    for broken in violations(config, world):
         if broken.key.partition(".")[0] in ("model", "parallel", "sequence_length"):
             value = written(attrgetter(broken.key)(config))
             raise ConfigError.of(broken.key, value, broken.rule, nearest_valid(config, world, broken))

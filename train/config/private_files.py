@@ -1,4 +1,4 @@
-"""Files of a run folder: their owner alone reads them, and no link leads a write elsewhere. No torch here."""
+"""Writes the files of a run folder, readable by their owner alone and never through a link. Imports no torch."""
 
 import os
 import secrets
@@ -10,17 +10,17 @@ from typing import IO
 
 from .config import ConfigError
 
-OWN = ("lock", "config.yaml", "run_id", "metrics.jsonl", "events.jsonl", "telemetry.jsonl")
-"""Names in a run folder that tokenyard writes to."""
+RUN_FILES = ("lock", "config.yaml", "run_id", "metrics.jsonl", "events.jsonl", "telemetry.jsonl")
+"""The files that tokenyard writes in a run folder."""
 
 
 class CannotWrite(ValueError):
-    """The folder of a run takes no files: its disk is full, or it is read-only."""
+    """The run folder cannot be written: its disk is full, or it is read-only."""
 
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """CannotWrite, one line, for an OSError inside of the block."""
+    """Turns an OSError inside the block into a CannotWrite of one line."""
     try:
         yield
     except OSError as error:
@@ -30,15 +30,15 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def refuse_links(folder: Path) -> None:
-    """ConfigError if one of the folder's own files is a link: what is written to it would land elsewhere."""
-    for name in OWN:
+    """Raises ConfigError if one of RUN_FILES is a link, since writes would go elsewhere."""
+    for name in RUN_FILES:
         if (folder / name).is_symlink():
             rule = f"its file {name} is a link to {(folder / name).readlink()}"
             raise ConfigError.of("run.dir", str(folder), rule, "another run.dir, or remove that link")
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace `path` by a file with mode 0600: all of it or nothing, durably, and a link of that name is replaced itself."""
+    """Replaces `path` atomically and durably by a file with mode 0600. A link of that name is replaced itself."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
         file.write(text)
@@ -48,7 +48,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def append_private(path: Path) -> IO[str]:
-    """`path`, open for appending whole lines; made with mode 0600. OSError if it is a link."""
+    """Opens `path` for appending lines; a new file has mode 0600. Raises OSError if it is a link."""
     return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
 
 
@@ -58,7 +58,7 @@ def _opened(path: Path, flags: int) -> IO[str]:
 
 
 def new_run_folder(parent: Path = Path("runs")) -> str:
-    """runs/<date>-<time>, with a number behind it if that exists already; nothing is created."""
+    """A new name runs/<date>-<time>, with a number appended if that exists. Creates nothing."""
     stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     names = (stem if attempt == 1 else f"{stem}-{attempt}" for attempt in range(1, 10_000))
     return str(next(parent / name for name in names if not (parent / name).exists()))

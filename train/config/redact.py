@@ -1,4 +1,4 @@
-"""Secrets, found by name and by value, are in nothing that is printed, saved or sent."""
+"""Replaces secrets, found by name and by value, in everything that is printed, saved or sent."""
 
 import functools
 import logging
@@ -14,8 +14,9 @@ from typing import Any
 VARIABLE = re.compile(r".*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S?", re.IGNORECASE)
 KEY = re.compile(r"(.*[_-])?(api_?key|key|token|secret|password|passwd|credentials?)", re.IGNORECASE)
 SHORTEST = 8
-"""Characters. A shorter value may be a part of a word by chance, and is looked for as a word of its own."""
+"""Characters of a value that is searched for anywhere. A shorter one may be a part of a word, so only whole words are replaced."""
 SHORTEST_WORD = 3
+"""Characters below which a value is not searched for."""
 URL_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@:'\"<>]*:[^\s/@'\"<>]+@", re.IGNORECASE)
 URL_QUERY = re.compile(
     r"(?P<key>[?&;](?:[\w.-]*[_.-])?(?:api_?key|key|token|secret|password|passwd|signature|sig|credential|access_?token)=)[^\s&#;'\"<>]+",
@@ -25,24 +26,24 @@ Secrets = list[tuple[re.Pattern[str], str]]
 
 
 def redact(text: str) -> str:
-    """`text` with the names of secrets, in angle brackets, where their values were; URLs without passwords and keys."""
+    """`text` with secrets replaced by their names in angle brackets, and URLs without passwords and keys."""
     return _without(text, _secrets(_environment()))
 
 
 def redact_plain(value: Any, key: str = "") -> Any:
-    """The same of all texts and keys in nested mappings and lists; a text under a key that is called as a secret is left out."""
+    """Redacts all texts and keys in nested mappings and lists; a text whose key names a secret is replaced altogether."""
     return _plain(value, key, _secrets(_environment()))
 
 
 class RedactingFormatter(logging.Formatter):
-    """Of a log line with its traceback."""
+    """Redacts log records and their tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def redact_tracebacks() -> None:
-    """From now on what ends the process, or a thread of it, is printed without secrets."""
+    """Redacts the tracebacks of uncaught exceptions, in all threads, from now on."""
     sys.excepthook = lambda kind, error, trace: _show(error)
     threading.excepthook = lambda arguments: _show(arguments.exc_value)
 
@@ -53,18 +54,17 @@ def _show(error: BaseException | None) -> None:
 
 
 def _plain(value: Any, key: str, secrets: Secrets) -> Any:
-    """`redact_plain`. The environment is looked through once for all texts: a record may hold hundreds."""
+    """`redact_plain` with the secrets of the environment, which is searched once for all texts."""
     if isinstance(value, Mapping):
-        return {_name(name, secrets): _plain(item, str(name), secrets) for name, item in value.items()}
+        return {
+            _without(name, secrets) if isinstance(name, str) else name: _plain(item, str(name), secrets)
+            for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_plain(item, key, secrets) for item in value]
     if not isinstance(value, str):
         return value
     return f"<{key}>" if value and KEY.fullmatch(key) else _without(value, secrets)
-
-
-def _name(name: Any, secrets: Secrets) -> Any:
-    return _without(name, secrets) if isinstance(name, str) else name
 
 
 def _without(text: str, secrets: Secrets) -> str:
@@ -82,17 +82,13 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 @functools.lru_cache(maxsize=8)
 def _secrets(environment: tuple[tuple[str, str], ...]) -> Secrets:
-    """Longest first: one may be a part of another."""
-    values = {value: name for name, value in environment if not _folder(value)}
+    """Patterns and names of the secrets, longest first, since one may be a part of another."""
+    # A variable such as GOOGLE_APPLICATION_CREDENTIALS names a file, which is no secret.
+    values = {value: name for name, value in environment if not (value.startswith("/") and Path(value).exists())}
     return [(_pattern(value), name) for value, name in sorted(values.items(), key=lambda item: -len(item[0]))]
 
 
-def _folder(value: str) -> bool:
-    """A variable as GOOGLE_APPLICATION_CREDENTIALS names a file, which is no secret."""
-    return value.startswith("/") and Path(value).exists()
-
-
 def _pattern(value: str) -> re.Pattern[str]:
-    """Short values and numbers stand for something else more often than not: only as a word, and no part of a number."""
+    """Matches a value. Short values and numbers match as whole words only, and not as a part of a number: they are common."""
     whole = len(value) >= SHORTEST and not value.isdecimal()
     return re.compile(re.escape(value) if whole else rf"(?<![\w.]){re.escape(value)}(?![\w]|\.\d)")

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses: python -m tokenyard.train.config.reference > docs/configuration.md"""
+"""Generates docs/configuration.md from the dataclasses: python -m tokenyard.train.config.reference > docs/configuration.md"""
 
 import ast
 import dataclasses
@@ -22,8 +22,8 @@ INTRODUCTION = """\
 This file is written by `python -m tokenyard.train.config.reference > docs/configuration.md`; change the dataclasses, not this file.
 
 `tokenyard train` takes options of groups (`group=option`) and settings (`key=value`). An option is a YAML file in `conf/`
-that changes some settings; a setting on the command line wins over every option. A value in an interval may lie on a bound
-that is written with `[` or `]`. `null` turns a setting off or lets it be derived, as its sentence says."""
+that changes some settings; a setting on the command line overrides all options. An interval includes a bound that is written
+with `[` or `]`. The meaning of `null` is in the sentence of each setting."""
 
 
 def main() -> None:
@@ -31,30 +31,30 @@ def main() -> None:
 
 
 def reference() -> str:
-    """The whole file."""
+    """The whole document."""
     return (
         "\n".join([INTRODUCTION, "", "## Groups and their options", "", *group_rows(), "", "## Settings", *section_lines()]) + "\n"
     )
 
 
 def group_rows() -> Iterator[str]:
-    """A table of every option, with the comment at the top of its file."""
+    """A table of all options, with the comment at the top of their files."""
     yield from table("option", "what it is for")
     for path in sorted(CONF.glob("*/*.yaml")):
         yield row(f"`{path.parent.name}={path.stem}`", comment(path.read_text()))
 
 
 def comment(text: str) -> str:
-    """The first line of a YAML file that is a comment for people."""
+    """The first comment of a YAML file, except for Hydra's @package."""
     comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith("@package")), "")
 
 
 def section_lines() -> Iterator[str]:
-    """A table for each dataclass, in the order of their fields, those with no name in front first."""
+    """A table for each section, in the order of the fields; settings outside of sections come first."""
     for prefix, cls in sections():
         sentences = docstrings(cls)
-        leaves = [name for name in sentences if not is_section(prefix + name)]
+        leaves = [name for name in sentences if not dataclasses.is_dataclass(settings()[prefix + name][0])]
         yield from ["", f"### {prefix.removesuffix('.') or 'the run'}", "", *table("setting", "value", "default", "meaning")]
         for name in leaves:
             key = prefix + name
@@ -62,19 +62,15 @@ def section_lines() -> Iterator[str]:
 
 
 def sections() -> Iterator[tuple[str, type]]:
-    """Each dataclass of the configuration with what stands before the names of its fields."""
+    """The dataclasses of the configuration, each with the prefix of its keys."""
     yield "", Config
     for key, (kind, _) in settings().items():
         if dataclasses.is_dataclass(kind):
             yield f"{key}.", kind
 
 
-def is_section(key: str) -> bool:
-    return dataclasses.is_dataclass(settings()[key][0])
-
-
 def docstrings(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, which Python itself does not keep; empty where there is none."""
+    """The string below each field of a dataclass, read from the source; empty if there is none."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     found: dict[str, str] = {}
@@ -85,13 +81,13 @@ def docstrings(cls: type) -> dict[str, str]:
 
 
 def sentence(node: ast.stmt) -> str:
-    """The text of a statement that is nothing but a string, on one line."""
+    """The text of a statement that is a string, on one line; empty for other statements."""
     is_string = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     return " ".join(ast.literal_eval(node.value).split()) if isinstance(node, ast.Expr) and is_string else ""
 
 
 def values(key: str) -> str:
-    """What the setting may hold."""
+    """The values that the setting may have."""
     kind, optional = settings()[key]
     if kind is bool:
         text = "true, false"

@@ -1,4 +1,4 @@
-"""What the configuration's settings are called and may hold, read from the dataclasses: for messages about the wrong ones."""
+"""Keys, types and defaults of all settings, read from the dataclasses, and errors about wrong keys and values."""
 
 import builtins
 import copy
@@ -16,28 +16,42 @@ from typing import Any
 
 from .config import Config, ConfigError
 
-UNADMITTED = (TypeError, ValueError, OverflowError, LookupError)
-"""What `converted` raises."""
+REMOVED = {
+    "tracker.entity": ("W&B reads it from the environment", "WANDB_ENTITY={value} in the environment"),
+    "tracker.group": ("W&B and trackio take it from the environment", "WANDB_RUN_GROUP={value} in the environment"),
+    "tracker.tags": ("W&B reads them from the environment", "WANDB_TAGS={value} in the environment"),
+    "tracker.job_type": ("W&B reads it from the environment", "WANDB_JOB_TYPE={value} in the environment"),
+    "telemetry.probe_every": ("the probe runs at each evaluation", "evaluate.every={value}"),
+    "log.layers_every": ("the table of the layers is printed after each evaluation", "evaluate.every={value}"),
+}
+"""Settings of earlier versions: why each is gone, and what to write instead. Checkpoints that have them still load."""
+
+CONVERSION_ERRORS = (TypeError, ValueError, OverflowError, LookupError)
+"""The exceptions of `convert`."""
 
 
-def refuse_key(key: str, value: object, groups: Mapping[str, list[str]]) -> ConfigError:
-    """The error for a `key` that is no setting; `groups` (with their options) are keys that may be meant as well."""
+def unknown_key_error(key: str, value: object, groups: Mapping[str, list[str]]) -> ConfigError:
+    """Returns the error for a `key` that is no setting. `groups`, with their options, are valid keys too."""
+    if key in REMOVED:
+        reason, instead = REMOVED[key]
+        nearest = instead.format(value=str(value).strip("[]"))
+        return ConfigError.of(key, value, f"there is no such setting any more, {reason}", nearest)
     section = key.rpartition(".")[0]
     rule = f"there is no such setting in `{section}`" if section else "there is no such setting"
     return ConfigError.of(key, value, rule, suggest(key, value, groups))
 
 
 def suggest(key: str, value: object, groups: Mapping[str, list[str]]) -> str:
-    """The override that is most likely meant: the nearest key, with `value` where it may have it."""
+    """The most similar valid override: the nearest key, with `value` if that is valid for it, else its default."""
     leaves = [name for name, (kind, _) in settings().items() if not dataclasses.is_dataclass(kind)]
     meant = nearest_key(key.partition("@")[0], [*leaves, *groups])
     if meant in groups:
         return f"{meant}={nearest_text(str(value), groups[meant])}"
-    return f"{meant}={value if admits(meant, value) else written(attrgetter(meant)(Config()))}"
+    return f"{meant}={value if accepts(meant, value) else written(attrgetter(meant)(Config()))}"
 
 
-def refuse_value(key: str, value: object) -> ConfigError:
-    """The error for a `value` that the type of the setting `key` does not admit."""
+def wrong_value_error(key: str, value: object) -> ConfigError:
+    """Returns the error for a `value` of the wrong type for the setting `key`."""
     kind, optional = settings()[key]
     default = attrgetter(key)(Config())
     if dataclasses.is_dataclass(kind):
@@ -47,43 +61,43 @@ def refuse_value(key: str, value: object) -> ConfigError:
     return ConfigError.of(key, written(value), f"must be {rule}{' or null' if optional else ''}", f"{key}={written(nearest)}")
 
 
-def admits(key: str, value: object) -> bool:
-    """Whether the type of the setting `key` takes `value`, in the spelling of an override or as a Python object."""
+def accepts(key: str, value: object) -> bool:
+    """Whether `value`, as text of an override or as a Python object, has the type of the setting `key`."""
     try:
-        converted(key, value)
-    except UNADMITTED:
+        convert(key, value)
+    except CONVERSION_ERRORS:
         return False
     return value != ""
 
 
-def converted(key: str, value: Any) -> Any:
-    """`value` as the setting `key` holds it: an enumeration by its name, a number also by its text, a text also by a number.
+def convert(key: str, value: Any) -> Any:
+    """Converts `value` to the type of the setting `key`: names to enumerations, text to numbers, numbers to text.
 
-    One of UNADMITTED for a value that the setting's type does not admit.
+    Raises one of CONVERSION_ERRORS if that is not possible.
     """
     kind, optional = settings()[key]
-    return None if value is None and optional else _converted(kind, value)
+    return None if value is None and optional else _convert(kind, value)
 
 
 def in_mapping(key: str) -> bool:
-    """Whether the key lies inside of such a setting."""
-    above = [key[:end] for end, letter in enumerate(key) if letter == "."]
-    return any(is_mapping(name) for name in above)
+    """Whether the key lies inside a setting for which `is_mapping` is true."""
+    parents = [key[:end] for end, letter in enumerate(key) if letter == "."]
+    return any(is_mapping(parent) for parent in parents)
 
 
 def is_mapping(key: str) -> bool:
-    """Whether the setting is a mapping whose keys are not ours."""
+    """Whether the setting is a mapping with arbitrary keys, such as engine.extra."""
     return key in settings() and typing.get_origin(settings()[key][0]) is dict
 
 
 @functools.cache
 def settings() -> dict[str, tuple[type, bool]]:
-    """Each setting and section by its dotted key, with its type and whether it may be null."""
+    """All settings and sections by dotted key, with their type and whether they may be null."""
     return dict(_walk(Config, ""))
 
 
 def structured() -> typing.Any:
-    """OmegaConf's node of a Config, to be changed by the caller. A copy: from the dataclasses it takes five times as long."""
+    """OmegaConf's node of a Config, for the caller to change. A copy is five times as fast as a conversion of the dataclasses."""
     return copy.deepcopy(_structured())
 
 
@@ -95,26 +109,26 @@ def _structured() -> typing.Any:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The known key that `key` most likely means: alike as a whole, or in its last part (`lr` for `optimizer.lr`)."""
+    """The most similar known key, as a whole or in its last part (`lr` for `optimizer.lr`)."""
 
-    def likeness(candidate: str) -> float:
-        return max(alike(key, candidate), 0.9 * alike(key.rpartition(".")[2], candidate.rpartition(".")[2]))
+    def of_key(candidate: str) -> float:
+        return max(similarity(key, candidate), 0.9 * similarity(key.rpartition(".")[2], candidate.rpartition(".")[2]))
 
-    return max(known, key=likeness)
+    return max(known, key=of_key)
 
 
 def nearest_text(text: str, known: Iterable[str]) -> str:
-    """The known word that is most like `text`."""
-    return max(known, key=functools.partial(alike, text.lower()))
+    """The most similar known word."""
+    return max(known, key=functools.partial(similarity, text.lower()))
 
 
-def alike(one: str, other: str) -> float:
+def similarity(one: str, other: str) -> float:
     """From 0 (no letter in common) to 1 (equal)."""
     return SequenceMatcher(None, one, other).ratio()
 
 
 def written(value: object) -> str:
-    """A value as one writes it in an override."""
+    """A value as text of an override."""
     match value:
         case Enum():
             return value.name
@@ -129,8 +143,8 @@ def written(value: object) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text as Hydra's grammar reads it back unchanged, whatever is in it."""
-    # There a backslash escapes only in front of a quote or of the closing quote; elsewhere it is an ordinary character.
+    """Any text, quoted so that Hydra's grammar reads it back unchanged."""
+    # In that grammar a backslash escapes only before a quote or the closing quote; elsewhere it is an ordinary character.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
@@ -150,10 +164,10 @@ def _without_none(hint: typing.Any) -> tuple[type, bool]:
     return hint, False
 
 
-def _converted(kind: Any, value: Any) -> Any:
+def _convert(kind: Any, value: Any) -> Any:
     match typing.get_origin(kind) or kind, value:
         case (builtins.list, list()):
-            return [_converted(typing.get_args(kind)[0], item) for item in value]
+            return [_convert(typing.get_args(kind)[0], item) for item in value]
         case (builtins.dict, dict()) if all(isinstance(key, str) for key in value):
             return dict(value)
         case (builtins.bool, bool()):
@@ -187,7 +201,7 @@ def _rule_and_nearest(kind: type, value: object, default: object) -> tuple[str, 
 
 
 def _rounded(value: object, default: object) -> object:
-    """The integer nearest to `value`, where that is a number."""
+    """The integer nearest to `value`; `default` if that is no finite number."""
     try:
         number = float(str(value))
     except ValueError:

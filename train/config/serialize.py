@@ -1,4 +1,4 @@
-"""The configuration as plain values: for config.yaml, for checkpoints, for trackers. What is read back is checked by the schema."""
+"""Converts a Config to plain values, for config.yaml, checkpoints and trackers, and back, checked against the schema."""
 
 import json
 import re
@@ -12,23 +12,24 @@ from typing import Any
 from .config import Config, ConfigError
 from .private_files import write_private
 from .redact import redact_plain
-from .schema import UNADMITTED, converted, is_mapping, refuse_key, refuse_value, written
+from .schema import CONVERSION_ERRORS, REMOVED, convert, is_mapping, unknown_key_error, written, wrong_value_error
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Nested mappings of numbers, strings and lists, of a Config or of a part of one; enumerations are their names."""
+    """A Config, or a section of one, as nested mappings of numbers, strings and lists. Enumerations become their names."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def shown_config(config: Config) -> dict[str, Any]:
-    """The same without secrets: for files, trackers and people."""
+    """`plain_config` without secrets, for files, trackers and people."""
     return redact_plain(plain_config(config))
 
 
 def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """The Config of what `plain_config` gave, changed by `key=value` overrides; what it leaves out has its default.
+    """The Config of what `plain_config` gave, changed by `key=value` overrides. Left-out settings have their defaults.
 
-    ConfigError for what is no setting, or a value of another type. Needs OmegaConf only to read overrides.
+    Settings that an earlier version had are skipped. Raises ConfigError for an unknown key or a value of the wrong type. Imports
+    OmegaConf only if there are overrides.
     """
     refuse_code(plain)
     config = Config()
@@ -40,6 +41,9 @@ def _overridden(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key in REMOVED:
+            raise unknown_key_error(key, value, {})
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides)), resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
@@ -51,15 +55,17 @@ def _overridden(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 def _fill(section: Any, plain: dict[str, Any], prefix: str = "") -> None:
     for name, value in plain.items():
         key = f"{prefix}{name}"
+        if key in REMOVED:
+            continue
         if name not in vars(section):
-            raise refuse_key(_short(key), _short(value), {})
+            raise unknown_key_error(_short(key), _short(value), {})
         if is_dataclass(present := getattr(section, name)) and isinstance(value, dict):
             _fill(present, value, f"{key}.")
             continue
         try:
-            setattr(section, name, converted(key, value))
-        except UNADMITTED as error:
-            raise refuse_value(key, _short(value)) from error
+            setattr(section, name, convert(key, value))
+        except CONVERSION_ERRORS as error:
+            raise wrong_value_error(key, _short(value)) from error
 
 
 def _short(value: Any) -> str:
@@ -80,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 def refuse_code(plain: Any) -> None:
-    """ConfigError for what would call or look up something: a `_target_`, or a text that OmegaConf would replace."""
+    """Raises ConfigError for a `_target_`, which Hydra would call, and for `${...}`, which OmegaConf would replace."""
     if isinstance(plain, dict):
         if "_target_" in plain:
             raise ConfigError("_target_: a configuration that is read may not hold one; it is of no use here")
@@ -94,21 +100,21 @@ def refuse_code(plain: Any) -> None:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """As YAML."""
+    """Writes the configuration as YAML, without secrets."""
     from omegaconf import OmegaConf
 
     write_private(path, OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
 
 
 def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """The `key=value` overrides that make `config` out of `before`, without those of `leave_out`."""
+    """The `key=value` overrides that turn `before` into `config`, except for the keys in `leave_out`."""
     old, new = (dict(leaves(shown_config(each))) for each in (before, config))
     changed = {key: value for key, value in new.items() if value != old[key] and key not in leave_out}
-    return [f"{key}={_written(value)}" for key, value in changed.items()]
+    return [f"{key}={_shell_text(value)}" for key, value in changed.items()]
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each setting of a plain configuration by its dotted key."""
+    """Yields each setting of a plain configuration with its dotted key."""
     for key, value in node.items():
         if isinstance(value, dict) and not is_mapping(f"{prefix}{key}"):
             yield from leaves(value, f"{prefix}{key}.")
@@ -116,8 +122,8 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _written(value: Any) -> str:
-    """As Hydra reads it, and quoted for a shell where it must be."""
+def _shell_text(value: Any) -> str:
+    """The value as Hydra reads it, quoted for a shell where necessary."""
     if isinstance(value, dict):
         return shlex.quote(written(value))
     bare = isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,1 +1,1 @@
-"""What keeps a run alive, or ends it in good order: flags, guards, checks of replicas, accounting of time."""
+"""Keeps a run alive, or ends it in good order: step guard, signals, replicas, stragglers, the hang guard, the dry step."""

@@ -1,7 +1,7 @@
-"""Before the first step: the largest batch forward and backward, a small checkpoint, the disk, the trackers.
+"""Before the first step: the largest batch forward and backward, a small checkpoint, the disk space, the trackers.
 
-What the run will need is found missing in its first minute and not in its third hour. Weights, moments, random state and the
-position in the data are afterwards bit for bit what they were.
+If the run lacks anything, it ends in its first minute and not in its third hour. Afterwards weights, moments, random state and the
+position in the data are bit for bit what they were.
 """
 
 import os
@@ -19,34 +19,37 @@ from ...parallel.progress import PROGRESS, in_phase
 from ...parallel.shard import LocalShard
 from ..batch import Rows
 from ..config.complain import say
-from ..config.environment import restarted
-from ..exit import ExitCode, RunStop, in_one_line, place
+from ..config.environment import ranks_restarted
+from ..exit import ExitCode, Failure, RunStop, find_note, in_one_line, leave_note, place
 from ..logging.journal import Journal
-from ..logging.run_logger import Reporter
+from ..logging.run_logger import RunLogger
 from ..session import Session
 from ..state import random_state, restore_random
-from .failure_note import Failure, find_note, leave_note
+from ..step import StepInput
 
 
 @in_phase("dry step")
-def dry_step(session: Session, reporter: Reporter) -> None:
-    """RunStop, one line, for what is missing. By default one rank alone asks for room on the disk and no more. Collective."""
-    wish = session.config.debug.dry_step
-    if wish is None and session.parallel.mesh.world == 1:
-        attempt(session, "the disk", try_disk)
-    if not (session.parallel.mesh.world > 1 and not restarted() if wish is None else wish):
+def dry_step(session: Session, run_logger: RunLogger) -> None:
+    """Raises RunStop, one line, for anything that is lacking. By default one rank alone only checks the disk space. Collective."""
+    several, setting = session.parallel.mesh.world > 1, session.config.debug.dry_step
+    if setting is None and not several:
+        check(session, "the disk", try_disk)
+    if not (several and not ranks_restarted() if setting is None else setting):
         return
     PROGRESS.step = session.step
     before = {name: LocalShard(piece, state.clone()) for name, (piece, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
-        attempt(session, what, test)
-    reporter.try_trackers()
+        check(session, what, test)
+    run_logger.wait_for_trackers()
     restore_random(before)
-    reporter.event("dry_step", step=session.step)
+    run_logger.log_event("dry_step", step=session.step)
 
 
-def attempt(session: Session, what: str, test: Callable[[Session], None]) -> None:
-    """All ranks fail if one does. In a step, and for want of memory, it fails while the others wait for it in a collective."""
+def check(session: Session, what: str, test: Callable[[Session], None]) -> None:
+    """Runs a test. Raises RunStop on all ranks if it fails on one.
+
+    A rank that fails in the step, or for lack of memory, ends all processes, because the others wait for it in a collective.
+    """
     mine = ""
     try:
         test(session)
@@ -61,7 +64,7 @@ def attempt(session: Session, what: str, test: Callable[[Session], None]) -> Non
 
 
 def end_all(session: Session, text: str) -> None:
-    """Ends this process, and the others by a note. What fails here as another rank has left says nothing."""
+    """Ends this process, and the others by a note. If there is a note already, this failure follows from it and is not reported."""
     folder, code = session.folder, int(ExitCode.dry_step)
     if find_note(folder) is None:
         say(text)
@@ -74,27 +77,27 @@ def end_all(session: Session, text: str) -> None:
 
 
 def try_step(session: Session) -> None:
-    """All micro-batches of a step as large as they can be, in tokens that count, and the moments of AdamW; without the update."""
-    session.engine.held()  # makes the moments
-    micro, length = session.micro, session.config.sequence_length
-    rows = session.config.batch.sequences // session.parallel.mesh.data.size // micro
-    first = session.parallel.mesh.data.rank * micro
-    batches = [made_up(session, micro, length, first) for _ in range(min(rows, 2))]
-    clip_norm, place = session.config.optimizer.clip_norm, BatchPosition(session.config.seed, session.step + 1)
-    session.engine.step(batches, 0.0, clip_norm, place, accepts=lambda _: False)
+    """Runs a step without the update, on micro-batches in which all tokens count, and allocates the moments of AdamW."""
+    session.engine.state_to_save()  # allocates the moments
+    config, data = session.config, session.parallel.mesh.data
+    first = data.rank * session.micro
+    micro_batches = min(config.batch.sequences // data.size // session.micro, 2)
+    batches = [random_rows(session, first) for _ in range(micro_batches)]
+    position = BatchPosition(config.seed, session.step + 1)
+    session.engine.step(StepInput(batches, 0.0, config.optimizer.clip_norm, position, accepts=lambda _: False))
     session.engine.optimizer.zero_grad(set_to_none=True)
 
 
-def made_up(session: Session, sequences: int, length: int, first: int) -> Rows:
-    """Rows of other tokens each, all of which count, drawn from a generator of their own."""
-    draw = torch.Generator().manual_seed(first)
-    ids_BS = torch.randint(session.data.tokenizer.size, (sequences, length), generator=draw).to(session.device)
+def random_rows(session: Session, first: int) -> Rows:
+    """Returns a micro-batch of random tokens, drawn from a generator of its own, without leaving out any token."""
+    generator, shape = torch.Generator().manual_seed(first), (session.micro, session.config.sequence_length)
+    ids_BS = torch.randint(session.data.tokenizer.size, shape, generator=generator).to(session.device)
     documents_BS = torch.zeros_like(ids_BS) if session.config.data.mask_documents else None
     return Rows(ids_BS, ids_BS.roll(-1, 1), first, documents_BS)
 
 
 def try_checkpoint(session: Session) -> None:
-    """The same way as a real one, but of the random states alone: written, read back and removed."""
+    """Writes, reads and removes a checkpoint in the way of a real one, but of the random states alone."""
     folder, held = session.folder / "dry_step", random_state()
     try:
         path = save_checkpoint(folder, 0, held, {"dry_step": True}, limit_seconds=session.config.checkpoint.timeout_seconds)
@@ -105,7 +108,7 @@ def try_checkpoint(session: Session) -> None:
 
 
 def try_disk(session: Session) -> None:
-    """Room for one more checkpoint. ValueError if there is none."""
-    lacking = session.saver.space_error(session.engine.held())
+    """Raises ValueError if there is no space for one more checkpoint."""
+    lacking = session.saver.space_error(session.engine.state_to_save())
     if lacking:
         raise ValueError(f"a checkpoint takes more than there is: {lacking}")

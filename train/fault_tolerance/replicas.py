@@ -1,6 +1,6 @@
-"""Whether the ranks that must hold the same weights do: a hash of each parameter, compared over those ranks.
+"""Compares the replicas of the weights: a hash of each parameter, over the ranks that must hold the same values.
 
-A bit that flips in one replica changes no loss at once and no norm of a gradient; nobody would know before the model is bad.
+A bit that flips in one replica does not change the loss at once nor the gradient norm, so nothing else would show it in time.
 """
 
 from collections import defaultdict
@@ -17,32 +17,33 @@ from ...parallel.object_collectives import from_all
 from ..config.config import OnDivergence
 from ..engine import TorchEngine
 from ..exit import ExitCode, RunStop
-from ..logging.run_logger import Reporter
+from ..logging.run_logger import RunLogger
 from ..session import Session
 from ..state import MOMENTS, optimizer_state
 
 BLOCKS = {"cpu": 2**16}
-"""Words that are hashed at once: on a CPU what stays in its cache, elsewhere LARGE."""
+"""Words that are hashed at once, by device: on a CPU as many as stay in its cache, elsewhere LARGE."""
 LARGE = 2**24
 ODD = -7046029254386353131
+"""The odd factor of the hash."""
 
 
 class Difference(NamedTuple):
-    """A piece of a parameter of which copies differ."""
+    """A shard of a parameter whose replicas differ."""
 
     name: str
     ranks: tuple[int, ...]
-    """Those without the value that most have; all, if no value is that of more than half."""
+    """Those without the value of the majority; all, if no value has a majority."""
     source: int | None
-    """A rank with the value that most have."""
+    """A rank with the value of the majority."""
     copies: tuple[int, ...]
-    """The ranks that hold this piece."""
+    """The ranks that hold this shard."""
 
 
 def differences(parallel: Parallel) -> list[Difference]:
-    """Every piece whose copies are not bit for bit the same, the same list on every rank.
+    """Returns every shard whose replicas are not bit for bit the same; the list is the same on every rank. Collective.
 
-    One small tensor for each set of ranks that holds copies, and one number over all. Collective.
+    Communicates one small tensor for each set of ranks that holds replicas, and one number over all ranks.
     """
     mine = [difference for axis, names in _by_axis(parallel).items() for difference in _among(parallel, axis, names)]
     found = torch.tensor([float(len(mine))], device=parallel.device)
@@ -52,11 +53,13 @@ def differences(parallel: Parallel) -> list[Difference]:
 
 
 def hash_of(tensor: Tensor) -> Tensor:
-    """int64, of the bits. A single changed bit always changes it: words of 64 bits are multiplied by odd numbers and added, modulo
-    2^64, where an odd factor loses nothing."""
+    """Returns an int64 hash of the bits, which a single changed bit always changes.
+
+    Words of 64 bits are multiplied by odd numbers and added, modulo 2^64; a product with an odd factor is invertible.
+    """
     flat = tensor.detach().contiguous().flatten()
     if flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()  # words must lie on multiples of 8 bytes
+        flat = flat.clone()  # words must be aligned to 8 bytes
     raw = flat.view(torch.uint8)
     words, rest = raw[: len(raw) // 8 * 8].view(torch.int64), raw[len(raw) // 8 * 8 :].long()
     block = min(BLOCKS.get(flat.device.type, LARGE), max(8, len(words)))
@@ -69,15 +72,15 @@ def hash_of(tensor: Tensor) -> Tensor:
 
 def _by_axis(parallel: Parallel) -> dict[Axis, list[str]]:
     found: dict[Axis, list[str]] = defaultdict(list)
-    for name, placed in parallel.placed.items():
-        if placed.copies.size > 1 and local(placed.parameter).numel():
-            found[placed.copies].append(name)
+    for name, sharded in parallel.parameters.items():
+        if sharded.replicas.size > 1 and local(sharded.parameter).numel():
+            found[sharded.replicas].append(name)
     return found
 
 
 def _among(parallel: Parallel, axis: Axis, names: list[str]) -> list[Difference]:
-    """Of the ranks of one axis: the largest and, of the complements, the smallest hash; then, if they differ, who has which."""
-    hashes_P = torch.stack([hash_of(local(parallel.placed[name].parameter)) for name in names])
+    """Compares the ranks of one axis by the largest hash and the largest complement; if they differ, gathers all hashes."""
+    hashes_P = torch.stack([hash_of(local(parallel.parameters[name].parameter)) for name in names])
     most_P, least_P = max_over(torch.cat([hashes_P, ~hashes_P]), axis).chunk(2)
     wrong = (most_P != ~least_P).nonzero().flatten()
     if not len(wrong):
@@ -96,24 +99,24 @@ def _difference(name: str, ranks: list[int], hashes: tuple[int, ...]) -> Differe
     return Difference(name, tuple(wrong), ranks[hashes.index(value)], tuple(ranks))
 
 
-# What a run does when copies of a weight differ: copies them from the majority once, and stops if that does not help.
-
-
 class Replicas:
-    """Compares them every few steps, and before a checkpoint is written."""
+    """Compares the replicas every few steps and before a checkpoint, and repairs them.
 
-    def __init__(self, session: Session, reporter: Reporter) -> None:
-        self.session, self.reporter = session, reporter
+    A rank whose weights differ gets those of the majority once; if it differs again, the run stops.
+    """
+
+    def __init__(self, session: Session, run_logger: RunLogger) -> None:
+        self.session, self.run_logger = session, run_logger
         self.every = session.config.debug.replicas_every
         self.compared = session.step
         self.repaired: set[int] = set()
-        """Ranks that had a wrong value before."""
+        """Ranks that were repaired before."""
 
     def due(self) -> bool:
         return self.every > 0 and self.session.step % self.every == 0
 
     def compare(self) -> None:
-        """RunStop if they differ and cannot be made equal. Collective."""
+        """Compares, unless this step was compared. Raises RunStop if replicas differ and cannot be repaired. Collective."""
         if not self.every or self.compared == self.session.step:
             return
         self.compared = self.session.step
@@ -127,24 +130,23 @@ class Replicas:
         possible = all(difference.source is not None for difference in found) and not again
         possible = possible and isinstance(self.session.engine, TorchEngine)
         repair = possible and self.session.config.debug.on_divergence is OnDivergence.repair
-        self.reporter.event(
-            "replicas_differ", step=self.session.step, ranks=ranks, tensors=[d.name for d in found], repaired=repair
-        )
-        self.reporter.alert("replicas", f"{text}; {'copied from the others' if repair else 'the run stops'}")
+        tensors = [difference.name for difference in found]
+        self.run_logger.log_event("replicas_differ", step=self.session.step, ranks=ranks, tensors=tensors, repaired=repair)
+        self.run_logger.alert("replicas", f"{text}; {'copied from the others' if repair else 'the run stops'}")
         if not repair:
             why = "; it was so before, so the device may be broken" if again else ""
             raise RunStop(f"{text}{why}", ExitCode.ranks_differ, saves=False)
         self.repaired |= set(ranks)
-        self.session.saver.wait_for_copies()  # a step that was skipped has not waited for the copies of a save
+        self.session.saver.wait_for_copies()  # after a skipped step the copies of a save may still read the weights
         for difference in found:
             self._repair(difference)
 
     def _repair(self, difference: Difference) -> None:
-        """Weights and moments, on the ranks that hold copies of this piece."""
+        """Broadcasts weights and moments among the ranks that hold this shard."""
         assert difference.source is not None
         if self.session.parallel.mesh.rank not in difference.copies:
             return
-        placed = self.session.parallel.placed[difference.name]
-        moments = optimizer_state(self.session.engine.optimizer, placed.parameter)
-        for tensor in (placed.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
-            dist.broadcast(local(tensor), difference.source, group=placed.copies.group)
+        sharded = self.session.parallel.parameters[difference.name]
+        moments = optimizer_state(self.session.engine.optimizer, sharded.parameter)
+        for tensor in (sharded.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
+            dist.broadcast(local(tensor), difference.source, group=sharded.replicas.group)

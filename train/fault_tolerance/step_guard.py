@@ -1,7 +1,7 @@
-"""Judges each step before its update: NaN, infinite or far too large, and what is then done. Every rank comes to the same verdict.
+"""Judges each step before its update: is it NaN, infinite or far too large? Every rank comes to the same verdict.
 
-A step with a fault is computed once more. If the fault is gone it was one of the machine, and the second result is used; else it
-is in the data, the weights or a device that is broken, and the policy decides.
+A step with a fault is computed once more. If the fault is gone, the machine caused it, and the second result is used; otherwise it
+is in the data, the weights or a broken device, and the policy decides.
 """
 
 import math
@@ -13,27 +13,23 @@ from typing import Any, NamedTuple
 from ..config.config import NumericsConfig
 from ..step_flags import GlobalFlags, is_sound
 
-# Loss and gradient norm of the last steps, and whether a new one is far above them.
-
 LEAST = 8
-"""Steps without which nothing is called a spike."""
+"""Steps that must be known before anything is called a spike."""
 FLOOR = 0.02
-"""The least deviation, as a share of the mean: where nothing moves, little is no spike."""
-
-
+"""The least deviation, as a share of the mean, so that a small change after a flat stretch is no spike."""
 LONG_TAIL = {"loss": 1.0, "gradient norm": 3.0}
-"""So many times the mean, at least. The norm of healthy runs has a long tail, which clipping takes care of."""
+"""A spike is at least this multiple of the mean. The norm of healthy runs has a long tail, which clipping handles."""
 
 
 class RecentSteps:
-    """The last `size` values of both. They are the same on every rank, and so is all that follows from them."""
+    """Loss and gradient norm of the last `size` steps, which are the same on every rank."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.values: dict[str, deque[float]] = {name: deque(maxlen=size) for name in ("loss", "gradient norm")}
 
     def spike(self, loss: float, norm: float, sigma: float) -> str | None:
-        """In words, if one of them lies more than `sigma` standard deviations above the mean."""
+        """Describes the spike if one of them is more than `sigma` standard deviations above the mean, otherwise returns None."""
         for (name, values), value in zip(self.values.items(), (loss, norm), strict=True):
             if len(values) >= max(LEAST, self.size // 4):
                 mean = fmean(values)
@@ -48,7 +44,7 @@ class RecentSteps:
                 values.append(value)
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON, which keeps every bit of a float."""
+        """Returns the values as plain JSON, which keeps every bit of a float."""
         return {name: list(values) for name, values in self.values.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -58,7 +54,7 @@ class RecentSteps:
 
 
 class Action(Enum):
-    """What is done about a step with a fault: the values of OnFault and OnSpike."""
+    """What to do about a step with a fault: the values of OnFault and OnSpike."""
 
     report = "report"
     stop = "stop"
@@ -74,24 +70,24 @@ class Fault(NamedTuple):
 
 
 class Guard:
-    """Of one run: its window of sound steps, and what was skipped."""
+    """Judges the steps of one run, by its window of sound steps, and counts what was skipped."""
 
     def __init__(self, config: NumericsConfig) -> None:
         self.config = config
         self.window = RecentSteps(config.spike_window)
         self.skipped = 0
-        """Steps without an update, so AdamW has done that many fewer than the run."""
+        """Steps without an update, which AdamW has not counted."""
         self.interventions = 0
         """Skips and rollbacks."""
         self.jumps: set[int] = set()
-        """Steps that a rollback led around."""
+        """Steps that are jumped over after a rollback."""
 
     def fault(self, flags: GlobalFlags) -> Fault | None:
-        """What is wrong with a step, None if nothing is."""
+        """Returns what is wrong with a step, None if nothing is."""
         if flags.bad_data:
-            return Fault("bad_data", f"{said_by(flags, flags.bad_data)} could not read the rows", Action.stop)
+            return Fault("bad_data", f"{ranks_of(flags, flags.bad_data)} could not read the rows", Action.stop)
         if not is_sound(flags):
-            text = f"loss {flags.loss}, gradient norm {flags.gradient_norm}; {said_by(flags, flags.not_finite)} had it first"
+            text = f"loss {flags.loss}, gradient norm {flags.gradient_norm}; {ranks_of(flags, flags.not_finite)} had it first"
             return Fault("not_finite", text, Action(self.config.on_nan.value))
         sigma = self.config.spike_sigma
         spike = self.window.spike(flags.loss, flags.gradient_norm, sigma) if sigma is not None else None
@@ -106,17 +102,17 @@ class Guard:
         fault = self.fault(flags)
         return fault is None or fault.action is Action.report
 
-    def took(self, flags: GlobalFlags) -> None:
-        """The step was taken."""
+    def record(self, flags: GlobalFlags) -> None:
+        """Adds an accepted step to the window."""
         self.window.add(flags.loss, flags.gradient_norm)
 
-    def may_go_on(self) -> bool:
-        """After one more skip or rollback."""
+    def may_intervene(self) -> bool:
+        """Counts one more skip or rollback. Returns whether it is allowed."""
         self.interventions += 1
         return self.interventions <= self.config.max_skips
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: plain JSON."""
+        """Returns what a checkpoint contains of this: plain JSON."""
         jumps = sorted(self.jumps)
         return {"window": self.window.state(), "skipped": self.skipped, "interventions": self.interventions, "jumps": jumps}
 
@@ -127,5 +123,6 @@ class Guard:
         self.jumps |= set(state.get("jumps", []))
 
 
-def said_by(flags: GlobalFlags, ranks: int) -> str:
+def ranks_of(flags: GlobalFlags, ranks: int) -> str:
+    """Returns the single rank with a fault, or how many ranks have it, in words."""
     return f"rank {flags.rank}" if flags.rank is not None else f"{ranks} ranks"

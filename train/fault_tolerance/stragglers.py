@@ -1,20 +1,20 @@
-"""Which rank the others wait for: each rank's own time of a step, without what it spent waiting for others, compared at times.
+"""Finds a slow rank: every few steps the ranks compare their own time of a step, without the time spent waiting for others.
 
-It is the host's time: work, data and input of this rank; on a GPU the work is seen where the host waits for it.
+It is the host's time: computation, data and input of this rank. On a GPU the computation shows where the host waits for it.
 """
 
 from statistics import median
 from time import perf_counter
 
 from ...parallel.progress import PROGRESS
-from ..logging.run_logger import Reporter
+from ..logging.run_logger import RunLogger
 
 SHARE = 0.1
-"""A rank is named if the others lose so much of their time with it."""
+"""A rank is reported if the others lose this share of their time because of it."""
 
 
 class Stragglers:
-    """Keeps this rank's times, and compares those of all."""
+    """Measures this rank's times, and compares those of all ranks."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -22,12 +22,12 @@ class Stragglers:
         self.whole: list[float] = []
         self.begin: tuple[float, float] | None = None
         self.suspect: int | None = None
-        """The slow rank of the comparison before: one slow stretch is chance, two are not."""
+        """The slow rank of the last comparison: one slow stretch is chance, two are not."""
         self.alerted: int | None = None
-        """The rank that people were told of last: they are told once, and events.jsonl each time."""
+        """The rank of the last alert: there is one alert for a rank, and an event each time."""
 
     def seconds(self, step: int) -> float | None:
-        """At the begin of each step. The median of this rank's own seconds, on steps on which all ranks tell it."""
+        """Called when a step begins. Returns the median of this rank's own seconds, on steps on which all ranks report it."""
         now = perf_counter(), PROGRESS.waited
         if self.begin is not None:
             whole = now[0] - self.begin[0]
@@ -39,21 +39,19 @@ class Stragglers:
         own, self.own = median(self.own or [0.0]), []
         return own
 
-    def compare(self, step: int, seconds: list[float], reporter: Reporter) -> None:
-        """Reports the slowest rank if it costs the others much."""
+    def compare(self, step: int, seconds: list[float], run_logger: RunLogger) -> None:
+        """Reports the slowest rank if it costs the others much. `seconds`: those of each rank, empty if they were not reported."""
         if not seconds or not self.whole:
             return
         whole, self.whole = median(self.whole), []
         rank = max(range(len(seconds)), key=seconds.__getitem__)
-        others = median(seconds[:rank] + seconds[rank + 1 :] or [seconds[rank]])
-        lost = (seconds[rank] - others) / max(whole, 1e-9)
+        own, others = seconds[rank], median(seconds[:rank] + seconds[rank + 1 :] or [seconds[rank]])
+        lost = (own - others) / max(whole, 1e-9)
         before, self.suspect = self.suspect, rank if lost >= SHARE else None
-        if self.suspect is not None and self.suspect == before:
-            facts = {"rank": rank, "seconds": seconds[rank], "others": others, "lost_share": lost}
-            text = (
-                f"rank {rank} is slow: {seconds[rank]:.3f} s a step of its own, the others {others:.3f} s; {lost:.0%} of all time"
-            )
-            reporter.event("straggler", step=step, **facts)
-            if self.alerted != rank:
-                reporter.alert("straggler", text)
-            self.alerted = rank
+        if self.suspect is None or self.suspect != before:
+            return
+        run_logger.log_event("straggler", step=step, rank=rank, seconds=own, others=others, lost_share=lost)
+        if self.alerted != rank:
+            text = f"rank {rank} is slow: {own:.3f} s a step of its own, the others {others:.3f} s; {lost:.0%} of all time"
+            run_logger.alert("straggler", text)
+        self.alerted = rank

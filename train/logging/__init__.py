@@ -1,1 +1,1 @@
-"""What people, files and trackers are told of a run."""
+"""Logs a run to files, trackers and the console."""

@@ -1,4 +1,4 @@
-"""Where and with what a run runs: versions, host, devices, commit, command line. Told once, with the event of each start."""
+"""The environment of a run: versions, host, devices, commit, command line. It is logged with the event of each start."""
 
 import os
 import platform
@@ -15,13 +15,13 @@ import torch
 from ...version import __version__
 from ..config.redact import redact_plain
 
-# Which code a run is of: the commit of the repository that this package lies in.
-
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("deepspeed", "wandb", "sentencepiece", "numpy")
+"""Libraries, in addition to torch, whose version may matter to somebody who repeats the run."""
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any]:
-    """{"git": {"commit", "dirty"}}, or nothing where the code is no git checkout. `dirty`: tracked files were changed."""
+    """Returns {"git": {"commit", "dirty"}} of this package, empty if it is no git checkout. `dirty`: tracked files were changed."""
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no")
     return {} if commit is None or changes is None else {"git": {"commit": commit, "dirty": bool(changes)}}
@@ -36,15 +36,12 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-LIBRARIES = ("deepspeed", "wandb", "sentencepiece", "numpy")
-"""Beside torch, those whose version may matter to somebody who repeats the run."""
-
-
 def environment(device: torch.device, ranks: int) -> dict[str, Any]:
-    """Plain texts and numbers by name; what there is not is left out. `device`: this rank's. Starts git."""
+    """Returns texts and numbers by name; what does not exist is left out. `device`: that of this rank. Runs git."""
+    git = git_state().get("git")
     found = {
         "tokenyard": __version__,
-        **_code(),
+        **({} if git is None else {"commit": git["commit"] + (", with changes" if git["dirty"] else "")}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in LIBRARIES},
@@ -60,18 +57,13 @@ def environment(device: torch.device, ranks: int) -> dict[str, Any]:
 
 
 def _shown(word: str) -> str:
-    """A word of the command line; the value of a setting that is called as a secret is left out."""
+    """Returns a word of the command line, without the value of a setting whose name suggests a secret."""
     key, equals, value = word.partition("=")
     return f"{key}={redact_plain(value, key.rpartition('.')[2])}" if equals else word
 
 
-def _code() -> dict[str, str]:
-    git = git_state().get("git")
-    return {} if git is None else {"commit": git["commit"] + (", with changes" if git["dirty"] else "")}
-
-
 def _cuda(device: torch.device) -> dict[str, Any]:
-    """Of this host; a run's hosts are alike."""
+    """Returns the facts of this host's GPUs; the hosts of a run are alike."""
     from torch.cuda import nccl
 
     return {
@@ -90,7 +82,7 @@ def _version(library: str) -> str | None:
 
 
 def _processor() -> str:
-    """Its name, which platform.processor() does not know on Linux."""
+    """Returns the name of the processor, which platform.processor() does not know on Linux."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -1,7 +1,7 @@
-"""Where the time of a run went, over all of its starts: compute, or what was needed beside it, or lost.
+"""Time accounting (goodput) of a run across its restarts: compute, overhead of several kinds, and lost time.
 
-Kept in events.jsonl: an event `accounting` with each checkpoint and at the end, cumulative. What a start that was killed did after
-its last checkpoint is done again by the next one: that is lost, and is found in metrics.jsonl before it is cut.
+It is stored in events.jsonl: a cumulative event `accounting` with each checkpoint and at the end. If a start was killed, the next
+one repeats its steps after the last checkpoint: their time is lost, and is read from metrics.jsonl before that file is cut.
 """
 
 import os
@@ -13,42 +13,42 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..config.environment import restarted
+from ..config.environment import ranks_restarted
 from .journal import readable
 
 KINDS: tuple[str, ...] = ("startup", "compute", "data", "evaluation", "checkpoint", "lost")
 
 
-class Accounting:
-    """Of the first rank. `seconds` has all kinds, of the starts before too."""
+class Goodput:
+    """Accounts for the time of a run on the first rank: `seconds` of each kind, earlier starts included."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Before metrics.jsonl is cut to `step`, the one from which the run goes on."""
-        self.seconds, self.restarts = before(folder, step)
+        """Must come before metrics.jsonl is cut to `step`, the one from which the run continues."""
+        self.seconds, self.restarts = earlier_starts(folder, step)
         self.begin = monotonic() - age_of_process()
-        self.outside = 0.0
+        self.accounted = 0.0
         """Seconds since `begin` that are accounted for."""
         self.training = False
 
-    def started(self) -> None:
-        """The first step begins: all until now was start-up."""
+    def begin_training(self) -> None:
+        """Accounts all time until now to start-up."""
         self._add("startup", monotonic() - self.begin)
         self.training = True
 
     @contextmanager
-    def of(self, kind: str) -> Iterator[None]:
-        """What runs inside is of this kind."""
+    def timed(self, kind: str) -> Iterator[None]:
+        """Accounts the time inside to `kind`."""
         begin = monotonic()
         yield
         self._add(kind, monotonic() - begin)
 
-    def waited(self, seconds: float) -> None:
-        """For data."""
+    def add_data_wait(self, seconds: float) -> None:
+        """Accounts time in which training waited for data."""
         self._add("data", seconds)
 
     def facts(self) -> dict[str, Any]:
-        """For an event: the seconds of each kind, the share of those that were productive, and the restarts."""
-        rest = monotonic() - self.begin - self.outside
+        """Returns the event: the seconds of each kind, the productive share, and the number of restarts."""
+        rest = monotonic() - self.begin - self.accounted
         seconds = {kind: round(value, 3) for kind, value in self.seconds.items()}
         seconds["compute" if self.training else "startup"] += round(max(0.0, rest), 3)
         total = sum(seconds.values())
@@ -56,41 +56,44 @@ class Accounting:
 
     def _add(self, kind: str, seconds: float) -> None:
         self.seconds[kind] += seconds
-        self.outside += seconds
+        self.accounted += seconds
 
 
-def before(folder: Path, step: int) -> tuple[dict[str, float], int]:
-    """What earlier starts account for, if this one goes on after `step`, and how many restarts that makes."""
+def earlier_starts(folder: Path, step: int) -> tuple[dict[str, float], int]:
+    """Returns the seconds of earlier starts of the run, given that it continues after `step`; and the number of restarts."""
     seconds = dict.fromkeys(KINDS, 0.0)
-    events = [event for event in _read(folder / "events.jsonl") if "event" in event]
-    if not any(event["event"] in ("start", "resume") for event in events):
+    events, metrics = (readable(path) if path.exists() else [] for path in (folder / "events.jsonl", folder / "metrics.jsonl"))
+    events = [event for event in events if "event" in event]
+    restarts = sum(event["event"] in ("start", "resume") for event in events)
+    if not restarts:
         return seconds, 0
     known, known_step = {}, 0
     for event in events:
         if event["event"] == "accounting":
             known, known_step = event.get("seconds", {}), event.get("step", 0)
     seconds |= {kind: float(known.get(kind, 0.0)) for kind in KINDS}
-    for record in _read(folder / "metrics.jsonl"):
+    for record in metrics:
         if record.get("step", 0) > step:
-            seconds["lost"] += record.get("step_seconds", 0.0)
-            if record["step"] <= known_step:  # it counted as work
-                waited = record.get("step_seconds", 0.0) * record.get("data_wait_fraction", 0.0)
-                seconds["compute"] = max(0.0, seconds["compute"] - record.get("step_seconds", 0.0) + waited)
+            step_seconds = record.get("step_seconds", 0.0)
+            seconds["lost"] += step_seconds
+            if record["step"] <= known_step:  # the event has counted it as work
+                waited = step_seconds * record.get("data_wait_fraction", 0.0)
+                seconds["compute"] = max(0.0, seconds["compute"] - step_seconds + waited)
                 seconds["data"] = max(0.0, seconds["data"] - waited)
-    seconds["lost"] += dead_seconds(folder)
-    return seconds, sum(event["event"] in ("start", "resume") for event in events)
+    seconds["lost"] += seconds_between_starts(folder)
+    return seconds, restarts
 
 
-def dead_seconds(folder: Path) -> float:
-    """After a restart by torch's launcher: from the last sign of life of the start before to that of this process."""
-    if not restarted():
+def seconds_between_starts(folder: Path) -> float:
+    """Returns the time from the last write of the earlier start to the start of this process, if torch's launcher restarted it."""
+    if not ranks_restarted():
         return 0.0
-    signs = [path.stat().st_mtime for path in (folder / "metrics.jsonl", folder / "events.jsonl") if path.exists()]
-    return max(0.0, time.time() - age_of_process() - max(signs)) if signs else 0.0
+    writes = [path.stat().st_mtime for path in (folder / "metrics.jsonl", folder / "events.jsonl") if path.exists()]
+    return max(0.0, time.time() - age_of_process() - max(writes)) if writes else 0.0
 
 
 def age_of_process() -> float:
-    """Seconds since this process was started, if it is one of ours and the system says so."""
+    """Returns the seconds since this process was started, 0 if it is not one of ours or the system does not know."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or not spec.name.startswith("tokenyard"):
         return 0.0
@@ -103,12 +106,8 @@ def age_of_process() -> float:
 
 
 def in_words(facts: dict[str, Any]) -> str:
-    """One line for the end of a run."""
+    """Returns the accounting as one line, for the end of a run."""
     others = {kind: seconds for kind, seconds in facts["seconds"].items() if kind != "compute" and seconds >= 0.05}
     parts = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in others.items())
     again = f", {facts['restarts']} restarts" if facts["restarts"] else ""
     return f"productive {facts['productive']:.1%} of the time: compute {facts['seconds']['compute']:.1f} s, {parts}{again}"
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return readable(path) if path.exists() else []

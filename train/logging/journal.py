@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl: append-only files of one JSON object a line, which a crash or a resume leaves whole.
+"""Journals such as metrics.jsonl and events.jsonl: append-only files of one JSON object a line, intact after a crash or a resume.
 
 JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and `read_journal` turns exactly
 these back into floats. Floats are written with all their digits.
@@ -23,46 +23,46 @@ from ..config.redact import redact_plain
 log = logging.getLogger("tokenyard")
 
 WAITING = 2**24
-"""Bytes of records that a journal keeps for a disk that takes none."""
+"""Bytes of records that a journal keeps while the disk is full."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Journal:
-    """Appends records to `path`; each line is with the operating system when `write` returns (a kill loses none, a power cut may).
+    """Appends records to `path`. The operating system has each line when `write` returns: a kill loses none, a power cut may.
 
-    `keep_to_step`: first cut the file back to the records with `step` <= this, which a resumed run does with metrics.jsonl so that
-    no step stands there twice; 0 empties it; None keeps all. A last line that a crash tore is dropped in any case, and a file with
-    other lines that are damaged is set aside under a name with the date; its readable lines stay.
+    `keep_to_step`: first cuts the file back to the records with `step` <= this (0: none, None: all). A resumed run does so with
+    metrics.jsonl, so that no step is in it twice. A torn last line is always dropped. If other lines are damaged, the file is
+    copied under a name with the date, and its readable lines stay.
 
-    A disk that takes no line does not end a run: that is said once, and the lines wait, up to WAITING bytes, for the next `write`.
+    A full disk does not end a run: a warning is logged once, and up to WAITING bytes of lines wait for the next `write`.
     """
 
     def __init__(self, path: str | Path, keep_to_step: int | None = None):
-        self._begin(Path(path))
+        self._init_buffer(Path(path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = _mend(self.path, keep_to_step)
+        aside = _repair(self.path, keep_to_step)
         self._file = append_private(self.path)
         if aside is not None:
-            _say_set_aside(self.path, aside)
+            _log_set_aside(self.path, aside)
 
     @classmethod
     def appending(cls, path: Path) -> "Journal":
-        """Beside another one of the same file that is open: nothing of it is mended."""
+        """Opens a file that another Journal has open, without repairing it."""
         journal = cls.__new__(cls)
-        journal._begin(path)
+        journal._init_buffer(path)
         journal._file = append_private(path)
         return journal
 
-    def _begin(self, path: Path) -> None:
+    def _init_buffer(self, path: Path) -> None:
         self.path = path
         self._lock = Lock()
         self._waiting = b""
-        """Lines, the first perhaps in part, that the disk has not taken."""
+        """Lines that are not written yet, the first perhaps in part."""
         self._lost = 0
-        self._told = False
+        self._warned = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record. Tensors and arrays become lists."""
+        """Appends a record. Tensors and arrays become lists."""
         line = json.dumps(redact_plain(_plain(record)), allow_nan=False, ensure_ascii=False) + "\n"
         with self._lock:
             if len(self._waiting) < WAITING:
@@ -72,11 +72,11 @@ class Journal:
             self._flush()
 
     def event(self, kind: str, /, **facts: Any) -> None:
-        """Append a record of something that happened, with the time in UTC."""
+        """Appends a record of something that happened, with the time in UTC."""
         self.write({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **facts})
 
     def close(self) -> None:
-        """Says how many records were not written, if any."""
+        """Closes the file. Logs a warning if records were not written."""
         with self._lock:
             self._flush()
             if self._waiting:
@@ -91,13 +91,13 @@ class Journal:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 log.warning("%s cannot be written (%s): its records wait until it can", self.path, error.strerror)
-            self._told = True
+            self._warned = True
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a journal, also of one that is being written: a torn last line is left out.
+    """Returns the records of a journal, also of one that is being written: a torn last line is left out.
 
     Raises ValueError if a line before the last is not a JSON object.
     """
@@ -108,14 +108,14 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 
 def readable(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a journal that may be damaged, without the lines that are."""
+    """Returns the records of a journal without the lines that are damaged."""
     return [_floats(record) for _, record in _lines(Path(path))[0]]
 
 
-def _mend(path: Path, keep_to_step: int | None) -> Path | None:
-    """Drop a torn last line and the records after `keep_to_step`, all at once: a crash here leaves the old file or the new one.
+def _repair(path: Path, keep_to_step: int | None) -> Path | None:
+    """Drops a torn last line and the records after `keep_to_step`. A crash here leaves the old file or the new one.
 
-    Where the file was set aside, if another line is damaged.
+    Returns the copy of the file, if another line was damaged.
     """
     if not path.exists():
         return None
@@ -129,14 +129,14 @@ def _mend(path: Path, keep_to_step: int | None) -> Path | None:
 
 
 def _copy_aside(path: Path) -> Path:
-    """The file as it was, under a name with the date."""
+    """Copies the file under a name with the date."""
     stem = path.with_name(f"{path.name}.damaged-{datetime.now():%Y-%m-%dT%H-%M-%S}")
     aside = next(each for number in count(1) if not (each := Path(f"{stem}-{number}" if number > 1 else stem)).exists())
     shutil.copy(path, aside)
     return aside
 
 
-def _say_set_aside(path: Path, aside: Path) -> None:
+def _log_set_aside(path: Path, aside: Path) -> None:
     text = f"{path} had damaged lines: it is set aside as {aside.name}, and its readable lines are kept"
     log.warning("%s", text)
     with closing(Journal.appending(path.with_name("events.jsonl"))) as events:
@@ -144,7 +144,7 @@ def _say_set_aside(path: Path, aside: Path) -> None:
 
 
 def _lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
-    """Each line with its record, and the numbers of those before a torn last one that are damaged."""
+    """Returns each line with its record, and the numbers of damaged lines, without a torn last one."""
     lines = path.read_bytes().split(b"\n")
     torn = lines.pop()  # empty if the last line is whole; its newline may be all that it lacks
     found, damaged = [], []
@@ -159,7 +159,7 @@ def _lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line, None if it is not one, or its step is no number."""
+    """Returns the object on a line, None if it is not one, or if its step is no number."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # also of bytes that are not UTF-8
@@ -168,7 +168,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can write it."""
+    """Returns `value` in a form that JSON can represent."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -181,7 +181,7 @@ def _plain(value: Any) -> Any:
 
 
 def _floats(value: Any) -> Any:
-    """The reverse of `_plain`, as far as it can be undone."""
+    """Reverses `_plain` where that is possible."""
     if isinstance(value, dict):
         return {key: _floats(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The FLOP/s that the devices could do at best, which MFU is measured against: from data sheets, else by a short product."""
+"""The peak FLOP/s of the devices, by which MFU is defined: from data sheets, otherwise measured by a short matrix product."""
 
 import math
 import os
@@ -11,16 +11,16 @@ from ...moe.linear import compute_dtype
 
 
 class Peak(NamedTuple):
-    """FLOP/s of all devices of the run together, and in words where the number is from."""
+    """FLOP/s of all devices of the run together, and the source of the number in words."""
 
     flops: float
     source: str
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_per_host: int | None = None) -> Peak:
-    """Peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
+    """Returns the peak of `ranks` devices like this rank's `device` for products in `dtype`; fp32 is TF32 where torch may use that.
 
-    A CPU is measured with the threads this process has, in the type that moe/linear.py takes; ranks beyond the host's cores add
+    A CPU is measured with the threads of this process, in the type that moe/linear.py uses; ranks beyond the host's cores add
     nothing.
     """
     if device.type == "cpu":
@@ -28,20 +28,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_p
         at_once = min(per_host, max(1.0, _cores() / torch.get_num_threads()))
         made_in = compute_dtype(torch.empty(0, dtype=dtype))
         return Peak(measure(device, made_in) * ranks * at_once / per_host, "measured by a matrix product")
-    name = torch.cuda.get_device_name(device)
-    if known := data_sheet(name, _mode(dtype)):
+    name, mode = torch.cuda.get_device_name(device), MODES[dtype]
+    if mode == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        mode = "tf32"
+    if known := data_sheet(name, mode):
         return Peak(known * ranks, "from its data sheet")
     return Peak(measure(device, dtype) * ranks, f"measured by a matrix product, {name} is not in the table")
 
 
 def data_sheet(name: str, mode: str) -> float | None:
-    """Dense peak in FLOP/s of the CUDA device called `name` in `mode` (bf16, tf32, fp32, fp64); None if it is not in the table."""
+    """Returns the dense peak in FLOP/s of the CUDA device `name` in `mode` (bf16, tf32, fp32, fp64); None if it is not listed."""
     row = next((row for key, row in _TERAFLOPS if all(word in name for word in key.split())), None)
     return row[mode] * 1e12 if row and mode in row else None
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """The best FLOP/s of square products of growing size that fit into `seconds`."""
+    """Returns the best FLOP/s of square products of growing size that fit into `seconds`."""
     best, end = 0.0, perf_counter() + seconds
     for size in (128, 256, 512, 1024, 2048, 4096, 8192):
         x = torch.ones(size, size, dtype=dtype, device=device)
@@ -56,7 +58,7 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> 
 
 
 def _product_seconds(x: torch.Tensor) -> float:
-    """Time of x @ x, waiting for the device before and after."""
+    """Returns the time of x @ x, waiting for the device before and after."""
     _wait(x.device)
     start = perf_counter()
     torch.mm(x, x)
@@ -70,15 +72,11 @@ def _wait(device: torch.device) -> None:
 
 
 def _cores() -> int:
-    """Cores this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _mode(dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}[dtype]
-
+MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}
 
 # Dense teraFLOP/s (data sheets print bf16 and tf32 with sparsity: twice as much); fp64 on tensor cores where there are any.
 # Sources: NVIDIA data sheets "A100 80GB" (2021), "H100" and "H100 NVL" (2024), "H200" (2024), "GB200 NVL72" and "HGX B200" (2024),

@@ -1,7 +1,7 @@
-"""What people and trackers see of a run: journals, trackers and the console. Rank 0 alone has any of it."""
+"""Writes what happens in a run to its journals, the trackers and the console. Only rank 0 does."""
 
 import logging
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from types import TracebackType
@@ -22,293 +22,262 @@ from ..exit import ExitCode
 from ..session import Session
 from .console.startup import startup_lines
 from .console.step_line import Eta, fitting_spans, layer_lines
-from .console.summary import end_lines
+from .console.summary import Sample, end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
-from .expert_stats.collector import table_due
-from .goodput import Accounting, in_words
+from .expert_stats.collector import describe
+from .goodput import Goodput, in_words
 from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
-from .step_log import OnHost, PendingLog, StepLog
-from .summary_data import end_facts, startup_facts, step_result, train_command, validation_record
+from .step_log import PendingLog, StepLog
+from .summary_data import end_facts, startup_facts, train_command, validation_record
 from .trackers.trackers import build_trackers, run_identity
 
-TRACKER_SECONDS = 20.0
-"""That the dry step gives trackers to start."""
-LEAVING_SECONDS = 5.0
-"""The same where another rank has failed."""
-STALL_SECONDS = 20.0
-"""That trackers have to end in a hang: torchrun kills what is still there 30 s after the first rank that ended."""
+START_SECONDS = 20.0
+"""How long the dry step waits for the trackers to start."""
+FAILURE_SECONDS = 5.0
+"""How long the trackers may take to finish after another rank has failed."""
+HANG_SECONDS = 20.0
+"""How long the trackers may take to finish in a hang: torchrun kills what is left 30 s after the first rank that ended."""
 
 
-class Reporter(ABC):
-    """Is told what happens. A context: the trackers hear how the run ended, whatever ended it."""
+class RunLogger:
+    """The interface of all loggers; here each method does nothing. A context manager, so that trackers always finish."""
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> "RunLogger":
         return self
 
-    @abstractmethod
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes files and trackers, with an event if an error ended the run."""
 
-    @abstractmethod
-    def logged(self, logged: StepLog) -> None:
-        """A step to log; on a GPU it is told by the next `catch_up`."""
+    def begin_training(self) -> None:
+        """Marks the end of start-up: the first step begins."""
 
-    def catch_up(self) -> None:  # noqa: B027
-        """Tell what is still to be told. The host waits for nothing if the device has begun another step since."""
+    def log_step(self, logged: StepLog) -> None:
+        """Logs a step; on a GPU it is written by the next `flush`."""
 
-    @abstractmethod
-    def saved(self, outcome: Outcome) -> None:
-        """A checkpoint is durable, or its save has failed."""
+    def flush(self) -> None:
+        """Writes the pending step. The host does not wait if the device has finished another step since."""
 
-    @abstractmethod
-    def finished(self, evaluation: Evaluation, code: int = 0) -> None:
-        """The last step is done, or the last that the data allow; its validation and the exit code."""
+    def log_event(self, kind: str, /, **facts: Any) -> None:
+        """Writes a line to events.jsonl."""
 
-    def spent(self, kind: str) -> AbstractContextManager[None]:
-        """What runs inside is no training but of this kind; see goodput.py."""
+    def alert(self, kind: str, text: str, step: int | None = None) -> None:
+        """Notifies people at once, by default about the current step; expert_stats/alerts.py has the titles of the kinds."""
+
+    def log_checkpoint(self, outcome: Outcome) -> None:
+        """Logs a checkpoint that is durable, or a save that failed."""
+
+    def timed(self, kind: str) -> AbstractContextManager[None]:
+        """Accounts the time inside to `kind` instead of training; see goodput.py."""
         return nullcontext()
 
-    def started(self) -> None:  # noqa: B027
-        """The first step begins."""
+    def wait_for_trackers(self) -> None:
+        """Alerts if a tracker does not start. Training continues without it."""
 
-    def try_trackers(self) -> None:  # noqa: B027
-        """Say which trackers do not start. Training goes on without them."""
+    def log_rollback(self, step: int) -> None:
+        """Cuts the journals back to the session's step, because `step` could not be taken."""
 
-    @abstractmethod
-    def event(self, kind: str, /, **facts: Any) -> None:
-        """Something happened that is worth a line of events.jsonl."""
+    def log_stop(self, reason: str, code: int) -> None:
+        """Logs that the run ends before its last step, with this exit code."""
 
-    @abstractmethod
-    def alert(self, kind: str, text: str) -> None:
-        """Something that people want to be told at once; expert_stats/alerts.py has the titles of the kinds."""
+    def log_end(self, evaluation: Evaluation, make_sample: Callable[[], Sample | None], code: int = 0) -> None:
+        """Logs the end of the run: the last validation, a sample of the model, and the exit code."""
 
-    def stalled(self, text: str) -> None:  # noqa: B027
-        """The ranks hang and the process is about to end. Called by the watchdog's thread."""
+    def on_hang(self, text: str) -> None:
+        """Finishes the trackers when the ranks hang and the process is about to end. Called by the watchdog's thread."""
 
-    def left_alone(self, code: int) -> None:  # noqa: B027
-        """Another rank has failed, and the process is about to end with its code. Called by the watchdog's thread."""
-
-    @abstractmethod
-    def rolled_back(self, session: Session, step: int) -> None:
-        """The run is back at an earlier step, because `step` could not be taken."""
-
-    @abstractmethod
-    def stopped(self, reason: str, code: int) -> None:
-        """The run ends before its last step, with this exit code."""
+    def on_rank_failure(self, code: int) -> None:
+        """Finishes the trackers when another rank has failed and the process is about to end. Called by the watchdog's thread."""
 
 
-def build_reporter(session: Session) -> Reporter:
-    """For rank 0 the real one. The peak is measured on all ranks at once, as they will share the machine. Collective.
+@final
+class NullLogger(RunLogger):
+    """Logs nothing: for all ranks but the first."""
 
-    CannotWrite, on all ranks, if its files cannot be made.
+
+def build_run_logger(session: Session) -> RunLogger:
+    """Returns the logger of this rank. Measures the peak on all ranks at once, because they share the machine. Collective.
+
+    Raises CannotWrite, on all ranks, if rank 0 cannot create its files.
     """
     ranks = session.parallel.mesh.world
     peak = peak_flops(session.device, DTYPES[session.config.precision], ranks, local_world_size() or ranks)
-    reporter, error = NullLogger(), None
+    run_logger, error = NullLogger(), None
     if session.parallel.mesh.rank == 0:
         try:
             with writing_to(session.folder):
-                reporter = RunLogger(session, peak)
-        except CannotWrite as lacking:
-            error = lacking
+                run_logger = RankZeroLogger(session, peak)
+        except CannotWrite as refusal:
+            error = refusal
     if error := from_all(error)[0]:
         raise error
-    return reporter
+    return run_logger
 
 
 @final
-class NullLogger(Reporter):
-    """Says nothing."""
+class RankZeroLogger(RunLogger):
+    """Writes metrics.jsonl, telemetry.jsonl and events.jsonl, feeds the trackers and prints to the console."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
-
-    def logged(self, logged: StepLog) -> None:
-        pass
-
-    def saved(self, outcome: Outcome) -> None:
-        pass
-
-    def finished(self, evaluation: Evaluation, code: int = 0) -> None:
-        pass
-
-    def event(self, kind: str, /, **facts: Any) -> None:
-        pass
-
-    def alert(self, kind: str, text: str) -> None:
-        pass
-
-    def rolled_back(self, session: Session, step: int) -> None:
-        pass
-
-    def stopped(self, reason: str, code: int) -> None:
-        pass
-
-
-@final
-class RunLogger(Reporter):
     def __init__(self, session: Session, peak: Peak) -> None:
         config, folder = session.config, session.folder
         self.session = session
         self.begin = perf_counter()
         self.printer = Printer()
-        self.accounting = Accounting(folder, session.step)
+        self.goodput = Goodput(folder, session.step)
         self.metrics = Journal(folder / "metrics.jsonl", keep_to_step=session.step)
         self.telemetry = Journal(folder / "telemetry.jsonl", keep_to_step=session.step)
         self.events = Journal(folder / "events.jsonl")
         self.alerts = Alerts(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
         self.eta = Eta(config.steps)
-        self.late: PendingLog | None = None
-        self.waits_for_next = kind_of(session.device) == "cuda"
-        """Whether a step is told after the next one, when its numbers have come to the host."""
+        self.pending: PendingLog | None = None
+        self.defers = kind_of(session.device) == "cuda"
+        """Whether a step is written after the next one, when its numbers are on the host."""
         self.summary: dict[str, Any] = {}
         self.code = 0
         resumed = session.step > 0
-        self.trackers = build_trackers(
-            config.tracker, folder, run_identity(folder, resumed), config.run.name, self.printer.say, self.events
-        )
+        identity = run_identity(folder, resumed)
+        self.trackers = build_trackers(config.tracker, folder, identity, config.run.name, self.printer.say, self.events)
         write_config(config, folder / "config.yaml")
         self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
         here = environment(session.device, session.parallel.mesh.world)
-        self.events.event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
+        self.log_event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
         self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        step = self.session.step
         try:
-            self.catch_up()
-        except RuntimeError as lost:  # of a device that has failed
+            self.flush()
+        except RuntimeError as lost:  # the device has failed
             self.printer.say(f"the last logged step is lost: {lost}")
         if error is not None:
-            self.events.event("failed", step=self.session.step, error=f"{type(error).__name__}: {error}")
+            self.log_event("failed", step=step, error=f"{type(error).__name__}: {error}")
             again = train_command(self.session.config, self.session.device, self.session.folder)
-            self.printer.say(f"stopped after step {self.session.step} by {type(error).__name__}; to go on: {again}")
-        self.events.event("accounting", step=self.session.step, **self.accounting.facts())
-        self.printer.say(in_words(self.accounting.facts()))
+            self.printer.say(f"stopped after step {step} by {type(error).__name__}; to go on: {again}")
+        self.log_event("accounting", step=step, **self.goodput.facts())
+        self.printer.say(in_words(self.goodput.facts()))
         self.trackers.finish(self.code if error is None else 1, self.summary)
-        self.metrics.close()
-        self.telemetry.close()
-        self.events.close()
+        for journal in (self.metrics, self.telemetry, self.events):
+            journal.close()
 
-    def logged(self, logged: StepLog) -> None:
-        self.catch_up()
-        self.late = PendingLog(logged)
-        if not self.waits_for_next:
-            self.catch_up()
+    def begin_training(self) -> None:
+        self.goodput.begin_training()
 
-    def catch_up(self) -> None:
-        late, self.late = self.late, None
-        if late is not None:
-            self.tell(late.logged, late.get())
+    def log_step(self, logged: StepLog) -> None:
+        self.flush()
+        self.pending = PendingLog(logged)
+        if not self.defers:
+            self.flush()
 
-    def tell(self, logged: StepLog, found: OnHost) -> None:
-        """A logged step: the files, trackers, the console."""
-        config, step = self.session.config, logged.step
-        record = self.meter.record(step_result(config, step, found.numbers, logged.lr, logged.tokens), found.seconds)
-        record |= {"data_wait_fraction": logged.waited / found.seconds, **logged.data, **found.seen.metrics}
-        if logged.evaluation is not None:
-            record |= validation_record(config, logged.evaluation)
-        self.accounting.waited(logged.waited)
+    def flush(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.write_step(pending.get())
+
+    def write_step(self, logged: StepLog) -> None:
+        """Writes a logged step, whose tensors are on the host, to the journals, the trackers and the console."""
+        config, step, evaluation, seconds = self.session.config, logged.step, logged.evaluation, logged.seconds()
+        record = self.meter.record(step, logged.numbers, logged.lr, logged.tokens, seconds)
+        record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.data}
+        telemetry = None
+        if logged.snapshot is not None:
+            metrics, telemetry = describe(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
+            record |= metrics
+        if evaluation is not None:
+            record |= validation_record(config, evaluation)
+        self.goodput.add_data_wait(logged.data_wait)
         self.metrics.write(record)
         self.trackers.log(record)
         self.printer.line(fitting_spans(record, config.steps, self.eta.after(step), self.printer.width))
-        if logged.evaluation is not None:
-            loss, tokens, _ = logged.evaluation
-            self.printer.say(f"step {step}: validation loss {loss:.4f} over {tokens:,} tokens")
-        if found.seen.record is not None:
-            self.watched(found.seen.record, logged.evaluation is not None)
+        if evaluation is not None:
+            self.printer.say(f"step {step}: validation loss {evaluation.loss:.4f} over {evaluation.tokens:,} tokens")
+        if telemetry is not None:
+            self.write_telemetry(telemetry, evaluation is not None)
 
-    def watched(self, record: dict[str, Any], validated: bool) -> None:
-        """A record of telemetry.jsonl: the file, trackers, the table of the layers, alarms."""
+    def write_telemetry(self, record: dict[str, Any], validated: bool) -> None:
+        """Writes a record of telemetry.jsonl, shows it in the trackers and in the table of layers, and raises alerts."""
         config, step = self.session.config, record["step"]
         self.telemetry.write(record)
         if validated or config.telemetry.tier is Tier.detailed:
             self.trackers.telemetry(record)
-        if table_due(config, step):
+        if validated and step < config.steps:  # the summary at the end has a table of its own
             self.printer.lines(layer_lines(record, self.printer.bars))
-        for kind, text in self.alerts.heard(record):
-            self.alert_at(step, kind, text)
+        for kind, text in self.alerts.check(record):
+            self.alert(kind, text, step)
 
-    def alert(self, kind: str, text: str) -> None:
-        self.alert_at(self.session.step, kind, text)
-
-    def alert_at(self, step: int, kind: str, text: str) -> None:
-        """Of a step that may be an earlier one."""
-        self.events.event("alert", step=step, alert=kind, text=text)
-        placed = text if text.startswith("step ") else f"step {step}: {text}"
-        self.printer.line([Span(f"{TITLES.get(kind, kind)}: {placed}", "bold red")])
-        self.trackers.alert(kind, TITLES.get(kind, kind), placed)
-
-    def saved(self, outcome: Outcome) -> None:
-        if outcome.error is None:
-            self.events.event("checkpoint", **outcome.facts(), told_step=self.session.step)
-            self.look_ahead(outcome)
-        else:
-            self.events.event("checkpoint_failed", **outcome.facts(), told_step=self.session.step)
-            self.alert("checkpoint_failed", f"step {outcome.step}: checkpoint {outcome.path} was NOT written: {outcome.error}")
-        self.events.event("accounting", step=self.session.step, **self.accounting.facts())
-
-    def look_ahead(self, outcome: Outcome) -> None:
-        """Is there room for the next checkpoint, an interval before it is due?"""
-        lacking = self.session.saver.space_error_for(outcome.bytes) if self.session.step < self.session.config.steps else None
-        if lacking:
-            self.alert("disk", f"the next checkpoint will not be written unless room is made: {lacking}")
-
-    def spent(self, kind: str) -> AbstractContextManager[None]:
-        return self.accounting.of(kind)
-
-    def started(self) -> None:
-        self.accounting.started()
-
-    def try_trackers(self) -> None:
-        late = self.trackers.ready(TRACKER_SECONDS)
-        if late:
-            self.alert("trackers", f"not started within {TRACKER_SECONDS:g} s: {', '.join(late)}; metrics.jsonl has all records")
-
-    def finished(self, evaluation: Evaluation, code: int = 0) -> None:
-        self.catch_up()
-        session, self.code = self.session, code
-        self.summary = validation_record(session.config, evaluation)
-        self.events.event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
-        with self.spent("evaluation"):
-            facts = end_facts(session, evaluation, perf_counter() - self.begin)
-        if facts.sample is not None:
-            self.trackers.sample(session.step, *facts.sample)
-        self.printer.lines(end_lines(facts, self.printer.bars))
-
-    def event(self, kind: str, /, **facts: Any) -> None:
+    def log_event(self, kind: str, /, **facts: Any) -> None:
         self.events.event(kind, **facts)
 
-    def stalled(self, text: str) -> None:
-        if self.late is not None and self.late.done():
-            self.catch_up()
-        self.alert("stall", text)
-        self.trackers.finish(int(ExitCode.hang), self.summary, STALL_SECONDS)
+    def alert(self, kind: str, text: str, step: int | None = None) -> None:
+        step = self.session.step if step is None else step
+        self.log_event("alert", step=step, alert=kind, text=text)
+        placed = text if text.startswith("step ") else f"step {step}: {text}"
+        self.printer.line([Span(f"{TITLES.get(kind, kind)}: {placed}", "bold red")])
+        self.trackers.alert(kind, placed)
 
-    def left_alone(self, code: int) -> None:
-        self.trackers.finish(code, self.summary, LEAVING_SECONDS)
+    def log_checkpoint(self, outcome: Outcome) -> None:
+        session = self.session
+        if outcome.error is None:
+            self.log_event("checkpoint", **outcome.facts(), told_step=session.step)
+            lacking = session.saver.space_error_for(outcome.bytes) if session.step < session.config.steps else None
+            if lacking:  # found an interval before the next checkpoint is due
+                self.alert("disk", f"the next checkpoint will not be written unless room is made: {lacking}")
+        else:
+            self.log_event("checkpoint_failed", **outcome.facts(), told_step=session.step)
+            self.alert("checkpoint_failed", f"step {outcome.step}: checkpoint {outcome.path} was NOT written: {outcome.error}")
+        self.log_event("accounting", step=session.step, **self.goodput.facts())
 
-    def rolled_back(self, session: Session, step: int) -> None:
-        self.catch_up()
+    def timed(self, kind: str) -> AbstractContextManager[None]:
+        return self.goodput.timed(kind)
+
+    def wait_for_trackers(self) -> None:
+        missing = self.trackers.wait_for_start(START_SECONDS)
+        if missing:
+            self.alert("trackers", f"not started within {START_SECONDS:g} s: {', '.join(missing)}; metrics.jsonl has all records")
+
+    def log_rollback(self, step: int) -> None:
+        session = self.session
+        self.flush()
         self.metrics.close()
         self.telemetry.close()
         self.metrics = Journal(session.folder / "metrics.jsonl", keep_to_step=session.step)
         self.telemetry = Journal(session.folder / "telemetry.jsonl", keep_to_step=session.step)
         self.meter.tokens = session.tokens
-        self.events.event("rolled_back", step=session.step, around=step)
+        self.log_event("rolled_back", step=session.step, around=step)
 
-    def stopped(self, reason: str, code: int) -> None:
-        self.catch_up()
+    def log_stop(self, reason: str, code: int) -> None:
+        self.flush()
         session, self.code = self.session, code
-        self.events.event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
+        self.log_event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
         self.printer.say(f"to go on: {train_command(session.config, session.device, session.folder)}")
+
+    def log_end(self, evaluation: Evaluation, make_sample: Callable[[], Sample | None], code: int = 0) -> None:
+        self.flush()
+        session, self.code = self.session, code
+        self.summary = validation_record(session.config, evaluation)
+        self.log_event("finished", step=session.step, seconds=perf_counter() - self.begin, **self.summary)
+        seconds = perf_counter() - self.begin
+        with self.timed("evaluation"):
+            sample = make_sample()
+        if sample is not None:
+            self.trackers.sample(session.step, *sample)
+        self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds), self.printer.bars))
+
+    def on_hang(self, text: str) -> None:
+        if self.pending is not None and self.pending.done():
+            self.flush()
+        self.alert("stall", text)
+        self.trackers.finish(int(ExitCode.hang), self.summary, HANG_SECONDS)
+
+    def on_rank_failure(self, code: int) -> None:
+        self.trackers.finish(code, self.summary, FAILURE_SECONDS)
 
 
 def set_up_logging(first: bool) -> None:
-    """Lines of the package's own logger on standard error, from rank 0 alone."""
+    """Sends the package's log lines to standard error, from rank 0 alone."""
     log = logging.getLogger("tokenyard")
     log.setLevel(logging.INFO if first else logging.ERROR)
     if not log.handlers:

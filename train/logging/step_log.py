@@ -1,6 +1,6 @@
-"""A step to log: its numbers are on the device when the loop gives it, and on the host when people and files are told.
+"""A logged step: its numbers are on the device when the training loop hands it over, and on the host when they are written.
 
-On a CPU both are one moment. On a GPU copies to the host are begun and nobody waits; they are there when the next step is done.
+On a CPU both happen at once. On a GPU copies to the host are started without waiting; they are done when the next step is.
 """
 
 from collections.abc import Iterator
@@ -14,66 +14,62 @@ from ...parallel.progress import waiting_for_device
 from ...parallel.streams import Event, record, seconds_between, to_host
 from ..evaluation import Evaluation
 from ..step import StepNumbers
-from .expert_stats.collector import HostSnapshot, Snapshot
+from .expert_stats.collector import Snapshot
 
 Interval = tuple[Event, Event]
 """Begin and end of a stretch of training."""
 
 
 class StepLog(NamedTuple):
-    """A step and what belongs to it."""
+    """A step and everything that is logged with it."""
 
     step: int
     numbers: StepNumbers
     lr: float
     intervals: list[Interval]
-    """Of training since the last logged step."""
+    """Training time since the last logged step."""
     tokens: int
-    """Trained on since then."""
-    waited: float
-    """Seconds of those for data."""
+    """Trained on since the last logged step."""
+    data_wait: float
+    """Seconds of `intervals` spent waiting for data."""
     data: dict[str, float]
-    """What the data has counted."""
+    """The counters of the data pipeline."""
     evaluation: Evaluation | None
     """The validation pass after this step, if there was one."""
-    snapshot: Snapshot
-    """What the watch over the experts has to say."""
+    snapshot: Snapshot | None
+    """The statistics of the experts; None if they are off."""
 
-
-class OnHost(NamedTuple):
-    """Of a Logged, on the host."""
-
-    numbers: StepNumbers
-    seen: HostSnapshot
-    seconds: float
-    """Of the laps."""
+    def seconds(self) -> float:
+        """The length of `intervals` in the device's time. Waits until the device has reached the end of the last one."""
+        return sum(seconds_between(begin, end) for begin, end in self.intervals)
 
 
 class PendingLog:
-    """A Logged on its way to the host."""
+    """A StepLog whose tensors are being copied to the host."""
 
     def __init__(self, logged: StepLog) -> None:
         self.logged = logged
-        own = {name: value for name, value in logged.numbers._asdict().items() if isinstance(value, Tensor)}
-        self._names = list(own)
-        self._copy = to_host([*own.values(), *logged.snapshot.tensors.values()])
+        self._numbers = {name: value for name, value in logged.numbers._asdict().items() if isinstance(value, Tensor)}
+        self._snapshot = {} if logged.snapshot is None else logged.snapshot.tensors
+        self._copy = to_host([*self._numbers.values(), *self._snapshot.values()])
 
     def done(self) -> bool:
         """Whether `get` returns at once."""
         return self._copy.done()
 
-    def get(self) -> OnHost:
-        """Waits, if it is not done."""
+    def get(self) -> StepLog:
+        """Waits for the copies. Returns the StepLog with all tensors on the host."""
         with waiting_for_device():
             values = self._copy.get()
-            seconds = sum(seconds_between(begin, end) for begin, end in self.logged.intervals)
-        snapshot, count = self.logged.snapshot, len(self._names)
-        numbers = self.logged.numbers._replace(**dict(zip(self._names, values[:count], strict=True)))
-        return OnHost(numbers, snapshot.seen(dict(zip(snapshot.tensors, values[count:], strict=True))), seconds)
+        numbers, snapshot = self.logged.numbers, self.logged.snapshot
+        numbers = numbers._replace(**dict(zip(self._numbers, values, strict=False)))
+        if snapshot is not None:
+            snapshot = snapshot._replace(tensors=dict(zip(self._snapshot, values[len(self._numbers) :], strict=True)))
+        return self.logged._replace(numbers=numbers, snapshot=snapshot)
 
 
 class Stopwatch:
-    """Time, the device's own, and tokens of training since the last look; evaluation and checkpoints are not in it."""
+    """Measures the device time and the tokens of training since the last reading, without evaluations and checkpoints."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.tokens = device, 0
@@ -81,19 +77,19 @@ class Stopwatch:
         self.start = record(device, timed=True)
 
     def take(self) -> tuple[list[Interval], int]:
-        """Laps and tokens since the last call."""
-        self._lap()
+        """Returns the intervals and tokens since the last call."""
+        self._end_interval()
         (intervals, self.intervals), (tokens, self.tokens) = (self.intervals, []), (self.tokens, 0)
         return intervals, tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens inside."""
-        self._lap()
+        """Leaves out the time inside."""
+        self._end_interval()
         yield
         self.start = record(self.device, timed=True)
 
-    def _lap(self) -> None:
+    def _end_interval(self) -> None:
         now = record(self.device, timed=True)
         self.intervals.append((self.start, now))
         self.start = now

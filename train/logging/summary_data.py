@@ -1,4 +1,4 @@
-"""What is said about a run, gathered from where it is known: a logged step, a validation pass, the start, the end."""
+"""Gathers what is reported about a run at its start, after a validation pass and at its end."""
 
 import copy
 import functools
@@ -9,62 +9,32 @@ from typing import Any
 
 import torch
 
-from ...moe.param_count import count
 from ..config.compose import compose
 from ..config.config import Config
 from ..config.serialize import changed_settings
 from ..derive import derive
 from ..evaluation import Evaluation
 from ..session import Session
-from ..step import StepNumbers
 from .console.startup import StartupFacts
-from .console.summary import EndFacts
-from .metrics import StepResult, auxiliary_metrics, count_metrics, load_metrics
+from .console.summary import EndFacts, Sample
+from .metrics import load_metrics
 from .peak_flops import Peak
-
-SAMPLE_LIMIT = 2_000_000_000
-"""Models with more parameters than this are not opened on one device for the sample at the end."""
-
-
-def step_result(config: Config, step: int, numbers: StepNumbers, lr: float, tokens: int) -> StepResult:
-    """As plain numbers. This waits for the device, so it happens on logged steps alone. Null experts are left out of the load."""
-    moe = config.model.moe
-    layers = len(numbers.balance_L)
-    kinds = {
-        "balance": numbers.balance_L,
-        "balance_sequence": numbers.sequence_L,
-        "importance": numbers.importance_L,
-        "z": numbers.z_L,
-    }
-    means = {kind: values_L.sum().item() / max(1, layers) for kind, values_L in kinds.items()}
-    return StepResult(
-        step=step,
-        tokens=tokens,
-        loss=numbers.cross_entropy.item(),
-        loss_balance=means["balance"],
-        loss_z=means["z"],
-        grad_norm=numbers.gradient_norm.item(),
-        lr=lr,
-        counts_LE=numbers.counts_LE[:, : moe.experts].tolist(),
-        dropped_L=numbers.dropped_L.tolist(),
-        loss_mtp=numbers.mtp_D.mean().item() if len(numbers.mtp_D) else None,
-        auxiliary=auxiliary_metrics(moe, means, layers, step) | count_metrics(config.model, numbers.counts_LE),
-    )
 
 
 def validation_record(config: Config, evaluation: Evaluation) -> dict[str, Any]:
-    """Loss and load of a validation pass, under names of their own."""
-    layers = moe_layers(config)
-    load = load_metrics(evaluation.counts_LE, [0] * len(evaluation.counts_LE), layers)
+    """Returns loss and load of a validation pass, under keys of their own."""
+    load = load_metrics(evaluation.counts_LE, [0] * len(evaluation.counts_LE), moe_layers(config))
     peak = load.get("moe/load_max_over_mean")
     return {"validation_loss": evaluation.loss} | ({} if peak is None else {"validation/load_max_over_mean": peak})
 
 
 def moe_layers(config: Config) -> list[int]:
+    """Returns the indices of the blocks with experts, without those of multi-token prediction."""
     return [index for index in range(config.model.layers) if config.model.moe_layer(index)]
 
 
 def startup_facts(session: Session, peak: Peak) -> StartupFacts:
+    """Returns what the table at the start shows in addition to the configuration."""
     facts, device = session.data.facts, session.device
     return StartupFacts(
         run_dir=str(session.folder),
@@ -82,7 +52,8 @@ def startup_facts(session: Session, peak: Peak) -> StartupFacts:
     )
 
 
-def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFacts:
+def end_facts(session: Session, evaluation: Evaluation, sample: Sample | None, seconds: float) -> EndFacts:
+    """Returns what the summary at the end shows, after `seconds` of this process."""
     config, checkpoint = session.config, shlex.quote(str(session.checkpoint))
     return EndFacts(
         steps=session.step,
@@ -93,7 +64,7 @@ def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFa
         counts_LE=evaluation.counts_LE,
         layers=moe_layers(config),
         checkpoint=str(session.checkpoint) if session.checkpoint else None,
-        sample=sample_of(session),
+        sample=sample,
         commands=[
             ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
             ("train longer", train_command(config, session.device, session.folder, steps=2 * config.steps)),
@@ -103,27 +74,14 @@ def end_facts(session: Session, evaluation: Evaluation, seconds: float) -> EndFa
 
 
 def train_command(config: Config, device: torch.device, run_dir: Path, steps: int | None = None) -> str:
-    """The command line that goes on with a run, with all its overrides."""
-    usual = copy.deepcopy(_usual())
-    derive(usual, device)
-    changed = changed_settings(config, usual, leave_out=("run.dir", "steps") if steps else ("run.dir",))
+    """Returns the command line that continues a run, with all its overrides."""
+    defaults = copy.deepcopy(_defaults())
+    derive(defaults, device)
+    changed = changed_settings(config, defaults, leave_out=("run.dir", "steps") if steps else ("run.dir",))
     folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
     return " ".join(["tokenyard train", *changed, folder, *longer])
 
 
 @functools.cache
-def _usual() -> Config:
-    """Of no overrides."""
+def _defaults() -> Config:
     return compose([])
-
-
-def sample_of(session: Session) -> tuple[str, str] | None:
-    """A prompt and its continuation by the checkpoint that was just written, opened on one device."""
-    wish = session.config.sample
-    if not wish.prompt or session.checkpoint is None or count(session.config.model).total > SAMPLE_LIMIT:
-        return None
-    from ..continuation import continuation
-    from ..load import open_checkpoint
-
-    opened = open_checkpoint(session.checkpoint, session.device)
-    return wish.prompt, "".join(continuation(opened.model, opened.tokenizer, wish, session.config.seed))

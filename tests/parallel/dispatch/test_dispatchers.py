@@ -12,8 +12,8 @@ from tokenyard.moe.experts import Experts
 from tokenyard.moe.router import Routing
 from tokenyard.parallel.apply import build_dispatcher
 from tokenyard.parallel.config import Exchange, ParallelConfig
-from tokenyard.parallel.dispatch.all_gather import GatherDispatcher
-from tokenyard.parallel.dispatch.all_to_all import PlainDispatcher, plan_arrivals, read_splits, reorder
+from tokenyard.parallel.dispatch.all_gather import AllGatherDispatcher
+from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher, plan_expert_order, read_splits, reorder
 from tokenyard.parallel.dispatch.deduplicated import DeduplicatedDispatcher
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
@@ -39,15 +39,17 @@ ALL = pytest.mark.parametrize("config", EXCHANGES.values(), ids=EXCHANGES)
 @pytest.mark.parametrize("most", [0, 1, 4])
 def test_plan_equals_a_loop(shape: tuple[int, int], most: int) -> None:
     torch.manual_seed(most)
-    sent_NL, came_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
-    splits = read_splits(sent_NL, came_NL, int(sent_NL.sum()))
-    assert splits.sent_N == [sum(row) for row in sent_NL.tolist()] and splits.came_N == [sum(row) for row in came_NL.tolist()]
-    plan = plan_arrivals(came_NL, sum(splits.came_N))
+    sent_NL, received_NL = torch.randint(most + 1, shape), torch.randint(most + 1, shape)
+    splits = read_splits(sent_NL, received_NL, int(sent_NL.sum()))
+    assert splits.send_N == [sum(row) for row in sent_NL.tolist()] and splits.receive_N == [
+        sum(row) for row in received_NL.tolist()
+    ]
+    plan = plan_expert_order(received_NL, sum(splits.receive_N))
     ranks, experts = shape
-    rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(came_NL[rank, expert]))]
+    rows = [(rank, expert, i) for rank in range(ranks) for expert in range(experts) for i in range(int(received_NL[rank, expert]))]
     arrived = [rows[place] for place in plan.order_A.tolist()]
     assert arrived == sorted(rows, key=lambda row: (row[1], row[0], row[2]))
-    assert [arrived[place] for place in plan.back_A.tolist()] == rows
+    assert [arrived[place] for place in plan.inverse_A.tolist()] == rows
 
 
 def test_reorder_and_its_gradient() -> None:
@@ -63,7 +65,7 @@ def test_reorder_and_its_gradient() -> None:
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_one_device(ranks: Any, config: ParallelConfig, world: int, tokens: list[int], dropped: float | None) -> None:
-    """Outputs and gradients of tokens and weights rank by rank; gradients of experts are sums over the ranks' tokens."""
+    """Compares outputs and gradients of tokens and weights rank by rank; gradients of experts are sums over all tokens."""
     torch.manual_seed(0)
     assert_ranks_equal_one_device(ranks, config, [random_tokens(count, dropped) for count in tokens[:world]])
 
@@ -80,7 +82,7 @@ def test_all_tokens_to_one_expert(ranks: Any, config: ParallelConfig) -> None:
 
 @ALL
 def test_any_number_of_experts_per_token(ranks: Any, config: ParallelConfig) -> None:
-    """Expert choice: a column for each expert, and some tokens have none."""
+    """As in expert choice: a column for each expert, and some tokens without any."""
     torch.manual_seed(0)
     parts = [random_tokens(5, 0.6, EXPERTS) for _ in range(4)]
     for part in parts:
@@ -101,7 +103,7 @@ def test_null_experts_get_nothing(ranks: Any, config: ParallelConfig) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXCHANGES if "chunks" not in name])
 def test_padding_reaches_the_experts(ranks: Any, name: str) -> None:
-    """Each expert gets as many rows from each rank as it has at most: 5 from each of 4 here."""
+    """Each expert gets its maximum of rows from each rank: here 5 from each of 4."""
     torch.manual_seed(0)
     parts = [random_tokens(5, 0.3) | {"padded_rows": 5} for _ in range(4)]
     for of_rank in assert_ranks_equal_one_device(ranks, EXCHANGES[name], parts):
@@ -116,7 +118,7 @@ FILES = {"plain": "all_to_all.py", "deduplicated": "deduplicated.py", "hierarchi
 @pytest.mark.parametrize("name", WAITS)
 @pytest.mark.parametrize("dropped", [None, 0.3])
 def test_the_host_waits_as_often_as_said(ranks: Any, name: str, dropped: float | None) -> None:
-    """Dropping costs the plain exchange one more, the number of kept choices."""
+    """With dropping the plain exchange reads one more number, that of kept choices."""
     torch.manual_seed(0)
     parts = [random_tokens(count, dropped) for count in (7, 1, 4, 2)]
     expected = {f"parallel/dispatch/{FILES[name]}": WAITS[name]}
@@ -126,7 +128,7 @@ def test_the_host_waits_as_often_as_said(ranks: Any, name: str, dropped: float |
 
 
 def waits(config: ParallelConfig, parts: list[dict[str, Any]]) -> dict[str, int]:
-    """How often the host waits, by file."""
+    """Returns how often the host waits, by file."""
     config.expert = len(parts)
     mesh = build_mesh(config)
     dispatcher, part = build_dispatcher(EXPERTS, mesh, config), parts[mesh.rank]
@@ -148,7 +150,7 @@ def pass_rows(dispatcher: Dispatcher, part: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", WAITS)
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(64, 8, 3), (48, 32, 8), (1, 8, 3), (32, 4, 4)])
 def test_a_dry_run_goes_on_with_numbers_that_fit_each_other(name: str, tokens: int, experts: int, top_k: int) -> None:
-    """No number is read; about as many rows arrive as are chosen, which splits and sums of a backward pass agree with."""
+    """No number is read; about as many rows arrive as are chosen, and the sizes of the backward pass agree."""
     dispatcher, arrived = dry_dispatcher(name, experts), []
     with FakeTensorMode(), dry_run("cuda") as seen:
         part = random_tokens(tokens, None, top_k, experts)
@@ -161,7 +163,7 @@ def test_a_dry_run_goes_on_with_numbers_that_fit_each_other(name: str, tokens: i
 
 
 def dry_dispatcher(name: str, experts: int) -> Dispatcher:
-    """Of rank 1 of 4, whose collectives do nothing."""
+    """Returns the dispatcher of rank 1 of 4, whose collectives do nothing."""
 
     def axis(size: int) -> Axis:
         group = ProcessGroup(1, size)
@@ -170,9 +172,9 @@ def dry_dispatcher(name: str, experts: int) -> Dispatcher:
 
     match name:
         case "plain":
-            return PlainDispatcher(experts, axis(4))
+            return AllToAllDispatcher(experts, axis(4))
         case "gather":
-            return GatherDispatcher(experts, axis(4))
+            return AllGatherDispatcher(experts, axis(4))
         case _:
             return DeduplicatedDispatcher(experts, [axis(4)] if name == "deduplicated" else [axis(2), axis(2)])
 
@@ -181,7 +183,7 @@ def assert_ranks_equal_one_device(ranks: Any, config: ParallelConfig, parts: lis
     found = ranks(len(parts), spread, config, parts)
     expected = [moe(LocalDispatcher(EXPERTS), all_experts(), part) for part in parts]
     for of_rank, reference in zip(found, expected, strict=True):
-        for name in ("y_TD", "x_TD", "weights_TK", "beside"):
+        for name in ("y_TD", "x_TD", "weights_TK", "overlapped"):
             torch.testing.assert_close(of_rank[name], reference[name], rtol=1e-12, atol=1e-13)
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
         summed = torch.stack([reference[name] for reference in expected]).sum(0)
@@ -199,7 +201,7 @@ def spread(config: ParallelConfig, parts: list[dict[str, Any]]) -> dict[str, Ten
 
 
 def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs, gradients of the sum of their squares, and what was computed beside, from the same tokens."""
+    """Outputs, gradients of the sum of their squares, and what the overlap function gave, from the same tokens."""
     x_TD, weights_TK = part["x_TD"].clone().requires_grad_(), part["weights_TK"].clone().requires_grad_()
     routing = Routing(part["experts_TK"], weights_TK, part["kept_TK"], None, part.get("padded_rows"))  # pyright: ignore[reportArgumentType]
     seen: list[Tensor] = []
@@ -208,11 +210,11 @@ def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[
         seen.append(counts_E)
         return experts(x_RD, counts_E)
 
-    y_TD, beside, _ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
-    (y_TD.square() + beside).sum().backward()
+    y_TD, overlapped, _ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
+    (y_TD.square() + overlapped).sum().backward()
     leaves = {"x_TD": x_TD, "weights_TK": weights_TK, **dict(experts.named_parameters())}
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {"y_TD": y_TD.detach(), "beside": beside.detach(), "counts_L": torch.stack(seen).sum(0)} | gradients
+    return {"y_TD": y_TD.detach(), "overlapped": overlapped.detach(), "counts_L": torch.stack(seen).sum(0)} | gradients
 
 
 def random_tokens(tokens: int, dropped: float | None, top_k: int = TOP_K, columns: int = EXPERTS) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What a configuration must obey, checked before any process group exists."""
+"""The rules between settings, checked before torch is imported."""

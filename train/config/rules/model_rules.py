@@ -1,77 +1,83 @@
-"""Rules between the settings of the model, but for those of its routers."""
+"""Rules between the settings of the model, its routers included."""
 
 from collections.abc import Iterator
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig, QKNorm, RopeScaling, Scope, Score, Selection
-from ....moe.param_count import head_width
+from ....moe.param_shapes import head_width
 from ..config import Config
 from ..schema import written
-from .rule import Broken, divisors, multiples
+from .rule import Violation, divisors, multiples
 
 
-def model(config: Config, world: int) -> Iterator[Broken]:
+def model(config: Config, world: int) -> Iterator[Violation]:
     c = config.model
-    if moe_layers(c) and c.width % 8:
-        yield Broken("model.width", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.width))
+    if moe_blocks(c) and c.width % 8:
+        yield Violation("model.width", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.width))
     if c.dense_first > c.layers:
-        yield Broken("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
+        yield Violation("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
     if c.mtp_depth >= config.sequence_length:
         rule = f"must be below sequence_length={config.sequence_length}, or nothing is left to predict"
-        yield Broken("model.mtp_depth", rule, [config.sequence_length - 1])
+        yield Violation("model.mtp_depth", rule, [config.sequence_length - 1])
 
 
-def attention(config: Config, world: int) -> Iterator[Broken]:
+def attention(config: Config, world: int) -> Iterator[Violation]:
     kind, rope = config.model.attention.kind, config.model.attention.rope
     yield from (_latent if kind is AttentionKind.mla else _grouped_query)(config.model)
     if rope.scaling is RopeScaling.llama3 and rope.high_frequency_factor <= rope.low_frequency_factor:
         rule = f"must be above model.attention.rope.low_frequency_factor={rope.low_frequency_factor:g}"
-        yield Broken("model.attention.rope.high_frequency_factor", rule, [rope.low_frequency_factor * 4])
+        yield Violation("model.attention.rope.high_frequency_factor", rule, [rope.low_frequency_factor * 4])
     if rope.scaling is RopeScaling.yarn and rope.beta_fast < rope.beta_slow:
         rule = f"must be at least model.attention.rope.beta_slow={rope.beta_slow:g}"
-        yield Broken("model.attention.rope.beta_fast", rule, [rope.beta_slow])
+        yield Violation("model.attention.rope.beta_fast", rule, [rope.beta_slow])
 
 
-def _grouped_query(c: ModelConfig) -> Iterator[Broken]:
+def _grouped_query(c: ModelConfig) -> Iterator[Violation]:
     fraction = c.attention.rope.fraction
     if c.heads % c.kv_heads:
-        yield Broken("model.kv_heads", f"must divide model.heads={c.heads}", divisors(c.heads))
+        yield Violation("model.kv_heads", f"must divide model.heads={c.heads}", divisors(c.heads))
     if c.head_width is None and c.width % c.heads:
-        yield Broken("model.heads", f"must divide model.width={c.width}", divisors(c.width))
+        yield Violation("model.heads", f"must divide model.width={c.width}", divisors(c.width))
     if fraction == 1 and c.head_width is None and c.width // c.heads % 2:
-        yield Broken("model.heads", f"must divide model.width={c.width} into even heads, rotation takes pairs", divisors(c.width))
+        yield Violation(
+            "model.heads", f"must divide model.width={c.width} into even heads, rotation takes pairs", divisors(c.width)
+        )
     if fraction == 1 and c.head_width is not None and c.head_width % 2:
-        yield Broken("model.head_width", "must be even, rotary embeddings take pairs", multiples(2, c.head_width))
+        yield Violation("model.head_width", "must be even, rotary embeddings take pairs", multiples(2, c.head_width))
     width = head_width(c)
     if abs(fraction * width / 2 - round(fraction * width / 2)) > 1e-9:
         rule = f"must be an even share of the {width} dimensions of a head, rotation takes pairs"
-        yield Broken("model.attention.rope.fraction", rule, [pairs * 2 / width for pairs in range(1, width // 2 + 1)])
+        yield Violation("model.attention.rope.fraction", rule, [pairs * 2 / width for pairs in range(1, width // 2 + 1)])
 
 
-def _latent(c: ModelConfig) -> Iterator[Broken]:
-    """What multi-head latent attention has no place for, and its rotary part."""
+def _latent(c: ModelConfig) -> Iterator[Violation]:
+    """Settings that multi-head latent attention does not support, and the width of its rotary part."""
     a = c.attention
     if a.mla.rope_width % 2:
-        yield Broken("model.attention.mla.rope_width", "must be even, rotary embeddings take pairs", multiples(2, a.mla.rope_width))
+        yield Violation(
+            "model.attention.mla.rope_width", "must be even, rotary embeddings take pairs", multiples(2, a.mla.rope_width)
+        )
     left_out = ("rope.fraction", 1.0), ("qk_norm", QKNorm.none), ("qkv_bias", False), ("output_bias", False), ("sinks", False)
     for name, value in left_out:
         if attrgetter(name)(a) != value:
             text = value.value if isinstance(value, QKNorm) else str(value).lower().removesuffix(".0")
-            yield Broken(f"model.attention.{name}", f"must be {text} with model.attention.kind=mla", [value])
+            yield Violation(f"model.attention.{name}", f"must be {text} with model.attention.kind=mla", [value])
 
 
-def experts(config: Config, world: int) -> Iterator[Broken]:
+def experts(config: Config, world: int) -> Iterator[Violation]:
     c = config.model.moe
-    if not moe_layers(config.model):
+    if not moe_blocks(config.model):
         return
     if c.top_k > c.experts:
-        yield Broken("model.moe.top_k", f"must be at most model.moe.experts={c.experts}", [c.experts])
+        yield Violation("model.moe.top_k", f"must be at most model.moe.experts={c.experts}", [c.experts])
     if c.hidden % 8:
-        yield Broken("model.moe.hidden", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.hidden))
+        yield Violation(
+            "model.moe.hidden", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.hidden)
+        )
 
 
-def moe_layers(c: ModelConfig) -> int:
-    """How many blocks have experts, those of multi-token prediction included."""
+def moe_blocks(c: ModelConfig) -> int:
+    """Blocks with experts, those of multi-token prediction included."""
     return sum(c.moe_layer(index) for index in range(c.layers + c.mtp_depth))
 
 
@@ -80,7 +86,7 @@ def moe_layers(c: ModelConfig) -> int:
 ROUTER, BALANCE, CAPACITY = "model.moe.router", "model.moe.balance", "model.moe.capacity"
 
 
-def routers(config: Config, world: int) -> Iterator[Broken]:
+def routers(config: Config, world: int) -> Iterator[Violation]:
     c = config.model.moe
     if not any(config.model.moe_layer(index) for index in range(config.model.layers)):
         return
@@ -90,74 +96,74 @@ def routers(config: Config, world: int) -> Iterator[Broken]:
     yield from _capacity(c)
 
 
-def _groups(c: MoEConfig) -> Iterator[Broken]:
+def _groups(c: MoEConfig) -> Iterator[Violation]:
     router, key = c.router, f"{ROUTER}.groups"
     if c.experts % router.groups:
         divisors = [groups for groups in range(1, c.experts + 1) if c.experts % groups == 0]
-        yield Broken(key, f"must divide model.moe.experts={c.experts}", divisors)
+        yield Violation(key, f"must divide model.moe.experts={c.experts}", divisors)
         return
     size = c.experts // router.groups
     if router.top_groups > router.groups:
-        yield Broken(f"{ROUTER}.top_groups", f"must be at most {key}={router.groups}", [router.groups])
+        yield Violation(f"{ROUTER}.top_groups", f"must be at most {key}={router.groups}", [router.groups])
     if router.groups == 1:
         return
     if c.top_k > size * router.top_groups:
         rule = (
             f"must be at most {size * router.top_groups}, the experts of {ROUTER}.top_groups={router.top_groups} groups of {size}"
         )
-        yield Broken("model.moe.top_k", rule, [size * router.top_groups])
+        yield Violation("model.moe.top_k", rule, [size * router.top_groups])
     if router.group_score is GroupScore.top2 and size < 2:
-        yield Broken(f"{ROUTER}.group_score", "top2 needs groups of two experts or more", [GroupScore.max])
+        yield Violation(f"{ROUTER}.group_score", "top2 needs groups of two experts or more", [GroupScore.max])
     if router.null_experts:
-        yield Broken(f"{ROUTER}.null_experts", f"must be 0, null experts are in no group of {key}={router.groups}", [0])
+        yield Violation(f"{ROUTER}.null_experts", f"must be 0, null experts are in no group of {key}={router.groups}", [0])
 
 
-def _selection(c: MoEConfig) -> Iterator[Broken]:
+def _selection(c: MoEConfig) -> Iterator[Violation]:
     router, chosen = c.router, c.router.selection
     chosen_by = f"with {ROUTER}.selection={chosen.value}"
     if chosen is Selection.gshard and c.top_k != 2:
-        yield Broken("model.moe.top_k", f"must be 2 {chosen_by}", [2])
+        yield Violation("model.moe.top_k", f"must be 2 {chosen_by}", [2])
     if chosen not in (Selection.top_k, Selection.gshard):
         if router.groups > 1:
-            yield Broken(f"{ROUTER}.groups", f"must be 1 {chosen_by}", [1])
+            yield Violation(f"{ROUTER}.groups", f"must be 1 {chosen_by}", [1])
         if c.balance.bias_rate > 0:
-            yield Broken(f"{BALANCE}.bias_rate", f"must be 0 {chosen_by}, which no bias balances", [0.0])
+            yield Violation(f"{BALANCE}.bias_rate", f"must be 0 {chosen_by}, which no bias balances", [0.0])
     if chosen is Selection.hash:
         for name, off in (("bias", False), ("noise", False), ("jitter", 0.0)):
             if getattr(router, name) != off:
-                yield Broken(f"{ROUTER}.{name}", f"must be {written(off)} {chosen_by}, which has no logits", [off])
+                yield Violation(f"{ROUTER}.{name}", f"must be {written(off)} {chosen_by}, which has no logits", [off])
     if chosen is Selection.expert_choice:
         if router.null_experts:
-            yield Broken(f"{ROUTER}.null_experts", f"must be 0 {chosen_by}, every expert takes its share", [0])
+            yield Violation(f"{ROUTER}.null_experts", f"must be 0 {chosen_by}, every expert takes its share", [0])
         if c.capacity.scope is Scope.rank:
             scopes = [Scope.sequence, Scope.batch]
-            yield Broken(f"{CAPACITY}.scope", f"must be sequence or batch {chosen_by}", scopes)
+            yield Violation(f"{CAPACITY}.scope", f"must be sequence or batch {chosen_by}", scopes)
 
 
-def _softmax_after_top_k(c: MoEConfig) -> Iterator[Broken]:
+def _softmax_after_top_k(c: MoEConfig) -> Iterator[Violation]:
     router, key = c.router, f"{ROUTER}.softmax_after_top_k"
     if not router.softmax_after_top_k:
         return
     if router.score is not Score.softmax:
-        yield Broken(f"{ROUTER}.score", f"must be softmax with {key}=true", [Score.softmax])
+        yield Violation(f"{ROUTER}.score", f"must be softmax with {key}=true", [Score.softmax])
     if router.selection in (Selection.hash, Selection.expert_choice):
-        yield Broken(key, f"must be false with {ROUTER}.selection={router.selection.value}", [False])
+        yield Violation(key, f"must be false with {ROUTER}.selection={router.selection.value}", [False])
     if c.top_k == 1:
-        yield Broken(key, "must be false with model.moe.top_k=1, whose weight would always be 1", [False])
+        yield Violation(key, "must be false with model.moe.top_k=1, whose weight would always be 1", [False])
 
 
-def _capacity(c: MoEConfig) -> Iterator[Broken]:
+def _capacity(c: MoEConfig) -> Iterator[Violation]:
     limits, key = c.capacity, f"{CAPACITY}.schedule"
-    if limits.schedule != _mended(limits.schedule):
-        yield Broken(key, "must be pairs of a rising step and a factor >= 0", [_mended(limits.schedule)])
+    if limits.schedule != _valid_pairs(limits.schedule):
+        yield Violation(key, "must be pairs of a rising step and a factor >= 0", [_valid_pairs(limits.schedule)])
     elif c.router.selection is Selection.expert_choice and 0 in limits.schedule[1::2]:
-        yield Broken(key, "may not be dropless (0) with expert_choice, whose experts take what the factor says", [[]])
+        yield Violation(key, "may not be dropless (0) with expert_choice, whose experts take what the factor says", [[]])
     if limits.pad and limits.factor is None and not limits.schedule and c.router.selection is not Selection.expert_choice:
-        yield Broken(f"{CAPACITY}.pad", f"must be false without {CAPACITY}.factor, there is nothing to pad to", [False])
+        yield Violation(f"{CAPACITY}.pad", f"must be false without {CAPACITY}.factor, there is nothing to pad to", [False])
 
 
-def _mended(schedule: list[float]) -> list[float]:
-    """Whole pairs in the order of their steps, those that make sense."""
+def _valid_pairs(schedule: list[float]) -> list[float]:
+    """The valid pairs of the schedule, in the order of their steps."""
     pairs = zip(schedule[::2], schedule[1::2], strict=False)
     right = {step: factor for step, factor in pairs if step >= 0 and step == int(step) and 0 <= factor < float("inf")}
     return [number for step in sorted(right) for number in (step, right[step])]

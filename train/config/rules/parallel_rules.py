@@ -1,4 +1,4 @@
-"""Rules of `parallel` about expert tensor parallelism and what FSDP2 keeps within a step."""
+"""Rules of `parallel` about the exchange of tokens and expert tensor parallelism."""
 
 from collections.abc import Iterator
 
@@ -7,27 +7,27 @@ from ....parallel.layout import node_ranks
 from ..config import Config
 from ..environment import local_world_size
 from ..launch import Launcher
-from .model_rules import moe_layers
-from .rule import Broken, divisors, needs
-
-# Rules between the settings of the exchange between experts' ranks.
+from .model_rules import moe_blocks
+from .rule import Violation, divisors, needs
 
 
-def exchange(config: Config, world: int) -> Iterator[Broken]:
+def exchange(config: Config, world: int) -> Iterator[Violation]:
     p = config.parallel
     if p.overlap_chunks > 1 and config.model.moe.capacity.pad:
-        yield Broken("parallel.overlap_chunks", "must be 1 with model.moe.capacity.pad=true, every chunk would be padded", [1])
+        yield Violation("parallel.overlap_chunks", "must be 1 with model.moe.capacity.pad=true, every chunk would be padded", [1])
     if p.exchange is Exchange.hierarchical:
         yield from _nodes(config, world)
     elif p.node_ranks is not None:
-        yield Broken("parallel.node_ranks", f"must be null, only parallel.exchange={Exchange.hierarchical.value} reads it", [None])
+        yield Violation(
+            "parallel.node_ranks", f"must be null, only parallel.exchange={Exchange.hierarchical.value} reads it", [None]
+        )
 
 
-def _nodes(config: Config, world: int) -> Iterator[Broken]:
-    """The ranks that share experts are whole nodes, or lie inside one."""
+def _nodes(config: Config, world: int) -> Iterator[Violation]:
+    """The ranks that share experts must fill whole nodes or lie inside one."""
     p = config.parallel
     local = local_world_size()
-    if local is None and config.launch.kind is not Launcher.inline:  # they are still to be started
+    if local is None and config.launch.kind is not Launcher.inline:  # the ranks are not started yet
         local = config.launch.ranks
     ranks = node_ranks(p, world, local)
     if p.expert % ranks == 0 or ranks % p.expert == 0:
@@ -35,19 +35,19 @@ def _nodes(config: Config, world: int) -> Iterator[Broken]:
     rule = f"must divide parallel.expert={p.expert} or be a multiple of it"
     if p.node_ranks is None:
         rule += f", and a node has {ranks} ranks"
-    yield Broken("parallel.node_ranks", rule, divisors(p.expert))
+    yield Violation("parallel.node_ranks", rule, divisors(p.expert))
 
 
-def expert_tensor(config: Config, world: int) -> Iterator[Broken]:
-    """Against the model, and against the ranks that parallel.expert leaves."""
+def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
+    """parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
     key, degree, c = "parallel.expert_tensor", config.parallel.expert_tensor, config.model
-    if not moe_layers(c):
+    if not moe_blocks(c):
         if degree > 1:
-            yield Broken(key, "must be 1, no layer of the model has experts", [1])
+            yield Violation(key, "must be 1, no layer of the model has experts", [1])
         return
     if c.moe.hidden // 8 % degree:
         rule = f"must divide model.moe.hidden={c.moe.hidden} into multiples of 8, grouped products want rows of 16 bytes"
-        yield Broken(key, rule, divisors(c.moe.hidden // 8))
+        yield Violation(key, rule, divisors(c.moe.hidden // 8))
     holders = world // config.parallel.expert
     if holders % degree:
         expert = f" ({world} ranks / parallel.expert={config.parallel.expert})" if config.parallel.expert > 1 else ""
@@ -56,4 +56,4 @@ def expert_tensor(config: Config, world: int) -> Iterator[Broken]:
             if world == 1
             else f"must divide the {holders} ranks{' that hold each expert' if expert else ''}{expert}"
         )
-        yield Broken(key, rule, {degree, *divisors(holders)})
+        yield Violation(key, rule, {degree, *divisors(holders)})

@@ -1,18 +1,18 @@
-"""What a rule between settings says when it does not hold, and whole numbers that may mend it."""
+"""`Violation`, which rules yield, and helpers for its candidates."""
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Broken(NamedTuple):
-    """A rule that does not hold: `key` is the setting to change, `candidates` the values that may mend it."""
+class Violation(NamedTuple):
+    """A rule that does not hold. `key` is the setting to change, `candidates` are values that may fix it."""
 
     key: str
     rule: str
     candidates: Iterable[object]
     place: int = 0
-    """Which of RULES it is."""
+    """The index of the rule in RULES."""
 
 
 def divisors(number: int) -> list[int]:
@@ -21,13 +21,13 @@ def divisors(number: int) -> list[int]:
 
 
 def multiples(unit: int, number: int) -> list[int]:
-    """The positive multiples of `unit` closest to `number`."""
+    """The positive multiples of `unit` around `number`."""
     below = number // unit
     return [unit * factor for factor in range(max(1, below - 8), below + 9)]
 
 
 def needs(degree: int, world: int) -> str:
-    """The rule of a degree of parallelism that `world` ranks are not a multiple of."""
+    """The rule that `world` must be a multiple of the parallel degree, in words."""
     if world == 1:
         return f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
     return f"must divide the {world} ranks"

@@ -1,4 +1,4 @@
-"""Every rule that must hold between settings, and the values that may mend a broken one. Types and names are checked by compose."""
+"""The rules that must hold between settings, with candidates that may fix a violation. Types and names are checked by compose."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,86 +8,86 @@ from operator import attrgetter
 from ....data.config import STREAMED, Corpus, TokenizerKind
 from ....moe.config import AttentionKind, ModelConfig
 from ....ranges import inside, ranges
-from .. import deepspeed as deepspeed_settings
+from .. import deepspeed_settings
 from ..config import Config, Shape
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
-from .model_rules import moe_layers
-from .rule import Broken, divisors, multiples, needs
+from .model_rules import moe_blocks
+from .rule import Violation, divisors, multiples, needs
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
 OPTIONAL = ("tensorboard", "trackio")
-"""Trackers whose packages are extras of ours, of the same names."""
+"""Trackers whose packages are extras of tokenyard, with the same names."""
 
 BYTE_PIECES = 259
-"""256 bytes and 3 marks."""
+"""256 bytes and 3 special tokens."""
 
 
-def broken_rules(config: Config, world: int) -> Iterator[Broken]:
-    """Each rule that does not hold. After the first one the others may fail, so take one at a time."""
+def violations(config: Config, world: int) -> Iterator[Violation]:
+    """Yields the violations. Take one at a time: later rules rely on earlier ones, and may raise if those do not hold."""
     for place, rule in enumerate(RULES):
         yield from (broken._replace(place=place) for broken in rule(config, world))
 
 
-def intervals(config: Config, world: int) -> Iterator[Broken]:
+def intervals(config: Config, world: int) -> Iterator[Violation]:
     for key, interval in ranges(Config).items():
         value = attrgetter(key)(config)
         if value is not None and not inside(value, interval):
-            yield Broken(key, f"must be in {interval}", _around(key, interval))
+            yield Violation(key, f"must be in {interval}", _around(key, interval))
 
 
-def tokenizer(config: Config, world: int) -> Iterator[Broken]:
+def tokenizer(config: Config, world: int) -> Iterator[Violation]:
     rows, trained = config.model.vocabulary, config.tokenizer.path is None
     if config.tokenizer.kind is TokenizerKind.bytes and rows < BYTE_PIECES:
         rule = f"must be at least {BYTE_PIECES}, the pieces of tokenizer=bytes"
-        yield Broken("model.vocabulary", rule, range(BYTE_PIECES, 2 * BYTE_PIECES))
+        yield Violation("model.vocabulary", rule, range(BYTE_PIECES, 2 * BYTE_PIECES))
     if config.tokenizer.kind is TokenizerKind.sentencepiece and trained and config.tokenizer.pieces > rows:
-        yield Broken("tokenizer.pieces", f"must be at most model.vocabulary={rows}", [rows])
+        yield Violation("tokenizer.pieces", f"must be at most model.vocabulary={rows}", [rows])
 
 
-def data(config: Config, world: int) -> Iterator[Broken]:
-    """While one rank waits for its source the others wait for it in a collective."""
+def data(config: Config, world: int) -> Iterator[Violation]:
+    """The time that a rank may wait for its source, during which the others wait in a collective, against their timeout."""
     limit = config.parallel.timeout_seconds
     streams = config.data.corpus in (*STREAMED, Corpus.mix)
     if world > 1 and streams and config.data.patience_seconds + config.data.stall_seconds >= limit:
         rule = f"must, with data.stall_seconds, stay below parallel.timeout_seconds={limit:g}"
-        yield Broken("data.patience_seconds", rule, [limit / 2])
+        yield Violation("data.patience_seconds", rule, [limit / 2])
 
 
-def schedule(config: Config, world: int) -> Iterator[Broken]:
+def schedule(config: Config, world: int) -> Iterator[Violation]:
     decay = config.schedule.decay
     if config.schedule.shape is Shape.wsd and decay is not None and decay > config.steps:
-        yield Broken("schedule.decay", f"must be at most steps={config.steps}", [config.steps])
+        yield Violation("schedule.decay", f"must be at most steps={config.steps}", [config.steps])
 
 
-def trackers(config: Config, world: int) -> Iterator[Broken]:
+def trackers(config: Config, world: int) -> Iterator[Violation]:
     wrong = [name for name in config.tracker.names if name not in TRACKERS]
     if wrong:
         right = [nearest_text(str(name), TRACKERS) if name in wrong else name for name in config.tracker.names]
-        yield Broken("tracker.names", f"may hold {', '.join(TRACKERS)}", [list(dict.fromkeys(right))])
+        yield Violation("tracker.names", f"may hold {', '.join(TRACKERS)}", [list(dict.fromkeys(right))])
     for name in (name for name in config.tracker.names if name in OPTIONAL and find_spec(name) is None):
         rest = [other for other in config.tracker.names if other != name]
-        yield Broken("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
+        yield Violation("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
 
-def degrees(config: Config, world: int) -> Iterator[Broken]:
+def degrees(config: Config, world: int) -> Iterator[Violation]:
     """The parallel degrees against the model."""
     p, c = config.parallel, config.model
     for key in _cut_by_tensor(c):
         if attrgetter(key)(config) % p.tensor:
-            yield Broken("parallel.tensor", f"must divide {key}={attrgetter(key)(config)}", divisors(attrgetter(key)(config)))
-    if p.expert > 1 and not moe_layers(c):
-        yield Broken("parallel.expert", "must be 1, no layer of the model has experts", [1])
-    if moe_layers(c) and c.moe.experts % p.expert:
-        yield Broken("parallel.expert", f"must divide model.moe.experts={c.moe.experts}", divisors(c.moe.experts))
+            yield Violation("parallel.tensor", f"must divide {key}={attrgetter(key)(config)}", divisors(attrgetter(key)(config)))
+    if p.expert > 1 and not moe_blocks(c):
+        yield Violation("parallel.expert", "must be 1, no layer of the model has experts", [1])
+    if moe_blocks(c) and c.moe.experts % p.expert:
+        yield Violation("parallel.expert", f"must divide model.moe.experts={c.moe.experts}", divisors(c.moe.experts))
 
 
-def ranks(config: Config, world: int) -> Iterator[Broken]:
+def ranks(config: Config, world: int) -> Iterator[Violation]:
     """The parallel degrees against the ranks that there are."""
     p = config.parallel
     for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
         if world % degree:
-            yield Broken(key, needs(degree, world), {degree, *divisors(world)})
+            yield Violation(key, needs(degree, world), {degree, *divisors(world)})
     data = world // p.tensor
     if data % p.shard:
         rule = (
@@ -95,21 +95,21 @@ def ranks(config: Config, world: int) -> Iterator[Broken]:
             if world == 1
             else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
         )
-        yield Broken("parallel.shard", rule, {p.shard, *divisors(data)})
+        yield Violation("parallel.shard", rule, {p.shard, *divisors(data)})
 
 
-def batch(config: Config, world: int) -> Iterator[Broken]:
+def batch(config: Config, world: int) -> Iterator[Violation]:
     sequences, data = config.batch.sequences, world // config.parallel.tensor
     micro = config.batch.micro or 1
     if sequences % data:
         rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor})"
-        yield Broken("batch.sequences", rule, multiples(data * micro, sequences))
+        yield Violation("batch.sequences", rule, multiples(data * micro, sequences))
     if sequences // data % micro:
         rule = f"must divide the {sequences // data} sequences of a rank (batch.sequences={sequences} over {data} data ranks)"
-        yield Broken("batch.micro", rule, divisors(sequences // data))
+        yield Violation("batch.micro", rule, divisors(sequences // data))
 
 
-RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
+RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     intervals,
     model_rules.model,
     model_rules.attention,
@@ -127,21 +127,21 @@ RULES: list[Callable[[Config, int], Iterator[Broken]]] = [
     deepspeed_settings.engine,
     launch_rules.launchers,
 ]
-"""In the order of checking: later ones may rely on earlier ones."""
+"""All rules in the order in which they are checked; later ones rely on earlier ones."""
 
 
 def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
-    """The sizes that tensor-parallel ranks share."""
+    """The sizes that tensor parallelism splits."""
     yield "model.heads"
     if c.attention.kind is AttentionKind.gqa:
         yield "model.kv_heads"
-    if moe_layers(c) < c.layers + c.mtp_depth:
+    if moe_blocks(c) < c.layers + c.mtp_depth:
         yield "model.hidden"
     yield from ("model.vocabulary", "sequence_length")
 
 
 def _around(key: str, interval: str) -> list[object]:
-    """Values inside: the bounds where they belong to it, the whole numbers above the lower one, and the default."""
+    """Candidates inside the interval: included bounds, whole numbers from the lower one, and the default."""
     default = attrgetter(key)(Config())
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     if isinstance(default, float):

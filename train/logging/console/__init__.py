@@ -1,1 +1,1 @@
-"""What a run prints: a line a step, the table of layers, start and end."""
+"""The console output of a run: the start, a line a step, the table of layers, the summary."""

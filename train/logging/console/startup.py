@@ -1,4 +1,4 @@
-"""The table that a run begins with: what is trained on what, where it goes, and how to look at it."""
+"""The table at the start of a run: model, batch, data, layout, device, and how to look at the run."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,55 +12,51 @@ from .text import Line, commands, plain, rows, title
 
 @dataclass
 class StartupFacts:
-    """What the configuration alone does not say."""
+    """What the table shows in addition to the configuration."""
 
     run_dir: str
     resume: str
-    """The decision and its reason in a few words, such as: new run (checkpoint.resume=auto found no checkpoint)."""
+    """Where the run starts from and why, such as: new run (checkpoint.resume=auto found no checkpoint)."""
     device: str
-    """Name of the device, such as: cpu (2 cores), NVIDIA H200."""
+    """The name of the device, such as: cpu (2 cores), NVIDIA H200."""
     ranks: int
     threads: int
     """CPU threads of each rank."""
     documents: int | None
-    """Training documents; None: streamed, nobody knows."""
+    """Training documents; None if they are streamed."""
     tokens: int | None
-    """Training tokens."""
+    """Training tokens; None if they are streamed."""
     bytes_per_token: float
     peak_flops: float
     """FLOP/s of all devices together."""
     peak_source: str
     precision_from: str
-    """Why it is what it is, such as: the default on a GPU."""
+    """The source of the precision, such as: the default on a GPU."""
     first_step: int = 0
-    """Steps that are done already."""
+    """Steps that earlier starts have done."""
     commands: list[tuple[str, str]] = field(default_factory=list)
-    """What for, and the command."""
+    """Purpose and command."""
 
 
 def startup_table(config: Config, count: Count, facts: StartupFacts) -> str:
-    """The table as plain text."""
+    """Returns the table as plain text."""
     return "\n".join(map(plain, startup_lines(config, count, facts)))
 
 
 def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Line]:
-    """The table with colours."""
+    """Returns the table with colours."""
+    streamed = facts.documents is None or facts.tokens is None
+    amount = "streamed" if streamed else f"{facts.documents:,} documents, {short(facts.tokens or 0)} tokens"
     table = [
         *_model(config, count),
         *_work(config, facts),
-        ("data", f"{config.data.corpus.value}: {_amount(facts)}"),
+        ("data", f"{config.data.corpus.value}: {amount}"),
         ("tokenizer", f"{config.tokenizer.kind.value}, {facts.bytes_per_token:.2f} bytes a token"),
         *_machine(config, facts),
         ("run folder", facts.run_dir),
         ("start", facts.resume),
     ]
     return [title(f"tokenyard {__version__}"), *rows(table), *commands(facts.commands), []]
-
-
-def _amount(facts: StartupFacts) -> str:
-    if facts.documents is None or facts.tokens is None:
-        return "streamed"
-    return f"{facts.documents:,} documents, {_tokens(facts.tokens)}"
 
 
 def _model(config: Config, count: Count) -> list[tuple[str, str]]:
@@ -78,14 +74,14 @@ def _model(config: Config, count: Count) -> list[tuple[str, str]]:
 
 
 def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
-    """The batch and how long the run is."""
+    """The batch and the length of the run."""
     per_step = config.batch.sequences * config.sequence_length
     overall = config.steps * per_step
     left = f", {config.steps - facts.first_step:,} to go" if facts.first_step else ""
     seen = f", {overall / facts.tokens:.2f} passes over the data" if facts.tokens else ""
     return [
         ("batch", f"{config.batch.sequences} sequences x {config.sequence_length} = {per_step:,} tokens a step"),
-        ("length", f"{config.steps:,} steps{left}; {_tokens(overall)}{seen}"),
+        ("length", f"{config.steps:,} steps{left}; {short(overall)} tokens{seen}"),
     ]
 
 
@@ -93,7 +89,7 @@ def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     """Layout, device and precision."""
     parallel, ranks = config.parallel, facts.ranks
     replicate = ranks // (parallel.shard * parallel.tensor)
-    layout = f"{_ranks(ranks)}: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
+    layout = f"{ranks} ranks: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
     layout += f" x expert_tensor {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
     compiled = ", compiled" if config.compile else ""
     recompute = ", activations recomputed" if parallel.recompute else ""
@@ -103,11 +99,3 @@ def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
         ("device", f"{facts.device}, {facts.threads} thread{'s' * (facts.threads != 1)} a rank{peak}"),
         ("precision", f"{config.precision.value}, {facts.precision_from}{compiled}{recompute}"),
     ]
-
-
-def _ranks(number: int) -> str:
-    return f"{number} ranks"
-
-
-def _tokens(number: int) -> str:
-    return f"{short(number)} tokens"

@@ -1,4 +1,4 @@
-"""What a person sees while training runs: one line a step, with columns that stand under each other."""
+"""The console during training: one line a step in fixed columns, and at intervals a table of the layers."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from ..metrics import max_over_mean, min_over_mean
 from .text import ASCII_BARS, Line, Span, bar, duration, plain
 
 UNEVEN = 2.0
-"""An expert with this many times its even share is worth a look."""
+"""An expert with this many times its even share is highlighted."""
 
 
 def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> str:
-    """The line of a record of metrics.jsonl, as plain text of fixed columns."""
+    """Returns the line of a record of metrics.jsonl as plain text."""
     return plain(step_spans(record, total_steps, eta_seconds))
 
 
 def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None, width: int | None) -> Line:
-    """`step_spans` in `width` characters: on a narrow terminal some columns are left out. None: as wide as it is."""
+    """Returns `step_spans` in `width` characters, without some columns if that is narrow. None: no limit."""
     line = step_spans(record, total_steps, eta_seconds)
     for name in ("MFU", "grad", "ETA"):
         if width is None or len(plain(line)) <= width:
@@ -31,7 +31,7 @@ def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: floa
 
 
 def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> Line:
-    """The same line with colours. A dense model has no expert columns."""
+    """Returns the line with colours. A dense model has no expert columns."""
     width = len(str(total_steps))
     line = _cell("step", f"{record['step']:>{width}}/{total_steps}", "bold")
     line += _cell("loss", _fixed(record["loss"], 7, 4), "bold red" if record["loss"] != record["loss"] else "bold")
@@ -46,9 +46,9 @@ def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float |
 
 
 class Eta:
-    """How long the rest of the run takes at the pace of the last `window` steps, evaluations and checkpoints among them included.
+    """Estimates the rest of the run by the pace of the last `window` steps, including evaluations and checkpoints between them.
 
-    The first step of a process is left out: it waits for compilers and caches.
+    The first step of a process is left out, because it waits for compilers and caches.
     """
 
     def __init__(self, total_steps: int, window: int = 50):
@@ -56,7 +56,7 @@ class Eta:
         self._times: deque[tuple[int, float]] = deque(maxlen=window + 1)
 
     def after(self, step: int, now: float | None = None) -> float | None:
-        """Seconds left after `step`, which is done now; None while unknown. `now`: a monotonic clock's seconds."""
+        """Returns the seconds left after `step`, which is done now; None while unknown. `now`: seconds of a monotonic clock."""
         self._times.append((step, monotonic() if now is None else now))
         (first_step, first), (last_step, last) = self._times[0], self._times[-1]
         if last_step == first_step:
@@ -65,7 +65,7 @@ class Eta:
 
 
 def _load(record: Mapping[str, Any]) -> Line:
-    """The busiest expert's share over an even one, and the layer it is in."""
+    """Returns the cell of the busiest expert's share over an even one, and the layer it is in."""
     load, layer = record["moe/load_max_over_mean"], record["moe/load_max_over_mean_layer"]
     return _cell("load", f"{_fixed(load, 5, 2)}x L{layer:<2}", "bold yellow" if load > UNEVEN else "")
 
@@ -75,21 +75,19 @@ def _cell(name: str, value: str, style: str = "") -> Line:
 
 
 def _fixed(value: float, width: int, decimals: int) -> str:
-    """`value` right-aligned in `width` characters, in powers of ten if it is too long for that."""
+    """Formats `value` right-aligned in `width` characters, in scientific notation if it is too long."""
     text = f"{value:>{width}.{decimals}f}"
     return text if len(text) <= width else f"{value:>{width}.{max(0, width - 6)}e}"
 
 
-# A small table of the layers now and then: where the load goes, which expert has most, what is dropped, how sure the router is.
-
 COLUMNS = 32
-"""At most, of a bar; with more experts a column shows the busiest of several."""
+"""The most columns of a bar; with more experts a column shows the busiest of several."""
 LAYERS = 16
-"""More layers than this, and only the least balanced are shown."""
+"""The most layers in the table: the least balanced ones."""
 
 
 def layer_lines(record: Mapping[str, Any], bars: str = ASCII_BARS) -> list[Line]:
-    """The table of a record of telemetry.jsonl. `bars`: characters from empty to full (Printer.bars)."""
+    """Returns the table of a record of telemetry.jsonl. `bars`: characters from empty to full (Printer.bars)."""
     rows = list(range(len(record["layers"])))
     shown = sorted(sorted(rows, key=lambda row: -max_over_mean(record["counts_LE"][row]))[:LAYERS])
     width = max(len("load"), min(COLUMNS, len(record["counts_LE"][0])))
@@ -115,7 +113,7 @@ def _row(record: Mapping[str, Any], row: int, width: int, bars: str) -> Line:
 
 
 def load_bar(counts_E: Sequence[int], width: int, bars: str) -> str:
-    """A character for each expert: half full is an even share, full twice that or more."""
+    """Returns a character for each expert: half full is an even share, full twice that or more."""
     shown = min(width, len(counts_E))
     mean = sum(counts_E) / len(counts_E) or 1.0
     edges = [column * len(counts_E) // shown for column in range(shown + 1)]

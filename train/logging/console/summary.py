@@ -1,4 +1,4 @@
-"""What a run ends with: how good the model is, how evenly its experts are used, a sample of it, and what to do next."""
+"""The summary at the end of a run: the loss, the load of the experts, a sample of the model, and commands to try next."""
 
 import math
 from collections.abc import Sequence
@@ -10,44 +10,46 @@ from ..metrics import max_over_mean, min_over_mean
 from .step_line import UNEVEN
 from .text import ASCII_BARS, Line, Span, bar, commands, duration, plain, printable, rows, title
 
+Sample = tuple[str, str]
+"""A prompt and what the model wrote after it."""
+
 COLUMNS = 64
-"""At most, of the bar chart; with more experts a column shows the busiest of several."""
+"""The most columns of the bar chart; with more experts a column shows the busiest of several."""
 
 
 @dataclass
 class EndFacts:
-    """What the end of a run knows. Losses in nats per token, on the validation split."""
+    """What the summary shows. Losses are in nats per token, on the validation split."""
 
     steps: int
-    """Done over the whole run."""
+    """Steps of the whole run."""
     tokens: int
-    """Trained on over the whole run."""
+    """Tokens of the whole run."""
     seconds: float
-    """Of this process."""
+    """Age of this process."""
     validation_loss: float
     unigram_entropy: float
-    """Loss of the best model that looks at no context, on the same tokens."""
+    """The loss of the best model without context, on the same tokens."""
     counts_LE: Sequence[Sequence[int]]
-    """Tokens of the validation pass that were routed to each expert of each MoE layer."""
+    """Choices of each expert in the validation pass."""
     layers: Sequence[int]
     """The block index of each row of counts_LE."""
     checkpoint: str | None
-    """Path of the last checkpoint; None if none was written."""
-    sample: tuple[str, str] | None = None
-    """A prompt and what the model wrote after it."""
+    """The path of the last checkpoint; None if none was written."""
+    sample: Sample | None = None
     commands: list[tuple[str, str]] = field(default_factory=list)
-    """What for, and the command: the next ones to try."""
+    """Purpose and command of what to try next."""
     outcome: str = "Done"
     """How the run ended, such as: Stopped on request."""
 
 
 def end_summary(facts: EndFacts, bars: str = ASCII_BARS) -> str:
-    """The summary as plain text. `bars`: characters of the bar chart from empty to full (Printer.bars)."""
+    """Returns the summary as plain text. `bars`: characters of the bar chart from empty to full (Printer.bars)."""
     return "\n".join(map(plain, end_lines(facts, bars)))
 
 
 def end_lines(facts: EndFacts, bars: str = ASCII_BARS) -> list[Line]:
-    """The summary with colours."""
+    """Returns the summary with colours."""
     lines = [
         [],
         title(f"{facts.outcome}: {facts.steps:,} steps, {short(facts.tokens)} tokens, {duration(facts.seconds)}"),
@@ -62,10 +64,11 @@ def end_lines(facts: EndFacts, bars: str = ASCII_BARS) -> list[Line]:
 
 
 def _loss(facts: EndFacts) -> list[Line]:
-    perplexity = math.exp(min(facts.validation_loss, 700.0))
+    value = math.exp(min(facts.validation_loss, 700.0))
+    perplexity = f"{value:.4g}" if value < 1e4 else f"{value:.2e}"
     below = 100 * (1 - facts.validation_loss / facts.unigram_entropy)
     side = f"{abs(below):.1f}% {'below' if below >= 0 else 'above'} it"
-    validation = Span(f"loss {facts.validation_loss:.4f} nats a token, perplexity {_perplexity(perplexity)}", "bold")
+    validation = Span(f"loss {facts.validation_loss:.4f} nats a token, perplexity {perplexity}", "bold")
     (first,) = rows([("validation", "")])
     return [
         [*first[:1], validation],
@@ -73,12 +76,8 @@ def _loss(facts: EndFacts) -> list[Line]:
     ]
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:.4g}" if value < 1e4 else f"{value:.2e}"
-
-
 def _load_table(facts: EndFacts, bars: str) -> list[Line]:
-    """A row a layer: max/mean, min/mean and the load of each expert, in order of their ids."""
+    """Returns a row for each layer: max/mean, min/mean and the load of each expert, in order of their ids."""
     shown = min(COLUMNS, len(facts.counts_LE[0]))
     scale = f"load of each expert: {bars[0]} none, {bars[len(bars) // 2]} an even share, {bars[-1]} twice that or more"
     head = [[], title("Expert load"), [Span(f"  {'layer':>5}  {'max/mean':>8}  {'min/mean':>8}   {scale}", "cyan")]]
@@ -101,7 +100,7 @@ def _load_row(layer: int, counts_E: Sequence[int], shown: int, bars: str) -> Lin
 
 
 def _sample(prompt: str, text: str) -> list[Line]:
-    """Prompt and text as they are, behind a margin."""
+    """Returns prompt and text behind a margin."""
     head, *rest = (printable(prompt) + "\0" + printable(text)).split("\n")
     lines = []
     style = "bold"

@@ -1,4 +1,4 @@
-"""Lines of styled text that print plainly anywhere and in colour on a terminal; and how numbers are written on them."""
+"""Lines of styled text, printed in colour on a terminal and plainly elsewhere, and the formatting of durations and bars."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ from ...config.redact import redact
 
 
 class Span(NamedTuple):
-    """Text with a rich style; the style is left out where there is no terminal."""
+    """Text with a rich style, which is ignored without a terminal."""
 
     text: str
     style: str = ""
@@ -24,21 +24,25 @@ BLOCKS = "_\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
 class Printer:
-    """Writes lines to `stream`: through rich if that is a terminal, else as they are, flushed line by line."""
+    """Writes lines to `stream`: with rich if that is a terminal, otherwise as plain text, flushed line by line."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
-        self._rich = _rich_console(self._stream) if self._stream.isatty() else None
+        self._rich: Any = None
+        if self._stream.isatty():
+            from rich.console import Console
+
+            self._rich = Console(file=self._stream, highlight=False, soft_wrap=True)
         self._encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self.bars = BLOCKS if self._writable(BLOCKS) == BLOCKS else ASCII_BARS
 
     @property
     def width(self) -> int | None:
-        """Characters of a line of the terminal as it is now; None where there is none."""
+        """The current width of the terminal in characters; None without a terminal."""
         return None if self._rich is None else self._rich.width
 
     def line(self, line: Line) -> None:
-        """One line, never wrapped or cropped by us."""
+        """Prints a line, without wrapping or cropping it."""
         line = [Span(self._writable(printable(redact(text))), style) for text, style in line]
         if self._rich is None:
             self._stream.write(plain(line) + "\n")
@@ -53,21 +57,21 @@ class Printer:
             self.line(line)
 
     def say(self, text: str) -> None:
-        """One line of unstyled text."""
+        """Prints a line of unstyled text."""
         self.line([Span(text)])
 
     def _writable(self, text: str) -> str:
-        """`text` with escapes for what the stream's encoding has no character for."""
+        """Returns `text` with escapes for characters that the stream's encoding does not have."""
         return text.encode(self._encoding, "backslashreplace").decode(self._encoding)
 
 
 def plain(line: Line) -> str:
-    """The line without styles and without blanks at its end."""
+    """Returns the line without styles and without trailing blanks."""
     return "".join(span.text for span in line).rstrip()
 
 
 def rows(items: Iterable[tuple[str, str]]) -> list[Line]:
-    """Names and values in two columns; an empty name goes on with the row above."""
+    """Returns names and values in two columns; an empty name continues the row above."""
     return [[Span(f"  {name:<12}", "cyan"), Span(value)] for name, value in items]
 
 
@@ -76,12 +80,12 @@ def title(text: str) -> Line:
 
 
 def commands(items: Iterable[tuple[str, str]]) -> list[Line]:
-    """What a command is for, and below it the command, alone on its line to be copied."""
+    """Returns the purpose of each command and, on a line of its own to be copied, the command."""
     return [line for purpose, command in items for line in ([Span(f"  {purpose}")], [Span("    "), Span(command, "bold green")])]
 
 
 def duration(seconds: float | None) -> str:
-    """Two units at most, in 6 characters: 45s, 3m12s, 2h05m, 11d04h; '-' if unknown."""
+    """Formats a duration in 6 characters, with two units at most: 45s, 3m12s, 2h05m, 11d04h; '-' if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     whole = max(0, round(seconds))
@@ -95,12 +99,6 @@ def duration(seconds: float | None) -> str:
 
 
 def bar(values: Iterable[float], full: float, marks: str) -> str:
-    """A character a value, from marks[0] (zero) to marks[-1] (`full` and above); any value over 0 shows at least marks[1]."""
+    """Returns a character for each value, from marks[0] (zero) to marks[-1] (`full` and above), at least marks[1] if not zero."""
     top = len(marks) - 1
     return "".join(marks[0 if value <= 0 else min(top, max(1, round(value / full * top)))] for value in values)
-
-
-def _rich_console(stream: TextIO) -> Any:
-    from rich.console import Console
-
-    return Console(file=stream, highlight=False, soft_wrap=True)

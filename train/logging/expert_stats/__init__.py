@@ -1,1 +1,1 @@
-"""What the experts do while they train: numbers of every record, telemetry.jsonl, a probe of held-out rows, alarms."""
+"""Statistics of the experts during training: metrics of each logged step, telemetry.jsonl, the probe, alerts."""

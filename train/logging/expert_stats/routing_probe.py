@@ -1,7 +1,7 @@
-"""The same held-out rows, routed now and then: which tokens go where, how that changes, which experts work together.
+"""The probe routes the same held-out rows from time to time: which tokens go where, how that changes, which experts co-activate.
 
 L layers that route, T probe tokens of this rank, K choices per token, E experts, C token classes. Results are sums over ranks of
-whole numbers, so that every layout has the same. Training notices nothing: no count, bias, random number or row of it changes.
+whole numbers, the same for every layout. The probe does not change training: no count, bias, random number or row of it.
 """
 
 import re
@@ -18,15 +18,8 @@ from ....parallel.collectives import stack_over, sum_over
 from ...batch import Rows, as_rows
 from ...session import Session
 
-# Token classes by the text of a piece alone: rules that hold for most programming languages, and for prose where words are
-# words.
-#
-# In this order, after blanks around the piece are taken off; the first rule that fits decides:
-#
-# whitespace nothing is left comment holds #, //, /*, */, <!--, --> or is made of dashes string holds a quotation mark or a
-# backquote number begins with a digit, or with a dot and a digit keyword is in KEYWORDS identifier has a letter (of any script)
-# or an underscore: names and words operator is made of printable ASCII punctuation other marks such as the end of a document,
-# parts of a character, other symbols
+# Token classes by the text of a piece alone. The rules hold for most programming languages, and for prose, whose words are
+# identifiers. After the blanks around the piece are removed, the first rule that applies decides; see `token_class`.
 
 CLASSES = ("identifier", "keyword", "number", "string", "operator", "whitespace", "comment", "other")
 
@@ -47,7 +40,7 @@ _OPERATOR = re.compile(r"[!-/:-@\[-`{-~]+")
 
 
 def token_class(text: str, mark: bool = False) -> str:
-    """One of CLASSES. `mark`: the token stands for no text at all."""
+    """Returns one of CLASSES. `mark`: the token has no text at all, such as the end of a document."""
     word = text.strip()
     if mark:
         return "other"
@@ -67,7 +60,7 @@ def token_class(text: str, mark: bool = False) -> str:
 
 
 def piece_text(decode: Callable[[list[int]], str], token: int) -> tuple[str, bool]:
-    """The text of one token, and whether it is a mark. Some tokenizers drop the first blank of a text, so empty is asked twice."""
+    """Returns the text of a token, and whether it is a mark. A doubled token shows a leading blank, which some tokenizers drop."""
     text = decode([token])
     if not text:
         text = decode([token, token])
@@ -75,26 +68,26 @@ def piece_text(decode: Callable[[list[int]], str], token: int) -> tuple[str, boo
 
 
 PICKED = 4
-"""So many layers, spread evenly, have co-activation, similarity and vocabulary."""
+"""The number of layers, spread evenly, for which co-activation, similarity and vocabulary are recorded."""
 WORDS = 8
-"""Tokens of an expert's vocabulary."""
+"""Tokens in an expert's vocabulary."""
 
 
 class Routed(NamedTuple):
-    """Where this rank's probe tokens went."""
+    """The experts of this rank's probe tokens."""
 
     experts_LTK: Tensor
-    """int16; -1 where nothing was chosen, or nothing real: padding, null experts, full experts."""
+    """int16; -1 where no expert computes the token: padding, null experts, full experts."""
     ids_T: Tensor
     sources_T: Tensor
-    """int64: index into the sources' names."""
+    """int64: index into the names of the sources."""
 
 
 class Probe:
-    """Rows are dealt to the data ranks in order; of each, tensor ranks see a slice."""
+    """Routes held-out rows: each data rank takes a run of them, and tensor ranks see a slice of each."""
 
     def __init__(self, session: Session, layers: list[int]) -> None:
-        """`layers`: the blocks that route; those of multi-token prediction, which run in training only, are left out."""
+        """`layers`: the blocks that route. Those of multi-token prediction, which run in training only, are left out."""
         self.session = session
         self.layers = [layer for layer in layers if layer < session.config.model.layers]
         count = len(self.layers)
@@ -102,14 +95,16 @@ class Probe:
         self.last: Tensor | None = None
         self.texts: dict[int, tuple[str, bool]] = {}
 
-    def look(self) -> dict[str, Any]:
-        """Route the probe and describe it as telemetry.jsonl does. Collective; the vocabulary is for rank 0."""
+    def run(self) -> dict[str, Any]:
+        """Returns the results under their keys in telemetry.jsonl; rank 0 alone has the vocabulary. Collective."""
         routed, mesh = self.route(), self.session.parallel.mesh
-        parts = {"classes": self._by(routed, self._classes(routed.ids_T), len(CLASSES))}
+        classes_T = [CLASSES.index(token_class(*self._text(token))) for token in routed.ids_T.tolist()]
+        parts = {"classes": self._by(routed, torch.tensor(classes_T, device=routed.ids_T.device), len(CLASSES))}
         names = self.session.data.validation.source_names
         if len(names) > 1:
             parts["sources"] = self._by(routed, routed.sources_T, len(names))
-        parts["coactivation"] = torch.stack([self._pairs(routed, layer) for layer in self.picked])
+        members = [self._members(routed.experts_LTK[self.layers.index(layer)]) for layer in self.picked]
+        parts["coactivation"] = torch.stack([members_TE.T @ members_TE for members_TE in members])
         parts["stability"] = self._changes(routed)
         flat = sum_over(torch.cat([part.double().flatten() for part in parts.values()]), mesh.everyone).cpu()
         sums = dict(zip(parts, flat.split([part.numel() for part in parts.values()]), strict=True))
@@ -127,18 +122,23 @@ class Probe:
 
     @torch.no_grad()
     def route(self) -> Routed:
-        """One forward pass without the head, with hooks on the routers for as long as it takes."""
+        """Runs one forward pass without the head, with temporary hooks on the routers."""
         session, parallel = self.session, self.session.parallel
         rows, sources_B = self._rows()
         experts, found = session.config.model.moe.experts, []
 
         def keep(_router: nn.Module, _inputs: object, routing: Routing) -> None:
-            found.append(real(routing, experts))
+            found.append(computing_experts(routing, experts))
 
         hooks = [router.register_forward_hook(keep) for router in routers(parallel, self.layers)]
         parallel.model.eval()
         try:
-            parallel.model(rows.ids, rows.targets != IGNORE, head_losses=[no_head], documents_BS=rows.documents)
+            parallel.model(
+                rows.ids,
+                rows.targets != IGNORE,
+                head_losses=[lambda hidden, _weight, _head: hidden.new_zeros(())],
+                documents_BS=rows.documents,
+            )
         finally:
             parallel.model.train()
             for hook in hooks:
@@ -149,7 +149,7 @@ class Probe:
         return Routed(experts_LTK, ids_BS.flatten(), sources_B.repeat_interleave(ids_BS.shape[1]))
 
     def _rows(self) -> tuple[Rows, Tensor]:
-        """This rank's rows, and the source of each."""
+        """Returns this rank's rows, and the source of each."""
         session, wanted = self.session, self.session.config.telemetry.probe
         data, validation = session.parallel.mesh.data, session.data.validation
         each = -(-wanted // data.size)
@@ -158,26 +158,18 @@ class Probe:
         sources_B = torch.tensor(validation.sources(wanted, mine), device=session.device)
         return as_rows(batch, 0, session.config, session.data, session.device), sources_B
 
-    def _classes(self, ids_T: Tensor) -> Tensor:
-        return torch.tensor([CLASSES.index(token_class(*self._text(token))) for token in ids_T.tolist()], device=ids_T.device)
-
     def _text(self, token: int) -> tuple[str, bool]:
         if token not in self.texts:
             self.texts[token] = piece_text(lambda ids: self.session.data.tokenizer.decode(ids), token)
         return self.texts[token]
 
     def _by(self, routed: Routed, kinds_T: Tensor, kinds: int) -> Tensor:
-        """(L, kinds, E): choices of each expert by tokens of each kind."""
+        """Returns the choices of each expert by tokens of each kind, (L, kinds, E)."""
         kinds_TC = nn.functional.one_hot(kinds_T, kinds).double()
         return torch.stack([kinds_TC.T @ self._members(experts_TK) for experts_TK in routed.experts_LTK])
 
-    def _pairs(self, routed: Routed, layer: int) -> Tensor:
-        """(E, E): tokens that chose both."""
-        members_TE = self._members(routed.experts_LTK[self.layers.index(layer)])
-        return members_TE.T @ members_TE
-
     def _changes(self, routed: Routed) -> Tensor:
-        """(4, L): tokens, those whose experts are others than the last time, choices then, choices that are the same now."""
+        """Returns (4, L): tokens, those whose experts changed since the last probe, choices then, choices that are the same now."""
         if self.last is None:
             return torch.zeros(4, len(self.layers), device=routed.ids_T.device)
         columns = []
@@ -188,29 +180,25 @@ class Probe:
         return torch.stack([torch.stack([value.double() for value in column]) for column in columns], dim=1)
 
     def _members(self, experts_TK: Tensor) -> Tensor:
-        """(T, E), fp64: 1 where a token chose an expert. Products of these are exact."""
+        """Returns fp64 (T, E): 1 where a token chose an expert. Products of these are exact."""
         experts = self.session.config.model.moe.experts
-        chosen_TK = experts_TK.long()
-        chosen_TK = chosen_TK.masked_fill(chosen_TK < 0, experts)
-        return torch.zeros(len(chosen_TK), experts + 1, dtype=torch.float64, device=chosen_TK.device).scatter_(1, chosen_TK, 1.0)[
-            :, :-1
-        ]
+        chosen_TK = experts_TK.long().masked_fill(experts_TK < 0, experts)
+        members = torch.zeros(len(chosen_TK), experts + 1, dtype=torch.float64, device=chosen_TK.device)
+        return members.scatter_(1, chosen_TK, 1.0)[:, :-1]
 
     def _vocabulary(self, routed: Routed) -> dict[str, Any]:
-        """Each expert's most frequent tokens with their counts, ties by token id."""
+        """Returns each expert's most frequent tokens with their counts, ties by token id; empty on all ranks but the first."""
         rows = [self.layers.index(layer) for layer in self.picked]
         everyone = self.session.parallel.mesh.everyone
         experts_LAK = stack_over(routed.experts_LTK[rows].int(), everyone).transpose(0, 1).flatten(1, 2)
         ids_A = stack_over(routed.ids_T, everyone).flatten()
         if everyone.rank:
             return {}
-        found = {}
+        found, ids_A = {}, ids_A.cpu()
         for layer, experts_AK in zip(self.picked, experts_LAK.cpu(), strict=True):
-            found[str(layer)] = [self._most_frequent(ids_A.cpu()[(experts_AK == expert).any(1)]) for expert in self._experts()]
+            tokens_of = [ids_A[(experts_AK == expert).any(1)] for expert in range(self.session.config.model.moe.experts)]
+            found[str(layer)] = [self._most_frequent(ids_N) for ids_N in tokens_of]
         return found
-
-    def _experts(self) -> range:
-        return range(self.session.config.model.moe.experts)
 
     def _most_frequent(self, ids_N: Tensor) -> list[list[Any]]:
         tokens, counts = ids_N.unique(return_counts=True)
@@ -219,8 +207,9 @@ class Probe:
 
 
 def movement(sums_4L: Tensor) -> dict[str, Any]:
-    """Between two probes. stability_L: share of the tokens whose set of experts changed. saturation_L: share of the earlier choices
-    that are made again, |then and now| / |then| (OLMoE, section 4.1, with the earlier probe against the later one)."""
+    """Compares two probes. stability_L: the share of tokens whose set of experts changed. saturation_L: the share of the earlier
+    choices that are made again, |then and now| / |then| (OLMoE, section 4.1, with the earlier probe against the later one).
+    """
     tokens_L, changed_L, then_L, same_L = sums_4L
     return {
         "stability_L": (changed_L / tokens_L.clamp(min=1)).tolist(),
@@ -229,24 +218,20 @@ def movement(sums_4L: Tensor) -> dict[str, Any]:
 
 
 def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, list[list[int]]]:
-    """{name: LE}, without those that nobody has."""
+    """Returns {name: LE}, without names that no token has."""
     by_name = zip(names, counts_LCE.long().transpose(0, 1), strict=True)
     return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
 
 
 def routers(parallel: Parallel, layers: list[int]) -> list[Router]:
-    """Those of the given blocks, in order."""
+    """Returns the routers of the given blocks, in order."""
     return [block.moe.router for index, block in enumerate(parallel.model.blocks) if index in layers and block.moe is not None]
 
 
-def real(routing: Routing, experts: int) -> Tensor:
-    """(T, K), int16: the experts that compute a token, -1 elsewhere."""
+def computing_experts(routing: Routing, experts: int) -> Tensor:
+    """Returns the experts that compute each token, -1 for null and full experts: int16 (T, K)."""
     experts_TK = routing.experts_TK
-    wanted_TK = experts_TK < experts
+    computes_TK = experts_TK < experts
     if routing.kept_TK is not None:
-        wanted_TK = wanted_TK & routing.kept_TK
-    return experts_TK.masked_fill(~wanted_TK, -1).to(torch.int16)
-
-
-def no_head(hidden: Tensor, _weight: Tensor, _head: object) -> Tensor:
-    return hidden.new_zeros(())
+        computes_TK = computes_TK & routing.kept_TK
+    return experts_TK.masked_fill(~computes_TK, -1).to(torch.int16)

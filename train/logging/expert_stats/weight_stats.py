@@ -1,6 +1,6 @@
-"""What the parameters say about the experts: the norm of each one's gradient, and how alike they are.
+"""Statistics of the parameters: the gradient norm of each expert, and the similarity of the experts.
 
-L layers that route, E experts. Every rank adds what it holds, so the numbers are those of one device.
+L layers that route, E experts. Every rank adds the part that it holds, so the numbers are those of one device.
 """
 
 import math
@@ -16,69 +16,69 @@ from ....parallel.apply import Parallel, ShardedParameter, local
 from ....parallel.collectives import sum_over
 
 CORNER = 64
-"""Experts are compared by the first 64 x 64 weights of each of their matrices: all of them would have to travel."""
+"""Experts are compared by the first 64 x 64 weights of each of their matrices, so that little has to be communicated."""
 
 _PLACE = re.compile(r"(layers|mtp)\.(\d+)\.")
 
 
 class GradientNorms(NamedTuple):
     experts_LE: Tensor
-    """Norm of each expert's gradient, fp64."""
+    """The norm of each expert's gradient, fp64."""
     router: Tensor
-    """Norm of the gradient of all routers together."""
+    """The norm of the gradient of all routers together."""
 
 
 def gradient_norms(parallel: Parallel, layers: list[int], scale: Tensor | float) -> GradientNorms:
-    """Of the gradients that the last step left, divided by `scale` (what clipping multiplied them by). Collective."""
+    """Returns the norms of the last step's gradients, divided by `scale` (the factor of clipping). Collective."""
     experts = parallel.model.config.moe.experts
     squares = torch.zeros(len(layers) * experts + 1, dtype=torch.float64, device=parallel.device)
     squares_LE = squares[:-1].view(len(layers), experts)
-    for name, placed in parallel.placed.items():
-        if placed.parameter.grad is None:
+    for name, sharded in parallel.parameters.items():
+        if sharded.parameter.grad is None:
             continue
-        gradient = local(placed.parameter.grad)
+        gradient = local(sharded.parameter.grad)
         if ".experts." in name:
-            squares_E = torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square() / placed.copies.size
-            first = placed.piece.offsets[0]
+            squares_E = torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square() / sharded.replicas.size
+            first = sharded.metadata.offsets[0]
             squares_LE[row_of(name, parallel.model.config, layers), first : first + len(squares_E)] += squares_E
         elif ".router." in name:
-            squares[-1] += torch.linalg.vector_norm(gradient).double().square() / placed.copies.size
+            squares[-1] += torch.linalg.vector_norm(gradient).double().square() / sharded.replicas.size
     norms = sum_over(squares, parallel.mesh.everyone).sqrt() / scale
     return GradientNorms(norms[:-1].view(len(layers), experts), norms[-1])
 
 
 def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict[int, Tensor]:
-    """Of each chosen layer (E, E): the cosine between the experts' weights, by a corner of each matrix. Collective."""
+    """Returns for each chosen layer the cosines between the experts' weights, (E, E), by a corner of each matrix. Collective."""
     config, found = parallel.model.config, {}
     for layer in chosen:
-        names = [name for name in parallel.placed if ".experts." in name and layers[row_of(name, config, layers)] == layer]
-        corners = torch.cat([_corner(parallel.placed[name], parallel.device) for name in sorted(names)], dim=1)
+        names = [name for name in parallel.parameters if ".experts." in name and layers[row_of(name, config, layers)] == layer]
+        corners = torch.cat([_corner(parallel.parameters[name], parallel.device) for name in sorted(names)], dim=1)
         unit_ED = torch.nn.functional.normalize(sum_over(corners, parallel.mesh.everyone), dim=1)
         found[layer] = (unit_ED @ unit_ED.T).clamp(-1, 1).cpu()
     return found
 
 
 def biases(parallel: Parallel) -> Tensor | None:
-    """(L, E): the bias of each expert of the routers that have one; null experts are left out."""
+    """Returns the biases of the experts, (L, E), without null experts; None if no router has any."""
     found = [bias[: parallel.model.config.moe.experts] for bias in expert_biases(parallel.model).values()]
     return torch.stack(found) if found else None
 
 
 def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
-    """The row of the parameter's layer: blocks of multi-token prediction follow the model's own."""
+    """Returns the row of the parameter's layer; blocks of multi-token prediction follow the model's own."""
     found = _PLACE.match(name)
     assert found is not None, name
     return layers.index(int(found[2]) + (config.layers if found[1] == "mtp" else 0))
 
 
-def _corner(placed: ShardedParameter, device: torch.device) -> Tensor:
-    """(E, all of the corner), fp64: this rank's share, whose sum over all ranks is the corner itself."""
-    piece = placed.piece
+def _corner(sharded: ShardedParameter, device: torch.device) -> Tensor:
+    """Returns this rank's share of the corner, fp64 (E, weights), whose sum over all ranks is the corner itself."""
+    piece = sharded.metadata
     region = (piece.shape[0], *(min(CORNER, size) for size in piece.shape[1:]))
     corner = torch.zeros(region, dtype=torch.float64, device=device)
     ends = [min(offset + size, limit) for offset, size, limit in zip(piece.offsets, piece.sizes, region, strict=True)]
     if all(offset < end for offset, end in zip(piece.offsets, ends, strict=True)):
         there = tuple(slice(offset, end) for offset, end in zip(piece.offsets, ends, strict=True))
         here = tuple(slice(0, end - offset) for offset, end in zip(piece.offsets, ends, strict=True))
-        corner[there] = local(placed.parameter.data)[here].double() / placed.copies.size
+        corner[there] = local(sharded.parameter.data)[here].double() / sharded.replicas.size
     return corner.view(region[0], math.prod(region[1:]))

@@ -1,1 +1,1 @@
-"""Where numbers go beside metrics.jsonl: W&B, TensorBoard, trackio."""
+"""The trackers, which show metrics.jsonl: W&B, TensorBoard, trackio."""

@@ -1,4 +1,4 @@
-"""TensorBoard: the only file that imports it. Event files in the run folder's tensorboard/, for `tensorboard --logdir`."""
+"""Writes a run to TensorBoard's event files in RUN/tensorboard, for `tensorboard --logdir`. No other file imports tensorboard."""
 
 import time
 from collections.abc import Mapping
@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ..expert_stats.alerts import TITLES
 from ..expert_stats.heatmap import load_map, load_ratio, png
 from .base import AbstractTracker, summary_text
 
 
 class TensorboardTracker(AbstractTracker):
-    """Scalars by step, the load as a picture and a histogram, alerts and samples as text. A resumed run adds another file."""
+    """Writes scalars by step, the load as picture and histogram, alerts and samples as text. A resumed run adds another file."""
 
     name = "tensorboard"
 
@@ -49,8 +50,8 @@ class TensorboardTracker(AbstractTracker):
         values = [{"tag": "experts/load", "image": picture}, {"tag": "experts/load_over_even", "histo": histogram}]
         self._write(values, record["step"])
 
-    def alert(self, kind: str, title: str, text: str) -> None:
-        self._text(f"alerts/{kind}", f"**{title}**: {text}", self._step)
+    def alert(self, kind: str, text: str) -> None:
+        self._text(f"alerts/{kind}", f"**{TITLES.get(kind, kind)}**: {text}", self._step)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._text("sample", "\n".join(f"    {line}" for line in (prompt + text).splitlines()), step)
@@ -62,7 +63,7 @@ class TensorboardTracker(AbstractTracker):
     def _write(self, values: list[dict[str, Any]], step: int) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        summaries: Any = summary_pb2  # its names are made when it is imported, so that type checkers see none
+        summaries: Any = summary_pb2  # its names are created on import, so type checkers see none
         summary = summaries.Summary(value=[summaries.Summary.Value(**value) for value in values])
         self._writer.add_event(vars(event_pb2)["Event"](summary=summary, step=step, wall_time=time.time()))
 
@@ -76,5 +77,5 @@ class TensorboardTracker(AbstractTracker):
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record but its step."""
+    """Returns the numbers of a record without its step."""
     return {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""Trackers are views of metrics.jsonl for people. Whatever one of them does, training neither stops nor waits for it."""
+"""Trackers show metrics.jsonl to people. Training neither stops nor waits for any of them, whatever it does."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ def build_trackers(
     say: Callable[[str], None] = print,
     events: Journal | None = None,
 ) -> "Trackers":
-    """The trackers of `config.names`; only rank 0 may call it.
+    """Returns the trackers of `config.names`; only rank 0 may call it.
 
-    `run_id`: see `run_identity`. `run_name`: run.name. `say` prints the one line about a failure, `events` keeps it.
+    `run_id`: see `run_identity`. `run_name`: run.name. `say` prints the one line about a failure, `events` records it.
     """
     trackers: list[AbstractTracker] = []
     for name in config.names:
@@ -48,9 +48,9 @@ def build_trackers(
 
 
 def run_identity(run_dir: Path, resumed: bool) -> str:
-    """The id under which trackers know the run, kept in `run_dir`/run_id: the same after a resume, else a new one.
+    """Returns the id under which trackers know the run, stored in `run_dir`/run_id: the same after a resume, else a new one.
 
-    Not drawn from any seeded generator, as runs with the same seed are different runs.
+    It is not drawn from a seeded generator, because runs with the same seed are different runs.
     """
     path = run_dir / "run_id"
     if not (resumed and path.exists()):
@@ -58,12 +58,14 @@ def run_identity(run_dir: Path, resumed: bool) -> str:
     return path.read_text().strip()
 
 
-class Trackers:
-    """All trackers of the run, each behind its own thread and queue of `capacity` records.
+class Trackers(AbstractTracker):
+    """All trackers of a run, each behind its own thread and a queue of `capacity` calls; every call but `finish` returns at once.
 
-    A tracker that raises is reported once; one that is too slow loses records, which `finish` counts; one whose `start` failed is
-    left alone from then on.
+    A tracker that raises is reported once; one that is too slow loses records, which `finish` counts; one that could not start gets
+    no further calls.
     """
+
+    name = "all"
 
     def __init__(
         self,
@@ -78,61 +80,58 @@ class Trackers:
         self._say, self._events, self._patience = say, events, patience
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Returns at once; the trackers start beside the run."""
-        for worker in self._workers:
-            worker.offer(worker.start, facts)
+        self._call("start", facts)
 
-    def ready(self, patience: float) -> list[str]:
-        """Waits until all have started, for `patience` seconds at most; the names of those that have not."""
+    def wait_for_start(self, patience: float) -> list[str]:
+        """Waits until all have started, for `patience` seconds at most. Returns the names of those that have not."""
         deadline = monotonic() + patience
         while monotonic() < deadline and any(not worker.started and worker.error is None for worker in self._workers):
             sleep(0.02)
         for worker in self._workers:
             self._report(worker)
-        return [worker.name for worker in self._workers if not worker.started]
+        return [worker.tracker.name for worker in self._workers if not worker.started]
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Returns at once. The record is copied, so the caller may change it."""
+        """Copies the record, so the caller may change it."""
+        self._call("log", dict(record))
         for worker in self._workers:
-            worker.offer(worker.log, dict(record))
             self._report(worker)
 
     def telemetry(self, record: Mapping[str, Any]) -> None:
-        """Returns at once, as do the next two. The caller leaves the record as it is."""
-        for worker in self._workers:
-            worker.offer(worker.telemetry, record)
+        """Does not copy the record: the caller must not change it."""
+        self._call("telemetry", record)
 
-    def alert(self, kind: str, title: str, text: str) -> None:
-        for worker in self._workers:
-            worker.offer(worker.alert, kind, title, text)
+    def alert(self, kind: str, text: str) -> None:
+        self._call("alert", kind, text)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        for worker in self._workers:
-            worker.offer(worker.sample, step, prompt, text)
+        self._call("sample", step, prompt, text)
 
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None, patience: float | None = None) -> None:
-        """Waits until the trackers have taken all records, but no longer than `patience`, by default that of all."""
+        """Waits until the trackers have taken all records, for `patience` seconds at most."""
         deadline = monotonic() + (self._patience if patience is None else patience)
         for worker in self._workers:
-            done = worker.close(deadline, exit_code, dict(summary or {}))
+            done = worker.finish(deadline, exit_code, dict(summary or {}))
             self._report(worker)
-            self._report_losses(worker, done)
+            missed = worker.offered - worker.delivered
+            if missed or not done:
+                end = "" if done else f" and it did not finish within {self._patience:g} s"
+                name = worker.tracker.name
+                self._say(f"tracker {name} missed {missed} of {worker.offered} records{end}; metrics.jsonl has all")
+                self._event("tracker_incomplete", tracker=name, missed=missed, records=worker.offered, finished=done)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for worker in self._workers:
+            worker.offer(method, *arguments)
 
     def _report(self, worker: "_TrackerThread") -> None:
-        """Say what failed first, once. From the main thread, so that lines of the console do not mix."""
+        """Reports the first error of a tracker, once. Called from the main thread, so that lines on the console do not mix."""
         if worker.error is None or worker.reported:
             return
         worker.reported = True
-        self._say(f"tracker {worker.name} failed: {worker.error}; training goes on, metrics.jsonl has all records")
-        self._event("tracker_failed", tracker=worker.name, error=worker.error)
-
-    def _report_losses(self, worker: "_TrackerThread", done: bool) -> None:
-        missed = worker.offered - worker.delivered
-        if done and not missed:
-            return
-        end = "" if done else f" and it did not finish within {self._patience:g} s"
-        self._say(f"tracker {worker.name} missed {missed} of {worker.offered} records{end}; metrics.jsonl has all")
-        self._event("tracker_incomplete", tracker=worker.name, missed=missed, records=worker.offered, finished=done)
+        name = worker.tracker.name
+        self._say(f"tracker {name} failed: {worker.error}; training goes on, metrics.jsonl has all records")
+        self._event("tracker_failed", tracker=name, error=worker.error)
 
     def _event(self, kind: str, **facts: Any) -> None:
         if self._events is not None:
@@ -140,10 +139,9 @@ class Trackers:
 
 
 class _TrackerThread:
-    """A thread that hands one tracker its calls, in order."""
+    """A thread that makes the calls to one tracker, in order."""
 
     def __init__(self, tracker: AbstractTracker, capacity: int):
-        self.name = tracker.name
         self.tracker = tracker
         self.queue: Queue = Queue(capacity)
         self.error: str | None = None
@@ -154,51 +152,30 @@ class _TrackerThread:
         self._thread = Thread(target=self._run, name=f"tracker-{tracker.name}", daemon=True)
         self._thread.start()
 
-    def offer(self, call: Callable, *arguments: Any) -> None:
-        """Queue a call, or drop it if the queue is full."""
-        self.offered += call == self.log
+    def offer(self, method: str, *arguments: Any) -> None:
+        """Queues a call, or drops it if the queue is full."""
+        self.offered += method == "log"
         with suppress(Full):
-            self.queue.put_nowait((call, arguments))
+            self.queue.put_nowait((method, arguments))
 
-    def close(self, deadline: float, exit_code: int, summary: dict[str, Any]) -> bool:
-        """Queue `finish` behind all else and wait for it until `deadline`; False if that came first."""
+    def finish(self, deadline: float, exit_code: int, summary: dict[str, Any]) -> bool:
+        """Queues `finish` behind all other calls and waits for it. Returns False if `deadline` passes before."""
         try:
-            self.queue.put((self.finish, (exit_code, summary)), timeout=max(0.0, deadline - monotonic()))
+            self.queue.put(("finish", (exit_code, summary)), timeout=max(0.0, deadline - monotonic()))
             self.queue.put(None, timeout=max(0.0, deadline - monotonic()))
         except Full:
             return False
         self._thread.join(max(0.0, deadline - monotonic()))
         return not self._thread.is_alive()
 
-    def start(self, facts: Mapping[str, Any]) -> None:
-        self.tracker.start(facts)
-        self.started = True
-
-    def log(self, record: dict[str, Any]) -> None:
-        if self.started:
-            self.tracker.log(record)
-            self.delivered += 1
-
-    def telemetry(self, record: Mapping[str, Any]) -> None:
-        if self.started:
-            self.tracker.telemetry(record)
-
-    def alert(self, kind: str, title: str, text: str) -> None:
-        if self.started:
-            self.tracker.alert(kind, title, text)
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        if self.started:
-            self.tracker.sample(step, prompt, text)
-
-    def finish(self, exit_code: int, summary: dict[str, Any]) -> None:
-        if self.started:
-            self.tracker.finish(exit_code, summary)
-
     def _run(self) -> None:
         while (item := self.queue.get()) is not None:
-            call, arguments = item
+            method, arguments = item
+            if method != "start" and not self.started:
+                continue
             try:
-                call(*arguments)
-            except BaseException as error:  # also SystemExit: libraries use it, and it may not end this thread
+                getattr(self.tracker, method)(*arguments)
+                self.started |= method == "start"
+                self.delivered += method == "log"
+            except BaseException as error:  # also SystemExit: libraries raise it, and it must not end this thread
                 self.error = self.error or " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())

@@ -1,18 +1,20 @@
-"""Trackio: the only file that imports it. A local database that `trackio show` opens; no account."""
+"""Writes a run to trackio: a local database that `trackio show` opens, without an account. No other file imports trackio."""
 
 import contextlib
 import io
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...config.config import TrackerConfig
+from ..expert_stats.alerts import TITLES
 from .base import AbstractTracker
 
 
 class TrackioTracker(AbstractTracker):
-    """A run of a project in trackio's own folder (TRACKIO_DIR), named after the run folder and its id, which a resume keeps."""
+    """A run in trackio's own folder (TRACKIO_DIR), named after the run folder and its id, which a resumed run keeps."""
 
     name = "trackio"
 
@@ -21,13 +23,13 @@ class TrackioTracker(AbstractTracker):
         self._run: Any = None
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
+        with contextlib.redirect_stdout(io.StringIO()):  # trackio prints how to open its dashboard
             import trackio
 
             self._run = trackio.init(
                 project=self._config.project,
                 name=self._name,
-                group=self._config.group,
+                group=os.environ.get("WANDB_RUN_GROUP"),
                 config=dict(facts),
                 resume="allow",
                 embed=False,
@@ -38,9 +40,9 @@ class TrackioTracker(AbstractTracker):
     def log(self, record: Mapping[str, Any]) -> None:
         self._run.log(finite(record), step=record["step"])
 
-    def alert(self, kind: str, title: str, text: str) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # our own line is there already
-            self._run.alert(title=title, text=text)
+    def alert(self, kind: str, text: str) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # the console has a line of our own
+            self._run.alert(title=TITLES.get(kind, kind), text=text)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._run.log({"sample": prompt + text}, step=step)
@@ -52,7 +54,7 @@ class TrackioTracker(AbstractTracker):
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without its step; what is not finite as text, since a chart cannot show it."""
+    """Returns a record without its step, and with numbers that are not finite as text, since a chart cannot show them."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()

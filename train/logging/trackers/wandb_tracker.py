@@ -1,4 +1,4 @@
-"""Weights & Biases: the only file that imports wandb. Without an account it writes offline, to be uploaded with `wandb sync`."""
+"""Writes a run to Weights & Biases; without an account offline, for `wandb sync`. No other file imports wandb."""
 
 import configparser
 import netrc
@@ -14,19 +14,19 @@ import numpy as np
 
 from ...config.config import TrackerConfig
 from ...config.redact import redact, redact_plain
-from ..expert_stats.alerts import GRAVE
+from ..expert_stats.alerts import ERRORS, TITLES
 from ..expert_stats.heatmap import load_map, load_ratio
 from .base import AbstractTracker
 
 LARGEST_TABLE = 1024
-"""Experts of all layers together that a table has rows for: more take longer to write than a picture is worth."""
+"""The most experts, of all layers together, that a table lists: more take longer to write than a picture is worth."""
 TABLE_COLUMNS: list[Any] = ["layer", "expert", "tokens", "load over even", "dead"]
 
 
 class WandbTracker(AbstractTracker):
     """A W&B run in `run_dir`/wandb.
 
-    A tracker.* setting that is not its default wins over wandb's environment variable of the same meaning.
+    tracker.project and run.name, where they are set, take precedence over wandb's environment variables of the same meaning.
     """
 
     name = "wandb"
@@ -42,7 +42,7 @@ class WandbTracker(AbstractTracker):
         os.environ.setdefault("WANDB_SILENT", "true")  # the setting below does not reach what login prints
         import wandb
 
-        # The metadata has the command line in it.
+        # The metadata contains the command line.
         secret = redact(" ".join(sys.argv)) != " ".join(sys.argv)
         # console=off: capturing stdout would put wandb between training and its terminal. The time limits stay below those of
         # Trackers.finish, so that a server out of reach is named as the cause and does not hold up the end of the process.
@@ -52,11 +52,11 @@ class WandbTracker(AbstractTracker):
         self._run.define_metric("*", step_metric="global_step")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        # our own axis, as wandb's never goes back: after a resume it would refuse the steps since the checkpoint
+        # an axis of our own: wandb's never goes back, so after a resume it would refuse the steps since the checkpoint
         self._run.log({"global_step" if key == "step" else key: value for key, value in record.items()})
 
     def telemetry(self, record: Mapping[str, Any]) -> None:
-        """Load and gradient norms, layer x expert, as a picture, a table and histograms."""
+        """Shows load and gradient norms, layer x expert, as a picture, a table and histograms."""
         import wandb
 
         load = load_ratio(record["counts_LE"])
@@ -69,11 +69,11 @@ class WandbTracker(AbstractTracker):
             logged["experts/table"] = wandb.Table(columns=TABLE_COLUMNS, data=table_rows(record))
         self._run.log(logged)
 
-    def alert(self, kind: str, title: str, text: str) -> None:
+    def alert(self, kind: str, text: str) -> None:
         from wandb.sdk.wandb_alerts import AlertLevel
 
-        level = AlertLevel.ERROR if kind in GRAVE else AlertLevel.WARN
-        self._run.alert(title=title, text=text, level=level)
+        level = AlertLevel.ERROR if kind in ERRORS else AlertLevel.WARN
+        self._run.alert(title=TITLES.get(kind, kind), text=text, level=level)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         import wandb
@@ -87,7 +87,7 @@ class WandbTracker(AbstractTracker):
 
 
 def table_rows(record: Mapping[str, Any]) -> list[Any]:
-    """A row for each expert of each layer."""
+    """Returns a row for each expert of each layer."""
     loads = load_ratio(record["counts_LE"]).tolist()
     rows = zip(record["layers"], record["counts_LE"], loads, record["dead_LE"], strict=True)
     return [
@@ -98,26 +98,22 @@ def table_rows(record: Mapping[str, Any]) -> list[Any]:
 
 
 def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None) -> dict[str, Any]:
-    """What `wandb.init` is called with, from our settings and the environment. ValueError: see `mode`."""
-    usual, environment = TrackerConfig(), os.environ
-    tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    """The arguments of `wandb.init`, which reads entity, group and tags from the environment. Raises ValueError: see `mode`."""
+    defaults, environment = TrackerConfig(), os.environ
     return {
         "mode": mode(),
         "dir": str(run_dir),
         "id": run_id,
         "resume": "allow",
         "reinit": "create_new",  # a sweep runs several jobs in one process
-        "project": config.project if config.project != usual.project else environment.get("WANDB_PROJECT") or usual.project,
-        "entity": config.entity or environment.get("WANDB_ENTITY"),
+        "project": config.project if config.project != defaults.project else environment.get("WANDB_PROJECT") or defaults.project,
         "name": run_name or environment.get("WANDB_NAME") or run_dir.name,
-        "group": config.group or environment.get("WANDB_RUN_GROUP"),
-        "tags": config.tags or tags or None,
-        "job_type": config.job_type or environment.get("WANDB_JOB_TYPE") or "train",
+        "job_type": environment.get("WANDB_JOB_TYPE") or "train",
     }
 
 
 def mode() -> str | None:
-    """offline if no account is configured, else None: wandb's own settings (WANDB_MODE, `wandb offline`) decide.
+    """Returns offline if no account is configured, else None: wandb's own settings (WANDB_MODE, `wandb offline`) decide.
 
     Raises ValueError where wandb would ask for an account on the terminal.
     """
@@ -130,7 +126,7 @@ def mode() -> str | None:
 
 
 def account() -> bool:
-    """Whether a key is in the environment, or in netrc for W&B's host."""
+    """Whether an API key is in the environment, or in netrc for W&B's host."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -141,7 +137,7 @@ def account() -> bool:
 
 
 def _hosts() -> set[str]:
-    """The server of a company, from the environment or where `wandb login --host` keeps it; else W&B's own, by its two names."""
+    """Returns the server of a company, from the environment or where `wandb login --host` stores it; else W&B's own two names."""
     settings = configparser.ConfigParser()
     folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
     settings.read(Path(folder).expanduser() / "settings")

@@ -1,0 +1,196 @@
+"""config.json: every key is understood, known not to matter, or refused by name; what is written means the same when read."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tokenyard.interop.config_mapping import choose_family, differences, read_config, write_config
+from tokenyard.interop.families import FAMILIES, Family
+from tokenyard.interop.families.family import IRRELEVANT
+from tokenyard.moe.config import (
+    Activation,
+    AttentionConfig,
+    BalanceConfig,
+    CapacityConfig,
+    ModelConfig,
+    MoEConfig,
+    QKNorm,
+    RouterConfig,
+    Selection,
+)
+
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+NAMED = {
+    "Qwen3MoeForCausalLM": {"num_experts", "head_dim"},
+    "DeepseekV2ForCausalLM": {"moe_layer_freq", "aux_loss_alpha", "seq_aux"},
+}
+NAMED |= {"DeepseekV3ForCausalLM": {"moe_layer_freq"}}
+"""Keys of published files that transformers 5 does not write."""
+
+
+def given(family: Family, **settings: Any) -> dict[str, Any]:
+    """config.json as transformers writes it for its defaults."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
+    needed = {"num_experts_per_tok": 6} if family.architecture == "DeepseekV2ForCausalLM" else {}
+    written = json.loads(config(architectures=[family.architecture], **needed).to_json_string())
+    return written | settings
+
+
+@families
+def test_defaults_are_those_of_transformers(family: Family) -> None:
+    theirs = given(family)
+    _, from_all = read_config(theirs)
+    needed = {"architectures": [family.architecture], "num_experts_per_tok": theirs.get("num_experts_per_tok")}
+    _, from_none = read_config({key: value for key, value in needed.items() if value is not None})
+    assert differences(from_none, from_all) == {}
+
+
+@families
+def test_every_key_of_theirs_is_known_and_written(family: Family) -> None:
+    theirs = given(family)
+    written = write_config(*read_config(theirs))
+    assert theirs.keys() - written.keys() <= {"transformers_version", "num_local_experts"}
+    assert {key for key in written.keys() - theirs.keys() if written[key] is not None} - NAMED.get(family.architecture, set()) <= {
+        "topk_method",
+        "scoring_func",
+    }
+
+
+@families
+def test_an_unknown_key_is_refused(family: Family) -> None:
+    with pytest.raises(ValueError, match=r"^config.json: quantum_heads=3: is not supported$"):
+        read_config(given(family, quantum_heads=3))
+
+
+@families
+def test_what_is_written_means_the_same(family: Family) -> None:
+    _, model = read_config(given(family))
+    assert differences(read_config(write_config(family, model))[1], model) == {}
+    assert choose_family(model, family.architecture) is family
+
+
+@families
+def test_a_wrong_type_is_refused(family: Family) -> None:
+    for key, value in {"hidden_size": "64", "vocab_size": 1.5, "rms_norm_eps": None, "tie_word_embeddings": 1}.items():
+        with pytest.raises(ValueError, match=rf"^config.json: {key}="):
+            read_config(given(family, **{key: value}))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+REFUSED = [
+    ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
+    ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias=True"),
+    ("LlamaForCausalLM", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type='dynamic'"),
+    ("LlamaForCausalLM", {"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+    ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor=None"),
+    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "short_factor": [1]}}, "rope_parameters.short_factor=[1]"),
+    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "mscale": 1.0}}, "rope_parameters.mscale=1.0"),
+    ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method='fp8'"),
+    ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ("MixtralForCausalLM", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+    ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most num_local_experts=8"),
+    ("Qwen2MoeForCausalLM", {"mlp_only_layers": [3]}, "mlp_only_layers=[3]"),
+    ("Qwen2MoeForCausalLM", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),
+    ("Qwen3ForCausalLM", {"use_sliding_window": True, "layer_types": None, "sliding_window": 9}, "layer_types=None"),
+    ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ("GptOssForCausalLM", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+    ("GptOssForCausalLM", {"experts_per_token": 3}, "experts_per_token=3"),
+    ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+    ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+    ("DeepseekV2ForCausalLM", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+    ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ("DeepseekV3ForCausalLM", {"n_group": 7}, "n_group=7: must divide n_routed_experts=256"),
+    ("DeepseekV3ForCausalLM", {"n_group": 64, "topk_group": 1}, "num_experts_per_tok=8: must be at most the experts of"),
+    ("DeepseekV3ForCausalLM", {"num_key_value_heads": 8}, "num_key_value_heads=8"),
+    ("DeepseekV3ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+    (
+        "DeepseekV3ForCausalLM",
+        {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}},
+        "rope_parameters.mscale_all_dim=0.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("architecture", "change", "says"), REFUSED, ids=[says for *_, says in REFUSED])
+def test_what_cannot_be_expressed_is_refused_by_name(architecture: str, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_config(given(FAMILIES[architecture], **change))
+    assert f"config.json: {says}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [{}, {"architectures": ["GPT2LMHeadModel"]}, {"model_type": "mamba"}, {"architectures": "x"}])
+def test_another_architecture_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be one of LlamaForCausalLM, Qwen3ForCausalLM"):
+        read_config(config)
+
+
+@families
+def test_irrelevant_keys_change_nothing(family: Family) -> None:
+    _, model = read_config(given(family))
+    kept = {"architectures", "model_type", "max_position_embeddings"}  # the last is the default of another key
+    _, same = read_config(given(family, **dict.fromkeys((IRRELEVANT | family.irrelevant) - kept, "anything")))
+    assert same == model
+
+
+def mixtral(**settings: Any) -> ModelConfig:
+    return replace(ModelConfig(layers=2), **settings)
+
+
+CHOSEN = [
+    (mixtral(), "MixtralForCausalLM"),
+    (mixtral(moe=MoEConfig(top_k=1)), "Qwen3MoeForCausalLM"),
+    (mixtral(moe=MoEConfig(experts=0)), "LlamaForCausalLM"),
+    (mixtral(dense_first=2), "LlamaForCausalLM"),
+    (mixtral(moe=MoEConfig(experts=0), attention=AttentionConfig(qk_norm=QKNorm.head)), "Qwen3ForCausalLM"),
+    (mixtral(attention=AttentionConfig(qk_norm=QKNorm.head), moe_every=2), "Qwen3MoeForCausalLM"),
+    (mixtral(attention=AttentionConfig(qk_norm=QKNorm.full)), "OlmoeForCausalLM"),
+    (mixtral(moe=MoEConfig(shared_hidden=64, shared_gate=True)), "Qwen2MoeForCausalLM"),
+    (mixtral(attention=AttentionConfig(window=4)), "MixtralForCausalLM"),
+    (
+        mixtral(moe=MoEConfig(capacity=CapacityConfig(factor=1.0), balance=BalanceConfig(0.5), z_coefficient=1.0)),
+        "MixtralForCausalLM",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "architecture"), CHOSEN, ids=[name for _, name in CHOSEN])
+def test_a_model_gets_the_first_architecture_that_can_express_it(model: ModelConfig, architecture: str) -> None:
+    if model.moe.top_k == 1:
+        model.attention.qk_norm = QKNorm.head
+    assert choose_family(model).architecture == architecture
+
+
+INEXPRESSIBLE = [
+    (mixtral(moe=MoEConfig(router=RouterConfig(null_experts=2))), "model.moe.router.null_experts=2"),
+    (mixtral(moe=MoEConfig(router=RouterConfig(selection=Selection.expert_choice))), "model.moe.router.selection=expert_choice"),
+    (mixtral(moe=MoEConfig(router=RouterConfig(noise=True))), "model.moe.router.noise=True"),
+    (mixtral(moe=MoEConfig(activation=Activation.relu)), "model.moe.activation=relu"),
+    (mixtral(moe=MoEConfig(capacity=CapacityConfig(evaluation_factor=1.0))), "model.moe.capacity.evaluation_factor=1.0"),
+    (mixtral(moe=MoEConfig(balance=BalanceConfig(bias_rate=0.01))), "model.moe.balance.bias_rate=True"),
+    (mixtral(sandwich_norms=True), "model.sandwich_norms=True"),
+    (mixtral(output_softcap=30.0), "model.output_softcap=30.0"),
+    (mixtral(attention=AttentionConfig(softcap=30.0)), "model.attention.softcap=30.0"),
+    (mixtral(attention=AttentionConfig(window=4, window_every=3), layers=3), "model.attention.window_every=[0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("model", "says"), INEXPRESSIBLE, ids=[says for _, says in INEXPRESSIBLE])
+def test_what_no_architecture_can_express_is_named(model: ModelConfig, says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        choose_family(model)
+    assert says in str(caught.value) and "no architecture can express it" in str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        write_config(FAMILIES["MixtralForCausalLM"], model)
+    assert str(caught.value) == f"{says}: MixtralForCausalLM cannot express it"
+
+
+def test_experts_in_a_dense_architecture() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot express it"):
+        write_config(FAMILIES["LlamaForCausalLM"], mixtral())
+    with pytest.raises(ValueError, match="MixtralForCausalLM cannot express the model: num_local_experts=0"):
+        write_config(FAMILIES["MixtralForCausalLM"], mixtral(moe=MoEConfig(experts=0)))

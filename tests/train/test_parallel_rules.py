@@ -1,0 +1,67 @@
+"""Wrong settings of the exchange end in one line with key, value, rule and the nearest valid value."""
+
+import pytest
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.config import ConfigError
+from tokenyard.train.config.environment import world_size
+from tokenyard.train.preflight import validate
+
+REFUSED = [
+    (4, "parallel.expert=4 parallel.node_ranks=2", "parallel.node_ranks=2: must be null, only parallel.exchange=hierarchical",
+     "parallel.node_ranks=null"),
+    (4, "parallel.expert=4 parallel.exchange=hierarchical parallel.node_ranks=3",
+     "parallel.node_ranks=3: must divide parallel.expert=4", "parallel.node_ranks=2 or parallel.node_ranks=4"),
+    (4, "parallel.expert=4 parallel.exchange=hierarchical parallel.node_ranks=0", "parallel.node_ranks=0: must be in [1, inf)",
+     "parallel.node_ranks=1"),
+    (4, "parallel.overlap_chunks=0", "parallel.overlap_chunks=0: must be in [1, inf)", "parallel.overlap_chunks=1"),
+    (4, "parallel.overlap_chunks=2 model.moe.capacity.pad=true model.moe.capacity.factor=1",
+     "parallel.overlap_chunks=2: must be 1 with model.moe.capacity.pad=true", "parallel.overlap_chunks=1"),
+    (4, "parallel.exchange=dedup", "parallel.exchange=dedup: must be one of plain, deduplicated, hierarchical, gather",
+     "parallel.exchange=deduplicated"),
+]  # fmt: skip
+ACCEPTED = [
+    (4, "parallel.expert=4 parallel.exchange=deduplicated parallel.overlap_chunks=3"),
+    (4, "parallel.expert=4 parallel.exchange=hierarchical"),
+    (4, "parallel.expert=2 parallel.exchange=hierarchical parallel.node_ranks=4"),
+    (8, "parallel.expert=8 parallel.exchange=hierarchical parallel.node_ranks=2"),
+    (1, "parallel.exchange=gather"),
+]
+
+
+@pytest.mark.parametrize(("world", "overrides", "start", "nearest"), REFUSED, ids=[case[1] for case in REFUSED])
+def test_refused(world: int, overrides: str, start: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(compose(overrides.split()), world)
+    assert str(raised.value).startswith(start) and str(raised.value).endswith(f"nearest valid: {nearest}")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("world", "overrides"), ACCEPTED, ids=[case[1] for case in ACCEPTED])
+def test_accepted(world: int, overrides: str) -> None:
+    validate(compose(overrides.split()), world)
+
+
+def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["parallel.expert=4", "parallel.exchange=hierarchical"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="a node has 3 ranks; nearest valid: parallel"):
+        validate(config, 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    validate(config, 4)
+
+
+@pytest.mark.parametrize("value", ["two", "0", "", "-1"])
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE"])
+def test_a_number_of_ranks_that_is_none(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value}: must be a positive integer .*; nearest valid: {name}=1"):
+        world_size()
+    if name == "LOCAL_WORLD_SIZE":
+        with pytest.raises(ConfigError, match=f"{name}={value}: must be"):
+            validate(compose(["parallel.expert=4", "parallel.exchange=hierarchical"]), 4)
+
+
+def test_ranks_that_are_still_to_be_started() -> None:
+    wish = "parallel.expert=4 parallel.exchange=hierarchical launch=torchrun launch.nodes=4 launch.ranks=3"
+    with pytest.raises(ConfigError, match="a node has 3 ranks"):
+        validate(compose(wish.split()), 12)
