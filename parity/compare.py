@@ -40,13 +40,13 @@ def reference_of(seen: Iterable[ObservedTensor], without_auxiliary: Iterable[Obs
 
 
 def assemble(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
-    """Whole tensors from the pieces that one process observed; floats become fp64."""
+    """Whole tensors from the shards that one process observed; floats become fp64."""
     wholes: dict[Key, Tensor] = {}
-    for key, piece, tensor in seen:
+    for key, shard, tensor in seen:
         wide = tensor.double() if tensor.is_floating_point() else tensor
         if key not in wholes:
-            wholes[key] = wide.new_zeros(piece.shape)
-        piece.cut(wholes[key]).copy_(wide)
+            wholes[key] = wide.new_zeros(shard.shape)
+        shard.cut(wholes[key]).copy_(wide)
     return wholes
 
 
@@ -56,17 +56,17 @@ def compare(seen: Iterable[ObservedTensor], reference: Reference) -> list[Findin
 
 
 def _finding(seen: ObservedTensor, reference: Reference) -> Finding:
-    key, piece, tensor = seen
-    expected, scale = piece.cut(reference.tensors[key]).double(), reference.scales[key]
+    key, shard, tensor = seen
+    expected, scale = shard.cut(reference.tensors[key]).double(), reference.scales[key]
     value = tensor.double()
     difference = _largest(value - expected) / scale
     ratio = auxiliary = None
     if not difference <= TOLERANCE:
         ratio = _factor(value, expected)
     if ratio is None and not difference <= TOLERANCE and key.kind == "gradient" and key.name in reference.auxiliary:
-        part = piece.cut(reference.auxiliary[key.name])
+        part = shard.cut(reference.auxiliary[key.name])
         auxiliary = _factor(value - (expected - part), part, scale)
-    shape, offsets, sizes = map(list, piece)
+    shape, offsets, sizes = map(list, shard)
     finite = difference if math.isfinite(difference) else 1e300  # JSON has no infinity
     return Finding(*key, shape, offsets, sizes, finite, _digest(tensor), ratio, auxiliary)
 

@@ -127,7 +127,7 @@ def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
 
 
 def _only_later_rows(mismatch: Mismatch) -> bool:
-    """Whether the piece of each rank's first micro-batch is right."""
+    """Whether the shard of each rank's first micro-batch is right."""
     firsts = [next(finding for finding in findings if finding[:3] == mismatch.key) for findings in mismatch.by_rank]
     return not any(_differs(finding) for finding in firsts)
 
@@ -231,7 +231,7 @@ def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First
 
 
 def disagreeing(group: list[tuple[int, Finding]]) -> list[int]:
-    """The ranks whose copies of a piece differ bitwise, including the rank of the first copy."""
+    """The ranks whose copies of a shard differ bitwise, including the rank of the first copy."""
     copies: dict[tuple[int, ...], tuple[int, str]] = {}
     found: set[int] = set()
     for rank, finding in group:
@@ -242,6 +242,6 @@ def disagreeing(group: list[tuple[int, Finding]]) -> list[int]:
 
 
 def _complete(group: list[tuple[int, Finding]]) -> bool:
-    """Whether the pieces, which are disjoint or copies, cover the whole tensor."""
-    pieces = {(*finding.offsets, *finding.sizes): math.prod(finding.sizes) for _, finding in group}
-    return sum(pieces.values()) == math.prod(group[0][1].shape)
+    """Whether the shards, which are disjoint or copies, cover the whole tensor."""
+    shards = {(*finding.offsets, *finding.sizes): math.prod(finding.sizes) for _, finding in group}
+    return sum(shards.values()) == math.prod(group[0][1].shape)

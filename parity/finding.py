@@ -34,7 +34,7 @@ KINDS = {
 
 
 class Finding(NamedTuple):
-    """The comparison of a rank's piece of a tensor with the same piece of one process. Numbers and text only."""
+    """The comparison of a rank's shard of a tensor with the same shard of one process. Numbers and text only."""
 
     step: int
     kind: str
@@ -47,6 +47,6 @@ class Finding(NamedTuple):
     digest: str
     """A hash of the bits, which must be equal for copies."""
     ratio: float | None = None
-    """The factor by which the piece differs from that of one process, if it is exact."""
+    """The factor by which the shard differs from that of one process, if it is exact."""
     auxiliary: float | None = None
     """The factor by which the part of the auxiliary losses in a gradient differs, if it is exact."""

@@ -28,7 +28,7 @@ class ObservedTensor(NamedTuple):
     """A tensor of this rank, and its rectangle of the global tensor."""
 
     key: Key
-    piece: ShardMetadata
+    shard: ShardMetadata
     tensor: Tensor
 
 
@@ -114,8 +114,8 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             value, first = output[0] if isinstance(output, tuple) else output, started[-1].first
             offsets = (first, parallel.mesh.tensor.rank * value.shape[1] if value.shape[1] < length else 0, 0)
-            piece = ShardMetadata((sequences, length, value.shape[2]), offsets, tuple(value.shape))
-            seen.setdefault((name, first), ObservedTensor(Key(step, "output", name), piece, value.detach()))
+            shard = ShardMetadata((sequences, length, value.shape[2]), offsets, tuple(value.shape))
+            seen.setdefault((name, first), ObservedTensor(Key(step, "output", name), shard, value.detach()))
 
         return keep
 

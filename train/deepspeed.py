@@ -250,8 +250,8 @@ class ZeroEngine(Engine):
                 weights = sharded.parameter.detach().flatten()
                 fragment.view_in(fragment.partition.data).copy_(weights.narrow(0, fragment.start, fragment.size))
                 for moment in MOMENTS:
-                    piece, rows = loaded[f"optimizer.{name}.{moment}"]
-                    first = (piece.offsets[0] - sharded.metadata.offsets[0]) * row_size(piece)
+                    shard, rows = loaded[f"optimizer.{name}.{moment}"]
+                    first = (shard.offsets[0] - sharded.metadata.offsets[0]) * row_size(shard)
                     wanted = rows.flatten().narrow(0, fragment.start - first, fragment.size)
                     self._moment(fragment, moment).copy_(wanted)
         partitions = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -267,13 +267,13 @@ class ZeroEngine(Engine):
         return fragment.view_in(optimizer_state(self.optimizer, fragment.partition)[moment])
 
 
-def rows_around(piece: ShardMetadata, fragment: Fragment) -> ShardMetadata:
+def rows_around(shard: ShardMetadata, fragment: Fragment) -> ShardMetadata:
     """Returns the smallest run of rows of the shard that contains all elements of the fragment."""
-    row = row_size(piece)
+    row = row_size(shard)
     first, end = fragment.start // row, -(-(fragment.start + fragment.size) // row)
-    return ShardMetadata(piece.shape, (piece.offsets[0] + first, *piece.offsets[1:]), (end - first, *piece.sizes[1:]))
+    return ShardMetadata(shard.shape, (shard.offsets[0] + first, *shard.offsets[1:]), (end - first, *shard.sizes[1:]))
 
 
-def row_size(piece: ShardMetadata) -> int:
+def row_size(shard: ShardMetadata) -> int:
     """Returns the elements of one row."""
-    return math.prod(piece.sizes[1:])
+    return math.prod(shard.sizes[1:])

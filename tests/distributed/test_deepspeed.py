@@ -155,8 +155,8 @@ def assemble(parts: list[dict[str, tuple[ShardMetadata, torch.Tensor]]]) -> dict
     wholes = {}
     for name in parts[0]:
         total = torch.full(parts[0][name][0].shape, torch.nan, dtype=torch.float64)
-        for piece, value in (part[name] for part in parts):
-            target = ShardMetadata(*piece).cut(total)
+        for shard, value in (part[name] for part in parts):
+            target = ShardMetadata(*shard).cut(total)
             known = ~target.isnan()
             assert torch.equal(target[known], value.double()[known]), f"copies of {name} differ"
             target.copy_(value)

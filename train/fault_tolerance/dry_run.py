@@ -37,7 +37,7 @@ def dry_step(session: Session, run_logger: RunLogger) -> None:
     if not (several and not ranks_restarted() if setting is None else setting):
         return
     PROGRESS.step = session.step
-    before = {name: LocalShard(piece, state.clone()) for name, (piece, state) in random_state().items()}
+    before = {name: LocalShard(shard, state.clone()) for name, (shard, state) in random_state().items()}
     for what, test in (("a step", try_step), ("a checkpoint", try_checkpoint), ("the disk", try_disk)):
         check(session, what, test)
     run_logger.wait_for_trackers()

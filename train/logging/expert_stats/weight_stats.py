@@ -73,12 +73,12 @@ def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
 
 def _corner(sharded: ShardedParameter, device: torch.device) -> Tensor:
     """Returns this rank's share of the corner, fp64 (E, weights), whose sum over all ranks is the corner itself."""
-    piece = sharded.metadata
-    region = (piece.shape[0], *(min(CORNER, size) for size in piece.shape[1:]))
+    shard = sharded.metadata
+    region = (shard.shape[0], *(min(CORNER, size) for size in shard.shape[1:]))
     corner = torch.zeros(region, dtype=torch.float64, device=device)
-    ends = [min(offset + size, limit) for offset, size, limit in zip(piece.offsets, piece.sizes, region, strict=True)]
-    if all(offset < end for offset, end in zip(piece.offsets, ends, strict=True)):
-        there = tuple(slice(offset, end) for offset, end in zip(piece.offsets, ends, strict=True))
-        here = tuple(slice(0, end - offset) for offset, end in zip(piece.offsets, ends, strict=True))
+    ends = [min(offset + size, limit) for offset, size, limit in zip(shard.offsets, shard.sizes, region, strict=True)]
+    if all(offset < end for offset, end in zip(shard.offsets, ends, strict=True)):
+        there = tuple(slice(offset, end) for offset, end in zip(shard.offsets, ends, strict=True))
+        here = tuple(slice(0, end - offset) for offset, end in zip(shard.offsets, ends, strict=True))
         corner[there] = local(sharded.parameter.data)[here].double() / sharded.replicas.size
     return corner.view(region[0], math.prod(region[1:]))
