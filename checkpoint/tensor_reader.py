@@ -22,7 +22,7 @@ def reads_by_file(tensors: Mapping[str, TensorRecord], shards: dict[str, LocalSh
     reads: Reads = defaultdict(list)
     for name, shard in shards.items():
         for chunk in tensors[name].chunks:
-            if overlap(chunk.metadata, shard[0]) is not None:
+            if overlap(chunk.metadata, shard.metadata) is not None:
                 reads[chunk.file].append((chunk, shard))
     return dict(reads)
 

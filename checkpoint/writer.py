@@ -95,7 +95,7 @@ class _Writer:
         def on_content(name: str, content: memoryview) -> None:
             failpoint("checkpoint.shard_begun", job.step)
             self._check()
-            if hashes := hash_whole_slices(name, shards[name][0], content):
+            if hashes := hash_whole_slices(name, shards[name].metadata, content):
                 slices[name] = hashes
 
         path = job.temporary / file_of_rank(job.rank)

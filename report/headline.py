@@ -49,9 +49,9 @@ def _balance(run: Run, window: Sums) -> list[Remark]:
 
 def _dead(run: Run, window: Sums, since: str) -> Remark:
     """The experts that the run reports as dead, by its own window; otherwise those without a token in the recent records."""
-    told = run.telemetry.latest.get("dead_LE")
-    dead = np.argwhere(told > 0 if told is not None else window.counts_LE == 0)
-    if told is not None:
+    reported = run.telemetry.latest.get("dead_LE")
+    dead = np.argwhere(reported > 0 if reported is not None else window.counts_LE == 0)
+    if reported is not None:
         since = f"for {run.config.get('telemetry', {}).get('window', 'many')} steps, at step {window.last:,}"
     if len(dead):
         row, expert = dead[0].tolist()
@@ -116,13 +116,13 @@ def _end(run: Run) -> dict[str, Any] | None:
 
 def _trouble(run: Run) -> list[Remark]:
     """Failures and alerts among the events."""
-    told = [event for event in run.events if is_trouble(event)]
-    alerts = {event.get("text") for event in told if "alert" in event}
-    told = [event for event in told if "alert" in event or event.get("text") is None or event["text"] not in alerts]
-    if not told:
+    found = [event for event in run.events if is_trouble(event)]
+    alerts = {event.get("text") for event in found if "alert" in event}
+    found = [event for event in found if "alert" in event or event.get("text") is None or event["text"] not in alerts]
+    if not found:
         return []
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(named, told)).most_common())
-    newest = f"the last: {named(told[-1])} at step {told[-1].get('step', 'unknown')}"
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(map(named, found)).most_common())
+    newest = f"the last: {named(found[-1])} at step {found[-1].get('step', 'unknown')}"
     return [Remark("watch", f"Failures and alerts: {kinds}; {newest}.")]
 
 

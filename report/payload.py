@@ -150,8 +150,8 @@ def environment(run: Run) -> list[tuple[str, str]]:
     rows = [("first start", str(starts[0].get("time"))), ("starts", str(len(starts)))] if starts else []
     rows += [("last event", str(run.events[-1].get("time")))] if run.events else []
     newest = starts[-1] if starts else {}
-    told = newest.get("environment")
-    rows += [(str(name), str(value)) for name, value in told.items()] if isinstance(told, dict) else []
+    facts_of_start = newest.get("environment")
+    rows += [(str(name), str(value)) for name, value in facts_of_start.items()] if isinstance(facts_of_start, dict) else []
     return rows + [(key, str(value)) for key, value in newest.items() if key not in NOT_SHOWN]
 
 

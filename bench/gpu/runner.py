@@ -40,10 +40,10 @@ PARTS = (
     Part("command", "tokenyard train, killed and resumed", "command", 60),
 )
 TINY_FACTOR = 5.0
-"""Parts that try the code on a CPU may take so many times as long."""
+"""Factor of the time limits on a CPU."""
 BY_NAME = {part.name: part for part in PARTS}
 TOTAL_SECONDS = 465.0
-"""Of all parts together: what is left of 8 minutes is for starting and reporting."""
+"""Limit for all parts together; the rest of 8 minutes is for starting and reporting."""
 
 LEAST_SECONDS = 3.0
 """A part that would have less time is skipped."""

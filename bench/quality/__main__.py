@@ -47,8 +47,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", help="a text file, or a folder of *.txt; without it the standard library's source")
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--steps", type=int, help="of a run; without it as the size says")
-    parser.add_argument("--expansion", type=int, help="routed experts have so many times the dense model's feed-forward weights")
-    parser.add_argument("--variants", nargs="*", help=f"beside {DENSE} and {TUNED}; without it all")
+    parser.add_argument("--expansion", type=int, help="weights of the routed experts, as a multiple of the dense feed-forward")
+    parser.add_argument("--variants", nargs="*", help=f"in addition to {DENSE} and {TUNED} (all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[5e-3, 1e-2], help="learning rates to begin tuning with; one: no tuning"

@@ -27,7 +27,7 @@ class Size:
     hidden: int
     """Hidden width of all feed-forwards that a token passes, together; a multiple of 4."""
     pieces: int
-    """Of the tokenizer, and rows of the embedding."""
+    """Pieces of the tokenizer, which are the rows of the embedding."""
     sequence_length: int
     sequences: int
     """In a step."""
