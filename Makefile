@@ -5,6 +5,8 @@ ARGS ?=
 SCORECARD ?= print
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Tests start hundreds of processes, which would otherwise compile every module again where bytecode may not be written.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help train test check house oldest lane portable faults scorecard fuzz faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
@@ -16,7 +18,7 @@ train: $(INSTALLED) ## Train the default model, about 5 minutes; make train ARGS
 	$(BIN)/tokenyard train $(ARGS)
 
 test: $(INSTALLED) ## Run all tests; make test ARGS="tests/launch -k sweep"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS)
+	$(PYTEST) --ignore=tests/faults $(ARGS)
 
 OLDEST := .venv-oldest
 oldest: $(OLDEST)/.installed ## Run some of the tests with the oldest torch that is allowed, 2.11.0: 3 GB are downloaded first
@@ -24,7 +26,7 @@ oldest: $(OLDEST)/.installed ## Run some of the tests with the oldest torch that
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 @tests/oldest.txt $(ARGS)
 
 lane: $(INSTALLED) ## Run the steps of single ranks on fake tensors, every model with every exchange; CI has a third of them
-	TOKENYARD_LANE=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/cuda_lane $(ARGS)
+	TOKENYARD_LANE=all $(PYTEST) tests/cuda_lane $(ARGS)
 
 portable: $(INSTALLED) ## Run all tests as on processors with fewer instructions, on 1 and 2 threads, an hour and more
 	for isa in avx2 default; do for threads in 1 2; do \
@@ -32,7 +34,7 @@ portable: $(INSTALLED) ## Run all tests as on processors with fewer instructions
 	done; done
 
 faults: $(INSTALLED) ## Run the faults of docs/faults.md and print the scorecard, 15 minutes
-	TOKENYARD_SCORECARD=$(SCORECARD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fault $(ARGS)
+	TOKENYARD_SCORECARD=$(SCORECARD) $(PYTEST) -m fault $(ARGS)
 
 scorecard: ## The same, and write the tables of docs/faults.md
 	SCORECARD=write $(MAKE) --no-print-directory faults
