@@ -39,10 +39,10 @@ class RankError(RuntimeError):
 
 
 class Pools:
-    """One pool per world size; `run` is what tests call."""
+    """One pool per world size, and others for DeepSpeed, which keeps its groups for ever; `run` is what tests call."""
 
     def __init__(self) -> None:
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[tuple[int, bool], Pool] = {}
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, limit_seconds: float = 240.0, **kwargs: Any) -> list[Any]:
         """Calls `function(*args, **kwargs)` on each of `world` ranks at once, and returns the results by rank.
@@ -51,19 +51,24 @@ class Pools:
         tensors. RankError if a rank raises, dies or does not answer within `limit_seconds`.
         """
         call = (*_address(function), _pack((args, kwargs)))
-        if world not in self._pools:
-            self._pools[world] = Pool(world)
+        key = world, "deepspeed" in call[0]
+        if not key[1]:
+            self._end([other for other in self._pools if other[1]])
+        if key not in self._pools:
+            self._pools[key] = Pool(world)
         try:
-            return self._pools[world].run(call, limit_seconds)
+            return self._pools[key].run(call, limit_seconds)
         except BaseException:
-            # Ranks that stopped at different places cannot be used again.
-            self._pools.pop(world).kill()
+            self._end([key])  # ranks that stopped at different places cannot be used again
             raise
 
     def close(self) -> None:
         """Ends all ranks."""
-        while self._pools:
-            self._pools.popitem()[1].kill()
+        self._end(list(self._pools))
+
+    def _end(self, keys: list[tuple[int, bool]]) -> None:
+        for key in keys:
+            self._pools.pop(key).kill()
 
 
 class Pool:
@@ -225,7 +230,7 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
         pipe.send(_outcome(*call))
         torch.set_default_dtype(torch.float32)
         if "deepspeed" in call[0]:
-            kept |= set(_groups())  # DeepSpeed remembers its groups
+            kept |= set(_groups())
 
 
 def _end_groups(kept: set[Any]) -> None:
