@@ -166,3 +166,25 @@ def test_a_second_start_resumes_even_without_the_source(saved: Callable[..., Pat
     assert read_facts(halves / "checkpoints" / "step_00000004")["config"]["model"]["moe"]["balance"]["coefficient"] == 0.05
     events = [event for event in read_journal(halves / "events.jsonl") if event["event"] == "initialised"]
     assert [event["path"] for event in events] == [str(theirs)]
+
+
+def test_a_new_balance_by_bias_starts_at_zero(saved: Callable[..., Path], tmp_path: Path) -> None:
+    theirs = saved("Mixtral", vocab_size=264, num_local_experts=4)
+    import_folder(theirs, tmp_path / "imported")
+    for source in (theirs, tmp_path / "imported"):
+        found = opened(configured(source, tmp_path / f"from_{source.name}", "model.moe.balance.bias_rate=0.01"))
+        biases = [found.pop(f"layers.{layer}.moe.router.expert_bias") for layer in range(2)]
+        assert all(torch.equal(bias, torch.zeros(4)) for bias in biases)
+        assert found.keys() == tokenyard.load_model(theirs).state_dict().keys()
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_read(saved: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = import_folder(saved("Mixtral", vocab_size=264, num_local_experts=4), tmp_path / "imported").checkpoint
+    shard = checkpoint / "shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        opened(configured(tmp_path / "imported", tmp_path / "run"))
+    said = str(caught.value)
+    assert said.startswith(f"checkpoint.init={tmp_path / 'imported'}: ") and str(shard) in said and "\n" not in said
