@@ -188,3 +188,18 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_read(saved: Callable
         opened(configured(tmp_path / "imported", tmp_path / "run"))
     said = str(caught.value)
     assert said.startswith(f"checkpoint.init={tmp_path / 'imported'}: ") and str(shard) in said and "\n" not in said
+
+
+def test_the_tokenizer_of_a_hugging_face_folder_is_used(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """A tokenizer.json that an export made of the byte tokenizer gives the same tokens, with the same end of a document."""
+    config = configured(saved("Mixtral", vocab_size=264, num_local_experts=4), tmp_path / "run", "steps=1")
+    trained(config)
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
+    words = [text for text in SETTINGS.split() if text != "tokenizer=bytes"]
+    words += [f"checkpoint.init={tmp_path / 'back'}", f"run.dir={tmp_path / 'again'}", f"data.cache={tmp_path / 'cache'}"]
+    again = compose_run(parse_arguments(words))[0]
+    assert again.tokenizer.path == str(tmp_path / "back" / "tokenizer.json")
+    one, two = (first_rank_first(each) for each in (config, again))
+    assert torch.equal(one.train.batch(0, range(8)).ids_BS, two.train.batch(0, range(8)).ids_BS)
+    assert one.tokenizer.end_of_document == two.tokenizer.end_of_document == 2
+    trained(again)
