@@ -1,7 +1,7 @@
 """Loads the weights of a Hugging Face folder file by file: memory holds our tensors and one tensor of the folder."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from ..checkpoint.bounded import short_message
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from ..moe.param_count import count
+from ..parallel.shard import LocalShard
 from .config_mapping import read_config
 from .families import Family
 from .hf_folder import DTYPES, HFFolder, open_file, open_folder
+from .weight_mapping import HFTensor
 from .weight_plan import Planned, read_plan, repeated_tensors
 
 
@@ -62,6 +64,72 @@ def read_weights(source: HFSource, like: dict[str, Tensor] | None = None, device
         part.read(_read_tensor(source.folder, name).to(device), weights[mine])
     _check_repeated(source)
     return weights
+
+
+def read_shards(source: HFSource, shards: dict[str, LocalShard], complete: bool = True) -> None:
+    """Fills `shards`, rectangles of our tensors by name, converted to their types; nothing beyond these rectangles is read.
+
+    A name that the source has not is left as it is. complete: also compare the tensors that must equal another one.
+    """
+    for name in sorted(source.plan, key=lambda name: source.folder.tensors[name].file):
+        mine, part = source.plan[name]
+        place = place_of(part, shards[mine]) if mine in shards else None
+        if place is not None:
+            with open_file(source.folder.path / source.folder.tensors[name].file) as file:
+                place.target.copy_(_read_part(file, name, part, place))
+    if complete:
+        _check_repeated(source)
+
+
+def _read_part(file: Any, name: str, part: HFTensor, place: "Place") -> Tensor:
+    """Reads the rectangle `place.ranges` of the part of ours that the Hugging Face tensor `name` holds."""
+    ranges = [slice(*bounds) for bounds in place.ranges]
+    if part.joined is None:
+        return file.get_slice(name)[tuple(ranges)]
+    first, second = part.joined, part.joined + 1
+    inner = place.shape[second]
+    (begin, end), within = place.ranges[first], ranges[second]
+    read = file.get_slice(name)[(*ranges[:first], slice(begin * inner, end * inner), *ranges[second + 1 :])]
+    return read.unflatten(first, (end - begin, inner))[(slice(None),) * second + (within,)]
+
+
+class Place(NamedTuple):
+    """What a Hugging Face tensor and a shard have in common."""
+
+    shape: tuple[int, ...]
+    """Of the whole part of our tensor that it holds."""
+    ranges: list[tuple[int, int]]
+    """Begin and end in each dimension of that part."""
+    target: Tensor
+    """The view of the shard that they fill."""
+
+
+def place_of(part: HFTensor, shard: LocalShard) -> Place | None:
+    """Returns the place of `part` in a rectangle of our tensor, None if they share no element.
+
+    The view of a part selects, permutes or steps through dimensions of ours. So each of ours has one coordinate in all of the part,
+    or varies along one dimension of it, in equal steps; `part.view` of the coordinates shows which.
+    """
+    (shape, offsets, sizes), tensor = shard
+    begin, ranges, strides = tensor.storage_offset(), dict[int, tuple[int, int]](), dict[int, int]()
+    part_shape: tuple[int, ...] = ()
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        alone = [1] * len(shape)
+        alone[dim] = shape[dim]
+        seen = part.view(torch.arange(shape[dim]).view(alone).expand(shape))
+        part_shape = tuple(seen.shape)
+        along = next((axis for axis in range(seen.ndim) if seen.shape[axis] > 1 and seen.stride(axis)), None)
+        line = seen[tuple(slice(None) if axis == along else 0 for axis in range(seen.ndim))].view(-1)
+        held = ((line >= offset) & (line < offset + size)).nonzero().view(-1)
+        if not len(held):
+            return None
+        begin += (int(line[held[0]]) - offset) * tensor.stride(dim)
+        if along is not None:
+            ranges[along] = int(held[0]), int(held[-1]) + 1
+            strides[along] = int(line[1] - line[0]) * tensor.stride(dim)
+    bounds = [ranges.get(axis, (0, size)) for axis, size in enumerate(part_shape)]
+    target = tensor.as_strided([end - first for first, end in bounds], [strides.get(axis, 1) for axis in range(len(bounds))], begin)
+    return Place(part_shape, bounds, target)
 
 
 def _as_stored(source: HFSource) -> dict[str, Tensor]:

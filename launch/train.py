@@ -1,11 +1,12 @@
 """`tokenyard train`: trains in this process, starts ranks, prints or submits a job for a cluster, or runs a sweep."""
 
-from ..train.config.compose import Arguments, compose_arguments, parse_arguments
+from ..train.config.compose import Arguments, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
 from ..train.preflight import validate
 from ..train.rank_command import refuse, run_here
+from ..train.weight_source import compose_run
 
 
 def train(argv: list[str]) -> int:
@@ -20,7 +21,7 @@ def train(argv: list[str]) -> int:
             from .sweep import multirun
 
             return multirun(arguments)
-        config = compose_arguments(arguments)
+        config, _ = compose_run(arguments)
         started = config.launch.kind is not Launcher.inline
         validate(config, config.launch.nodes * config.launch.ranks if started else world_size())
         return start(config, arguments, argv)

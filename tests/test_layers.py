@@ -20,7 +20,7 @@ ALLOWED = {
     "plan": {"train", "parallel", "moe"},
     "interop": {"train.config", "checkpoint", "parallel", "data", "moe"},
     "bench": {"parity", "train", "checkpoint", "parallel", "data", "moe"},
-    "train": {"checkpoint", "parallel", "data", "moe"},
+    "train": {"interop.load_weights", "checkpoint", "parallel", "data", "moe"},
     "checkpoint": {"parallel", "moe"},
     "parallel": {"moe"},
     "data": set(),
@@ -30,9 +30,21 @@ ALLOWED = {
 """From each folder ("" is the root) to the folders or modules that it may import, besides itself."""
 
 SPINE = (
-    *("config", "allocator", "stored_config", "run_folder", "preflight", "derive", "state", "step_flags", "nonfinite", "optimizer"),
+    *(
+        "config",
+        "allocator",
+        "stored_config",
+        "weight_source",
+        "run_folder",
+        "preflight",
+        "derive",
+        "state",
+        "step_flags",
+        "nonfinite",
+        "optimizer",
+    ),
     *("loss", "batch", "exit", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
-    *("logging", "resume", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
+    *("logging", "resume", "initial_weights", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
 )
 """The folders and modules of train/ from the ground up: each may import those before it."""
 ONE_FILE_EACH = ("deepspeed", "wandb", "tensorboard", "trackio", "datasets", "transformers")

@@ -10,6 +10,7 @@ from .config.launch import Launcher
 from .config.schema import nearest_text
 from .config.serialize import config_from_plain, leaves, shown_config
 from .config.validate import check_rules
+from .weight_source import HF_CONFIG
 
 QUIET = ("run.", "launch.", "log.", "sample.", "checkpoint.resume")
 """Prefixes of settings that do not change the training."""
@@ -37,7 +38,9 @@ def check_files(config: Config) -> None:
 
 
 def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError, naming the setting, if the checkpoint `path` is of another model or order of the data."""
+    """Raises ConfigError, naming the setting, if the checkpoint `path` is of another model or order of the data, or an import."""
+    if "source" in facts:
+        raise ConfigError.of("checkpoint.resume", path, "is an import, weights without a run to resume", f"checkpoint.init={path}")
     saved = config_from_plain(facts["config"])
     same = {
         "model": (saved.model, config.model),
@@ -78,6 +81,9 @@ def check_resume(config: Config) -> None:
     from .run_folder import goes_on
 
     setting, folder = config.checkpoint.resume, config.run.dir
+    if config.checkpoint.init is not None and setting not in ("auto", "never"):
+        rule = f"a run that resumes from checkpoint.resume={setting} has its weights from there"
+        raise ConfigError.of("checkpoint.init", config.checkpoint.init, rule, "checkpoint.init=null, or checkpoint.resume=auto")
     if folder is not None and job_restarted() and goes_on(setting, Path(folder)):
         _check_run(config, Path(folder))
     elif setting not in ("auto", "never"):
@@ -97,7 +103,8 @@ def _check_path(config: Config, path: Path) -> None:
     found = checkpoints_of(path)
     if not found:
         rule = "is neither a checkpoint nor a run folder with one"
-        raise ConfigError.of("checkpoint.resume", str(path), rule, "checkpoint.resume=auto")
+        nearest = f"checkpoint.init={path}" if (path / HF_CONFIG).is_file() else "checkpoint.resume=auto"
+        raise ConfigError.of("checkpoint.resume", str(path), rule, nearest)
     if found == [path]:
         _check_manifest(config, path)
     else:

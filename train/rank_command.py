@@ -5,11 +5,12 @@ import sys
 import time
 
 from .config.complain import BAD_USAGE, complain
-from .config.compose import compose_arguments, parse_arguments
+from .config.compose import parse_arguments
 from .config.config import Config, ConfigError
 from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
 from .preflight import validate
+from .weight_source import compose_run
 
 SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
 
@@ -24,7 +25,7 @@ def train_command(argv: list[str]) -> int:
             return show(arguments)
         if arguments.multirun:
             raise ConfigError("--multirun: a rank runs one configuration; nearest valid: tokenyard train -m ...")
-        config = compose_arguments(arguments)
+        config, _ = compose_run(arguments)
         validate(config, world_size())
     except ConfigError as error:
         return refuse(error)

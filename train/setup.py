@@ -24,6 +24,7 @@ from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
 from .exit import remove_note
+from .initial_weights import load_initial
 from .optimizer import build_optimizer
 from .resume import find_resume, keep_timeline, note, resume
 from .run_folder import RunLock, lock_run
@@ -43,10 +44,10 @@ def open_session(config: Config, device: torch.device) -> Session:
     data = first_rank_first(config, world)
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
-    parallel = build_parallel(config, device)
+    parallel, start = build_model(config, device, found, folder)
     saver = build_saver(config.checkpoint, folder)
     engine = build_engine(config, parallel)
-    session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, lock=lock)
+    session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, start=start, lock=lock)
     session.engine.optimizer.register_step_pre_hook(lambda *_: saver.wait_for_copies())
     if found is not None:
         resume(session, found)
@@ -61,13 +62,32 @@ def saved_precision(config: Config, found: Path | None) -> str | None:
     return from_first(lambda: read_facts(found)["config"].get("precision"))
 
 
+def build_model(config: Config, device: torch.device, found: Path | None, folder: Path) -> tuple[Parallel, str]:
+    """Returns the model, spread over the ranks, and where its weights are from, in words. Collective.
+
+    They are those of checkpoint.init, or initial ones, which the checkpoint `found` will replace if the run resumes.
+    """
+    init = config.checkpoint.init
+    if found is not None or init is None:
+        return build_parallel(config, device), "new run"
+    parallel = spread_model(config, device)
+    read = load_initial(parallel, Path(init).expanduser(), folder)
+    note(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
+    return parallel, f"new run from the weights of {read}"
+
+
 def build_parallel(config: Config, device: torch.device) -> Parallel:
     """Returns the model with its initial weights, spread over the ranks."""
-    with torch.device("meta"):
-        model = Transformer(config.model, DTYPES[config.precision])
-    parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
+    parallel = spread_model(config, device)
     initialise(parallel, config.seed)
     return parallel
+
+
+def spread_model(config: Config, device: torch.device) -> Parallel:
+    """Returns the model, spread over the ranks, with uninitialised weights."""
+    with torch.device("meta"):
+        model = Transformer(config.model, DTYPES[config.precision])
+    return parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
 
 
 def first_rank_first(config: Config, world: World | None = None) -> DataPipeline:

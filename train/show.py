@@ -9,17 +9,18 @@ from typing import Any
 
 from ..moe.param_count import moe_layers
 from ..parallel.layout_diagram import layout_diagram
-from .config.compose import CONF, Arguments, compose_arguments, register_schema
+from .config.compose import CONF, Arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
 from .config.model_summary import check_model_and_layout, count, intended_ranks, per_rank
 from .config.number_format import short
 from .config.redact import redact
+from .weight_source import compose_run
 
 
 def show_layout(arguments: Arguments) -> int:
     """Prints the layout of the ranks that would be started, or of the fewest that it fits. Raises ConfigError if it is wrong."""
-    config = compose_arguments(arguments)
+    config, _ = compose_run(arguments)
     world = intended_ranks(config, world_size())
     check_model_and_layout(config, world)
     print("\n".join(layout_lines(config, world)))
@@ -55,7 +56,7 @@ def show(arguments: Arguments) -> int:
     """Prints what the flags ask for, without training. Returns the exit code. Raises ConfigError if the overrides are wrong."""
     if arguments.layout_only:
         return show_layout(arguments)
-    compose_arguments(arguments)
+    _, arguments = compose_run(arguments)
     flags = ["--help"] if arguments.help else []
     flags += ["--hydra-help"] if arguments.hydra_help else []
     flags += ["--resolve"] if arguments.resolve else []

@@ -177,6 +177,9 @@ class EvaluateConfig:
 class CheckpointConfig:
     every: int = field(default=250, metadata=within("[0, inf)"))
     """Steps between checkpoints; 0 saves only at the end."""
+    init: str | None = None
+    """A new run starts from these weights alone: a checkpoint, a run folder or a Hugging Face folder, which also gives model and
+    tokenizer."""
     resume: str = "auto"
     """auto: resume from the newest undamaged checkpoint of the run folder, if any; never; or the path of a checkpoint."""
     asynchronous: bool = True

@@ -1,0 +1,181 @@
+"""checkpoint.init: what the configuration of a new run takes from its source of weights. No torch, except for Hugging Face.
+
+The model, and the tokenizer unless one is named, become overrides before those of the command line, which therefore win.
+"""
+
+import copy
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.checks import nearest_path
+from ..data.config import TokenizerConfig, TokenizerKind
+from ..moe.config import ModelConfig
+from ..moe.param_shapes import shapes
+from .config.compose import Arguments, compose_arguments
+from .config.config import Config, ConfigError
+from .config.overrides import split_override
+from .config.schema import quoted, written
+from .config.serialize import leaves, plain_config
+
+HF_CONFIG = "config.json"
+"""The file that makes a folder a Hugging Face folder; ours have none of that name."""
+HF_TOKENIZERS = {"tokenizer.json": TokenizerKind.huggingface, "tokenizer.model": TokenizerKind.sentencepiece}
+"""The files that a tokenizer of a Hugging Face folder may be in, the preferred one first."""
+BIAS_RATE = "model.moe.balance.bias_rate"
+
+
+class WeightSource(NamedTuple):
+    """A checkpoint or a Hugging Face folder to take weights from."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: dict[str, str | None] | None
+    """Settings of a TokenizerConfig; None if the source has no tokenizer."""
+
+
+def compose_run(arguments: Arguments) -> tuple[Config, Arguments]:
+    """Returns the configuration of a run, and `arguments` with what checkpoint.init adds to them.
+
+    Raises ConfigError for wrong overrides, for a source that is none, and for a setting that does not fit its weights.
+    """
+    config = compose_arguments(arguments)
+    if config.checkpoint.init is None:
+        return config, arguments
+    source = find_source(config)
+    keys = [split_override(text)[0].lstrip("+~") for text in arguments.overrides]
+    if "model" in keys:
+        chosen = split_override(arguments.overrides[keys.index("model")])[1]
+        raise ConfigError.of(
+            "model", chosen, f"the model is that of checkpoint.init={source.path}", "no model=, single settings of it"
+        )
+    found = _model_overrides(config.model, source.model)
+    named = config.tokenizer != TokenizerConfig() or any(key == "tokenizer" or key.startswith("tokenizer.") for key in keys)
+    if not named:
+        found += _tokenizer_overrides(source)
+    added = Arguments(**{**vars(arguments), "overrides": [*found, *arguments.overrides]})
+    config = compose_arguments(added)
+    refuse_unfit(config.model, source)
+    return config, added
+
+
+def find_source(config: Config) -> WeightSource:
+    """Returns the source that checkpoint.init names; if it is gone, the run's own newest checkpoint, which resumes.
+
+    Raises ConfigError, one line, for a path that is neither a checkpoint nor a run folder with one nor a Hugging Face folder.
+    """
+    from ..checkpoint.folder import checkpoints_of
+    from ..checkpoint.manifest import DamagedCheckpoint
+
+    init, folder = config.checkpoint.init, config.run.dir
+    assert init is not None
+    path = Path(init).expanduser()
+    if not path.exists() and folder is not None and config.checkpoint.resume == "auto" and checkpoints_of(Path(folder)):
+        path = Path(folder)
+    if (path / HF_CONFIG).is_file():
+        return _hf_source(path)
+    found = checkpoints_of(path) if path.is_dir() else []
+    if not found:
+        rule = "must be a checkpoint, a run folder with one, or a Hugging Face folder" if path.exists() else "must exist"
+        raise ConfigError.of("checkpoint.init", init, rule, f"checkpoint.init={_nearest_source(path)}")
+    damage: DamagedCheckpoint | None = None
+    for each in found:
+        try:
+            return _checkpoint_source(each)
+        except DamagedCheckpoint as error:
+            damage = damage or error
+        except ValueError as error:
+            raise ConfigError(f"checkpoint.init={init}: {' '.join(str(error).split())}") from error
+    raise ConfigError(f"checkpoint.init={init}: {damage}; nearest valid: an undamaged checkpoint")
+
+
+def refuse_unfit(model: ModelConfig, source: WeightSource) -> None:
+    """Raises ConfigError for the first setting of `model` with which it would not have the tensors of the source."""
+    if not _fits(model, source.model):
+        key = next(
+            (key for key in _different(model, source.model) if not _fits(_with(source.model, key, model), source.model)), None
+        )
+        key = key or _different(model, source.model)[0]
+        raise _unfit(key, model, source, "does not fit the weights")
+    if source.model.moe.balance.bias_rate > 0 and model.moe.balance.bias_rate == 0:
+        raise _unfit(BIAS_RATE, model, source, "the router has expert biases in the weights")
+
+
+def _unfit(key: str, model: ModelConfig, source: WeightSource, rule: str) -> ConfigError:
+    now, there = (written(attrgetter(key.removeprefix("model."))(each)) for each in (model, source.model))
+    return ConfigError.of(key, now, f"{rule} of checkpoint.init={source.path}", f"{key}={there}")
+
+
+def _fits(model: ModelConfig, other: ModelConfig) -> bool:
+    try:
+        return shapes(model) == shapes(other)
+    except (ArithmeticError, TypeError):
+        return False
+
+
+def _different(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """The keys of all settings that differ."""
+    ours, theirs = (dict(leaves(plain_config(model), "model.")) for model in (one, other))
+    return [key for key in ours if ours[key] != theirs[key]]
+
+
+def _with(model: ModelConfig, key: str, other: ModelConfig) -> ModelConfig:
+    """A copy of `model` whose setting `key` has the value that it has in `other`."""
+    changed = copy.deepcopy(model)
+    section, _, name = key.removeprefix("model.").rpartition(".")
+    setattr(attrgetter(section)(changed) if section else changed, name, attrgetter(key.removeprefix("model."))(other))
+    return changed
+
+
+def _model_overrides(composed: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """The overrides that turn the composed model into that of the source."""
+    plain = dict(leaves(plain_config(wanted), "model."))
+    values = ((key, plain[key]) for key in _different(composed, wanted))
+    return [f"{key}={quoted(value) if isinstance(value, str) else written(value)}" for key, value in values]
+
+
+def _tokenizer_overrides(source: WeightSource) -> list[str]:
+    if source.tokenizer is None:
+        nearest = "tokenizer.path=FILE of its tokenizer, or tokenizer=bytes"
+        raise ConfigError.of("checkpoint.init", source.path, "has no tokenizer, and none is named", nearest)
+    return [f"tokenizer.{key}={'null' if value is None else quoted(value)}" for key, value in source.tokenizer.items()]
+
+
+def _hf_source(path: Path) -> WeightSource:
+    from ..interop.load_weights import open_source  # imports torch
+
+    try:
+        model = open_source(path).model
+    except ValueError as error:
+        raise ConfigError(f"checkpoint.init: {' '.join(str(error).split())}") from error  # which begins with the path
+    return WeightSource(path, model, _hf_tokenizer(path))
+
+
+def _hf_tokenizer(folder: Path) -> dict[str, str | None] | None:
+    for name, kind in HF_TOKENIZERS.items():
+        if (folder / name).is_file():
+            return {"kind": kind.name, "path": str(folder / name)}
+    return None
+
+
+def _checkpoint_source(path: Path) -> WeightSource:
+    """Raises ValueError for a checkpoint that is damaged or contradicts itself."""
+    from ..checkpoint.manifest import BIAS
+    from ..data.tokenizer import settings_of_saved
+    from .stored_config import read_stored
+
+    manifest, config = read_stored(path)
+    if any(name.endswith(BIAS) for name in manifest.tensors):  # an earlier run may have trained them
+        config.model.moe.balance.bias_rate = config.model.moe.balance.bias_rate or 0.001
+    saved = path / "tokenizer"
+    return WeightSource(path, config.model, settings_of_saved(saved) if saved.is_dir() else _hf_tokenizer(path / "tokenizer_hf"))
+
+
+def _nearest_source(path: Path) -> str:
+    """The existing path that was probably meant, or a folder in it that holds weights; null if there is none."""
+    from ..checkpoint.folder import checkpoints_of
+
+    near = nearest_path(path) if not path.exists() else path
+    inside = sorted(near.iterdir()) if near.is_dir() else []
+    weights = [each for each in (near, *inside) if each.is_dir() and ((each / HF_CONFIG).is_file() or checkpoints_of(each))]
+    return str(weights[0]) if weights else "null"
