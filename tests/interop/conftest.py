@@ -70,11 +70,11 @@ class Widest:
 def built(family: str, **settings: Any) -> Any:
     import transformers
 
-    torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**BASE, **settings})
     config._attn_implementation = config._experts_implementation = "eager"
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of empty tensors, where a shared expert has no width
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    torch.manual_seed(0)  # what its construction drew depends on the types of its weights
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "inv_freq" not in name:
             drawn = torch.empty(tensor.shape)  # in fp32, whatever the type, so that the numbers are the same
