@@ -11,7 +11,7 @@ from ..moe.config import AttentionKind, ModelConfig, RopeScaling
 from ..train.config.serialize import plain_config
 from .config_reader import ConfigReader
 from .families import FAMILIES, Family
-from .families.family import IRRELEVANT
+from .families.harmless import IRRELEVANT, harmless
 
 # The settings of a ModelConfig that decide the function of the trained model: with equal ones the same weights compute the same.
 
@@ -51,6 +51,8 @@ def architecture_key(config: ModelConfig) -> dict[str, Any]:
     """The settings that decide the model's function, by key: without those of training and those without effect here."""
     without_effect = tuple(f"model.{name}" for name in _without_effect(config))
     found = {key: value for key, value in _leaves(config, "model") if not key.startswith(TRAINING + without_effect)}
+    if config.attention.kind is AttentionKind.mla:
+        found["model.attention.mla.norm_epsilon"] = config.attention.mla.norm_epsilon or config.norm_epsilon
     if config.attention.kind is AttentionKind.gqa:
         found["model.head_width"] = config.head_width or config.width // config.heads
     layers = range(config.layers)
@@ -79,7 +81,7 @@ def _without_effect(config: ModelConfig) -> Iterator[str]:
     """Settings, or the beginnings of their names, that have no effect with the values of the others."""
     moe, router, attention = config.moe, config.moe.router, config.attention
     sparse = sum(config.moe_layer(index) for index in range(config.layers))
-    yield from ("dense_first", "moe_every")
+    yield from ("dense_first", "moe_every", "dense_layers", "attention.full_layers")
     if not sparse:
         yield "moe."
     if sparse == config.layers:
@@ -121,7 +123,7 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
     reader = ConfigReader(config, family.defaults, place)
     model = family.read(reader)
     check_model_numbers({"model": plain_config(model)})
-    reader.finish(IRRELEVANT | family.irrelevant | {"quantization_config"})
+    reader.finish(IRRELEVANT | family.irrelevant | {"quantization_config"}, harmless(model))
     return family, model
 
 

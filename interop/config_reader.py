@@ -1,7 +1,7 @@
 """Reads config.json key by key. Every key is read, known not to matter, or refused with its name and value."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.bounded import brief, short_message
@@ -65,11 +65,13 @@ class ConfigReader:
         if self.any(key) not in allowed:
             raise self.wrong(key, f"must be {' or '.join(map(repr, allowed))}{', ' if why else ''}{why}")
 
-    def finish(self, irrelevant: Iterable[str]) -> None:
-        """Raises for the first key of the file that was not read and is not in `irrelevant`."""
-        for key in self._given:
-            if key not in self._read and key not in irrelevant:
-                raise self.wrong(key, "is not supported")
+    def finish(self, irrelevant: Iterable[str], harmless: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raises for the first key of the file that was not read, is not in `irrelevant` and has no value of `harmless`."""
+        for key, value in self._given.items():
+            if key in self._read or key in irrelevant or value in harmless.get(key, ()):
+                continue
+            rule = f"must be {' or '.join(map(repr, harmless[key]))}" if key in harmless else "is not supported"
+            raise self.wrong(key, rule)
 
     def wrong(self, key: str, rule: str) -> ValueError:
         """The error about `key`, to be raised."""

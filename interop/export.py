@@ -20,7 +20,7 @@ from ..parallel.failpoints import failpoint
 from ..train.config.serialize import config_from_plain
 from .config_mapping import choose_family, write_config
 from .families import FAMILIES, Family
-from .families.family import IRRELEVANT
+from .families.harmless import IRRELEVANT
 from .hf_folder import CONFIG, SHARD_BYTES, Output, new_folder, write_shards
 from .import_ import HF_FILES, HF_FILES_FOLDER
 from .tokenizer_json import write_tokenizer

@@ -1,6 +1,9 @@
 """Rotary embeddings in config.json: `rope_parameters` of transformers 5, or the older `rope_theta` and `rope_scaling`."""
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ..moe.config import RopeConfig, RopeScaling
 from .config_reader import ConfigReader
@@ -13,22 +16,49 @@ TYPES = {
 }
 
 
-def read_rope(reader: ConfigReader, theta: float = 10000.0, mscale: bool = False, interleaved: bool = False) -> RopeConfig:
-    """Rotary settings of a config.json. `theta` is the family's default; `mscale`: the family uses DeepSeek's mscale factors."""
+class Partial(NamedTuple):
+    """Of a family that may rotate only a part of each head."""
+
+    width: int
+    """Width of a head."""
+    fraction: float | None = None
+    """The part, where config.json does not say it; None: all."""
+
+
+def read_rope(
+    reader: ConfigReader,
+    theta: float = 10000.0,
+    mscale: bool = False,
+    interleaved: bool = False,
+    partial: Partial | None = None,
+    default: Mapping[str, Any] = MappingProxyType({}),
+) -> RopeConfig:
+    """Rotary settings of a config.json. `theta` and `default` are what the family has where they are left out.
+
+    `mscale`: the family uses DeepSeek's mscale factors.
+    """
     group = "rope_scaling" if reader.any("rope_scaling") else "rope_parameters"
     given = {"rope_theta": reader.any("rope_theta") if reader.given("rope_theta") else theta}
-    given |= {key: value for key, value in reader.mapping(group).items() if value is not None}
+    given |= {key: value for key, value in (reader.mapping(group) or default).items() if value is not None or key == "truncate"}
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given["rope_type"] = kind
     rope_reader = ConfigReader(
-        given, {"original_max_position_embeddings": reader.any("max_position_embeddings")}, f"{reader.place}{group}."
+        given,
+        {
+            "original_max_position_embeddings": reader.any("max_position_embeddings"),
+            "partial_rotary_factor": partial.fraction
+            if partial is not None and not reader.given("partial_rotary_factor")
+            else reader.any("partial_rotary_factor"),
+        },
+        f"{reader.place}{group}.",
     )
-    for place in (reader, rope_reader):
-        place.require("partial_rotary_factor", None, 1)
     rope_reader.require("type", None, kind)
     if not isinstance(rope_reader.any("rope_type"), str) or kind not in TYPES:
         raise rope_reader.wrong("rope_type", f"must be one of {', '.join(TYPES)}")
     rope = RopeConfig(theta=rope_reader.number("rope_theta"), interleaved=interleaved, scaling=TYPES[kind])
+    if rope.theta <= 1:
+        raise rope_reader.wrong("rope_theta", "must be above 1")
+    _read_fraction(rope, rope_reader, reader, partial)
     if rope.scaling is not RopeScaling.none:
         rope.factor = rope_reader.number("factor")
         if rope.factor < 1:
@@ -36,20 +66,37 @@ def read_rope(reader: ConfigReader, theta: float = 10000.0, mscale: bool = False
     if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
         rope.original_length = rope_reader.integer("original_max_position_embeddings")
     if rope.scaling is RopeScaling.llama3:
-        rope.low_frequency_factor, rope.high_frequency_factor = (
-            rope_reader.number("low_freq_factor"),
-            rope_reader.number("high_freq_factor"),
-        )
+        rope.low_frequency_factor = _positive(rope_reader, "low_freq_factor")
+        rope.high_frequency_factor = _positive(rope_reader, "high_freq_factor")
+        if rope.high_frequency_factor <= rope.low_frequency_factor:
+            raise rope_reader.wrong("high_freq_factor", f"must be above low_freq_factor={rope.low_frequency_factor:g}")
     if rope.scaling is RopeScaling.yarn:
         _read_yarn(rope, rope_reader, mscale)
-    rope_reader.finish(())
+    rope_reader.finish((), {})
     return rope
+
+
+def _read_fraction(rope: RopeConfig, rope_reader: ConfigReader, reader: ConfigReader, partial: Partial | None) -> None:
+    """`partial_rotary_factor`; transformers rounds the number of rotated dimensions down, here pairs are rotated."""
+    if partial is None:
+        for place in (reader, rope_reader):
+            place.require("partial_rotary_factor", None, 1)
+        return
+    if rope_reader.any("partial_rotary_factor") is None:
+        return
+    fraction = rope_reader.number("partial_rotary_factor")
+    rotated = int(partial.width * fraction)
+    if rotated % 2 or not 2 <= rotated <= partial.width:
+        raise rope_reader.wrong("partial_rotary_factor", f"must rotate an even number of the {partial.width} dimensions of a head")
+    rope.fraction = rotated / partial.width
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """Returns `rope_parameters`."""
     kind = next(name for name, scaling in TYPES.items() if scaling is rope.scaling)
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": kind}
+    if rope.fraction != 1:
+        written["partial_rotary_factor"] = rope.fraction
     if rope.scaling is not RopeScaling.none:
         written["factor"] = rope.factor
     if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
@@ -66,15 +113,31 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _read_yarn(rope: RopeConfig, rope_reader: ConfigReader, mscale: bool) -> None:
-    for name in ("beta_fast", "beta_slow", "attention_factor"):
-        if rope_reader.given(name):
-            setattr(rope, name, rope_reader.number(name))
+    for name in ("beta_fast", "beta_slow"):
+        if rope_reader.any(name):  # transformers takes 0 for the default, as null
+            setattr(rope, name, _positive(rope_reader, name))
+    if rope.beta_fast < rope.beta_slow:
+        raise rope_reader.wrong("beta_fast", f"must be at least beta_slow={rope.beta_slow:g}")
+    if rope_reader.given("attention_factor"):
+        rope.attention_factor = _positive(rope_reader, "attention_factor")
     if rope_reader.given("truncate"):
-        rope.truncate = rope_reader.flag("truncate")
-    if not mscale:  # transformers scales cosines and sines by them in every family, other families' authors do not
-        rope_reader.require("mscale", None)
-        rope_reader.require("mscale_all_dim", None)
-    elif rope_reader.given("mscale") or rope_reader.given("mscale_all_dim"):
-        rope.mscale, rope.mscale_all = rope_reader.number("mscale"), rope_reader.number("mscale_all_dim")
+        rope.truncate = rope_reader.flag("truncate")  # null is false, and leaving it out is true
+    if not (rope_reader.given("mscale") or rope_reader.given("mscale_all_dim")):
+        return
+    both = [rope_reader.number(name) if rope_reader.given(name) else 0.0 for name in ("mscale", "mscale_all_dim")]
+    if min(both) < 0:
+        raise rope_reader.wrong("mscale" if both[0] < 0 else "mscale_all_dim", "must be at least 0")
+    if mscale:
+        rope.mscale, rope.mscale_all = both
         if bool(rope.mscale) != bool(rope.mscale_all):
             raise rope_reader.wrong("mscale_all_dim", f"must be 0 if and only if mscale={rope.mscale} is")
+    elif all(both) and rope.attention_factor is None:
+        # Outside of DeepSeek they scale cosines and sines alone, and only together.
+        over, under = (0.1 * weight * math.log(rope.factor) + 1 for weight in both)
+        rope.attention_factor = over / under
+
+
+def _positive(reader: ConfigReader, key: str) -> float:
+    if (value := reader.number(key)) <= 0:
+        raise reader.wrong(key, "must be above 0")
+    return value

@@ -116,4 +116,5 @@ PROJECTIONS = layer_tensors(
 )
 QK_NORMS = layer_tensors({f"attention.{name}.weight": f"self_attn.{name}.weight" for name in ("q_norm", "k_norm")})
 ROUTER = layer_tensors({"moe.router.weight": "mlp.gate.weight"})
+EXPERT_BIAS = layer_tensors({"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"})
 DENSE = feedforward("dense", "mlp")

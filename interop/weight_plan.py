@@ -43,11 +43,10 @@ def read_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor], heade
             _check(part, tensor, headers)
             plan[part.name] = Planned(name, part)
     known = plan.keys() | repeated_tensors(model).keys()
-    for name in headers:
-        if name not in known and not IGNORED.fullmatch(name):
-            raise ValueError(
-                f"tensor {name} of shape {headers[name].shape} has no place in {family.architecture} with this config.json"
-            )
+    for name, header in headers.items():
+        nothing = 0 in header.shape or IGNORED.fullmatch(name) or re.fullmatch(family.left_out, name)
+        if name not in known and not nothing:
+            raise ValueError(f"tensor {name} of shape {header.shape} has no place in {family.architecture} with this config.json")
     return plan
 
 

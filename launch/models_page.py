@@ -53,6 +53,9 @@ CARDS = {
     "qwen3_235b_a22b": Card("235", "22", "huggingface.co/Qwen/Qwen3-235B-A22B"),
     "gpt_oss_20b": Card("20.91", "3.61", "arXiv:2508.10925, table 1", embedding_in_active=False),
     "gpt_oss_120b": Card("116.83", "5.13", "arXiv:2508.10925, table 1", embedding_in_active=False),
+    "dots_llm1": Card("142", "14", "arXiv:2506.05767, abstract"),
+    "ernie_4_5_21b_a3b": Card("21", "3", "huggingface.co/baidu/ERNIE-4.5-21B-A3B-PT"),
+    "minimax_m2": Card("230", "10", "minimax.io/news/minimax-m2"),
     "olmoe_1b_7b": Card("6.9", "1.3", "arXiv:2409.02060, abstract"),
     "grok_1": Card("314", None, "github.com/xai-org/grok-1", embedding_in_total=False),
 }

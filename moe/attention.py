@@ -189,16 +189,16 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
         super().__init__()
         rope, mla = config.attention.rope, config.attention.mla
-        query = mla.nope_width + mla.rope_width
+        query, epsilon = mla.nope_width + mla.rope_width, mla.norm_epsilon or config.norm_epsilon
         self.widths, self.interleaved = mla, rope.interleaved
         if mla.q_rank is None:
             self.q = Linear(config.width, config.heads * query, dtype)
         else:
             self.q_down = Linear(config.width, mla.q_rank, dtype)
-            self.q_norm = RMSNorm(mla.q_rank, config.norm_epsilon, dtype)
+            self.q_norm = RMSNorm(mla.q_rank, epsilon, dtype)
             self.q_up = Linear(mla.q_rank, config.heads * query, dtype)
         self.kv_down = Linear(config.width, mla.kv_rank + mla.rope_width, dtype)
-        self.kv_norm = RMSNorm(mla.kv_rank, config.norm_epsilon, dtype)
+        self.kv_norm = RMSNorm(mla.kv_rank, epsilon, dtype)
         self.kv_up = Linear(mla.kv_rank, config.heads * (mla.nope_width + mla.value_width), dtype)
         self.o = Linear(config.heads * mla.value_width, config.width, dtype)
         self.softmax = softmax_of(config, index, query, logits_factor(rope))

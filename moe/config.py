@@ -189,6 +189,8 @@ class MLAConfig:
     """Width of a head's rotary part, whose key all heads share."""
     value_width: int = field(default=32, metadata=within("[1, 65536]"))
     """Width of a head's value."""
+    norm_epsilon: float | None = field(default=None, metadata=within("(0, inf)"))
+    """norm_epsilon of the latents; null is the model's (Moonlight: 1e-6 beside 1e-5)."""
 
 
 @dataclass
@@ -205,6 +207,8 @@ class AttentionConfig:
     """Tokens that a token attends to, itself included; null is all before it."""
     window_every: int = field(default=1, metadata=within("[1, inf)"))
     """In each run of this many layers, all but the last have the window (2: alternating, the first has it); 1: all layers."""
+    full_layers: list[int] = field(default_factory=list)
+    """Further layers without the window, counted from 0."""
     sinks: bool = False
     """Each head has a learned logit without a value, which takes part of the probability (gpt-oss)."""
     softcap: float | None = field(default=None, metadata=within("(0, inf)"))
@@ -297,6 +301,8 @@ class ModelConfig:
     """Number of dense layers at the start (DeepSeek)."""
     moe_every: int = field(default=1, metadata=within("[1, inf)"))
     """Of the remaining layers, every moe_every-th has experts and the others are dense (GShard: 2)."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Further dense layers, counted from 0."""
     tie_embeddings: bool = False
     """The output head uses the embedding's weights."""
     norm_epsilon: float = field(default=1e-5, metadata=within("(0, inf)"))
@@ -321,9 +327,11 @@ class ModelConfig:
     def moe_layer(self, index: int) -> bool:
         """Whether block `index` (from 0) has experts."""
         later = index - self.dense_first
-        return self.moe.experts > 0 and later >= 0 and (later + 1) % self.moe_every == 0
+        regular = later >= 0 and (later + 1) % self.moe_every == 0
+        return self.moe.experts > 0 and regular and index not in self.dense_layers
 
     def windowed_layer(self, index: int) -> bool:
         """Whether block `index` (from 0) has the attention's window."""
-        every = self.attention.window_every
-        return self.attention.window is not None and (every == 1 or (index + 1) % every != 0)
+        attention = self.attention
+        regular = attention.window_every == 1 or (index + 1) % attention.window_every != 0
+        return attention.window is not None and regular and index not in attention.full_layers

@@ -31,6 +31,10 @@ def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
     if rows_RK.dtype == torch.float64:
         parts = zip(rows_RK.split(_sizes(ends_E)), weights_ENK, strict=True)
         return torch.cat([rows @ weights.T for rows, weights in parts])
+    outputs = weights_ENK.shape[1]
+    if short := _short_of_aligned(rows_RK, rows_RK.shape[1], outputs):
+        rows_RK, weights_ENK = F.pad(rows_RK, (0, short[0])), F.pad(weights_ENK, (0, short[0], 0, short[1]))
+        return F.grouped_mm(rows_RK, weights_ENK.transpose(1, 2), offs=ends_E)[:, :outputs].contiguous()
     return F.grouped_mm(rows_RK, weights_ENK.transpose(1, 2), offs=ends_E)
 
 
@@ -42,7 +46,18 @@ def grouped_outer(left_RN: Tensor, right_RK: Tensor, ends_E: Tensor) -> Tensor:
     if left_RN.dtype == torch.float64:
         sizes = _sizes(ends_E)
         return torch.stack([a.T @ b for a, b in zip(left_RN.split(sizes), right_RK.split(sizes), strict=True)])
+    height, width = left_RN.shape[1], right_RK.shape[1]
+    if short := _short_of_aligned(left_RN, height, width):
+        padded_ENK = F.grouped_mm(F.pad(left_RN, (0, short[0])).T, F.pad(right_RK, (0, short[1])), offs=ends_E)
+        return _zero_empty_groups(padded_ENK[:, :height, :width].contiguous(), ends_E)
     return _zero_empty_groups(F.grouped_mm(left_RN.T, right_RK, offs=ends_E), ends_E)
+
+
+def _short_of_aligned(like: Tensor, *widths: int) -> list[int] | None:
+    """Returns the zeros to append to each width, since torch's grouped_mm wants rows of 16 bytes; None if it needs none."""
+    unit = 16 // like.element_size()
+    short = [-width % unit for width in widths]
+    return short if any(short) else None
 
 
 def _zero_empty_groups(product_ENK: Tensor, ends_E: Tensor) -> Tensor:

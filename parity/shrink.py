@@ -37,6 +37,7 @@ def _shrink_depth(m: ModelConfig) -> None:
     later = m.layers - m.dense_first
     m.dense_first = min(m.dense_first, 1)
     m.layers = m.dense_first + min(later, max(2, m.moe_every, m.attention.window_every if m.attention.window else 1))
+    m.dense_layers, m.attention.full_layers = [], []  # with fewer layers, all of them may be listed
 
 
 def _shrink_attention(m: ModelConfig, ranks: int) -> None:

@@ -1,15 +1,36 @@
 """The supported Hugging Face architectures: the keys of config.json and the names of the tensors of each."""
 
 from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from .dots import DOTS1
+from .ernie import ERNIE4_5_MOE
 from .family import Family
+from .glm import GLM4_MOE
 from .gpt_oss import GPT_OSS
 from .llama import LLAMA
+from .minimax import MINIMAX_M2
+from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .olmoe import OLMOE
-from .qwen import QWEN2_MOE, QWEN3, QWEN3_MOE
+from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
-    for family in (LLAMA, QWEN3, MIXTRAL, QWEN3_MOE, OLMOE, QWEN2_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
+    for family in (
+        LLAMA,
+        QWEN3,
+        MISTRAL,
+        QWEN2,
+        MIXTRAL,
+        QWEN3_MOE,
+        OLMOE,
+        QWEN2_MOE,
+        GPT_OSS,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+        GLM4_MOE,
+        DOTS1,
+        ERNIE4_5_MOE,
+        MINIMAX_M2,
+    )
 }
 """Families by architecture, in the order in which an export tries them."""

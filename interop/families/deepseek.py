@@ -5,7 +5,7 @@ from typing import Any
 from ...moe.config import AttentionKind, GroupScore, ModelConfig, Scope, Score
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
-from ..weight_mapping import DENSE, NORMS, ROUTER, experts, feedforward, layer_tensors
+from ..weight_mapping import DENSE, EXPERT_BIAS, NORMS, ROUTER, experts, feedforward, layer_tensors
 from .family import COMMON, Family, norm_topk_prob, read_common, read_experts, read_norm_topk_prob, write_common
 
 EPSILON = 1e-6
@@ -31,13 +31,7 @@ def read_v2(reader: ConfigReader) -> ModelConfig:
 
 def read_v3(reader: ConfigReader) -> ModelConfig:
     config = _read_both(reader, interleaved=reader.flag("rope_interleave"))
-    reader.require("topk_method", None, "noaux_tc")
-    reader.require("scoring_func", None, "sigmoid")
-    router, balance = config.moe.router, config.moe.balance
-    router.score = Score.sigmoid
-    read_norm_topk_prob(reader, config)
-    _read_groups(reader, config, GroupScore.top2)
-    balance.coefficient, balance.sequence_coefficient, balance.bias_rate = 0.0, 0.0001, 0.001  # as in section 4.2 of the paper
+    read_sigmoid_routing(reader, config)
     config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
     return config
 
@@ -55,33 +49,75 @@ def write_v2(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_v3(config: ModelConfig) -> dict[str, Any]:
-    router = config.moe.router
-    return _write_both(config) | {
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "n_group": router.groups,
-        "topk_group": router.top_groups,
-        "norm_topk_prob": norm_topk_prob(config),
-        "rope_interleave": config.attention.rope.interleaved,
-        "num_nextn_predict_layers": config.mtp_depth,
+    return (
+        _write_both(config)
+        | write_sigmoid_routing(config)
+        | {
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "rope_interleave": config.attention.rope.interleaved,
+            "num_nextn_predict_layers": config.mtp_depth,
+        }
+    )
+
+
+# Keys about experts that families with DeepSeek's layers share.
+
+
+def read_routed(reader: ConfigReader, config: ModelConfig) -> None:
+    """Routed and shared experts, and the number of dense layers before them."""
+    read_experts(reader, config, "n_routed_experts", "moe_intermediate_size")
+    config.moe.shared_hidden = reader.integer("n_shared_experts", 0) * config.moe.hidden
+    config.moe.router.scale = reader.number("routed_scaling_factor")
+    if config.moe.router.scale <= 0:
+        raise reader.wrong("routed_scaling_factor", "must be above 0")
+    config.dense_first = min(reader.integer("first_k_dense_replace", 0), config.layers)
+
+
+def write_routed(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_routed` reads."""
+    return {
+        "n_routed_experts": config.moe.experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "moe_intermediate_size": config.moe.hidden,
+        "n_shared_experts": config.moe.shared_hidden // config.moe.hidden,
+        "routed_scaling_factor": config.moe.router.scale,
+        "first_k_dense_replace": config.dense_first,
     }
+
+
+def read_sigmoid_routing(reader: ConfigReader, config: ModelConfig, *names: str) -> None:
+    """Routing by sigmoid scores and an expert bias, from the best groups. The losses are those of DeepSeek-V3 (section 4.2).
+
+    `names`: what else `scoring_func` may say.
+    """
+    reader.require("topk_method", None, "noaux_tc")
+    reader.require("scoring_func", None, "sigmoid", *names)
+    config.moe.router.score = Score.sigmoid
+    read_norm_topk_prob(reader, config)
+    _read_groups(reader, config, GroupScore.top2)
+    balance = config.moe.balance
+    balance.coefficient, balance.sequence_coefficient, balance.bias_rate = 0.0, 0.0001, 0.001
+
+
+def write_sigmoid_routing(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_sigmoid_routing` reads, but those that only published files have."""
+    router = config.moe.router
+    return {"n_group": router.groups, "topk_group": router.top_groups, "norm_topk_prob": norm_topk_prob(config)}
 
 
 def _read_both(reader: ConfigReader, interleaved: bool) -> ModelConfig:
     config = read_common(reader)
-    reader.require("rms_norm_eps", EPSILON, why="the only one with which its latents are normed alike")
     reader.require("num_key_value_heads", None, config.heads)
     reader.require("attention_bias", None, False)
     reader.require("moe_layer_freq", None, 1)
-    read_experts(reader, config, "n_routed_experts", "moe_intermediate_size")
-    config.moe.shared_hidden = reader.integer("n_shared_experts") * config.moe.hidden
-    config.moe.router.scale = reader.number("routed_scaling_factor")
-    config.dense_first = reader.integer("first_k_dense_replace", 0)
+    read_routed(reader, config)
     attention, mla = config.attention, config.attention.mla
     attention.kind = AttentionKind.mla
     mla.q_rank, mla.kv_rank = reader.optional_integer("q_lora_rank"), reader.integer("kv_lora_rank")
     mla.nope_width, mla.rope_width = reader.integer("qk_nope_head_dim"), reader.integer("qk_rope_head_dim")
     mla.value_width = reader.integer("v_head_dim")
+    mla.norm_epsilon = None if config.norm_epsilon == EPSILON else EPSILON
     reader.require("head_dim", None, mla.rope_width)
     reader.require("qk_head_dim", None, mla.nope_width + mla.rope_width)
     attention.rope = read_rope(reader, mscale=True, interleaved=interleaved)
@@ -93,6 +129,8 @@ def _read_groups(reader: ConfigReader, config: ModelConfig, score: GroupScore) -
     router.groups, router.top_groups, router.group_score = reader.integer("n_group"), reader.integer("topk_group"), score
     if config.moe.experts % router.groups:
         raise reader.wrong("n_group", f"must divide n_routed_experts={config.moe.experts}")
+    if score is GroupScore.top2 and config.moe.experts < 2 * router.groups:
+        raise reader.wrong("n_group", f"must leave two of n_routed_experts={config.moe.experts} in each group, which rank it")
     if router.top_groups > router.groups:
         raise reader.wrong("topk_group", f"must be at most n_group={router.groups}")
     if config.moe.experts // router.groups * router.top_groups < config.moe.top_k:
@@ -100,24 +138,22 @@ def _read_groups(reader: ConfigReader, config: ModelConfig, score: GroupScore) -
 
 
 def _write_both(config: ModelConfig) -> dict[str, Any]:
-    moe, mla = config.moe, config.attention.mla
-    return write_common(config) | {
-        "num_key_value_heads": config.heads,
-        "n_routed_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.hidden,
-        "n_shared_experts": moe.shared_hidden // moe.hidden,
-        "routed_scaling_factor": moe.router.scale,
-        "first_k_dense_replace": config.dense_first,
-        "q_lora_rank": mla.q_rank,
-        "kv_lora_rank": mla.kv_rank,
-        "qk_nope_head_dim": mla.nope_width,
-        "qk_rope_head_dim": mla.rope_width,
-        "v_head_dim": mla.value_width,
-        "head_dim": mla.rope_width,
-        "qk_head_dim": mla.nope_width + mla.rope_width,
-        "rope_parameters": write_rope(config.attention.rope),
-    }
+    mla = config.attention.mla
+    return (
+        write_common(config)
+        | write_routed(config)
+        | {
+            "num_key_value_heads": config.heads,
+            "q_lora_rank": mla.q_rank,
+            "kv_lora_rank": mla.kv_rank,
+            "qk_nope_head_dim": mla.nope_width,
+            "qk_rope_head_dim": mla.rope_width,
+            "v_head_dim": mla.value_width,
+            "head_dim": mla.rope_width,
+            "qk_head_dim": mla.nope_width + mla.rope_width,
+            "rope_parameters": write_rope(config.attention.rope),
+        }
+    )
 
 
 BOTH: dict[str, Any] = COMMON | {
@@ -215,6 +251,6 @@ DEEPSEEK_V3 = Family(
     },
     read=read_v3,
     write=write_v3,
-    tensors=TENSORS | layer_tensors({"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"}),
+    tensors=TENSORS | EXPERT_BIAS,
     irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),  # the loss-free bias takes its place
 )

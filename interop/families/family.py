@@ -2,36 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
-from ...moe.config import Activation, ModelConfig, Scope
+from ...moe.config import Activation, ModelConfig, Scope, Score
 from ..config_reader import ConfigReader
 from ..weight_mapping import StoredForms
-
-IRRELEVANT = frozenset(
-    (
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "_name_or_path",
-        "name_or_path",
-        "auto_map",  # the code that it names is never run
-        "dtype",  # each tensor has its own
-        "torch_dtype",
-        "use_cache",
-        "output_router_logits",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "pretraining_tp",
-        "max_position_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
-)
-"""Keys that decide nothing about the model's function."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +24,9 @@ class Family:
     tensors: dict[str, StoredForms]
     """The tensors of a layer, by our names within it."""
     irrelevant: frozenset[str] = frozenset()
-    """Keys that decide nothing about the model's function, in addition to IRRELEVANT."""
+    """Keys that decide nothing about the model's function, in addition to IRRELEVANT of families/harmless.py."""
+    left_out: str = ""
+    """Regular expression of tensors that a folder may hold and that decide nothing about the model's function."""
 
 
 COMMON: dict[str, Any] = {
@@ -103,10 +80,12 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_head_width(reader: ConfigReader, config: ModelConfig) -> None:
-    """`head_dim`; without it the head width is width / heads."""
+    """`head_dim`; without it the head width is width / heads, rounded down as in transformers."""
     config.head_width = reader.optional_integer("head_dim")
     if config.head_width is None and config.width % config.heads:
-        raise reader.wrong("num_attention_heads", f"must divide hidden_size={config.width}, or head_dim be given")
+        if config.width < config.heads:
+            raise reader.wrong("num_attention_heads", f"must be at most hidden_size={config.width}, or head_dim be given")
+        config.head_width = config.width // config.heads
 
 
 def read_attention_bias(reader: ConfigReader, config: ModelConfig) -> None:
@@ -117,12 +96,12 @@ def read_attention_bias(reader: ConfigReader, config: ModelConfig) -> None:
 # Keys about experts, and about which layers have experts or a window.
 
 
-def read_experts(reader: ConfigReader, config: ModelConfig, experts: str, hidden: str) -> None:
-    """Number, top-k and width of the experts; `experts` and `hidden` are the family's keys for number and width."""
+def read_experts(reader: ConfigReader, config: ModelConfig, experts: str, hidden: str, top_k: str = "num_experts_per_tok") -> None:
+    """Number, top-k and width of the experts; `experts`, `hidden` and `top_k` are the family's keys for them."""
     moe = config.moe
-    moe.experts, moe.top_k, moe.hidden = reader.integer(experts), reader.integer("num_experts_per_tok"), reader.integer(hidden)
+    moe.experts, moe.top_k, moe.hidden = reader.integer(experts), reader.integer(top_k), reader.integer(hidden)
     if moe.top_k > moe.experts:
-        raise reader.wrong("num_experts_per_tok", f"must be at most {experts}={moe.experts}")
+        raise reader.wrong(top_k, f"must be at most {experts}={moe.experts}")
 
 
 def read_router_aux_loss_coef(reader: ConfigReader, config: ModelConfig) -> None:
@@ -138,32 +117,51 @@ def router_aux_loss_coef(config: ModelConfig) -> float:
 
 
 def read_norm_topk_prob(reader: ConfigReader, config: ModelConfig, key: str = "norm_topk_prob") -> None:
-    """`norm_topk_prob`. Refused with one expert per token, whose weight transformers would make 1; ours keeps its probability."""
-    config.moe.router.normalize_top_k = reader.flag(key)
-    refuse_one_expert(reader, config)
+    """`norm_topk_prob`."""
+    normalize_top_k(reader, config, reader.flag(key))
+
+
+def normalize_top_k(reader: ConfigReader, config: ModelConfig, wanted: bool) -> None:
+    """Divides the weights of a token by their sum. Of one expert, the weight is then 1, which softmax over the chosen ones gives.
+
+    Ours keeps the probability of a single expert with normalize_top_k, so that the router can learn.
+    """
+    router = config.moe.router
+    router.normalize_top_k = wanted and config.moe.top_k > 1
+    if wanted and config.moe.top_k == 1:
+        if router.score is not Score.softmax:
+            raise reader.wrong(
+                "num_experts_per_tok", f"must be at least 2 where {router.score.value} scores are divided by their sum"
+            )
+        router.softmax_after_top_k = True
 
 
 def norm_topk_prob(config: ModelConfig) -> bool:
     """`norm_topk_prob`."""
-    return config.moe.router.normalize_top_k and config.moe.top_k > 1
+    router = config.moe.router
+    return router.softmax_after_top_k if config.moe.top_k == 1 else router.normalize_top_k
 
 
-def refuse_one_expert(reader: ConfigReader, config: ModelConfig) -> None:
-    if config.moe.router.normalize_top_k and config.moe.top_k == 1:
-        raise reader.wrong("num_experts_per_tok", "must be at least 2 where the weights are divided by their sum")
+def set_moe_layers(config: ModelConfig, wanted: list[bool], step: int = 1) -> None:
+    """Sets dense_first, moe_every (`step`, if that is possible) and dense_layers such that the layers `wanted` have experts."""
+    sparse = [index for index, wants in enumerate(wanted) if wants]
+    config.dense_first, config.moe_every, config.dense_layers = config.layers, step, []
+    if not sparse:
+        return
+    for every in (step, sparse[1] - sparse[0] if len(sparse) > 1 else 1, 1):
+        config.dense_first, config.moe_every, config.dense_layers = max(0, sparse[0] - every + 1), every, []
+        if [config.moe_layer(index) for index in range(config.layers)] == wanted:
+            return
+    config.dense_layers = [index for index in range(sparse[0], config.layers) if not wanted[index]]
 
 
 def read_moe_layers(reader: ConfigReader, config: ModelConfig) -> None:
-    """`decoder_sparse_step` and `mlp_only_layers`, as dense_first and moe_every."""
+    """`decoder_sparse_step` and `mlp_only_layers`."""
     step, dense = reader.integer("decoder_sparse_step"), reader.any("mlp_only_layers") or []
-    if not isinstance(dense, list):
+    if not isinstance(dense, list) or not all(type(index) is int for index in dense):
         raise reader.wrong("mlp_only_layers", "must be a list of layers")
-    wanted = [(index + 1) % step == 0 and index not in dense for index in range(config.layers)]
-    for every, first in product((step, *range(1, config.layers + 1)), range(config.layers + 1)):
-        config.moe_every, config.dense_first = every, first
-        if [config.moe_layer(index) for index in range(config.layers)] == wanted:
-            return
-    raise reader.wrong("mlp_only_layers", f"must with decoder_sparse_step={step} leave every n-th layer after some dense ones")
+    listed = set(dense)
+    set_moe_layers(config, [(index + 1) % step == 0 and index not in listed for index in range(config.layers)], step)
 
 
 def write_moe_layers(config: ModelConfig) -> dict[str, object]:
@@ -188,12 +186,11 @@ def read_sliding_window(reader: ConfigReader, config: ModelConfig, default: Call
     if not any(wanted):
         reader.any("sliding_window")
         return
-    config.attention.window = reader.integer("sliding_window")
-    for every in range(1, config.layers + 1):
-        config.attention.window_every = every
-        if [config.windowed_layer(index) for index in range(config.layers)] == wanted:
-            return
-    raise reader.wrong("layer_types", "must have the window in all layers, or in all but the last of every so many")
+    attention = config.attention
+    attention.window = reader.integer("sliding_window")
+    attention.window_every = 1 if all(wanted) else wanted.index(False) + 1
+    if [config.windowed_layer(index) for index in range(config.layers)] != wanted:
+        attention.window_every, attention.full_layers = 1, [index for index, window in enumerate(wanted) if not window]
 
 
 def layer_types(config: ModelConfig) -> list[str]:

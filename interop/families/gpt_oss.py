@@ -39,7 +39,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     read_attention_bias(reader, config)
     config.attention.sinks = True
     read_sliding_window(reader, config, lambda index: index % 2 == 0)
-    config.attention.rope = read_rope(reader, theta=150000.0)
+    config.attention.rope = read_rope(reader, theta=150000.0, default=ROPE)
     return config
 
 
@@ -66,6 +66,15 @@ def transposed(tensor: "Tensor") -> "Tensor":
     return tensor.mT
 
 
+ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""rope_parameters, where they are left out or null."""
 EXPERTS = "model.layers.{layer}.mlp.experts"
 TENSORS: dict[str, StoredForms] = {
     "moe.experts.gate_up": ((Source(f"{EXPERTS}.gate_up_proj", interleaved, joined=2),),),
@@ -92,14 +101,7 @@ GPT_OSS = Family(
         "num_key_value_heads": 8,
         "num_local_experts": 128,
         "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
+        "rope_parameters": ROPE,
         "sliding_window": 128,
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,

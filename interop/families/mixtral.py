@@ -10,11 +10,11 @@ from .family import (
     COMMON,
     ROUTED,
     Family,
+    normalize_top_k,
     read_common,
     read_experts,
     read_head_width,
     read_router_aux_loss_coef,
-    refuse_one_expert,
     router_aux_loss_coef,
     write_common,
 )
@@ -24,7 +24,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     read_head_width(reader, config)
     read_experts(reader, config, "num_local_experts", "intermediate_size")
-    refuse_one_expert(reader, config)
+    normalize_top_k(reader, config, True)
     read_router_aux_loss_coef(reader, config)
     reader.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")
     config.attention.window = reader.optional_integer("sliding_window")

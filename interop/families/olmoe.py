@@ -14,6 +14,7 @@ from .family import (
     read_attention_bias,
     read_common,
     read_experts,
+    read_head_width,
     read_norm_topk_prob,
     read_router_aux_loss_coef,
     router_aux_loss_coef,
@@ -24,6 +25,7 @@ from .family import (
 def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     reader.require("head_dim", None, config.width // config.heads)
+    read_head_width(reader, config)
     read_experts(reader, config, "num_experts", "intermediate_size")
     read_norm_topk_prob(reader, config)
     read_router_aux_loss_coef(reader, config)

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (Qwen1.5-MoE too), Qwen3-MoE and Qwen3 (dense)."""
+"""Qwen2-MoE (Qwen1.5-MoE too) and Qwen3-MoE, and the dense Qwen2 (Qwen2.5 too) and Qwen3."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def read_qwen2_moe(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     read_head_width(reader, config)
     _read_routing(reader, config, "num_experts")
-    config.moe.shared_hidden, config.moe.shared_gate = reader.integer("shared_expert_intermediate_size"), True
+    config.moe.shared_hidden, config.moe.shared_gate = reader.integer("shared_expert_intermediate_size", 0), True
     config.attention.qkv_bias = reader.flag("qkv_bias")
     used, windowed = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
     read_sliding_window(reader, config, lambda index: used and index % 2 == 0 and index < windowed)
@@ -55,6 +55,16 @@ def read_qwen3(reader: ConfigReader) -> ModelConfig:
     _read_qwen3_attention(reader, config)
     used, first = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
     read_sliding_window(reader, config, lambda index: used and index >= first)
+    return config
+
+
+def read_qwen2(reader: ConfigReader) -> ModelConfig:
+    config = read_common(reader)
+    read_head_width(reader, config)
+    config.attention.qkv_bias = True
+    used, first = reader.flag("use_sliding_window"), reader.integer("max_window_layers", 0)
+    read_sliding_window(reader, config, lambda index: used and index >= first)
+    config.attention.rope = read_rope(reader)
     return config
 
 
@@ -89,6 +99,17 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
     return write_common(config) | _qwen3_attention(config) | _windows(config, none=None, bound=0)
+
+
+def write_qwen2(config: ModelConfig) -> dict[str, Any]:
+    return (
+        write_common(config)
+        | _windows(config, none=None, bound=0)
+        | {
+            "rope_parameters": write_rope(config.attention.rope),
+            **({"head_dim": config.head_width} if config.head_width else {}),  # transformers does not take null
+        }
+    )
 
 
 def _read_routing(reader: ConfigReader, config: ModelConfig, experts: str) -> None:
@@ -164,6 +185,7 @@ QWEN2_MOE = Family(
     | experts()
     | feedforward("moe.shared", "mlp.shared_expert")
     | layer_tensors({"moe.shared_gate.weight": "mlp.shared_expert_gate.weight"}),
+    left_out=r"model\.layers\.\d+\.mlp\.shared_expert_gate\.weight",  # of a shared expert of width 0
 )
 
 QWEN3_MOE = Family(
@@ -203,4 +225,13 @@ QWEN3 = Family(
     read=read_qwen3,
     write=write_qwen3,
     tensors=NORMS | PROJECTIONS | QK_NORMS | DENSE,
+)
+
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    defaults={key: value for key, value in QWEN3.defaults.items() if key not in ("attention_bias", "head_dim")},
+    read=read_qwen2,
+    write=write_qwen2,
+    tensors=NORMS | PROJECTIONS | DENSE,
 )

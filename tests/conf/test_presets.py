@@ -26,6 +26,10 @@ TINY = {
     "tiny_gpt_oss": "gpt_oss_20b",
     "tiny_olmoe": "olmoe_1b_7b",
     "tiny_grok": "grok_1",
+    "tiny_glm_4_5": "glm_4_5",
+    "tiny_dots_llm1": "dots_llm1",
+    "tiny_ernie_4_5": "ernie_4_5_21b_a3b",
+    "tiny_minimax_m2": "minimax_m2",
     "tiny_expert_choice": "expert_choice",
 }
 SIZES = re.compile(
@@ -61,6 +65,14 @@ def test_the_last_digit_of_a_figure(figure: str, last_digit: float) -> None:
 def test_a_quarter_of_groks_experts_is_active() -> None:
     parts = count(preset("grok_1"))
     assert parts.active_experts * 4 == parts.experts
+
+
+def test_glm_counts_the_prediction_module_and_no_vocabulary() -> None:
+    """GLM-4.5 (arXiv:2508.06471, table 1): 355B, of which 32B are active; GLM-4.5-Air: 12B active."""
+    large, air = count(preset("glm_4_5")), count(preset("glm_4_5_air"))
+    assert round((large.total + large.mtp - large.embedding - large.head) / 1e9) == 355
+    assert round((large.active - large.embedding - large.head) / 1e9) == 32
+    assert round((air.active - air.embedding - air.head) / 1e9) == 12
 
 
 def test_published_extras() -> None:

@@ -1,6 +1,7 @@
 """Tiny random models of transformers, saved in folders."""
 
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ MODULES = {
     "DeepseekV3": "deepseek_v3",
     "GptOss": "gpt_oss",
     "Olmoe": "olmoe",
+    "Glm4Moe": "glm4_moe",
+    "Dots1": "dots1",
+    "Ernie4_5_Moe": "ernie4_5_moe",
+    "MiniMaxM2": "minimax_m2",
     "Llama": "llama",
+    "Mistral": "mistral",
+    "Qwen2": "qwen2",
     "Qwen3": "qwen3",
 }
 
@@ -63,13 +70,15 @@ class Widest:
 def built(family: str, **settings: Any) -> Any:
     import transformers
 
-    torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**BASE, **settings})
     config._attn_implementation = config._experts_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of empty tensors, where a shared expert has no width
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    torch.manual_seed(0)  # what its construction drew depends on the types of its weights
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "inv_freq" not in name:
-            torch.nn.init.normal_(tensor.data, mean=0.5 if "norm" in name else 0.0, std=0.3)
+            drawn = torch.empty(tensor.shape)  # in fp32, whatever the type, so that the numbers are the same
+            tensor.data.copy_(torch.nn.init.normal_(drawn, mean=0.5 if "norm" in name else 0.0, std=0.3) if len(drawn) else drawn)
     return model
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenyard.interop.config_mapping import choose_family, differences, read_config, write_config
 from tokenyard.interop.families import FAMILIES, Family
-from tokenyard.interop.families.family import IRRELEVANT
+from tokenyard.interop.families.harmless import IRRELEVANT, WITHOUT_EFFECT, harmless
 from tokenyard.moe.config import (
     Activation,
     AttentionConfig,
@@ -27,13 +27,19 @@ NAMED = {
 }
 NAMED |= {"DeepseekV3ForCausalLM": {"moe_layer_freq"}}
 """Keys of published files that transformers 5 does not write."""
+NEEDED = {
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
+    "Glm4MoeForCausalLM": {"head_dim": 128},
+    "Dots1ForCausalLM": {"num_experts_per_tok": 6, "n_routed_experts": 128, "n_shared_experts": 2},
+}
+"""Keys without defaults, or with defaults that make no model."""
 
 
 def given(family: Family, **settings: Any) -> dict[str, Any]:
     """config.json as transformers writes it for its defaults."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
-    needed = {"num_experts_per_tok": 6} if family.architecture == "DeepseekV2ForCausalLM" else {}
+    needed = NEEDED.get(family.architecture, {})
     written = json.loads(config(architectures=[family.architecture], **needed).to_json_string())
     return written | settings
 
@@ -42,8 +48,7 @@ def given(family: Family, **settings: Any) -> dict[str, Any]:
 def test_defaults_are_those_of_transformers(family: Family) -> None:
     theirs = given(family)
     _, from_all = read_config(theirs)
-    needed = {"architectures": [family.architecture], "num_experts_per_tok": theirs.get("num_experts_per_tok")}
-    _, from_none = read_config({key: value for key, value in needed.items() if value is not None})
+    _, from_none = read_config({"architectures": [family.architecture], **NEEDED.get(family.architecture, {})})
     assert differences(from_none, from_all) == {}
 
 
@@ -87,21 +92,35 @@ REFUSED = [
     ("LlamaForCausalLM", {"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
     ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor=None"),
     ("LlamaForCausalLM", {"rope_parameters": {**YARN, "short_factor": [1]}}, "rope_parameters.short_factor=[1]"),
-    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "mscale": 1.0}}, "rope_parameters.mscale=1.0"),
+    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "mscale": -1.0}}, "rope_parameters.mscale=-1.0"),
+    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "beta_fast": -1.0}}, "rope_parameters.beta_fast=-1.0: must be above 0"),
+    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "beta_slow": 64}}, "rope_parameters.beta_fast=None: must be at least beta"),
+    ("LlamaForCausalLM", {"rope_parameters": {**YARN, "attention_factor": 0}}, "rope_parameters.attention_factor=0: must be"),
+    ("LlamaForCausalLM", {"rope_theta": 0, "rope_parameters": None}, "rope_parameters.rope_theta=0: must be above 1"),
+    ("LlamaForCausalLM", {"rope_parameters": {"rope_theta": -5.0}}, "rope_parameters.rope_theta=-5.0: must be above 1"),
+    (
+        "Glm4MoeForCausalLM",
+        {"rope_parameters": {"partial_rotary_factor": 0.29}},
+        "rope_parameters.partial_rotary_factor=0.29: must",
+    ),
+    ("Glm4MoeForCausalLM", {"n_group": 128, "topk_group": 99}, "n_group=128: must leave two of n_routed_experts=128"),
+    ("Ernie4_5_MoeForCausalLM", {"use_bias": True}, "use_bias=True"),
+    ("Ernie4_5_MoeForCausalLM", {"moe_norm_min": 0.5}, "moe_norm_min=0.5: must be above 0 and at most 1e-12"),
+    ("Ernie4_5_MoeForCausalLM", {"moe_k": 1}, "moe_k=1: must be at least 2"),
+    ("MiniMaxM2ForCausalLM", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: must be at least 2 where sigmoid scores"),
+    ("MiniMaxM2ForCausalLM", {"attn_type_list": [1, 0]}, "attn_type_list=[1, 0]"),
+    ("MiniMaxM2ForCausalLM", {"use_routing_bias": False}, "use_routing_bias=False"),
     ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method='fp8'"),
     ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
-    ("MixtralForCausalLM", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
     ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most num_local_experts=8"),
-    ("Qwen2MoeForCausalLM", {"mlp_only_layers": [3]}, "mlp_only_layers=[3]"),
+    ("Qwen2MoeForCausalLM", {"mlp_only_layers": "3"}, "mlp_only_layers='3'"),
     ("Qwen2MoeForCausalLM", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),
-    ("Qwen3ForCausalLM", {"use_sliding_window": True, "layer_types": None, "sliding_window": 9}, "layer_types=None"),
     ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
     ("GptOssForCausalLM", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
     ("GptOssForCausalLM", {"experts_per_token": 3}, "experts_per_token=3"),
     ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob=True"),
     ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
-    ("DeepseekV2ForCausalLM", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
     ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
     ("DeepseekV3ForCausalLM", {"n_group": 7}, "n_group=7: must divide n_routed_experts=256"),
     ("DeepseekV3ForCausalLM", {"n_group": 64, "topk_group": 1}, "num_experts_per_tok=8: must be at most the experts of"),
@@ -135,6 +154,39 @@ def test_irrelevant_keys_change_nothing(family: Family) -> None:
     kept = {"architectures", "model_type", "max_position_embeddings"}  # the last is the default of another key
     _, same = read_config(given(family, **dict.fromkeys((IRRELEVANT | family.irrelevant) - kept, "anything")))
     assert same == model
+
+
+NOT_HERE = [
+    ("MixtralForCausalLM", {"use_qk_norm": True}),
+    ("LlamaForCausalLM", {"qkv_bias": True}),
+    ("Qwen2MoeForCausalLM", {"qkv_bias": False, "use_qkv_bias": True}),
+    ("Qwen3MoeForCausalLM", {"shared_expert_intermediate_size": 64}),
+    ("OlmoeForCausalLM", {"use_qk_norm": False}),
+    ("LlamaForCausalLM", {"rope_interleaved": True}),
+    ("DeepseekV2ForCausalLM", {"rope_interleaved": False}),
+    ("MixtralForCausalLM", {"layer_types": ["sliding_attention"] * 32}),
+    ("MixtralForCausalLM", {"n_shared_experts": 1}),
+    ("MixtralForCausalLM", {"norm_topk_prob": False}),
+    ("MixtralForCausalLM", {"routed_scaling_factor": 2.0}),
+    ("MixtralForCausalLM", {"scoring_func": "sigmoid"}),
+    *[("LlamaForCausalLM", {key: 0.5}) for key in sorted(WITHOUT_EFFECT)],
+]
+
+
+@pytest.mark.parametrize(("architecture", "change"), NOT_HERE, ids=str)
+def test_a_key_that_says_something_else_than_the_model_is_refused(architecture: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^config\.json: {list(change)[-1]}=.*: must be "):
+        read_config(given(FAMILIES[architecture], **change))
+
+
+@families
+@pytest.mark.parametrize("key", sorted(harmless(ModelConfig())))
+def test_a_key_that_says_what_the_model_is_anyway_changes_nothing(family: Family, key: str) -> None:
+    theirs = given(family)
+    _, model = read_config(theirs)
+    for value in harmless(model)[key]:
+        if key not in theirs:  # those that the family reads have their own tests
+            assert read_config(theirs | {key: value})[1] == model
 
 
 def mixtral(**settings: Any) -> ModelConfig:
@@ -175,7 +227,7 @@ INEXPRESSIBLE = [
     (mixtral(sandwich_norms=True), "model.sandwich_norms=True"),
     (mixtral(output_softcap=30.0), "model.output_softcap=30.0"),
     (mixtral(attention=AttentionConfig(softcap=30.0)), "model.attention.softcap=30.0"),
-    (mixtral(attention=AttentionConfig(window=4, window_every=3), layers=3), "model.attention.window_every=[0, 1]"),
+    (mixtral(attention=AttentionConfig(window=4, window_every=3), layers=3, sandwich_norms=True), "model.sandwich_norms=True"),
 ]
 
 

@@ -81,6 +81,9 @@ def test_which_layers_have_the_window() -> None:
     settings = AttentionConfig(window=3, window_every=3)
     windows = [Attention(ModelConfig(attention=settings), torch.float32, index).softmax.window for index in range(6)]
     assert windows == [3, 3, None, 3, 3, None]
+    settings.full_layers = [0, 4]
+    windows = [Attention(ModelConfig(attention=settings), torch.float32, index).softmax.window for index in range(6)]
+    assert windows == [None, 3, None, 3, None, None]
 
 
 @pytest.mark.parametrize("kind", [{"sinks": True}, {"softcap": 1.5}, {"qk_norm": QKNorm.full}], ids=str)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tokenyard.moe.config import Activation
-from tokenyard.moe.experts import Experts, experts_by_loop
+from tokenyard.moe.experts import Experts, experts_by_loop, grouped_mm, grouped_outer
 from tokenyard.moe.feedforward import FeedForward, activate
 from torch import Tensor
 
@@ -146,3 +146,18 @@ def assert_close(value: Tensor, expected: Tensor, tolerance: float) -> None:
     """Returns the largest difference, relative to the largest element."""
     assert value.shape == expected.shape and value.dtype == expected.dtype
     assert (value - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "hidden"), [(16, 5), (6, 16), (7, 3)])
+def test_widths_whose_rows_are_no_multiples_of_16_bytes(dtype: torch.dtype, width: int, hidden: int) -> None:
+    """torch's grouped_mm refuses them; the product pads them with zeros, which change no sum."""
+    torch.manual_seed(0)
+    rows, ends = torch.randn(9, width, dtype=dtype), torch.tensor([4, 4, 9], dtype=torch.int32)
+    weights = torch.randn(3, hidden, width, dtype=dtype)
+    left = torch.randn(9, hidden, dtype=dtype)
+    expected = torch.cat([rows[:4] @ weights[0].T, rows[4:] @ weights[2].T])
+    outer = torch.stack([left[:4].T @ rows[:4], torch.zeros(hidden, width, dtype=dtype), left[4:].T @ rows[4:]])
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(grouped_mm(rows, weights, ends), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grouped_outer(left, rows, ends), outer, rtol=tolerance, atol=tolerance)

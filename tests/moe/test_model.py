@@ -21,6 +21,11 @@ def test_which_layers_have_experts(dense_first: int, moe_every: int, pattern: st
     assert len(stats) == pattern.count("m")
 
 
+def test_further_dense_layers() -> None:
+    model = tiny(layers=5, dense_first=1, dense_layers=[2, 4])
+    assert "".join("d" if block.moe is None else "m" for block in model.blocks) == "dmdmd"
+
+
 def test_no_experts_make_a_dense_model() -> None:
     assert all(block.moe is None and block.dense is not None for block in tiny(moe=MoEConfig(experts=0)).blocks)
 

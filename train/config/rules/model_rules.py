@@ -16,6 +16,9 @@ def model(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("model.width", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.width))
     if c.dense_first > c.layers:
         yield Violation("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
+    for key, listed in (("dense_layers", c.dense_layers), ("attention.full_layers", c.attention.full_layers)):
+        if (valid := sorted({index for index in listed if 0 <= index < c.layers})) != listed:
+            yield Violation(f"model.{key}", f"must be rising indices of the {c.layers} layers, from 0", [valid])
     if c.mtp_depth >= config.sequence_length:
         rule = f"must be below sequence_length={config.sequence_length}, or nothing is left to predict"
         yield Violation("model.mtp_depth", rule, [config.sequence_length - 1])
