@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def balance_loss(counts: Tensor, scores: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-    """Switch Transformer's load-balance loss (Fedus et al. 2021, eq. 4-6; GShard's for K = 2), one value per leading index.
+    """Switch Transformer's load-balance loss (Fedus et al. 2021, eq. 4-6), one value per leading index.
+
+    Over first choices, with top_k = 1, it is E ** 2 times GShard's (Lepikhin et al. 2020, algorithm 1, line 13).
 
     The result E * sum_e f_e * P_e is linear in `scores`, so no gradient passes through a collective; it is 1 if the load is even.
     Over one sequence it is DeepSeek-V3's complementary sequence-wise loss (eq. 17-20), with the choices after the expert bias.

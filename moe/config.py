@@ -48,6 +48,7 @@ class DropPolicy(Enum):
     """Which choices an expert keeps if it is full."""
 
     position = "position"
+    priority = "priority"
     probability = "probability"
     random = "random"
 
@@ -57,7 +58,7 @@ class RouterConfig:
     score: Score = Score.softmax
     """How logits become scores: over all experts, or for each expert separately (DeepSeek-V3: sigmoid)."""
     selection: Selection = Selection.top_k
-    """top_k; gshard (a random second expert); expert_choice (looks ahead); hash of the token; sinkhorn (balanced)."""
+    """top_k; gshard (its algorithm 1, first choices first, second ones at random); expert_choice; hash of the token; sinkhorn."""
     softmax_after_top_k: bool = False
     """Choose by logits, then softmax over the chosen experts only (gpt-oss)."""
     normalize_top_k: bool = True
@@ -104,8 +105,10 @@ class CapacityConfig:
     """Rows of a scope that an expert always takes."""
     scope: Scope = Scope.sequence
     """The tokens that compete for an expert, also in expert_choice; sequence and batch do not depend on the layout."""
+    groups: int = field(default=1, metadata=within("[1, inf)"))
+    """Groups of equal size that scope batch is split into, in the order of tokens (GShard's G); an expert has rows in each."""
     policy: DropPolicy = DropPolicy.position
-    """Earlier tokens first (causal), likelier choices first (looks ahead), or at random (outside training by position)."""
+    """Earlier tokens first; likelier choices; at random (outside training by position); priority: likelier tokens (V-MoE)."""
     pad: bool = False
     """Pad each expert's rows to its capacity (GShard): fixed shapes, more computation."""
     schedule: list[float] = field(default_factory=list)

@@ -9,8 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capacity import LocalScope, capacity, count_choices, keep_best, keep_earliest, max_rows
-from .config import DropPolicy, MoEConfig, Selection
+from .capacity import (
+    LocalScope,
+    capacity,
+    count_choices,
+    gather_groups,
+    group_size,
+    keep_best,
+    keep_by_priority,
+    keep_earliest,
+    local_part_of_groups,
+    max_rows,
+    piece_length,
+)
+from .config import DropPolicy, MoEConfig, Scope, Selection
 from .scoring import (
     ChosenExperts,
     NoisyLogits,
@@ -70,6 +82,17 @@ def compute_router_metrics(logits_BSE: Tensor | None, probabilities_BSE: Tensor,
     return RouterMetrics(tokens, entropy, top1, norm, none, largest)
 
 
+class GroupSums(NamedTuple):
+    """GShard's balance loss over groups: P pieces of sequences, each within one group (moe/capacity.py). Valid tokens alone."""
+
+    counts_PE: Tensor
+    """int64: first choices of each column in the WHOLE group of each piece."""
+    tokens_P: Tensor
+    """int64: tokens of the whole group of each piece."""
+    scores_PE: Tensor
+    """Sum over the piece's tokens of the router's probabilities, differentiable."""
+
+
 class RoutingStats(NamedTuple):
     """Statistics of one MoE layer over the valid tokens of this device. They are sums, so that ranks can add up theirs."""
 
@@ -92,6 +115,10 @@ class RoutingStats(NamedTuple):
     """Sum of the selection probabilities under learned noise, differentiable; without noise the counts."""
     router_metrics: RouterMetrics | None = None
     """Only in training, and only if the router `collects_metrics`."""
+    first_BE: Tensor | None = None
+    """int64: the first choices of each column, which GShard's balance loss counts; None in other selections."""
+    group_sums: GroupSums | None = None
+    """Only in gshard with capacity.groups > 1 and a balance loss over the batch, which is then one over each group."""
 
 
 class Routing(NamedTuple):
@@ -151,7 +178,7 @@ class Router(nn.Module):
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
         padded = None
         if self.config.capacity.pad and rows is not None:
-            padded = max_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
+            padded = max_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity)
         return Routing(chosen.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
 
     def _key(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor:
@@ -162,14 +189,15 @@ class Router(nn.Module):
         return fold_in(keys_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: TokenInfo) -> int | None:
-        """Returns the rows that each expert takes of a scope; None is dropless, which expert choice never is."""
+        """Returns the rows that each expert takes of a scope or group; None is dropless, which expert choice never is."""
         config = self.config
         factor = config.capacity.factor_at(tokens.step) if self.training else config.capacity.evaluation_factor
         if config.router.selection is Selection.expert_choice:
             factor = factor or config.capacity.factor or 1.0
         if factor is None:
             return None
-        return capacity(factor, self.scopes.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
+        in_scope = self.scopes.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope)
+        return capacity(factor, group_size(in_scope, config.capacity.groups), config)
 
     def _score(self, x_BSD: Tensor, tokens: TokenInfo, key_BS: Tensor | None) -> Scored:
         router = self.config.router
@@ -194,34 +222,43 @@ class Router(nn.Module):
     def _drop(
         self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, key_BS: Tensor | None, rows: int | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Returns the mask of choices to dispatch (None: all), and how many were dropped for lack of capacity."""
-        config, experts_BSK, wanted_BSK = self.config, chosen.experts_BSK, chosen.mask_BSK
+        """Returns the mask of choices to dispatch (None: all), and how many were dropped for lack of capacity.
+
+        As in algorithm 1 of GShard, a second choice takes a place of its expert whether or not it is drawn.
+        """
+        config, experts_BSK, wanted_BSK, drawn_BSK = self.config, chosen.experts_BSK, chosen.mask_BSK, None
         none = torch.zeros((), dtype=torch.int64, device=experts_BSK.device)
         if config.router.null_experts:
             wanted_BSK = experts_BSK < config.experts
         if config.router.selection is Selection.gshard and key_BS is not None:
-            second_BSK = sample_second_expert(weights_BSK.detach(), key_BS)
-            wanted_BSK = second_BSK if wanted_BSK is None else wanted_BSK & second_BSK
+            drawn_BSK = sample_second_expert(weights_BSK.detach(), key_BS)
         if rows is None or config.router.selection is Selection.expert_choice:
-            return wanted_BSK, none
+            return drawn_BSK if wanted_BSK is None else wanted_BSK if drawn_BSK is None else wanted_BSK & drawn_BSK, none
         if wanted_BSK is None:
             wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool)
         if tokens.valid_BS is not None:
             wanted_BSK = wanted_BSK & tokens.valid_BS.unsqueeze(-1)
         kept_BSK = self._within_capacity(experts_BSK, wanted_BSK, scored.scores_BSE.detach(), key_BS, rows)
+        if drawn_BSK is not None:
+            kept_BSK, wanted_BSK = kept_BSK & drawn_BSK, wanted_BSK & drawn_BSK
         return kept_BSK, wanted_BSK.sum() - kept_BSK.sum()
 
     def _within_capacity(
         self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor, key_BS: Tensor | None, rows: int
     ) -> Tensor:
         """Outside training nothing is random: there the random policy drops by position."""
-        limits = self.config.capacity
-        if limits.policy is DropPolicy.probability:
-            return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, self.scopes)
-        if limits.policy is DropPolicy.random and key_BS is not None:
-            drawn_BSE = random_uniform(key_BS, self.columns, Purpose.drop)
-            return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, self.scopes)
-        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, self.scopes)
+        limits, scopes = self.config.capacity, self.scopes
+        match limits.policy:
+            case DropPolicy.probability:
+                return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, scopes, limits.groups)
+            case DropPolicy.random if key_BS is not None:
+                drawn_BSE = random_uniform(key_BS, self.columns, Purpose.drop)
+                return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, scopes, limits.groups)
+            case DropPolicy.priority:
+                best_BS = scores_BSE.gather(-1, experts_BSK).amax(-1)
+                return keep_by_priority(experts_BSK, wanted_BSK, best_BS, rows, self.columns, limits.scope, scopes, limits.groups)
+        firsts_first = self.config.router.selection is Selection.gshard
+        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, scopes, limits.groups, firsts_first)
 
     def _stats(
         self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, dropped: Tensor
@@ -241,6 +278,8 @@ class Router(nn.Module):
             logits_BSE = logits_BSE.detach()
         z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
+        if self.config.router.selection is Selection.gshard:
+            stats = self._with_first_choices(stats, chosen.experts_BSK[..., :1], valid_BS, probabilities_BSE)
         if self.collects_metrics and self.training:
             metrics = compute_router_metrics(scored.logits_BSE, probabilities_BSE.detach(), valid_BS)
             stats = stats._replace(router_metrics=metrics)
@@ -252,6 +291,26 @@ class Router(nn.Module):
         if scored.noise is not None and self._is_top_k_of_logits():
             load_BE = (selection_probability(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
         return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
+
+    def _with_first_choices(
+        self, stats: RoutingStats, first_BS1: Tensor, valid_BS: Tensor, probabilities_BSE: Tensor
+    ) -> RoutingStats:
+        """Adds what GShard's balance loss counts; with groups each group has a loss of its own (algorithm 1, lines 3 and 13)."""
+        (sequences, length), groups = valid_BS.shape, self.config.capacity.groups
+        stats = stats._replace(first_BE=count_choices(first_BS1, valid_BS.unsqueeze(-1), self.columns))
+        balance = self.config.balance
+        if groups == 1 or balance.coefficient == 0 or balance.scope is not Scope.batch:
+            return stats
+        piece = piece_length(sequences, length, Scope.batch, groups, self.scopes)
+        pieces = length // piece
+        first_PS1, valid_PS1 = (x.reshape(sequences * pieces, piece, 1) for x in (first_BS1, valid_BS))
+        counts_PE = torch.cat([count_choices(first_PS1, valid_PS1, self.columns), valid_PS1.sum(1)], dim=1)
+        counts_GTE = gather_groups(counts_PE.view(sequences, pieces, self.columns + 1), 0, Scope.batch, groups, self.scopes)
+        totals_GTE = counts_GTE.sum(1, keepdim=True).expand_as(counts_GTE)
+        totals_BSE = local_part_of_groups(totals_GTE, sequences, pieces, Scope.batch, groups, self.scopes)
+        totals_PE = totals_BSE.reshape_as(counts_PE)
+        scores_PE = (probabilities_BSE.reshape(*first_PS1.shape[:2], self.columns) * valid_PS1).sum(1)
+        return stats._replace(group_sums=GroupSums(totals_PE[:, :-1], totals_PE[:, -1], scores_PE))
 
     def _is_top_k_of_logits(self) -> bool:
         """Whether the K < E largest logits are chosen, so that `selection_probability` holds."""

@@ -65,10 +65,13 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
         return Losses(cross_entropy, cross_entropy.detach() / mesh.tensor.size, none, none, none, none, empty.view(0, 0), empty)
     balance = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
-    balance_L = _balance(stats, balance.scope, config.top_k, totals, mesh)
-    sequence_L = (
-        _balance(stats, Scope.sequence, config.top_k, totals, mesh) if balance.sequence_coefficient else torch.zeros_like(z_L)
+    balance_L = (
+        _by_group(stats, config, totals) if stats[0].group_sums else _balance(stats, balance.scope, config.top_k, totals, mesh)
     )
+    sequence_L = torch.zeros_like(z_L)
+    if balance.sequence_coefficient:
+        every_choice = [layer._replace(first_BE=None) for layer in stats]
+        sequence_L = _balance(every_choice, Scope.sequence, config.top_k, totals, mesh)
     importance = (
         _importance(stats, balance.scope, totals, mesh)
         if balance.importance_coefficient
@@ -117,14 +120,29 @@ def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: To
 
 
 def _balance(stats: list[RoutingStats], scope: Scope, top_k: int, totals: Totals, mesh: Mesh) -> Tensor:
-    """Returns this rank's share (L,) of the balance loss: a mean over sequences, micro-batches, or micro-batches of ranks."""
+    """Returns this rank's share (L,) of the balance loss: a mean over sequences, micro-batches, or micro-batches of ranks.
+
+    It counts first choices alone where the statistics have them (GShard).
+    """
     scores_LBE = torch.stack([layer.scores_BE for layer in stats])
-    chosen_LBE = torch.stack([torch.cat([layer.counts_BE, layer.tokens_B.unsqueeze(1)], dim=1) for layer in stats])
+    if stats[0].first_BE is not None:
+        top_k = 1
+    counted = [layer.counts_BE if layer.first_BE is None else layer.first_BE for layer in stats]
+    chosen_LBE = torch.stack(
+        [torch.cat([counts_BE, layer.tokens_B.unsqueeze(1)], dim=1) for counts_BE, layer in zip(counted, stats, strict=True)]
+    )
     chosen = scope_sum(chosen_LBE, scope, mesh)
     counts, tokens = chosen[..., :-1], chosen[..., -1]
     if scope is Scope.sequence:
         return balance_loss(counts, scores_LBE, tokens, top_k).sum(1) / _scopes(scope, totals, mesh)
     return balance_loss(counts, scores_LBE.sum(1), tokens, top_k) / _scopes(scope, totals, mesh)
+
+
+def _by_group(stats: list[RoutingStats], config: MoEConfig, totals: Totals) -> Tensor:
+    """Returns this rank's share (L,) of GShard's balance loss: a mean over the groups of all micro-batches."""
+    sums = [layer.group_sums for layer in stats if layer.group_sums is not None]
+    counts_LPE, tokens_LP, scores_LPE = (torch.stack(parts) for parts in zip(*sums, strict=True))
+    return balance_loss(counts_LPE, scores_LPE, tokens_LP, 1).sum(1) / (totals.micro_batches * config.capacity.groups)
 
 
 def _importance(stats: list[RoutingStats], scope: Scope, totals: Totals, mesh: Mesh) -> Variation:

@@ -47,6 +47,10 @@ ROUTERS = {
     "noise, importance and load": moe({"noise": True}, {"importance_coefficient": 0.1, **BATCH}),
     "importance by sequence": moe({"score": Score.sigmoid}, {"importance_coefficient": 0.1}),
     "gshard": moe({"selection": Selection.gshard}, capacity={"factor": 0.8}),
+    "gshard by batch": moe({"selection": Selection.gshard}, BATCH, {"factor": 0.8, **BATCH}),
+    "gshard in groups": moe({"selection": Selection.gshard}, BATCH, {"factor": 0.8, "groups": 6, **BATCH}),
+    "batch-prioritized": moe({}, capacity={"factor": 0.7, "policy": DropPolicy.priority}, top_k=3),
+    "batch-prioritized in groups": moe({}, capacity={"factor": 0.7, "policy": DropPolicy.priority, "groups": 3, **BATCH}),
     "random drops": moe({}, capacity={"factor": 0.8, "policy": DropPolicy.random}),
     "random drops by batch": moe({}, capacity={"factor": 0.8, "policy": DropPolicy.random, **BATCH}),
     "drops by probability": moe({}, BATCH, {"factor": 0.8, "policy": DropPolicy.probability, **BATCH}),
@@ -62,7 +66,8 @@ ROUTERS = {
 }
 """The configurations by name."""
 
-RANDOM = ("switch, jitter", "noise, importance and load", "gshard", "random drops", "random drops by batch")
+GSHARD = ("gshard", "gshard by batch", "gshard in groups")
+RANDOM = ("switch, jitter", "noise, importance and load", *GSHARD, "random drops", "random drops by batch")
 """The configurations whose training is random."""
 
 

@@ -1,5 +1,6 @@
 """Properties of every kind of router: counts, gradients, ties, capacity, no tokens, and where it is random."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -52,12 +53,13 @@ def test_every_expert_stays_within_its_capacity(config: MoEConfig) -> None:
     if factor is None:
         assert routing.stats.dropped == 0
         return
-    rows = factor * LENGTH * config.top_k / (EXPERTS + config.router.null_experts)
+    by_batch = config.capacity.scope is Scope.batch
+    tokens = math.ceil(SEQUENCES * LENGTH / config.capacity.groups) if by_batch else LENGTH
+    rows = math.ceil(factor * tokens * config.top_k / (EXPERTS + config.router.null_experts))
     assert routing.kept_TK is not None
-    choices = torch.where(routing.kept_TK, routing.experts_TK, EXPERTS).view(SEQUENCES, -1)
-    taken_BE = torch.stack([row.bincount(minlength=EXPERTS + 1)[:EXPERTS] for row in choices])
-    taken = taken_BE.sum(0) / SEQUENCES if config.capacity.scope is Scope.batch else taken_BE
-    assert (taken <= rows + 1).all() and taken.max() > rows - 1, "the fullest is full"
+    choices_TK = torch.where(routing.kept_TK, routing.experts_TK, EXPERTS)
+    taken = torch.stack([group.flatten().bincount(minlength=EXPERTS + 1)[:EXPERTS] for group in choices_TK.split(tokens)])
+    assert (taken <= rows).all() and taken.max() == rows, "the fullest is full"
 
 
 @ALL
