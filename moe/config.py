@@ -89,6 +89,12 @@ class BalanceConfig:
     """Scope of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
     sequence_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
+    sequence_by_scores: bool = False
+    """Count for it the top_k largest scores (eq. 18), not the choices made, which expert bias and groups change."""
+    device_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
+    """Factor of DeepSeek-V2's device-level balance loss over the router.groups in `scope` (eq. 26-28); 0 turns it off."""
+    communication_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
+    """Factor of DeepSeek-V2's communication balance loss over the same groups (eq. 29-31); 0 turns it off."""
     importance_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of the squared coefficient of variation of importance and load (Shazeer 2017) in `scope`; 0 turns it off."""
     bias_rate: float = field(default=0.0, metadata=within("[0, inf)"))

@@ -9,18 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .balance import GroupSums, count_groups, group_sums
 from .capacity import (
     LocalScope,
     capacity,
     count_choices,
-    gather_groups,
     group_size,
     keep_best,
     keep_by_priority,
     keep_earliest,
-    local_part_of_groups,
     max_rows,
-    piece_length,
 )
 from .config import DropPolicy, MoEConfig, Scope, Selection
 from .scoring import (
@@ -36,6 +34,7 @@ from .scoring import (
     sample_second_expert,
     selection_probability,
     to_scores,
+    top_k_ids,
 )
 from .token_info import BatchPosition, Purpose, TokenInfo, fold_in, random_uniform, token_keys
 
@@ -82,17 +81,6 @@ def compute_router_metrics(logits_BSE: Tensor | None, probabilities_BSE: Tensor,
     return RouterMetrics(tokens, entropy, top1, norm, none, largest)
 
 
-class GroupSums(NamedTuple):
-    """GShard's balance loss over groups: P pieces of sequences, each within one group (moe/capacity.py). Valid tokens alone."""
-
-    counts_PE: Tensor
-    """int64: first choices of each column in the WHOLE group of each piece."""
-    tokens_P: Tensor
-    """int64: tokens of the whole group of each piece."""
-    scores_PE: Tensor
-    """Sum over the piece's tokens of the router's probabilities, differentiable."""
-
-
 class RoutingStats(NamedTuple):
     """Statistics of one MoE layer over the valid tokens of this device. They are sums, so that ranks can add up theirs."""
 
@@ -119,6 +107,10 @@ class RoutingStats(NamedTuple):
     """int64: the first choices of each column, which GShard's balance loss counts; None in other selections."""
     group_sums: GroupSums | None = None
     """Only in gshard with capacity.groups > 1 and a balance loss over the batch, which is then one over each group."""
+    best_BE: Tensor | None = None
+    """int64: the K best scores of each token, for balance.sequence_by_scores; None if it is off."""
+    sent_BG: Tensor | None = None
+    """int64: tokens sent to each group of experts, for DeepSeek-V2's communication balance loss; None if it is off."""
 
 
 class Routing(NamedTuple):
@@ -271,15 +263,16 @@ class Router(nn.Module):
         counts_BE = count_choices(chosen.experts_BSK, counted_BSK, self.columns)
         balance, logits_BSE = self.config.balance, scored.logits_BSE
         # A loss that is off has no backward pass.
-        balanced = balance.coefficient != 0 or balance.sequence_coefficient != 0
+        balanced = any(
+            (balance.coefficient, balance.sequence_coefficient, balance.device_coefficient, balance.communication_coefficient)
+        )
         probabilities_BSE = normalize_scores(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
         scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
         if logits_BSE is not None and self.config.z_coefficient == 0:
             logits_BSE = logits_BSE.detach()
         z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
-        if self.config.router.selection is Selection.gshard:
-            stats = self._with_first_choices(stats, chosen.experts_BSK[..., :1], valid_BS, probabilities_BSE)
+        stats = self._with_counts(stats, chosen, valid_BS, scored.scores_BSE, probabilities_BSE)
         if self.collects_metrics and self.training:
             metrics = compute_router_metrics(scored.logits_BSE, probabilities_BSE.detach(), valid_BS)
             stats = stats._replace(router_metrics=metrics)
@@ -292,25 +285,22 @@ class Router(nn.Module):
             load_BE = (selection_probability(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
         return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
 
-    def _with_first_choices(
-        self, stats: RoutingStats, first_BS1: Tensor, valid_BS: Tensor, probabilities_BSE: Tensor
+    def _with_counts(
+        self, stats: RoutingStats, chosen: ChosenExperts, valid_BS: Tensor, scores_BSE: Tensor, probabilities_BSE: Tensor
     ) -> RoutingStats:
-        """Adds what GShard's balance loss counts; with groups each group has a loss of its own (algorithm 1, lines 3 and 13)."""
-        (sequences, length), groups = valid_BS.shape, self.config.capacity.groups
-        stats = stats._replace(first_BE=count_choices(first_BS1, valid_BS.unsqueeze(-1), self.columns))
-        balance = self.config.balance
-        if groups == 1 or balance.coefficient == 0 or balance.scope is not Scope.batch:
-            return stats
-        piece = piece_length(sequences, length, Scope.batch, groups, self.scopes)
-        pieces = length // piece
-        first_PS1, valid_PS1 = (x.reshape(sequences * pieces, piece, 1) for x in (first_BS1, valid_BS))
-        counts_PE = torch.cat([count_choices(first_PS1, valid_PS1, self.columns), valid_PS1.sum(1)], dim=1)
-        counts_GTE = gather_groups(counts_PE.view(sequences, pieces, self.columns + 1), 0, Scope.batch, groups, self.scopes)
-        totals_GTE = counts_GTE.sum(1, keepdim=True).expand_as(counts_GTE)
-        totals_BSE = local_part_of_groups(totals_GTE, sequences, pieces, Scope.batch, groups, self.scopes)
-        totals_PE = totals_BSE.reshape_as(counts_PE)
-        scores_PE = (probabilities_BSE.reshape(*first_PS1.shape[:2], self.columns) * valid_PS1).sum(1)
-        return stats._replace(group_sums=GroupSums(totals_PE[:, :-1], totals_PE[:, -1], scores_PE))
+        """Adds what the balance losses that are on count besides choices."""
+        balance, groups, first_BS1 = self.config.balance, self.config.capacity.groups, chosen.experts_BSK[..., :1]
+        if self.config.router.selection is Selection.gshard:
+            stats = stats._replace(first_BE=count_choices(first_BS1, valid_BS.unsqueeze(-1), self.columns))
+            if groups > 1 and balance.coefficient and balance.scope is Scope.batch:
+                stats = stats._replace(group_sums=group_sums(first_BS1, valid_BS, probabilities_BSE, groups, self.scopes))
+        if balance.sequence_coefficient and balance.sequence_by_scores:
+            best_BSK = top_k_ids(scores_BSE.detach(), self.config.top_k)
+            stats = stats._replace(best_BE=count_choices(best_BSK, valid_BS.unsqueeze(-1), self.columns))
+        if balance.communication_coefficient:
+            sent_BG = count_groups(chosen.experts_BSK, valid_BS, self.columns, self.config.router.groups)
+            stats = stats._replace(sent_BG=sent_BG)
+        return stats
 
     def _is_top_k_of_logits(self) -> bool:
         """Whether the K < E largest logits are chosen, so that `selection_probability` holds."""

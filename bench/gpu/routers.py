@@ -41,7 +41,16 @@ ROUTERS = {
     "softmax": moe({}),
     "softmax after top-k, bias": moe({"softmax_after_top_k": True, "bias": True}),
     "deepseek v2": moe({"groups": 4, "top_groups": 2, "normalize_top_k": False, "scale": 16.0}),
+    "deepseek v2, devices": moe(
+        {"groups": 4, "top_groups": 2, "normalize_top_k": False}, {"device_coefficient": 0.03, "communication_coefficient": 0.02}
+    ),
+    "deepseek v2, devices by batch": moe(
+        {"groups": 4, "top_groups": 2}, {"device_coefficient": 0.03, "communication_coefficient": 0.02, **BATCH}, top_k=3
+    ),
     "deepseek v3": moe(V3, {"sequence_coefficient": 0.02, "bias_rate": 0.01}),
+    "deepseek v3 by scores": moe(
+        V3, {"sequence_coefficient": 0.02, "sequence_by_scores": True, "bias_rate": 0.05, "coefficient": 0.0}
+    ),
     "sqrtsoftplus": moe({"score": Score.sqrtsoftplus}, {"bias_rate": 0.05, "coefficient": 0.0}),
     "switch, jitter": moe({"jitter": 0.1}, capacity={"factor": 1.0}, top_k=1),
     "noise, importance and load": moe({"noise": True}, {"importance_coefficient": 0.1, **BATCH}),

@@ -99,6 +99,8 @@ BAD = [
     (1, "model.moe.router.selection=gshard model.moe.capacity.policy=random",
      "model.moe.capacity.policy=random: must be position or priority with",
      "model.moe.capacity.policy=position or model.moe.capacity.policy=priority"),
+    (1, "model.moe.balance.device_coefficient=0.05", "model.moe.balance.device_coefficient=0.05: must be 0 with",
+     "model.moe.balance.device_coefficient=0.0"),
     (1, "model.moe.capacity.groups=4", "model.moe.capacity.groups=4: must be 1 with model.moe.capacity.scope=sequence",
      "model.moe.capacity.groups=1"),
     (1, "model.moe.router.selection=gshard model.moe.top_k=1", "model.moe.top_k=1: must be 2 with", "model.moe.top_k=2"),

@@ -117,6 +117,9 @@ def _groups(c: MoEConfig) -> Iterator[Violation]:
     if router.top_groups > router.groups:
         yield Violation(f"{ROUTER}.top_groups", f"must be at most {key}={router.groups}", [router.groups])
     if router.groups == 1:
+        for name in ("device_coefficient", "communication_coefficient"):
+            if getattr(c.balance, name):
+                yield Violation(f"{BALANCE}.{name}", f"must be 0 with {key}=1, its devices are these groups of experts", [0.0])
         return
     if c.top_k > size * router.top_groups:
         rule = (
