@@ -22,6 +22,7 @@ TRAINING = (
     "model.moe.capacity.factor",
     "model.moe.capacity.minimum",
     "model.moe.capacity.scope",
+    "model.moe.capacity.groups",
     "model.moe.capacity.policy",
     "model.moe.capacity.pad",
     "model.moe.capacity.schedule",

@@ -8,12 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .capacity import LocalScope, count_choices, gather_groups, local_part_of_groups, piece_length
+from .config import Scope
+
 
 def balance_loss(counts: Tensor, scores: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-    """Switch Transformer's load-balance loss (Fedus et al. 2021, eq. 4-6; GShard's for K = 2), one value per leading index.
+    """Switch Transformer's load-balance loss (Fedus et al. 2021, eq. 4-6), one value per leading index.
+
+    Over first choices, with top_k = 1, it is E ** 2 times GShard's (Lepikhin et al. 2020, algorithm 1, line 13).
 
     The result E * sum_e f_e * P_e is linear in `scores`, so no gradient passes through a collective; it is 1 if the load is even.
-    Over one sequence it is DeepSeek-V3's complementary sequence-wise loss (eq. 17-20), with the choices after the expert bias.
+    Over one sequence it is DeepSeek-V3's complementary sequence-wise loss (eq. 17-20). With groups of experts for experts it is
+    DeepSeek-V2's device-level loss (eq. 26-28), and with `count_groups` and M groups per token its communication loss (eq. 29-31).
 
     Args:
         counts: (..., E), int64 choices of the WHOLE scope, the same on every rank.
@@ -24,6 +30,43 @@ def balance_loss(counts: Tensor, scores: Tensor, tokens: Tensor, top_k: int) -> 
     fraction = counts.to(scores.dtype) / (tokens * top_k).clamp(min=1).unsqueeze(-1)  # dividing two int64 would give fp32
     mean_score = scores / tokens.clamp(min=1).unsqueeze(-1)
     return counts.shape[-1] * (fraction * mean_score).sum(dim=-1)
+
+
+def sum_groups(x: Tensor, groups: int) -> Tensor:
+    """(..., E) to (..., G): sums over the experts of each group."""
+    return x.unflatten(-1, (groups, -1)).sum(-1)
+
+
+def count_groups(experts_BSK: Tensor, valid_BS: Tensor, columns: int, groups: int) -> Tensor:
+    """int64 (B, G): the tokens of each sequence that go to each group of experts, once however many of them they chose."""
+    index_BSK = experts_BSK // (columns // groups)
+    sent_BSG = valid_BS.new_zeros(*valid_BS.shape, groups).scatter(-1, index_BSK, True)
+    return (sent_BSG & valid_BS.unsqueeze(-1)).sum(1)
+
+
+class GroupSums(NamedTuple):
+    """GShard's balance loss over groups of tokens: P pieces of sequences, each within one group (moe/capacity.py)."""
+
+    counts_PE: Tensor
+    """int64: first choices of each column in the WHOLE group of each piece."""
+    tokens_P: Tensor
+    """int64: valid tokens of the whole group of each piece."""
+    scores_PE: Tensor
+    """Sum over the piece's valid tokens of the router's probabilities, differentiable."""
+
+
+def group_sums(first_BS1: Tensor, valid_BS: Tensor, probabilities_BSE: Tensor, groups: int, scopes: LocalScope) -> GroupSums:
+    """Counts what algorithm 1 of GShard (lines 3 and 13) needs, for each of the `groups` of the batch."""
+    (sequences, length, columns), batch = probabilities_BSE.shape, Scope.batch
+    piece = piece_length(sequences, length, batch, groups, scopes)
+    pieces = length // piece
+    first_PS1, valid_PS1 = (x.reshape(sequences * pieces, piece, 1) for x in (first_BS1, valid_BS))
+    counts_PE = torch.cat([count_choices(first_PS1, valid_PS1, columns), valid_PS1.sum(1)], dim=1)
+    counts_GTE = gather_groups(counts_PE.view(sequences, pieces, columns + 1), 0, batch, groups, scopes)
+    totals_GTE = counts_GTE.sum(1, keepdim=True).expand_as(counts_GTE)
+    totals_PE = local_part_of_groups(totals_GTE, sequences, pieces, batch, groups, scopes).reshape_as(counts_PE)
+    scores_PE = (probabilities_BSE.reshape(sequences * pieces, piece, columns) * valid_PS1).sum(1)
+    return GroupSums(totals_PE[:, :-1], totals_PE[:, -1], scores_PE)
 
 
 class Variation(NamedTuple):

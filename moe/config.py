@@ -48,6 +48,7 @@ class DropPolicy(Enum):
     """Which choices an expert keeps if it is full."""
 
     position = "position"
+    priority = "priority"
     probability = "probability"
     random = "random"
 
@@ -57,7 +58,7 @@ class RouterConfig:
     score: Score = Score.softmax
     """How logits become scores: over all experts, or for each expert separately (DeepSeek-V3: sigmoid)."""
     selection: Selection = Selection.top_k
-    """top_k; gshard (a random second expert); expert_choice (looks ahead); hash of the token; sinkhorn (balanced)."""
+    """top_k; gshard (its algorithm 1, first choices first, second ones at random); expert_choice; hash of the token; sinkhorn."""
     softmax_after_top_k: bool = False
     """Choose by logits, then softmax over the chosen experts only (gpt-oss)."""
     normalize_top_k: bool = True
@@ -88,6 +89,12 @@ class BalanceConfig:
     """Scope of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
     sequence_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
+    sequence_by_scores: bool = False
+    """Count for it the top_k largest scores (eq. 18), not the choices made, which expert bias and groups change."""
+    device_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
+    """Factor of DeepSeek-V2's device-level balance loss over the router.groups in `scope` (eq. 26-28); 0 turns it off."""
+    communication_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
+    """Factor of DeepSeek-V2's communication balance loss over the same groups (eq. 29-31); 0 turns it off."""
     importance_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of the squared coefficient of variation of importance and load (Shazeer 2017) in `scope`; 0 turns it off."""
     bias_rate: float = field(default=0.0, metadata=within("[0, inf)"))
@@ -104,8 +111,10 @@ class CapacityConfig:
     """Rows of a scope that an expert always takes."""
     scope: Scope = Scope.sequence
     """The tokens that compete for an expert, also in expert_choice; sequence and batch do not depend on the layout."""
+    groups: int = field(default=1, metadata=within("[1, inf)"))
+    """Groups of equal size that scope batch is split into, in the order of tokens (GShard's G); an expert has rows in each."""
     policy: DropPolicy = DropPolicy.position
-    """Earlier tokens first (causal), likelier choices first (looks ahead), or at random (outside training by position)."""
+    """Earlier tokens first; likelier choices; at random (outside training by position); priority: likelier tokens (V-MoE)."""
     pad: bool = False
     """Pad each expert's rows to its capacity (GShard): fixed shapes, more computation."""
     schedule: list[float] = field(default_factory=list)

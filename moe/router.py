@@ -9,8 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capacity import LocalScope, capacity, count_choices, keep_best, keep_earliest, max_rows
-from .config import DropPolicy, MoEConfig, Selection
+from .balance import GroupSums, count_groups, group_sums
+from .capacity import (
+    LocalScope,
+    capacity,
+    count_choices,
+    group_size,
+    keep_best,
+    keep_by_priority,
+    keep_earliest,
+    max_rows,
+)
+from .config import DropPolicy, MoEConfig, Scope, Selection
 from .scoring import (
     ChosenExperts,
     NoisyLogits,
@@ -24,6 +34,7 @@ from .scoring import (
     sample_second_expert,
     selection_probability,
     to_scores,
+    top_k_ids,
 )
 from .token_info import BatchPosition, Purpose, TokenInfo, fold_in, random_uniform, token_keys
 
@@ -92,6 +103,14 @@ class RoutingStats(NamedTuple):
     """Sum of the selection probabilities under learned noise, differentiable; without noise the counts."""
     router_metrics: RouterMetrics | None = None
     """Only in training, and only if the router `collects_metrics`."""
+    first_BE: Tensor | None = None
+    """int64: the first choices of each column, which GShard's balance loss counts; None in other selections."""
+    group_sums: GroupSums | None = None
+    """Only in gshard with capacity.groups > 1 and a balance loss over the batch, which is then one over each group."""
+    best_BE: Tensor | None = None
+    """int64: the K best scores of each token, for balance.sequence_by_scores; None if it is off."""
+    sent_BG: Tensor | None = None
+    """int64: tokens sent to each group of experts, for DeepSeek-V2's communication balance loss; None if it is off."""
 
 
 class Routing(NamedTuple):
@@ -151,7 +170,7 @@ class Router(nn.Module):
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
         padded = None
         if self.config.capacity.pad and rows is not None:
-            padded = max_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity.scope)
+            padded = max_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity)
         return Routing(chosen.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
 
     def _key(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor:
@@ -162,14 +181,15 @@ class Router(nn.Module):
         return fold_in(keys_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: TokenInfo) -> int | None:
-        """Returns the rows that each expert takes of a scope; None is dropless, which expert choice never is."""
+        """Returns the rows that each expert takes of a scope or group; None is dropless, which expert choice never is."""
         config = self.config
         factor = config.capacity.factor_at(tokens.step) if self.training else config.capacity.evaluation_factor
         if config.router.selection is Selection.expert_choice:
             factor = factor or config.capacity.factor or 1.0
         if factor is None:
             return None
-        return capacity(factor, self.scopes.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope), config)
+        in_scope = self.scopes.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope)
+        return capacity(factor, group_size(in_scope, config.capacity.groups), config)
 
     def _score(self, x_BSD: Tensor, tokens: TokenInfo, key_BS: Tensor | None) -> Scored:
         router = self.config.router
@@ -194,34 +214,43 @@ class Router(nn.Module):
     def _drop(
         self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, key_BS: Tensor | None, rows: int | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Returns the mask of choices to dispatch (None: all), and how many were dropped for lack of capacity."""
-        config, experts_BSK, wanted_BSK = self.config, chosen.experts_BSK, chosen.mask_BSK
+        """Returns the mask of choices to dispatch (None: all), and how many were dropped for lack of capacity.
+
+        As in algorithm 1 of GShard, a second choice takes a place of its expert whether or not it is drawn.
+        """
+        config, experts_BSK, wanted_BSK, drawn_BSK = self.config, chosen.experts_BSK, chosen.mask_BSK, None
         none = torch.zeros((), dtype=torch.int64, device=experts_BSK.device)
         if config.router.null_experts:
             wanted_BSK = experts_BSK < config.experts
         if config.router.selection is Selection.gshard and key_BS is not None:
-            second_BSK = sample_second_expert(weights_BSK.detach(), key_BS)
-            wanted_BSK = second_BSK if wanted_BSK is None else wanted_BSK & second_BSK
+            drawn_BSK = sample_second_expert(weights_BSK.detach(), key_BS)
         if rows is None or config.router.selection is Selection.expert_choice:
-            return wanted_BSK, none
+            return drawn_BSK if wanted_BSK is None else wanted_BSK if drawn_BSK is None else wanted_BSK & drawn_BSK, none
         if wanted_BSK is None:
             wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool)
         if tokens.valid_BS is not None:
             wanted_BSK = wanted_BSK & tokens.valid_BS.unsqueeze(-1)
         kept_BSK = self._within_capacity(experts_BSK, wanted_BSK, scored.scores_BSE.detach(), key_BS, rows)
+        if drawn_BSK is not None:
+            kept_BSK, wanted_BSK = kept_BSK & drawn_BSK, wanted_BSK & drawn_BSK
         return kept_BSK, wanted_BSK.sum() - kept_BSK.sum()
 
     def _within_capacity(
         self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor, key_BS: Tensor | None, rows: int
     ) -> Tensor:
         """Outside training nothing is random: there the random policy drops by position."""
-        limits = self.config.capacity
-        if limits.policy is DropPolicy.probability:
-            return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, self.scopes)
-        if limits.policy is DropPolicy.random and key_BS is not None:
-            drawn_BSE = random_uniform(key_BS, self.columns, Purpose.drop)
-            return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, self.scopes)
-        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, self.scopes)
+        limits, scopes = self.config.capacity, self.scopes
+        match limits.policy:
+            case DropPolicy.probability:
+                return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, scopes, limits.groups)
+            case DropPolicy.random if key_BS is not None:
+                drawn_BSE = random_uniform(key_BS, self.columns, Purpose.drop)
+                return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, scopes, limits.groups)
+            case DropPolicy.priority:
+                best_BS = scores_BSE.gather(-1, experts_BSK).amax(-1)
+                return keep_by_priority(experts_BSK, wanted_BSK, best_BS, rows, self.columns, limits.scope, scopes, limits.groups)
+        firsts_first = self.config.router.selection is Selection.gshard
+        return keep_earliest(experts_BSK, wanted_BSK, rows, self.columns, limits.scope, scopes, limits.groups, firsts_first)
 
     def _stats(
         self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, dropped: Tensor
@@ -234,13 +263,16 @@ class Router(nn.Module):
         counts_BE = count_choices(chosen.experts_BSK, counted_BSK, self.columns)
         balance, logits_BSE = self.config.balance, scored.logits_BSE
         # A loss that is off has no backward pass.
-        balanced = balance.coefficient != 0 or balance.sequence_coefficient != 0
+        balanced = any(
+            (balance.coefficient, balance.sequence_coefficient, balance.device_coefficient, balance.communication_coefficient)
+        )
         probabilities_BSE = normalize_scores(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
         scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
         if logits_BSE is not None and self.config.z_coefficient == 0:
             logits_BSE = logits_BSE.detach()
         z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
+        stats = self._with_counts(stats, chosen, valid_BS, scored.scores_BSE, probabilities_BSE)
         if self.collects_metrics and self.training:
             metrics = compute_router_metrics(scored.logits_BSE, probabilities_BSE.detach(), valid_BS)
             stats = stats._replace(router_metrics=metrics)
@@ -252,6 +284,23 @@ class Router(nn.Module):
         if scored.noise is not None and self._is_top_k_of_logits():
             load_BE = (selection_probability(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
         return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
+
+    def _with_counts(
+        self, stats: RoutingStats, chosen: ChosenExperts, valid_BS: Tensor, scores_BSE: Tensor, probabilities_BSE: Tensor
+    ) -> RoutingStats:
+        """Adds what the balance losses that are on count besides choices."""
+        balance, groups, first_BS1 = self.config.balance, self.config.capacity.groups, chosen.experts_BSK[..., :1]
+        if self.config.router.selection is Selection.gshard:
+            stats = stats._replace(first_BE=count_choices(first_BS1, valid_BS.unsqueeze(-1), self.columns))
+            if groups > 1 and balance.coefficient and balance.scope is Scope.batch:
+                stats = stats._replace(group_sums=group_sums(first_BS1, valid_BS, probabilities_BSE, groups, self.scopes))
+        if balance.sequence_coefficient and balance.sequence_by_scores:
+            best_BSK = top_k_ids(scores_BSE.detach(), self.config.top_k)
+            stats = stats._replace(best_BE=count_choices(best_BSK, valid_BS.unsqueeze(-1), self.columns))
+        if balance.communication_coefficient:
+            sent_BG = count_groups(chosen.experts_BSK, valid_BS, self.columns, self.config.router.groups)
+            stats = stats._replace(sent_BG=sent_BG)
+        return stats
 
     def _is_top_k_of_logits(self) -> bool:
         """Whether the K < E largest logits are chosen, so that `selection_probability` holds."""

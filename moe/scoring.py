@@ -165,7 +165,7 @@ def _expert_choice(
     """Each expert takes its best tokens of the scope (Zhou et al. 2022), so earlier tokens depend on later ones."""
     if valid_BS is not None:
         scores_BSE = scores_BSE.masked_fill(~valid_BS.unsqueeze(-1), -torch.inf)
-    mask_BSE = best_of_scope(scores_BSE, capacity, config.capacity.scope, scopes)
+    mask_BSE = best_of_scope(scores_BSE, capacity, config.capacity.scope, scopes, config.capacity.groups)
     return ChosenExperts(torch.arange(scores_BSE.shape[-1], device=scores_BSE.device).expand(scores_BSE.shape), mask_BSE)
 
 

@@ -20,13 +20,6 @@ class DistributedScope(LocalScope):
     def tokens(self, sequences: int, length: int, scope: Scope) -> int:
         return super().tokens(sequences, length, scope) * scope_axis(scope, self.mesh).size
 
-    def counts_before(self, counts_BE: Tensor, scope: Scope) -> Tensor:
-        """Gathers the counts of the ranks that share the scope."""
-        if scope is Scope.rank:
-            return super().counts_before(counts_BE, scope)
-        counts_GTE = self.gather(counts_BE.unsqueeze(1), scope)  # each slice of a sequence as one token
-        return self.local_part(counts_GTE.cumsum(1) - counts_GTE, len(counts_BE), 1, scope).squeeze(1)
-
     def total(self, x_BE: Tensor, scope: Scope) -> Tensor:
         return sum_over(super().total(x_BE, scope).clone(), scope_axis(scope, self.mesh))
 

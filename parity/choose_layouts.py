@@ -179,7 +179,8 @@ def _settings(parallel: ParallelConfig) -> dict[str, Any]:
 
 def _refuse_rank_scopes(config: MoEConfig) -> None:
     balance, capacity = config.balance, config.capacity
-    counted = balance.coefficient or balance.importance_coefficient or config.router.selection is Selection.sinkhorn
+    devices = balance.device_coefficient or balance.communication_coefficient
+    counted = balance.coefficient or devices or balance.importance_coefficient or config.router.selection is Selection.sinkhorn
     rule = "counts what one rank has, so no two layouts can agree"
     if balance.scope is Scope.rank and counted:
         raise ConfigError.of("model.moe.balance.scope", "rank", rule, "model.moe.balance.scope=sequence")

@@ -20,6 +20,8 @@ KINDS = {
     "dropped": "counts",
     "balance loss": "losses",
     "sequence balance loss": "losses",
+    "device balance loss": "losses",
+    "communication balance loss": "losses",
     "importance loss": "losses",
     "z-loss": "losses",
     "cross entropy": "losses",

@@ -37,6 +37,8 @@ OF_LAYERS = {
     "dropped": "dropped_L",
     "balance loss": "balance_L",
     "sequence balance loss": "sequence_L",
+    "device balance loss": "device_L",
+    "communication balance loss": "communication_L",
     "importance loss": "importance_L",
     "z-loss": "z_L",
 }

@@ -78,6 +78,7 @@ def without_auxiliary(config: Config) -> Config:
     changed = config_from_plain(plain_config(config))
     moe = changed.model.moe
     moe.z_coefficient = moe.balance.coefficient = moe.balance.sequence_coefficient = moe.balance.importance_coefficient = 0.0
+    moe.balance.device_coefficient = moe.balance.communication_coefficient = 0.0
     return changed
 
 

@@ -4,12 +4,13 @@ Shares ADD UP over ranks and micro-batches to the loss of the global batch, so g
 layout. L MoE layers, B sequences of this rank, S tokens of each (a slice under tensor parallelism), E router columns.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..moe.balance import Variation, balance_loss, squared_variation
+from ..moe.balance import Variation, balance_loss, squared_variation, sum_groups
 from ..moe.config import ModelConfig, MoEConfig, Scope
 from ..moe.router import RoutingStats
 from ..parallel.mesh import Mesh
@@ -39,6 +40,10 @@ class Losses(NamedTuple):
     balance_L: Tensor
     sequence_L: Tensor
     """DeepSeek-V3's sequence-wise balance loss; zeros if it is off."""
+    device_L: Tensor
+    """DeepSeek-V2's device-level balance loss; zeros if it is off."""
+    communication_L: Tensor
+    """DeepSeek-V2's communication balance loss; zeros if it is off."""
     importance_L: Tensor
     """Sum of the squared variations of importance and load; zeros if it is off."""
     z_L: Tensor
@@ -62,13 +67,21 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
     if not stats:
         none = cross_entropy.new_zeros(0)
         empty = torch.zeros(0, dtype=torch.int64, device=none.device)
-        return Losses(cross_entropy, cross_entropy.detach() / mesh.tensor.size, none, none, none, none, empty.view(0, 0), empty)
+        return Losses(
+            cross_entropy, cross_entropy.detach() / mesh.tensor.size, *(none, none, none, none, none, none), empty.view(0, 0), empty
+        )
     balance = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
-    balance_L = _balance(stats, balance.scope, config.top_k, totals, mesh)
-    sequence_L = (
-        _balance(stats, Scope.sequence, config.top_k, totals, mesh) if balance.sequence_coefficient else torch.zeros_like(z_L)
+    balance_L = (
+        _by_group(stats, config, totals) if stats[0].group_sums else _balance(stats, _choices, balance.scope, config, totals, mesh)
     )
+    sequence_L = device_L = communication_L = torch.zeros_like(z_L)
+    if balance.sequence_coefficient:
+        sequence_L = _balance(stats, _choices_of_sequence, Scope.sequence, config, totals, mesh)
+    if balance.device_coefficient:
+        device_L = _balance(stats, _choices_of_device, balance.scope, config, totals, mesh)
+    if balance.communication_coefficient:
+        communication_L = _balance(stats, _sent_to_device, balance.scope, config, totals, mesh)
     importance = (
         _importance(stats, balance.scope, totals, mesh)
         if balance.importance_coefficient
@@ -77,6 +90,8 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
     auxiliary = (
         balance.coefficient * balance_L.sum()
         + balance.sequence_coefficient * sequence_L.sum()
+        + balance.device_coefficient * device_L.sum()
+        + balance.communication_coefficient * communication_L.sum()
         + balance.importance_coefficient * importance.slope.sum()
         + config.z_coefficient * z_L.sum()
     )
@@ -85,6 +100,8 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
         cross_entropy=cross_entropy.detach() / mesh.tensor.size,
         balance_L=balance_L.detach(),
         sequence_L=sequence_L.detach(),
+        device_L=device_L.detach(),
+        communication_L=communication_L.detach(),
         importance_L=importance.value,
         z_L=z_L.detach(),
         counts_LE=torch.stack([layer.counts_BE for layer in stats]).sum(1),
@@ -116,15 +133,62 @@ def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: To
     return share._replace(objective=objective, mtp_D=mtp_D.detach() / mesh.tensor.size)
 
 
-def _balance(stats: list[RoutingStats], scope: Scope, top_k: int, totals: Totals, mesh: Mesh) -> Tensor:
-    """Returns this rank's share (L,) of the balance loss: a mean over sequences, micro-batches, or micro-batches of ranks."""
-    scores_LBE = torch.stack([layer.scores_BE for layer in stats])
-    chosen_LBE = torch.stack([torch.cat([layer.counts_BE, layer.tokens_B.unsqueeze(1)], dim=1) for layer in stats])
-    chosen = scope_sum(chosen_LBE, scope, mesh)
+class Counted(NamedTuple):
+    """What a balance loss is made of in one layer. C columns: experts, or groups of experts."""
+
+    counts_BC: Tensor
+    scores_BC: Tensor
+    per_token: int
+    """Counts of a token."""
+
+
+def _choices(layer: RoutingStats, config: MoEConfig) -> Counted:
+    """All choices of a token, but for GShard, which counts first ones."""
+    if layer.first_BE is not None:
+        return Counted(layer.first_BE, layer.scores_BE, 1)
+    return Counted(layer.counts_BE, layer.scores_BE, config.top_k)
+
+
+def _choices_of_sequence(layer: RoutingStats, config: MoEConfig) -> Counted:
+    return Counted(layer.counts_BE if layer.best_BE is None else layer.best_BE, layer.scores_BE, config.top_k)
+
+
+def _choices_of_device(layer: RoutingStats, config: MoEConfig) -> Counted:
+    """DeepSeek-V2, eq. 26-28; the devices D are router.groups."""
+    groups = config.router.groups
+    return Counted(sum_groups(layer.counts_BE, groups), sum_groups(layer.scores_BE, groups), config.top_k)
+
+
+def _sent_to_device(layer: RoutingStats, config: MoEConfig) -> Counted:
+    """DeepSeek-V2, eq. 29-31; a token goes to at most M = router.top_groups devices."""
+    assert layer.sent_BG is not None
+    return Counted(layer.sent_BG, sum_groups(layer.scores_BE, config.router.groups), config.router.top_groups)
+
+
+def _balance(
+    stats: list[RoutingStats],
+    of_layer: Callable[[RoutingStats, MoEConfig], Counted],
+    scope: Scope,
+    config: MoEConfig,
+    totals: Totals,
+    mesh: Mesh,
+) -> Tensor:
+    """Returns this rank's share (L,) of a balance loss: a mean over sequences, micro-batches, or micro-batches of ranks."""
+    counted = [of_layer(layer, config) for layer in stats]
+    scores_LBC, per_token = torch.stack([layer.scores_BC for layer in counted]), counted[0].per_token
+    with_tokens = [torch.cat([of.counts_BC, layer.tokens_B.unsqueeze(1)], dim=1) for of, layer in zip(counted, stats, strict=True)]
+    chosen = scope_sum(torch.stack(with_tokens), scope, mesh)
     counts, tokens = chosen[..., :-1], chosen[..., -1]
     if scope is Scope.sequence:
-        return balance_loss(counts, scores_LBE, tokens, top_k).sum(1) / _scopes(scope, totals, mesh)
-    return balance_loss(counts, scores_LBE.sum(1), tokens, top_k) / _scopes(scope, totals, mesh)
+        return balance_loss(counts, scores_LBC, tokens, per_token).sum(1) / _scopes(scope, totals, mesh)
+    return balance_loss(counts, scores_LBC.sum(1), tokens, per_token) / _scopes(scope, totals, mesh)
+
+
+def _by_group(stats: list[RoutingStats], config: MoEConfig, totals: Totals) -> Tensor:
+    """Returns this rank's share (L,) of GShard's balance loss: a mean over the groups of all micro-batches."""
+    sums = [layer.group_sums for layer in stats if layer.group_sums is not None]
+    counts_LPE, tokens_LP, scores_LPE = (torch.stack(parts) for parts in zip(*sums, strict=True))
+    return balance_loss(counts_LPE, scores_LPE, tokens_LP, 1).sum(1) / (totals.micro_batches * config.capacity.groups)
 
 
 def _importance(stats: list[RoutingStats], scope: Scope, totals: Totals, mesh: Mesh) -> Variation:

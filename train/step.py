@@ -45,6 +45,10 @@ class StepInput(NamedTuple):
     """Called when the device has the whole step to do and before the host waits for it."""
 
 
+OF_LAYERS = ("balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L", "dropped_L")
+"""The fields of `Losses` with a number for each layer, which add up over micro-batches and ranks."""
+
+
 class StepNumbers(NamedTuple):
     """The results of a step over the global batch, the same on every rank and every layout. Fp64 and int64 tensors.
 
@@ -56,6 +60,8 @@ class StepNumbers(NamedTuple):
     cross_entropy: Tensor
     balance_L: Tensor
     sequence_L: Tensor
+    device_L: Tensor
+    communication_L: Tensor
     importance_L: Tensor
     z_L: Tensor
     counts_LE: Tensor
@@ -176,23 +182,22 @@ def add_up(
     """
     (layers, columns), depth, mesh = shares[0].counts_LE.shape, len(shares[0].mtp_D), parallel.mesh
     router_metrics_LG = torch.stack([s.router_metrics_LG for s in shares]).sum(0)
-    parts = [
-        (s.cross_entropy.view(1), s.balance_L, s.sequence_L, s.importance_L, s.z_L, s.dropped_L, s.mtp_D, s.counts_LE.flatten())
-        for s in shares
-    ]
+    parts = [(s.cross_entropy.view(1), *(getattr(s, name) for name in OF_LAYERS), s.mtp_D, s.counts_LE.flatten()) for s in shares]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     mine = torch.cat([squared.view(1), mine])
     flags = encode_flags(rank_flags, mine, mesh.rank, mesh.world)
     everything = sum_over(torch.cat([flags, mine, router_metrics_LG.flatten()]), mesh.everyone)
-    sizes = [len(flags), 1, 1, *[layers] * 5, depth, layers * columns, router_metrics_LG.numel()]
+    sizes = [len(flags), 1, 1, *[layers] * len(OF_LAYERS), depth, layers * columns, router_metrics_LG.numel()]
     flags, squared, cross_entropy, *per_layer, mtp_D, counts, router_metrics = everything.split(sizes)
-    balance_L, sequence_L, importance_L, z_L, dropped_L = per_layer
+    balance_L, sequence_L, device_L, communication_L, importance_L, z_L, dropped_L = per_layer
     global_flags, tokens = read_flags(everything[: len(flags) + 2], totals.tokens)
     return StepNumbers(
         tokens,
         cross_entropy.squeeze(0),
         balance_L,
         sequence_L,
+        device_L,
+        communication_L,
         importance_L,
         z_L,
         counts.long().view(layers, columns),

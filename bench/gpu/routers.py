@@ -41,12 +41,25 @@ ROUTERS = {
     "softmax": moe({}),
     "softmax after top-k, bias": moe({"softmax_after_top_k": True, "bias": True}),
     "deepseek v2": moe({"groups": 4, "top_groups": 2, "normalize_top_k": False, "scale": 16.0}),
+    "deepseek v2, devices": moe(
+        {"groups": 4, "top_groups": 2, "normalize_top_k": False}, {"device_coefficient": 0.03, "communication_coefficient": 0.02}
+    ),
+    "deepseek v2, devices by batch": moe(
+        {"groups": 4, "top_groups": 2}, {"device_coefficient": 0.03, "communication_coefficient": 0.02, **BATCH}, top_k=3
+    ),
     "deepseek v3": moe(V3, {"sequence_coefficient": 0.02, "bias_rate": 0.01}),
+    "deepseek v3 by scores": moe(
+        V3, {"sequence_coefficient": 0.02, "sequence_by_scores": True, "bias_rate": 0.05, "coefficient": 0.0}
+    ),
     "sqrtsoftplus": moe({"score": Score.sqrtsoftplus}, {"bias_rate": 0.05, "coefficient": 0.0}),
     "switch, jitter": moe({"jitter": 0.1}, capacity={"factor": 1.0}, top_k=1),
     "noise, importance and load": moe({"noise": True}, {"importance_coefficient": 0.1, **BATCH}),
     "importance by sequence": moe({"score": Score.sigmoid}, {"importance_coefficient": 0.1}),
     "gshard": moe({"selection": Selection.gshard}, capacity={"factor": 0.8}),
+    "gshard by batch": moe({"selection": Selection.gshard}, BATCH, {"factor": 0.8, **BATCH}),
+    "gshard in groups": moe({"selection": Selection.gshard}, BATCH, {"factor": 0.8, "groups": 6, **BATCH}),
+    "batch-prioritized": moe({}, capacity={"factor": 0.7, "policy": DropPolicy.priority}, top_k=3),
+    "batch-prioritized in groups": moe({}, capacity={"factor": 0.7, "policy": DropPolicy.priority, "groups": 3, **BATCH}),
     "random drops": moe({}, capacity={"factor": 0.8, "policy": DropPolicy.random}),
     "random drops by batch": moe({}, capacity={"factor": 0.8, "policy": DropPolicy.random, **BATCH}),
     "drops by probability": moe({}, BATCH, {"factor": 0.8, "policy": DropPolicy.probability, **BATCH}),
@@ -62,7 +75,8 @@ ROUTERS = {
 }
 """The configurations by name."""
 
-RANDOM = ("switch, jitter", "noise, importance and load", "gshard", "random drops", "random drops by batch")
+GSHARD = ("gshard", "gshard by batch", "gshard in groups")
+RANDOM = ("switch, jitter", "noise, importance and load", *GSHARD, "random drops", "random drops by batch")
 """The configurations whose training is random."""
 
 

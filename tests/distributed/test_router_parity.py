@@ -58,6 +58,8 @@ def test_the_reference_is_worth_comparing_with(name: str) -> None:
     limited = moe.capacity.factor_at(1) is not None and moe.router.selection is not Selection.expert_choice
     assert (first.dropped_L > 0).all() == limited
     assert (first.importance_L > 0).all() == (moe.balance.importance_coefficient > 0)
+    assert (first.device_L > 0).all() == (moe.balance.device_coefficient > 0)
+    assert (first.communication_L > 0).all() == (moe.balance.communication_coefficient > 0)
     assert (first.sequence_L > 0).all() == (moe.balance.sequence_coefficient > 0)
     biases = [value for key, value in reference(case(moe))["weights"].items() if key.endswith("expert_bias")]
     assert len(biases) == (2 if moe.balance.bias_rate > 0 else 0)

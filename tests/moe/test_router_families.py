@@ -1,5 +1,6 @@
 """Properties of every kind of router: counts, gradients, ties, capacity, no tokens, and where it is random."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,8 @@ ALL = pytest.mark.parametrize("config", ROUTERS.values(), ids=list(ROUTERS))
 COEFFICIENTS = {
     "coefficient": "balance",
     "sequence_coefficient": "balance",
+    "device_coefficient": "balance",
+    "communication_coefficient": "balance",
     "importance_coefficient": "balance",
     "z_coefficient": None,
 }
@@ -52,17 +55,20 @@ def test_every_expert_stays_within_its_capacity(config: MoEConfig) -> None:
     if factor is None:
         assert routing.stats.dropped == 0
         return
-    rows = factor * LENGTH * config.top_k / (EXPERTS + config.router.null_experts)
+    by_batch = config.capacity.scope is Scope.batch
+    tokens = math.ceil(SEQUENCES * LENGTH / config.capacity.groups) if by_batch else LENGTH
+    rows = math.ceil(factor * tokens * config.top_k / (EXPERTS + config.router.null_experts))
     assert routing.kept_TK is not None
-    choices = torch.where(routing.kept_TK, routing.experts_TK, EXPERTS).view(SEQUENCES, -1)
-    taken_BE = torch.stack([row.bincount(minlength=EXPERTS + 1)[:EXPERTS] for row in choices])
-    taken = taken_BE.sum(0) / SEQUENCES if config.capacity.scope is Scope.batch else taken_BE
-    assert (taken <= rows + 1).all() and taken.max() > rows - 1, "the fullest is full"
+    choices_TK = torch.where(routing.kept_TK, routing.experts_TK, EXPERTS)
+    taken = torch.stack([group.flatten().bincount(minlength=EXPERTS + 1)[:EXPERTS] for group in choices_TK.split(tokens)])
+    assert (taken <= rows).all() and taken.max() == rows, "the fullest is full"
 
 
 @ALL
 @pytest.mark.parametrize("coefficient", COEFFICIENTS)
 def test_the_routers_gradient_is_linear_in_each_coefficient(config: MoEConfig, coefficient: str) -> None:
+    if coefficient in ("device_coefficient", "communication_coefficient") and config.router.groups == 1:
+        pytest.skip("there are no groups of experts")
     gradients = [router_gradient(with_coefficient(config, coefficient, value)) for value in (0.0, 0.5, 1.0)]
     once, twice = gradients[1] - gradients[0], gradients[2] - gradients[0]
     torch.testing.assert_close(twice, 2 * once, rtol=1e-9, atol=1e-13 * float(gradients[2].abs().max()))
@@ -170,7 +176,7 @@ def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeyp
 
 @ALL
 def test_a_loss_that_is_off_has_no_backward_pass(config: MoEConfig) -> None:
-    balance = replace(config.balance, sequence_coefficient=0.0)
+    balance = replace(config.balance, sequence_coefficient=0.0, device_coefficient=0.0, communication_coefficient=0.0)
     on, off = (replace(config, balance=replace(balance, coefficient=value), z_coefficient=value) for value in (0.1, 0.0))
     stats, idle = (random_router(each)(inputs(), token_record(each)).stats for each in (on, off))
     learns = config.router.selection is not Selection.hash

@@ -49,7 +49,7 @@ def test_four_ranks_have_the_losses_of_one(losses: tuple[Losses, Losses], name: 
     furthest = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.tokens == theirs.tokens
-        for kind in ("cross_entropy", "mtp_D", "balance_L", "sequence_L", "importance_L", "z_L"):
+        for kind in ("cross_entropy", "mtp_D", "balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L"):
             # One near-tied choice that rounding makes otherwise moves the routing losses by more than it moves the loss.
             tolerance = 1e-4 if kind.endswith("_L") else 1e-5
             torch.testing.assert_close(getattr(ours, kind), getattr(theirs, kind), rtol=tolerance, atol=0, msg=kind)

@@ -39,6 +39,8 @@ class Meter:
         losses = {
             "balance": numbers.balance_L,
             "balance_sequence": numbers.sequence_L,
+            "balance_device": numbers.device_L,
+            "balance_communication": numbers.communication_L,
             "importance": numbers.importance_L,
             "z": numbers.z_L,
         }
@@ -70,6 +72,8 @@ def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, s
     coefficients = {
         "balance": balance.coefficient,
         "balance_sequence": balance.sequence_coefficient,
+        "balance_device": balance.device_coefficient,
+        "balance_communication": balance.communication_coefficient,
         "importance": balance.importance_coefficient,
         "z": config.z_coefficient,
     }

@@ -3,7 +3,18 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
-from ....moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig, QKNorm, RopeScaling, Scope, Score, Selection
+from ....moe.config import (
+    AttentionKind,
+    DropPolicy,
+    GroupScore,
+    ModelConfig,
+    MoEConfig,
+    QKNorm,
+    RopeScaling,
+    Scope,
+    Score,
+    Selection,
+)
 from ....moe.param_shapes import head_width
 from ..config import Config
 from ..schema import written
@@ -109,6 +120,9 @@ def _groups(c: MoEConfig) -> Iterator[Violation]:
     if router.top_groups > router.groups:
         yield Violation(f"{ROUTER}.top_groups", f"must be at most {key}={router.groups}", [router.groups])
     if router.groups == 1:
+        for name in ("device_coefficient", "communication_coefficient"):
+            if getattr(c.balance, name):
+                yield Violation(f"{BALANCE}.{name}", f"must be 0 with {key}=1, its devices are these groups of experts", [0.0])
         return
     if c.top_k > size * router.top_groups:
         rule = (
@@ -126,6 +140,9 @@ def _selection(c: MoEConfig) -> Iterator[Violation]:
     chosen_by = f"with {ROUTER}.selection={chosen.value}"
     if chosen is Selection.gshard and c.top_k != 2:
         yield Violation("model.moe.top_k", f"must be 2 {chosen_by}", [2])
+    if chosen is Selection.gshard and c.capacity.policy in (DropPolicy.probability, DropPolicy.random):
+        rule = f"must be position or priority {chosen_by}, which places all first choices first"
+        yield Violation(f"{CAPACITY}.policy", rule, [DropPolicy.position, DropPolicy.priority])
     if chosen not in (Selection.top_k, Selection.gshard):
         if router.groups > 1:
             yield Violation(f"{ROUTER}.groups", f"must be 1 {chosen_by}", [1])
@@ -157,6 +174,10 @@ def _softmax_after_top_k(c: MoEConfig) -> Iterator[Violation]:
 
 def _capacity(c: MoEConfig) -> Iterator[Violation]:
     limits, key = c.capacity, f"{CAPACITY}.schedule"
+    if limits.groups > 1 and limits.scope is not Scope.batch:
+        yield Violation(
+            f"{CAPACITY}.groups", f"must be 1 with {CAPACITY}.scope={limits.scope.value}, groups are parts of a batch", [1]
+        )
     if limits.schedule != _valid_pairs(limits.schedule):
         yield Violation(key, "must be pairs of a rising step and a factor >= 0", [_valid_pairs(limits.schedule)])
     elif c.router.selection is Selection.expert_choice and 0 in limits.schedule[1::2]:
