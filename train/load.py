@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoint.store import read_whole
-from ..data.config import DataConfig
-from ..data.tokenizer import Tokenizer, load_tokenizer, settings_of_saved
+from ..data.config import DataConfig, TokenizerConfig, TokenizerKind
+from ..data.tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, settings_of_saved
+from ..interop.load_weights import load_folder
 from ..moe.generation import generate
 from ..moe.model import Transformer
 from ..moe.param_count import count
@@ -24,6 +25,7 @@ from .resume import as_checkpoint
 from .session import Session
 from .setup import build_engine, build_parallel, build_saver, first_rank_first
 from .stored_config import read_stored
+from .weight_source import HF_CONFIG, HF_TOKENIZERS, hf_tokenizer
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
@@ -71,13 +73,31 @@ def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
 
 
 def open_checkpoint(path: str | Path, device: torch.device | None = None) -> OpenedCheckpoint:
-    """Opens model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is."""
+    """Opens model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is.
+
+    `path` may also be a Hugging Face folder. Raises ValueError, one line, for what cannot be opened.
+    """
     device = pick_device("auto") if device is None else device
+    if (Path(path) / HF_CONFIG).is_file():
+        return _open_hf_folder(Path(path), device)
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
     derive(config, device)
     model = load_model(checkpoint, config.precision.value, str(device))
     return OpenedCheckpoint(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
+
+
+def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
+    config, settings = Config(), hf_tokenizer(path)
+    if settings is None:
+        raise ConfigError(f"{path}: has no tokenizer, neither {' nor '.join(HF_TOKENIZERS)}")
+    derive(config, device)
+    config.tokenizer = TokenizerConfig(TokenizerKind[settings["kind"]], settings["path"])
+    tokenizer = ready_tokenizer(config.tokenizer)
+    assert tokenizer is not None
+    model = load_folder(path, config.precision.value, str(device))
+    config.model = model.config
+    return OpenedCheckpoint(model, tokenizer, config, path)
 
 
 def continuation(model: Transformer, tokenizer: Tokenizer, settings: SampleConfig, seed: int) -> Iterator[str]:

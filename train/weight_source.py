@@ -4,6 +4,7 @@ The model, and the tokenizer unless one is named, become overrides before those 
 """
 
 import copy
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ class WeightSource(NamedTuple):
 
     path: Path
     model: ModelConfig
-    tokenizer: dict[str, str | None] | None
+    tokenizer: Mapping[str, str | None] | None
     """Settings of a TokenizerConfig; None if the source has no tokenizer."""
 
 
@@ -148,10 +149,11 @@ def _hf_source(path: Path) -> WeightSource:
         model = open_source(path).model
     except ValueError as error:
         raise ConfigError(f"checkpoint.init: {' '.join(str(error).split())}") from error  # which begins with the path
-    return WeightSource(path, model, _hf_tokenizer(path))
+    return WeightSource(path, model, hf_tokenizer(path))
 
 
-def _hf_tokenizer(folder: Path) -> dict[str, str | None] | None:
+def hf_tokenizer(folder: Path) -> dict[str, str] | None:
+    """Returns the settings of a TokenizerConfig that opens the tokenizer of a Hugging Face folder, None if it has none."""
     for name, kind in HF_TOKENIZERS.items():
         if (folder / name).is_file():
             return {"kind": kind.name, "path": str(folder / name)}
@@ -168,7 +170,7 @@ def _checkpoint_source(path: Path) -> WeightSource:
     if any(name.endswith(BIAS) for name in manifest.tensors):  # an earlier run may have trained them
         config.model.moe.balance.bias_rate = config.model.moe.balance.bias_rate or 0.001
     saved = path / "tokenizer"
-    return WeightSource(path, config.model, settings_of_saved(saved) if saved.is_dir() else _hf_tokenizer(path / "tokenizer_hf"))
+    return WeightSource(path, config.model, settings_of_saved(saved) if saved.is_dir() else hf_tokenizer(path / "tokenizer_hf"))
 
 
 def _nearest_source(path: Path) -> str:

@@ -12,9 +12,11 @@ from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.data.batches import IGNORE
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
+from tokenyard.launch.main import main
 from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import parse_arguments
 from tokenyard.train.config.config import Config
+from tokenyard.train.load import open_checkpoint
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
@@ -203,3 +205,20 @@ def test_the_tokenizer_of_a_hugging_face_folder_is_used(saved: Callable[..., Pat
     assert torch.equal(one.train.batch(0, range(8)).ids_BS, two.train.batch(0, range(8)).ids_BS)
     assert one.tokenizer.end_of_document == two.tokenizer.end_of_document == 2
     trained(again)
+
+
+def test_generate_opens_a_hugging_face_folder(
+    saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = saved("Mixtral", vocab_size=264, num_local_experts=4)
+    trained(configured(theirs, tmp_path / "run", "steps=1", "optimizer.lr=0.01"))
+    export_checkpoint(tmp_path / "run", tmp_path / "back")
+    run, back = (open_checkpoint(path, torch.device("cpu")) for path in (tmp_path / "run", tmp_path / "back"))
+    ids = run.tokenizer.encode("def f(x): return x")
+    assert back.tokenizer.encode("def f(x): return x") == ids and back.tokenizer.decode(ids) == "def f(x): return x"
+    assert torch.equal(back.model(torch.tensor([ids])), run.model(torch.tensor([ids])))
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "back"), "--prompt", "def ", "--tokens", "24"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert main(["generate", str(theirs), "--prompt", "def "]) == 2
+    assert f"{theirs}: has no tokenizer, neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
