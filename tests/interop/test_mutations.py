@@ -11,7 +11,8 @@ import tokenyard
 import torch
 from torch import nn
 
-from .test_families import CASES, IDS, YARN
+from .family_cases import CASES, YARN
+from .test_families import IDS
 
 FIRST = {family: name for name, (family, _) in reversed(CASES.items()) if " " not in name}
 """The simplest case of each family."""
