@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from family_cases import CASES, IMPORTED, LLAMA3
 from safetensors.torch import load_file, save_file
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
 from torch import Tensor, nn
-
-from .family_cases import CASES, IMPORTED, LLAMA3
 
 BOTH_WAYS = {name: case for name, case in CASES.items() if name not in IMPORTED}
 cases = pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=list(CASES))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from family_cases import CASES, YARN
 from torch import nn
 
-from .family_cases import CASES, YARN
 from .test_families import IDS
 
 FIRST = {family: name for name, (family, _) in reversed(CASES.items()) if " " not in name}

@@ -8,22 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import MLA
 from safetensors.torch import load_file, save_file
 from tokenyard.interop import load_weights
 from tokenyard.interop.load_weights import open_source, read_shards, read_weights
 from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
 
-MLA = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 16,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 12,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 12,
-    "v_head_dim": 10,
-}
 CASES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 8},

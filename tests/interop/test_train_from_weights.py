@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from family_cases import MLA, QWEN
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.data.batches import IGNORE
 from tokenyard.interop.export import export_checkpoint
@@ -23,18 +24,6 @@ from tokenyard.train.run import train_session
 from tokenyard.train.setup import first_rank_first, open_session
 from tokenyard.train.weight_source import compose_run
 
-MLA = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 16,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 12,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 12,
-    "v_head_dim": 10,
-}
-QWEN = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen2Moe": {**QWEN, "shared_expert_intermediate_size": 32},

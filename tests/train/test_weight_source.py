@@ -123,6 +123,10 @@ def test_printed_configurations_have_the_model(source: Path) -> None:
     words = ["train", *DATA, f"checkpoint.init={source}", "--cfg", "job"]
     result = subprocess.run([sys.executable, "-m", "tokenyard", *words], capture_output=True, text=True, check=True)
     assert "experts: 4\n" in result.stdout and "width: 32\n" in result.stdout
+    drawn = subprocess.run(
+        [sys.executable, "-m", "tokenyard", *words[:-2], "--layout-only"], capture_output=True, text=True, check=True
+    )
+    assert "4 experts in each of" in drawn.stdout
 
 
 def imported(source: Path, folder: Path) -> Path:
