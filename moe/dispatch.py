@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .device import host_read, kind_of
+from .kernels import operators
+from .kernels.operators import uses_kernels
 from .linear import compute_dtype
 from .router import Routing
 
@@ -72,9 +74,14 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y_RD, weights_TK, *saved = ctx.saved_tensors
         plan = RowPlan(*saved)
-        grad_RD = gather_rows(grads[0], plan)
-        grad_weights_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
-        grad_y_RD = grad_RD.mul_(weights_per_row(weights_TK, plan)[:, None])
+        weights_R = weights_per_row(weights_TK, plan)
+        if uses_kernels(y_RD):
+            grad_y_RD, grad_weights_R = operators.unpermute_backward(grads[0], y_RD, plan.token_R, plan.filled_R, weights_R)
+            grad_weights_R = grad_weights_R.to(weights_TK.dtype)
+        else:
+            grad_RD = gather_rows(grads[0], plan)
+            grad_weights_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
+            grad_y_RD = grad_RD.mul_(weights_R[:, None])
         return grad_y_RD, values_per_choice(grad_weights_R, plan), *5 * [None]
 
 
@@ -91,6 +98,8 @@ def sum_rows(y_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None = None) -> T
     """
     if not len(y_RD):
         return y_RD.new_zeros(len(plan.slot_TK), y_RD.shape[1])
+    if uses_kernels(y_RD):
+        return operators.sum_rows(y_RD, plan.slot_TK, weights_TK)
     slot_TK, factors_TK = plan.slot_TK, weights_TK
     if plan.kept_TK is not None:
         slot_TK = slot_TK.clamp(min=0)

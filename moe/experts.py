@@ -14,6 +14,8 @@ from .config import Activation
 from .device import kind_of
 from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
 from .feedforward import activate, activate_with_backward
+from .kernels import operators
+from .kernels.operators import uses_kernels
 from .linear import compute_dtype
 
 # The grouped matrix product: the rows of each group times the matrix of that group, in one call.
@@ -61,7 +63,11 @@ def _short_of_aligned(like: Tensor, *widths: int) -> list[int] | None:
 
 
 def _zero_empty_groups(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
-    """Zeroes groups without rows, in place. On CUDA in a pass over all groups, since the host does not know which are empty."""
+    """Zeroes groups without rows, in place. The host of a GPU does not know which they are."""
+    if uses_kernels(product_ENK):
+        from .kernels import rows
+
+        return rows.zero_empty_groups(product_ENK, ends_E)
     empty_E = ends_E == F.pad(ends_E[:-1], (1, 0))
     if kind_of(product_ENK) == "cpu":
         product_ENK[empty_E] = 0
@@ -173,6 +179,8 @@ def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
 
 def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
     """(R, F)."""
+    if uses_kernels(inner_RN):
+        return activate(activation, inner_RN)
     active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // activation.projections)
     for block in _blocks(inner_RN):
         activate(activation, inner_RN[block], out=active_RF[block])
@@ -186,6 +194,10 @@ def _activation_backward(
 
     `grad_RF` is the gradient of the activation of a row with weight 1; it may be overwritten.
     """
+    if uses_kernels(inner_RN):
+        weights_R, kind = None if weights_R1 is None else weights_R1[:, 0], (activation.value, activation.projections)
+        grad_inner_RN, grad_weights_R = operators.weighted_activation_backward(inner_RN, grad_RF, weights_R, *kind)
+        return grad_RF, grad_inner_RN, grad_weights_R if weights_R is None else grad_weights_R.to(weights_R.dtype)
     grad_inner_RN = torch.empty_like(inner_RN, dtype=grad_RF.dtype)
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
     for block in _blocks(inner_RN):

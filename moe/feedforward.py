@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation
+from .kernels import operators
+from .kernels.operators import uses_kernels
 from .linear import linear
 
 # P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
@@ -18,6 +20,9 @@ CLAMP, SLOPE = 7.0, 1.702
 
 def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Tensor:
     """(..., P * F), the gate before up, to (..., F). Writes into `out` if it is given, which is not differentiable."""
+    if out is None and uses_kernels(x):
+        y = operators.activation(x.flatten(0, -2), activation.value, activation.projections)
+        return y.unflatten(0, x.shape[:-1])
     match activation:
         case Activation.gelu:
             return F.gelu(x) if out is None else out.copy_(F.gelu(x))

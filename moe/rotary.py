@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .config import AttentionKind, ModelConfig, RopeConfig, RopeScaling
+from .kernels import operators
+from .kernels.operators import uses_kernels
 from .param_count import head_width
 from .token_info import positions_of
 
@@ -45,6 +47,8 @@ def rotary_tables(
 
 def rotate(x: Tensor, rotary: RotaryTables, interleaved: bool = False) -> Tensor:
     """Rotates pairs of the first r dimensions of (B, H, S, h): dimensions (i, i + r/2), or (2i, 2i + 1) if interleaved."""
+    if uses_kernels(x):
+        return operators.rotate(x, rotary.cos, rotary.sin, interleaved, False)
     width = 2 * rotary.cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat([rotate(x[..., :width], rotary, interleaved), x[..., width:]], dim=-1)

@@ -37,11 +37,12 @@ def run(recorder: Recorder) -> None:
         return
     model = fitting(recorder.device) if recorder.scale == "full" else NARROW
     trained = build(model, recorder.device, compiled=True)
-    rows = random_rows(trained.parallel, *BATCHES[recorder.scale][0])
-    begin = monotonic()
-    trained.step(rows)()
-    recorder.fact("seconds of the first compiled step", round(monotonic() - begin, 1))
-    measure(recorder, trained, rows, "compiled")
+    for sequences, length in BATCHES[recorder.scale]:
+        rows = random_rows(trained.parallel, sequences, length)
+        begin = monotonic()
+        trained.step(rows)()
+        recorder.fact(f"seconds of the first compiled step, {rows.ids.numel()} tokens", round(monotonic() - begin, 1))
+        measure(recorder, trained, rows, "compiled")
 
 
 def same_numbers(recorder: Recorder, precision: Precision, limits: dict[str, float]) -> None:

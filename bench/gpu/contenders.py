@@ -9,18 +9,31 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...moe.feedforward import FeedForward
+from ...moe.kernels import operators
 from ...moe.layer import MoELayer
 from ..layer import LayerShape, our_layer
 from .recorder import Unavailable
 
 Forward = Callable[[Tensor], Tensor]
 """(1, T, D) to (1, T, D)."""
+WITHOUT_KERNELS = "tokenyard without its kernels"
+
+
+def without_kernels(work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work` with the code that the kernels of moe/kernels/ replace."""
+
+    def run() -> Any:
+        with patch.object(operators, "ENABLED", False):
+            return work()
+
+    return run
 
 
 def contenders(ours: MoELayer, shape: LayerShape) -> dict[str, Callable[[], Forward]]:
@@ -28,6 +41,7 @@ def contenders(ours: MoELayer, shape: LayerShape) -> dict[str, Callable[[], Forw
     run."""
     return {
         "tokenyard": lambda: lambda x: ours(x)[0],
+        WITHOUT_KERNELS: lambda: lambda x: ours(x)[0],
         "tokenyard, fp32 weights": partial(_with_wide_weights, ours, shape),
         "dense layer of the active size": partial(_dense_layer, ours, shape),
         "transformers, grouped_mm": partial(_transformers, ours, shape),

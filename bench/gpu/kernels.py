@@ -39,22 +39,24 @@ def run(recorder: Recorder) -> None:
         step = trained.step(rows)
         for _ in range(3):
             step()
-        report_kernels(recorder, profiled(step, recorder), f"{rows.ids.numel()} tokens")
+        seen = profiled(step, recorder)
+        report_kernels(recorder, list(seen.events() or []), f"{rows.ids.numel()} tokens")
+        report_operators(recorder, seen, f"{rows.ids.numel()} tokens")
         if recorder.cuda:
             report_memory(recorder, trained, step, rows.ids.numel())
     if not recorder.cuda:
         recorder.skip("gaps and memory", "a CPU has neither kernels to launch nor a count of its memory")
 
 
-def profiled(step: Any, recorder: Recorder) -> list[Any]:
-    """The events of the profiler in STEPS steps."""
+def profiled(step: Any, recorder: Recorder) -> profile:
+    """The profiler, after STEPS steps."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if recorder.cuda else [])]
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, record_shapes=True) as seen:
         for _ in range(STEPS):
             step()
         if recorder.cuda:
             torch.cuda.synchronize()
-    return list(seen.events() or [])
+    return seen
 
 
 def report_kernels(recorder: Recorder, events: list[Any], title: str) -> None:
@@ -78,6 +80,16 @@ def report_kernels(recorder: Recorder, events: list[Any], title: str) -> None:
     for name, (seconds, number) in sorted(sums.items(), key=lambda item: -item[1][0])[:MOST_ROWS]:
         cells = {"ms a step": round(1e3 * seconds / STEPS, 3), "of all": f"{seconds / max(total, 1e-12):.1%}"}
         recorder.row(f"time of a step by name, {title}", name=name[:LONGEST_NAME], **cells, launches=number / STEPS)
+
+
+def report_operators(recorder: Recorder, seen: profile, title: str) -> None:
+    """Reports the time of the kernels by the operator that launched them and the shapes of its inputs."""
+    times = {one: one.self_device_time_total if recorder.cuda else one.self_cpu_time_total for one in seen.key_averages(True)}
+    operators = [one for one in times if one.device_type == DeviceType.CPU and times[one] > 0]
+    for one in sorted(operators, key=lambda one: -times[one])[:MOST_ROWS]:
+        shapes = " ".join("x".join(map(str, shape)) for shape in one.input_shapes if shape)
+        cells = {"ms a step": round(times[one] / 1e3 / STEPS, 3), "calls": one.count / STEPS, "inputs": shapes[:LONGEST_NAME]}
+        recorder.row(f"time of a step by operator, {title}", operator=one.key, **cells)
 
 
 def busy(intervals: Iterable[tuple[float, float]]) -> Busy:

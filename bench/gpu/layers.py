@@ -15,7 +15,7 @@ from torch import Tensor
 from ..host_reads import host_reads
 from ..layer import LayerShape, our_layer
 from ..timing import Spread, peak_bytes, spread, take_turns
-from .contenders import DenseProducts, Forward, contenders
+from .contenders import WITHOUT_KERNELS, DenseProducts, Forward, contenders, without_kernels
 from .recorder import Recorder, Unavailable
 
 SHAPES = {
@@ -90,7 +90,8 @@ def measure_layer(
         except Exception as error:  # of another library: its row has the error, and the others are measured
             lines[contender] = LayerLine(name, contender, note=" ".join(f"{type(error).__name__}: {error}".split())[:120])
         else:
-            works[contender] = partial(_forward_and_backward, forward, x, gradient)
+            work = partial(_forward_and_backward, forward, x, gradient)
+            works[contender] = without_kernels(work) if contender == WITHOUT_KERNELS else work
             lines[contender] = LayerLine(name, contender, off=off if "dense" not in contender else None)
     taken = take_turns(works, device, repeats, warm_up, partial(_reset, x))
     limit = spread(taken[DENSE]).median

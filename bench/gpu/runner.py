@@ -27,10 +27,11 @@ class Part(NamedTuple):
 PARTS = (
     Part("machine", "what this runs on", "machine", 90, "machine"),
     Part("products", "grouped products and activations, with empty, unaligned and single-row groups", "products", 40),
+    Part("fused", "each Triton kernel against the code that it replaces, and against the bytes that it must move", "fused", 40),
     Part("presets", "every tiny model: forward, losses, gradients and three steps", "presets", 100),
     Part("routers", "every router, selection and capacity, the same way", "routers", 60),
     Part("exchanges", "NCCL with a world of one: collectives, FSDP2 and each exchange", "exchanges", 40),
-    Part("waits", "where the host waits for the device", "waits", 30),
+    Part("waits", "where the host waits for the device", "waits", 60),
     Part("saves", "resume bit for bit, and an asynchronous save against a synchronous one", "saves", 60),
     Part("layouts", "two GPUs: each layout of two against one process", "layouts", 60),
     Part("layers", "forward and backward of MoE layers of known models", "layers", 110, "speed"),

@@ -49,8 +49,8 @@ class ModelAndOptimizer(NamedTuple):
     parallel: Parallel
     optimizer: torch.optim.Optimizer
 
-    def step(self, rows: Rows) -> Callable[[], Any]:
-        return partial(train_step, self.parallel, self.optimizer, StepInput([rows], 1e-4, 1.0))
+    def step(self, rows: Rows, micro_batches: int = 1) -> Callable[[], Any]:
+        return partial(train_step, self.parallel, self.optimizer, StepInput([rows] * micro_batches, 1e-4, 1.0))
 
 
 def run(recorder: Recorder) -> None:
@@ -60,6 +60,7 @@ def run(recorder: Recorder) -> None:
         rows = random_rows(trained.parallel, sequences, length)
         measure(recorder, trained, rows, "eager")
         stages(recorder, trained, rows)
+    measure(recorder, trained, random_rows(trained.parallel, *BATCHES[recorder.scale][0]), "eager", micro_batches=4)
     del trained
     forget(recorder.device)
 
@@ -79,13 +80,13 @@ def build(model: ModelConfig, device: torch.device, compiled: bool = False) -> M
     return ModelAndOptimizer(parallel, build_optimizer(OptimizerConfig(), parallel))
 
 
-def measure(recorder: Recorder, trained: ModelAndOptimizer, rows: Rows, name: str) -> None:
+def measure(recorder: Recorder, trained: ModelAndOptimizer, rows: Rows, name: str, micro_batches: int = 1) -> None:
     """Reports the time of a step. MFU is relative to the bf16 peak of the device."""
-    device, model, step = recorder.device, trained.parallel.model.config, trained.step(rows)
+    device, model, step = recorder.device, trained.parallel.model.config, trained.step(rows, micro_batches)
     seconds = spread(take_turns({name: step}, device, *REPEATS[recorder.scale])[name])
     held = torch.cuda.memory_allocated(device) if recorder.cuda else 0
     more = peak_bytes(step, device)
-    peak, tokens = peak_flops(device, torch.bfloat16), rows.ids.numel()
+    peak, tokens = peak_flops(device, torch.bfloat16), micro_batches * rows.ids.numel()
     flops = tokens * training_flops_per_token(model, rows.ids.shape[1])
     parameters = count(model)
     recorder.row(
@@ -95,6 +96,7 @@ def measure(recorder: Recorder, trained: ModelAndOptimizer, rows: Rows, name: st
         parameters=f"{parameters.active / 1e9:.2f}B of {parameters.total / 1e9:.2f}B",
         tokens=tokens,
         **{
+            "micro-batches": micro_batches,
             "ms (least, most)": milliseconds(seconds),
             "tokens/s": round(tokens / seconds.median),
             "MFU": f"{flops / seconds.median / peak.flops:.1%} (peak {peak.source})",

@@ -1,0 +1,123 @@
+"""Compares each Triton kernel of moe/kernels/ with the code that it replaces: the numbers, and the time beside that of a copy."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...moe.config import Activation
+from ...moe.dispatch import RowPlan, gather_rows, plan_choices, row_dots, sum_rows, weights_per_row
+from ...moe.experts import _activation_backward, grouped_outer
+from ...moe.feedforward import activate
+from ...moe.kernels import operators
+from ...moe.rotary import RotaryTables, rotate
+from ..timing import spread, take_turns
+from .contenders import without_kernels
+from .layers import milliseconds
+from .machine import has
+from .recorder import Recorder, Unavailable
+from .row_error import LIMITS, worst_row
+
+SIZES = {"full": (32768, 2048, 768, 128, 8), "tiny": (24, 32, 24, 6, 2)}
+"""Tokens, width, hidden width, experts and choices per token: of a Qwen3-30B layer, and of a small one to try the code."""
+REPEATS = {"full": (20, 3), "tiny": (2, 1)}
+COPIED = {"full": 2**28, "tiny": 2**10}
+"""Elements of a copy in fp32, which tells the bytes per second that are possible."""
+HEAD, HEADS = 128, 32
+
+
+class Fused(NamedTuple):
+    """A kernel, or with `without_kernels` the code that it replaces."""
+
+    name: str
+    work: Callable[[], list[Tensor]]
+    """Returns its outputs, which are not the inputs of the next call."""
+    bytes_moved: int
+    """Each input read once, each output written once."""
+
+
+def run(recorder: Recorder) -> None:
+    if recorder.cuda and not has("triton"):
+        raise Unavailable("triton is not installed, nor in .gpu/")
+    for dtype in (torch.bfloat16, torch.float32):
+        compare(recorder, dtype)
+    size = SIZES[recorder.scale]
+    repeats, source = REPEATS[recorder.scale], torch.ones(COPIED[recorder.scale], device=recorder.device)
+    copy = spread(take_turns({"": source.clone}, recorder.device, *repeats)[""])
+    bandwidth = 2 * source.nbytes / copy.median
+    recorder.fact("bytes/s of a copy", f"{bandwidth / 1e12:.2f} T")
+    for fused in kernels(recorder.device, torch.bfloat16, *size):
+        taken = take_turns({"kernel": fused.work, "torch": without_kernels(fused.work)}, recorder.device, *repeats)
+        kernel, without = spread(taken["kernel"]), spread(taken["torch"])
+        recorder.row(
+            "kernels, Qwen3-30B layer, bf16",
+            kernel=fused.name,
+            **{"ms (least, most)": milliseconds(kernel), "without, ms": milliseconds(without)},
+            MB=round(fused.bytes_moved / 1e6),
+            **{"of a copy's bytes/s": round(fused.bytes_moved / kernel.median / bandwidth, 3)},
+        )
+
+
+def compare(recorder: Recorder, dtype: torch.dtype) -> None:
+    """Compares outputs with those of the replaced code in fp64."""
+    size = SIZES["tiny"]
+    found = {one.name: one.work() for one in kernels(recorder.device, dtype, *size)}
+    for one in kernels(recorder.device, dtype, *size, wide=True):
+        errors = [worst_row(x, y) for x, y in zip(found[one.name], without_kernels(one.work)(), strict=True)]
+        recorder.below(f"{one.name}, {str(dtype).removeprefix('torch.')}", max(errors), LIMITS[dtype])
+
+
+def kernels(
+    device: torch.device, dtype: torch.dtype, tokens: int, width: int, hidden: int, experts: int, top_k: int, wide: bool = False
+) -> Iterator[Fused]:
+    """Yields each kernel with random inputs, the same ones in fp64 if `wide`: rounded to `dtype` and cast."""
+    generator = torch.Generator(device).manual_seed(0)
+    used = torch.float64 if wide else dtype
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype).to(used)
+
+    experts_TK = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k).indices
+    plan = plan_choices(experts_TK, experts, None, dropping=False)
+    weights_TK = torch.rand(tokens, top_k, generator=generator, device=device).to(torch.float64 if wide else torch.float32)
+    rows, item = tokens * top_k, dtype.itemsize
+    y_RD, x_TD = draw(rows, width), draw(tokens, width)
+    yield Fused("weighted sum of rows", lambda: [sum_rows(y_RD, plan, weights_TK)], item * width * (rows + tokens))
+    yield Fused("sum of rows", lambda: [sum_rows(y_RD, plan)], item * width * (rows + tokens))
+    yield Fused("backward of the sum", lambda: _sum_backward(x_TD, y_RD, plan, weights_TK), item * width * (2 * rows + tokens))
+    weights_R1 = weights_per_row(weights_TK, plan)[:, None]
+    for activation in Activation:
+        inner_RN, grad_RF = draw(rows, activation.projections * hidden), draw(rows, hidden)
+        moved = item * rows * hidden
+        forward = lambda inner_RN=inner_RN, activation=activation: [activate(activation, inner_RN)]  # noqa: E731
+        yield Fused(activation.value, forward, moved * (activation.projections + 1))
+        backward = lambda x=inner_RN, grad=grad_RF, one=activation: _backward(one, x, grad, weights_R1)  # noqa: E731
+        yield Fused(f"{activation.value} backward", backward, moved * (2 * activation.projections + 2))
+    x_BHSh = draw(1, tokens, HEADS, HEAD).transpose(1, 2)
+    angles = torch.randn(tokens, HEAD // 2, generator=generator, device=device, dtype=torch.float64)
+    wide_dtype = torch.promote_types(used, torch.float32)
+    tables = RotaryTables(angles.cos().to(wide_dtype), angles.sin().to(wide_dtype), None, {})
+    for interleaved in (False, True):
+        turn = lambda interleaved=interleaved: [rotate(x_BHSh, tables, interleaved)]  # noqa: E731
+        yield Fused(f"rotary{', interleaved' if interleaved else ''}", turn, 2 * x_BHSh.numel() * item)
+    few = torch.full((experts,), max(1, rows // experts // 8), device=device)
+    few[::2] = 0
+    ends_E = few.cumsum(0, dtype=torch.int32)
+    left, right = draw(int(ends_E[-1]), hidden), draw(int(ends_E[-1]), width)
+    yield Fused(
+        "product of groups, half of them empty", lambda: [grouped_outer(left, right, ends_E)], item * experts * hidden * width
+    )
+
+
+def _sum_backward(grad_TD: Tensor, y_RD: Tensor, plan: RowPlan, weights_TK: Tensor) -> list[Tensor]:
+    weights_R = weights_per_row(weights_TK, plan)
+    if operators.uses_kernels(y_RD):
+        return list(operators.unpermute_backward(grad_TD, y_RD, plan.token_R, plan.filled_R, weights_R))
+    grad_RD = gather_rows(grad_TD, plan)
+    dots_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
+    return [grad_RD.mul_(weights_R[:, None]), dots_R]
+
+
+def _backward(activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor) -> list[Tensor]:
+    return list(_activation_backward(activation, inner_RN, grad_RF, weights_R1))

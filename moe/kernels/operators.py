@@ -1,0 +1,130 @@
+"""The kernels as operators, whose shapes fake tensors and torch.compile know. triton is imported at the first real call.
+
+On CUDA the functions that they replace call them: in dispatch.py, feedforward.py, experts.py and rotary.py.
+T tokens, D width, K choices per token, R rows, F hidden width, N = P * F with P projections.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import kind_of
+
+ENABLED = True
+"""False to compare with the code that the kernels replace."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+"""Kernels sum in fp32; fp64 stays with the code that they replace."""
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether kernels take tensors like x; a dry run counts them without triton, as its tensors are on the CPU."""
+    return ENABLED and kind_of(x) == "cuda" and x.dtype in DTYPES and (HAS_TRITON or x.device.type == "cpu")
+
+
+@torch.library.custom_op("tokenyard::sum_rows", mutates_args=())
+def sum_rows(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """(T, D): see `dispatch.sum_rows`."""
+    from . import rows
+
+    return rows.sum_rows(y_RD, slot_TK, weights_TK)
+
+
+@sum_rows.register_fake
+def _(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    return y_RD.new_empty(slot_TK.shape[0], y_RD.shape[1])
+
+
+@torch.library.custom_op("tokenyard::unpermute_backward", mutates_args=())
+def unpermute_backward(
+    grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, weights_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients (R, D) of the rows and (R,) of their weights, from that of `dispatch.unpermute`."""
+    from . import rows
+
+    return rows.unpermute_backward(grad_TD, y_RD, token_R, filled_R, weights_R)
+
+
+@unpermute_backward.register_fake
+def _(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, weights_R: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y_RD), y_RD.new_empty(len(y_RD), dtype=torch.float32)
+
+
+@torch.library.custom_op("tokenyard::activation", mutates_args=())
+def activation(x_RN: Tensor, kind: str, projections: int) -> Tensor:
+    """(R, F): see `feedforward.activate`. Differentiable; saves x alone."""
+    from . import activation as kernels
+
+    return kernels.activate(x_RN, kind, projections)
+
+
+@activation.register_fake
+def _(x_RN: Tensor, kind: str, projections: int) -> Tensor:
+    return x_RN.new_empty(x_RN.shape[0], x_RN.shape[1] // projections)
+
+
+@torch.library.custom_op("tokenyard::activation_backward", mutates_args=())
+def activation_backward(x_RN: Tensor, grad_RF: Tensor, kind: str, projections: int) -> Tensor:
+    """(R, N): the gradient of the input of `activation`."""
+    from . import activation as kernels
+
+    return kernels.activate_backward(x_RN, grad_RF.contiguous(), None, kind, projections, keeps=False)[0]
+
+
+@activation_backward.register_fake
+def _(x_RN: Tensor, grad_RF: Tensor, kind: str, projections: int) -> Tensor:
+    return x_RN.new_empty(x_RN.shape)
+
+
+@torch.library.custom_op("tokenyard::weighted_activation_backward", mutates_args=("grad_RF",))
+def weighted_activation_backward(
+    x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str, projections: int
+) -> tuple[Tensor, Tensor]:
+    """See `experts._activation_backward`: the gradients of x and of the rows' weights; grad_RF becomes the weighted activation."""
+    from . import activation as kernels
+
+    return kernels.activate_backward(x_RN, grad_RF, weights_R, kind, projections, keeps=True)
+
+
+@weighted_activation_backward.register_fake
+def _(x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str, projections: int) -> tuple[Tensor, Tensor]:
+    return x_RN.new_empty(x_RN.shape), x_RN.new_empty(0 if weights_R is None else x_RN.shape[0], dtype=torch.float32)
+
+
+def _save_input(ctx: Any, inputs: tuple[Tensor, str, int], output: Tensor) -> None:
+    x_RN, ctx.kind, ctx.projections = inputs
+    ctx.save_for_backward(x_RN)
+
+
+def _activation_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None, None]:
+    return activation_backward(*ctx.saved_tensors, grad_RF, ctx.kind, ctx.projections), None, None
+
+
+activation.register_autograd(_activation_backward, setup_context=_save_input)
+
+
+@torch.library.custom_op("tokenyard::rotate", mutates_args=())
+def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """(B, H, S, h): see `rotary.rotate`. Differentiable in x; the backward pass rotates back."""
+    from . import rotary
+
+    return rotary.rotate(x_BHSh, cos, sin, interleaved, inverse)
+
+
+@rotate.register_fake
+def _(x_BHSh: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    return torch.empty_like(x_BHSh)
+
+
+def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool, bool], output: Tensor) -> None:
+    _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_backward(ctx: Any, grad_BHSh: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return rotate(grad_BHSh, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
+
+
+rotate.register_autograd(_rotate_backward, setup_context=_save_tables)

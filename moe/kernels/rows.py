@@ -1,0 +1,105 @@
+"""Triton kernels on token rows: the weighted sum of each token's rows, its backward pass, and zeros for groups without rows.
+
+T tokens, D width, K choices per token, R rows, E experts. Sums are computed in fp32. A program owns what it writes, so nothing is
+added atomically and every run gives the same bits. Each input is read once and each output written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_COLUMNS = 1024
+"""Columns of a program: with 4 warps, each thread loads 16 bytes of bf16."""
+ZEROING_PROGRAMS = 64
+"""Programs for each group."""
+
+
+def columns_of_program(width: int) -> int:
+    """The columns, a power of two, that a program takes at a time."""
+    return min(MOST_COLUMNS, triton.next_power_of_2(width))
+
+
+@triton.jit
+def _sum_rows(y_ptr, slot_ptr, weight_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        slot = tl.load(slot_ptr + token * K + k)
+        row = tl.load(y_ptr + slot * D + columns, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            row *= tl.load(weight_ptr + token * K + k)
+        total += row
+    tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_rows(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """(T, D): see `dispatch.sum_rows`. A choice whose slot is negative adds nothing."""
+    y_RD, (tokens, top_k), width = y_RD.contiguous(), slot_TK.shape, y_RD.shape[1]
+    out_TD = y_RD.new_empty(tokens, width)
+    weights_TK = None if weights_TK is None else weights_TK.float().contiguous()
+    if out_TD.numel():
+        block = columns_of_program(width)
+        grid = tokens, triton.cdiv(width, block)
+        _sum_rows[grid](y_RD, slot_TK.contiguous(), weights_TK, out_TD, width, top_k, weights_TK is not None, block)
+    return out_TD
+
+
+@triton.jit
+def _unpermute_backward(
+    grad_ptr,
+    y_ptr,
+    token_ptr,
+    filled_ptr,
+    weight_ptr,
+    grad_y_ptr,
+    dot_ptr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token, weight = tl.load(token_ptr + row), tl.load(weight_ptr + row)
+    filled = tl.load(filled_ptr + row) if PADDED else True
+    dot = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < D
+        grad = tl.load(grad_ptr + token * D + columns, mask=inside & filled, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * D + columns, mask=inside & filled, other=0.0).to(tl.float32)
+        dot += grad * y
+        tl.store(grad_y_ptr + row * D + columns, (grad * weight).to(grad_y_ptr.dtype.element_ty), mask=inside)
+    tl.store(dot_ptr + row, tl.sum(dot, 0))
+
+
+def unpermute_backward(
+    grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, weights_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows (R, D) and of their weights (R,), in fp32, from that of `sum_rows`; zeros for padding."""
+    grad_TD, y_RD, (rows, width) = grad_TD.contiguous(), y_RD.contiguous(), y_RD.shape
+    grad_y_RD, grad_weights_R = torch.empty_like(y_RD), weights_R.new_empty(rows, dtype=torch.float32)
+    if y_RD.numel():
+        tensors = grad_TD, y_RD, token_R, filled_R, weights_R.float(), grad_y_RD, grad_weights_R
+        _unpermute_backward[rows,](*tensors, width, filled_R is not None, columns_of_program(width))
+    return grad_y_RD, grad_weights_R
+
+
+@triton.jit
+def _zero_empty_groups(product_ptr, ends_ptr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    group = tl.program_id(1)
+    begin = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
+    if tl.load(ends_ptr + group) == begin:
+        zeros = tl.zeros([BLOCK], product_ptr.dtype.element_ty)
+        for start in range(tl.program_id(0) * BLOCK, SIZE, PROGRAMS * BLOCK):
+            elements = start + tl.arange(0, BLOCK)
+            tl.store(product_ptr + group.to(tl.int64) * SIZE + elements, zeros, mask=elements < SIZE)
+
+
+def zero_empty_groups(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    """Zeroes the groups without rows, in place. Touches no other group: the host need not know which they are."""
+    size = product_ENK[0].numel()
+    grid = min(ZEROING_PROGRAMS, triton.cdiv(size, MOST_COLUMNS)), len(ends_E)
+    _zero_empty_groups[grid](product_ENK, ends_E, size, grid[0], MOST_COLUMNS)
+    return product_ENK

@@ -1,0 +1,131 @@
+"""The Triton kernels equal the code that they replace. They run in Triton's interpreter, on the CPU, in fp32 and fp16."""
+
+import pytest
+import torch
+from tokenyard.moe import dispatch, feedforward
+from tokenyard.moe.config import Activation
+from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
+from tokenyard.moe.kernels import activation as activation_kernels
+from tokenyard.moe.kernels import rotary as rotary_kernels
+from tokenyard.moe.kernels import rows as row_kernels
+from tokenyard.moe.rotary import RotaryTables, rotate
+from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which the interpreter uses
+
+SHAPES = {  # tokens, experts, choices of each, width
+    "one token": (1, 1, 1, 8),
+    "no tile divides the width": (13, 5, 3, 37),
+    "more than one tile": (3, 4, 2, 1100),
+    "top-8 of 512": (5, 512, 8, 16),
+    "top-1": (7, 3, 1, 64),
+}
+KEEP = {"dropless": None, "half dropped": 0.5, "all dropped": 0.0}
+DTYPES = {torch.float32: 1e-5, torch.float16: 4e-3}
+"""Tolerances: absolute, and relative to the largest number."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_sum_of_rows(shape: tuple[int, int, int, int], keep: float | None, dtype: torch.dtype) -> None:
+    plan, weights_TK, y_RD = random_rows(*shape, keep, dtype)
+    for weights in (weights_TK, None):
+        expected = dispatch.sum_rows(y_RD.double(), plan, None if weights is None else weights.double())
+        close(row_kernels.sum_rows(y_RD, plan.slot_TK, weights), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_backward_pass_of_the_sum(shape: tuple[int, int, int, int], padded: bool, dtype: torch.dtype) -> None:
+    plan, weights_TK, y_RD = random_rows(*shape, 0.5, dtype, padded)
+    grad_TD = torch.randn(shape[0], shape[3]).to(dtype)
+    weights, rows = weights_TK.double().requires_grad_(), y_RD.double().requires_grad_()
+    dispatch.unpermute(rows, weights, plan).backward(grad_TD.double())
+    found, dots_R = row_kernels.unpermute_backward(grad_TD, y_RD, plan.token_R, plan.filled_R, weights_per_row(weights_TK, plan))
+    assert rows.grad is not None and weights.grad is not None
+    close(found, rows.grad, dtype)
+    close(dispatch.values_per_choice(dots_R, plan), weights.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [1, 24, 1100])
+@pytest.mark.parametrize("activation", Activation)
+def test_activations_and_their_backward_passes(activation: Activation, hidden: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, kind = 5, (activation.value, activation.projections)
+    x_RN = (4 * torch.randn(rows, activation.projections * hidden)).to(dtype)
+    grad_RF, weights_R = torch.randn(rows, hidden).to(dtype), torch.rand(rows)
+    wide, weights = x_RN.double().requires_grad_(), weights_R.double().requires_grad_()
+    active_RF = feedforward.activate(activation, wide)
+    (active_RF * weights[:, None]).backward(grad_RF.double())
+    assert wide.grad is not None and weights.grad is not None
+    close(activation_kernels.activate(x_RN, *kind), active_RF, dtype)
+    kept_RF = grad_RF.clone()
+    grad_x_RN, dots_R = activation_kernels.activate_backward(x_RN, kept_RF, weights_R, *kind, keeps=True)
+    close(grad_x_RN, wide.grad, dtype)
+    close(dots_R, weights.grad, dtype)
+    close(kept_RF, active_RF * weights[:, None], dtype)
+    kept_RF = grad_RF.clone()
+    grad_x_RN, dots_R = activation_kernels.activate_backward(x_RN, kept_RF, None, *kind, keeps=False)
+    (expected,) = torch.autograd.grad(feedforward.activate(activation, wide), wide, grad_RF.double())
+    close(grad_x_RN, expected, dtype)
+    assert torch.equal(kept_RF, grad_RF) and not len(dots_R)
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_activations_pass_on_what_is_not_finite(activation: Activation) -> None:
+    x_RN = torch.tensor([torch.nan, 9.0, -9.0, 30.0, -30.0]).repeat(activation.projections)[None]
+    found = activation_kernels.activate(x_RN, activation.value, activation.projections)
+    torch.testing.assert_close(found, feedforward.activate(activation, x_RN), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("documents", [False, True], ids=["positions", "documents"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize(("heads", "width", "rotated"), [(1, 8, 8), (3, 12, 12), (5, 24, 8), (20, 128, 128)])
+def test_rotation_and_its_backward_pass(
+    heads: int, width: int, rotated: int, interleaved: bool, documents: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    batch, tokens = 2, 3
+    angles = torch.randn(*((batch, 1) if documents else ()), tokens, rotated // 2)
+    tables = RotaryTables(1.5 * angles.cos(), 1.5 * angles.sin(), None, {})
+    x_BHSh = torch.randn(batch, tokens, heads, width).to(dtype).transpose(1, 2)  # as projections leave it
+    grad_BHSh = torch.randn(batch, heads, tokens, width).to(dtype)
+    wide = x_BHSh.double().requires_grad_()
+    expected = rotate(wide, tables._replace(cos=tables.cos.double(), sin=tables.sin.double()), interleaved)
+    expected.backward(grad_BHSh.double())
+    assert wide.grad is not None
+    found = rotary_kernels.rotate(x_BHSh, tables.cos, tables.sin, interleaved, False)
+    close(found, expected, dtype)
+    assert found.stride() == x_BHSh.stride()
+    close(rotary_kernels.rotate(grad_BHSh, tables.cos, tables.sin, interleaved, True), wide.grad, dtype)
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 0, 2], [5], [0], [0, 0, 4]])
+def test_zeros_for_groups_without_rows(counts: list[int]) -> None:
+    product_ENK = torch.randn(len(counts), 37, 70)
+    expected = product_ENK * (torch.tensor(counts) > 0)[:, None, None]
+    ends_E = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    assert torch.equal(row_kernels.zero_empty_groups(product_ENK, ends_E), expected)
+
+
+def random_rows(
+    tokens: int, experts: int, top_k: int, width: int, keep: float | None, dtype: torch.dtype, padded: bool = False
+) -> tuple[RowPlan, Tensor, Tensor]:
+    """A plan of random choices, their weights, and rows."""
+    torch.manual_seed(0)
+    experts_TK = torch.rand(tokens, experts).topk(top_k).indices
+    if keep is not None:
+        experts_TK = experts_TK.masked_fill(torch.rand(tokens, top_k) >= keep, experts)
+    padded_rows = int(count_rows(experts_TK, experts).max()) + 1 if padded else None
+    plan = plan_choices(experts_TK, experts, padded_rows, dropping=keep is not None)
+    return plan, torch.rand(tokens, top_k), torch.randn(len(plan.token_R), width).to(dtype)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    tolerance = DTYPES[dtype]
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=0, atol=tolerance * max(1.0, largest))
