@@ -26,29 +26,35 @@ def _with_derivatives(gate, up, KIND: tl.constexpr):
     """Returns the activation and its derivatives by gate and up. Without a gate, up is ignored and its derivative is 0."""
     if KIND == "swiglu":
         sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        return silu * up, up * (sigmoid + silu * (1.0 - sigmoid)), silu
-    if KIND == "geglu":
-        gelu, slope = _gelu_tanh(gate)
-        return gelu * up, up * slope, gelu
-    if KIND == "swiglu_clamped":
-        low = tl.where(gate > 7.0, 7.0, gate)  # CLAMP and SLOPE of feedforward.py
+        by_up = gate * sigmoid
+        active, by_gate = by_up * up, up * (sigmoid + by_up * (1.0 - sigmoid))
+    elif KIND == "geglu":
+        by_up, slope = _gelu_tanh(gate)
+        active, by_gate = by_up * up, up * slope
+    elif KIND == "swiglu_clamped":  # 7 and 1.702 are CLAMP and SLOPE of feedforward.py
+        low = tl.where(gate > 7.0, 7.0, gate)
         shifted = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
         sigmoid = tl.sigmoid(1.702 * low)
         by_gate = tl.where(gate > 7.0, 0.0, shifted * sigmoid * (1.0 + 1.702 * low * (1.0 - sigmoid)))
-        return low * sigmoid * shifted, by_gate, tl.where(tl.abs(up) > 7.0, 0.0, low * sigmoid)
-    if KIND == "gelu":
+        active, by_up = low * sigmoid * shifted, tl.where(tl.abs(up) > 7.0, 0.0, low * sigmoid)
+    elif KIND == "gelu":
         normal = 0.5 * (1.0 + tl.erf(0.7071067811865476 * gate))
-        return gate * normal, normal + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate), tl.zeros_like(gate)
-    tl.static_assert(KIND == "relu" or KIND == "relu_squared")
-    relu = tl.where(gate < 0.0, 0.0, gate)
-    if KIND == "relu":
-        return relu, tl.where(gate > 0.0, 1.0, 0.0), tl.zeros_like(gate)
-    return relu * relu, 2.0 * relu, tl.zeros_like(gate)
+        active, by_gate, by_up = (
+            gate * normal,
+            normal + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate),
+            tl.zeros_like(gate),
+        )
+    elif KIND == "relu":
+        active, by_gate, by_up = tl.where(gate < 0.0, 0.0, gate), tl.where(gate > 0.0, 1.0, 0.0), tl.zeros_like(gate)
+    else:
+        tl.static_assert(KIND == "relu_squared")
+        relu = tl.where(gate < 0.0, 0.0, gate)
+        active, by_gate, by_up = relu * relu, 2.0 * relu, tl.zeros_like(gate)
+    return active, by_gate, by_up
 
 
 @triton.jit
-def _activate(x_ptr, out_ptr, F: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(x_ptr, out_ptr, F, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
@@ -76,7 +82,7 @@ def _activate_backward(
     weight_ptr,
     grad_x_ptr,
     dot_ptr,
-    F: tl.constexpr,
+    F,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     WEIGHTED: tl.constexpr,

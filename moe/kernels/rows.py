@@ -21,7 +21,7 @@ def columns_of_program(width: int) -> int:
 
 
 @triton.jit
-def _sum_rows(y_ptr, slot_ptr, weight_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_rows(y_ptr, slot_ptr, weight_ptr, out_ptr, D, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
@@ -56,7 +56,7 @@ def _unpermute_backward(
     weight_ptr,
     grad_y_ptr,
     dot_ptr,
-    D: tl.constexpr,
+    D,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -87,7 +87,7 @@ def unpermute_backward(
 
 
 @triton.jit
-def _zero_empty_groups(product_ptr, ends_ptr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+def _zero_empty_groups(product_ptr, ends_ptr, SIZE, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     group = tl.program_id(1)
     begin = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
     if tl.load(ends_ptr + group) == begin:
