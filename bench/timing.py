@@ -6,6 +6,7 @@ The sides of a comparison take turns: on a shared machine, only measurements of 
 import gc
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -66,17 +67,23 @@ Work = Callable[[], Any]
 
 
 def take_turns(
-    works: dict[str, Work], device: torch.device, repeats: int, warm_up: int = 1, reset: Work = lambda: None
+    works: dict[str, Work], device: torch.device, repeats: int, warm_up: int = 1, reset: Work = lambda: None, in_a_row: int = 1
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each repeat, by name. A repeat runs each work once, in an order that rotates.
+    """Returns the seconds that each work takes in each repeat, by name. The order rotates.
 
-    `reset` runs before each work and is not timed.
+    `reset` runs before each work and is not timed. Works run `in_a_row` times, so that the host of a GPU can launch the next one
+    while one runs; the seconds are those of one.
     """
+
+    def run(work: Work) -> None:
+        for _ in range(in_a_row):
+            work()
+
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(-warm_up, repeats):
         for name in rotated(list(works), repeat):
             reset()
-            seconds = timed(works[name], device)
+            seconds = timed(partial(run, works[name]), device) / in_a_row
             taken[name] += [seconds] if repeat >= 0 else []
     return taken
 

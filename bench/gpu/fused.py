@@ -21,10 +21,12 @@ from .row_error import LIMITS, worst_row
 
 SIZES = {"full": (32768, 2048, 768, 128, 8), "tiny": (24, 32, 24, 6, 2)}
 """Tokens, width, hidden width, experts and choices per token: of a Qwen3-30B layer, and of a small one to try the code."""
-REPEATS = {"full": (20, 3), "tiny": (2, 1)}
+REPEATS = {"full": (7, 1), "tiny": (2, 1)}
 COPIED = {"full": 2**28, "tiny": 2**10}
 """Elements of a copy in fp32, which tells the bytes per second that are possible."""
 HEAD, HEADS = 128, 32
+IN_A_ROW = 8
+"""Calls that are timed together, so that the host launches the next kernel while one runs."""
 
 
 class Fused(NamedTuple):
@@ -48,7 +50,8 @@ def run(recorder: Recorder) -> None:
     bandwidth = 2 * source.nbytes / copy.median
     recorder.fact("bytes/s of a copy", f"{bandwidth / 1e12:.2f} T")
     for fused in kernels(recorder.device, torch.bfloat16, *size):
-        taken = take_turns({"kernel": fused.work, "torch": without_kernels(fused.work)}, recorder.device, *repeats)
+        works = {"kernel": fused.work, "torch": without_kernels(fused.work)}
+        taken = take_turns(works, recorder.device, *repeats, in_a_row=IN_A_ROW)
         kernel, without = spread(taken["kernel"]), spread(taken["torch"])
         recorder.row(
             "kernels, Qwen3-30B layer, bf16",

@@ -34,8 +34,10 @@ SHAPES = {
 }
 """The sizes of those models; for DeepSeek-V3, the 32 of 256 experts that one of 8 ranks holds."""
 
-REPEATS = {"full": (10, 3), "tiny": (2, 1)}
+REPEATS = {"full": (5, 1), "tiny": (2, 1)}
 """Repeats, and warm-up repeats before them."""
+IN_A_ROW = 3
+"""Passes that are timed together: as in a model of several layers, the host launches the next one while one runs."""
 DENSE = "dense products"
 
 
@@ -93,7 +95,7 @@ def measure_layer(
             work = partial(_forward_and_backward, forward, x, gradient)
             works[contender] = without_kernels(work) if contender == WITHOUT_KERNELS else work
             lines[contender] = LayerLine(name, contender, off=off if "dense" not in contender else None)
-    taken = take_turns(works, device, repeats, warm_up, partial(_reset, x))
+    taken = take_turns(works, device, repeats, warm_up, partial(_reset, x), IN_A_ROW)
     limit = spread(taken[DENSE]).median
     return [_filled(line, works.get(line.name), taken.get(line.name), shape, limit, device) for line in lines.values()]
 

@@ -1,0 +1,36 @@
+"""The kernels compile for Hopper and Blackwell, without a GPU: no spilled registers, and loads of 16 bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILDER = Path(__file__).with_name("kernel_builds.py")
+MOST_REGISTERS = 64
+"""With 4 warps, 8 programs fit on a multiprocessor, which is enough to keep its loads busy."""
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    built = subprocess.run([sys.executable, BUILDER], capture_output=True, text=True, env=environment, check=False)
+    assert built.returncode == 0, built.stderr[-2000:]
+    return [json.loads(line) for line in built.stdout.splitlines()]
+
+
+def test_every_kernel_is_built_for_both(builds: list[dict]) -> None:
+    kernels = {"_sum_rows", "_unpermute_backward", "_zero_empty_groups", "_activate", "_activate_backward", "_rotate"}
+    assert {(one["kernel"], one["architecture"]) for one in builds} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
+
+
+def test_nothing_is_spilled(builds: list[dict]) -> None:
+    assert [one for one in builds if one["stack"] or one["local"] or one["registers"] > MOST_REGISTERS] == []
+
+
+def test_rows_move_16_bytes_at_a_time(builds: list[dict]) -> None:
+    assert [one for one in builds if not one["wide_stores"]] == []
+    assert [one for one in builds if not one["wide_loads"] and one["kernel"] != "_zero_empty_groups"] == []
