@@ -134,7 +134,7 @@ def named_reads() -> Iterator[tuple[Counter[str], set[str]]]:
         return real(x, place, assumed)
 
     with ExitStack() as stack:
-        for module in [one for one in sys.modules.values() if getattr(one, "host_read", None) is real]:
+        for module in [one for one in list(sys.modules.values()) if getattr(one, "host_read", None) is real]:
             stack.enter_context(patch.object(module, "host_read", counted))
         yield found, places
 
