@@ -4,6 +4,9 @@ T tokens, D width, K choices per token, R rows, E experts. Sums are computed in 
 added atomically and every run gives the same bits. Each input is read once and each output written once.
 """
 
+# Launches pass numbers where kernels declare constants.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ ZEROING_PROGRAMS = 64
 
 def columns_of_program(width: int) -> int:
     """The columns, a power of two, that a program takes at a time."""
-    return min(MOST_COLUMNS, triton.next_power_of_2(width))
+    return min(MOST_COLUMNS, 1 << (width - 1).bit_length())
 
 
 @triton.jit

@@ -3,16 +3,21 @@
 import io
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from tokenyard.bench.gpu import contenders, kernels, steps
+from tokenyard.bench.gpu import attention, contenders, fused, kernels, steps, trainer
 from tokenyard.bench.gpu.contenders import DenseProducts
 from tokenyard.bench.gpu.kernels import Busy, busy
 from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
 from tokenyard.bench.gpu.recorder import Recorder
 from tokenyard.bench.layer import LayerShape
 from tokenyard.bench.timing import take_turns
+from tokenyard.moe.attention import attention_mask
+from tokenyard.moe.config import Activation
+from tokenyard.moe.device import dry_run
+from tokenyard.moe.kernels import operators
 from tokenyard.moe.param_count import count
 
 CPU = torch.device("cpu")
@@ -76,7 +81,7 @@ def test_dense_products_have_the_flops_of_the_experts() -> None:
 def test_steps_and_their_stages() -> None:
     lines = told(steps.run)
     whole, parts = ([one["cells"] for one in lines if one["table"].startswith(table)] for table in ("steps", "stages"))
-    assert [cells["tokens"] for cells in whole] == [cells["tokens"] for cells in parts] == [128, 32]
+    assert [cells["tokens"] for cells in whole] == [*(cells["tokens"] for cells in parts), 4 * 128] == [128, 32, 512]
     assert all(cells["tokens/s"] > 0 and "%" in cells["MFU"] for cells in whole)
     names = ["forward ms", "backward and sums over ranks ms", "norm and numbers ms", "update ms"]
     assert [name for name in parts[0] if name.endswith("ms")] == names and all(parts[0][name] > 0 for name in names)
@@ -113,8 +118,49 @@ def test_time_by_name() -> None:
     assert times == sorted(times, reverse=True) and len(rows) <= kernels.MOST_ROWS
 
 
+def test_each_kernel_and_what_it_replaces_are_called_alike() -> None:
+    """In Triton's interpreter, on the CPU as if it were a GPU; bf16 needs a real one."""
+    recorder = Recorder(out := io.StringIO(), CPU, "tiny", 100.0)
+    with dry_run("cuda"):
+        fused.compare(recorder, torch.float32)
+    checks = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert len(checks) == 6 + 2 * len(Activation) and all(one["ok"] for one in checks)
+    with dry_run("cuda"), patch.object(operators, "sum_rows", lambda y_RD, slot_TK, weights_TK: y_RD[slot_TK[:, 0]]):
+        fused.compare(Recorder(out := io.StringIO(), CPU, "tiny", 100.0), torch.float32)
+    wrong = [one["name"] for one in map(json.loads, out.getvalue().splitlines()) if not one["ok"]]
+    assert wrong == ["weighted sum of rows, float32", "sum of rows, float32"]
+
+
+def test_without_kernels_the_code_that_they_replace_runs() -> None:
+    x = torch.ones(2, 4)
+    with dry_run("cuda"):
+        assert operators.uses_kernels(x)
+        assert contenders.without_kernels(lambda: operators.uses_kernels(x))() is False
+        assert operators.uses_kernels(x) and not operators.uses_kernels(x.double())
+    assert not operators.uses_kernels(x)
+
+
+def test_attention_counts_the_visible_pairs_of_tokens() -> None:
+    """Against masks: windows and documents."""
+    for heads in attention.MODELS.values():
+        _, pairs = attention.attention(heads, 64, CPU)
+        documents = None if heads.documents is None else torch.arange(64)[None] * heads.documents // 64
+        assert pairs == attention_mask(64, 64, heads.window, CPU, documents).sum()
+    rows = [one["cells"] for one in told(attention.run) if one["kind"] == "row"]
+    assert [row["heads"] for row in rows] == list(attention.MODELS)
+
+
+def test_the_trainer_is_compared_with_the_bare_step() -> None:
+    *_, row = told(trainer.run)
+    share = row["cells"]["tokenyard train"] / row["cells"]["bare step"]
+    assert row["table"] == "tokens/s" and row["cells"]["share"] == pytest.approx(share, abs=0.01)
+
+
 def test_works_take_turns() -> None:
     order: list[str] = []
     taken = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 2, 1, lambda: order.append("-"))
     assert "".join(order) == "-b-a" + "-a-b" + "-b-a"
     assert [len(times) for times in taken.values()] == [2, 2]
+    order.clear()
+    take_turns({"a": lambda: order.append("a")}, CPU, 1, 0, lambda: order.append("-"), in_a_row=3)
+    assert "".join(order) == "-aaa"
