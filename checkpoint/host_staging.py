@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from ..parallel.shard import LocalShard
-from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
+from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record_event, stream_waits
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ class HostStaging:
         used = [tensor for _, tensor in shards.values() if tensor.device.type == device.type]
         with SideStream(device).behind(ready, *used):
             copies = {name: LocalShard(metadata, self._copy_tensor(name, tensor)) for name, (metadata, tensor) in shards.items()}
-            last = record(device)
+            last = record_event(device)
         last.wait()
         return copies
 

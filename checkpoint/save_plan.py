@@ -89,7 +89,7 @@ def check_shard(name: str, shard: LocalShard) -> None:
     metadata, tensor = shard
     if tuple(tensor.shape) != tuple(metadata.sizes):
         sizes = tuple(metadata.sizes)
-        raise ValueError(f"tensor {name!r}: the local shape {tuple(tensor.shape)} must be the piece's sizes {sizes}")
+        raise ValueError(f"tensor {name!r}: the local shape {tuple(tensor.shape)} must be the shard's sizes {sizes}")
     rectangle = [(offset, offset + size) for offset, size in zip(metadata.offsets, metadata.sizes, strict=True)]
     if any(begin < 0 or end > extent for (begin, end), extent in zip(rectangle, metadata.shape, strict=True)):
         text = ", ".join(f"{begin}:{end}" for begin, end in rectangle)
@@ -132,7 +132,7 @@ def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
 def _check_tiling(name: str, record: TensorRecord) -> None:
     """ValueError unless the chunks cover each element of the tensor once."""
     if len(record.chunks) > 1 and not disjoint([chunk.metadata for chunk in record.chunks]):
-        raise ValueError(f"tensor {name!r}: two ranks hold pieces that overlap but differ; pieces must be equal or apart")
+        raise ValueError(f"tensor {name!r}: two ranks hold shards that overlap but differ; shards must be equal or apart")
     covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in record.chunks), math.prod(record.shape)
     if covered != total:
-        raise ValueError(f"tensor {name!r}: the ranks hold {covered} of its {total} elements; the pieces must make up the whole")
+        raise ValueError(f"tensor {name!r}: the ranks hold {covered} of its {total} elements; the shards must make up the whole")

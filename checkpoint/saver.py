@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard
-from ..parallel.streams import Event, record
+from ..parallel.streams import Event, record_event
 from .host_staging import HostStaging, device_of, in_place
 from .manifest import json_facts
 from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
@@ -100,7 +100,7 @@ class Saver:
             return Outcome(step, final, error, plan.bytes, perf_counter() - begin, perf_counter() - begin)
         job = SaveJob(final, temporary, step, facts, *rank_and_world(), plan, self.limit_seconds, attach)
         mine = {name: shards[name] for name in plan.names}
-        ready = record(device_of(mine))
+        ready = record_event(device_of(mine))
         thread = Thread(target=self._write, args=[job, mine, ready, asynchronous], name="checkpoint", daemon=True)
         save = self._save = _Save(job, thread, begin)
         if asynchronous:

@@ -218,7 +218,7 @@ def check_preparable(config: DataConfig) -> None:
         raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
 
 
-def prepare_command(
+def prepare_shards(
     config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
     """Run `tokenyard prepare`; returns the manifest. ValueError, one line, for what cannot be prepared."""

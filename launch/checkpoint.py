@@ -17,7 +17,7 @@ MOST_LINES = 40
 """Tensors that `diff` prints; --json has all."""
 
 
-def checkpoint(argv: list[str]) -> int:
+def checkpoint_command(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if a checkpoint is damaged or two differ; 2 if there is no checkpoint."""
     parser = OneLineParser("tokenyard checkpoint", description="Looks into checkpoints; none is changed.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect|verify|diff")

@@ -61,7 +61,7 @@ def keep_timeline(session: Session) -> None:
             if aside is not None:
                 names = ", ".join(path.name for path in checkpoints_in(aside)[::-1])
                 text = f"this run goes on from {found}: {names} of another timeline set aside in {aside}"
-                note(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
+                announce(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
             keep_begin(session.config.checkpoint.resume, folder)
 
     from_first(keep)
@@ -84,7 +84,7 @@ def first_intact(found: list[Path], folder: Path) -> tuple[Path | None, list[Dam
         refused.append(error)
         if len(found) > 1:
             text = f"{path} is refused, the checkpoint before it is tried: {error}"
-            note(folder, "checkpoint_refused", text, path=str(path), file=str(error.file), reason=str(error))
+            announce(folder, "checkpoint_refused", text, path=str(path), file=str(error.file), reason=str(error))
 
     return newest_verified(found, refuse), refused
 
@@ -140,10 +140,10 @@ def say_changes(session: Session, facts: dict[str, Any]) -> None:
     if changed:
         words = ", ".join(f"{key} {written(before)} -> {written(now)}" for key, (before, now) in changed.items())
         plain = {key: {"before": before, "now": now} for key, (before, now) in changed.items()}
-        note(session.folder, "settings_changed", f"settings changed since step {session.step}: {words}", changed=plain)
+        announce(session.folder, "settings_changed", f"settings changed since step {session.step}: {words}", changed=plain)
 
 
-def note(folder: Path, kind: str, text: str, **facts: Any) -> None:
+def announce(folder: Path, kind: str, text: str, **facts: Any) -> None:
     """Logs a line on the console and in events.jsonl, if that can be written; rank 0 only."""
     if is_first():
         log.warning("%s", text)

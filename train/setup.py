@@ -10,7 +10,7 @@ from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
-from ..data.build import DataPipeline, prepare
+from ..data.build import DataPipeline, open_data
 from ..data.errors import DataStop
 from ..data.stream.packing import World
 from ..moe.model import Transformer
@@ -26,7 +26,7 @@ from .engine import Engine, TorchEngine
 from .exit import remove_note
 from .initial_weights import load_initial
 from .optimizer import build_optimizer
-from .resume import find_resume, keep_timeline, note, resume
+from .resume import announce, find_resume, keep_timeline, resume
 from .run_folder import RunLock, lock_run
 from .session import Session
 
@@ -41,7 +41,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     if saved is not None:
         check_rules(config, world.size)
     set_products(config, device, precision_from)
-    data = first_rank_first(config, world)
+    data = open_data_on_all_ranks(config, world)
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel, start = build_model(config, device, found, folder)
@@ -72,7 +72,7 @@ def build_model(config: Config, device: torch.device, found: Path | None, folder
         return build_parallel(config, device), "new run"
     parallel = spread_model(config, device)
     read = load_initial(parallel, Path(init).expanduser(), folder)
-    note(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
+    announce(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
     return parallel, f"new run from the weights of {read}"
 
 
@@ -90,7 +90,7 @@ def spread_model(config: Config, device: torch.device) -> Parallel:
     return parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
 
 
-def first_rank_first(config: Config, world: World | None = None) -> DataPipeline:
+def open_data_on_all_ranks(config: Config, world: World | None = None) -> DataPipeline:
     """Opens the data on rank 0, which may have to tokenize them, and then on the others, which find them in the cache. Collective.
 
     If one rank refuses them (ValueError), or a source does not answer (DataUnavailable), all ranks raise the error.
@@ -101,7 +101,7 @@ def first_rank_first(config: Config, world: World | None = None) -> DataPipeline
     for my_turn in (is_first(), not is_first()):
         if my_turn:
             try:
-                data = prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
+                data = open_data(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
             except (DataStop, ValueError) as error:
                 failure = error
         wait_for_all()
@@ -127,9 +127,9 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
     folder = Path(config.run.dir)
     if locks and locks[0].previous:
         text = f"{folder} was in use by {locks[0].previous}, which has ended: this job takes it over"
-        note(folder, "lock_taken_over", text, owner=locks[0].previous)
+        announce(folder, "lock_taken_over", text, owner=locks[0].previous)
     for path in remove_leftovers(folder / "checkpoints") if locks else []:
-        note(folder, "leftover_removed", f"removed {path}, which an interrupted save had left", path=str(path))
+        announce(folder, "leftover_removed", f"removed {path}, which an interrupted save had left", path=str(path))
     return folder, locks[0] if locks else None
 
 

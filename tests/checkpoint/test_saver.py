@@ -157,7 +157,7 @@ def test_all_generators_are_put_back() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    saved = {name: LocalShard(piece, tensor.clone()) for name, (piece, tensor) in random_state().items()}
+    saved = {name: LocalShard(shard, tensor.clone()) for name, (shard, tensor) in random_state().items()}
     expected = [random.random(), np.random.rand(), torch.rand(()).item()]
     restore_random(saved)
     assert [random.random(), np.random.rand(), torch.rand(()).item()] == expected

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from tokenyard.data.stream.mixture import StreamBatches
 from tokenyard.data.stream.packing import World
@@ -57,7 +57,7 @@ def config_of(folder: Path, kind: Corpus, **more: object) -> DataConfig:
 
 def opened(config: DataConfig, world: World | None = None, sequences: int = 4, seed: int = 1) -> StreamBatches:
     with OPENING:
-        batches = prepare(config, BYTES, LENGTH, seed, sequences, world, 1).train
+        batches = open_data(config, BYTES, LENGTH, seed, sequences, world, 1).train
     assert isinstance(batches, StreamBatches)
     return batches
 

@@ -32,7 +32,7 @@ from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
 from .step_log import PendingLog, StepLog
-from .summary_data import end_facts, startup_facts, train_command, validation_record
+from .summary_data import end_facts, resume_command, startup_facts, validation_record
 from .trackers.trackers import build_trackers, run_identity
 
 START_SECONDS = 20.0
@@ -155,7 +155,7 @@ class RankZeroLogger(RunLogger):
             self.printer.say(f"the last logged step is lost: {lost}")
         if error is not None:
             self.log_event("failed", step=step, error=f"{type(error).__name__}: {error}")
-            again = train_command(self.session.config, self.session.device, self.session.folder)
+            again = resume_command(self.session.config, self.session.device, self.session.folder)
             self.printer.say(f"stopped after step {step} by {type(error).__name__}; to go on: {again}")
         self.log_event("accounting", step=step, **self.goodput.facts())
         self.printer.say(in_words(self.goodput.facts()))
@@ -252,7 +252,7 @@ class RankZeroLogger(RunLogger):
         self.flush()
         session, self.code = self.session, code
         self.log_event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
-        self.printer.say(f"to go on: {train_command(session.config, session.device, session.folder)}")
+        self.printer.say(f"to go on: {resume_command(session.config, session.device, session.folder)}")
 
     def log_end(self, evaluation: Evaluation, make_sample: Callable[[], Sample | None], code: int = 0) -> None:
         self.flush()
@@ -264,7 +264,7 @@ class RankZeroLogger(RunLogger):
             sample = make_sample()
         if sample is not None:
             self.trackers.sample(session.step, *sample)
-        self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds), self.printer.bars))
+        self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds, code), self.printer.bars))
 
     def on_hang(self, text: str) -> None:
         if self.pending is not None and self.pending.done():
