@@ -19,7 +19,7 @@ from ..moe import router
 from ..moe.router import RouterMetrics, compute_router_metrics
 from ..train.config.compose import compose
 from ..train.config.config import Config
-from ..train.logging.expert_stats.collector import ExpertStats, describe
+from ..train.logging.expert_stats.collector import ExpertStats, snapshot_records
 from ..train.logging.journal import Journal
 from ..train.run import single_step
 from ..train.setup import open_session
@@ -94,7 +94,7 @@ class TierRun:
         if snapshot is None:
             return None
         snapshot = snapshot._replace(tensors={name: tensor.cpu() for name, tensor in snapshot.tensors.items()})
-        return describe(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
+        return snapshot_records(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from .mixture_config import MixtureSource, mixture_sources
 from .pretokenized import open_pretokenized, tokenizer_overrides
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
-from .stream.packing import World
+from .stream.packing import TokenizingRanks
 from .stream.shards import open_shards
 from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
 from .token_array import TokenArray, open_tokens
@@ -59,17 +59,17 @@ def open_data(
     sequence_length: int,
     seed: int,
     batch_sequences: int,
-    world: World | None = None,
+    ranks: TokenizingRanks | None = None,
     validation_sequences: int = 256,
 ) -> DataPipeline:
     """Opens the corpus. Trains a tokenizer and tokenizes where the cache lacks the result.
 
     Any number of processes may call this at once. Call it on rank 0 first to save work: the others find everything in the cache.
-    The ranks of `world` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
+    `ranks` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
     """
     check_corpus(config)
     cache = cache_folder(config)
-    settings = BatchSettings(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
+    settings = BatchSettings(sequence_length, seed, batch_sequences, ranks or TokenizingRanks(), validation_sequences)
     if config.corpus in (*STREAMED, Corpus.mix):
         opened = _open_stream(config, tokenizer_config, cache, settings)
     else:
@@ -86,7 +86,7 @@ class BatchSettings(NamedTuple):
     length: int
     seed: int
     sequences: int
-    world: World
+    ranks: TokenizingRanks
     validation: int
     """Validation sequences."""
 
@@ -137,11 +137,11 @@ def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: P
         for part in mixture_sources(config)
     ]
     pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
-    mixture = build_mixture(parts, tokenizer, cache, settings.seed, settings.length, settings.world, pool)
+    mixture = build_mixture(parts, tokenizer, cache, settings.seed, settings.length, settings.ranks, pool)
     batches = StreamBatches(mixture, sequences=settings.sequences, retry=retry, pool=pool)
     wanted = settings.validation * settings.length + 1
     held_out = [
-        held_out_tokens(part, tokenizer, cache, wanted, source.note)
+        held_out_tokens(part, tokenizer, cache, wanted, source.add_failures)
         if isinstance(part, OpenedSource)
         else open_array(part.config, "validation", tokenizer, cache)
         for part, source in zip(parts, mixture.sources, strict=True)

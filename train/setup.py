@@ -12,7 +12,7 @@ from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
 from ..data.build import DataPipeline, open_data
 from ..data.errors import DataStop
-from ..data.stream.packing import World
+from ..data.stream.packing import TokenizingRanks
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
@@ -35,13 +35,13 @@ def open_session(config: Config, device: torch.device) -> Session:
     """Returns the session of a run, ready for its next step. Collective. Raises ValueError, one line, for what cannot run."""
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
-    world = data_world(device)
+    ranks = tokenizing_ranks(device)
     saved = saved_precision(config, found)
     precision_from = derive(config, device, saved)
     if saved is not None:
-        check_rules(config, world.size)
+        check_rules(config, ranks.size)
     set_products(config, device, precision_from)
-    data = open_data_on_all_ranks(config, world)
+    data = open_data_on_all_ranks(config, ranks)
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel, start = build_model(config, device, found, folder)
@@ -90,7 +90,7 @@ def spread_model(config: Config, device: torch.device) -> Parallel:
     return parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
 
 
-def open_data_on_all_ranks(config: Config, world: World | None = None) -> DataPipeline:
+def open_data_on_all_ranks(config: Config, ranks: TokenizingRanks | None = None) -> DataPipeline:
     """Opens the data on rank 0, which may have to tokenize them, and then on the others, which find them in the cache. Collective.
 
     If one rank refuses them (ValueError), or a source does not answer (DataUnavailable), all ranks raise the error.
@@ -101,7 +101,7 @@ def open_data_on_all_ranks(config: Config, world: World | None = None) -> DataPi
     for my_turn in (is_first(), not is_first()):
         if my_turn:
             try:
-                data = open_data(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
+                data = open_data(config.data, config.tokenizer, *sizes, ranks, config.evaluate.sequences)
             except (DataStop, ValueError) as error:
                 failure = error
         wait_for_all()
@@ -156,11 +156,11 @@ def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
     return Saver(checkpoints, config.timeout_seconds, tidy)
 
 
-def data_world(device: torch.device) -> World:
+def tokenizing_ranks(device: torch.device) -> TokenizingRanks:
     """Returns the ranks that tokenize the documents together: all of them."""
     if not dist.is_initialized():
-        return World()
-    return World(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
+        return TokenizingRanks()
+    return TokenizingRanks(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:

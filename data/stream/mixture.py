@@ -32,7 +32,7 @@ class Mixture:
         """The next `count` rows, (count, S + 1); fewer once all sources have ended. Collective."""
         parts: list[np.ndarray] = []
         while count > 0 and not all(self.ended):
-            taken = self._some(count)
+            taken = self._take_some(count)
             parts.append(taken)
             count -= len(taken)
         return np.concatenate(parts) if parts else np.empty((0, 0), np.int64)
@@ -76,7 +76,7 @@ class Mixture:
         given, shares = np.array(self._since), self._shares()
         return bool((np.abs(given - shares * given.sum()) < len(given)).all())
 
-    def _some(self, count: int) -> np.ndarray:
+    def _take_some(self, count: int) -> np.ndarray:
         """Up to `count` rows; stops where a source ends."""
         plan = self._plan(count)
         wanted = np.bincount(plan, minlength=len(self.sources))

@@ -18,7 +18,7 @@ from ..pretokenized import open_pretokenized
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, open_tokens, write_stamp
 from ..tokenizer import Tokenizer
 from .mixture import Mixture
-from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, World, too_many_bad_rows
+from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, TokenizingRanks, too_many_bad_rows
 from .shards import BadRow, FailedShard, Row, Shards
 from .tokenize import Tokenization, is_held_out, parse_row
 
@@ -38,11 +38,11 @@ def build_mixture(
     cache: Path,
     seed: int,
     length: int,
-    world: World,
+    ranks: TokenizingRanks,
     pool: ThreadPoolExecutor | None,
 ) -> Mixture:
     """The mixture of all sources. ValueError, one line, for a source without a row."""
-    sources = [_source(part, tokenizer, cache, seed, length, world, pool) for part in parts]
+    sources = [_source(part, tokenizer, cache, seed, length, ranks, pool) for part in parts]
     return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
 
 
@@ -54,18 +54,22 @@ def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path
 
 
 def held_out_tokens(
-    opened: OpenedSource, tokenizer: Tokenizer, cache: Path, wanted: int, note: Callable[[list[ReadFailure]], None] = lambda _: None
+    opened: OpenedSource,
+    tokenizer: Tokenizer,
+    cache: Path,
+    wanted: int,
+    report: Callable[[list[ReadFailure]], None] = lambda _: None,
 ) -> TokenArray:
     """Validation documents of a streamed source, until they have `wanted` tokens or the source ends.
 
-    `note` is called with what could not be read. If there is no document: BadData if read failures may be why, else ValueError.
+    `report` is called with what could not be read. If there is no document: BadData if read failures may be why, else ValueError.
     """
     config = opened.part.config
     parts = ("held out 1", opened.shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row, wanted)
     folder = cache / "tokens" / xxhash.xxh3_128_hexdigest(repr(parts).encode())
     if not folder.is_dir():
         with atomic_folder(folder) as unfinished:
-            note(_write_held_out(opened, tokenizer, wanted, unfinished))
+            report(_write_held_out(opened, tokenizer, wanted, unfinished))
     return load_tokens(folder, config.verify)
 
 
@@ -110,14 +114,14 @@ def _source(
     cache: Path,
     seed: int,
     length: int,
-    world: World,
+    ranks: TokenizingRanks,
     pool: ThreadPoolExecutor | None,
 ) -> RowSource:
     if isinstance(part, OpenedSource):
         config = part.part.config
         order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
         settings = StreamSettings(seed, length, *order, config.ahead, config.repeat, *limits)
-        return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, world, pool)
+        return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, ranks, pool)
     tokens = open_array(part.config, "train", tokenizer, cache)
     if len(tokens.ids) <= length:
         raise ValueError(

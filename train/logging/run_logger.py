@@ -26,7 +26,7 @@ from .console.summary import Sample, end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
-from .expert_stats.collector import describe
+from .expert_stats.collector import snapshot_records
 from .goodput import Goodput, in_words
 from .journal import Journal
 from .metrics import Meter
@@ -184,7 +184,7 @@ class RankZeroLogger(RunLogger):
         record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.data}
         telemetry = None
         if logged.snapshot is not None:
-            metrics, telemetry = describe(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
+            metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
             record |= metrics
         if evaluation is not None:
             record |= validation_record(config, evaluation)
