@@ -24,7 +24,7 @@ from ..parallel.streams import Event, record_event
 from .host_staging import HostStaging, device_of, in_place
 from .manifest import json_facts
 from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
-from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_checkpoint
+from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_part
 
 log = logging.getLogger("tokenyard")
 
@@ -224,7 +224,7 @@ class Saver:
     def _write(self, job: SaveJob, shards: dict[str, LocalShard], ready: Event, copy: bool) -> None:
         """In the thread. The tensors have their values once the device's event `ready` is done."""
         try:
-            write_checkpoint(job, self._staging.copy(shards, ready) if copy else in_place(shards, ready))
+            write_part(job, self._staging.copy(shards, ready) if copy else in_place(shards, ready))
         except Stopped:
             return
         except BaseException as error:  # nobody joins the thread for its exception: the next `flags` report it

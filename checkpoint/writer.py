@@ -51,7 +51,7 @@ class SaveJob:
     """Set by another thread to end the writing."""
 
 
-def write_checkpoint(job: SaveJob, shards: dict[str, LocalShard]) -> None:
+def write_part(job: SaveJob, shards: dict[str, LocalShard]) -> None:
     """This rank's part of a save; rank 0 returns once the checkpoint has its final name. The tensors must not change meanwhile."""
     try:
         _Writer(job).run(shards)

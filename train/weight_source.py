@@ -1,6 +1,7 @@
-"""checkpoint.init: what the configuration of a new run takes from its source of weights. No torch, except for Hugging Face.
+"""Composes the configuration of a run, with what checkpoint.init adds to it. No torch, except for Hugging Face folders.
 
-The model, and the tokenizer unless one is named, become overrides before those of the command line, which therefore win.
+The model of the source of weights, and its tokenizer unless one is named, become overrides before those of the command line, which
+therefore win.
 """
 
 import copy
