@@ -61,7 +61,7 @@ def measure(folder: Path, text: str | None, repeats: int, memory_seconds: float)
 
 
 def read_documents(text: str | None) -> list[str]:
-    """About 10 MB."""
+    """Reads about 10 MB."""
     if text is not None:
         content = Path(text).read_text()
         return [content[start : start + 4000] for start in range(0, len(content), 4000)]
@@ -116,7 +116,7 @@ def state_cost(config: DataConfig, tokenizer: TokenizerConfig) -> dict[str, floa
 
 
 def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> dict[str, float]:
-    """Resident memory while streaming: medians of the first and of the last quarter. Prints a verdict on standard error."""
+    """Returns the memory while streaming: medians of the first and last quarter. Prints a verdict on standard error."""
     if not seconds:
         return {}
     data = open_data(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
@@ -141,7 +141,7 @@ def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> di
 
 
 def resident_mib() -> float:
-    """Resident memory of this process (Linux)."""
+    """Returns the resident memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -70,7 +70,7 @@ class TierRun:
         self.probes: list[float] = []
 
     def steps(self, count: int) -> tuple[float, float]:
-        """Mean seconds of a step, and of the watch in it."""
+        """Returns the mean seconds of a step, and of the watch in it."""
         begin, watching, GAUGES.seconds = perf_counter(), 0.0, 0.0
         numbers = None
         for _ in range(count):
@@ -89,7 +89,7 @@ class TierRun:
         return seconds, watching / count
 
     def record(self, numbers: StepNumbers, validated: bool) -> dict[str, Any] | None:
-        """The record for telemetry.jsonl, if one is due; copies all statistics to the host."""
+        """Returns the record for telemetry.jsonl, if one is due; copies all statistics to the host."""
         snapshot = self.expert_stats.snapshot(numbers, validated, saves=False)
         if snapshot is None:
             return None

@@ -92,7 +92,7 @@ class BatchSettings(NamedTuple):
 
 
 def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """The tokenizer of a run; trained on samples of its sources unless the configuration names one."""
+    """Returns the tokenizer of a run; trained on samples of its sources unless the configuration names one."""
     tokenizer = ready_tokenizer(tokenizer_config)
     if tokenizer is not None:
         return tokenizer
@@ -112,7 +112,7 @@ def _sample(part: MixtureSource, limit: int) -> list[str]:
 
 
 def retry_policy(config: DataConfig) -> RetryPolicy:
-    """The RetryPolicy of the settings, with a `closed` event of its own."""
+    """Returns the RetryPolicy of the settings, with a `closed` event of its own."""
     return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 

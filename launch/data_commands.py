@@ -153,7 +153,10 @@ COLUMNS = ("source", "share", "tokens", "epoch", "documents", "their tokens", "h
 
 
 def source_table(data: DataPipeline, name: str, steps: int, length: int) -> list[str]:
-    """The table's lines, after `steps` global batches of rows of `length` tokens. `name` names a corpus that is one array."""
+    """Returns the table's lines, after `steps` global batches of rows of `length` tokens.
+
+    `name` names a corpus that is one array.
+    """
     train = data.train
     if isinstance(train, GlobalBatches):
         return _table([_whole(data, train, name, steps, length)], "documents: of the corpus; held out: for validation")
@@ -185,7 +188,7 @@ def _streamed(label: str, tokens: int, counts: dict[str, Any]) -> list[str]:
 
 
 def _table(rows: list[list[str]], note: str) -> list[str]:
-    """Aligned lines: the first column to the left, numbers to the right. Columns without any value are left out."""
+    """Returns aligned lines: the first column to the left, numbers to the right. Columns without any value are left out."""
     shown = [index for index in range(len(COLUMNS)) if any(row[index] != "-" for row in rows)]
     lines = [[row[index] for index in shown] for row in [list(COLUMNS), *rows]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -70,7 +70,7 @@ class ParityTable:
 
 
 def explained(verdict: Verdict, causes: set[str]) -> list[str]:
-    """The first tensor that differs, and the hints that explain all layouts, or else this one."""
+    """Returns the first tensor that differs, and the hints that explain all layouts, or else this one."""
     where = f"{verdict.ranks} ranks, {verdict.layout}"
     first = verdict.first
     if first is None:
@@ -86,7 +86,7 @@ def explained(verdict: Verdict, causes: set[str]) -> list[str]:
 
 
 def common_causes(verdicts: list[Verdict]) -> set[str]:
-    """The causes that every layout that differs may have; a degree that a layout without a difference has too is none."""
+    """Returns the causes that every layout that differs may have; a degree that a layout without a difference has too is none."""
     causes = [{hint.cause for hint in verdict.hints} for verdict in verdicts if verdict.first is not None]
     harmless = {name for verdict in verdicts if verdict.equal for name in verdict.numbers}
     common = set.intersection(*causes) if causes else set()
@@ -123,7 +123,7 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
 
 
 def plan_comparison(settings: ParityConfig, overrides: list[str]) -> tuple[Config, list[Layout]]:
-    """The configuration of one process, and the layouts to compare. Raises ConfigError for what cannot be compared."""
+    """Returns the configuration of one process, and the layouts to compare. Raises ConfigError for what cannot be compared."""
     given = prepare_config(compose(overrides))
     wanted = [] if settings.layouts == "auto" else parse_layouts(settings.layouts)
     most = max((layout.ranks for layout in wanted), default=settings.ranks)

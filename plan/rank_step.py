@@ -42,7 +42,7 @@ class DryRank:
         return self.engine.step(StepInput(self._rows(), 1e-3, self.config.optimizer.clip_norm))
 
     def _rows(self) -> list[Rows]:
-        """The micro-batches of this rank."""
+        """Returns the micro-batches of this rank."""
         config, data = self.config, self.parallel.mesh.data
         micro = config.batch.micro or config.batch.sequences // data.size
         ids_BS = torch.zeros(micro, config.sequence_length, dtype=torch.int64, device=self.parallel.device)

@@ -16,7 +16,7 @@ NAME = "standin"
 
 @functools.cache
 def stand_in() -> torch.device:
-    """The device; the first call registers it."""
+    """Returns the device; the first call registers it."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
     return torch.device(NAME, 0)
 

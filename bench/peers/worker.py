@@ -69,7 +69,7 @@ class Trainer:
         return perf_counter() - start, [loss.item() for loss in losses]
 
     def peak(self) -> int:
-        """Peak resident bytes in a step, without those before the model was built."""
+        """Returns the peak resident bytes in a step, without those before the model was built."""
         return memory("VmHWM") - self.before
 
     def _step(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Trainer:
 
 
 def tiny(case: Case) -> Case:
-    """The case with small sizes."""
+    """Returns the case with small sizes."""
     return replace(case, width=8 * case.heads, hidden=16, layers=1, vocabulary=64, sequences=1, length=16)
 
 
@@ -99,14 +99,14 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def memory(key: str) -> int:
-    """Resident bytes of this process: VmRSS now, VmHWM the peak. 0 on systems other than Linux."""
+    """Returns the resident bytes of this process: VmRSS now, VmHWM the peak. 0 on systems other than Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def forget_peak() -> None:
-    """Reset VmHWM to the current resident memory."""
+    """Resets VmHWM to the current resident memory."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
 

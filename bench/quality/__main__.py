@@ -63,7 +63,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def laboratory(arguments: argparse.Namespace) -> Lab:
-    """The lab for these arguments. Raises ValueError for an unknown variant."""
+    """Returns the lab for these arguments. Raises ValueError for an unknown variant."""
     size = SIZES[arguments.size]
     size = replace(size, steps=arguments.steps or size.steps, expansion=arguments.expansion or size.expansion)
     known = variants(size)
@@ -127,7 +127,7 @@ def report(lab: Lab, _: argparse.Namespace) -> None:
 
 
 def named(lab: Lab, name: str, kind: str) -> Path:
-    """A file of results for runs of this length; the folder may hold results of other lengths."""
+    """Returns a file of results for runs of this length; the folder may hold results of other lengths."""
     return lab.folder / f"{name}-{lab.size.steps}.{kind}"
 
 

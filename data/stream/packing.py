@@ -73,26 +73,26 @@ class RowSource(ABC):
 
     @abstractmethod
     def take(self, count: int) -> np.ndarray:
-        """The next `count` rows, int64 (count, S + 1); fewer if the source ends. Collective."""
+        """Returns the next `count` rows, int64 (count, S + 1); fewer if the source ends. Collective."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Where the next row begins, as plain JSON."""
+        """Returns where the next row begins, as plain JSON."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, which any number of ranks and workers may have made."""
+        """Continues from `state`, which any number of ranks and workers may have made."""
 
     def counts(self) -> dict[str, int]:
-        """What was read so far, by name of the metric."""
+        """Returns what was read so far, by name of the metric."""
         return {}
 
     def read_failures(self) -> list[ReadFailure]:
-        """What could not be read since the last call."""
+        """Returns what could not be read since the last call."""
         return []
 
     def add_failures(self, found: list[ReadFailure]) -> None:
-        """Add failures that another reader of this source met: `read_failures` returns them once, even if they occur here again."""
+        """Adds failures of another reader of this source: `read_failures` returns them once, even if they occur here again."""
         assert not found, "no row of an array is skipped"
 
 
@@ -204,7 +204,7 @@ class StreamRows(RowSource):
         self._noted.update((each.kind, each.file, each.row) for each in found)
 
     def _round(self) -> None:
-        """Gather one window of every live slot from all ranks."""
+        """Gathers one window of every live slot from all ranks."""
         gathered = self._ranks.gather(self._tokenize_own())
         if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
             raise decode_stop(failed[0])
@@ -219,7 +219,7 @@ class StreamRows(RowSource):
         self._snapshots.append(self._snapshot())
 
     def _tokenize_own(self) -> bytes:
-        """This rank's tokens of the round, serialized, or its error."""
+        """Returns this rank's tokens of the round, serialized, or its error."""
         try:
             return b"=" + serialize([reader.next() for reader in self._live.values() if reader is not None])
         except Exception as error:  # any error must reach the other ranks, which wait in the gather
@@ -263,7 +263,7 @@ class StreamRows(RowSource):
             self._open_slots()
 
     def _open_slots(self) -> None:
-        """Start prefetchers for the slots that this rank tokenizes; those of other ranks are None."""
+        """Starts prefetchers for the slots that this rank tokenizes; those of other ranks are None."""
         key = (self.fingerprint, self._settings.seed, self._epoch)
         order = permutation(len(self._shards.names), "shards", *key).tolist()
         for slot, cursor in enumerate(self._cursors):
@@ -293,7 +293,7 @@ class StreamRows(RowSource):
         }
 
     def _drop_used(self, buffer: np.ndarray) -> None:
-        """Drop the tokens and snapshots of rounds that are used up."""
+        """Drops the tokens and snapshots of rounds that are used up."""
         while len(self._snapshots) > 1 and self._snapshots[1]["position"] <= self._next:
             self._snapshots.popleft()
         self._parts = [buffer[min(self._next, self._end) - self._begin :]]
@@ -308,7 +308,7 @@ class StreamRows(RowSource):
 
 
 def too_many_bad_rows(label: str, bad: int, rows: int, listed: list[tuple[str, int, str]], fraction: float) -> str | None:
-    """The error message if `bad` of `rows` exceed the allowed fraction, else None. listed: shard, row and reason of the first."""
+    """Returns the error message if `bad` of `rows` exceed the allowed fraction. `listed`: shard, row and reason of the first."""
     if bad <= max(FREE_BAD_ROWS, fraction * rows):
         return None
     each = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in listed[:LISTED_BAD_ROWS])

@@ -58,7 +58,7 @@ def _opened(path: Path, flags: int) -> IO[str]:
 
 
 def new_run_folder(parent: Path = Path("runs")) -> str:
-    """A new name runs/<date>-<time>, with a number appended if that exists. Creates nothing."""
+    """Returns a new name runs/<date>-<time>, with a number appended if that exists. Creates nothing."""
     stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     names = (stem if attempt == 1 else f"{stem}-{attempt}" for attempt in range(1, 10_000))
     return str(next(parent / name for name in names if not (parent / name).exists()))

@@ -40,7 +40,7 @@ class StepLog(NamedTuple):
     """The statistics of the experts; None if they are off."""
 
     def seconds(self) -> float:
-        """The length of `intervals` in the device's time. Waits until the device has reached the end of the last one."""
+        """Returns the length of `intervals` in the device's time. Waits until the device has reached the end of the last one."""
         return sum(seconds_between(begin, end) for begin, end in self.intervals)
 
 

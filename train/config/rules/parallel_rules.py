@@ -14,7 +14,7 @@ from .rule import Violation, divisors, needs
 
 
 def degrees(config: Config, world: int) -> Iterator[Violation]:
-    """The parallel degrees against the model."""
+    """Checks the parallel degrees against the model."""
     p, c = config.parallel, config.model
     for key in _cut_by_tensor(c):
         if attrgetter(key)(config) % p.tensor:
@@ -26,7 +26,7 @@ def degrees(config: Config, world: int) -> Iterator[Violation]:
 
 
 def ranks(config: Config, world: int) -> Iterator[Violation]:
-    """The parallel degrees against the ranks that there are."""
+    """Checks the parallel degrees against the ranks that there are."""
     p = config.parallel
     for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
         if world % degree:
@@ -42,7 +42,7 @@ def ranks(config: Config, world: int) -> Iterator[Violation]:
 
 
 def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
-    """The sizes that tensor parallelism splits."""
+    """Yields the sizes that tensor parallelism splits."""
     yield "model.heads"
     if c.attention.kind is AttentionKind.gqa:
         yield "model.kv_heads"
@@ -79,7 +79,7 @@ def _nodes(config: Config, world: int) -> Iterator[Violation]:
 
 
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
-    """parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
+    """Checks parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
     key, degree, c = "parallel.expert_tensor", config.parallel.expert_tensor, config.model
     if not moe_blocks(c):
         if degree > 1:

@@ -44,7 +44,7 @@ def tokenizer(config: Config, world: int) -> Iterator[Violation]:
 
 
 def data(config: Config, world: int) -> Iterator[Violation]:
-    """The time that a rank may wait for its source, during which the others wait in a collective, against their timeout."""
+    """Checks the time that a rank may wait for its source, while the others wait in a collective, against their timeout."""
     limit = config.parallel.timeout_seconds
     streams = config.data.corpus in (*STREAMED, Corpus.mix)
     if world > 1 and streams and config.data.patience_seconds + config.data.stall_seconds >= limit:

@@ -67,7 +67,7 @@ def _model(config: Config, count: Count) -> list[tuple[str, str]]:
 
 
 def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
-    """The batch and the length of the run."""
+    """Returns the batch and the length of the run."""
     per_step = config.batch.sequences * config.sequence_length
     overall = config.steps * per_step
     left = f", {config.steps - facts.first_step:,} to go" if facts.first_step else ""
