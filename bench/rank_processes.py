@@ -57,15 +57,21 @@ class JsonWorker:
             stream.close()
 
 
-def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600.0) -> list[Any]:
-    """Runs `python -m MODULE --rank FOLDER` on `world` ranks. Returns what each gave to `answer`; RuntimeError if one fails or is
-    late."""
+LIMIT_SECONDS = 600.0
+"""Time limit of a task."""
+
+
+def on_ranks(module: str, world: int, task: dict[str, Any]) -> list[Any]:
+    """Runs `python -m MODULE --rank FOLDER` on `world` ranks. Returns what each gave to `answer`.
+
+    Raises RuntimeError if one fails or takes more than LIMIT_SECONDS.
+    """
     with tempfile.TemporaryDirectory(prefix="tokenyard-bench-") as name:
         folder = Path(name)
         (folder / "task.json").write_text(json.dumps(task))
         processes = [_start(module, folder, rank, world) for rank in range(world)]
         try:
-            _wait(processes, time.monotonic() + seconds)
+            _wait(processes, time.monotonic() + LIMIT_SECONDS)
         finally:
             for process in processes:
                 process.kill()

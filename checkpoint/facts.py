@@ -65,13 +65,13 @@ def needed_facts(facts: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any
     return facts
 
 
-def check_plain(value: Any, place: str, most: int = MOST_VALUES) -> None:
+def check_plain(value: Any, place: str) -> None:
     """Raises ValueError for nesting, a number or a count of values beyond what a configuration or a state has."""
     left, count = [(value, 0)], 0
     while left:
         one, depth = left.pop()
         count += 1
-        if depth > DEEPEST or count > most:
+        if depth > DEEPEST or count > MOST_VALUES:
             raise ValueError(f"{place}: nested too deeply, or too many values")
         if isinstance(one, dict):
             left += [(part, depth + 1) for part in one.values()]

@@ -106,7 +106,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     return read_manifest(Path(path)).facts
 
 
-def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> dict[str, torch.Tensor]:
+def read_whole(path: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
     """Returns the whole tensors, on the CPU, of all names that begin with `prefix`, by name without it. Not collective."""
     path = Path(path)
     manifest = read_manifest(path)
@@ -120,7 +120,7 @@ def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> di
         names = list(manifest.tensors)
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no tensors"
         raise ValueError(f"checkpoint {path}: no tensor's name begins with {prefix!r}; it has {some}")
-    fill_shards(path, _checked_reads(path, manifest, shards, verify))
+    fill_shards(path, _checked_reads(path, manifest, shards, verify=True))
     return {name.removeprefix(prefix): shard.tensor for name, shard in shards.items()}
 
 

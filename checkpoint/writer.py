@@ -52,7 +52,7 @@ class SaveJob:
 
 
 def write_part(job: SaveJob, shards: dict[str, LocalShard]) -> None:
-    """Writes this rank's part of a save, whose tensors must not change meanwhile. Rank 0 also gives the checkpoint its final name."""
+    """Writes this rank's part of a save. Its tensors must not change meanwhile. Rank 0 gives the checkpoint its final name."""
     try:
         _Writer(job).run(shards)
     except BaseException as error:

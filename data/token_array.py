@@ -23,6 +23,8 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 """Number and bytes of the samples of a file that its stamp hashes; up to 1 MiB they cover all of it."""
 HASHED = 1 << 24
 """Ids hashed at a time."""
+BATCH_CHARACTERS = 4_000_000
+"""Characters tokenized at a time."""
 log = logging.getLogger("tokenyard")
 
 
@@ -144,14 +146,14 @@ def write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _batches(documents: Iterator[Document], limit: int = 4_000_000) -> Iterator[list[str]]:
-    """Texts in batches of at least `limit` characters: enough for all threads, and little in memory."""
+def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
+    """Texts in batches of at least BATCH_CHARACTERS: enough for all threads, and little in memory."""
     texts: list[str] = []
     size = 0
     for document in documents:
         texts.append(document.text)
         size += len(document.text)
-        if size >= limit:
+        if size >= BATCH_CHARACTERS:
             yield texts
             texts, size = [], 0
     if texts:

@@ -95,10 +95,10 @@ def token_keys(position: BatchPosition, sequences: int, length: int, device: tor
 # Several documents in one sequence: attention stays inside each of them and positions restart. B sequences, S tokens.
 
 
-def documents_of(ids_BS: Tensor, targets_BS: Tensor, end: int, ignore: int = -100) -> tuple[Tensor, Tensor]:
+def documents_of(ids_BS: Tensor, targets_BS: Tensor, end: int, ignore: int) -> tuple[Tensor, Tensor]:
     """Returns the index of each token's document in its sequence, int64 (B, S), and the targets without first tokens of documents.
 
-    `end` is the id of the end-of-document token, which belongs to the document that it ends.
+    `end` is the id of the end-of-document token, which belongs to the document that it ends; first tokens become `ignore`.
     """
     ends_BS = ids_BS == end
     return ends_BS.cumsum(1) - ends_BS.long(), targets_BS.masked_fill(ends_BS, ignore)

@@ -136,10 +136,14 @@ def _read(text: str) -> Layout:
     return Layout(int(own["replicate"]) * parallel.shard * parallel.tensor, parallel, int(own["accumulation"]))
 
 
-def fit_layout(config: Config, layout: Layout, most: int = 8) -> Layout:
+MOST_RANKS = 8
+"""The most ranks that a layout is extended to."""
+
+
+def fit_layout(config: Config, layout: Layout) -> Layout:
     """Returns `layout` on as many ranks as its experts need. Raises ConfigError if no number of ranks is legal."""
     unit = layout.ranks
-    sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, most // unit + 1))]
+    sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, MOST_RANKS // unit + 1))]
     for candidate in sizes if layout.replicate == 1 else sizes[:1]:
         if is_legal(config, candidate):
             return candidate

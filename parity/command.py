@@ -101,16 +101,15 @@ LIMIT_SECONDS = 120.0
 """Time limit for one layout of a shrunk model."""
 
 
-def parity_command(words: list[str], as_json: bool = False, out: TextIO | None = None) -> int:
-    """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one differs, 2 if it cannot
-    run."""
+def parity_command(words: list[str], as_json: bool) -> int:
+    """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one differs, 2 if none can run."""
     begin = perf_counter()
     try:
         settings, overrides = split_settings(words)
         config, layouts = plan_comparison(settings, overrides)
     except ConfigError as error:
         return refuse(error)
-    report = ParityTable(config, settings, layouts, sys.stderr if as_json else out or sys.stdout)
+    report = ParityTable(config, settings, layouts, sys.stderr if as_json else sys.stdout)
     verdicts = []
     for verdict in compare_layouts(config, settings, layouts):
         report.row(verdict)
@@ -118,7 +117,7 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
     report.end(verdicts, perf_counter() - begin)
     if as_json:
         facts = {"seconds": round(perf_counter() - begin, 1), "layouts": [verdict.plain() for verdict in verdicts]}
-        print(json.dumps({"equal": all(verdict.equal for verdict in verdicts), **facts}), file=out or sys.stdout)
+        print(json.dumps({"equal": all(verdict.equal for verdict in verdicts), **facts}))
     return int(not all(verdict.equal for verdict in verdicts))
 
 

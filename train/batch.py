@@ -112,7 +112,7 @@ def as_rows(batch: Batch, first: int, config: Config, data: DataPipeline, device
         raise ValueError(f"row {first} and following: a token id is not below model.vocabulary={config.model.vocabulary}")
     rows = Rows(batch.ids_BS, batch.targets_BS, first)
     if config.data.mask_documents:
-        documents_BS, targets_BS = documents_of(rows.ids, rows.targets, data.tokenizer.end_of_document)
+        documents_BS, targets_BS = documents_of(rows.ids, rows.targets, data.tokenizer.end_of_document, IGNORE)
         rows = rows._replace(targets=targets_BS, documents=documents_BS)
     rows = rows._replace(valid=valid_targets(rows, config.model.mtp_depth))
     documents_BS = None if rows.documents is None else on_device(rows.documents, device)

@@ -28,8 +28,10 @@ BUILDERS = {
 
 
 def main() -> None:
-    """The argument is the task. Each line of standard input is a number of steps, and is answered by seconds, losses and peak
-    memory."""
+    """Serves one side: the argument is the task; each line of standard input is a number of steps.
+
+    It is answered by seconds, losses and peak memory.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print to standard output
     task = json.loads(sys.argv[1])
@@ -91,10 +93,10 @@ def tiny(case: Case) -> Case:
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as in train/optimizer.py. The small learning rate keeps the routers from collapsing, which no loss balances here."""
+    """Returns AdamW as in train/optimizer.py. The small learning rate keeps routers, which no loss balances, from collapsing."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
 
 

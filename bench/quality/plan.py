@@ -12,8 +12,7 @@ BOUND = 0.02
 """By which a variant's active parameters may differ from the dense model's."""
 DENSE, TUNED = "dense", "top-2"
 """The variants whose learning rates are tuned; the MoE family takes that of TUNED."""
-CHOOSERS = "expert-choice"
-"""The variant whose experts choose their tokens."""
+EXPERT_CHOICE = "expert-choice"
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def variants(size: Size) -> dict[str, list[str]]:
         TUNED: top_2,
         "fine-grained": [*_experts(4 * experts, 3, hidden // 4), f"model.moe.shared_hidden={hidden // 4}"],
         "bias": [*top_2, "model.moe.router.score=sigmoid", "model.moe.balance.coefficient=0", "model.moe.balance.bias_rate=0.001"],
-        CHOOSERS: [
+        EXPERT_CHOICE: [
             *top_2,
             "model.moe.router.selection=expert_choice",
             "model.moe.router.normalize_top_k=false",
