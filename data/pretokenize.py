@@ -211,13 +211,6 @@ def _write_whole(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
-def check_preparable(config: DataConfig) -> None:
-    """Raises ValueError, one line, unless `config` is a single source of text."""
-    check_corpus(config)
-    if config.corpus in (Corpus.mix, Corpus.prepared):
-        raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
-
-
 def prepare_shards(
     config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
@@ -225,7 +218,9 @@ def prepare_shards(
     from .build import open_tokenizer
     from .stream.source import open_array
 
-    check_preparable(config)
+    check_corpus(config)
+    if config.corpus in (Corpus.mix, Corpus.prepared):
+        raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
     cache = cache_folder(config)
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     if config.corpus in STREAMED:

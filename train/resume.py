@@ -114,7 +114,9 @@ def resume(session: Session, path: Path) -> None:
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
     data_state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
     session.data.train.restore({**data_state, "step": session.step})
-    restore_identity(session.folder, facts, path)
+    identity = session.folder / "run_id"
+    if is_first() and facts.get("run_id") and path.parent.parent == session.folder and not identity.exists():
+        write_private(identity, facts["run_id"] + "\n")  # trackers know the run by it, and its file was lost
     session.start = f"resumed after step {session.step} from {path}"
     say_changes(session, facts)
 
@@ -126,12 +128,6 @@ def refuse_other_data(session: Session, facts: dict[str, Any], path: Path) -> No
     if not session.config.data.allow_change:
         same["data"] = (facts["data_fingerprint"], now.train_fingerprint)
     refuse_difference(same, path)
-
-
-def restore_identity(folder: Path, facts: dict[str, Any], path: Path) -> None:
-    """Restores the id under which trackers know the run, if its file was lost."""
-    if is_first() and facts.get("run_id") and path.parent.parent == folder and not (folder / "run_id").exists():
-        write_private(folder / "run_id", facts["run_id"] + "\n")
 
 
 def say_changes(session: Session, facts: dict[str, Any]) -> None:

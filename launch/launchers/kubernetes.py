@@ -27,11 +27,11 @@ def train_job(config: Config, arguments: Arguments) -> dict[str, Any]:
     return {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": metadata, "spec": spec}
 
 
-def as_yaml(thing: dict[str, Any]) -> str:
+def as_yaml(job: dict[str, Any]) -> str:
     """Returns YAML, with the keys in the order of the object."""
     import yaml
 
-    return yaml.safe_dump(thing, sort_keys=False, width=120)
+    return yaml.safe_dump(job, sort_keys=False, width=120)
 
 
 def _trainer(config: Config, arguments: Arguments) -> dict[str, Any]:

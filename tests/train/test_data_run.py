@@ -185,7 +185,7 @@ def test_a_file_that_fails_is_an_event_and_exit_code_65(rows: Path, tmp_path: Pa
 
 
 def run_cut_off(rows: str, folder: str, overrides: list[str]) -> tuple[int, str]:
-    """Of a URL behind which nobody listens: exit code and standard error, in a rank of the pool."""
+    """Exit code and standard error for a URL behind which nobody listens, in a rank of the pool."""
     from unittest.mock import patch
 
     error = io.StringIO()

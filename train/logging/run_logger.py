@@ -188,7 +188,7 @@ class RankZeroLogger(RunLogger):
             record |= metrics
         if evaluation is not None:
             record |= validation_record(config, evaluation)
-        self.goodput.add_data_wait(logged.data_wait)
+        self.goodput.add("data", logged.data_wait)
         self.metrics.write(record)
         self.trackers.log(record)
         self.printer.line(fitting_spans(record, config.steps, self.eta.after(step), self.printer.width))
