@@ -13,7 +13,7 @@ __all__ = ["__version__", "load_model"]
 
 
 def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> "Transformer":
-    """The model of a checkpoint (or of the newest one of a run folder) or of a Hugging Face folder, whole on one device.
+    """Returns the model of a checkpoint (or of the newest one of a run folder) or of a Hugging Face folder, whole on one device.
 
     `model(ids_BS)` gives logits of shape (B, S, V). precision: fp32, bf16 or fp64, of the activations. Raises ValueError, one
     line, for what is neither, is damaged or cannot be expressed.

@@ -7,13 +7,13 @@ import typing
 
 
 def within(interval: str) -> dict[str, str]:
-    """Metadata of a field whose number must lie in `interval`, such as "[0, 1)", unless it is null."""
+    """Returns metadata of a field whose number must lie in `interval`, such as "[0, 1)", unless it is null."""
     return {"within": interval}
 
 
 @functools.cache
 def ranges(cls: type, prefix: str = "") -> dict[str, str]:
-    """The interval of each number of a dataclass and of the dataclasses in it, by dotted key behind `prefix`."""
+    """Returns the interval of each number of a dataclass and of the dataclasses in it, by dotted key behind `prefix`."""
     found: dict[str, str] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

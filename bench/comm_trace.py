@@ -102,11 +102,11 @@ class Traffic(TorchDispatchMode):
         self.sent = [0] * dist.get_world_size()
 
     def total(self) -> int:
-        """Bytes sent to other ranks."""
+        """Returns the bytes sent to other ranks."""
         return sum(self.sent) - self.sent[self.rank]
 
     def between_nodes(self, node_ranks: int) -> int:
-        """Bytes sent to ranks of other nodes; a node has `node_ranks` neighbouring ranks."""
+        """Returns the bytes sent to ranks of other nodes; a node has `node_ranks` neighbouring ranks."""
         return sum(count for rank, count in enumerate(self.sent) if rank // node_ranks != self.rank // node_ranks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,5 +134,5 @@ class Traffic(TorchDispatchMode):
 
 
 def _ranks(group: Any) -> list[int]:
-    """The world ranks of a group, in the order of the group."""
+    """Returns the world ranks of a group, in the order of the group."""
     return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
-from ..data.build import open_tokenizer, prepare
+from ..data.build import open_data, open_tokenizer
 from ..data.config import Corpus, DataConfig, TokenizerConfig
-from ..data.pretokenize import prepare_command
+from ..data.pretokenize import prepare_shards
 from ..data.stream.mixture import StreamBatches
 from ..data.tokenizer import SentencePieceTokenizer
 
@@ -42,7 +42,7 @@ def measure(folder: Path, text: str | None, repeats: int, memory_seconds: float)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     tokenizer.save(folder / "tokenizer")
     tokenizer_config = TokenizerConfig(path=str(folder / "tokenizer" / "tokenizer.model"))
-    prepare_command(config, tokenizer_config, folder / "shards", 1, lambda *_: None)
+    prepare_shards(config, tokenizer_config, folder / "shards", 1, lambda *_: None)
     shards = DataConfig(corpus=Corpus.prepared, path=str(folder / "shards"), cache=config.cache)
     steps = max(4, int(0.8 * sum(map(len, documents)) / 5) // (LENGTH * SEQUENCES))
     plain, streamed, mapped = [], [], []
@@ -61,7 +61,7 @@ def measure(folder: Path, text: str | None, repeats: int, memory_seconds: float)
 
 
 def read_documents(text: str | None) -> list[str]:
-    """About 10 MB."""
+    """Reads about 10 MB."""
     if text is not None:
         content = Path(text).read_text()
         return [content[start : start + 4000] for start in range(0, len(content), 4000)]
@@ -93,7 +93,7 @@ def rate(work: Callable[[], int]) -> float:
 
 def batches(config: DataConfig, tokenizer: TokenizerConfig, steps: int) -> float:
     """Tokens per second from opened data to batches, without threads, so that all tokenized tokens are counted."""
-    data = prepare(replace(config, workers=0), tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
+    data = open_data(replace(config, workers=0), tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
 
     def work() -> int:
         for step in range(steps):
@@ -104,7 +104,7 @@ def batches(config: DataConfig, tokenizer: TokenizerConfig, steps: int) -> float
 
 
 def state_cost(config: DataConfig, tokenizer: TokenizerConfig) -> dict[str, float]:
-    data = prepare(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
+    data = open_data(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
     times, size = [], 0
     for step in range(50):
         data.batch(step)
@@ -116,10 +116,10 @@ def state_cost(config: DataConfig, tokenizer: TokenizerConfig) -> dict[str, floa
 
 
 def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> dict[str, float]:
-    """Resident memory while streaming: medians of the first and of the last quarter. Prints a verdict on standard error."""
+    """Returns the memory while streaming: medians of the first and last quarter. Prints a verdict on standard error."""
     if not seconds:
         return {}
-    data = prepare(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
+    data = open_data(config, tokenizer, LENGTH, 1, SEQUENCES, None, 8).train
     assert isinstance(data, StreamBatches)
     begin, step = perf_counter(), 0
     seen: list[tuple[float, float]] = []
@@ -141,7 +141,7 @@ def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> di
 
 
 def resident_mib() -> float:
-    """Resident memory of this process (Linux)."""
+    """Returns the resident memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -102,7 +102,7 @@ def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[
 
 
 def routed(config: MoEConfig, tokens: int, width: int) -> tuple[Tensor, Routing]:
-    """Random bf16 tokens of this rank, and their routing by a random router that is the same on all ranks."""
+    """Returns random bf16 tokens of this rank, and their routing by a random router that is the same on all ranks."""
     generator = torch.Generator().manual_seed(0)
     router = Router(width, config, torch.float32)
     assert router.weight is not None
@@ -154,13 +154,16 @@ def timed(function: Callable[[], None]) -> float:
 
 
 def mean(value: float) -> float:
-    """The mean of `value` over the ranks."""
+    """Returns the mean of `value` over the ranks."""
     everyone = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
     return sum_over(torch.tensor(value, dtype=torch.float64), everyone).item() / everyone.size
 
 
 def table(lines: list[ExchangeResult]) -> str:
-    """A Markdown table. MiB are sent by a rank, forward and backward. Shares of the bound are given for forward, then backward."""
+    """Returns a Markdown table.
+
+    MiB are sent by a rank, forward and backward. Shares of the bound are given for forward, then backward.
+    """
     heads = ["routing", "ranks", "exchange", "MiB", "bound MiB", "of the bound", "of plain", "MiB between nodes", "ms"]
     plain = {(line.routing, line.ranks): line for line in lines if line.exchange == Exchange.plain.value}
     rows = [heads, ["---"] * len(heads), *(_cells(line, plain[line.routing, line.ranks]) for line in lines)]

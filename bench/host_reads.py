@@ -93,7 +93,7 @@ def _has_unknown_size(name: str, args: Any, settings: dict[str, Any]) -> bool:
 
 
 def _caller() -> str:
-    """The innermost place on the stack in our code, apart from bench/ and `host_read` (its caller counts)."""
+    """Returns the innermost place on the stack in our code, apart from bench/ and `host_read` (its caller counts)."""
     frame = sys._getframe(1)
     while frame is not None:
         path = _ours(frame.f_code.co_filename)
@@ -110,6 +110,6 @@ def _place(file: str, line: int) -> str:
 
 @functools.cache
 def _ours(file: str) -> str | None:
-    """The path within the repository, even if it was imported through a link; None for other files."""
+    """Returns the path within the repository, even if it was imported through a link; None for other files."""
     path = Path(file).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None

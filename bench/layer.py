@@ -48,7 +48,7 @@ class LayerShape(NamedTuple):
 
 
 def our_layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> MoELayer:
-    """An MoE layer with random normal weights."""
+    """Returns an MoE layer with random normal weights."""
     moe = MoEConfig(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, shared_hidden=shape.shared)
     layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype).to_empty(device=device)
     for parameter in layer.parameters():
@@ -192,7 +192,7 @@ def against_skew(shape: LayerShape, dtype: torch.dtype, device: torch.device, ro
 
 
 def skews(shape: LayerShape) -> dict[str, Tensor]:
-    """The experts of each token, (T, K): equal loads, loads of 1 / rank (Zipf), and the first K experts for every token."""
+    """Returns the experts of each token, (T, K): equal loads, loads of 1 / rank (Zipf), and the first K experts for every token."""
     generator = torch.Generator().manual_seed(0)
     places_TE = torch.arange(shape.tokens)[:, None] * shape.top_k + torch.arange(shape.top_k)
     chances_E = 1 / torch.arange(1, shape.experts + 1)
@@ -229,7 +229,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Three Markdown tables."""
+    """Returns three Markdown tables."""
     names, rows = [*PARTS, "rest", "all"], []
     for shape, forward, backward, not_products in found["parts"]:
         for name, times in (("forward", forward), ("backward", backward)):

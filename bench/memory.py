@@ -32,7 +32,7 @@ class MemoryResult(NamedTuple):
 
 
 def saved_bytes(call: Callable[[], Any], module: nn.Module) -> int:
-    """Bytes of the storages that autograd saves in `call`, each counted once, without those of the size of a weight."""
+    """Returns the bytes of the storages that autograd saves in `call`, each counted once, without those of the size of a weight."""
     weights = {parameter.numel() for parameter in module.parameters()}
     storages: dict[int, int] = {}
 
@@ -73,7 +73,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(lines: list[MemoryResult]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     rows = ([line.shape.title, line.precision, f"{line.moe:,.0f}", f"{line.dense:,.0f}", f"{line.ratio:.2f}"] for line in lines)
     return markdown(["layer", "precision", "MoE", "dense", "ratio"], rows)
 

@@ -45,11 +45,11 @@ class Host(NamedTuple):
     interface: str
 
     def command(self, words: list[str]) -> list[str]:
-        """The command that runs `words` on this host."""
+        """Returns the command that runs `words` on this host."""
         return ["ip", "netns", "exec", self.name, *words]
 
     def sent_bytes(self) -> int:
-        """Bytes that this host has sent so far."""
+        """Returns the bytes that this host has sent so far."""
         (link,) = json.loads(_ip("-netns", self.name, "-json", "-statistics", "link", "show", self.interface))
         return link["stats64"]["tx"]["bytes"]
 
@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def start(hosts: tuple[Host, Host], argv: list[str]) -> int:
-    """Start the ranks of both hosts with the environment that torchrun would give them. Returns 0 if all succeed, else 1."""
+    """Starts the ranks of both hosts with the environment that torchrun would give them. Returns 0 if all succeed, else 1."""
     processes = []
     for rank in range(NODES * RANKS):
         host = hosts[rank // RANKS]
@@ -155,7 +155,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def build(exchange: str, arguments: argparse.Namespace) -> MoELayer:
-    """The MoE layer with this exchange and the experts spread over all ranks; the seed is the same for each exchange."""
+    """Returns the MoE layer with this exchange and the experts spread over all ranks; the seed is the same for each exchange."""
     moe = MoEConfig(experts=arguments.experts, top_k=arguments.top_k, hidden=arguments.hidden)
     model = ModelConfig(layers=1, width=arguments.width, heads=4, kv_heads=4, vocabulary=64, moe=moe)
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def build(exchange: str, arguments: argparse.Namespace) -> MoELayer:
 
 
 def with_exchange(config: ParallelConfig, exchange: str) -> ParallelConfig:
-    """`config` with parallel.exchange set, if this version has the setting."""
+    """Returns `config` with parallel.exchange set, if this version has the setting."""
     known = {field.name: field for field in dataclasses.fields(ParallelConfig)}
     if "exchange" not in known:
         if exchange != "plain":

@@ -35,12 +35,12 @@ class JsonWorker:
         )
 
     def ask(self, call: Any) -> None:
-        """Send a request. Does not wait."""
+        """Sends a request. Does not wait."""
         assert self._process.stdin is not None
         print(json.dumps(call), file=self._process.stdin, flush=True)
 
     def answer(self) -> Any:
-        """Wait for the next answer. Raises RuntimeError, with the last line of its standard error, if the process has ended."""
+        """Waits for the next answer. Raises RuntimeError, with the last line of its standard error, if the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
@@ -57,15 +57,21 @@ class JsonWorker:
             stream.close()
 
 
-def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600.0) -> list[Any]:
-    """Run `python -m MODULE --rank FOLDER` on `world` ranks. Returns what each gave to `answer`; RuntimeError if one fails or is
-    late."""
+LIMIT_SECONDS = 600.0
+"""Time limit of a task."""
+
+
+def on_ranks(module: str, world: int, task: dict[str, Any]) -> list[Any]:
+    """Runs `python -m MODULE --rank FOLDER` on `world` ranks. Returns what each gave to `answer`.
+
+    Raises RuntimeError if one fails or takes more than LIMIT_SECONDS.
+    """
     with tempfile.TemporaryDirectory(prefix="tokenyard-bench-") as name:
         folder = Path(name)
         (folder / "task.json").write_text(json.dumps(task))
         processes = [_start(module, folder, rank, world) for rank in range(world)]
         try:
-            _wait(processes, time.monotonic() + seconds)
+            _wait(processes, time.monotonic() + LIMIT_SECONDS)
         finally:
             for process in processes:
                 process.kill()
@@ -74,7 +80,7 @@ def on_ranks(module: str, world: int, task: dict[str, Any], seconds: float = 600
 
 
 def join(folder: Path) -> dict[str, Any]:
-    """On a rank: join the process group, if there are other ranks, and return the task."""
+    """Joins the process group, if there are other ranks, and returns the task. For a rank."""
     rank, world, threads = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
     torch.set_num_threads(threads)
     if world > 1:
@@ -83,7 +89,7 @@ def join(folder: Path) -> dict[str, Any]:
 
 
 def answer(folder: Path, result: Any) -> None:
-    """On a rank: return the result to the parent, and leave the process group."""
+    """Returns the result to the parent, and leaves the process group. For a rank."""
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
@@ -104,7 +110,7 @@ class RankProcesses:
         self._answers()
 
     def ask(self, call: dict[str, Any]) -> list[Any]:
-        """The answers of all processes, by rank."""
+        """Returns the answers of all processes, by rank."""
         for rank in self._ranks:
             rank.ask(call)
         return self._answers()
@@ -131,7 +137,7 @@ def _start(module: str, folder: Path, rank: int, world: int) -> "subprocess.Pope
 
 
 def _environment(rank: int, world: int, threads: int) -> dict[str, str]:
-    """The environment of a rank, with the memory settings of the command `tokenyard`."""
+    """Returns the environment of a rank, with the memory settings of the command `tokenyard`."""
     settings = SETTINGS | {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(threads)}
     interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return settings | interface | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -119,7 +119,7 @@ def measure(overrides: list[str], layouts: dict[str, list[str]], rounds: int, st
 
 
 def mean_turn(answers: list[dict[str, Any]]) -> Turn:
-    """The mean over the processes of a side, from their answers."""
+    """Returns the mean over the processes of a side, from their answers."""
     splits = split_times([answer["seconds"] for answer in answers], [answer["collectives"] for answer in answers])
     mean = Split(*(statistics.fmean(values) for values in zip(*splits, strict=True)))
     steps = answers[0]["steps"]
@@ -167,7 +167,7 @@ def _line(name: str, precision: str, turns: list[Turn], alone: list[Turn]) -> La
 
 
 def table(lines: list[LayoutResult]) -> str:
-    """A Markdown table. Shares are relative to the step of the layout."""
+    """Returns a Markdown table. Shares are relative to the step of the layout."""
     heads = ["precision", "2 ranks x 1 thread", "throughput (least, most)", "step s", "1 x 2 step s"]
     heads += ["computing", "exchanging", "waiting", "loss off by"]
     return markdown(heads, map(_cells, lines))

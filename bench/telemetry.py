@@ -19,7 +19,7 @@ from ..moe import router
 from ..moe.router import RouterMetrics, compute_router_metrics
 from ..train.config.compose import compose
 from ..train.config.config import Config
-from ..train.logging.expert_stats.collector import ExpertStats, describe
+from ..train.logging.expert_stats.collector import ExpertStats, snapshot_records
 from ..train.logging.journal import Journal
 from ..train.run import single_step
 from ..train.setup import open_session
@@ -70,7 +70,7 @@ class TierRun:
         self.probes: list[float] = []
 
     def steps(self, count: int) -> tuple[float, float]:
-        """Mean seconds of a step, and of the watch in it."""
+        """Returns the mean seconds of a step, and of the watch in it."""
         begin, watching, GAUGES.seconds = perf_counter(), 0.0, 0.0
         numbers = None
         for _ in range(count):
@@ -89,12 +89,12 @@ class TierRun:
         return seconds, watching / count
 
     def record(self, numbers: StepNumbers, validated: bool) -> dict[str, Any] | None:
-        """The record for telemetry.jsonl, if one is due; copies all statistics to the host."""
+        """Returns the record for telemetry.jsonl, if one is due; copies all statistics to the host."""
         snapshot = self.expert_stats.snapshot(numbers, validated, saves=False)
         if snapshot is None:
             return None
         snapshot = snapshot._replace(tensors={name: tensor.cpu() for name, tensor in snapshot.tensors.items()})
-        return describe(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
+        return snapshot_records(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
 
 
 def main() -> None:

@@ -39,13 +39,13 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratio(above: list[float], below: list[float]) -> Ratio:
-    """The ratio of two sides, taken round by round."""
+    """Returns the ratio of two sides, taken round by round."""
     quotients = [a / b for a, b in zip(above, below, strict=True)]
     return Ratio(statistics.median(quotients), *quartiles(quotients))
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """The first and the third quartile."""
+    """Returns the first and the third quartile."""
     if len(values) < 2:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -59,7 +59,7 @@ def rotated(names: list[str], turn: int) -> list[str]:
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
@@ -104,7 +104,7 @@ def timed(work: Work, device: torch.device) -> float:
 
 
 def peak_bytes(work: Work, device: torch.device) -> int | None:
-    """Peak memory of `work` above what was allocated before, in bytes; None on a CPU, which does not count it."""
+    """Returns the peak memory of `work` above what was allocated before, in bytes; None on a CPU, which does not count it."""
     if device.type != "cuda":
         return None
     gc.collect()

@@ -19,7 +19,10 @@ LARGEST_TOKENIZER = 1 << 27
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """Returns the content of `path`. ValueError if it is not a regular file (a pipe, a device) or has more than `limit` bytes."""
+    """Returns the content of `path`.
+
+    Raises ValueError if it is not a regular file (a pipe, a device) or has more than `limit` bytes.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -31,7 +34,10 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def strict_json(text: bytes) -> Any:
-    """Parse a JSON text. ValueError for a key that occurs twice, NaN, deep nesting, or more small values than its size explains."""
+    """Parses a JSON text.
+
+    Raises ValueError for a key that occurs twice, NaN, deep nesting, or more small values than its size explains.
+    """
     # An estimate of the memory that the parsed values would take, by kind of value.
     cost = 200 * (text.count(b"[") + text.count(b"{")) + 30 * text.count(b'"') + 32 * text.count(b",")
     if cost > 12 * max(len(text), LEAST_LIMIT):
@@ -48,17 +54,17 @@ def strict_json(text: bytes) -> Any:
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes of all files in `folder`."""
+    """Returns the bytes of all files in `folder`."""
     return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file(follow_symlinks=True))
 
 
 def json_limit(size: int) -> int:
-    """The most bytes that JSON may have that describes tensors of `size` bytes."""
+    """Returns the most bytes that JSON may have that describes tensors of `size` bytes."""
     return LEAST_LIMIT + size // TENSOR_BYTES_PER_BYTE
 
 
 def check_header(path: Path) -> None:
-    """ValueError if `path` is not a regular file, or its safetensors header is too long for its size."""
+    """Raises ValueError if `path` is not a regular file, or its safetensors header is too long for its size."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is no regular file")
     with path.open("rb") as file:
@@ -69,19 +75,19 @@ def check_header(path: Path) -> None:
 
 
 def check_name(value: object) -> str:
-    """Returns the name of a tensor, a key or a file. ValueError unless it is short and printable."""
+    """Returns the name of a tensor, a key or a file. Raises ValueError unless it is short and printable."""
     if not isinstance(value, str) or len(value) > LONGEST_NAME or not value.isprintable():
         raise ValueError(f"{brief(value)} must be a name of at most {LONGEST_NAME} printable characters")
     return value
 
 
 def short_message(error: object) -> str:
-    """The first 400 characters of the message, in one line: it may repeat whatever a file holds."""
+    """Returns the first 400 characters of the message, in one line: it may repeat whatever a file holds."""
     return " ".join(str(error).split())[:400]
 
 
 def brief(value: object) -> str:
-    """The `repr` of a value, cut to 60 characters."""
+    """Returns the `repr` of a value, cut to 60 characters."""
     text = repr(value[:60] if isinstance(value, str | list | tuple) else value if not isinstance(value, dict) else {})
     return text if len(text) <= 60 else f"{text[:60]}..."
 

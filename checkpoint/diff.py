@@ -29,7 +29,10 @@ class TensorDifference(NamedTuple):
 
 
 def diff(one: Path, other: Path) -> list[TensorDifference]:
-    """The differences in the order of names. DamagedCheckpoint if a manifest cannot be read; the files are not verified."""
+    """Returns the differences in the order of names.
+
+    Raises DamagedCheckpoint if a manifest cannot be read; the files are not verified.
+    """
     a, b = read_manifest(one), read_manifest(other)
     check_sizes(one, a)  # before memory is allocated
     check_sizes(other, b)
@@ -58,7 +61,7 @@ def _same_files(name: str, a: Manifest, b: Manifest) -> bool:
 
 
 def _values(name: str, ours: TensorReader, theirs: TensorReader) -> TensorDifference | None:
-    """None if all bits are the same."""
+    """Returns None if all bits are the same."""
     experts, largest, squares, norm = [], 0.0, 0.0, 0.0
     differs = False
     for block in _blocks(name, ours.tensors[name]):
@@ -80,7 +83,7 @@ def _values(name: str, ours: TensorReader, theirs: TensorReader) -> TensorDiffer
 
 
 def _blocks(name: str, record: TensorRecord) -> Iterator[ShardMetadata]:
-    """The tensor in blocks of rows of bounded size; a tensor of experts in single experts."""
+    """Yields the tensor in blocks of rows of bounded size; a tensor of experts in single experts."""
     shape = record.shape
     if not shape or 0 in shape:
         yield whole(shape)

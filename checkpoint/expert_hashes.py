@@ -34,7 +34,7 @@ class ExpertSlice(NamedTuple):
 
 
 def expert_slices(name: str, shape: tuple[int, ...]) -> list[ExpertSlice]:
-    """The experts of the tensor `name`; none if it is not a tensor of experts."""
+    """Returns the experts of the tensor `name`; none if it is not a tensor of experts."""
     if not EXPERT_TENSOR.fullmatch(name) or 0 in shape:
         return []
     begin, sizes = (0,) * len(shape[1:]), (1, *shape[1:])
@@ -42,7 +42,7 @@ def expert_slices(name: str, shape: tuple[int, ...]) -> list[ExpertSlice]:
 
 
 def split_slices(tensors: Mapping[str, TensorRecord]) -> list[ExpertSlice]:
-    """The slices that no single chunk holds whole."""
+    """Returns the slices that no single chunk holds whole."""
 
     def held(one: ExpertSlice, chunk: ShardMetadata) -> bool:
         return chunk.offsets[0] <= one.expert < chunk.offsets[0] + chunk.sizes[0] and chunk.sizes[1:] == one.metadata.sizes[1:]
@@ -56,7 +56,7 @@ def split_slices(tensors: Mapping[str, TensorRecord]) -> list[ExpertSlice]:
 
 
 def hash_whole_slices(name: str, metadata: ShardMetadata, content: memoryview) -> dict[int, str]:
-    """By expert, the hashes of the slices that a shard holds whole. `content` is the shard's bytes, row-major."""
+    """Returns by expert the hashes of the slices that a shard holds whole. `content`: the shard's bytes, row-major."""
     if not EXPERT_TENSOR.fullmatch(name) or tuple(metadata.sizes[1:]) != tuple(metadata.shape[1:]) or 0 in metadata.sizes:
         return {}
     first, rows = metadata.offsets[0], metadata.sizes[0]
@@ -77,7 +77,7 @@ def hash_stored_slices(
 
 
 def expert_hashes(hashes: Iterable[SliceHashes]) -> dict[str, dict[str, list[str]]]:
-    """By layer and kind (weights, exp_avg, exp_avg_sq): one hash for each expert, in the order of their ids."""
+    """Returns by layer and kind (weights, exp_avg, exp_avg_sq) one hash for each expert, in the order of their ids."""
     parts: dict[tuple[str, str], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for each in hashes:
         for tensor, by_expert in each.items():

@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_facts(facts: Any) -> dict[str, Any]:
-    """Returns `facts`. ValueError for a value of the wrong type, or a number or a size that no run has."""
+    """Returns `facts`. Raises ValueError for a value of the wrong type, or a number or a size that no run has."""
     if not isinstance(facts, dict):
         raise ValueError("facts must be an object")
     check_plain(facts, "facts")
@@ -58,20 +58,20 @@ def check_facts(facts: Any) -> dict[str, Any]:
 
 
 def needed_facts(facts: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns `facts`. ValueError for the first of `names` that is not in them."""
+    """Returns `facts`. Raises ValueError for the first of `names` that is not in them."""
     for name in names:
         if name not in facts:
             raise ValueError(f"it is not of a run: its facts lack {name!r}")
     return facts
 
 
-def check_plain(value: Any, place: str, most: int = MOST_VALUES) -> None:
-    """ValueError for nesting, a number or a count of values beyond what a configuration or a state has."""
+def check_plain(value: Any, place: str) -> None:
+    """Raises ValueError for nesting, a number or a count of values beyond what a configuration or a state has."""
     left, count = [(value, 0)], 0
     while left:
         one, depth = left.pop()
         count += 1
-        if depth > DEEPEST or count > most:
+        if depth > DEEPEST or count > MOST_VALUES:
             raise ValueError(f"{place}: nested too deeply, or too many values")
         if isinstance(one, dict):
             left += [(part, depth + 1) for part in one.values()]
@@ -82,7 +82,10 @@ def check_plain(value: Any, place: str, most: int = MOST_VALUES) -> None:
 
 
 def check_model_numbers(config: dict[str, Any]) -> None:
-    """ValueError for a number under `model` of a plain configuration that is out of its range. Other keys are not checked."""
+    """Raises ValueError for a number under `model` of a plain configuration that is out of its range.
+
+    Other keys are not checked.
+    """
     for key, interval in ranges(ModelConfig, "model.").items():
         value: Any = config
         for name in key.split("."):

@@ -18,7 +18,7 @@ PRUNED = ".tmp-pruned-"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints with a final name, newest first; they are not opened."""
+    """Returns all checkpoints with a final name, newest first; they are not opened."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -27,24 +27,24 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """The checkpoints of a run folder or of its `checkpoints`, newest first; only `path` if it is or is named like a checkpoint."""
+    """Returns the checkpoints in a run folder or its `checkpoints`, newest first; `path` alone if it is one or named like one."""
     if (path / MANIFEST).is_file():
         return [path]
     return checkpoints_in(path / "checkpoints") or checkpoints_in(path) or ([path] if STEP_FOLDER.fullmatch(path.name) else [])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in `folder` with the highest step that has a manifest; None if there is none."""
+    """Returns the checkpoint in `folder` with the highest step that has a manifest; None if there is none."""
     return next((path for path in checkpoints_in(Path(folder)) if (path / MANIFEST).is_file()), None)
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Returns the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Rename the folder, so that none with a final name is ever half removed, and remove it."""
+    """Renames the folder, so that none with a final name is ever half removed, and removes it."""
     renamed = path.with_name(f"{path.name}{PRUNED}{secrets.token_hex(4)}")
     path.rename(renamed)
     sync_folder(renamed.parent)
@@ -53,7 +53,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what interrupted saves left in `folder` and return those paths. On one rank, while no save is under way.
+    """Removes what interrupted saves left in `folder` and returns those paths. On one rank, while no save is under way.
 
     A checkpoint that was set aside for a replacement that never came gets its name back.
     """

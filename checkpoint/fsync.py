@@ -6,13 +6,13 @@ from typing import Any
 
 
 def sync(file: Any) -> None:
-    """Flush `file` and return once its content is on the disk."""
+    """Flushes `file` and returns once its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once the names in `folder` are on the disk."""
+    """Returns once the names in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,7 +21,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write the new file `path`; other processes see all of it or nothing."""
+    """Writes the new file `path`; other processes see all of it or nothing."""
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("wb") as file:
         file.write(content)

@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from ..parallel.shard import LocalShard
-from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record, stream_waits
+from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record_event, stream_waits
 
 CPU = torch.device("cpu")
 
@@ -24,15 +24,15 @@ class HostStaging:
         self._copied.set()
 
     def begin(self) -> None:
-        """From here until the end of `copy`, `wait` blocks."""
+        """Makes `wait` block, until the end of `copy`."""
         self._copied.clear()
 
     def end(self) -> None:
-        """Nothing is left to copy, or the copy is given up."""
+        """Ends that: nothing is left to copy, or the copy is given up."""
         self._copied.set()
 
     def wait(self) -> float:
-        """Block until the copied tensors may change. Returns the seconds it took."""
+        """Blocks until the copied tensors may change. Returns the seconds it took."""
         begin = perf_counter()
         self._copied.wait()
         return perf_counter() - begin
@@ -40,8 +40,8 @@ class HostStaging:
     def copy(self, shards: dict[str, LocalShard], ready: Event) -> dict[str, LocalShard]:
         """Copies of the shards on the host, with the values they have when `ready` is done.
 
-        RuntimeError if a tensor changed while it was copied. Empties `shards`: GPU tensors made for the save alone are then freed
-        before the writing begins.
+        Raises RuntimeError if a tensor changed while it was copied. Empties `shards`: GPU tensors made for the save alone are then
+        freed before the writing begins.
         """
         try:
             versions = {name: tensor._version for name, (_, tensor) in shards.items()}
@@ -61,7 +61,7 @@ class HostStaging:
         used = [tensor for _, tensor in shards.values() if tensor.device.type == device.type]
         with SideStream(device).behind(ready, *used):
             copies = {name: LocalShard(metadata, self._copy_tensor(name, tensor)) for name, (metadata, tensor) in shards.items()}
-            last = record(device)
+            last = record_event(device)
         last.wait()
         return copies
 
@@ -73,12 +73,12 @@ class HostStaging:
 
 
 def in_place(shards: dict[str, LocalShard], ready: Event) -> dict[str, LocalShard]:
-    """In the save's thread, instead of a copy: what the device's current stream reads from here on, it reads behind `ready`."""
+    """Replaces a copy, in the save's thread: what the device's stream reads from here on, it reads behind `ready`."""
     enter_thread(device_of(shards))
     stream_waits(ready)
     return shards
 
 
 def device_of(shards: dict[str, LocalShard]) -> torch.device:
-    """This rank's GPU if a tensor is on it, else the CPU."""
+    """Returns this rank's GPU if a tensor is on it, else the CPU."""
     return next((tensor.device for _, tensor in shards.values() if tensor.is_cuda), CPU)

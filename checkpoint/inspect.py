@@ -10,7 +10,10 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq", "random", "other")
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """A checkpoint in plain JSON. DamagedCheckpoint if the manifest cannot be read, or a file has another size than it says."""
+    """Returns a checkpoint in plain JSON.
+
+    Raises DamagedCheckpoint if the manifest cannot be read, or a file has another size than it says.
+    """
     manifest = read_manifest(path)
     check_sizes(path, manifest)
     facts = manifest.facts
@@ -43,7 +46,7 @@ def _sizes(manifest: Manifest) -> dict[str, dict[str, int]]:
 
 
 def _kind(name: str) -> str:
-    """The kind of a tensor by its name."""
+    """Returns the kind of a tensor by its name."""
     first, last = name.partition(".")[0], name.rpartition(".")[2]
     if first == "model":
         return "weights"

@@ -100,7 +100,7 @@ class Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write `manifest` to the new file `path`, durably."""
+    """Writes `manifest` to the new file `path`, durably."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -129,7 +129,10 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Returns the manifest of the checkpoint `folder`. NoManifest if it is missing, damaged, unsafe or of another version."""
+    """Returns the manifest of the checkpoint `folder`.
+
+    Raises NoManifest if it is missing, damaged, unsafe or of another version.
+    """
     path = Path(folder) / MANIFEST
     try:
         content = strict_json(read_regular(path, min(LARGEST_MANIFEST, json_limit(file_bytes(path.parent)))))
@@ -150,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def json_facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts` as they will be read again. ValueError if they are not JSON."""
+    """Returns `facts` as they will be read again. Raises ValueError if they are not JSON."""
     try:
         return json.loads(json.dumps(facts, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -158,7 +161,7 @@ def json_facts(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """DamagedCheckpoint if one of the files `names` (None: all) is missing or has another size than the manifest says."""
+    """Raises DamagedCheckpoint if one of the files `names` (None: all) is missing or has another size than the manifest says."""
     listed = manifest.files | manifest.attachments
     for name in sorted(listed if names is None else names):
         path, expected = folder / name, listed[name].bytes
@@ -172,7 +175,7 @@ def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
 
 
 def check_unlisted(path: Path, manifest: Manifest) -> None:
-    """DamagedCheckpoint for a file or link in the folder that the manifest does not list."""
+    """Raises DamagedCheckpoint for a file or link in the folder that the manifest does not list."""
     listed = {MANIFEST, *manifest.files, *manifest.attachments}
     for found in sorted(path.rglob("*")):
         if (found.is_symlink() or not found.is_dir()) and found.relative_to(path).as_posix() not in listed:
@@ -180,7 +183,7 @@ def check_unlisted(path: Path, manifest: Manifest) -> None:
 
 
 def _parse(content: Any) -> Manifest:
-    """Check the whole schema: every key that a manifest may have is read here."""
+    """Checks the whole schema: every key that a manifest may have is read here."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not the manifest of a tokenyard checkpoint: format must be {FORMAT!r}")
     if content["version"] != VERSION or type(content["version"]) is not int:
@@ -243,7 +246,7 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
 
 
 def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:
-    """ValueError if a file would hold more than its bytes, so that no tensor takes more memory than there are bytes in files."""
+    """Raises ValueError if a file would hold more than its bytes, so no tensor takes more memory than there are bytes in files."""
     needed = dict.fromkeys(files, 0)
     for record in tensors.values():
         for chunk in record.chunks:
@@ -254,14 +257,14 @@ def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) 
 
 
 def _inside(name: Any) -> str:
-    """Returns a file's name. ValueError unless it is a plain one, of a file in the checkpoint's own folder."""
+    """Returns a file's name. Raises ValueError unless it is a plain one, of a file in the checkpoint's own folder."""
     if check_name(name) in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
         raise ValueError(f"file {brief(name)} must be a plain name, of a file in the checkpoint's own folder")
     return name
 
 
 def _attached(name: str) -> str:
-    """Returns `folder/name`. ValueError unless both are plain names."""
+    """Returns `folder/name`. Raises ValueError unless both are plain names."""
     return "/".join(_inside(part) for part in name.split("/", maxsplit=1))
 
 
@@ -294,7 +297,7 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def _lines(content: dict[str, Any]) -> str:
-    """JSON with one line for each tensor, file and layer."""
+    """Returns JSON with one line for each tensor, file and layer."""
     parts = []
     for key, value in content.items():
         text = json.dumps(value)
@@ -312,7 +315,7 @@ BIAS = ".expert_bias"
 
 
 def check_fits(model: ModelConfig, tensors: Mapping[str, TensorRecord], path: Any) -> None:
-    """ValueError for the first parameter of `model` that `tensors` lacks or has in another shape, or that the model has not."""
+    """Raises ValueError if `tensors` lack a parameter of `model`, have it in another shape, or hold one that the model lacks."""
     stored = {name.removeprefix(PREFIX): record.shape for name, record in tensors.items() if name.startswith(PREFIX)}
     try:
         if model.layers > len(stored):

@@ -25,12 +25,15 @@ class Retention:
     _undamaged: dict[Path, FileTimes] = field(default_factory=dict)
 
     def written(self, path: Path) -> None:
-        """Add a new checkpoint, which was hashed while it was written: it is not read again while its files keep size and time."""
+        """Adds a new checkpoint, which was hashed while it was written: it is not read again while its files keep size and time."""
         self._undamaged[path] = _file_times(path)
         self._written = [*(other for other in self._written if other != path), path]
 
     def prune(self, folder: Path) -> list[Path]:
-        """Remove the checkpoints that need not be kept; returns their paths. Reads one to keep if none is known to be undamaged."""
+        """Removes the checkpoints that need not be kept; returns their paths.
+
+        Reads one to keep if none is known to be undamaged.
+        """
         found = checkpoints_in(folder)
         newest = max(self.keep, 1)
         stay = (

@@ -42,7 +42,7 @@ WRITE_BYTES = 1 << 24
 def write_safetensors(
     path: Path, tensors: dict[str, torch.Tensor], on_content: Callable[[str, memoryview], None] | None = None
 ) -> FileRecord:
-    """Write `tensors` (on any device) by key to the new file `path`, durably.
+    """Writes `tensors` (on any device) by key to the new file `path`, durably.
 
     `on_content` is called with each tensor's key and bytes, after they are written.
     """
@@ -63,7 +63,7 @@ def write_safetensors(
 
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
-    """The header of a file that holds `tensors` (dtype and shape by key) in this order: the length in 8 bytes, and the JSON."""
+    """Returns the header of a file with `tensors` (dtype and shape by key) in this order: the length in 8 bytes, and the JSON."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, (dtype, shape) in tensors.items():
@@ -75,12 +75,12 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> by
 
 
 def content_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; a copy only where the tensor is on another device or not contiguous."""
+    """Returns the bytes of a tensor, row-major; a copy only where the tensor is on another device or not contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of the file's bytes, as hexadecimal digits."""
+    """Returns xxh3-128 of the file's bytes, as hexadecimal digits."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -91,7 +91,7 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """The open safetensors file `path`. DamagedCheckpoint if it cannot be read as one."""
+    """Opens the safetensors file `path`. Raises DamagedCheckpoint if it cannot be read as one."""
     try:
         check_header(path)
         opened = safe_open(path, framework="pt")
@@ -102,7 +102,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def read_rectangle(file: Any, key: str, rectangle: ShardMetadata) -> torch.Tensor:
-    """A rectangle of the tensor `key` of an open file; other bytes of the file are not read."""
+    """Returns a rectangle of the tensor `key` of an open file; other bytes of the file are not read."""
     if rectangle.sizes == rectangle.shape:
         return file.get_tensor(key)
     spans = zip(rectangle.offsets, rectangle.sizes, strict=True)
@@ -110,7 +110,7 @@ def read_rectangle(file: Any, key: str, rectangle: ShardMetadata) -> torch.Tenso
 
 
 def _write(file: Any, digest: Any, content: memoryview) -> None:
-    """Write and hash all of `content`: a single write of the operating system may be shorter."""
+    """Writes and hashes all of `content`: a single write of the operating system may be shorter."""
     for start in range(0, len(content), WRITE_BYTES):
         part = content[start : start + WRITE_BYTES]
         digest.update(part)

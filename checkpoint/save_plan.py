@@ -42,12 +42,12 @@ class SavePlan(NamedTuple):
 
 
 def file_of_rank(rank: int) -> str:
-    """Name of the file that a rank writes."""
+    """Returns the name of the file that a rank writes."""
     return f"shard_{rank:05d}.safetensors"
 
 
 def named_shards(shards: dict[str, LocalShard]) -> list[NamedShard]:
-    """What a rank tells rank 0 of its shards. ValueError for a shard that cannot be saved."""
+    """Returns what a rank tells rank 0 of its shards. Raises ValueError for a shard that cannot be saved."""
     named = []
     for name, shard in shards.items():
         check_shard(name, shard)
@@ -60,10 +60,10 @@ def named_shards(shards: dict[str, LocalShard]) -> list[NamedShard]:
 
 
 def make_save_plans(shards: list[list[NamedShard]]) -> list[SavePlan]:
-    """The plan of each rank from the shards of each rank.
+    """Returns the plan of each rank from the shards of each rank.
 
     Each rectangle is written once, by one of the ranks that hold it, such that all ranks write about the same number of bytes.
-    ValueError for shards that do not make up their tensor.
+    Raises ValueError for shards that do not make up their tensor.
     """
     tensors = _empty_records(shards)
     names: list[list[str]] = [[] for _ in shards]
@@ -85,11 +85,11 @@ def make_save_plans(shards: list[list[NamedShard]]) -> list[SavePlan]:
 
 
 def check_shard(name: str, shard: LocalShard) -> None:
-    """ValueError if the tensor has not the sizes of its metadata, or the rectangle does not lie inside of the global shape."""
+    """Raises ValueError if the tensor has not the sizes of its metadata, or the rectangle is not inside of the global shape."""
     metadata, tensor = shard
     if tuple(tensor.shape) != tuple(metadata.sizes):
         sizes = tuple(metadata.sizes)
-        raise ValueError(f"tensor {name!r}: the local shape {tuple(tensor.shape)} must be the piece's sizes {sizes}")
+        raise ValueError(f"tensor {name!r}: the local shape {tuple(tensor.shape)} must be the shard's sizes {sizes}")
     rectangle = [(offset, offset + size) for offset, size in zip(metadata.offsets, metadata.sizes, strict=True)]
     if any(begin < 0 or end > extent for (begin, end), extent in zip(rectangle, metadata.shape, strict=True)):
         text = ", ".join(f"{begin}:{end}" for begin, end in rectangle)
@@ -97,12 +97,12 @@ def check_shard(name: str, shard: LocalShard) -> None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.float32 as "float32"."""
+    """Returns "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def _empty_records(shards: list[list[NamedShard]]) -> dict[str, TensorRecord]:
-    """A record without chunks for each tensor. ValueError if two ranks give it another shape or dtype."""
+    """Returns a record without chunks for each tensor. Raises ValueError if two ranks give it another shape or dtype."""
     tensors: dict[str, TensorRecord] = {}
     for name, dtype, metadata in chain(*shards):
         record = TensorRecord(dtype, metadata.shape, [])
@@ -114,7 +114,7 @@ def _empty_records(shards: list[list[NamedShard]]) -> dict[str, TensorRecord]:
 
 
 def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
-    """The rank that writes each rectangle: largest first, to the rank with the fewest bytes so far among those that hold it."""
+    """Returns the writer of each rectangle: largest first, the rank with the fewest bytes so far among those that hold it."""
     holders: dict[NamedShard, list[int]] = defaultdict(list)
     for rank, own in enumerate(shards):
         for shard in own:
@@ -130,9 +130,9 @@ def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
 
 
 def _check_tiling(name: str, record: TensorRecord) -> None:
-    """ValueError unless the chunks cover each element of the tensor once."""
+    """Raises ValueError unless the chunks cover each element of the tensor once."""
     if len(record.chunks) > 1 and not disjoint([chunk.metadata for chunk in record.chunks]):
-        raise ValueError(f"tensor {name!r}: two ranks hold pieces that overlap but differ; pieces must be equal or apart")
+        raise ValueError(f"tensor {name!r}: two ranks hold shards that overlap but differ; shards must be equal or apart")
     covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in record.chunks), math.prod(record.shape)
     if covered != total:
-        raise ValueError(f"tensor {name!r}: the ranks hold {covered} of its {total} elements; the pieces must make up the whole")
+        raise ValueError(f"tensor {name!r}: the ranks hold {covered} of its {total} elements; the shards must make up the whole")

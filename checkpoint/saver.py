@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard
-from ..parallel.streams import Event, record
+from ..parallel.streams import Event, record_event
 from .host_staging import HostStaging, device_of, in_place
 from .manifest import json_facts
 from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
-from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_checkpoint
+from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_part
 
 log = logging.getLogger("tokenyard")
 
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     """From its start until this rank knew that it had ended."""
 
     def facts(self) -> dict[str, Any]:
-        """The fields that are not None as plain JSON, for events.jsonl."""
+        """Returns the fields that are not None as plain JSON, for events.jsonl."""
         return {key: str(value) if key == "path" else value for key, value in self._asdict().items() if value is not None}
 
 
@@ -86,10 +86,10 @@ class Saver:
         attach: Callable[[Path], None] | None = None,
         asynchronous: bool = True,
     ) -> Outcome | None:
-        """Start a save; no other may be under way. The tensors may change after `wait_for_copies`, unless `asynchronous` is false.
+        """Starts a save; no other may be under way. The tensors may change after `wait_for_copies`, unless `asynchronous` is false.
 
         facts: plain JSON; rank 0's are kept. Returns an Outcome only if the save could not start, as for lack of space.
-        ValueError, on every rank, for shards that do not make up their tensor or facts that are not JSON.
+        Raises ValueError, on every rank, for shards that do not make up their tensor or facts that are not JSON.
         """
         assert self._save is None
         begin = perf_counter()
@@ -100,7 +100,7 @@ class Saver:
             return Outcome(step, final, error, plan.bytes, perf_counter() - begin, perf_counter() - begin)
         job = SaveJob(final, temporary, step, facts, *rank_and_world(), plan, self.limit_seconds, attach)
         mine = {name: shards[name] for name in plan.names}
-        ready = record(device_of(mine))
+        ready = record_event(device_of(mine))
         thread = Thread(target=self._write, args=[job, mine, ready, asynchronous], name="checkpoint", daemon=True)
         save = self._save = _Save(job, thread, begin)
         if asynchronous:
@@ -115,7 +115,7 @@ class Saver:
         return None
 
     def wait_for_copies(self) -> None:
-        """Return when the tensors that are being saved may change. The optimizer calls it before its update. Not collective."""
+        """Returns when the tensors that are being saved may change. The optimizer calls it before its update. Not collective."""
         seconds = self._staging.wait()
         if self._save is not None:
             self._save.blocked += seconds
@@ -128,7 +128,7 @@ class Saver:
         return self._error() is not None, writing
 
     def poll(self, failed: bool, writing: bool) -> Outcome | None:
-        """The outcome, if the save has ended: if it `failed` on any rank, or no rank is `writing`. Collective only then."""
+        """Returns the outcome, if the save has ended: if it `failed` on any rank, or no rank is `writing`. Collective only then."""
         save = self._save
         if save is None or (writing and not failed):
             return None
@@ -150,7 +150,10 @@ class Saver:
         return self.poll(*any_rank(*self.flags())) if self._save else None
 
     def wait(self) -> Outcome | None:
-        """Wait up to `limit_seconds` for the save under way; returns its outcome. Keeps the hang guard quiet while ranks answer."""
+        """Waits up to `limit_seconds` for the save under way; returns its outcome.
+
+        Keeps the hang guard quiet while ranks answer.
+        """
         while self._save is not None:
             self._save.thread.join(0.02)
             if (outcome := self.poll_all()) is not None:
@@ -159,17 +162,17 @@ class Saver:
         return None
 
     def close(self) -> None:
-        """At the end of a run, however it ends: gives a save that is nearly done a moment. Not collective."""
+        """Gives a save that is nearly done a moment, at the end of a run, however it ends. Not collective."""
         if self._save is not None:
             self._save.thread.join(EXIT_SECONDS)
             self._save.job.stop.set()
 
     def path_of(self, step: int) -> Path:
-        """Where a checkpoint of this step is, or would be. Not collective."""
+        """Returns where a checkpoint of this step is, or would be. Not collective."""
         return self.folder / f"step_{step:08d}"
 
     def space_error(self, shards: dict[str, LocalShard]) -> str | None:
-        """Why there is no space for a save of `shards`, None if there is."""
+        """Returns why there is no space for a save of `shards`, None if there is."""
         size = self._plan_for(shards).bytes
         return from_first(lambda: self._space_error(size))
 
@@ -185,7 +188,7 @@ class Saver:
         return text if free < FREE_SPACE * size else None
 
     def _error(self) -> str | None:
-        """The error of the save under way on this rank."""
+        """Returns the error of the save under way on this rank."""
         save = self._save
         if save is None:
             return None
@@ -194,7 +197,7 @@ class Saver:
         return save.error
 
     def _plan_for(self, shards: dict[str, LocalShard]) -> SavePlan:
-        """This rank's plan, made anew only if some rank holds other shards than in the last save."""
+        """Returns this rank's plan, made anew only if some rank holds other shards than in the last save."""
         named, failure = None, None
         try:
             named = named_shards(shards)
@@ -210,7 +213,7 @@ class Saver:
         return self._plan
 
     def _open(self, final: Path, facts: dict[str, Any], size: int) -> tuple[Path, dict[str, Any], str | None]:
-        """On rank 0: makes the temporary folder. Returns it, the facts as they will be read, and the error if that failed."""
+        """Makes the temporary folder, on rank 0. Returns it, the facts as they will be read, and the error if that failed."""
         facts = json_facts(facts)
         temporary = sibling(final, TEMPORARY)
         try:
@@ -222,9 +225,9 @@ class Saver:
         return temporary, facts, error
 
     def _write(self, job: SaveJob, shards: dict[str, LocalShard], ready: Event, copy: bool) -> None:
-        """In the thread. The tensors have their values once the device's event `ready` is done."""
+        """Runs in the thread. The tensors have their values once the device's event `ready` is done."""
         try:
-            write_checkpoint(job, self._staging.copy(shards, ready) if copy else in_place(shards, ready))
+            write_part(job, self._staging.copy(shards, ready) if copy else in_place(shards, ready))
         except Stopped:
             return
         except BaseException as error:  # nobody joins the thread for its exception: the next `flags` report it

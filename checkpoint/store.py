@@ -29,7 +29,7 @@ def save_checkpoint(
     attach: Callable[[Path], None] | None = None,
     limit_seconds: float = 1800.0,
 ) -> Path:
-    """Write the tensors of all ranks to `folder/step_XXXXXXXX` and return that path once it is durable.
+    """Writes the tensors of all ranks to `folder/step_XXXXXXXX` and returns that path once it is durable.
 
     Collective over the default process group, if there is one. Ranks that hold the same shard of a tensor must hold the same
     values: one of them writes it. `facts` is plain JSON; rank 0's are kept. `attach(folder)` may write files into folders of that
@@ -47,11 +47,11 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, shards: dict[str, LocalShard], *, strict: bool = True, verify: bool = True, optional: str | None = None
 ) -> dict[str, Any]:
-    """Fill the tensors of `shards` from the checkpoint `path`, whatever layout it was written on, and return its facts.
+    """Fills the tensors of `shards` from the checkpoint `path`, whatever layout it was written on, and returns its facts.
 
-    Collective over the default process group, if there is one. Each name must be in the checkpoint with the same global shape
-    and dtype, and (if `strict`) each name of the checkpoint must be wanted by some rank, or begin with `optional`. `verify` hashes
-    the files; the ranks share that work. ValueError for whatever does not match, on every rank and before any tensor is changed.
+    Collective over the default process group, if there is one. Each name must be in the checkpoint with the same global shape and
+    dtype, and (if `strict`) each name of the checkpoint must be wanted by some rank, or begin with `optional`. `verify` hashes the
+    files; the ranks share that work. Raises ValueError for whatever does not match, on every rank and before any tensor is changed.
     """
     path = Path(path)
     failed = f"checkpoint {path} was not loaded"
@@ -65,7 +65,7 @@ def load_checkpoint(
 
 
 def newest_verified(paths: Iterable[Path], refused: Callable[[Path, DamagedCheckpoint], None]) -> Path | None:
-    """The first of `paths` that is undamaged, None if there is none; `refused` is called with each before it. Collective.
+    """Returns the first of `paths` that is undamaged, None if there is none; `refused` is called with each before it. Collective.
 
     All ranks must give the same paths.
     """
@@ -80,9 +80,9 @@ def newest_verified(paths: Iterable[Path], refused: Callable[[Path, DamagedCheck
 
 
 def checkpoint_at(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest undamaged one of the run folder `path`; logs damaged ones. Not collective.
+    """Returns `path` if it is a checkpoint, else the newest undamaged one of that run folder; logs damaged ones. Not collective.
 
-    ValueError if there is none.
+    Raises ValueError if there is none.
     """
     found = checkpoints_of(path)
     if not found:
@@ -102,12 +102,12 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts that were saved with the checkpoint `path`. Not collective."""
+    """Returns the facts that were saved with the checkpoint `path`. Not collective."""
     return read_manifest(Path(path)).facts
 
 
-def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> dict[str, torch.Tensor]:
-    """The whole tensors, on the CPU, of all names that begin with `prefix`, by name without it. Not collective."""
+def read_whole(path: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
+    """Returns the whole tensors, on the CPU, of all names that begin with `prefix`, by name without it. Not collective."""
     path = Path(path)
     manifest = read_manifest(path)
     check_sizes(path, manifest)  # before memory is allocated
@@ -120,16 +120,16 @@ def read_whole(path: Path, prefix: str = "model.", *, verify: bool = True) -> di
         names = list(manifest.tensors)
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no tensors"
         raise ValueError(f"checkpoint {path}: no tensor's name begins with {prefix!r}; it has {some}")
-    fill_shards(path, _checked_reads(path, manifest, shards, verify))
+    fill_shards(path, _checked_reads(path, manifest, shards, verify=True))
     return {name.removeprefix(prefix): shard.tensor for name, shard in shards.items()}
 
 
 def _checked_reads(
     path: Path, manifest: Manifest, shards: dict[str, LocalShard], verify: bool, rank: int = 0, world: int = 1
 ) -> Reads:
-    """What this rank has to read. ValueError if its shards do not match the checkpoint, or a file does not match the manifest.
+    """Returns what this rank has to read. `verify` hashes this rank's part of all files.
 
-    `verify` hashes this rank's part of all files.
+    Raises ValueError if its shards do not match the checkpoint, or a file does not match the manifest.
     """
     missing = [name for name in shards if name not in manifest.tensors]
     if missing:
@@ -155,7 +155,7 @@ def _checked_reads(
 
 
 def _refuse_unwanted(path: Path, manifest: Manifest, names: list[list[str]], optional: str | None) -> list[None]:
-    """ValueError for a tensor of the checkpoint that is in the `names` of no rank. Returns nothing for each rank."""
+    """Raises ValueError for a tensor of the checkpoint that is in the `names` of no rank. Returns nothing for each rank."""
     wanted = {name for own in names for name in own}
     extra = [name for name in manifest.tensors if name not in wanted and not (optional and name.startswith(optional))]
     if extra:

@@ -18,7 +18,7 @@ Reads = dict[str, list[tuple[ChunkRecord, LocalShard]]]
 
 
 def reads_by_file(tensors: Mapping[str, TensorRecord], shards: dict[str, LocalShard]) -> Reads:
-    """What must be read to fill `shards`; each of their names is in `tensors`."""
+    """Returns what must be read to fill `shards`; each of their names is in `tensors`."""
     reads: Reads = defaultdict(list)
     for name, shard in shards.items():
         for chunk in tensors[name].chunks:
@@ -28,7 +28,7 @@ def reads_by_file(tensors: Mapping[str, TensorRecord], shards: dict[str, LocalSh
 
 
 def fill_shards(folder: Path, reads: Reads) -> None:
-    """Copy the chunks into the tensors of the shards, in place, one file after the other."""
+    """Copies the chunks into the tensors of the shards, in place, one file after the other."""
     for name, pairs in reads.items():
         with open_safetensors(folder / name) as file:
             for chunk, shard in pairs:
@@ -51,7 +51,7 @@ class TensorReader:
         self._files.clear()
 
     def read(self, name: str, metadata: ShardMetadata | None = None) -> Tensor:
-        """The rectangle `metadata` of the tensor `name`; by default the whole tensor."""
+        """Returns the rectangle `metadata` of the tensor `name`; by default the whole tensor."""
         record = self.tensors[name]
         metadata = whole(record.shape) if metadata is None else metadata
         shard = LocalShard(metadata, torch.empty(metadata.sizes, dtype=DTYPES[record.dtype]))
@@ -64,7 +64,7 @@ class TensorReader:
 
 
 def overlap(one: ShardMetadata, other: ShardMetadata) -> ShardMetadata | None:
-    """The rectangle that two rectangles of a tensor have in common; None if they share no element."""
+    """Returns the rectangle that two rectangles of a tensor have in common; None if they share no element."""
     offsets = tuple(map(max, one.offsets, other.offsets))
     ends = [min(a + p, b + q) for a, p, b, q in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)]
     sizes = tuple(end - begin for begin, end in zip(offsets, ends, strict=True))
@@ -72,7 +72,7 @@ def overlap(one: ShardMetadata, other: ShardMetadata) -> ShardMetadata | None:
 
 
 def copy_overlap(file: Any, chunk: ChunkRecord, shard: LocalShard) -> None:
-    """Copy from the open `file` what the chunk and the shard have in common into the shard's tensor."""
+    """Copies from the open `file` what the chunk and the shard have in common into the shard's tensor."""
     metadata, tensor = shard
     common = overlap(chunk.metadata, metadata)
     assert common is not None
@@ -80,12 +80,12 @@ def copy_overlap(file: Any, chunk: ChunkRecord, shard: LocalShard) -> None:
 
 
 def _within(outer: ShardMetadata, inner: ShardMetadata) -> ShardMetadata:
-    """`inner` as a rectangle of the tensor that `outer` is stored as."""
+    """Returns `inner` as a rectangle of the tensor that `outer` is stored as."""
     return ShardMetadata(outer.sizes, tuple(a - b for a, b in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes)
 
 
 def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:
-    """The model's tensors by name, in their stored dtypes, on the meta device."""
+    """Returns the model's tensors by name, in their stored dtypes, on the meta device."""
     return {
         name.removeprefix(PREFIX): torch.empty(record.shape, dtype=DTYPES[record.dtype], device="meta")
         for name, record in manifest.tensors.items()
@@ -94,6 +94,6 @@ def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:
 
 
 def read_weight(checkpoint: Path, manifest: Manifest, name: str) -> Tensor:
-    """The whole tensor `name` of the model. Opens the files anew, so that no pages of them stay in memory."""
+    """Returns the whole tensor `name` of the model. Opens the files anew, so that no pages of them stay in memory."""
     with TensorReader(checkpoint, manifest.tensors) as reader:
         return reader.read(PREFIX + name)

@@ -9,15 +9,18 @@ from .safetensors_file import hash_file, open_safetensors
 
 
 def verify_checkpoint(path: Path) -> None:
-    """DamagedCheckpoint, the same on every rank, if a file is not what was written. Collective; the ranks share the reading."""
+    """Raises DamagedCheckpoint, the same on every rank, if a file is not what was written.
+
+    Collective; the ranks share the reading.
+    """
     manifest = from_first(lambda: read_manifest(path))
     on_each_rank(lambda: check_files(path, manifest, *rank_and_world()), f"checkpoint {path} was not verified")
 
 
 def check_all(path: Path) -> Manifest:
-    """Check every byte, header and expert hash of `path`, one slice at a time in memory, and return the manifest. Not collective.
+    """Checks every byte, header and expert hash of `path`, one slice at a time in memory, and returns the manifest. Not collective.
 
-    DamagedCheckpoint for the first that is wrong.
+    Raises DamagedCheckpoint for the first that is wrong.
     """
     manifest = read_manifest(path)
     check_files(path, manifest)
@@ -32,7 +35,7 @@ def check_all(path: Path) -> Manifest:
 
 
 def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -> None:
-    """Check every `world`-th file from the `rank`-th on. DamagedCheckpoint for the first that is missing or was changed."""
+    """Checks every `world`-th file from the `rank`-th on. Raises DamagedCheckpoint for the first that is missing or was changed."""
     share = sorted(manifest.files | manifest.attachments)[rank::world]
     check_sizes(path, manifest, share)
     check_headers(path, manifest, {name for name in share if name in manifest.files})
@@ -43,7 +46,7 @@ def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -
 
 
 def check_headers(path: Path, manifest: Manifest, names: set[str]) -> None:
-    """DamagedCheckpoint if a file's own header differs from the manifest in the dtype or shape of a tensor."""
+    """Raises DamagedCheckpoint if a file's own header differs from the manifest in the dtype or shape of a tensor."""
     wanted: dict[str, list[tuple[str, tuple[str, tuple[int, ...]]]]] = {name: [] for name in names}
     for record in manifest.tensors.values():
         for chunk in record.chunks:

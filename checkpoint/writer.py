@@ -51,8 +51,8 @@ class SaveJob:
     """Set by another thread to end the writing."""
 
 
-def write_checkpoint(job: SaveJob, shards: dict[str, LocalShard]) -> None:
-    """This rank's part of a save; rank 0 returns once the checkpoint has its final name. The tensors must not change meanwhile."""
+def write_part(job: SaveJob, shards: dict[str, LocalShard]) -> None:
+    """Writes this rank's part of a save. Its tensors must not change meanwhile. Rank 0 gives the checkpoint its final name."""
     try:
         _Writer(job).run(shards)
     except BaseException as error:
@@ -63,7 +63,7 @@ def write_checkpoint(job: SaveJob, shards: dict[str, LocalShard]) -> None:
 
 
 def error_text(error: BaseException) -> str:
-    """Type and message."""
+    """Returns the type and message."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -104,7 +104,7 @@ class _Writer:
         return {"file": path.name, "record": record, "slices": slices}
 
     def _commit(self, files: dict[str, FileRecord], hashes: list[SliceHashes]) -> None:
-        """On rank 0: makes the files of all ranks a checkpoint."""
+        """Makes the files of all ranks a checkpoint."""
         job = self.job
         failpoint("checkpoint.before_manifest", job.step)
         for note in job.temporary.glob("*.note"):
@@ -133,7 +133,7 @@ class _Writer:
         return records
 
     def _gather(self, kind: str, ranks: range, mine: Any) -> list[Any]:
-        """The notes of `ranks`, once all are there; `mine` is this rank's."""
+        """Returns the notes of `ranks`, once all are there; `mine` is this rank's."""
         found = {self.job.rank: mine}
         pause = 0.002
         while waiting := [rank for rank in ranks if rank not in found]:
@@ -152,7 +152,7 @@ class _Writer:
         return self.job.temporary / f"{kind}_{rank:05d}.note"
 
     def _check(self) -> None:
-        """Stopped or TimeoutError if this save cannot become a checkpoint any more."""
+        """Raises Stopped or TimeoutError if this save cannot become a checkpoint any more."""
         if self.job.stop.is_set():
             raise Stopped("stopped")
         if monotonic() > self.end:
@@ -160,12 +160,12 @@ class _Writer:
 
 
 def sibling(path: Path, tag: str) -> Path:
-    """An unused name in the folder of `path`: its own name, `tag` and random digits."""
+    """Returns an unused name in the folder of `path`: its own name, `tag` and random digits."""
     return path.with_name(f"{path.name}{tag}{secrets.token_hex(4)}")
 
 
 def give_name(temporary: Path, final: Path) -> None:
-    """Rename the complete folder `temporary` to `final`. An existing `final` is set aside first and removed last."""
+    """Renames the complete folder `temporary` to `final`. An existing `final` is set aside first and removed last."""
     old = sibling(final, REPLACED) if final.exists() else None
     if old:
         final.rename(old)

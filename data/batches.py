@@ -42,11 +42,11 @@ class GlobalBatches:
         self.rows = self._row_table.rows
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
-        """The given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
+        """Returns the given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
         return split_rows(self._tokens(step, rows))
 
     def digest(self, step: int) -> str:
-        """xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
+        """Returns xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
         return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class ValidationBatches:
         self._ends = np.cumsum([size for _, size in sources or []][:-1])
 
     def batches(self, sequences: int, size: int, rows: slice | range | None = None) -> Iterator[Batch]:
-        """The first `sequences` rows, or all if there are fewer, in global batches of `size`; of each the given `rows` (None: all).
+        """Yields the first `sequences` rows, or all if there are fewer, in global batches of `size`; of each, `rows` (None: all).
 
         The last batch is padded with rows whose targets are all IGNORE, so that every rank gets the same shapes.
         """
@@ -111,14 +111,14 @@ class ValidationBatches:
             yield Batch(ids_BS, targets_BS)
 
     def sources(self, sequences: int, rows: range) -> list[int]:
-        """For each of the given rows of the first global batch, the index into `source_names` of the source that it begins in."""
+        """Returns for each of the `rows` of the first global batch the source that it begins in, as an index of `source_names`."""
         order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
         starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
         return np.searchsorted(self._ends, starts, side="right").tolist()
 
 
 def unigram_entropy(tokens: np.ndarray, size: int) -> float:
-    """Entropy of the frequencies of the `size` ids in `tokens`, nats per token: the loss of the best model without context."""
+    """Returns the entropy of the frequencies of the `size` ids, nats per token: the loss of the best model without context."""
     counts = np.zeros(size, dtype=np.int64)
     for start in range(0, len(tokens), 1 << 22):
         counts += np.bincount(tokens[start : start + (1 << 22)], minlength=size)
@@ -153,7 +153,7 @@ def split_rows(tokens: np.ndarray) -> Batch:
 
 
 def chosen_rows(rows: slice | range | None, size: int) -> range:
-    """`rows` of a global batch of `size` (None: all) as a range."""
+    """Returns `rows` of a global batch of `size` (None: all) as a range."""
     if isinstance(rows, slice):
         rows = range(rows.start or 0, size if rows.stop is None else rows.stop, rows.step or 1)
     chosen = range(size) if rows is None else rows

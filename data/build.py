@@ -15,7 +15,7 @@ from .mixture_config import MixtureSource, mixture_sources
 from .pretokenized import open_pretokenized, tokenizer_overrides
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
-from .stream.packing import World
+from .stream.packing import TokenizingRanks
 from .stream.shards import open_shards
 from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
 from .token_array import TokenArray, open_tokens
@@ -41,42 +41,43 @@ class Facts(NamedTuple):
     unigram_entropy: float
     """Nats per token of the validation tokens."""
     train_fingerprint: str
-    validation_fingerprint: str
     tokenizer_hash: str
 
 
 class DataPipeline(NamedTuple):
+    """The data of a run, opened."""
+
     tokenizer: Tokenizer
     train: GlobalBatches | StreamBatches
     validation: ValidationBatches
     facts: Facts
 
 
-def prepare(
+def open_data(
     config: DataConfig,
     tokenizer_config: TokenizerConfig,
     sequence_length: int,
     seed: int,
     batch_sequences: int,
-    world: World | None = None,
+    ranks: TokenizingRanks | None = None,
     validation_sequences: int = 256,
 ) -> DataPipeline:
-    """Open the corpus; trains a tokenizer and tokenizes where the cache lacks the result.
+    """Opens the corpus. Trains a tokenizer and tokenizes where the cache lacks the result.
 
     Any number of processes may call this at once. Call it on rank 0 first to save work: the others find everything in the cache.
-    The ranks of `world` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
+    `ranks` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
     """
     check_corpus(config)
     cache = cache_folder(config)
-    order = BatchSettings(sequence_length, seed, batch_sequences, world or World(), validation_sequences)
+    settings = BatchSettings(sequence_length, seed, batch_sequences, ranks or TokenizingRanks(), validation_sequences)
     if config.corpus in (*STREAMED, Corpus.mix):
-        prepared = _streamed(config, tokenizer_config, cache, order)
+        opened = _open_stream(config, tokenizer_config, cache, settings)
     else:
-        prepared = _whole(config, tokenizer_config, cache, order)
-    facts = prepared.facts
+        opened = _open_corpus(config, tokenizer_config, cache, settings)
+    facts = opened.facts
     text = f"{facts.train_tokens} tokens" if facts.train_tokens is not None else "a stream of tokens"
     log.info("data: %s to train on, %.2f bytes each; %d to validate", text, facts.bytes_per_token, facts.validation_tokens)
-    return prepared
+    return opened
 
 
 class BatchSettings(NamedTuple):
@@ -85,13 +86,13 @@ class BatchSettings(NamedTuple):
     length: int
     seed: int
     sequences: int
-    world: World
+    ranks: TokenizingRanks
     validation: int
     """Validation sequences."""
 
 
 def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """The tokenizer of a run; trained on samples of its sources unless the configuration names one."""
+    """Returns the tokenizer of a run; trained on samples of its sources unless the configuration names one."""
     tokenizer = ready_tokenizer(tokenizer_config)
     if tokenizer is not None:
         return tokenizer
@@ -111,11 +112,11 @@ def _sample(part: MixtureSource, limit: int) -> list[str]:
 
 
 def retry_policy(config: DataConfig) -> RetryPolicy:
-    """The RetryPolicy of the settings, with a `closed` event of its own."""
+    """Returns the RetryPolicy of the settings, with a `closed` event of its own."""
     return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 
-def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchSettings) -> DataPipeline:
+def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
     if config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
         corpus, train, validation = None, *(open_pretokenized(config, tokenizer.hash, split) for split in ("train", "validation"))
@@ -123,12 +124,12 @@ def _whole(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, o
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
-    batches = GlobalBatches(train, seed=order.seed, sequences=order.sequences, sequence_length=order.length)
+    batches = GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length)
     facts = _facts(corpus, train, validation, tokenizer)
-    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length), facts)
+    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts)
 
 
-def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, order: BatchSettings) -> DataPipeline:
+def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     retry = retry_policy(config)
     parts = [
@@ -136,11 +137,11 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
         for part in mixture_sources(config)
     ]
     pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
-    mixture = build_mixture(parts, tokenizer, cache, order.seed, order.length, order.world, pool)
-    batches = StreamBatches(mixture, sequences=order.sequences, retry=retry, pool=pool)
-    wanted = order.validation * order.length + 1
+    mixture = build_mixture(parts, tokenizer, cache, settings.seed, settings.length, settings.ranks, pool)
+    batches = StreamBatches(mixture, sequences=settings.sequences, retry=retry, pool=pool)
+    wanted = settings.validation * settings.length + 1
     held_out = [
-        held_out_tokens(part, tokenizer, cache, wanted, source.note)
+        held_out_tokens(part, tokenizer, cache, wanted, source.add_failures)
         if isinstance(part, OpenedSource)
         else open_array(part.config, "validation", tokenizer, cache)
         for part, source in zip(parts, mixture.sources, strict=True)
@@ -150,7 +151,7 @@ def _streamed(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path
     facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
     shares = zip(mixture.sources, token_shares(held_out, mixture.weights, wanted), strict=True)
     sources = [(source.label, share) for source, share in shares]
-    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=order.length, sources=sources), facts)
+    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length, sources=sources), facts)
 
 
 def _facts(corpus: CorpusSurvey | None, train: TokenArray, validation: TokenArray, tokenizer: Tokenizer) -> Facts:
@@ -165,6 +166,5 @@ def _facts(corpus: CorpusSurvey | None, train: TokenArray, validation: TokenArra
         empty=corpus.empty if corpus else 0,
         unigram_entropy=unigram_entropy(validation.ids, tokenizer.size),
         train_fingerprint=train.manifest.fingerprint,
-        validation_fingerprint=validation.manifest.fingerprint,
         tokenizer_hash=tokenizer.hash,
     )

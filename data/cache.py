@@ -11,7 +11,7 @@ from .config import DataConfig
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """The cache folder, made if missing. ValueError if it cannot be written."""
+    """Returns the cache folder, made if missing. Raises ValueError if it cannot be written."""
     folder = Path(config.cache or os.environ.get("TOKENYARD_CACHE") or "~/.cache/tokenyard").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

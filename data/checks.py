@@ -16,7 +16,7 @@ WITH_PATH = (Corpus.text, Corpus.parquet, Corpus.jsonl, Corpus.lines, Corpus.pre
 
 
 def check_sources(config: DataConfig) -> None:
-    """ValueError, one line, for the first source that is not named or does not exist. URLs and the hub are not opened."""
+    """Raises ValueError, one line, for the first source that is not named or does not exist. URLs and the hub are not opened."""
     if config.corpus is Corpus.mix and not config.mix:
         raise ValueError("data.mix=[] must name a source for data.corpus=mix, as data.mix=['weight=0.7 corpus=stdlib']")
     if config.corpus is not Corpus.mix and config.mix:
@@ -44,7 +44,7 @@ def _check(config: DataConfig) -> None:
 
 
 def check_corpus(config: DataConfig) -> None:
-    """ValueError, one line, if `config` names no text."""
+    """Raises ValueError, one line, if `config` names no text."""
     if not 0 < config.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
     check_sources(config)
@@ -66,7 +66,7 @@ def _check_part(config: DataConfig) -> None:
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:
-    """ValueError, one line, if `config` describes no tokenizer."""
+    """Raises ValueError, one line, if `config` describes no tokenizer."""
     if config.path is not None:
         _check_exists("tokenizer.path", config.path)
         if not Path(config.path).expanduser().is_file():
@@ -89,12 +89,12 @@ SMALLEST_PIECES = 260
 
 
 def stdlib_root() -> Path:
-    """The folder of the running interpreter's standard library."""
+    """Returns the folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def stdlib_files(root: Path) -> Iterator[str]:
-    """Relative paths, with /, of all .py files below `root` except those that pip installed."""
+    """Yields the relative paths, with /, of all .py files below `root` except those that pip installed."""
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
         for name in files:
@@ -103,7 +103,7 @@ def stdlib_files(root: Path) -> Iterator[str]:
 
 
 def pattern_files(root: Path, pattern: str) -> Iterator[str]:
-    """Relative paths, with /, of all files below `root` that match `pattern`."""
+    """Yields the relative paths, with /, of all files below `root` that match `pattern`."""
     for path in root.glob(pattern):
         if path.is_file():
             yield path.relative_to(root).as_posix()
@@ -143,7 +143,7 @@ def _check_exists(key: str, value: str) -> None:
 
 
 def nearest_path(path: Path) -> Path:
-    """The existing path nearest to `path`: a similarly named entry of its deepest existing parent, else that parent."""
+    """Returns the existing path nearest to `path`: a similarly named entry of its deepest existing parent, else that parent."""
     path = path.absolute()
     while not path.parent.is_dir():
         path = path.parent
@@ -153,7 +153,7 @@ def nearest_path(path: Path) -> Path:
 
 
 def refuse_outside(root: Path, files: Iterable[str], key: str) -> None:
-    """ValueError, one line, naming the setting `key`, for the first of `files` that is not below the folder `root`.
+    """Raises ValueError, one line, naming the setting `key`, for the first of `files` that is not below the folder `root`.
 
     In the cache of the Hugging Face hub, links from a snapshot to the blobs of the same repository are allowed.
     """

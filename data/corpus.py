@@ -16,7 +16,7 @@ from .config import Corpus, DataConfig
 
 
 def open_source(config: DataConfig) -> "DocumentSource":
-    """The source that `config` describes. Call `check_corpus` before."""
+    """Returns the source that `config` describes. Call `check_corpus` before."""
     match config.corpus:
         case Corpus.stdlib:
             return TextFolder(stdlib_root(), sorted(stdlib_files(stdlib_root())))
@@ -33,11 +33,11 @@ def open_source(config: DataConfig) -> "DocumentSource":
 class DocumentSource(ABC):
     @abstractmethod
     def names(self) -> list[str]:
-        """The names of all documents, sorted; independent of where the corpus lies."""
+        """Returns the names of all documents, sorted; independent of where the corpus lies."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The bytes of the document `name`."""
+        """Returns the bytes of the document `name`."""
 
 
 @final
@@ -74,7 +74,7 @@ class Chunks(DocumentSource):
 
 
 def _cut(path: Path) -> list[tuple[int, int]]:
-    """Offset and size in bytes of each chunk; together they are the whole file."""
+    """Returns offset and size in bytes of each chunk; together they are the whole file."""
     least = min(max(path.stat().st_size // 256, 256), 4096)
     places, start, at, blank = [], 0, 0, False
     with path.open("rb") as file:
@@ -139,7 +139,7 @@ class Document(NamedTuple):
 
 
 def documents(config: DataConfig, split: Split) -> Iterator[Document]:
-    """The documents of one split, in the order of their names."""
+    """Yields the documents of one split, in the order of their names."""
     corpus = survey(config)
     return map(corpus.read, corpus.names(split))
 
@@ -167,7 +167,7 @@ class CorpusSurvey(NamedTuple):
 
 
 def survey(config: DataConfig) -> CorpusSurvey:
-    """Read all documents once, leave out those that are not UTF-8, empty or duplicates, and split the rest by a hash of the name.
+    """Reads all documents once, leaves out what is not UTF-8, empty or a duplicate, and splits the rest by a hash of the name.
 
     Duplicates are removed before the split, so that no validation text is in the training documents.
     Raises ValueError, one line, if the settings name no text or leave a split empty.
@@ -198,7 +198,7 @@ def survey(config: DataConfig) -> CorpusSurvey:
 
 
 def unit_hash(name: str, seed: int = 0) -> float:
-    """A hash in [0, 1) of the name and the seed."""
+    """Returns a hash in [0, 1) of the name and the seed."""
     return xxhash.xxh3_64_intdigest(_raw(name), seed) / 2**64
 
 

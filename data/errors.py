@@ -31,6 +31,6 @@ def encode_stop(stop: BaseException, rank: int) -> bytes:
 
 
 def decode_stop(data: bytes) -> DataStop:
-    """The exception that `encode_stop` serialized, to be raised on all ranks."""
+    """Returns the exception that `encode_stop` serialized, to be raised on all ranks."""
     code, _, text = data.partition(b" ")
     return (DataUnavailable if code == b"75" else BadData)(text.decode())

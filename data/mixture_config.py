@@ -18,7 +18,7 @@ class MixtureSource(NamedTuple):
 
 
 def mixture_sources(config: DataConfig) -> list[MixtureSource]:
-    """The sources of `config`. ValueError, one line, for an entry of data.mix that cannot be parsed."""
+    """Returns the sources of `config`. Raises ValueError, one line, for an entry of data.mix that cannot be parsed."""
     if config.corpus is not Corpus.mix:
         return [MixtureSource(config.corpus.value, 1.0, config)]
     parts = [_parse(entry, config) for entry in config.mix]
@@ -58,7 +58,7 @@ def _weight(text: str, entry: str) -> float:
 
 
 def _label(config: DataConfig) -> str:
-    """The source's name in metrics: the last part of its name or path that is not a pattern."""
+    """Returns the source's name in metrics: the last part of its name or path that is not a pattern."""
     place = config.name or config.path or config.corpus.value
     words = [word for word in place.replace("\\", "/").split("/") if word and "*" not in word and "{" not in word]
     return (words or [config.corpus.value])[-1].split(".")[0]

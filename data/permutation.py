@@ -7,7 +7,7 @@ import xxhash
 
 
 def permutation(size: int, *key: object) -> np.ndarray:
-    """The int64 numbers below `size` in an order that depends on `size` and `key` alone."""
+    """Returns the int64 numbers below `size` in an order that depends on `size` and `key` alone."""
     # Sorts raw random bits: numpy promises to keep those between its versions, but not Generator.permutation.
     bits = np.random.Philox(key=xxhash.xxh3_128_intdigest(repr(key).encode()))
     return np.argsort(bits.random_raw(size), kind="stable")

@@ -48,9 +48,9 @@ class PretokenizeJob(NamedTuple):
 def pretokenize_stream(
     config: DataConfig, tokenizer: Tokenizer, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
-    """Fill `folder` from a streamed source and return its manifest. `progress(done, total, tokens)` is called after each shard.
+    """Fills `folder` from a streamed source and returns its manifest. `progress(done, total, tokens)` is called after each shard.
 
-    Neither the number of processes nor interruptions change a byte. ValueError, one line, if the folder has other data.
+    Neither the number of processes nor interruptions change a byte. Raises ValueError, one line, if the folder has other data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     retry = RetryPolicy(config.patience_seconds, config.stall_seconds)
@@ -92,7 +92,7 @@ def write_arrays(tokenizer: Tokenizer, folder: Path, splits: dict[str, TokenArra
 
 
 def finish(folder: Path, tokenizer: Tokenizer, splits: dict[str, list[dict[str, Any]]], key: str) -> dict[str, Any]:
-    """Write the manifest, which makes the folder complete."""
+    """Writes the manifest, which makes the folder complete."""
     for split, records in splits.items():
         if not records:
             raise ValueError(f"the data has no {split} document; change data.validation_fraction")
@@ -139,7 +139,7 @@ class ShardWriter:
         write_header(self._file, self._kind, 0)
 
     def write(self, piece: Any) -> None:
-        """Append the documents of a TokenizedShare."""
+        """Appends the documents of a TokenizedShare."""
         ids = piece.tokens.astype(self._kind).tobytes()
         self._file.write(ids)
         self._hash.update(ids)
@@ -149,7 +149,7 @@ class ShardWriter:
         self._bad += [f"{name} row {row}: {reason}" for name, row, reason in piece.bad]
 
     def finish(self) -> ShardRecord:
-        """Complete the header and give the file its final name."""
+        """Completes the header and gives the file its final name."""
         self._file.seek(0)
         write_header(self._file, self._kind, self._tokens)
         self._file.flush()
@@ -159,7 +159,7 @@ class ShardWriter:
         return ShardRecord(self._path.name, self._tokens, self._documents, self._bytes, self._hash.hexdigest(), self._bad)
 
     def close(self) -> None:
-        """Close the file; without `finish` it keeps its temporary name."""
+        """Closes the file; without `finish` it keeps its temporary name."""
         self._file.close()
 
 
@@ -179,7 +179,7 @@ def _blocks(shards: Shards, job: PretokenizeJob) -> Any:
 
 
 def _split(window: Window, fraction: float) -> dict[str, Window]:
-    """The rows of each split, by the same hash as in streams."""
+    """Returns the rows of each split, by the same hash as in streams."""
     held = [isinstance(row, bytes) and is_held_out(row, fraction) for row in window.rows]
     return {
         split: window._replace(
@@ -211,21 +211,16 @@ def _write_whole(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
-def check_preparable(config: DataConfig) -> None:
-    """ValueError, one line, unless `config` is a single source of text."""
-    check_corpus(config)
-    if config.corpus in (Corpus.mix, Corpus.prepared):
-        raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
-
-
-def prepare_command(
+def prepare_shards(
     config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path, processes: int, progress: Callable[[int, int, int], None]
 ) -> dict[str, Any]:
-    """Run `tokenyard prepare`; returns the manifest. ValueError, one line, for what cannot be prepared."""
+    """Writes the shards of `tokenyard prepare`. Returns the manifest. Raises ValueError, one line, for what cannot be prepared."""
     from .build import open_tokenizer
     from .stream.source import open_array
 
-    check_preparable(config)
+    check_corpus(config)
+    if config.corpus in (Corpus.mix, Corpus.prepared):
+        raise ValueError(f"data.corpus={config.corpus.value} cannot be prepared; prepare each source, and mix the results")
     cache = cache_folder(config)
     tokenizer = open_tokenizer(config, tokenizer_config, cache)
     if config.corpus in STREAMED:

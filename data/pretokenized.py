@@ -34,7 +34,7 @@ class ShardRecord(NamedTuple):
 
 
 def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
-    """The shards of a split in the folder `data.path`, as one array. ValueError, one line, if they are damaged or do not match.
+    """Returns the shards of a split in the folder `data.path`, as one array. Raises ValueError, one line, if they are damaged.
 
     Checks sizes and the manifest's own hash; with `data.verify` also the hash of each shard, when it is first read.
     """
@@ -55,7 +55,7 @@ def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> To
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of pretokenized shards. ValueError, one line, if it is missing or damaged."""
+    """Returns the manifest of a folder of pretokenized shards. Raises ValueError, one line, if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     try:
         about = json.loads(path.read_text())
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_hash(about: dict[str, Any]) -> str:
-    """xxh3-128 of a manifest without its hash."""
+    """Returns xxh3-128 of a manifest without its hash."""
     rest = {name: value for name, value in about.items() if name != "hash"}
     return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
@@ -80,7 +80,7 @@ def manifest_hash(about: dict[str, Any]) -> str:
 def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
     """Yields each shard of the manifest with what is wrong with it ("" for nothing), after reading all of its bytes.
 
-    ValueError, one line, if the manifest is missing or damaged.
+    Raises ValueError, one line, if the manifest is missing or damaged.
     """
     about = read_manifest(folder)
     for record in (ShardRecord(**record) for split in about["splits"].values() for record in split):
@@ -92,7 +92,7 @@ def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
 
 
 def tokenizer_overrides(folder: Path) -> str:
-    """The overrides for the tokenizer in the folder of the shards."""
+    """Returns the overrides for the tokenizer in the folder of the shards."""
     for name, kind in (("tokenizer.model", "sentencepiece"), ("tokenizer.json", "huggingface")):
         if (folder / "tokenizer" / name).is_file():
             return f"tokenizer.kind={kind} tokenizer.path={folder / 'tokenizer' / name}"

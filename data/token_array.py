@@ -23,6 +23,8 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 """Number and bytes of the samples of a file that its stamp hashes; up to 1 MiB they cover all of it."""
 HASHED = 1 << 24
 """Ids hashed at a time."""
+BATCH_CHARACTERS = 4_000_000
+"""Characters tokenized at a time."""
 log = logging.getLogger("tokenyard")
 
 
@@ -46,7 +48,7 @@ class TokenArray(NamedTuple):
 
 
 def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> TokenArray:
-    """The tokens of one split, made now if `cache` does not have them. `verify` hashes all of them."""
+    """Returns the tokens of one split, made now if `cache` does not have them. `verify` hashes all of them."""
     key = xxhash.xxh3_128_hexdigest(f"tokens 1 {split} {corpus.fingerprints[split]} {tokenizer.hash}".encode())
     folder = cache / "tokens" / key
     if not folder.is_dir():
@@ -59,7 +61,7 @@ def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache:
 
 
 def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
-    """The tokens in a folder of the cache. ValueError, one line, if they are damaged or were changed.
+    """Returns the tokens in a folder of the cache. Raises ValueError, one line, if they are damaged or were changed.
 
     Hashes all of them with `verify`, or if the stamp (size, time and a hash of 16 samples) differs.
     """
@@ -80,7 +82,7 @@ def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
 
 
 def hash_ids(ids: np.ndarray) -> str:
-    """xxh3-128 of an array on disk."""
+    """Returns xxh3-128 of an array on disk."""
     running = xxhash.xxh3_128()
     for start in range(0, len(ids), HASHED):
         running.update(np.ascontiguousarray(ids[start : start + HASHED]).data)
@@ -88,7 +90,7 @@ def hash_ids(ids: np.ndarray) -> str:
 
 
 def write_stamp(folder: Path) -> None:
-    """Stamp the tokens that were just written into `folder`."""
+    """Stamps the tokens that were just written into `folder`."""
     (folder / STAMP_FILE).write_text(json.dumps(_stamp(folder / TOKENS_FILE)) + "\n")
 
 
@@ -101,7 +103,7 @@ def _stamp_matches(folder: Path) -> bool:
 
 
 def _stamp(path: Path) -> dict[str, Any]:
-    """Size, time and a hash of samples that are spread over the file."""
+    """Returns size, time and a hash of samples that are spread over the file."""
     about, running = path.stat(), xxhash.xxh3_128()
     with path.open("rb") as file:
         for number in range(SAMPLES):
@@ -133,25 +135,25 @@ def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Pat
 
 
 def id_type(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type that holds every id."""
+    """Returns the smallest type that holds every id."""
     return np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
 
 
 def write_header(file: BinaryIO, kind: np.dtype, tokens: int) -> None:
-    """Write the header of an .npy file of `tokens` ids."""
+    """Writes the header of an .npy file of `tokens` ids."""
     # numpy pads the header, so that the number of tokens can be filled in at the end.
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _batches(documents: Iterator[Document], limit: int = 4_000_000) -> Iterator[list[str]]:
-    """Texts in batches of at least `limit` characters: enough for all threads, and little in memory."""
+def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
+    """Texts in batches of at least BATCH_CHARACTERS: enough for all threads, and little in memory."""
     texts: list[str] = []
     size = 0
     for document in documents:
         texts.append(document.text)
         size += len(document.text)
-        if size >= limit:
+        if size >= BATCH_CHARACTERS:
             yield texts
             texts, size = [], 0
     if texts:

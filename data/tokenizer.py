@@ -25,7 +25,7 @@ log = logging.getLogger("tokenyard")
 
 
 def build_tokenizer(config: TokenizerConfig, corpus: CorpusSurvey, cache: Path) -> "Tokenizer":
-    """The tokenizer that `config` describes: bytes, an existing model, or one trained on the training documents, from `cache`.
+    """Returns the tokenizer of `config`: bytes, an existing model, or one trained on the training documents, from `cache`.
 
     Raises ValueError, one line, for settings that cannot work, in general or with this corpus.
     """
@@ -33,7 +33,7 @@ def build_tokenizer(config: TokenizerConfig, corpus: CorpusSurvey, cache: Path) 
 
 
 def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
-    """The tokenizer that `config` describes; None if it must be trained."""
+    """Returns the tokenizer that `config` describes; None if it must be trained."""
     check_tokenizer(config)
     if config.kind is TokenizerKind.bytes:
         return BytesTokenizer()
@@ -51,7 +51,7 @@ def ready_tokenizer(config: TokenizerConfig) -> "Tokenizer | None":
 
 
 def trained_tokenizer(config: TokenizerConfig, texts: list[str], cache: Path) -> "Tokenizer":
-    """A sentencepiece model trained on `texts`, from `cache` if it is there."""
+    """Returns a sentencepiece model trained on `texts`, from `cache` if it is there."""
     folder = cache / "tokenizers" / _key(config, texts)
     if not folder.is_dir():
         _train(texts, config.pieces, folder)
@@ -59,7 +59,10 @@ def trained_tokenizer(config: TokenizerConfig, texts: list[str], cache: Path) ->
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
-    """The tokenizer that `save` wrote into `folder`. Raises ValueError, one line, if its files are missing or were changed."""
+    """Returns the tokenizer that `save` wrote into `folder`.
+
+    Raises ValueError, one line, if its files are missing or were changed.
+    """
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT_FILE).read_text())
         tokenizer = _saved(folder, about)
@@ -74,7 +77,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
 
 
 def settings_of_saved(folder: Path) -> dict[str, str | None]:
-    """The settings of a TokenizerConfig that opens what `save` wrote into `folder`. Raises like `load_tokenizer`."""
+    """Returns the settings of a TokenizerConfig that opens what `save` wrote into `folder`. Raises like `load_tokenizer`."""
     load_tokenizer(folder)
     about = json.loads((folder / ABOUT_FILE).read_text())
     file = {TokenizerKind.bytes.value: None, TokenizerKind.huggingface.value: TOKENIZER_JSON}.get(about["kind"], MODEL_FILE)
@@ -103,19 +106,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without special tokens before or after it."""
+        """Returns the ids of `text`, without special tokens before or after it."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
-        """`encode` of each text; the number of threads does not change the ids."""
+        """Returns `encode` of each text; the number of threads does not change the ids."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` in [0, size), without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids` in [0, size), without special tokens; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write into `folder`, made if missing, what `load_tokenizer` reads."""
+        """Writes into `folder`, made if missing, what `load_tokenizer` reads."""
 
 
 @final
@@ -179,7 +182,7 @@ class BytesTokenizer(Tokenizer):
 
 
 def save_about(tokenizer: Tokenizer, kind: str, folder: Path, **more: str) -> None:
-    """Write what `load_tokenizer` checks."""
+    """Writes what `load_tokenizer` checks."""
     about = {"kind": kind, "size": tokenizer.size, "end_of_document": tokenizer.end_of_document, "hash": tokenizer.hash, **more}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n")
 
@@ -266,12 +269,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def dropout_of(content: bytes) -> float:
-    """The probability with which a tokenizer.json drops merges, so that equal texts get different ids; 0 without."""
+    """Returns the probability with which a tokenizer.json drops merges, so that equal texts get different ids; 0 without."""
     return json.loads(content)["model"].get("dropout") or 0.0
 
 
 def end_beside(path: Path) -> str | None:
-    """The eos_token in the tokenizer_config.json next to a tokenizer.json."""
+    """Returns the eos_token in the tokenizer_config.json next to a tokenizer.json."""
     try:
         token = json.loads((path.parent / "tokenizer_config.json").read_text()).get("eos_token")
     except (OSError, ValueError, AttributeError):

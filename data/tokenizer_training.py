@@ -46,7 +46,10 @@ def sample(corpus: CorpusSurvey, limit: int) -> list[str]:
 
 
 def train_pieces(texts: list[str], pieces: int) -> bytes:
-    """The bytes of a model file with `pieces` pieces. Raises ValueError, one line, if the text has too little in it for that."""
+    """Returns the bytes of a model file with `pieces` pieces.
+
+    Raises ValueError, one line, if the text has too little in it for that.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def workspace(entity: str, project: str) -> Any:
-    """A wandb_workspaces Workspace."""
+    """Returns a wandb_workspaces Workspace."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -71,7 +71,7 @@ def workspace(entity: str, project: str) -> Any:
 
 
 def report(entity: str, project: str) -> Any:
-    """A wandb_workspaces Report."""
+    """Returns a wandb_workspaces Report."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list = []

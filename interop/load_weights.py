@@ -97,7 +97,7 @@ class Place(NamedTuple):
     """What a Hugging Face tensor and a shard have in common."""
 
     shape: tuple[int, ...]
-    """Of the whole part of our tensor that it holds."""
+    """The sizes of the whole part of our tensor that it holds."""
     ranges: list[tuple[int, int]]
     """Begin and end in each dimension of that part."""
     target: Tensor

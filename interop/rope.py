@@ -17,7 +17,7 @@ TYPES = {
 
 
 class Partial(NamedTuple):
-    """Of a family that may rotate only a part of each head."""
+    """The rotated part of each head, for a family that may rotate only a part."""
 
     width: int
     """Width of a head."""

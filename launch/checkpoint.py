@@ -17,7 +17,7 @@ MOST_LINES = 40
 """Tensors that `diff` prints; --json has all."""
 
 
-def checkpoint(argv: list[str]) -> int:
+def checkpoint_command(argv: list[str]) -> int:
     """Returns the exit code: 0; 1 if a checkpoint is damaged or two differ; 2 if there is no checkpoint."""
     parser = OneLineParser("tokenyard checkpoint", description="Looks into checkpoints; none is changed.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="inspect|verify|diff")
@@ -98,7 +98,7 @@ def _differences(found: list["TensorDifference"]) -> list[str]:
 
 
 def _all_in(path: str) -> list[Path]:
-    """The checkpoint at `path`, or those of the run folder `path`, newest first. Raises ValueError if there is none."""
+    """Returns the checkpoint at `path`, or those of the run folder `path`, newest first. Raises ValueError if there is none."""
     from ..checkpoint.folder import checkpoints_of
 
     found = checkpoints_of(Path(path))
@@ -127,7 +127,7 @@ def _table(found: dict[str, Any]) -> list[str]:
 
 
 def _config(config: dict[str, Any]) -> list[str]:
-    """The most telling settings; --json has all."""
+    """Returns the most telling settings; --json has all."""
     model, batch = config.get("model", {}), config.get("batch", {})
     moe = model.get("moe", {})
     if "width" not in model:
@@ -141,7 +141,7 @@ def _config(config: dict[str, Any]) -> list[str]:
 
 
 def _ranges(ids: tuple[int, ...]) -> str:
-    """Sorted ids as text: 0-3, 7."""
+    """Returns sorted ids as text: 0-3, 7."""
     runs: list[list[int]] = []
     for number in ids:
         if runs and runs[-1][-1] == number - 1:

@@ -49,7 +49,7 @@ def split_upcycle(argv: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def upcycle_settings(words: list[str]) -> dict[str, int]:
-    """The settings of --upcycle. Raises ValueError for a word that is none, or if `experts` is missing."""
+    """Returns the settings of --upcycle. Raises ValueError for a word that is none, or if `experts` is missing."""
     found: dict[str, int] = {}
     for word in words:
         match = ASSIGNMENT.fullmatch(word)

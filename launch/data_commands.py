@@ -13,11 +13,11 @@ from ..data.build import DataPipeline
 from ..train.config.complain import complain
 from ..train.config.compose import compose
 from ..train.config.config import Config, ConfigError
-from ..train.preflight import validate
+from ..train.preflight import check_config
 from .parser import OneLineParser, positive
 
 
-def prepare(argv: list[str]) -> int:
+def prepare_command(argv: list[str]) -> int:
     parser = OneLineParser("tokenyard prepare", description="Tokenizes data once into shards that training maps into memory.")
     parser.add_argument("folder", help="where the shards go; started again it goes on where it was")
     parser.add_argument("overrides", nargs="*", help="data and tokenizer, as for tokenyard train")
@@ -27,7 +27,7 @@ def prepare(argv: list[str]) -> int:
     return _exit_code(lambda: _prepare(arguments.folder, arguments.processes, compose(arguments.overrides)))
 
 
-def data(argv: list[str]) -> int:
+def data_command(argv: list[str]) -> int:
     if argv[:1] == ["verify"]:
         return _verify(argv[1:])
     parser = OneLineParser("tokenyard data", description="Shows what training sees: decoded rows, digests of batches, sources.")
@@ -48,7 +48,7 @@ def _verify(argv: list[str]) -> int:
     return verify(parser.parse_args(argv).folder)
 
 
-def tokenizer(argv: list[str]) -> int:
+def tokenizer_command(argv: list[str]) -> int:
     parser = OneLineParser("tokenyard tokenizer", description="Trains a sentencepiece tokenizer on the training documents.")
     parser.add_argument("verb", choices=["train"])
     parser.add_argument("folder", help="where tokenizer.model goes")
@@ -74,7 +74,7 @@ def _exit_code(command: Callable[[], None]) -> int:
 def _prepare(folder: str, processes: int, config: Config) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..data.pretokenize import prepare_command
+    from ..data.pretokenize import prepare_shards
 
     started, tokens = perf_counter(), 0
     columns = (
@@ -89,7 +89,7 @@ def _prepare(folder: str, processes: int, config: Config) -> None:
         def progress(done: int, total: int, count: int) -> None:
             bar.update(task, completed=done, total=total, description=f"{count:,} tokens")
 
-        about = prepare_command(config.data, config.tokenizer, Path(folder), processes, progress)
+        about = prepare_shards(config.data, config.tokenizer, Path(folder), processes, progress)
     for split, records in about["splits"].items():
         tokens = sum(record["tokens"] for record in records)
         bad = [row for record in records for row in record["bad"]]
@@ -122,9 +122,9 @@ def _train_tokenizer(folder: Path, config: Config) -> None:
 def _inspect(steps: int, rows: int, config: Config) -> None:
     import xxhash
 
-    from ..data.build import prepare as open_data
+    from ..data.build import open_data
 
-    validate(config, config.launch.nodes * config.launch.ranks)
+    check_config(config, config.launch.nodes * config.launch.ranks)
     sizes = config.sequence_length, config.seed, config.batch.sequences
     data = open_data(config.data, config.tokenizer, *sizes, None, config.evaluate.sequences)
     tokens = steps * config.batch.sequences * config.sequence_length
@@ -153,7 +153,10 @@ COLUMNS = ("source", "share", "tokens", "epoch", "documents", "their tokens", "h
 
 
 def source_table(data: DataPipeline, name: str, steps: int, length: int) -> list[str]:
-    """The table's lines, after `steps` global batches of rows of `length` tokens. `name` names a corpus that is one array."""
+    """Returns the table's lines, after `steps` global batches of rows of `length` tokens.
+
+    `name` names a corpus that is one array.
+    """
     train = data.train
     if isinstance(train, GlobalBatches):
         return _table([_whole(data, train, name, steps, length)], "documents: of the corpus; held out: for validation")
@@ -185,7 +188,7 @@ def _streamed(label: str, tokens: int, counts: dict[str, Any]) -> list[str]:
 
 
 def _table(rows: list[list[str]], note: str) -> list[str]:
-    """Aligned lines: the first column to the left, numbers to the right. Columns without any value are left out."""
+    """Returns aligned lines: the first column to the left, numbers to the right. Columns without any value are left out."""
     shown = [index for index in range(len(COLUMNS)) if any(row[index] != "-" for row in rows)]
     lines = [[row[index] for index in shown] for row in [list(COLUMNS), *rows]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

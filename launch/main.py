@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(argv: list[str]) -> int:
-    from .train import train as train_verb
+    from .train import train_command
 
-    return train_verb(argv)
+    return train_command(argv)
 
 
 def parity(argv: list[str]) -> int:
@@ -147,9 +147,9 @@ def export(argv: list[str]) -> int:
 
 
 def checkpoint(argv: list[str]) -> int:
-    from .checkpoint import checkpoint as checkpoint_verb
+    from .checkpoint import checkpoint_command
 
-    return checkpoint_verb(argv)
+    return checkpoint_command(argv)
 
 
 def report(argv: list[str]) -> int:
@@ -173,21 +173,21 @@ def watch(argv: list[str]) -> int:
 
 
 def prepare(argv: list[str]) -> int:
-    from .data_commands import prepare
+    from .data_commands import prepare_command
 
-    return prepare(argv)
+    return prepare_command(argv)
 
 
 def data(argv: list[str]) -> int:
-    from .data_commands import data
+    from .data_commands import data_command
 
-    return data(argv)
+    return data_command(argv)
 
 
 def tokenizer(argv: list[str]) -> int:
-    from .data_commands import tokenizer
+    from .data_commands import tokenizer_command
 
-    return tokenizer(argv)
+    return tokenizer_command(argv)
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

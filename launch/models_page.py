@@ -23,16 +23,16 @@ class Card(NamedTuple):
     """Whether the active parameters count the input embedding, which is looked up and not multiplied. The head always counts."""
 
     def counted_total(self, count: Count) -> int:
-        """Our total, counted as the card counts."""
+        """Returns our total, counted as the card counts."""
         return count.total if self.embedding_in_total else count.total - count.embedding
 
     def counted_active(self, count: Count) -> int:
-        """Our active parameters, counted as the card counts."""
+        """Returns our active parameters, counted as the card counts."""
         return count.active if self.embedding_in_active else count.active - count.embedding
 
 
 def unit(figure: str) -> float:
-    """The value of the last written digit of a figure, in B: 0.1 in 46.7, 1 in 141, 100 in 600."""
+    """Returns the value of the last written digit of a figure, in B: 0.1 in 46.7, 1 in 141, 100 in 600."""
     if "." in figure:
         return 10.0 ** -len(figure.partition(".")[2])
     return 10.0 ** (len(figure) - len(figure.rstrip("0")))
@@ -92,7 +92,7 @@ all tokens with expert choice.
 
 
 def models_page() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     names = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     configs = {name: compose([f"model={name}", f"sequence_length={LENGTH}"]) for name in names}
     lines = [
@@ -139,6 +139,6 @@ def _compared(card: Card, counted: Count) -> Iterator[str]:
 
 
 def _like(figure: str, counted: int, embedding: bool) -> str:
-    """Our count with one digit more than the published figure."""
+    """Returns our count with one digit more than the published figure."""
     digits = max(0, len(figure.partition(".")[2])) + (unit(figure) <= 1)
     return f"{counted / 1e9:.{digits}f}{'' if embedding else ' without embedding'}"

@@ -41,7 +41,7 @@ def params_command(arguments: Namespace) -> int:
 
 
 def configured(words: list[str]) -> tuple[str, Config]:
-    """The model's name and the configuration, from overrides and at most one Hugging Face folder."""
+    """Returns the model's name and the configuration, from overrides and at most one Hugging Face folder."""
     folders = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     chosen = [word for word in overrides if word.lstrip("+~").startswith(("model=", "model."))]
@@ -58,7 +58,7 @@ def configured(words: list[str]) -> tuple[str, Config]:
 
 
 def read_model(folder: Path) -> Any:
-    """The model that the config.json in `folder` describes. Raises ConfigError if there is none or it is not supported."""
+    """Returns the model that the config.json in `folder` describes. Raises ConfigError if there is none or it is not supported."""
     path = folder / "config.json"
     if not path.exists():
         raise ConfigError(f"{folder}: has no config.json; nearest valid: tokenyard params model=default")
@@ -78,7 +78,7 @@ def read_model(folder: Path) -> Any:
 
 
 def table(found: dict[str, Any], config: Config) -> list[str]:
-    """The lines of the whole output for people."""
+    """Returns the lines of the whole output for people."""
     return [*_model(found, config), "", *_parts(found), "", *_memory(found, config), "", *_cost(found)]
 
 
@@ -133,7 +133,7 @@ def _cost(found: dict[str, Any]) -> list[str]:
 
 
 def gigabytes(number: float) -> str:
-    """Bytes in decimal units, as device memory is sold."""
+    """Returns the bytes in decimal units, as device memory is sold."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if number >= size:
             return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:,.0f} {unit}"

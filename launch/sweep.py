@@ -44,7 +44,7 @@ def _run_point(overrides: list[str], folder: Path, arguments: Arguments, groups:
 
 
 def _sweep_folder(arguments: Arguments, groups: Groups) -> Path:
-    """run.dir if it was given, else a new folder; it holds a folder for each point."""
+    """Returns run.dir if it was given, else a new folder; it holds a folder for each point."""
     chosen = [override for text in arguments.overrides if (override := parse_override(text, groups)).key_or_group == "run.dir"]
     if not chosen or chosen[-1].value() is None:
         return Path(new_run_folder())
@@ -56,7 +56,7 @@ def _sweep_folder(arguments: Arguments, groups: Groups) -> Path:
 
 
 def _last_loss(folder: Path) -> float | None:
-    """The loss of the last logged step, which sweepers may minimise; None if nothing was logged."""
+    """Returns the loss of the last logged step, which sweepers may minimise; None if nothing was logged."""
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []
     return json.loads(lines[-1]).get("loss") if lines else None

@@ -4,12 +4,12 @@ from ..train.config.compose import Arguments, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
-from ..train.preflight import validate
+from ..train.preflight import check_config
 from ..train.rank_command import refuse, run_here
 from ..train.weight_source import compose_run
 
 
-def train(argv: list[str]) -> int:
+def train_command(argv: list[str]) -> int:
     """Returns the exit code of the run, of the first rank that failed, or 1 if a point of a sweep failed."""
     try:
         arguments = parse_arguments(argv)
@@ -23,7 +23,7 @@ def train(argv: list[str]) -> int:
             return multirun(arguments)
         config, _ = compose_run(arguments)
         started = config.launch.kind is not Launcher.inline
-        validate(config, config.launch.nodes * config.launch.ranks if started else world_size())
+        check_config(config, config.launch.nodes * config.launch.ranks if started else world_size())
         return start(config, arguments, argv)
     except ConfigError as error:
         return refuse(error)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .config import CapacityConfig, MoEConfig, Scope
 
+MANTISSA_BITS = 16
+"""Priorities that agree in these bits are equal."""
+
 
 class LocalScope:
     """Scopes on a device that holds the whole micro-batch; parallel/scopes.py extends them over ranks."""
@@ -169,9 +172,9 @@ def best_of_scope(priority_BSE: Tensor, rows: int, scope: Scope, scopes: LocalSc
     return local_part_of_groups(taken_GTE & (gathered_GTE > -torch.inf), sequences, length, scope, groups, scopes)
 
 
-def round_mantissa(x: Tensor, kept: int = 16) -> Tensor:
-    """Rounds `x` to `kept` significant bits (the splitting of Veltkamp and Dekker, 1971)."""
-    spread = x * (2.0 / torch.finfo(x.dtype).eps / 2**kept + 1)
+def round_mantissa(x: Tensor) -> Tensor:
+    """Rounds `x` to MANTISSA_BITS significant bits (the splitting of Veltkamp and Dekker, 1971)."""
+    spread = x * (2.0 / torch.finfo(x.dtype).eps / 2**MANTISSA_BITS + 1)
     return torch.where(x.isfinite(), spread - (spread - x), x)
 
 

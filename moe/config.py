@@ -309,7 +309,7 @@ class ModelConfig:
     dense_first: int = field(default=0, metadata=within("[0, 1024]"))
     """Number of dense layers at the start (DeepSeek)."""
     moe_every: int = field(default=1, metadata=within("[1, inf)"))
-    """Of the remaining layers, every moe_every-th has experts and the others are dense (GShard: 2)."""
+    """Every moe_every-th of the remaining layers has experts, the others are dense (GShard: 2)."""
     dense_layers: list[int] = field(default_factory=list)
     """Further dense layers, counted from 0."""
     tie_embeddings: bool = False

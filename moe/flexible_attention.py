@@ -68,7 +68,7 @@ def block_mask(length: int, window: int | None, device: torch.device, documents_
 def attend_with_blocks(
     q_BHSh: Tensor, k_BGSh: Tensor, v_BGSv: Tensor, softmax: Softmax, sinks_H: Tensor | None, blocks: BlockMask
 ) -> Tensor:
-    """`attend` of moe/attention.py with a block mask: (B, H, S, v) in the dtype of v. Compiled on a GPU."""
+    """Returns `attend` of moe/attention.py with a block mask: (B, H, S, v) in the dtype of v. Compiled on a GPU."""
     # Not kind_of: fake tensors that stand for a GPU need no compiled code, and neither does code that is compiled already.
     run = _compiled() if q_BHSh.device.type == "cuda" and not torch.compiler.is_compiling() else _attend
     return run(q_BHSh, k_BGSh, v_BGSv, softmax, sinks_H, blocks)

@@ -106,7 +106,7 @@ def _feedforward(config: ModelConfig, hidden: int) -> Shapes:
 
 
 def _prediction(config: ModelConfig, index: int) -> Shapes:
-    """A multi-token prediction module: its block continues the layers of the model, whose embedding and head it shares."""
+    """Returns a multi-token prediction module: its block continues the layers of the model, whose embedding and head it shares."""
     D = config.width
     found: Shapes = {f"{name}.weight": (D,) for name in ("embedding_norm", "hidden_norm", "norm")}
     found["projection.weight"] = (D, 2 * D)

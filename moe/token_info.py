@@ -27,13 +27,13 @@ class Purpose(IntEnum):
 
 
 def random_uniform(key: Tensor, columns: int, purpose: Purpose) -> Tensor:
-    """Uniform fp64 numbers in (0, 1), shape (..., columns), for int64 keys of shape (...)."""
+    """Returns uniform fp64 numbers in (0, 1), shape (..., columns), for int64 keys of shape (...)."""
     bits = fold_in(fold_in(key, purpose).unsqueeze(-1), torch.arange(columns, device=key.device))
     return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52  # exact: 52 bits and a half
 
 
 def random_normal(key: Tensor, columns: int) -> Tensor:
-    """Normal fp64 numbers of mean 0 and variance 1, shape (..., columns) (Box and Muller 1958)."""
+    """Returns normal fp64 numbers of mean 0 and variance 1, shape (..., columns) (Box and Muller 1958)."""
     radius = (-2 * random_uniform(key, columns, Purpose.radius).log()).sqrt()
     return radius * (2 * math.pi * random_uniform(key, columns, Purpose.angle)).cos()
 
@@ -47,7 +47,7 @@ def fold_in(key: Tensor, value: Tensor | int) -> Tensor:
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """A logical shift; torch's copies the sign bit."""
+    """Shifts logically; torch's shift copies the sign bit."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
@@ -95,10 +95,10 @@ def token_keys(position: BatchPosition, sequences: int, length: int, device: tor
 # Several documents in one sequence: attention stays inside each of them and positions restart. B sequences, S tokens.
 
 
-def documents_of(ids_BS: Tensor, targets_BS: Tensor, end: int, ignore: int = -100) -> tuple[Tensor, Tensor]:
+def documents_of(ids_BS: Tensor, targets_BS: Tensor, end: int, ignore: int) -> tuple[Tensor, Tensor]:
     """Returns the index of each token's document in its sequence, int64 (B, S), and the targets without first tokens of documents.
 
-    `end` is the id of the end-of-document token, which belongs to the document that it ends.
+    `end` is the id of the end-of-document token, which belongs to the document that it ends; first tokens become `ignore`.
     """
     ends_BS = ids_BS == end
     return ends_BS.cumsum(1) - ends_BS.long(), targets_BS.masked_fill(ends_BS, ignore)

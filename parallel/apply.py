@@ -29,7 +29,10 @@ log = logging.getLogger("tokenyard")
 
 
 def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExpertParallelDispatcher:
-    """The dispatcher that `config.exchange` names. It has no state, so all layers share it. `experts`: of a layer, on all ranks."""
+    """Returns the dispatcher that `config.exchange` names.
+
+    It has no state, so all layers share it. `experts`: of a layer, on all ranks.
+    """
     axis, chunks = mesh.axis("expert"), config.overlap_chunks
     match config.exchange:
         case Exchange.plain:

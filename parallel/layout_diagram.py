@@ -45,7 +45,10 @@ class Row(NamedTuple):
 
 
 def layout_diagram(config: ParallelConfig, world: int, node: int, experts: int) -> list[str]:
-    """A table of the groups, then the ranks. `node`: ranks of a node (the last has the rest); `experts`: of a layer, or 0."""
+    """Returns a table of the groups, then the ranks.
+
+    `node`: ranks of a node (the last has the rest); `experts`: of a layer, or 0.
+    """
     sizes = mesh_sizes(config, world)
     dims = [dim for dim in SENDS if sizes[dim] > 1 and (experts or dim in DENSE)]
     lines = [*_groups(dims, sizes, world, node), "", BARS, ""] if world > 1 else []

@@ -71,7 +71,7 @@ def through_first(mine: Any, decide: Callable[[list[Any]], list[Any]]) -> Any:
 
 
 def on_each_rank(work: Callable[[], Result], failed: str) -> Result:
-    """The result of `work` on this rank. If any rank's raises, every rank raises the error of the first such rank.
+    """Returns the result of `work` on this rank. If any rank's raises, every rank raises the error of the first such rank.
 
     A ValueError is raised as it is, any other Exception as a RuntimeError: `failed`, the rank and the error.
     """

@@ -35,7 +35,7 @@ def leave() -> None:
 
 
 def wait_for_all() -> None:
-    """A barrier of all ranks."""
+    """Waits for all ranks, in a barrier."""
     if dist.is_initialized():
         PROGRESS.number += 1
         with waiting("barrier of all ranks"):

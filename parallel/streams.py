@@ -22,7 +22,7 @@ def enter_thread(device: torch.device) -> None:
 
 
 class Event:
-    """A point in the work of a stream, made by `record`: done when all work queued before it is done."""
+    """A point in the work of a stream, made by `record_event`: done when all work queued before it is done."""
 
     def __init__(self, cuda: torch.cuda.Event | None) -> None:
         self._cuda, self._time = cuda, perf_counter()
@@ -37,7 +37,7 @@ class Event:
             self._cuda.synchronize()
 
 
-def record(device: torch.device, timed: bool = False) -> Event:
+def record_event(device: torch.device, timed: bool = False) -> Event:
     """Returns an event behind all work queued in the device's current stream. `timed`: for use in `seconds_between`."""
     if device.type != "cuda":
         return Event(None)
@@ -122,4 +122,4 @@ class HostCopy:
 def to_host(tensors: Sequence[Tensor]) -> HostCopy:
     """Starts to copy `tensors`, all on one device, in its current stream."""
     copies = [copy_to_host(x, host_memory(x)) for x in tensors]
-    return HostCopy(copies, record(tensors[0].device))
+    return HostCopy(copies, record_event(tensors[0].device))

@@ -89,7 +89,7 @@ def _scatter_output(axis: Axis) -> Any:
 
 
 def _slice_tokens(axis: Axis) -> Any:
-    """The MoE layer receives a slice of x_BSD, and the information of whole sequences: takes the same slice of that."""
+    """Returns a hook for the MoE layer, which receives a slice of x_BSD: takes the same slice of the information of all tokens."""
 
     def slice_of(whole_BS: Tensor | None) -> Tensor | None:
         return None if whole_BS is None else whole_BS.chunk(axis.size, dim=1)[axis.rank]

@@ -42,7 +42,7 @@ class Layout:
         return " ".join(words) or "one process"
 
     def applied(self, config: Config) -> Config:
-        """`config` on this layout."""
+        """Returns `config` on this layout."""
         data = self.ranks // self.parallel.tensor
         micro = max(1, config.batch.sequences // data // self.accumulation)
         batch = BatchConfig(config.batch.sequences, micro)
@@ -50,7 +50,7 @@ class Layout:
 
 
 def prepare_config(config: Config) -> Config:
-    """`config` in fp64 and without corpus, tokenizer and launcher. Raises ConfigError for what cannot be compared."""
+    """Returns `config` in fp64 and without corpus, tokenizer and launcher. Raises ConfigError for what cannot be compared."""
     _refuse_rank_scopes(config.model.moe)
     neutral = TokenizerConfig(path="none")  # ids are random: no tokenizer has to fit the vocabulary
     changed = dataclasses.replace(
@@ -79,7 +79,7 @@ def is_legal(config: Config, layout: Layout) -> bool:
 
 
 def all_layouts(config: Config, ranks: int) -> list[Layout]:
-    """All legal splits of 1, 2, 4, ... `ranks` ranks, and each option on the split of each size that mixes most degrees."""
+    """Returns all legal splits of 1, 2, 4, ... `ranks` ranks, and each option on the split of each size that mixes most degrees."""
     worlds = [1 << power for power in range(ranks.bit_length())]
     found: list[Layout] = []
     for world in worlds:
@@ -106,7 +106,7 @@ def options(most: bool) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _others(default: Any) -> list[Any]:
-    """The other values of a switch, a choice or a small number; the rules decide which are legal."""
+    """Returns the other values of a switch, a choice or a small number; the rules decide which are legal."""
     if isinstance(default, bool):
         return [not default]
     if isinstance(default, Enum):
@@ -136,10 +136,14 @@ def _read(text: str) -> Layout:
     return Layout(int(own["replicate"]) * parallel.shard * parallel.tensor, parallel, int(own["accumulation"]))
 
 
-def fit_layout(config: Config, layout: Layout, most: int = 8) -> Layout:
-    """`layout` on as many ranks as its experts need. Raises ConfigError if no number of ranks is legal."""
+MOST_RANKS = 8
+"""The most ranks that a layout is extended to."""
+
+
+def fit_layout(config: Config, layout: Layout) -> Layout:
+    """Returns `layout` on as many ranks as its experts need. Raises ConfigError if no number of ranks is legal."""
     unit = layout.ranks
-    sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, most // unit + 1))]
+    sizes = [dataclasses.replace(layout, ranks=unit * factor) for factor in range(1, max(2, MOST_RANKS // unit + 1))]
     for candidate in sizes if layout.replicate == 1 else sizes[:1]:
         if is_legal(config, candidate):
             return candidate
@@ -173,7 +177,7 @@ def _mixed(layout: Layout) -> tuple[int, int]:
 
 
 def _settings(parallel: ParallelConfig) -> dict[str, Any]:
-    """The settings that can change a number."""
+    """Returns the settings that can change a number."""
     return {name: value for name, value in vars(parallel).items() if not isinstance(value, float)}
 
 

@@ -70,7 +70,7 @@ class ParityTable:
 
 
 def explained(verdict: Verdict, causes: set[str]) -> list[str]:
-    """The first tensor that differs, and the hints that explain all layouts, or else this one."""
+    """Returns the first tensor that differs, and the hints that explain all layouts, or else this one."""
     where = f"{verdict.ranks} ranks, {verdict.layout}"
     first = verdict.first
     if first is None:
@@ -86,7 +86,7 @@ def explained(verdict: Verdict, causes: set[str]) -> list[str]:
 
 
 def common_causes(verdicts: list[Verdict]) -> set[str]:
-    """The causes that every layout that differs may have; a degree that a layout without a difference has too is none."""
+    """Returns the causes that every layout that differs may have; a degree that a layout without a difference has too is none."""
     causes = [{hint.cause for hint in verdict.hints} for verdict in verdicts if verdict.first is not None]
     harmless = {name for verdict in verdicts if verdict.equal for name in verdict.numbers}
     common = set.intersection(*causes) if causes else set()
@@ -101,16 +101,15 @@ LIMIT_SECONDS = 120.0
 """Time limit for one layout of a shrunk model."""
 
 
-def parity_command(words: list[str], as_json: bool = False, out: TextIO | None = None) -> int:
-    """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one differs, 2 if it cannot
-    run."""
+def parity_command(words: list[str], as_json: bool) -> int:
+    """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one differs, 2 if none can run."""
     begin = perf_counter()
     try:
         settings, overrides = split_settings(words)
         config, layouts = plan_comparison(settings, overrides)
     except ConfigError as error:
         return refuse(error)
-    report = ParityTable(config, settings, layouts, sys.stderr if as_json else out or sys.stdout)
+    report = ParityTable(config, settings, layouts, sys.stderr if as_json else sys.stdout)
     verdicts = []
     for verdict in compare_layouts(config, settings, layouts):
         report.row(verdict)
@@ -118,12 +117,12 @@ def parity_command(words: list[str], as_json: bool = False, out: TextIO | None =
     report.end(verdicts, perf_counter() - begin)
     if as_json:
         facts = {"seconds": round(perf_counter() - begin, 1), "layouts": [verdict.plain() for verdict in verdicts]}
-        print(json.dumps({"equal": all(verdict.equal for verdict in verdicts), **facts}), file=out or sys.stdout)
+        print(json.dumps({"equal": all(verdict.equal for verdict in verdicts), **facts}))
     return int(not all(verdict.equal for verdict in verdicts))
 
 
 def plan_comparison(settings: ParityConfig, overrides: list[str]) -> tuple[Config, list[Layout]]:
-    """The configuration of one process, and the layouts to compare. Raises ConfigError for what cannot be compared."""
+    """Returns the configuration of one process, and the layouts to compare. Raises ConfigError for what cannot be compared."""
     given = prepare_config(compose(overrides))
     wanted = [] if settings.layouts == "auto" else parse_layouts(settings.layouts)
     most = max((layout.ranks for layout in wanted), default=settings.ranks)

@@ -27,7 +27,7 @@ class Reference(NamedTuple):
 
 
 def reference_of(seen: Iterable[ObservedTensor], without_auxiliary: Iterable[ObservedTensor] = ()) -> Reference:
-    """The reference from what one process observed, and from its first step without auxiliary losses, for hints."""
+    """Returns the reference from what one process observed, and from its first step without auxiliary losses, for hints."""
     tensors = assemble(seen)
     largest: dict[tuple[int, str], float] = {}
     sizes = {key: _largest(tensor) for key, tensor in tensors.items()}
@@ -40,7 +40,7 @@ def reference_of(seen: Iterable[ObservedTensor], without_auxiliary: Iterable[Obs
 
 
 def assemble(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
-    """Whole tensors from the shards that one process observed; floats become fp64."""
+    """Returns whole tensors from the shards that one process observed; floats become fp64."""
     wholes: dict[Key, Tensor] = {}
     for key, shard, tensor in seen:
         wide = tensor.double() if tensor.is_floating_point() else tensor
@@ -51,7 +51,7 @@ def assemble(seen: Iterable[ObservedTensor]) -> dict[Key, Tensor]:
 
 
 def compare(seen: Iterable[ObservedTensor], reference: Reference) -> list[Finding]:
-    """The finding for each tensor of this rank, in the order of computation."""
+    """Returns the finding for each tensor of this rank, in the order of computation."""
     return [_finding(each, reference) for each in seen]
 
 
@@ -72,7 +72,7 @@ def _finding(seen: ObservedTensor, reference: Reference) -> Finding:
 
 
 def _factor(value: Tensor, expected: Tensor, scale: float = 0.0) -> float | None:
-    """The factor between `value` and `expected`, if one is a multiple of the other within the tolerance."""
+    """Returns the factor between `value` and `expected`, if one is a multiple of the other within the tolerance."""
     square = expected.square().sum()
     if not square > 0:
         return None

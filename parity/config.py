@@ -23,7 +23,10 @@ class ParityConfig:
 
 
 def split_settings(words: list[str]) -> tuple[ParityConfig, list[str]]:
-    """The parity.* settings among `words`, and the other words. Raises ConfigError for an unknown setting or invalid value."""
+    """Returns the parity.* settings among `words`, and the other words.
+
+    Raises ConfigError for an unknown setting or invalid value.
+    """
     config, others = ParityConfig(), []
     for word in words:
         if word.startswith("parity."):

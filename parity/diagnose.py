@@ -32,13 +32,13 @@ class Hint(NamedTuple):
 
 
 def hints(mismatch: Mismatch) -> list[Hint]:
-    """The hints, the likeliest first; none for an unknown pattern."""
+    """Returns the hints, the likeliest first; none for an unknown pattern."""
     found = list(_scaled_by_rank(mismatch)) or [*_factors(mismatch), *_auxiliary(mismatch), *_not_added_up(mismatch)]
     return found or list(_by_kind(mismatch))
 
 
 def _scaled_by_rank(mismatch: Mismatch) -> Iterator[Hint]:
-    """All gradients of a rank share a factor that differs between ranks."""
+    """Yields a hint if all gradients of a rank share a factor that differs between ranks."""
     if mismatch.key[1] != "gradient":
         return
     of_ranks = [
@@ -69,7 +69,7 @@ def _auxiliary(mismatch: Mismatch) -> Iterator[Hint]:
 
 
 def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
-    """A hint for each number of the layout that equals the ratio or its inverse."""
+    """Yields a hint for each number of the layout that equals the ratio or its inverse."""
     found = False
     for name, number in numbers(layout).items():
         if _close(ratio * number, 1.0):
@@ -83,7 +83,7 @@ def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
 
 
 def numbers(layout: Layout) -> dict[str, int]:
-    """The degrees and counts of a layout that are more than one, by name."""
+    """Returns the degrees and counts of a layout that are more than one, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
     data = layout.ranks // layout.parallel.tensor
     counted = {"data ranks": data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
@@ -106,7 +106,7 @@ def _not_added_up(mismatch: Mismatch) -> Iterator[Hint]:
 
 
 def _apart(one: dict[str, int], other: dict[str, int], experts: bool) -> list[str]:
-    """The dimension in which two ranks differ, if it is the only one."""
+    """Returns the dimension in which two ranks differ, if it is the only one."""
     dims = [dim for dim in one if dim.startswith("expert") == experts and one[dim] != other[dim]]
     return dims if len(dims) == 1 else []
 
@@ -185,7 +185,7 @@ class Verdict(NamedTuple):
 
 
 def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, int]], seconds: float = 0.0) -> Verdict:
-    """The verdict from the findings of each rank (`by_rank`) and the position of each rank in the grids (`places`)."""
+    """Returns the verdict from the findings of each rank (`by_rank`) and the position of each rank in the grids (`places`)."""
     groups: dict[tuple[int, str, str], list[tuple[int, Finding]]] = defaultdict(list)
     for rank, findings in enumerate(by_rank):
         for finding in findings:
@@ -201,7 +201,7 @@ def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, i
 
 
 def place(sizes: dict[str, int], rank: int) -> dict[str, int]:
-    """The position of a rank in each dimension of both grids (`sizes` of parallel/mesh.py), whose last dimension varies fastest."""
+    """Returns the position of a rank in each dimension of both grids (`sizes` of parallel/mesh.py); the last varies fastest."""
     found = {}
     for experts in (True, False):
         rest = rank
@@ -211,7 +211,7 @@ def place(sizes: dict[str, int], rank: int) -> dict[str, int]:
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter or module, in words; empty if it is in none."""
+    """Returns the layer of a parameter or module, in words; empty if it is in none."""
     head, _, rest = name.partition(".")
     words = {"layers": "layer", "mtp": "mtp module"}
     return f"{words[head]} {rest.partition('.')[0]}" if head in words else ""
@@ -231,7 +231,7 @@ def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First
 
 
 def disagreeing(group: list[tuple[int, Finding]]) -> list[int]:
-    """The ranks whose copies of a shard differ bitwise, including the rank of the first copy."""
+    """Returns the ranks whose copies of a shard differ bitwise, including the rank of the first copy."""
     copies: dict[tuple[int, ...], tuple[int, str]] = {}
     found: set[int] = set()
     for rank, finding in group:

@@ -54,7 +54,7 @@ def observe(
     batch: Batch | None = None,
     device: torch.device | None = None,
 ) -> list[ObservedTensor]:
-    """Train on this rank of the current world, on `device` (None: the CPU). Collective.
+    """Trains on this rank of the current world, on `device` (None: the CPU). Collective.
 
     `prepare` may change the initial weights, and `batch` gives the data (None: random tokens). Gradients are observed in the first
     step, before clipping, and weights after the last.
@@ -66,7 +66,7 @@ def observe(
 
 
 def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[ObservedTensor]:
-    """`observe` for a model that is already spread over the ranks."""
+    """Returns `observe` for a model that is already spread over the ranks."""
     optimizer, seen = build_optimizer(config.optimizer, parallel), []
     clip_norm = config.optimizer.clip_norm
     for step in range(1, steps + 1):
@@ -87,7 +87,7 @@ def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch |
 
 
 def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """Random tokens; a tenth of the targets is ignored."""
+    """Returns random tokens; a tenth of the targets is ignored."""
     generator = torch.Generator().manual_seed(config.seed + step)
     shape = (config.batch.sequences, config.sequence_length)
     ids, targets = (torch.randint(config.model.vocabulary, shape, generator=generator) for _ in range(2))
@@ -96,7 +96,10 @@ def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tensor) -> list[Rows]:
-    """The micro-batches of this rank. As in training, micro-step m of all ranks covers the m-th part of the global batch."""
+    """Returns the micro-batches of this rank.
+
+    As in training, micro-step m of all ranks covers the m-th part of the global batch.
+    """
     data, sequences = parallel.mesh.data, len(ids_BS)
     micro = config.batch.micro or sequences // data.size
     starts = range(data.rank * micro, sequences, micro * data.size)
@@ -135,7 +138,7 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
 
 
 def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
-    """The numbers of the step without its norm; those of MoE layers have the names of the layers."""
+    """Yields the numbers of the step without its norm; those of MoE layers have the names of the layers."""
     layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
     for kind, field in OF_LAYERS.items():
         for name, value in zip(layers, getattr(numbers, field), strict=True):
@@ -147,7 +150,7 @@ def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iter
 
 
 def gradients(parallel: Parallel, factor: Tensor | float) -> Iterator[ObservedTensor]:
-    """The gradients before clipping by `factor`, in the order of the backward pass: those of the last layers first."""
+    """Yields the gradients before clipping by `factor`, in the order of the backward pass: those of the last layers first."""
     for name, sharded in reversed(parallel.parameters.items()):
         yield ObservedTensor(Key(1, "gradient", name), sharded.metadata, gradient_of(sharded) / factor)
 

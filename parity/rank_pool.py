@@ -124,7 +124,7 @@ class Ranks:
         return Running(job, ranks, now, now + job.limit)
 
     def _wait(self, running: list[Running]) -> tuple[list[Done], list[Running]]:
-        """Wait until a job is done or late. Returns the ended jobs and the running ones."""
+        """Waits until a job is done or late. Returns the ended jobs and the running ones."""
         while True:
             first = min(each.deadline for each in running)
             for rank in self._readable([rank for each in running for rank in each.missing], first - time.monotonic()):

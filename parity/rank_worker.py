@@ -30,7 +30,7 @@ from .observe import observe
 
 
 def main(argv: list[str]) -> None:
-    """Answer calls as one of the ranks."""
+    """Answers calls as one of the ranks."""
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     torch.set_num_threads(1)
     # Libraries print to standard output; keep that apart from the answers.
@@ -56,7 +56,7 @@ def _answer(call: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def write_reference(config: Config, steps: int, path: Path) -> None:
-    """Train as one process, and its first step once more without auxiliary losses."""
+    """Trains as one process, and its first step once more without auxiliary losses."""
     reference = reference_of(observe(config, steps), observe(without_auxiliary(config), 1))
     tensors = {"|".join(map(str, key)): tensor.contiguous() for key, tensor in reference.tensors.items()}
     tensors |= {f"auxiliary|{name}": tensor.contiguous() for name, tensor in reference.auxiliary.items()}
@@ -65,7 +65,7 @@ def write_reference(config: Config, steps: int, path: Path) -> None:
 
 
 def read_reference(path: Path) -> Reference:
-    """Read what `write_reference` wrote. The file is memory-mapped, so ranks share its memory."""
+    """Reads what `write_reference` wrote. The file is memory-mapped, so ranks share its memory."""
     with safe_open(path, "pt") as file:
         scales = {_key(name): scale for name, scale in json.loads(file.metadata()["scales"]).items()}
     tensors = load_file(path)
@@ -74,7 +74,7 @@ def read_reference(path: Path) -> Reference:
 
 
 def without_auxiliary(config: Config) -> Config:
-    """The same run, trained only on cross entropy."""
+    """Returns the same run, trained only on cross entropy."""
     changed = config_from_plain(plain_config(config))
     moe = changed.model.moe
     moe.z_coefficient = moe.balance.coefficient = moe.balance.sequence_coefficient = moe.balance.importance_coefficient = 0.0
@@ -89,7 +89,7 @@ def _key(name: str) -> Key:
 
 @contextlib.contextmanager
 def _world(rank: int, world: int, meeting: str, seconds: float) -> Iterator[None]:
-    """A separate process group for each layout, so that layouts cannot affect each other."""
+    """Starts a separate process group for a layout, so that layouts cannot affect each other."""
     if world == 1:
         yield
         return
@@ -102,7 +102,7 @@ def _world(rank: int, world: int, meeting: str, seconds: float) -> Iterator[None
 
 
 def _end_with_parent(parent: int) -> None:
-    """Exit with the parent, because a rank that waits in a collective would outlive a killed parent."""
+    """Exits with the parent, because a rank that waits in a collective would outlive a killed parent."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

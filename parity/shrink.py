@@ -13,7 +13,7 @@ CLIP_NORM = 0.05
 
 
 def shrink(config: Config, ranks: int) -> Config:
-    """`config` with few and narrow layers; sizes that degrees up to `ranks` divide stay divisible.
+    """Returns `config` with few and narrow layers; sizes that degrees up to `ranks` divide stay divisible.
 
     Keeps dense first layers, every kind of layer, shared and null experts, groups, top-k (up to 8), grouped-query heads, windows,
     latents and multi-token prediction (up to 2). The standard deviation of the weights grows as the width shrinks.

@@ -111,7 +111,7 @@ class Ledger(TorchDispatchMode):
 
 
 def caller() -> str:
-    """The innermost `file:line` on the stack in our code, apart from this folder; `outside` if there is none."""
+    """Returns the innermost `file:line` on the stack in our code, apart from this folder; `outside` if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

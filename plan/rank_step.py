@@ -22,9 +22,8 @@ from ..train.derive import DTYPES
 from ..train.engine import Engine
 from ..train.setup import build_engine
 from ..train.step import StepInput, StepNumbers
-from .fused_attention import fused_attention
 from .ledger import Ledger
-from .stand_in import stand_in
+from .stand_in import fused_attention_stand_in, stand_in
 
 
 @dataclass
@@ -38,11 +37,11 @@ class DryRank:
     waits: Counter[str]
 
     def step(self) -> StepNumbers:
-        """One optimizer step on rows in which every token is valid."""
+        """Takes one optimizer step on rows in which every token is valid."""
         return self.engine.step(StepInput(self._rows(), 1e-3, self.config.optimizer.clip_norm))
 
     def _rows(self) -> list[Rows]:
-        """The micro-batches of this rank."""
+        """Returns the micro-batches of this rank."""
         config, data = self.config, self.parallel.mesh.data
         micro = config.batch.micro or config.batch.sequences // data.size
         ids_BS = torch.zeros(micro, config.sequence_length, dtype=torch.int64, device=self.parallel.device)
@@ -53,18 +52,18 @@ class DryRank:
 
 
 @contextmanager
-def dry_rank(config: Config, rank: int, world: int, kind: str = "cuda") -> Iterator[DryRank]:
-    """Rank `rank` of `world` on a stand-in for a device of this kind. All tensors created inside are fake."""
+def dry_rank(config: Config, rank: int, world: int) -> Iterator[DryRank]:
+    """Yields rank `rank` of `world`, on a stand-in for a GPU. All tensors created inside are fake."""
     device = stand_in()
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(device.type)
     dist.init_process_group(f"cpu:fake,{device.type}:fake", rank=rank, world_size=world, store=FakeStore())
     try:
         with torch.device("meta"):
             model = Transformer(config.model, DTYPES[config.precision])
-        with dry_run(kind) as seam:
+        with dry_run("cuda") as seam:
             with _Births(fake, device):
                 parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
-            with fused_attention(), fake, ledger:
+            with fused_attention_stand_in(), fake, ledger:
                 parallel.model.train()
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:

@@ -1,22 +1,26 @@
-"""A device that stands in for a GPU: its tensors have shapes and no numbers, and are distinct from host tensors.
+"""A device that stands in for a GPU in a dry run, and its attention. Its tensors have shapes and no numbers.
 
-It is torch's private-use device, with guards, streams and events that do nothing. Only fake tensors can be on it. A process that
-registers it has it as its accelerator, and can no longer train.
+It is torch's private-use device, with guards, streams and events that do nothing, and distinct from the host. Only fake tensors
+can be on it. A process that registers it has it as its accelerator, and can no longer train.
 """
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # pyright: ignore[reportPrivateUsage]
+
+from ..moe import attention, flexible_attention
 
 NAME = "standin"
 
 
 @functools.cache
 def stand_in() -> torch.device:
-    """The device; the first call registers it."""
+    """Returns the device; the first call registers it."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
     return torch.device(NAME, 0)
 
@@ -94,3 +98,35 @@ class _Module:
 
     def stream(self, *_: Any) -> Any:
         return nullcontext()
+
+
+# Attention in a dry run saves what a GPU kernel saves, not (B, H, S, S) scores.
+
+
+@contextmanager
+def fused_attention_stand_in() -> Iterator[None]:
+    """Makes attention save what GPU kernels save: queries, keys, values, output, and one number for each query."""
+    with ExitStack() as undo:
+        for module, name, replacement in (
+            (attention, "fused_attention", lambda q, k, v, *_: _Fused.apply(q, k, v)[0]),
+            (flexible_attention, "flexible_attention", lambda q, k, v, *_: _Fused.apply(q, k, v)),
+        ):
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, replacement)
+        yield
+
+
+class _Fused(torch.autograd.Function):
+    """Outputs (B, H, S, v) in the memory layout (B, S, H, v), and logsumexp (B, H, S)."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
+        sequences, heads, length, _ = q_BHSh.shape
+        y_BHSv = q_BHSh.new_empty(sequences, length, heads, v_BGTv.shape[-1]).transpose(1, 2)
+        logsumexp_BHS = q_BHSh.new_empty(sequences, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(q_BHSh, k_BGTh, v_BGTv, y_BHSv, logsumexp_BHS)
+        return y_BHSv, logsumexp_BHS
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])

@@ -36,12 +36,12 @@ class Columns:
                 column.values.append(number)
 
     def last(self, name: str) -> float | None:
-        """The newest finite value."""
+        """Returns the newest finite value."""
         found = self.by_name.get(name)
         return next((value for value in reversed(found.values) if math.isfinite(value)), None) if found else None
 
     def typical(self, name: str) -> float | None:
-        """The median of the finite values."""
+        """Returns the median of the finite values."""
         found = self.by_name.get(name)
         finite = [value for value in found.values if math.isfinite(value)] if found else []
         return float(np.median(finite)) if finite else None
@@ -52,7 +52,7 @@ WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def as_number(value: Any) -> float | None:
-    """`value` as a float; None if it is not a number."""
+    """Returns `value` as a float; None if it is not a number."""
     if isinstance(value, str):
         return WORDS.get(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -65,7 +65,7 @@ SMOOTHED_FROM = 120
 
 
 def line(column: Column, points: int) -> dict[str, Any]:
-    """A series for the page: `x`, `y` with at most about `points` points; `sx`, `sy`, the smoothed line; `bad`, steps with
+    """Returns a series for the page: `x`, `y` with at most about `points` points; `sx`, `sy`, the smoothed line; `bad`, steps with
     non-finite values."""
     x, y = np.asarray(column.steps), np.asarray(column.values)
     finite = np.isfinite(y)
@@ -82,7 +82,7 @@ def line(column: Column, points: int) -> dict[str, Any]:
 
 
 def thinned(y: np.ndarray, points: int) -> np.ndarray:
-    """Sorted indices of at most about `points` values: the first, the last, and the minimum and maximum of equal stretches."""
+    """Returns the sorted indices of about `points` values: the first, the last, minimum and maximum of equal stretches."""
     if len(y) <= points:
         return np.arange(len(y))
     edges = np.linspace(0, len(y), max(1, points // 2) + 1).astype(int)
@@ -92,7 +92,7 @@ def thinned(y: np.ndarray, points: int) -> np.ndarray:
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """The mean around each value, over a fiftieth of all values; at the ends over those that exist."""
+    """Returns the mean around each value, over a fiftieth of all values; at the ends over those that exist."""
     half = max(1, len(y) // 100)
     sums = np.concatenate([[0.0], np.cumsum(y)])
     at = np.arange(len(y))
@@ -101,5 +101,5 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def rounded(values: Any, digits: int = 5) -> list[Any]:
-    """Values rounded to `digits` significant digits; non-finite values become None."""
+    """Returns values rounded to `digits` significant digits; non-finite values become None."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float).tolist()]

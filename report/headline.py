@@ -30,7 +30,7 @@ def state(run: Run) -> str:
 
 
 def verdict(run: Run) -> list[Remark]:
-    """The remarks, the most important first."""
+    """Returns the remarks, the most important first."""
     window = run.telemetry.window()
     balance = _balance(run, window) if window is not None else _balance_of_metrics(run)
     return [*balance, *_losses(run), *_trouble(run)]
@@ -48,7 +48,7 @@ def _balance(run: Run, window: Sums) -> list[Remark]:
 
 
 def _dead(run: Run, window: Sums, since: str) -> Remark:
-    """The experts that the run reports as dead, by its own window; otherwise those without a token in the recent records."""
+    """Returns the experts that the run reports as dead, by its own window; else those without a token in the recent records."""
     reported = run.telemetry.latest.get("dead_LE")
     dead = np.argwhere(reported > 0 if reported is not None else window.counts_LE == 0)
     if reported is not None:
@@ -62,7 +62,7 @@ def _dead(run: Run, window: Sums, since: str) -> Remark:
 
 
 def _balance_of_metrics(run: Run) -> list[Remark]:
-    """The same from metrics.jsonl alone."""
+    """Returns the same from metrics.jsonl alone."""
     load, layer = run.metrics.last("moe/load_max_over_mean"), run.metrics.last("moe/load_max_over_mean_layer")
     if load is None or layer is None:
         return [Remark("fact", "No experts: a dense model, or nothing logged yet.")]
@@ -97,13 +97,13 @@ def _losses(run: Run) -> list[Remark]:
 
 
 def last_validation(run: Run) -> float | None:
-    """The last validation loss; the final one is in the event of the end."""
+    """Returns the last validation loss; the final one is in the event of the end."""
     end = _end(run)
     return end["validation_loss"] if end else run.metrics.last("validation_loss")
 
 
 def _validated(run: Run) -> str:
-    """The step of the last validation loss."""
+    """Returns the step of the last validation loss."""
     end, column = _end(run), run.metrics.by_name.get("validation_loss")
     step = end.get("step") if end else column.steps[-1] if column else None
     return f"{step:,.0f}" if isinstance(step, int | float) else "unknown"
@@ -127,7 +127,7 @@ def _trouble(run: Run) -> list[Remark]:
 
 
 def named(event: dict[str, Any]) -> str:
-    """The kind of an event, and of an alert its subject."""
+    """Returns the kind of an event, and of an alert its subject."""
     return f"alert: {event['alert']}" if "alert" in event else str(event.get("event", "unnamed"))
 
 

@@ -33,7 +33,7 @@ class JournalReader:
         self._line = 0
 
     def read(self) -> Iterator[Record]:
-        """The records since the last call. Raises RunError for a line that is not a JSON object, unless it is the last."""
+        """Yields the records since the last call. Raises RunError for a line that is not a JSON object, unless it is the last."""
         try:
             status = self.path.stat()
         except FileNotFoundError:

@@ -14,7 +14,7 @@ SCRIPTS = ("dom", "numbers", "palette", "lines", "heat", "bars", "balance", "ove
 
 
 def page(data: dict[str, Any]) -> str:
-    """The whole file. Content of run folders appears in the title and as JSON, and is escaped in both."""
+    """Returns the whole file. Content of run folders appears in the title and as JSON, and is escaped in both."""
     style, script = (PAGE / "page.css").read_text(encoding="utf-8"), code()
     names = ", ".join(run["name"] for run in data["runs"])
     connect = "'self'" if data["live"] else "'none'"
@@ -45,17 +45,17 @@ def page(data: dict[str, Any]) -> str:
 
 @cache
 def code() -> str:
-    """All scripts inside one function, so they define no global names."""
+    """Returns all scripts inside one function, so they define no global names."""
     parts = "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     return f'(() => {{\n"use strict";\n{parts}\n}})();'
 
 
 def embedded(data: Any) -> str:
-    """JSON that cannot end its HTML element: it contains neither `<` nor `&`."""
+    """Returns JSON that cannot end its HTML element: it contains neither `<` nor `&`."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def digest(content: str) -> str:
-    """The source by which a content security policy allows only this text."""
+    """Returns the source by which a content security policy allows only this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

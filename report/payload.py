@@ -42,7 +42,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def text(value: Any) -> str:
-    """`value` as in YAML."""
+    """Returns `value` as in YAML."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
@@ -67,12 +67,12 @@ MOST_EVENTS = 2000
 
 
 def payload(runs: list[Run], live: bool = False) -> dict[str, Any]:
-    """The data of the page."""
+    """Returns the data of the page."""
     return {"live": live, "runs": [about(run) for run in runs]}
 
 
 def about(run: Run) -> dict[str, Any]:
-    """The data of one run."""
+    """Returns the data of one run."""
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -93,7 +93,7 @@ def about(run: Run) -> dict[str, Any]:
 
 
 def drawn(run: Run) -> dict[str, Any]:
-    """The series. Metrics of single layers are left out if the telemetry shows them as a heat map."""
+    """Returns the series. Metrics of single layers are left out if the telemetry shows them as a heat map."""
     columns = {name: column for name, column in run.metrics.by_name.items() if name != "step"}
     if run.telemetry.frames:
         columns = {name: column for name, column in columns.items() if "/layer_" not in name}
@@ -102,7 +102,7 @@ def drawn(run: Run) -> dict[str, Any]:
 
 
 def facts(run: Run) -> dict[str, float | None]:
-    """The numbers at the top of the page."""
+    """Returns the numbers at the top of the page."""
     typical = run.metrics.typical
     return {
         "loss": run.metrics.last("loss"),
@@ -114,7 +114,7 @@ def facts(run: Run) -> dict[str, float | None]:
 
 
 def shown_event(event: dict[str, Any]) -> dict[str, Any]:
-    """The step (if any), kind and remaining fields of an event."""
+    """Returns the step (if any), kind and remaining fields of an event."""
     rest = {key: value for key, value in event.items() if key not in ("event", "step", "time", "alert", "environment")}
     step = event.get("step")
     return {
@@ -127,7 +127,7 @@ def shown_event(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def accounting(run: Run) -> dict[str, Any] | None:
-    """The time accounting of the last `accounting` event."""
+    """Returns the time accounting of the last `accounting` event."""
     found = [event for event in run.events if event.get("event") == "accounting" and isinstance(event.get("seconds"), dict)]
     if not found:
         return None
@@ -174,13 +174,13 @@ def routing(telemetry: Telemetry) -> dict[str, Any]:
 
 
 def balance(window: Sums) -> list[tuple[int, float]]:
-    """The busiest expert of each layer, and its load over an even share."""
+    """Returns the busiest expert of each layer, and its load over an even share."""
     busiest_L = window.counts_LE.argmax(axis=-1).tolist()
     return list(zip(busiest_L, max_over_mean(window.counts_LE).tolist(), strict=True))
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """Each number over the mean of its row (the last dimension); NaN in a row of zeros."""
+    """Returns each number over the mean of its row (the last dimension); NaN in a row of zeros."""
     mean = counts.mean(axis=-1, keepdims=True)
     return np.divide(counts, mean, out=np.full(counts.shape, np.nan), where=mean > 0)
 
@@ -198,13 +198,13 @@ def by_layer(frames: list[Sums]) -> dict[str, Any]:
 
 
 def split(telemetry: Telemetry, kind: str) -> dict[str, Any]:
-    """The load by class of token or by source: names, and counts as layers x experts x names."""
+    """Returns the load by class of token or by source: names, and counts as layers x experts x names."""
     tables = telemetry.of_kind(kind)
     return {"names": list(tables), "counts": np.stack(list(tables.values()), axis=-1).tolist()}
 
 
 def latest(telemetry: Telemetry) -> dict[str, Any]:
-    """The tables of which only the latest is shown."""
+    """Returns the tables of which only the latest is shown."""
     found: dict[str, Any] = {}
     for name in ("bias_LE", "grad_norm_LE"):
         if name in telemetry.latest:
@@ -222,13 +222,13 @@ MOST_WORDS = 4000
 
 
 def vocabulary(by_layer: dict[str, Any]) -> dict[str, Any]:
-    """The most frequent tokens of each layer and expert, with their counts."""
+    """Returns the most frequent tokens of each layer and expert, with their counts."""
     each = max(3, min(10, MOST_WORDS // max(1, sum(len(experts) for experts in by_layer.values()))))
     return {layer: [tokens[:each] for tokens in experts] for layer, experts in by_layer.items()}
 
 
 def widest(table: np.ndarray) -> float:
-    """The largest finite absolute value; 1 if there is none."""
+    """Returns the largest finite absolute value; 1 if there is none."""
     finite = np.abs(table[np.isfinite(table)])
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 

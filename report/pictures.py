@@ -160,7 +160,7 @@ def plain(text: str) -> str:
 
 
 def decoded(coded: dict[str, Any]) -> np.ndarray:
-    """The numbers of a quantized table of report/payload.py."""
+    """Returns the numbers of a quantized table of report/payload.py."""
     codes = np.frombuffer(b64decode(coded["codes"]), dtype=np.uint8).astype(float)
     values = coded["low"] + (codes - 1) / 253 * (coded["high"] - coded["low"])
     values = np.where(codes == 255, np.nan, np.where(codes == 0, 0.0, 2**values if coded["log"] else values))

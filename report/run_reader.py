@@ -40,7 +40,7 @@ class Run:
         return [reader.torn for reader in self._readers.values() if reader.torn]
 
     def last_step(self) -> int:
-        """The newest step of the metrics; 0 before the first."""
+        """Returns the newest step of the metrics; 0 before the first."""
         column = self.metrics.by_name.get("step")
         return int(column.values[-1]) if column else 0
 
@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _nearest(folder: Path) -> str:
-    """A hint with the newest run folder in `folder` or next to it."""
+    """Returns a hint with the newest run folder in `folder` or next to it."""
     for place in (folder, folder.absolute().parent):
         runs = [child for child in _children(place) if all((child / name).is_file() for name in NEEDED)]
         if runs:
@@ -108,7 +108,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration as plain values. Nothing is resolved, so no environment variable enters the page."""
+    """Returns the configuration as plain values. Nothing is resolved, so no environment variable enters the page."""
     import yaml
 
     try:
@@ -136,5 +136,5 @@ def _check_events(events: Any) -> None:
 
 
 def finite(value: float | None) -> float | None:
-    """`value` if it is finite, else None."""
+    """Returns `value` if it is finite, else None."""
     return value if value is not None and math.isfinite(value) else None

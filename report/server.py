@@ -55,7 +55,7 @@ class Watched:
         self._data: dict[str, Any] | None = None
 
     def latest(self, known: str | None) -> tuple[str, dict[str, Any] | None]:
-        """The version, and the data unless `known` is that version. Raises RunError if a journal has an invalid line."""
+        """Returns the version, and the data unless `known` is that version. Raises RunError if a journal has an invalid line."""
         with self._lock:
             if self._run.refresh() or self._data is None:
                 self._version += 1

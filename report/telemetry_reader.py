@@ -32,7 +32,7 @@ class Sums(NamedTuple):
     """Sums of PER_LAYER and of `load_L`, max over mean; the last element is the number of records that have the value."""
 
     def plus(self, later: "Sums") -> "Sums":
-        """The sums of both frames."""
+        """Returns the sums of both frames."""
         names = {**self.layers, **later.layers}
         nothing = np.zeros(len(self.counts_LE) + 1)
         layers = {name: self.layers.get(name, nothing) + later.layers.get(name, nothing) for name in names}
@@ -74,7 +74,7 @@ class Telemetry:
         self._merge()
 
     def window(self) -> Sums | None:
-        """The sums over the recent records."""
+        """Returns the sums over the recent records."""
         if not self.recent:
             return None
         first, *others = self.recent
@@ -107,14 +107,14 @@ class Telemetry:
         return Sums(step, step, 1, counts_LE, self._row(values["dropped_L"])[:-1], layers)
 
     def _row(self, values: Any) -> np.ndarray:
-        """The value of each layer, followed by 1, the number of records."""
+        """Returns the value of each layer, followed by 1, the number of records."""
         row = np.array(values, dtype=float)
         if row.shape != (len(self.layers),):
             raise ValueError(f"must have {len(self.layers)} numbers, one for each layer")
         return np.append(row, 1.0)
 
     def _latest(self, name: str, found: Any) -> Any:
-        """A table of layers x experts; or, by layer index as text, a table of experts x experts or the tokens of each expert."""
+        """Returns a table of layers x experts; or, by layer as text, one of experts x experts or the tokens of each expert."""
         if name.endswith("_LE"):
             return self._checked(name, np.array(found, dtype=float), (len(self.layers), self.experts))
         if name == "vocabulary":
@@ -142,6 +142,6 @@ class Telemetry:
 
 
 def max_over_mean(counts_LE: np.ndarray) -> np.ndarray:
-    """The load of the busiest expert of each layer over an even share; 0 if nothing was routed."""
+    """Returns the load of the busiest expert of each layer over an even share; 0 if nothing was routed."""
     mean_L = counts_LE.mean(axis=-1)
     return np.divide(counts_LE.max(axis=-1), mean_L, out=np.zeros_like(mean_L), where=mean_L > 0)

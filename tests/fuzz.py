@@ -30,7 +30,7 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.stored_config import read_stored
 
 SECONDS, MEMORY = 5, 500 << 20
-"""Of a case: processor time, and bytes beyond what the imports take."""
+"""Limits of a case: processor time, and bytes beyond what the imports take."""
 ODD: list[Any] = [
     None,
     True,

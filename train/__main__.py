@@ -10,7 +10,7 @@ if __name__ == "__main__":
 from .allocator import restart_with_kept_memory
 from .config.redact import redact_tracebacks
 from .fault_tolerance.processes import end_with_launcher
-from .rank_command import train_command
+from .rank_command import run_rank
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         restart_with_kept_memory()
         redact_tracebacks()
         install_handlers()
-    return train_command(sys.argv[1:] if argv is None else argv)
+    return run_rank(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..moe.model import shift_left
 from ..moe.token_info import documents_of
 from ..parallel.mesh import Axis
 from ..parallel.progress import in_phase
-from ..parallel.streams import Event, SideStream, on_device, record, stream_waits
+from ..parallel.streams import Event, SideStream, on_device, record_event, stream_waits
 from .config.config import Config
 
 
@@ -52,7 +52,7 @@ class BatchLoader:
         self.micro, together = micro, micro * axis.size
         self.starts = range(axis.rank * micro, config.batch.sequences, together)
         self.ahead = kind_of(device) == "cuda"
-        self._side, self._begin = SideStream(device), record(device)
+        self._side, self._begin = SideStream(device), record_event(device)
         self._next: NextRows | None = None
         self._waited = 0.0
 
@@ -83,13 +83,13 @@ class BatchLoader:
         """Prepares the rows that `take(step)` will return; it raises the error, if there is one. Collective."""
         if not self.ahead or step == self.config.steps:
             return
-        rows, error, begin, work = [], None, perf_counter(), record(self.device)
+        rows, error, begin, work = [], None, perf_counter(), record_event(self.device)
         with self._side.behind(self._begin):
             try:
                 rows = self._made(step)
             except (DataStop, OSError, ValueError) as found:
                 error = found
-            self._next = NextRows(step, rows, record(self.device), error)
+            self._next = NextRows(step, rows, record_event(self.device), error)
         if work.done():  # the device has been idle
             self._waited += perf_counter() - begin
 
@@ -112,7 +112,7 @@ def as_rows(batch: Batch, first: int, config: Config, data: DataPipeline, device
         raise ValueError(f"row {first} and following: a token id is not below model.vocabulary={config.model.vocabulary}")
     rows = Rows(batch.ids_BS, batch.targets_BS, first)
     if config.data.mask_documents:
-        documents_BS, targets_BS = documents_of(rows.ids, rows.targets, data.tokenizer.end_of_document)
+        documents_BS, targets_BS = documents_of(rows.ids, rows.targets, data.tokenizer.end_of_document, IGNORE)
         rows = rows._replace(targets=targets_BS, documents=documents_BS)
     rows = rows._replace(valid=valid_targets(rows, config.model.mtp_depth))
     documents_BS = None if rows.documents is None else on_device(rows.documents, device)

@@ -23,7 +23,7 @@ from .config.serialize import config_from_plain, plain_config
 from .derive import DTYPES, derive, set_products
 from .resume import as_checkpoint
 from .session import Session
-from .setup import build_engine, build_parallel, build_saver, first_rank_first
+from .setup import build_engine, build_parallel, build_saver, open_data_on_all_ranks
 from .stored_config import read_stored
 from .weight_source import HF_CONFIG, HF_TOKENIZERS, hf_tokenizer
 
@@ -138,7 +138,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     config.batch.micro = config.batch.micro or config.batch.sequences
     device = pick_device(config.device.value)
     set_products(config, device, derive(config, device))
-    data = first_rank_first(config)
+    data = open_data_on_all_ranks(config)
     parallel = build_parallel(config, device)
     weights = read_whole(checkpoint)
     add_expert_biases(parallel.model, weights)

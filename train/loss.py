@@ -143,7 +143,7 @@ class Counted(NamedTuple):
 
 
 def _choices(layer: RoutingStats, config: MoEConfig) -> Counted:
-    """All choices of a token, but for GShard, which counts first ones."""
+    """Counts all choices of a token; GShard counts first ones."""
     if layer.first_BE is not None:
         return Counted(layer.first_BE, layer.scores_BE, 1)
     return Counted(layer.counts_BE, layer.scores_BE, config.top_k)

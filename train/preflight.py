@@ -16,7 +16,7 @@ QUIET = ("run.", "launch.", "log.", "sample.", "checkpoint.resume")
 """Prefixes of settings that do not change the training."""
 
 
-def validate(config: Config, world: int) -> None:
+def check_config(config: Config, world: int) -> None:
     """Raises ConfigError for a rule that `config` breaks on `world` ranks, and for a path that does not exist."""
     check_rules(config, world)
     # Paths in containers cannot be checked here; the ranks check them there.

@@ -9,13 +9,13 @@ from .config.compose import parse_arguments
 from .config.config import Config, ConfigError
 from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
-from .preflight import validate
+from .preflight import check_config
 from .weight_source import compose_run
 
 SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
 
 
-def train_command(argv: list[str]) -> int:
+def run_rank(argv: list[str]) -> int:
     """Runs `python -m tokenyard.train`: this process is one rank, given by the environment. Returns the exit code."""
     try:
         arguments = parse_arguments(argv)
@@ -26,7 +26,7 @@ def train_command(argv: list[str]) -> int:
         if arguments.multirun:
             raise ConfigError("--multirun: a rank runs one configuration; nearest valid: tokenyard train -m ...")
         config, _ = compose_run(arguments)
-        validate(config, world_size())
+        check_config(config, world_size())
     except ConfigError as error:
         return refuse(error)
     return run_here(config)

@@ -61,7 +61,7 @@ def keep_timeline(session: Session) -> None:
             if aside is not None:
                 names = ", ".join(path.name for path in checkpoints_in(aside)[::-1])
                 text = f"this run goes on from {found}: {names} of another timeline set aside in {aside}"
-                note(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
+                announce(folder, "set_aside", text, path=str(aside), goes_on_from=str(found), checkpoints=names.split(", "))
             keep_begin(session.config.checkpoint.resume, folder)
 
     from_first(keep)
@@ -84,7 +84,7 @@ def first_intact(found: list[Path], folder: Path) -> tuple[Path | None, list[Dam
         refused.append(error)
         if len(found) > 1:
             text = f"{path} is refused, the checkpoint before it is tried: {error}"
-            note(folder, "checkpoint_refused", text, path=str(path), file=str(error.file), reason=str(error))
+            announce(folder, "checkpoint_refused", text, path=str(path), file=str(error.file), reason=str(error))
 
     return newest_verified(found, refuse), refused
 
@@ -114,7 +114,9 @@ def resume(session: Session, path: Path) -> None:
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
     data_state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
     session.data.train.restore({**data_state, "step": session.step})
-    restore_identity(session.folder, facts, path)
+    identity = session.folder / "run_id"
+    if is_first() and facts.get("run_id") and path.parent.parent == session.folder and not identity.exists():
+        write_private(identity, facts["run_id"] + "\n")  # trackers know the run by it, and its file was lost
     session.start = f"resumed after step {session.step} from {path}"
     say_changes(session, facts)
 
@@ -128,22 +130,16 @@ def refuse_other_data(session: Session, facts: dict[str, Any], path: Path) -> No
     refuse_difference(same, path)
 
 
-def restore_identity(folder: Path, facts: dict[str, Any], path: Path) -> None:
-    """Restores the id under which trackers know the run, if its file was lost."""
-    if is_first() and facts.get("run_id") and path.parent.parent == folder and not (folder / "run_id").exists():
-        write_private(folder / "run_id", facts["run_id"] + "\n")
-
-
 def say_changes(session: Session, facts: dict[str, Any]) -> None:
     """Logs the settings that differ from those of the checkpoint."""
     changed = changes(facts, session.config)
     if changed:
         words = ", ".join(f"{key} {written(before)} -> {written(now)}" for key, (before, now) in changed.items())
         plain = {key: {"before": before, "now": now} for key, (before, now) in changed.items()}
-        note(session.folder, "settings_changed", f"settings changed since step {session.step}: {words}", changed=plain)
+        announce(session.folder, "settings_changed", f"settings changed since step {session.step}: {words}", changed=plain)
 
 
-def note(folder: Path, kind: str, text: str, **facts: Any) -> None:
+def announce(folder: Path, kind: str, text: str, **facts: Any) -> None:
     """Logs a line on the console and in events.jsonl, if that can be written; rank 0 only."""
     if is_first():
         log.warning("%s", text)

@@ -93,7 +93,7 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
     stopwatch, expert_stats = Stopwatch(session.device), ExpertStats(session)
     run_logger.begin_training()
     while session.step < config.steps:
-        due = plan(session.step + 1, config, expert_stats)
+        due = due_after(session.step + 1, config, expert_stats)
         expert_stats.begin_step(due.log)
         numbers, lr = next_step(session, supervisor)
         run_logger.flush()
@@ -221,7 +221,7 @@ class Due(NamedTuple):
     log: bool
 
 
-def plan(step: int, config: Config, expert_stats: ExpertStats) -> Due:
+def due_after(step: int, config: Config, expert_stats: ExpertStats) -> Due:
     """Returns what follows `step`, known before it is computed: each comes at its own interval and after the last step."""
 
     def due(every: int | None) -> bool:

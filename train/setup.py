@@ -10,9 +10,9 @@ from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
-from ..data.build import DataPipeline, prepare
+from ..data.build import DataPipeline, open_data
 from ..data.errors import DataStop
-from ..data.stream.packing import World
+from ..data.stream.packing import TokenizingRanks
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
@@ -26,7 +26,7 @@ from .engine import Engine, TorchEngine
 from .exit import remove_note
 from .initial_weights import load_initial
 from .optimizer import build_optimizer
-from .resume import find_resume, keep_timeline, note, resume
+from .resume import announce, find_resume, keep_timeline, resume
 from .run_folder import RunLock, lock_run
 from .session import Session
 
@@ -35,13 +35,13 @@ def open_session(config: Config, device: torch.device) -> Session:
     """Returns the session of a run, ready for its next step. Collective. Raises ValueError, one line, for what cannot run."""
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
-    world = data_world(device)
+    ranks = tokenizing_ranks(device)
     saved = saved_precision(config, found)
     precision_from = derive(config, device, saved)
     if saved is not None:
-        check_rules(config, world.size)
+        check_rules(config, ranks.size)
     set_products(config, device, precision_from)
-    data = first_rank_first(config, world)
+    data = open_data_on_all_ranks(config, ranks)
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
     parallel, start = build_model(config, device, found, folder)
@@ -72,7 +72,7 @@ def build_model(config: Config, device: torch.device, found: Path | None, folder
         return build_parallel(config, device), "new run"
     parallel = spread_model(config, device)
     read = load_initial(parallel, Path(init).expanduser(), folder)
-    note(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
+    announce(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
     return parallel, f"new run from the weights of {read}"
 
 
@@ -90,7 +90,7 @@ def spread_model(config: Config, device: torch.device) -> Parallel:
     return parallelize(model, build_mesh(config.parallel), config.parallel, device, config.compile)
 
 
-def first_rank_first(config: Config, world: World | None = None) -> DataPipeline:
+def open_data_on_all_ranks(config: Config, ranks: TokenizingRanks | None = None) -> DataPipeline:
     """Opens the data on rank 0, which may have to tokenize them, and then on the others, which find them in the cache. Collective.
 
     If one rank refuses them (ValueError), or a source does not answer (DataUnavailable), all ranks raise the error.
@@ -101,7 +101,7 @@ def first_rank_first(config: Config, world: World | None = None) -> DataPipeline
     for my_turn in (is_first(), not is_first()):
         if my_turn:
             try:
-                data = prepare(config.data, config.tokenizer, *sizes, world, config.evaluate.sequences)
+                data = open_data(config.data, config.tokenizer, *sizes, ranks, config.evaluate.sequences)
             except (DataStop, ValueError) as error:
                 failure = error
         wait_for_all()
@@ -127,9 +127,9 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
     folder = Path(config.run.dir)
     if locks and locks[0].previous:
         text = f"{folder} was in use by {locks[0].previous}, which has ended: this job takes it over"
-        note(folder, "lock_taken_over", text, owner=locks[0].previous)
+        announce(folder, "lock_taken_over", text, owner=locks[0].previous)
     for path in remove_leftovers(folder / "checkpoints") if locks else []:
-        note(folder, "leftover_removed", f"removed {path}, which an interrupted save had left", path=str(path))
+        announce(folder, "leftover_removed", f"removed {path}, which an interrupted save had left", path=str(path))
     return folder, locks[0] if locks else None
 
 
@@ -156,11 +156,11 @@ def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
     return Saver(checkpoints, config.timeout_seconds, tidy)
 
 
-def data_world(device: torch.device) -> World:
+def tokenizing_ranks(device: torch.device) -> TokenizingRanks:
     """Returns the ranks that tokenize the documents together: all of them."""
     if not dist.is_initialized():
-        return World()
-    return World(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
+        return TokenizingRanks()
+    return TokenizingRanks(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
 
 
 def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:

@@ -78,7 +78,7 @@ class StepNumbers(NamedTuple):
     router_metrics_LG: Tensor = torch.empty(0, 0)
     """Sums of router metrics (moe/router.py); without columns if the routers do not collect them."""
     local_peaks_LP: Tensor = torch.empty(0, 0)
-    """Of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
+    """Those of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
 
 
 def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, batch: StepInput) -> StepNumbers:

@@ -1,6 +1,7 @@
-"""checkpoint.init: what the configuration of a new run takes from its source of weights. No torch, except for Hugging Face.
+"""Composes the configuration of a run, with what checkpoint.init adds to it. No torch, except for Hugging Face folders.
 
-The model, and the tokenizer unless one is named, become overrides before those of the command line, which therefore win.
+The model of the source of weights, and its tokenizer unless one is named, become overrides before those of the command line, which
+therefore win.
 """
 
 import copy
@@ -115,13 +116,13 @@ def _fits(model: ModelConfig, other: ModelConfig) -> bool:
 
 
 def _different(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """The keys of all settings that differ."""
+    """Returns the keys of all settings that differ."""
     ours, theirs = (dict(leaves(plain_config(model), "model.")) for model in (one, other))
     return [key for key in ours if ours[key] != theirs[key]]
 
 
 def _with(model: ModelConfig, key: str, other: ModelConfig) -> ModelConfig:
-    """A copy of `model` whose setting `key` has the value that it has in `other`."""
+    """Returns a copy of `model` whose setting `key` has the value that it has in `other`."""
     changed = copy.deepcopy(model)
     section, _, name = key.removeprefix("model.").rpartition(".")
     setattr(attrgetter(section)(changed) if section else changed, name, attrgetter(key.removeprefix("model."))(other))
@@ -129,7 +130,7 @@ def _with(model: ModelConfig, key: str, other: ModelConfig) -> ModelConfig:
 
 
 def _model_overrides(composed: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """The overrides that turn the composed model into that of the source."""
+    """Returns the overrides that turn the composed model into that of the source."""
     plain = dict(leaves(plain_config(wanted), "model."))
     values = ((key, plain[key]) for key in _different(composed, wanted))
     return [f"{key}={quoted(value) if isinstance(value, str) else written(value)}" for key, value in values]
@@ -174,7 +175,7 @@ def _checkpoint_source(path: Path) -> WeightSource:
 
 
 def _nearest_source(path: Path) -> str:
-    """The existing path that was probably meant, or a folder in it that holds weights; null if there is none."""
+    """Returns the existing path that was probably meant, or a folder in it that holds weights; null if there is none."""
     from ..checkpoint.folder import checkpoints_of
 
     near = nearest_path(path) if not path.exists() else path

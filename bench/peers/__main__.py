@@ -42,7 +42,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def table(lines: list[SideResult]) -> str:
-    """A Markdown table. `ours` is the ratio of tokenyard's tokens/s to those of the side."""
+    """Returns a Markdown table. `ours` is the ratio of tokenyard's tokens/s to those of the side."""
     heads = ["case", "side", "tokens/s", "of dense", "quartiles", "ours", "peak MiB", "first loss"]
     return markdown(heads, map(_cells, lines))
 

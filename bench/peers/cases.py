@@ -86,7 +86,7 @@ PIP = {"torchtitan": "--no-deps torchtitan spmd_types triton"}
 
 
 def sides_of(case: Case, wanted: list[str] | None = None) -> list[Side]:
-    """The sides of this case; `wanted` are names (None: all). The sides that a wanted one is compared with are included."""
+    """Returns the sides of this case; `wanted` are names (None: all). The sides that a wanted one is compared with are included."""
     sides = [side for side in SIDES if case.precision == "bf16" or "fp32 weights" not in side.name]
     if wanted is None:
         return sides
@@ -95,7 +95,7 @@ def sides_of(case: Case, wanted: list[str] | None = None) -> list[Side]:
 
 
 def refusal(side: Side, case: Case, memory: int) -> str | None:
-    """Why the side cannot run with `memory` bytes; None if it can."""
+    """Returns why the side cannot run with `memory` bytes; None if it can."""
     if side.needs is not None and find_spec(IMPORTS[side.needs].partition(".")[0]) is None:
         return not_installed(side)
     if side.builder == "torchtitan" and case.precision != "bf16":

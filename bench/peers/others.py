@@ -155,7 +155,7 @@ def build_megatron(case: Case, variant: str) -> Built:
 
 
 def run_megatron_without_cuda() -> None:
-    """Replace three of its accesses to CUDA: it asks for the CUDA device of its weights, copies counts to the host on a stream
+    """Replaces three of its accesses to CUDA: it asks for the CUDA device of its weights, copies counts to the host on a stream
     (here they are on the host), and has no name for a product of Transformer Engine if that is not installed."""
     moe = "megatron.core.transformer.moe"
     dispatcher: Any = import_module(f"{moe}.token_dispatcher").MoEAlltoAllTokenDispatcher
@@ -196,14 +196,14 @@ def build_deepspeed(case: Case, variant: str) -> Built:
 
 
 def copy_weights(module: nn.Module, weights: dict[str, Any]) -> None:
-    """Copy these tensors into the parameters of the given names."""
+    """Copies these tensors into the parameters of the given names."""
     with torch.no_grad():
         for name, weight in weights.items():
             module.get_parameter(name).copy_(weight)
 
 
 def join_alone() -> None:
-    """Make a process group of this process alone, if there is none."""
+    """Makes a process group of this process alone, if there is none."""
     if not dist.is_initialized():
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

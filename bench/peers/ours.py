@@ -46,7 +46,7 @@ def build_with(case: Case, convert: Callable[[MoELayer], nn.Module]) -> Built:
 
 
 def transformer(case: Case, dense: bool = False, drops: bool = False, weights: torch.dtype | None = None) -> Transformer:
-    """Our transformer with initial weights."""
+    """Returns our transformer with initial weights."""
     model = Transformer(model_config(case, dense, drops), DTYPES[case.precision], weights)
     initialise(model, SEED)
     return model
@@ -74,7 +74,7 @@ def model_config(case: Case, dense: bool, drops: bool) -> ModelConfig:
 
 
 def loss_of(model: Transformer, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
-    """The mean cross entropy, as train/step.py computes it."""
+    """Returns the mean cross entropy, as train/step.py computes it."""
     valid_BS = targets_BS != IGNORE
     head = partial(head_loss, targets=targets_BS, ignore=IGNORE, axis=ALONE)
     (summed,), _ = model(ids_BS, valid_BS, head_losses=[head])

@@ -28,8 +28,10 @@ BUILDERS = {
 
 
 def main() -> None:
-    """The argument is the task. Each line of standard input is a number of steps, and is answered by seconds, losses and peak
-    memory."""
+    """Serves one side: the argument is the task; each line of standard input is a number of steps.
+
+    It is answered by seconds, losses and peak memory.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print to standard output
     task = json.loads(sys.argv[1])
@@ -69,7 +71,7 @@ class Trainer:
         return perf_counter() - start, [loss.item() for loss in losses]
 
     def peak(self) -> int:
-        """Peak resident bytes in a step, without those before the model was built."""
+        """Returns the peak resident bytes in a step, without those before the model was built."""
         return memory("VmHWM") - self.before
 
     def _step(self, ids_BS: Tensor, targets_BS: Tensor) -> Tensor:
@@ -86,27 +88,27 @@ class Trainer:
 
 
 def tiny(case: Case) -> Case:
-    """The case with small sizes."""
+    """Returns the case with small sizes."""
     return replace(case, width=8 * case.heads, hidden=16, layers=1, vocabulary=64, sequences=1, length=16)
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as in train/optimizer.py. The small learning rate keeps the routers from collapsing, which no loss balances here."""
+    """Returns AdamW as in train/optimizer.py. The small learning rate keeps routers, which no loss balances, from collapsing."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
 
 
 def memory(key: str) -> int:
-    """Resident bytes of this process: VmRSS now, VmHWM the peak. 0 on systems other than Linux."""
+    """Returns the resident bytes of this process: VmRSS now, VmHWM the peak. 0 on systems other than Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def forget_peak() -> None:
-    """Reset VmHWM to the current resident memory."""
+    """Resets VmHWM to the current resident memory."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...train.allocator import restart_with_kept_memory
 from .cost import causal_loss, relative_costs
 from .picture import draw
-from .plan import CHOOSERS, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
+from .plan import DENSE, EXPERT_CHOICE, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
 from .results import results, table
 from .runs import Lab, complete
 
@@ -63,7 +63,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def laboratory(arguments: argparse.Namespace) -> Lab:
-    """The lab for these arguments. Raises ValueError for an unknown variant."""
+    """Returns the lab for these arguments. Raises ValueError for an unknown variant."""
     size = SIZES[arguments.size]
     size = replace(size, steps=arguments.steps or size.steps, expansion=arguments.expansion or size.expansion)
     known = variants(size)
@@ -91,8 +91,10 @@ def train(lab: Lab, arguments: argparse.Namespace) -> None:
 
 
 def tune(lab: Lab, variant: str, arguments: argparse.Namespace) -> list[list[float]]:
-    """Pairs of a learning rate and its loss: the given rates, and further ones while the best is at an end. One rate is not
-    tuned."""
+    """Returns pairs of a learning rate and its loss: the given rates, and further ones while the best is at an end.
+
+    One rate is not tuned.
+    """
     rates, losses = list(arguments.rates), dict[float, float]()
     if len(rates) == 1:
         return [[rates[0], 0.0]]
@@ -116,8 +118,8 @@ def report(lab: Lab, _: argparse.Namespace) -> None:
     """Reports the runs that exist so far."""
     plan, costs = QualityPlan(**json.loads(named(lab, "plan", "json").read_text())), lab.folder / "costs.json"
     found = results(lab, plan, json.loads(costs.read_text()) if costs.exists() else {})
-    choosers = [plan.full(CHOOSERS, seed) for seed in range(1, plan.seeds + 1)]
-    found["causal"] = [causal_loss(lab.place(run)) for run in choosers if complete(lab.place(run))]
+    of_experts = [plan.full(EXPERT_CHOICE, seed) for seed in range(1, plan.seeds + 1)]
+    found["causal"] = [causal_loss(lab.place(run)) for run in of_experts if complete(lab.place(run))]
     named(lab, "results", "json").write_text(json.dumps(found, indent=1))
     print(table(found))
     try:
@@ -127,7 +129,7 @@ def report(lab: Lab, _: argparse.Namespace) -> None:
 
 
 def named(lab: Lab, name: str, kind: str) -> Path:
-    """A file of results for runs of this length; the folder may hold results of other lengths."""
+    """Returns a file of results for runs of this length; the folder may hold results of other lengths."""
     return lab.folder / f"{name}-{lab.size.steps}.{kind}"
 
 

@@ -44,7 +44,7 @@ def _take(session: Session, steps: int) -> None:
 
 
 def causal_loss(folder: Path) -> float:
-    """The validation loss of an expert-choice run when tokens choose their top_k experts, as they must in generation.
+    """Returns the validation loss of an expert-choice run when tokens choose their top_k experts, as they must in generation.
 
     Experts that choose among the tokens of a sequence see later tokens, so the loss of expert choice itself is too low.
     """

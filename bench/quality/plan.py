@@ -12,8 +12,7 @@ BOUND = 0.02
 """By which a variant's active parameters may differ from the dense model's."""
 DENSE, TUNED = "dense", "top-2"
 """The variants whose learning rates are tuned; the MoE family takes that of TUNED."""
-CHOOSERS = "expert-choice"
-"""The variant whose experts choose their tokens."""
+EXPERT_CHOICE = "expert-choice"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class TrainingRun(NamedTuple):
 
 
 def variants(size: Size) -> dict[str, list[str]]:
-    """The model settings of each variant. The dense model is wider by about the weights of the router of TUNED."""
+    """Returns the model settings of each variant. The dense model is wider by about the weights of the router of TUNED."""
     experts, hidden = size.expansion, size.hidden
     top_2 = _experts(2 * experts, 2, hidden // 2)
     router = 2 * experts * size.width
@@ -94,7 +93,7 @@ def variants(size: Size) -> dict[str, list[str]]:
         TUNED: top_2,
         "fine-grained": [*_experts(4 * experts, 3, hidden // 4), f"model.moe.shared_hidden={hidden // 4}"],
         "bias": [*top_2, "model.moe.router.score=sigmoid", "model.moe.balance.coefficient=0", "model.moe.balance.bias_rate=0.001"],
-        CHOOSERS: [
+        EXPERT_CHOICE: [
             *top_2,
             "model.moe.router.selection=expert_choice",
             "model.moe.router.normalize_top_k=false",
@@ -114,7 +113,7 @@ def _experts(experts: int, top_k: int, hidden: int) -> list[str]:
 
 
 def settings(size: Size, model: list[str], more: Iterable[str] = ()) -> list[str]:
-    """The settings that do not depend on the run: those of the size and of the variant, then those of the user, which override."""
+    """Returns the settings that do not depend on the run: those of the size, of the variant, and of the user, which override."""
     shape = {"layers": size.layers, "width": size.width, "heads": size.heads, "kv_heads": size.kv_heads, "vocabulary": size.pieces}
     return [
         "tracker=none",
@@ -135,7 +134,7 @@ def settings(size: Size, model: list[str], more: Iterable[str] = ()) -> list[str
 
 
 def run_settings(run: TrainingRun, evaluations: int) -> list[str]:
-    """The settings that depend on the run."""
+    """Returns the settings that depend on the run."""
     every = max(1, run.steps // evaluations)
     return [
         f"optimizer.lr={run.rate:g}",
@@ -147,13 +146,16 @@ def run_settings(run: TrainingRun, evaluations: int) -> list[str]:
 
 
 def active(model: ModelConfig) -> int:
-    """Active parameters, router included, without embedding and head."""
+    """Returns active parameters, router included, without embedding and head."""
     parts = count(model)
     return parts.active - parts.embedding - parts.head
 
 
 def models(size: Size, chosen: Mapping[str, list[str]], more: Iterable[str] = ()) -> dict[str, ModelConfig]:
-    """The model of each variant. Raises ValueError if its active parameters differ from the dense model's by more than BOUND."""
+    """Returns the model of each variant.
+
+    Raises ValueError if its active parameters differ from the dense model's by more than BOUND.
+    """
     found = {name: compose(settings(size, model, more)).model for name, model in chosen.items()}
     dense = active(found[DENSE])
     for name, model in found.items():
@@ -176,7 +178,7 @@ class QualityPlan:
     """For DENSE and TUNED, pairs of a learning rate and its loss in the tuning runs."""
 
     def rate(self, variant: str) -> float:
-        """The learning rate with the lowest loss in tuning."""
+        """Returns the learning rate with the lowest loss in tuning."""
         return min(self.tried[DENSE if variant == DENSE else TUNED], key=lambda pair: pair[1])[0]
 
     def full(self, variant: str, seed: int) -> TrainingRun:
@@ -186,7 +188,7 @@ class QualityPlan:
         return TrainingRun(TUNED, self.rate(TUNED), max(1, round(share * self.steps)), seed)
 
     def runs(self, chosen: Iterable[str]) -> list[TrainingRun]:
-        """The runs ordered by seed, so that those of the first seed finish early."""
+        """Returns the runs ordered by seed, so that those of the first seed finish early."""
         names = list(chosen)
         return [
             run

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...moe.param_count import count, training_flops_per_token
 from ..timing import markdown
-from .plan import CHOOSERS, DENSE, TUNED, QualityPlan, active, models
+from .plan import DENSE, EXPERT_CHOICE, TUNED, QualityPlan, active, models
 from .runs import Curve, Lab, crossing, deviation
 
 
@@ -56,7 +56,7 @@ def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> fl
 
 
 def _shorter(lab: Lab, plan: QualityPlan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
-    """The losses for each length, and the share of the dense model's tokens for each seed with more than one length."""
+    """Returns the losses for each length, and the share of the dense model's tokens for each seed with more than one length."""
     by_length: dict[str, list[float]] = {}
     shares: list[float | None] = []
     for seed, other in dense.items():
@@ -73,13 +73,15 @@ HEAD = "variant | rate | active | total | loss | below dense | imbalance | dropp
 
 
 def table(found: dict[str, Any]) -> str:
-    """A Markdown table. tokens, of FLOPs, of time: what a variant needs for the dense model's final loss, relative to that
-    model."""
+    """Returns a Markdown table.
+
+    tokens, of FLOPs, of time: what a variant needs for the dense model's final loss, relative to that model.
+    """
     lines = [markdown(HEAD.split(" | "), (_row(name, entry) for name, entry in found["variants"].items()))]
     shorter = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["shorter"].items())
     lines += ["", f"{TUNED} by its share of the tokens: {', '.join(shorter)}"]
     if found["causal"]:
-        lines += [f"{CHOOSERS}, tokens choosing their experts: {_spread(found['causal'])}"]
+        lines += [f"{EXPERT_CHOICE}, tokens choosing their experts: {_spread(found['causal'])}"]
     lines += [f"Share of the tokens at which it has the dense model's final loss, decayed: {_shares(found['decayed'], 1.0)}"]
     return "\n".join(lines)
 
@@ -108,7 +110,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _shares(shares: list[float | None], factor: float) -> str:
-    """Mean and deviation, or the number of seeds that never reach the loss."""
+    """Returns the mean and deviation, or the number of seeds that never reach the loss."""
     there = [share * factor for share in shares if share is not None]
     missing = len(shares) - len(there)
     if missing or not there:

@@ -47,7 +47,7 @@ def complete(folder: Path) -> bool:
 
 
 def crossing(tokens: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """The tokens after which a curve first reaches `target`, interpolated linearly in the logarithm of the tokens.
+    """Returns the tokens after which a curve first reaches `target`, interpolated linearly in the logarithm of the tokens.
 
     None if it never does. If the first point is already below, its tokens, which are an upper bound.
     """
@@ -63,7 +63,7 @@ def crossing(tokens: Sequence[float], losses: Sequence[float], target: float) ->
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 for a single value."""
+    """Returns sample standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -84,7 +84,7 @@ class Lab:
     """Threads of each run."""
 
     def settings(self, run: TrainingRun) -> list[str]:
-        """All settings that decide the result of the run."""
+        """Returns all settings that decide the result of the run."""
         return [*settings(self.size, self.variants[run.variant], self.more), *run_settings(run, self.evaluations)]
 
     def place(self, run: TrainingRun) -> Path:
@@ -100,7 +100,7 @@ class Lab:
                     raise RuntimeError(f"{run.name} {end}; its output is in {self.place(run) / 'output.txt'}")
 
     def prepared(self, run: TrainingRun) -> Path:
-        """The folder of a run. Raises ValueError if it holds a run with other settings."""
+        """Returns the folder of a run. Raises ValueError if it holds a run with other settings."""
         folder, wanted = self.place(run), self.settings(run)
         file = folder / SETTINGS
         if not file.exists():
@@ -124,9 +124,9 @@ class Lab:
             ).returncode
 
     def curve(self, run: TrainingRun) -> Curve:
-        """The curve of a complete run."""
+        """Returns the curve of a complete run."""
         return read_curve(self.place(run))
 
     def curves(self, runs: Iterable[TrainingRun]) -> list[Curve]:
-        """The curves of the complete runs among `runs`."""
+        """Returns the curves of the complete runs among `runs`."""
         return [self.curve(run) for run in runs if complete(self.place(run))]

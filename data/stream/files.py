@@ -23,7 +23,7 @@ NUMBER_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def find_files(path: str, kind: str) -> list[str]:
-    """The shards at `path`, sorted. ValueError if there is none, or if a link in a folder leads out of it."""
+    """Returns the shards at `path`, sorted. Raises ValueError if there is none, or if a link in a folder leads out of it."""
     if is_remote(path):
         return list(_expand_numbers(path))
     place = Path(path).expanduser()
@@ -48,7 +48,7 @@ def is_remote(path: str) -> bool:
 
 @contextmanager
 def open_shard(path: str, retry: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
-    """The decompressed bytes. Closes the raw file as well, which decompressors do not."""
+    """Opens the decompressed bytes. Closes the raw file as well, which decompressors do not."""
     with open_raw(path, retry, version) as raw, decompressed(raw, path) as file:
         yield file
         if file is not raw and raw.tell() == 0:
@@ -57,9 +57,9 @@ def open_shard(path: str, retry: RetryPolicy, version: bytes) -> Iterator[IO[byt
 
 @contextmanager
 def open_raw(path: str, retry: RetryPolicy, version: bytes) -> Iterator[IO[bytes]]:
-    """The bytes as stored: a local file, http(s), or another protocol that fsspec knows, such as hf://.
+    """Opens the bytes as stored: a local file, http(s), or another protocol that fsspec knows, such as hf://.
 
-    ValueError if the file has not this version (see `versions`), or changes before the end of the block.
+    Raises ValueError if the file has not this version (see `versions`), or changes before the end of the block.
     """
     if path.startswith(("http://", "https://")):
         with open_url(path, retry) as file:
@@ -77,7 +77,7 @@ def open_raw(path: str, retry: RetryPolicy, version: bytes) -> Iterator[IO[bytes
 
 
 def decompressed(file: IO[bytes], path: str) -> Any:
-    """A context with the decompressed `file`; the compression follows from the suffix of `path`. Leaves `file` open."""
+    """Returns a context with the decompressed `file`; the compression follows from the suffix of `path`. Leaves `file` open."""
     match Path(path.partition("?")[0]).suffix:
         case ".gz":
             return gzip.GzipFile(fileobj=file)
@@ -95,13 +95,13 @@ def decompressed(file: IO[bytes], path: str) -> Any:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The paths relative to their common folder, so that they do not depend on where the data lies."""
+    """Returns the paths relative to their common folder, so that they do not depend on where the data lies."""
     shared = len(_folder_of_all([path.split("/")[:-1] for path in paths]))
     return ["/".join(path.split("/")[shared:]) for path in paths]
 
 
 def fingerprint(paths: list[str], versions: list[bytes], *more: str) -> str:
-    """xxh3-128 of the names of the shards, their versions and `more`."""
+    """Returns xxh3-128 of the names of the shards, their versions and `more`."""
     running = xxhash.xxh3_128(repr(more).encode())
     for name, version in zip(short_names(paths), versions, strict=True):
         running.update(f"{name}\0".encode(errors="surrogateescape") + version + b"\0")
@@ -109,7 +109,7 @@ def fingerprint(paths: list[str], versions: list[bytes], *more: str) -> str:
 
 
 def versions(paths: list[str], retry: RetryPolicy) -> list[bytes]:
-    """The version of each file. ValueError, one line, for a file that cannot be read.
+    """Returns the version of each file. Raises ValueError, one line, for a file that cannot be read.
 
     A local file: its size and a hash of its first and last 64 KiB. An http(s) URL: its size and the server's ETag or date. Other
     URLs: themselves, as those of the hub hold the commit.
@@ -155,7 +155,7 @@ def _folder_of_all(folders: list[list[str]]) -> list[str]:
 
 
 def _expand_numbers(path: str) -> Iterator[str]:
-    """Expand {000..127} to each of its numbers, with as many digits."""
+    """Expands {000..127} to each of its numbers, with as many digits."""
     found = NUMBER_RANGE.search(path)
     if found is None:
         yield path
@@ -165,7 +165,7 @@ def _expand_numbers(path: str) -> Iterator[str]:
 
 
 def open_remote(path: str) -> IO[bytes]:
-    """A file behind any protocol that fsspec knows."""
+    """Returns a file behind any protocol that fsspec knows."""
     import fsspec
 
     file: Any = fsspec.open(path, "rb")

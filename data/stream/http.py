@@ -37,12 +37,15 @@ class RetryPolicy(NamedTuple):
 
 
 def open_url(url: str, retry: RetryPolicy) -> io.BufferedReader:
-    """The file at `url`, for reading. ValueError if the server refuses it."""
+    """Returns the file at `url`, for reading. Raises ValueError if the server refuses it."""
     return io.BufferedReader(HttpFile(url, retry), 1 << 20)
 
 
 def retry_items(read: Callable[[int], Iterator[Item]], first: int, what: str, retry: RetryPolicy) -> Iterator[Item]:
-    """Yields from `read(first)`; after a transient error at item n, from `read(first + n)`. DataUnavailable if that goes on."""
+    """Yields from `read(first)`; after a transient error at item n, from `read(first + n)`.
+
+    Raises DataUnavailable if that goes on.
+    """
     at, backoff = first, Backoff(what, retry)
     while True:
         begin = time.monotonic()
@@ -60,7 +63,7 @@ def retry_items(read: Callable[[int], Iterator[Item]], first: int, what: str, re
 
 
 def retry_call(action: Callable[[], Item], what: str, retry: RetryPolicy) -> Item:
-    """The result of `action`, called again while it raises a transient error. DataUnavailable if that goes on."""
+    """Returns the result of `action`, called again while it raises a transient error. Raises DataUnavailable if that goes on."""
     return next(retry_items(lambda _: iter([action()]), 0, what, retry))
 
 
@@ -115,7 +118,7 @@ class HttpFile(io.RawIOBase):
         super().close()
 
     def _some(self, wanted: int) -> bytes:
-        """The next bytes of the open response, without those that it has before the requested one."""
+        """Returns the next bytes of the open response, without those that it has before the requested one."""
         begin = time.monotonic()
         if self._response is None:
             self._connect()
@@ -169,7 +172,7 @@ class HttpFile(io.RawIOBase):
 
 
 def _extent(response: http.client.HTTPResponse, asked: int) -> tuple[int, int, int]:
-    """First byte and end of a response, and the size of the whole file; -1 for what it does not state.
+    """Returns the first byte and end of a response, and the size of the whole file; -1 for what it does not state.
 
     asked: the requested first byte. A server without ranges sends the file from its start.
     """
@@ -194,11 +197,11 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the time spent, after progress."""
+        """Forgets the time spent, after progress."""
         self._delay, self._spent, self._got = 0.1, 0.0, 0
 
     def got(self, count: int, new: int, begin: float) -> None:
-        """Count bytes received since `begin`, `new` of them for the first time. DataUnavailable if they come too slowly."""
+        """Counts bytes received since `begin`, `new` of them for the first time. Raises DataUnavailable if they come too slowly."""
         self._got += new
         self._spent += max(0.0, time.monotonic() - begin - count / SLOWEST)
         if self._got >= PROGRESS:
@@ -207,7 +210,7 @@ class Backoff:
             raise DataUnavailable(f"{self._what} gave {self._got} bytes in {self._spent:.0f} s")
 
     def wait(self, error: BaseException, begin: float) -> None:
-        """Wait after an attempt that began at `begin` and failed. DataUnavailable if the next one would come too late."""
+        """Waits after an attempt that began at `begin` and failed. Raises DataUnavailable if the next one would come too late."""
         self._spent += time.monotonic() - begin
         if self._spent + self._delay > self._retry.seconds or self._retry.closed.wait(self._delay):
             reason = f"{type(error).__name__}: {error}"

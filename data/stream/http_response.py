@@ -17,9 +17,9 @@ log = logging.getLogger("tokenyard")
 
 
 def get_from(url: str, begin: int, seconds: float) -> "Response":
-    """The server's response, headers read, for the bytes from `begin` on. TimeoutError if that takes longer than `seconds`.
+    """Returns the server's response for the bytes from `begin` on. Raises TimeoutError if that takes longer than `seconds`.
 
-    ValueError for a redirect to another protocol, or to an address of this machine or its network from outside.
+    Raises ValueError for a redirect to another protocol, or to an address of this machine or its network from outside.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-", "Accept-Encoding": "identity"})
     return _opener().open(request, timeout=seconds)
@@ -35,7 +35,7 @@ class DeadlineReader(io.RawIOBase):
         self.restart()
 
     def restart(self) -> None:
-        """Set the deadline anew."""
+        """Sets the deadline anew."""
         self._end = time.monotonic() + self._seconds
 
     def readinto(self, buffer: memoryview) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -64,7 +64,7 @@ class Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(self._reader)
 
     def some(self, limit: int) -> bytes:
-        """Up to `limit` bytes of the body, b"" at its end."""
+        """Returns up to `limit` bytes of the body, b"" at its end."""
         self._reader.restart()
         return self.read1(limit)
 
@@ -107,7 +107,7 @@ class RedirectHandler(urllib.request.HTTPRedirectHandler):
 
 
 def _reach(host: str | None) -> int:
-    """How far away a host is: 0 link-local, 1 this machine, 2 its private networks, 3 public, or without a known address."""
+    """Returns how far away a host is: 0 link-local, 1 this machine, 2 its private networks, 3 public or without known address."""
     with suppress(OSError, UnicodeError):
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return min(_reach_of(ipaddress.ip_address(str(each[4][0]).partition("%")[0])) for each in found)
@@ -122,7 +122,7 @@ def _reach_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
 
 @functools.cache
 def _log_redirect(host: str, other: str) -> None:
-    """Once per pair of hosts."""
+    """Logs a redirect, once per pair of hosts."""
     log.warning("data: %s redirects to %s", host, other)
 
 

@@ -29,16 +29,16 @@ class Mixture:
         self.ended = [False] * len(sources)
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` rows, (count, S + 1); fewer once all sources have ended. Collective."""
+        """Returns the next `count` rows, (count, S + 1); fewer once all sources have ended. Collective."""
         parts: list[np.ndarray] = []
         while count > 0 and not all(self.ended):
-            taken = self._some(count)
+            taken = self._take_some(count)
             parts.append(taken)
             count -= len(taken)
         return np.concatenate(parts) if parts else np.empty((0, 0), np.int64)
 
     def state(self) -> dict[str, Any]:
-        """The state of all sources as plain JSON."""
+        """Returns the state of all sources as plain JSON."""
         return {
             "rows": list(self.rows),
             "since": list(self._since),
@@ -47,7 +47,7 @@ class Mixture:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Sources and weights may differ: known sources continue where they were, with the new shares."""
+        """Continues from `state`. Sources and weights may differ: known sources continue where they were, with the new shares."""
         same = self._match_saved(state["sources"])
         for source, index in zip(self.sources, same, strict=True):
             if index is not None:
@@ -59,7 +59,7 @@ class Mixture:
             self._since[:] = [0] * len(same)
 
     def _match_saved(self, saved: list[dict[str, Any]]) -> list[int | None]:
-        """For each source, the index of the saved source with equal data: with its label if possible, else the first one free."""
+        """Returns for each source the index of the saved one with equal data: with its label if possible, else the first free."""
         left = dict(enumerate(saved))
         found: list[int | None] = [None] * len(self.sources)
         for keys in (("fingerprint", "label"), ("fingerprint",)):
@@ -76,8 +76,8 @@ class Mixture:
         given, shares = np.array(self._since), self._shares()
         return bool((np.abs(given - shares * given.sum()) < len(given)).all())
 
-    def _some(self, count: int) -> np.ndarray:
-        """Up to `count` rows; stops where a source ends."""
+    def _take_some(self, count: int) -> np.ndarray:
+        """Returns up to `count` rows; stops where a source ends."""
         plan = self._plan(count)
         wanted = np.bincount(plan, minlength=len(self.sources))
         taken = [
@@ -99,12 +99,12 @@ class Mixture:
         return np.stack(rows) if rows else np.empty((0, taken[0].shape[-1]), np.int64)
 
     def _shares(self) -> np.ndarray:
-        """Normalized weights of the sources that have not ended; zero for the others."""
+        """Returns normalized weights of the sources that have not ended; zero for the others."""
         live = ~np.array(self.ended)
         return np.where(live, self._weights, 0) / (self._weights[live].sum() or 1.0)
 
     def _plan(self, count: int) -> np.ndarray:
-        """The source of each of the next `count` rows."""
+        """Returns the source of each of the next `count` rows."""
         live, shares = ~np.array(self.ended), self._shares()
         given, plan = np.array(self._since), np.empty(count, np.int64)
         for row in range(count):
@@ -138,7 +138,7 @@ class StreamBatches:
         """By step: of the next batch and of the last two, since one batch may be prepared while another is trained on."""
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
-        """The given rows (None: all) of the global batch of `step`, which is the last one again or the next. Collective.
+        """Returns the given rows (None: all) of the global batch of `step`, which is the last one again or the next. Collective.
 
         Raises a DataStop, on all ranks, if there is none; `state` does not change then.
         """
@@ -146,25 +146,25 @@ class StreamBatches:
         return split_rows(self._current[list(chosen_rows(rows, self.sequences))])
 
     def digest(self, step: int) -> str:
-        """xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
+        """Returns xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
         self._advance(step)
         return xxhash.xxh3_64_hexdigest(self._current.astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """What `restore` needs to continue with the batch of `step`: plain JSON, the same on every rank.
+        """Returns what `restore` needs to continue with the batch of `step`: plain JSON, the same on every rank.
 
         step: of the last batch, the one before it or the next one; None is the next.
         """
         return self._snapshots[self._step + 1 if step is None else step].state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
+        """Continues from `state`."""
         self.mixture.restore(state)
         self._step = state["step"] - 1
         self._snapshots = {state["step"]: self._snapshot(state["step"])}
 
     def metrics(self, step: int | None = None) -> dict[str, float]:
-        """By source: share of the rows, rows read, bad rows and more, up to the batch of `step`; None: up to now."""
+        """Returns by source the share of the rows, rows read, bad rows and more, up to the batch of `step`; None: up to now."""
         return self._snapshot(self._step + 1).metrics if step is None else self._snapshots[step].metrics
 
     def _snapshot(self, step: int) -> BatchSnapshot:
@@ -180,11 +180,11 @@ class StreamBatches:
         return [found for source in self.mixture.sources for found in source.read_failures()]
 
     def bad_rows(self) -> list[str]:
-        """`read_failures` as text."""
+        """Returns `read_failures` as text."""
         return [str(found) for found in self.read_failures()]
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stops the threads."""
         self._retry.closed.set()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -203,7 +203,7 @@ class StreamBatches:
 
 
 def _fingerprint(mixture: Mixture) -> str:
-    """The fingerprint of a single source, or a hash of those of all sources with their weights."""
+    """Returns the fingerprint of a single source, or a hash of those of all sources with their weights."""
     if len(mixture.sources) == 1:
         return mixture.sources[0].fingerprint
     parts = [[source.fingerprint for source in mixture.sources], mixture.weights]

@@ -4,6 +4,7 @@ Documents are concatenated, each with its end-of-document token, and cut every S
 row before.
 """
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -26,7 +27,7 @@ LISTED_BAD_ROWS = 100
 log = logging.getLogger("tokenyard")
 
 
-class World(NamedTuple):
+class TokenizingRanks(NamedTuple):
     """The ranks that share the tokenizing."""
 
     rank: int = 0
@@ -72,26 +73,26 @@ class RowSource(ABC):
 
     @abstractmethod
     def take(self, count: int) -> np.ndarray:
-        """The next `count` rows, int64 (count, S + 1); fewer if the source ends. Collective."""
+        """Returns the next `count` rows, int64 (count, S + 1); fewer if the source ends. Collective."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Where the next row begins, as plain JSON."""
+        """Returns where the next row begins, as plain JSON."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, which any number of ranks and workers may have made."""
+        """Continues from `state`, which any number of ranks and workers may have made."""
 
     def counts(self) -> dict[str, int]:
-        """What was read so far, by name of the metric."""
+        """Returns what was read so far, by name of the metric."""
         return {}
 
     def read_failures(self) -> list[ReadFailure]:
-        """What could not be read since the last call."""
+        """Returns what could not be read since the last call."""
         return []
 
-    def note(self, found: list[ReadFailure]) -> None:
-        """Add failures that another reader of this source met: `read_failures` returns them once, even if they occur here again."""
+    def add_failures(self, found: list[ReadFailure]) -> None:
+        """Adds failures of another reader of this source: `read_failures` returns them once, even if they occur here again."""
         assert not found, "no row of an array is skipped"
 
 
@@ -137,7 +138,7 @@ class StreamRows(RowSource):
         shards: Shards,
         tokenization: Tokenization,
         settings: StreamSettings,
-        world: World,
+        ranks: TokenizingRanks,
         pool: ThreadPoolExecutor | None,
     ) -> None:
         self.label = label
@@ -151,7 +152,7 @@ class StreamRows(RowSource):
         )
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(kept).encode())
         """Hash of everything, except the seed and the length of a row, that the order of the tokens depends on."""
-        self._shards, self._tokenization, self._settings, self._world, self._pool = shards, tokenization, settings, world, pool
+        self._shards, self._tokenization, self._settings, self._ranks, self._pool = shards, tokenization, settings, ranks, pool
         self._slots = min(settings.open_shards, len(shards.names))
         self._bad: list[tuple[str, int, str]] = []
         """Shard, row and reason of the first bad rows, for the error message."""
@@ -171,7 +172,7 @@ class StreamRows(RowSource):
         at = self._next - self._begin + length * np.arange(count)[:, None] + np.arange(length + 1)
         rows = buffer[at].astype(np.int64)
         self._next += count * length
-        self._forget(buffer)
+        self._drop_used(buffer)
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -198,52 +199,53 @@ class StreamRows(RowSource):
         found, self._read_failures = self._read_failures, []
         return found
 
-    def note(self, found: list[ReadFailure]) -> None:
+    def add_failures(self, found: list[ReadFailure]) -> None:
         self._read_failures += found
         self._noted.update((each.kind, each.file, each.row) for each in found)
 
     def _round(self) -> None:
-        """Gather one window of every live slot from all ranks."""
-        gathered = self._world.gather(self._mine())
+        """Gathers one window of every live slot from all ranks."""
+        gathered = self._ranks.gather(self._tokenize_own())
         if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
             raise decode_stop(failed[0])
         shares: dict[int, list[TokenizedShare]] = {slot: [] for slot in self._live}
-        for piece in (piece for data in gathered for piece in deserialize(data[1:])):
-            shares[piece.slot].append(piece)
-        for pieces in shares.values():
-            self._accept(merge_shares(pieces))
+        for share in itertools.chain.from_iterable(deserialize(data[1:]) for data in gathered):
+            shares[share.slot].append(share)
+        for parts in shares.values():
+            self._accept(merge_shares(parts))
         self._refuse_too_much()
         if not self._live:
             self._next_epoch()
         self._snapshots.append(self._snapshot())
 
-    def _mine(self) -> bytes:
-        """This rank's tokens of the round, serialized, or its error."""
+    def _tokenize_own(self) -> bytes:
+        """Returns this rank's tokens of the round, serialized, or its error."""
         try:
             return b"=" + serialize([reader.next() for reader in self._live.values() if reader is not None])
         except Exception as error:  # any error must reach the other ranks, which wait in the gather
             if not isinstance(error, DataStop):
                 log.error("%s cannot be read", self.label, exc_info=error)
-            return b"!" + encode_stop(error, self._world.rank)
+            return b"!" + encode_stop(error, self._ranks.rank)
 
-    def _accept(self, piece: TokenizedShare) -> None:
-        self._cursors[piece.slot] = piece.after
-        if piece.after is None:
-            del self._live[piece.slot]
-        held_out = piece.lengths.count(HELD_OUT)
-        documents = len(piece.lengths) - held_out - len(piece.bad)
-        self._counts.update(rows=len(piece.lengths), documents=documents, held_out=held_out, bad_rows=len(piece.bad))
-        self._counts.update(bytes=piece.bytes, document_tokens=len(piece.tokens), failed_files=piece.failed is not None)
-        self._bad += piece.bad[: max(0, LISTED_BAD_ROWS - len(self._bad))]
-        before = self._counts["bad_rows"] - len(piece.bad)
-        self._tell(ReadFailure("bad_row", self.label, *bad, before + at) for at, bad in enumerate(piece.bad, start=1))
-        if piece.failed:
-            self._failed = ReadFailure("file_failed", self.label, *piece.failed, self._counts["failed_files"])
-            self._tell([self._failed])
-        self._parts.append(piece.tokens)
-        self._end += len(piece.tokens)
+    def _accept(self, window: TokenizedShare) -> None:
+        """Counts a whole window and appends its tokens to those of the source."""
+        self._cursors[window.slot] = window.after
+        if window.after is None:
+            del self._live[window.slot]
+        held_out = window.lengths.count(HELD_OUT)
+        documents = len(window.lengths) - held_out - len(window.bad)
+        self._counts.update(rows=len(window.lengths), documents=documents, held_out=held_out, bad_rows=len(window.bad))
+        self._counts.update(bytes=window.bytes, document_tokens=len(window.tokens), failed_files=window.failed is not None)
+        self._bad += window.bad[: max(0, LISTED_BAD_ROWS - len(self._bad))]
+        before = self._counts["bad_rows"] - len(window.bad)
+        self._report(ReadFailure("bad_row", self.label, *bad, before + at) for at, bad in enumerate(window.bad, start=1))
+        if window.failed:
+            self._failed = ReadFailure("file_failed", self.label, *window.failed, self._counts["failed_files"])
+            self._report([self._failed])
+        self._parts.append(window.tokens)
+        self._end += len(window.tokens)
 
-    def _tell(self, found: Iterable[ReadFailure]) -> None:
+    def _report(self, found: Iterable[ReadFailure]) -> None:
         for each in found:
             if (key := (each.kind, each.file, each.row)) in self._noted:
                 self._noted.remove(key)  # the next epoch returns it again
@@ -261,7 +263,7 @@ class StreamRows(RowSource):
             self._open_slots()
 
     def _open_slots(self) -> None:
-        """Start prefetchers for the slots that this rank tokenizes; those of other ranks are None."""
+        """Starts prefetchers for the slots that this rank tokenizes; those of other ranks are None."""
         key = (self.fingerprint, self._settings.seed, self._epoch)
         order = permutation(len(self._shards.names), "shards", *key).tolist()
         for slot, cursor in enumerate(self._cursors):
@@ -270,7 +272,7 @@ class StreamRows(RowSource):
                 self._live[slot] = self._reader(slot, items)
 
     def _reader(self, slot: int, items: Any) -> Prefetcher[Window, TokenizedShare] | None:
-        rank, size = self._world.rank, self._world.size
+        rank, size = self._ranks.rank, self._ranks.size
         owners = range(slot % size, size, self._slots if size > self._slots else size)
         if rank not in owners:
             return None
@@ -290,8 +292,8 @@ class StreamRows(RowSource):
             "counts": dict(self._counts),
         }
 
-    def _forget(self, buffer: np.ndarray) -> None:
-        """Drop the tokens and snapshots of rounds that are used up."""
+    def _drop_used(self, buffer: np.ndarray) -> None:
+        """Drops the tokens and snapshots of rounds that are used up."""
         while len(self._snapshots) > 1 and self._snapshots[1]["position"] <= self._next:
             self._snapshots.popleft()
         self._parts = [buffer[min(self._next, self._end) - self._begin :]]
@@ -306,7 +308,7 @@ class StreamRows(RowSource):
 
 
 def too_many_bad_rows(label: str, bad: int, rows: int, listed: list[tuple[str, int, str]], fraction: float) -> str | None:
-    """The error message if `bad` of `rows` exceed the allowed fraction, else None. listed: shard, row and reason of the first."""
+    """Returns the error message if `bad` of `rows` exceed the allowed fraction. `listed`: shard, row and reason of the first."""
     if bad <= max(FREE_BAD_ROWS, fraction * rows):
         return None
     each = "; ".join(f"{name} row {row}: {reason}" for name, row, reason in listed[:LISTED_BAD_ROWS])

@@ -29,7 +29,7 @@ class Prefetcher(Generic[Raw, Made]):
         self._fill()
 
     def next(self) -> Made:
-        """Wait for the next one and return it."""
+        """Waits for the next one and returns it."""
         if self._pool is None:
             return self._make(next(self._items))
         self._fill()

@@ -53,7 +53,7 @@ class Shards(ABC):
     _retry: RetryPolicy
 
     def rows(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
-        """The rows of a shard from row `first` on. Raises DataUnavailable if its source does not answer.
+        """Yields the rows of a shard from row `first` on. Raises DataUnavailable if its source does not answer.
 
         If the shard fails, the last item is a FailedShard, at the same row wherever reading began.
         """
@@ -65,7 +65,7 @@ class Shards(ABC):
 
 
 def open_shards(config: DataConfig, retry: RetryPolicy) -> Shards:
-    """The shards of a streamed source. ValueError, one line, if there are none."""
+    """Returns the shards of a streamed source. Raises ValueError, one line, if there are none."""
     if config.corpus is Corpus.hf:
         return open_hub(config, retry)
     assert config.path is not None
@@ -105,7 +105,7 @@ class LineShards(Shards):
 
 
 def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes | BadRow]:
-    """The lines of a file; a BadRow for one that cannot be a document of at most `longest` bytes, each in up to `escaped` bytes.
+    """Yields the lines of a file; a BadRow for one that is no document of at most `longest` bytes, each in up to `escaped` bytes.
 
     ValueError for an excessive line: a small compressed file may hold one that would take hours to read.
     """
@@ -164,17 +164,17 @@ BROKEN_FILE = (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
 
 
 def no_column(column: str, names: list[str]) -> FailedShard:
-    """The failure of a shard that lacks the column."""
+    """Returns the failure of a shard that lacks the column."""
     return FailedShard(f"no column {column}, there are {', '.join(names[:8])}")
 
 
 def error_text(error: BaseException) -> str:
-    """The message in one line, without the path: the shard's name is added to it."""
+    """Returns the message in one line, without the path: the shard's name is added to it."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def column_rows(values: Any) -> list[Row]:
-    """The rows of an Arrow array of text or of lists of ids."""
+    """Returns the rows of an Arrow array of text or of lists of ids."""
     import pyarrow as pa
     import pyarrow.types as kinds
 
@@ -186,7 +186,7 @@ def column_rows(values: Any) -> list[Row]:
 
 
 def _arrow_row(value: Any) -> Row:
-    """The row of an Arrow value; a BadRow if Python cannot represent it, such as a date after the year 9999."""
+    """Returns the row of an Arrow value; a BadRow if Python cannot represent it, such as a date after the year 9999."""
     try:
         return value_row(value.as_py())
     except Exception as error:  # the errors depend on the column's type
@@ -194,7 +194,7 @@ def _arrow_row(value: Any) -> Row:
 
 
 def value_row(value: Any) -> Row:
-    """The row of a Python value."""
+    """Returns the row of a Python value."""
     match value:
         case str():
             return value.encode(errors="surrogatepass")
@@ -227,10 +227,10 @@ def _json_row(line: bytes, key: str) -> Row:
 
 
 def open_hub(config: DataConfig, retry: RetryPolicy) -> Shards:
-    """The split of a data set on the hub, or of a folder with the layout of one.
+    """Returns the split of a data set on the hub, or of a folder with the layout of one.
 
     Files of parquet, JSON lines and text are read by the readers above, which lose no row to a bad neighbour and begin at any row;
-    everything else by an IterableDataset. ValueError, one line, if the hub does not know it, or if it names files of others.
+    everything else by an IterableDataset. Raises ValueError, one line, if the hub does not know it, or if it names files of others.
     """
     name = str(Path(config.name or "").expanduser()) if Path(config.name or "").expanduser().exists() else config.name or ""
     builder = retry_call(lambda: _builder(config, name), f"data.name={config.name}", retry)
@@ -246,7 +246,7 @@ def open_hub(config: DataConfig, retry: RetryPolicy) -> Shards:
 
 
 def _builder(config: DataConfig, name: str) -> Any:
-    """The builder of `datasets`. A transient error if the hub cannot be reached, ValueError if the data set is unknown."""
+    """Returns the builder of `datasets`. Raises ValueError for an unknown data set, a transient error without the hub."""
     import datasets
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -260,7 +260,7 @@ def _builder(config: DataConfig, name: str) -> Any:
 
 
 def refuse_outside_card(name: str) -> None:
-    """ValueError if the card of the folder `name` names a path or URL outside of it; checked before `datasets` follows it."""
+    """Raises ValueError if the card of the folder `name` names a path or URL outside of it, before `datasets` follows it."""
     import yaml
     from huggingface_hub import DatasetCard
 
@@ -277,7 +277,10 @@ def refuse_outside_card(name: str) -> None:
 
 
 def _card_paths(found: list[Any]) -> Iterator[str]:
-    """All strings under the keys data_files and data_dir. Visits each object once: YAML aliases may repeat one many times."""
+    """Yields all strings under the keys data_files and data_dir.
+
+    Visits each object once: YAML aliases may repeat one many times.
+    """
     left, seen = [(each, False) for each in found], set[tuple[int, bool]]()
     while left:
         thing, named = left.pop()
@@ -293,7 +296,7 @@ def _card_paths(found: list[Any]) -> Iterator[str]:
 
 
 def refuse_foreign_files(name: str, files: list[str]) -> None:
-    """ValueError for a file that does not belong to the data set `name`."""
+    """Raises ValueError for a file that does not belong to the data set `name`."""
     if Path(name).exists():
         return refuse_outside(Path(name), files, "data.name")
     for file in files:

@@ -18,7 +18,7 @@ from ..pretokenized import open_pretokenized
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, open_tokens, write_stamp
 from ..tokenizer import Tokenizer
 from .mixture import Mixture
-from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, World, too_many_bad_rows
+from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, TokenizingRanks, too_many_bad_rows
 from .shards import BadRow, FailedShard, Row, Shards
 from .tokenize import Tokenization, is_held_out, parse_row
 
@@ -38,34 +38,38 @@ def build_mixture(
     cache: Path,
     seed: int,
     length: int,
-    world: World,
+    ranks: TokenizingRanks,
     pool: ThreadPoolExecutor | None,
 ) -> Mixture:
-    """The mixture of all sources. ValueError, one line, for a source without a row."""
-    sources = [_source(part, tokenizer, cache, seed, length, world, pool) for part in parts]
+    """Returns the mixture of all sources. Raises ValueError, one line, for a source without a row."""
+    sources = [_source(part, tokenizer, cache, seed, length, ranks, pool) for part in parts]
     return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
 
 
 def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> TokenArray:
-    """The tokens of a source that is not streamed: a corpus, tokenized now if the cache lacks it, or pretokenized shards."""
+    """Returns the tokens of a source that is not streamed: a corpus, tokenized if the cache lacks it, or pretokenized shards."""
     if config.corpus is Corpus.prepared:
         return open_pretokenized(config, tokenizer.hash, split)
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
 def held_out_tokens(
-    opened: OpenedSource, tokenizer: Tokenizer, cache: Path, wanted: int, note: Callable[[list[ReadFailure]], None] = lambda _: None
+    opened: OpenedSource,
+    tokenizer: Tokenizer,
+    cache: Path,
+    wanted: int,
+    report: Callable[[list[ReadFailure]], None] = lambda _: None,
 ) -> TokenArray:
-    """Validation documents of a streamed source, until they have `wanted` tokens or the source ends.
+    """Returns validation documents of a streamed source, until they have `wanted` tokens or the source ends.
 
-    `note` is called with what could not be read. If there is no document: BadData if read failures may be why, else ValueError.
+    `report` is called with what could not be read. If there is no document: BadData if read failures may be why, else ValueError.
     """
     config = opened.part.config
     parts = ("held out 1", opened.shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row, wanted)
     folder = cache / "tokens" / xxhash.xxh3_128_hexdigest(repr(parts).encode())
     if not folder.is_dir():
         with atomic_folder(folder) as unfinished:
-            note(_write_held_out(opened, tokenizer, wanted, unfinished))
+            report(_write_held_out(opened, tokenizer, wanted, unfinished))
     return load_tokens(folder, config.verify)
 
 
@@ -87,7 +91,7 @@ def sample_texts(opened: OpenedSource, limit: int) -> list[str]:
 
 
 def concatenate_tokens(parts: list[TokenArray], weights: list[float], wanted: int) -> TokenArray:
-    """About `wanted` tokens: the first of each part, in proportion to the weights."""
+    """Returns about `wanted` tokens: the first of each part, in proportion to the weights."""
     shares = token_shares(parts, weights, wanted)
     ids = np.concatenate([part.ids[:share] for part, share in zip(parts, shares, strict=True)])
     running = xxhash.xxh3_128(b"".join(part.manifest.fingerprint.encode() for part in parts))
@@ -96,7 +100,7 @@ def concatenate_tokens(parts: list[TokenArray], weights: list[float], wanted: in
 
 
 def token_shares(parts: list[TokenArray], weights: list[float], wanted: int) -> list[int]:
-    """The number of tokens that `concatenate_tokens` takes of each part."""
+    """Returns the number of tokens that `concatenate_tokens` takes of each part."""
     total = sum(weights)
     shares = [min(len(part.ids), max(2, round(wanted * weight / total))) for part, weight in zip(parts, weights, strict=True)]
     for index in reversed(range(len(parts))):  # make up for rounding, from parts that have more tokens
@@ -110,14 +114,14 @@ def _source(
     cache: Path,
     seed: int,
     length: int,
-    world: World,
+    ranks: TokenizingRanks,
     pool: ThreadPoolExecutor | None,
 ) -> RowSource:
     if isinstance(part, OpenedSource):
         config = part.part.config
         order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
         settings = StreamSettings(seed, length, *order, config.ahead, config.repeat, *limits)
-        return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, world, pool)
+        return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, ranks, pool)
     tokens = open_array(part.config, "train", tokenizer, cache)
     if len(tokens.ids) <= length:
         raise ValueError(
@@ -131,7 +135,7 @@ def _tokenization(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenizati
 
 
 def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, folder: Path) -> list[ReadFailure]:
-    """Write validation documents to `folder`. Returns what could not be read."""
+    """Writes validation documents to `folder`. Returns what could not be read."""
     found, parts, documents, size, tokens = _SourceScan(opened), [], 0, 0, 0
     for text in _held_out_texts(found, tokenizer):
         parts.append(np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.uint32))
@@ -167,7 +171,7 @@ class _SourceScan:
         self.bad: list[ReadFailure] = []
 
     def rows(self, shard: int, tokenization: Tokenization) -> Iterator[tuple[Row, Any]]:
-        """The rows of a shard that are not bad, each with the result of `parse_row`."""
+        """Yields the rows of a shard that are not bad, each with the result of `parse_row`."""
         label, name = self.opened.part.label, self.opened.shards.names[shard]
         for number, row in enumerate(self.opened.shards.rows(shard, 0)):
             if isinstance(row, FailedShard):
@@ -181,7 +185,7 @@ class _SourceScan:
                 yield row, item
 
     def raise_if_cause(self) -> None:
-        """BadData if a file failed or there were too many bad rows, which may be why no document was found."""
+        """Raises BadData if a file failed or there were too many bad rows, which may be why no document was found."""
         if self.failed:
             raise BadData(f"{self.failed[0]}; no document of source {self.opened.part.label} could be read before")
         bad = [(each.file, each.row, each.reason) for each in self.bad]

@@ -59,7 +59,7 @@ class TokenizedShare(NamedTuple):
 
 
 def windows(shards: Shards, order: Sequence[int], start: tuple[int, int], size: int, *key: object) -> Iterator[Window]:
-    """The windows of the shards `order` from (position, row) `start` on. `key` seeds the shuffle of the rows inside each.
+    """Yields the windows of the shards `order` from (position, row) `start` on. `key` seeds the shuffle of the rows inside each.
 
     The last window of an epoch has no rows: only at the end is it known that the one before was the last.
     """
@@ -87,7 +87,7 @@ def _shuffled(window: Window, *key: object) -> Window:
 
 
 def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenization: Tokenization, shards: Shards) -> TokenizedShare:
-    """Tokenize the rows `share` (first, step) of a window."""
+    """Tokenizes the rows `share` (first, step) of a window."""
     chosen = range(share[0], len(window.rows), share[1])
     found = [parse_row(window.rows[index], tokenization) for index in chosen]
     texts = [text for text in found if isinstance(text, str)]
@@ -108,7 +108,7 @@ def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenizati
 
 
 def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow | None:
-    """The text or token ids to train on, a BadRow, or None for a validation document."""
+    """Returns the text or token ids to train on, a BadRow, or None for a validation document."""
     if isinstance(row, BadRow):
         return row
     if isinstance(row, np.ndarray):
@@ -131,13 +131,13 @@ def is_held_out(text: bytes, fraction: float) -> bool:
 
 
 def serialize(pieces: list[TokenizedShare]) -> bytes:
-    """Bytes for the other ranks: a line of JSON, then the tokens."""
+    """Returns the bytes for the other ranks: a line of JSON, then the tokens."""
     heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
     return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
 
 
 def deserialize(data: bytes) -> list[TokenizedShare]:
-    """The inverse of `serialize`."""
+    """Returns the inverse of `serialize`."""
     head, _, body = data.partition(b"\n")
     tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
     for slot, after, share, lengths, bad, failed, size, count in json.loads(head):
@@ -150,7 +150,7 @@ def deserialize(data: bytes) -> list[TokenizedShare]:
 
 
 def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
-    """Merge all shares of one window, in the order of its rows. BadData if the ranks have not read the same rows."""
+    """Merges all shares of one window, in the order of its rows. Raises BadData if the ranks have not read the same rows."""
     if len(pieces) == 1:
         return pieces[0]
     pieces = sorted(pieces, key=lambda piece: piece.share[0])
@@ -169,7 +169,7 @@ def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
 
 
 def _of_window(piece: TokenizedShare) -> tuple[Any, ...]:
-    """What must be equal on all ranks that share a window."""
+    """Returns what must be equal on all ranks that share a window."""
     return piece.slot, piece.after, piece.failed
 
 

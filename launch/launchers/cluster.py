@@ -14,13 +14,13 @@ from ...train.config.redact import redact
 
 
 def rank_arguments(arguments: Arguments) -> list[str]:
-    """The flags and overrides for the ranks: all but launch.*."""
+    """Returns the flags and overrides for the ranks: all but launch.*."""
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     return folder + [text for text in arguments.overrides if split_override(text)[0].lstrip("+~").partition(".")[0] != "launch"]
 
 
 def cluster_arguments(config: Config, arguments: Arguments) -> list[str]:
-    """The same for ranks on a cluster, with precision=auto resolved by the GPUs that are requested, not by those of this host."""
+    """Returns the same for ranks on a cluster, with precision=auto resolved by the GPUs that are requested, not by this host's."""
     words = rank_arguments(arguments)
     if config.precision is not Precision.auto:
         return words
@@ -30,7 +30,7 @@ def cluster_arguments(config: Config, arguments: Arguments) -> list[str]:
 
 
 def job_name(config: Config) -> str:
-    """run.name, or the run folder's name, as a DNS label of at most 63 characters, which Slurm accepts as well."""
+    """Returns run.name, or the run folder's name, as a DNS label of at most 63 characters, which Slurm accepts as well."""
     text = config.run.name or Path(config.run.dir or "").name
     label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if not label[:1].isalpha():
@@ -39,14 +39,17 @@ def job_name(config: Config) -> str:
 
 
 def submit(command: list[str], job: str | None = None) -> int:
-    """Runs the cluster's own command, with `job` on its standard input, and returns its exit code. ConfigError if there is none."""
+    """Runs the cluster's own command, with `job` on its standard input, and returns its exit code.
+
+    Raises ConfigError if there is none.
+    """
     if shutil.which(command[0]) is None:
         raise ConfigError.of("launch.submit", "true", f"there is no {command[0]} on this host", "launch.submit=false")
     return subprocess.run(command, input=job, text=True, check=False).returncode
 
 
 def without_secrets(job: str) -> str:
-    """The job as it is printed. Standard error says so if secrets were left out."""
+    """Returns the job as it is printed. Standard error says so if secrets were left out."""
     text = redact(job)
     if text != job:
         print("tokenyard: what is printed has names where the job has secrets; launch.submit=true hands them on", file=sys.stderr)
@@ -59,5 +62,5 @@ def print_not_started(how: str) -> None:
 
 
 def shell_command(command: list[str], words: list[str]) -> str:
-    """A command for a POSIX shell: `command` on the first line, each of `words` on a line of its own."""
+    """Returns a command for a POSIX shell: `command` on the first line, each of `words` on a line of its own."""
     return " \\\n    ".join([shlex.join(command), *map(shlex.quote, words)])

@@ -35,14 +35,14 @@ def start_deepspeed(config: Config, arguments: Arguments) -> int:
 
 
 def one_host(config: Config, arguments: Arguments) -> list[str]:
-    """The arguments of `deepspeed` for ranks on this host."""
+    """Returns the arguments of `deepspeed` for ranks on this host."""
     folder = [f"run.dir={quoted(new_run_folder())}"] if config.run.dir is None else []
     own = ["--num_gpus", str(config.launch.ranks), "--master_port", _meeting_point(config)[1]]
     return [*own, *MODULE, *rank_arguments(arguments), *folder]
 
 
 def several_hosts(config: Config, arguments: Arguments) -> tuple[list[str], list[str]]:
-    """The arguments of `deepspeed` on one of several hosts: its own, and those of the ranks.
+    """Returns the arguments of `deepspeed` on one of several hosts: its own, and those of the ranks.
 
     Raises ConfigError for an override that would not arrive unchanged.
     """
@@ -52,7 +52,7 @@ def several_hosts(config: Config, arguments: Arguments) -> tuple[list[str], list
 
 
 def hostfile(config: Config) -> str:
-    """The contents of the hostfile: a line for each host."""
+    """Returns the contents of the hostfile: a line for each host."""
     return "".join(f"{host} slots={config.launch.ranks}\n" for host in config.launch.hosts)
 
 
@@ -65,7 +65,7 @@ def _through_shell(word: str) -> str:
 
 
 def _meeting_point(config: Config) -> tuple[str, str]:
-    """Host and port where the ranks meet: those of rank 0."""
+    """Returns the host and port where the ranks meet: those of rank 0."""
     if config.launch.rendezvous is None:
         return (config.launch.hosts or ["localhost"])[0], str(PORT)
     host, _, port = config.launch.rendezvous.rpartition(":")
@@ -73,7 +73,7 @@ def _meeting_point(config: Config) -> tuple[str, str]:
 
 
 def _executable() -> str:
-    """The `deepspeed` command of this interpreter's environment, or of the PATH."""
+    """Returns the `deepspeed` command of this interpreter's environment, or of the PATH."""
     own = Path(sys.executable).parent / "deepspeed"
     found = str(own) if own.is_file() else shutil.which("deepspeed")
     if found is None:

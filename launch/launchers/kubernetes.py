@@ -18,7 +18,7 @@ def start_train_job(config: Config, arguments: Arguments) -> int:
 
 
 def train_job(config: Config, arguments: Arguments) -> dict[str, Any]:
-    """The TrainJob as an object. Its schema is pkg/apis/trainer/v1alpha1 of https://github.com/kubeflow/trainer."""
+    """Returns the TrainJob as an object. Its schema is pkg/apis/trainer/v1alpha1 of https://github.com/kubeflow/trainer."""
     c = config.launch.kubernetes
     metadata = {"name": job_name(config), **({"namespace": c.namespace} if c.namespace else {})}
     spec = {"runtimeRef": {"name": c.runtime}, "trainer": _trainer(config, arguments)}
@@ -27,11 +27,11 @@ def train_job(config: Config, arguments: Arguments) -> dict[str, Any]:
     return {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": metadata, "spec": spec}
 
 
-def as_yaml(thing: dict[str, Any]) -> str:
-    """YAML, with the keys in the order of the object."""
+def as_yaml(job: dict[str, Any]) -> str:
+    """Returns YAML, with the keys in the order of the object."""
     import yaml
 
-    return yaml.safe_dump(thing, sort_keys=False, width=120)
+    return yaml.safe_dump(job, sort_keys=False, width=120)
 
 
 def _trainer(config: Config, arguments: Arguments) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _trainer(config: Config, arguments: Arguments) -> dict[str, Any]:
 
 
 def _mounted(claim: str, mount: str) -> dict[str, Any]:
-    """A patch that mounts the claim in the container `node` of the job `node`, the names in Trainer's runtimes for torch."""
+    """Returns a patch that mounts the claim in the container `node` of the job `node`, the names of Trainer's torch runtimes."""
     pod = {
         "volumes": [{"name": "shared", "persistentVolumeClaim": {"claimName": claim}}],
         "containers": [{"name": "node", "volumeMounts": [{"name": "shared", "mountPath": mount}]}],

@@ -25,7 +25,7 @@ def start_job(config: Config, arguments: Arguments) -> int:
 
 
 def batch_script(config: Config, arguments: Arguments, python: str) -> str:
-    """The script. `python` is the interpreter on the hosts."""
+    """Returns the script. `python` is the interpreter on the hosts."""
     head = "\n".join(f"#SBATCH {option}" for option in _options(config))
     c = config.launch
     own = ["launch=torchrun", f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
@@ -69,7 +69,7 @@ exit "$code"
 
 
 def _options(config: Config) -> list[str]:
-    """The options of sbatch, for #SBATCH lines."""
+    """Returns the options of sbatch, for #SBATCH lines."""
     c, gpus = config.launch, config.launch.gpus_of_host(config.device.value)
     given = [f"--{name}={value}" for name, value in (("partition", c.slurm.partition), ("account", c.slurm.account)) if value]
     return [
@@ -89,6 +89,6 @@ def _options(config: Config) -> list[str]:
 
 
 def _folder(config: Config) -> Path:
-    """The folder of the script and the logs."""
+    """Returns the folder of the script and the logs."""
     assert config.run.dir is not None
     return Path(config.run.dir) / "slurm"

@@ -59,7 +59,7 @@ class SignalForwarder:
 
 
 def children(parent: int) -> list[int]:
-    """The running child processes of `parent`; empty without /proc."""
+    """Returns the running child processes of `parent`; empty without /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -76,7 +76,10 @@ SIOCGIFADDR = 0x8915
 
 
 def own_address(host: str) -> str | None:
-    """The IP address from which this host reaches `host`, which may be itself; None if there is no route. Nothing is sent."""
+    """Returns the IP address from which this host reaches `host`, which may be itself; None if there is no route.
+
+    Nothing is sent.
+    """
     for family, kind, protocol, _, address in _addresses(host):
         with socket.socket(family, kind, protocol) as probe:
             try:
@@ -113,7 +116,7 @@ def is_first_here(port: int) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has the IPv4 address."""
+    """Returns the network interface that has the IPv4 address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
@@ -179,7 +182,7 @@ def check_hosts(config: Config) -> None:
 
 
 def _elastic(config: Config) -> list[str]:
-    """The arguments of torch's launcher: nodes, ranks, restarts, and where the hosts meet."""
+    """Returns the arguments of torch's launcher: nodes, ranks, restarts, and where the hosts meet."""
     c = config.launch
     ranks = [f"--nnodes={c.nodes}", f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
     if c.rendezvous is not None:

@@ -28,8 +28,8 @@ class Route(ABC):
         if self.axis.size == 1:
             return PendingRows(rows)
         running = _Running(self)
-        token: Any = _Start.apply(rows, running)
-        return PendingRows(token, running)
+        link: Any = _Start.apply(rows, running)
+        return PendingRows(link, running)
 
     @abstractmethod
     def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
@@ -124,16 +124,16 @@ class _Running:
 
 
 class PendingRows(NamedTuple):
-    """Rows under way. `token` ties both halves together in the autograd graph; on an axis of one rank it is the rows."""
+    """Rows under way. `link` ties both halves together in the autograd graph; on an axis of one rank it is the rows."""
 
-    token: Tensor
+    link: Tensor
     running: _Running | None = None
 
     def wait(self) -> Tensor:
         """Waits for the rows of this rank and returns them."""
         if self.running is None:
-            return self.token
-        return _Wait.apply(self.token, self.running)  # pyright: ignore[reportReturnType]
+            return self.link
+        return _Wait.apply(self.link, self.running)  # pyright: ignore[reportReturnType]
 
 
 class _Start(torch.autograd.Function):
@@ -150,7 +150,7 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, running: _Running) -> Tensor:
+    def forward(ctx: Any, link: Tensor, running: _Running) -> Tensor:
         ctx.running = running
         return running.wait()
 

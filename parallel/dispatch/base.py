@@ -13,7 +13,7 @@ from ...moe.router import Routing
 class ExpertParallelDispatcher(Dispatcher):
     """Exchanges rows with the ranks of their experts, in `chunks` of tokens: one travels while the experts compute another."""
 
-    def __init__(self, chunks: int = 1) -> None:
+    def __init__(self, chunks: int) -> None:
         self.chunks = chunks
 
     @abstractmethod

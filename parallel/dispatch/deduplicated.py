@@ -150,8 +150,11 @@ class DeduplicatedDispatcher(ExpertParallelDispatcher):
         super().__init__(chunks)
         self.experts = experts
         self.axes = axes
-        self.reach = [experts := experts // axis.size for axis in axes]
+        self.reach: list[int] = []
         """Experts behind each destination of a hop; after the last hop those of this rank."""
+        for axis in axes:
+            experts //= axis.size
+            self.reach.append(experts)
 
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> Hop:
         choices = choices_of(routing, self.experts, self.experts // self.reach[-1])

@@ -19,13 +19,13 @@ from ..streams import on_device
 class Expansion(NamedTuple):
     """Copy r is of row `row_R[r]`; choice c is copy `copy_C[c]`.
 
-    Rows sorted by their number of copies, most first, have row p at `rank_P[p]`, and `copies[k]` are the k-th copies of the first
-    rows in that order. `filled_R` is False for copies that are padding; None if there is none.
+    Rows are sorted by their number of copies, most first: row p has place `place_P[p]`, and `copies[k]` are the k-th copies of the
+    first rows in that order. `filled_R` is False for copies that are padding; None if there is none.
     """
 
     row_R: Tensor
     copy_C: Tensor
-    rank_P: Tensor
+    place_P: Tensor
     copies: tuple[Tensor, ...]
     filled_R: Tensor | None = None
 
@@ -37,15 +37,15 @@ def plan_expansion(row_C: Tensor, nth_C: Tensor, copy_C: Tensor, rows: int, dept
     """
     order_P = torch.zeros(rows, dtype=torch.int64, device=row_C.device).scatter_add_(0, row_C, torch.ones_like(row_C))
     order_P = order_P.argsort(descending=True, stable=True)
-    rank_P = torch.empty_like(order_P)
-    rank_P[order_P] = torch.arange(rows, device=row_C.device)
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(rows, device=row_C.device)
     starts = on_device(torch.tensor([0, *accumulate(depths)]), row_C.device)
     in_order_C = torch.empty_like(copy_C)
-    in_order_C[starts[nth_C] + rank_P[row_C]] = copy_C
+    in_order_C[starts[nth_C] + place_P[row_C]] = copy_C
     row_R = torch.full((copies,), -1, device=row_C.device)
     row_R[copy_C] = row_C
     filled_R = None if copies == len(row_C) else row_R >= 0
-    return Expansion(row_R if filled_R is None else row_R.clamp(min=0), copy_C, rank_P, in_order_C.split(depths), filled_R)
+    return Expansion(row_R if filled_R is None else row_R.clamp(min=0), copy_C, place_P, in_order_C.split(depths), filled_R)
 
 
 def expand(x_PD: Tensor, expansion: Expansion) -> Tensor:
@@ -101,14 +101,14 @@ def _gather(x_PD: Tensor, expansion: Expansion) -> Tensor:
 
 def _sum(y_RD: Tensor, expansion: Expansion, weights_R: Tensor | None) -> Tensor:
     wide = torch.promote_types(y_RD.dtype, torch.float32)
-    total_PD = torch.zeros(len(expansion.rank_P), y_RD.shape[1], dtype=wide, device=y_RD.device)
+    total_PD = torch.zeros(len(expansion.place_P), y_RD.shape[1], dtype=wide, device=y_RD.device)
     for copies in expansion.copies:
         rows = y_RD.index_select(0, copies).to(wide)
         if weights_R is None:
             total_PD[: len(copies)] += rows
         else:
             total_PD[: len(copies)].addcmul_(rows, weights_R[copies].unsqueeze(-1).to(wide))
-    return total_PD.to(y_RD.dtype).index_select(0, expansion.rank_P)
+    return total_PD.to(y_RD.dtype).index_select(0, expansion.place_P)
 
 
 class ExpertChoices(NamedTuple):

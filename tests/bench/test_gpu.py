@@ -76,7 +76,7 @@ def test_a_part_that_has_no_time_is_skipped() -> None:
 
 
 def test_what_was_known_is_reported(broken: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a part that crashed too."""
+    """Also of a part that crashed."""
     words = f"--device cpu --scale tiny --part products waits --out {tmp_path / 'out'}".split()
     assert program.main(words) == 1
     page, plain = (tmp_path / "out" / "report.md").read_text(), json.loads((tmp_path / "out" / "report.json").read_text())

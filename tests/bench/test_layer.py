@@ -39,7 +39,7 @@ def test_tables_have_every_side() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_moe_layer_keeps_less_than_a_dense_one(dtype: torch.dtype) -> None:
-    """Of the dense layer exactly x, gate and up, silu(gate) and their product are kept: D + 4 F numbers a token."""
+    """The dense layer keeps exactly x, gate and up, silu(gate) and their product: D + 4 F numbers a token."""
     line = measure(TINY._replace(width=64, hidden=96, tokens=509), dtype)
     assert line.dense == (64 + 4 * 192) * dtype.itemsize
     assert line.ratio < 1.1

@@ -145,7 +145,7 @@ def test_what_was_made_for_the_save_is_gone_when_it_is_copied(tmp_path: Path, mo
     """As DeepSpeed's moments, which are gathered on the device for it."""
     gathered, begun, gone = torch.zeros(4), Event(), []
     made, saver = weakref.ref(gathered), Saver(tmp_path)
-    monkeypatch.setattr(saver_module, "write_checkpoint", lambda job, held: (begun.wait(10), gone.append(made() is None)))
+    monkeypatch.setattr(saver_module, "write_part", lambda job, held: (begun.wait(10), gone.append(made() is None)))
     saver.start(1, {"model.x": LocalShard(whole((4,)), gathered)}, {})
     del gathered
     begun.set()
@@ -157,7 +157,7 @@ def test_all_generators_are_put_back() -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
-    saved = {name: LocalShard(piece, tensor.clone()) for name, (piece, tensor) in random_state().items()}
+    saved = {name: LocalShard(shard, tensor.clone()) for name, (shard, tensor) in random_state().items()}
     expected = [random.random(), np.random.rand(), torch.rand(()).item()]
     restore_random(saved)
     assert [random.random(), np.random.rand(), torch.rand(()).item()] == expected

@@ -37,7 +37,7 @@ def global_tensors():
     return tensors
 
 
-def piece_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> ShardMetadata:
+def shard_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> ShardMetadata:
     """What `rank` of `world` holds of a tensor; shards of dimension 0 are uneven and the last ones may be empty, as in FSDP."""
     ways = [1] * len(shape)
     if layout == "grid" and len(shape) > 1:
@@ -60,8 +60,8 @@ def piece_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> Shar
 def held_by(layout: str, rank: int, world: int, fill: bool) -> dict[str, LocalShard]:
     held = {}
     for name, tensor in global_tensors().items():
-        piece = piece_of(layout, tuple(tensor.shape), rank, world)
-        held[name] = LocalShard(piece, piece.cut(tensor) if fill else torch.full(piece.sizes, 1, dtype=tensor.dtype))
+        shard = shard_of(layout, tuple(tensor.shape), rank, world)
+        held[name] = LocalShard(shard, shard.cut(tensor) if fill else torch.full(shard.sizes, 1, dtype=tensor.dtype))
     return held
 
 
@@ -131,7 +131,7 @@ def save_replicas(folder):
 def test_replicas_are_written_once_by_the_rank_with_the_least_to_write(ranks, tmp_path):
     path = ranks(4, save_replicas, tmp_path)[0]
     sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in sorted(path.glob("*.safetensors"))]
-    # 11 KiB in pieces of at most 3: rank 0 has the piece that it alone holds, the others share the replicas.
+    # 11 KiB in shards of at most 3: rank 0 writes the one that it alone holds, the others share the replicas.
     assert sizes == [3072, 3072, 3072, 2048]
 
 

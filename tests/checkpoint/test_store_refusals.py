@@ -135,7 +135,7 @@ def test_hashes_are_optional_but_sizes_and_headers_are_not(path):
         (held(one=torch.zeros(64), two=torch.zeros(3, 2)), r"'two' is float32 \(2, 3\) in the checkpoint and float32 \(3, 2\) in"),
         (held(one=torch.zeros(64), two=torch.zeros(6)), r"'two' is float32 \(2, 3\) in the checkpoint and float32 \(6,\) in"),
         (held(one=torch.zeros(64).double(), two=torch.zeros(2, 3)), r"'one' is float32 \(64,\).* and float64 \(64,\) in this run"),
-        ({"one": LocalShard(whole((64,)), torch.zeros(1))}, r"local shape \(1,\) must be the piece's sizes \(64,\)"),
+        ({"one": LocalShard(whole((64,)), torch.zeros(1))}, r"local shape \(1,\) must be the shard's sizes \(64,\)"),
         ({"one": LocalShard(ShardMetadata((64,), (60,), (8,)), torch.zeros(8))}, r"\[60:68\] must lie inside"),
     ],
 )
@@ -185,24 +185,24 @@ def error_of(function, *args):
     return "no error"
 
 
-def save_bad_pieces(folder, case):
+def save_bad_shards(folder, case):
     offset, size, dtype = {
         "overlap": (dist.get_rank(), 3, torch.float32),
         "dtype": (2 * dist.get_rank(), 2, [torch.float32, torch.float64][dist.get_rank()]),
     }[case]
-    piece = ShardMetadata((4,), (offset,), (size,))
-    return error_of(save_checkpoint, folder, 1, {"x": LocalShard(piece, torch.zeros(size, dtype=dtype))}, {})
+    shard = ShardMetadata((4,), (offset,), (size,))
+    return error_of(save_checkpoint, folder, 1, {"x": LocalShard(shard, torch.zeros(size, dtype=dtype))}, {})
 
 
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        ("overlap", "ValueError: tensor 'x': two ranks hold pieces that overlap but differ; pieces must be equal or apart"),
+        ("overlap", "ValueError: tensor 'x': two ranks hold shards that overlap but differ; shards must be equal or apart"),
         ("dtype", "ValueError: tensor 'x': shape and dtype must be the same on all ranks, not float32 (4,) and float64 (4,)"),
     ],
 )
-def test_pieces_that_do_not_fit_together(ranks, tmp_path, case, text):
-    assert ranks(2, save_bad_pieces, tmp_path, case) == [text] * 2
+def test_shards_that_do_not_fit_together(ranks, tmp_path, case, text):
+    assert ranks(2, save_bad_shards, tmp_path, case) == [text] * 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.overrides import find_groups
 from tokenyard.train.config.schema import written
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 
 GROUPS = {
     "model",
@@ -46,13 +46,13 @@ def test_option(group: str, option: str, tmp_path: Path) -> None:
     if option in ("slurm", "kubernetes"):
         more = ["run.dir=/shared/run", "launch.kubernetes.image=registry/name"]  # a cluster cannot guess these
     config = compose([f"{group}={option}", *more])
-    validate(config, RANKS.get(group, config.launch.nodes * config.launch.ranks))
+    check_config(config, RANKS.get(group, config.launch.nodes * config.launch.ranks))
 
 
 @pytest.mark.parametrize("experiment", ["capacity", "fine_grained"])
 @pytest.mark.parametrize("debug", ["default", "overfit"])
 def test_an_experiment_can_be_debugged(experiment: str, debug: str) -> None:
-    validate(compose([f"experiment={experiment}", f"debug={debug}"]), 1)
+    check_config(compose([f"experiment={experiment}", f"debug={debug}"]), 1)
 
 
 def test_debug_is_small_and_silent() -> None:

@@ -40,7 +40,7 @@ class Found(NamedTuple):
     groups: list[tuple[str, ...]]
     """In the order in which they were made."""
     conditions: dict[str, bool]
-    """Of the table in docs/performance.md, and whether they hold."""
+    """The conditions of the table in docs/performance.md, and whether they hold."""
     passes: int
     """Forward passes of MoE layers, those of recomputation and of each chunk included."""
 

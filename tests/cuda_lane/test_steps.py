@@ -36,7 +36,7 @@ LAYOUTS = [
 
 
 class Row(NamedTuple):
-    """Of the table."""
+    """A row of the table."""
 
     condition: str
     place: str

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from tokenyard.data.stream.mixture import StreamBatches
-from tokenyard.data.stream.packing import World
+from tokenyard.data.stream.packing import TokenizingRanks
 from tokenyard.data.tokenizer import BytesTokenizer
 
 BYTES = TokenizerConfig(kind=TokenizerKind.bytes)
@@ -55,9 +55,9 @@ def config_of(folder: Path, kind: Corpus, **more: object) -> DataConfig:
     return replace(config, **more)
 
 
-def opened(config: DataConfig, world: World | None = None, sequences: int = 4, seed: int = 1) -> StreamBatches:
+def opened(config: DataConfig, world: TokenizingRanks | None = None, sequences: int = 4, seed: int = 1) -> StreamBatches:
     with OPENING:
-        batches = prepare(config, BYTES, LENGTH, seed, sequences, world, 1).train
+        batches = open_data(config, BYTES, LENGTH, seed, sequences, world, 1).train
     assert isinstance(batches, StreamBatches)
     return batches
 
@@ -72,7 +72,7 @@ def names_in(ids: np.ndarray) -> list[str]:
     return re.findall(r"<\d+\.\d+>", BytesTokenizer().decode(ids.reshape(-1).tolist()))
 
 
-def on_ranks(world: int, work: Callable[[World], np.ndarray]) -> list[np.ndarray]:
+def on_ranks(world: int, work: Callable[[TokenizingRanks], np.ndarray]) -> list[np.ndarray]:
     """`work` on threads that gather from each other as ranks do."""
     barrier, slots = threading.Barrier(world), [b""] * world
 
@@ -84,7 +84,7 @@ def on_ranks(world: int, work: Callable[[World], np.ndarray]) -> list[np.ndarray
         return gathered
 
     def one(rank: int) -> np.ndarray:
-        return work(World(rank, world, lambda data: gather(rank, data)))
+        return work(TokenizingRanks(rank, world, lambda data: gather(rank, data)))
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(one, range(world)))

@@ -6,47 +6,47 @@ from pathlib import Path
 
 import pytest
 from tokenyard.data import token_array, tokenizer
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.config import DataConfig, TokenizerConfig, TokenizerKind
 
 SMALL = TokenizerConfig(pieces=320, sample_bytes=20_000)
 
 
 def test_prepare_and_again_from_the_cache(folder: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare(folder, SMALL, 32, seed=1, batch_sequences=4)
+    first = open_data(folder, SMALL, 32, seed=1, batch_sequences=4)
     monkeypatch.setattr(tokenizer, "train_pieces", None)
     monkeypatch.setattr(token_array, "_write", None)
-    again = prepare(folder, SMALL, 32, seed=1, batch_sequences=4)
+    again = open_data(folder, SMALL, 32, seed=1, batch_sequences=4)
     assert again.facts == first.facts and again.train.digest(5) == first.train.digest(5)
     assert first.facts.train_documents + first.facts.validation_documents == 120
     assert 1 < first.facts.bytes_per_token < 8 and 3 < first.facts.unigram_entropy < 5.77  # log(320)
 
 
 def test_bytes_give_one_token_a_byte(folder: DataConfig) -> None:
-    facts = prepare(folder, TokenizerConfig(kind=TokenizerKind.bytes), 32, seed=1, batch_sequences=4).facts
+    facts = open_data(folder, TokenizerConfig(kind=TokenizerKind.bytes), 32, seed=1, batch_sequences=4).facts
     assert facts.bytes_per_token == pytest.approx((facts.train_tokens - facts.train_documents) / facts.train_tokens)
 
 
 def test_another_seed_changes_the_order_and_not_the_corpus(folder: DataConfig) -> None:
-    one, two = (prepare(folder, SMALL, 32, seed=seed, batch_sequences=4) for seed in (1, 2))
+    one, two = (open_data(folder, SMALL, 32, seed=seed, batch_sequences=4) for seed in (1, 2))
     assert one.facts == two.facts and one.train.digest(0) != two.train.digest(0)
 
 
 def test_a_sequence_longer_than_the_corpus(folder: DataConfig) -> None:
     with pytest.raises(ValueError, match=r"^sequence_length=1000000 .*training documents"):
-        prepare(folder, SMALL, 1_000_000, seed=1, batch_sequences=4)
+        open_data(folder, SMALL, 1_000_000, seed=1, batch_sequences=4)
 
 
 def test_processes_at_once_see_the_same(folder: DataConfig) -> None:
     program = (
-        "import sys; from tokenyard.data.config import *; from tokenyard.data.build import prepare\n"
+        "import sys; from tokenyard.data.config import *; from tokenyard.data.build import open_data\n"
         "data = DataConfig(corpus=Corpus.text, path=sys.argv[1], validation_fraction=0.2, cache=sys.argv[2])\n"
-        "print(prepare(data, TokenizerConfig(pieces=320, sample_bytes=20_000), 32, 1, 4).train.digest(3))"
+        "print(open_data(data, TokenizerConfig(pieces=320, sample_bytes=20_000), 32, 1, 4).train.digest(3))"
     )
     command = [sys.executable, "-c", program, str(folder.path), str(folder.cache)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment()) for _ in range(3)]
     answers = {process.communicate(timeout=240)[0].strip() for process in started}
-    assert answers == {prepare(folder, SMALL, 32, seed=1, batch_sequences=4).train.digest(3)}
+    assert answers == {open_data(folder, SMALL, 32, seed=1, batch_sequences=4).train.digest(3)}
     assert not list(Path(str(folder.cache)).rglob(".*"))
 
 
@@ -62,7 +62,7 @@ def test_checks_need_no_torch(folder: DataConfig) -> None:
 
 def test_the_default_refuses_a_path_it_would_not_read(folder: DataConfig) -> None:
     with pytest.raises(ValueError, match=r"data\.corpus=text"):
-        prepare(replace(DataConfig(), path=folder.path, cache=folder.cache), SMALL, 32, seed=1, batch_sequences=4)
+        open_data(replace(DataConfig(), path=folder.path, cache=folder.cache), SMALL, 32, seed=1, batch_sequences=4)
 
 
 def _environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from streaming import BYTES, LENGTH, config_of, document, opened, taken, write
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, TokenizerConfig, TokenizerKind
 from tokenyard.data.errors import BadData, EndOfData
 from tokenyard.data.stream.mixture import StreamBatches
@@ -50,7 +50,7 @@ def test_nothing_but_a_file_that_fails_from_its_first_byte(
     kind = Corpus.parquet if ending == "parquet" else Corpus.lines
     config = config_of(tmp_path / "rows", kind, validation_fraction=0.2)
     with pytest.raises(BadData, match=rf"^{kind.value}: {name} failed after 0 rows: \w.*; no document of source") as error:
-        prepare(config, tokenizer, LENGTH, 1, 4, None, 1)
+        open_data(config, tokenizer, LENGTH, 1, 4, None, 1)
     assert "\n" not in str(error.value) and error.value.exit_code == 65
     words = [f"data={kind.value}", f"data.path={tmp_path}/rows", f"data.cache={tmp_path}/cache", "tokenizer=bytes"]
     assert main(["data", "inspect", *words, "sequence_length=32"]) == 65
@@ -66,14 +66,14 @@ def test_what_cannot_be_read_of_held_out_text_is_told_once(tmp_path: Path) -> No
         path.write_bytes(path.read_bytes() + b"\n\xfe%d" % row)
     emptied(tmp_path / "rows" / "1.txt.gz")
     data = replace(data, max_bad_fraction=0.5, repeat=False)
-    first = prepare(data, BYTES, LENGTH, 1, 4, None, 256).train
+    first = open_data(data, BYTES, LENGTH, 1, 4, None, 256).train
     assert isinstance(first, StreamBatches)
     found = first.read_failures()
     assert len(found) == 23 and sorted({each.kind for each in found}) == ["bad_row", "file_failed"]
     assert (found[0].file, found[0].row, found[0].kind) == ("1.txt.gz", 0, "file_failed") and found[1].number == 1
     to_the_end(first)
     assert first.read_failures() == [] and first.metrics()["data/lines/bad_rows"] == 22
-    again = prepare(data, BYTES, LENGTH, 1, 4, None, 256).train  # held out text is in the cache, training meets them
+    again = open_data(data, BYTES, LENGTH, 1, 4, None, 256).train  # held out text is in the cache, training meets them
     assert isinstance(again, StreamBatches) and again.read_failures() == []
     to_the_end(again)
     assert {each[1:5] for each in again.read_failures()} == {each[1:5] for each in found}

@@ -17,7 +17,7 @@ import pytest
 from streaming import BYTES, config_of, names_in, on_ranks, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, DataUnavailable, EndOfData
-from tokenyard.data.pretokenize import prepare_command
+from tokenyard.data.pretokenize import prepare_shards
 from tokenyard.data.stream import files
 from tokenyard.data.stream.http import RetryPolicy
 from tokenyard.data.stream.shards import LineShards, ParquetShards
@@ -230,7 +230,7 @@ def test_prepare_refuses_a_file_that_fails(tmp_path: Path) -> None:
     data = write(tmp_path / "rows", Corpus.jsonl)
     half(tmp_path / "rows" / "3.jsonl.gz")
     with pytest.raises(BadData, match=r"3\.jsonl\.gz failed after \d+ rows: .*; mend it or leave it out"):
-        prepare_command(data, BYTES, tmp_path / "out", 1, lambda *_: None)
+        prepare_shards(data, BYTES, tmp_path / "out", 1, lambda *_: None)
 
 
 def lines_config(folder: Path, rows: list[str]) -> DataConfig:

@@ -19,7 +19,7 @@ from tokenyard.data.stream.http import RetryPolicy, open_url
 
 
 class Faulty(BaseHTTPRequestHandler):
-    """Of every five requests one fails, one hangs up in the middle and one stalls."""
+    """One of five requests fails, one hangs up in the middle and one stalls."""
 
     folder: Path
     faults = True

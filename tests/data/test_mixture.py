@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, opened, taken, write
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.checks import check_corpus
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import EndOfData
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> DataConfig:
 
 
 def test_proportions_after_a_million_tokens(data: DataConfig) -> None:
-    batches = prepare(replace(data, validation_fraction=0.2), BYTES, 128, 1, 512, None, 1).train
+    batches = open_data(replace(data, validation_fraction=0.2), BYTES, 128, 1, 512, None, 1).train
     for step in range(16):
         batches.batch(step)
     shares = [batches.metrics()[f"data/{label}/share"] for label in ("a", "b", "synthetic")]
@@ -116,4 +116,4 @@ def test_rounded_shares_leave_no_validation_row_out(tmp_path: Path, weights: lis
     paths = [write(tmp_path / f"rows{index}", Corpus.lines).path for index in range(len(weights))]
     mix = [f"weight={weight} corpus=lines path={path}" for weight, path in zip(weights, paths, strict=True)]
     config = DataConfig(corpus=Corpus.mix, mix=mix, cache=str(tmp_path / "cache"), window=8, workers=0, validation_fraction=0.2)
-    assert prepare(config, BYTES, LENGTH, 1, 4, None, sequences).validation.rows == sequences
+    assert open_data(config, BYTES, LENGTH, 1, 4, None, sequences).validation.rows == sequences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from streaming import BYTES, LENGTH, config_of, names_in, opened, taken, write
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.checks import check_corpus
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import DataUnavailable
@@ -90,10 +90,10 @@ def test_links_out_of_a_folder_are_refused(folder: Path, kind: Corpus, linked: s
         (folder / "sub").symlink_to(folder.parent / "private")
     config = replace(hub_config(folder) if kind is Corpus.hf else config_of(folder, kind), validation_fraction=0.4)
     if linked == "folder":  # not looked into
-        assert prepare(config, BYTES, LENGTH, 1, 4, None, 1).facts.undecodable == 0
+        assert open_data(config, BYTES, LENGTH, 1, 4, None, 1).facts.undecodable == 0
         return
     with pytest.raises(ValueError, match=r"leads out of its folder: .*(6\.txt|key\.txt)"):
-        prepare(config, BYTES, LENGTH, 1, 4, None, 1)
+        open_data(config, BYTES, LENGTH, 1, 4, None, 1)
 
 
 def test_links_that_stay_and_links_that_a_user_names(folder: Path) -> None:
@@ -128,10 +128,10 @@ def test_the_cache_of_the_hub_is_one_folder(folder: Path) -> None:
 
 
 def test_a_link_in_prepared_shards(folder: Path, tmp_path: Path) -> None:
-    from tokenyard.data.pretokenize import prepare_command
+    from tokenyard.data.pretokenize import prepare_shards
     from tokenyard.data.pretokenized import MANIFEST_FILE, verify
 
-    prepare_command(config_of(folder, Corpus.lines, validation_fraction=0.3), BYTES, tmp_path / "out", 1, lambda *_: None)
+    prepare_shards(config_of(folder, Corpus.lines, validation_fraction=0.3), BYTES, tmp_path / "out", 1, lambda *_: None)
     shard = tmp_path / "out" / json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())["splits"]["train"][0]["file"]
     shard.rename(tmp_path / "private" / "ids.npy")
     shard.symlink_to(tmp_path / "private" / "ids.npy")

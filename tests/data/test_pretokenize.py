@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, ROWS, all_documents, names_in, write
 from tokenyard.data import pretokenize
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.pretokenized import ConcatenatedArrays, open_pretokenized, verify
 from tokenyard.data.tokenizer import BytesTokenizer
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> DataConfig:
 
 
 def prepared(data: DataConfig, folder: Path, processes: int = 1) -> DataConfig:
-    pretokenize.prepare_command(data, BYTES, folder, processes, lambda *_: None)
+    pretokenize.prepare_shards(data, BYTES, folder, processes, lambda *_: None)
     return DataConfig(corpus=Corpus.prepared, path=str(folder), cache=data.cache)
 
 
@@ -30,8 +30,8 @@ def test_every_document_is_in_it_once(data: DataConfig, tmp_path: Path) -> None:
     splits = [open_pretokenized(config, BytesTokenizer.hash, split) for split in ("train", "validation")]
     seen = [name for tokens in splits for name in names_in(tokens.ids[:])]
     assert sorted(seen) == sorted(all_documents()) and sum(tokens.manifest.documents for tokens in splits) == sum(ROWS)
-    batches = prepare(config, BYTES, LENGTH, 1, 4).train
-    assert batches.digest(3) == prepare(config, BYTES, LENGTH, 1, 4).train.digest(3) and batches.batch(0).ids_BS.shape == (
+    batches = open_data(config, BYTES, LENGTH, 1, 4).train
+    assert batches.digest(3) == open_data(config, BYTES, LENGTH, 1, 4).train.digest(3) and batches.batch(0).ids_BS.shape == (
         4,
         LENGTH,
     )

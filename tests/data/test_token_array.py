@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from streaming import BYTES, LENGTH, write
 from tokenyard.data import token_array as module
-from tokenyard.data.build import prepare
+from tokenyard.data.build import open_data
 from tokenyard.data.cache import atomic_folder, cache_folder
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.corpus import documents, survey
@@ -144,10 +144,10 @@ def test_all_of_the_cache_is_hashed_if_asked(
     kind: Any, folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, sizes = kind(folder, tmp_path), (LENGTH, 1, 4, None, 1)
-    prepare(config, BYTES, *sizes)
+    open_data(config, BYTES, *sizes)
     monkeypatch.setattr(module, "_stamp_matches", lambda _: True)
     for file in (tmp_path / "cache").rglob(TOKENS_FILE):
         changed(file, -1, keep_time=True)
-    prepare(config, BYTES, *sizes)
+    open_data(config, BYTES, *sizes)
     with pytest.raises(ValueError, match="were changed"):
-        prepare(replace(config, verify=True), BYTES, *sizes)
+        open_data(replace(config, verify=True), BYTES, *sizes)

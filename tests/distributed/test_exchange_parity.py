@@ -26,7 +26,7 @@ LAYOUTS = {
     "gather 2 x expert_tensor 2, 2 chunks": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.gather, overlap_chunks=2),
 }
 CHOICES = ("softmax", "deepseek v3", "gshard", "expert choice by batch", "null experts", "padded")
-"""Of all routers those that differ in what they hand to the exchange."""
+"""Those of all routers that differ in what they hand to the exchange."""
 
 
 @pytest.mark.fault(13)

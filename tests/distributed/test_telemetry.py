@@ -8,7 +8,7 @@ import torch
 from tiny_run import TINY_RUN
 from tokenyard.train.config.compose import compose
 from tokenyard.train.fault_tolerance.supervisor import build_supervisor
-from tokenyard.train.logging.expert_stats.collector import describe
+from tokenyard.train.logging.expert_stats.collector import snapshot_records
 from tokenyard.train.logging.run_logger import RunLogger
 from tokenyard.train.logging.step_log import StepLog
 from tokenyard.train.run import train
@@ -116,7 +116,7 @@ class Keeps(RunLogger):
     def log_step(self, logged: StepLog) -> None:
         metrics, record = {}, None
         if logged.snapshot is not None:
-            metrics, record = describe(logged.numbers, logged.snapshot, self.config, self.ranks)
+            metrics, record = snapshot_records(logged.numbers, logged.snapshot, self.config, self.ranks)
         numbers = {"step": logged.step, "tokens": logged.numbers.tokens, **metrics}
         self.entries.append(numbers | (record or {}))
 

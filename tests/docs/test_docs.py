@@ -24,7 +24,7 @@ from tokenyard.train.config.overrides import Groups, find_groups, parse_override
 from tokenyard.train.config.reference import reference
 from tokenyard.train.config.schema import REMOVED, settings
 from tokenyard.train.config.serialize import config_from_plain, plain_config
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -244,7 +244,7 @@ def trains(arguments: list[str], world: int | None) -> None:
     for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
         config = compose(point)
         started = config.launch.kind is not Launcher.inline
-        validate(config, world or (config.launch.nodes * config.launch.ranks if started else 1))
+        check_config(config, world or (config.launch.nodes * config.launch.ranks if started else 1))
         if config.launch.kind is Launcher.torchrun and world is None:
             check_hosts(config)
 

@@ -77,7 +77,7 @@ OPTIONS = sorted(CONF.glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", OPTIONS, ids=[f"{path.parent.name}={path.stem}" for path in OPTIONS])
 def test_numbers_in_a_comment_are_those_of_the_configuration(path: Path) -> None:
-    """Of files that leave nearly all to the defaults, each number; of the others, each number in a sentence about a default."""
+    """In files that leave nearly all to the defaults, each number; in the others, each number in a sentence about a default."""
     comment = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
     few = len(list(leaves(yaml.safe_load(path.read_text()) or {}))) <= 1
     stated = [text for text in re.split(r"(?<=[.;]) ", comment) if few or "default" in text]

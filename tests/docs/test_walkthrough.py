@@ -1,4 +1,5 @@
-"""The walkthrough names at most 30 files, its functions are in the files it names, and its sizes are those of the default run."""
+"""The walkthrough and the five paths name functions that are in the files they name; the walkthrough has at most 30 files and the
+sizes of the default run."""
 
 import ast
 import re
@@ -10,28 +11,37 @@ from tokenyard.train.config.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "walkthrough.md").read_text()
+PATHS = (ROOT / "docs" / "paths.md").read_text()
 
 
-class Stop(NamedTuple):
+class Section(NamedTuple):
+    """A stop of the walkthrough, or one of the five paths."""
+
     number: int
-    names: dict[str, list[str]]
-    """From each file in the list at the top of the stop to the functions that it names there."""
+    names: list[tuple[str, list[str]]]
+    """Each file in the lists of the section, and the functions that it names there."""
+    files: set[str]
+    """All files that the section names."""
     mentioned: list[str]
-    """The functions that the text of the stop writes as `name()`."""
+    """The functions that the text of the section writes as `name()`."""
 
 
-def stops() -> list[Stop]:
-    parts = re.split(r"^## (\d+)\. .*$", TEXT, flags=re.M)[1:]
+def sections(text: str) -> list[Section]:
+    parts = re.split(r"^## (\d+)\. .*$", text, flags=re.M)[1:]
     return [
-        Stop(int(number), listed(text), re.findall(r"`(\w+)\(\)`", text))
-        for number, text in zip(parts[::2], parts[1::2], strict=True)
+        Section(int(number), listed(part), files_in(part), re.findall(r"`(\w+)\(\)`", part))
+        for number, part in zip(parts[::2], parts[1::2], strict=True)
     ]
 
 
-def listed(text: str) -> dict[str, list[str]]:
+def listed(text: str) -> list[tuple[str, list[str]]]:
     lines = re.findall(r"^- \[(.+?)\]\((.+?)\): (.*)$", text, re.M)
     assert all(f"../{name}" == link for name, link, _ in lines), lines
-    return {name: re.findall(r"`([\w.]+)`", names) for name, _, names in lines}
+    return [(name, re.findall(r"`([\w.]+)`", names)) for name, _, names in lines]
+
+
+def files_in(text: str) -> set[str]:
+    return set(re.findall(r"\(\.\./([\w/]+\.py)\)", text))
 
 
 def defined(path: str) -> set[str]:
@@ -45,22 +55,21 @@ def defined(path: str) -> set[str]:
     return found
 
 
-def test_there_are_twelve() -> None:
-    assert [stop.number for stop in stops()] == list(range(1, 13))
+def test_there_are_twelve_stops_and_five_paths() -> None:
+    assert [stop.number for stop in sections(TEXT)] == list(range(1, 13))
+    assert [path.number for path in sections(PATHS)] == list(range(1, 6))
 
 
 def test_there_are_at_most_thirty_files() -> None:
-    files = set(re.findall(r"\(\.\./([\w/]+\.py)\)", TEXT))
-    assert files >= {path for stop in stops() for path in stop.names}
-    assert len(files) <= 30
+    assert len(files_in(TEXT)) <= 30
 
 
-@pytest.mark.parametrize("stop", stops(), ids=lambda stop: str(stop.number))
-def test_every_name_is_in_its_file(stop: Stop) -> None:
-    assert stop.names and all(stop.names.values())
-    assert [(path, name) for path, names in stop.names.items() for name in names if name not in defined(path)] == []
-    here = {name.rpartition(".")[2] for path in stop.names for name in defined(path)}
-    assert [name for name in stop.mentioned if name not in here] == []
+@pytest.mark.parametrize("section", [*sections(TEXT), *sections(PATHS)], ids=lambda section: str(section.number))
+def test_every_name_is_in_its_file(section: Section) -> None:
+    assert section.names and all(names for _, names in section.names)
+    assert [(path, name) for path, names in section.names for name in names if name not in defined(path)] == []
+    here = {name.rpartition(".")[2] for path in section.files for name in defined(path)}
+    assert [name for name in section.mentioned if name not in here] == []
 
 
 def test_sizes_are_those_of_the_default_run() -> None:

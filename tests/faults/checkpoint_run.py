@@ -37,7 +37,7 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Of its checkpoints, oldest first."""
+    """The steps of its checkpoints, oldest first."""
     return [step_of(path) for path in checkpoints_in(folder / "checkpoints")][::-1]
 
 

@@ -127,7 +127,7 @@ class Launched:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, which may be written at this moment."""
+    """The records of metrics.jsonl, which may be written at this moment."""
     try:
         return read_journal(folder / "metrics.jsonl")
     except (OSError, ValueError):

@@ -92,10 +92,10 @@ def _rank(rank: int, environment: dict[str, str], words: list[str], log: Path) -
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     import torch
-    from tokenyard.train.rank_command import train_command
+    from tokenyard.train.rank_command import run_rank
 
     torch.set_num_threads(1)
-    code = train_command(words)
+    code = run_rank(words)
     sys.stdout.flush()
     os._exit(code)
 

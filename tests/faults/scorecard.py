@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 def rows_of(reports: Iterable[Any]) -> list[Row]:
-    """Of the reports of a session. A fault is passed if all of its tests are, and missing without any."""
+    """The verdicts by the reports of a session. A fault is passed if all of its tests are, and missing without any."""
     outcomes, figures = defaultdict(list), defaultdict(dict)
     for report in reports:
         properties = getattr(report, "user_properties", [])

@@ -13,10 +13,10 @@ from tokenyard.train.run import run
 
 PROGRAM = """
 import json, sys, time
-from tokenyard.train.rank_command import train_command
+from tokenyard.train.rank_command import run_rank
 for line in json.load(sys.stdin):
     begin = time.perf_counter()
-    code = train_command(line)
+    code = run_rank(line)
     print(code, time.perf_counter() - begin, "torch" in sys.modules, flush=True)
 """
 

@@ -28,7 +28,7 @@ RUN = [
     "numerics.spike_sigma=null",
 ]
 TOKENS = 8 * 32
-"""Of a step: 8 sequences of 32."""
+"""Tokens of a step: 8 sequences of 32."""
 
 
 def crafted_run(folder: Path, bias: dict[int, float], *overrides: str) -> int:

@@ -13,7 +13,7 @@ from forked_runs import ending, free_port, start, wait
 from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import read_whole
 from tokenyard.train.load import load_model
-from tokenyard.train.rank_command import train_command
+from tokenyard.train.rank_command import run_rank
 from tokenyard.train.run import run
 
 SECRET = "hunter2-5f3c9a-never-written"
@@ -105,7 +105,7 @@ def test_a_hostile_checkpoint(tmp_path: Path, attack, record_property) -> None:
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("word", ["+model._target_=os.system", "+_target_=logging.os.system", "+engine.extra._target_=os.system"])
 def test_a_hostile_configuration(tmp_path: Path, word: str, capsys) -> None:
-    assert train_command(words(tmp_path / "run", word)) == 2
+    assert run_rank(words(tmp_path / "run", word)) == 2
     assert "_target_" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

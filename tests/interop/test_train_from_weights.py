@@ -21,7 +21,7 @@ from tokenyard.train.load import open_checkpoint
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import train_session
-from tokenyard.train.setup import first_rank_first, open_session
+from tokenyard.train.setup import open_data_on_all_ranks, open_session
 from tokenyard.train.weight_source import compose_run
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def opened(config: Config) -> dict[str, torch.Tensor]:
 
 def their_loss(theirs: Any, config: Config) -> float:
     """transformers' loss on the tokens of the first step, nats per token."""
-    batch = first_rank_first(config).train.batch(0, range(config.batch.sequences))
+    batch = open_data_on_all_ranks(config).train.batch(0, range(config.batch.sequences))
     with torch.no_grad():
         logits = theirs(batch.ids_BS).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), batch.targets_BS.flatten(), ignore_index=IGNORE).item()
@@ -190,7 +190,7 @@ def test_the_tokenizer_of_a_hugging_face_folder_is_used(saved: Callable[..., Pat
     words += [f"checkpoint.init={tmp_path / 'back'}", f"run.dir={tmp_path / 'again'}", f"data.cache={tmp_path / 'cache'}"]
     again = compose_run(parse_arguments(words))[0]
     assert again.tokenizer.path == str(tmp_path / "back" / "tokenizer.json")
-    one, two = (first_rank_first(each) for each in (config, again))
+    one, two = (open_data_on_all_ranks(each) for each in (config, again))
     assert torch.equal(one.train.batch(0, range(8)).ids_BS, two.train.batch(0, range(8)).ids_BS)
     assert one.tokenizer.end_of_document == two.tokenizer.end_of_document == 2
     trained(again)

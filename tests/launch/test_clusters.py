@@ -18,7 +18,7 @@ from tokenyard.launch.launchers.slurm import batch_script
 from tokenyard.launch.main import main
 from tokenyard.train.config.compose import compose, parse_arguments
 from tokenyard.train.config.config import Config, ConfigError
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 SIZE = ["launch.nodes=2", "launch.ranks=8", "parallel.expert=8", "batch.sequences=128"]
@@ -31,7 +31,7 @@ NASTY = """run.name='a "b" $(touch pwned) `touch pwned`; touch pwned # $HOME *'"
 
 def composed(words: list[str]) -> tuple[Config, Any]:
     config = compose(words)
-    validate(config, config.launch.nodes * config.launch.ranks)
+    check_config(config, config.launch.nodes * config.launch.ranks)
     return config, parse_arguments(words)
 
 

@@ -20,7 +20,7 @@ def packed() -> torch.Tensor:
 
 def test_documents_targets_and_positions() -> None:
     ids = packed()
-    documents, targets = documents_of(ids, ids + 1, END)
+    documents, targets = documents_of(ids, ids + 1, END, -100)
     assert documents[0].tolist() == [index for index, length in enumerate(LENGTHS) for _ in range(length)]
     assert positions_of(documents)[0].tolist() == [place for length in LENGTHS for place in range(length)]
     assert (targets == -100).tolist() == (ids == END).tolist()
@@ -32,7 +32,7 @@ def test_packed_documents_are_as_alone(preset: str) -> None:
     initialise(model, 1)
     model.eval()
     ids = packed()
-    documents, _ = documents_of(ids, ids, END)
+    documents, _ = documents_of(ids, ids, END, -100)
     with torch.no_grad():
         together = model(ids, documents_BS=documents)[0]
         alone = torch.cat([model(part)[0] for part in ids.split(list(LENGTHS), dim=1)])

@@ -65,7 +65,7 @@ def test_v2_losses_of_devices(which: str, formula, scope: Scope) -> None:
 
 
 def test_v2_losses_at_known_values() -> None:
-    """Of equal scores the first experts are chosen, all of the first device. Then all probability is on these experts as well."""
+    """The first experts of equal scores are chosen, all of the first device. Then all probability is on these experts as well."""
     router = router_of(BalanceConfig(0.0, device_coefficient=1.0, communication_coefficient=1.0), 0)
     even = losses_of(router, torch.zeros(1, 4, EXPERTS, dtype=torch.float64), torch.ones(1, 4, dtype=torch.bool))
     torch.testing.assert_close(even.device_L.item(), 1.0)

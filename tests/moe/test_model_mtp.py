@@ -101,7 +101,7 @@ def test_with_documents_apart_the_objective_is_that_of_each_alone() -> None:
     parallel, end, lengths = one_rank(depth=2), 2, (5, 1, 2, 3, 4)
     ids = torch.randint(3, VOCABULARY, (1, sum(lengths) + 1))
     ids[0, torch.tensor(lengths[:-1]).cumsum(0) - 1] = end
-    documents, targets = documents_of(ids[:, :-1], ids[:, 1:], end)
+    documents, targets = documents_of(ids[:, :-1], ids[:, 1:], end, -100)
     rows = Rows(ids[:, :-1], targets, documents=documents)
     totals = count_totals(parallel, [rows])
     share = forward(parallel, rows, totals)

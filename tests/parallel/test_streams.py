@@ -45,14 +45,14 @@ def test_a_new_thread_works_with_its_device(cuda: CudaDouble) -> None:
 
 def test_a_side_stream_begins_behind_an_event_and_the_host_waits_behind_the_copies(cuda: CudaDouble) -> None:
     x = cuda.tensor(torch.arange(3.0), 1)
-    ready, found = streams.record(SECOND), []
+    ready, found = streams.record_event(SECOND), []
 
     def work() -> None:
         streams.enter_thread(SECOND)
         memory = streams.host_memory(x)
         with streams.SideStream(SECOND).behind(ready, x):
             streams.copy_to_host(x, memory)
-            copied = streams.record(SECOND)
+            copied = streams.record_event(SECOND)
         found.extend([copied.done(), memory.tolist()])
         copied.wait()
         found.extend([copied.done(), memory.tolist()])
@@ -65,9 +65,9 @@ def test_a_side_stream_begins_behind_an_event_and_the_host_waits_behind_the_copi
 
 
 def test_the_stream_that_computes_waits_for_a_batch_copied_ahead(cuda: CudaDouble) -> None:
-    with streams.SideStream(SECOND).behind(streams.record(SECOND)):
+    with streams.SideStream(SECOND).behind(streams.record_event(SECOND)):
         ids_BS = streams.on_device(torch.zeros(2, 4), SECOND)
-        arrived = streams.record(SECOND)
+        arrived = streams.record_event(SECOND)
     streams.stream_waits(arrived, ids_BS)
     assert cuda.of("MainThread")[2:] == [
         ("wait_event", "cuda:1 side"),
@@ -89,7 +89,7 @@ def test_numbers_are_read_later_as_they_were(cuda: CudaDouble) -> None:
 
 
 def test_time_is_that_of_the_device(cuda: CudaDouble) -> None:
-    first, second = streams.record(SECOND, timed=True), streams.record(SECOND, timed=True)
+    first, second = streams.record_event(SECOND, timed=True), streams.record_event(SECOND, timed=True)
     assert streams.seconds_between(first, second) == pytest.approx(1.0)
 
 
@@ -98,7 +98,7 @@ def test_on_a_cpu_all_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr(torch.cuda, name)
     x = torch.ones(2)
     streams.enter_thread(CPU)
-    first = streams.record(CPU, timed=True)
+    first = streams.record_event(CPU, timed=True)
     with streams.SideStream(CPU).behind(first, x):
         copy = streams.to_host([x])
     x.zero_()
@@ -107,7 +107,7 @@ def test_on_a_cpu_all_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert streams.on_device(x, CPU) is x
     first.wait()
     sleep(0.01)
-    assert streams.seconds_between(first, streams.record(CPU, timed=True)) >= 0.01
+    assert streams.seconds_between(first, streams.record_event(CPU, timed=True)) >= 0.01
 
 
 def test_nothing_else_of_the_project_makes_them() -> None:

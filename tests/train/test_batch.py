@@ -8,14 +8,14 @@ from tiny_run import TINY_RUN
 from tokenyard.data.batches import IGNORE, Batch
 from tokenyard.train.batch import as_rows, targets_ahead, valid_targets
 from tokenyard.train.config.compose import compose
-from tokenyard.train.setup import first_rank_first
+from tokenyard.train.setup import open_data_on_all_ranks
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_host_counts_what_arrives(tmp_path: Path, masked: bool) -> None:
     words = [*TINY_RUN, f"data.cache={tmp_path}", f"data.mask_documents={masked}", "model.mtp_depth=2"]
     config = compose(words)
-    data = first_rank_first(config)
+    data = open_data_on_all_ranks(config)
     batch = data.train.batch(0)
     cut = batch.targets_BS.clone()
     cut[0, 3:7] = IGNORE
@@ -31,7 +31,7 @@ def test_the_host_counts_what_arrives(tmp_path: Path, masked: bool) -> None:
 
 def test_an_unknown_token_is_refused_on_the_host(tmp_path: Path) -> None:
     config = compose([*TINY_RUN, f"data.cache={tmp_path}"])
-    data = first_rank_first(config)
+    data = open_data_on_all_ranks(config)
     batch = data.train.batch(0)
     batch.ids_BS[2, 2] = config.model.vocabulary
     with pytest.raises(ValueError, match="row 8 and following: a token id is not below"):

@@ -13,7 +13,7 @@ from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.schema import quoted
 from tokenyard.train.config.serialize import plain_config
 from tokenyard.train.derive import derive
-from tokenyard.train.logging.summary_data import train_command
+from tokenyard.train.logging.summary_data import resume_command
 
 BAD = [
     # what was typed, what the message begins with, the nearest valid value
@@ -169,9 +169,9 @@ def test_the_command_that_goes_on_says_only_what_differs_from_the_command_line_w
     config, usual, cpu = compose(["seed=3", "model=tiny", "model.layers=3"]), compose([]), torch.device("cpu")
     for each in (config, usual):
         derive(each, cpu)
-    again = train_command(config, cpu, tmp_path, steps=12).split()
-    assert train_command(usual, cpu, tmp_path, steps=12).split()[2:] == [f"run.dir={tmp_path}", "steps=12"]
-    assert train_command(usual, torch.device("cuda"), tmp_path).split()[2:-1] == ["precision=fp32", "log.every=1"]
+    again = resume_command(config, cpu, tmp_path, steps=12).split()
+    assert resume_command(usual, cpu, tmp_path, steps=12).split()[2:] == [f"run.dir={tmp_path}", "steps=12"]
+    assert resume_command(usual, torch.device("cuda"), tmp_path).split()[2:-1] == ["precision=fp32", "log.every=1"]
     assert compose(again[2:-2]).model == config.model
     assert again[-2:] == [f"run.dir={tmp_path}", "steps=12"]
 

@@ -8,10 +8,10 @@ from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.train.config.config import BatchConfig, Config, Precision
-from tokenyard.train.logging.console.startup import StartupFacts, startup_lines, startup_table
-from tokenyard.train.logging.console.step_line import Eta, fitting_spans, step_line, step_spans
-from tokenyard.train.logging.console.summary import EndFacts, end_lines, end_summary
-from tokenyard.train.logging.console.text import ASCII_BARS, BLOCKS, Printer, plain
+from tokenyard.train.logging.console.startup import StartupFacts, startup_lines
+from tokenyard.train.logging.console.step_line import Eta, fitting_spans, step_spans
+from tokenyard.train.logging.console.summary import EndFacts, end_lines
+from tokenyard.train.logging.console.text import ASCII_BARS, BLOCKS, Line, Printer, plain
 
 RECORD = {
     "step": 7,
@@ -29,6 +29,14 @@ RECORD = {
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def step_line(record: dict, total_steps: int, eta_seconds: float | None = None) -> str:
+    return plain(step_spans(record, total_steps, eta_seconds))
+
+
+def text(lines: list[Line]) -> str:
+    return "\n".join(map(plain, lines))
 
 
 def test_step_line():
@@ -122,7 +130,6 @@ FACTS = StartupFacts(
     peak_flops=198.3e9,
     peak_source="measured",
     precision_from="the default on a CPU",
-    commands=[("watch it", "tail -f runs/a/metrics.jsonl")],
 )
 STARTUP = """\
 tokenyard 0.1.0
@@ -139,13 +146,11 @@ tokenyard 0.1.0
   precision   fp32, the default on a CPU
   run folder  runs/a
   start       new run
-  watch it
-    tail -f runs/a/metrics.jsonl
 """  # noqa: E501
 
 
 def test_startup_table():
-    assert startup_table(CONFIG, count(CONFIG.model), FACTS) == STARTUP
+    assert text(startup_lines(CONFIG, count(CONFIG.model), FACTS)) == STARTUP
 
 
 def test_startup_of_a_resumed_dense_run_on_one_rank():
@@ -156,7 +161,7 @@ def test_startup_of_a_resumed_dense_run_on_one_rank():
         compile=True,
     )
     facts = StartupFacts(**vars(FACTS) | {"ranks": 1, "first_step": 200, "threads": 2})
-    table = startup_table(config, count(config.model), facts)
+    table = text(startup_lines(config, count(config.model), facts))
     assert "  model       4 layers, 256 wide, 8 heads; dense\n" in table
     assert "  length      600 steps, 400 to go; " in table
     assert "  layout      1 rank\n" in table
@@ -201,25 +206,25 @@ Try next
 
 
 def test_end_summary():
-    assert end_summary(END) == SUMMARY
+    assert text(end_lines(END)) == SUMMARY
 
 
 def test_end_summary_of_a_dense_run_that_was_stopped():
     facts = EndFacts(
         **vars(END) | {"counts_LE": [], "layers": [], "sample": None, "checkpoint": None, "commands": [], "outcome": "Stopped"}
     )
-    text = end_summary(EndFacts(**vars(facts) | {"validation_loss": 7.8}))
-    assert text.startswith("\nStopped: 600 steps")
-    assert "the loss is 20.0% above it" in text
-    assert text.endswith("none was written")
-    assert not {"Expert load", "Sample", "Try next"} & set(text.split("\n"))
+    summary = text(end_lines(EndFacts(**vars(facts) | {"validation_loss": 7.8})))
+    assert summary.startswith("\nStopped: 600 steps")
+    assert "the loss is 20.0% above it" in summary
+    assert summary.endswith("none was written")
+    assert not {"Expert load", "Sample", "Try next"} & set(summary.split("\n"))
 
 
 def test_many_experts_share_columns_and_the_busiest_shows():
     counts = [100] * 512
     counts[300] = 1000
     facts = EndFacts(**vars(END) | {"counts_LE": [counts], "layers": [0]})
-    row = end_summary(facts).split("\n")[7]
+    row = text(end_lines(facts)).split("\n")[7]
     assert row == f"      0      9.83      0.98   {'=' * 37}@{'=' * 26}"
 
 

@@ -23,7 +23,7 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.trackers.trackers import Trackers
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 from tokenyard.train.run import run
 
 TINY = [
@@ -185,7 +185,7 @@ def test_a_file_that_fails_is_an_event_and_exit_code_65(rows: Path, tmp_path: Pa
 
 
 def run_cut_off(rows: str, folder: str, overrides: list[str]) -> tuple[int, str]:
-    """Of a URL behind which nobody listens: exit code and standard error, in a rank of the pool."""
+    """Exit code and standard error for a URL behind which nobody listens, in a rank of the pool."""
     from unittest.mock import patch
 
     error = io.StringIO()
@@ -226,7 +226,7 @@ def run_kept(rows: str, folder: str, overrides: list[str]) -> int:
 
 def test_patience_must_be_shorter_than_collectives_wait(rows: Path, tmp_path: Path) -> None:
     config = configured(rows, tmp_path / "run", "data.patience_seconds=700")
-    validate(config, 1)
+    check_config(config, 1)
     config = replace(config, data=replace(config.data, corpus=Corpus.jsonl))
     with pytest.raises(ValueError, match=r"data\.patience_seconds=700.*stay below parallel\.timeout_seconds=600"):
-        validate(config, 2)
+        check_config(config, 2)

@@ -5,7 +5,7 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.config.deepspeed_settings import ALLOWED_EXTRA, DECIDED_BY, deepspeed_settings
 from tokenyard.train.config.serialize import changed_settings, config_from_plain, plain_config
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value
@@ -36,17 +36,17 @@ BAD = [
 @pytest.mark.parametrize(("world", "overrides", "begin", "nearest"), BAD, ids=[each[1] for each in BAD])
 def test_what_cannot_be_is_refused(world: int, overrides: str, begin: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as error:
-        validate(compose(overrides.split()), world)
+        check_config(compose(overrides.split()), world)
     message = str(error.value)
     assert message.startswith(begin) and message.endswith(f"nearest valid: {nearest}")
     if not nearest.startswith("engine.extra"):  # mappings are merged, not replaced
-        validate(compose([*overrides.split(), nearest]), world)
+        check_config(compose([*overrides.split(), nearest]), world)
 
 
 def test_settings_follow_from_the_configuration() -> None:
     config = compose(["engine=deepspeed", "engine.zero=2", "batch.sequences=16", "batch.micro=2", "parallel.tensor=2"])
     config.engine.extra = {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
-    validate(config, 4)
+    check_config(config, 4)
     settings = deepspeed_settings(config, 4)
     assert (settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]) == (2, 1)
     assert settings["gradient_allreduce_op"] == "sum" and settings["gradient_clipping"] == 0.0

@@ -18,8 +18,8 @@ from tokenyard.train.logging.console.text import BLOCKS, plain
 from tokenyard.train.logging.expert_stats.alerts import Alerts, experts_in_use
 from tokenyard.train.logging.expert_stats.heatmap import load_map, png
 from tokenyard.train.logging.expert_stats.routing_probe import movement, piece_text, token_class
-from tokenyard.train.logging.expert_stats.step_metrics import brief_metrics, layer_metrics
 from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.metrics import brief_metrics, layer_metrics
 from tokenyard.train.run import run
 from tokenyard.train.step import StepNumbers
 

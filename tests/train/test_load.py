@@ -26,7 +26,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a run on those texts, with a tokenizer of its own."""
+    """The checkpoint of a run on those texts, with a tokenizer of its own."""
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "cache"))
     overrides = ["data=text", f"data.path={text}", "tokenizer=sentencepiece", "tokenizer.pieces=300", "model.vocabulary=304"]
     assert (

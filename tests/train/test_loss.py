@@ -118,7 +118,7 @@ def gradients_of(model: Transformer, ids: Tensor, targets: Tensor) -> dict[str, 
 
 
 def router_probabilities(model: Transformer, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer: logits and probabilities of the router, from the inputs that its layer really gets."""
+    """Logits and probabilities of the router of each layer, from the inputs that its layer really gets."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def look(router: torch.nn.Module, inputs: tuple[Tensor, ...], _output: object) -> None:

@@ -4,7 +4,7 @@ import pytest
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.config.environment import world_size
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 
 REFUSED = [
     (4, "parallel.expert=4 parallel.node_ranks=2", "parallel.node_ranks=2: must be null, only parallel.exchange=hierarchical",
@@ -31,23 +31,23 @@ ACCEPTED = [
 @pytest.mark.parametrize(("world", "overrides", "start", "nearest"), REFUSED, ids=[case[1] for case in REFUSED])
 def test_refused(world: int, overrides: str, start: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        validate(compose(overrides.split()), world)
+        check_config(compose(overrides.split()), world)
     assert str(raised.value).startswith(start) and str(raised.value).endswith(f"nearest valid: {nearest}")
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(("world", "overrides"), ACCEPTED, ids=[case[1] for case in ACCEPTED])
 def test_accepted(world: int, overrides: str) -> None:
-    validate(compose(overrides.split()), world)
+    check_config(compose(overrides.split()), world)
 
 
 def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(["parallel.expert=4", "parallel.exchange=hierarchical"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="a node has 3 ranks; nearest valid: parallel"):
-        validate(config, 12)
+        check_config(config, 12)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    validate(config, 4)
+    check_config(config, 4)
 
 
 @pytest.mark.parametrize("value", ["two", "0", "", "-1"])
@@ -58,10 +58,10 @@ def test_a_number_of_ranks_that_is_none(name: str, value: str, monkeypatch: pyte
         world_size()
     if name == "LOCAL_WORLD_SIZE":
         with pytest.raises(ConfigError, match=f"{name}={value}: must be"):
-            validate(compose(["parallel.expert=4", "parallel.exchange=hierarchical"]), 4)
+            check_config(compose(["parallel.expert=4", "parallel.exchange=hierarchical"]), 4)
 
 
 def test_ranks_that_are_still_to_be_started() -> None:
     wish = "parallel.expert=4 parallel.exchange=hierarchical launch=torchrun launch.nodes=4 launch.ranks=3"
     with pytest.raises(ConfigError, match="a node has 3 ranks"):
-        validate(compose(wish.split()), 12)
+        check_config(compose(wish.split()), 12)

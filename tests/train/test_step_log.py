@@ -26,7 +26,7 @@ from tokenyard.train.logging.expert_stats.collector import ExpertStats
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import RankZeroLogger, build_run_logger
 from tokenyard.train.logging.step_log import Stopwatch
-from tokenyard.train.run import plan, train_session
+from tokenyard.train.run import due_after, train_session
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
 
@@ -288,7 +288,7 @@ def test_what_follows_a_step_is_known_before(tmp_path: Path) -> None:
     config = configured(tmp_path / "run", "log.every=5", "evaluate.every=4", "checkpoint.every=3", "telemetry.every=7")
     with closing(open_session(config, CPU)) as session:
         expert_stats = ExpertStats(session)
-        found = {step: plan(step, config, expert_stats) for step in range(1, 9)}
+        found = {step: due_after(step, config, expert_stats) for step in range(1, 9)}
     assert [step for step, due in found.items() if due.validate] == [4, 8]
     assert [step for step, due in found.items() if due.save] == [3, 6, 8]
     assert [step for step, due in found.items() if due.log] == [3, 4, 5, 6, 7, 8]

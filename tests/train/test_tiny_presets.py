@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def losses(ranks: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Losses, Losses]:
-    """Of all models that are asked for, on one rank and on four: one call of the ranks trains them all."""
+    """The losses of all models that are asked for, on one rank and on four: one call of the ranks trains them all."""
     names: list[str] = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
     folder = tmp_path_factory.mktemp("tiny")
     return trained(names, folder / "one", []), ranks(4, trained, names, folder / "four", LAYOUT, limit_seconds=400)[0]

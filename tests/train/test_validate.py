@@ -12,7 +12,7 @@ from tokenyard.ranges import ranges
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.config.schema import settings
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 
 BAD = [
     # ranks, overrides, what the message begins with, the nearest valid value
@@ -164,7 +164,7 @@ def test_bad_combination(world: int, overrides: str, begins: str, nearest: str) 
     assert message.endswith(f"; nearest valid: {nearest}")
     for proposal in nearest.split(" or "):
         config = compose([*overrides.split(), *proposal.split()])
-        validate(config, max(world, config.launch.ranks))
+        check_config(config, max(world, config.launch.ranks))
 
 
 GOOD = [
@@ -195,7 +195,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("world", "overrides"), GOOD)
 def test_good_combination(world: int, overrides: str) -> None:
-    validate(compose(overrides.split()), world)
+    check_config(compose(overrides.split()), world)
 
 
 def test_every_number_has_an_interval() -> None:
@@ -209,7 +209,7 @@ def test_every_number_is_checked(key: str) -> None:
     section, _, name = key.rpartition(".")
     setattr(attrgetter(section)(config) if section else config, name, -1)
     with pytest.raises(ConfigError, match=re.escape(f"{key}=-1: must be in {ranges(Config)[key]}")):
-        validate(config, 1)
+        check_config(config, 1)
 
 
 def test_resume_from_a_folder(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_corpus_that_is_not_there(tmp_path: Path) -> None:
     assert refused(["data=text", f"data.path={tmp_path}/corpus"], 1).startswith(f"data.path={tmp_path}/corpus must exist")
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("text")
-    validate(compose(["data=text", f"data.path={tmp_path}/corpus"]), 1)
+    check_config(compose(["data=text", f"data.path={tmp_path}/corpus"]), 1)
     assert refused([f"tokenizer.path={tmp_path}/no.model"], 1).startswith(f"tokenizer.path={tmp_path}/no.model must exist")
 
 
@@ -270,7 +270,7 @@ def test_the_command_refuses_quickly(
 
 def refused(overrides: list[str], world: int) -> str:
     with pytest.raises(ConfigError) as error:
-        validate(compose(overrides), world)
+        check_config(compose(overrides), world)
     message = str(error.value)
     assert "\n" not in message
     return message

@@ -13,7 +13,7 @@ from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.config.compose import parse_arguments
 from tokenyard.train.config.config import Config, ConfigError
 from tokenyard.train.config.serialize import plain_config
-from tokenyard.train.preflight import validate
+from tokenyard.train.preflight import check_config
 from tokenyard.train.run import run
 from tokenyard.train.weight_source import compose_run
 
@@ -37,7 +37,7 @@ def composed(*words: str) -> Config:
 
 def refusal(*words: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        validate(composed(*DATA, *words), 1)
+        check_config(composed(*DATA, *words), 1)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -47,7 +47,7 @@ def test_model_and_tokenizer_are_those_of_the_source(source: Path) -> None:
     assert (config.model.width, config.model.moe.experts, config.model.moe.capacity.factor) == (32, 4, 1.5)
     assert config.model.norm_epsilon == 1e-6 and config.tokenizer.kind is TokenizerKind.bytes
     assert (config.steps, config.sequence_length, config.batch.sequences, config.checkpoint.resume) == (1150, 128, 16, "auto")
-    validate(config, 1)
+    check_config(config, 1)
 
 
 def test_what_is_set_on_top_wins(source: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_path_that_is_no_source_is_refused_with_the_nearest(source: Path, tmp_
 def test_a_checkpoint_without_a_tokenizer_wants_one(source: Path, tmp_path: Path) -> None:
     made = imported(source, tmp_path)
     assert refusal(f"checkpoint.init={made}").startswith(f"checkpoint.init={made}: has no tokenizer, and none is named; nearest")
-    validate(composed(*DATA, f"checkpoint.init={made}", "tokenizer=bytes"), 1)
+    check_config(composed(*DATA, f"checkpoint.init={made}", "tokenizer=bytes"), 1)
 
 
 def test_resuming_an_import_is_refused_with_what_to_write(source: Path, tmp_path: Path) -> None:

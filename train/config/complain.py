@@ -25,11 +25,11 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` as one printable line without secrets, cut off after LONGEST characters."""
+    """Returns `text` as one printable line without secrets, cut off after LONGEST characters."""
     line = printable(" ".join(redact(text).split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, since names and texts of others could control the terminal."""
+    """Returns `text` with control characters escaped, since names and texts of others could control the terminal."""
     return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)

@@ -19,7 +19,7 @@ INFO = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
 
 
 def parse_arguments(argv: list[str]) -> "Arguments":
-    """Splits flags and overrides, in any order. ConfigError for a flag that does not exist."""
+    """Splits flags and overrides, in any order. Raises ConfigError for a flag that does not exist."""
     parser = ArgumentParser("tokenyard train", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     # deepspeed and older versions of torch pass the rank as an argument; it is read from the environment.
@@ -73,7 +73,10 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def compose(argv: list[str]) -> Config:
-    """The configuration of the overrides in `argv`; arguments of launchers are skipped. Raises ConfigError for wrong ones."""
+    """Returns the configuration of the overrides in `argv`; arguments of launchers are skipped.
+
+    Raises ConfigError for wrong ones.
+    """
     return compose_arguments(parse_arguments(argv))
 
 

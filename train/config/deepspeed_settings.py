@@ -51,7 +51,7 @@ BUCKET_ELEMENTS = 2**23
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
-    """The contents of a DeepSpeed JSON file.
+    """Returns the contents of a DeepSpeed JSON file.
 
     gradient_accumulation_steps is 1, since DeepSpeed would divide by it: the engine marks the last micro-batch instead. Clipping
     and DeepSpeed's norm are off: our norm counts each expert once, and gradients are clipped by it before DeepSpeed's step. fp16
@@ -72,7 +72,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
 
 
 def engine(config: Config, world: int) -> Iterator[Violation]:
-    """The rules of engine.*."""
+    """Checks the settings engine.*."""
     c = config.engine
     if c.kind is EngineKind.torch:
         if c.zero:
@@ -95,7 +95,7 @@ def engine(config: Config, world: int) -> Iterator[Violation]:
 
 
 def _complaint(key: str, value: Any) -> str:
-    """Why engine.extra may not hold this key and value; empty if it may."""
+    """Returns why engine.extra may not hold this key and value; empty if it may."""
     if key in ALLOWED_EXTRA:
         return (
             ""
@@ -118,7 +118,7 @@ def _leaves(extra: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def _without(extra: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """A copy without the value at `path`, and without mappings that are then empty."""
+    """Returns a copy without the value at `path`, and without mappings that are then empty."""
     left = {key: copy.deepcopy(value) for key, value in extra.items() if str(key) != path[0]}
     inner = _without(extra[path[0]], path[1:]) if path[1:] else {}
     return {**left, path[0]: inner} if inner else left

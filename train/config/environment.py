@@ -6,13 +6,16 @@ from .config import ConfigError
 
 
 def world_size() -> int:
-    """The number of ranks that the launcher started; 1 without a launcher. Raises ConfigError if a number of ranks is none."""
+    """Returns the number of ranks that the launcher started; 1 without a launcher.
+
+    Raises ConfigError if a number of ranks is none.
+    """
     local_world_size()
     return _positive("WORLD_SIZE") or 1
 
 
 def local_world_size() -> int | None:
-    """The number of ranks on this host; None if the launcher does not set it. Raises ConfigError if it is no number."""
+    """Returns the number of ranks on this host; None if the launcher does not set it. Raises ConfigError if it is no number."""
     return _positive("LOCAL_WORLD_SIZE")
 
 
@@ -27,7 +30,7 @@ def job_restarted() -> bool:
 
 
 def launch_id() -> str:
-    """An id that all restarts of a job share; empty if there is none."""
+    """Returns an id that all restarts of a job share; empty if there is none."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 

@@ -29,7 +29,7 @@ BITS = {"bf16": 16, "fp8": 8, "int4": 4}
 
 
 def facts(config: Config, world: int) -> dict[str, Any]:
-    """All numbers, as printed with --json. Parameters are numbers of elements."""
+    """Returns all numbers, as printed with --json. Parameters are numbers of elements."""
     model, parts = config.model, count(config.model)
     held = per_rank(config, world)
     length = config.sequence_length
@@ -60,14 +60,14 @@ def per_rank(config: Config, world: int) -> dict[str, int]:
 
 
 def training_bytes(parameters: int, precision: Precision) -> dict[str, int]:
-    """Bytes of weights, gradients and AdamW's two moments, in fp32 (or fp64 with precision=fp64), without activations."""
+    """Returns the bytes of weights, gradients and AdamW's moments, in fp32 (fp64 with precision=fp64), without activations."""
     each = 8 if precision is Precision.fp64 else 4
     parts = {"weights": parameters * each, "gradients": parameters * each, "optimizer": 2 * parameters * each}
     return {**parts, "total": sum(parts.values())}
 
 
 def intended_ranks(config: Config, started: int) -> int:
-    """The ranks that were started or that launch.* would start; if that is one, the fewest that the parallel degrees need."""
+    """Returns the ranks that were started or that launch.* would start; if that is one, the fewest that the degrees need."""
     asked = max(started, config.launch.nodes * config.launch.ranks)
     return asked if asked > 1 else fewest_ranks(config.parallel)
 

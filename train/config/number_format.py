@@ -4,7 +4,7 @@ import math
 
 
 def short(number: float) -> str:
-    """A number of any size in at most 7 characters: 999, 12,345, 1.23M, 46.7B."""
+    """Returns a number of any size in at most 7 characters: 999, 12,345, 1.23M, 46.7B."""
     if not math.isfinite(number):
         return str(number)
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
@@ -22,5 +22,5 @@ def flops(number: float) -> str:
 
 
 def _digits(number: float) -> str:
-    """Three significant digits."""
+    """Returns three significant digits."""
     return f"{number:.2f}" if abs(number) < 9.995 else f"{number:.1f}" if abs(number) < 99.95 else f"{number:.0f}"

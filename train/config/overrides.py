@@ -73,7 +73,7 @@ def check_composed(node: Any, groups: Groups, prefix: str = "") -> None:
 
 
 def find_groups(folders: Iterable[Path]) -> Groups:
-    """All groups (folders) and their options (files) in `folders`."""
+    """Returns all groups (folders) and their options (files) in `folders`."""
     groups: Groups = {}
     for path in sorted(path for folder in folders for path in folder.glob("*/*.yaml")):
         groups.setdefault(path.parent.name, []).append(path.stem)
@@ -88,13 +88,13 @@ def target_error(key: str, value: object, groups: Groups) -> ConfigError:
 
 
 def split_override(text: str) -> tuple[str, str]:
-    """Key and value of an override as typed; the value is empty without `=`."""
+    """Returns the key and value of an override as typed; the value is empty without `=`."""
     key, _, value = text.partition("=")
     return key, value
 
 
 def as_hydra_override(text: str) -> str:
-    """The override as Hydra accepts it: a key inside a mapping needs `++`, which lets Hydra add keys."""
+    """Returns the override as Hydra accepts it: a key inside a mapping needs `++`, which lets Hydra add keys."""
     key = split_override(text)[0]
     return f"++{text}" if is_mapping(key) or in_mapping(key) else text
 
@@ -140,7 +140,7 @@ def _check_value(schema: Any, key: str, value: Any, typed: str) -> None:
 
 
 def _values(override: "Override") -> Iterator[Any]:
-    """The values of an override: one, or each of a sweep over a list; none for a range, which needs no check."""
+    """Yields the values of an override: one, or each of a sweep over a list; none for a range, which needs no check."""
     from hydra.core.override_parser.types import Transformer
 
     if not override.is_sweep_override():

@@ -57,8 +57,8 @@ def _opened(path: Path, flags: int) -> IO[str]:
     return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "w", encoding="utf-8", buffering=1)
 
 
-def new_run_folder(parent: Path = Path("runs")) -> str:
-    """A new name runs/<date>-<time>, with a number appended if that exists. Creates nothing."""
-    stem = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+def new_run_folder() -> str:
+    """Returns a new name runs/<date>-<time>, with a number appended if that exists. Creates nothing."""
+    parent, stem = Path("runs"), datetime.now().strftime("%Y-%m-%d-%H%M%S")
     names = (stem if attempt == 1 else f"{stem}-{attempt}" for attempt in range(1, 10_000))
     return str(next(parent / name for name in names if not (parent / name).exists()))

@@ -26,7 +26,7 @@ Secrets = list[tuple[re.Pattern[str], str]]
 
 
 def redact(text: str) -> str:
-    """`text` with secrets replaced by their names in angle brackets, and URLs without passwords and keys."""
+    """Returns `text` with secrets replaced by their names in angle brackets, and URLs without passwords and keys."""
     return _without(text, _secrets(_environment()))
 
 
@@ -54,7 +54,7 @@ def _show(error: BaseException | None) -> None:
 
 
 def _plain(value: Any, key: str, secrets: Secrets) -> Any:
-    """`redact_plain` with the secrets of the environment, which is searched once for all texts."""
+    """Returns `redact_plain` with the secrets of the environment, which is searched once for all texts."""
     if isinstance(value, Mapping):
         return {
             _without(name, secrets) if isinstance(name, str) else name: _plain(item, str(name), secrets)

@@ -31,27 +31,27 @@ def main() -> None:
 
 
 def reference() -> str:
-    """The whole document."""
+    """Returns the whole document."""
     return (
         "\n".join([INTRODUCTION, "", "## Groups and their options", "", *group_rows(), "", "## Settings", *section_lines()]) + "\n"
     )
 
 
 def group_rows() -> Iterator[str]:
-    """A table of all options, with the comment at the top of their files."""
+    """Yields a table of all options, with the comment at the top of their files."""
     yield from table("option", "what it is for")
     for path in sorted(CONF.glob("*/*.yaml")):
         yield row(f"`{path.parent.name}={path.stem}`", comment(path.read_text()))
 
 
 def comment(text: str) -> str:
-    """The first comment of a YAML file, except for Hydra's @package."""
+    """Returns the first comment of a YAML file, except for Hydra's @package."""
     comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith("@package")), "")
 
 
 def section_lines() -> Iterator[str]:
-    """A table for each section, in the order of the fields; settings outside of sections come first."""
+    """Yields a table for each section, in the order of the fields; settings outside of sections come first."""
     for prefix, cls in sections():
         sentences = docstrings(cls)
         leaves = [name for name in sentences if not dataclasses.is_dataclass(settings()[prefix + name][0])]
@@ -62,7 +62,7 @@ def section_lines() -> Iterator[str]:
 
 
 def sections() -> Iterator[tuple[str, type]]:
-    """The dataclasses of the configuration, each with the prefix of its keys."""
+    """Yields the dataclasses of the configuration, each with the prefix of its keys."""
     yield "", Config
     for key, (kind, _) in settings().items():
         if dataclasses.is_dataclass(kind):
@@ -70,7 +70,7 @@ def sections() -> Iterator[tuple[str, type]]:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, read from the source; empty if there is none."""
+    """Returns the string below each field of a dataclass, read from the source; empty if there is none."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     found: dict[str, str] = {}
@@ -81,13 +81,13 @@ def docstrings(cls: type) -> dict[str, str]:
 
 
 def sentence(node: ast.stmt) -> str:
-    """The text of a statement that is a string, on one line; empty for other statements."""
+    """Returns the text of a statement that is a string, on one line; empty for other statements."""
     is_string = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     return " ".join(ast.literal_eval(node.value).split()) if isinstance(node, ast.Expr) and is_string else ""
 
 
 def values(key: str) -> str:
-    """The values that the setting may have."""
+    """Returns the values that the setting may have."""
     kind, optional = settings()[key]
     if kind is bool:
         text = "true, false"

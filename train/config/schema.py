@@ -42,7 +42,7 @@ def unknown_key_error(key: str, value: object, groups: Mapping[str, list[str]]) 
 
 
 def suggest(key: str, value: object, groups: Mapping[str, list[str]]) -> str:
-    """The most similar valid override: the nearest key, with `value` if that is valid for it, else its default."""
+    """Returns the most similar valid override: the nearest key, with `value` if that is valid for it, else its default."""
     leaves = [name for name, (kind, _) in settings().items() if not dataclasses.is_dataclass(kind)]
     meant = nearest_key(key.partition("@")[0], [*leaves, *groups])
     if meant in groups:
@@ -92,7 +92,7 @@ def is_mapping(key: str) -> bool:
 
 @functools.cache
 def settings() -> dict[str, tuple[type, bool]]:
-    """All settings and sections by dotted key, with their type and whether they may be null."""
+    """Returns all settings and sections by dotted key, with their type and whether they may be null."""
     return dict(_walk(Config, ""))
 
 
@@ -109,7 +109,7 @@ def _structured() -> typing.Any:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The most similar known key, as a whole or in its last part (`lr` for `optimizer.lr`)."""
+    """Returns the most similar known key, as a whole or in its last part (`lr` for `optimizer.lr`)."""
 
     def of_key(candidate: str) -> float:
         return max(similarity(key, candidate), 0.9 * similarity(key.rpartition(".")[2], candidate.rpartition(".")[2]))
@@ -118,7 +118,7 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
 
 
 def nearest_text(text: str, known: Iterable[str]) -> str:
-    """The most similar known word."""
+    """Returns the most similar known word."""
     return max(known, key=functools.partial(similarity, text.lower()))
 
 
@@ -128,7 +128,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def written(value: object) -> str:
-    """A value as text of an override."""
+    """Returns a value as text of an override."""
     match value:
         case Enum():
             return value.name
@@ -143,7 +143,7 @@ def written(value: object) -> str:
 
 
 def quoted(text: str) -> str:
-    """Any text, quoted so that Hydra's grammar reads it back unchanged."""
+    """Returns any text, quoted so that Hydra's grammar reads it back unchanged."""
     # In that grammar a backslash escapes only before a quote or the closing quote; elsewhere it is an ordinary character.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
@@ -201,7 +201,7 @@ def _rule_and_nearest(kind: type, value: object, default: object) -> tuple[str, 
 
 
 def _rounded(value: object, default: object) -> object:
-    """The integer nearest to `value`; `default` if that is no finite number."""
+    """Returns the integer nearest to `value`; `default` if that is no finite number."""
     try:
         number = float(str(value))
     except ValueError:

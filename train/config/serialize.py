@@ -16,17 +16,17 @@ from .schema import CONVERSION_ERRORS, REMOVED, convert, is_mapping, unknown_key
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A Config, or a section of one, as nested mappings of numbers, strings and lists. Enumerations become their names."""
+    """Returns a Config, or a section of one, as nested mappings of numbers, strings and lists. Enumerations become their names."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def shown_config(config: Config) -> dict[str, Any]:
-    """`plain_config` without secrets, for files, trackers and people."""
+    """Returns `plain_config` without secrets, for files, trackers and people."""
     return redact_plain(plain_config(config))
 
 
 def config_from_plain(plain: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """The Config of what `plain_config` gave, changed by `key=value` overrides. Left-out settings have their defaults.
+    """Returns the Config of what `plain_config` gave, changed by `key=value` overrides. Left-out settings have their defaults.
 
     Settings that an earlier version had are skipped. Raises ConfigError for an unknown key or a value of the wrong type. Imports
     OmegaConf only if there are overrides.
@@ -107,7 +107,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """The `key=value` overrides that turn `before` into `config`, except for the keys in `leave_out`."""
+    """Returns the `key=value` overrides that turn `before` into `config`, except for the keys in `leave_out`."""
     old, new = (dict(leaves(shown_config(each))) for each in (before, config))
     changed = {key: value for key, value in new.items() if value != old[key] and key not in leave_out}
     return [f"{key}={_shell_text(value)}" for key, value in changed.items()]
@@ -123,7 +123,7 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _shell_text(value: Any) -> str:
-    """The value as Hydra reads it, quoted for a shell where necessary."""
+    """Returns the value as Hydra reads it, quoted for a shell where necessary."""
     if isinstance(value, dict):
         return shlex.quote(written(value))
     bare = isinstance(value, int | float) and not isinstance(value, bool)

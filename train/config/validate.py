@@ -21,7 +21,7 @@ def check_rules(config: Config, world: int) -> None:
 
 
 def nearest_valid(config: Config, world: int, violation: Violation) -> str:
-    """The overrides that fix `violation`: the candidates closest to the value that violate no other rule, if there are any."""
+    """Returns the overrides that fix `violation`: the candidates closest to the value that violate no other rule, if any."""
     value = attrgetter(violation.key)(config)
     fixes = [fix for candidate in violation.candidates if (fix := _try(config, world, violation, candidate)) is not None]
     valid = [fix for fix in fixes if fix.valid] or fixes or [Fix(attrgetter(violation.key)(Config()), world, False)]
@@ -46,7 +46,7 @@ class Fix(NamedTuple):
 
 
 def _try(config: Config, world: int, violation: Violation, candidate: object) -> Fix | None:
-    """The fix by this candidate; None if the rule stays violated."""
+    """Returns the fix by this candidate; None if the rule stays violated."""
     changed = copy.deepcopy(config)
     section, _, name = violation.key.rpartition(".")
     setattr(attrgetter(section)(changed) if section else changed, name, candidate)

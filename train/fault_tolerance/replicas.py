@@ -36,7 +36,7 @@ class Difference(NamedTuple):
     """Those without the value of the majority; all, if no value has a majority."""
     source: int | None
     """A rank with the value of the majority."""
-    copies: tuple[int, ...]
+    holders: tuple[int, ...]
     """The ranks that hold this shard."""
 
 
@@ -49,7 +49,7 @@ def differences(parallel: Parallel) -> list[Difference]:
     found = torch.tensor([float(len(mine))], device=parallel.device)
     if not max_over(found, parallel.mesh.everyone).item():
         return []
-    return sorted({difference for each in from_all(mine) for difference in each}, key=lambda one: (one.name, one.copies))
+    return sorted({difference for each in from_all(mine) for difference in each}, key=lambda one: (one.name, one.holders))
 
 
 def hash_of(tensor: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Replicas:
             return
         ranks = sorted({rank for difference in found for rank in difference.ranks})
         text = f"{found[0].name}{f' and {len(found) - 1} more' if len(found) > 1 else ''} of rank {', '.join(map(str, ranks))}"
-        text += " is not what its copies are"
+        text += " differs from its replicas"
         again = self.repaired & set(ranks)
         possible = all(difference.source is not None for difference in found) and not again
         possible = possible and isinstance(self.session.engine, TorchEngine)
@@ -144,7 +144,7 @@ class Replicas:
     def _repair(self, difference: Difference) -> None:
         """Broadcasts weights and moments among the ranks that hold this shard."""
         assert difference.source is not None
-        if self.session.parallel.mesh.rank not in difference.copies:
+        if self.session.parallel.mesh.rank not in difference.holders:
             return
         sharded = self.session.parallel.parameters[difference.name]
         moments = optimizer_state(self.session.engine.optimizer, sharded.parameter)

@@ -32,7 +32,7 @@ class Goodput:
 
     def begin_training(self) -> None:
         """Accounts all time until now to start-up."""
-        self._add("startup", monotonic() - self.begin)
+        self.add("startup", monotonic() - self.begin)
         self.training = True
 
     @contextmanager
@@ -40,11 +40,12 @@ class Goodput:
         """Accounts the time inside to `kind`."""
         begin = monotonic()
         yield
-        self._add(kind, monotonic() - begin)
+        self.add(kind, monotonic() - begin)
 
-    def add_data_wait(self, seconds: float) -> None:
-        """Accounts time in which training waited for data."""
-        self._add("data", seconds)
+    def add(self, kind: str, seconds: float) -> None:
+        """Accounts `seconds`, which have passed, to `kind`."""
+        self.seconds[kind] += seconds
+        self.accounted += seconds
 
     def facts(self) -> dict[str, Any]:
         """Returns the event: the seconds of each kind, the productive share, and the number of restarts."""
@@ -53,10 +54,6 @@ class Goodput:
         seconds["compute" if self.training else "startup"] += round(max(0.0, rest), 3)
         total = sum(seconds.values())
         return {"seconds": seconds, "productive": seconds["compute"] / total if total else 0.0, "restarts": self.restarts}
-
-    def _add(self, kind: str, seconds: float) -> None:
-        self.seconds[kind] += seconds
-        self.accounted += seconds
 
 
 def earlier_starts(folder: Path, step: int) -> tuple[dict[str, float], int]:

@@ -26,13 +26,13 @@ from .console.summary import Sample, end_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
-from .expert_stats.collector import describe
+from .expert_stats.collector import snapshot_records
 from .goodput import Goodput, in_words
 from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
 from .step_log import PendingLog, StepLog
-from .summary_data import end_facts, startup_facts, train_command, validation_record
+from .summary_data import end_facts, resume_command, startup_facts, validation_record
 from .trackers.trackers import build_trackers, run_identity
 
 START_SECONDS = 20.0
@@ -155,7 +155,7 @@ class RankZeroLogger(RunLogger):
             self.printer.say(f"the last logged step is lost: {lost}")
         if error is not None:
             self.log_event("failed", step=step, error=f"{type(error).__name__}: {error}")
-            again = train_command(self.session.config, self.session.device, self.session.folder)
+            again = resume_command(self.session.config, self.session.device, self.session.folder)
             self.printer.say(f"stopped after step {step} by {type(error).__name__}; to go on: {again}")
         self.log_event("accounting", step=step, **self.goodput.facts())
         self.printer.say(in_words(self.goodput.facts()))
@@ -184,11 +184,11 @@ class RankZeroLogger(RunLogger):
         record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.data}
         telemetry = None
         if logged.snapshot is not None:
-            metrics, telemetry = describe(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
+            metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
             record |= metrics
         if evaluation is not None:
             record |= validation_record(config, evaluation)
-        self.goodput.add_data_wait(logged.data_wait)
+        self.goodput.add("data", logged.data_wait)
         self.metrics.write(record)
         self.trackers.log(record)
         self.printer.line(fitting_spans(record, config.steps, self.eta.after(step), self.printer.width))
@@ -252,7 +252,7 @@ class RankZeroLogger(RunLogger):
         self.flush()
         session, self.code = self.session, code
         self.log_event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
-        self.printer.say(f"to go on: {train_command(session.config, session.device, session.folder)}")
+        self.printer.say(f"to go on: {resume_command(session.config, session.device, session.folder)}")
 
     def log_end(self, evaluation: Evaluation, make_sample: Callable[[], Sample | None], code: int = 0) -> None:
         self.flush()
@@ -264,7 +264,7 @@ class RankZeroLogger(RunLogger):
             sample = make_sample()
         if sample is not None:
             self.trackers.sample(session.step, *sample)
-        self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds), self.printer.bars))
+        self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds, code), self.printer.bars))
 
     def on_hang(self, text: str) -> None:
         if self.pending is not None and self.pending.done():

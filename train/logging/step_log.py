@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...parallel.progress import waiting_for_device
-from ...parallel.streams import Event, record, seconds_between, to_host
+from ...parallel.streams import Event, record_event, seconds_between, to_host
 from ..evaluation import Evaluation
 from ..step import StepNumbers
 from .expert_stats.collector import Snapshot
@@ -40,7 +40,7 @@ class StepLog(NamedTuple):
     """The statistics of the experts; None if they are off."""
 
     def seconds(self) -> float:
-        """The length of `intervals` in the device's time. Waits until the device has reached the end of the last one."""
+        """Returns the length of `intervals` in the device's time. Waits until the device has reached the end of the last one."""
         return sum(seconds_between(begin, end) for begin, end in self.intervals)
 
 
@@ -74,7 +74,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device, self.tokens = device, 0
         self.intervals: list[Interval] = []
-        self.start = record(device, timed=True)
+        self.start = record_event(device, timed=True)
 
     def take(self) -> tuple[list[Interval], int]:
         """Returns the intervals and tokens since the last call."""
@@ -87,9 +87,9 @@ class Stopwatch:
         """Leaves out the time inside."""
         self._end_interval()
         yield
-        self.start = record(self.device, timed=True)
+        self.start = record_event(self.device, timed=True)
 
     def _end_interval(self) -> None:
-        now = record(self.device, timed=True)
+        now = record_event(self.device, timed=True)
         self.intervals.append((self.start, now))
         self.start = now

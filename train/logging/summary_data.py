@@ -52,8 +52,8 @@ def startup_facts(session: Session, peak: Peak) -> StartupFacts:
     )
 
 
-def end_facts(session: Session, evaluation: Evaluation, sample: Sample | None, seconds: float) -> EndFacts:
-    """Returns what the summary at the end shows, after `seconds` of this process."""
+def end_facts(session: Session, evaluation: Evaluation, sample: Sample | None, seconds: float, code: int) -> EndFacts:
+    """Returns what the summary at the end shows, after `seconds` of this process, which exits with `code`."""
     config, checkpoint = session.config, shlex.quote(str(session.checkpoint))
     return EndFacts(
         steps=session.step,
@@ -67,13 +67,14 @@ def end_facts(session: Session, evaluation: Evaluation, sample: Sample | None, s
         sample=sample,
         commands=[
             ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
-            ("train longer", train_command(config, session.device, session.folder, steps=2 * config.steps)),
+            ("train longer", resume_command(config, session.device, session.folder, steps=2 * config.steps)),
             ("see what is in it and evaluate it again", f"tokenyard evaluate {checkpoint} evaluate.sequences=256"),
         ],
+        outcome="Stopped" if code else "Done",
     )
 
 
-def train_command(config: Config, device: torch.device, run_dir: Path, steps: int | None = None) -> str:
+def resume_command(config: Config, device: torch.device, run_dir: Path, steps: int | None = None) -> str:
     """Returns the command line that continues a run, with all its overrides."""
     defaults = copy.deepcopy(_defaults())
     derive(defaults, device)

@@ -42,7 +42,7 @@ OPTIONS_FROM_SETTINGS = {
 
 
 def launchers(config: Config, world: int) -> Iterator[Violation]:
-    """The rules of the chosen launcher. Those that need the environment are in launch/launchers/torchrun.py."""
+    """Checks the settings of the chosen launcher. Those that need the environment are in launch/launchers/torchrun.py."""
     c = config.launch
     if c.kind is Launcher.inline and world == 1:
         for key, count in (("launch.ranks", c.ranks), ("launch.nodes", c.nodes)):

@@ -187,7 +187,7 @@ def _capacity(c: MoEConfig) -> Iterator[Violation]:
 
 
 def _valid_pairs(schedule: list[float]) -> list[float]:
-    """The valid pairs of the schedule, in the order of their steps."""
+    """Returns the valid pairs of the schedule, in the order of their steps."""
     pairs = zip(schedule[::2], schedule[1::2], strict=False)
     right = {step: factor for step, factor in pairs if step >= 0 and step == int(step) and 0 <= factor < float("inf")}
     return [number for step in sorted(right) for number in (step, right[step])]

@@ -1,7 +1,9 @@
-"""Rules of `parallel` about the exchange of tokens and expert tensor parallelism."""
+"""Rules of `parallel`: the degrees against the model and the ranks, the exchange, expert tensor parallelism."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 
+from ....moe.config import AttentionKind, ModelConfig
 from ....parallel.config import Exchange
 from ....parallel.layout import node_ranks
 from ..config import Config
@@ -9,6 +11,44 @@ from ..environment import local_world_size
 from ..launch import Launcher
 from .model_rules import moe_blocks
 from .rule import Violation, divisors, needs
+
+
+def degrees(config: Config, world: int) -> Iterator[Violation]:
+    """Checks the parallel degrees against the model."""
+    p, c = config.parallel, config.model
+    for key in _cut_by_tensor(c):
+        if attrgetter(key)(config) % p.tensor:
+            yield Violation("parallel.tensor", f"must divide {key}={attrgetter(key)(config)}", divisors(attrgetter(key)(config)))
+    if p.expert > 1 and not moe_blocks(c):
+        yield Violation("parallel.expert", "must be 1, no layer of the model has experts", [1])
+    if moe_blocks(c) and c.moe.experts % p.expert:
+        yield Violation("parallel.expert", f"must divide model.moe.experts={c.moe.experts}", divisors(c.moe.experts))
+
+
+def ranks(config: Config, world: int) -> Iterator[Violation]:
+    """Checks the parallel degrees against the ranks that there are."""
+    p = config.parallel
+    for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
+        if world % degree:
+            yield Violation(key, needs(degree, world), {degree, *divisors(world)})
+    data = world // p.tensor
+    if data % p.shard:
+        rule = (
+            needs(p.shard, world)
+            if world == 1
+            else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
+        )
+        yield Violation("parallel.shard", rule, {p.shard, *divisors(data)})
+
+
+def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
+    """Yields the sizes that tensor parallelism splits."""
+    yield "model.heads"
+    if c.attention.kind is AttentionKind.gqa:
+        yield "model.kv_heads"
+    if moe_blocks(c) < c.layers + c.mtp_depth:
+        yield "model.hidden"
+    yield from ("model.vocabulary", "sequence_length")
 
 
 def exchange(config: Config, world: int) -> Iterator[Violation]:
@@ -39,7 +79,7 @@ def _nodes(config: Config, world: int) -> Iterator[Violation]:
 
 
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
-    """parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
+    """Checks parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
     key, degree, c = "parallel.expert_tensor", config.parallel.expert_tensor, config.model
     if not moe_blocks(c):
         if degree > 1:

@@ -6,14 +6,12 @@ from importlib.util import find_spec
 from operator import attrgetter
 
 from ....data.config import STREAMED, Corpus, TokenizerKind
-from ....moe.config import AttentionKind, ModelConfig
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
 from ..config import Config, Shape
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
-from .model_rules import moe_blocks
-from .rule import Violation, divisors, multiples, needs
+from .rule import Violation, divisors, multiples
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
 OPTIONAL = ("tensorboard", "trackio")
@@ -46,7 +44,7 @@ def tokenizer(config: Config, world: int) -> Iterator[Violation]:
 
 
 def data(config: Config, world: int) -> Iterator[Violation]:
-    """The time that a rank may wait for its source, during which the others wait in a collective, against their timeout."""
+    """Checks the time that a rank may wait for its source, while the others wait in a collective, against their timeout."""
     limit = config.parallel.timeout_seconds
     streams = config.data.corpus in (*STREAMED, Corpus.mix)
     if world > 1 and streams and config.data.patience_seconds + config.data.stall_seconds >= limit:
@@ -70,34 +68,6 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
 
-def degrees(config: Config, world: int) -> Iterator[Violation]:
-    """The parallel degrees against the model."""
-    p, c = config.parallel, config.model
-    for key in _cut_by_tensor(c):
-        if attrgetter(key)(config) % p.tensor:
-            yield Violation("parallel.tensor", f"must divide {key}={attrgetter(key)(config)}", divisors(attrgetter(key)(config)))
-    if p.expert > 1 and not moe_blocks(c):
-        yield Violation("parallel.expert", "must be 1, no layer of the model has experts", [1])
-    if moe_blocks(c) and c.moe.experts % p.expert:
-        yield Violation("parallel.expert", f"must divide model.moe.experts={c.moe.experts}", divisors(c.moe.experts))
-
-
-def ranks(config: Config, world: int) -> Iterator[Violation]:
-    """The parallel degrees against the ranks that there are."""
-    p = config.parallel
-    for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
-        if world % degree:
-            yield Violation(key, needs(degree, world), {degree, *divisors(world)})
-    data = world // p.tensor
-    if data % p.shard:
-        rule = (
-            needs(p.shard, world)
-            if world == 1
-            else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
-        )
-        yield Violation("parallel.shard", rule, {p.shard, *divisors(data)})
-
-
 def batch(config: Config, world: int) -> Iterator[Violation]:
     sequences, data = config.batch.sequences, world // config.parallel.tensor
     micro = config.batch.micro or 1
@@ -119,8 +89,8 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     data,
     schedule,
     trackers,
-    degrees,
-    ranks,
+    parallel_rules.degrees,
+    parallel_rules.ranks,
     parallel_rules.expert_tensor,
     parallel_rules.exchange,
     batch,
@@ -128,16 +98,6 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     launch_rules.launchers,
 ]
 """All rules in the order in which they are checked; later ones rely on earlier ones."""
-
-
-def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
-    """The sizes that tensor parallelism splits."""
-    yield "model.heads"
-    if c.attention.kind is AttentionKind.gqa:
-        yield "model.kv_heads"
-    if moe_blocks(c) < c.layers + c.mtp_depth:
-        yield "model.hidden"
-    yield from ("model.vocabulary", "sequence_length")
 
 
 def _around(key: str, interval: str) -> list[object]:

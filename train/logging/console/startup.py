@@ -1,13 +1,13 @@
-"""The table at the start of a run: model, batch, data, layout, device, and how to look at the run."""
+"""The table at the start of a run: model, batch, data, layout and device."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ....moe.param_count import Count, flops_per_token
 from ....version import __version__
 from ...config.config import Config
 from ...config.number_format import flops, short
-from .text import Line, commands, plain, rows, title
+from .text import Line, rows, title
 
 
 @dataclass
@@ -34,17 +34,10 @@ class StartupFacts:
     """The source of the precision, such as: the default on a GPU."""
     first_step: int = 0
     """Steps that earlier starts have done."""
-    commands: list[tuple[str, str]] = field(default_factory=list)
-    """Purpose and command."""
-
-
-def startup_table(config: Config, count: Count, facts: StartupFacts) -> str:
-    """Returns the table as plain text."""
-    return "\n".join(map(plain, startup_lines(config, count, facts)))
 
 
 def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Line]:
-    """Returns the table with colours."""
+    """Returns the table."""
     streamed = facts.documents is None or facts.tokens is None
     amount = "streamed" if streamed else f"{facts.documents:,} documents, {short(facts.tokens or 0)} tokens"
     table = [
@@ -56,7 +49,7 @@ def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Lin
         ("run folder", facts.run_dir),
         ("start", facts.resume),
     ]
-    return [title(f"tokenyard {__version__}"), *rows(table), *commands(facts.commands), []]
+    return [title(f"tokenyard {__version__}"), *rows(table), []]
 
 
 def _model(config: Config, count: Count) -> list[tuple[str, str]]:
@@ -74,7 +67,7 @@ def _model(config: Config, count: Count) -> list[tuple[str, str]]:
 
 
 def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
-    """The batch and the length of the run."""
+    """Returns the batch and the length of the run."""
     per_step = config.batch.sequences * config.sequence_length
     overall = config.steps * per_step
     left = f", {config.steps - facts.first_step:,} to go" if facts.first_step else ""

@@ -14,11 +14,6 @@ UNEVEN = 2.0
 """An expert with this many times its even share is highlighted."""
 
 
-def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> str:
-    """Returns the line of a record of metrics.jsonl as plain text."""
-    return plain(step_spans(record, total_steps, eta_seconds))
-
-
 def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None, width: int | None) -> Line:
     """Returns `step_spans` in `width` characters, without some columns if that is narrow. None: no limit."""
     line = step_spans(record, total_steps, eta_seconds)
@@ -31,7 +26,7 @@ def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: floa
 
 
 def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> Line:
-    """Returns the line with colours. A dense model has no expert columns."""
+    """Returns the line of a record of metrics.jsonl. A dense model has no expert columns."""
     width = len(str(total_steps))
     line = _cell("step", f"{record['step']:>{width}}/{total_steps}", "bold")
     line += _cell("loss", _fixed(record["loss"], 7, 4), "bold red" if record["loss"] != record["loss"] else "bold")

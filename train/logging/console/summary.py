@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from ...config.number_format import short
 from ..metrics import max_over_mean, min_over_mean
-from .step_line import UNEVEN
-from .text import ASCII_BARS, Line, Span, bar, commands, duration, plain, printable, rows, title
+from .step_line import UNEVEN, load_bar
+from .text import ASCII_BARS, Line, Span, commands, duration, printable, rows, title
 
 Sample = tuple[str, str]
 """A prompt and what the model wrote after it."""
@@ -40,16 +39,11 @@ class EndFacts:
     commands: list[tuple[str, str]] = field(default_factory=list)
     """Purpose and command of what to try next."""
     outcome: str = "Done"
-    """How the run ended, such as: Stopped on request."""
-
-
-def end_summary(facts: EndFacts, bars: str = ASCII_BARS) -> str:
-    """Returns the summary as plain text. `bars`: characters of the bar chart from empty to full (Printer.bars)."""
-    return "\n".join(map(plain, end_lines(facts, bars)))
+    """How the run ended: Done or Stopped."""
 
 
 def end_lines(facts: EndFacts, bars: str = ASCII_BARS) -> list[Line]:
-    """Returns the summary with colours."""
+    """Returns the summary. `bars`: characters of the bar chart from empty to full (Printer.bars)."""
     lines = [
         [],
         title(f"{facts.outcome}: {facts.steps:,} steps, {short(facts.tokens)} tokens, {duration(facts.seconds)}"),
@@ -86,16 +80,13 @@ def _load_table(facts: EndFacts, bars: str) -> list[Line]:
 
 def _load_row(layer: int, counts_E: Sequence[int], shown: int, bars: str) -> Line:
     most, least = max_over_mean(counts_E), min_over_mean(counts_E)
-    mean = sum(counts_E) / len(counts_E) or 1.0
-    edges = [column * len(counts_E) // shown for column in range(shown + 1)]
-    busiest = [max(counts_E[start:end]) / mean for start, end in pairwise(edges)]
     return [
         Span(f"  {layer:>5}  "),
         Span(f"{most:>8.2f}", "bold yellow" if most > UNEVEN else ""),
         Span("  "),
         Span(f"{least:>8.2f}", "bold red" if least == 0 else ""),
         Span("   "),
-        Span((" " if shown <= 32 else "").join(bar(busiest, 2.0, bars)), "green"),
+        Span((" " if shown <= 32 else "").join(load_bar(counts_E, shown, bars)), "green"),
     ]
 
 

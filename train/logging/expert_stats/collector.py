@@ -15,10 +15,9 @@ from ....parallel.collectives import max_over
 from ...config.config import Config, EngineKind, Tier
 from ...session import Session
 from ...step import StepNumbers, clip_factor
-from ..metrics import routing_layers
+from ..metrics import brief_metrics, layer_metrics, per_token, routing_layers
 from . import weight_stats
 from .routing_probe import Probe, routers
-from .step_metrics import brief_metrics, layer_metrics, per_token
 
 
 class Snapshot(NamedTuple):
@@ -129,7 +128,7 @@ class ExpertStats:
         """Those of them that had router metrics."""
 
 
-def describe(
+def snapshot_records(
     numbers: StepNumbers, snapshot: Snapshot, config: Config, ranks: int
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Returns a logged step's keys for metrics.jsonl and its record for telemetry.jsonl, if one is due.

@@ -98,7 +98,10 @@ def table_rows(record: Mapping[str, Any]) -> list[Any]:
 
 
 def init_arguments(config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None) -> dict[str, Any]:
-    """The arguments of `wandb.init`, which reads entity, group and tags from the environment. Raises ValueError: see `mode`."""
+    """Returns the arguments of `wandb.init`, which reads entity, group and tags from the environment.
+
+    Raises ValueError: see `mode`.
+    """
     defaults, environment = TrackerConfig(), os.environ
     return {
         "mode": mode(),
