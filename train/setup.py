@@ -20,6 +20,7 @@ from ..parallel.object_collectives import from_all, from_first
 from ..parallel.process_group import is_first, wait_for_all
 from .config.config import CheckpointConfig, Config, ConfigError, EngineKind, Precision
 from .config.private_files import new_run_folder, writing_to
+from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
@@ -41,6 +42,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     if saved is not None:
         check_rules(config, ranks.size)
     set_products(config, device, precision_from)
+    warn_of_toy_settings(config)
     data = open_data_on_all_ranks(config, ranks)
     if data.tokenizer.size > config.model.vocabulary:
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")

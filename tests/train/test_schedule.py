@@ -8,6 +8,7 @@ from tokenyard.train.optimizer import learning_rate_factor
 
 COSINE = ScheduleConfig(shape=Shape.cosine, warmup=10, final=0.1)
 WSD = ScheduleConfig(shape=Shape.wsd, warmup=10, decay=20, final=0.2)
+MULTISTEP = ScheduleConfig(shape=Shape.multistep, warmup=4, final=0.09)
 CONSTANT = ScheduleConfig(shape=Shape.constant, warmup=4)
 
 
@@ -16,9 +17,10 @@ CONSTANT = ScheduleConfig(shape=Shape.constant, warmup=4)
     [
         (COSINE, {1: 0.1, 5: 0.5, 10: 1.0, 60: 0.55, 110: 0.1, 35: 0.1 + 0.9 * (2 + math.sqrt(2)) / 4}),
         (WSD, {1: 0.1, 10: 1.0, 11: 1.0, 90: 1.0, 91: 0.96, 100: 0.6, 110: 0.2}),
+        (MULTISTEP, {1: 0.25, 4: 1.0, 88: 1.0, 89: 0.3, 99: 0.3, 100: 0.09, 110: 0.09}),
         (CONSTANT, {1: 0.25, 3: 0.75, 4: 1.0, 5: 1.0, 110: 1.0}),
     ],
-    ids=["cosine", "wsd", "constant"],
+    ids=["cosine", "wsd", "multistep", "constant"],
 )
 def test_values_by_hand(config: ScheduleConfig, expected: dict[int, float]) -> None:
     assert {step: learning_rate_factor(config, step, 110) for step in expected} == pytest.approx(expected, rel=1e-12)
@@ -36,7 +38,7 @@ def test_rises_to_the_peak_and_never_above_it_nor_up_again(shape: Shape, warmup:
 
 @pytest.mark.parametrize("steps", [2, 13, 1000])
 def test_the_last_step_has_the_final_value(steps: int) -> None:
-    for shape, last in ((Shape.cosine, 0.1), (Shape.wsd, 0.1), (Shape.constant, 1.0)):
+    for shape, last in ((Shape.cosine, 0.1), (Shape.wsd, 0.1), (Shape.multistep, 0.1), (Shape.constant, 1.0)):
         assert learning_rate_factor(ScheduleConfig(shape=shape, warmup=1), steps, steps) == pytest.approx(last)
 
 

@@ -110,6 +110,7 @@ class Device(Enum):
 class Shape(Enum):
     cosine = "cosine"
     wsd = "wsd"
+    multistep = "multistep"
     constant = "constant"
 
 
@@ -156,7 +157,8 @@ class OptimizerConfig:
 @dataclass
 class ScheduleConfig:
     shape: Shape = Shape.cosine
-    """cosine: down to `final` over the whole run; wsd: warm-up, stable, decay (MiniCPM); constant: no decay."""
+    """cosine: down to `final` over the whole run; wsd: warm-up, stable, decay (MiniCPM); multistep: the root of `final` after 80 %
+    of the steps, `final` after 90 % (DeepSeek); constant: no decay."""
     warmup: int = field(default=40, metadata=within("[0, inf)"))
     """Steps of linear warm-up from 0."""
     decay: int | None = field(default=None, metadata=within("[1, inf)"))
