@@ -32,7 +32,7 @@ class ObservedTensor(NamedTuple):
     tensor: Tensor
 
 
-OF_LAYERS = {
+FIELD_OF_LOSS = {
     "count per expert": "counts_LE",
     "dropped": "dropped_L",
     "balance loss": "balance_L",
@@ -42,6 +42,7 @@ OF_LAYERS = {
     "importance loss": "importance_L",
     "z-loss": "z_L",
 }
+"""The fields of `StepNumbers` with a number for each layer, by the kind of finding."""
 
 Batch = Callable[[Config, int], tuple[Tensor, Tensor]]
 """From the configuration and the step (from 0) to the global batch: ids and targets, both (B, S)."""
@@ -140,7 +141,7 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
 def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
     """Yields the numbers of the step without its norm; those of MoE layers have the names of the layers."""
     layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
-    for kind, field in OF_LAYERS.items():
+    for kind, field in FIELD_OF_LOSS.items():
         for name, value in zip(layers, getattr(numbers, field), strict=True):
             yield _whole(Key(step, kind, name), value)
     yield _whole(Key(step, "cross entropy", ""), numbers.cross_entropy)

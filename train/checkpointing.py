@@ -89,7 +89,7 @@ def facts_of(session: Session) -> dict[str, Any]:
     """Returns what a checkpoint contains in addition to its tensors: plain JSON."""
     identity, loss = session.folder / "run_id", session.validation_loss.get(session.step)
     return {
-        "config": session.shown,
+        "config": session.shown_config,
         "step": session.step,
         "tokens": session.tokens,
         "ranks": session.parallel.mesh.world,

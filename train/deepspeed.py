@@ -200,19 +200,21 @@ class ZeroEngine(Engine):
         super().__init__(parallel, optimizer)
         self.zero = zero
 
-    def step(self, batch: StepInput) -> StepNumbers:
+    def step(self, step_input: StepInput) -> StepNumbers:
         """Does what `train_step` does, in the same order."""
-        totals = count_totals(self.parallel, batch.rows)
-        shares = [self.zero.compute(rows, totals, batch.position, last=rows is batch.rows[-1]) for rows in batch.rows]
+        totals = count_totals(self.parallel, step_input.rows)
+        shares = [
+            self.zero.compute(rows, totals, step_input.position, last=rows is step_input.rows[-1]) for rows in step_input.rows
+        ]
         squared = self.zero.squared_norm()
-        batch.overlap_fn()
-        numbers = add_up(self.parallel, shares, totals, squared, batch.rank_flags)
-        if not batch.accepts(numbers.global_flags):
+        step_input.overlap_fn()
+        numbers = add_up(self.parallel, shares, totals, squared, step_input.rank_flags)
+        if not step_input.accepts(numbers.global_flags):
             self.zero.drop()
             return numbers._replace(updated=False)
-        if batch.clip_norm is not None:
-            self.zero.scale(clip_factor(numbers.gradient_norm, batch.clip_norm))
-        set_learning_rate(self.optimizer, batch.lr)
+        if step_input.clip_norm is not None:
+            self.zero.scale(clip_factor(numbers.gradient_norm, step_input.clip_norm))
+        set_learning_rate(self.optimizer, step_input.lr)
         self.zero.update()
         update_expert_biases(self.parallel, numbers.counts_LE)
         return numbers

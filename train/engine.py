@@ -19,7 +19,7 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def step(self, batch: StepInput) -> StepNumbers:
+    def step(self, step_input: StepInput) -> StepNumbers:
         """Runs one optimizer step on a global batch; see `train_step`."""
 
     @abstractmethod
@@ -38,8 +38,8 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Sums gradients by parallel/gradients.py and FSDP2; the tensors to save are those of the optimizer."""
 
-    def step(self, batch: StepInput) -> StepNumbers:
-        return train_step(self.parallel, self.optimizer, batch)
+    def step(self, step_input: StepInput) -> StepNumbers:
+        return train_step(self.parallel, self.optimizer, step_input)
 
     def state_to_save(self) -> dict[str, LocalShard]:
         return local_state(self.parallel, self.optimizer)

@@ -18,7 +18,7 @@ from .config.config import Config
 from .config.private_files import CannotWrite
 from .evaluation import Evaluation, evaluate_session
 from .exit import ExitCode, RunStop, report_failure, report_stop
-from .fault_tolerance.dry_run import dry_step
+from .fault_tolerance.dry_step import dry_step
 from .fault_tolerance.recovery import recover, run_step
 from .fault_tolerance.signals import handling_signals
 from .fault_tolerance.supervisor import Supervisor, build_supervisor
@@ -53,15 +53,15 @@ def run(config: Config) -> int:
             except CannotWrite:
                 raise
             except ValueError as error:
-                return refuse(error)
+                return complain_once(error)
             except DataStop as stop:
-                return refuse(stop, stop.exit_code)
+                return complain_once(stop, stop.exit_code)
             with closing(session), build_run_logger(session) as run_logger:
                 return train_session(session, run_logger)
     except CannotWrite as error:
-        return refuse(error, ExitCode.dry_step)
+        return complain_once(error, ExitCode.dry_step)
     except SaveFailed as error:
-        return refuse(error, ExitCode.failed_writer)
+        return complain_once(error, ExitCode.failed_writer)
     except Exception as error:
         report_failure(error)
         raise
@@ -231,6 +231,6 @@ def due_after(step: int, config: Config, expert_stats: ExpertStats) -> Due:
     return Due(validates, saves, due(config.log.every) or validates or saves or expert_stats.due(step))
 
 
-def refuse(error: Exception, code: int = ExitCode.bad_configuration) -> int:
+def complain_once(error: Exception, code: int = ExitCode.bad_configuration) -> int:
     """Prints an error that all ranks have found, on the first of them. Returns the exit code."""
     return complain(error, code) if is_first() else code

@@ -57,7 +57,7 @@ class Session:
         return BatchLoader(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
 
     @functools.cached_property
-    def shown(self) -> dict[str, Any]:
+    def shown_config(self) -> dict[str, Any]:
         """The configuration as checkpoints contain it; cached because it takes a tenth of a second."""
         return shown_config(self.config)
 

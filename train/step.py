@@ -25,7 +25,7 @@ from ..parallel.vocabulary import head_loss
 from .batch import Rows, targets_ahead, valid_targets
 from .loss import Losses, Totals, add_mtp, losses
 from .optimizer import set_learning_rate
-from .step_flags import NOTHING, GlobalFlags, RankFlags, encode_flags, is_sound, read_flags
+from .step_flags import NO_FLAGS, GlobalFlags, RankFlags, encode_flags, is_sound, read_flags
 
 
 class StepInput(NamedTuple):
@@ -37,7 +37,7 @@ class StepInput(NamedTuple):
     clip_norm: float | None
     position: BatchPosition | None = None
     """The step and seed of the run, for capacity schedules and random routing; None: the first step."""
-    rank_flags: RankFlags = NOTHING
+    rank_flags: RankFlags = NO_FLAGS
     """This rank's flags for the others."""
     accepts: Callable[[GlobalFlags], bool] = is_sound
     """Decides, by the same numbers on every rank, whether to update."""
@@ -45,7 +45,7 @@ class StepInput(NamedTuple):
     """Called when the device has the whole step to do and before the host waits for it."""
 
 
-OF_LAYERS = ("balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L", "dropped_L")
+LAYER_FIELDS = ("balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L", "dropped_L")
 """The fields of `Losses` with a number for each layer, which add up over micro-batches and ranks."""
 
 
@@ -81,26 +81,26 @@ class StepNumbers(NamedTuple):
     """Those of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
 
 
-def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, batch: StepInput) -> StepNumbers:
+def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input: StepInput) -> StepNumbers:
     """Trains on one global batch. All ranks update, or none does."""
     optimizer.zero_grad(set_to_none=True)
-    totals = count_totals(parallel, batch.rows)
+    totals = count_totals(parallel, step_input.rows)
     shares = []
-    for index, rows in enumerate(batch.rows):
-        last = index == len(batch.rows) - 1
+    for index, rows in enumerate(step_input.rows):
+        last = index == len(step_input.rows) - 1
         prepare_backward(parallel.model, parallel.zero, last)
-        share = forward(parallel, rows, totals, batch.position)
+        share = forward(parallel, rows, totals, step_input.position)
         with gradient_all_reduce(parallel) if last else nullcontext():
             backward(share)
         shares.append(share)
     squared = squared_norm(parallel)
-    batch.overlap_fn()
-    numbers = add_up(parallel, shares, totals, squared, batch.rank_flags)
-    if not batch.accepts(numbers.global_flags):
+    step_input.overlap_fn()
+    numbers = add_up(parallel, shares, totals, squared, step_input.rank_flags)
+    if not step_input.accepts(numbers.global_flags):
         return numbers._replace(updated=False)
-    if batch.clip_norm is not None:
-        scale_gradients(parallel, clip_factor(numbers.gradient_norm, batch.clip_norm))
-    update(optimizer, batch.lr)
+    if step_input.clip_norm is not None:
+        scale_gradients(parallel, clip_factor(numbers.gradient_norm, step_input.clip_norm))
+    update(optimizer, step_input.lr)
     update_expert_biases(parallel, numbers.counts_LE)
     return numbers
 
@@ -174,7 +174,7 @@ def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
 
 @in_phase("exchange")
 def add_up(
-    parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor, rank_flags: RankFlags = NOTHING
+    parallel: Parallel, shares: list[Losses], totals: Totals, squared: Tensor, rank_flags: RankFlags = NO_FLAGS
 ) -> StepNumbers:
     """Adds up this rank's micro-batches and then all ranks: one fp64 tensor, exact for counts below 2**53, in one all-reduce.
 
@@ -182,12 +182,14 @@ def add_up(
     """
     (layers, columns), depth, mesh = shares[0].counts_LE.shape, len(shares[0].mtp_D), parallel.mesh
     router_metrics_LG = torch.stack([s.router_metrics_LG for s in shares]).sum(0)
-    parts = [(s.cross_entropy.view(1), *(getattr(s, name) for name in OF_LAYERS), s.mtp_D, s.counts_LE.flatten()) for s in shares]
+    parts = [
+        (s.cross_entropy.view(1), *(getattr(s, name) for name in LAYER_FIELDS), s.mtp_D, s.counts_LE.flatten()) for s in shares
+    ]
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     mine = torch.cat([squared.view(1), mine])
     flags = encode_flags(rank_flags, mine, mesh.rank, mesh.world)
     everything = sum_over(torch.cat([flags, mine, router_metrics_LG.flatten()]), mesh.everyone)
-    sizes = [len(flags), 1, 1, *[layers] * len(OF_LAYERS), depth, layers * columns, router_metrics_LG.numel()]
+    sizes = [len(flags), 1, 1, *[layers] * len(LAYER_FIELDS), depth, layers * columns, router_metrics_LG.numel()]
     flags, squared, cross_entropy, *per_layer, mtp_D, counts, router_metrics = everything.split(sizes)
     balance_L, sequence_L, device_L, communication_L, importance_L, z_L, dropped_L = per_layer
     global_flags, tokens = read_flags(everything[: len(flags) + 2], totals.tokens)

@@ -33,7 +33,7 @@ class RankFlags(NamedTuple):
     """Its own working time in a step; None except on the steps on which all ranks report it."""
 
 
-NOTHING = RankFlags()
+NO_FLAGS = RankFlags()
 
 
 class GlobalFlags(NamedTuple):

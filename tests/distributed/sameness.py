@@ -107,7 +107,7 @@ def numbers(tensors: dict[Key, torch.Tensor], step: int) -> Any:
         values = [value for key, value in tensors.items() if key[:2] == (step, kind)]
         return torch.stack(values) if values else torch.empty(0)
 
-    layers = {field: of(kind) for kind, field in observe.OF_LAYERS.items()}
+    layers = {field: of(kind) for kind, field in observe.FIELD_OF_LOSS.items()}
     rest = {"tokens": int(of("tokens")), "mtp_D": of("mtp cross entropy"), "gradient_norm": of("gradient norm")[0]}
     return SimpleNamespace(**layers, **rest, cross_entropy=of("cross entropy")[0])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fault_run import configured, events_of, losses, state_of
 from tokenyard.moe.layer import MoELayer
-from tokenyard.train.fault_tolerance.dry_run import dry_step
+from tokenyard.train.fault_tolerance.dry_step import dry_step
 from tokenyard.train.logging.run_logger import build_run_logger
 from tokenyard.train.run import run, train_session
 from tokenyard.train.setup import open_session

@@ -20,13 +20,13 @@ def run_step(session: Session, supervisor: Supervisor, rows: list[Rows], lr: flo
     """Runs a step on these rows, and repeats it once if it has a fault. `updated` says whether one of the two was accepted."""
     guard, step = supervisor.guard, session.step + 1
     position, rank_flags = BatchPosition(session.config.seed, step), supervisor.rank_flags()
-    batch = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
-    numbers = session.engine.step(batch._replace(overlap_fn=lambda: session.batch_loader.prepare(step)))
+    step_input = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
+    numbers = session.engine.step(step_input._replace(overlap_fn=lambda: session.batch_loader.prepare(step)))
     fault = guard.fault(numbers.global_flags)
     if fault is None or fault.kind == "bad_data":
         return numbers
     tensors = bad_gradients(session.parallel)
-    again = session.engine.step(batch._replace(rank_flags=rank_flags._replace(seconds=None), accepts=guard.accepts_again))
+    again = session.engine.step(step_input._replace(rank_flags=rank_flags._replace(seconds=None), accepts=guard.accepts_again))
     repeated = "persistent" if guard.fault(again.global_flags) else "transient"
     text = f"step {step}: {fault.text}; repeated, it was {'there again' if repeated == 'persistent' else 'gone'}"
     rank = numbers.global_flags.rank

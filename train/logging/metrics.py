@@ -165,10 +165,10 @@ def loads(counts_LE: Tensor) -> Loads:
     return Loads(torch.where(total_L1 > 0, experts * share_LE, 0.0).amax(1), variation_L, entropy_L)
 
 
-def brief_metrics(numbers: StepNumbers, extra: Mapping[str, Tensor], model: ModelConfig, ranks: int) -> dict[str, float]:
+def brief_metrics(numbers: StepNumbers, tensors: Mapping[str, Tensor], model: ModelConfig, ranks: int) -> dict[str, float]:
     """Returns at most 21 keys in addition to those of `load_metrics`; a dense model has none.
 
-    `extra`: the tensors of a Snapshot. A rank's overload is its rows over the mean of all ranks. At each exchange all ranks wait
+    `tensors`: those of a Snapshot. A rank's overload is its rows over the mean of all ranks. At each exchange all ranks wait
     for the busiest one, so the time of a step follows the sum over layers of the busiest rank's rows: the skew is that sum over
     the sum of the means.
     """
@@ -179,13 +179,13 @@ def brief_metrics(numbers: StepNumbers, extra: Mapping[str, Tensor], model: Mode
     record = {
         **_worst("moe/load_cv", load.variation_L, layers),
         **_worst("moe/load_entropy", load.entropy_L, layers, least=True),
-        "moe/dead_fraction": extra["dead_LE"].sum().item() / counts_LE.numel(),
+        "moe/dead_fraction": tensors["dead_LE"].sum().item() / counts_LE.numel(),
         **_worst("moe/dropped_fraction", numbers.dropped_L / counts_LE.sum(1).clamp(min=1), layers),
     }
     del record["moe/dropped_fraction_mean"]  # close to dropped_fraction, which is of all layers together
     metrics_LG = numbers.router_metrics_LG
     if metrics_LG.numel():
-        logit_max_L, busiest_L = extra["peaks_LP"].unbind(1)
+        logit_max_L, busiest_L = tensors["peaks_LP"].unbind(1)
         mean_L = metrics_LG[:, SUMS.index("rows")] / ranks
         record |= {
             **_worst("moe/router_entropy", per_token(metrics_LG, "entropy"), layers, least=True),
@@ -195,8 +195,8 @@ def brief_metrics(numbers: StepNumbers, extra: Mapping[str, Tensor], model: Mode
             "moe/rank_overload": torch.where(mean_L > 0, busiest_L / mean_L.clamp(min=1e-9), 1.0).max().item(),
             "moe/exchange_skew": (busiest_L.sum() / mean_L.sum()).item() if mean_L.sum() > 0 else 1.0,
         }
-    if "bias_LE" in extra:
-        record["moe/expert_bias_range"] = (extra["bias_LE"].amax(1) - extra["bias_LE"].amin(1)).max().item()
+    if "bias_LE" in tensors:
+        record["moe/expert_bias_range"] = (tensors["bias_LE"].amax(1) - tensors["bias_LE"].amin(1)).max().item()
     return record
 
 

@@ -181,7 +181,7 @@ class RankZeroLogger(RunLogger):
         """Writes a logged step, whose tensors are on the host, to the journals, the trackers and the console."""
         config, step, evaluation, seconds = self.session.config, logged.step, logged.evaluation, logged.seconds()
         record = self.meter.record(step, logged.numbers, logged.lr, logged.tokens, seconds)
-        record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.data}
+        record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.counters}
         telemetry = None
         if logged.snapshot is not None:
             metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)

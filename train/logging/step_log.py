@@ -32,7 +32,7 @@ class StepLog(NamedTuple):
     """Trained on since the last logged step."""
     data_wait: float
     """Seconds of `intervals` spent waiting for data."""
-    data: dict[str, float]
+    counters: dict[str, float]
     """The counters of the data pipeline."""
     evaluation: Evaluation | None
     """The validation pass after this step, if there was one."""
