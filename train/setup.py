@@ -72,8 +72,9 @@ def build_model(config: Config, device: torch.device, found: Path | None, folder
         return build_parallel(config, device), "new run"
     parallel = spread_model(config, device)
     read = load_initial(parallel, Path(init).expanduser(), folder)
-    note(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
-    return parallel, f"new run from the weights of {read}"
+    said = f"new run from the weights of {read.path}{read.note and f'; {read.note}'}"
+    note(folder, "initialised", f"a {said}", path=str(read.path))
+    return parallel, said
 
 
 def build_parallel(config: Config, device: torch.device) -> Parallel:
