@@ -1,27 +1,22 @@
 """checkpoint.init: from transformers' models through training and back, on 1 and 4 ranks; the first loss is transformers'."""
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tokenyard
 import torch
 from family_cases import ERNIE, MLA, QWEN, ROUTED
+from init_runs import DENSE, EXPERTS, SETTINGS, configured, opened, their_loss, trained
 from tokenyard.checkpoint.store import read_facts, read_whole
-from tokenyard.data.batches import IGNORE
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
 from tokenyard.launch.main import main
-from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import parse_arguments
-from tokenyard.train.config.config import Config
 from tokenyard.train.load import open_checkpoint
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_run_logger
-from tokenyard.train.run import train_session
-from tokenyard.train.setup import first_rank_first, open_session
+from tokenyard.train.setup import first_rank_first
 from tokenyard.train.weight_source import compose_run
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -44,53 +39,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 DENSE_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 WITHOUT_LOSS = {"DeepseekV3": "deepseek_v3", "Glm4Moe": "glm_4_5", "Dots1": "dots_llm1"}
 """Families whose config.json has no coefficient, and the preset that has the published one."""
-SETTINGS = """steps=2 sequence_length=32 batch.sequences=8 data=synthetic data.synthetic_documents=64 tokenizer=bytes tracker=jsonl
-    evaluate.every=0 evaluate.sequences=4 schedule=constant schedule.warmup=0 optimizer.lr=0.001 sample.prompt=''"""
-EXPERTS = ["parallel.expert=2", "parallel.tensor=2"]
-DENSE = ["parallel.shard=2", "parallel.tensor=2"]
-
-
-def configured(source: Path, folder: Path, *overrides: str) -> Config:
-    words = [
-        *SETTINGS.split(),
-        f"checkpoint.init={source}",
-        f"run.dir={folder}",
-        f"data.cache={folder.parent / 'cache'}",
-        *overrides,
-    ]
-    return compose_run(parse_arguments(words))[0]
-
-
-def trained(config: Config) -> str:
-    """Trains to the end. Returns where the run started from."""
-    session = open_session(config, torch.device("cpu"))
-    with closing(session), build_run_logger(session) as run_logger:
-        assert train_session(session, run_logger) == 0
-    return session.start
-
-
-def opened(config: Config) -> dict[str, torch.Tensor]:
-    """Opens the run and saves a checkpoint before any step. Returns its weights."""
-    session = open_session(config, torch.device("cpu"))
-    with closing(session):
-        return read_whole(save(session))
-
-
-class TheirLoss(NamedTuple):
-    cross_entropy: float
-    auxiliary: float | None
-    """Times its coefficient; None if transformers' model has none."""
-
-
-def their_loss(theirs: Any, config: Config) -> TheirLoss:
-    """transformers' loss on the tokens of the first step, nats per token."""
-    batch = first_rank_first(config).train.batch(0, range(config.batch.sequences))
-    with torch.no_grad():
-        found = theirs(batch.ids_BS, output_router_logits=True)
-    targets_T = batch.targets_BS.flatten()
-    cross_entropy = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1).double(), targets_T, ignore_index=IGNORE).item()
-    auxiliary = getattr(found, "aux_loss", None)
-    return TheirLoss(cross_entropy, None if auxiliary is None else theirs.router_aux_loss_coef * auxiliary.item())
 
 
 @pytest.mark.parametrize("world", [1, 4])
