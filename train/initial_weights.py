@@ -17,7 +17,7 @@ from ..parallel.shard import LocalShard
 from .config.config import Config, ConfigError
 from .resume import first_intact
 from .state import local_weights
-from .weight_source import HF_CONFIG, upcycle_options
+from .weight_source import hf_folder, upcycle_options
 
 
 class Initial(NamedTuple):
@@ -40,9 +40,10 @@ def load_initial(parallel: Parallel, config: Config, folder: Path) -> Initial:
     held = {name.removeprefix("model."): shard for name, shard in local_weights(parallel).items() if shard.tensor.numel()}
     failed = f"checkpoint.init={path} was not read"
     upcycled = "" if options is None else f"each feed-forward upcycled to {options.experts} experts"
-    if from_first(lambda: (path / HF_CONFIG).is_file()):
-        note = on_each_rank(lambda: _read_hf_folder(parallel, path, held, options), failed)
-        return Initial(path, upcycled or note)
+    hf = from_first(lambda: hf_folder(path))
+    if hf is not None:
+        note = on_each_rank(lambda: _read_hf_folder(parallel, hf, held, options), failed)
+        return Initial(hf, upcycled or note)
     chosen, refused = first_intact(from_first(lambda: checkpoints_of(path)), folder)
     if chosen is None:
         reason = refused[0] if refused else "there is no checkpoint any more"

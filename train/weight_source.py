@@ -4,6 +4,8 @@ The model, and the tokenizer unless one is named, become overrides before those 
 """
 
 import copy
+import os
+import re
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -24,6 +26,8 @@ HF_CONFIG = "config.json"
 """The file that makes a folder a Hugging Face folder; ours have none of that name."""
 HF_TOKENIZERS = {"tokenizer.json": TokenizerKind.huggingface, "tokenizer.model": TokenizerKind.sentencepiece}
 """The files that a tokenizer of a Hugging Face folder may be in, the preferred one first."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 BIAS_RATE = "model.moe.balance.bias_rate"
 
 
@@ -86,7 +90,7 @@ def find_source(config: Config) -> WeightSource:
 
     init, folder = config.checkpoint.init, config.run.dir
     assert init is not None
-    path = Path(init).expanduser()
+    path = hf_folder(init) or Path(init).expanduser()
     if not path.exists() and folder is not None and config.checkpoint.resume == "auto" and checkpoints_of(Path(folder)):
         return _read_source(Path(folder), init)
     source, options = _read_source(path, init), upcycle_options(config)
@@ -188,6 +192,22 @@ def _hf_source(path: Path) -> WeightSource:
     except ValueError as error:
         raise ConfigError(f"checkpoint.init: {' '.join(str(error).split())}") from error  # which begins with the path
     return WeightSource(path, model, hf_tokenizer(path))
+
+
+def hf_folder(path: str | Path) -> Path | None:
+    """Returns `path` if it is a Hugging Face folder, and of a name the model that was downloaded to the hub's cache; else None."""
+    folder = Path(path).expanduser()
+    if (folder / HF_CONFIG).is_file():
+        return folder
+    if folder.exists() or not HUB_NAME.fullmatch(str(path)):
+        return None
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    model = cache / f"models--{str(path).replace('/', '--')}"
+    main = model / "refs" / "main"
+    commit = main.read_text().strip() if main.is_file() else ""
+    snapshot = model / "snapshots" / commit
+    return snapshot if COMMIT.fullmatch(commit) and (snapshot / HF_CONFIG).is_file() else None
 
 
 def hf_tokenizer(folder: Path) -> dict[str, str] | None:
