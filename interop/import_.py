@@ -40,7 +40,7 @@ class Imported:
     architecture: str
     parameters: int
     notes: list[str] = field(default_factory=list)
-    """One line for each thing that could not be imported."""
+    """One line for each thing that could not be imported, and for settings that the folder does not say."""
 
 
 def import_folder(path: Path, out: Path, upcycling: Upcycle | None = None) -> Imported:
@@ -59,7 +59,7 @@ def import_folder(path: Path, out: Path, upcycling: Upcycle | None = None) -> Im
     held = {f"model.{name}": LocalShard(whole(tensor.shape), tensor) for name, tensor in weights.items()}
     facts = _facts(source, model, upcycling)
     facts["config"]["tokenizer"] = {"path": str(out.resolve() / "step_00000000" / "tokenizer" / MODEL_FILE)}  # see `copy_hf_files`
-    notes: list[str] = []
+    notes = [source.family.training_note] if source.family.training_note else []
     checkpoint = save_checkpoint(out, 0, held, facts, attach=lambda folder: notes.extend(copy_hf_files(path, folder)))
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Imported(checkpoint, source.family.architecture, parameters, notes)

@@ -7,17 +7,18 @@ weight. To make up for that the slices' outputs are multiplied by G.
 """
 
 import copy
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..moe.config import ModelConfig, MoEConfig
-from ..moe.init import fill
+from ..parallel.shard import LocalShard, ShardMetadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Upcycle(NamedTuple):
-    """Options of --upcycle: the experts to make of each dense feed-forward."""
+    """Options of --upcycle and of checkpoint.upcycle: the experts to make of each dense feed-forward."""
 
     experts: int
     """Experts of each layer, slices included."""
@@ -29,7 +30,7 @@ class Upcycle(NamedTuple):
     """Seed of the routers' weights."""
 
 
-def upcycle(weights: dict[str, Tensor], dense: ModelConfig, options: Upcycle) -> ModelConfig:
+def upcycle(weights: "dict[str, Tensor]", dense: ModelConfig, options: Upcycle) -> ModelConfig:
     """Replaces the dense feed-forwards in `weights` by experts, one layer at a time. Returns the new configuration."""
     model = upcycled_config(dense, options)
     for index in range(model.layers):
@@ -43,32 +44,58 @@ def upcycle(weights: dict[str, Tensor], dense: ModelConfig, options: Upcycle) ->
     return model
 
 
-def upcycled_config(dense: ModelConfig, options: Upcycle) -> ModelConfig:
-    """The configuration of the new model. Raises ValueError, one line, for options that do not fit `dense`."""
+def read_upcycled(
+    read: Callable[[dict[str, LocalShard]], object], held: dict[str, LocalShard], model: ModelConfig, options: Upcycle
+) -> None:
+    """Fills `held`, rectangles of tensors of the new `model` by name. Beside them, memory holds one rectangle of a dense tensor.
+
+    read: fills rectangles of tensors of the dense model.
+    """
+    import torch
+
+    read({name: shard for name, shard in held.items() if ".moe." not in name})
+    for name, (metadata, mine) in held.items():
+        if name.endswith(".moe.router.weight"):
+            mine.copy_(metadata.cut(_router(name, model, options)))
+        if ".moe.experts." not in name:
+            continue
+        shape, offsets, sizes = metadata
+        # Local experts that are granularity apart hold the same slice.
+        for first in range(min(options.granularity, sizes[0])):
+            begin = (offsets[0] + first) % options.granularity * shape[2]
+            slice_of_dense = ShardMetadata(
+                (shape[1], shape[2] * options.granularity, *shape[3:]), (offsets[1], begin + offsets[2], *offsets[3:]), sizes[1:]
+            )
+            units = torch.empty(sizes[1:], dtype=mine.dtype, device=mine.device)
+            read({name.replace(".moe.experts.", ".dense."): LocalShard(slice_of_dense, units)})
+            mine[first :: options.granularity].copy_(units * options.granularity if name.endswith(".down") else units)
+
+
+def upcycled_config(dense: ModelConfig, options: Upcycle, place: str = "--upcycle ") -> ModelConfig:
+    """The configuration of the new model. Raises ValueError, one line, for options that do not fit `dense`.
+
+    place: what stands before the name of an option in errors, that of a flag or of a section of settings.
+    """
+
+    def wrong(name: str, rule: str, nearest: int | None = None) -> ValueError:
+        instead = "" if nearest is None else f"; nearest valid: {place if place.endswith('.') else ''}{name}={nearest}"
+        return ValueError(f"{place}{name}={getattr(options, name)}: {rule}{instead}")
+
     if dense.moe.experts:
-        raise ValueError("--upcycle: the model has experts already; it takes a dense one")
+        raise ValueError(f"{place.strip('. ')}: the model has experts already; it takes a dense one")
     for name, least, why in LEAST:
         if getattr(options, name) < least:
-            raise ValueError(
-                f"--upcycle {name}={getattr(options, name)}: must be at least {least}{why}; nearest valid: {name}={least}"
-            )
+            raise wrong(name, f"must be at least {least}{why}", least)
     for name in ("experts", "top_k"):
         number, unit = getattr(options, name), options.granularity
         if number % unit:
-            nearest = max(1, round(number / unit)) * unit
-            raise ValueError(
-                f"--upcycle {name}={number}: must be a multiple of granularity={unit}; nearest valid: {name}={nearest}"
-            )
+            raise wrong(name, f"must be a multiple of granularity={unit}", max(1, round(number / unit)) * unit)
     if options.top_k > options.experts:
-        raise ValueError(
-            f"--upcycle top_k={options.top_k}: must be at most experts={options.experts}; nearest valid: top_k={options.experts}"
-        )
+        raise wrong("top_k", f"must be at most experts={options.experts}", options.experts)
     if dense.hidden % (8 * options.granularity):
-        raise ValueError(
-            f"--upcycle granularity={options.granularity}: must cut the hidden width {dense.hidden} into slices of a multiple of 8"
-        )
+        raise wrong("granularity", f"must cut the hidden width {dense.hidden} into slices of a multiple of 8")
     model = copy.deepcopy(dense)
-    model.dense_first, model.moe_every = 0, 1
+    model.dense_first, model.moe_every, model.dense_layers = 0, 1, []
     model.moe = MoEConfig(options.experts, options.top_k, dense.hidden // options.granularity, activation=dense.activation)
     return model
 
@@ -81,14 +108,18 @@ LEAST = (
 )
 
 
-def _copies(units: Tensor, options: Upcycle) -> Tensor:
+def _copies(units: "Tensor", options: Upcycle) -> "Tensor":
     """Makes (E, ..., F / G, ...) of (..., F, ...), with the hidden units in dimension 1: expert e has slice e modulo G."""
     slices = units.unflatten(1, (options.granularity, -1)).movedim(1, 0)
     return slices.repeat(options.experts // options.granularity, *[1] * units.ndim)
 
 
-def _router(name: str, model: ModelConfig, options: Upcycle) -> Tensor:
+def _router(name: str, model: ModelConfig, options: Upcycle) -> "Tensor":
     """Router weights of (E, D): one random row for each virtual group, initialised as in a new model."""
+    import torch
+
+    from ..moe.init import fill
+
     rows = torch.empty(options.experts // options.granularity, model.width)
     fill(rows, name, tuple(rows.shape), model, options.seed)
     return rows.repeat_interleave(options.granularity, 0)

@@ -15,10 +15,11 @@ def import_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2, with one line on standard error, for a folder that cannot be imported."""
     from ..interop.import_ import import_folder
     from ..interop.upcycle import Upcycle
+    from ..train.weight_source import hf_folder
 
     try:
         upcycling = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
-        made = import_folder(Path(arguments.folder), Path(arguments.out), upcycling)
+        made = import_folder(hf_folder(arguments.folder) or Path(arguments.folder), Path(arguments.out), upcycling)
     except (ValueError, OSError) as error:
         return complain(error)
     return _report(f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}", made.notes)

@@ -60,7 +60,7 @@ def parity(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     parser = OneLineParser("tokenyard generate", description="Continues a prompt with the model of a checkpoint.")
-    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("checkpoint", help="folder of a checkpoint, of a run or of Hugging Face, or a name in the hub's cache")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--tokens", type=positive, default=128, help="length of the continuation (%(default)s)")
     parser.add_argument("--temperature", type=not_negative, default=0.8, help="0 takes the likeliest token (%(default)s)")
@@ -78,7 +78,7 @@ def generate(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     parser = OneLineParser("tokenyard evaluate", description="Validation loss of a checkpoint.")
-    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("checkpoint", help="folder of a checkpoint, of a run or of Hugging Face, or a name in the hub's cache")
     parser.add_argument("overrides", nargs="*", help="key=value, as for tokenyard train")
     arguments = parser.parse_args(argv)
     if code := _unreadable(arguments.checkpoint):
@@ -122,7 +122,7 @@ def import_(argv: list[str]) -> int:
 
     words, upcycle = split_upcycle(argv)
     parser = OneLineParser("tokenyard import", description="Makes a checkpoint of a Hugging Face folder.")
-    parser.add_argument("folder", help="Hugging Face folder with config.json and safetensors files")
+    parser.add_argument("folder", help="Hugging Face folder with config.json and safetensors files, or a name in the hub's cache")
     parser.add_argument("out", help="new folder, for the checkpoint step_00000000")
     parser.add_argument(
         "--upcycle",

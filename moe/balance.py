@@ -69,6 +69,18 @@ def group_sums(first_BS1: Tensor, valid_BS: Tensor, probabilities_BSE: Tensor, g
     return GroupSums(totals_PE[:, :-1], totals_PE[:, -1], scores_PE)
 
 
+class PooledSums(NamedTuple):
+    """One layer's part of transformers' load-balance loss, which has one product of means for all MoE layers together.
+
+    Its counts and probabilities are those of a softmax, whatever the experts are scored and chosen by.
+    """
+
+    counts_BE: Tensor
+    """int64: tokens of each sequence that have the column among their top_k largest logits."""
+    scores_BE: Tensor
+    """Sum over each sequence's tokens of the softmax of the logits, differentiable."""
+
+
 class Variation(NamedTuple):
     """A value that is not linear in this device's sums, and a linear term to differentiate instead."""
 

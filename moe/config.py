@@ -87,6 +87,8 @@ class BalanceConfig:
     """Factor of the load-balance loss of each MoE layer (Switch Transformer, eq. 4); 0 turns it off."""
     scope: Scope = Scope.sequence
     """Scope of these losses and of sinkhorn. sequence and batch (the global micro-batch) do not depend on the layout; rank does."""
+    pool_layers: bool = False
+    """Make it one loss of all MoE layers together, of the top_k largest logits and their softmax, as transformers does."""
     sequence_coefficient: float = field(default=0.0, metadata=within("[0, inf)"))
     """Factor of DeepSeek-V3's complementary sequence-wise balance loss (eq. 17-20); 0 turns it off."""
     sequence_by_scores: bool = False

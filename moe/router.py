@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .balance import GroupSums, count_groups, group_sums
+from .balance import GroupSums, PooledSums, count_groups, group_sums
 from .capacity import (
     LocalScope,
     capacity,
@@ -20,7 +20,7 @@ from .capacity import (
     keep_earliest,
     max_rows,
 )
-from .config import DropPolicy, MoEConfig, Scope, Selection
+from .config import DropPolicy, MoEConfig, Scope, Score, Selection
 from .scoring import (
     ChosenExperts,
     NoisyLogits,
@@ -107,6 +107,8 @@ class RoutingStats(NamedTuple):
     """int64: the first choices of each column, which GShard's balance loss counts; None in other selections."""
     group_sums: GroupSums | None = None
     """Only in gshard with capacity.groups > 1 and a balance loss over the batch, which is then one over each group."""
+    pooled: PooledSums | None = None
+    """Only with balance.pool_layers."""
     best_BE: Tensor | None = None
     """int64: the K best scores of each token, for balance.sequence_by_scores; None if it is off."""
     sent_BG: Tensor | None = None
@@ -272,7 +274,7 @@ class Router(nn.Module):
             logits_BSE = logits_BSE.detach()
         z_BS = weights_BSK.new_zeros(()) if logits_BSE is None else logits_BSE.logsumexp(dim=-1).square()
         stats = RoutingStats(counts_BE, valid_BS.sum(dim=1), scores_BE, (z_BS * valid_BS).sum(), dropped)
-        stats = self._with_counts(stats, chosen, valid_BS, scored.scores_BSE, probabilities_BSE)
+        stats = self._with_counts(stats, chosen, valid_BS, scored, probabilities_BSE)
         if self.collects_metrics and self.training:
             metrics = compute_router_metrics(scored.logits_BSE, probabilities_BSE.detach(), valid_BS)
             stats = stats._replace(router_metrics=metrics)
@@ -286,7 +288,7 @@ class Router(nn.Module):
         return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
 
     def _with_counts(
-        self, stats: RoutingStats, chosen: ChosenExperts, valid_BS: Tensor, scores_BSE: Tensor, probabilities_BSE: Tensor
+        self, stats: RoutingStats, chosen: ChosenExperts, valid_BS: Tensor, scored: Scored, probabilities_BSE: Tensor
     ) -> RoutingStats:
         """Adds what the balance losses that are on count besides choices."""
         balance, groups, first_BS1 = self.config.balance, self.config.capacity.groups, chosen.experts_BSK[..., :1]
@@ -295,12 +297,22 @@ class Router(nn.Module):
             if groups > 1 and balance.coefficient and balance.scope is Scope.batch:
                 stats = stats._replace(group_sums=group_sums(first_BS1, valid_BS, probabilities_BSE, groups, self.scopes))
         if balance.sequence_coefficient and balance.sequence_by_scores:
-            best_BSK = top_k_ids(scores_BSE.detach(), self.config.top_k)
+            best_BSK = top_k_ids(scored.scores_BSE.detach(), self.config.top_k)
             stats = stats._replace(best_BE=count_choices(best_BSK, valid_BS.unsqueeze(-1), self.columns))
+        if balance.pool_layers and scored.logits_BSE is not None:
+            logits_BSE = scored.logits_BSE if balance.coefficient else scored.logits_BSE.detach()
+            stats = stats._replace(pooled=self._pooled_sums(stats, logits_BSE, valid_BS))
         if balance.communication_coefficient:
             sent_BG = count_groups(chosen.experts_BSK, valid_BS, self.columns, self.config.router.groups)
             stats = stats._replace(sent_BG=sent_BG)
         return stats
+
+    def _pooled_sums(self, stats: RoutingStats, logits_BSE: Tensor, valid_BS: Tensor) -> PooledSums:
+        if self.config.router.score is Score.softmax and self._is_top_k_of_logits():
+            return PooledSums(stats.counts_BE, stats.scores_BE)
+        softmax_BSE, valid_BS1 = logits_BSE.softmax(dim=-1), valid_BS.unsqueeze(-1)
+        best_BSK = top_k_ids(softmax_BSE.detach(), self.config.top_k)
+        return PooledSums(count_choices(best_BSK, valid_BS1, self.columns), (softmax_BSE * valid_BS1).sum(dim=1))
 
     def _is_top_k_of_logits(self) -> bool:
         """Whether the K < E largest logits are chosen, so that `selection_probability` holds."""

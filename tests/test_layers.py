@@ -20,7 +20,7 @@ ALLOWED = {
     "plan": {"train", "parallel", "moe"},
     "interop": {"train.config", "checkpoint", "parallel", "data", "moe"},
     "bench": {"parity", "train", "checkpoint", "parallel", "data", "moe"},
-    "train": {"interop.load_weights", "checkpoint", "parallel", "data", "moe"},
+    "train": {"interop.load_weights", "interop.upcycle", "checkpoint", "parallel", "data", "moe"},
     "checkpoint": {"parallel", "moe"},
     "parallel": {"moe"},
     "data": set(),

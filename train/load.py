@@ -10,7 +10,7 @@ import torch
 from ..checkpoint.store import read_whole
 from ..data.config import DataConfig, TokenizerConfig, TokenizerKind
 from ..data.tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, settings_of_saved
-from ..interop.load_weights import load_folder
+from ..interop.load_weights import load_folder, open_source, read_weights
 from ..moe.generation import generate
 from ..moe.model import Transformer
 from ..moe.param_count import count
@@ -25,7 +25,7 @@ from .resume import as_checkpoint
 from .session import Session
 from .setup import build_engine, build_parallel, build_saver, open_data_on_all_ranks
 from .stored_config import read_stored
-from .weight_source import HF_CONFIG, HF_TOKENIZERS, hf_tokenizer
+from .weight_source import HF_TOKENIZERS, hf_folder, hf_tokenizer
 
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
@@ -75,11 +75,11 @@ def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
 def open_checkpoint(path: str | Path, device: torch.device | None = None) -> OpenedCheckpoint:
     """Opens model, in the precision of its run, tokenizer and configuration; `device` is by default the best there is.
 
-    `path` may also be a Hugging Face folder. Raises ValueError, one line, for what cannot be opened.
+    `path` may also be a Hugging Face folder, or the name of one in the hub's cache. Raises ValueError, one line, for anything else.
     """
     device = pick_device("auto") if device is None else device
-    if (Path(path) / HF_CONFIG).is_file():
-        return _open_hf_folder(Path(path), device)
+    if hf := hf_folder(path):
+        return _open_hf_folder(hf, device)
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
     derive(config, device)
@@ -90,7 +90,7 @@ def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Ope
 def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
     config, settings = Config(), hf_tokenizer(path)
     if settings is None:
-        raise ConfigError(f"{path}: has no tokenizer, neither {' nor '.join(HF_TOKENIZERS)}")
+        raise _without_tokenizer(path)
     derive(config, device)
     config.tokenizer = TokenizerConfig(TokenizerKind[settings["kind"]], settings["path"])
     tokenizer = ready_tokenizer(config.tokenizer)
@@ -98,6 +98,10 @@ def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
     model = load_folder(path, config.precision.value, str(device))
     config.model = model.config
     return OpenedCheckpoint(model, tokenizer, config, path)
+
+
+def _without_tokenizer(path: Path) -> ConfigError:
+    return ConfigError(f"{path}: has no tokenizer, neither {' nor '.join(HF_TOKENIZERS)}")
 
 
 def continuation(model: Transformer, tokenizer: Tokenizer, settings: SampleConfig, seed: int) -> Iterator[str]:
@@ -126,21 +130,33 @@ def sample_of(session: Session) -> tuple[str, str] | None:
 def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     """Returns the checkpoint's run as a session of one process, without optimizer state; overrides may change data and evaluation.
 
+    `path` may also be a Hugging Face folder, or the name of one in the hub's cache: model and tokenizer are its, the rest defaults.
     Files, folders and URLs that a checkpoint names are never read, because it may come from anybody: `overrides` must name them.
     """
-    checkpoint = as_checkpoint(Path(path))
-    stored = read_stored(checkpoint)[1]
-    config = config_from_plain(_described(stored, checkpoint / "tokenizer"), overrides)
+    hf = hf_folder(path)
+    source = None if hf is None else open_source(hf)
+    checkpoint = hf or as_checkpoint(Path(path))
+    stored = read_stored(checkpoint)[1] if source is None else Config(model=source.model)
+    plain = _described(stored, checkpoint / "tokenizer")
+    if hf is not None:
+        plain["tokenizer"] = hf_tokenizer(hf) or {}
+    config = config_from_plain(plain, overrides)
     if config.model != stored.model:
         raise ConfigError("model: the checkpoint's model cannot be changed by overrides")
+    if hf is not None and config.tokenizer == TokenizerConfig():
+        raise _without_tokenizer(hf)
     _check_places(config, stored)
     config.parallel, config.engine = ParallelConfig(), EngineConfig()
     config.batch.micro = config.batch.micro or config.batch.sequences
     device = pick_device(config.device.value)
     set_products(config, device, derive(config, device))
     data = open_data_on_all_ranks(config)
+    if data.tokenizer.size > config.model.vocabulary:
+        raise ConfigError(
+            f"{checkpoint}: its model has {config.model.vocabulary} rows, and the tokenizer {data.tokenizer.size} pieces"
+        )
     parallel = build_parallel(config, device)
-    weights = read_whole(checkpoint)
+    weights = read_whole(checkpoint) if source is None else read_weights(source, dict(parallel.model.state_dict()), str(device))
     add_expert_biases(parallel.model, weights)
     parallel.model.load_state_dict(weights, strict=True)
     saver = build_saver(config.checkpoint, checkpoint.parent)

@@ -38,6 +38,7 @@ class Losses(NamedTuple):
     cross_entropy: Tensor
     """Scalar, nats: sum over tokens / the global batch's tokens (and / the tensor ranks, which all have the same sum)."""
     balance_L: Tensor
+    """With balance.pool_layers what each layer contributes to the one loss."""
     sequence_L: Tensor
     """DeepSeek-V3's sequence-wise balance loss; zeros if it is off."""
     device_L: Tensor
@@ -72,9 +73,12 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
         )
     balance = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
-    balance_L = (
-        _by_group(stats, config, totals) if stats[0].group_sums else _balance(stats, _choices, balance.scope, config, totals, mesh)
-    )
+    if balance.pool_layers:
+        balance_L = _balance(stats, _pooled_choices, balance.scope, config, totals, mesh, pooled=True)
+    elif stats[0].group_sums:
+        balance_L = _by_group(stats, config, totals)
+    else:
+        balance_L = _balance(stats, _choices, balance.scope, config, totals, mesh)
     sequence_L = device_L = communication_L = torch.zeros_like(z_L)
     if balance.sequence_coefficient:
         sequence_L = _balance(stats, _choices_of_sequence, Scope.sequence, config, totals, mesh)
@@ -149,6 +153,11 @@ def _choices(layer: RoutingStats, config: MoEConfig) -> Counted:
     return Counted(layer.counts_BE, layer.scores_BE, config.top_k)
 
 
+def _pooled_choices(layer: RoutingStats, config: MoEConfig) -> Counted:
+    assert layer.pooled is not None
+    return Counted(layer.pooled.counts_BE, layer.pooled.scores_BE, config.top_k)
+
+
 def _choices_of_sequence(layer: RoutingStats, config: MoEConfig) -> Counted:
     return Counted(layer.counts_BE if layer.best_BE is None else layer.best_BE, layer.scores_BE, config.top_k)
 
@@ -172,12 +181,18 @@ def _balance(
     config: MoEConfig,
     totals: Totals,
     mesh: Mesh,
+    pooled: bool = False,
 ) -> Tensor:
-    """Returns this rank's share (L,) of a balance loss: a mean over sequences, micro-batches, or micro-batches of ranks."""
+    """Returns this rank's share (L,) of a balance loss: a mean over sequences, micro-batches, or micro-batches of ranks.
+
+    pooled: what each layer contributes to one loss of the means over all layers, which is linear in the scores of each.
+    """
     counted = [of_layer(layer, config) for layer in stats]
     scores_LBC, per_token = torch.stack([layer.scores_BC for layer in counted]), counted[0].per_token
     with_tokens = [torch.cat([of.counts_BC, layer.tokens_B.unsqueeze(1)], dim=1) for of, layer in zip(counted, stats, strict=True)]
     chosen = scope_sum(torch.stack(with_tokens), scope, mesh)
+    if pooled:
+        chosen = chosen.sum(0, keepdim=True).expand_as(chosen)
     counts, tokens = chosen[..., :-1], chosen[..., -1]
     if scope is Scope.sequence:
         return balance_loss(counts, scores_LBC, tokens, per_token).sum(1) / _scopes(scope, totals, mesh)

@@ -73,9 +73,10 @@ def build_model(config: Config, device: torch.device, found: Path | None, folder
     if found is not None or init is None:
         return build_parallel(config, device), "new run"
     parallel = spread_model(config, device)
-    read = load_initial(parallel, Path(init).expanduser(), folder)
-    announce(folder, "initialised", f"a new run from the weights of {read}", path=str(read))
-    return parallel, f"new run from the weights of {read}"
+    read = load_initial(parallel, config, folder)
+    said = f"new run from the weights of {read.path}{read.note and f'; {read.note}'}"
+    announce(folder, "initialised", f"a {said}", path=str(read.path))
+    return parallel, said
 
 
 def build_parallel(config: Config, device: torch.device) -> Parallel:

@@ -5,6 +5,8 @@ therefore win.
 """
 
 import copy
+import os
+import re
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import NamedTuple
 
 from ..data.checks import nearest_path
 from ..data.config import TokenizerConfig, TokenizerKind
+from ..interop.upcycle import Upcycle, upcycled_config
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
 from .config.compose import Arguments, compose_arguments
-from .config.config import Config, ConfigError
+from .config.config import Config, ConfigError, UpcycleConfig
 from .config.overrides import split_override
 from .config.schema import quoted, written
 from .config.serialize import leaves, plain_config
@@ -24,6 +27,8 @@ HF_CONFIG = "config.json"
 """The file that makes a folder a Hugging Face folder; ours have none of that name."""
 HF_TOKENIZERS = {"tokenizer.json": TokenizerKind.huggingface, "tokenizer.model": TokenizerKind.sentencepiece}
 """The files that a tokenizer of a Hugging Face folder may be in, the preferred one first."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 BIAS_RATE = "model.moe.balance.bias_rate"
 
 
@@ -42,6 +47,7 @@ def compose_run(arguments: Arguments) -> tuple[Config, Arguments]:
     Raises ConfigError for wrong overrides, for a source that is none, and for a setting that does not fit its weights.
     """
     config = compose_arguments(arguments)
+    refuse_idle_upcycle(config)
     if config.checkpoint.init is None:
         return config, arguments
     source = find_source(config)
@@ -58,22 +64,58 @@ def compose_run(arguments: Arguments) -> tuple[Config, Arguments]:
     added = Arguments(**{**vars(arguments), "overrides": [*found, *arguments.overrides]})
     config = compose_arguments(added)
     refuse_unfit(config.model, source)
+    upcycle, top_k = config.checkpoint.upcycle, config.model.moe.top_k
+    if upcycle.experts is not None and top_k != upcycle.top_k:
+        rule = f"is checkpoint.upcycle.top_k={upcycle.top_k} of an upcycled model"
+        raise ConfigError.of("model.moe.top_k", top_k, rule, f"checkpoint.upcycle.top_k={top_k}")
     return config, added
 
 
+def refuse_idle_upcycle(config: Config) -> None:
+    """Raises ConfigError for a setting of checkpoint.upcycle that would do nothing."""
+    default, checkpoint = vars(UpcycleConfig()), config.checkpoint
+    for key, value in vars(checkpoint.upcycle).items():
+        if value == default[key] or (checkpoint.init is not None and checkpoint.upcycle.experts is not None):
+            continue
+        needed = "a dense model in checkpoint.init" if checkpoint.init is None else "checkpoint.upcycle.experts"
+        key = f"checkpoint.upcycle.{key}"
+        raise ConfigError.of(key, value, f"needs {needed}", f"{key}={written(default[key.rpartition('.')[2]])}")
+
+
 def find_source(config: Config) -> WeightSource:
-    """Returns the source that checkpoint.init names; if it is gone, the run's own newest checkpoint, which resumes.
+    """Returns the source that checkpoint.init names, upcycled; if it is gone, the run's own newest checkpoint, which resumes.
 
     Raises ConfigError, one line, for a path that is neither a checkpoint nor a run folder with one nor a Hugging Face folder.
     """
     from ..checkpoint.folder import checkpoints_of
-    from ..checkpoint.manifest import DamagedCheckpoint
 
     init, folder = config.checkpoint.init, config.run.dir
     assert init is not None
-    path = Path(init).expanduser()
+    path = hf_folder(init) or Path(init).expanduser()
     if not path.exists() and folder is not None and config.checkpoint.resume == "auto" and checkpoints_of(Path(folder)):
-        path = Path(folder)
+        return _read_source(Path(folder), init)
+    source, options = _read_source(path, init), upcycle_options(config)
+    if options is None:
+        return source
+    if source.model.moe.experts:
+        rule = f"the model of checkpoint.init={init} has experts already"
+        raise ConfigError.of("checkpoint.upcycle.experts", options.experts, rule, "checkpoint.upcycle.experts=null")
+    try:
+        return source._replace(model=upcycled_config(source.model, options, "checkpoint.upcycle."))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def upcycle_options(config: Config) -> Upcycle | None:
+    """Returns what checkpoint.upcycle asks for; the routers are drawn with the seed of the run."""
+    wanted = config.checkpoint.upcycle
+    return None if wanted.experts is None else Upcycle(wanted.experts, wanted.top_k, wanted.granularity, config.seed)
+
+
+def _read_source(path: Path, init: str) -> WeightSource:
+    from ..checkpoint.folder import checkpoints_of
+    from ..checkpoint.manifest import DamagedCheckpoint
+
     if (path / HF_CONFIG).is_file():
         return _hf_source(path)
     found = checkpoints_of(path) if path.is_dir() else []
@@ -151,6 +193,22 @@ def _hf_source(path: Path) -> WeightSource:
     except ValueError as error:
         raise ConfigError(f"checkpoint.init: {' '.join(str(error).split())}") from error  # which begins with the path
     return WeightSource(path, model, hf_tokenizer(path))
+
+
+def hf_folder(path: str | Path) -> Path | None:
+    """Returns `path` if it is a Hugging Face folder, and of a name the model that was downloaded to the hub's cache; else None."""
+    folder = Path(path).expanduser()
+    if (folder / HF_CONFIG).is_file():
+        return folder
+    if folder.exists() or not HUB_NAME.fullmatch(str(path)):
+        return None
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    model = cache / f"models--{str(path).replace('/', '--')}"
+    main = model / "refs" / "main"
+    commit = main.read_text().strip() if main.is_file() else ""
+    snapshot = model / "snapshots" / commit
+    return snapshot if COMMIT.fullmatch(commit) and (snapshot / HF_CONFIG).is_file() else None
 
 
 def hf_tokenizer(folder: Path) -> dict[str, str] | None:

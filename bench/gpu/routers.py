@@ -72,6 +72,8 @@ ROUTERS = {
     "padded": moe({}, capacity={"factor": 0.9, "pad": True}),
     "padded by batch": moe({"null_experts": 2}, capacity={"factor": 0.9, "pad": True, **BATCH}),
     "scheduled": moe({}, capacity={"schedule": [1, 0.6, 2, 1.2, 3, 0]}),
+    "pooled layers": moe({}, {"pool_layers": True, **BATCH}),
+    "pooled layers of sigmoids": moe(V3, {"pool_layers": True, "bias_rate": 0.05}),
 }
 """The configurations by name."""
 

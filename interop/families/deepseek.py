@@ -32,6 +32,7 @@ def read_v2(reader: ConfigReader) -> ModelConfig:
 def read_v3(reader: ConfigReader) -> ModelConfig:
     config = _read_both(reader, interleaved=reader.flag("rope_interleave"))
     read_sigmoid_routing(reader, config)
+    config.moe.balance.sequence_by_scores = True
     config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
     return config
 
@@ -253,4 +254,5 @@ DEEPSEEK_V3 = Family(
     write=write_v3,
     tensors=TENSORS | EXPERT_BIAS,
     irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),  # the loss-free bias takes its place
+    preset="deepseek_v3",
 )

@@ -89,4 +89,5 @@ DOTS1 = Family(
     | experts()
     | feedforward("moe.shared", "mlp.shared_experts"),
     irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),
+    preset="dots_llm1",
 )

@@ -27,6 +27,13 @@ class Family:
     """Keys that decide nothing about the model's function, in addition to IRRELEVANT of families/harmless.py."""
     left_out: str = ""
     """Regular expression of tensors that a folder may hold and that decide nothing about the model's function."""
+    preset: str = ""
+    """The model of conf/model with the published balance, where config.json and transformers say nothing of it."""
+
+    @property
+    def training_note(self) -> str:
+        """A sentence about what the import takes for the balance, if config.json does not say it."""
+        return f"config.json has no loss coefficients: the balance is that of model={self.preset}" if self.preset else ""
 
 
 COMMON: dict[str, Any] = {
@@ -105,15 +112,19 @@ def read_experts(reader: ConfigReader, config: ModelConfig, experts: str, hidden
 
 
 def read_router_aux_loss_coef(reader: ConfigReader, config: ModelConfig) -> None:
-    """`router_aux_loss_coef`. transformers' load-balance loss is top_k times ours: it averages over tokens, ours over choices."""
+    """`router_aux_loss_coef`, the factor of one loss of all MoE layers together (transformers' load_balancing_loss_func).
+
+    Its loss is top_k times ours: it averages over tokens, ours over choices.
+    """
     balance = config.moe.balance
     balance.coefficient = float(f"{reader.number('router_aux_loss_coef') * config.moe.top_k:.12g}")
-    balance.scope = Scope.batch
+    balance.scope, balance.pool_layers = Scope.batch, True
 
 
 def router_aux_loss_coef(config: ModelConfig) -> float:
-    """`router_aux_loss_coef`."""
-    return float(f"{config.moe.balance.coefficient / config.moe.top_k:.12g}")
+    """`router_aux_loss_coef`; for losses of each layer that with which transformers' is their sum, if their loads are equal."""
+    losses = 1 if config.moe.balance.pool_layers else sum(config.moe_layer(index) for index in range(config.layers))
+    return float(f"{config.moe.balance.coefficient * losses / config.moe.top_k:.12g}")
 
 
 def read_norm_topk_prob(reader: ConfigReader, config: ModelConfig, key: str = "norm_topk_prob") -> None:

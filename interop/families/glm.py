@@ -79,4 +79,5 @@ GLM4_MOE = Family(
     | experts()
     | feedforward("moe.shared", "mlp.shared_experts"),
     irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),
+    preset="glm_4_5",
 )

@@ -164,10 +164,10 @@ def test_import_does_not_touch_a_run(saved: Callable[..., Path], tmp_path: Path)
         import_folder(theirs, tmp_path / "ours")
 
 
-@pytest.mark.parametrize("top_k", [2, 3])
-def test_an_imported_mixtral_trains_on_their_loss(top_k: int, build: Callable[..., Any], tmp_path: Path) -> None:
-    """Cross entropy plus auxiliary loss, and gradients, of one layer: transformers mixes the loads of several."""
-    settings = {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": top_k, "router_aux_loss_coef": 0.05}
+@pytest.mark.parametrize(("layers", "top_k"), [(1, 2), (1, 3), (4, 2)])
+def test_an_imported_mixtral_trains_on_their_loss(layers: int, top_k: int, build: Callable[..., Any], tmp_path: Path) -> None:
+    """Cross entropy plus auxiliary loss, and gradients."""
+    settings = {"num_hidden_layers": layers, "num_local_experts": 4, "num_experts_per_tok": top_k, "router_aux_loss_coef": 0.05}
     theirs = build("Mixtral", **settings)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = tokenyard.load_model(tmp_path / "theirs").train()

@@ -1,27 +1,22 @@
 """checkpoint.init: from transformers' models through training and back, on 1 and 4 ranks; the first loss is transformers'."""
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenyard
 import torch
-from family_cases import MLA, QWEN
+from family_cases import ERNIE, MLA, QWEN, ROUTED
+from init_runs import DENSE, EXPERTS, SETTINGS, configured, opened, their_loss, trained
 from tokenyard.checkpoint.store import read_facts, read_whole
-from tokenyard.data.batches import IGNORE
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
 from tokenyard.launch.main import main
-from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import parse_arguments
-from tokenyard.train.config.config import Config
 from tokenyard.train.load import open_checkpoint
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.run_logger import build_run_logger
-from tokenyard.train.run import train_session
-from tokenyard.train.setup import open_data_on_all_ranks, open_session
+from tokenyard.train.setup import open_data_on_all_ranks
 from tokenyard.train.weight_source import compose_run
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -32,47 +27,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV3": {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "GptOss": {"num_local_experts": 4, "head_dim": 8},
     "Olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "Glm4Moe": {**ROUTED, "head_dim": 16},
+    "Dots1": {**ROUTED, "norm_topk_prob": True, "sliding_window": None},
+    "Ernie4_5_Moe": {**ERNIE, "num_hidden_layers": 3},
+    "MiniMaxM2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16},
     "Llama": {},
+    "Mistral": {"sliding_window": 5},
+    "Qwen2": {},
     "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
 }
-SETTINGS = """steps=2 sequence_length=32 batch.sequences=8 data=synthetic data.synthetic_documents=64 tokenizer=bytes tracker=jsonl
-    evaluate.every=0 evaluate.sequences=4 schedule=constant schedule.warmup=0 optimizer.lr=0.001 sample.prompt=''"""
-EXPERTS = ["parallel.expert=2", "parallel.tensor=2"]
-DENSE = ["parallel.shard=2", "parallel.tensor=2"]
-
-
-def configured(source: Path, folder: Path, *overrides: str) -> Config:
-    words = [
-        *SETTINGS.split(),
-        f"checkpoint.init={source}",
-        f"run.dir={folder}",
-        f"data.cache={folder.parent / 'cache'}",
-        *overrides,
-    ]
-    return compose_run(parse_arguments(words))[0]
-
-
-def trained(config: Config) -> str:
-    """Trains to the end. Returns where the run started from."""
-    session = open_session(config, torch.device("cpu"))
-    with closing(session), build_run_logger(session) as run_logger:
-        assert train_session(session, run_logger) == 0
-    return session.start
-
-
-def opened(config: Config) -> dict[str, torch.Tensor]:
-    """Opens the run and saves a checkpoint before any step. Returns its weights."""
-    session = open_session(config, torch.device("cpu"))
-    with closing(session):
-        return read_whole(save(session))
-
-
-def their_loss(theirs: Any, config: Config) -> float:
-    """transformers' loss on the tokens of the first step, nats per token."""
-    batch = open_data_on_all_ranks(config).train.batch(0, range(config.batch.sequences))
-    with torch.no_grad():
-        logits = theirs(batch.ids_BS).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), batch.targets_BS.flatten(), ignore_index=IGNORE).item()
+DENSE_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+WITHOUT_LOSS = {"DeepseekV3": "deepseek_v3", "Glm4Moe": "glm_4_5", "Dots1": "dots_llm1"}
+"""Families whose config.json has no coefficient, and the preset that has the published one."""
 
 
 @pytest.mark.parametrize("world", [1, 4])
@@ -81,15 +47,19 @@ def test_import_train_export(family: str, world: int, build: Callable[..., Any],
     transformers = pytest.importorskip("transformers")
     theirs = build(family, vocab_size=264, **FAMILIES[family])
     theirs.save_pretrained(tmp_path / "theirs")
-    layout = [] if world == 1 else DENSE if family in ("Llama", "Qwen3") else EXPERTS
+    layout = [] if world == 1 else DENSE if family in DENSE_FAMILIES else EXPERTS
     config = configured(tmp_path / "theirs", tmp_path / "run", *layout)
     start = trained(config) if world == 1 else ranks(4, trained, config)[0]
-    assert start == f"new run from the weights of {tmp_path / 'theirs'}"
-    first = read_journal(tmp_path / "run" / "metrics.jsonl")[0]
-    assert first["loss"] == pytest.approx(their_loss(theirs, config), rel=2e-6)
+    balance = f"; config.json has no loss coefficients: the balance is that of model={WITHOUT_LOSS.get(family)}"
+    assert start == f"new run from the weights of {tmp_path / 'theirs'}{balance if family in WITHOUT_LOSS else ''}"
+    first, expected = read_journal(tmp_path / "run" / "metrics.jsonl")[0], their_loss(theirs, config)
+    assert first["loss"] == pytest.approx(expected.cross_entropy, rel=2e-6)
+    if expected.auxiliary is not None:
+        assert first["loss_balance_scaled"] == pytest.approx(expected.auxiliary, rel=2e-6)
+    assert (expected.auxiliary is None) == (family in (*DENSE_FAMILIES, *WITHOUT_LOSS, "DeepseekV2"))
     assert (first["step"], first["tokens"], first["lr"]) == (1, 256, 0.001)
     made = export_checkpoint(tmp_path / "run", tmp_path / "back")
-    assert made.architecture == f"{family}ForCausalLM"
+    assert made.architecture == f"{'Glm4Moe' if family == 'Dots1' else family}ForCausalLM"  # the first that can express it
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "back", output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
     )

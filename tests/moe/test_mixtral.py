@@ -5,13 +5,14 @@ widenings goes to fp64 instead (tests/moe/conftest.py); nothing else of its code
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenyard.data.batches import IGNORE
-from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, Scope
+from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, Scope, Score
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.router import Router
 from tokenyard.moe.token_info import TokenInfo
@@ -51,18 +52,51 @@ def test_same_logits_loss_and_gradients(dtype: torch.dtype, tolerance: float, wi
     assert_same_gradients(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_their_load_balance_loss_is_top_k_times_ours(dtype: torch.dtype, tolerance: float, widen) -> None:
-    """Their loss counts choices per token, ours per choice, so that an even load gives 1; on one layer nothing else differs."""
-    theirs, ours = pair(1, dtype, widen, balance=AUXILIARY * 2)
+@pytest.mark.parametrize("layers", [1, 2, 4, 8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-4), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+def test_their_load_balance_loss_pools_the_layers(dtype: torch.dtype, tolerance: float, layers: int, widen) -> None:
+    """Their loss counts choices per token, ours per choice, so that an even load gives 1."""
+    theirs, ours = pair(layers, dtype, widen)
+    ours.config.moe.balance.pool_layers = True
     ids, labels = batch()
     expected = theirs(input_ids=ids, labels=labels, output_router_logits=True)
-    _, share = forward(ours, ids, labels, balance=AUXILIARY * ours.config.moe.top_k)
-    torch.testing.assert_close(ours.config.moe.top_k * share.balance_L[0], expected.aux_loss, rtol=0, atol=tolerance)
+    share = forward(ours, ids, labels, balance=AUXILIARY * ours.config.moe.top_k)[1]
+    torch.testing.assert_close(ours.config.moe.top_k * share.balance_L.sum(), expected.aux_loss, rtol=0, atol=tolerance)
     torch.testing.assert_close(share.objective, expected.loss, rtol=0, atol=tolerance)
     expected.loss.backward()
     share.objective.backward()
     assert_same_gradients(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("layers", [1, 2, 4, 8])
+def test_their_loss_does_not_depend_on_how_experts_are_chosen(layers: int, score: Score, widen) -> None:
+    """Its probabilities are those of a softmax, and its counts those of the largest, also with sigmoids, groups and biases."""
+    widen(mixtral)
+    balance = BalanceConfig(0.7, Scope.batch, pool_layers=True, bias_rate=0.01)
+    limited = RouterConfig(score, groups=4, top_groups=2)
+    config = MoEConfig(experts=8, top_k=3, z_coefficient=0.0, router=limited, balance=balance)
+    generator = torch.Generator().manual_seed(layers)
+    valid_BS = torch.rand(3, 9, generator=generator) < 0.8
+    stats, of_layers, weights, different = [], [], [], 0
+    for _ in range(layers):
+        router, x_BSD = Router(6, config, torch.float64), torch.randn(3, 9, 6, dtype=torch.float64, generator=generator)
+        weights.append(torch.nn.init.normal_(router.get_parameter("weight"), generator=generator))
+        router.get_buffer("expert_bias").normal_(std=0.3, generator=generator)
+        routing = router(x_BSD, TokenInfo(valid_BS))
+        stats.append(routing.stats)
+        of_layers.append((x_BSD @ weights[-1].T).flatten(0, 1))
+        different += (routing.experts_TK.sort(-1).values != of_layers[-1].topk(3).indices.sort(-1).values).sum().item()
+    assert different > 10
+    share = losses(
+        torch.zeros((), dtype=torch.float64), stats, config, Totals(int(valid_BS.sum()), 3, 1), build_mesh(ParallelConfig())
+    )
+    expected = mixtral.load_balancing_loss_func(tuple(of_layers), 8, 3, attention_mask=valid_BS)
+    torch.testing.assert_close(3 * share.balance_L.sum(), expected.detach(), rtol=0, atol=1e-10)
+    found, theirs = (torch.autograd.grad(loss, weights) for loss in (share.objective, 0.7 / 3 * expected))
+    for mine, of_theirs in zip(found, theirs, strict=True):
+        assert of_theirs.abs().max() > 1e-4
+        torch.testing.assert_close(mine, of_theirs, rtol=0, atol=1e-10)
 
 
 def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
@@ -77,7 +111,7 @@ def test_their_masked_load_balance_loss_is_top_k_times_ours() -> None:
     torch.testing.assert_close(2 * share.balance_L[0], expected)
 
 
-def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None], balance: float = 0.0) -> tuple[Any, Transformer]:
+def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None]) -> tuple[Any, Transformer]:
     """Returns their model and ours, with the same random weights (norms too)."""
     if dtype == torch.float64:
         widen(mixtral)
@@ -99,13 +133,13 @@ def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None], balance: f
     theirs = mixtral.MixtralForCausalLM(config).to(dtype)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    ours = Transformer(model_config(layers, balance), dtype)
+    ours = Transformer(model_config(layers), dtype)
     for name, parameter in ours.named_parameters():
         parameter.data.copy_(theirs.get_parameter(their_name(name)).view_as(parameter))
     return theirs, ours
 
 
-def model_config(layers: int, balance: float) -> ModelConfig:
+def model_config(layers: int) -> ModelConfig:
     return ModelConfig(
         layers=layers,
         width=32,
@@ -114,7 +148,7 @@ def model_config(layers: int, balance: float) -> ModelConfig:
         vocabulary=50,
         attention=AttentionConfig(rope=RopeConfig(theta=500.0)),
         norm_epsilon=1e-5,
-        moe=moe_config(balance),
+        moe=moe_config(AUXILIARY),
     )
 
 
@@ -142,7 +176,8 @@ def forward(ours: Transformer, ids: Tensor, labels: Tensor, balance: float) -> t
     logits, stats = ours(ids, with_stats=True)
     totals = Totals(int((targets != IGNORE).sum()), len(ids), 1)
     summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    return logits, losses(summed, stats, moe_config(balance), totals, build_mesh(ParallelConfig()))
+    balanced = replace(ours.config.moe, balance=replace(ours.config.moe.balance, coefficient=balance))
+    return logits, losses(summed, stats, balanced, totals, build_mesh(ParallelConfig()))
 
 
 def assert_same_gradients(ours: Transformer, theirs: Any, tolerance: float) -> None:

@@ -1,6 +1,7 @@
 """Every number of a record worked by hand from crafted counts, and the peak that MFU divides by."""
 
 import math
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from step_numbers import step_numbers
 from tokenyard.moe import linear
-from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig
+from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from tokenyard.train.logging.metrics import Meter, load_metrics, null_expert_metrics
 from tokenyard.train.logging.peak_flops import data_sheet, measure, peak_flops
 from tokenyard.train.step import StepNumbers
@@ -61,6 +62,13 @@ def test_the_whole_record():
         "moe/load_min_over_mean": 0.0,
         "moe/dead_experts": 1,
     }
+
+
+def test_a_pooled_balance_loss_is_one_of_all_layers():
+    pooled = replace(MODEL, moe=replace(MODEL.moe, balance=BalanceConfig(0.01, pool_layers=True)))
+    record = record_of(Meter(pooled, 9, 1e9))
+    assert (record["loss_balance"], record["loss_z"]) == (3.75, 0.5)
+    assert (record["loss_balance_scaled"], record["loss_z_scaled"]) == pytest.approx((0.0375, 0.0015))
 
 
 def test_tokens_add_up_over_steps():

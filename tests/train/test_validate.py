@@ -109,6 +109,8 @@ BAD = [
     (1, "model.moe.router.selection=gshard model.moe.top_k=1", "model.moe.top_k=1: must be 2 with", "model.moe.top_k=2"),
     (1, "model.moe.router.selection=hash model.moe.balance.bias_rate=0.001", "model.moe.balance.bias_rate=0.001: must be 0 with",
      "model.moe.balance.bias_rate=0.0"),
+    (1, "model.moe.router.selection=hash model.moe.balance.pool_layers=true",
+     "model.moe.balance.pool_layers=true: must be false with", "model.moe.balance.pool_layers=false"),
     (1, "model.moe.router.selection=hash model.moe.router.noise=true", "model.moe.router.noise=true: must be false with",
      "model.moe.router.noise=false"),
     (1, "model.moe.router.selection=expert_choice model.moe.router.groups=2", "model.moe.router.groups=2: must be 1 with",

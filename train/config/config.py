@@ -176,12 +176,23 @@ class EvaluateConfig:
 
 
 @dataclass
+class UpcycleConfig:
+    experts: int | None = field(default=None, metadata=within("[2, 65536]"))
+    """Sparse upcycling: make this many experts of each feed-forward of the dense model of checkpoint.init; null: none."""
+    top_k: int = field(default=2, metadata=within("[2, inf)"))
+    """Experts of a token, whose outputs then add up to that of the dense model."""
+    granularity: int = field(default=1, metadata=within("[1, inf)"))
+    """Slices into which the hidden units of each copy are cut (He et al. 2024); experts and top_k count slices."""
+
+
+@dataclass
 class CheckpointConfig:
     every: int = field(default=250, metadata=within("[0, inf)"))
     """Steps between checkpoints; 0 saves only at the end."""
     init: str | None = None
     """A new run starts from these weights alone: a checkpoint, a run folder or a Hugging Face folder, which also gives model and
     tokenizer."""
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     resume: str = "auto"
     """auto: resume from the newest undamaged checkpoint of the run folder, if any; never; or the path of a checkpoint."""
     asynchronous: bool = True

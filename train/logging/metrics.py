@@ -49,6 +49,8 @@ class Meter:
             "z": numbers.z_L,
         }
         means = {kind: loss_L.sum().item() / max(1, layers) for kind, loss_L in losses.items()}
+        if self.model.moe.balance.pool_layers:
+            means["balance"] = numbers.balance_L.sum().item()  # one loss of all layers
         return {
             "step": step,
             "tokens": self.tokens,
@@ -70,7 +72,7 @@ class Meter:
 def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, step: int) -> dict[str, float]:
     """Returns what each active routing loss adds to the objective, and the capacity factor in force (0: dropless).
 
-    `means`: the losses without coefficients, as means over the `layers` layers that route.
+    `means`: the losses without coefficients, as means over the `layers` layers that route; a pooled one is of all of them.
     """
     balance = config.balance
     coefficients = {
@@ -84,7 +86,8 @@ def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, s
     record = {}
     for kind, coefficient in coefficients.items():
         if coefficient and layers:
-            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": coefficient * means[kind] * layers}
+            terms = 1 if kind == "balance" and balance.pool_layers else layers
+            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": coefficient * means[kind] * terms}
     if layers and (config.capacity.factor is not None or config.capacity.schedule):
         record["moe/capacity_factor"] = config.capacity.factor_at(step) or 0.0
     return record

@@ -152,6 +152,8 @@ def _selection(c: MoEConfig) -> Iterator[Violation]:
         for name, off in (("bias", False), ("noise", False), ("jitter", 0.0)):
             if getattr(router, name) != off:
                 yield Violation(f"{ROUTER}.{name}", f"must be {written(off)} {chosen_by}, which has no logits", [off])
+        if c.balance.pool_layers:
+            yield Violation(f"{BALANCE}.pool_layers", f"must be false {chosen_by}, which has no logits", [False])
     if chosen is Selection.expert_choice:
         if router.null_experts:
             yield Violation(f"{ROUTER}.null_experts", f"must be 0 {chosen_by}, every expert takes its share", [0])
