@@ -29,6 +29,7 @@ from .optimizer import build_optimizer
 from .resume import find_resume, keep_timeline, note, resume
 from .run_folder import RunLock, lock_run
 from .session import Session
+from .tokenizer_source import rows_for
 
 
 def open_session(config: Config, device: torch.device) -> Session:
@@ -42,8 +43,9 @@ def open_session(config: Config, device: torch.device) -> Session:
         check_rules(config, world.size)
     set_products(config, device, precision_from)
     data = first_rank_first(config, world)
-    if data.tokenizer.size > config.model.vocabulary:
-        raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
+    if (pieces := data.tokenizer.size) > config.model.vocabulary:
+        rule = f"is smaller than the tokenizer, which has {pieces} pieces"
+        raise ConfigError.of("model.vocabulary", config.model.vocabulary, rule, f"model.vocabulary={rows_for(pieces)}")
     parallel, start = build_model(config, device, found, folder)
     saver = build_saver(config.checkpoint, folder)
     engine = build_engine(config, parallel)
