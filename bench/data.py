@@ -16,7 +16,7 @@ from ..data.build import open_data, open_tokenizer
 from ..data.config import Corpus, DataConfig, TokenizerConfig
 from ..data.pretokenize import prepare_shards
 from ..data.stream.mixture import StreamBatches
-from ..data.tokenizer import SentencePieceTokenizer
+from ..data.tokenizer_types import SentencePieceTokenizer
 
 LENGTH, SEQUENCES = 256, 8
 MOST_GROWTH_MIB = 16.0

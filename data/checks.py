@@ -1,4 +1,4 @@
-"""Refuses data and tokenizer settings that cannot work, before anything is read. Standard library only."""
+"""Refuses data settings that cannot work, before anything is read. Standard library only."""
 
 import difflib
 import glob
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
+from .config import Corpus, DataConfig
 from .mixture_config import mixture_sources
 
 WITH_PATH = (Corpus.text, Corpus.parquet, Corpus.jsonl, Corpus.lines, Corpus.prepared)
@@ -63,29 +63,6 @@ def _check_part(config: DataConfig) -> None:
         raise ValueError(f"data.corpus=stdlib finds no .py file under {stdlib_root()}; the nearest choice is data.corpus=synthetic")
     if config.corpus is Corpus.synthetic and config.synthetic_documents < 2:
         raise ValueError(f"data.synthetic_documents={config.synthetic_documents} must be at least 2, one for each split")
-
-
-def check_tokenizer(config: TokenizerConfig) -> None:
-    """Raises ValueError, one line, if `config` describes no tokenizer."""
-    if config.path is not None:
-        _check_exists("tokenizer.path", config.path)
-        if not Path(config.path).expanduser().is_file():
-            raise ValueError(f"tokenizer.path={config.path} must be a sentencepiece .model file, and it is a folder")
-        if config.kind is TokenizerKind.bytes:
-            raise ValueError(f"tokenizer.path={config.path} is read by tokenizer.kind=sentencepiece only, and tokenizer.kind=bytes")
-        if config.path.endswith(".json") and config.kind is not TokenizerKind.huggingface:
-            raise ValueError(
-                f"tokenizer.kind={config.kind.value} reads no {config.path}; the nearest is tokenizer.kind=huggingface"
-            )
-    elif config.kind is TokenizerKind.huggingface:
-        raise ValueError("tokenizer.path=null must name a tokenizer.json for tokenizer.kind=huggingface")
-    if config.pieces < SMALLEST_PIECES:
-        raise ValueError(f"tokenizer.pieces={config.pieces} must be at least {SMALLEST_PIECES}: 256 bytes, 3 marks and one piece")
-    if config.sample_bytes < 1:
-        raise ValueError(f"tokenizer.sample_bytes={config.sample_bytes} must be at least 1; the default is 6000000")
-
-
-SMALLEST_PIECES = 260
 
 
 def stdlib_root() -> Path:

@@ -91,9 +91,12 @@ class TokenizerConfig:
     """sentencepiece: BPE with byte fallback, trained on the training documents at first use; huggingface: a tokenizer.json;
     bytes: 256 bytes and 3 special tokens."""
     path: str | None = None
-    """An existing sentencepiece .model file, or a tokenizer.json; null trains a sentencepiece model."""
+    """huggingface: a tokenizer.json, a folder with one, or a model of the Hugging Face hub; sentencepiece: a .model file or a
+    folder with tokenizer.model, null trains one."""
     end: str | None = None
-    """huggingface: the token that ends a document; null finds the usual ones."""
+    """huggingface: the token that ends a document; null is the eos_token, or else the usual ones."""
+    begin: str | None = None
+    """huggingface: the token that begins documents and prompts; null is the one that the tokenizer puts before a text, '' none."""
     pieces: int = field(default=8192, metadata=within("[260, inf)"))
     """Vocabulary of a tokenizer that is trained here."""
     sample_bytes: int = field(default=6_000_000, metadata=within("[1, inf)"))

@@ -17,16 +17,16 @@ from .checks import check_corpus
 from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
 from .errors import BadData
 from .mixture_config import MixtureSource
-from .pretokenized import FORMAT, MANIFEST_FILE, VERSION, ShardRecord, manifest_hash
+from .pretokenized import FORMAT, MANIFEST_FILE, TOKENIZER_FOLDER, VERSION, ShardRecord, manifest_hash
 from .stream.http import RetryPolicy
 from .stream.shards import FailedShard, Row, Shards, open_shards
 from .stream.tokenize import Tokenization, Window, is_held_out, tokenize_share
 from .token_array import TokenArray, id_type, write_header
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import load_tokenizer
+from .tokenizer_types import Tokenizer
 
 LEAST_JOBS = 8
 BLOCK = 256
-TOKENIZER_FOLDER = "tokenizer"
 
 
 class PretokenizeJob(NamedTuple):

@@ -11,8 +11,10 @@ import xxhash
 
 from .config import DataConfig
 from .token_array import TokenArray, TokensManifest, hash_ids
+from .tokenizer import settings_of_saved
 
 MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
 FORMAT = "tokenyard tokens"
 VERSION = 2
 AGAIN = "remove it and start tokenyard prepare again"
@@ -92,11 +94,9 @@ def verify(folder: Path) -> Iterator[tuple[ShardRecord, str]]:
 
 
 def tokenizer_overrides(folder: Path) -> str:
-    """Returns the overrides for the tokenizer in the folder of the shards."""
-    for name, kind in (("tokenizer.model", "sentencepiece"), ("tokenizer.json", "huggingface")):
-        if (folder / "tokenizer" / name).is_file():
-            return f"tokenizer.kind={kind} tokenizer.path={folder / 'tokenizer' / name}"
-    return "tokenizer.kind=bytes"
+    """Returns the overrides for the tokenizer in the folder of the shards. Raises ValueError if it is damaged."""
+    settings = settings_of_saved(folder / TOKENIZER_FOLDER)
+    return " ".join(f"tokenizer.{key}={value or repr(value)}" for key, value in settings.items() if value is not None)
 
 
 @final

@@ -13,7 +13,7 @@ import xxhash
 
 from .cache import atomic_folder
 from .corpus import CorpusSurvey, Document, Split, unit_hash
-from .tokenizer import Tokenizer
+from .tokenizer_types import Tokenizer
 
 TOKENS_FILE = "tokens.npy"
 MANIFEST_FILE = "manifest.json"
@@ -119,8 +119,8 @@ def _write(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, folder: Pat
     with (folder / TOKENS_FILE).open("wb") as file:
         write_header(file, kind, 0)
         for texts in _batches(map(corpus.read, names)):
-            encoded = tokenizer.encode_batch(texts, threads=min(os.cpu_count() or 1, 16))
-            ids = np.concatenate([np.array([*each, tokenizer.end_of_document], dtype=kind) for each in encoded])
+            encoded = tokenizer.encode_documents(texts, threads=min(os.cpu_count() or 1, 16))
+            ids = np.concatenate([np.array(each, dtype=kind) for each in encoded])
             file.write(ids.tobytes())
             running.update(ids.tobytes())
             tokens += len(ids)

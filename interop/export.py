@@ -13,7 +13,7 @@ from ..checkpoint.manifest import Manifest, check_fits, read_manifest
 from ..checkpoint.store import checkpoint_at
 from ..checkpoint.tensor_reader import read_weight, weights_on_meta
 from ..checkpoint.verify import check_files
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..parallel.failpoints import failpoint
@@ -124,7 +124,7 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
 
 
 def _write_tokenizer(checkpoint: Path, manifest: Manifest, folder: Path, config: dict[str, Any]) -> list[str]:
-    """Writes the files that an import kept, or a tokenizer.json made of our tokenizer. Returns a line for each that is missing."""
+    """Writes the files that an import kept, or those of our tokenizer. Returns a line for each that is missing."""
     kept = [name for name in HF_FILES if f"{HF_FILES_FOLDER}/{name}" in manifest.attachments]
     notes = []
     if kept:  # `check_files` has checked their hashes, and that they are no links
@@ -132,8 +132,8 @@ def _write_tokenizer(checkpoint: Path, manifest: Manifest, folder: Path, config:
             shutil.copyfile(checkpoint / HF_FILES_FOLDER / name, folder / name, follow_symlinks=False)
     else:
         try:
-            tokenizer: Tokenizer = load_tokenizer(checkpoint / "tokenizer")
-            config["eos_token_id"] = tokenizer.end_of_document
+            tokenizer = load_tokenizer(checkpoint / "tokenizer")
+            config |= tokenizer.special_ids()
             write_tokenizer(tokenizer, folder)
         except ValueError as error:
             notes.append(f"no tokenizer: {error}")

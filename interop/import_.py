@@ -5,15 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.bounded import LARGEST_TOKENIZER
+from ..checkpoint.bounded import LARGEST_TOKENIZER, short_message
 from ..checkpoint.folder import newest_checkpoint
 from ..checkpoint.store import save_checkpoint
-from ..data.tokenizer import MODEL_FILE
+from ..data.config import TokenizerKind
+from ..data.huggingface_tokenizer import HuggingFaceTokenizer
+from ..data.tokenizer_path import FILES
+from ..data.tokenizer_types import Tokenizer
 from ..moe.config import ModelConfig
 from ..parallel.shard import LocalShard, whole
 from ..train.config.serialize import plain_config
 from .load_weights import HFSource, open_source, read_weights
-from .tokenizer_json import import_tokenizer
+from .tokenizer_json import open_tokenizer
 from .upcycle import Upcycle, upcycle, upcycled_config
 
 HF_FILES_FOLDER = "tokenizer_hf"
@@ -58,9 +61,12 @@ def import_folder(path: Path, out: Path, upcycling: Upcycle | None = None) -> Im
     model = source.model if upcycling is None else upcycle(weights, source.model, upcycling)
     held = {f"model.{name}": LocalShard(whole(tensor.shape), tensor) for name, tensor in weights.items()}
     facts = _facts(source, model, upcycling)
-    facts["config"]["tokenizer"] = {"path": str(out.resolve() / "step_00000000" / "tokenizer" / MODEL_FILE)}  # see `copy_hf_files`
-    notes = [source.family.training_note] if source.family.training_note else []
-    checkpoint = save_checkpoint(out, 0, held, facts, attach=lambda folder: notes.extend(copy_hf_files(path, folder)))
+    tokenizer, notes = _usable_tokenizer(path, model)
+    notes += [source.family.training_note] if source.family.training_note else []
+    kind = TokenizerKind.huggingface if isinstance(tokenizer, HuggingFaceTokenizer) else TokenizerKind.sentencepiece
+    place = out.resolve() / "step_00000000" / "tokenizer" / FILES[kind]
+    facts["config"]["tokenizer"] = {"kind": kind.value, "path": str(place)}
+    checkpoint = save_checkpoint(out, 0, held, facts, attach=lambda folder: _attach_tokenizer(path, tokenizer, folder))
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Imported(checkpoint, source.family.architecture, parameters, notes)
 
@@ -72,19 +78,27 @@ def _check_hf_files(path: Path) -> None:
             raise ValueError(f"{file} has {size} bytes, more than {LARGEST_TOKENIZER}")
 
 
-def copy_hf_files(path: Path, checkpoint: Path) -> list[str]:
-    """Copies HF_FILES into the checkpoint, and makes our tokenizer of them. Returns a line if that is not possible."""
-    found = [name for name in HF_FILES if (path / name).is_file()]
-    for name in found:
+def _usable_tokenizer(path: Path, model: ModelConfig) -> tuple[Tokenizer | None, list[str]]:
+    """Returns the tokenizer of the folder and no line, or None and a line that says why there is none for this model."""
+    if not any((path / name).is_file() for name in FILES.values()):
+        return None, ["no tokenizer: the folder has neither tokenizer.json nor tokenizer.model"]
+    try:
+        tokenizer = open_tokenizer(path)
+        if tokenizer.size <= model.vocabulary:
+            return tokenizer, []
+        reason = f"it has {tokenizer.size} pieces, and the model {model.vocabulary} rows for them"
+    except ValueError as error:
+        reason = short_message(error)
+    return None, [f"tokenizer: only carried along, tokenyard cannot use it ({reason})"]
+
+
+def _attach_tokenizer(path: Path, tokenizer: Tokenizer | None, checkpoint: Path) -> None:
+    """Copies HF_FILES into the checkpoint, for an export, and saves the tokenizer for everything else."""
+    for name in (name for name in HF_FILES if (path / name).is_file()):
         (checkpoint / HF_FILES_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(path / name, checkpoint / HF_FILES_FOLDER / name)
-    if not {"tokenizer.json", "tokenizer.model"} & set(found):
-        return ["no tokenizer: the folder has neither tokenizer.json nor tokenizer.model"]
-    try:
-        import_tokenizer(path, checkpoint / "tokenizer")
-    except ValueError as error:
-        return [f"tokenizer: only carried along, tokenyard cannot use it ({error})"]
-    return []
+    if tokenizer is not None:
+        tokenizer.save(checkpoint / "tokenizer")
 
 
 def _facts(source: HFSource, model: ModelConfig, upcycling: Upcycle | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Makes a tokenizer.json of our sentencepiece or byte tokenizer, and imports a tokenizer.model.
+"""The tokenizer of a Hugging Face folder: opens it, and writes ours, so that transformers' AutoTokenizer gives the same ids.
 
-Both are compared: they must give the same ids, and the text back, for TEXTS and for random texts of the tokenizer's pieces.
+A tokenizer.json is written as it was. One made of our sentencepiece or byte tokenizer is compared with it: it must give the same
+ids, and the text back, for TEXTS and for random texts of the tokenizer's pieces.
 """
 
 import json
@@ -11,11 +12,11 @@ from typing import Any
 
 import sentencepiece
 
-from ..checkpoint.bounded import short_message
-from ..data.tokenizer import MODEL_FILE, SPACE_MARK, SentencePieceTokenizer, Tokenizer
-
-FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
+from ..data.config import TokenizerConfig, TokenizerKind
+from ..data.huggingface_tokenizer import HuggingFaceTokenizer, read_library
+from ..data.tokenizer import ready_tokenizer
+from ..data.tokenizer_path import MODEL_FILE, TOKENIZER_CONFIG, TOKENIZER_JSON
+from ..data.tokenizer_types import SPACE_MARK, SentencePieceTokenizer, Tokenizer
 
 TEXTS = (
     "",
@@ -40,32 +41,32 @@ TEXTS = (
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and, for a sentencepiece model, tokenizer.model. ValueError if they differ."""
-    fast = _import_tokenizers().Tokenizer.from_str(json.dumps(_tokenizer_json(tokenizer)))
-    _check(tokenizer, fast)
-    fast.save(str(folder / FILE))
-    (folder / CONFIG_FILE).write_text(json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n")
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / MODEL_FILE).write_bytes(tokenizer.model)
+    """Writes tokenizer.json, tokenizer_config.json, and what was beside an original tokenizer.json or else tokenizer.model.
 
-
-def import_tokenizer(path: Path, folder: Path) -> None:
-    """Saves the tokenizer.model of the Hugging Face folder `path` in `folder` as our tokenizer.
-
-    Raises ValueError if there is none, or if tokenizer.json gives other ids.
+    Raises ValueError if tokenizer.json would differ from the tokenizer.
     """
-    if not (path / MODEL_FILE).is_file():
-        raise ValueError(f"it reads sentencepiece models, and there is no {MODEL_FILE}")
-    tokenizer = SentencePieceTokenizer((path / MODEL_FILE).read_bytes(), str(path / MODEL_FILE))
-    if (path / FILE).is_file():
-        try:
-            fast = _import_tokenizers().Tokenizer.from_file(str(path / FILE))
-        except BaseException as error:  # the library has no error class of its own, and its panics are BaseExceptions
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise ValueError(f"{FILE} cannot be read: {short_message(error)}") from None
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        files = {**tokenizer.companions, TOKENIZER_JSON: tokenizer.content}
+    else:
+        fast = read_library(json.dumps(_tokenizer_json(tokenizer)).encode(), f"the {TOKENIZER_JSON} to export")
         _check(tokenizer, fast)
-    tokenizer.save(folder)
+        files = {TOKENIZER_JSON: fast.to_str(pretty=True).encode()}
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            files[MODEL_FILE] = tokenizer.model
+    files[TOKENIZER_CONFIG] = json.dumps(_tokenizer_config(tokenizer), indent=2).encode() + b"\n"
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Returns the tokenizer of the Hugging Face folder `path`: its tokenizer.json, or else its tokenizer.model.
+
+    Raises ValueError, one line, if it has neither, or one that cannot be used.
+    """
+    kind = TokenizerKind.huggingface if (path / TOKENIZER_JSON).is_file() else TokenizerKind.sentencepiece
+    tokenizer = ready_tokenizer(TokenizerConfig(kind=kind, path=str(path)))
+    assert tokenizer is not None
+    return tokenizer
 
 
 def _check(tokenizer: Tokenizer, fast: Any) -> None:
@@ -73,10 +74,10 @@ def _check(tokenizer: Tokenizer, fast: Any) -> None:
     for text in (*TEXTS, *_random_texts(tokenizer)):
         ours, theirs = tokenizer.encode(text), fast.encode(text, add_special_tokens=False).ids
         if ours != theirs:
-            raise ValueError(f"{FILE} would give other ids for {text[:40]!r}")
+            raise ValueError(f"{TOKENIZER_JSON} would give other ids for {text[:40]!r}")
         back = fast.decode(theirs, skip_special_tokens=False)
         if back != text:
-            raise ValueError(f"{FILE} would give {back[:40]!r} back for {text[:40]!r}")
+            raise ValueError(f"{TOKENIZER_JSON} would give {back[:40]!r} back for {text[:40]!r}")
 
 
 def _random_texts(tokenizer: Tokenizer) -> Iterator[str]:
@@ -89,9 +90,14 @@ def _random_texts(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with the class that takes tokenizer.json as it is; others build one of their own."""
+    as_is: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        kept = {key: value for key, value in tokenizer.settings.items() if key != "auto_map"}  # which names code
+        begin = {"bos_token": tokenizer.begin} if tokenizer.begin else {}
+        return kept | begin | as_is | {"eos_token": tokenizer.end}
     special = _special_tokens(tokenizer)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+    return as_is | {
         "bos_token": None,
         "eos_token": special[tokenizer.end_of_document],
         "unk_token": special.get(0),
@@ -157,13 +163,3 @@ def _pieces(tokenizer: SentencePieceTokenizer) -> tuple[dict[str, int], list[tup
         cuts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
         merges += [pair for pair in cuts if normal.issuperset(pair)]
     return {text: index for index, text in texts.items()}, merges
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError(
-            "it is compared with the tokenizers library, which is not installed: pip install 'tokenyard[hf]'"
-        ) from None
-    return tokenizers

@@ -10,10 +10,12 @@ from typing import Any
 
 from ..data.batches import GlobalBatches
 from ..data.build import DataPipeline
+from ..data.config import TokenizerKind
 from ..train.config.complain import complain
-from ..train.config.compose import compose
+from ..train.config.compose import parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.preflight import check_config
+from ..train.weight_source import compose_run
 from .parser import OneLineParser, positive
 
 
@@ -24,7 +26,7 @@ def prepare_command(argv: list[str]) -> int:
     parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1, help="that work at once (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
 
-    return _exit_code(lambda: _prepare(arguments.folder, arguments.processes, compose(arguments.overrides)))
+    return _exit_code(lambda: _prepare(arguments.folder, arguments.processes, _configured(arguments.overrides)))
 
 
 def data_command(argv: list[str]) -> int:
@@ -37,7 +39,7 @@ def data_command(argv: list[str]) -> int:
     parser.add_argument("--rows", type=positive, default=2, help="sequences to print (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
 
-    return _exit_code(lambda: _inspect(arguments.steps, arguments.rows, compose(arguments.overrides)))
+    return _exit_code(lambda: _inspect(arguments.steps, arguments.rows, _configured(arguments.overrides)))
 
 
 def _verify(argv: list[str]) -> int:
@@ -55,7 +57,11 @@ def tokenizer_command(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="data=... tokenizer.pieces=..., as for tokenyard train")
     arguments = parser.parse_intermixed_args(argv)
 
-    return _exit_code(lambda: _train_tokenizer(Path(arguments.folder), compose(arguments.overrides)))
+    return _exit_code(lambda: _train_tokenizer(Path(arguments.folder), _configured(arguments.overrides)))
+
+
+def _configured(overrides: list[str]) -> Config:
+    return compose_run(parse_arguments(overrides))[0]
 
 
 def _exit_code(command: Callable[[], None]) -> int:
@@ -97,13 +103,7 @@ def _prepare(folder: str, processes: int, config: Config) -> None:
         print(f"{split}: {tokens:,} tokens of {documents:,} documents in {len(records)} shards, {len(bad)} bad rows")
         for row in bad[:20]:
             print(f"  left out: {row}")
-    print(f"in {perf_counter() - started:.1f} s; train on it: tokenyard train data=prepared data.path={folder} {_words(folder)}")
-
-
-def _words(folder: str) -> str:
-    from ..data.pretokenized import tokenizer_overrides
-
-    return tokenizer_overrides(Path(folder))
+    print(f"in {perf_counter() - started:.1f} s; train on it: tokenyard train data=prepared data.path={folder}")
 
 
 def _train_tokenizer(folder: Path, config: Config) -> None:
@@ -115,8 +115,8 @@ def _train_tokenizer(folder: Path, config: Config) -> None:
     tokenizer = open_tokenizer(config.data, config.tokenizer, cache_folder(config.data))
     tokenizer.save(folder)
     print(f"{folder}: {config.tokenizer.kind.value}, {tokenizer.size} pieces, hash {tokenizer.hash}")
-    path = f"tokenizer.path={folder / 'tokenizer.model'}"
-    print(f"train with it: tokenyard train {_words(str(folder.parent)) if folder.name == 'tokenizer' else path}")
+    path = "" if config.tokenizer.kind is TokenizerKind.bytes else f" tokenizer.path={folder}"
+    print(f"train with it: tokenyard train tokenizer={config.tokenizer.kind.value}{path}")
 
 
 def _inspect(steps: int, rows: int, config: Config) -> None:

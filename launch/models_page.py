@@ -73,6 +73,9 @@ model.
 
 Total and active (per token) count every weight once, embedding and head included, without multi-token prediction. FLOPs are those
 of the forward pass, the cache is in bf16; both are per token, averaged over a sequence of {LENGTH:,} tokens.
+
+The vocabulary is the published one, for the published tokenizer: `tokenizer=huggingface tokenizer.path=` its folder or its name on
+the hub ([data.md](data.md)). With another tokenizer, set `model.vocabulary`.
 """
 
 PUBLISHED = """

@@ -307,7 +307,8 @@ class ModelConfig:
     activation: Activation = Activation.swiglu
     """Function of dense layers and of the shared expert."""
     vocabulary: int = field(default=8192, metadata=within("[1, 16777216]"))
-    """Rows of the embedding; the tokenizer must not have more pieces."""
+    """Rows of the embedding; the tokenizer must not have more pieces. Where nothing sets another number than this one, a run has as
+    many as its tokenizer has pieces, rounded up to a multiple of 128."""
     dense_first: int = field(default=0, metadata=within("[0, 1024]"))
     """Number of dense layers at the start (DeepSeek)."""
     moe_every: int = field(default=1, metadata=within("[1, inf)"))

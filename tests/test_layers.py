@@ -34,6 +34,7 @@ SPINE = (
         "config",
         "allocator",
         "stored_config",
+        "tokenizer_source",
         "weight_source",
         "run_folder",
         "preflight",

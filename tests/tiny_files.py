@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from tokenyard.data.tokenizer import BytesTokenizer
+from tokenyard.data.tokenizer_types import BytesTokenizer
 from tokenyard.moe.param_shapes import shapes
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.serialize import plain_config, write_config

@@ -84,20 +84,34 @@ def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Ope
     config = read_stored(checkpoint)[1]
     derive(config, device)
     model = load_model(checkpoint, config.precision.value, str(device))
-    return OpenedCheckpoint(model, load_tokenizer(checkpoint / "tokenizer"), config, checkpoint)
+    saved, kept = checkpoint / "tokenizer", checkpoint / "tokenizer_hf"  # an early import has only the second
+    tokenizer = load_tokenizer(saved) if saved.is_dir() or not kept.is_dir() else _hf_tokenizer(kept)
+    return _fitting(OpenedCheckpoint(model, tokenizer, config, checkpoint))
 
 
 def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
-    config, settings = Config(), hf_tokenizer(path)
-    if settings is None:
-        raise _without_tokenizer(path)
+    config, tokenizer = Config(), _hf_tokenizer(path)
     derive(config, device)
-    config.tokenizer = TokenizerConfig(TokenizerKind[settings["kind"]], settings["path"])
-    tokenizer = ready_tokenizer(config.tokenizer)
-    assert tokenizer is not None
     model = load_folder(path, config.precision.value, str(device))
     config.model = model.config
-    return OpenedCheckpoint(model, tokenizer, config, path)
+    return _fitting(OpenedCheckpoint(model, tokenizer, config, path))
+
+
+def _hf_tokenizer(folder: Path) -> Tokenizer:
+    settings = hf_tokenizer(folder)
+    if settings is None:
+        raise _without_tokenizer(folder)
+    tokenizer = ready_tokenizer(TokenizerConfig(TokenizerKind[settings["kind"]], settings["path"]))
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _fitting(opened: OpenedCheckpoint) -> OpenedCheckpoint:
+    """Raises ConfigError for a tokenizer with more pieces than the model has rows for."""
+    pieces, rows = opened.tokenizer.size, opened.model.config.vocabulary
+    if pieces > rows:
+        raise ConfigError(f"{opened.path}: its tokenizer has {pieces} pieces, more than the {rows} rows of its model")
+    return opened
 
 
 def _without_tokenizer(path: Path) -> ConfigError:
@@ -107,7 +121,7 @@ def _without_tokenizer(path: Path) -> ConfigError:
 def continuation(model: Transformer, tokenizer: Tokenizer, settings: SampleConfig, seed: int) -> Iterator[str]:
     """Yields the text that each new token adds to the prompt. Characters of several byte tokens come with the last of them."""
     stop = tokenizer.end_of_document
-    prompt = tokenizer.encode(settings.prompt) or [stop]
+    prompt = tokenizer.encode_prompt(settings.prompt)
     ids, shown = list(prompt), tokenizer.decode(prompt)
     sampling = partial(generate, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
     for token in sampling(model, prompt, settings.tokens, stop=stop, vocabulary=tokenizer.size):

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.checks import check_corpus, check_tokenizer
+from ..data.checks import check_corpus
+from ..data.tokenizer_path import check_tokenizer
 from .config.config import Config, ConfigError
 from .config.environment import job_restarted
 from .config.launch import Launcher

@@ -30,6 +30,7 @@ from .optimizer import build_optimizer
 from .resume import announce, find_resume, keep_timeline, resume
 from .run_folder import RunLock, lock_run
 from .session import Session
+from .tokenizer_source import rows_for
 
 
 def open_session(config: Config, device: torch.device) -> Session:
@@ -44,8 +45,9 @@ def open_session(config: Config, device: torch.device) -> Session:
     set_products(config, device, precision_from)
     warn_of_toy_settings(config)
     data = open_data_on_all_ranks(config, ranks)
-    if data.tokenizer.size > config.model.vocabulary:
-        raise ConfigError.of("model.vocabulary", config.model.vocabulary, "is smaller than the tokenizer", f"{data.tokenizer.size}")
+    if (pieces := data.tokenizer.size) > config.model.vocabulary:
+        rule = f"is smaller than the tokenizer, which has {pieces} pieces"
+        raise ConfigError.of("model.vocabulary", config.model.vocabulary, rule, f"model.vocabulary={rows_for(pieces)}")
     parallel, start = build_model(config, device, found, folder)
     saver = build_saver(config.checkpoint, folder)
     engine = build_engine(config, parallel)

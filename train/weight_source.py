@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.checks import nearest_path
-from ..data.config import TokenizerConfig, TokenizerKind
+from ..data.config import TokenizerKind
 from ..interop.upcycle import Upcycle, upcycled_config
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
@@ -22,6 +22,7 @@ from .config.config import Config, ConfigError, UpcycleConfig
 from .config.overrides import split_override
 from .config.schema import quoted, written
 from .config.serialize import leaves, plain_config
+from .tokenizer_source import prepared_tokenizer, tokenizer_is_named, tokenizer_overrides, with_tokenizer
 
 HF_CONFIG = "config.json"
 """The file that makes a folder a Hugging Face folder; ours have none of that name."""
@@ -42,14 +43,14 @@ class WeightSource(NamedTuple):
 
 
 def compose_run(arguments: Arguments) -> tuple[Config, Arguments]:
-    """Returns the configuration of a run, and `arguments` with what checkpoint.init adds to them.
+    """Returns the configuration of a run, and `arguments` with what checkpoint.init and its tokenizer add to them.
 
     Raises ConfigError for wrong overrides, for a source that is none, and for a setting that does not fit its weights.
     """
     config = compose_arguments(arguments)
     refuse_idle_upcycle(config)
     if config.checkpoint.init is None:
-        return config, arguments
+        return with_tokenizer(config, arguments)
     source = find_source(config)
     keys = [split_override(text)[0].lstrip("+~") for text in arguments.overrides]
     if "model" in keys:
@@ -58,9 +59,8 @@ def compose_run(arguments: Arguments) -> tuple[Config, Arguments]:
             "model", chosen, f"the model is that of checkpoint.init={source.path}", "no model=, single settings of it"
         )
     found = _model_overrides(config.model, source.model)
-    named = config.tokenizer != TokenizerConfig() or any(key == "tokenizer" or key.startswith("tokenizer.") for key in keys)
-    if not named:
-        found += _tokenizer_overrides(source)
+    if not tokenizer_is_named(config, keys):
+        found += _tokenizer_overrides(source, config)
     added = Arguments(**{**vars(arguments), "overrides": [*found, *arguments.overrides]})
     config = compose_arguments(added)
     refuse_unfit(config.model, source)
@@ -178,11 +178,12 @@ def _model_overrides(composed: ModelConfig, wanted: ModelConfig) -> list[str]:
     return [f"{key}={quoted(value) if isinstance(value, str) else written(value)}" for key, value in values]
 
 
-def _tokenizer_overrides(source: WeightSource) -> list[str]:
-    if source.tokenizer is None:
+def _tokenizer_overrides(source: WeightSource, config: Config) -> list[str]:
+    settings = source.tokenizer or prepared_tokenizer(config)
+    if not settings:
         nearest = "tokenizer.path=FILE of its tokenizer, or tokenizer=bytes"
         raise ConfigError.of("checkpoint.init", source.path, "has no tokenizer, and none is named", nearest)
-    return [f"tokenizer.{key}={'null' if value is None else quoted(value)}" for key, value in source.tokenizer.items()]
+    return tokenizer_overrides(settings)
 
 
 def _hf_source(path: Path) -> WeightSource:

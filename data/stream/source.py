@@ -16,7 +16,7 @@ from ..errors import BadData
 from ..mixture_config import MixtureSource
 from ..pretokenized import open_pretokenized
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, open_tokens, write_stamp
-from ..tokenizer import Tokenizer
+from ..tokenizer_types import Tokenizer
 from .mixture import Mixture
 from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, TokenizingRanks, too_many_bad_rows
 from .shards import BadRow, FailedShard, Row, Shards
@@ -138,7 +138,7 @@ def _write_held_out(opened: OpenedSource, tokenizer: Tokenizer, wanted: int, fol
     """Writes validation documents to `folder`. Returns what could not be read."""
     found, parts, documents, size, tokens = _SourceScan(opened), [], 0, 0, 0
     for text in _held_out_texts(found, tokenizer):
-        parts.append(np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.uint32))
+        parts.append(np.array(tokenizer.encode_documents([text], threads=1)[0], dtype=np.uint32))
         documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(parts[-1])
         if tokens >= wanted:
             break

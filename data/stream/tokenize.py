@@ -9,7 +9,7 @@ import xxhash
 
 from ..errors import BadData
 from ..permutation import permutation
-from ..tokenizer import Tokenizer
+from ..tokenizer_types import Tokenizer
 from .shards import BadRow, FailedShard, Row, Shards
 
 HELD_OUT = -1
@@ -91,15 +91,15 @@ def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenizati
     chosen = range(share[0], len(window.rows), share[1])
     found = [parse_row(window.rows[index], tokenization) for index in chosen]
     texts = [text for text in found if isinstance(text, str)]
-    encoded = iter(tokenization.tokenizer.encode_batch(texts, threads=1))
+    encoded = iter(tokenization.tokenizer.encode_documents(texts, threads=1))
     parts, lengths, bad, end = [], [], [], [tokenization.tokenizer.end_of_document]
     for index, item in zip(chosen, found, strict=True):
-        ids = next(encoded) if isinstance(item, str) else item
+        ids = next(encoded) if isinstance(item, str) else np.append(item, end) if isinstance(item, np.ndarray) else item
         if isinstance(ids, BadRow):
             bad.append((shards.names[window.shard], window.numbers[index], ids.reason))
         elif ids is not None:
-            parts += [np.asarray(ids, dtype=np.int32), end]
-        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, BadRow) else len(ids) + 1)
+            parts.append(np.asarray(ids, dtype=np.int32))
+        lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, BadRow) else len(ids))
     tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
     failed = window.failed and (shards.names[window.shard], *window.failed)
     return TokenizedShare(

@@ -43,6 +43,9 @@ def test_option(group: str, option: str, tmp_path: Path) -> None:
     more = [f"data.path={tmp_path}"] if wants_path else ["data.name=someone/something"] if option == "hf" else []
     if option.startswith("tiny_"):
         more = ["tokenizer=bytes"]  # their vocabulary is too small for the default tokenizer
+    if option == "huggingface":
+        (tmp_path / "tokenizer.json").write_text("{}")
+        more = [f"tokenizer.path={tmp_path}"]
     if option in ("slurm", "kubernetes"):
         more = ["run.dir=/shared/run", "launch.kubernetes.image=registry/name"]  # a cluster cannot guess these
     config = compose([f"{group}={option}", *more])

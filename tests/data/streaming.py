@@ -16,7 +16,7 @@ from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from tokenyard.data.stream.mixture import StreamBatches
 from tokenyard.data.stream.packing import TokenizingRanks
-from tokenyard.data.tokenizer import BytesTokenizer
+from tokenyard.data.tokenizer_types import BytesTokenizer
 
 BYTES = TokenizerConfig(kind=TokenizerKind.bytes)
 LENGTH = 32

@@ -12,7 +12,7 @@ from tokenyard.data import pretokenize
 from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.pretokenized import ConcatenatedArrays, open_pretokenized, verify
-from tokenyard.data.tokenizer import BytesTokenizer
+from tokenyard.data.tokenizer_types import BytesTokenizer
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_other_numbers_of_ranks(data: DataConfig, sizes: tuple[int, ...]) -> Non
 
 
 def test_each_document_is_tokenized_by_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenyard.data.tokenizer import BytesTokenizer
+    from tokenyard.data.tokenizer_types import BytesTokenizer
 
     data = write(tmp_path / "rows", Corpus.jsonl)
     opened(data)

@@ -13,7 +13,7 @@ from tokenyard.data.cache import atomic_folder, cache_folder
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.corpus import documents, survey
 from tokenyard.data.token_array import MANIFEST_FILE, TOKENS_FILE, open_tokens
-from tokenyard.data.tokenizer import BytesTokenizer
+from tokenyard.data.tokenizer_types import BytesTokenizer
 
 
 def test_tokens_are_all_documents_with_their_ends(folder: DataConfig, tmp_path: Path) -> None:

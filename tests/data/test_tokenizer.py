@@ -7,15 +7,9 @@ import pytest
 from tokenyard.data import tokenizer as module
 from tokenyard.data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
 from tokenyard.data.corpus import survey
-from tokenyard.data.tokenizer import (
-    ABOUT_FILE,
-    MODEL_FILE,
-    BytesTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    build_tokenizer,
-    load_tokenizer,
-)
+from tokenyard.data.tokenizer import build_tokenizer, load_tokenizer
+from tokenyard.data.tokenizer_path import MODEL_FILE
+from tokenyard.data.tokenizer_types import ABOUT_FILE, BytesTokenizer, SentencePieceTokenizer, Tokenizer
 
 SYNTHETIC = DataConfig(corpus=Corpus.synthetic)
 SMALL = TokenizerConfig(pieces=400, sample_bytes=50_000)

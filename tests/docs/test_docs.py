@@ -113,6 +113,8 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").mkdir()
     for name in ("a.txt", "a.md"):
         (folder / "texts" / name).write_text("text")
+    (folder / "mixtral").mkdir()
+    (folder / "mixtral" / "tokenizer.json").write_text("{}")
     for run in ("first", "one", "four"):
         (folder / "runs" / run).mkdir(parents=True)
     for step in (400, 600):

@@ -126,6 +126,7 @@ FACTS = StartupFacts(
     threads=1,
     documents=1432,
     tokens=2_000_000,
+    pieces=8192,
     bytes_per_token=4.123,
     peak_flops=198.3e9,
     peak_source="measured",
@@ -140,7 +141,7 @@ tokenyard 0.1.0
   batch       16 sequences x 256 = 4,096 tokens a step
   length      600 steps; 2.46M tokens, 1.23 passes over the data
   data        stdlib: 1,432 documents, 2.00M tokens
-  tokenizer   sentencepiece, 4.12 bytes a token
+  tokenizer   sentencepiece, 8,192 pieces in 8,192 rows of the embedding, 4.12 bytes a token
   layout      8 ranks: replicate 2 x shard 2 x tensor 2; expert 4
   device      cpu (2 cores), 1 thread a rank; peak 198 GFLOP/s, measured
   precision   fp32, the default on a CPU
@@ -168,6 +169,13 @@ def test_startup_of_a_resumed_dense_run_on_one_rank():
     assert ", 2 threads a rank; " in table
     assert "  precision   fp32, the default on a CPU, compiled\n" in table
     assert "experts" not in table
+
+
+def test_rows_that_were_rounded_up_are_said():
+    for pieces, rows, said in ((259, 384, " (rounded up to a multiple of 128)"), (259, 512, ""), (384, 384, "")):
+        config = Config(precision=Precision.fp32, model=ModelConfig(vocabulary=rows))
+        table = text(startup_lines(config, count(config.model), StartupFacts(**vars(FACTS) | {"pieces": pieces})))
+        assert f"{pieces} pieces in {rows} rows of the embedding{said}, 4.12 bytes a token\n" in table
 
 
 END = EndFacts(

@@ -44,6 +44,7 @@ def startup_facts(session: Session, peak: Peak) -> StartupFacts:
         threads=torch.get_num_threads(),
         documents=facts.train_documents,
         tokens=facts.train_tokens,
+        pieces=session.data.tokenizer.size,
         bytes_per_token=facts.bytes_per_token,
         peak_flops=peak.flops,
         peak_source=peak.source,

@@ -7,6 +7,7 @@ from ....moe.param_count import Count, flops_per_token
 from ....version import __version__
 from ...config.config import Config
 from ...config.number_format import flops, short
+from ...tokenizer_source import ROWS, rows_for
 from .text import Line, rows, title
 
 
@@ -26,6 +27,8 @@ class StartupFacts:
     """Training documents; None if they are streamed."""
     tokens: int | None
     """Training tokens; None if they are streamed."""
+    pieces: int
+    """Those of the tokenizer."""
     bytes_per_token: float
     peak_flops: float
     """FLOP/s of all devices together."""
@@ -44,12 +47,19 @@ def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Lin
         *_model(config, count),
         *_work(config, facts),
         ("data", f"{config.data.corpus.value}: {amount}"),
-        ("tokenizer", f"{config.tokenizer.kind.value}, {facts.bytes_per_token:.2f} bytes a token"),
+        ("tokenizer", _tokenizer(config, facts)),
         *_machine(config, facts),
         ("run folder", facts.run_dir),
         ("start", facts.resume),
     ]
     return [title(f"tokenyard {__version__}"), *rows(table), []]
+
+
+def _tokenizer(config: Config, facts: StartupFacts) -> str:
+    rows = config.model.vocabulary
+    rounded = f" (rounded up to a multiple of {ROWS})" if rows == rows_for(facts.pieces) != facts.pieces else ""
+    pieces = f"{facts.pieces:,} pieces in {rows:,} rows of the embedding{rounded}"
+    return f"{config.tokenizer.kind.value}, {pieces}, {facts.bytes_per_token:.2f} bytes a token"
 
 
 def _model(config: Config, count: Count) -> list[tuple[str, str]]:
