@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check house oldest lane portable faults scorecard fuzz faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
+.PHONY: help train test check house oldest lane portable faults scorecard fuzz hf faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -41,6 +41,9 @@ scorecard: ## The same, and write the tables of docs/faults.md
 
 fuzz: $(INSTALLED) ## Mutate small files and open them: read, or refused in a line; make fuzz ARGS="--minutes 10 --seed 3"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
+
+hf: $(INSTALLED) ## Compare random models of each Hugging Face family with transformers', 15 minutes; make hf ARGS="--seed 7"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interop/random_models.py $(ARGS)
 
 replay: $(INSTALLED) ## Kill ranks of a run of 30 minutes, print the productive share; make replay ARGS="--mean 10 --seed 3"
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/distributed $(BIN)/python tests/faults/replay.py $(ARGS)

@@ -40,11 +40,15 @@ WRITE_BYTES = 1 << 24
 
 
 def write_safetensors(
-    path: Path, tensors: dict[str, torch.Tensor], on_content: Callable[[str, memoryview], None] | None = None
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    on_content: Callable[[str, memoryview], None] | None = None,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> FileRecord:
     """Writes `tensors` (on any device) by key to the new file `path`, durably.
 
-    `on_content` is called with each tensor's key and bytes, after they are written.
+    `on_content` is called with each tensor's key and bytes, after they are written. `read(key)` returns the values of a tensor when
+    it is written; the tensors may then be on the meta device.
     """
     # Widest elements first, so that each tensor begins at a multiple of its element size.
     keys = sorted(tensors, key=lambda key: -tensors[key].element_size())
@@ -53,10 +57,11 @@ def write_safetensors(
     with path.open("xb", buffering=0) as file:
         _write(file, digest, memoryview(header_bytes({key: (tensors[key].dtype, tensors[key].shape) for key in keys})))
         for key in keys:
-            content = content_of(tensors[key])
+            content = content_of(tensors[key] if read is None else read(key))
             _write(file, digest, content)
             if on_content is not None:
                 on_content(key, content)
+            del content  # before the next one is read
         size = file.tell()
         sync(file)
     return FileRecord(size, digest.hexdigest())

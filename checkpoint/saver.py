@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
 from ..parallel.progress import progress
@@ -25,6 +25,9 @@ from .host_staging import HostStaging, device_of, in_place
 from .manifest import json_facts
 from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
 from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_part
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("tokenyard")
 
@@ -85,10 +88,12 @@ class Saver:
         facts: dict[str, Any],
         attach: Callable[[Path], None] | None = None,
         asynchronous: bool = True,
+        read: "Callable[[str], torch.Tensor] | None" = None,
     ) -> Outcome | None:
         """Starts a save; no other may be under way. The tensors may change after `wait_for_copies`, unless `asynchronous` is false.
 
-        facts: plain JSON; rank 0's are kept. Returns an Outcome only if the save could not start, as for lack of space.
+        facts: plain JSON; rank 0's are kept. read: returns the values of a tensor when it is written: the tensors may be on the
+        meta device then. Returns an Outcome only if the save could not start, as for lack of space.
         Raises ValueError, on every rank, for shards that do not make up their tensor or facts that are not JSON.
         """
         assert self._save is None
@@ -98,7 +103,7 @@ class Saver:
         temporary, facts, error = from_first(lambda: self._open(final, facts, plan.bytes))
         if error:
             return Outcome(step, final, error, plan.bytes, perf_counter() - begin, perf_counter() - begin)
-        job = SaveJob(final, temporary, step, facts, *rank_and_world(), plan, self.limit_seconds, attach)
+        job = SaveJob(final, temporary, step, facts, *rank_and_world(), plan, self.limit_seconds, attach, read)
         mine = {name: shards[name] for name in plan.names}
         ready = record_event(device_of(mine))
         thread = Thread(target=self._write, args=[job, mine, ready, asynchronous], name="checkpoint", daemon=True)

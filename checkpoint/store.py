@@ -28,16 +28,18 @@ def save_checkpoint(
     facts: dict[str, Any],
     attach: Callable[[Path], None] | None = None,
     limit_seconds: float = 1800.0,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> Path:
     """Writes the tensors of all ranks to `folder/step_XXXXXXXX` and returns that path once it is durable.
 
     Collective over the default process group, if there is one. Ranks that hold the same shard of a tensor must hold the same
     values: one of them writes it. `facts` is plain JSON; rank 0's are kept. `attach(folder)` may write files into folders of that
-    folder. A checkpoint of the same step is replaced. Raises, on every rank: ValueError for shards that do not make up their tensor
-    or facts that are not JSON, else RuntimeError, also after `limit_seconds`.
+    folder. `read(name)` returns the values of a tensor when it is written: the tensors of `shards` may then be on the meta device,
+    and memory holds one at a time. A checkpoint of the same step is replaced. Raises, on every rank: ValueError for shards that do
+    not make up their tensor or facts that are not JSON, else RuntimeError, also after `limit_seconds`.
     """
     saver = Saver(Path(folder), limit_seconds)
-    result = saver.start(step, shards, facts, attach, asynchronous=False) or saver.wait()
+    result = saver.start(step, shards, facts, attach, asynchronous=False, read=read) or saver.wait()
     assert result is not None
     if result.error is not None:
         raise RuntimeError(f"checkpoint {result.path} was not saved: {result.error}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..parallel.failpoints import failpoint
 from ..parallel.shard import LocalShard
@@ -23,6 +23,9 @@ from .fsync import sync, sync_folder, write_durably
 from .manifest import MANIFEST, FileRecord, Manifest, write_manifest
 from .safetensors_file import hash_file, write_safetensors
 from .save_plan import SavePlan, file_of_rank
+
+if TYPE_CHECKING:
+    import torch
 
 TEMPORARY = ".tmp-"
 LONGEST_PAUSE = 0.2
@@ -47,6 +50,8 @@ class SaveJob:
     limit_seconds: float
     attach: Callable[[Path], None] | None = None
     """On rank 0: writes further files into the folder."""
+    read: "Callable[[str], torch.Tensor] | None" = None
+    """Gives the values of a tensor when it is written; None: the shards have them."""
     stop: Event = field(default_factory=Event)
     """Set by another thread to end the writing."""
 
@@ -99,7 +104,7 @@ class _Writer:
                 slices[name] = hashes
 
         path = job.temporary / file_of_rank(job.rank)
-        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content)
+        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content, job.read)
         failpoint("checkpoint.shard_written", job.step)
         return {"file": path.name, "record": record, "slices": slices}
 

@@ -118,14 +118,31 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
     """The family and the model that a config.json describes. ValueError, one line, for a key or value without equivalent here."""
     family = family_of(config, place)
     if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(f"{place}quantization_config.quant_method={brief(method)}: weights must be bf16, fp16, fp32 or fp64")
+        _check_quantization(config["quantization_config"], family, place)
     reader = ConfigReader(config, family.defaults, place)
     model = family.read(reader)
     check_model_numbers({"model": plain_config(model)})
     reader.finish(IRRELEVANT | family.irrelevant | {"quantization_config"}, harmless(model))
     return family, model
+
+
+def _check_quantization(about: Any, family: Family, place: str) -> None:
+    """Raises ValueError, one line, unless quantized.py reads what `quantization_config` describes."""
+    method = about.get("quant_method") if isinstance(about, dict) else about
+    blocks = about.get("weight_block_size") if isinstance(about, dict) else None
+    if not (method == "mxfp4" and family.model_type == "gpt_oss") and not (method == "fp8" and blocks == [128, 128]):
+        with_blocks = f" with weight_block_size={brief(blocks)}" if method == "fp8" else ""
+        raise ValueError(
+            f"{place}quantization_config.quant_method={brief(method)}{with_blocks}: must be 'fp8' with "
+            "weight_block_size=[128, 128], or 'mxfp4' of GptOssForCausalLM; other weights must be bf16, fp16, fp32 or fp64"
+        )
+    reader = ConfigReader(about, {}, f"{place}quantization_config.")
+    reader.require("fmt", None, "e4m3", "float8_e4m3fn")
+    reader.require("activation_scheme", None, "dynamic")
+    reader.require("scale_fmt", None, "float", "ue8m0")
+    reader.require("expert_dtype", None, "fp8")
+    names = ("modules_to_convert", "modules_to_not_convert", "ignored_layers", "dequantize")  # the tensors show which are
+    reader.finish(("quant_method", "weight_block_size", *names), {})
 
 
 def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -44,6 +44,17 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ADVICE = "only safetensors are read; transformers' save_pretrained writes them"
 
 
+class Encoding(NamedTuple):
+    """How a quantized tensor is stored; see quantized.py."""
+
+    view: Callable[[Any, Any], Any]
+    """Makes an object, whose `[ranges]` is a rectangle of the tensor, of its two stored ones."""
+    values: tuple[str, str]
+    """File and name of the tensor with its numbers."""
+    scales: tuple[str, str]
+    """File and name of the tensor with their scales."""
+
+
 class TensorHeader(NamedTuple):
     """What the header of a safetensors file says about a tensor."""
 
@@ -51,6 +62,8 @@ class TensorHeader(NamedTuple):
     code: str
     """safetensors' code of its type; see DTYPES."""
     shape: tuple[int, ...]
+    encoding: Encoding | None = None
+    """None: it is stored as it is."""
 
 
 class HFFolder(NamedTuple):

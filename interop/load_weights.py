@@ -1,5 +1,6 @@
-"""Loads the weights of a Hugging Face folder file by file: memory holds our tensors and one tensor of the folder."""
+"""Loads the weights of a Hugging Face folder file by file: memory holds our tensors and a piece of the folder's."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ from ..checkpoint.bounded import short_message
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from ..moe.param_count import count
-from ..parallel.shard import LocalShard
+from ..parallel.shard import LocalShard, whole
 from .config_mapping import read_config
 from .families import Family
-from .hf_folder import DTYPES, HFFolder, open_file, open_folder
+from .hf_folder import DTYPES, HFFolder, TensorHeader, open_folder
+from .quantized import dequantized, open_tensor
 from .weight_mapping import HFTensor
 from .weight_plan import Planned, read_plan, repeated_tensors
 
@@ -33,6 +35,7 @@ def open_source(path: Path) -> HFSource:
     """Maps all keys and tensors of the folder. Raises ValueError, one line, for the first that has no place in our model."""
     folder = open_folder(path)
     family, model = read_config(folder.config, f"{path / 'config.json'}: ")
+    folder = dequantized(folder)
     behind = f"model.layers.{model.layers}."
     if model.mtp_depth and not any(name.startswith(behind) for name in folder.tensors):
         model.mtp_depth = 0  # transformers writes the key but not the tensors
@@ -52,44 +55,60 @@ def _check_bytes(path: Path, folder: HFFolder, model: ModelConfig) -> None:
     except (ArithmeticError, TypeError) as error:
         raise ValueError(f"{path}: config.json makes no model: {short_message(error)}") from None
     held = sum((path / file).stat().st_size for file in {stored.file for stored in folder.tensors.values()})
-    if wanted is False or wanted > held:
+    if wanted is False or wanted > 2 * held:  # numbers of 4 bits are the smallest
         raise ValueError(f"{path}: config.json describes {model.layers} layers and more weights than are in {held} bytes")
 
 
 def read_weights(source: HFSource, like: dict[str, Tensor] | None = None, device: str = "cpu") -> dict[str, Tensor]:
     """Returns all our tensors, by name, on `device`, in the types of `like` or else of the files."""
-    weights = {name: torch.empty(t.shape, dtype=t.dtype, device=device) for name, t in (like or _as_stored(source)).items()}
-    for name in sorted(source.plan, key=lambda name: source.folder.tensors[name].file):
-        mine, part = source.plan[name]
-        part.read(_read_tensor(source.folder, name).to(device), weights[mine])
-    _check_repeated(source)
+    dtypes = stored_dtypes(source) if like is None else {name: tensor.dtype for name, tensor in like.items()}
+    weights = {name: torch.empty(t.shape, dtype=dtypes[name], device=device) for name, t in source.ours.items()}
+    read_shards(source, {name: LocalShard(whole(tensor.shape), tensor) for name, tensor in weights.items()})
     return weights
 
 
 def read_shards(source: HFSource, shards: dict[str, LocalShard], complete: bool = True) -> None:
-    """Fills `shards`, rectangles of our tensors by name, converted to their types; nothing beyond these rectangles is read.
+    """Fills `shards`, rectangles of our tensors by name, converted to their types.
 
+    Nothing beyond these rectangles is read, but of quantized tensors the whole groups of numbers that share a byte or a scale.
     A name that the source has not is left as it is. complete: also compare the tensors that must equal another one.
     """
     for name in sorted(source.plan, key=lambda name: source.folder.tensors[name].file):
         mine, part = source.plan[name]
         place = place_of(part, shards[mine]) if mine in shards else None
         if place is not None:
-            with open_file(source.folder.path / source.folder.tensors[name].file) as file:
-                place.target.copy_(_read_part(file, name, part, place))
+            with open_tensor(source.folder, name) as stored:
+                for piece in _pieces(place, source.folder.tensors[name]):
+                    piece.target.copy_(_read_part(stored, part, piece))
     if complete:
-        _check_repeated(source)
+        check_repeated(source)
 
 
-def _read_part(file: Any, name: str, part: HFTensor, place: "Place") -> Tensor:
-    """Reads the rectangle `place.ranges` of the part of ours that the Hugging Face tensor `name` holds."""
+PIECE_ROWS = 128
+"""Rows of a quantized matrix that are dequantized at a time; of a stack of matrices, one is."""
+
+
+def _pieces(place: "Place", header: TensorHeader) -> Iterator["Place"]:
+    """Cuts a quantized tensor in dimension 0, so that memory holds what dequantization needs for a small part of it alone."""
+    if header.encoding is None:
+        yield place
+        return
+    shape, ((first, end), *others), target = place
+    step = PIECE_ROWS if len(header.shape) == 2 else 1
+    for begin in range(first, end, step):
+        stop = min(begin + step, end)
+        yield Place(shape, [(begin, stop), *others], target.narrow(0, begin - first, stop - begin))
+
+
+def _read_part(stored: Any, part: HFTensor, place: "Place") -> Tensor:
+    """Reads the rectangle `place.ranges` of the part of ours that a Hugging Face tensor, `stored`, holds."""
     ranges = [slice(*bounds) for bounds in place.ranges]
     if part.joined is None:
-        return file.get_slice(name)[tuple(ranges)]
+        return stored[tuple(ranges)]
     first, second = part.joined, part.joined + 1
     inner = place.shape[second]
     (begin, end), within = place.ranges[first], ranges[second]
-    read = file.get_slice(name)[(*ranges[:first], slice(begin * inner, end * inner), *ranges[second + 1 :])]
+    read = stored[(*ranges[:first], slice(begin * inner, end * inner), *ranges[second + 1 :])]
     return read.unflatten(first, (end - begin, inner))[(slice(None),) * second + (within,)]
 
 
@@ -132,28 +151,24 @@ def place_of(part: HFTensor, shard: LocalShard) -> Place | None:
     return Place(part_shape, bounds, target)
 
 
-def _as_stored(source: HFSource) -> dict[str, Tensor]:
-    """`source.ours` in the types of the files; a tensor of several parts has the widest of their types."""
+def stored_dtypes(source: HFSource) -> dict[str, torch.dtype]:
+    """The types that our tensors have in the files, by name; a tensor of several parts has the widest of their types."""
     dtypes: dict[str, torch.dtype] = {}
     for name, planned in source.plan.items():
         dtype = DTYPES[source.folder.tensors[name].code]
         dtypes[planned.ours] = torch.promote_types(dtype, dtypes.get(planned.ours, dtype))
-    return {name: tensor.to(dtypes[name]) for name, tensor in source.ours.items()}
+    return dtypes
 
 
-def _check_repeated(source: HFSource) -> None:
+def check_repeated(source: HFSource) -> None:
     """Raises ValueError for a tensor that must equal another one and does not."""
     for name, original in repeated_tensors(source.model).items():
         if name not in source.folder.tensors:
             continue
-        if not torch.equal(_read_tensor(source.folder, name), _read_tensor(source.folder, original)):
-            raise ValueError(f"{source.folder.path}: tensor {name} must equal {original}, which stands for both")
-
-
-def _read_tensor(folder: HFFolder, name: str) -> Tensor:
-    """Reads one tensor. The file is opened each time: an open one keeps all pages that were read from it in memory."""
-    with open_file(folder.path / folder.tensors[name].file) as file:
-        return file.get_tensor(name)
+        every = tuple(slice(0, size) for size in source.folder.tensors[name].shape)
+        with open_tensor(source.folder, name) as one, open_tensor(source.folder, original) as other:
+            if not torch.equal(one[every], other[every]):
+                raise ValueError(f"{source.folder.path}: tensor {name} must equal {original}, which stands for both")
 
 
 # Opens a Hugging Face folder as a model on one device.

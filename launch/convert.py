@@ -13,13 +13,24 @@ UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
 
 def import_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2, with one line on standard error, for a folder that cannot be imported."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     from ..interop.import_ import import_folder
     from ..interop.upcycle import Upcycle
     from ..train.weight_source import hf_folder
 
     try:
         upcycling = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
-        made = import_folder(hf_folder(arguments.folder) or Path(arguments.folder), Path(arguments.out), upcycling)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("of the weights"), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("0%", total=None)
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, description=f"{done / total:.0%}")
+
+            folder = hf_folder(arguments.folder) or Path(arguments.folder)
+            made = import_folder(folder, Path(arguments.out), upcycling, progress)
     except (ValueError, OSError) as error:
         return complain(error)
     return _report(f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}", made.notes)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from family_cases import ERNIE
 from safetensors.torch import load_file, save_file
 from tokenyard.interop.import_ import import_folder
 
@@ -56,6 +57,15 @@ def test_a_quantized_tensor_is_named(folder: Path) -> None:
 def test_old_rotary_buffers_are_left_out(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
     tokenyard.load_model(folder)
+
+
+def test_a_prediction_module_that_transformers_leaves_out_is_left_out_with_a_note(saved: Saved, tmp_path: Path) -> None:
+    folder = saved("Ernie4_5_Moe", **ERNIE)
+    module = {f"model.mtp_{name}": torch.zeros(2) for name in ("block.0.mlp.up_proj.weight", "emb_norm.0.weight")}
+    assert not any("left out" in note for note in import_folder(folder, tmp_path / "before").notes)
+    rewrite(folder, lambda tensors: tensors.update(module))
+    notes = import_folder(folder, tmp_path / "after").notes
+    assert notes[0] == "2 tensors have no place in the model and were left out, such as model.mtp_block.0.mlp.up_proj.weight"
 
 
 def test_pickles_are_refused(folder: Path) -> None:

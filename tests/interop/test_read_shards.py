@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_cases import MLA
 from safetensors.torch import load_file, save_file
-from tokenyard.interop import load_weights
+from tokenyard.interop import load_weights, quantized
 from tokenyard.interop.load_weights import open_source, read_shards, read_weights
 from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
 
@@ -84,9 +84,9 @@ def test_nothing_beyond_the_rectangles_is_read(saved: Callable[..., Path], monke
         with open_file(path) as file:
             yield type("File", (), {"get_slice": lambda self, name: Counting(file.get_slice(name))})()
 
-    open_file = load_weights.open_file
+    open_file = quantized.open_file
     source = open_source(saved("GptOss", num_local_experts=4, head_dim=8))
-    monkeypatch.setattr(load_weights, "open_file", counted)
+    monkeypatch.setattr(quantized, "open_file", counted)
     quarter = {name: whole(t.shape).chunk(0, 4, 1) for name, t in source.ours.items()}
     filled(source, quarter, complete=False)
     assert sum(read) == sum(torch.empty(shard.sizes).numel() for shard in quarter.values())

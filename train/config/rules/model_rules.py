@@ -23,8 +23,6 @@ from .rule import Violation, divisors, multiples
 
 def model(config: Config, world: int) -> Iterator[Violation]:
     c = config.model
-    if moe_blocks(c) and c.width % 8:
-        yield Violation("model.width", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.width))
     if c.dense_first > c.layers:
         yield Violation("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
     for key, listed in (("dense_layers", c.dense_layers), ("attention.full_layers", c.attention.full_layers)):
@@ -84,10 +82,6 @@ def experts(config: Config, world: int) -> Iterator[Violation]:
         return
     if c.top_k > c.experts:
         yield Violation("model.moe.top_k", f"must be at most model.moe.experts={c.experts}", [c.experts])
-    if c.hidden % 8:
-        yield Violation(
-            "model.moe.hidden", "must be a multiple of 8, grouped products want rows of 16 bytes", multiples(8, c.hidden)
-        )
 
 
 def moe_blocks(c: ModelConfig) -> int:

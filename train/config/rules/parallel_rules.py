@@ -85,9 +85,9 @@ def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
         if degree > 1:
             yield Violation(key, "must be 1, no layer of the model has experts", [1])
         return
-    if c.moe.hidden // 8 % degree:
+    if degree > 1 and c.moe.hidden % (8 * degree):
         rule = f"must divide model.moe.hidden={c.moe.hidden} into multiples of 8, grouped products want rows of 16 bytes"
-        yield Violation(key, rule, divisors(c.moe.hidden // 8))
+        yield Violation(key, rule, [1] if c.moe.hidden % 8 else divisors(c.moe.hidden // 8))
     holders = world // config.parallel.expert
     if holders % degree:
         expert = f" ({world} ranks / parallel.expert={config.parallel.expert})" if config.parallel.expert > 1 else ""
