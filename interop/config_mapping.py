@@ -17,6 +17,7 @@ from .families.harmless import IRRELEVANT, harmless
 
 TRAINING = (
     "model.mtp_coefficient",
+    "model.mtp_after_norm",
     "model.moe.balance.",
     "model.moe.z_coefficient",
     "model.moe.capacity.factor",

@@ -39,7 +39,7 @@ class Exported:
     architecture: str
     files: list[str]
     notes: list[str] = field(default_factory=list)
-    """One line for each thing that could not be exported."""
+    """One line for each thing that could not be exported, or means something else there."""
 
 
 def export_checkpoint(
@@ -64,6 +64,9 @@ def export_checkpoint(
         failpoint("export.half", manifest.step)
         notes = _write_tokenizer(checkpoint, manifest, unfinished, config)
         _write_json(unfinished / CONFIG, config)
+    if model.mtp_depth and not model.mtp_after_norm:
+        what = "the prediction modules have learned from hidden states before the last norm"
+        notes.append(f"model.mtp_after_norm=false: {what}, {family.architecture} feeds them those after it")
     return Exported(folder, family.architecture, files, notes)
 
 

@@ -40,8 +40,8 @@ class MTPModule(nn.Module):
     def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo) -> Any:
         """Returns the residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
-        hidden_BSD is the residual stream of the previous module (or of the model, before its last norm), embedded_BSD[:, i] the
-        embedding of token i + d. The embedding comes first in the joined vector, as in DeepSeek's published weights.
+        hidden_BSD is the residual stream of the previous module or of the model, before its last norm or (mtp_after_norm) after it;
+        embedded_BSD[:, i] is the embedding of token i + d, first in the joined vector, as in DeepSeek's published weights.
         """
         joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
         return self.block(self.projection(joined_BSD), rotary, tokens)
@@ -155,14 +155,16 @@ class Transformer(nn.Module):
         if head_losses is None:
             logits_BSV = self.head(self.norm(x_BSD))
             return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
-        losses = [self.head(self.norm(x_BSD), head_losses[0])]
+        normed_BSD = self.norm(x_BSD)
+        losses = [self.head(normed_BSD, head_losses[0])]
         if self.training:
-            losses += self._mtp_losses(x_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
+            hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
+            losses += self._mtp_losses(hidden_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
         return losses, of_moe_layers
 
     def _mtp_losses(
         self,
-        x_BSD: Tensor,
+        hidden_BSD: Tensor,
         ids_BS: Tensor,
         tokens: TokenInfo,
         rotary: RotaryTables,
@@ -177,9 +179,11 @@ class Transformer(nn.Module):
             ids_ahead_BS, valid_ahead_BS = shift_left(ids_BS, depth, 0), shift_left(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), rotary, seen)
+            x_BSD, routed = module(hidden_BSD, self._embed(ids_ahead_BS), rotary, seen)
             stats += [] if routed is None else [routed]
-            losses.append(self.head(module.norm(x_BSD), head_loss))
+            normed_BSD = module.norm(x_BSD)
+            hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
+            losses.append(self.head(normed_BSD, head_loss))
         return losses
 
     def _embed(self, ids_BS: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def read_v2(reader: ConfigReader) -> ModelConfig:
 def read_v3(reader: ConfigReader) -> ModelConfig:
     config = _read_both(reader, interleaved=reader.flag("rope_interleave"))
     read_sigmoid_routing(reader, config)
-    config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
+    read_prediction(reader, config)
     return config
 
 
@@ -104,6 +104,12 @@ def write_sigmoid_routing(config: ModelConfig) -> dict[str, Any]:
     """The keys that `read_sigmoid_routing` reads, but those that only published files have."""
     router = config.moe.router
     return {"n_group": router.groups, "topk_group": router.top_groups, "norm_topk_prob": norm_topk_prob(config)}
+
+
+def read_prediction(reader: ConfigReader, config: ModelConfig) -> None:
+    """`num_nextn_predict_layers`. transformers (MtpModel) feeds each module what the norm before it returns, as the model's does."""
+    config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
+    config.mtp_after_norm = config.mtp_depth > 0
 
 
 def _read_both(reader: ConfigReader, interleaved: bool) -> ModelConfig:

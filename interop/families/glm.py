@@ -7,7 +7,7 @@ from ...moe.param_shapes import head_width
 from ..config_reader import ConfigReader
 from ..rope import Partial, read_rope, write_rope
 from ..weight_mapping import DENSE, EXPERT_BIAS, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward
-from .deepseek import read_routed, read_sigmoid_routing, write_routed, write_sigmoid_routing
+from .deepseek import read_prediction, read_routed, read_sigmoid_routing, write_routed, write_sigmoid_routing
 from .family import COMMON, Family, read_common, read_head_width, write_common
 
 
@@ -21,7 +21,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     attention.qkv_bias = reader.flag("attention_bias")
     attention.qk_norm = QKNorm.head if reader.flag("use_qk_norm") else QKNorm.none
     attention.rope = read_rope(reader, partial=Partial(head_width(config), 0.5))
-    config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
+    read_prediction(reader, config)
     return config
 
 

@@ -77,7 +77,7 @@ CASES = {
     ),
     "multi-token prediction": case(latent(10), mtp_depth=2, mtp_coefficient=0.5, micro_batches=2),
     "multi-token prediction, every second layer, tied": case(
-        AttentionConfig(output_bias=True), mtp_depth=2, moe_every=2, tie_embeddings=True
+        AttentionConfig(output_bias=True), mtp_depth=2, mtp_after_norm=True, moe_every=2, tie_embeddings=True
     ),
 }
 
