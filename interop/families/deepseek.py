@@ -107,7 +107,7 @@ def write_sigmoid_routing(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_prediction(reader: ConfigReader, config: ModelConfig) -> None:
-    """`num_nextn_predict_layers`. transformers (MtpModel) feeds each module what the norm before it returns, as the model's does."""
+    """`num_nextn_predict_layers`. transformers (MtpModel) feeds each module what the norm before the head returns."""
     config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
     config.mtp_after_norm = config.mtp_depth > 0
 
