@@ -8,6 +8,7 @@ from typing import Any
 from ..checkpoint.bounded import brief
 from ..checkpoint.facts import check_model_numbers
 from ..moe.config import AttentionKind, ModelConfig, RopeScaling
+from ..moe.param_shapes import rotary_width
 from ..train.config.serialize import plain_config
 from .config_reader import ConfigReader
 from .families import FAMILIES, Family
@@ -44,6 +45,8 @@ ROPE = {
         "mscale_all",
         "truncate",
     ),
+    RopeScaling.dynamic: ("factor", "original_length"),
+    RopeScaling.longrope: ("factor", "original_length", "attention_factor", "short_factors", "long_factors"),
     RopeScaling.llama3: ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
 }
 """The settings of rope that each scaling uses, in addition to theta, fraction and interleaved."""
@@ -57,6 +60,8 @@ def architecture_key(config: ModelConfig) -> dict[str, Any]:
         found["model.attention.mla.norm_epsilon"] = config.attention.mla.norm_epsilon or config.norm_epsilon
     if config.attention.kind is AttentionKind.gqa:
         found["model.head_width"] = config.head_width or config.width // config.heads
+    if config.moe.top_k == 1 and not config.moe.router.softmax_after_top_k:
+        found["model.moe.router.normalize_one"] = config.moe.router.normalize_top_k and config.moe.router.normalize_one
     layers = range(config.layers)
     # As lists of layers, since different settings may mean the same ones.
     found["model.moe_every"] = [index for index in layers if config.moe_layer(index)]
@@ -96,6 +101,8 @@ def _without_effect(config: ModelConfig) -> Iterator[str]:
         yield from ("moe.router.top_groups", "moe.router.group_score")
     if router.softmax_after_top_k or moe.top_k == 1:
         yield "moe.router.normalize_top_k"
+    if router.softmax_after_top_k or moe.top_k > 1:
+        yield "moe.router.normalize_one"
     yield from ("kv_heads", "head_width") if attention.kind is AttentionKind.mla else ("attention.mla.",)
     if attention.window is None:
         yield "attention.window_every"
@@ -124,6 +131,12 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
         raise ValueError(f"{place}quantization_config.quant_method={brief(method)}: weights must be bf16, fp16, fp32 or fp64")
     reader = ConfigReader(config, family.defaults, place)
     model = family.read(reader)
+    rope, pairs = model.attention.rope, rotary_width(model) // 2
+    if rope.scaling is RopeScaling.longrope and {len(rope.short_factors), len(rope.long_factors)} != {pairs}:
+        rule = f"long_factor and short_factor must be lists of {pairs} numbers, one for each rotated pair of a head"
+        raise ValueError(f"{place}rope_parameters: {rule}")
+    if rope.scaling is RopeScaling.dynamic and pairs < 2:
+        raise ValueError(f"{place}rope_parameters.rope_type='dynamic': needs two rotated pairs of a head")
     check_model_numbers({"model": plain_config(model)})
     reader.finish(IRRELEVANT | family.irrelevant | {"quantization_config"}, harmless(model))
     return family, model
@@ -167,7 +180,9 @@ def inexpressible(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 def _written(family: Family, model: ModelConfig) -> dict[str, Any]:
     """config.json, without what the architecture has no keys for."""
-    return {"architectures": [family.architecture], "model_type": family.model_type} | family.defaults | family.write(model)
+    written = {"architectures": [family.architecture], "model_type": family.model_type} | family.defaults | family.write(model)
+    rope = model.attention.rope
+    return written | ({"max_position_embeddings": rope.original_length} if rope.scaling is RopeScaling.dynamic else {})
 
 
 def _shown(value: Any) -> str:

@@ -54,7 +54,10 @@ def export_checkpoint(
     manifest = read_manifest(checkpoint)
     model, ours = _model(checkpoint, manifest), weights_on_meta(manifest)
     family = _family(model, manifest.facts, architecture)
-    config = write_config(family, model) | _irrelevant_keys(manifest.facts, family, model)
+    config = _irrelevant_keys(manifest.facts, family, model)
+    if model.attention.rope.scaling is RopeScaling.dynamic:
+        del config["max_position_embeddings"]  # it decides angles
+    config = write_config(family, model) | config
     _check_complete(model, ours, checkpoint)
     outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")

@@ -24,6 +24,8 @@ class RopeScaling(Enum):
     linear = "linear"
     yarn = "yarn"
     llama3 = "llama3"
+    dynamic = "dynamic"
+    longrope = "longrope"
 
 
 @dataclass
@@ -35,17 +37,17 @@ class RopeConfig:
     interleaved: bool = False
     """Rotate neighbouring pairs (DeepSeek) instead of halves (Llama)."""
     scaling: RopeScaling = RopeScaling.none
-    """Longer contexts than trained on: linear, yarn (Peng et al. 2023), llama3."""
+    """Longer contexts than trained on: linear, yarn (Peng et al. 2023), llama3, dynamic (NTK), longrope (Ding et al. 2024)."""
     factor: float = field(default=1.0, metadata=within("[1, inf)"))
     """How many times longer."""
     original_length: int = field(default=4096, metadata=within("[1, inf)"))
-    """Context length before scaling."""
+    """Context length before scaling; dynamic and longrope change angles only in longer sequences (or documents, if apart)."""
     beta_fast: float = field(default=32.0, metadata=within("(0, inf)"))
     """yarn: wavelengths that turn more often in the original context are kept."""
     beta_slow: float = field(default=1.0, metadata=within("(0, inf)"))
     """yarn: wavelengths that turn less often are interpolated."""
     attention_factor: float | None = field(default=None, metadata=within("(0, inf)"))
-    """yarn: factor of cosines and sines; null is 0.1 ln(factor) + 1."""
+    """Factor of cosines and sines; null is 0.1 ln(factor) + 1 in yarn, sqrt(1 + ln(factor) / ln(original_length)) in longrope."""
     mscale: float = field(default=0.0, metadata=within("[0, inf)"))
     """yarn in DeepSeek: weight of the logarithm in the factor of cosines and sines; 0 for none."""
     mscale_all: float = field(default=0.0, metadata=within("[0, inf)"))
@@ -56,6 +58,10 @@ class RopeConfig:
     """llama3: below this many turns a wavelength is interpolated."""
     high_frequency_factor: float = field(default=4.0, metadata=within("(0, inf)"))
     """llama3: above this many turns a wavelength is kept."""
+    short_factors: list[float] = field(default_factory=list)
+    """longrope: factors of the wavelengths, one for each rotated pair of a head, in sequences of at most original_length."""
+    long_factors: list[float] = field(default_factory=list)
+    """longrope: the same in longer sequences (Phi-3)."""
 
 
 @dataclass
@@ -96,6 +102,8 @@ class AttentionConfig:
     """Each head has a learned logit without a value, which takes part of the probability (gpt-oss)."""
     softcap: float | None = field(default=None, metadata=within("(0, inf)"))
     """Logits become cap * tanh(logits / cap) (Grok, Gemma 2)."""
+    clip_qkv: float | None = field(default=None, metadata=within("(0, inf)"))
+    """Queries, keys and values are clamped to this absolute value, after their norms and biases (OLMoE)."""
     scale: float | None = field(default=None, metadata=within("(0, inf)"))
     """Factor of the logits; null is 1 / sqrt(width of a head)."""
     rope: RopeConfig = field(default_factory=RopeConfig)

@@ -83,7 +83,9 @@ class RouterConfig:
     softmax_after_top_k: bool = False
     """Choose by logits, then softmax over the chosen experts only (gpt-oss)."""
     normalize_top_k: bool = True
-    """Divide the chosen scores by their sum (Mixtral); never if top_k = 1 (Switch), since the router could not learn then."""
+    """Divide the chosen scores by their sum (Mixtral); not if top_k = 1 (Switch), since the router could not learn then."""
+    normalize_one: bool = False
+    """normalize_top_k divides also with top_k = 1: the weight is 1, the router learns from its losses alone (imported models)."""
     scale: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the chosen weights (DeepSeek's routed_scaling_factor)."""
     bias: bool = False

@@ -170,7 +170,7 @@ def _words(config: ModelConfig) -> Iterator[str]:
     yield _selection(config) + groups
     if router.selection is not Selection.hash:
         yield f"{router.score.name} of the chosen" if router.softmax_after_top_k else _score(router.score)
-        if router.normalize_top_k and moe.top_k > 1 and not router.softmax_after_top_k:
+        if router.normalize_top_k and (moe.top_k > 1 or router.normalize_one) and not router.softmax_after_top_k:
             yield "normalized"
     if router.scale != 1:
         yield f"x {router.scale:g}"

@@ -42,6 +42,13 @@ def head_width(config: ModelConfig) -> int:
     return config.head_width or config.width // config.heads
 
 
+def rotary_width(config: ModelConfig) -> int:
+    """Returns the number of dimensions of a head that are rotated."""
+    if config.attention.kind is AttentionKind.mla:
+        return config.attention.mla.rope_width
+    return round(head_width(config) * config.attention.rope.fraction)
+
+
 def _gqa(config: ModelConfig) -> Shapes:
     D, h, attention = config.width, head_width(config), config.attention
     widths = {"q": config.heads * h, "k": config.kv_heads * h, "v": config.kv_heads * h}

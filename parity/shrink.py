@@ -4,7 +4,7 @@ import copy
 import math
 
 from ..moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig
-from ..moe.param_count import head_width
+from ..moe.param_shapes import head_width, rotary_width
 from ..train.config.config import Config
 
 LENGTH, VOCABULARY, WIDTH, HIDDEN = 32, 64, 32, 32
@@ -27,6 +27,8 @@ def shrink(config: Config, ranks: int) -> Config:
     _shrink_depth(m)
     _shrink_attention(m, ranks)
     m.hidden, m.vocabulary = min(m.hidden, HIDDEN), min(m.vocabulary, VOCABULARY)
+    rope, pairs = m.attention.rope, rotary_width(m) // 2
+    rope.short_factors, rope.long_factors = rope.short_factors[:pairs], rope.long_factors[:pairs]
     _shrink_experts(m.moe, ranks)
     m.init_std *= math.sqrt(config.model.width / m.width)
     return small

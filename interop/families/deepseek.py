@@ -68,9 +68,7 @@ def read_routed(reader: ConfigReader, config: ModelConfig) -> None:
     """Routed and shared experts, and the number of dense layers before them."""
     read_experts(reader, config, "n_routed_experts", "moe_intermediate_size")
     config.moe.shared_hidden = reader.integer("n_shared_experts", 0) * config.moe.hidden
-    config.moe.router.scale = reader.number("routed_scaling_factor")
-    if config.moe.router.scale <= 0:
-        raise reader.wrong("routed_scaling_factor", "must be above 0")
+    config.moe.router.scale = reader.positive("routed_scaling_factor")
     config.dense_first = min(reader.integer("first_k_dense_replace", 0), config.layers)
 
 

@@ -11,6 +11,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 2.5, 4.0, 8.0],
+}
 MLA = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 16,
@@ -223,6 +230,37 @@ CASES |= {
             | {"original_max_position_embeddings": 64}
         },
     ),
+    "llama dynamic rope": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}, "max_position_embeddings": 16}
+        | {"head_dim": 4},
+    ),
+    "mixtral longrope, the short factors": (
+        "Mixtral",
+        {"num_local_experts": 4, "head_dim": 8, "rope_parameters": LONGROPE, "max_position_embeddings": 256},
+    ),
+    "qwen3_moe longrope, the long factors": (
+        "Qwen3Moe",
+        {**QWEN, "head_dim": 8, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 18, "factor": 3.0}},
+    ),
+    "deepseek_v3 longrope, one normalised expert": (
+        "DeepseekV3",
+        {
+            **MLA,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 8, "attention_factor": 1.25},
+        },
+    ),
+    "llama longrope, lengths outside, a document longer than the original": (
+        "Llama",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "head_dim": 8},
+    ),
+    "olmoe clipped": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.5}),
+    "ernie4_5_moe one expert": ("Ernie4_5_Moe", {**ERNIE, "moe_k": 1}),
+    "minimax_m2 one expert": ("MiniMaxM2", {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16}),
     "mixtral odd widths": ("Mixtral", {"num_local_experts": 4, "hidden_size": 36, "intermediate_size": 21, "head_dim": 8}),
 }
 IMPORTED = (  # an export writes these models with other keys, or without tensors that have no elements
@@ -231,4 +269,5 @@ IMPORTED = (  # an export writes these models with other keys, or without tensor
     "ernie4_5_moe layers between dense ones, no shared expert",
     "llama yarn with mscale",
     "mixtral odd widths",
+    "llama longrope, lengths outside, a document longer than the original",
 )

@@ -1,5 +1,6 @@
 """Rules between the settings of the model, its routers included."""
 
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -10,12 +11,13 @@ from ....moe.config import (
     ModelConfig,
     MoEConfig,
     QKNorm,
+    RopeConfig,
     RopeScaling,
     Scope,
     Score,
     Selection,
 )
-from ....moe.param_shapes import head_width
+from ....moe.param_shapes import head_width, rotary_width
 from ..config import Config
 from ..schema import written
 from .rule import Violation, divisors, multiples
@@ -44,6 +46,21 @@ def attention(config: Config, world: int) -> Iterator[Violation]:
     if rope.scaling is RopeScaling.yarn and rope.beta_fast < rope.beta_slow:
         rule = f"must be at least model.attention.rope.beta_slow={rope.beta_slow:g}"
         yield Violation("model.attention.rope.beta_fast", rule, [rope.beta_slow])
+    if rope.scaling is RopeScaling.longrope:
+        yield from _longrope(rope, rotary_width(config.model) // 2)
+    if rope.scaling is RopeScaling.dynamic and rotary_width(config.model) < 4:
+        rule = "dynamic needs two rotated pairs of a head"
+        yield Violation("model.attention.rope.scaling", rule, [RopeScaling.linear])
+
+
+def _longrope(rope: RopeConfig, pairs: int) -> Iterator[Violation]:
+    if rope.original_length == 1:
+        yield Violation("model.attention.rope.original_length", "must be at least 2 with longrope", [2])
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(rope, name)
+        if len(factors) != pairs or not all(0 < factor < math.inf for factor in factors):
+            rule = f"must be {pairs} numbers above 0, one for each rotated pair of a head"
+            yield Violation(f"model.attention.rope.{name}", rule, [[1.0] * pairs])
 
 
 def _grouped_query(c: ModelConfig) -> Iterator[Violation]:
@@ -72,10 +89,11 @@ def _latent(c: ModelConfig) -> Iterator[Violation]:
             "model.attention.mla.rope_width", "must be even, rotary embeddings take pairs", multiples(2, a.mla.rope_width)
         )
     left_out = ("rope.fraction", 1.0), ("qk_norm", QKNorm.none), ("qkv_bias", False), ("output_bias", False), ("sinks", False)
-    for name, value in left_out:
+    for name, value in (*left_out, ("clip_qkv", None)):
         if attrgetter(name)(a) != value:
-            text = value.value if isinstance(value, QKNorm) else str(value).lower().removesuffix(".0")
-            yield Violation(f"model.attention.{name}", f"must be {text} with model.attention.kind=mla", [value])
+            yield Violation(
+                f"model.attention.{name}", f"must be {written(value).removesuffix('.0')} with model.attention.kind=mla", [value]
+            )
 
 
 def experts(config: Config, world: int) -> Iterator[Violation]:
