@@ -59,7 +59,7 @@ def rotate(x: Tensor, rotary: RotaryTables, interleaved: bool = False) -> Tensor
 def frequencies(rope: RopeConfig, width: int, device: torch.device, seen: int | Tensor = 0) -> Tensor:
     """Returns radians per position of each of the width / 2 pairs, in fp64.
 
-    seen: tokens of the sequence so far, which dynamic and longrope depend on: a number, or a tensor (..., 1), then (..., width / 2).
+    seen: tokens of the sequence so far, which dynamic and longrope depend on: a number, or a tensor (..., 1) for (..., width / 2).
     """
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
     plain = rope.theta**-exponents

@@ -150,6 +150,14 @@ def test_what_cannot_be_expressed_is_refused_by_name(architecture: str, change: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_context_length_outside_of_the_rope_keys_wins() -> None:
+    """As in transformers for Phi-3: LlamaConfig(original_max_position_embeddings=16, ...) builds its angles with 16."""
+    rope = LONGROPE | {"original_max_position_embeddings": 32}
+    _, model = read_config(given(FAMILIES["LlamaForCausalLM"], rope_scaling=rope, original_max_position_embeddings=16))
+    assert model.attention.rope.original_length == 16
+    assert model.attention.rope.factor == 2048 / 16
+
+
 @pytest.mark.parametrize("config", [{}, {"architectures": ["GPT2LMHeadModel"]}, {"model_type": "mamba"}, {"architectures": "x"}])
 def test_another_architecture_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be one of LlamaForCausalLM, Qwen3ForCausalLM"):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_factor, rotary_tables, rotate
 from tokenyard.moe.param_shapes import rotary_width
+from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_factor, rotary_tables, rotate
 from torch import Tensor
 
 CPU = torch.device("cpu")

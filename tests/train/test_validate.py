@@ -82,9 +82,9 @@ BAD = [
      "model.attention.qk_norm=none"),
     (1, "model.attention.kind=mla model.attention.clip_qkv=8", "model.attention.clip_qkv=8.0: must be null with",
      "model.attention.clip_qkv=null"),
-    (1, "model.attention.rope.scaling=longrope model.attention.rope.fraction=0.25",
-     "model.attention.rope.short_factors=[]: must be 2 numbers above 0, one for each rotated pair",
-     "model.attention.rope.short_factors=[1.0,1.0]"),
+    (1, "model.attention.rope.scaling=longrope model.attention.rope.fraction=0.25 model.attention.rope.short_factors=[1,2]",
+     "model.attention.rope.long_factors=[]: must be 2 numbers above 0, one for each rotated pair",
+     "model.attention.rope.long_factors=[1.0,1.0]"),
     (1, "model.attention.rope.scaling=longrope model.attention.rope.fraction=0.125 model.attention.rope.original_length=1 "
      "model.attention.rope.long_factors=[2] model.attention.rope.short_factors=[1]",
      "model.attention.rope.original_length=1: must be at least 2", "model.attention.rope.original_length=2"),
