@@ -153,7 +153,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(architecture: str, change: 
 def test_a_context_length_outside_of_the_rope_keys_wins() -> None:
     """As in transformers for Phi-3: LlamaConfig(original_max_position_embeddings=16, ...) builds its angles with 16."""
     rope = LONGROPE | {"original_max_position_embeddings": 32}
-    _, model = read_config(given(FAMILIES["LlamaForCausalLM"], rope_scaling=rope, original_max_position_embeddings=16))
+    _, model = read_config(given(FAMILIES["LlamaForCausalLM"], rope_parameters=rope, original_max_position_embeddings=16))
     assert model.attention.rope.original_length == 16
     assert model.attention.rope.factor == 2048 / 16
 
