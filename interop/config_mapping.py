@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.bounded import brief
 from ..checkpoint.facts import check_model_numbers
 from ..moe.config import AttentionKind, ModelConfig, RopeScaling
-from ..moe.param_shapes import rotary_width
+from ..moe.param_shapes import head_width, rotary_width
 from ..train.config.serialize import plain_config
 from .config_reader import ConfigReader
 from .families import FAMILIES, Family
@@ -59,6 +59,7 @@ def architecture_key(config: ModelConfig) -> dict[str, Any]:
     if config.attention.kind is AttentionKind.mla:
         found["model.attention.mla.norm_epsilon"] = config.attention.mla.norm_epsilon or config.norm_epsilon
     if config.attention.kind is AttentionKind.gqa:
+        found["model.attention.scale"] = config.attention.scale or head_width(config) ** -0.5
         found["model.head_width"] = config.head_width or config.width // config.heads
     if config.moe.top_k == 1 and not config.moe.router.softmax_after_top_k:
         found["model.moe.router.normalize_one"] = config.moe.router.normalize_top_k and config.moe.router.normalize_one

@@ -221,6 +221,10 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     sandwich_norms: bool = False
     """Also RMSNorm after attention and feed-forward, before the residual addition (Grok, Gemma 2)."""
+    pre_norms: bool = True
+    """RMSNorm before attention and feed-forward; false, with sandwich_norms, leaves those after them (OLMo 2, FlexOlmo)."""
+    residual_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
+    """Factor of what attention and feed-forward add to the residual stream (Granite)."""
     embedding_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the embedding's output (Grok)."""
     output_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))

@@ -194,7 +194,8 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """A transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
 
-    With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2).
+    With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2), or, without pre
+    norms, only they (OLMo 2). The residual multiplier is a factor of what is added (Granite).
     """
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
@@ -204,10 +205,11 @@ class Block(nn.Module):
             return RMSNorm(config.width, config.norm_epsilon, dtype=weights)
 
         latent = config.attention.kind is AttentionKind.mla
-        self.attention_norm, self.feedforward_norm = norm(), norm()
+        self.attention_norm, self.feedforward_norm = (norm() if config.pre_norms else None for _ in range(2))
         self.attention = LatentAttention(config, weights, index) if latent else Attention(config, weights, index)
         self.attention_post_norm = norm() if config.sandwich_norms else None
         self.feedforward_post_norm = norm() if config.sandwich_norms else None
+        self.residual_multiplier = config.residual_multiplier
         moe = config.moe_layer(index)
         self.moe = MoELayer(config, weights) if moe else None
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
@@ -215,11 +217,14 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        y_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache)
-        x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
-        y_BSD, stats = self.feedforward_norm(x_BSD), None
+        y_BSD = self.attention(x_BSD if self.attention_norm is None else self.attention_norm(x_BSD), rotary, cache)
+        x_BSD = self._add(x_BSD, y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
+        y_BSD, stats = x_BSD if self.feedforward_norm is None else self.feedforward_norm(x_BSD), None
         if self.moe is not None:
             y_BSD, stats = self.moe(y_BSD, tokens)
         elif self.dense is not None:
             y_BSD = self.dense(y_BSD)
-        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
+        return self._add(x_BSD, y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
+
+    def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + (y_BSD if self.residual_multiplier == 1.0 else y_BSD * self.residual_multiplier)

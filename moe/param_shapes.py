@@ -25,7 +25,7 @@ def shapes(config: ModelConfig) -> Shapes:
 def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
     """Returns the parameters of one block, dense or with experts."""
     D = config.width
-    names = ["attention_norm", "feedforward_norm"]
+    names = ["attention_norm", "feedforward_norm"] if config.pre_norms else []
     if config.sandwich_norms:
         names += ["attention_post_norm", "feedforward_post_norm"]
     latent = config.attention.kind is AttentionKind.mla

@@ -65,6 +65,9 @@ CASES = {
         AttentionConfig(sinks=True, window=3, window_every=2, qkv_bias=True, output_bias=True),
         {"activation": Activation.swiglu_clamped, "bias": True},
     ),
+    "norms after attention and experts alone, residual factor": case(
+        AttentionConfig(qk_norm=QKNorm.full), pre_norms=False, sandwich_norms=True, residual_multiplier=0.4
+    ),
     "full-width qk norm, sandwich, soft-caps, multipliers": case(
         AttentionConfig(qk_norm=QKNorm.full, softcap=2.0, scale=0.3, rope=RopeConfig(fraction=0.5)),
         {"activation": Activation.geglu},

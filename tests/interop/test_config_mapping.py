@@ -19,13 +19,18 @@ from tokenyard.moe.config import (
     RouterConfig,
     Selection,
 )
+from tokenyard.train.config.compose import compose
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 NAMED = {
     "Qwen3MoeForCausalLM": {"num_experts", "head_dim"},
     "DeepseekV2ForCausalLM": {"moe_layer_freq", "aux_loss_alpha", "seq_aux"},
 }
-NAMED |= {"DeepseekV3ForCausalLM": {"moe_layer_freq"}}
+NAMED |= {
+    "DeepseekV3ForCausalLM": {"moe_layer_freq"},
+    "Glm4MoeLiteForCausalLM": {"moe_layer_freq", "head_dim", "num_nextn_predict_layers"},
+    "SolarOpenForCausalLM": {"intermediate_size"},
+}
 """Keys of published files that transformers 5 does not write."""
 NEEDED = {
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
@@ -86,6 +91,30 @@ def test_a_wrong_type_is_refused(family: Family) -> None:
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+KIMI_K2 = {
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 2.827,
+    "rope_theta": 50000.0,
+    "rope_parameters": {
+        "type": "yarn",
+        "rope_theta": 50000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "vocab_size": 163840,
+}
 REFUSED = [
     ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
     ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias=True"),
@@ -118,6 +147,11 @@ REFUSED = [
     ("Ernie4_5_MoeForCausalLM", {"moe_norm_min": 0.5}, "moe_norm_min=0.5: must be above 0 and at most 1e-12"),
     ("MiniMaxM2ForCausalLM", {"attn_type_list": [1, 0]}, "attn_type_list=[1, 0]"),
     ("MiniMaxM2ForCausalLM", {"use_routing_bias": False}, "use_routing_bias=False"),
+    ("Glm4MoeLiteForCausalLM", {"mlp_layer_types": ["dense"]}, "mlp_layer_types=['dense']: must be 47 times dense or sparse"),
+    ("Glm4MoeLiteForCausalLM", {"first_k_dense_replace": 3}, "first_k_dense_replace=3: must be None or 1"),
+    ("SolarOpenForCausalLM", {"first_k_dense_replace": 1}, "first_k_dense_replace=1: must be None or 0"),
+    ("GraniteMoeForCausalLM", {"residual_multiplier": 0}, "residual_multiplier=0: must be above 0"),
+    ("GraniteMoeForCausalLM", {"logits_scaling": -1}, "logits_scaling=-1: must be above 0"),
     ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method='fp8'"),
     ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
@@ -156,6 +190,15 @@ def test_a_context_length_outside_of_the_rope_keys_wins() -> None:
     _, model = read_config(given(FAMILIES["LlamaForCausalLM"], rope_parameters=rope, original_max_position_embeddings=16))
     assert model.attention.rope.original_length == 16
     assert model.attention.rope.factor == 2048 / 16
+
+
+def test_kimi_k2_is_deepseek_v3() -> None:
+    """Its published file names DeepSeek's architecture, and a model type of its own."""
+    family, model = read_config(given(FAMILIES["DeepseekV3ForCausalLM"], model_type="kimi_k2", **KIMI_K2))
+    assert family.architecture == "DeepseekV3ForCausalLM"
+    preset = compose(["model=kimi_k2"]).model
+    preset.init_std = model.init_std
+    assert differences(preset, model) == {}
 
 
 @pytest.mark.parametrize("config", [{}, {"architectures": ["GPT2LMHeadModel"]}, {"model_type": "mamba"}, {"architectures": "x"}])

@@ -80,6 +80,8 @@ BAD = [
      "model.attention.rope.beta_fast=1.0"),
     (1, "model.attention.kind=mla model.attention.qk_norm=head", "model.attention.qk_norm=head: must be none with",
      "model.attention.qk_norm=none"),
+    (1, "model.pre_norms=false", "model.sandwich_norms=false: must be true with model.pre_norms=false",
+     "model.sandwich_norms=true"),
     (1, "model.attention.kind=mla model.attention.clip_qkv=8", "model.attention.clip_qkv=8.0: must be null with",
      "model.attention.clip_qkv=null"),
     (1, "model.attention.rope.scaling=longrope model.attention.rope.fraction=0.25 model.attention.rope.short_factors=[1,2]",

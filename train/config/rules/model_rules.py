@@ -32,6 +32,8 @@ def model(config: Config, world: int) -> Iterator[Violation]:
     for key, listed in (("dense_layers", c.dense_layers), ("attention.full_layers", c.attention.full_layers)):
         if (valid := sorted({index for index in listed if 0 <= index < c.layers})) != listed:
             yield Violation(f"model.{key}", f"must be rising indices of the {c.layers} layers, from 0", [valid])
+    if not c.pre_norms and not c.sandwich_norms:
+        yield Violation("model.sandwich_norms", "must be true with model.pre_norms=false, or nothing is normed", [True])
     if c.mtp_depth >= config.sequence_length:
         rule = f"must be below sequence_length={config.sequence_length}, or nothing is left to predict"
         yield Violation("model.mtp_depth", rule, [config.sequence_length - 1])
