@@ -102,6 +102,10 @@ class RouterConfig:
     """In training, add learned Gaussian noise to the logits (Shazeer 2017)."""
     null_experts: int = field(default=0, metadata=within("[0, inf)"))
     """Additional experts that compute nothing: a token that chooses one has fewer real experts."""
+    copy_experts: int = field(default=0, metadata=within("[0, inf)"))
+    """Of the null experts, those that return the token itself (identity experts of LongCat-Flash, copy experts of MoE++)."""
+    constant_experts: int = field(default=0, metadata=within("[0, inf)"))
+    """Of the null experts, those that return a learned mixture of the token and a learned vector (MoE++)."""
 
 
 @dataclass

@@ -95,17 +95,18 @@ def _moe(config: ModelConfig) -> Shapes:
 
 
 def _router(config: ModelConfig) -> Shapes:
-    """Hash selection has no parameters; expert_bias is a buffer, since no gradient trains it."""
-    router = config.moe.router
+    """Hash selection has none but those of constant experts; expert_bias is a buffer, since no gradient trains it."""
+    router, constants = config.moe.router, config.moe.router.constant_experts
+    null = {"null.mixing.weight": (2 * constants, config.width), "null.vectors.weight": (config.width, constants)}
     if router.selection is Selection.hash:
-        return {}
+        return null if constants else {}
     outputs = config.moe.experts + router.null_experts
     found: Shapes = {"weight": (outputs, config.width)}
     if router.bias:
         found["bias"] = (outputs,)
     if router.noise:
         found["noise_weight"] = (outputs, config.width)
-    return found
+    return found | (null if constants else {})
 
 
 def _feedforward(config: ModelConfig, hidden: int) -> Shapes:

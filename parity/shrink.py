@@ -66,7 +66,10 @@ def _shrink_attention(m: ModelConfig, ranks: int) -> None:
 def _shrink_experts(c: MoEConfig, ranks: int) -> None:
     groups, top_groups, unit = c.router.groups, c.router.top_groups, math.gcd(c.experts, ranks)
     c.hidden, c.shared_hidden = min(c.hidden, HIDDEN), min(c.shared_hidden, HIDDEN)
-    c.router.null_experts, c.top_k = min(c.router.null_experts, 4), min(c.top_k, 8)
+    r, c.top_k = c.router, min(c.top_k, 8)
+    zero = min(r.null_experts - r.copy_experts - r.constant_experts, 1 if r.copy_experts or r.constant_experts else 4)
+    r.copy_experts, r.constant_experts = min(r.copy_experts, 2), min(r.constant_experts, 2)
+    r.null_experts = zero + r.copy_experts + r.constant_experts
     least = max(8, 2 * c.top_k)
     size = 2 if groups > 1 or c.router.group_score is GroupScore.top2 else 1
     fitting = (

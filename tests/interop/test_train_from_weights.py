@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
-from family_cases import MLA, QWEN
+from family_cases import MLA, QWEN, SOLAR
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.data.batches import IGNORE
 from tokenyard.interop.export import export_checkpoint
@@ -32,6 +32,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV3": {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "GptOss": {"num_local_experts": 4, "head_dim": 8},
     "Olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
+    "Glm4MoeLite": {**MLA, "n_shared_experts": 1},
+    "SolarOpen": {**SOLAR, "head_dim": 16},
+    "GraniteMoe": {"num_local_experts": 8, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "embedding_multiplier": 3.0},
+    "FlexOlmo": {"num_experts": 8, "num_experts_per_tok": 3},
     "Llama": {},
     "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
 }

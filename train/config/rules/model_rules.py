@@ -124,10 +124,24 @@ def routers(config: Config, world: int) -> Iterator[Violation]:
     c = config.model.moe
     if not any(config.model.moe_layer(index) for index in range(config.model.layers)):
         return
+    yield from _null_experts(c)
     yield from _groups(c)
     yield from _selection(c)
     yield from _softmax_after_top_k(c)
     yield from _capacity(c)
+
+
+def _null_experts(c: MoEConfig) -> Iterator[Violation]:
+    router = c.router
+    if router.selection is Selection.gshard and (router.copy_experts or router.constant_experts):
+        name = "copy_experts" if router.copy_experts else "constant_experts"
+        yield Violation(f"{ROUTER}.{name}", f"must be 0 with {ROUTER}.selection=gshard, which may drop a choice of one", [0])
+    for name, other in (("copy_experts", "constant_experts"), ("constant_experts", "copy_experts")):
+        room = router.null_experts - getattr(router, other)
+        if getattr(router, name) > max(0, room):
+            rule = f"must be at most {ROUTER}.null_experts={router.null_experts} together with {ROUTER}.{other}"
+            yield Violation(f"{ROUTER}.{name}", rule, [max(0, room)])
+            return
 
 
 def _groups(c: MoEConfig) -> Iterator[Violation]:
