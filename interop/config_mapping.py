@@ -8,6 +8,7 @@ from typing import Any
 from ..checkpoint.bounded import brief
 from ..checkpoint.facts import check_model_numbers
 from ..moe.config import AttentionKind, ModelConfig, RopeScaling
+from ..moe.param_shapes import head_width, rotary_width
 from ..train.config.serialize import plain_config
 from .config_reader import ConfigReader
 from .families import FAMILIES, Family
@@ -17,6 +18,7 @@ from .families.harmless import IRRELEVANT, harmless
 
 TRAINING = (
     "model.mtp_coefficient",
+    "model.mtp_after_norm",
     "model.moe.balance.",
     "model.moe.z_coefficient",
     "model.moe.capacity.factor",
@@ -43,6 +45,8 @@ ROPE = {
         "mscale_all",
         "truncate",
     ),
+    RopeScaling.dynamic: ("factor", "original_length"),
+    RopeScaling.longrope: ("factor", "original_length", "attention_factor", "short_factors", "long_factors"),
     RopeScaling.llama3: ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
 }
 """The settings of rope that each scaling uses, in addition to theta, fraction and interleaved."""
@@ -55,7 +59,10 @@ def architecture_key(config: ModelConfig) -> dict[str, Any]:
     if config.attention.kind is AttentionKind.mla:
         found["model.attention.mla.norm_epsilon"] = config.attention.mla.norm_epsilon or config.norm_epsilon
     if config.attention.kind is AttentionKind.gqa:
+        found["model.attention.scale"] = config.attention.scale or head_width(config) ** -0.5
         found["model.head_width"] = config.head_width or config.width // config.heads
+    if config.moe.top_k == 1 and not config.moe.router.softmax_after_top_k:
+        found["model.moe.router.normalize_one"] = config.moe.router.normalize_top_k and config.moe.router.normalize_one
     layers = range(config.layers)
     # As lists of layers, since different settings may mean the same ones.
     found["model.moe_every"] = [index for index in layers if config.moe_layer(index)]
@@ -95,6 +102,8 @@ def _without_effect(config: ModelConfig) -> Iterator[str]:
         yield from ("moe.router.top_groups", "moe.router.group_score")
     if router.softmax_after_top_k or moe.top_k == 1:
         yield "moe.router.normalize_top_k"
+    if router.softmax_after_top_k or moe.top_k > 1:
+        yield "moe.router.normalize_one"
     yield from ("kv_heads", "head_width") if attention.kind is AttentionKind.mla else ("attention.mla.",)
     if attention.window is None:
         yield "attention.window_every"
@@ -121,6 +130,12 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
         _check_quantization(config["quantization_config"], family, place)
     reader = ConfigReader(config, family.defaults, place)
     model = family.read(reader)
+    rope, pairs = model.attention.rope, rotary_width(model) // 2
+    if rope.scaling is RopeScaling.longrope and {len(rope.short_factors), len(rope.long_factors)} != {pairs}:
+        rule = f"long_factor and short_factor must be lists of {pairs} numbers, one for each rotated pair of a head"
+        raise ValueError(f"{place}rope_parameters: {rule}")
+    if rope.scaling is RopeScaling.dynamic and pairs < 2:
+        raise ValueError(f"{place}rope_parameters.rope_type='dynamic': needs two rotated pairs of a head")
     check_model_numbers({"model": plain_config(model)})
     reader.finish(IRRELEVANT | family.irrelevant | {"quantization_config"}, harmless(model))
     return family, model
@@ -183,7 +198,9 @@ def inexpressible(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 def _written(family: Family, model: ModelConfig) -> dict[str, Any]:
     """config.json, without what the architecture has no keys for."""
-    return {"architectures": [family.architecture], "model_type": family.model_type} | family.defaults | family.write(model)
+    written = {"architectures": [family.architecture], "model_type": family.model_type} | family.defaults | family.write(model)
+    rope = model.attention.rope
+    return written | ({"max_position_embeddings": rope.original_length} if rope.scaling is RopeScaling.dynamic else {})
 
 
 def _shown(value: Any) -> str:

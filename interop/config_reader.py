@@ -46,6 +46,12 @@ class ConfigReader:
             raise self.wrong(key, "must be a number below 2^100")
         return float(value)
 
+    def positive(self, key: str) -> float:
+        """A number above 0."""
+        if (value := self.number(key)) <= 0:
+            raise self.wrong(key, "must be above 0")
+        return value
+
     def flag(self, key: str) -> bool:
         """A boolean; null is false."""
         value = self.any(key)

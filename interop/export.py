@@ -39,7 +39,7 @@ class Exported:
     architecture: str
     files: list[str]
     notes: list[str] = field(default_factory=list)
-    """One line for each thing that could not be exported."""
+    """One line for each thing that could not be exported, or means something else there."""
 
 
 def export_checkpoint(
@@ -54,7 +54,10 @@ def export_checkpoint(
     manifest = read_manifest(checkpoint)
     model, ours = _model(checkpoint, manifest), weights_on_meta(manifest)
     family = _family(model, manifest.facts, architecture)
-    config = write_config(family, model) | _irrelevant_keys(manifest.facts, family, model)
+    config = _irrelevant_keys(manifest.facts, family, model)
+    if model.attention.rope.scaling is RopeScaling.dynamic:
+        del config["max_position_embeddings"]  # it decides angles
+    config = write_config(family, model) | config
     _check_complete(model, ours, checkpoint)
     outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
@@ -64,6 +67,9 @@ def export_checkpoint(
         failpoint("export.half", manifest.step)
         notes = _write_tokenizer(checkpoint, manifest, unfinished, config)
         _write_json(unfinished / CONFIG, config)
+    if model.mtp_depth and not model.mtp_after_norm:
+        what = "the prediction modules have learned from hidden states before the last norm"
+        notes.append(f"model.mtp_after_norm=false: {what}, {family.architecture} feeds them those after it")
     return Exported(folder, family.architecture, files, notes)
 
 

@@ -38,7 +38,7 @@ def open_source(path: Path) -> HFSource:
     folder = dequantized(folder)
     behind = f"model.layers.{model.layers}."
     if model.mtp_depth and not any(name.startswith(behind) for name in folder.tensors):
-        model.mtp_depth = 0  # transformers writes the key but not the tensors
+        model.mtp_depth, model.mtp_after_norm = 0, False  # transformers writes the key but not the tensors
     _check_bytes(path, folder, model)
     with torch.device("meta"):
         ours = dict(Transformer(model).state_dict())

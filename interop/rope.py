@@ -13,7 +13,11 @@ TYPES = {
     "linear": RopeScaling.linear,
     "yarn": RopeScaling.yarn,
     "llama3": RopeScaling.llama3,
+    "dynamic": RopeScaling.dynamic,
+    "longrope": RopeScaling.longrope,
 }
+
+ORIGINAL = "original_max_position_embeddings"
 
 
 class Partial(NamedTuple):
@@ -42,10 +46,12 @@ def read_rope(
     given |= {key: value for key, value in (reader.mapping(group) or default).items() if value is not None or key == "truncate"}
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given["rope_type"] = kind
+    if (outside := reader.any(ORIGINAL)) is not None and kind in ("llama3", "yarn", "longrope"):
+        given[ORIGINAL] = outside  # Phi-3 says it there, and transformers then looks nowhere else
     rope_reader = ConfigReader(
         given,
         {
-            "original_max_position_embeddings": reader.any("max_position_embeddings"),
+            ORIGINAL: reader.any("max_position_embeddings"),
             "partial_rotary_factor": partial.fraction
             if partial is not None and not reader.given("partial_rotary_factor")
             else reader.any("partial_rotary_factor"),
@@ -59,15 +65,20 @@ def read_rope(
     if rope.theta <= 1:
         raise rope_reader.wrong("rope_theta", "must be above 1")
     _read_fraction(rope, rope_reader, reader, partial)
-    if rope.scaling is not RopeScaling.none:
+    if rope.scaling not in (RopeScaling.none, RopeScaling.longrope):
         rope.factor = rope_reader.number("factor")
         if rope.factor < 1:
             raise rope_reader.wrong("factor", "must be at least 1")
+    if rope.scaling is RopeScaling.dynamic:  # transformers looks at no other length
+        rope.original_length = reader.integer("max_position_embeddings")
+        rope_reader.require(ORIGINAL, None, rope.original_length)
+    if rope.scaling is RopeScaling.longrope:
+        _read_longrope(rope, rope_reader, reader)
     if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
-        rope.original_length = rope_reader.integer("original_max_position_embeddings")
+        rope.original_length = rope_reader.integer(ORIGINAL)
     if rope.scaling is RopeScaling.llama3:
-        rope.low_frequency_factor = _positive(rope_reader, "low_freq_factor")
-        rope.high_frequency_factor = _positive(rope_reader, "high_freq_factor")
+        rope.low_frequency_factor = rope_reader.positive("low_freq_factor")
+        rope.high_frequency_factor = rope_reader.positive("high_freq_factor")
         if rope.high_frequency_factor <= rope.low_frequency_factor:
             raise rope_reader.wrong("high_freq_factor", f"must be above low_freq_factor={rope.low_frequency_factor:g}")
     if rope.scaling is RopeScaling.yarn:
@@ -99,27 +110,48 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
         written["partial_rotary_factor"] = rope.fraction
     if rope.scaling is not RopeScaling.none:
         written["factor"] = rope.factor
-    if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
-        written["original_max_position_embeddings"] = rope.original_length
+    if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3, RopeScaling.longrope):
+        written[ORIGINAL] = rope.original_length
     if rope.scaling is RopeScaling.llama3:
         written |= {"low_freq_factor": rope.low_frequency_factor, "high_freq_factor": rope.high_frequency_factor}
+    if rope.scaling is RopeScaling.longrope:
+        written |= {"short_factor": rope.short_factors, "long_factor": rope.long_factors}
+    if rope.scaling in (RopeScaling.yarn, RopeScaling.longrope) and rope.attention_factor is not None:
+        written["attention_factor"] = rope.attention_factor
     if rope.scaling is RopeScaling.yarn:
         written |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        if rope.attention_factor is not None:
-            written["attention_factor"] = rope.attention_factor
         if rope.mscale or rope.mscale_all:
             written |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all}
     return written
 
 
+def _read_longrope(rope: RopeConfig, rope_reader: ConfigReader, reader: ConfigReader) -> None:
+    """Without `factor` it is the ratio of the lengths (Phi-3). One below 1 is 1, which changes neither angles nor their factor."""
+    rope.original_length = rope_reader.integer(ORIGINAL, 2)
+    if rope_reader.any("factor") is None:
+        rope.factor = max(1.0, reader.integer("max_position_embeddings") / rope.original_length)
+    else:
+        rope.factor = max(1.0, rope_reader.number("factor"))
+    if rope_reader.given("attention_factor"):
+        rope.attention_factor = rope_reader.positive("attention_factor")
+    rope.short_factors, rope.long_factors = (_factors(rope_reader, name) for name in ("short_factor", "long_factor"))
+
+
+def _factors(reader: ConfigReader, key: str) -> list[float]:
+    found = reader.any(key)
+    if not isinstance(found, list) or not all(type(value) in (int, float) and 0 < value < math.inf for value in found):
+        raise reader.wrong(key, "must be a list of numbers above 0, one for each rotated pair of a head")
+    return [float(value) for value in found]
+
+
 def _read_yarn(rope: RopeConfig, rope_reader: ConfigReader, mscale: bool) -> None:
     for name in ("beta_fast", "beta_slow"):
         if rope_reader.any(name):  # transformers takes 0 for the default, as null
-            setattr(rope, name, _positive(rope_reader, name))
+            setattr(rope, name, rope_reader.positive(name))
     if rope.beta_fast < rope.beta_slow:
         raise rope_reader.wrong("beta_fast", f"must be at least beta_slow={rope.beta_slow:g}")
     if rope_reader.given("attention_factor"):
-        rope.attention_factor = _positive(rope_reader, "attention_factor")
+        rope.attention_factor = rope_reader.positive("attention_factor")
     if rope_reader.given("truncate"):
         rope.truncate = rope_reader.flag("truncate")  # null is false, and leaving it out is true
     if not (rope_reader.given("mscale") or rope_reader.given("mscale_all_dim")):
@@ -135,9 +167,3 @@ def _read_yarn(rope: RopeConfig, rope_reader: ConfigReader, mscale: bool) -> Non
         # Outside of DeepSeek they scale cosines and sines alone, and only together.
         over, under = (0.1 * weight * math.log(rope.factor) + 1 for weight in both)
         rope.attention_factor = over / under
-
-
-def _positive(reader: ConfigReader, key: str) -> float:
-    if (value := reader.number(key)) <= 0:
-        raise reader.wrong(key, "must be above 0")
-    return value

@@ -58,6 +58,11 @@ CARDS = {
     "dots_llm1": Card("142", "14", "arXiv:2506.05767, abstract"),
     "ernie_4_5_21b_a3b": Card("21", "3", "huggingface.co/baidu/ERNIE-4.5-21B-A3B-PT"),
     "minimax_m2": Card("230", "10", "minimax.io/news/minimax-m2"),
+    "glm_4_7_flash": Card("30", "3", "huggingface.co/zai-org/GLM-4.7-Flash", embedding_in_active=False),
+    "kimi_k2": Card("1000", "32", "arXiv:2507.20534, abstract"),
+    "solar_open_100b": Card("102.6", "12", "huggingface.co/upstage/Solar-Open-100B"),
+    "granite_3_0_3b_a800m": Card("3.3", "0.8", "huggingface.co/ibm-granite/granite-3.0-3b-a800m-base"),
+    "flex_olmo_7x7b": Card("33", None, "huggingface.co/allenai/FlexOlmo-7x7B-1T"),
     "olmoe_1b_7b": Card("6.9", "1.3", "arXiv:2409.02060, abstract"),
     "grok_1": Card("314", None, "github.com/xai-org/grok-1", embedding_in_total=False),
 }

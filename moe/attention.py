@@ -25,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, index: int = 0) -> None:
         super().__init__()
         settings, width = config.attention, head_width(config)
-        self.head_width, self.interleaved = width, settings.rope.interleaved
+        self.head_width, self.interleaved, self.clip = width, settings.rope.interleaved, settings.clip_qkv
         self.q = Linear(config.width, config.heads * width, dtype, settings.qkv_bias)
         self.k = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
         self.v = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
@@ -54,7 +54,8 @@ class Attention(nn.Module):
 
     def _heads(self, x_BSC: Tensor, norm: nn.Module | None) -> Tensor:
         x_BSHh = x_BSC.unflatten(-1, (-1, self.head_width))
-        return (x_BSHh if norm is None else norm(x_BSHh)).transpose(1, 2)
+        x_BSHh = x_BSHh if norm is None else norm(x_BSHh)
+        return (x_BSHh if self.clip is None else x_BSHh.clamp(-self.clip, self.clip)).transpose(1, 2)
 
 
 def attend(

@@ -7,6 +7,27 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..ranges import within
+from .attention_config import AttentionConfig, AttentionKind, MLAConfig, QKNorm, RopeConfig, RopeScaling
+
+__all__ = [
+    "Activation",
+    "AttentionConfig",
+    "AttentionKind",
+    "BalanceConfig",
+    "CapacityConfig",
+    "DropPolicy",
+    "GroupScore",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "QKNorm",
+    "RopeConfig",
+    "RopeScaling",
+    "RouterConfig",
+    "Scope",
+    "Score",
+    "Selection",
+]
 
 # Routing: router, load balance and capacity.
 
@@ -62,7 +83,9 @@ class RouterConfig:
     softmax_after_top_k: bool = False
     """Choose by logits, then softmax over the chosen experts only (gpt-oss)."""
     normalize_top_k: bool = True
-    """Divide the chosen scores by their sum (Mixtral); never if top_k = 1 (Switch), since the router could not learn then."""
+    """Divide the chosen scores by their sum (Mixtral); not if top_k = 1 (Switch), since the router could not learn then."""
+    normalize_one: bool = False
+    """normalize_top_k divides also with top_k = 1: the weight is 1, the router learns from its losses alone (imported models)."""
     scale: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the chosen weights (DeepSeek's routed_scaling_factor)."""
     bias: bool = False
@@ -79,6 +102,10 @@ class RouterConfig:
     """In training, add learned Gaussian noise to the logits (Shazeer 2017)."""
     null_experts: int = field(default=0, metadata=within("[0, inf)"))
     """Additional experts that compute nothing: a token that chooses one has fewer real experts."""
+    copy_experts: int = field(default=0, metadata=within("[0, inf)"))
+    """Of the null experts, those that return the token itself (identity experts of LongCat-Flash, copy experts of MoE++)."""
+    constant_experts: int = field(default=0, metadata=within("[0, inf)"))
+    """Of the null experts, those that return a learned mixture of the token and a learned vector (MoE++)."""
 
 
 @dataclass
@@ -129,126 +156,6 @@ class CapacityConfig:
             if step >= start:
                 factor = scheduled or None
         return factor
-
-
-# Attention and rotary embeddings.
-
-
-class AttentionKind(Enum):
-    gqa = "gqa"
-    mla = "mla"
-
-
-class QKNorm(Enum):
-    """RMSNorm of queries and keys: not at all, each head (Qwen3), or all heads together (OLMoE)."""
-
-    none = "none"
-    head = "head"
-    full = "full"
-
-
-class RopeScaling(Enum):
-    none = "none"
-    linear = "linear"
-    yarn = "yarn"
-    llama3 = "llama3"
-
-
-@dataclass
-class RopeConfig:
-    theta: float = field(default=10000.0, metadata=within("(1, inf)"))
-    """Base of the wavelengths."""
-    fraction: float = field(default=1.0, metadata=within("(0, 1]"))
-    """Share of each head's width that is rotated."""
-    interleaved: bool = False
-    """Rotate neighbouring pairs (DeepSeek) instead of halves (Llama)."""
-    scaling: RopeScaling = RopeScaling.none
-    """Longer contexts than trained on: linear, yarn (Peng et al. 2023), llama3."""
-    factor: float = field(default=1.0, metadata=within("[1, inf)"))
-    """How many times longer."""
-    original_length: int = field(default=4096, metadata=within("[1, inf)"))
-    """Context length before scaling."""
-    beta_fast: float = field(default=32.0, metadata=within("(0, inf)"))
-    """yarn: wavelengths that turn more often in the original context are kept."""
-    beta_slow: float = field(default=1.0, metadata=within("(0, inf)"))
-    """yarn: wavelengths that turn less often are interpolated."""
-    attention_factor: float | None = field(default=None, metadata=within("(0, inf)"))
-    """yarn: factor of cosines and sines; null is 0.1 ln(factor) + 1."""
-    mscale: float = field(default=0.0, metadata=within("[0, inf)"))
-    """yarn in DeepSeek: weight of the logarithm in the factor of cosines and sines; 0 for none."""
-    mscale_all: float = field(default=0.0, metadata=within("[0, inf)"))
-    """yarn in DeepSeek: the same for the attention's scale, squared; 0 for none."""
-    truncate: bool = True
-    """yarn: round the bounds of the ramp to whole dimensions (gpt-oss does not)."""
-    low_frequency_factor: float = field(default=1.0, metadata=within("(0, inf)"))
-    """llama3: below this many turns a wavelength is interpolated."""
-    high_frequency_factor: float = field(default=4.0, metadata=within("(0, inf)"))
-    """llama3: above this many turns a wavelength is kept."""
-
-
-@dataclass
-class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2), for attention.kind=mla."""
-
-    q_rank: int | None = field(default=None, metadata=within("[1, 1048576]"))
-    """Width of the latent of queries; null projects them directly (V2-Lite)."""
-    kv_rank: int = field(default=64, metadata=within("[1, 1048576]"))
-    """Width of the latent of keys and values; a cache holds it and one rotary key."""
-    nope_width: int = field(default=32, metadata=within("[1, 65536]"))
-    """Width of a head's part without rotary embedding."""
-    rope_width: int = field(default=16, metadata=within("[2, 65536]"))
-    """Width of a head's rotary part, whose key all heads share."""
-    value_width: int = field(default=32, metadata=within("[1, 65536]"))
-    """Width of a head's value."""
-    norm_epsilon: float | None = field(default=None, metadata=within("(0, inf)"))
-    """norm_epsilon of the latents; null is the model's (Moonlight: 1e-6 beside 1e-5)."""
-
-
-@dataclass
-class AttentionConfig:
-    kind: AttentionKind = AttentionKind.gqa
-    """Grouped-query or multi-head latent attention."""
-    qk_norm: QKNorm = QKNorm.none
-    """RMSNorm of queries and keys."""
-    qkv_bias: bool = False
-    """Projections to queries, keys and values have biases."""
-    output_bias: bool = False
-    """The projection back has a bias."""
-    window: int | None = field(default=None, metadata=within("[1, inf)"))
-    """Tokens that a token attends to, itself included; null is all before it."""
-    window_every: int = field(default=1, metadata=within("[1, inf)"))
-    """In each run of this many layers, all but the last have the window (2: alternating, the first has it); 1: all layers."""
-    full_layers: list[int] = field(default_factory=list)
-    """Further layers without the window, counted from 0."""
-    sinks: bool = False
-    """Each head has a learned logit without a value, which takes part of the probability (gpt-oss)."""
-    softcap: float | None = field(default=None, metadata=within("(0, inf)"))
-    """Logits become cap * tanh(logits / cap) (Grok, Gemma 2)."""
-    scale: float | None = field(default=None, metadata=within("(0, inf)"))
-    """Factor of the logits; null is 1 / sqrt(width of a head)."""
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    mla: MLAConfig = field(default_factory=MLAConfig)
-
-
-__all__ = [
-    "Activation",
-    "AttentionConfig",
-    "AttentionKind",
-    "BalanceConfig",
-    "CapacityConfig",
-    "DropPolicy",
-    "GroupScore",
-    "MLAConfig",
-    "MoEConfig",
-    "ModelConfig",
-    "QKNorm",
-    "RopeConfig",
-    "RopeScaling",
-    "RouterConfig",
-    "Scope",
-    "Score",
-    "Selection",
-]
 
 
 class Activation(Enum):
@@ -321,6 +228,10 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     sandwich_norms: bool = False
     """Also RMSNorm after attention and feed-forward, before the residual addition (Grok, Gemma 2)."""
+    pre_norms: bool = True
+    """RMSNorm before attention and feed-forward; false, with sandwich_norms, leaves those after them (OLMo 2, FlexOlmo)."""
+    residual_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
+    """Factor of what attention and feed-forward add to the residual stream (Granite)."""
     embedding_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
     """Factor of the embedding's output (Grok)."""
     output_multiplier: float = field(default=1.0, metadata=within("(0, inf)"))
@@ -333,6 +244,8 @@ class ModelConfig:
     """Modules of multi-token prediction in training (DeepSeek-V3, section 2.2); each predicts one token further."""
     mtp_coefficient: float = field(default=0.3, metadata=within("[0, inf)"))
     """Factor of the mean of their cross entropies."""
+    mtp_after_norm: bool = False
+    """Each module is fed hidden states after the norm before the head (transformers on DeepSeek-V3), not before it."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 

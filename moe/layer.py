@@ -36,6 +36,8 @@ class MoELayer(nn.Module):
         """(B, S, D) to (B, S, D), and the router's statistics. Dropped tokens get zeros; the residual carries them on."""
         routing = self.router(x_BSD, tokens)
         y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, partial(self._shared, x_BSD))
+        if self.router.null is not None:
+            y_TD = y_TD + self.router.null(x_BSD.flatten(0, 1), routing.experts_TK, routing.weights_TK)
         y_BSD = y_TD.view_as(x_BSD)
         stats, metrics = routing.stats, routing.stats.router_metrics
         if metrics is not None:

@@ -40,8 +40,8 @@ class MTPModule(nn.Module):
     def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo) -> Any:
         """Returns the residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
 
-        hidden_BSD is the residual stream of the previous module (or of the model, before its last norm), embedded_BSD[:, i] the
-        embedding of token i + d. The embedding comes first in the joined vector, as in DeepSeek's published weights.
+        hidden_BSD is the residual stream of the previous module or of the model, before its last norm or (mtp_after_norm) after it;
+        embedded_BSD[:, i] is the embedding of token i + d, first in the joined vector, as in DeepSeek's published weights.
         """
         joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
         return self.block(self.projection(joined_BSD), rotary, tokens)
@@ -155,14 +155,16 @@ class Transformer(nn.Module):
         if head_losses is None:
             logits_BSV = self.head(self.norm(x_BSD))
             return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
-        losses = [self.head(self.norm(x_BSD), head_losses[0])]
+        normed_BSD = self.norm(x_BSD)
+        losses = [self.head(normed_BSD, head_losses[0])]
         if self.training:
-            losses += self._mtp_losses(x_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
+            hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
+            losses += self._mtp_losses(hidden_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
         return losses, of_moe_layers
 
     def _mtp_losses(
         self,
-        x_BSD: Tensor,
+        hidden_BSD: Tensor,
         ids_BS: Tensor,
         tokens: TokenInfo,
         rotary: RotaryTables,
@@ -177,9 +179,11 @@ class Transformer(nn.Module):
             ids_ahead_BS, valid_ahead_BS = shift_left(ids_BS, depth, 0), shift_left(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(x_BSD, self._embed(ids_ahead_BS), rotary, seen)
+            x_BSD, routed = module(hidden_BSD, self._embed(ids_ahead_BS), rotary, seen)
             stats += [] if routed is None else [routed]
-            losses.append(self.head(module.norm(x_BSD), head_loss))
+            normed_BSD = module.norm(x_BSD)
+            hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
+            losses.append(self.head(normed_BSD, head_loss))
         return losses
 
     def _embed(self, ids_BS: Tensor) -> Tensor:
@@ -190,7 +194,8 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """A transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
 
-    With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2).
+    With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2), or, without pre
+    norms, only they (OLMo 2). The residual multiplier is a factor of what is added (Granite).
     """
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
@@ -200,10 +205,11 @@ class Block(nn.Module):
             return RMSNorm(config.width, config.norm_epsilon, dtype=weights)
 
         latent = config.attention.kind is AttentionKind.mla
-        self.attention_norm, self.feedforward_norm = norm(), norm()
+        self.attention_norm, self.feedforward_norm = (norm() if config.pre_norms else None for _ in range(2))
         self.attention = LatentAttention(config, weights, index) if latent else Attention(config, weights, index)
         self.attention_post_norm = norm() if config.sandwich_norms else None
         self.feedforward_post_norm = norm() if config.sandwich_norms else None
+        self.residual_multiplier = config.residual_multiplier
         moe = config.moe_layer(index)
         self.moe = MoELayer(config, weights) if moe else None
         self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
@@ -211,11 +217,14 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        y_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache)
-        x_BSD = x_BSD + (y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
-        y_BSD, stats = self.feedforward_norm(x_BSD), None
+        y_BSD = self.attention(x_BSD if self.attention_norm is None else self.attention_norm(x_BSD), rotary, cache)
+        x_BSD = self._add(x_BSD, y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
+        y_BSD, stats = x_BSD if self.feedforward_norm is None else self.feedforward_norm(x_BSD), None
         if self.moe is not None:
             y_BSD, stats = self.moe(y_BSD, tokens)
         elif self.dense is not None:
             y_BSD = self.dense(y_BSD)
-        return x_BSD + (y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
+        return self._add(x_BSD, y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
+
+    def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + (y_BSD if self.residual_multiplier == 1.0 else y_BSD * self.residual_multiplier)

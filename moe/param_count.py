@@ -170,12 +170,16 @@ def _words(config: ModelConfig) -> Iterator[str]:
     yield _selection(config) + groups
     if router.selection is not Selection.hash:
         yield f"{router.score.name} of the chosen" if router.softmax_after_top_k else _score(router.score)
-        if router.normalize_top_k and moe.top_k > 1 and not router.softmax_after_top_k:
+        if router.normalize_top_k and (moe.top_k > 1 or router.normalize_one) and not router.softmax_after_top_k:
             yield "normalized"
     if router.scale != 1:
         yield f"x {router.scale:g}"
-    if router.null_experts:
-        yield f"{router.null_experts} more compute nothing"
+    if zero := router.null_experts - router.copy_experts - router.constant_experts:
+        yield f"{zero} more compute nothing"
+    if router.copy_experts:
+        yield f"{router.copy_experts} return the token"
+    if router.constant_experts:
+        yield f"{router.constant_experts} a learned constant"
     if moe.shared_hidden:
         yield f"{'gated ' * moe.shared_gate}shared expert of {moe.shared_hidden}"
     if moe.balance.bias_rate:

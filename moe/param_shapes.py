@@ -25,7 +25,7 @@ def shapes(config: ModelConfig) -> Shapes:
 def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
     """Returns the parameters of one block, dense or with experts."""
     D = config.width
-    names = ["attention_norm", "feedforward_norm"]
+    names = ["attention_norm", "feedforward_norm"] if config.pre_norms else []
     if config.sandwich_norms:
         names += ["attention_post_norm", "feedforward_post_norm"]
     latent = config.attention.kind is AttentionKind.mla
@@ -40,6 +40,13 @@ def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
 def head_width(config: ModelConfig) -> int:
     """Returns the width of a head in grouped-query attention."""
     return config.head_width or config.width // config.heads
+
+
+def rotary_width(config: ModelConfig) -> int:
+    """Returns the number of dimensions of a head that are rotated."""
+    if config.attention.kind is AttentionKind.mla:
+        return config.attention.mla.rope_width
+    return round(head_width(config) * config.attention.rope.fraction)
 
 
 def _gqa(config: ModelConfig) -> Shapes:
@@ -88,17 +95,18 @@ def _moe(config: ModelConfig) -> Shapes:
 
 
 def _router(config: ModelConfig) -> Shapes:
-    """Hash selection has no parameters; expert_bias is a buffer, since no gradient trains it."""
-    router = config.moe.router
+    """Hash selection has none but those of constant experts; expert_bias is a buffer, since no gradient trains it."""
+    router, constants = config.moe.router, config.moe.router.constant_experts
+    null = {"null.mixing.weight": (2 * constants, config.width), "null.vectors.weight": (config.width, constants)}
     if router.selection is Selection.hash:
-        return {}
+        return null if constants else {}
     outputs = config.moe.experts + router.null_experts
     found: Shapes = {"weight": (outputs, config.width)}
     if router.bias:
         found["bias"] = (outputs,)
     if router.noise:
         found["noise_weight"] = (outputs, config.width)
-    return found
+    return found | (null if constants else {})
 
 
 def _feedforward(config: ModelConfig, hidden: int) -> Shapes:

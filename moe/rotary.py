@@ -1,4 +1,5 @@
-"""Rotary position embeddings (Su et al. 2021), and their scaling to longer contexts: linear, YaRN (Peng et al. 2023), Llama 3.
+"""Rotary position embeddings (Su et al. 2021), and their scaling to longer contexts: linear, YaRN (Peng et al. 2023), Llama 3,
+dynamic NTK (bloc97 and emozilla 2023, as in transformers), LongRoPE (Ding et al. 2024).
 
 B sequences, H heads, S tokens, h width of a head, r rotated dimensions of it (the first r).
 """
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .config import AttentionKind, ModelConfig, RopeConfig, RopeScaling
+from .config import ModelConfig, RopeConfig, RopeScaling
 from .kernels import operators
 from .kernels.operators import uses_kernels
-from .param_count import head_width
-from .token_info import positions_of
+from .param_shapes import rotary_width
+from .token_info import lengths_of, positions_of
 
 
 class RotaryTables(NamedTuple):
-    """Cosines and sines of the rotary angles, each (S, r / 2) or (B, 1, S, r / 2), times YaRN's factor; and attention masks."""
+    """Cosines and sines of the rotary angles, each (S, r / 2) or (B, 1, S, r / 2), times `rotary_factor`; and attention masks."""
 
     cos: Tensor
     sin: Tensor
@@ -37,10 +38,12 @@ def rotary_tables(
     """
     wide = torch.promote_types(dtype, torch.float32)
     rope = config.attention.rope
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
+    positions, seen = torch.arange(start, start + length, device=device, dtype=torch.float64), start + length
     if documents_BS is not None:
         positions = positions_of(documents_BS).unsqueeze(1).double()
-    angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device)
+        if rope.scaling in (RopeScaling.dynamic, RopeScaling.longrope):
+            seen = lengths_of(documents_BS)[:, None, :, None].double()
+    angles = positions.unsqueeze(-1) * frequencies(rope, rotary_width(config), device, seen)
     factor = rotary_factor(rope)
     return RotaryTables((angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide), documents_BS, {})
 
@@ -57,16 +60,13 @@ def rotate(x: Tensor, rotary: RotaryTables, interleaved: bool = False) -> Tensor
     return (torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)).to(x.dtype)
 
 
-def rotary_width(config: ModelConfig) -> int:
-    """Returns the number of dimensions of a head that are rotated."""
-    if config.attention.kind is AttentionKind.mla:
-        return config.attention.mla.rope_width
-    return round(head_width(config) * config.attention.rope.fraction)
+def frequencies(rope: RopeConfig, width: int, device: torch.device, seen: int | Tensor = 0) -> Tensor:
+    """Returns radians per position of each of the width / 2 pairs, in fp64.
 
-
-def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:
-    """Returns radians per position of each of the width / 2 pairs, in fp64."""
-    plain = rope.theta ** -(torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    seen: tokens of the sequence so far, which dynamic and longrope depend on: a number, or a tensor (..., 1) for (..., width / 2).
+    """
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
+    plain = rope.theta**-exponents
     match rope.scaling:
         case RopeScaling.none:
             return plain
@@ -78,14 +78,24 @@ def frequencies(rope: RopeConfig, width: int, device: torch.device) -> Tensor:
             turns = rope.original_length * plain / (2 * math.pi)
             low, high = rope.low_frequency_factor, rope.high_frequency_factor
             return torch.lerp(plain / rope.factor, plain, ((turns - low) / (high - low)).clamp(0, 1))
+        case RopeScaling.dynamic:
+            longer = (
+                torch.as_tensor(seen, dtype=torch.float64, device=device).clamp(min=rope.original_length) / rope.original_length
+            )
+            return (rope.theta * (rope.factor * longer - (rope.factor - 1)) ** (width / (width - 2))) ** -exponents
+        case RopeScaling.longrope:
+            short, long = (plain.new_tensor(factors) for factors in (rope.short_factors, rope.long_factors))
+            return plain / torch.where(torch.as_tensor(seen, device=device) > rope.original_length, long, short)
 
 
 def rotary_factor(rope: RopeConfig) -> float:
-    """Returns YaRN's factor of cosines and sines, whose square multiplies the logits; 1 without YaRN."""
-    if rope.scaling is not RopeScaling.yarn:
+    """Returns the factor of cosines and sines of YaRN and LongRoPE, whose square multiplies the logits; 1 for the others."""
+    if rope.scaling not in (RopeScaling.yarn, RopeScaling.longrope):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.scaling is RopeScaling.longrope:
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_length)) if rope.factor > 1 else 1.0
     if rope.mscale and rope.mscale_all:
         return _logarithmic(rope.factor, rope.mscale) / _logarithmic(rope.factor, rope.mscale_all)
     return _logarithmic(rope.factor, 1.0)

@@ -21,6 +21,7 @@ from .capacity import (
     max_rows,
 )
 from .config import DropPolicy, MoEConfig, Scope, Score, Selection
+from .null_experts import NullExperts
 from .scoring import (
     ChosenExperts,
     NoisyLogits,
@@ -150,6 +151,8 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", None)
         if config.balance.bias_rate > 0:
             self.add_expert_bias()
+        returning = config.router.copy_experts or config.router.constant_experts
+        self.null = NullExperts(width, config, dtype) if returning else None
         self.scopes = LocalScope()
         self.is_random = is_random(config)
         self.collects_metrics = False

@@ -85,7 +85,8 @@ def gate_weights(logits_BSE: Tensor | None, scores_BSE: Tensor, experts_BSK: Ten
         weights_BSK = logits_BSE.gather(-1, experts_BSK).softmax(dim=-1)
     else:
         weights_BSK = scores_BSE.gather(-1, experts_BSK)
-        if router.normalize_top_k and config.top_k > 1 and router.selection is not Selection.expert_choice:
+        several = config.top_k > 1 or router.normalize_one
+        if router.normalize_top_k and several and router.selection is not Selection.expert_choice:
             weights_BSK = weights_BSK / (weights_BSK.sum(dim=-1, keepdim=True) + TINY)
     return weights_BSK if router.scale == 1.0 else weights_BSK * router.scale
 

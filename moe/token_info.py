@@ -112,6 +112,12 @@ def positions_of(documents_BS: Tensor) -> Tensor:
     return positions_S - torch.where(begins_BS, positions_S, 0).cummax(1).values
 
 
+def lengths_of(documents_BS: Tensor) -> Tensor:
+    """int64 (B, S): the number of tokens that the document of each token has in its sequence."""
+    backwards_BS = positions_of(documents_BS.flip(1)).flip(1)
+    return positions_of(documents_BS) + backwards_BS + 1
+
+
 def same_document(documents_BS: Tensor) -> Tensor:
     """Booleans (B, 1, S, S): which tokens share a document."""
     return (documents_BS[:, :, None] == documents_BS[:, None, :]).unsqueeze(1)

@@ -4,7 +4,7 @@ import copy
 import math
 
 from ..moe.config import AttentionKind, GroupScore, ModelConfig, MoEConfig
-from ..moe.param_count import head_width
+from ..moe.param_shapes import head_width, rotary_width
 from ..train.config.config import Config
 
 LENGTH, VOCABULARY, WIDTH, HIDDEN = 32, 64, 32, 32
@@ -27,6 +27,8 @@ def shrink(config: Config, ranks: int) -> Config:
     _shrink_depth(m)
     _shrink_attention(m, ranks)
     m.hidden, m.vocabulary = min(m.hidden, HIDDEN), min(m.vocabulary, VOCABULARY)
+    rope, pairs = m.attention.rope, rotary_width(m) // 2
+    rope.short_factors, rope.long_factors = rope.short_factors[:pairs], rope.long_factors[:pairs]
     _shrink_experts(m.moe, ranks)
     m.init_std *= math.sqrt(config.model.width / m.width)
     return small
@@ -64,7 +66,10 @@ def _shrink_attention(m: ModelConfig, ranks: int) -> None:
 def _shrink_experts(c: MoEConfig, ranks: int) -> None:
     groups, top_groups, unit = c.router.groups, c.router.top_groups, math.gcd(c.experts, ranks)
     c.hidden, c.shared_hidden = min(c.hidden, HIDDEN), min(c.shared_hidden, HIDDEN)
-    c.router.null_experts, c.top_k = min(c.router.null_experts, 4), min(c.top_k, 8)
+    r, c.top_k = c.router, min(c.top_k, 8)
+    zero = min(r.null_experts - r.copy_experts - r.constant_experts, 1 if r.copy_experts or r.constant_experts else 4)
+    r.copy_experts, r.constant_experts = min(r.copy_experts, 2), min(r.constant_experts, 2)
+    r.null_experts = zero + r.copy_experts + r.constant_experts
     least = max(8, 2 * c.top_k)
     size = 2 if groups > 1 or c.router.group_score is GroupScore.top2 else 1
     fitting = (

@@ -69,6 +69,9 @@ ROUTERS = {
     "expert choice": moe({"selection": Selection.expert_choice}),
     "expert choice by batch": moe({"selection": Selection.expert_choice}, BATCH, {"factor": 0.75, **BATCH}),
     "null experts": moe({"null_experts": 4}, {"bias_rate": 0.01}, {"factor": 1.0}, top_k=3),
+    "copy and constant experts": moe(
+        {"null_experts": 5, "copy_experts": 2, "constant_experts": 2, "scale": 2.0}, {"bias_rate": 0.01}, {"factor": 1.0}, top_k=3
+    ),
     "padded": moe({}, capacity={"factor": 0.9, "pad": True}),
     "padded by batch": moe({"null_experts": 2}, capacity={"factor": 0.9, "pad": True, **BATCH}),
     "scheduled": moe({}, capacity={"schedule": [1, 0.6, 2, 1.2, 3, 0]}),

@@ -4,14 +4,17 @@ from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .dots import DOTS1
 from .ernie import ERNIE4_5_MOE
 from .family import Family
-from .glm import GLM4_MOE
+from .flex_olmo import FLEX_OLMO
+from .glm import GLM4_MOE, GLM4_MOE_LITE
 from .gpt_oss import GPT_OSS
+from .granite import GRANITE_MOE
 from .llama import LLAMA
 from .minimax import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .olmoe import OLMOE
 from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from .solar import SOLAR_OPEN
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -31,6 +34,10 @@ FAMILIES: dict[str, Family] = {
         DOTS1,
         ERNIE4_5_MOE,
         MINIMAX_M2,
+        GLM4_MOE_LITE,
+        SOLAR_OPEN,
+        GRANITE_MOE,
+        FLEX_OLMO,
     )
 }
 """Families by architecture, in the order in which an export tries them."""

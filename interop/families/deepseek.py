@@ -13,7 +13,8 @@ EPSILON = 1e-6
 
 
 def read_v2(reader: ConfigReader) -> ModelConfig:
-    config = _read_both(reader, interleaved=True)
+    config = read_latent(reader, interleaved=True)
+    read_dense_first(reader, config)
     reader.require("mlp_bias", None, False)
     reader.require("topk_method", "greedy", "group_limited_greedy")
     reader.require("scoring_func", None, "softmax")
@@ -30,16 +31,18 @@ def read_v2(reader: ConfigReader) -> ModelConfig:
 
 
 def read_v3(reader: ConfigReader) -> ModelConfig:
-    config = _read_both(reader, interleaved=reader.flag("rope_interleave"))
+    config = read_latent(reader, interleaved=reader.flag("rope_interleave"))
+    read_dense_first(reader, config)
     read_sigmoid_routing(reader, config)
     config.moe.balance.sequence_by_scores = True
-    config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
+    read_prediction(reader, config)
     return config
 
 
 def write_v2(config: ModelConfig) -> dict[str, Any]:
     router, balance = config.moe.router, config.moe.balance
-    return _write_both(config) | {
+    return write_latent(config) | {
+        "first_k_dense_replace": config.dense_first,
         "topk_method": "greedy" if router.groups == 1 else "group_limited_greedy",
         "n_group": None if router.groups == 1 else router.groups,
         "topk_group": None if router.groups == 1 else router.top_groups,
@@ -51,9 +54,10 @@ def write_v2(config: ModelConfig) -> dict[str, Any]:
 
 def write_v3(config: ModelConfig) -> dict[str, Any]:
     return (
-        _write_both(config)
+        write_latent(config)
         | write_sigmoid_routing(config)
         | {
+            "first_k_dense_replace": config.dense_first,
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
             "rope_interleave": config.attention.rope.interleaved,
@@ -66,12 +70,14 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_routed(reader: ConfigReader, config: ModelConfig) -> None:
-    """Routed and shared experts, and the number of dense layers before them."""
+    """Routed and shared experts."""
     read_experts(reader, config, "n_routed_experts", "moe_intermediate_size")
     config.moe.shared_hidden = reader.integer("n_shared_experts", 0) * config.moe.hidden
-    config.moe.router.scale = reader.number("routed_scaling_factor")
-    if config.moe.router.scale <= 0:
-        raise reader.wrong("routed_scaling_factor", "must be above 0")
+    config.moe.router.scale = reader.positive("routed_scaling_factor")
+
+
+def read_dense_first(reader: ConfigReader, config: ModelConfig) -> None:
+    """`first_k_dense_replace`, the number of dense layers before those with experts."""
     config.dense_first = min(reader.integer("first_k_dense_replace", 0), config.layers)
 
 
@@ -83,7 +89,6 @@ def write_routed(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": config.moe.hidden,
         "n_shared_experts": config.moe.shared_hidden // config.moe.hidden,
         "routed_scaling_factor": config.moe.router.scale,
-        "first_k_dense_replace": config.dense_first,
     }
 
 
@@ -107,7 +112,14 @@ def write_sigmoid_routing(config: ModelConfig) -> dict[str, Any]:
     return {"n_group": router.groups, "topk_group": router.top_groups, "norm_topk_prob": norm_topk_prob(config)}
 
 
-def _read_both(reader: ConfigReader, interleaved: bool) -> ModelConfig:
+def read_prediction(reader: ConfigReader, config: ModelConfig) -> None:
+    """`num_nextn_predict_layers`. transformers (MtpModel) feeds each module what the norm before the head returns."""
+    config.mtp_depth = reader.integer("num_nextn_predict_layers", 0)
+    config.mtp_after_norm = config.mtp_depth > 0
+
+
+def read_latent(reader: ConfigReader, interleaved: bool) -> ModelConfig:
+    """A model with multi-head latent attention and routed experts, which no layer is without."""
     config = read_common(reader)
     reader.require("num_key_value_heads", None, config.heads)
     reader.require("attention_bias", None, False)
@@ -138,7 +150,8 @@ def _read_groups(reader: ConfigReader, config: ModelConfig, score: GroupScore) -
         raise reader.wrong("num_experts_per_tok", f"must be at most the experts of topk_group={router.top_groups} groups")
 
 
-def _write_both(config: ModelConfig) -> dict[str, Any]:
+def write_latent(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_latent` reads."""
     mla = config.attention.mla
     return (
         write_common(config)
@@ -157,7 +170,7 @@ def _write_both(config: ModelConfig) -> dict[str, Any]:
     )
 
 
-BOTH: dict[str, Any] = COMMON | {
+LATENT: dict[str, Any] = COMMON | {
     "attention_bias": False,
     "head_dim": None,
     "kv_lora_rank": 512,
@@ -172,7 +185,7 @@ BOTH: dict[str, Any] = COMMON | {
     "rms_norm_eps": 1e-6,
     "v_head_dim": 128,
 }
-TENSORS = (
+LATENT_TENSORS = (
     NORMS
     | DENSE
     | ROUTER
@@ -195,7 +208,7 @@ TENSORS = (
 DEEPSEEK_V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     model_type="deepseek_v2",
-    defaults=BOTH
+    defaults=LATENT
     | {
         "aux_loss_alpha": 0.001,
         "bos_token_id": 1,
@@ -221,14 +234,14 @@ DEEPSEEK_V2 = Family(
     },
     read=read_v2,
     write=write_v2,
-    tensors=TENSORS,
+    tensors=LATENT_TENSORS,
     irrelevant=frozenset(("ep_size",)),
 )
 
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
-    defaults=BOTH
+    defaults=LATENT
     | {
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -252,7 +265,7 @@ DEEPSEEK_V3 = Family(
     },
     read=read_v3,
     write=write_v3,
-    tensors=TENSORS | EXPERT_BIAS,
+    tensors=LATENT_TENSORS | EXPERT_BIAS,
     irrelevant=frozenset(("ep_size", "aux_loss_alpha", "seq_aux")),  # the loss-free bias takes its place
     preset="deepseek_v3",
 )

@@ -7,7 +7,7 @@ from ...moe.param_shapes import head_width
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import DENSE, EXPERT_BIAS, NORMS, PROJECTIONS, QK_NORMS, ROUTER, experts, feedforward
-from .deepseek import read_routed, read_sigmoid_routing, write_routed, write_sigmoid_routing
+from .deepseek import read_dense_first, read_routed, read_sigmoid_routing, write_routed, write_sigmoid_routing
 from .family import (
     COMMON,
     Family,
@@ -24,6 +24,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     read_head_width(reader, config)
     read_routed(reader, config)
+    read_dense_first(reader, config)
     read_sigmoid_routing(reader, config, "noaux_tc")  # the published file has the name of the method there
     reader.require("moe_layer_freq", None, 1)
     read_attention_bias(reader, config)
@@ -41,6 +42,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         | write_sigmoid_routing(config)
         | {
             "attention_bias": config.attention.qkv_bias,
+            "first_k_dense_replace": config.dense_first,
             "layer_types": layer_types(config),
             "max_window_layers": config.layers,
             "rope_parameters": write_rope(config.attention.rope),

@@ -10,6 +10,7 @@ from .family import (
     COMMON,
     ROUTED,
     Family,
+    normalize_top_k,
     read_common,
     read_experts,
     read_head_width,
@@ -29,8 +30,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     reader.require("use_bias", None, False)
     read_experts(reader, config, "moe_num_experts", "moe_intermediate_size", top_k="moe_k")
     config.moe.shared_hidden = reader.integer("moe_num_shared_experts", 0) * config.moe.hidden
-    if config.moe.top_k == 1:
-        raise reader.wrong("moe_k", "must be at least 2 where scores are divided by their sum")
+    normalize_top_k(config, True)
     if not 0 < reader.number("moe_norm_min") <= 1e-12:
         raise reader.wrong("moe_norm_min", "must be above 0 and at most 1e-12, which no sum of scores reaches")
     first, last = reader.integer("moe_layer_start_index", 0), reader.integer("moe_layer_end_index", -1)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...moe.config import Activation, ModelConfig, Scope, Score
+from ...moe.config import Activation, ModelConfig, Scope
 from ..config_reader import ConfigReader
 from ..weight_mapping import StoredForms
 
@@ -129,28 +129,18 @@ def router_aux_loss_coef(config: ModelConfig) -> float:
 
 def read_norm_topk_prob(reader: ConfigReader, config: ModelConfig, key: str = "norm_topk_prob") -> None:
     """`norm_topk_prob`."""
-    normalize_top_k(reader, config, reader.flag(key))
+    normalize_top_k(config, reader.flag(key))
 
 
-def normalize_top_k(reader: ConfigReader, config: ModelConfig, wanted: bool) -> None:
-    """Divides the weights of a token by their sum. Of one expert, the weight is then 1, which softmax over the chosen ones gives.
-
-    Ours keeps the probability of a single expert with normalize_top_k, so that the router can learn.
-    """
-    router = config.moe.router
-    router.normalize_top_k = wanted and config.moe.top_k > 1
-    if wanted and config.moe.top_k == 1:
-        if router.score is not Score.softmax:
-            raise reader.wrong(
-                "num_experts_per_tok", f"must be at least 2 where {router.score.value} scores are divided by their sum"
-            )
-        router.softmax_after_top_k = True
+def normalize_top_k(config: ModelConfig, wanted: bool) -> None:
+    """Divides the weights of a token by their sum, also of a single expert, whose weight is then 1."""
+    config.moe.router.normalize_top_k, config.moe.router.normalize_one = wanted, wanted and config.moe.top_k == 1
 
 
 def norm_topk_prob(config: ModelConfig) -> bool:
     """`norm_topk_prob`."""
     router = config.moe.router
-    return router.softmax_after_top_k if config.moe.top_k == 1 else router.normalize_top_k
+    return router.normalize_top_k and (config.moe.top_k > 1 or router.normalize_one)
 
 
 def set_moe_layers(config: ModelConfig, wanted: list[bool], step: int = 1) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...moe.config import ModelConfig, QKNorm
-from .family import layer_types
+from .family import layer_types, norm_topk_prob
 
 IRRELEVANT = frozenset(
     (
@@ -123,7 +123,7 @@ def harmless(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         "mlp_bias": (moe.bias, *(() if moe.bias else (None,))),
         "n_shared_experts": (shared // moe.hidden, *absent),
         "num_shared_experts": (shared // moe.hidden, *absent),
-        "norm_topk_prob": (moe.router.normalize_top_k or moe.router.softmax_after_top_k,),
+        "norm_topk_prob": (norm_topk_prob(config) or moe.router.softmax_after_top_k,),
         "num_nextn_predict_layers": (config.mtp_depth,),
         "qkv_bias": (attention.qkv_bias, *(() if attention.qkv_bias else (None,))),
         "use_qkv_bias": (attention.qkv_bias,),

@@ -28,7 +28,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     reader.require("scoring_func", None, "sigmoid")
     reader.require("use_routing_bias", None, True)
     config.moe.router.score = Score.sigmoid
-    normalize_top_k(reader, config, True)
+    normalize_top_k(config, True)
     read_router_aux_loss_coef(reader, config)
     config.moe.balance.bias_rate = 0.001
     reader.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")

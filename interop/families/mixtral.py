@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ...moe.config import ModelConfig
+from ...moe.config import ModelConfig, RopeScaling
+from ...moe.param_shapes import head_width
 from ..config_reader import ConfigReader
 from ..rope import read_rope, write_rope
 from ..weight_mapping import NORMS, PROJECTIONS, ROUTER, Source, experts
@@ -24,7 +25,7 @@ def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     read_head_width(reader, config)
     read_experts(reader, config, "num_local_experts", "intermediate_size")
-    normalize_top_k(reader, config, True)
+    normalize_top_k(config, True)
     read_router_aux_loss_coef(reader, config)
     reader.require("router_jitter_noise", 0, why="there it reaches the experts too, not the router alone")
     config.attention.window = reader.optional_integer("sliding_window")
@@ -33,8 +34,9 @@ def read(reader: ConfigReader) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
+    said = config.attention.rope.scaling in (RopeScaling.yarn, RopeScaling.dynamic, RopeScaling.longrope)
     return write_common(config) | {
-        "head_dim": config.head_width,
+        "head_dim": head_width(config) if said else config.head_width,  # with these, transformers does not take null
         "intermediate_size": config.moe.hidden,
         "num_local_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,

@@ -30,7 +30,8 @@ def read(reader: ConfigReader) -> ModelConfig:
     read_norm_topk_prob(reader, config)
     read_router_aux_loss_coef(reader, config)
     read_attention_bias(reader, config)
-    reader.require("clip_qkv", None)
+    if reader.any("clip_qkv") is not None:
+        config.attention.clip_qkv = reader.positive("clip_qkv")
     config.attention.qk_norm = QKNorm.full
     config.attention.rope = read_rope(reader)
     return config
@@ -39,6 +40,7 @@ def read(reader: ConfigReader) -> ModelConfig:
 def write(config: ModelConfig) -> dict[str, Any]:
     return write_common(config) | {
         "attention_bias": config.attention.qkv_bias,
+        "clip_qkv": config.attention.clip_qkv,
         "intermediate_size": config.moe.hidden,
         "num_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,

@@ -30,6 +30,11 @@ TINY = {
     "tiny_dots_llm1": "dots_llm1",
     "tiny_ernie_4_5": "ernie_4_5_21b_a3b",
     "tiny_minimax_m2": "minimax_m2",
+    "tiny_glm_4_7_flash": "glm_4_7_flash",
+    "tiny_kimi_k2": "kimi_k2",
+    "tiny_solar_open": "solar_open_100b",
+    "tiny_granite_moe": "granite_3_0_3b_a800m",
+    "tiny_flex_olmo": "flex_olmo_7x7b",
     "tiny_expert_choice": "expert_choice",
 }
 SIZES = re.compile(
@@ -75,6 +80,12 @@ def test_glm_counts_the_prediction_module_and_no_vocabulary() -> None:
     assert round((air.active - air.embedding - air.head) / 1e9) == 12
 
 
+def test_flexolmo_with_all_of_its_experts() -> None:
+    """FlexOlmo (arXiv:2507.07024, abstract): 37B, of which 20B are active, with eight experts and four of them a token."""
+    parts = count(compose(["model=flex_olmo_7x7b", "model.moe.experts=8", "model.moe.top_k=4"]).model)
+    assert (int(parts.total / 1e9), int(parts.active / 1e9)) == (37, 20)
+
+
 def test_published_extras() -> None:
     """The published checkpoint of DeepSeek-V3 has 14B for prediction, with copies of embedding and head; Switch-base-8 has 619M."""
     v3, switch = count(preset("deepseek_v3")), count(preset("switch_base_8"))
@@ -112,7 +123,12 @@ def test_a_tiny_model_is_tiny(name: str) -> None:
 
 
 def test_every_tiny_model_is_of_a_family_or_a_router() -> None:
-    assert {name for name in NAMES if name.startswith("tiny_")} - set(TINY) == {"tiny_hash", "tiny_sinkhorn", "tiny_null"}
+    assert {name for name in NAMES if name.startswith("tiny_")} - set(TINY) == {
+        "tiny_hash",
+        "tiny_sinkhorn",
+        "tiny_null",
+        "tiny_moe_plus_plus",
+    }
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,18 @@ def latent(q_rank: int | None) -> AttentionConfig:
     return AttentionConfig(kind=AttentionKind.mla, mla=mla, rope=rope)
 
 
+LONGROPE = RopeConfig(
+    scaling=RopeScaling.longrope, factor=4.0, original_length=8, short_factors=[1.0, 2.0], long_factors=[1.0, 5.0]
+)
 CASES = {
     "mla, first layer dense": case(latent(None), dense_first=1),
     "mla with latent queries": case(latent(10), {"shared_hidden": 16}),
     "gpt-oss: sinks, alternating window, biases, clamped swiglu": case(
         AttentionConfig(sinks=True, window=3, window_every=2, qkv_bias=True, output_bias=True),
         {"activation": Activation.swiglu_clamped, "bias": True},
+    ),
+    "norms after attention and experts alone, residual factor": case(
+        AttentionConfig(qk_norm=QKNorm.full), pre_norms=False, sandwich_norms=True, residual_multiplier=0.4
     ),
     "full-width qk norm, sandwich, soft-caps, multipliers": case(
         AttentionConfig(qk_norm=QKNorm.full, softcap=2.0, scale=0.3, rope=RopeConfig(fraction=0.5)),
@@ -72,12 +78,14 @@ CASES = {
         dense_first=1,
         activation=Activation.relu_squared,
     ),
-    "per-head qk norm, gated shared expert, tied": case(
-        AttentionConfig(qk_norm=QKNorm.head), {"shared_hidden": 16, "shared_gate": True}, tie_embeddings=True
+    "per-head qk norm, clipped, longrope, gated shared expert, tied": case(
+        AttentionConfig(qk_norm=QKNorm.head, clip_qkv=0.5, rope=LONGROPE),
+        {"shared_hidden": 16, "shared_gate": True},
+        tie_embeddings=True,
     ),
     "multi-token prediction": case(latent(10), mtp_depth=2, mtp_coefficient=0.5, micro_batches=2),
     "multi-token prediction, every second layer, tied": case(
-        AttentionConfig(output_bias=True), mtp_depth=2, moe_every=2, tie_embeddings=True
+        AttentionConfig(output_bias=True), mtp_depth=2, mtp_after_norm=True, moe_every=2, tie_embeddings=True
     ),
 }
 

@@ -11,6 +11,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 2.5, 4.0, 8.0],
+}
 MLA = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 16,
@@ -124,6 +131,7 @@ ROUTED = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
+SOLAR = {key: value for key, value in ROUTED.items() if key != "first_k_dense_replace"}
 ERNIE = {"moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1}
 CASES |= {
     "glm4_moe": ("Glm4Moe", {**ROUTED, "head_dim": 16, "routed_scaling_factor": 2.5}),
@@ -223,7 +231,112 @@ CASES |= {
             | {"original_max_position_embeddings": 64}
         },
     ),
+    "llama dynamic rope": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}, "max_position_embeddings": 16}
+        | {"head_dim": 4},
+    ),
+    "mixtral longrope, the short factors": (
+        "Mixtral",
+        {"num_local_experts": 4, "head_dim": 8, "rope_parameters": LONGROPE, "max_position_embeddings": 256},
+    ),
+    "qwen3_moe longrope, the long factors": (
+        "Qwen3Moe",
+        {**QWEN, "head_dim": 8, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 18, "factor": 3.0}},
+    ),
+    "deepseek_v3 longrope, one normalised expert": (
+        "DeepseekV3",
+        {
+            **MLA,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 8, "attention_factor": 1.25},
+        },
+    ),
+    "llama longrope, lengths outside, a document longer than the original": (
+        "Llama",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "head_dim": 8},
+    ),
+    "olmoe clipped": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.5}),
+    "ernie4_5_moe one expert": ("Ernie4_5_Moe", {**ERNIE, "moe_k": 1}),
+    "minimax_m2 one expert": ("MiniMaxM2", {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 16}),
     "mixtral odd widths": ("Mixtral", {"num_local_experts": 4, "hidden_size": 36, "intermediate_size": 21, "head_dim": 8}),
+}
+CASES |= {
+    "glm4_moe_lite": ("Glm4MoeLite", {**MLA, "n_shared_experts": 1}),
+    "glm4_moe_lite groups, irregular dense layers, yarn": (
+        "Glm4MoeLite",
+        {
+            **MLA,
+            "num_hidden_layers": 5,
+            "mlp_layer_types": ["sparse", "dense", "sparse", "dense", "dense"],
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "rms_norm_eps": 0.25,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
+    "deepseek_v3 as Kimi K2": (
+        "DeepseekV3",
+        {
+            **MLA,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.827,
+            "rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "solar_open": ("SolarOpen", {**SOLAR, "head_dim": 16}),
+    "solar_open groups, biases, yarn, tied": (
+        "SolarOpen",
+        {
+            **SOLAR,
+            "head_dim": 8,
+            "attention_bias": True,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": YARN,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 6.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granitemoe other factors, biases": (
+        "GraniteMoe",
+        {"attention_bias": True, "logits_scaling": 49.0, "residual_multiplier": 1.7, "attention_multiplier": 0.4},
+    ),
+    "granitemoe one expert": ("GraniteMoe", {"num_experts_per_tok": 1, "attention_multiplier": 0.3, "head_dim": 12}),
+    "flex_olmo": ("FlexOlmo", {"num_experts": 4, "num_experts_per_tok": 3}),
+    "flex_olmo normalised, all heads, biases, wide": (
+        "FlexOlmo",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 IMPORTED = (  # an export writes these models with other keys, or without tensors that have no elements
     "deepseek_v3 other epsilon than its latents, no shared expert",
@@ -231,4 +344,5 @@ IMPORTED = (  # an export writes these models with other keys, or without tensor
     "ernie4_5_moe layers between dense ones, no shared expert",
     "llama yarn with mscale",
     "mixtral odd widths",
+    "llama longrope, lengths outside, a document longer than the original",
 )

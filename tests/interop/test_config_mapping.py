@@ -19,13 +19,18 @@ from tokenyard.moe.config import (
     RouterConfig,
     Selection,
 )
+from tokenyard.train.config.compose import compose
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 NAMED = {
     "Qwen3MoeForCausalLM": {"num_experts", "head_dim"},
     "DeepseekV2ForCausalLM": {"moe_layer_freq", "aux_loss_alpha", "seq_aux"},
 }
-NAMED |= {"DeepseekV3ForCausalLM": {"moe_layer_freq"}}
+NAMED |= {
+    "DeepseekV3ForCausalLM": {"moe_layer_freq"},
+    "Glm4MoeLiteForCausalLM": {"moe_layer_freq", "head_dim", "num_nextn_predict_layers"},
+    "SolarOpenForCausalLM": {"intermediate_size"},
+}
 """Keys of published files that transformers 5 does not write."""
 NEEDED = {
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
@@ -84,12 +89,46 @@ def test_a_wrong_type_is_refused(family: Family) -> None:
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+KIMI_K2 = {
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 2.827,
+    "rope_theta": 50000.0,
+    "rope_parameters": {
+        "type": "yarn",
+        "rope_theta": 50000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "vocab_size": 163840,
+}
 REFUSED = [
     ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
     ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias=True"),
     ("LlamaForCausalLM", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type='dynamic'"),
-    ("LlamaForCausalLM", {"rope_scaling": {"type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+    ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "axial", "factor": 2.0}}, "rope_parameters.rope_type='axial'"),
+    ("LlamaForCausalLM", {"head_dim": 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type="),
+    ("LlamaForCausalLM", {"rope_parameters": {**DYNAMIC, "original_max_position_embeddings": 5}}, "rope_parameters.original_max"),
+    ("LlamaForCausalLM", {"rope_scaling": {"type": "longrope"}}, "rope_scaling.short_factor=None: must be a list of numbers"),
+    ("LlamaForCausalLM", {"rope_scaling": {**LONGROPE, "long_factor": [-1.0] * 64}}, "rope_scaling.long_factor="),
+    (
+        "LlamaForCausalLM",
+        {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}},
+        "rope_parameters: long_factor and short_factor must be",
+    ),
     ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor=None"),
     ("LlamaForCausalLM", {"rope_parameters": {**YARN, "short_factor": [1]}}, "rope_parameters.short_factor=[1]"),
     ("LlamaForCausalLM", {"rope_parameters": {**YARN, "mscale": -1.0}}, "rope_parameters.mscale=-1.0"),
@@ -106,17 +145,20 @@ REFUSED = [
     ("Glm4MoeForCausalLM", {"n_group": 128, "topk_group": 99}, "n_group=128: must leave two of n_routed_experts=128"),
     ("Ernie4_5_MoeForCausalLM", {"use_bias": True}, "use_bias=True"),
     ("Ernie4_5_MoeForCausalLM", {"moe_norm_min": 0.5}, "moe_norm_min=0.5: must be above 0 and at most 1e-12"),
-    ("Ernie4_5_MoeForCausalLM", {"moe_k": 1}, "moe_k=1: must be at least 2"),
-    ("MiniMaxM2ForCausalLM", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: must be at least 2 where sigmoid scores"),
     ("MiniMaxM2ForCausalLM", {"attn_type_list": [1, 0]}, "attn_type_list=[1, 0]"),
     ("MiniMaxM2ForCausalLM", {"use_routing_bias": False}, "use_routing_bias=False"),
+    ("Glm4MoeLiteForCausalLM", {"mlp_layer_types": ["dense"]}, "mlp_layer_types=['dense']: must be 47 times dense or sparse"),
+    ("Glm4MoeLiteForCausalLM", {"first_k_dense_replace": 3}, "first_k_dense_replace=3: must be None or 1"),
+    ("SolarOpenForCausalLM", {"first_k_dense_replace": 1}, "first_k_dense_replace=1: must be None or 0"),
+    ("GraniteMoeForCausalLM", {"residual_multiplier": 0}, "residual_multiplier=0: must be above 0"),
+    ("GraniteMoeForCausalLM", {"logits_scaling": -1}, "logits_scaling=-1: must be above 0"),
     ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method='fp8'"),
     ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most num_local_experts=8"),
     ("Qwen2MoeForCausalLM", {"mlp_only_layers": "3"}, "mlp_only_layers='3'"),
     ("Qwen2MoeForCausalLM", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),
-    ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ("OlmoeForCausalLM", {"clip_qkv": 0}, "clip_qkv=0: must be above 0"),
     ("GptOssForCausalLM", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
     ("GptOssForCausalLM", {"experts_per_token": 3}, "experts_per_token=3"),
     ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob=True"),
@@ -140,6 +182,23 @@ def test_what_cannot_be_expressed_is_refused_by_name(architecture: str, change: 
         read_config(given(FAMILIES[architecture], **change))
     assert f"config.json: {says}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_context_length_outside_of_the_rope_keys_wins() -> None:
+    """As in transformers for Phi-3: LlamaConfig(original_max_position_embeddings=16, ...) builds its angles with 16."""
+    rope = LONGROPE | {"original_max_position_embeddings": 32}
+    _, model = read_config(given(FAMILIES["LlamaForCausalLM"], rope_parameters=rope, original_max_position_embeddings=16))
+    assert model.attention.rope.original_length == 16
+    assert model.attention.rope.factor == 2048 / 16
+
+
+def test_kimi_k2_is_deepseek_v3() -> None:
+    """Its published file names DeepSeek's architecture, and a model type of its own."""
+    family, model = read_config(given(FAMILIES["DeepseekV3ForCausalLM"], model_type="kimi_k2", **KIMI_K2))
+    assert family.architecture == "DeepseekV3ForCausalLM"
+    preset = compose(["model=kimi_k2"]).model
+    preset.init_std = model.init_std
+    assert differences(preset, model) == {}
 
 
 @pytest.mark.parametrize("config", [{}, {"architectures": ["GPT2LMHeadModel"]}, {"model_type": "mamba"}, {"architectures": "x"}])

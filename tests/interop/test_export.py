@@ -92,7 +92,9 @@ V3 = ModelConfig(
 
 def test_prediction_modules_stand_behind_the_layers(tmp_path: Path) -> None:
     path = written(tmp_path / "ours", V3)
-    assert export_checkpoint(path, tmp_path / "theirs", dtype="bf16").architecture == "DeepseekV3ForCausalLM"
+    exported = export_checkpoint(path, tmp_path / "theirs", dtype="bf16")
+    assert exported.architecture == "DeepseekV3ForCausalLM"
+    assert any(note.startswith("model.mtp_after_norm=false: the prediction modules have learned from") for note in exported.notes)
     found = tensors(tmp_path / "theirs")
     module = {name.removeprefix("model.layers.2.") for name in found if name.startswith("model.layers.2.")}
     assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "embed_tokens.weight", "shared_head.norm.weight"} <= module

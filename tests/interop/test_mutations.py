@@ -24,6 +24,8 @@ ROPES = (
     {**YARN, "original_max_position_embeddings": 64, "mscale": 0.7},
     {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0},
     {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "longrope", "rope_theta": 300.0, "original_max_position_embeddings": 8, "factor": 4.0}
+    | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
     {"rope_theta": 300.0, "partial_rotary_factor": 0.5},
     {"rope_theta": 0.0},
 )
@@ -75,6 +77,7 @@ def mutations(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         ("partial_rotary_factor", 0.5),
         ("rope_theta", 77.0),
         ("head_dim", 4),
+        ("original_max_position_embeddings", 8),
         ("mlp_only_layers", [1]),
         ("mlp_only_layers", [0]),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
-from family_cases import ERNIE, MLA, QWEN, ROUTED
+from family_cases import ERNIE, MLA, QWEN, ROUTED, SOLAR
 from init_runs import DENSE, EXPERTS, SETTINGS, configured, opened, their_loss, trained
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.interop.export import export_checkpoint
@@ -28,16 +28,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GptOss": {"num_local_experts": 4, "head_dim": 8},
     "Olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
     "Glm4Moe": {**ROUTED, "head_dim": 16},
+    "Glm4MoeLite": {**MLA, "n_shared_experts": 1},
+    "SolarOpen": {**SOLAR, "head_dim": 16},
     "Dots1": {**ROUTED, "norm_topk_prob": True, "sliding_window": None},
     "Ernie4_5_Moe": {**ERNIE, "num_hidden_layers": 3},
     "MiniMaxM2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 16},
+    "GraniteMoe": {"num_local_experts": 8, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "embedding_multiplier": 3.0},
+    "FlexOlmo": {"num_experts": 8, "num_experts_per_tok": 3},
     "Llama": {},
     "Mistral": {"sliding_window": 5},
     "Qwen2": {},
     "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
 }
 DENSE_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-WITHOUT_LOSS = {"DeepseekV3": "deepseek_v3", "Glm4Moe": "glm_4_5", "Dots1": "dots_llm1"}
+WITHOUT_LOSS = {
+    "DeepseekV3": "deepseek_v3",
+    "Glm4Moe": "glm_4_5",
+    "Glm4MoeLite": "glm_4_7_flash",
+    "SolarOpen": "solar_open_100b",
+    "Dots1": "dots_llm1",
+}
 """Families whose config.json has no coefficient, and the preset that has the published one."""
 
 
@@ -58,8 +68,11 @@ def test_import_train_export(family: str, world: int, build: Callable[..., Any],
         assert first["loss_balance_scaled"] == pytest.approx(expected.auxiliary, rel=2e-6)
     assert (expected.auxiliary is None) == (family in (*DENSE_FAMILIES, *WITHOUT_LOSS, "DeepseekV2"))
     assert (first["step"], first["tokens"], first["lr"]) == (1, 256, 0.001)
-    made = export_checkpoint(tmp_path / "run", tmp_path / "back")
-    assert made.architecture == f"{'Glm4Moe' if family == 'Dots1' else family}ForCausalLM"  # the first that can express it
+    asked = (
+        f"{family}ForCausalLM" if family in ("Dots1", "Glm4MoeLite", "SolarOpen") else None
+    )  # others come first that express them
+    made = export_checkpoint(tmp_path / "run", tmp_path / "back", architecture=asked)
+    assert made.architecture == f"{family}ForCausalLM"
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "back", output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
     )

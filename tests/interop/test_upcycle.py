@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
+from family_cases import LLAMA3, YARN
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.interop.export import export_checkpoint
 from tokenyard.interop.import_ import import_folder
@@ -60,16 +61,37 @@ def test_the_router_depends_on_seed_and_name_alone(saved: Callable[..., Path], t
     assert 0.01 < one.std() < 0.03
 
 
-@pytest.mark.parametrize(("family", "architecture"), [("Llama", "MixtralForCausalLM"), ("Qwen3", "Qwen3MoeForCausalLM")])
-def test_transformers_opens_the_result(family: str, architecture: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+EXPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Llama": ("Llama", {}, "MixtralForCausalLM"),
+    "Llama 3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 12}, "MixtralForCausalLM"),
+    "Llama, yarn": ("Llama", {"rope_parameters": YARN, "rms_norm_eps": 0.1}, "MixtralForCausalLM"),
+    "Mistral": ("Mistral", {"sliding_window": None}, "MixtralForCausalLM"),
+    "Mistral, window": ("Mistral", {"sliding_window": 5, "head_dim": 12}, "MixtralForCausalLM"),
+    "Qwen3": ("Qwen3", DENSE["Qwen3"], "Qwen3MoeForCausalLM"),
+    "Qwen2": ("Qwen2", {}, "Qwen2MoeForCausalLM"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # Qwen2-MoE's shared expert, of width 0
+@pytest.mark.parametrize(("family", "settings", "architecture"), EXPORTED.values(), ids=list(EXPORTED))
+def test_transformers_opens_the_result(
+    family: str, settings: dict[str, Any], architecture: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = saved(family, **DENSE[family])
+    theirs = saved(family, **{"intermediate_size": 64, **settings})
     checkpoint = import_folder(theirs, tmp_path / "ours", Upcycle(8, 4, 2)).checkpoint
     assert read_facts(checkpoint)["source"]["upcycle"] == {"experts": 8, "top_k": 4, "granularity": 2, "seed": 1}
     assert export_checkpoint(checkpoint, tmp_path / "again").architecture == architecture
     expected = transformers.AutoModelForCausalLM.from_pretrained(theirs)(IDS).logits
     again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(again(IDS).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_what_mixtral_has_not_is_named(saved: Callable[..., Path], tmp_path: Path) -> None:
+    import_folder(saved("Llama", intermediate_size=64, attention_bias=True), tmp_path / "ours", Upcycle(8))
+    with pytest.raises(ValueError, match=r"^model\.attention\.qkv_bias=True: MixtralForCausalLM cannot express it$"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "again", architecture="MixtralForCausalLM")
+    assert not (tmp_path / "again").exists()
 
 
 REFUSED = [

@@ -1,13 +1,15 @@
 """Rotary embeddings: angles equal transformers', the rotated dimensions, and scores that depend on distance only."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, RopeConfig, RopeScaling
-from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_factor, rotary_tables, rotary_width, rotate
+from tokenyard.moe.param_shapes import rotary_width
+from tokenyard.moe.rotary import RotaryTables, frequencies, logits_factor, rotary_factor, rotary_tables, rotate
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -22,6 +24,10 @@ SCALED = {
     "yarn, other bounds": RopeConfig(**LONG, beta_fast=8.0, beta_slow=2.0, theta=500.0),
     "yarn of one length": RopeConfig(scaling=RopeScaling.yarn, factor=1.0, original_length=64),
     "yarn, ramp of no width": RopeConfig(**LONG, beta_fast=3.0, beta_slow=3.0, truncate=False),
+    "dynamic": RopeConfig(scaling=RopeScaling.dynamic, factor=2.5, original_length=100),
+    "longrope": RopeConfig(scaling=RopeScaling.longrope, factor=4.0, original_length=100),
+    "longrope with a factor": RopeConfig(scaling=RopeScaling.longrope, attention_factor=1.5, original_length=100),
+    "longrope of one length": RopeConfig(scaling=RopeScaling.longrope, original_length=100),
     "llama3": RopeConfig(scaling=RopeScaling.llama3, factor=8.0, original_length=512, theta=500000.0),
     "llama3, other bounds": RopeConfig(
         scaling=RopeScaling.llama3, factor=8.0, original_length=128, low_frequency_factor=2.0, high_frequency_factor=3.0
@@ -33,10 +39,24 @@ SCALED = {
 @pytest.mark.parametrize("width", [64, 24])
 def test_scaled_angles_are_those_of_transformers(name: str, width: int) -> None:
     rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
-    rope = SCALED[name]
-    expected, factor = rope_utils.ROPE_INIT_FUNCTIONS[rope.scaling.value](their_config(rope, width), CPU)
-    torch.testing.assert_close(frequencies(rope, width, CPU).float(), expected, rtol=2e-6, atol=0)
-    assert rotary_factor(rope) == pytest.approx(factor, rel=1e-12)
+    rope = replace(SCALED[name], short_factors=spread(width, 1.0), long_factors=spread(width, 3.0))
+    for seen in (5, 100, 101, 3000):
+        expected, factor = rope_utils.ROPE_INIT_FUNCTIONS[rope.scaling.value](their_config(rope, width), CPU, seq_len=seen)
+        torch.testing.assert_close(frequencies(rope, width, CPU, seen).float(), expected, rtol=2e-6, atol=0)
+        assert rotary_factor(rope) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_a_documents_angles_are_those_of_it_alone(name: str) -> None:
+    rope = replace(SCALED[name], short_factors=spread(8, 1.0), long_factors=spread(8, 3.0), original_length=6)
+    config, lengths = one_head(8, rope), (3, 11, 1, 6, 7)
+    documents_BS = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])[None]
+    together = rotary_tables(config, 0, sum(lengths), CPU, torch.float64, documents_BS)
+    assert together.cos.shape == (1, 1, sum(lengths), 4)
+    alone = [rotary_tables(config, 0, length, CPU, torch.float64) for length in lengths]
+    for found, each in ((together.cos, [one.cos for one in alone]), (together.sin, [one.sin for one in alone])):
+        torch.testing.assert_close(found[0, 0], torch.cat(each), rtol=0, atol=1e-14)
+    assert not torch.equal(alone[1].cos[:3], alone[0].cos), "a longer document has other angles"
 
 
 def test_turns_carry_the_factor_of_yarn_and_nothing_else_does() -> None:
@@ -99,6 +119,11 @@ def one_head(width: int, rope: RopeConfig | None = None) -> ModelConfig:
     return ModelConfig(width=width, heads=1, kv_heads=1, attention=AttentionConfig(rope=rope or RopeConfig()))
 
 
+def spread(width: int, most: float) -> list[float]:
+    """A factor for each pair, from 1 to 1 + `most`."""
+    return torch.linspace(1.0, 1.0 + most, width // 2).tolist()
+
+
 def fraction(value: float) -> AttentionConfig:
     return AttentionConfig(rope=RopeConfig(fraction=value))
 
@@ -122,6 +147,8 @@ def their_config(rope: RopeConfig, width: int) -> Any:
         "truncate": rope.truncate,
         "low_freq_factor": rope.low_frequency_factor,
         "high_freq_factor": rope.high_frequency_factor,
+        "short_factor": rope.short_factors,
+        "long_factor": rope.long_factors,
     }
     return SimpleNamespace(rope_parameters=parameters, head_dim=width, hidden_size=width, num_attention_heads=1,
-                           standardize_rope_params=lambda: None)  # fmt: skip
+                           max_position_embeddings=rope.original_length, standardize_rope_params=lambda: None)  # fmt: skip

@@ -1,5 +1,6 @@
 """Rules between the settings of the model, its routers included."""
 
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -10,12 +11,13 @@ from ....moe.config import (
     ModelConfig,
     MoEConfig,
     QKNorm,
+    RopeConfig,
     RopeScaling,
     Scope,
     Score,
     Selection,
 )
-from ....moe.param_shapes import head_width
+from ....moe.param_shapes import head_width, rotary_width
 from ..config import Config
 from ..schema import written
 from .rule import Violation, divisors, multiples
@@ -28,6 +30,8 @@ def model(config: Config, world: int) -> Iterator[Violation]:
     for key, listed in (("dense_layers", c.dense_layers), ("attention.full_layers", c.attention.full_layers)):
         if (valid := sorted({index for index in listed if 0 <= index < c.layers})) != listed:
             yield Violation(f"model.{key}", f"must be rising indices of the {c.layers} layers, from 0", [valid])
+    if not c.pre_norms and not c.sandwich_norms:
+        yield Violation("model.sandwich_norms", "must be true with model.pre_norms=false, or nothing is normed", [True])
     if c.mtp_depth >= config.sequence_length:
         rule = f"must be below sequence_length={config.sequence_length}, or nothing is left to predict"
         yield Violation("model.mtp_depth", rule, [config.sequence_length - 1])
@@ -42,6 +46,21 @@ def attention(config: Config, world: int) -> Iterator[Violation]:
     if rope.scaling is RopeScaling.yarn and rope.beta_fast < rope.beta_slow:
         rule = f"must be at least model.attention.rope.beta_slow={rope.beta_slow:g}"
         yield Violation("model.attention.rope.beta_fast", rule, [rope.beta_slow])
+    if rope.scaling is RopeScaling.longrope:
+        yield from _longrope(rope, rotary_width(config.model) // 2)
+    if rope.scaling is RopeScaling.dynamic and rotary_width(config.model) < 4:
+        rule = "dynamic needs two rotated pairs of a head"
+        yield Violation("model.attention.rope.scaling", rule, [RopeScaling.linear])
+
+
+def _longrope(rope: RopeConfig, pairs: int) -> Iterator[Violation]:
+    if rope.original_length == 1:
+        yield Violation("model.attention.rope.original_length", "must be at least 2 with longrope", [2])
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(rope, name)
+        if len(factors) != pairs or not all(0 < factor < math.inf for factor in factors):
+            rule = f"must be {pairs} numbers above 0, one for each rotated pair of a head"
+            yield Violation(f"model.attention.rope.{name}", rule, [[1.0] * pairs])
 
 
 def _grouped_query(c: ModelConfig) -> Iterator[Violation]:
@@ -70,10 +89,11 @@ def _latent(c: ModelConfig) -> Iterator[Violation]:
             "model.attention.mla.rope_width", "must be even, rotary embeddings take pairs", multiples(2, a.mla.rope_width)
         )
     left_out = ("rope.fraction", 1.0), ("qk_norm", QKNorm.none), ("qkv_bias", False), ("output_bias", False), ("sinks", False)
-    for name, value in left_out:
+    for name, value in (*left_out, ("clip_qkv", None)):
         if attrgetter(name)(a) != value:
-            text = value.value if isinstance(value, QKNorm) else str(value).lower().removesuffix(".0")
-            yield Violation(f"model.attention.{name}", f"must be {text} with model.attention.kind=mla", [value])
+            yield Violation(
+                f"model.attention.{name}", f"must be {written(value).removesuffix('.0')} with model.attention.kind=mla", [value]
+            )
 
 
 def experts(config: Config, world: int) -> Iterator[Violation]:
@@ -98,10 +118,24 @@ def routers(config: Config, world: int) -> Iterator[Violation]:
     c = config.model.moe
     if not any(config.model.moe_layer(index) for index in range(config.model.layers)):
         return
+    yield from _null_experts(c)
     yield from _groups(c)
     yield from _selection(c)
     yield from _softmax_after_top_k(c)
     yield from _capacity(c)
+
+
+def _null_experts(c: MoEConfig) -> Iterator[Violation]:
+    router = c.router
+    if router.selection is Selection.gshard and (router.copy_experts or router.constant_experts):
+        name = "copy_experts" if router.copy_experts else "constant_experts"
+        yield Violation(f"{ROUTER}.{name}", f"must be 0 with {ROUTER}.selection=gshard, which may drop a choice of one", [0])
+    for name, other in (("copy_experts", "constant_experts"), ("constant_experts", "copy_experts")):
+        room = router.null_experts - getattr(router, other)
+        if getattr(router, name) > max(0, room):
+            rule = f"must be at most {ROUTER}.null_experts={router.null_experts} together with {ROUTER}.{other}"
+            yield Violation(f"{ROUTER}.{name}", rule, [max(0, room)])
+            return
 
 
 def _groups(c: MoEConfig) -> Iterator[Violation]:
