@@ -35,7 +35,7 @@ PARTS = (
     Part("saves", "resume bit for bit, and an asynchronous save against a synchronous one", "saves", 60),
     Part("layouts", "two GPUs: each layout of two against one process", "layouts", 60),
     Part("layers", "forward and backward of MoE layers of known models", "layers", 110, "speed"),
-    Part("attention", "forward and backward of the attention of known models", "attention", 40, "speed"),
+    Part("attentions", "forward and backward of the attention of known models", "attentions", 40, "speed"),
     Part("steps", "whole training steps", "steps", 70, "speed"),
     Part("kernels", "where the time and the memory of a step go", "kernels", 50, "time"),
     Part("compile", "torch.compile on and off", "compiling", 70),

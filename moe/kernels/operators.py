@@ -108,9 +108,9 @@ activation.register_autograd(_activation_backward, setup_context=_save_input)
 @torch.library.custom_op("tokenyard::rotate", mutates_args=())
 def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """(B, H, S, h): see `rotary.rotate`. Differentiable in x; the backward pass rotates back."""
-    from . import rotary
+    from . import rotation
 
-    return rotary.rotate(x_BHSh, cos, sin, interleaved, inverse)
+    return rotation.rotate(x_BHSh, cos, sin, interleaved, inverse)
 
 
 @rotate.register_fake

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tokenyard.bench.gpu import attention, contenders, fused, kernels, steps, trainer
+from tokenyard.bench.gpu import attentions, contenders, fused, kernels, steps, trainer
 from tokenyard.bench.gpu.contenders import DenseProducts
 from tokenyard.bench.gpu.kernels import Busy, busy
 from tokenyard.bench.gpu.layers import SHAPES, cells, measure_layer
@@ -142,12 +142,12 @@ def test_without_kernels_the_code_that_they_replace_runs() -> None:
 
 def test_attention_counts_the_visible_pairs_of_tokens() -> None:
     """Against masks: windows and documents."""
-    for heads in attention.MODELS.values():
-        _, pairs = attention.attention(heads, 64, CPU)
+    for heads in attentions.MODELS.values():
+        _, pairs = attentions.attention(heads, 64, CPU)
         documents = None if heads.documents is None else torch.arange(64)[None] * heads.documents // 64
         assert pairs == attention_mask(64, 64, heads.window, CPU, documents).sum()
-    rows = [one["cells"] for one in told(attention.run) if one["kind"] == "row"]
-    assert [row["heads"] for row in rows] == list(attention.MODELS)
+    rows = [one["cells"] for one in told(attentions.run) if one["kind"] == "row"]
+    assert [row["heads"] for row in rows] == list(attentions.MODELS)
 
 
 def test_the_trainer_is_compared_with_the_bare_step() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, rotary, rows
+from tokenyard.moe.kernels import activation, rotation, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,7 +37,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
         yield activation._activate_backward, shared | {"WEIGHTED": False, "KEEPS": False}
     for interleaved in (False, True):
         for rest in (0, 64):
-            yield rotary._rotate, {"INTERLEAVED": interleaved, "INVERSE": True, "HEADS": 16, "PAIRS": 64, "REST": rest}
+            yield rotation._rotate, {"INTERLEAVED": interleaved, "INVERSE": True, "HEADS": 16, "PAIRS": 64, "REST": rest}
 
 
 def build(kernel: Any, settings: dict[str, Any], dtype: str, architecture: str) -> dict[str, Any]:

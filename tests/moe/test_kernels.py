@@ -6,7 +6,7 @@ from tokenyard.moe import dispatch, feedforward
 from tokenyard.moe.config import Activation
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
 from tokenyard.moe.kernels import activation as activation_kernels
-from tokenyard.moe.kernels import rotary as rotary_kernels
+from tokenyard.moe.kernels import rotation
 from tokenyard.moe.kernels import rows as row_kernels
 from tokenyard.moe.rotary import RotaryTables, rotate
 from torch import Tensor
@@ -98,10 +98,10 @@ def test_rotation_and_its_backward_pass(
     expected = rotate(wide, tables._replace(cos=tables.cos.double(), sin=tables.sin.double()), interleaved)
     expected.backward(grad_BHSh.double())
     assert wide.grad is not None
-    found = rotary_kernels.rotate(x_BHSh, tables.cos, tables.sin, interleaved, False)
+    found = rotation.rotate(x_BHSh, tables.cos, tables.sin, interleaved, False)
     close(found, expected, dtype)
     assert found.stride() == x_BHSh.stride()
-    close(rotary_kernels.rotate(grad_BHSh, tables.cos, tables.sin, interleaved, True), wide.grad, dtype)
+    close(rotation.rotate(grad_BHSh, tables.cos, tables.sin, interleaved, True), wide.grad, dtype)
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 0, 2], [5], [0], [0, 0, 4]])
