@@ -34,6 +34,7 @@ SPINE = (
         "config",
         "allocator",
         "stored_config",
+        "saved_run",
         "weight_source",
         "run_folder",
         "preflight",
