@@ -208,7 +208,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tensor parallelism
 
-  tokenyard train [group=option ...] [key=value ...]     train a model; -m sweeps, --cfg job prints the configuration
+  tokenyard train [group=option ...] [key=value ...]     train; -m sweeps, --cfg job prints the settings, --from RUN takes a run's
   tokenyard parity [group=option ...] [key=value ...]    one model on many layouts: the same numbers, or where they differ
   tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
   tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model

@@ -6,13 +6,14 @@ from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
 from ..train.preflight import check_config
 from ..train.rank_command import refuse, run_here
+from ..train.saved_run import with_run
 from ..train.weight_source import compose_run
 
 
 def train_command(argv: list[str]) -> int:
     """Returns the exit code of the run, of the first rank that failed, or 1 if a point of a sweep failed."""
     try:
-        arguments = parse_arguments(argv)
+        arguments = with_run(parse_arguments(argv))
         if arguments.prints():
             from ..train.show import show
 

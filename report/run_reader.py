@@ -4,14 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.bounded import read_regular
-from ..checkpoint.facts import DEEPEST, check_model_numbers, check_plain
+from ..checkpoint.facts import check_model_numbers
+from ..train.saved_run import read_plain
 from .columns import Columns
 from .journal_reader import JournalReader, Record, RunError
 from .telemetry_reader import Telemetry
 
-LARGEST_CONFIG = 1 << 16
-"""Limit for the bytes of config.yaml; a run writes some thousand."""
 NEEDED = ("config.yaml", "metrics.jsonl")
 
 
@@ -109,30 +107,12 @@ def _children(folder: Path) -> list[Path]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Returns the configuration as plain values. Nothing is resolved, so no environment variable enters the page."""
-    import yaml
-
     try:
-        text = read_regular(path, LARGEST_CONFIG).decode()
-        _check_events(yaml.parse(text, yaml.SafeLoader))
-        plain = yaml.safe_load(text)
-        check_plain(plain, "the configuration")
-        check_model_numbers(plain if isinstance(plain, dict) else {})
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        plain = read_plain(path)
+        check_model_numbers(plain)
+    except ValueError as error:
         raise RunError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise RunError(f"{path}: must hold the configuration of a run")
     return plain
-
-
-def _check_events(events: Any) -> None:
-    """Raises ValueError for an alias, which can expand some lines to millions, and for deep nesting, which is slow to parse."""
-    import yaml
-
-    depth = 0
-    for event in events:
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-            raise ValueError(f"may have no aliases, and no more than {DEEPEST} levels")
 
 
 def finite(value: float | None) -> float | None:

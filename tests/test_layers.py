@@ -34,6 +34,7 @@ SPINE = (
         "config",
         "allocator",
         "stored_config",
+        "saved_run",
         "tokenizer_source",
         "weight_source",
         "run_folder",

@@ -10,6 +10,7 @@ from .config.config import Config, ConfigError
 from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
 from .preflight import check_config
+from .saved_run import with_run
 from .weight_source import compose_run
 
 SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted ranks look for killed ones"
@@ -18,7 +19,7 @@ SHARED_STORE = "torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=
 def run_rank(argv: list[str]) -> int:
     """Runs `python -m tokenyard.train`: this process is one rank, given by the environment. Returns the exit code."""
     try:
-        arguments = parse_arguments(argv)
+        arguments = with_run(parse_arguments(argv))
         if arguments.prints():
             from .show import show
 

@@ -23,8 +23,9 @@ from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.overrides import Groups, find_groups, parse_override
 from tokenyard.train.config.reference import reference
 from tokenyard.train.config.schema import REMOVED, settings
-from tokenyard.train.config.serialize import config_from_plain, plain_config
+from tokenyard.train.config.serialize import config_from_plain, plain_config, write_config
 from tokenyard.train.preflight import check_config
+from tokenyard.train.saved_run import with_run
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -119,6 +120,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "runs" / run).mkdir(parents=True)
     for step in (400, 600):
         save_checkpoint(folder / "runs" / "first" / "checkpoints", step, {}, {"config": plain_config(compose([]))})
+    write_config(compose([]), folder / "runs" / "first" / "config.yaml")
     return folder
 
 
@@ -242,7 +244,7 @@ def make(target: str, arguments: list[str]) -> None:
 
 def trains(arguments: list[str], world: int | None) -> None:
     """Every point of a sweep composes and is valid on the ranks that the command, or its launch settings, start."""
-    parsed = parse_arguments(arguments)
+    parsed = with_run(parse_arguments(arguments))
     for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
         config = compose(point)
         started = config.launch.kind is not Launcher.inline

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
@@ -12,8 +11,6 @@ from tokenyard.train.config.config import Config, ConfigError, EngineKind, Preci
 from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.schema import quoted
 from tokenyard.train.config.serialize import plain_config
-from tokenyard.train.derive import derive
-from tokenyard.train.logging.summary_data import resume_command
 
 BAD = [
     # what was typed, what the message begins with, the nearest valid value
@@ -163,17 +160,6 @@ def own_experiment(folder: Path, text: str) -> Path:
     (folder / "experiment").mkdir(parents=True)
     (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
     return folder
-
-
-def test_the_command_that_goes_on_says_only_what_differs_from_the_command_line_without_overrides(tmp_path: Path) -> None:
-    config, usual, cpu = compose(["seed=3", "model=tiny", "model.layers=3"]), compose([]), torch.device("cpu")
-    for each in (config, usual):
-        derive(each, cpu)
-    again = resume_command(config, cpu, tmp_path, steps=12).split()
-    assert resume_command(usual, cpu, tmp_path, steps=12).split()[2:] == [f"run.dir={tmp_path}", "steps=12"]
-    assert resume_command(usual, torch.device("cuda"), tmp_path).split()[2:-1] == ["precision=fp32", "log.every=1"]
-    assert compose(again[2:-2]).model == config.model
-    assert again[-2:] == [f"run.dir={tmp_path}", "steps=12"]
 
 
 @pytest.mark.parametrize("words", [[], ["model=tiny_deepseek_v3"], ["launch=slurm", "launch.slurm.lines=['--a','--b']"]])

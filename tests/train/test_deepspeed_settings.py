@@ -2,9 +2,9 @@
 
 import pytest
 from tokenyard.train.config.compose import compose
-from tokenyard.train.config.config import Config, ConfigError
+from tokenyard.train.config.config import ConfigError
 from tokenyard.train.config.deepspeed_settings import ALLOWED_EXTRA, DECIDED_BY, deepspeed_settings
-from tokenyard.train.config.serialize import changed_settings, config_from_plain, plain_config
+from tokenyard.train.config.serialize import config_from_plain, plain_config
 from tokenyard.train.preflight import check_config
 
 BAD = [
@@ -76,7 +76,6 @@ def test_a_mapping_can_be_written_in_any_way_and_comes_back(spelling: str) -> No
     config = compose(["engine=deepspeed", spelling])
     assert config.engine.extra == {"zero_optimization": {"overlap_comm": True}}
     assert config_from_plain(plain_config(config)) == config
-    assert "engine.extra='{zero_optimization:{overlap_comm:true}}'" in " ".join(changed_settings(config, Config()))
 
 
 def test_a_mapping_may_not_hold_a_target() -> None:

@@ -25,6 +25,7 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     # deepspeed and older versions of torch pass the rank as an argument; it is read from the environment.
     parser.add_argument("--local_rank", "--local-rank")
     parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--from", dest="from_run", metavar="RUN_FOLDER")
     parser.add_argument("-cd", "--config-dir")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
@@ -47,6 +48,8 @@ class Arguments(argparse.Namespace):
 
     overrides: list[str]
     multirun: bool
+    from_run: str | None
+    """The folder of a run to take settings from."""
     config_dir: str | None
     help: bool
     hydra_help: bool

@@ -22,6 +22,8 @@ URL_QUERY = re.compile(
     r"(?P<key>[?&;](?:[\w.-]*[_.-])?(?:api_?key|key|token|secret|password|passwd|signature|sig|credential|access_?token)=)[^\s&#;'\"<>]+",
     re.IGNORECASE,
 )
+PLACEHOLDER = re.compile(r"<(?:user|secret|[\w-]*(?:key|token|secret|password|passwd|credentials?)s?)>", re.IGNORECASE)
+"""What stands for a secret in a file of a run."""
 Secrets = list[tuple[re.Pattern[str], str]]
 
 

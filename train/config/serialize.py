@@ -1,8 +1,5 @@
 """Converts a Config to plain values, for config.yaml, checkpoints and trackers, and back, checked against the schema."""
 
-import json
-import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -106,13 +103,6 @@ def write_config(config: Config, path: Path) -> None:
     write_private(path, OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
 
 
-def changed_settings(config: Config, before: Config, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """Returns the `key=value` overrides that turn `before` into `config`, except for the keys in `leave_out`."""
-    old, new = (dict(leaves(shown_config(each))) for each in (before, config))
-    changed = {key: value for key, value in new.items() if value != old[key] and key not in leave_out}
-    return [f"{key}={_shell_text(value)}" for key, value in changed.items()]
-
-
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields each setting of a plain configuration with its dotted key."""
     for key, value in node.items():
@@ -120,13 +110,3 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _shell_text(value: Any) -> str:
-    """Returns the value as Hydra reads it, quoted for a shell where necessary."""
-    if isinstance(value, dict):
-        return shlex.quote(written(value))
-    bare = isinstance(value, int | float) and not isinstance(value, bool)
-    if not bare and not (isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)):
-        value = json.dumps(value)
-    return shlex.quote(str(value))

@@ -155,7 +155,7 @@ class RankZeroLogger(RunLogger):
             self.printer.say(f"the last logged step is lost: {lost}")
         if error is not None:
             self.log_event("failed", step=step, error=f"{type(error).__name__}: {error}")
-            again = resume_command(self.session.config, self.session.device, self.session.folder)
+            again = resume_command(self.session.folder)
             self.printer.say(f"stopped after step {step} by {type(error).__name__}; to go on: {again}")
         self.log_event("accounting", step=step, **self.goodput.facts())
         self.printer.say(in_words(self.goodput.facts()))
@@ -252,7 +252,7 @@ class RankZeroLogger(RunLogger):
         self.flush()
         session, self.code = self.session, code
         self.log_event("stopped", step=session.step, reason=reason, code=code, checkpoint=str(session.checkpoint))
-        self.printer.say(f"to go on: {resume_command(session.config, session.device, session.folder)}")
+        self.printer.say(f"to go on: {resume_command(session.folder)}")
 
     def log_end(self, evaluation: Evaluation, make_sample: Callable[[], Sample | None], code: int = 0) -> None:
         self.flush()

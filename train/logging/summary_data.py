@@ -1,7 +1,5 @@
 """Gathers what is reported about a run at its start, after a validation pass and at its end."""
 
-import copy
-import functools
 import os
 import shlex
 from pathlib import Path
@@ -9,10 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config.compose import compose
 from ..config.config import Config
-from ..config.serialize import changed_settings
-from ..derive import derive
 from ..evaluation import Evaluation
 from ..session import Session
 from .console.startup import StartupFacts
@@ -68,22 +63,13 @@ def end_facts(session: Session, evaluation: Evaluation, sample: Sample | None, s
         sample=sample,
         commands=[
             ("write more text", f'tokenyard generate {checkpoint} --prompt "class "'),
-            ("train longer", resume_command(config, session.device, session.folder, steps=2 * config.steps)),
+            ("train longer", resume_command(session.folder, steps=2 * config.steps)),
             ("see what is in it and evaluate it again", f"tokenyard evaluate {checkpoint} evaluate.sequences=256"),
         ],
         outcome="Stopped" if code else "Done",
     )
 
 
-def resume_command(config: Config, device: torch.device, run_dir: Path, steps: int | None = None) -> str:
-    """Returns the command line that continues a run, with all its overrides."""
-    defaults = copy.deepcopy(_defaults())
-    derive(defaults, device)
-    changed = changed_settings(config, defaults, leave_out=("run.dir", "steps") if steps else ("run.dir",))
-    folder, longer = f"run.dir={shlex.quote(str(run_dir))}", [f"steps={steps}"] if steps else []
-    return " ".join(["tokenyard train", *changed, folder, *longer])
-
-
-@functools.cache
-def _defaults() -> Config:
-    return compose([])
+def resume_command(run_dir: Path, steps: int | None = None) -> str:
+    """Returns the command line that continues a run, with the settings of its config.yaml."""
+    return " ".join(["tokenyard train --from", shlex.quote(str(run_dir)), *([f"steps={steps}"] if steps else [])])
