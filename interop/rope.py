@@ -41,25 +41,10 @@ def read_rope(
 
     `mscale`: the family uses DeepSeek's mscale factors.
     """
-    group = "rope_scaling" if reader.any("rope_scaling") else "rope_parameters"
-    given = {"rope_theta": reader.any("rope_theta") if reader.given("rope_theta") else theta}
-    given |= {key: value for key, value in (reader.mapping(group) or default).items() if value is not None or key == "truncate"}
-    kind = given.pop("rope_type", None) or given.get("type") or "default"
-    given["rope_type"] = kind
-    if (outside := reader.any(ORIGINAL)) is not None and kind in ("llama3", "yarn", "longrope"):
-        given[ORIGINAL] = outside  # Phi-3 says it there, and transformers then looks nowhere else
-    rope_reader = ConfigReader(
-        given,
-        {
-            ORIGINAL: reader.any("max_position_embeddings"),
-            "partial_rotary_factor": partial.fraction
-            if partial is not None and not reader.given("partial_rotary_factor")
-            else reader.any("partial_rotary_factor"),
-        },
-        f"{reader.place}{group}.",
-    )
+    rope_reader = _open(reader, theta, partial, default)
+    kind = rope_reader.any("rope_type")
     rope_reader.require("type", None, kind)
-    if not isinstance(rope_reader.any("rope_type"), str) or kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         raise rope_reader.wrong("rope_type", f"must be one of {', '.join(TYPES)}")
     rope = RopeConfig(theta=rope_reader.number("rope_theta"), interleaved=interleaved, scaling=TYPES[kind])
     if rope.theta <= 1:
@@ -69,22 +54,35 @@ def read_rope(
         rope.factor = rope_reader.number("factor")
         if rope.factor < 1:
             raise rope_reader.wrong("factor", "must be at least 1")
-    if rope.scaling is RopeScaling.dynamic:  # transformers looks at no other length
-        rope.original_length = reader.integer("max_position_embeddings")
-        rope_reader.require(ORIGINAL, None, rope.original_length)
-    if rope.scaling is RopeScaling.longrope:
-        _read_longrope(rope, rope_reader, reader)
-    if rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
-        rope.original_length = rope_reader.integer(ORIGINAL)
-    if rope.scaling is RopeScaling.llama3:
-        rope.low_frequency_factor = rope_reader.positive("low_freq_factor")
-        rope.high_frequency_factor = rope_reader.positive("high_freq_factor")
-        if rope.high_frequency_factor <= rope.low_frequency_factor:
-            raise rope_reader.wrong("high_freq_factor", f"must be above low_freq_factor={rope.low_frequency_factor:g}")
-    if rope.scaling is RopeScaling.yarn:
-        _read_yarn(rope, rope_reader, mscale)
+    match rope.scaling:
+        case RopeScaling.dynamic:  # transformers looks at no other length
+            rope.original_length = reader.integer("max_position_embeddings")
+            rope_reader.require(ORIGINAL, None, rope.original_length)
+        case RopeScaling.longrope:
+            _read_longrope(rope, rope_reader, reader)
+        case RopeScaling.llama3:
+            _read_llama3(rope, rope_reader)
+        case RopeScaling.yarn:
+            _read_yarn(rope, rope_reader, mscale)
+        case _:
+            pass
     rope_reader.finish((), {})
     return rope
+
+
+def _open(reader: ConfigReader, theta: float, partial: Partial | None, default: Mapping[str, Any]) -> ConfigReader:
+    """A reader of `rope_parameters` or `rope_scaling`, with what stands outside of them as defaults."""
+    group = "rope_scaling" if reader.any("rope_scaling") else "rope_parameters"
+    given = {"rope_theta": reader.any("rope_theta") if reader.given("rope_theta") else theta}
+    given |= {key: value for key, value in (reader.mapping(group) or default).items() if value is not None or key == "truncate"}
+    given["rope_type"] = given.get("rope_type") or given.get("type") or "default"
+    if (outside := reader.any(ORIGINAL)) is not None and given["rope_type"] in ("llama3", "yarn", "longrope"):
+        given[ORIGINAL] = outside  # Phi-3 says it there, and transformers then looks nowhere else
+    fraction = reader.any("partial_rotary_factor")
+    if partial is not None and not reader.given("partial_rotary_factor"):
+        fraction = partial.fraction
+    defaults = {ORIGINAL: reader.any("max_position_embeddings"), "partial_rotary_factor": fraction}
+    return ConfigReader(given, defaults, f"{reader.place}{group}.")
 
 
 def _read_fraction(rope: RopeConfig, rope_reader: ConfigReader, reader: ConfigReader, partial: Partial | None) -> None:
@@ -125,6 +123,14 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     return written
 
 
+def _read_llama3(rope: RopeConfig, rope_reader: ConfigReader) -> None:
+    rope.original_length = rope_reader.integer(ORIGINAL)
+    rope.low_frequency_factor = rope_reader.positive("low_freq_factor")
+    rope.high_frequency_factor = rope_reader.positive("high_freq_factor")
+    if rope.high_frequency_factor <= rope.low_frequency_factor:
+        raise rope_reader.wrong("high_freq_factor", f"must be above low_freq_factor={rope.low_frequency_factor:g}")
+
+
 def _read_longrope(rope: RopeConfig, rope_reader: ConfigReader, reader: ConfigReader) -> None:
     """Without `factor` it is the ratio of the lengths (Phi-3). One below 1 is 1, which changes neither angles nor their factor."""
     rope.original_length = rope_reader.integer(ORIGINAL, 2)
@@ -145,6 +151,7 @@ def _factors(reader: ConfigReader, key: str) -> list[float]:
 
 
 def _read_yarn(rope: RopeConfig, rope_reader: ConfigReader, mscale: bool) -> None:
+    rope.original_length = rope_reader.integer(ORIGINAL)
     for name in ("beta_fast", "beta_slow"):
         if rope_reader.any(name):  # transformers takes 0 for the default, as null
             setattr(rope, name, rope_reader.positive(name))
