@@ -64,10 +64,6 @@ class GlobalBatches:
         """Empty: unreadable documents were left out when the corpus was tokenized."""
         return []
 
-    def bad_rows(self) -> list[str]:
-        """Empty, for the same reason."""
-        return []
-
     def close(self) -> None:
         """Does nothing: no file is open."""
 

@@ -141,8 +141,8 @@ def _inspect(steps: int, rows: int, config: Config) -> None:
         print(f"all {steps} steps: {tokens:,} tokens, digest {digest.hexdigest()}")
         print(f"fingerprint of the data {data.facts.train_fingerprint}, of the tokenizer {data.facts.tokenizer_hash}\n")
         print("\n".join(source_table(data, config.data.corpus.value, steps, config.sequence_length)))
-        for line in data.train.bad_rows():
-            print(f"bad: {line}")
+        for found in data.train.read_failures():
+            print(f"bad: {found}")
     finally:
         data.train.close()
 

@@ -155,13 +155,13 @@ def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
         try:
             return session.batch_loader.take(session.step)
         finally:
-            log_findings(session.data, session.step + 1, supervisor.run_logger)
+            log_read_failures(session.data, session.step + 1, supervisor.run_logger)
     except (OSError, ValueError) as error:
         supervisor.bad_data = f"{type(error).__name__}: {error}"
         return session.batch_loader.empty()
 
 
-def log_findings(data: DataPipeline, step: int, run_logger: RunLogger) -> None:
+def log_read_failures(data: DataPipeline, step: int, run_logger: RunLogger) -> None:
     """Logs rows and files that could not be read for `step`: all of them as events, the first rows also on the console."""
     for found in data.train.read_failures():
         run_logger.log_event(found.kind, step=step, source=found.source, file=found.file, row=found.row, reason=found.reason)

@@ -179,10 +179,6 @@ class StreamBatches:
         """Rows that were skipped and files that failed since the last call. A round that is read again returns its own again."""
         return [found for source in self.mixture.sources for found in source.read_failures()]
 
-    def bad_rows(self) -> list[str]:
-        """Returns `read_failures` as text."""
-        return [str(found) for found in self.read_failures()]
-
     def close(self) -> None:
         """Stops the threads."""
         self._retry.closed.set()

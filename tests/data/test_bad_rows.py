@@ -32,7 +32,7 @@ def read_all(config: DataConfig) -> tuple[set[str], dict[str, float], list[str]]
         while True:
             seen.append(taken(batches, range(len(seen), len(seen) + 1)))
     counts = {name.rpartition("/")[2]: count for name, count in batches.metrics().items()}
-    return set(names_in(np.concatenate(seen))), counts, batches.bad_rows()
+    return set(names_in(np.concatenate(seen))), counts, [str(found) for found in batches.read_failures()]
 
 
 @pytest.mark.fault(18, "each bad row named with file and row, none dropped in silence")

@@ -10,7 +10,7 @@ from ..config import Config
 from ..environment import local_world_size
 from ..launch import Launcher
 from .model_rules import moe_blocks
-from .rule import Violation, divisors, needs
+from .rule import Violation, divisors
 
 
 def degrees(config: Config, world: int) -> Iterator[Violation]:
@@ -30,15 +30,22 @@ def ranks(config: Config, world: int) -> Iterator[Violation]:
     p = config.parallel
     for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
         if world % degree:
-            yield Violation(key, needs(degree, world), {degree, *divisors(world)})
+            yield Violation(key, _needs(degree, world), {degree, *divisors(world)})
     data = world // p.tensor
     if data % p.shard:
         rule = (
-            needs(p.shard, world)
+            _needs(p.shard, world)
             if world == 1
             else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
         )
         yield Violation("parallel.shard", rule, {p.shard, *divisors(data)})
+
+
+def _needs(degree: int, world: int) -> str:
+    """Returns the rule that `world` must be a multiple of the parallel degree, in words."""
+    if world == 1:
+        return f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
+    return f"must divide the {world} ranks"
 
 
 def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
@@ -92,7 +99,7 @@ def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
     if holders % degree:
         expert = f" ({world} ranks / parallel.expert={config.parallel.expert})" if config.parallel.expert > 1 else ""
         rule = (
-            needs(degree, world)
+            _needs(degree, world)
             if world == 1
             else f"must divide the {holders} ranks{' that hold each expert' if expert else ''}{expert}"
         )

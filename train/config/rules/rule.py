@@ -24,10 +24,3 @@ def multiples(unit: int, number: int) -> list[int]:
     """Returns the positive multiples of `unit` around `number`."""
     below = number // unit
     return [unit * factor for factor in range(max(1, below - 8), below + 9)]
-
-
-def needs(degree: int, world: int) -> str:
-    """Returns the rule that `world` must be a multiple of the parallel degree, in words."""
-    if world == 1:
-        return f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
-    return f"must divide the {world} ranks"
