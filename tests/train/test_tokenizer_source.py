@@ -75,6 +75,11 @@ def test_rows_of_a_tokenizer_json(theirs: Path) -> None:
     assert composed("tokenizer=huggingface", "tokenizer.path=/in/the/container", *inside).model.vocabulary == 8192
 
 
+def test_params_counts_them(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "model=tiny", "tokenizer=huggingface", f"tokenizer.path={theirs}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["embedding"] == ROUNDED * 64
+
+
 def test_a_run_keeps_the_rows_of_its_checkpoint(tmp_path: Path) -> None:
     """Those of an earlier version were 8192 for every tokenizer."""
     words = [*WORDS, *SMALL, "tokenizer=bytes", f"data.cache={tmp_path / 'cache'}", "steps=1", "sample.prompt=''"]
