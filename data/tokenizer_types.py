@@ -71,11 +71,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.end_of_document = self._processor.eos_id()
         self.hash = xxhash.xxh3_128_hexdigest(b"sentencepiece " + model)
         self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        # Where a space precedes every text, each part would begin with one of its own.
-        self._splits = not self._processor.normalize("a").startswith(SPACE_MARK)
+        kept = self._processor.normalize("  a \ufb01 ") == "  a \ufb01 ".replace(" ", SPACE_MARK)
+        self.verbatim = kept and self._processor.unk_id() not in self._mark
+        """Whether a text is encoded as it is: no space is put before it, none is removed, no character replaced or unknown."""
 
     def encode(self, text: str) -> list[int]:
-        if not self._splits:
+        if not self.verbatim:
             return self._processor.encode(text)
         first, *others = text.split(SPACE_MARK)
         ids = self._processor.encode(first)
@@ -85,6 +86,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         ids = self._processor.encode(texts, num_threads=threads)
+        if not self.verbatim:
+            return ids
         return [self.encode(text) if SPACE_MARK in text else found for text, found in zip(texts, ids, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:

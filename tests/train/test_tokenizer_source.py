@@ -1,5 +1,6 @@
 """The tokenizer that is there: prepared data give theirs, and it gives the rows of the embedding where nothing sets them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import TINY_RUN
-from tokenizer_cases import PIECES, saved_tokenizer
+from tokenizer_cases import PIECES, mixed_texts, saved_tokenizer
 from tokenyard.checkpoint.store import read_facts
 from tokenyard.data.config import TokenizerKind
 from tokenyard.data.tokenizer import load_tokenizer
@@ -74,6 +75,11 @@ def test_rows_of_a_tokenizer_json(theirs: Path) -> None:
     assert composed("tokenizer=huggingface", "tokenizer.path=/in/the/container", *inside).model.vocabulary == 8192
 
 
+def test_params_counts_them(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "model=tiny", "tokenizer=huggingface", f"tokenizer.path={theirs}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["embedding"] == ROUNDED * 64
+
+
 def test_a_run_keeps_the_rows_of_its_checkpoint(tmp_path: Path) -> None:
     """Those of an earlier version were 8192 for every tokenizer."""
     words = [*WORDS, *SMALL, "tokenizer=bytes", f"data.cache={tmp_path / 'cache'}", "steps=1", "sample.prompt=''"]
@@ -100,6 +106,25 @@ def test_prepared_data_give_their_tokenizer(shards: Path, theirs: Path, tmp_path
     assert main(["data", "inspect", *prepared, "--steps=1", "sequence_length=32", "batch.sequences=4"]) == 0
     assert main(["evaluate", str(checkpoint), f"data.path={shards}"]) == 0
     assert main(["generate", str(checkpoint), "--prompt", "Ada", "--tokens", "2"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
+    exported: Any = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "exported")
+    tokenizer, texts = load_tokenizer(checkpoint / "tokenizer"), mixed_texts(20_000)
+    assert exported(texts, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch(texts, threads=1)
+    told = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (told["bos_token_id"], told["eos_token_id"]) == (tokenizer.begin_of_document, tokenizer.end_of_document)
+
+
+def test_marks_of_any_writing_and_none_travel(tmp_path: Path) -> None:
+    """The end of DeepSeek's documents, and no begin."""
+    end = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    folder = saved_tokenizer("gpt2", tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text(encoding="utf-8").replace("<|endoftext|>", end)
+        (folder / name).write_text(text, encoding="utf-8")
+    words = [*SMALL, "tokenizer=huggingface", f"tokenizer.path={folder}", f"data.cache={tmp_path / 'cache'}"]
+    assert main(["prepare", str(tmp_path / "shards"), *words]) == 0
+    found = composed("data=prepared", f"data.path={tmp_path / 'shards'}").tokenizer
+    assert (found.end, found.begin) == (end, "")
 
 
 def test_packed_documents_stand_between_begin_and_end(shards: Path, tmp_path: Path) -> None:
