@@ -29,7 +29,8 @@ def read(reader: ConfigReader) -> ModelConfig:
     reader.require("moe_layer_freq", None, 1)
     read_attention_bias(reader, config)
     config.attention.qk_norm = QKNorm.head
-    windowed, first = reader.any("sliding_window") is not None, reader.optional_integer("max_window_layers") or 0
+    windowed = reader.any("sliding_window") is not None
+    first = 0 if reader.any("max_window_layers") is None else reader.integer("max_window_layers", 0)
     read_sliding_window(reader, config, lambda index: windowed and index >= first)
     config.attention.rope = read_rope(reader)
     return config

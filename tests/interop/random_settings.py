@@ -158,6 +158,9 @@ def qwen3_moe(draw: Draw) -> dict[str, Any]:
 
 def deepseek_v2(draw: Draw) -> dict[str, Any]:
     settings = latent(draw) | grouped(draw) | rope(draw) | {"norm_topk_prob": some(draw, RARE)}
+    settings["hidden_size"] += -settings["hidden_size"] % settings["num_attention_heads"]
+    for key in ("qk_nope_head_dim", "kv_lora_rank"):  # transformers reads pairs of neighbours behind them as complex numbers
+        settings[key] += settings[key] % 2
     return settings | {"topk_method": "greedy" if settings["n_group"] == 1 else "group_limited_greedy"}
 
 
