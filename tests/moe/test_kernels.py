@@ -1,12 +1,15 @@
 """The Triton kernels equal the code that they replace. They run in Triton's interpreter, on the CPU, in fp32 and fp16."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from tokenyard.moe import dispatch, feedforward
 from tokenyard.moe.config import Activation
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
 from tokenyard.moe.kernels import activation as activation_kernels
-from tokenyard.moe.kernels import rotation
+from tokenyard.moe.kernels import operators, rotation
 from tokenyard.moe.kernels import rows as row_kernels
 from tokenyard.moe.rotary import RotaryTables, rotate
 from torch import Tensor
@@ -110,6 +113,25 @@ def test_zeros_for_groups_without_rows(counts: list[int]) -> None:
     expected = product_ENK * (torch.tensor(counts) > 0)[:, None, None]
     ends_E = torch.tensor(counts).cumsum(0, dtype=torch.int32)
     assert torch.equal(row_kernels.zero_empty_groups(product_ENK, ends_E), expected)
+
+
+def test_without_what_they_need_the_code_that_they_replace_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors of a dry run only stand for those of a GPU: they need nothing."""
+    on_gpu: Any = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    monkeypatch.setattr(operators, "kind_of", lambda _: "cuda")
+    monkeypatch.setattr(operators, "MISSING", ["a C compiler, which triton calls"])
+    assert not operators.uses_kernels(on_gpu) and operators.uses_kernels(torch.empty(0))
+    operators.warn_of_missing(torch.device("cpu"))
+    assert caplog.text == ""
+    operators.warn_of_missing(torch.device("cuda"))
+    assert "no kernels without a C compiler, which triton calls: a layer" in caplog.text
+    monkeypatch.setattr(operators, "MISSING", [])
+    caplog.clear()
+    assert operators.uses_kernels(on_gpu)
+    operators.warn_of_missing(torch.device("cuda"))
+    assert caplog.text == ""
 
 
 def random_rows(
