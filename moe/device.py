@@ -1,9 +1,13 @@
-"""The kind of device, and host reads, where the host waits for a device's numbers.
+"""The kind of device, whether Triton kernels run on it, and host reads, where the host waits for a device's numbers.
 
-Both go through this module, so that a process without a GPU can simulate one: a dry run executes the step of a rank on fake
+All go through this module, so that a process without a GPU can simulate one: a dry run executes the step of a rank on fake
 tensors, which have shapes and no values.
 """
 
+import importlib.util
+import logging
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("tokenyard")
 
 
 @dataclass
@@ -30,6 +36,29 @@ def kind_of(x: Tensor | torch.device) -> str:
     if _dry_run is not None:
         return _dry_run.kind
     return x.type if isinstance(x, torch.device) else x.device.type
+
+
+KERNELS = True
+"""False to compare moe/kernels/ with the code that they replace."""
+KERNELS_LACK = [
+    *(["triton"] if importlib.util.find_spec("triton") is None else []),
+    *([] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler, which triton calls"]),
+]
+"""What kernels need and this machine has not."""
+KERNEL_DTYPES = torch.bfloat16, torch.float16, torch.float32
+"""Kernels sum in fp32; fp64 stays with the code that they replace."""
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Returns whether moe/kernels/ takes tensors like x. A dry run, whose tensors only stand for those of a GPU, lacks nothing."""
+    return KERNELS and kind_of(x) == "cuda" and x.dtype in KERNEL_DTYPES and (not KERNELS_LACK or x.device.type != "cuda")
+
+
+def warn_of_missing_kernels(device: torch.device) -> None:
+    """Warns in one line if a GPU has to do without kernels. The factor is that of a Qwen3-30B layer (docs/performance.md)."""
+    if device.type == "cuda" and KERNELS_LACK:
+        lacks = " and ".join(KERNELS_LACK)
+        log.warning("no Triton kernels without %s: a layer of fine-grained experts takes up to 1.7 times as long", lacks)
 
 
 def host_read(x: Tensor, place: str, assumed: Callable[[], Any]) -> Any:

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import host_read, kind_of
+from .device import host_read, kind_of, uses_kernels
 from .kernels import operators
-from .kernels.operators import uses_kernels
 from .linear import compute_dtype
 from .router import Routing
 

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation
-from .device import kind_of
+from .device import kind_of, uses_kernels
 from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
 from .feedforward import activate, activate_with_backward
 from .kernels import operators
-from .kernels.operators import uses_kernels
 from .linear import compute_dtype
 
 # The grouped matrix product: the rows of each group times the matrix of that group, in one call.

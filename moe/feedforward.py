@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation
+from .device import uses_kernels
 from .kernels import operators
-from .kernels.operators import uses_kernels
 from .linear import linear
 
 # P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, RopeConfig, RopeScaling
+from .device import uses_kernels
 from .kernels import operators
-from .kernels.operators import uses_kernels
 from .param_shapes import rotary_width
 from .token_info import lengths_of, positions_of
 

@@ -13,7 +13,7 @@ from ..checkpoint.store import read_facts
 from ..data.build import DataPipeline, open_data
 from ..data.errors import DataStop
 from ..data.stream.packing import TokenizingRanks
-from ..moe.kernels.operators import warn_of_missing
+from ..moe.device import warn_of_missing_kernels
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.mesh import build_mesh
@@ -44,7 +44,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     if saved is not None:
         check_rules(config, ranks.size)
     set_products(config, device, precision_from)
-    warn_of_missing(device)
+    warn_of_missing_kernels(device)
     warn_of_toy_settings(config)
     data = open_data_on_all_ranks(config, ranks)
     if (pieces := data.tokenizer.size) > config.model.vocabulary:

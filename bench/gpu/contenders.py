@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...moe import device
 from ...moe.feedforward import FeedForward
-from ...moe.kernels import operators
 from ...moe.layer import MoELayer
 from ..layer import LayerShape, our_layer
 from .recorder import Unavailable
@@ -30,7 +30,7 @@ def without_kernels(work: Callable[[], Any]) -> Callable[[], Any]:
     """`work` with the code that the kernels of moe/kernels/ replace."""
 
     def run() -> Any:
-        with patch.object(operators, "ENABLED", False):
+        with patch.object(device, "KERNELS", False):
             return work()
 
     return run

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...moe.config import Activation
+from ...moe.device import uses_kernels
 from ...moe.dispatch import RowPlan, gather_rows, plan_choices, row_dots, sum_rows, weights_per_row
 from ...moe.experts import _activation_backward, grouped_outer
 from ...moe.feedforward import activate
@@ -115,7 +116,7 @@ def kernels(
 
 def _sum_backward(grad_TD: Tensor, y_RD: Tensor, plan: RowPlan, weights_TK: Tensor) -> list[Tensor]:
     weights_R = weights_per_row(weights_TK, plan)
-    if operators.uses_kernels(y_RD):
+    if uses_kernels(y_RD):
         return list(operators.unpermute_backward(grad_TD, y_RD, plan.token_R, plan.filled_R, weights_R))
     grad_RD = gather_rows(grad_TD, plan)
     dots_R = row_dots(y_RD, grad_RD, weights_TK.dtype)

@@ -4,39 +4,10 @@ On CUDA the functions that they replace call them: in dispatch.py, feedforward.p
 T tokens, D width, K choices per token, R rows, F hidden width, N = P * F with P projections.
 """
 
-import importlib.util
-import logging
-import os
-import shutil
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..device import kind_of
-
-log = logging.getLogger("tokenyard")
-
-ENABLED = True
-"""False to compare with the code that the kernels replace."""
-MISSING = [
-    *(["triton"] if importlib.util.find_spec("triton") is None else []),
-    *([] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler, which triton calls"]),
-]
-"""What kernels need and this machine lacks."""
-DTYPES = torch.bfloat16, torch.float16, torch.float32
-"""Kernels sum in fp32; fp64 stays with the code that they replace."""
-
-
-def uses_kernels(x: Tensor) -> bool:
-    """Whether kernels take tensors like x. A dry run, whose tensors only stand for those of a GPU, needs no triton."""
-    return ENABLED and kind_of(x) == "cuda" and x.dtype in DTYPES and (not MISSING or x.device.type != "cuda")
-
-
-def warn_of_missing(device: torch.device) -> None:
-    """Warns in one line if a GPU has to do without kernels. The factor is that of a Qwen3-30B layer (docs/performance.md)."""
-    if device.type == "cuda" and MISSING:
-        log.warning("no kernels without %s: a layer of fine-grained experts takes up to 1.7 times as long", " and ".join(MISSING))
 
 
 @torch.library.custom_op("tokenyard::sum_rows", mutates_args=())

@@ -16,7 +16,7 @@ from tokenyard.bench.layer import LayerShape
 from tokenyard.bench.timing import take_turns
 from tokenyard.moe.attention import attention_mask
 from tokenyard.moe.config import Activation
-from tokenyard.moe.device import dry_run
+from tokenyard.moe.device import dry_run, uses_kernels
 from tokenyard.moe.kernels import operators
 from tokenyard.moe.param_count import count
 
@@ -134,10 +134,10 @@ def test_each_kernel_and_what_it_replaces_are_called_alike() -> None:
 def test_without_kernels_the_code_that_they_replace_runs() -> None:
     x = torch.ones(2, 4)
     with dry_run("cuda"):
-        assert operators.uses_kernels(x)
-        assert contenders.without_kernels(lambda: operators.uses_kernels(x))() is False
-        assert operators.uses_kernels(x) and not operators.uses_kernels(x.double())
-    assert not operators.uses_kernels(x)
+        assert uses_kernels(x)
+        assert contenders.without_kernels(lambda: uses_kernels(x))() is False
+        assert uses_kernels(x) and not uses_kernels(x.double())
+    assert not uses_kernels(x)
 
 
 def test_attention_counts_the_visible_pairs_of_tokens() -> None:

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from tokenyard.bench.host_reads import host_reads
+from tokenyard.moe import device, linear
 from tokenyard.moe import experts as experts_module
-from tokenyard.moe import linear
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, pad_to_multiple, plan_rows, row_alignment
 from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.feedforward import activate, activate_with_backward
-from tokenyard.moe.kernels import operators
 from tokenyard.moe.router import Routing
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def test_the_derivatives_are_those_of_autograd(activation: Activation) -> None:
 
 def test_the_weights_gradient_is_not_rounded_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bf16 products and without kernels: the gradient of a row's weight sums exact products of activation and gradient."""
-    monkeypatch.setattr(operators, "ENABLED", False)
+    monkeypatch.setattr(device, "KERNELS", False)
     torch.manual_seed(0)
     inner_RN, grad_RF = torch.randn(5, 2 * 256).bfloat16(), torch.randn(5, 256).bfloat16()
     active_RF, exact = activate(Activation.swiglu, inner_RN), grad_RF.double()

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenyard.moe import dispatch, feedforward
+from tokenyard.moe import device, dispatch, feedforward
 from tokenyard.moe.config import Activation
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
 from tokenyard.moe.kernels import activation as activation_kernels
-from tokenyard.moe.kernels import operators, rotation
+from tokenyard.moe.kernels import rotation
 from tokenyard.moe.kernels import rows as row_kernels
 from tokenyard.moe.rotary import RotaryTables, rotate
 from torch import Tensor
@@ -120,17 +120,17 @@ def test_without_what_they_need_the_code_that_they_replace_runs(
 ) -> None:
     """Tensors of a dry run only stand for those of a GPU: they need nothing."""
     on_gpu: Any = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
-    monkeypatch.setattr(operators, "kind_of", lambda _: "cuda")
-    monkeypatch.setattr(operators, "MISSING", ["a C compiler, which triton calls"])
-    assert not operators.uses_kernels(on_gpu) and operators.uses_kernels(torch.empty(0))
-    operators.warn_of_missing(torch.device("cpu"))
+    monkeypatch.setattr(device, "kind_of", lambda _: "cuda")
+    monkeypatch.setattr(device, "KERNELS_LACK", ["a C compiler, which triton calls"])
+    assert not device.uses_kernels(on_gpu) and device.uses_kernels(torch.empty(0))
+    device.warn_of_missing_kernels(torch.device("cpu"))
     assert caplog.text == ""
-    operators.warn_of_missing(torch.device("cuda"))
-    assert "no kernels without a C compiler, which triton calls: a layer" in caplog.text
-    monkeypatch.setattr(operators, "MISSING", [])
+    device.warn_of_missing_kernels(torch.device("cuda"))
+    assert "no Triton kernels without a C compiler, which triton calls: a layer" in caplog.text
+    monkeypatch.setattr(device, "KERNELS_LACK", [])
     caplog.clear()
-    assert operators.uses_kernels(on_gpu)
-    operators.warn_of_missing(torch.device("cuda"))
+    assert device.uses_kernels(on_gpu)
+    device.warn_of_missing_kernels(torch.device("cuda"))
     assert caplog.text == ""
 
 
