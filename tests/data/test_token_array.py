@@ -30,8 +30,7 @@ def test_tokens_are_all_documents_with_their_ends(folder: DataConfig, tmp_path: 
 
 def test_batches_of_documents_do_not_change_the_tokens(folder: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path / "a")
-    cut = module._batches
-    monkeypatch.setattr(module, "_batches", lambda documents: cut(documents, limit=1000))
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     parts = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path / "b")
     assert whole.manifest == parts.manifest and np.array_equal(whole.ids, parts.ids)
 

@@ -65,7 +65,7 @@ def test_a_prediction_module_that_transformers_leaves_out_is_left_out_with_a_not
     assert not any("left out" in note for note in import_folder(folder, tmp_path / "before").notes)
     rewrite(folder, lambda tensors: tensors.update(module))
     notes = import_folder(folder, tmp_path / "after").notes
-    assert notes[0] == "2 tensors have no place in the model and were left out, such as model.mtp_block.0.mlp.up_proj.weight"
+    assert "2 tensors have no place in the model and were left out, such as model.mtp_block.0.mlp.up_proj.weight" in notes
 
 
 def test_pickles_are_refused(folder: Path) -> None:

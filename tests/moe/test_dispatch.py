@@ -72,7 +72,11 @@ def test_derivatives_of_copy_and_sum() -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("dropped", [None, 0.3])
 def test_bf16_rows_are_summed_in_fp32(kind: str, dropped: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and both gradients are within one rounding of the exact values; on CUDA a few tokens are summed at a time."""
+    """Output and both gradients are within one rounding of the exact values; on CUDA a few tokens are summed at a time.
+
+    Without kernels, as Triton's interpreter does not round bf16 to nearest.
+    """
+    monkeypatch.setattr("tokenyard.moe.device.KERNELS", False)
     monkeypatch.setattr("tokenyard.moe.dispatch.MAX_ELEMENTS", 2 * 8 * 64)
     torch.manual_seed(0)
     kept_TK = None if dropped is None else torch.rand(9, 8) >= dropped
