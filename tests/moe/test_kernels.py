@@ -2,16 +2,21 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from tokenyard.moe import device, dispatch, feedforward
+from tokenyard.moe import model as model_module
 from tokenyard.moe.config import Activation
+from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
 from tokenyard.moe.kernels import activation as activation_kernels
 from tokenyard.moe.kernels import rotation
 from tokenyard.moe.kernels import rows as row_kernels
+from tokenyard.moe.model import Transformer
 from tokenyard.moe.rotary import RotaryTables, rotate
+from tokenyard.train.config.compose import compose
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which the interpreter uses
@@ -151,3 +156,27 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     tolerance = DTYPES[dtype]
     largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(found.double(), expected.detach(), rtol=0, atol=tolerance * max(1.0, largest))
+
+
+@pytest.mark.parametrize("name", ["tiny_qwen3_moe", "tiny_deepseek_v3", "tiny_gpt_oss", "tiny_switch"])
+def test_a_model_has_the_outputs_and_gradients_of_one_without_kernels(name: str) -> None:
+    torch.manual_seed(0)
+    model = Transformer(compose([f"model={name}"]).model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    ids_BS, gradient = torch.randint(model.config.vocabulary, (2, 9)), torch.randn(2, 9, model.config.vocabulary)
+
+    def outputs_and_gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        logits = model(ids_BS)
+        logits.backward(gradient)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {"logits": logits.detach(), **gradients}
+
+    expected = outputs_and_gradients()
+    with dry_run("cuda"), patch.object(model_module, "block_masks", lambda *_: {}):  # FlexAttention needs a GPU
+        found = outputs_and_gradients()
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        error, size = (value - expected[key]).norm(), expected[key].norm()
+        assert error <= 1e-5 * size + 1e-7, key
