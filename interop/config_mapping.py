@@ -132,8 +132,10 @@ def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[F
     model = family.read(reader)
     rope, pairs = model.attention.rope, rotary_width(model) // 2
     if rope.scaling is RopeScaling.longrope and {len(rope.short_factors), len(rope.long_factors)} != {pairs}:
-        rule = f"long_factor and short_factor must be lists of {pairs} numbers, one for each rotated pair of a head"
-        raise ValueError(f"{place}rope_parameters: {rule}")
+        factors = rope.short_factors if len(rope.short_factors) != pairs else rope.long_factors
+        name = "short_factor" if factors is rope.short_factors else "long_factor"
+        key = f"{'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'}.{name}"
+        raise ValueError(f"{place}{key}={brief(factors)}: must be a list of {pairs} numbers, one for each rotated pair of a head")
     if rope.scaling is RopeScaling.dynamic and pairs < 2:
         raise ValueError(f"{place}rope_parameters.rope_type='dynamic': needs two rotated pairs of a head")
     check_model_numbers({"model": plain_config(model)})

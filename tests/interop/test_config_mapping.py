@@ -127,7 +127,7 @@ REFUSED = [
     (
         "LlamaForCausalLM",
         {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}},
-        "rope_parameters: long_factor and short_factor must be",
+        "rope_scaling.long_factor=[1.0]: must be a list of",
     ),
     ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor=None"),
     ("LlamaForCausalLM", {"rope_parameters": {**YARN, "short_factor": [1]}}, "rope_parameters.short_factor=[1]"),
