@@ -73,14 +73,7 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y_RD, weights_TK, *saved = ctx.saved_tensors
         plan = RowPlan(*saved)
-        weights_R = weights_per_row(weights_TK, plan)
-        if uses_kernels(y_RD):
-            grad_y_RD, grad_weights_R = operators.unpermute_backward(grads[0], y_RD, plan.token_R, plan.filled_R, weights_R)
-            grad_weights_R = grad_weights_R.to(weights_TK.dtype)
-        else:
-            grad_RD = gather_rows(grads[0], plan)
-            grad_weights_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
-            grad_y_RD = grad_RD.mul_(weights_R[:, None])
+        grad_y_RD, grad_weights_R = sum_rows_backward(grads[0], y_RD, plan, weights_TK)
         return grad_y_RD, values_per_choice(grad_weights_R, plan), *5 * [None]
 
 
@@ -110,6 +103,17 @@ def sum_rows(y_RD: Tensor, plan: RowPlan, weights_TK: Tensor | None = None) -> T
     assert factors_TK is not None
     weighted_sum = _weighted_sum_by_choice if kind_of(y_RD) == "cpu" else _weighted_sum_by_block
     return weighted_sum(y_RD, slot_TK, factors_TK.to(wide))
+
+
+def sum_rows_backward(grad_TD: Tensor, y_RD: Tensor, plan: RowPlan, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the rows (R, D), and of their weights (R,) in the dtype of the weights."""
+    weights_R = weights_per_row(weights_TK, plan)
+    if uses_kernels(y_RD):
+        grad_y_RD, grad_weights_R = operators.unpermute_backward(grad_TD, y_RD, plan.token_R, plan.filled_R, weights_R)
+        return grad_y_RD, grad_weights_R.to(weights_TK.dtype)
+    grad_RD = gather_rows(grad_TD, plan)
+    grad_weights_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
+    return grad_RD.mul_(weights_R[:, None]), grad_weights_R
 
 
 def _weighted_sum_by_choice(y_RD: Tensor, slot_TK: Tensor, factors_TK: Tensor) -> Tensor:

@@ -194,8 +194,8 @@ def _activation_backward(
     `grad_RF` is the gradient of the activation of a row with weight 1; it may be overwritten.
     """
     if uses_kernels(inner_RN):
-        weights_R, kind = None if weights_R1 is None else weights_R1[:, 0], (activation.value, activation.projections)
-        grad_inner_RN, grad_weights_R = operators.weighted_activation_backward(inner_RN, grad_RF, weights_R, *kind)
+        weights_R = None if weights_R1 is None else weights_R1[:, 0]
+        grad_inner_RN, grad_weights_R = operators.weighted_activation_backward(inner_RN, grad_RF, weights_R, activation.value)
         return grad_RF, grad_inner_RN, grad_weights_R if weights_R is None else grad_weights_R.to(weights_R.dtype)
     grad_inner_RN = torch.empty_like(inner_RN, dtype=grad_RF.dtype)
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))

@@ -26,7 +26,7 @@ def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Te
         case Activation.relu:
             return F.relu(x) if out is None else out.copy_(F.relu(x))
     if out is None and uses_kernels(x):
-        y = operators.activation(x.flatten(0, -2), activation.value, activation.projections)
+        y = operators.activation(x.flatten(0, -2), activation.value)
         return y.unflatten(0, x.shape[:-1])
     if activation is Activation.relu_squared:  # Primer (So et al. 2021)
         return torch.square(F.relu(x), out=out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.checks import nearest_path
-from ..data.config import TokenizerKind
+from ..data.tokenizer_path import FILES
 from ..interop.upcycle import Upcycle, upcycled_config
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
@@ -26,7 +26,7 @@ from .tokenizer_source import prepared_tokenizer, tokenizer_is_named, tokenizer_
 
 HF_CONFIG = "config.json"
 """The file that makes a folder a Hugging Face folder; ours have none of that name."""
-HF_TOKENIZERS = {"tokenizer.json": TokenizerKind.huggingface, "tokenizer.model": TokenizerKind.sentencepiece}
+HF_TOKENIZERS = {name: kind for kind, name in FILES.items()}
 """The files that a tokenizer of a Hugging Face folder may be in, the preferred one first."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")

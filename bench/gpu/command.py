@@ -39,9 +39,7 @@ TWO = ["launch=torchrun", "launch.ranks=2", "parallel.shard=2", "parallel.expert
 
 
 def run(recorder: Recorder) -> None:
-    for package in ("hydra", "omegaconf", "sentencepiece", "pyarrow"):
-        if not has(package):
-            raise Unavailable(f"{package} is not installed, nor in .gpu/")
+    require_packages()
     two = recorder.cuda and torch.cuda.device_count() > 1
     words = [*WORDS, f"device={recorder.device.type}", *(TWO if two else [])]
     recorder.fact("ranks", 2 if two else 1)
@@ -61,6 +59,13 @@ def run(recorder: Recorder) -> None:
             different = [step for step, loss in whole.items() if again.get(step) != loss]
             text = f"the losses of steps {different[:5]} differ" if different else f"{len(whole)} losses, bit for bit"
             recorder.check("killed and resumed", bool(whole) and not different, text)
+
+
+def require_packages() -> None:
+    """Raises Unavailable if a package that `tokenyard train` needs is missing."""
+    for package in ("hydra", "omegaconf", "sentencepiece", "pyarrow"):
+        if not has(package):
+            raise Unavailable(f"{package} is not installed, nor in .gpu/")
 
 
 def train(words: list[str], folder: Path, recorder: Recorder) -> dict[int, float] | None:

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from ...moe.config import Activation
-from ...moe.device import uses_kernels
-from ...moe.dispatch import RowPlan, gather_rows, plan_choices, row_dots, sum_rows, weights_per_row
+from ...moe.dispatch import plan_choices, sum_rows, sum_rows_backward, weights_per_row
 from ...moe.experts import _activation_backward, grouped_outer
 from ...moe.feedforward import activate
-from ...moe.kernels import operators
 from ...moe.rotary import RotaryTables, rotate
 from ..timing import spread, take_turns
 from .contenders import without_kernels
@@ -89,7 +87,9 @@ def kernels(
     y_RD, x_TD = draw(rows, width), draw(tokens, width)
     yield Fused("weighted sum of rows", lambda: [sum_rows(y_RD, plan, weights_TK)], item * width * (rows + tokens))
     yield Fused("sum of rows", lambda: [sum_rows(y_RD, plan)], item * width * (rows + tokens))
-    yield Fused("backward of the sum", lambda: _sum_backward(x_TD, y_RD, plan, weights_TK), item * width * (2 * rows + tokens))
+    yield Fused(
+        "backward of the sum", lambda: list(sum_rows_backward(x_TD, y_RD, plan, weights_TK)), item * width * (2 * rows + tokens)
+    )
     weights_R1 = weights_per_row(weights_TK, plan)[:, None]
     for activation in Activation:
         inner_RN, grad_RF = draw(rows, activation.projections * hidden), draw(rows, hidden)
@@ -112,15 +112,6 @@ def kernels(
     yield Fused(
         "product of groups, half of them empty", lambda: [grouped_outer(left, right, ends_E)], item * experts * hidden * width
     )
-
-
-def _sum_backward(grad_TD: Tensor, y_RD: Tensor, plan: RowPlan, weights_TK: Tensor) -> list[Tensor]:
-    weights_R = weights_per_row(weights_TK, plan)
-    if uses_kernels(y_RD):
-        return list(operators.unpermute_backward(grad_TD, y_RD, plan.token_R, plan.filled_R, weights_R))
-    grad_RD = gather_rows(grad_TD, plan)
-    dots_R = row_dots(y_RD, grad_RD, weights_TK.dtype)
-    return [grad_RD.mul_(weights_R[:, None]), dots_R]
 
 
 def _backward(activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor) -> list[Tensor]:

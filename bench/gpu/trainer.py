@@ -8,23 +8,19 @@ from pathlib import Path
 from time import monotonic
 
 from ..timing import spread, take_turns
-from .command import start
+from .command import require_packages, start
 from .layers import forget
-from .machine import has
-from .recorder import Recorder, Unavailable
+from .recorder import Recorder
 from .steps import BATCHES, NARROW, REPEATS, WIDE, build
 from .waits import random_rows
 
 MODELS = {"full": replace(WIDE, layers=2), "tiny": replace(NARROW, vocabulary=264)}
 """The initial weights are drawn on the host, so the model is not as large as in `steps`."""
 STEPS = {"full": 80, "tiny": 4}
-NEEDED = ("hydra", "omegaconf", "sentencepiece", "pyarrow")
 
 
 def run(recorder: Recorder) -> None:
-    for package in NEEDED:
-        if not has(package):
-            raise Unavailable(f"{package} is not installed, nor in .gpu/")
+    require_packages()
     model, (sequences, length) = MODELS[recorder.scale], BATCHES[recorder.scale][0]
     trained = build(model, recorder.device)
     step = trained.step(random_rows(trained.parallel, sequences, length))

@@ -2,50 +2,25 @@
 
 from typing import Any
 
-from ...moe.config import ModelConfig, QKNorm
+from ...moe.config import ModelConfig
 from ..config_reader import ConfigReader
-from ..rope import read_rope, write_rope
+from ..rope import read_rope
 from ..weight_mapping import PROJECTIONS, QK_NORMS, ROUTER, experts, layer_tensors
-from .family import (
-    COMMON,
-    ROUTED,
-    Family,
-    norm_topk_prob,
-    read_attention_bias,
-    read_common,
-    read_experts,
-    read_head_width,
-    read_norm_topk_prob,
-    read_router_aux_loss_coef,
-    router_aux_loss_coef,
-    write_common,
-)
+from .family import COMMON, ROUTED, Family, read_common
+from .olmoe import read_olmo, write_olmo
 
 
 def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
-    read_head_width(reader, config)
-    read_experts(reader, config, "num_experts", "intermediate_size")
-    read_norm_topk_prob(reader, config)
-    read_router_aux_loss_coef(reader, config)
-    read_attention_bias(reader, config)
+    read_olmo(reader, config)
     config.pre_norms, config.sandwich_norms = False, True
-    config.attention.qk_norm = QKNorm.full
     config.attention.rope = read_rope(reader, theta=500000.0)
     return config
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    return write_common(config) | {
-        "attention_bias": config.attention.qkv_bias,
-        "intermediate_size": config.moe.hidden,
-        "norm_topk_prob": norm_topk_prob(config),
-        "num_experts": config.moe.experts,
-        "num_experts_per_tok": config.moe.top_k,
-        "rope_parameters": write_rope(config.attention.rope),
-        "router_aux_loss_coef": router_aux_loss_coef(config),
-        **({"head_dim": config.head_width} if config.head_width else {}),  # transformers does not take null
-    }
+    head_width = {"head_dim": config.head_width} if config.head_width else {}  # transformers does not take null
+    return write_olmo(config) | head_width
 
 
 NORMS_AFTER = layer_tensors(

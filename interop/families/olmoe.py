@@ -25,22 +25,31 @@ from .family import (
 def read(reader: ConfigReader) -> ModelConfig:
     config = read_common(reader)
     reader.require("head_dim", None, config.width // config.heads)
+    read_olmo(reader, config)
+    if reader.any("clip_qkv") is not None:
+        config.attention.clip_qkv = reader.positive("clip_qkv")
+    config.attention.rope = read_rope(reader)
+    return config
+
+
+def read_olmo(reader: ConfigReader, config: ModelConfig) -> None:
+    """Reads what FlexOlmo has too: routing, heads, and norms of queries and keys."""
     read_head_width(reader, config)
     read_experts(reader, config, "num_experts", "intermediate_size")
     read_norm_topk_prob(reader, config)
     read_router_aux_loss_coef(reader, config)
     read_attention_bias(reader, config)
-    if reader.any("clip_qkv") is not None:
-        config.attention.clip_qkv = reader.positive("clip_qkv")
     config.attention.qk_norm = QKNorm.full
-    config.attention.rope = read_rope(reader)
-    return config
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
+    return write_olmo(config) | {"clip_qkv": config.attention.clip_qkv}
+
+
+def write_olmo(config: ModelConfig) -> dict[str, Any]:
+    """Returns the keys that FlexOlmo has too."""
     return write_common(config) | {
         "attention_bias": config.attention.qkv_bias,
-        "clip_qkv": config.attention.clip_qkv,
         "intermediate_size": config.moe.hidden,
         "num_experts": config.moe.experts,
         "num_experts_per_tok": config.moe.top_k,

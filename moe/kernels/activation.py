@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..config import Activation
 from .rows import columns_of_program
 
 
@@ -68,8 +69,9 @@ def _activate(x_ptr, out_ptr, F, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK:
     tl.store(out_ptr + row * F + columns, active.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def activate(x_RN: Tensor, kind: str, projections: int) -> Tensor:
+def activate(x_RN: Tensor, kind: str) -> Tensor:
     """(R, F): see `feedforward.activate`; `kind` is the name of the activation."""
+    projections = Activation(kind).projections
     x_RN, rows, hidden = x_RN.contiguous(), len(x_RN), x_RN.shape[1] // projections
     out_RF = x_RN.new_empty(rows, hidden)
     if out_RF.numel():
@@ -114,9 +116,7 @@ def _activate_backward(
         tl.store(dot_ptr + row, tl.sum(dot, 0))
 
 
-def activate_backward(
-    x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str, projections: int, keeps: bool
-) -> tuple[Tensor, Tensor]:
+def activate_backward(x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str, keeps: bool) -> tuple[Tensor, Tensor]:
     """Returns the gradient of x (R, P * F), and that of the weights (R,) in fp32, empty without weights.
 
     `grad_RF` is the gradient of the activation of a row with weight 1. If `keeps`, the activation times its row's weight takes its
@@ -129,6 +129,6 @@ def activate_backward(
     weights_R = None if weights_R is None else weights_R.float().contiguous()
     if grad_RF.numel():
         tensors = x_RN, grad_RF, weights_R, grad_x_RN, grad_weights_R
-        flags = projections == 2, weights_R is not None, keeps
+        flags = Activation(kind).projections == 2, weights_R is not None, keeps
         _activate_backward[rows,](*tensors, hidden, kind, *flags, columns_of_program(hidden))
     return grad_x_RN, grad_weights_R

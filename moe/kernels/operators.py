@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Activation
+
 
 @torch.library.custom_op("tokenyard::sum_rows", mutates_args=())
 def sum_rows(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -35,57 +37,55 @@ def unpermute_backward(
 
 @unpermute_backward.register_fake
 def _(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, weights_R: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y_RD), y_RD.new_empty(len(y_RD), dtype=torch.float32)
+    return y_RD.new_empty(y_RD.shape), y_RD.new_empty(len(y_RD), dtype=torch.float32)
 
 
 @torch.library.custom_op("tokenyard::activation", mutates_args=())
-def activation(x_RN: Tensor, kind: str, projections: int) -> Tensor:
+def activation(x_RN: Tensor, kind: str) -> Tensor:
     """(R, F): see `feedforward.activate`. Differentiable; saves x alone."""
     from . import activation as kernels
 
-    return kernels.activate(x_RN, kind, projections)
+    return kernels.activate(x_RN, kind)
 
 
 @activation.register_fake
-def _(x_RN: Tensor, kind: str, projections: int) -> Tensor:
-    return x_RN.new_empty(x_RN.shape[0], x_RN.shape[1] // projections)
+def _(x_RN: Tensor, kind: str) -> Tensor:
+    return x_RN.new_empty(x_RN.shape[0], x_RN.shape[1] // Activation(kind).projections)
 
 
 @torch.library.custom_op("tokenyard::activation_backward", mutates_args=())
-def activation_backward(x_RN: Tensor, grad_RF: Tensor, kind: str, projections: int) -> Tensor:
+def activation_backward(x_RN: Tensor, grad_RF: Tensor, kind: str) -> Tensor:
     """(R, N): the gradient of the input of `activation`."""
     from . import activation as kernels
 
-    return kernels.activate_backward(x_RN, grad_RF.contiguous(), None, kind, projections, keeps=False)[0]
+    return kernels.activate_backward(x_RN, grad_RF.contiguous(), None, kind, keeps=False)[0]
 
 
 @activation_backward.register_fake
-def _(x_RN: Tensor, grad_RF: Tensor, kind: str, projections: int) -> Tensor:
+def _(x_RN: Tensor, grad_RF: Tensor, kind: str) -> Tensor:
     return x_RN.new_empty(x_RN.shape)
 
 
 @torch.library.custom_op("tokenyard::weighted_activation_backward", mutates_args=("grad_RF",))
-def weighted_activation_backward(
-    x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str, projections: int
-) -> tuple[Tensor, Tensor]:
+def weighted_activation_backward(x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """See `experts._activation_backward`: the gradients of x and of the rows' weights; grad_RF becomes the weighted activation."""
     from . import activation as kernels
 
-    return kernels.activate_backward(x_RN, grad_RF, weights_R, kind, projections, keeps=True)
+    return kernels.activate_backward(x_RN, grad_RF, weights_R, kind, keeps=True)
 
 
 @weighted_activation_backward.register_fake
-def _(x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str, projections: int) -> tuple[Tensor, Tensor]:
+def _(x_RN: Tensor, grad_RF: Tensor, weights_R: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     return x_RN.new_empty(x_RN.shape), x_RN.new_empty(0 if weights_R is None else x_RN.shape[0], dtype=torch.float32)
 
 
-def _save_input(ctx: Any, inputs: tuple[Tensor, str, int], output: Tensor) -> None:
-    x_RN, ctx.kind, ctx.projections = inputs
+def _save_input(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    x_RN, ctx.kind = inputs
     ctx.save_for_backward(x_RN)
 
 
-def _activation_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None, None]:
-    return activation_backward(*ctx.saved_tensors, grad_RF, ctx.kind, ctx.projections), None, None
+def _activation_backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, None]:
+    return activation_backward(*ctx.saved_tensors, grad_RF, ctx.kind), None
 
 
 activation.register_autograd(_activation_backward, setup_context=_save_input)
@@ -101,7 +101,7 @@ def rotate(x_BHSh: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse:
 
 @rotate.register_fake
 def _(x_BHSh: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return torch.empty_like(x_BHSh)
+    return torch.empty_like(x_BHSh if x_BHSh.stride(-1) == 1 else x_BHSh.contiguous())
 
 
 def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool, bool], output: Tensor) -> None:

@@ -62,21 +62,21 @@ def test_backward_pass_of_the_sum(shape: tuple[int, int, int, int], padded: bool
 @pytest.mark.parametrize("activation", Activation)
 def test_activations_and_their_backward_passes(activation: Activation, hidden: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    rows, kind = 5, (activation.value, activation.projections)
+    rows, kind = 5, activation.value
     x_RN = (4 * torch.randn(rows, activation.projections * hidden)).to(dtype)
     grad_RF, weights_R = torch.randn(rows, hidden).to(dtype), torch.rand(rows)
     wide, weights = x_RN.double().requires_grad_(), weights_R.double().requires_grad_()
     active_RF = feedforward.activate(activation, wide)
     (active_RF * weights[:, None]).backward(grad_RF.double())
     assert wide.grad is not None and weights.grad is not None
-    close(activation_kernels.activate(x_RN, *kind), active_RF, dtype)
+    close(activation_kernels.activate(x_RN, kind), active_RF, dtype)
     kept_RF = grad_RF.clone()
-    grad_x_RN, dots_R = activation_kernels.activate_backward(x_RN, kept_RF, weights_R, *kind, keeps=True)
+    grad_x_RN, dots_R = activation_kernels.activate_backward(x_RN, kept_RF, weights_R, kind, keeps=True)
     close(grad_x_RN, wide.grad, dtype)
     close(dots_R, weights.grad, dtype)
     close(kept_RF, active_RF * weights[:, None], dtype)
     kept_RF = grad_RF.clone()
-    grad_x_RN, dots_R = activation_kernels.activate_backward(x_RN, kept_RF, None, *kind, keeps=False)
+    grad_x_RN, dots_R = activation_kernels.activate_backward(x_RN, kept_RF, None, kind, keeps=False)
     (expected,) = torch.autograd.grad(feedforward.activate(activation, wide), wide, grad_RF.double())
     close(grad_x_RN, expected, dtype)
     assert torch.equal(kept_RF, grad_RF) and not len(dots_R)
@@ -85,7 +85,7 @@ def test_activations_and_their_backward_passes(activation: Activation, hidden: i
 @pytest.mark.parametrize("activation", Activation)
 def test_activations_pass_on_what_is_not_finite(activation: Activation) -> None:
     x_RN = torch.tensor([torch.nan, 9.0, -9.0, 30.0, -30.0]).repeat(activation.projections)[None]
-    found = activation_kernels.activate(x_RN, activation.value, activation.projections)
+    found = activation_kernels.activate(x_RN, activation.value)
     torch.testing.assert_close(found, feedforward.activate(activation, x_RN), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
