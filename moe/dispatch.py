@@ -79,6 +79,8 @@ class _Unpermute(torch.autograd.Function):
 
 def gather_rows(x_TD: Tensor, plan: RowPlan) -> Tensor:
     """(R, D): the token of each row, zeros for padding."""
+    if uses_kernels(x_TD):
+        return operators.copy_rows(x_TD, plan.slot_TK, plan.filled_R, len(plan.token_R))
     rows_RD = x_TD.index_select(0, plan.token_R)
     return rows_RD if plan.filled_R is None else rows_RD.masked_fill_(~plan.filled_R.unsqueeze(-1), 0.0)
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .device import kind_of
+from .device import kind_of, uses_kernels
+from .kernels import operators
 
 # The dtype in which matrix products are computed.
 #
@@ -52,15 +53,46 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if _by_parts(x, wide):
+            return _product_of_parts(x, weight)
         return _product(x.to(wide), weight.to(wide).T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x, weight), (grad,) = ctx.saved_tensors, grads
+        if _by_parts(x, grad.dtype):
+            return *_product_of_parts_backward(x, weight, grad), None
         grad_x = _product(grad, weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
         return grad_x, _product(grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None
+
+
+# fp32 products with bf16 numbers on tensor cores, from the bf16 parts of the fp32 numbers; about a fifth of the time of fp32's.
+
+
+def _by_parts(x: Tensor, wide: torch.dtype) -> bool:
+    return x.dtype == torch.bfloat16 and wide == torch.float32 and uses_kernels(x)
+
+
+def _product_of_parts(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight.T in fp32 for bf16 x: the sum of the products with the three parts of the weight, each of which is exact."""
+    parts_PED = operators.bf16_parts(weight_ED, [0, 1, 2], 0)
+    products = operators.wide_mm(x.flatten(0, -2), parts_PED.T)
+    return products.unflatten(1, (3, -1)).sum(1).unflatten(0, x.shape[:-1])
+
+
+def _product_of_parts_backward(x: Tensor, weight_ED: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x, in bf16, and of the weight.
+
+    Of the products of parts of the gradient g and the weight w, that of x leaves out those below 2**-17 of the largest, g1 w1 and
+    g0 w2 among them.
+    """
+    parts_TPE, x_TD = operators.bf16_parts(grad.flatten(0, -2), [0, 1, 2, 0], 1), x.flatten(0, -2)
+    grad_x_TD = parts_TPE @ operators.bf16_parts(weight_ED, [0, 0, 0, 1], 0)
+    columns = 3 * len(weight_ED)
+    grad_weight_ED = operators.wide_mm(parts_TPE[:, :columns].T, x_TD).unflatten(0, (3, -1)).sum(0)
+    return grad_x_TD.view_as(x), grad_weight_ED.to(weight_ED.dtype)
 
 
 def constant_when_compiled(function: Function) -> Function:

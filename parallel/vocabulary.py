@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.device import kind_of
+from ..moe.device import kind_of, uses_kernels
+from ..moe.kernels import operators
 from ..moe.linear import compute_dtype
 from ..moe.model import LMHead
 from .collectives import max_over, scatter_sequence, sum_over
@@ -58,11 +59,13 @@ class _HeadLoss(torch.autograd.Function):
         gradients = (torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)) if differentiates else None
         total = torch.zeros((), dtype=wide, device=x_TD.device)
         tokens = max(1, LOGITS[kind_of(x_TD)] // len(weight_VD))
+        # The multiplier and the soft cap, whose backward pass needs the logits, come after the cross entropy in fp32.
+        narrow = uses_kernels(x_TD) and head.softcap is None and head.multiplier == 1.0
         for start in range(0, len(x_TD), tokens):
             part = slice(start, start + tokens)
             logits_TV = head.to_logits(F.linear(x_TD[part], cast_VD))
-            wide_TV = logits_TV.to(wide, copy=head.softcap is not None)  # the soft cap's backward needs the logits
-            loss, gradient_TV = cross_entropy(wide_TV, targets_T[part], ignore, axis)
+            overwritten_TV = logits_TV if narrow else logits_TV.to(wide, copy=head.softcap is not None)
+            loss, gradient_TV = cross_entropy(overwritten_TV, targets_T[part], ignore, axis)
             total += loss
             if gradients is not None:
                 grad_x_TD, grad_weight_VD = gradients
@@ -87,7 +90,9 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis)
     """Returns the sum over tokens, and its gradient (T, V), which overwrites the logits."""
     columns, counted_T = logits_TV.shape[1], targets_T != ignore
     local_T = targets_T - axis.rank * columns
-    here_T = (local_T >= 0) & (local_T < columns)
+    here_T = (local_T >= 0) & (local_T < columns) & counted_T
+    if uses_kernels(logits_TV):
+        return _cross_entropy_by_kernels(logits_TV, local_T.masked_fill(~here_T, -1), counted_T, axis)
     local_T = local_T.masked_fill(~here_T, 0)
     target_logits_T = logits_TV.gather(1, local_T[:, None]).squeeze(1) * here_T
     largest_T = max_over(logits_TV.amax(1), axis)
@@ -95,4 +100,14 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis)
     exps_T, target_logits_T = sum_over(torch.stack([exps_TV.sum(1), target_logits_T]), axis)
     loss = ((exps_T.log() + largest_T - target_logits_T) * counted_T).sum()
     gradient_TV = exps_TV.mul_((counted_T / exps_T)[:, None])
-    return loss, gradient_TV.scatter_add_(1, local_T[:, None], -(here_T & counted_T)[:, None].to(exps_TV.dtype))
+    return loss, gradient_TV.scatter_add_(1, local_T[:, None], -here_T[:, None].to(exps_TV.dtype))
+
+
+def _cross_entropy_by_kernels(logits_TV: Tensor, target_T: Tensor, counted_T: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """See `cross_entropy`: the logits may be narrow, and the gradient has their dtype. target_T: the column on this rank, or -1."""
+    own_T, exps_T, target_logits_T = operators.reduce_logits(logits_TV, target_T)
+    largest_T = max_over(own_T, axis)
+    exps_T, target_logits_T = sum_over(torch.stack([exps_T * (own_T - largest_T).exp(), target_logits_T]), axis)
+    loss = ((exps_T.log() + largest_T - target_logits_T) * counted_T).sum()
+    operators.cross_entropy_gradient(logits_TV, target_T, largest_T, counted_T / exps_T)
+    return loss, logits_TV

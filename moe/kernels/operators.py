@@ -1,7 +1,8 @@
 """The kernels as operators, whose shapes fake tensors and torch.compile know. triton is imported at the first real call.
 
-On CUDA the functions that they replace call them: in dispatch.py, feedforward.py, experts.py and rotary.py.
-T tokens, D width, K choices per token, R rows, F hidden width, N = P * F with P projections.
+On CUDA the functions that they replace call them: in dispatch.py, feedforward.py, experts.py, linear.py, rotary.py and
+parallel/vocabulary.py. T tokens, D width, K choices per token, R rows, F hidden width, N = P * F with P projections, V columns of
+the vocabulary.
 """
 
 from typing import Any
@@ -10,6 +11,19 @@ import torch
 from torch import Tensor
 
 from ..config import Activation
+
+
+@torch.library.custom_op("tokenyard::copy_rows", mutates_args=())
+def copy_rows(x_TD: Tensor, slot_TK: Tensor, filled_R: Tensor | None, rows: int) -> Tensor:
+    """(R, D): see `dispatch.gather_rows`."""
+    from . import rows as kernels
+
+    return kernels.copy_rows(x_TD, slot_TK, filled_R, rows)
+
+
+@copy_rows.register_fake
+def _(x_TD: Tensor, slot_TK: Tensor, filled_R: Tensor | None, rows: int) -> Tensor:
+    return x_TD.new_empty(rows, x_TD.shape[1])
 
 
 @torch.library.custom_op("tokenyard::sum_rows", mutates_args=())
@@ -114,3 +128,58 @@ def _rotate_backward(ctx: Any, grad_BHSh: Tensor) -> tuple[Tensor, None, None, N
 
 
 rotate.register_autograd(_rotate_backward, setup_context=_save_tables)
+
+
+@torch.library.custom_op("tokenyard::bf16_parts", mutates_args=())
+def bf16_parts(x_RC: Tensor, parts: list[int], dim: int) -> Tensor:
+    """The bf16 parts of fp32 numbers, whose sum they are, side by side along `dim`: see `parts.bf16_parts`."""
+    from . import parts as kernels
+
+    return kernels.bf16_parts(x_RC, parts, dim)
+
+
+@bf16_parts.register_fake
+def _(x_RC: Tensor, parts: list[int], dim: int) -> Tensor:
+    rows, columns = x_RC.shape
+    size = (rows * len(parts), columns) if dim == 0 else (rows, columns * len(parts))
+    return x_RC.new_empty(size, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("tokenyard::wide_mm", mutates_args=())
+def wide_mm(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of bf16 matrices in fp32, as tensor cores sum it up anyway: without a wide copy of either."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+@wide_mm.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("tokenyard::reduce_logits", mutates_args=())
+def reduce_logits(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 (T,) three times: the largest logit, the sum of exp(logit - largest), and the target's logit, 0 if its column is < 0."""
+    from . import logits
+
+    return logits.reduce_logits(logits_TV, target_T)
+
+
+@reduce_logits.register_fake
+def _(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    largest_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
+    return largest_T, torch.empty_like(largest_T), torch.empty_like(largest_T)
+
+
+@torch.library.custom_op("tokenyard::cross_entropy_gradient", mutates_args=("logits_TV",))
+def cross_entropy_gradient(logits_TV: Tensor, target_T: Tensor, largest_T: Tensor, scale_T: Tensor) -> None:
+    """Overwrites the logits with exp(logit - largest) * scale, less 1 at the target's column."""
+    from . import logits
+
+    logits.cross_entropy_gradient(logits_TV, target_T, largest_T, scale_T)
+
+
+@cross_entropy_gradient.register_fake
+def _(logits_TV: Tensor, target_T: Tensor, largest_T: Tensor, scale_T: Tensor) -> None:
+    return None

@@ -1,4 +1,5 @@
-"""Triton kernels on token rows: the weighted sum of each token's rows, its backward pass, and zeros for groups without rows.
+"""Triton kernels on token rows: copies of tokens, the weighted sum of each token's rows, its backward pass, and zeros for groups
+without rows.
 
 T tokens, D width, K choices per token, R rows, E experts. Sums are computed in fp32. A program owns what it writes, so nothing is
 added atomically and every run gives the same bits. Each input is read once and each output written once.
@@ -21,6 +22,34 @@ ZEROING_PROGRAMS = 64
 def columns_of_program(width: int) -> int:
     """The columns, a power of two, that a program takes at a time."""
     return min(MOST_COLUMNS, 1 << (width - 1).bit_length())
+
+
+@triton.jit
+def _copy_rows(x_ptr, slot_ptr, filled_ptr, rows_ptr, T, D, K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    if program < T:
+        x = tl.load(x_ptr + program * D + columns, mask=inside)
+        for k in tl.static_range(K):
+            slot = tl.load(slot_ptr + program * K + k)
+            tl.store(rows_ptr + slot * D + columns, x, mask=inside & (slot >= 0))
+    elif PADDED:
+        row = program - T
+        if not tl.load(filled_ptr + row):
+            tl.store(rows_ptr + row * D + columns, tl.zeros([BLOCK], rows_ptr.dtype.element_ty), mask=inside)
+
+
+def copy_rows(x_TD: Tensor, slot_TK: Tensor, filled_R: Tensor | None, rows: int) -> Tensor:
+    """(R, D): see `dispatch.gather_rows`. Reads each token once, and writes it to its slots."""
+    x_TD, (tokens, top_k), width = x_TD.contiguous(), slot_TK.shape, x_TD.shape[1]
+    rows_RD = x_TD.new_empty(rows, width)
+    if rows_RD.numel():
+        block = columns_of_program(width)
+        programs = tokens if filled_R is None else tokens + rows
+        tensors = x_TD, slot_TK.contiguous(), filled_R, rows_RD
+        _copy_rows[programs, triton.cdiv(width, block)](*tensors, tokens, width, top_k, filled_R is not None, block)
+    return rows_RD
 
 
 @triton.jit

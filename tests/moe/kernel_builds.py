@@ -13,23 +13,37 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, rotation, rows
+from tokenyard.moe.kernels import activation, logits, parts, rotation, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = {"sm_90": 90, "sm_100": 100}
-TABLES = {"slot_ptr": "*i64", "token_ptr": "*i64", "filled_ptr": "*i1", "ends_ptr": "*i32"}
-FP32 = ("weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr")
+TABLES = {
+    "parts_ptr": "*bf16",
+    "target_ptr": "*i64",
+    "slot_ptr": "*i64",
+    "token_ptr": "*i64",
+    "filled_ptr": "*i1",
+    "ends_ptr": "*i32",
+}
+WARPS = {logits._reduce_logits: 8, logits._cross_entropy_gradient: 8}
+FP32 = ("weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "largest_ptr", "exps_ptr", "target_logit_ptr", "scale_ptr")
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yields each kernel with the settings of a wide model, and those of rare branches."""
+    yield rows._copy_rows, {"K": 8, "PADDED": False, "BLOCK": 1024}
+    yield rows._copy_rows, {"K": 8, "PADDED": True, "BLOCK": 1024}
     yield rows._sum_rows, {"K": 8, "WEIGHTED": True, "BLOCK": 1024}
     yield rows._sum_rows, {"K": 1, "WEIGHTED": False, "BLOCK": 1024}
     yield rows._unpermute_backward, {"PADDED": False, "BLOCK": 1024}
     yield rows._unpermute_backward, {"PADDED": True, "BLOCK": 1024}
     yield rows._zero_empty_groups, {"PROGRAMS": 64, "BLOCK": 1024}
+    yield parts._bf16_parts, {"PARTS": (0, 1, 2), "BLOCK": 1024}
+    yield parts._bf16_parts, {"PARTS": (0, 1, 2, 0), "BLOCK": 1024}
+    yield logits._reduce_logits, {"BLOCK": 4096}
+    yield logits._cross_entropy_gradient, {"BLOCK": 4096}
     for one in Activation:
         shared = {"KIND": one.value, "GATED": one.projections == 2, "BLOCK": 1024}
         yield activation._activate, shared
@@ -46,7 +60,9 @@ def build(kernel: Any, settings: dict[str, Any], dtype: str, architecture: str) 
     constants = {(kernel.arg_names.index(name),): value for name, value in settings.items()}
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind != "constexpr"}
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32))
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options={"num_warps": WARPS.get(kernel, 4)}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -6,16 +6,21 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tokenyard.moe import device, dispatch, feedforward
+from tokenyard.data.batches import IGNORE
+from tokenyard.moe import device, dispatch, feedforward, linear
 from tokenyard.moe import model as model_module
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
 from tokenyard.moe.kernels import activation as activation_kernels
+from tokenyard.moe.kernels import parts as part_kernels
 from tokenyard.moe.kernels import rotation
 from tokenyard.moe.kernels import rows as row_kernels
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.rotary import RotaryTables, rotate
+from tokenyard.parallel import vocabulary
+from tokenyard.parallel.mesh import Axis
+from tokenyard.parallel.vocabulary import cross_entropy
 from tokenyard.train.config.compose import compose
 from torch import Tensor
 
@@ -28,9 +33,24 @@ SHAPES = {  # tokens, experts, choices of each, width
     "top-8 of 512": (5, 512, 8, 16),
     "top-1": (7, 3, 1, 64),
 }
+ALONE = Axis(1, 0, None)
 KEEP = {"dropless": None, "half dropped": 0.5, "all dropped": 0.0}
 DTYPES = {torch.float32: 1e-5, torch.float16: 4e-3}
 """Tolerances: absolute, and relative to the largest number."""
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_copies_of_tokens(shape: tuple[int, int, int, int], keep: float | None, padded: bool) -> None:
+    plan = random_rows(*shape, keep, torch.float32, padded)[0]
+    x_TD = torch.randn(shape[0], shape[3])
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        found = row_kernels.copy_rows(x_TD, plan.slot_TK, plan.filled_R, len(plan.token_R))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, dispatch.gather_rows(x_TD, plan))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,6 +138,88 @@ def test_zeros_for_groups_without_rows(counts: list[int]) -> None:
     expected = product_ENK * (torch.tensor(counts) > 0)[:, None, None]
     ends_E = torch.tensor(counts).cumsum(0, dtype=torch.int32)
     assert torch.equal(row_kernels.zero_empty_groups(product_ENK, ends_E), expected)
+
+
+def test_the_three_bf16_parts_of_a_number_are_the_number() -> None:
+    torch.manual_seed(0)
+    x_RC = torch.randn(5, 37) * 10.0 ** torch.randint(-9, 9, (5, 37))
+    side_by_side = part_kernels.bf16_parts(x_RC, [2, 0, 1, 0], 1).unflatten(1, (4, 37))
+    assert torch.equal(side_by_side[:, :3].double().sum(1), x_RC.double())
+    assert torch.equal(side_by_side[:, 1], side_by_side[:, 3])
+    assert (side_by_side[:, 1] - x_RC).abs().le(x_RC.abs() / 2**7).all()
+    above = part_kernels.bf16_parts(x_RC, [2, 0, 1, 0], 0).unflatten(0, (4, 5))
+    assert torch.equal(above.transpose(0, 1), side_by_side)
+
+
+def test_a_wide_product_of_bf16_numbers_from_parts() -> None:
+    torch.manual_seed(0)
+    x, weight_ED, grad = torch.randn(2, 40, 24).bfloat16(), torch.randn(12, 24), torch.randn(2, 40, 12)
+
+    def product_and_gradients(x: Tensor, weight_ED: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight_ED = x.clone().requires_grad_(), weight_ED.clone().requires_grad_()
+        y = linear.wide_linear(x, weight_ED, grad.dtype)
+        y.backward(grad)
+        assert x.grad is not None and weight_ED.grad is not None
+        return y.detach(), weight_ED.grad, x.grad
+
+    expected = product_and_gradients(x.double(), weight_ED.double(), grad.double())
+    with dry_run("cuda"), patch.object(linear, "_product", lambda *_: pytest.fail("not from parts")):
+        found = product_and_gradients(x, weight_ED, grad)
+    assert [one.dtype for one in found] == [torch.float32, torch.float32, torch.bfloat16]
+    for value, exact, tolerance in zip(found, expected, (1e-6, 1e-6, 2**-7), strict=True):
+        torch.testing.assert_close(value.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 8), (1, 1), (7, 37), (5, 5000)])
+def test_cross_entropy(tokens: int, columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits_TV, targets_T = (8 * torch.randn(tokens, columns)).to(dtype), torch.randint(columns, (tokens,))
+    targets_T[::3] = IGNORE
+    loss, gradient_TV = cross_entropy(logits_TV.double(), targets_T, IGNORE, ALONE)
+    with dry_run("cuda"):
+        found = cross_entropy(logits_TV, targets_T, IGNORE, ALONE)
+    assert found[1] is logits_TV
+    close(found[0], loss, torch.float32)
+    close(found[1], gradient_TV, dtype)
+
+
+def test_cross_entropy_over_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank runs three times, until it has been told the maxima and then the sums of both."""
+    torch.manual_seed(0)
+    logits_TV, targets_T = 8 * torch.randn(6, 2 * 37), torch.randint(2 * 37, (6,))
+    targets_T[0] = IGNORE
+    loss, gradient_TV = cross_entropy(logits_TV.double(), targets_T, IGNORE, ALONE)
+    own: dict[str, list[Tensor]] = {}
+    for _ in range(3):
+        told, own = own, {"max": [], "sum": []}
+        monkeypatch.setattr(
+            vocabulary, "max_over", lambda x, _, own=own, told=told: _told(x, own["max"], told.get("max"), torch.amax)
+        )
+        monkeypatch.setattr(
+            vocabulary, "sum_over", lambda x, _, own=own, told=told: _told(x, own["sum"], told.get("sum"), torch.sum)
+        )
+        with dry_run("cuda"):
+            found = [
+                cross_entropy(part.clone(), targets_T, IGNORE, Axis(2, rank, None))
+                for rank, part in enumerate(logits_TV.chunk(2, 1))
+            ]
+    for rank_loss, _ in found:
+        close(rank_loss, loss, torch.float32)
+    close(torch.cat([part for _, part in found], 1), gradient_TV, torch.float32)
+
+
+def _told(x: Tensor, own: list[Tensor], told: list[Tensor] | None, reduce: Any) -> Tensor:
+    own.append(x.clone())
+    return x if told is None else reduce(torch.stack(told), 0)
+
+
+def test_cross_entropy_passes_on_what_is_not_finite() -> None:
+    logits_TV = torch.tensor([[0.0, torch.nan], [0.0, torch.inf], [1.0, 2.0]])
+    with dry_run("cuda"):
+        loss, gradient_TV = cross_entropy(logits_TV, torch.tensor([0, 1, 1]), IGNORE, ALONE)
+    assert loss.isnan()
+    assert gradient_TV.isnan().any(1).tolist() == [True, True, False]
 
 
 def test_without_what_they_need_the_code_that_they_replace_runs(
