@@ -16,6 +16,7 @@ from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_
 from .feedforward import activate, activate_with_backward
 from .kernels import operators
 from .linear import compute_dtype
+from .weight_cast import weight_as
 
 # The grouped matrix product: the rows of each group times the matrix of that group, in one call.
 #
@@ -269,7 +270,8 @@ class Experts(nn.Module):
 
         With `choices`, tokens (T, D) to (T, D): gathers the rows of the tokens, and returns the weighted sum of each token's rows.
         """
-        gate_up, down, dtype = self.gate_up.to(x.dtype).flatten(1, 2), self.down.to(x.dtype), x.dtype
+        dtype = x.dtype
+        gate_up, down = weight_as(self.gate_up, dtype).flatten(1, 2), weight_as(self.down, dtype)
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype).flatten(1)
         down_bias = self.down_bias.to(dtype) if self.down_bias is not None and self.adds_bias else None
         weights_TK, plan = (None, ()) if choices is None else (choices.weights_TK, choices.plan)

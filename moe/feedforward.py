@@ -11,6 +11,7 @@ from .config import Activation
 from .device import uses_kernels
 from .kernels import operators
 from .linear import linear
+from .weight_cast import weight_as
 
 # P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
 
@@ -101,5 +102,5 @@ class FeedForward(nn.Module):
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activate(self.activation, linear(x, self.gate_up.flatten(0, 1)))
-        return linear(hidden, self.down)
+        hidden = activate(self.activation, linear(x, weight_as(self.gate_up, x.dtype).flatten(0, 1)))
+        return linear(hidden, weight_as(self.down, x.dtype))

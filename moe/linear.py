@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .device import kind_of, uses_kernels
 from .kernels import operators
+from .weight_cast import weight_as
 
 # The dtype in which matrix products are computed.
 #
@@ -140,7 +141,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None and self.adds_bias else None
-        return linear(x, self.weight, bias)
+        return linear(x, weight_as(self.weight, x.dtype), bias)
 
 
 class Embedding(nn.Module):

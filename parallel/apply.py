@@ -67,6 +67,8 @@ class Parallel:
     parameters: dict[str, ShardedParameter] = field(default_factory=dict)
     zero: int = 3
     """What FSDP2 keeps whole within a step: `ParallelConfig.zero`."""
+    recompute: bool = False
+    """Whether the backward pass computes blocks again, so that nothing of theirs is kept, casts of weights neither."""
 
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
@@ -97,7 +99,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, mesh.sizes["shard"])
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
-    return Parallel(model, mesh, device, parameters, config.zero)
+    return Parallel(model, mesh, device, parameters, config.zero, config.recompute)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:

@@ -15,6 +15,7 @@ from ..moe.init import expert_biases
 from ..moe.model import HeadLoss
 from ..moe.router import SUMS
 from ..moe.token_info import BatchPosition
+from ..moe.weight_cast import shared_casts
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.fsdp import prepare_backward
@@ -86,13 +87,14 @@ def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input:
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, step_input.rows)
     shares = []
-    for index, rows in enumerate(step_input.rows):
-        last = index == len(step_input.rows) - 1
-        prepare_backward(parallel.model, parallel.zero, last)
-        share = forward(parallel, rows, totals, step_input.position)
-        with gradient_all_reduce(parallel) if last else nullcontext():
-            backward(share)
-        shares.append(share)
+    with shared_casts() if len(step_input.rows) > 1 and not parallel.recompute else nullcontext():
+        for index, rows in enumerate(step_input.rows):
+            last = index == len(step_input.rows) - 1
+            prepare_backward(parallel.model, parallel.zero, last)
+            share = forward(parallel, rows, totals, step_input.position)
+            with gradient_all_reduce(parallel) if last else nullcontext():
+                backward(share)
+            shares.append(share)
     squared = squared_norm(parallel)
     step_input.overlap_fn()
     numbers = add_up(parallel, shares, totals, squared, step_input.rank_flags)

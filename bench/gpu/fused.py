@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from ...moe.config import Activation
-from ...moe.dispatch import plan_choices, sum_rows, sum_rows_backward, weights_per_row
+from ...moe.device import uses_kernels
+from ...moe.dispatch import gather_rows, plan_choices, sum_rows, sum_rows_backward, weights_per_row
 from ...moe.experts import _activation_backward, grouped_outer
 from ...moe.feedforward import activate
+from ...moe.linear import wide_linear
 from ...moe.rotary import RotaryTables, rotate
+from ...moe.weight_cast import add
+from ...parallel.mesh import Axis
+from ...parallel.vocabulary import cross_entropy
 from ..timing import spread, take_turns
 from .contenders import without_kernels
 from .layers import milliseconds
@@ -43,6 +48,7 @@ def run(recorder: Recorder) -> None:
         raise Unavailable("triton is not installed, nor in .gpu/")
     for dtype in (torch.bfloat16, torch.float32):
         compare(recorder, dtype)
+    compare_router(recorder)
     size = SIZES[recorder.scale]
     repeats, source = REPEATS[recorder.scale], torch.ones(COPIED[recorder.scale], device=recorder.device)
     copy = spread(take_turns({"": source.clone}, recorder.device, *repeats)[""])
@@ -70,6 +76,20 @@ def compare(recorder: Recorder, dtype: torch.dtype) -> None:
         recorder.below(f"{one.name}, {str(dtype).removeprefix('torch.')}", max(errors), LIMITS[dtype])
 
 
+def compare_router(recorder: Recorder) -> None:
+    """The logits of the router and the gradient of its weight are as exact as fp32 products, which tensor cores do not compute."""
+    torch.manual_seed(0)
+    tokens, width, _, experts, _ = SIZES[recorder.scale]
+    x_TD, weight_ED = torch.randn(tokens, width).bfloat16(), torch.randn(experts, width) * width**-0.5
+    grad_TE = torch.randn(tokens, experts)
+    wide = [one.to(recorder.device).double() for one in (x_TD, weight_ED, grad_TE)]
+    found = _product_and_gradients(*(one.to(recorder.device) for one in (x_TD, weight_ED, grad_TE)))
+    names = "logits", "gradient of the weight", "gradient of the tokens"
+    limits = LIMITS[torch.float32], LIMITS[torch.float32], LIMITS[torch.bfloat16]
+    for name, value, exact, limit in zip(names, found, _product_and_gradients(*wide), limits, strict=True):
+        recorder.below(f"router's product, {name}", worst_row(value, exact), limit)
+
+
 def kernels(
     device: torch.device, dtype: torch.dtype, tokens: int, width: int, hidden: int, experts: int, top_k: int, wide: bool = False
 ) -> Iterator[Fused]:
@@ -85,6 +105,7 @@ def kernels(
     weights_TK = torch.rand(tokens, top_k, generator=generator, device=device).to(torch.float64 if wide else torch.float32)
     rows, item = tokens * top_k, dtype.itemsize
     y_RD, x_TD = draw(rows, width), draw(tokens, width)
+    yield Fused("copies of tokens", lambda: [gather_rows(x_TD, plan)], item * width * (rows + tokens))
     yield Fused("weighted sum of rows", lambda: [sum_rows(y_RD, plan, weights_TK)], item * width * (rows + tokens))
     yield Fused("sum of rows", lambda: [sum_rows(y_RD, plan)], item * width * (rows + tokens))
     yield Fused(
@@ -112,6 +133,32 @@ def kernels(
     yield Fused(
         "product of groups, half of them empty", lambda: [grouped_outer(left, right, ends_E)], item * experts * hidden * width
     )
+
+    logits_TV = draw(max(1, tokens // 8), 16 * width)
+    targets_T = torch.randint(logits_TV.shape[1], logits_TV.shape[:1], generator=generator, device=device)
+    entropy = lambda: list(cross_entropy(_overwritten(logits_TV), targets_T, -100, Axis(1, 0, None)))  # noqa: E731
+    yield Fused("cross entropy and its gradient", entropy, 2 * item * logits_TV.numel())
+    total, narrow = draw(experts, hidden, width).to(torch.promote_types(used, torch.float32)), draw(experts, hidden, width)
+    yield Fused("sum of gradients of the weights", lambda: [_added(total, narrow)], (8 + item) * total.numel())
+    weight_ED, grad_TE = (one.to(total.dtype) for one in (draw(experts, width), draw(tokens, experts)))
+    product = lambda: _product_and_gradients(x_TD, weight_ED, grad_TE)  # noqa: E731
+    yield Fused("router's product, backward too", product, 3 * item * x_TD.numel() + 8 * grad_TE.numel())
+
+
+def _overwritten(logits_TV: Tensor) -> Tensor:
+    """What `cross_entropy` overwrites: the logits, or without kernels their wide copy."""
+    return logits_TV if uses_kernels(logits_TV) else logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+
+
+def _added(total: Tensor, x: Tensor) -> Tensor:
+    add(total, x)
+    return total
+
+
+def _product_and_gradients(x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> list[Tensor]:
+    x, weight = x_TD.detach().requires_grad_(), weight_ED.detach().requires_grad_()
+    y = wide_linear(x, weight, grad_TE.dtype)
+    return [y.detach(), *torch.autograd.grad(y, (weight, x), grad_TE)]
 
 
 def _backward(activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor) -> list[Tensor]:

@@ -132,10 +132,10 @@ rotate.register_autograd(_rotate_backward, setup_context=_save_tables)
 
 @torch.library.custom_op("tokenyard::bf16_parts", mutates_args=())
 def bf16_parts(x_RC: Tensor, parts: list[int], dim: int) -> Tensor:
-    """The bf16 parts of fp32 numbers, whose sum they are, side by side along `dim`: see `parts.bf16_parts`."""
-    from . import parts as kernels
+    """The bf16 parts of fp32 numbers, whose sum they are, side by side along `dim`: see `casts.bf16_parts`."""
+    from . import casts
 
-    return kernels.bf16_parts(x_RC, parts, dim)
+    return casts.bf16_parts(x_RC, parts, dim)
 
 
 @bf16_parts.register_fake
@@ -143,6 +143,19 @@ def _(x_RC: Tensor, parts: list[int], dim: int) -> Tensor:
     rows, columns = x_RC.shape
     size = (rows * len(parts), columns) if dim == 0 else (rows, columns * len(parts))
     return x_RC.new_empty(size, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("tokenyard::add_narrow", mutates_args=("total",))
+def add_narrow(total: Tensor, x: Tensor) -> None:
+    """total += x for contiguous fp32 `total` and narrower x, which torch does at half of the speed of a copy."""
+    from . import casts
+
+    casts.add_narrow(total, x)
+
+
+@add_narrow.register_fake
+def _(total: Tensor, x: Tensor) -> None:
+    return None
 
 
 @torch.library.custom_op("tokenyard::wide_mm", mutates_args=())

@@ -6,7 +6,7 @@ added atomically and every run gives the same bits. Each input is read once and 
 """
 
 # Launches pass numbers where kernels declare constants.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton

@@ -1,11 +1,11 @@
-"""A Triton kernel that splits fp32 matrices into bf16 ones, so that tensor cores multiply them without TF32's loss of precision.
+"""Triton kernels between fp32 and bf16: the parts of a matrix for exact products on tensor cores, and sums of narrow gradients.
 
 An fp32 number has 24 bits and a bf16 number 8, so three parts are the number exactly: the nearest bf16 number, the nearest to what
 is left, and the rest (Henry, Tang and Heinecke 2019).
 """
 
 # Launches pass numbers where kernels declare constants.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -39,3 +39,16 @@ def bf16_parts(x_RC: Tensor, parts: list[int], dim: int) -> Tensor:
         grid = (triton.cdiv(x_RC.numel(), BLOCK),)
         _bf16_parts[grid](x_RC, parts_RC, x_RC.numel(), columns, stride, step, tuple(parts), BLOCK)
     return parts_RC
+
+
+@triton.jit
+def _add_narrow(total_ptr, x_ptr, SIZE, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < SIZE
+    total = tl.load(total_ptr + element, mask=inside) + tl.load(x_ptr + element, mask=inside).to(tl.float32)
+    tl.store(total_ptr + element, total, mask=inside)
+
+
+def add_narrow(total: Tensor, x: Tensor) -> None:
+    """Adds x, in bf16 or fp16, to `total` in fp32, in place; both are contiguous. Moves 10 bytes for each element."""
+    _add_narrow[triton.cdiv(x.numel(), BLOCK),](total, x, x.numel(), BLOCK)
