@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, logits, parts, rotation, rows
+from tokenyard.moe.kernels import activation, casts, logits, rotation, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,7 +28,7 @@ TABLES = {
     "ends_ptr": "*i32",
 }
 WARPS = {logits._reduce_logits: 8, logits._cross_entropy_gradient: 8}
-FP32 = ("weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "largest_ptr", "exps_ptr", "target_logit_ptr", "scale_ptr")
+FP32 = ("weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "total_ptr", "largest_ptr", "exps_ptr", "target_logit_ptr", "scale_ptr")
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -40,8 +40,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield rows._unpermute_backward, {"PADDED": False, "BLOCK": 1024}
     yield rows._unpermute_backward, {"PADDED": True, "BLOCK": 1024}
     yield rows._zero_empty_groups, {"PROGRAMS": 64, "BLOCK": 1024}
-    yield parts._bf16_parts, {"PARTS": (0, 1, 2), "BLOCK": 1024}
-    yield parts._bf16_parts, {"PARTS": (0, 1, 2, 0), "BLOCK": 1024}
+    yield casts._add_narrow, {"BLOCK": 1024}
+    yield casts._bf16_parts, {"PARTS": (0, 1, 2), "BLOCK": 1024}
+    yield casts._bf16_parts, {"PARTS": (0, 1, 2, 0), "BLOCK": 1024}
     yield logits._reduce_logits, {"BLOCK": 4096}
     yield logits._cross_entropy_gradient, {"BLOCK": 4096}
     for one in Activation:

@@ -24,7 +24,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_kernel_is_built_for_both(builds: list[dict]) -> None:
     kernels = {"_copy_rows", "_sum_rows", "_unpermute_backward", "_zero_empty_groups", "_activate", "_activate_backward", "_rotate"}
-    kernels |= {"_bf16_parts", "_reduce_logits", "_cross_entropy_gradient"}
+    kernels |= {"_add_narrow", "_bf16_parts", "_reduce_logits", "_cross_entropy_gradient"}
     assert {(one["kernel"], one["architecture"]) for one in builds} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
 
 
@@ -33,5 +33,5 @@ def test_nothing_is_spilled(builds: list[dict]) -> None:
 
 
 def test_rows_move_16_bytes_at_a_time(builds: list[dict]) -> None:
-    assert [one for one in builds if not one["wide_stores"]] == []
+    assert [one for one in builds if not one["wide_stores"] and one["kernel"] != "_reduce_logits"] == []  # it stores one number
     assert [one for one in builds if not one["wide_loads"] and one["kernel"] != "_zero_empty_groups"] == []

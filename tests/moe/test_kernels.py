@@ -13,8 +13,7 @@ from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
 from tokenyard.moe.kernels import activation as activation_kernels
-from tokenyard.moe.kernels import parts as part_kernels
-from tokenyard.moe.kernels import rotation
+from tokenyard.moe.kernels import casts, rotation
 from tokenyard.moe.kernels import rows as row_kernels
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.rotary import RotaryTables, rotate
@@ -143,11 +142,11 @@ def test_zeros_for_groups_without_rows(counts: list[int]) -> None:
 def test_the_three_bf16_parts_of_a_number_are_the_number() -> None:
     torch.manual_seed(0)
     x_RC = torch.randn(5, 37) * 10.0 ** torch.randint(-9, 9, (5, 37))
-    side_by_side = part_kernels.bf16_parts(x_RC, [2, 0, 1, 0], 1).unflatten(1, (4, 37))
+    side_by_side = casts.bf16_parts(x_RC, [2, 0, 1, 0], 1).unflatten(1, (4, 37))
     assert torch.equal(side_by_side[:, :3].double().sum(1), x_RC.double())
     assert torch.equal(side_by_side[:, 1], side_by_side[:, 3])
     assert (side_by_side[:, 1] - x_RC).abs().le(x_RC.abs() / 2**7).all()
-    above = part_kernels.bf16_parts(x_RC, [2, 0, 1, 0], 0).unflatten(0, (4, 5))
+    above = casts.bf16_parts(x_RC, [2, 0, 1, 0], 0).unflatten(0, (4, 5))
     assert torch.equal(above.transpose(0, 1), side_by_side)
 
 
