@@ -31,7 +31,7 @@ def shared_casts() -> Iterator[None]:
 
 def weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `weight.to(dtype)`. Differentiable."""
-    if _shared is None or weight.dtype == dtype or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _shared is None or weight.dtype == dtype:
         return weight.to(dtype)
     return _SharedCast.apply(weight, dtype)  # pyright: ignore[reportReturnType]
 
