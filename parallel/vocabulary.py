@@ -106,7 +106,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, ignore: int, axis: Axis)
 def _cross_entropy_by_kernels(logits_TV: Tensor, target_T: Tensor, counted_T: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """See `cross_entropy`: the logits may be narrow, and the gradient has their dtype. target_T: the column on this rank, or -1."""
     own_T, exps_T, target_logits_T = operators.reduce_logits(logits_TV, target_T)
-    largest_T = max_over(own_T, axis)
+    largest_T = max_over(own_T.clone(), axis)
     exps_T, target_logits_T = sum_over(torch.stack([exps_T * (own_T - largest_T).exp(), target_logits_T]), axis)
     loss = ((exps_T.log() + largest_T - target_logits_T) * counted_T).sum()
     operators.cross_entropy_gradient(logits_TV, target_T, largest_T, counted_T / exps_T)
