@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenyard.moe.config import BalanceConfig, CapacityConfig, DropPolicy, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import BatchPosition, Purpose, TokenInfo, build_token_info, random_uniform
+from tokenyard.moe.token_info import BatchPosition, Purpose, TokenInfo, build_token_info, layer_keys, random_uniform
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Losses, Totals, losses
@@ -166,5 +166,4 @@ def tokens_of(step: int) -> TokenInfo:
 
 def keys_of(tokens: TokenInfo) -> Tensor:
     """The keys that the router of layer 0 draws by."""
-    router = router_of(config_of(Scope.sequence, 1))
-    return router._key(torch.empty(SEQUENCES, LENGTH, EXPERTS), tokens)
+    return layer_keys(torch.empty(SEQUENCES, LENGTH, EXPERTS), tokens)
