@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
 
 def algorithm_1(gates_TE: Tensor, draws_T: list[float], rows: int) -> Group:
-    """The lines of the paper, in its order; `gates_TE` is the softmax of line 2."""
+    """The lines of the paper, in its order; `gates_TE` is the softmax of line 2. Line 22 counts seconds that are not drawn, too."""
     tokens, experts = gates_TE.shape
     taken, weights_TE, lost = [0] * experts, torch.zeros_like(gates_TE), 0
     mean_gate = gates_TE.mean(0).tolist()
