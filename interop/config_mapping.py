@@ -19,6 +19,8 @@ from .families.harmless import IRRELEVANT, harmless
 TRAINING = (
     "model.mtp_coefficient",
     "model.mtp_after_norm",
+    "model.dropout",
+    "model.moe.dropout",
     "model.moe.balance.",
     "model.moe.z_coefficient",
     "model.moe.capacity.factor",

@@ -190,6 +190,8 @@ class MoEConfig:
     """The experts' function."""
     bias: bool = False
     """The experts' projections have biases (gpt-oss)."""
+    dropout: float = field(default=0.0, metadata=within("[0, 1)"))
+    """In training, the rate of dropout on the hidden columns of routed and shared experts (Switch's expert dropout)."""
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     z_coefficient: float = field(default=0.001, metadata=within("[0, inf)"))
@@ -238,6 +240,9 @@ class ModelConfig:
     """Factor of the logits (Grok)."""
     output_softcap: float | None = field(default=None, metadata=within("(0, inf)"))
     """The model's logits become cap * tanh(logits / cap)."""
+    dropout: float = field(default=0.0, metadata=within("[0, 1)"))
+    """In training, the rate of dropout on the embedding, on what attention and feed-forward add to the residual stream, on dense
+    layers' hidden columns and on the last norm's output: T5's places, but for attention weights."""
     init_std: float = field(default=0.02, metadata=within("(0, inf)"))
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 * layers) (GPT-2)."""
     mtp_depth: int = field(default=0, metadata=within("[0, 64]"))

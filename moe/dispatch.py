@@ -36,10 +36,11 @@ class RowPlan(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """How to make rows of tokens and sum them up again: the plan, and the weight of each choice."""
+    """How to make rows of tokens and sum them up again: the plan, the weight of each choice, and the keys for dropout, if any."""
 
     plan: RowPlan
     weights_TK: Tensor
+    keys_T: Tensor | None = None
 
 
 def permute(x_TD: Tensor, plan: RowPlan) -> Tensor:
@@ -169,6 +170,14 @@ class DispatchedTokens(NamedTuple):
     tokens_RD: Tensor
     counts_E: Tensor
     metadata: Any
+    keys_R: Tensor | None = None
+    """int64: the random key of each row's token, for dropout inside of the experts; None if there is none."""
+
+    def through(self, experts: "ExpertsFn") -> Tensor:
+        """Returns the experts' outputs of the rows, (R, D)."""
+        if self.keys_R is None:
+            return experts(self.tokens_RD, self.counts_E)
+        return experts(self.tokens_RD, self.counts_E, keys_R=self.keys_R)
 
 
 ExpertsFn = Callable[..., Tensor]
@@ -199,7 +208,7 @@ class Dispatcher(ABC):
     def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
         """Dispatch, experts, combine: (T, D) to (T, D). Calls `overlap_fn` while rows travel."""
         dispatched = self.dispatch(x_TD, routing)
-        y_RD = experts(dispatched.tokens_RD, dispatched.counts_E)
+        y_RD = dispatched.through(experts)
         return DispatcherOutput(self.combine(y_RD, dispatched), overlap_fn(), len(y_RD))
 
 
@@ -211,7 +220,8 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
         plan = plan_rows(routing, self.experts)
-        return DispatchedTokens(permute(x_TD, plan), plan.counts_E, (plan, routing.weights_TK))
+        keys_R = None if routing.keys_T is None else routing.keys_T.index_select(0, plan.token_R)
+        return DispatchedTokens(permute(x_TD, plan), plan.counts_E, (plan, routing.weights_TK), keys_R)
 
     def combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Tensor:
         plan, weights_TK = dispatched.metadata
@@ -226,7 +236,8 @@ class FusedDispatcher(LocalDispatcher):
         rows = len(plan.token_R)
         if plan.filled_R is None and (multiple := row_alignment(x_TD)) > 1:
             plan = pad_to_multiple(plan, experts_or_dropped(routing, self.experts), multiple)
-        return DispatcherOutput(experts(x_TD, plan.counts_E, Choices(plan, routing.weights_TK)), overlap_fn(), rows)
+        choices = Choices(plan, routing.weights_TK, routing.keys_T)
+        return DispatcherOutput(experts(x_TD, plan.counts_E, choices), overlap_fn(), rows)
 
 
 def plan_rows(routing: Routing, experts: int) -> RowPlan:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .config import Activation
 from .device import kind_of, uses_kernels
 from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
+from .dropout import Dropout
 from .feedforward import activate, activate_with_backward
 from .kernels import operators
 from .linear import compute_dtype
+from .token_info import Purpose, fold_in
 from .weight_cast import weight_as
 
 # The grouped matrix product: the rows of each group times the matrix of that group, in one call.
@@ -117,12 +119,16 @@ BLOCK = 2**18
 
 
 class ExpertFunction(torch.autograd.Function):
-    """See `Experts.forward`. `weights_TK` and the tensors of a `RowPlan` are given if x are tokens, and not if x are rows."""
+    """See `Experts.forward`. `weights_TK` and the tensors of a `RowPlan` are given if x are tokens, and not if x are rows.
+
+    With keys_R, int64, activations are dropped by these keys of the rows; the backward pass computes the mask again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         activation: Activation,
+        dropout: Dropout,
         x: Tensor,
         gate_up_END: Tensor,
         down_EDF: Tensor,
@@ -130,29 +136,37 @@ class ExpertFunction(torch.autograd.Function):
         down_bias_ED: Tensor | None,
         weights_TK: Tensor | None,
         counts_E: Tensor,
+        keys_R: Tensor | None,
         *plan_tensors: Any,
     ) -> Tensor:
         plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
-        y_RD = _biased(grouped_mm(_activated(activation, inner_RN), down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
+        active_RF = _activated(activation, inner_RN)
+        if keys_R is not None:
+            _drop(active_RF, dropout, dropout.keep(keys_R, active_RF.shape[1]))
+        y_RD = _biased(grouped_mm(active_RF, down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
-        ctx.activation = activation
+        ctx.activation, ctx.dropout = activation, dropout
         biases = gate_up_bias_EN, down_bias_ED
-        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, *plan_tensors)
+        ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, keys_R, *plan_tensors)
         return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, weights_TK, counts_E, ends_E, *plan_tensors = (
-            ctx.saved_tensors
-        )
+        x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, *rest = ctx.saved_tensors
+        weights_TK, counts_E, ends_E, keys_R, *plan_tensors = rest
         plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_per_row(weights_TK, plan)[:, None] if plan else None
+        keep_RF = None if keys_R is None else ctx.dropout.keep(keys_R, grad_active_RF.shape[1])
+        if keep_RF is not None:
+            _drop(grad_active_RF, ctx.dropout, keep_RF)
         active_RF, grad_inner_RN, grad_weights_R = _activation_backward(ctx.activation, inner_RN, grad_active_RF, weights_R1)
         del grad_active_RF
+        if keep_RF is not None:
+            _drop(active_RF, ctx.dropout, keep_RF)
         grad_weights_TK = grad_down_bias = grad_gate_up_bias = None
         if down_bias_ED is not None and weights_R1 is not None:
             grad_weights_R += _dots(grad_y_RD, _of_rows(down_bias_ED, counts_E, len(grad_y_RD)), weights_R1.dtype)
@@ -168,13 +182,18 @@ class ExpertFunction(torch.autograd.Function):
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
         grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
-        return None, *gradients, None, *[None] * len(plan_tensors)
+        return None, None, *gradients, None, None, *[None] * len(plan_tensors)
 
 
 def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
     """(R, D): the rows for the products, gathered from tokens (T, D) if there is a plan."""
     x = x.to(compute_dtype(x))
     return gather_rows(x, plan) if plan else x.contiguous()
+
+
+def _drop(x_RF: Tensor, dropout: Dropout, keep_RF: Tensor) -> None:
+    """Drops elements in place."""
+    x_RF.masked_fill_(~keep_RF, 0.0).mul_(dropout.scale)
 
 
 def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
@@ -254,10 +273,14 @@ class Experts(nn.Module):
         dtype: torch.dtype,
         activation: Activation = Activation.swiglu,
         bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         parts = activation.projections
         self.activation = activation
+        self.dropout = Dropout(dropout, Purpose.hidden_dropout)
+        self.first_expert = 0
+        """The global id of this device's first expert."""
         self.gate_up = nn.Parameter(torch.empty(experts, parts, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, width, hidden, dtype=dtype))
         self.gate_up_bias = nn.Parameter(torch.empty(experts, parts, hidden, dtype=dtype)) if bias else None
@@ -265,18 +288,29 @@ class Experts(nn.Module):
         self.adds_bias = bias
         """Whether to add down_bias: False if the output is one part of a sum and another part adds it."""
 
-    def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None, keys_R: Tensor | None = None) -> Tensor:
         """Rows (R, D) to (R, D); counts_E (int64) is the number of rows of each expert, R in all.
 
         With `choices`, tokens (T, D) to (T, D): gathers the rows of the tokens, and returns the weighted sum of each token's rows.
+        keys_R (int64), or the choices' keys_T, are the random keys of the rows' tokens; dropout needs them in training.
         """
         dtype = x.dtype
         gate_up, down = weight_as(self.gate_up, dtype).flatten(1, 2), weight_as(self.down, dtype)
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype).flatten(1)
         down_bias = self.down_bias.to(dtype) if self.down_bias is not None and self.adds_bias else None
         weights_TK, plan = (None, ()) if choices is None else (choices.weights_TK, choices.plan)
-        tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E
-        return ExpertFunction.apply(self.activation, *tensors, *plan)  # pyright: ignore[reportReturnType]
+        if self.dropout.drops:
+            keys_R = self._row_keys(counts_E, choices, keys_R)
+        tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E, keys_R if self.dropout.drops else None
+        return ExpertFunction.apply(self.activation, self.dropout, *tensors, *plan)  # pyright: ignore[reportReturnType]
+
+    def _row_keys(self, counts_E: Tensor, choices: Choices | None, keys_R: Tensor | None) -> Tensor:
+        """int64 (R,): a key for each choice, a function of the token's and of the expert's global id."""
+        if choices is not None and choices.keys_T is not None:
+            keys_R = choices.keys_T.index_select(0, choices.plan.token_R)
+        assert keys_R is not None, "dropout needs the keys of the tokens"
+        ids_E = torch.arange(len(counts_E), device=counts_E.device) + self.first_expert
+        return fold_in(keys_R, ids_E.repeat_interleave(counts_E, output_size=len(keys_R)))
 
 
 def experts_by_loop(experts: Experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:

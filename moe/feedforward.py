@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from .config import Activation
 from .device import uses_kernels
+from .dropout import Dropout
 from .kernels import operators
 from .linear import linear
+from .token_info import Purpose
 from .weight_cast import weight_as
 
 # P projections of the input: 2 (gate and up) with a gate, 1 without. F hidden width.
@@ -92,15 +94,19 @@ def _ungated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tens
 class FeedForward(nn.Module):
     """down(f(gate(x), up(x))), or without a gate down(f(up(x))), for x of shape (..., D).
 
-    Weights: gate_up (P, hidden, D), gate and up or up alone, and down (D, hidden).
+    Weights: gate_up (P, hidden, D), gate and up or up alone, and down (D, hidden). `dropout` is the rate of dropout after f, by the
+    `keys` (...) of the tokens, which it needs in training.
     """
 
-    def __init__(self, width: int, hidden: int, dtype: torch.dtype, activation: Activation = Activation.swiglu) -> None:
+    def __init__(
+        self, width: int, hidden: int, dtype: torch.dtype, activation: Activation = Activation.swiglu, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.activation = activation
+        self.dropout = Dropout(dropout, Purpose.hidden_dropout)
         self.gate_up = nn.Parameter(torch.empty(activation.projections, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         hidden = activate(self.activation, linear(x, weight_as(self.gate_up, x.dtype).flatten(0, 1)))
-        return linear(hidden, weight_as(self.down, x.dtype))
+        return linear(self.dropout(hidden, keys), weight_as(self.down, x.dtype))

@@ -14,7 +14,7 @@ from .experts import Experts
 from .feedforward import FeedForward
 from .linear import Linear
 from .router import Router, RoutingStats
-from .token_info import TokenInfo
+from .token_info import TokenInfo, layer_keys
 
 
 class MoELayer(nn.Module):
@@ -28,14 +28,19 @@ class MoELayer(nn.Module):
         moe = config.moe
         self.router = Router(config.width, moe, dtype)
         self.dispatcher: Dispatcher = FusedDispatcher(moe.experts)
-        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype, moe.activation, moe.bias)
-        self.shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation) if moe.shared_hidden else None
+        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype, moe.activation, moe.bias, moe.dropout)
+        shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation, moe.dropout) if moe.shared_hidden else None
+        self.shared = shared
         self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
     def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to (B, S, D), and the router's statistics. Dropped tokens get zeros; the residual carries them on."""
-        routing = self.router(x_BSD, tokens)
-        y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, partial(self._shared, x_BSD))
+        routing, keys_BS = self.router(x_BSD, tokens), None
+        if self.experts.dropout.drops:
+            keys_BS = layer_keys(x_BSD, tokens or TokenInfo())
+            routing = routing._replace(keys_T=keys_BS.flatten())
+        shared = partial(self._shared, x_BSD, keys_BS)
+        y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, shared)
         if self.router.null is not None:
             y_TD = y_TD + self.router.null(x_BSD.flatten(0, 1), routing.experts_TK, routing.weights_TK)
         y_BSD = y_TD.view_as(x_BSD)
@@ -44,7 +49,8 @@ class MoELayer(nn.Module):
             stats = stats._replace(router_metrics=metrics._replace(rows=torch.full_like(metrics.tokens, rows)))
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 
-    def _shared(self, x_BSD: Tensor) -> Tensor | None:
+    def _shared(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor | None:
         if self.shared is None:
             return None
-        return self.shared(x_BSD) if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * self.shared(x_BSD)
+        y_BSD = self.shared(x_BSD, keys_BS)
+        return y_BSD if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * y_BSD

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, KeyValueCache, LatentAttention
 from .config import AttentionKind, ModelConfig
+from .dropout import Dropout
 from .feedforward import FeedForward
 from .flexible_attention import block_masks
 from .layer import MoELayer
@@ -19,7 +20,7 @@ from .linear import Embedding, Linear, RMSNorm, linear
 from .rotary import RotaryTables, rotary_tables
 from .router import RoutingStats, is_random, warn_of_lookahead
 from .softmax import apply_softcap
-from .token_info import BatchPosition, TokenInfo, build_token_info
+from .token_info import BatchPosition, Purpose, TokenInfo, build_token_info, layer_keys
 
 # Multi-token prediction (DeepSeek-V3, section 2.2): in training, module d predicts d tokens further than the model.
 #
@@ -109,6 +110,9 @@ class Transformer(nn.Module):
         self.embedding: nn.Module = Embedding(config.vocabulary, config.width, dtype=weights)
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
+        self.embedding_dropout = Dropout(config.dropout, Purpose.embedding_dropout)
+        self.output_dropout = Dropout(config.dropout, Purpose.output_dropout)
+        self.is_random = is_random(config.moe) or config.dropout > 0 or config.moe.dropout > 0
         tied = self.embedding if config.tie_embeddings else None
         self.head = LMHead(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
         further = (Block(config, config.layers + i, weights) for i in range(config.mtp_depth))
@@ -139,23 +143,21 @@ class Transformer(nn.Module):
             position: position in the run, which determines what is random in training; None: the first rows of the run.
             documents_BS: the document of each token (see moe/token_info.py); attention stays inside each document.
         """
-        tokens = build_token_info(
-            ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, is_random(self.config.moe)
-        )
+        tokens = build_token_info(ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, self.is_random)
         start = cache[0].length if cache else 0
         rotary = rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
             rotary = rotary._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
-        x_BSD = self._embed(ids_BS)
+        x_BSD = self._embed(ids_BS, tokens)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
             x_BSD, routed = block(x_BSD, rotary, tokens._replace(layer=index), cache[index] if cache else None)
             stats.append(routed)
         of_moe_layers = [routed for routed in stats if routed is not None]
+        normed_BSD = self.output_dropout(self.norm(x_BSD), self._keys(x_BSD, tokens))
         if head_losses is None:
-            logits_BSV = self.head(self.norm(x_BSD))
+            logits_BSV = self.head(normed_BSD)
             return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
-        normed_BSD = self.norm(x_BSD)
         losses = [self.head(normed_BSD, head_losses[0])]
         if self.training:
             hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
@@ -179,23 +181,27 @@ class Transformer(nn.Module):
             ids_ahead_BS, valid_ahead_BS = shift_left(ids_BS, depth, 0), shift_left(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(hidden_BSD, self._embed(ids_ahead_BS), rotary, seen)
+            x_BSD, routed = module(hidden_BSD, self._embed(ids_ahead_BS, seen), rotary, seen)
             stats += [] if routed is None else [routed]
-            normed_BSD = module.norm(x_BSD)
+            normed_BSD = self.output_dropout(module.norm(x_BSD), self._keys(x_BSD, seen))
             hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
             losses.append(self.head(normed_BSD, head_loss))
         return losses
 
-    def _embed(self, ids_BS: Tensor) -> Tensor:
+    def _embed(self, ids_BS: Tensor, tokens: TokenInfo) -> Tensor:
         x_BSD = self.embedding(ids_BS).to(self.activations)
-        return x_BSD if self.config.embedding_multiplier == 1.0 else x_BSD * self.config.embedding_multiplier
+        x_BSD = x_BSD if self.config.embedding_multiplier == 1.0 else x_BSD * self.config.embedding_multiplier
+        return self.embedding_dropout(x_BSD, self._keys(x_BSD, tokens))
+
+    def _keys(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor | None:
+        return layer_keys(x_BSD, tokens) if self.embedding_dropout.drops else None
 
 
 class Block(nn.Module):
     """A transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
 
     With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2), or, without pre
-    norms, only they (OLMo 2). The residual multiplier is a factor of what is added (Granite).
+    norms, only they (OLMo 2). The residual multiplier is a factor of what is added (Granite). Dropout acts on what is added.
     """
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
@@ -210,21 +216,26 @@ class Block(nn.Module):
         self.attention_post_norm = norm() if config.sandwich_norms else None
         self.feedforward_post_norm = norm() if config.sandwich_norms else None
         self.residual_multiplier = config.residual_multiplier
+        self.attention_dropout = Dropout(config.dropout, Purpose.attention_dropout)
+        self.feedforward_dropout = Dropout(config.dropout, Purpose.feedforward_dropout)
         moe = config.moe_layer(index)
         self.moe = MoELayer(config, weights) if moe else None
-        self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation)
+        self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation, config.dropout)
 
     def forward(
         self, x_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
+        keys_BS = layer_keys(x_BSD, tokens or TokenInfo()) if self.attention_dropout.drops else None
         y_BSD = self.attention(x_BSD if self.attention_norm is None else self.attention_norm(x_BSD), rotary, cache)
-        x_BSD = self._add(x_BSD, y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
+        y_BSD = y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD)
+        x_BSD = self._add(x_BSD, self.attention_dropout(y_BSD, keys_BS))
         y_BSD, stats = x_BSD if self.feedforward_norm is None else self.feedforward_norm(x_BSD), None
         if self.moe is not None:
             y_BSD, stats = self.moe(y_BSD, tokens)
         elif self.dense is not None:
-            y_BSD = self.dense(y_BSD)
-        return self._add(x_BSD, y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)), stats
+            y_BSD = self.dense(y_BSD, keys_BS)
+        y_BSD = y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)
+        return self._add(x_BSD, self.feedforward_dropout(y_BSD, keys_BS)), stats
 
     def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
         return x_BSD + (y_BSD if self.residual_multiplier == 1.0 else y_BSD * self.residual_multiplier)

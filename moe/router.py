@@ -37,7 +37,7 @@ from .scoring import (
     to_scores,
     top_k_ids,
 )
-from .token_info import BatchPosition, Purpose, TokenInfo, fold_in, random_uniform, token_keys
+from .token_info import Purpose, TokenInfo, layer_keys, random_uniform
 
 log = logging.getLogger("tokenyard")
 
@@ -126,6 +126,8 @@ class Routing(NamedTuple):
     stats: RoutingStats
     padded_rows: int | None = None
     """Rows that each expert gets from this device, padding included; None: as many as chose it."""
+    keys_T: Tensor | None = None
+    """int64: the random keys of the tokens in this layer, for dropout inside of the experts; None if there is none."""
 
 
 class Scored(NamedTuple):
@@ -165,7 +167,7 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> Routing:
         """Routes (B, S, D). Tokens that are not valid are not counted and take no capacity."""
         tokens = tokens or TokenInfo()
-        key_BS = self._key(x_BSD, tokens) if self.training and self.is_random else None
+        key_BS = layer_keys(x_BSD, tokens) if self.training and self.is_random else None
         rows = self._capacity(x_BSD, tokens)
         scored = self._score(x_BSD, tokens, key_BS)
         chosen = choose_experts(self._ranked(scored), tokens.valid_BS, self.config, self.scopes, self.training, rows)
@@ -177,13 +179,6 @@ class Router(nn.Module):
         if self.config.capacity.pad and rows is not None:
             padded = max_rows(rows, x_BSD.shape[0], x_BSD.shape[1], self.config.capacity)
         return Routing(chosen.experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), kept_TK, stats, padded)
-
-    def _key(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor:
-        """int64 (B, S): the random keys of these tokens in this layer; by default those of the run's first rows."""
-        keys_BS = tokens.keys_BS
-        if keys_BS is None:
-            keys_BS = token_keys(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
-        return fold_in(keys_BS, tokens.layer)
 
     def _capacity(self, x_BSD: Tensor, tokens: TokenInfo) -> int | None:
         """Returns the rows that each expert takes of a scope or group; None is dropless, which expert choice never is."""

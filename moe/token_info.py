@@ -24,6 +24,11 @@ class Purpose(IntEnum):
     second_expert = 4
     drop = 5
     hash = 6
+    embedding_dropout = 7
+    attention_dropout = 8
+    feedforward_dropout = 9
+    hidden_dropout = 10
+    output_dropout = 11
 
 
 def random_uniform(key: Tensor, columns: int, purpose: Purpose) -> Tensor:
@@ -78,7 +83,7 @@ class TokenInfo(NamedTuple):
 
 
 def build_token_info(ids_BS: Tensor, valid_BS: Tensor | None, position: BatchPosition | None, is_random: bool = True) -> TokenInfo:
-    """Returns the information of whole sequences. `position` is None outside training; `is_random`: routers draw random numbers."""
+    """Returns the information of whole sequences. `position` is None outside training; `is_random`: random numbers are drawn."""
     if position is None:
         return TokenInfo(valid_BS, ids_BS)
     keys_BS = token_keys(position, len(ids_BS), ids_BS.shape[1], ids_BS.device) if is_random else None
@@ -90,6 +95,14 @@ def token_keys(position: BatchPosition, sequences: int, length: int, device: tor
     step = fold_in(torch.full((1, 1), position.seed, dtype=torch.int64, device=device), position.step)
     rows_B1 = position.row + torch.arange(sequences, device=device).unsqueeze(1)
     return fold_in(fold_in(step, rows_B1), torch.arange(length, device=device))
+
+
+def layer_keys(x_BSD: Tensor, tokens: TokenInfo) -> Tensor:
+    """int64 (B, S): the random keys of these tokens in this layer; by default those of the run's first rows."""
+    keys_BS = tokens.keys_BS
+    if keys_BS is None:
+        keys_BS = token_keys(BatchPosition(), x_BSD.shape[0], x_BSD.shape[1], x_BSD.device)
+    return fold_in(keys_BS, tokens.layer)
 
 
 # Several documents in one sequence: attention stays inside each of them and positions restart. B sequences, S tokens.

@@ -133,6 +133,7 @@ def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Sha
     for block in model.blocks:
         if block.moe is not None:
             block.moe.dispatcher = dispatcher
+            block.moe.experts.first_expert = axis.rank * len(block.moe.experts.down)
 
 
 def _compile(model: Transformer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..moe.attention import Attention, LatentAttention
 from ..moe.dispatch import Choices, FusedDispatcher, LocalDispatcher
+from ..moe.dropout import Dropout
 from ..moe.linear import HeadsNorm
 from ..moe.model import Transformer
 from ..moe.token_info import TokenInfo
@@ -41,11 +42,14 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Shar
     if model.config.tie_embeddings:
         model.head.owner = (model.embedding,)
     model.head.register_forward_pre_hook(_gather_input(axis))
+    _slice_keys(axis, model.embedding_dropout, model.output_dropout)
     for block in model.blocks:
         _parallelize_attention(block.attention, axis)
+        _slice_keys(axis, block.attention_dropout, block.feedforward_dropout)
         if block.dense is not None:
             block.dense.register_forward_pre_hook(_gather_input(axis))
             block.dense.register_forward_hook(_scatter_output(axis))
+            block.dense.dropout.first_column = axis.rank * block.dense.down.shape[1]
         if block.moe is not None:
             block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
@@ -91,15 +95,22 @@ def _scatter_output(axis: Axis) -> Any:
 def _slice_tokens(axis: Axis) -> Any:
     """Returns a hook for the MoE layer, which receives a slice of x_BSD: takes the same slice of the information of all tokens."""
 
-    def slice_of(whole_BS: Tensor | None) -> Tensor | None:
-        return None if whole_BS is None else whole_BS.chunk(axis.size, dim=1)[axis.rank]
-
     def hook(_module: nn.Module, inputs: tuple[Tensor, TokenInfo]) -> tuple[Tensor, TokenInfo]:
         x_BSD, tokens = inputs
-        whole = (tokens.valid_BS, tokens.ids_BS, tokens.keys_BS)
-        return x_BSD, TokenInfo(*map(slice_of, whole), step=tokens.step, layer=tokens.layer)
+        sliced = (_slice_of(whole_BS, axis) for whole_BS in (tokens.valid_BS, tokens.ids_BS, tokens.keys_BS))
+        return x_BSD, TokenInfo(*sliced, step=tokens.step, layer=tokens.layer)
 
     return hook
+
+
+def _slice_keys(axis: Axis, *dropouts: Dropout) -> None:
+    """Gives the dropout of slices of x_BSD the same slice of the keys of all tokens."""
+    for dropout in dropouts:
+        dropout.register_forward_pre_hook(lambda _module, inputs: (inputs[0], _slice_of(inputs[1], axis)))
+
+
+def _slice_of(whole_BS: Tensor | None, axis: Axis) -> Tensor | None:
+    return None if whole_BS is None else whole_BS.chunk(axis.size, dim=1)[axis.rank]
 
 
 # Expert tensor parallelism: the ranks of an expert_tensor group hold the same experts, each some of their hidden columns.
@@ -120,12 +131,20 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[st
         if block.moe is not None:
             experts = block.moe.experts
             experts.adds_bias = experts.adds_bias and axis.rank == 0
+            experts.dropout.first_column = axis.rank * experts.down.shape[2]
             if isinstance(block.moe.dispatcher, FusedDispatcher):
                 block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # exchanging rows needs rows
             experts.forward = functools.partial(share_rows, experts.forward, axis)
 
 
-def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: Tensor, choices: Choices | None = None) -> Tensor:
+def share_rows(
+    experts: Callable[..., Tensor],
+    axis: Axis,
+    x: Tensor,
+    counts_E: Tensor,
+    choices: Choices | None = None,
+    keys_R: Tensor | None = None,
+) -> Tensor:
     """Computes the rows of all ranks with this rank's part of `experts`, and sums the parts: rows (R, D) to (R, D).
 
     Rows are gathered and scattered by all-to-alls, since ranks have different numbers of rows; each is the other's gradient.
@@ -133,8 +152,11 @@ def share_rows(experts: Callable[..., Tensor], axis: Axis, x: Tensor, counts_E: 
     assert choices is None, "rows are shared, and tokens have none yet"
     received_NE = stack_over(counts_E, axis)
     send_N, receive_N = read_splits(counts_E.expand_as(received_NE), received_NE, axis.size * len(x))
-    pending = AllToAll(send_N, receive_N, axis).start(x.expand(axis.size, -1, -1).flatten(0, 1))
+    route = AllToAll(send_N, receive_N, axis)
+    pending = route.start(x.expand(axis.size, -1, -1).flatten(0, 1))
+    keys = None if keys_R is None else route.start(keys_R.repeat(axis.size))
     order_A, inverse_A = plan_expert_order(received_NE, sum(receive_N))
-    part_AD = experts(reorder(pending.wait(), order_A, inverse_A), received_NE.sum(0))
+    keys_A = None if keys is None else keys.wait().index_select(0, order_A)
+    part_AD = experts(reorder(pending.wait(), order_A, inverse_A), received_NE.sum(0), keys_R=keys_A)
     pending = AllToAll(receive_N, send_N, axis).start(reorder(part_AD, inverse_A, order_A))
     return pending.wait().view(axis.size, *x.shape).sum(0)

@@ -11,6 +11,7 @@ from ..checkpoint.store import read_whole
 from ..data.config import DataConfig, TokenizerConfig, TokenizerKind
 from ..data.tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, settings_of_saved
 from ..interop.load_weights import load_folder, open_source, read_weights
+from ..moe.config import ModelConfig
 from ..moe.generation import generate
 from ..moe.model import Transformer
 from ..moe.param_count import count
@@ -86,7 +87,8 @@ def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Ope
     model = load_model(checkpoint, config.precision.value, str(device))
     saved, kept = checkpoint / "tokenizer", checkpoint / "tokenizer_hf"  # an early import has only the second
     tokenizer = load_tokenizer(saved) if saved.is_dir() or not kept.is_dir() else _hf_tokenizer(kept)
-    return _fitting(OpenedCheckpoint(model, tokenizer, config, checkpoint))
+    _refuse_larger(tokenizer, model.config, checkpoint)
+    return OpenedCheckpoint(model, tokenizer, config, checkpoint)
 
 
 def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
@@ -94,7 +96,8 @@ def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
     derive(config, device)
     model = load_folder(path, config.precision.value, str(device))
     config.model = model.config
-    return _fitting(OpenedCheckpoint(model, tokenizer, config, path))
+    _refuse_larger(tokenizer, model.config, path)
+    return OpenedCheckpoint(model, tokenizer, config, path)
 
 
 def _hf_tokenizer(folder: Path) -> Tokenizer:
@@ -106,12 +109,10 @@ def _hf_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _fitting(opened: OpenedCheckpoint) -> OpenedCheckpoint:
-    """Raises ConfigError for a tokenizer with more pieces than the model has rows for."""
-    pieces, rows = opened.tokenizer.size, opened.model.config.vocabulary
-    if pieces > rows:
-        raise ConfigError(f"{opened.path}: its tokenizer has {pieces} pieces, more than the {rows} rows of its model")
-    return opened
+def _refuse_larger(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
+    """Raises ConfigError for a tokenizer with more pieces than the model of `path` has rows."""
+    if tokenizer.size > model.vocabulary:
+        raise ConfigError(f"{path}: its model has {model.vocabulary} rows, and the tokenizer {tokenizer.size} pieces")
 
 
 def _without_tokenizer(path: Path) -> ConfigError:
@@ -165,10 +166,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     device = pick_device(config.device.value)
     set_products(config, device, derive(config, device))
     data = open_data_on_all_ranks(config)
-    if data.tokenizer.size > config.model.vocabulary:
-        raise ConfigError(
-            f"{checkpoint}: its model has {config.model.vocabulary} rows, and the tokenizer {data.tokenizer.size} pieces"
-        )
+    _refuse_larger(data.tokenizer, config.model, checkpoint)
     parallel = build_parallel(config, device)
     weights = read_whole(checkpoint) if source is None else read_weights(source, dict(parallel.model.state_dict()), str(device))
     add_expert_biases(parallel.model, weights)

@@ -31,6 +31,7 @@ HF_TOKENIZERS = {name: kind for kind, name in FILES.items()}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BIAS_RATE = "model.moe.balance.bias_rate"
+DROPOUT = "model.dropout", "model.moe.dropout"
 
 
 class WeightSource(NamedTuple):
@@ -172,9 +173,9 @@ def _with(model: ModelConfig, key: str, other: ModelConfig) -> ModelConfig:
 
 
 def _model_overrides(composed: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Returns the overrides that turn the composed model into that of the source."""
-    plain = dict(leaves(plain_config(wanted), "model."))
-    values = ((key, plain[key]) for key in _different(composed, wanted))
+    """Returns the overrides that turn the composed model into that of the source. Dropout that an experiment asks for stays."""
+    plain, asked = (dict(leaves(plain_config(model), "model.")) for model in (wanted, composed))
+    values = ((key, plain[key]) for key in _different(composed, wanted) if key not in DROPOUT or not asked[key])
     return [f"{key}={quoted(value) if isinstance(value, str) else written(value)}" for key, value in values]
 
 

@@ -26,6 +26,8 @@ class StartedAllGather(NamedTuple):
     rows: PendingRows
     choices: PendingRows
     padded_rows: int | None
+    keys: PendingRows | None
+    """The random keys of the tokens, (G, 1); None without dropout inside of the experts."""
 
 
 class AllGatherDispatcher(ExpertParallelDispatcher):
@@ -42,14 +44,16 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
         experts_TK = experts_or_dropped(routing, self.experts)
         choices = route.start(torch.cat([routing.weights_TK, experts_TK.to(routing.weights_TK.dtype)], dim=1))
         padded = None if routing.padded_rows is None else routing.padded_rows * self.axis.size
-        return StartedAllGather(route, rows, choices, padded)
+        keys = None if routing.keys_T is None else route.start(routing.keys_T.unsqueeze(1))
+        return StartedAllGather(route, rows, choices, padded, keys)
 
     def finish_dispatch(self, started: StartedAllGather) -> DispatchedTokens:
         experts = self.experts // self.axis.size
         local = _local_choices(started.choices.wait(), self.axis, experts, started.padded_rows)
         expansion, counts_L = plan_expert_rows(local, experts)  # while the rows travel
         tokens_RD = expand(started.rows.wait(), expansion)
-        return DispatchedTokens(tokens_RD, counts_L, (started.route, expansion, local.choices.weights_C))
+        keys_R = None if started.keys is None else expand(started.keys.wait(), expansion).squeeze(1)
+        return DispatchedTokens(tokens_RD, counts_L, (started.route, expansion, local.choices.weights_C), keys_R)
 
     def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> PendingRows:
         route, expansion, weights_C = dispatched.metadata

@@ -42,6 +42,8 @@ class StartedAllToAll(NamedTuple):
     weights_TK: Tensor
     received_NL: Tensor
     splits: Splits
+    keys: PendingRows | None
+    """The random keys of the rows; None without dropout inside of the experts."""
 
 
 class AllToAllDispatcher(ExpertParallelDispatcher):
@@ -69,12 +71,16 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
             counts.wait()
         sent_NL, received_NL = sent_E.view(self.axis.size, -1), received_E.view(self.axis.size, -1)
         splits = read_splits(sent_NL, received_NL, len(rows_RD))
-        rows = AllToAll(*splits, self.axis).start(rows_RD)
-        return StartedAllToAll(rows, plan, routing.weights_TK, received_NL, splits)
+        route, keys = AllToAll(*splits, self.axis), None
+        rows = route.start(rows_RD)
+        if routing.keys_T is not None:
+            keys = route.start(routing.keys_T.index_select(0, plan.token_R))
+        return StartedAllToAll(rows, plan, routing.weights_TK, received_NL, splits, keys)
 
     def finish_dispatch(self, started: StartedAllToAll) -> DispatchedTokens:
         order, counts_L = plan_expert_order(started.received_NL, sum(started.splits.receive_N)), started.received_NL.sum(0)
-        return DispatchedTokens(reorder(started.rows.wait(), *order), counts_L, (started, order))
+        keys_R = None if started.keys is None else started.keys.wait().index_select(0, order.order_A)
+        return DispatchedTokens(reorder(started.rows.wait(), *order), counts_L, (started, order), keys_R)
 
     def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> StartedAllToAll:
         started, order = dispatched.metadata

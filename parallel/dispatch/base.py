@@ -47,7 +47,7 @@ class ExpertParallelDispatcher(Dispatcher):
             started, following = following, None if next_chunk is None else self.start_dispatch(*next_chunk)
             dispatched = self.finish_dispatch(started)
             rows += len(dispatched.tokens_RD)
-            combining.append(self.start_combine(experts(dispatched.tokens_RD, dispatched.counts_E), dispatched))
+            combining.append(self.start_combine(dispatched.through(experts), dispatched))
         y = [self.finish_combine(started) for started in combining]
         return DispatcherOutput(torch.cat(y) if len(y) > 1 else y[0], overlapped, rows)
 
@@ -57,5 +57,6 @@ def split(routing: Routing, chunks: int) -> list[Routing]:
     if chunks == 1:
         return [routing]
     kept = [None] * chunks if routing.kept_TK is None else routing.kept_TK.tensor_split(chunks)
-    parts = zip(routing.experts_TK.tensor_split(chunks), routing.weights_TK.tensor_split(chunks), kept, strict=True)
-    return [routing._replace(experts_TK=e, weights_TK=w, kept_TK=k) for e, w, k in parts]
+    keys = [None] * chunks if routing.keys_T is None else routing.keys_T.tensor_split(chunks)
+    parts = zip(routing.experts_TK.tensor_split(chunks), routing.weights_TK.tensor_split(chunks), kept, keys, strict=True)
+    return [routing._replace(experts_TK=e, weights_TK=w, kept_TK=k, keys_T=key) for e, w, k, key in parts]

@@ -47,6 +47,8 @@ class Hop(NamedTuple):
     depths: list[int]
     """[k] is how many received rows have more than k choices."""
     padded_rows: int | None
+    keys: PendingRows | None
+    """The random keys of the rows, (R, 1); None without dropout inside of the experts."""
 
 
 class Sizes(NamedTuple):
@@ -58,8 +60,8 @@ class Sizes(NamedTuple):
     """[k] is how many rows go to more than k ranks."""
 
 
-def start_hop(x_PD: Tensor, choices: ExpertChoices, experts: int, axis: Axis) -> Hop:
-    """Starts to send the rows and their choices over `axis`, whose destinations have `experts` experts each."""
+def start_hop(x_PD: Tensor, keys_P1: Tensor | None, choices: ExpertChoices, experts: int, axis: Axis) -> Hop:
+    """Starts to send the rows, their keys and their choices over `axis`, whose destinations have `experts` experts each."""
     counts_PN = _count(choices, experts, axis.size)
     sizes = _exchange_sizes(counts_PN, len(choices.row_C), min(choices.top_k, experts), axis)
     expansion = _plan(counts_PN, sizes)
@@ -68,7 +70,8 @@ def start_hop(x_PD: Tensor, choices: ExpertChoices, experts: int, axis: Axis) ->
     choices_route = AllToAll([sum(of_rank) for of_rank in sizes.sent], [sum(of_rank) for of_rank in sizes.received], axis)
     packed = choices_route.start(_pack(choices, counts_PN, sizes, experts))
     depths = [sum(of_ranks) for of_ranks in zip(*sizes.received, strict=True)]
-    return Hop(expansion, route, rows, packed, depths, choices.padded_rows)
+    keys = None if keys_P1 is None else route.start(expand(keys_P1, expansion))
+    return Hop(expansion, route, rows, packed, depths, choices.padded_rows, keys)
 
 
 def wait_for_choices(hop: Hop) -> LocalChoices:
@@ -158,17 +161,20 @@ class DeduplicatedDispatcher(ExpertParallelDispatcher):
 
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> Hop:
         choices = choices_of(routing, self.experts, self.experts // self.reach[-1])
-        return start_hop(x_TD, choices, self.reach[0], self.axes[0])
+        keys_T1 = None if routing.keys_T is None else routing.keys_T.unsqueeze(1)
+        return start_hop(x_TD, keys_T1, choices, self.reach[0], self.axes[0])
 
     def finish_dispatch(self, started: Hop) -> DispatchedTokens:
         hops = [started]
         for reach, axis in zip(self.reach[1:], self.axes[1:], strict=True):
             local = wait_for_choices(hops[-1])
-            hops.append(start_hop(hops[-1].rows.wait(), local.choices, reach, axis))
+            keys_P1 = None if hops[-1].keys is None else hops[-1].keys.wait()
+            hops.append(start_hop(hops[-1].rows.wait(), keys_P1, local.choices, reach, axis))
         local = wait_for_choices(hops[-1])
         expansion, counts_L = plan_expert_rows(local, self.reach[-1])  # while the rows travel
         tokens_RD = expand(hops[-1].rows.wait(), expansion)
-        return DispatchedTokens(tokens_RD, counts_L, (hops, expansion, local.choices.weights_C))
+        keys_R = None if hops[-1].keys is None else expand(hops[-1].keys.wait(), expansion).squeeze(1)
+        return DispatchedTokens(tokens_RD, counts_L, (hops, expansion, local.choices.weights_C), keys_R)
 
     def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> tuple[PendingRows, Hop]:
         hops, expansion, weights_A = dispatched.metadata

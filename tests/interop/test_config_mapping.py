@@ -263,7 +263,10 @@ CHOSEN = [
     (mixtral(moe=MoEConfig(shared_hidden=64, shared_gate=True)), "Qwen2MoeForCausalLM"),
     (mixtral(attention=AttentionConfig(window=4)), "MixtralForCausalLM"),
     (
-        mixtral(moe=MoEConfig(capacity=CapacityConfig(factor=1.0), balance=BalanceConfig(0.5), z_coefficient=1.0)),
+        mixtral(
+            dropout=0.1,
+            moe=MoEConfig(dropout=0.4, capacity=CapacityConfig(factor=1.0), balance=BalanceConfig(0.5), z_coefficient=1.0),
+        ),
         "MixtralForCausalLM",
     ),
 ]

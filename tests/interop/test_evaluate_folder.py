@@ -1,5 +1,6 @@
 """generate, evaluate, import, checkpoint.init and load_model take Hugging Face folders, and names of those in the hub's cache."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def test_an_exported_run_evaluates_as_the_run(
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "back"), *WORDS, f"data.cache={tmp_path / 'cache'}"]) == 0
     assert capsys.readouterr().out.startswith(f"validation loss {expected[0]:.4f} nats per token")
+    small = saved("Llama", vocab_size=200)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "back" / name, small)
+    for words in (["evaluate", str(small), *WORDS, f"data.cache={tmp_path / 'cache'}"], ["generate", str(small), "--prompt", "a"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said == f"tokenyard: {small}: its model has 200 rows, and the tokenizer 259 pieces"
 
 
 def test_what_is_refused(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import torch
 from tokenyard.moe.capacity import LocalScope, keep_by_priority, keep_earliest
 from tokenyard.moe.config import CapacityConfig, DropPolicy, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import BatchPosition, Purpose, TokenInfo, build_token_info, random_uniform
+from tokenyard.moe.token_info import BatchPosition, Purpose, TokenInfo, build_token_info, layer_keys, random_uniform
 from torch import Tensor
 
 EXPERTS, SEQUENCES, LENGTH, BATCHES = 6, 3, 10, 40
@@ -64,7 +64,7 @@ def test_gshard_draws_its_second_experts_with_priorities_too() -> None:
     logits_BSE = torch.randn(1, 64, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     router, tokens = router_of(config), build_token_info(torch.zeros(1, 64, dtype=torch.int64), None, BatchPosition())
     routing = router(logits_BSE, tokens)
-    drawn_T = random_uniform(router._key(logits_BSE, tokens), 1, Purpose.second_expert).flatten() < 2 * routing.weights_TK[:, 1]
+    drawn_T = random_uniform(layer_keys(logits_BSE, tokens), 1, Purpose.second_expert).flatten() < 2 * routing.weights_TK[:, 1]
     placed_TK = algorithm_2(logits_BSE[0].softmax(-1), [True] * 64, 2, 18)
     placed_TK[:, 1] &= drawn_T
     assert torch.equal(routing.kept_TK, placed_TK)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenyard.moe.config import BalanceConfig, CapacityConfig, DropPolicy, MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.router import Router
-from tokenyard.moe.token_info import BatchPosition, Purpose, TokenInfo, build_token_info, random_uniform
+from tokenyard.moe.token_info import BatchPosition, Purpose, TokenInfo, build_token_info, layer_keys, random_uniform
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Losses, Totals, losses
@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
 
 def algorithm_1(gates_TE: Tensor, draws_T: list[float], rows: int) -> Group:
-    """The lines of the paper, in its order; `gates_TE` is the softmax of line 2."""
+    """The lines of the paper, in its order; `gates_TE` is the softmax of line 2. Line 22 counts seconds that are not drawn, too."""
     tokens, experts = gates_TE.shape
     taken, weights_TE, lost = [0] * experts, torch.zeros_like(gates_TE), 0
     mean_gate = gates_TE.mean(0).tolist()
@@ -166,5 +166,4 @@ def tokens_of(step: int) -> TokenInfo:
 
 def keys_of(tokens: TokenInfo) -> Tensor:
     """The keys that the router of layer 0 draws by."""
-    router = router_of(config_of(Scope.sequence, 1))
-    return router._key(torch.empty(SEQUENCES, LENGTH, EXPERTS), tokens)
+    return layer_keys(torch.empty(SEQUENCES, LENGTH, EXPERTS), tokens)

@@ -10,7 +10,7 @@ from tokenyard.moe.config import MoEConfig, RouterConfig, Scope, Selection
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.model import ModelConfig, Transformer
 from tokenyard.moe.router import Router, Routing
-from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info, fold_in, token_keys
+from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info, layer_keys, token_keys
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.loss import Totals, losses
@@ -171,7 +171,7 @@ def test_rows_are_routed_alike_in_whatever_batch_they_come(name: str) -> None:
 def test_keys_are_made_only_where_something_is_random(config: MoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks the keys of a layer, and those that a model computes before all layers."""
     made = []
-    monkeypatch.setattr("tokenyard.moe.router.fold_in", lambda *of: made.append("layer") or fold_in(*of))
+    monkeypatch.setattr("tokenyard.moe.router.layer_keys", lambda *of: made.append("layer") or layer_keys(*of))
     monkeypatch.setattr("tokenyard.moe.token_info.token_keys", lambda *of: made.append("model") or token_keys(*of))
     torch.manual_seed(0)
     model = Transformer(ModelConfig(vocabulary=40, width=WIDTH, layers=1, heads=2, kv_heads=2, moe=config), torch.float64)

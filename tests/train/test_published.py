@@ -28,6 +28,17 @@ def test_tokens_of_a_run_are_those_of_its_paper() -> None:
     assert tokens == pytest.approx({"olmoe_1b_7b": 5.133, "deepseek_moe_16b": 2.0, "switch_base_8": 0.576}, rel=5e-3)
 
 
+def test_switch_is_fine_tuned_with_the_dropout_of_its_paper() -> None:
+    """Section 4.1: 0.1, in the experts 0.4, 16000 steps of 2**20 tokens. Neither its pre-training nor its presets have any."""
+    config = compose(["experiment=switch_base_8_fine_tuning"])
+    assert (config.model.dropout, config.model.moe.dropout, config.steps) == (0.1, 0.4, 16000)
+    assert config.batch.sequences * config.sequence_length == 2**20
+    check_config(config, 1)
+    for words in (["experiment=switch_base_8"], ["model=switch_base_8"], ["model=switch_c_2048"], ["model=tiny_switch"]):
+        model = compose(words).model
+        assert (model.dropout, model.moe.dropout, model.moe.z_coefficient) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

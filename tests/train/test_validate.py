@@ -148,6 +148,8 @@ BAD = [
     (1, "model.moe.capacity.schedule=[10,1.5,20]", "model.moe.capacity.schedule=[10.0,1.5,20.0]: must be pairs of a rising",
      "model.moe.capacity.schedule=[10.0,1.5]"),
     (1, "model.moe.capacity.pad=true", "model.moe.capacity.pad=true: must be false without", "model.moe.capacity.pad=false"),
+    (1, "model.dropout=1", "model.dropout=1.0: must be in [0, 1)", "model.dropout=0.0"),
+    (1, "model.moe.dropout=-0.1", "model.moe.dropout=-0.1: must be in [0, 1)", "model.moe.dropout=0.0"),
     (1, "model.moe.router.jitter=1", "model.moe.router.jitter=1.0: must be in [0, 1)", "model.moe.router.jitter=0.0"),
     (1, "steps=0", "steps=0: must be in [1, inf)", "steps=1"),
     (1, "seed=-4", "seed=-4: must be in [0, 9223372036854775808)", "seed=0"),

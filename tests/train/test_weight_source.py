@@ -63,6 +63,17 @@ def test_a_model_of_an_experiment_gives_way(source: Path) -> None:
     assert (config.model.moe.experts, config.model.width) == (4, 32)
 
 
+def test_dropout_of_an_experiment_stays(source: Path) -> None:
+    """The source was trained without. It is of the run like its rate, and needs no weights."""
+    words = ["experiment=switch_base_8_fine_tuning", f"checkpoint.init={source}", "optimizer.lr=1e-3"]
+    config = composed(*DATA, *words)
+    assert (config.model.dropout, config.model.moe.dropout, config.model.width) == (0.1, 0.4, 32)
+    check_config(config, 1)
+    config = composed(*DATA, *words, "model.moe.dropout=0")
+    assert (config.model.dropout, config.model.moe.dropout) == (0.1, 0.0)
+    assert composed(*DATA, f"checkpoint.init={source}", "model.dropout=0.3").model.dropout == 0.3
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
