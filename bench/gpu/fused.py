@@ -84,6 +84,17 @@ def kernels(
     plan = plan_choices(experts_TK, experts, None, dropping=False)
     weights_TK = torch.rand(tokens, top_k, generator=generator, device=device).to(torch.float64 if wide else torch.float32)
     rows, item = tokens * top_k, dtype.itemsize
+    many_TK = torch.rand(max(tokens, 1000), experts, generator=generator, device=device).topk(top_k).indices
+    some_TK = many_TK.masked_fill(torch.rand(many_TK.shape, generator=generator, device=device) < 0.5, experts)
+    yield Fused(
+        "plan of rows", lambda: list(plan_choices(many_TK, experts, None, dropping=False)[:3]), 3 * many_TK.nbytes + 8 * experts
+    )
+    padded_rows = many_TK.numel() // experts
+    yield Fused(
+        "plan of rows, half dropped, padded",
+        lambda: [x for x in plan_choices(some_TK, experts, padded_rows, dropping=True) if x is not None],
+        3 * many_TK.nbytes + 2 * many_TK.numel() + 8 * experts,
+    )
     y_RD, x_TD = draw(rows, width), draw(tokens, width)
     yield Fused("weighted sum of rows", lambda: [sum_rows(y_RD, plan, weights_TK)], item * width * (rows + tokens))
     yield Fused("sum of rows", lambda: [sum_rows(y_RD, plan)], item * width * (rows + tokens))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ..config import Activation
 
+CHUNK = 256
+"""Choices that a program of the plan of rows takes."""
+
 
 @torch.library.custom_op("tokenyard::sum_rows", mutates_args=())
 def sum_rows(y_RD: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -38,6 +41,41 @@ def unpermute_backward(
 @unpermute_backward.register_fake
 def _(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, weights_R: Tensor) -> tuple[Tensor, Tensor]:
     return y_RD.new_empty(y_RD.shape), y_RD.new_empty(len(y_RD), dtype=torch.float32)
+
+
+@torch.library.custom_op("tokenyard::count_rows", mutates_args=())
+def count_rows(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(E,), (E,) and (C, E) of `dispatch.CountedChoices`."""
+    from . import plan
+
+    return plan.count_rows(experts_TK, experts)
+
+
+@count_rows.register_fake
+def _(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = (experts_TK.numel() + CHUNK - 1) // CHUNK
+    return experts_TK.new_empty(experts), experts_TK.new_empty(experts), experts_TK.new_empty(chunks, experts)
+
+
+@torch.library.custom_op("tokenyard::place_rows", mutates_args=())
+def place_rows(
+    experts_TK: Tensor, counts_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `dispatch.plan_choices`: token_R, slot_TK, kept_TK, filled_R and the padded counts, empty where there are none."""
+    from . import plan
+
+    return plan.place_rows(experts_TK, counts_E, begin_E, before_CE, padded_rows, dropping)
+
+
+@place_rows.register_fake
+def _(
+    experts_TK: Tensor, counts_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    padded = padded_rows is not None
+    token_R = experts_TK.new_empty(experts_TK.numel() if padded_rows is None else counts_E.shape[0] * padded_rows)
+    kept_TK = experts_TK.new_empty(experts_TK.shape if dropping else 0, dtype=torch.bool)
+    filled_R = experts_TK.new_empty(len(token_R) if padded else 0, dtype=torch.bool)
+    return token_R, torch.empty_like(experts_TK), kept_TK, filled_R, torch.empty_like(counts_E if padded else counts_E[:0])
 
 
 @torch.library.custom_op("tokenyard::activation", mutates_args=())

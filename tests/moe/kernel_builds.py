@@ -13,13 +13,14 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, rotation, rows
+from tokenyard.moe.kernels import activation, plan, rotation, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = {"sm_90": 90, "sm_100": 100}
-TABLES = {"slot_ptr": "*i64", "token_ptr": "*i64", "filled_ptr": "*i1", "ends_ptr": "*i32"}
+IDS = "slot_ptr", "token_ptr", "expert_ptr", "count_ptr", "begin_ptr", "before_ptr", "rows_ptr"
+TABLES = {"filled_ptr": "*i1", "kept_ptr": "*i1", "ends_ptr": "*i32", "lower_ptr": "*i32", **dict.fromkeys(IDS, "*i64")}
 FP32 = ("weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr")
 
 
@@ -30,6 +31,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield rows._unpermute_backward, {"PADDED": False, "BLOCK": 1024}
     yield rows._unpermute_backward, {"PADDED": True, "BLOCK": 1024}
     yield rows._zero_empty_groups, {"PROGRAMS": 64, "BLOCK": 1024}
+    yield plan._count_lower, {"CHUNK": plan.CHUNK, "LANES": plan.LANES, "EXPERTS": plan.EXPERTS}
+    yield plan._scan_counts, {"BLOCK": plan.SCANNED}
+    for flag in (False, True):
+        sizes = {"K": 8, "CHUNK": plan.CHUNK, "OTHERS": plan.OTHERS, "BLOCK": plan.SCANNED}
+        yield plan._place_rows, {**sizes, "DROPPING": flag, "PADDED": flag}
     for one in Activation:
         shared = {"KIND": one.value, "GATED": one.projections == 2, "BLOCK": 1024}
         yield activation._activate, shared
