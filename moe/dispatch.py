@@ -282,7 +282,7 @@ def _kept_rows(counts_E: Tensor, choices: int) -> int:
 
 def count_rows(experts_TK: Tensor, experts: int) -> CountedChoices:
     """Counts the choices of each expert, without dropped ones (which have the id `experts`)."""
-    if uses_kernels(experts_TK):
+    if experts <= operators.MOST_EXPERTS and uses_kernels(experts_TK):
         return CountedChoices(*operators.count_rows(experts_TK, experts))
     chosen_A = experts_TK.flatten()
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)

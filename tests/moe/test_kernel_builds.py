@@ -11,10 +11,10 @@ import pytest
 BUILDER = Path(__file__).with_name("kernel_builds.py")
 MOST_REGISTERS = 64
 """With 4 warps, 8 programs fit on a multiprocessor, which is enough to keep its loads busy."""
-COMPUTING = {"_count_lower", "_scan_counts", "_place_rows"}
-"""Kernels that compare and scan numbers, which they have in registers, rather than move rows."""
-MOST_COMPUTING = 128
-"""4 programs fit."""
+COMPUTING = {"_count_lower", "_scan_counts", "_place_rows", "_route", "_sum_chunks", "_route_backward"}
+"""Kernels that compare and sum numbers, which they have in registers, rather than move rows."""
+MOST_COMPUTING = 255
+"""All that a thread has."""
 
 
 @pytest.fixture(scope="module")
