@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from ..moe import router
-from ..moe.router import RouterMetrics, compute_router_metrics
+from ..moe.router_metrics import RouterMetrics, compute_router_metrics
 from ..train.config.compose import compose
 from ..train.config.config import Config
 from ..train.logging.expert_stats.collector import ExpertStats, snapshot_records

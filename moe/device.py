@@ -45,8 +45,8 @@ KERNELS_LACK = [
     *([] if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler, which triton calls"]),
 ]
 """What kernels need and this machine has not."""
-KERNEL_DTYPES = torch.bfloat16, torch.float16, torch.float32
-"""Kernels sum in fp32; fp64 stays with the code that they replace."""
+KERNEL_DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.int64
+"""Kernels sum in fp32; fp64 stays with the code that they replace. Ids of experts are int64."""
 
 
 def uses_kernels(x: Tensor) -> bool:

@@ -250,15 +250,31 @@ def experts_or_dropped(routing: Routing, experts: int) -> Tensor:
     return routing.experts_TK if routing.kept_TK is None else routing.experts_TK.masked_fill(~routing.kept_TK, experts)
 
 
+class CountedChoices(NamedTuple):
+    """The choices of each expert, and on a GPU what its kernels counted besides (moe/kernels/plan.py). C chunks of choices."""
+
+    counts_E: Tensor
+    """int64, without dropped choices (which have the id E)."""
+    begin_E: Tensor | None = None
+    before_CE: Tensor | None = None
+
+
 def plan_choices(
-    experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counts_E: Tensor | None = None
+    experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counted: CountedChoices | None = None
 ) -> RowPlan:
     """See `plan_rows`. With `padded_rows`, each expert has that many rows, and the host reads nothing.
 
-    `counts_E` is the result of `count_rows`, if it is known already.
+    `counted` is the result of `count_rows`, if it is known already.
     """
     top_k = experts_TK.shape[1]
-    counts_E = count_rows(experts_TK, experts) if counts_E is None else counts_E
+    counts_E, begin_E, before_CE = counted or count_rows(experts_TK, experts)
+    if begin_E is not None and before_CE is not None:
+        tensors = experts_TK, counts_E, begin_E, before_CE
+        token_R, slot_TK, kept_TK, filled_R, rows_E = operators.place_rows(*tensors, padded_rows, dropping)
+        kept_TK = kept_TK if dropping else None
+        if padded_rows is not None:
+            return RowPlan(token_R, slot_TK, rows_E, filled_R, kept_TK)
+        return RowPlan(token_R[: _kept_rows(counts_E, len(token_R))] if dropping else token_R, slot_TK, counts_E, kept_TK=kept_TK)
     chosen_A = experts_TK.flatten()
     order_A = chosen_A.argsort(stable=True)
     slot_A = torch.empty_like(order_A)
@@ -269,15 +285,21 @@ def plan_choices(
         return _pad(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
     rows, slot_TK = len(order_A), slot_A.view_as(experts_TK)
     if kept_TK is not None:
-        rows, slot_TK = host_read(counts_E.sum(), "kept choices", lambda: len(order_A)), slot_TK.masked_fill(~kept_TK, -1)
+        rows, slot_TK = _kept_rows(counts_E, rows), slot_TK.masked_fill(~kept_TK, -1)
     return RowPlan(order_A[:rows] // top_k, slot_TK, counts_E, kept_TK=kept_TK)
 
 
-def count_rows(experts_TK: Tensor, experts: int) -> Tensor:
-    """int64 (E,): the number of choices of each expert, without dropped ones (which have the id `experts`)."""
+def _kept_rows(counts_E: Tensor, choices: int) -> int:
+    return host_read(counts_E.sum(), "kept choices", lambda: choices)
+
+
+def count_rows(experts_TK: Tensor, experts: int) -> CountedChoices:
+    """Counts the choices of each expert, without dropped ones (which have the id `experts`)."""
+    if experts <= operators.MOST_EXPERTS and uses_kernels(experts_TK):
+        return CountedChoices(*operators.count_rows(experts_TK, experts))
     chosen_A = experts_TK.flatten()
     counts_E = torch.zeros(experts + 1, dtype=torch.int64, device=chosen_A.device)
-    return counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts]
+    return CountedChoices(counts_E.scatter_add_(0, chosen_A, torch.ones_like(chosen_A))[:experts])
 
 
 def row_alignment(x: Tensor) -> int:

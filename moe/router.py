@@ -20,8 +20,11 @@ from .capacity import (
     keep_earliest,
     max_rows,
 )
-from .config import DropPolicy, MoEConfig, Scope, Score, Selection
+from .config import BalanceConfig, DropPolicy, MoEConfig, Scope, Score, Selection
+from .device import uses_kernels
+from .kernel_router import KernelRouting, is_covered, route
 from .null_experts import NullExperts
+from .router_metrics import RouterMetrics, compute_router_metrics
 from .scoring import (
     ChosenExperts,
     NoisyLogits,
@@ -40,46 +43,6 @@ from .scoring import (
 from .token_info import Purpose, TokenInfo, layer_keys, random_uniform
 
 log = logging.getLogger("tokenyard")
-
-SUMS = ("tokens", "entropy", "top1", "logit_norm", "rows")
-"""The fields of `RouterMetrics.sums`, in this order (G). They add up over micro-batches and ranks."""
-
-
-class RouterMetrics(NamedTuple):
-    """Scalars of one layer over the valid tokens of this device, without gradient. All add up but the last, which is a maximum."""
-
-    tokens: Tensor
-    """Valid tokens."""
-    entropy: Tensor
-    """Sum over tokens of the entropy of the router's probabilities, in nats."""
-    top1: Tensor
-    """Sum over tokens of the largest probability."""
-    logit_norm: Tensor
-    """Sum over tokens of the Euclidean norm of the logits; 0 if there are no logits."""
-    rows: Tensor
-    """Rows that this device's experts computed, padding and tokens of other ranks included."""
-    logit_max: Tensor
-    """Largest absolute logit."""
-
-    def sums(self) -> Tensor:
-        """(G,), fp64: exact for numbers of tokens."""
-        return torch.stack([getattr(self, name).double() for name in SUMS])
-
-
-@torch.no_grad()
-def compute_router_metrics(logits_BSE: Tensor | None, probabilities_BSE: Tensor, valid_BS: Tensor) -> RouterMetrics:
-    """Computes all metrics but `rows`, which is known only after dispatch."""
-    wide, tokens = probabilities_BSE.dtype, valid_BS.sum()
-    valid_T = valid_BS.flatten().to(wide)
-    none = valid_T.new_zeros(())
-    entropy = torch.special.entr(probabilities_BSE).sum(-1).flatten().dot(valid_T)
-    top1 = probabilities_BSE.amax(-1).flatten().dot(valid_T)
-    if logits_BSE is None:
-        return RouterMetrics(tokens, entropy, top1, none, none, none)
-    logits_TE = logits_BSE.detach().flatten(0, 1)
-    norm = torch.linalg.vector_norm(logits_TE, dim=-1).dot(valid_T)
-    largest = (logits_TE.abs().amax(-1) * valid_T).amax() if len(logits_TE) else none
-    return RouterMetrics(tokens, entropy, top1, norm, none, largest)
 
 
 class RoutingStats(NamedTuple):
@@ -169,11 +132,18 @@ class Router(nn.Module):
         tokens = tokens or TokenInfo()
         key_BS = layer_keys(x_BSD, tokens) if self.training and self.is_random else None
         rows = self._capacity(x_BSD, tokens)
-        scored = self._score(x_BSD, tokens, key_BS)
-        chosen = choose_experts(self._ranked(scored), tokens.valid_BS, self.config, self.scopes, self.training, rows)
-        weights_BSK = gate_weights(scored.logits_BSE, scored.scores_BSE, chosen.experts_BSK, self.config)
-        kept_BSK, dropped = self._drop(chosen, weights_BSK, scored, tokens, key_BS, rows)
-        stats = self._stats(chosen, weights_BSK, scored, tokens, dropped)
+        logits_BSE, noise = self._logits(x_BSD, key_BS)
+        if logits_BSE is not None and uses_kernels(logits_BSE) and noise is None and is_covered(self.config, rows is not None):
+            routed = route(logits_BSE, self.expert_bias, tokens.valid_BS, self.config)
+            chosen, weights_BSK = ChosenExperts(routed.experts_BSK), routed.weights_BSK
+            kept_BSK, dropped = self._drop(chosen, weights_BSK, None, tokens, key_BS, rows)
+            stats = self._stats_of_kernels(routed, logits_BSE, tokens, dropped)
+        else:
+            scored = self._score(logits_BSE, noise, x_BSD, tokens)
+            chosen = choose_experts(self._ranked(scored), tokens.valid_BS, self.config, self.scopes, self.training, rows)
+            weights_BSK = gate_weights(logits_BSE, scored.scores_BSE, chosen.experts_BSK, self.config)
+            kept_BSK, dropped = self._drop(chosen, weights_BSK, scored.scores_BSE.detach(), tokens, key_BS, rows)
+            stats = self._stats(chosen, weights_BSK, scored, tokens, dropped)
         kept_TK = None if kept_BSK is None else kept_BSK.flatten(0, 1)
         padded = None
         if self.config.capacity.pad and rows is not None:
@@ -191,18 +161,23 @@ class Router(nn.Module):
         in_scope = self.scopes.tokens(x_BSD.shape[0], x_BSD.shape[1], config.capacity.scope)
         return capacity(factor, group_size(in_scope, config.capacity.groups), config)
 
-    def _score(self, x_BSD: Tensor, tokens: TokenInfo, key_BS: Tensor | None) -> Scored:
+    def _logits(self, x_BSD: Tensor, key_BS: Tensor | None) -> tuple[Tensor | None, NoisyLogits | None]:
         router = self.config.router
-        wide = torch.promote_types(x_BSD.dtype, torch.float32)
         if self.weight is None:
-            return Scored(None, hash_scores(tokens, self.columns, self.config.top_k, wide))
+            return None, None
         if router.jitter > 0 and key_BS is not None:
-            x_BSD = apply_jitter(x_BSD.to(wide), key_BS, router.jitter)
-        logits_BSE, noise = router_logits(x_BSD, self.weight, self.bias), None
-        if self.noise_weight is not None and key_BS is not None:
-            noise = add_noise(logits_BSE, router_logits(x_BSD, self.noise_weight), key_BS)
-            logits_BSE = noise.logits_BSE
-        return Scored(logits_BSE, to_scores(logits_BSE, router.score), noise)
+            x_BSD = apply_jitter(x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32)), key_BS, router.jitter)
+        logits_BSE = router_logits(x_BSD, self.weight, self.bias)
+        if self.noise_weight is None or key_BS is None:
+            return logits_BSE, None
+        noise = add_noise(logits_BSE, router_logits(x_BSD, self.noise_weight), key_BS)
+        return noise.logits_BSE, noise
+
+    def _score(self, logits_BSE: Tensor | None, noise: NoisyLogits | None, x_BSD: Tensor, tokens: TokenInfo) -> Scored:
+        if logits_BSE is None:
+            wide = torch.promote_types(x_BSD.dtype, torch.float32)
+            return Scored(None, hash_scores(tokens, self.columns, self.config.top_k, wide))
+        return Scored(logits_BSE, to_scores(logits_BSE, self.config.router.score), noise)
 
     def _ranked(self, scored: Scored) -> Tensor:
         router, ranked_BSE = self.config.router, scored.scores_BSE
@@ -212,7 +187,13 @@ class Router(nn.Module):
         return ranked_BSE if self.expert_bias is None else ranked_BSE + self.expert_bias
 
     def _drop(
-        self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, key_BS: Tensor | None, rows: int | None
+        self,
+        chosen: ChosenExperts,
+        weights_BSK: Tensor,
+        scores_BSE: Tensor | None,
+        tokens: TokenInfo,
+        key_BS: Tensor | None,
+        rows: int | None,
     ) -> tuple[Tensor | None, Tensor]:
         """Returns the mask of choices to dispatch (None: all), and how many were dropped for lack of capacity.
 
@@ -230,23 +211,25 @@ class Router(nn.Module):
             wanted_BSK = torch.ones_like(experts_BSK, dtype=torch.bool)
         if tokens.valid_BS is not None:
             wanted_BSK = wanted_BSK & tokens.valid_BS.unsqueeze(-1)
-        kept_BSK = self._within_capacity(experts_BSK, wanted_BSK, scored.scores_BSE.detach(), key_BS, rows)
+        kept_BSK = self._within_capacity(experts_BSK, wanted_BSK, scores_BSE, key_BS, rows)
         if drawn_BSK is not None:
             kept_BSK, wanted_BSK = kept_BSK & drawn_BSK, wanted_BSK & drawn_BSK
         return kept_BSK, wanted_BSK.sum() - kept_BSK.sum()
 
     def _within_capacity(
-        self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor, key_BS: Tensor | None, rows: int
+        self, experts_BSK: Tensor, wanted_BSK: Tensor, scores_BSE: Tensor | None, key_BS: Tensor | None, rows: int
     ) -> Tensor:
         """Outside training nothing is random: there the random policy drops by position."""
         limits, scopes = self.config.capacity, self.scopes
         match limits.policy:
             case DropPolicy.probability:
+                assert scores_BSE is not None
                 return keep_best(experts_BSK, wanted_BSK, scores_BSE, rows, limits.scope, scopes, limits.groups)
             case DropPolicy.random if key_BS is not None:
                 drawn_BSE = random_uniform(key_BS, self.columns, Purpose.drop)
                 return keep_best(experts_BSK, wanted_BSK, drawn_BSE, rows, limits.scope, scopes, limits.groups)
             case DropPolicy.priority:
+                assert scores_BSE is not None
                 best_BS = scores_BSE.gather(-1, experts_BSK).amax(-1)
                 return keep_by_priority(experts_BSK, wanted_BSK, best_BS, rows, self.columns, limits.scope, scopes, limits.groups)
         firsts_first = self.config.router.selection is Selection.gshard
@@ -255,18 +238,13 @@ class Router(nn.Module):
     def _stats(
         self, chosen: ChosenExperts, weights_BSK: Tensor, scored: Scored, tokens: TokenInfo, dropped: Tensor
     ) -> RoutingStats:
-        valid_BS = tokens.valid_BS
-        if valid_BS is None:
-            valid_BS = torch.ones(weights_BSK.shape[:2], dtype=torch.bool, device=weights_BSK.device)
+        valid_BS = valid_tokens(tokens, weights_BSK)
         valid_BS1 = valid_BS.unsqueeze(-1)
         counted_BSK = valid_BS1 if chosen.mask_BSK is None else chosen.mask_BSK & valid_BS1
         counts_BE = count_choices(chosen.experts_BSK, counted_BSK, self.columns)
         balance, logits_BSE = self.config.balance, scored.logits_BSE
-        # A loss that is off has no backward pass.
-        balanced = any(
-            (balance.coefficient, balance.sequence_coefficient, balance.device_coefficient, balance.communication_coefficient)
-        )
-        probabilities_BSE = normalize_scores(scored.scores_BSE if balanced else scored.scores_BSE.detach(), self.config.router)
+        scores_BSE = scored.scores_BSE if balances_scores(balance) else scored.scores_BSE.detach()
+        probabilities_BSE = normalize_scores(scores_BSE, self.config.router)
         scores_BE = (probabilities_BSE * valid_BS1).sum(dim=1)
         if logits_BSE is not None and self.config.z_coefficient == 0:
             logits_BSE = logits_BSE.detach()
@@ -285,6 +263,20 @@ class Router(nn.Module):
             load_BE = (selection_probability(scored.noise, self.config.top_k) * valid_BS1).sum(dim=1)
         return stats._replace(importance_BE=importance_BE, load_BE=load_BE)
 
+    def _stats_of_kernels(self, routed: KernelRouting, logits_BSE: Tensor, tokens: TokenInfo, dropped: Tensor) -> RoutingStats:
+        """See `_stats`. What the kernels do not compute is computed from the logits."""
+        valid_BS, config = valid_tokens(tokens, routed.weights_BSK), self.config
+        scores_BE = routed.scores_BE if balances_scores(config.balance) else routed.scores_BE.detach()
+        z = routed.z if config.z_coefficient else routed.z.detach()
+        stats = RoutingStats(routed.counts_BE, routed.tokens_B, scores_BE, z, dropped)
+        if config.balance.sequence_coefficient and config.balance.sequence_by_scores:
+            stats = stats._replace(best_BE=routed.best_BE)
+        stats = self._with_choices(stats, routed.experts_BSK, valid_BS, logits_BSE)
+        if self.collects_metrics and self.training:
+            probabilities_BSE = normalize_scores(to_scores(logits_BSE.detach(), config.router.score), config.router)
+            stats = stats._replace(router_metrics=compute_router_metrics(logits_BSE, probabilities_BSE, valid_BS))
+        return stats
+
     def _with_counts(
         self, stats: RoutingStats, chosen: ChosenExperts, valid_BS: Tensor, scored: Scored, probabilities_BSE: Tensor
     ) -> RoutingStats:
@@ -297,11 +289,15 @@ class Router(nn.Module):
         if balance.sequence_coefficient and balance.sequence_by_scores:
             best_BSK = top_k_ids(scored.scores_BSE.detach(), self.config.top_k)
             stats = stats._replace(best_BE=count_choices(best_BSK, valid_BS.unsqueeze(-1), self.columns))
-        if balance.pool_layers and scored.logits_BSE is not None:
-            logits_BSE = scored.logits_BSE if balance.coefficient else scored.logits_BSE.detach()
+        return self._with_choices(stats, chosen.experts_BSK, valid_BS, scored.logits_BSE)
+
+    def _with_choices(self, stats: RoutingStats, experts_BSK: Tensor, valid_BS: Tensor, logits_BSE: Tensor | None) -> RoutingStats:
+        balance = self.config.balance
+        if balance.pool_layers and logits_BSE is not None:
+            logits_BSE = logits_BSE if balance.coefficient else logits_BSE.detach()
             stats = stats._replace(pooled=self._pooled_sums(stats, logits_BSE, valid_BS))
         if balance.communication_coefficient:
-            sent_BG = count_groups(chosen.experts_BSK, valid_BS, self.columns, self.config.router.groups)
+            sent_BG = count_groups(experts_BSK, valid_BS, self.columns, self.config.router.groups)
             stats = stats._replace(sent_BG=sent_BG)
         return stats
 
@@ -317,6 +313,18 @@ class Router(nn.Module):
         router = self.config.router
         plain = router.selection in (Selection.top_k, Selection.gshard) and router.groups == 1 and self.expert_bias is None
         return plain and self.config.top_k < self.columns
+
+
+def valid_tokens(tokens: TokenInfo, weights_BSK: Tensor) -> Tensor:
+    """Booleans (B, S)."""
+    if tokens.valid_BS is not None:
+        return tokens.valid_BS
+    return torch.ones(weights_BSK.shape[:2], dtype=torch.bool, device=weights_BSK.device)
+
+
+def balances_scores(balance: BalanceConfig) -> bool:
+    """Returns whether a loss depends on the sums of the scores; those that are off have no backward pass."""
+    return any((balance.coefficient, balance.sequence_coefficient, balance.device_coefficient, balance.communication_coefficient))
 
 
 def is_random(config: MoEConfig) -> bool:

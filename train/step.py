@@ -13,7 +13,7 @@ from ..moe.balance import update_expert_bias
 from ..moe.device import kind_of
 from ..moe.init import expert_biases
 from ..moe.model import HeadLoss
-from ..moe.router import SUMS
+from ..moe.router_metrics import SUMS
 from ..moe.token_info import BatchPosition
 from ..moe.weight_cast import shared_casts
 from ..parallel.apply import Parallel

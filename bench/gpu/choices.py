@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ...moe import router
-from ...moe.config import Selection
-from ...moe.scoring import ChosenExperts
+from ...moe.config import MoEConfig, Selection
+from ...moe.kernel_router import KernelRouting
+from ...moe.scoring import ChosenExperts, to_scores
 
-DECIDING = ("choose_experts", "keep_best", "sample_second_expert")
-"""The functions of moe/router.py whose result depends on the order of scores."""
+DECIDING = ("choose_experts", "route", "keep_best", "sample_second_expert")
+"""The functions of moe/router.py whose result depends on the order of scores. With kernels `route` replaces `choose_experts`."""
 
 
 @dataclass
@@ -45,7 +46,10 @@ def record_choices(choices: ChoiceLog) -> Iterator[None]:
     def recording(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             decided = decide(*args)
-            choices.made.setdefault(name, []).append(decided)
+            if isinstance(decided, KernelRouting):
+                choices.made.setdefault("choose_experts", []).append(ChosenExperts(decided.experts_BSK))
+            else:
+                choices.made.setdefault(name, []).append(decided)
             return decided
 
         return call
@@ -61,7 +65,13 @@ def replay_choices(choices: ChoiceLog) -> Iterator[None]:
 
     def repeating(name: str, decide: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            own, given = decide(*args), next(turn[name])
+            own = decide(*args)
+            if isinstance(own, KernelRouting):
+                given_BSK = next(turn["choose_experts"]).experts_BSK.to(own.experts_BSK.device)
+                chosen = ChosenExperts(own.experts_BSK), ChosenExperts(given_BSK)
+                _compare_choices(choices, *chosen, _ranked(*args), args[2], priced=False)
+                return decide(*args, given_BSK)
+            given = next(turn[name])
             if isinstance(own, ChosenExperts):
                 there = own.experts_BSK.device
                 mask_BSK = None if given.mask_BSK is None else given.mask_BSK.to(there)
@@ -85,6 +95,13 @@ def _replaced(make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> 
         for name in DECIDING:
             stack.enter_context(patch.object(router, name, make(name, getattr(router, name))))
         yield
+
+
+def _ranked(logits_BSE: Tensor, bias_E: Tensor | None, _valid_BS: Tensor | None, config: MoEConfig) -> Tensor:
+    """What `route` chooses by."""
+    logits_BSE, router = logits_BSE.detach(), config.router
+    ranked_BSE = logits_BSE if router.softmax_after_top_k else to_scores(logits_BSE, router.score)
+    return ranked_BSE if bias_E is None else ranked_BSE + bias_E
 
 
 def _compare_choices(

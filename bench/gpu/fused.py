@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.config import Activation
+from ...moe.config import Activation, GroupScore, MoEConfig, RouterConfig, Score
 from ...moe.device import uses_kernels
 from ...moe.dispatch import gather_rows, plan_choices, sum_rows, sum_rows_backward, weights_per_row
 from ...moe.experts import _activation_backward, grouped_outer
 from ...moe.feedforward import activate
 from ...moe.linear import wide_linear
 from ...moe.rotary import RotaryTables, rotate
+from ...moe.router import Router
 from ...moe.weight_cast import add
 from ...parallel.mesh import Axis
 from ...parallel.vocabulary import cross_entropy
@@ -104,6 +105,18 @@ def kernels(
     plan = plan_choices(experts_TK, experts, None, dropping=False)
     weights_TK = torch.rand(tokens, top_k, generator=generator, device=device).to(torch.float64 if wide else torch.float32)
     rows, item = tokens * top_k, dtype.itemsize
+    many_TK = torch.rand(max(tokens, 300), experts, generator=generator, device=device).topk(top_k).indices
+    some_TK = many_TK.masked_fill(torch.rand(many_TK.shape, generator=generator, device=device) < 0.5, experts)
+    yield Fused(
+        "plan of rows", lambda: list(plan_choices(many_TK, experts, None, dropping=False)[:3]), 3 * many_TK.nbytes + 8 * experts
+    )
+    padded_rows = many_TK.numel() // experts
+    yield Fused(
+        "plan of rows, half dropped, padded",
+        lambda: [x for x in plan_choices(some_TK, experts, padded_rows, dropping=True) if x is not None],
+        3 * many_TK.nbytes + 2 * many_TK.numel() + 8 * experts,
+    )
+    yield from _routers(device, draw(1, len(many_TK), 16), experts, top_k)
     y_RD, x_TD = draw(rows, width), draw(tokens, width)
     yield Fused("copies of tokens", lambda: [gather_rows(x_TD, plan)], item * width * (rows + tokens))
     yield Fused("weighted sum of rows", lambda: [sum_rows(y_RD, plan, weights_TK)], item * width * (rows + tokens))
@@ -159,6 +172,33 @@ def _product_and_gradients(x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> 
     x, weight = x_TD.detach().requires_grad_(), weight_ED.detach().requires_grad_()
     y = wide_linear(x, weight, grad_TE.dtype)
     return [y.detach(), *torch.autograd.grad(y, (weight, x), grad_TE)]
+
+
+def _routers(device: torch.device, x_1TD: Tensor, experts: int, top_k: int) -> Iterator[Fused]:
+    """Those of Qwen3 and DeepSeek-V3, with all their losses, for tokens so narrow that the product hardly counts.
+
+    A router reads the logits and writes weights and ids; its backward pass reads the logits again and writes their gradient.
+    """
+    wide = torch.promote_types(x_1TD.dtype, torch.float32)
+    v3 = RouterConfig(Score.sigmoid, groups=2, top_groups=1, group_score=GroupScore.top2)
+    logits, choices = 4 * x_1TD.shape[1] * experts, 12 * x_1TD.shape[1] * top_k
+    for name, config in {"router": RouterConfig(), "router, sigmoid, groups": v3}.items():
+        made = Router(x_1TD.shape[2], MoEConfig(experts, top_k, router=config, z_coefficient=0.01), wide).to(device)
+        generator, weight = torch.Generator(device).manual_seed(0), made.weight
+        assert weight is not None
+        weight.data.copy_(torch.randn(weight.shape, generator=generator, device=device) / 4)
+
+        def forward(made: Router = made) -> list[Tensor]:
+            routing = made(x_1TD)
+            return [routing.weights_TK, routing.experts_TK, routing.stats.counts_BE, routing.stats.scores_BE, routing.stats.z]
+
+        def both(forward: Callable[[], list[Tensor]] = forward, weight: Tensor = weight) -> list[Tensor]:
+            weights_TK, _, _, scores_BE, z = forward()
+            total = (weights_TK * weights_TK).sum() + (scores_BE * scores_BE).mean() + z.sqrt()
+            return list(torch.autograd.grad(total, [weight]))
+
+        yield Fused(name, torch.no_grad()(forward), logits + choices)
+        yield Fused(f"{name}, forward and backward", both, 3 * logits + 2 * choices)
 
 
 def _backward(activation: Activation, inner_RN: Tensor, grad_RF: Tensor, weights_R1: Tensor) -> list[Tensor]:

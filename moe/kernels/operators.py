@@ -12,6 +12,11 @@ from torch import Tensor
 
 from ..config import Activation
 
+MOST_EXPERTS = 1024
+"""The kernels of the router have a column of each expert in registers, those of the plan count each in each chunk of choices."""
+CHUNK = 256
+"""Choices that a program of the plan of rows takes."""
+
 
 @torch.library.custom_op("tokenyard::copy_rows", mutates_args=())
 def copy_rows(x_TD: Tensor, slot_TK: Tensor, filled_R: Tensor | None, rows: int) -> Tensor:
@@ -52,6 +57,120 @@ def unpermute_backward(
 @unpermute_backward.register_fake
 def _(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, weights_R: Tensor) -> tuple[Tensor, Tensor]:
     return y_RD.new_empty(y_RD.shape), y_RD.new_empty(len(y_RD), dtype=torch.float32)
+
+
+@torch.library.custom_op("tokenyard::count_rows", mutates_args=())
+def count_rows(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(E,), (E,) and (C, E) of `dispatch.CountedChoices`."""
+    from . import plan
+
+    return plan.count_rows(experts_TK, experts)
+
+
+@count_rows.register_fake
+def _(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = (experts_TK.numel() + CHUNK - 1) // CHUNK
+    return experts_TK.new_empty(experts), experts_TK.new_empty(experts), experts_TK.new_empty(chunks, experts)
+
+
+@torch.library.custom_op("tokenyard::place_rows", mutates_args=())
+def place_rows(
+    experts_TK: Tensor, counts_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `dispatch.plan_choices`: token_R, slot_TK, kept_TK, filled_R and the padded counts, empty where there are none."""
+    from . import plan
+
+    return plan.place_rows(experts_TK, counts_E, begin_E, before_CE, padded_rows, dropping)
+
+
+@place_rows.register_fake
+def _(
+    experts_TK: Tensor, counts_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    padded = padded_rows is not None
+    token_R = experts_TK.new_empty(experts_TK.numel() if padded_rows is None else counts_E.shape[0] * padded_rows)
+    kept_TK = experts_TK.new_empty(experts_TK.shape if dropping else 0, dtype=torch.bool)
+    filled_R = experts_TK.new_empty(len(token_R) if padded else 0, dtype=torch.bool)
+    return token_R, torch.empty_like(experts_TK), kept_TK, filled_R, torch.empty_like(counts_E if padded else counts_E[:0])
+
+
+@torch.library.custom_op("tokenyard::route", mutates_args=())
+def route(
+    logits_BSE: Tensor,
+    bias_E: Tensor | None,
+    valid_BS: Tensor | None,
+    given_BSK: Tensor | None,
+    top_k: int,
+    sigmoid: bool,
+    softmax_after: bool,
+    normalize: bool,
+    scale: float,
+    groups: int,
+    top_groups: int,
+    by_two: bool,
+    counts_best: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `kernel_router.KernelRouting`, whose fields these are. Differentiable in the logits; saves them and the chosen experts.
+
+    `given_BSK` are the experts, if they are not to be chosen. `best_BE` is empty without `counts_best`.
+    """
+    from . import routing
+
+    flags, by_group = (sigmoid, softmax_after, normalize), (groups, top_groups, by_two)
+    return routing.route(logits_BSE, bias_E, valid_BS, given_BSK, top_k, flags, scale, by_group, counts_best)
+
+
+@route.register_fake
+def _(
+    logits_BSE: Tensor, bias_E: Tensor | None, valid_BS: Tensor | None, given_BSK: Tensor | None, top_k: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sequences, length, columns = logits_BSE.shape
+    experts_BSK = logits_BSE.new_empty(sequences, length, top_k, dtype=torch.int64)
+    counts_BE, tokens_B = experts_BSK.new_empty(sequences, columns), experts_BSK.new_empty(sequences)
+    scores_BE, z = logits_BSE.new_empty(sequences, columns), logits_BSE.new_empty(())
+    best_BE = experts_BSK.new_empty((sequences, columns) if rest[-1] else 0)
+    return experts_BSK, logits_BSE.new_empty(sequences, length, top_k), counts_BE, tokens_B, scores_BE, z, best_BE
+
+
+@torch.library.custom_op("tokenyard::route_backward", mutates_args=())
+def route_backward(
+    logits_BSE: Tensor,
+    experts_BSK: Tensor,
+    valid_BS: Tensor | None,
+    grad_weights_BSK: Tensor | None,
+    grad_scores_BE: Tensor | None,
+    grad_z: Tensor | None,
+    sigmoid: bool,
+    softmax_after: bool,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """(B, S, E): the gradient of the logits of `route`."""
+    from . import routing
+
+    grads, flags = (grad_weights_BSK, grad_scores_BE, grad_z), (sigmoid, softmax_after, normalize)
+    return routing.route_backward(logits_BSE, experts_BSK, valid_BS, *grads, flags, scale)
+
+
+@route_backward.register_fake
+def _(logits_BSE: Tensor, *rest: Any) -> Tensor:
+    return logits_BSE.new_empty(logits_BSE.shape)
+
+
+def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_BSE, _, valid_BS, _, _, *ctx.flags = inputs[:9]
+    experts_BSK, _, counts_BE, tokens_B, _, _, best_BE = output
+    ctx.save_for_backward(logits_BSE, experts_BSK, valid_BS)
+    ctx.mark_non_differentiable(experts_BSK, counts_BE, tokens_B, best_BE)
+    ctx.set_materialize_grads(False)
+
+
+def _route_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    _, grad_weights_BSK, _, _, grad_scores_BE, grad_z, _ = grads
+    return route_backward(*ctx.saved_tensors, grad_weights_BSK, grad_scores_BE, grad_z, *ctx.flags), *12 * [None]
+
+
+route.register_autograd(_route_backward, setup_context=_save_route)
 
 
 @torch.library.custom_op("tokenyard::activation", mutates_args=())

@@ -59,12 +59,13 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
 
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> StartedAllToAll:
         experts_TK = experts_or_dropped(routing, self.experts)
-        counts_E = count_rows(experts_TK, self.experts)
+        counted = count_rows(experts_TK, self.experts)
+        counts_E = counted.counts_E
         sent_E = counts_E if routing.padded_rows is None else torch.full_like(counts_E, routing.padded_rows)
         received_E = torch.empty_like(sent_E)
         with collective("all_to_all", self.axis):
             counts = dist.all_to_all_single(received_E, sent_E, group=self.axis.group, async_op=True)
-        plan = plan_choices(experts_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counts_E)
+        plan = plan_choices(experts_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counted)
         rows_RD = permute(x_TD, plan)
         assert counts is not None
         with waiting(f"all_to_all of counts over {self.axis.size} ranks"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.bench.gpu import exchanges, presets, products, saves, waits
+from tokenyard.bench.gpu.choices import ChoiceLog, record_choices, replay_choices
 from tokenyard.bench.gpu.presets import preset, tiny_presets
 from tokenyard.bench.gpu.recorder import Recorder, Unavailable
 from tokenyard.bench.gpu.row_error import worst_matrix, worst_row
@@ -16,6 +17,8 @@ from tokenyard.checkpoint.host_staging import HostStaging
 from tokenyard.moe import experts as experts_module
 from tokenyard.moe import experts as grouped
 from tokenyard.moe import router
+from tokenyard.moe.config import MoEConfig
+from tokenyard.moe.device import dry_run
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config, Precision
 from torch import Tensor
@@ -99,6 +102,25 @@ def test_wrong_choices_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         router, "choose_experts", lambda ranked_BSE, *rest: choose_experts(-ranked_BSE if turned["now"] else ranked_BSE, *rest)
     )
     assert failed(compared("tiny_olmoe")) == ["tiny_olmoe, fp32, choices"]
+
+
+@pytest.mark.parametrize("records_kernels", [False, True])
+def test_the_kernels_of_the_router_take_choices_of_another_run(records_kernels: bool) -> None:
+    """The second run would choose the least likely experts. Either run may have kernels."""
+    made, x_BSD, choices = router.Router(8, MoEConfig(6, 2), torch.float32), torch.randn(1, 5, 8), ChoiceLog()
+    assert made.weight is not None
+    torch.nn.init.normal_(made.weight)
+    with dry_run("cuda" if records_kernels else "cpu"), record_choices(choices):
+        expected = made(x_BSD)
+    own = ChoiceLog(choices.made)
+    with dry_run("cuda"), replay_choices(own):
+        assert torch.equal(made(x_BSD).experts_TK, expected.experts_TK)
+        assert own.different == 0 and own.compared == 5
+    own = ChoiceLog(choices.made)
+    with dry_run("cuda"), replay_choices(own):
+        found = made(-x_BSD)
+    assert torch.equal(found.experts_TK, expected.experts_TK) and own.different == 5 and own.gap > 0.1
+    torch.testing.assert_close(found.weights_TK.sum(1), torch.ones(5))
 
 
 def test_products_pass() -> None:

@@ -24,8 +24,8 @@ SILENT = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_em
 """Operators that launch nothing, beside views."""
 NONE = frozenset({"promote_types", "is_same_size"})
 """Questions about types and shapes: no operators."""
-INSIDE = {"grouped_outer": ("zero_empty_groups",)}
-"""What the project's own operators launch on CUDA beside their product; fake tensors do not enter them."""
+INSIDE = {"grouped_outer": ("zero_empty_groups",), "count_rows": ("scan_counts",), "route": ("sum_chunks",)}
+"""What the project's own operators launch on CUDA beside their first kernel; fake tensors do not enter them."""
 
 
 class Operators(TorchDispatchMode):

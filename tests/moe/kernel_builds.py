@@ -13,22 +13,38 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, casts, logits, rotation, rows
+from tokenyard.moe.kernels import activation, casts, logits, plan, rotation, routing, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = {"sm_90": 90, "sm_100": 100}
-TABLES = {
-    "parts_ptr": "*bf16",
-    "target_ptr": "*i64",
-    "slot_ptr": "*i64",
-    "token_ptr": "*i64",
-    "filled_ptr": "*i1",
-    "ends_ptr": "*i32",
+IDS = (
+    "target_ptr",
+    "slot_ptr",
+    "token_ptr",
+    "expert_ptr",
+    "count_ptr",
+    "begin_ptr",
+    "before_ptr",
+    "rows_ptr",
+    "given_ptr",
+    "best_count_ptr",
+)
+FLAGS = "filled_ptr", "kept_ptr", "valid_ptr"
+FP32 = "weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "logit_ptr", "bias_ptr", "score_ptr", "z_ptr", "score_part_ptr", "z_part_ptr"
+SUMS = "total_ptr", "largest_ptr", "exps_ptr", "target_logit_ptr", "scale_ptr"
+GRADIENTS = "grad_weight_ptr", "grad_score_ptr", "grad_z_ptr", "grad_logit_ptr"
+COUNTS = "counts_ptr", "best_ptr", "tokens_ptr", "counts_part_ptr", "best_part_ptr", "tokens_part_ptr", "ends_ptr", "lower_ptr"
+TYPES = {
+    "*bf16": ("parts_ptr",),
+    "*i64": IDS,
+    "*i32": COUNTS,
+    "*i1": FLAGS,
+    "*fp32": (*FP32, *SUMS, *GRADIENTS),
+    "fp32": ("scale",),
 }
 WARPS = {logits._reduce_logits: 8, logits._cross_entropy_gradient: 8}
-FP32 = ("weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "total_ptr", "largest_ptr", "exps_ptr", "target_logit_ptr", "scale_ptr")
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -45,6 +61,12 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield casts._bf16_parts, {"PARTS": (0, 1, 2, 0), "BLOCK": 1024}
     yield logits._reduce_logits, {"BLOCK": 4096}
     yield logits._cross_entropy_gradient, {"BLOCK": 4096}
+    yield plan._count_lower, {"CHUNK": plan.CHUNK, "LANES": plan.LANES, "EXPERTS": plan.EXPERTS}
+    yield plan._scan_counts, {"BLOCK": plan.SCANNED}
+    for flag in (False, True):
+        sizes = {"K": 8, "CHUNK": plan.CHUNK, "OTHERS": plan.OTHERS, "BLOCK": plan.SCANNED}
+        yield plan._place_rows, {**sizes, "DROPPING": flag, "PADDED": flag}
+    yield from routers()
     for one in Activation:
         shared = {"KIND": one.value, "GATED": one.projections == 2, "BLOCK": 1024}
         yield activation._activate, shared
@@ -55,11 +77,27 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
             yield rotation._rotate, {"INTERLEAVED": interleaved, "INVERSE": True, "HEADS": 16, "PAIRS": 64, "REST": rest}
 
 
+def routers() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yields the router's kernels with the settings of Qwen3, DeepSeek-V3, gpt-oss, and more experts than any has."""
+    plain = {"SIGMOID": False, "AFTER": False, "NORMALIZE": True, "GROUPS": 1, "TOP_GROUPS": 1, "TOP2": False, "BIASED": False}
+    plain |= {"MASKED": True, "GIVEN": False, "BEST": False, "K": 8}
+    v3 = plain | {"SIGMOID": True, "GROUPS": 8, "TOP_GROUPS": 4, "TOP2": True, "BIASED": True, "BEST": True}
+    after = plain | {"AFTER": True, "NORMALIZE": False, "K": 4}
+    for settings, columns in ((plain, 128), (v3, 256), (after, 32), (plain | {"GIVEN": True, "BIASED": True}, 8), (plain, 1024)):
+        tokens, width = routing.tile(columns)
+        yield routing._route, {**settings, "CHUNK": routing.CHUNK, "TOKENS": tokens, "COLUMNS": width}
+        shared = {name: settings[name] for name in ("SIGMOID", "AFTER", "NORMALIZE", "MASKED", "K")}
+        flags = {"WEIGHTED": True, "BALANCED": True, "Z": True}
+        yield routing._route_backward, {**shared, **flags, "TOKENS": tokens, "COLUMNS": width}
+    for best in (False, True):
+        yield routing._sum_chunks, {"BEST": best, "SUMMED": routing.SUMMED, "COLUMNS": routing.COLUMNS}
+
+
 def build(kernel: Any, settings: dict[str, Any], dtype: str, architecture: str) -> dict[str, Any]:
     """Compiles with widths and addresses that 16 divides, as Triton finds them in a wide model."""
     signature = {name: "constexpr" if name in settings else _type(name, dtype) for name in kernel.arg_names}
     constants = {(kernel.arg_names.index(name),): value for name, value in settings.items()}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind != "constexpr"}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options={"num_warps": WARPS.get(kernel, 4)}
@@ -86,7 +124,8 @@ def build(kernel: Any, settings: dict[str, Any], dtype: str, architecture: str) 
 
 
 def _type(name: str, dtype: str) -> str:
-    return TABLES.get(name) or ("*fp32" if name in FP32 else f"*{dtype}" if name.endswith("_ptr") else "i32")
+    found = [kind for kind, names in TYPES.items() if name in names]
+    return found[0] if found else f"*{dtype}" if name.endswith("_ptr") else "i32"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ import pytest
 BUILDER = Path(__file__).with_name("kernel_builds.py")
 MOST_REGISTERS = 64
 """With 4 warps, 8 programs fit on a multiprocessor, which is enough to keep its loads busy."""
+COMPUTING = {"_count_lower", "_scan_counts", "_place_rows", "_route", "_sum_chunks", "_route_backward"}
+"""Kernels that compare and sum numbers, which they have in registers, rather than move rows."""
+MOST_COMPUTING = 255
+"""All that a thread has."""
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +28,17 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_kernel_is_built_for_both(builds: list[dict]) -> None:
     kernels = {"_copy_rows", "_sum_rows", "_unpermute_backward", "_zero_empty_groups", "_activate", "_activate_backward", "_rotate"}
-    kernels |= {"_add_narrow", "_bf16_parts", "_reduce_logits", "_cross_entropy_gradient"}
+    kernels |= {"_add_narrow", "_bf16_parts", "_reduce_logits", "_cross_entropy_gradient"} | COMPUTING
     assert {(one["kernel"], one["architecture"]) for one in builds} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
 
 
 def test_nothing_is_spilled(builds: list[dict]) -> None:
-    assert [one for one in builds if one["stack"] or one["local"] or one["registers"] > MOST_REGISTERS] == []
+    assert [one for one in builds if one["stack"] or one["local"]] == []
+    most = {True: MOST_COMPUTING, False: MOST_REGISTERS}
+    assert [one for one in builds if one["registers"] > most[one["kernel"] in COMPUTING]] == []
 
 
 def test_rows_move_16_bytes_at_a_time(builds: list[dict]) -> None:
-    assert [one for one in builds if not one["wide_stores"] and one["kernel"] != "_reduce_logits"] == []  # it stores one number
-    assert [one for one in builds if not one["wide_loads"] and one["kernel"] != "_zero_empty_groups"] == []
+    moving = [one for one in builds if one["kernel"] not in COMPUTING]
+    assert [one for one in moving if not one["wide_stores"] and one["kernel"] != "_reduce_logits"] == []  # it stores one number
+    assert [one for one in moving if not one["wide_loads"] and one["kernel"] != "_zero_empty_groups"] == []

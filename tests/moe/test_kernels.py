@@ -249,7 +249,7 @@ def random_rows(
     experts_TK = torch.rand(tokens, experts).topk(top_k).indices
     if keep is not None:
         experts_TK = experts_TK.masked_fill(torch.rand(tokens, top_k) >= keep, experts)
-    padded_rows = int(count_rows(experts_TK, experts).max()) + 1 if padded else None
+    padded_rows = int(count_rows(experts_TK, experts).counts_E.max()) + 1 if padded else None
     plan = plan_choices(experts_TK, experts, padded_rows, dropping=keep is not None)
     return plan, torch.rand(tokens, top_k), torch.randn(len(plan.token_R), width).to(dtype)
 

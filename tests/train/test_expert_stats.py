@@ -10,7 +10,8 @@ import torch
 from step_numbers import step_numbers
 from tiny_run import TINY_RUN
 from tokenyard.moe.config import ModelConfig, MoEConfig, RouterConfig, Selection
-from tokenyard.moe.router import SUMS, Router
+from tokenyard.moe.router import Router
+from tokenyard.moe.router_metrics import SUMS
 from tokenyard.moe.token_info import TokenInfo
 from tokenyard.train.config.compose import compose
 from tokenyard.train.logging.console.step_line import layer_lines

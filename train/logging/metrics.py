@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...moe.config import ModelConfig, MoEConfig
 from ...moe.param_count import training_flops_per_token
-from ...moe.router import SUMS
+from ...moe.router_metrics import SUMS
 from ..step import StepNumbers
 
 

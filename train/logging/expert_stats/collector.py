@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ....moe.router import SUMS
+from ....moe.router_metrics import SUMS
 from ....parallel.collectives import max_over
 from ...config.config import Config, EngineKind, Tier
 from ...session import Session
