@@ -17,6 +17,10 @@ FOLDERS = (".", "distributed", "moe", "parallel", "launch", "faults", "report", 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads this when it is imported
 sys.path += [str(Path(__file__).parent / folder) for folder in FOLDERS]
 
+import composed_once  # noqa: E402  found on the path
+
+composed_once.install()
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:

@@ -254,6 +254,8 @@ def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, An
     try:
         # Before the arguments: they may be of classes that the module defines.
         function = operator.attrgetter(name)(_module(module, path))
+        if "hydra" in sys.modules:
+            importlib.import_module("composed_once").install()
         args, kwargs = _unpack(packed)
         return False, _pack(function(*args, **kwargs))
     except BaseException:
