@@ -1,7 +1,6 @@
 """Fixtures for all tests."""
 
 import functools
-import importlib.util
 import os
 import re
 import resource
@@ -17,11 +16,16 @@ FOLDERS = (".", "distributed", "moe", "parallel", "launch", "faults", "report", 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads this when it is imported
 sys.path += [str(Path(__file__).parent / folder) for folder in FOLDERS]
 
+import composed_once  # noqa: E402  found on the path
+import pool  # noqa: E402
+
+composed_once.install()
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:
     """`ranks(4, function, *args, **kwargs)` calls a top-level function on 4 gloo ranks; see tests/distributed/pool.py."""
-    pools = _pool_module().Pools()
+    pools = pool.Pools()
     yield pools.run
     pools.close()
 
@@ -68,14 +72,3 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _needs_ranks(file: Path) -> bool:
     """By a test or a fixture that takes the fixture `ranks`."""
     return re.search(r"^(@pytest\.fixture.*\n)?def (?(1)\w|test_)\w*\([^)]*\branks\b", file.read_text(), re.M) is not None
-
-
-def _pool_module() -> Any:
-    """By path: with importlib import mode no folder of tests is on the import path."""
-    path = Path(__file__).parent / "distributed" / "pool.py"
-    spec = importlib.util.spec_from_file_location("tokenyard_test_pool", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module

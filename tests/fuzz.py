@@ -6,6 +6,7 @@
 import argparse
 import copy
 import json
+import math
 import os
 import random
 import resource
@@ -156,13 +157,13 @@ def outcome(read: Callable[[], object]) -> str:
     return "ok"
 
 
-def fuzz(seed: int, seconds: float) -> tuple[int, str | None]:
-    """How many cases were tried from `seed` on, and the first failure, with its seed."""
+def fuzz(seed: int, seconds: float, most: float = math.inf) -> tuple[int, str | None]:
+    """How many cases were tried from `seed` on, `most` or as many as `seconds` allow, and the first failure, with its seed."""
     config, end, tried = compose(TINY), time.monotonic() + seconds, 0
     with tempfile.TemporaryDirectory() as place:
         for make in (tiny_hugging_face, lambda made: tiny_checkpoint(made, config), lambda made: tiny_run(made, config)):
             make(Path(place))
-        while time.monotonic() < end:
+        while tried < most and time.monotonic() < end:
             if (wrong := case(Path(place), seed + tried)) is not None:
                 return tried, f"seed {seed + tried}: {wrong}"
             tried += 1

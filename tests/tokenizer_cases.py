@@ -1,5 +1,6 @@
 """Tokenizers as published models have them, trained on the standard library's text, in Hugging Face folders; and mixed texts."""
 
+import functools
 import json
 import random
 import sysconfig
@@ -137,11 +138,17 @@ EXACT = ("gpt2", "llama3", "mixtral")
 
 def saved_tokenizer(name: str, folder: Path) -> Path:
     """Writes the files of a case of CASES as in a published folder, and returns the folder."""
-    library, settings = CASES[name]()
+    text, settings = _trained(name)
     folder.mkdir(parents=True, exist_ok=True)
-    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(text)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | settings))
     return folder
+
+
+@functools.cache
+def _trained(name: str) -> tuple[str, dict[str, Any]]:
+    library, settings = CASES[name]()
+    return library.to_str(pretty=True), settings
 
 
 def _training_texts() -> list[str]:

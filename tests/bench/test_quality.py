@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from forked_runs import forked
 from tiny_run import TINY_RUN
 from tokenyard.bench.quality.__main__ import laboratory, main, parse
 from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
@@ -79,7 +80,17 @@ def words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*tiny, "evaluate.sequences=8", *words, "--out", str(folder / "out")]
 
 
-def test_runs_and_results(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_runs_and_results(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The dense run is started as users' runs are; the others, which differ in settings alone, are forked from one process."""
+    start = Lab.start
+
+    def started(lab: Lab, run: TrainingRun) -> int:
+        if run.variant == DENSE:
+            return start(lab, run)
+        place = lab.place(run)
+        return forked(1, [*lab.settings(run), f"run.dir={place}"], place / "output.txt").codes[0]
+
+    monkeypatch.setattr(Lab, "start", started)
     assert main(words) == 0
     assert capsys.readouterr().out.count("quality: dense-rate") == 1
     found = json.loads((folder / "out" / "results-6.json").read_text())

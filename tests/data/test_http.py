@@ -66,7 +66,16 @@ def server(tmp_path: Path) -> Iterator[tuple[type[Faulty], str]]:
 
 
 @pytest.mark.parametrize(("kind", "ending"), [(Corpus.jsonl, "jsonl.gz"), (Corpus.parquet, "parquet"), (Corpus.lines, "txt")])
-def test_the_same_rows_as_from_disk(server, tmp_path: Path, kind: Corpus, ending: str) -> None:
+def test_the_same_rows_as_from_disk(server, tmp_path: Path, kind: Corpus, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits are a tenth of a run's."""
+    wait = stream_http.Backoff.wait
+
+    def wait_less(self: Any, error: BaseException, begin: float) -> None:
+        self._delay /= 10
+        wait(self, error, begin)
+        self._delay *= 10
+
+    monkeypatch.setattr(stream_http.Backoff, "wait", wait_less)
     handler, address = server
     local = write(tmp_path / "rows", kind)
     remote = config_of(tmp_path / "rows", kind, path=f"{address}/{{0..5}}.{ending}", stall_seconds=0.2, workers=1)

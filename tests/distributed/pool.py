@@ -4,9 +4,10 @@ In a test module: a function at top level, and `ranks(4, function, *args)` (fixt
 once; the list of their results comes back. In the function the default process group exists, torch runs on one thread and is
 seeded with 0. Sub-groups that it makes end when the next call comes.
 
-This file is also the program that a rank runs. It is started as a fresh interpreter: nothing of pytest's state is inherited.
+A rank is forked from multiprocessing's server, which has imported torch and nothing of pytest: a start costs no import.
 """
 
+import atexit
 import gc
 import importlib
 import importlib.util
@@ -22,12 +23,14 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 from types import ModuleType
 from typing import Any
+
+from forked_runs import PRELOADED
 
 START_SECONDS = 240.0
 # Once one rank has failed, the others may wait for it in a collective for ever; this long they may still answer.
@@ -43,6 +46,7 @@ class Pools:
 
     def __init__(self) -> None:
         self._pools: dict[tuple[int, bool], Pool] = {}
+        atexit.register(self.close)  # before multiprocessing waits for its processes
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, limit_seconds: float = 240.0, **kwargs: Any) -> list[Any]:
         """Calls `function(*args, **kwargs)` on each of `world` ranks at once, and returns the results by rank.
@@ -76,7 +80,7 @@ class Pool:
 
     def __init__(self, world: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenyard-ranks-")
-        self._processes: list[Popen[bytes]] = []
+        self._processes: list[ForkServerProcess] = []
         self._pipes: list[Any] = []
         try:
             for rank in range(world):
@@ -99,20 +103,24 @@ class Pool:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.wait()
+            process.join()
         for pipe in self._pipes:
             pipe.close()
         self._folder.cleanup()
 
     def _start(self, rank: int, world: int) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = Pipe()
         self._pipes.append(ours)
         path = os.pathsep.join(filter(None, sys.path))
-        settings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-        # -P keeps this file's own folder out of the import path.
-        program = [sys.executable, "-P", __file__, str(rank), str(world), self._folder.name, str(theirs.fileno())]
-        with theirs, self._log_path(rank).open("wb") as log:
-            process = Popen(program, env=settings, stdin=DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+        self._log_path(rank).touch()
+        process = context.Process(
+            target=_rank, args=(rank, world, Path(self._folder.name), theirs, self._log_path(rank), environment)
+        )
+        with theirs:
+            process.start()
         self._processes.append(process)
 
     def _answers(self, limit_seconds: float, what: str) -> list[bytes]:
@@ -137,8 +145,8 @@ class Pool:
         try:
             return self._pipes[rank].recv()
         except (EOFError, OSError):
-            code = self._processes[rank].wait()
-            return True, f"died with exit code {code}{self._log(rank)}"
+            self._processes[rank].join()
+            return True, f"died with exit code {self._processes[rank].exitcode}{self._log(rank)}"
 
     def _report(self, what: str, limit_seconds: float, errors: dict[int, str], waiting: list[int]) -> str:
         lines = [f"rank {rank} {text}" for rank, text in sorted(errors.items())]
@@ -254,6 +262,8 @@ def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, An
     try:
         # Before the arguments: they may be of classes that the module defines.
         function = operator.attrgetter(name)(_module(module, path))
+        if "hydra" in sys.modules:
+            importlib.import_module("composed_once").install()
         args, kwargs = _unpack(packed)
         return False, _pack(function(*args, **kwargs))
     except BaseException:
@@ -261,17 +271,23 @@ def _outcome(module: str, path: str, name: str, packed: bytes) -> tuple[bool, An
 
 
 def _end_with_parent(parent: int, folder: Path) -> None:
-    """Exits if the test process is gone: a test process that was killed cannot end its ranks."""
+    """Exits if the server is gone, which ends with the test process: one that was killed cannot end its ranks."""
     while os.getppid() == parent:
         time.sleep(0.5)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
-if __name__ == "__main__":
-    watch = threading.Thread(target=_end_with_parent, args=[os.getppid(), Path(sys.argv[3])], daemon=True)
+def _rank(rank: int, world: int, folder: Path, pipe: Connection, log: Path, environment: dict[str, str]) -> None:
+    """The whole life of a rank."""
+    watch = threading.Thread(target=_end_with_parent, args=[os.getppid(), folder], daemon=True)
     watch.start()
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     try:
-        _serve(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Connection(int(sys.argv[4])))
+        _serve(rank, world, folder, pipe)
     except (EOFError, ConnectionError):
         watch.join()

@@ -1,6 +1,7 @@
 """The scorecard of `make faults`: a row for each fault, from the reports of the tests that are marked with it.
 
-TOKENYARD_SCORECARD=print prints it after the tests; =write also writes the tables of docs/faults.md.
+TOKENYARD_SCORECARD=print prints it after the tests; =joined with what the last session without a scorecard found in other tests;
+=write also writes the tables of docs/faults.md.
 """
 
 import os
@@ -14,6 +15,10 @@ from catalogue import FAULTS, MEASURES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 WISH = "TOKENYARD_SCORECARD"
+REMEMBERED = "tokenyard/faults"
+"""In pytest's cache: what the last session without a scorecard found, by test."""
+Found = dict[str, list[tuple[str, list[int], list[str]]]]
+"""By test: the outcome of each report that counts, the faults, and the figures."""
 
 
 class Row(NamedTuple):
@@ -25,16 +30,24 @@ class Row(NamedTuple):
     """Figures that the tests recorded."""
 
 
-def rows_of(reports: Iterable[Any]) -> list[Row]:
-    """The verdicts by the reports of a session. A fault is passed if all of its tests are, and missing without any."""
-    outcomes, figures = defaultdict(list), defaultdict(dict)
+def found_in(reports: Iterable[Any]) -> Found:
+    """What the reports of a session say about faults."""
+    found: Found = defaultdict(list)
     for report in reports:
         properties = getattr(report, "user_properties", [])
-        if report.when != "call" and report.outcome == "passed":
-            continue
-        for number in {value for name, value in properties if name == "fault"}:
-            outcomes[number].append(report.outcome)
-            figures[number] |= dict.fromkeys(value for name, value in properties if name == "measured")
+        numbers = sorted({value for name, value in properties if name == "fault"})
+        if numbers and (report.when == "call" or report.outcome != "passed"):
+            found[report.nodeid].append((report.outcome, numbers, [value for name, value in properties if name == "measured"]))
+    return found
+
+
+def rows_of(found: Found) -> list[Row]:
+    """The verdicts. A fault is passed if all of its tests are, and missing without any."""
+    outcomes, figures = defaultdict(list), defaultdict(dict)
+    for outcome, numbers, measured in (each for several in found.values() for each in several):
+        for number in numbers:
+            outcomes[number].append(outcome)
+            figures[number] |= dict.fromkeys(measured)
     return [_row(number, outcomes[number], figures[number]) for number in FAULTS]
 
 
@@ -54,16 +67,18 @@ def write(rows: list[Row], document: Path = DOCUMENT) -> None:
 
 
 def report(terminal: Any) -> None:
-    """After the tests, if it is wished for."""
-    wish = os.environ.get(WISH)
+    """After the tests, if it is wished for; else what they found is remembered."""
+    wish, cache = os.environ.get(WISH), terminal.config.cache
+    found = found_in(report for reports in terminal.stats.values() for report in reports if hasattr(report, "when"))
     if not wish:
-        return
-    rows = rows_of(report for reports in terminal.stats.values() for report in reports if hasattr(report, "when"))
+        return cache.set(REMEMBERED, found)
+    rows = rows_of(cache.get(REMEMBERED, {}) | found if wish == "joined" else found)
     terminal.section("scorecard")
     for line in lines_of(rows):
         terminal.write_line(line)
     if wish == "write":
         write(rows)
+    return None
 
 
 def _row(number: int, outcomes: list[str], figures: dict[str, None]) -> Row:

@@ -182,8 +182,9 @@ def test_a_tokenizer_of_anybody_travels(
         assert main(["generate", str(place), "--prompt", "import ", "--tokens", "3"]) == 0
     generated = capsys.readouterr().out.split("import ")
     assert len(generated) == 3 and generated[1] == generated[2]
-    small = ["data=synthetic", "data.synthetic_documents=8", "sequence_length=32", "batch.sequences=4", "evaluate.sequences=4"]
-    assert main(["evaluate", str(tmp_path / "ours"), *small, f"data.cache={tmp_path / 'cache'}"]) == 0
+    few = ["sequence_length=32", "batch.sequences=4", "evaluate.sequences=4", f"data.cache={tmp_path / 'cache'}"]
+    assert main(["evaluate", str(tmp_path / "ours"), "data.corpus=synthetic", "data.synthetic_documents=8", *few]) == 0
+    assert " of synthetic; " in capsys.readouterr().out
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
     again: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again(texts)["input_ids"] == original(texts)["input_ids"]

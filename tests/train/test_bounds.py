@@ -129,6 +129,9 @@ VERBS = {
     "export": lambda path: ["export", path, f"{path}_out"],
     "train": lambda path: ["train", *tiny_files.TINY, f"checkpoint.resume={path}", f"run.dir={path}_run", "tracker=jsonl"],
 }
+CASES = 100
+LONG = ("330 x 330 chunks", "300,000 tensors")
+"""Attacks that take seconds to refuse. Two verbs meet them; TOKENYARD_TESTS=all, which `make portable` sets, lets all verbs."""
 
 
 @contextmanager
@@ -146,7 +149,9 @@ def little_memory() -> Iterator[None]:
 def test_a_manifest_that_is_none(checkpoint: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     change, reason = ATTACKS[name]
     change(checkpoint)
-    for verb, words in VERBS.items():
+    few = name in LONG and os.environ.get("TOKENYARD_TESTS") != "all"
+    for verb in ("inspect", "train") if few else VERBS:
+        words = VERBS[verb]
         begin = time.process_time()
         with little_memory():
             code = main(words(str(checkpoint)))
@@ -300,6 +305,6 @@ def test_what_a_model_generates_does_not_steer_a_terminal(
     assert capsys.readouterr().out.rstrip() == "pa\\x1b[2J\\x9b31m"
 
 
-def test_thirty_seconds_of_fuzz() -> None:
-    tried, wrong = fuzz.fuzz(seed=1, seconds=30)
-    assert wrong is None and tried > 10
+def test_some_fuzz() -> None:
+    """As many cases as an idle machine tries in a few seconds, the same ones everywhere; `make fuzz` goes on for minutes."""
+    assert fuzz.fuzz(seed=1, seconds=300, most=CASES) == (CASES, None)

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hydra._internal import config_loader_impl
 from omegaconf import OmegaConf
 from tokenyard.data.config import Corpus
 from tokenyard.moe.config import Scope
-from tokenyard.train.config.compose import compose
+from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.config.config import Config, ConfigError, EngineKind, Precision
 from tokenyard.train.config.launch import Launcher
+from tokenyard.train.config.overrides import find_groups
 from tokenyard.train.config.schema import quoted
 from tokenyard.train.config.serialize import plain_config
 
@@ -146,6 +148,20 @@ def test_composing_twice_does_not_remember() -> None:
     compose(["steps=3", "model=tiny"])
     assert compose([]).steps == Config().steps
     assert compose([]).model.layers == Config().model.layers
+
+
+def test_what_the_tests_remember_of_hydra_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tests/composed_once.py: an option of each group, values on top, and all once more."""
+    words = [[f"{group}={options[-1]}"] for group, options in find_groups([CONF]).items()]
+    words += [[*words[-1], "steps=7"], ["model=tiny", "model.layers=3"], ["model=tiny"], ["debug=[default,cpu]"], []]
+    remembered = [plain_config(compose(one)) for one in [*words, *words]]
+    compose(["model=tiny"]).model.layers = 99
+    assert plain_config(compose(["model=tiny"])) in remembered
+    merge = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
+    monkeypatch.setattr(config_loader_impl, "create_defaults_list", config_loader_impl.create_defaults_list.__wrapped__)
+    monkeypatch.setattr(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", merge.__wrapped__)
+    expected = [plain_config(compose(one)) for one in words]
+    assert remembered == [*expected, *expected]
 
 
 def refused(*argv: str) -> str:

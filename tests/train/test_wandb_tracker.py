@@ -93,9 +93,11 @@ def history(records: list[dict]) -> list[dict]:
 
 
 def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path: Path):
+    """A resumed run has the same id and a file of its own, and may repeat steps."""
     for name, value in (("ENTITY", "us"), ("RUN_GROUP", "g"), ("JOB_TYPE", "j"), ("TAGS", "a,b")):
         clean.setenv(f"WANDB_{name}", value)
-    records = read(run(tmp_path, first=1))
+    first = run(tmp_path, first=1)
+    records = read(first)
     assert history(records) == [
         {"global_step": 1, "loss": 1.1, "moe/dead_experts": 1},
         {"global_step": 2, "loss": 2.1, "moe/dead_experts": 2},
@@ -115,10 +117,7 @@ def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path:
     assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [3]
     updates = [record["summary"]["update"] for record in records if record["type"] == "summary"]
     assert [update["validation_loss"] for update in updates if "validation_loss" in update] == [2.5]
-
-
-def test_a_resumed_run_has_the_same_id_and_may_repeat_steps(clean: pytest.MonkeyPatch, tmp_path: Path):
-    first, second = run(tmp_path, first=1), run(tmp_path, first=2)
+    second = run(tmp_path, first=2)
     assert first != second
     assert [item["global_step"] for item in history(read(second))] == [2, 3, 4]
 
