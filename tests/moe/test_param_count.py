@@ -144,7 +144,7 @@ def test_gated_delta_net_by_hand():
     assert kv_cache_elements(config, 9) == 2 * (4 * 3 * 5 + 3 * (6 + 6 + 20)) + 9 * 2 * 2 * 2
     irregular = small(attention=replace(settings, linear_every=1, linear_layers=[0, 1]))
     assert shapes(irregular) == shapes(config) and flops_per_token(irregular, 7) == flops_per_token(config, 7)
-    predicting = small(attention=replace(settings, linear_every=4), mtp_depth=1)
+    predicting = small(attention=settings, mtp_depth=1)  # its block would be the first of the next three
     assert "mtp.0.block.attention.beta.weight" not in shapes(predicting)
 
 
