@@ -68,6 +68,7 @@ def architecture_key(config: ModelConfig) -> dict[str, Any]:
     layers = range(config.layers)
     # As lists of layers, since different settings may mean the same ones.
     found["model.moe_every"] = [index for index in layers if config.moe_layer(index)]
+    found["model.attention.linear_every"] = [index for index in layers if config.linear_layer(index)]
     if config.attention.window is not None:
         found["model.attention.window_every"] = [index for index in layers if config.windowed_layer(index)]
     # Only training uses the rate, but with any rate above 0 the router has a bias.
@@ -91,7 +92,7 @@ def _without_effect(config: ModelConfig) -> Iterator[str]:
     """Settings, or the beginnings of their names, that have no effect with the values of the others."""
     moe, router, attention = config.moe, config.moe.router, config.attention
     sparse = sum(config.moe_layer(index) for index in range(config.layers))
-    yield from ("dense_first", "moe_every", "dense_layers", "attention.full_layers")
+    yield from ("dense_first", "moe_every", "dense_layers", "attention.full_layers", "attention.linear_layers")
     if not sparse:
         yield "moe."
     if sparse == config.layers:
@@ -109,6 +110,8 @@ def _without_effect(config: ModelConfig) -> Iterator[str]:
     yield from ("kv_heads", "head_width") if attention.kind is AttentionKind.mla else ("attention.mla.",)
     if attention.window is None:
         yield "attention.window_every"
+    if not any(config.linear_layer(index) for index in range(config.layers)):
+        yield "attention.delta."
     rope = attention.rope
     used = ("theta", "fraction", "interleaved", "scaling", *ROPE[rope.scaling])
     yield from (f"attention.rope.{field.name}" for field in fields(rope) if field.name not in used)

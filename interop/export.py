@@ -123,9 +123,10 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
         if name != "lm_head.weight":
             plan[name] = plan[original]
     outputs = {}
-    for name, (mine, part) in plan.items():
+    for name, parts in plan.items():
+        mine, part = parts[0]
         stored = ours[mine].dtype if dtype is None or mine.endswith(EXPERT_BIAS) else dtype
-        outputs[name] = Output(mine, part, stored, tuple(part.written(ours[mine]).shape))
+        outputs[name] = Output(parts, stored, part.shape(ours[mine]))
     return outputs
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,10 +196,9 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Output(NamedTuple):
-    """A Hugging Face tensor to write: the part `part` of our tensor `ours`, as `dtype`."""
+    """A Hugging Face tensor to write, of parts of our tensors with their names, as `dtype`."""
 
-    ours: str
-    part: HFTensor
+    parts: Sequence[tuple[str, HFTensor]]
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -211,7 +210,7 @@ class Output(NamedTuple):
 def write_shards(folder: Path, outputs: dict[str, Output], read: Callable[[str], Tensor], shard_bytes: int) -> list[str]:
     """Writes all `outputs`, by Hugging Face's names, and the index. Returns the names of the files.
 
-    `read` returns a tensor of ours by name; at most one is in memory at a time.
+    `read` returns a tensor of ours by name; at most one is in memory at a time, beside one of theirs that has rows of several.
     """
     shards = _cut(outputs, shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -244,7 +243,20 @@ def _cut(outputs: dict[str, Output], shard_bytes: int) -> list[list[str]]:
 
 def _bytes(output: Output, read: Callable[[str], Tensor], current: dict[str, Tensor]) -> memoryview:
     """The bytes of one tensor. `current` caches our last tensor, since neighbours are often parts of the same one."""
-    if output.ours not in current:
-        current.clear()
-        current[output.ours] = read(output.ours)
-    return content_of(output.part.written(current[output.ours]).to(output.dtype))
+
+    def written(ours: str, part: HFTensor) -> Tensor:
+        if ours not in current:
+            current.clear()
+            current[ours] = read(ours)
+        return part.written(current[ours])
+
+    (ours, part), *others = output.parts
+    if part.rows is None:
+        assert not others, f"{part.name}: the whole tensor has one part"
+        return content_of(written(ours, part).to(output.dtype))
+    whole = torch.empty(output.shape, dtype=output.dtype)
+    for ours, part in output.parts:
+        assert part.rows is not None, f"{part.name}: all of its parts are rows"
+        rows = written(ours, part)
+        whole[part.rows.begin : part.rows.begin + len(rows)].copy_(rows)
+    return content_of(whole)

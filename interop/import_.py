@@ -25,7 +25,7 @@ from ..train.config.serialize import plain_config
 from .load_weights import HFSource, check_repeated, open_source, read_shards, stored_dtypes
 from .tokenizer_json import open_tokenizer
 from .upcycle import Upcycle, upcycle, upcycled_config
-from .weight_plan import Planned
+from .weight_plan import Plan
 
 HF_FILES_FOLDER = "tokenizer_hf"
 """The folder in a checkpoint with the files that an export writes back unchanged."""
@@ -113,9 +113,10 @@ class _Reader:
         dtypes = stored_dtypes(source)
         self.on_meta = {name: tensor.to(dtypes[name]) for name, tensor in source.ours.items()}
         self._source, self._progress = source, progress
-        self._plans: dict[str, dict[str, Planned]] = {name: {} for name in source.ours}
-        for name, planned in source.plan.items():
-            self._plans[planned.ours][name] = planned
+        self._plans: dict[str, Plan] = {name: {} for name in source.ours}
+        for name, parts in source.plan.items():
+            for planned in parts:
+                self._plans[planned.ours].setdefault(name, []).append(planned)
         self._done, self._total = 0, sum(tensor.numel() for tensor in source.ours.values())
 
     def read(self, name: str) -> Tensor:

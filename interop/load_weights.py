@@ -17,7 +17,7 @@ from .families import Family
 from .hf_folder import DTYPES, HFFolder, TensorHeader, open_folder
 from .quantized import dequantized, open_tensor
 from .weight_mapping import HFTensor
-from .weight_plan import Planned, read_plan, repeated_tensors
+from .weight_plan import Plan, read_plan, repeated_tensors
 
 
 class HFSource(NamedTuple):
@@ -26,7 +26,7 @@ class HFSource(NamedTuple):
     folder: HFFolder
     family: Family
     model: ModelConfig
-    plan: dict[str, Planned]
+    plan: Plan
     ours: dict[str, Tensor]
     """Our tensors, on the meta device."""
 
@@ -74,10 +74,12 @@ def read_shards(source: HFSource, shards: dict[str, LocalShard], complete: bool 
     A name that the source has not is left as it is. complete: also compare the tensors that must equal another one.
     """
     for name in sorted(source.plan, key=lambda name: source.folder.tensors[name].file):
-        mine, part = source.plan[name]
-        place = place_of(part, shards[mine]) if mine in shards else None
-        if place is not None:
-            with open_tensor(source.folder, name) as stored:
+        wanted = [(part, place_of(part, shards[mine])) for mine, part in source.plan[name] if mine in shards]
+        places = [(part, place) for part, place in wanted if place is not None]
+        if not places:
+            continue
+        with open_tensor(source.folder, name) as stored:
+            for part, place in places:
                 for piece in _pieces(place, source.folder.tensors[name]):
                     piece.target.copy_(_read_part(stored, part, piece))
     if complete:
@@ -103,6 +105,10 @@ def _pieces(place: "Place", header: TensorHeader) -> Iterator["Place"]:
 def _read_part(stored: Any, part: HFTensor, place: "Place") -> Tensor:
     """Reads the rectangle `place.ranges` of the part of ours that a Hugging Face tensor, `stored`, holds."""
     ranges = [slice(*bounds) for bounds in place.ranges]
+    if part.rows is not None:
+        assert part.joined is None, f"{part.name}: rows of a tensor are not flattened"
+        begin, end = place.ranges[0]
+        ranges[0] = slice(part.rows.begin + begin, part.rows.begin + end)
     if part.joined is None:
         return stored[tuple(ranges)]
     first, second = part.joined, part.joined + 1
@@ -154,9 +160,10 @@ def place_of(part: HFTensor, shard: LocalShard) -> Place | None:
 def stored_dtypes(source: HFSource) -> dict[str, torch.dtype]:
     """The types that our tensors have in the files, by name; a tensor of several parts has the widest of their types."""
     dtypes: dict[str, torch.dtype] = {}
-    for name, planned in source.plan.items():
+    for name, parts in source.plan.items():
         dtype = DTYPES[source.folder.tensors[name].code]
-        dtypes[planned.ours] = torch.promote_types(dtype, dtypes.get(planned.ours, dtype))
+        for planned in parts:
+            dtypes[planned.ours] = torch.promote_types(dtype, dtypes.get(planned.ours, dtype))
     return dtypes
 
 

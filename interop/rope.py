@@ -17,6 +17,8 @@ TYPES = {
     "longrope": RopeScaling.longrope,
 }
 
+OF_IMAGES = ("mrope_section", "mrope_interleaved")
+"""Which angles turn by height and width of an image, whose positions are equal in text."""
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -66,7 +68,7 @@ def read_rope(
             _read_yarn(rope, rope_reader, mscale)
         case _:
             pass
-    rope_reader.finish((), {})
+    rope_reader.finish(OF_IMAGES, {})
     return rope
 
 

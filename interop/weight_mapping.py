@@ -6,6 +6,8 @@ E experts, P = 2 (gate, up), F hidden width, D model width.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..moe.config import ModelConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,6 +24,14 @@ def up(gate_up_PFD: "Tensor") -> "Tensor":
     return gate_up_PFD[1]
 
 
+class RowRange(NamedTuple):
+    """The rows of a Hugging Face tensor, one of several parts, that a part of ours is."""
+
+    begin: int
+    total: int
+    """RowRange of the whole tensor."""
+
+
 class Source(NamedTuple):
     """A pattern of Hugging Face tensors: the part `view` of ours, with dimensions `joined` and `joined + 1` flattened into one.
 
@@ -31,10 +41,14 @@ class Source(NamedTuple):
     name: str
     view: "Callable[[Tensor], Tensor]" = identity
     joined: int | None = None
+    rows: RowRange | None = None
+    """None: the part is the whole tensor."""
 
 
 StoredForms = tuple[tuple[Source, ...], ...]
 """The ways in which one tensor of ours may be stored in a Hugging Face folder; an export writes the first."""
+FormsOfModel = Callable[[ModelConfig, int], StoredForms]
+"""The same, where it depends on the model and on the layer, whose index is the second argument."""
 
 
 class HFTensor(NamedTuple):
@@ -43,16 +57,17 @@ class HFTensor(NamedTuple):
     name: str
     view: "Callable[[Tensor], Tensor]"
     joined: int | None
-
-    def read(self, theirs: "Tensor", ours: "Tensor") -> None:
-        """Copy `theirs` into its part of `ours`, converted to the type of `ours`."""
-        part = self.view(ours)
-        part.copy_(theirs.view(part.shape))
+    rows: RowRange | None = None
 
     def written(self, ours: "Tensor") -> "Tensor":
-        """Returns the tensor as Hugging Face has it, a view of `ours` where possible."""
+        """Returns the tensor (or its `rows`) as Hugging Face has it, a view of `ours` where possible."""
         part = self.view(ours)
         return part if self.joined is None else part.flatten(self.joined, self.joined + 1)
+
+    def shape(self, ours: "Tensor") -> tuple[int, ...]:
+        """Returns the shape of the whole Hugging Face tensor."""
+        shape = tuple(self.written(ours).shape)
+        return shape if self.rows is None else (self.rows.total, *shape[1:])
 
 
 def hf_tensors(form: tuple[Source, ...], layer: int, ours: "Tensor") -> list[HFTensor]:
@@ -60,11 +75,11 @@ def hf_tensors(form: tuple[Source, ...], layer: int, ours: "Tensor") -> list[HFT
     found = []
     for source in form:
         if "{expert}" not in source.name:
-            found.append(HFTensor(source.name.format(layer=layer), source.view, source.joined))
+            found.append(HFTensor(source.name.format(layer=layer), source.view, source.joined, source.rows))
             continue
         for expert in range(ours.shape[0]):
             name = source.name.format(layer=layer, expert=expert)
-            found.append(HFTensor(name, _view_of_expert(source.view, expert), source.joined))
+            found.append(HFTensor(name, _view_of_expert(source.view, expert), source.joined, source.rows))
     return found
 
 

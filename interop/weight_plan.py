@@ -1,6 +1,7 @@
 """Plans which Hugging Face tensor holds which part of ours, from names and shapes, so that all are checked before any is read."""
 
 import re
+from collections import defaultdict
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,40 +24,45 @@ IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Planned(NamedTuple):
-    """A Hugging Face tensor that holds the part `part` of our tensor `ours`."""
+    """A Hugging Face tensor, or rows of it, that holds the part `part` of our tensor `ours`."""
 
     ours: str
     part: HFTensor
 
 
-def read_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor], headers: dict[str, TensorHeader]) -> dict[str, Planned]:
+Plan = dict[str, list[Planned]]
+"""By the names of Hugging Face tensors, what each of them holds."""
+
+
+def read_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor], headers: dict[str, TensorHeader]) -> Plan:
     """The plan of an import, by the names of the Hugging Face tensors. `ours` may be on the meta device.
 
     Raises ValueError, one line, for the first tensor that is missing, unknown, of another shape or of a type that no weight has.
     """
-    plan: dict[str, Planned] = {}
+    plan: Plan = defaultdict(list)
     for name, tensor in ours.items():
         layer, stored_forms = _stored_forms(family, model, name)
         forms = [hf_tensors(form, layer, tensor) for form in stored_forms]
         form = next((form for form in forms if any(part.name in headers for part in form)), forms[0])
         for part in form:
             _check(part, tensor, headers)
-            plan[part.name] = Planned(name, part)
+            plan[part.name].append(Planned(name, part))
     known = plan.keys() | repeated_tensors(model).keys()
     for name, header in headers.items():
         nothing = 0 in header.shape or IGNORED.fullmatch(name) or re.fullmatch(family.left_out, name)
         if name not in known and not nothing:
             raise ValueError(f"tensor {name} of shape {header.shape} has no place in {family.architecture} with this config.json")
-    return plan
+    return dict(plan)
 
 
-def write_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Planned]:
+def write_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor]) -> Plan:
     """The plan of an export. Raises ValueError for a tensor that the architecture has no name for."""
-    plan: dict[str, Planned] = {}
+    plan: Plan = defaultdict(list)
     for name, tensor in ours.items():
         layer, stored_forms = _stored_forms(family, model, name)
-        plan |= {part.name: Planned(name, part) for part in hf_tensors(stored_forms[0], layer, tensor)}
-    return plan
+        for part in hf_tensors(stored_forms[0], layer, tensor):
+            plan[part.name].append(Planned(name, part))
+    return dict(plan)
 
 
 def repeated_tensors(model: ModelConfig) -> dict[str, str]:
@@ -80,13 +86,13 @@ def _stored_forms(family: Family, model: ModelConfig, name: str) -> tuple[int, S
         forms = family.tensors.get(match[3]) if match[2] else same("model.layers.{layer}." + MTP[match[3]])
     if forms is None:
         raise ValueError(f"tensor {name} has no place in {family.architecture}")
-    return index, forms
+    return index, forms(model, index) if callable(forms) else forms
 
 
 def _check(part: HFTensor, ours: Tensor, headers: dict[str, TensorHeader]) -> None:
     if part.name not in headers:
         raise ValueError(f"tensor {part.name} is missing")
-    shape = tuple(part.written(ours).shape)
+    shape = part.shape(ours)
     if headers[part.name].shape != shape:
         raise ValueError(f"tensor {part.name} has the shape {headers[part.name].shape}: must be {shape} with this config.json")
     if headers[part.name].code not in DTYPES:

@@ -64,6 +64,8 @@ CARDS = {
     "granite_3_0_3b_a800m": Card("3.3", "0.8", "huggingface.co/ibm-granite/granite-3.0-3b-a800m-base"),
     "flex_olmo_7x7b": Card("33", None, "huggingface.co/allenai/FlexOlmo-7x7B-1T"),
     "olmoe_1b_7b": Card("6.9", "1.3", "arXiv:2409.02060, abstract"),
+    "qwen3_next_80b_a3b": Card("80", "3", "huggingface.co/Qwen/Qwen3-Next-80B-A3B-Instruct", embedding_in_active=False),
+    "qwen3_5_35b_a3b": Card("35", "3", "huggingface.co/Qwen/Qwen3.5-35B-A3B", embedding_in_active=False),
     "grok_1": Card("314", None, "github.com/xai-org/grok-1", embedding_in_total=False),
 }
 """By preset. Grok-1's active parameters are published as 25% of the weights, which is true of its experts."""
@@ -97,7 +99,8 @@ Latent attention (DeepSeek) is counted as it is trained, with keys and values of
 DeepSeek-V3 do not include the 11.6B of its multi-token prediction module. The published Switch and GShard models have an encoder
 and a decoder: here their layers form one decoder, so the total has no cross-attention. Grok-1's authors say that 25% of the
 weights are active, which is true of the experts. Active parameters assume an even load with null experts, and are the mean over
-all tokens with expert choice.
+all tokens with expert choice. Gated DeltaNet (Qwen3-Next) is counted by its recurrence; its cache, states and inputs of
+convolutions, does not grow with the tokens.
 """
 
 

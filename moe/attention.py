@@ -3,6 +3,8 @@
 B sequences, S new tokens, T tokens so far (the new ones included), D width, H query heads, G key-value heads, h width of a head.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ class Attention(nn.Module):
         self.v = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
         self.o = Linear(config.heads * width, config.width, dtype, settings.output_bias)
         self.q_norm, self.k_norm = _norm(config, config.heads, dtype), _norm(config, config.kv_heads, dtype)
+        self.gate = Linear(config.width, config.heads * width, dtype, settings.qkv_bias) if settings.output_gate else None
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if settings.sinks else None
         self.softmax = softmax_of(config, index, width)
 
@@ -50,7 +53,8 @@ class Attention(nn.Module):
             rotary.documents_BS,
             rotary.blocks.get(self.softmax.window is not None),
         )
-        return self.o(y_BHSh.transpose(1, 2).flatten(2))
+        y_BSC = y_BHSh.transpose(1, 2).flatten(2)
+        return self.o(y_BSC if self.gate is None else y_BSC * self.gate(x_BSD).sigmoid())
 
     def _heads(self, x_BSC: Tensor, norm: nn.Module | None) -> Tensor:
         x_BSHh = x_BSC.unflatten(-1, (-1, self.head_width))
@@ -145,16 +149,28 @@ def _attend_unfused(
     return apply_sinks(y_BHSh, logits_BHST.logsumexp(dim=-1), sinks_H).to(y_BHSh.dtype)
 
 
+class RecurrentState(NamedTuple):
+    """What a layer of gated DeltaNet keeps of the tokens so far."""
+
+    tokens: int
+    inputs: tuple[Tensor, Tensor, Tensor]
+    """Of the convolutions of queries, keys and values: the last inputs, (B, kernel - 1, channels)."""
+    state_BHkv: Tensor
+
+
 class KeyValueCache:
-    """Keys and values, or their latents, of the tokens so far in one attention layer, for generation."""
+    """Keys and values, or their latents, of the tokens so far in one attention layer, for generation; or a recurrent state."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.recurrent: RecurrentState | None = None
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
+        if self.recurrent is not None:
+            return self.recurrent.tokens
         return 0 if self.keys is None else self.keys.shape[2]
 
     def extend(self, keys_BGSh: Tensor, values_BGSh: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,9 +187,9 @@ def _norm(config: ModelConfig, heads: int, dtype: torch.dtype) -> nn.Module | No
         case QKNorm.none:
             return None
         case QKNorm.head:
-            return RMSNorm(head_width(config), config.norm_epsilon, dtype)
+            return RMSNorm(head_width(config), config.norm_epsilon, dtype, config.zero_centered_norms)
         case QKNorm.full:
-            return HeadsNorm(heads * head_width(config), config.norm_epsilon, dtype)
+            return HeadsNorm(heads * head_width(config), config.norm_epsilon, dtype, config.zero_centered_norms)
 
 
 # Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from a small latent per token.
@@ -196,10 +212,10 @@ class LatentAttention(nn.Module):
             self.q = Linear(config.width, config.heads * query, dtype)
         else:
             self.q_down = Linear(config.width, mla.q_rank, dtype)
-            self.q_norm = RMSNorm(mla.q_rank, epsilon, dtype)
+            self.q_norm = RMSNorm(mla.q_rank, epsilon, dtype, config.zero_centered_norms)
             self.q_up = Linear(mla.q_rank, config.heads * query, dtype)
         self.kv_down = Linear(config.width, mla.kv_rank + mla.rope_width, dtype)
-        self.kv_norm = RMSNorm(mla.kv_rank, epsilon, dtype)
+        self.kv_norm = RMSNorm(mla.kv_rank, epsilon, dtype, config.zero_centered_norms)
         self.kv_up = Linear(mla.kv_rank, config.heads * (mla.nope_width + mla.value_width), dtype)
         self.o = Linear(config.heads * mla.value_width, config.width, dtype)
         self.softmax = softmax_of(config, index, query, logits_factor(rope))

@@ -83,6 +83,22 @@ class MLAConfig:
 
 
 @dataclass
+class DeltaNetConfig:
+    """Gated DeltaNet (Yang et al. 2024), the linear attention of attention.linear_every and attention.linear_layers."""
+
+    key_heads: int = field(default=4, metadata=within("[1, 65536]"))
+    """Heads of queries and keys."""
+    value_heads: int = field(default=8, metadata=within("[1, 65536]"))
+    """Heads of values, each with a state; a multiple of key_heads."""
+    key_width: int = field(default=16, metadata=within("[1, 65536]"))
+    """Width of a head's query and key."""
+    value_width: int = field(default=16, metadata=within("[1, 65536]"))
+    """Width of a head's value."""
+    kernel: int = field(default=4, metadata=within("[1, 1024]"))
+    """Tokens that the convolutions of queries, keys and values see, the token itself included."""
+
+
+@dataclass
 class AttentionConfig:
     kind: AttentionKind = AttentionKind.gqa
     """Grouped-query or multi-head latent attention."""
@@ -92,6 +108,12 @@ class AttentionConfig:
     """Projections to queries, keys and values have biases."""
     output_bias: bool = False
     """The projection back has a bias."""
+    output_gate: bool = False
+    """What the heads return is multiplied by a sigmoid gate of the token (Qwen3-Next)."""
+    linear_every: int = field(default=1, metadata=within("[1, inf)"))
+    """In each run of this many layers, all but the last are gated DeltaNet instead of attention (Qwen3-Next: 4); 1: none."""
+    linear_layers: list[int] = field(default_factory=list)
+    """Further layers with gated DeltaNet, counted from 0."""
     window: int | None = field(default=None, metadata=within("[1, inf)"))
     """Tokens that a token attends to, itself included; null is all before it."""
     window_every: int = field(default=1, metadata=within("[1, inf)"))
@@ -108,3 +130,4 @@ class AttentionConfig:
     """Factor of the logits; null is 1 / sqrt(width of a head)."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     mla: MLAConfig = field(default_factory=MLAConfig)
+    delta: DeltaNetConfig = field(default_factory=DeltaNetConfig)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..ranges import within
-from .attention_config import AttentionConfig, AttentionKind, MLAConfig, QKNorm, RopeConfig, RopeScaling
+from .attention_config import AttentionConfig, AttentionKind, DeltaNetConfig, MLAConfig, QKNorm, RopeConfig, RopeScaling
 
 __all__ = [
     "Activation",
@@ -15,6 +15,7 @@ __all__ = [
     "AttentionKind",
     "BalanceConfig",
     "CapacityConfig",
+    "DeltaNetConfig",
     "DropPolicy",
     "GroupScore",
     "MLAConfig",
@@ -228,6 +229,8 @@ class ModelConfig:
     """The output head uses the embedding's weights."""
     norm_epsilon: float = field(default=1e-5, metadata=within("(0, inf)"))
     """Added to the mean square in RMSNorm."""
+    zero_centered_norms: bool = False
+    """Norms multiply by 1 + weight, and their weights start at 0 (Qwen3-Next)."""
     sandwich_norms: bool = False
     """Also RMSNorm after attention and feed-forward, before the residual addition (Grok, Gemma 2)."""
     pre_norms: bool = True
@@ -261,7 +264,12 @@ class ModelConfig:
         return self.moe.experts > 0 and regular and index not in self.dense_layers
 
     def windowed_layer(self, index: int) -> bool:
-        """Whether block `index` (from 0) has the attention's window."""
+        """Whether block `index` (from 0) has the attention's window; one with linear attention has none."""
         attention = self.attention
         regular = attention.window_every == 1 or (index + 1) % attention.window_every != 0
-        return attention.window is not None and regular and index not in attention.full_layers
+        return attention.window is not None and regular and index not in attention.full_layers and not self.linear_layer(index)
+
+    def linear_layer(self, index: int) -> bool:
+        """Whether block `index` (from 0) has gated DeltaNet; those of multi-token prediction have attention."""
+        attention = self.attention
+        return index < self.layers and ((index + 1) % attention.linear_every != 0 or index in attention.linear_layers)

@@ -56,14 +56,33 @@ def fill(
 
 
 def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Ones for norms, zeros for biases and sinks; else normal, with a smaller deviation for output projections (GPT-2)."""
+    """Ones for norms (zeros if 1 is added), zeros for biases and sinks; else random: normal, but for parts of gated DeltaNet.
+
+    Output projections have a smaller deviation (GPT-2).
+    """
     if "norm" in name:
-        return torch.ones(shape)
-    if name.endswith((".bias", ".sinks")) or "_bias" in name:  # e.g. down_bias.7, of an expert
-        return torch.zeros(shape)
+        return torch.zeros(shape) if config.zero_centered_norms and "output_norm" not in name else torch.ones(shape)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    if name.endswith((".dt_bias", ".a_log", "_conv.weight")):
+        return _draw_delta_net(name, torch.rand(shape, generator=generator))
+    if name.endswith((".bias", ".sinks")) or "_bias" in name:  # e.g. down_bias.7, of an expert
+        return torch.zeros(shape)
     std = config.init_std
     if ".o.weight" in name or ".down" in name:
         std /= math.sqrt(2 * config.layers)
     return torch.randn(shape, generator=generator) * std
+
+
+def _draw_delta_net(name: str, uniform: Tensor) -> Tensor:
+    """Returns the initial values of Mamba 2 (Dao and Gu 2024), which gated DeltaNet has taken over, from numbers in [0, 1).
+
+    The rate of decay is uniform in [0.01, 16) (transformers' lower bound), its step log-uniform in [0.001, 0.1), before softplus;
+    weights of the convolutions are uniform within 1 / sqrt(K) of zero, torch's default.
+    """
+    if name.endswith(".a_log"):
+        return (0.01 + uniform * (16 - 0.01)).log()
+    if name.endswith(".dt_bias"):
+        step = torch.exp(math.log(0.001) + uniform * math.log(0.1 / 0.001))
+        return step + torch.log(-torch.expm1(-step))
+    return (2 * uniform - 1) / math.sqrt(uniform.shape[-1])

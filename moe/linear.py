@@ -156,14 +156,17 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), or * (1 + weight) if `zero_centered`."""
 
-    def __init__(self, width: int, epsilon: float, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, epsilon: float, dtype: torch.dtype, zero_centered: bool = False) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.zero_centered = epsilon, zero_centered
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.zero_centered:  # 1 + weight is not rounded to a narrow type
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.epsilon).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
 
 
@@ -173,9 +176,9 @@ class HeadsNorm(nn.Module):
     `all_reduce` sums a tensor over the ranks that hold the other heads; `width` is that of all heads.
     """
 
-    def __init__(self, width: int, epsilon: float, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, epsilon: float, dtype: torch.dtype, zero_centered: bool = False) -> None:
         super().__init__()
-        self.width, self.epsilon = width, epsilon
+        self.width, self.epsilon, self.zero_centered = width, epsilon, zero_centered
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
         self.all_reduce: Callable[[Tensor], Tensor] | None = None
 
@@ -184,4 +187,4 @@ class HeadsNorm(nn.Module):
         squares = wide.square().sum(dim=(-2, -1), keepdim=True)
         squares = squares if self.all_reduce is None else self.all_reduce(squares)
         normed = wide * (squares / self.width + self.epsilon).rsqrt()
-        return (normed * self.weight.to(wide.dtype).view(x.shape[-2:])).to(x.dtype)
+        return (normed * (self.weight.to(wide.dtype) + self.zero_centered).view(x.shape[-2:])).to(x.dtype)

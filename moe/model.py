@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, KeyValueCache, LatentAttention
 from .config import AttentionKind, ModelConfig
+from .delta_net import DeltaNet
 from .dropout import Dropout
 from .feedforward import FeedForward
 from .flexible_attention import block_masks
@@ -27,16 +28,28 @@ from .token_info import BatchPosition, Purpose, TokenInfo, build_token_info, lay
 # At position i, module d (from 1) has seen the tokens up to i + d and predicts token i + d + 1.
 
 
+def residual_norm(config: ModelConfig, dtype: torch.dtype) -> RMSNorm:
+    """Returns a norm of the residual stream."""
+    return RMSNorm(config.width, config.norm_epsilon, dtype, config.zero_centered_norms)
+
+
+def attention_of(config: ModelConfig, dtype: torch.dtype, index: int) -> Attention | LatentAttention | DeltaNet:
+    """Returns the attention of block `index`, or gated DeltaNet if the block has linear attention."""
+    if config.linear_layer(index):
+        return DeltaNet(config, dtype)
+    latent = config.attention.kind is AttentionKind.mla
+    return LatentAttention(config, dtype, index) if latent else Attention(config, dtype, index)
+
+
 class MTPModule(nn.Module):
     """A block over the hidden states of the module before it, each joined with the embedding of the next token."""
 
     def __init__(self, config: ModelConfig, block: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embedding_norm = RMSNorm(config.width, config.norm_epsilon, dtype)
-        self.hidden_norm = RMSNorm(config.width, config.norm_epsilon, dtype)
+        self.embedding_norm, self.hidden_norm = (residual_norm(config, dtype) for _ in range(2))
         self.projection = Linear(2 * config.width, config.width, dtype)
         self.block = block
-        self.norm = RMSNorm(config.width, config.norm_epsilon, dtype)
+        self.norm = residual_norm(config, dtype)
 
     def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo) -> Any:
         """Returns the residual stream (B, S, D) for the next module, and the block's routing statistics (None if it is dense).
@@ -109,7 +122,7 @@ class Transformer(nn.Module):
         self.weights = weights = weights or torch.promote_types(activations, torch.float32)
         self.embedding: nn.Module = Embedding(config.vocabulary, config.width, dtype=weights)
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
-        self.norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
+        self.norm = residual_norm(config, weights)
         self.embedding_dropout = Dropout(config.dropout, Purpose.embedding_dropout)
         self.output_dropout = Dropout(config.dropout, Purpose.output_dropout)
         self.is_random = is_random(config.moe) or config.dropout > 0 or config.moe.dropout > 0
@@ -206,15 +219,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
         super().__init__()
-
-        def norm() -> RMSNorm:
-            return RMSNorm(config.width, config.norm_epsilon, dtype=weights)
-
-        latent = config.attention.kind is AttentionKind.mla
-        self.attention_norm, self.feedforward_norm = (norm() if config.pre_norms else None for _ in range(2))
-        self.attention = LatentAttention(config, weights, index) if latent else Attention(config, weights, index)
-        self.attention_post_norm = norm() if config.sandwich_norms else None
-        self.feedforward_post_norm = norm() if config.sandwich_norms else None
+        self.attention_norm, self.feedforward_norm = (
+            residual_norm(config, weights) if config.pre_norms else None for _ in range(2)
+        )
+        self.attention = attention_of(config, weights, index)
+        self.attention_post_norm, self.feedforward_post_norm = (
+            residual_norm(config, weights) if config.sandwich_norms else None for _ in range(2)
+        )
         self.residual_multiplier = config.residual_multiplier
         self.attention_dropout = Dropout(config.dropout, Purpose.attention_dropout)
         self.feedforward_dropout = Dropout(config.dropout, Purpose.feedforward_dropout)

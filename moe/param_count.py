@@ -5,7 +5,7 @@ passes are counted, and causal attention looks back over (S + 1) / 2 tokens on a
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .config import AttentionKind, ModelConfig, Score, Selection
@@ -82,10 +82,11 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     2 x heads x (width of a key + width of a value) x the mean number of tokens attended to: (S + 1) / 2, or fewer in a window.
     Not counted are look-ups, norms, biases, softmax, rotary embedding and activations, nor masked tokens in blocks that attention
     computes; masks between packed documents subtract nothing. Latent attention counts as in training, with keys and values of every
-    head.
+    head. A layer of gated DeltaNet has 2 x 3 x value heads x width of a key x width of a value instead: its recurrence reads the
+    state for the key and for the query and writes to it. Computing it by chunks takes more.
     """
     main = {name: shape for name, shape in shapes(config).items() if part_of(name) != "mtp"}
-    return _flops(config, main, [config.windowed_layer(index) for index in range(config.layers)], 1, sequence_length)
+    return _flops(config, main, range(config.layers), 1, sequence_length)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: bool = False) -> int:
@@ -94,26 +95,39 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, recomput
     Includes multi-token prediction, as if each module predicted for all tokens of the sequence.
     """
     mtp = {name: shape for name, shape in shapes(config).items() if part_of(name) == "mtp"}
-    windowed = [config.windowed_layer(config.layers + index) for index in range(config.mtp_depth)]
-    predictions = _flops(config, mtp, windowed, config.mtp_depth, sequence_length)
+    layers = range(config.layers, config.layers + config.mtp_depth)
+    predictions = _flops(config, mtp, layers, config.mtp_depth, sequence_length)
     return (4 if recompute else 3) * (flops_per_token(config, sequence_length) + predictions)
 
 
 def kv_cache_elements(config: ModelConfig, tokens: int) -> int:
     """Returns the elements of the cache of `tokens` tokens: keys and values, or the latent and one rotary key (DeepSeek-V2).
 
-    A layer with a window caches no more tokens than the window.
+    A layer with a window caches no more tokens than the window. One of gated DeltaNet has its states and the last inputs of its
+    convolutions, whatever the tokens.
     """
-    mla, latent = config.attention.mla, config.attention.kind is AttentionKind.mla
+    mla, latent, delta = config.attention.mla, config.attention.kind is AttentionKind.mla, config.attention.delta
     each = mla.kv_rank + mla.rope_width if latent else 2 * config.kv_heads * head_width(config)
-    return each * sum(_window(config, config.windowed_layer(index), tokens) for index in range(config.layers))
+    linear = sum(config.linear_layer(index) for index in range(config.layers))
+    convolved = 2 * delta.key_heads * delta.key_width + delta.value_heads * delta.value_width
+    return linear * (_state(config) + (delta.kernel - 1) * convolved) + each * sum(
+        _window(config, index, tokens) for index in range(config.layers) if not config.linear_layer(index)
+    )
 
 
-def _flops(config: ModelConfig, found: Shapes, windowed: Iterable[bool], heads: int, length: int) -> int:
-    """FLOPs of the weights in `found`, of `heads` products with the head, and of an attention layer for each of `windowed`."""
+def _flops(config: ModelConfig, found: Shapes, layers: Sequence[int], heads: int, length: int) -> int:
+    """FLOPs of the weights in `found`, of `heads` products with the head, and of the attention of `layers`."""
     products = heads * config.vocabulary * config.width + sum(_multiplied(config, *item) for item in found.items())
-    pairs = sum(_pairs(length, _window(config, each, length)) for each in windowed)
-    return 2 * products + 2 * config.heads * _key_and_value(config) * pairs // length
+    linear = sum(config.linear_layer(index) for index in layers)
+    pairs = sum(_pairs(length, _window(config, index, length)) for index in layers if not config.linear_layer(index))
+    attention = 2 * config.heads * _key_and_value(config) * pairs // length
+    return 2 * products + attention + 2 * 3 * linear * _state(config)
+
+
+def _state(config: ModelConfig) -> int:
+    """Returns the elements of the states of a layer of gated DeltaNet."""
+    delta = config.attention.delta
+    return delta.value_heads * delta.key_width * delta.value_width
 
 
 def _multiplied(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
@@ -132,9 +146,9 @@ def _pairs(length: int, window: int) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _window(config: ModelConfig, windowed: bool, length: int) -> int:
-    """Returns the most tokens that a token of a layer attends to."""
-    return min(length, config.attention.window or length) if windowed else length
+def _window(config: ModelConfig, index: int, length: int) -> int:
+    """Returns the most tokens that a token of layer `index` attends to."""
+    return min(length, config.attention.window or length) if config.windowed_layer(index) else length
 
 
 def _key_and_value(config: ModelConfig) -> int:

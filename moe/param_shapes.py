@@ -1,6 +1,7 @@
 """The name and shape of every parameter of a model, from the configuration alone. Does not import torch.
 
 V vocabulary, D width, H query heads, G key-value heads, h width of a head, E experts, F hidden width of an expert.
+In gated DeltaNet: C channels of queries and keys, or of values, K tokens of the convolution.
 """
 
 from .config import AttentionKind, ModelConfig, QKNorm, Selection
@@ -13,7 +14,7 @@ def shapes(config: ModelConfig) -> Shapes:
     D = config.width
     found: Shapes = {"embedding.weight": (config.vocabulary, D)}
     for index in range(config.layers):
-        found |= _under(f"layers.{index}", block_shapes(config, config.moe_layer(index)))
+        found |= _under(f"layers.{index}", block_shapes(config, index))
     found["norm.weight"] = (D,)
     if not config.tie_embeddings:
         found["head.weight"] = (config.vocabulary, D)
@@ -22,17 +23,17 @@ def shapes(config: ModelConfig) -> Shapes:
     return found
 
 
-def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
-    """Returns the parameters of one block, dense or with experts."""
+def block_shapes(config: ModelConfig, index: int) -> Shapes:
+    """Returns the parameters of block `index`, dense or with experts, with attention or gated DeltaNet."""
     D = config.width
     names = ["attention_norm", "feedforward_norm"] if config.pre_norms else []
     if config.sandwich_norms:
         names += ["attention_post_norm", "feedforward_post_norm"]
-    latent = config.attention.kind is AttentionKind.mla
-    feedforward = _moe(config) if moe else _under("dense", _feedforward(config, config.hidden))
+    latent, linear = config.attention.kind is AttentionKind.mla, config.linear_layer(index)
+    feedforward = _moe(config) if config.moe_layer(index) else _under("dense", _feedforward(config, config.hidden))
     return {
         **{f"{name}.weight": (D,) for name in names},
-        **_under("attention", _mla(config) if latent else _gqa(config)),
+        **_under("attention", _delta_net(config) if linear else _mla(config) if latent else _gqa(config)),
         **feedforward,
     }
 
@@ -52,6 +53,8 @@ def rotary_width(config: ModelConfig) -> int:
 def _gqa(config: ModelConfig) -> Shapes:
     D, h, attention = config.width, head_width(config), config.attention
     widths = {"q": config.heads * h, "k": config.kv_heads * h, "v": config.kv_heads * h}
+    if attention.output_gate:
+        widths["gate"] = config.heads * h
     found: Shapes = {f"{name}.weight": (width, D) for name, width in widths.items()}
     found["o.weight"] = (D, config.heads * h)
     if attention.qkv_bias:
@@ -64,6 +67,20 @@ def _gqa(config: ModelConfig) -> Shapes:
     if attention.sinks:
         found["sinks"] = (config.heads,)
     return found
+
+
+def _delta_net(config: ModelConfig) -> Shapes:
+    D, delta = config.width, config.attention.delta
+    C, heads = {"q": delta.key_heads * delta.key_width, "v": delta.value_heads * delta.value_width}, delta.value_heads
+    widths = {"q": C["q"], "k": C["q"], "v": C["v"], "gate": C["v"], "beta": heads, "decay": heads}
+    return {
+        **{f"{name}.weight": (width, D) for name, width in widths.items()},
+        **{f"{name}_conv.weight": (widths[name], delta.kernel) for name in ("q", "k", "v")},
+        "dt_bias": (heads,),
+        "a_log": (heads,),
+        "output_norm.weight": (delta.value_width,),
+        "o.weight": (D, C["v"]),
+    }
 
 
 def _mla(config: ModelConfig) -> Shapes:
@@ -118,7 +135,7 @@ def _prediction(config: ModelConfig, index: int) -> Shapes:
     D = config.width
     found: Shapes = {f"{name}.weight": (D,) for name in ("embedding_norm", "hidden_norm", "norm")}
     found["projection.weight"] = (D, 2 * D)
-    return found | _under("block", block_shapes(config, config.moe_layer(index)))
+    return found | _under("block", block_shapes(config, index))
 
 
 def _under(prefix: str, found: Shapes) -> Shapes:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..moe.attention import Attention, LatentAttention
+from ..moe.delta_net import DeltaNet
 from ..moe.dispatch import Choices, FusedDispatcher, LocalDispatcher
 from ..moe.dropout import Dropout
 from ..moe.linear import HeadsNorm
@@ -54,9 +55,11 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Shar
             block.moe.register_forward_pre_hook(_slice_tokens(axis))
 
 
-def _parallelize_attention(attention: Attention | LatentAttention, axis: Axis) -> None:
+def _parallelize_attention(attention: Attention | LatentAttention | DeltaNet, axis: Axis) -> None:
     """Latents are projected from the slice and then gathered, since they are smaller than the input."""
-    if isinstance(attention, Attention):
+    if isinstance(attention, DeltaNet):
+        attention.register_forward_pre_hook(_gather_input(axis))
+    elif isinstance(attention, Attention):
         attention.register_forward_pre_hook(_gather_input(axis))
         for norm in (attention.q_norm, attention.k_norm):
             if isinstance(norm, HeadsNorm):

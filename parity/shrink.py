@@ -38,8 +38,12 @@ def _shrink_depth(m: ModelConfig) -> None:
     m.mtp_depth = min(m.mtp_depth, 2)
     later = m.layers - m.dense_first
     m.dense_first = min(m.dense_first, 1)
-    m.layers = m.dense_first + min(later, max(2, m.moe_every, m.attention.window_every if m.attention.window else 1))
+    m.layers = m.dense_first + min(
+        later, max(2, m.moe_every, m.attention.linear_every, m.attention.window_every if m.attention.window else 1)
+    )
     m.dense_layers, m.attention.full_layers = [], []  # with fewer layers, all of them may be listed
+    if m.attention.linear_layers:
+        m.attention.linear_layers = [index for index in m.attention.linear_layers if index < m.layers - 1] or [0]
 
 
 def _shrink_attention(m: ModelConfig, ranks: int) -> None:
@@ -49,6 +53,11 @@ def _shrink_attention(m: ModelConfig, ranks: int) -> None:
     m.heads = m.kv_heads * min(shared, 2)
     if a.window is not None:
         a.window = min(a.window, LENGTH // 4)
+    d, groups = a.delta, a.delta.value_heads // a.delta.key_heads
+    unit = math.gcd(d.key_heads, ranks)
+    d.key_heads = unit if unit > 1 else min(d.key_heads, 2)
+    d.value_heads = d.key_heads * max(1, min(groups, 2))
+    d.key_width, d.value_width = min(d.key_width, 8), min(d.value_width, 6)
     if a.kind is AttentionKind.mla:
         a.mla.q_rank = a.mla.q_rank and min(a.mla.q_rank, 12)
         a.mla.kv_rank, a.mla.value_width = min(a.mla.kv_rank, 12), min(a.mla.value_width, 8)

@@ -14,6 +14,7 @@ from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .olmoe import OLMOE
 from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from .qwen_next import QWEN3_5_MOE, QWEN3_NEXT
 from .solar import SOLAR_OPEN
 
 FAMILIES: dict[str, Family] = {
@@ -38,6 +39,8 @@ FAMILIES: dict[str, Family] = {
         SOLAR_OPEN,
         GRANITE_MOE,
         FLEX_OLMO,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
     )
 }
 """Families by architecture, in the order in which an export tries them."""

@@ -1,12 +1,12 @@
 """`Family`, which describes one Hugging Face architecture, and the config.json keys that several families share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...moe.config import Activation, ModelConfig, Scope
 from ..config_reader import ConfigReader
-from ..weight_mapping import StoredForms
+from ..weight_mapping import FormsOfModel, StoredForms
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Family:
     """Reads every key that decides something."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """Returns the keys that differ from `defaults`, or may."""
-    tensors: dict[str, StoredForms]
+    tensors: Mapping[str, StoredForms | FormsOfModel]
     """The tensors of a layer, by our names within it."""
     irrelevant: frozenset[str] = frozenset()
     """Keys that decide nothing about the model's function, in addition to IRRELEVANT of families/harmless.py."""
@@ -196,4 +196,10 @@ def read_sliding_window(reader: ConfigReader, config: ModelConfig, default: Call
 
 def layer_types(config: ModelConfig) -> list[str]:
     """`layer_types`."""
-    return ["sliding_attention" if config.windowed_layer(index) else "full_attention" for index in range(config.layers)]
+    return [_layer_type(config, index) for index in range(config.layers)]
+
+
+def _layer_type(config: ModelConfig, index: int) -> str:
+    if config.linear_layer(index):
+        return "linear_attention"
+    return "sliding_attention" if config.windowed_layer(index) else "full_attention"

@@ -36,10 +36,11 @@ TINY = {
     "tiny_granite_moe": "granite_3_0_3b_a800m",
     "tiny_flex_olmo": "flex_olmo_7x7b",
     "tiny_expert_choice": "expert_choice",
+    "tiny_qwen3_next": "qwen3_next_80b_a3b",
 }
 SIZES = re.compile(
     r"(layers|width|heads|kv_heads|head_width|hidden|vocabulary|dense_first|init_std|embedding_multiplier|attention\.window"
-    r"|attention\.mla\..*|moe\.(experts|top_k|hidden|shared_hidden)|moe\.router\.(groups|top_groups|scale))$"
+    r"|attention\.(mla|delta)\..*|moe\.(experts|top_k|hidden|shared_hidden)|moe\.router\.(groups|top_groups|scale))$"
 )
 """Settings that a tiny preset may change."""
 

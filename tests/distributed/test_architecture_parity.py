@@ -22,6 +22,7 @@ from tokenyard.moe.config import (
     AttentionConfig,
     AttentionKind,
     BalanceConfig,
+    DeltaNetConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
@@ -84,6 +85,17 @@ CASES = {
         tie_embeddings=True,
     ),
     "multi-token prediction": case(latent(10), mtp_depth=2, mtp_coefficient=0.5, micro_batches=2),
+    "gated DeltaNet and gated attention, zero-centred norms": case(
+        AttentionConfig(
+            qk_norm=QKNorm.head,
+            output_gate=True,
+            qkv_bias=True,
+            linear_every=2,
+            delta=DeltaNetConfig(key_heads=4, value_heads=8, key_width=3, value_width=5),
+        ),
+        {"shared_hidden": 16, "shared_gate": True},
+        zero_centered_norms=True,
+    ),
     "multi-token prediction, every second layer, tied": case(
         AttentionConfig(output_bias=True), mtp_depth=2, mtp_after_norm=True, moe_every=2, tie_embeddings=True
     ),

@@ -42,6 +42,8 @@ MODULES = {
     "Mistral": "mistral",
     "Qwen2": "qwen2",
     "Qwen3": "qwen3",
+    "Qwen3Next": "qwen3_next",
+    "Qwen3_5Moe": "qwen3_5_moe",
 }
 
 
@@ -74,7 +76,8 @@ class Widest:
 def built(family: str, **settings: Any) -> Any:
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(**{**BASE, **settings})
+    settings_of = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    config = settings_of(**{**BASE, **settings})
     config._attn_implementation = config._experts_implementation = "eager"
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of empty tensors, where a shared expert has no width
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()

@@ -338,11 +338,58 @@ CASES |= {
         },
     ),
 }
+DELTA = {
+    "head_dim": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 4,
+    "shared_expert_intermediate_size": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
+CASES |= {
+    "qwen3_next": ("Qwen3Next", DELTA),
+    "qwen3_next irregular layers, biases, one dense, other factors, tied": (
+        "Qwen3Next",
+        {
+            **DELTA,
+            "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
+            "attention_bias": True,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "linear_conv_kernel_dim": 2,
+            "linear_num_value_heads": 6,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.75},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_next linear layers alone": ("Qwen3Next", {**DELTA, "num_hidden_layers": 2, "linear_num_key_heads": 4, "use_cache": False}),
+    "qwen3_5_moe": ("Qwen3_5Moe", DELTA),
+    "qwen3_5_moe biases, positions of images": (
+        "Qwen3_5Moe",
+        {
+            **DELTA,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 300.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+}
 IMPORTED = (  # an export writes these models with other keys, or without tensors that have no elements
     "deepseek_v3 other epsilon than its latents, no shared expert",
     "qwen2_moe no shared expert",
     "ernie4_5_moe layers between dense ones, no shared expert",
     "llama yarn with mscale",
     "mixtral odd widths",
+    "qwen3_5_moe biases, positions of images",
     "llama longrope, lengths outside, a document longer than the original",
 )

@@ -97,7 +97,8 @@ def _compare(family: str, seed: int, folder: Path) -> Outcome:
         return Outcome(refused_key(str(error), folder / "theirs"))
     single = difference(tokenyard.load_model(folder / "ours")(ids), theirs)
     with pytest.MonkeyPatch.context() as patch:
-        for name in (f"models.{known.model_type}.modeling_{known.model_type}", "modeling_rope_utils"):
+        module = side.MODULES[family]
+        for name in (f"models.{module}.modeling_{module}", "modeling_rope_utils"):
             patch.setattr(importlib.import_module(f"transformers.{name}"), "torch", side.Widest())
         patch.setattr(Tensor, "float", Tensor.double)
         model = side.built(family, **settings).double()

@@ -224,6 +224,28 @@ def minimax_m2(draw: Draw) -> dict[str, Any]:
     return settings | {"head_dim": draw.choice((8, 16))}
 
 
+def hybrid(draw: Draw) -> dict[str, Any]:
+    """What Qwen3-Next and Qwen3.5-MoE share: gated DeltaNet in some layers."""
+    settings = common(draw) | routed(draw, "num_experts") | rope(draw, fraction=True) | attention_bias(draw)
+    keys, layers = draw.randint(1, 3), settings["num_hidden_layers"]
+    types = [f"{draw.choice(('linear', 'full'))}_attention" for _ in range(layers)]
+    return settings | {
+        "head_dim": draw.choice((8, 16)),
+        "shared_expert_intermediate_size": draw.choice((7, 16, 32)),
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": keys * draw.randint(1, 3),
+        "linear_key_head_dim": draw.randint(1, 9),
+        "linear_value_head_dim": draw.randint(1, 9),
+        "linear_conv_kernel_dim": draw.randint(1, 5),
+        **draw.choice(({}, {"layer_types": types}, {"full_attention_interval": draw.randint(1, 3)})),
+    }
+
+
+def qwen3_next(draw: Draw) -> dict[str, Any]:
+    settings = hybrid(draw) | {"norm_topk_prob": some(draw), "decoder_sparse_step": draw.choice((1, 1, 2))}
+    return settings | {"mlp_only_layers": [layer for layer in range(settings["num_hidden_layers"]) if some(draw, 0.25)]}
+
+
 DRAWS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "Mixtral": mixtral,
     "Qwen2Moe": qwen2_moe,
@@ -240,6 +262,8 @@ DRAWS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "Mistral": mistral,
     "Qwen2": qwen2,
     "Qwen3": qwen3,
+    "Qwen3Next": qwen3_next,
+    "Qwen3_5Moe": hybrid,
 }
 
 

@@ -30,6 +30,7 @@ NAMED |= {
     "DeepseekV3ForCausalLM": {"moe_layer_freq"},
     "Glm4MoeLiteForCausalLM": {"moe_layer_freq", "head_dim", "num_nextn_predict_layers"},
     "SolarOpenForCausalLM": {"intermediate_size"},
+    "Qwen3_5MoeForCausalLM": {"intermediate_size"},
 }
 """Keys of published files that transformers 5 does not write."""
 NEEDED = {
@@ -43,7 +44,8 @@ NEEDED = {
 def given(family: Family, **settings: Any) -> dict[str, Any]:
     """config.json as transformers writes it for its defaults."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
+    name = family.architecture.removesuffix("ForCausalLM")
+    config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
     needed = NEEDED.get(family.architecture, {})
     written = json.loads(config(architectures=[family.architecture], **needed).to_json_string())
     return written | settings
@@ -158,6 +160,12 @@ REFUSED = [
     ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most num_local_experts=8"),
     ("Qwen2MoeForCausalLM", {"mlp_only_layers": "3"}, "mlp_only_layers='3'"),
     ("Qwen2MoeForCausalLM", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),
+    ("Qwen3NextForCausalLM", {"layer_types": ["sliding_attention"] * 48}, "layer_types=['sliding_attention', "),
+    ("Qwen3NextForCausalLM", {"layer_types": None, "full_attention_interval": 0}, "full_attention_interval=0: must be a whole"),
+    ("Qwen3NextForCausalLM", {"linear_num_value_heads": 24}, "linear_num_value_heads=24: must be a multiple of linear_num_key_"),
+    ("Qwen3NextForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "rope_parameters.partial_rotary_factor=0.01"),
+    ("Qwen3_5MoeForCausalLM", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim=0: must be a whole number"),
+    ("Qwen3_5MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob=False: must be True"),
     ("OlmoeForCausalLM", {"clip_qkv": 0}, "clip_qkv=0: must be above 0"),
     ("GptOssForCausalLM", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
     ("GptOssForCausalLM", {"experts_per_token": 3}, "experts_per_token=3"),

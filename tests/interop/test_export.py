@@ -183,7 +183,7 @@ def test_an_imported_mixtral_trains_on_their_loss(layers: int, top_k: int, build
     torch.testing.assert_close(share.objective, expected, rtol=0, atol=1e-5)
     expected.backward()
     share.objective.backward()
-    for name, (mine, part) in open_source(tmp_path / "theirs").plan.items():
+    for name, ((mine, part),) in open_source(tmp_path / "theirs").plan.items():
         owner, shown = their_gradient(theirs, name)
         torch.testing.assert_close(part.written(ours.get_parameter(mine).grad), shown, rtol=0, atol=1e-4, msg=f"{name} {owner}")
 

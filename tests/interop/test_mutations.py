@@ -80,6 +80,7 @@ def mutations(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         ("original_max_position_embeddings", 8),
         ("mlp_only_layers", [1]),
         ("mlp_only_layers", [0]),
+        ("full_attention_interval", 3),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import MLA
+from family_cases import DELTA, MLA
 from safetensors.torch import load_file, save_file
 from tokenyard.interop import load_weights, quantized
 from tokenyard.interop.load_weights import open_source, read_shards, read_weights
@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "DeepseekV3": {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "GptOss": {"num_local_experts": 4, "head_dim": 8},
     "Llama": {"tie_word_embeddings": True},
+    "Qwen3Next": {**DELTA, "attention_bias": True},
+    "Qwen3_5Moe": DELTA,
 }
 
 

@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "soft-cap": {"softcap": 1.5},
     "sinks": {"sinks": True},
     "scale": {"scale": 0.8},
+    "output gate": {"output_gate": True},
+    "output gate with biases": {"output_gate": True, "qkv_bias": True},
     "partial rotation": {"rope": RopeConfig(theta=100.0, fraction=0.4)},
     "interleaved rotation": {"rope": RopeConfig(theta=100.0, interleaved=True)},
     "everything": {
@@ -137,7 +139,10 @@ def plain_attention(attention: Attention, x_BSD: Tensor, config: ModelConfig) ->
         q, k, v = (x_SD @ p.weight.T + (0 if p.bias is None else p.bias) for p in (attention.q, attention.k, attention.v))
         q, k = normed(q, attention.q_norm, config), normed(k, attention.k_norm, config)
         heads = [plain_head(attention, head, q, k, v, config) for head in range(config.heads)]
-        y_SD = torch.cat(heads, 1) @ attention.o.weight.T
+        y_SC = torch.cat(heads, 1)
+        if attention.gate is not None:
+            y_SC = y_SC / (1 + (-attention.gate(x_SD)).exp())
+        y_SD = y_SC @ attention.o.weight.T
         rows.append(y_SD + attention.o.bias if settings.output_bias else y_SD)
     return torch.stack(rows)
 

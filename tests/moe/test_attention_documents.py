@@ -8,7 +8,7 @@ from tokenyard.moe.token_info import documents_of, positions_of
 from tokenyard.train.config.compose import compose
 
 END = 2
-PRESETS = ["tiny_mixtral", "tiny_deepseek_v2", "tiny_gpt_oss", "tiny_qwen3_moe"]
+PRESETS = ["tiny_mixtral", "tiny_deepseek_v2", "tiny_gpt_oss", "tiny_qwen3_moe", "tiny_qwen3_next"]
 LENGTHS = (5, 1, 9, 4)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tokenyard.moe import linear as linear_module
 from tokenyard.moe.attention import Softmax, attend
 from tokenyard.moe.feedforward import FeedForward
-from tokenyard.moe.linear import compute_dtype, linear, lists_bf16, makes_tf32
+from tokenyard.moe.linear import HeadsNorm, RMSNorm, compute_dtype, linear, lists_bf16, makes_tf32
 from torch import Tensor
 
 
@@ -103,3 +103,18 @@ def same_rounded(function: Callable[[list[Tensor]], Tensor], narrow: list[Tensor
         torch.autograd.grad(y, narrow, grad), torch.autograd.grad(expected, wide, grad.float()), strict=True
     ):
         assert torch.equal(gradient, reference.bfloat16())
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, HeadsNorm])
+def test_a_zero_centred_norm_multiplies_by_one_more(kind: type[RMSNorm | HeadsNorm]) -> None:
+    """Of bf16 activations, the sum is not rounded to bf16, where 1 + 0.001 is 1."""
+    shape = (2, 3, 8) if kind is RMSNorm else (2, 3, 2, 4)
+    one, other = kind(8, 1e-6, torch.float32, zero_centered=True), kind(8, 1e-6, torch.float32)
+    torch.nn.init.normal_(one.weight)
+    other.weight.data.copy_(1 + one.weight)
+    x = torch.randn(shape)
+    assert torch.equal(one(x), other(x))
+    one.weight.data.fill_(0.001)
+    expected = x.bfloat16().float() * 1.001
+    expected *= (x.bfloat16().float().square().flatten(2).mean(-1) + 1e-6).rsqrt().view(2, 3, *[1] * (len(shape) - 2))
+    assert torch.equal(one(x.bfloat16()), expected.bfloat16())

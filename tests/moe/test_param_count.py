@@ -7,6 +7,7 @@ from tokenyard.moe.config import (
     Activation,
     AttentionConfig,
     AttentionKind,
+    DeltaNetConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
@@ -128,6 +129,23 @@ def test_attention_extras_by_hand():
     assert parts.norms - count(small()).norms == 3 * 2 * 2
     assert count(small(attention=AttentionConfig(qk_norm=QKNorm.full))).norms - count(small()).norms == 3 * (8 + 4)
     assert flops_per_token(small(attention=extras), 7) == flops_per_token(small(), 7)
+
+
+def test_gated_delta_net_by_hand():
+    """Two of three layers: 2 key heads of 3, 4 value heads of 5, 4 tokens in the convolution; 4 heads of 2 in the third."""
+    delta = DeltaNetConfig(key_heads=2, value_heads=4, key_width=3, value_width=5, kernel=4)
+    settings = AttentionConfig(linear_every=3, delta=delta, output_gate=True, qkv_bias=True)
+    config, full = small(attention=settings), 8 * (8 + 4 + 4 + 8 + 8)
+    products = 8 * (6 + 6 + 20 + 20 + 4 + 4) + 20 * 8 + 4 * (6 + 6 + 20)  # projections, output, convolutions
+    assert count(config).attention == 2 * (products + 4 + 4) + full + 8 + 4 + 4 + 8
+    assert count(config).norms == 7 * 8 + 2 * 5
+    weights = 2 * products + full + 64 + 480 + 144 + 384 + 80
+    assert flops_per_token(config, 7) == 2 * weights + 2 * (2 * 3 * 4 * 3 * 5) + 4 * 4 * 2 * 4
+    assert kv_cache_elements(config, 9) == 2 * (4 * 3 * 5 + 3 * (6 + 6 + 20)) + 9 * 2 * 2 * 2
+    irregular = small(attention=replace(settings, linear_every=1, linear_layers=[0, 1]))
+    assert shapes(irregular) == shapes(config) and flops_per_token(irregular, 7) == flops_per_token(config, 7)
+    predicting = small(attention=settings, mtp_depth=1)  # its block would be the first of the next three
+    assert "mtp.0.block.attention.beta.weight" not in shapes(predicting)
 
 
 def test_sandwich_norms():

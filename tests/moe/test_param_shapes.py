@@ -16,6 +16,7 @@ CHANGES = [
     "model.attention.qk_norm=full model.attention.sinks=true model.attention.qkv_bias=true model.head_width=24",
     "model.mtp_depth=2 model.dense_first=1 model.moe_every=2 model.layers=5 model.hidden=96",
     "model.attention.kind=mla model.moe.shared_hidden=24 model.moe.shared_gate=true model.activation=gelu",
+    "model.attention.linear_layers=[1] model.attention.output_gate=true model.attention.qkv_bias=true model.mtp_depth=1",
     "model.moe.router.null_experts=4 model.moe.router.copy_experts=1 model.moe.router.constant_experts=2",
     "model.moe.router.selection=hash model.moe.router.null_experts=2 model.moe.router.constant_experts=2",
     "model.pre_norms=false model.sandwich_norms=true model.dense_first=1 model.layers=2",

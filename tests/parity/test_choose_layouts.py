@@ -30,7 +30,7 @@ def test_every_model_can_be_made_small(model: str) -> None:
         for name in key.split("."):
             values = [getattr(value, name) for value in values]
         assert bool(values[0]) == bool(values[1]), key
-    kinds = [{(m.moe_layer(i), m.windowed_layer(i)) for i in range(m.layers)} for m in (before, after)]
+    kinds = [{(m.moe_layer(i), m.windowed_layer(i), m.linear_layer(i)) for i in range(m.layers)} for m in (before, after)]
     assert kinds[0] == kinds[1]
     assert (after.heads > after.kv_heads) == (before.heads > before.kv_heads)
     assert all_layouts(given, 2)

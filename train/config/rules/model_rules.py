@@ -6,6 +6,7 @@ from operator import attrgetter
 
 from ....moe.config import (
     AttentionKind,
+    DeltaNetConfig,
     DropPolicy,
     GroupScore,
     ModelConfig,
@@ -27,7 +28,8 @@ def model(config: Config, world: int) -> Iterator[Violation]:
     c = config.model
     if c.dense_first > c.layers:
         yield Violation("model.dense_first", f"must be at most model.layers={c.layers}", [c.layers])
-    for key, listed in (("dense_layers", c.dense_layers), ("attention.full_layers", c.attention.full_layers)):
+    listed_layers = ("dense_layers", "attention.full_layers", "attention.linear_layers")
+    for key, listed in ((key, attrgetter(key)(c)) for key in listed_layers):
         if (valid := sorted({index for index in listed if 0 <= index < c.layers})) != listed:
             yield Violation(f"model.{key}", f"must be rising indices of the {c.layers} layers, from 0", [valid])
     if not c.pre_norms and not c.sandwich_norms:
@@ -40,6 +42,8 @@ def model(config: Config, world: int) -> Iterator[Violation]:
 def attention(config: Config, world: int) -> Iterator[Violation]:
     kind, rope = config.model.attention.kind, config.model.attention.rope
     yield from (_latent if kind is AttentionKind.mla else _grouped_query)(config.model)
+    if linear_blocks(config.model):
+        yield from _linear(config.model.attention.delta)
     if rope.scaling is RopeScaling.llama3 and rope.high_frequency_factor <= rope.low_frequency_factor:
         rule = f"must be above model.attention.rope.low_frequency_factor={rope.low_frequency_factor:g}"
         yield Violation("model.attention.rope.high_frequency_factor", rule, [rope.low_frequency_factor * 4])
@@ -89,11 +93,23 @@ def _latent(c: ModelConfig) -> Iterator[Violation]:
             "model.attention.mla.rope_width", "must be even, rotary embeddings take pairs", multiples(2, a.mla.rope_width)
         )
     left_out = ("rope.fraction", 1.0), ("qk_norm", QKNorm.none), ("qkv_bias", False), ("output_bias", False), ("sinks", False)
-    for name, value in (*left_out, ("clip_qkv", None)):
+    linear = ("output_gate", False), ("linear_every", 1), ("linear_layers", [])
+    for name, value in (*left_out, *linear, ("clip_qkv", None)):
         if attrgetter(name)(a) != value:
             yield Violation(
                 f"model.attention.{name}", f"must be {written(value).removesuffix('.0')} with model.attention.kind=mla", [value]
             )
+
+
+def _linear(c: DeltaNetConfig) -> Iterator[Violation]:
+    if c.value_heads % c.key_heads:
+        rule = f"must be a multiple of model.attention.delta.key_heads={c.key_heads}"
+        yield Violation("model.attention.delta.value_heads", rule, multiples(c.key_heads, c.value_heads))
+
+
+def linear_blocks(c: ModelConfig) -> int:
+    """Blocks with gated DeltaNet instead of attention."""
+    return sum(c.linear_layer(index) for index in range(c.layers))
 
 
 def experts(config: Config, world: int) -> Iterator[Violation]:

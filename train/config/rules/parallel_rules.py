@@ -9,7 +9,7 @@ from ....parallel.layout import node_ranks
 from ..config import Config
 from ..environment import local_world_size
 from ..launch import Launcher
-from .model_rules import moe_blocks
+from .model_rules import linear_blocks, moe_blocks
 from .rule import Violation, divisors
 
 
@@ -53,6 +53,8 @@ def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
     yield "model.heads"
     if c.attention.kind is AttentionKind.gqa:
         yield "model.kv_heads"
+    if linear_blocks(c):
+        yield "model.attention.delta.key_heads"
     if moe_blocks(c) < c.layers + c.mtp_depth:
         yield "model.hidden"
     yield from ("model.vocabulary", "sequence_length")
