@@ -106,6 +106,8 @@ class Transformer(nn.Module):
         self.config = config
         self.activations = activations
         self.weights = weights = weights or torch.promote_types(activations, torch.float32)
+        self.rotary_tables: Callable[..., RotaryTables] = rotary_tables  # context parallelism replaces this and the next
+        self.block_masks: Callable[..., Any] = block_masks
         self.embedding: nn.Module = Embedding(config.vocabulary, config.width, dtype=weights)
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = RMSNorm(config.width, config.norm_epsilon, dtype=weights)
@@ -143,9 +145,9 @@ class Transformer(nn.Module):
             ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, is_random(self.config.moe)
         )
         start = cache[0].length if cache else 0
-        rotary = rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
+        rotary = self.rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
-            rotary = rotary._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
+            rotary = rotary._replace(blocks=self.block_masks(self.config, ids_BS, self.activations, documents_BS))
         x_BSD = self._embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):

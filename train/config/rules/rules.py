@@ -69,10 +69,11 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
 
 
 def batch(config: Config, world: int) -> Iterator[Violation]:
-    sequences, data = config.batch.sequences, world // config.parallel.tensor
+    sequences, data = config.batch.sequences, world // config.parallel.tensor // config.parallel.context
     micro = config.batch.micro or 1
     if sequences % data:
-        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor})"
+        context = f" / parallel.context={config.parallel.context}" if config.parallel.context > 1 else ""
+        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor}{context})"
         yield Violation("batch.sequences", rule, multiples(data * micro, sequences))
     if sequences // data % micro:
         rule = f"must divide the {sequences // data} sequences of a rank (batch.sequences={sequences} over {data} data ranks)"
@@ -91,6 +92,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     trackers,
     parallel_rules.degrees,
     parallel_rules.ranks,
+    parallel_rules.context,
     parallel_rules.expert_tensor,
     parallel_rules.exchange,
     batch,
