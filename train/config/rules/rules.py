@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from operator import attrgetter
 
-from ....data.config import STREAMED, Corpus, TokenizerKind
+from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
 from ..config import Config, Shape
@@ -50,6 +50,9 @@ def data(config: Config, world: int) -> Iterator[Violation]:
     if world > 1 and streams and config.data.patience_seconds + config.data.stall_seconds >= limit:
         rule = f"must, with data.stall_seconds, stay below parallel.timeout_seconds={limit:g}"
         yield Violation("data.patience_seconds", rule, [limit / 2])
+    if streams and config.data.packing is Packing.best_fit:
+        rule = f"must be concat with data.corpus={config.data.corpus.value}, tokenyard prepare makes shards that best_fit can pack"
+        yield Violation("data.packing", rule, [Packing.concat])
 
 
 def schedule(config: Config, world: int) -> Iterator[Violation]:
