@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xxhash
 
+from .best_fit import PackedRows
 from .permutation import cached_permutation
 from .token_array import TokenArray
 
@@ -33,17 +34,28 @@ class GlobalBatches:
     The global batch of step s starts at position `s * sequences`, so an epoch may end inside a batch.
     """
 
-    def __init__(self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int) -> None:
-        """Raises ValueError, one line, if the corpus has no row."""
-        self._row_table = _RowTable(tokens, sequence_length, "training")
-        self._seed = seed
+    def __init__(
+        self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int, packed_by: int | None = None
+    ) -> None:
+        """`packed_by`: the token that ends documents, to pack them by best fit. Raises ValueError, one line, if there is no row."""
+        packs = packed_by is not None
+        self._row_table = (
+            PackedRows(tokens, sequence_length, packed_by) if packs else _RowTable(tokens, sequence_length, "training")
+        )
+        self._seed, self._packed_by = seed, packed_by
         self.sequences = sequences
-        self.fingerprint = tokens.manifest.fingerprint
+        self.fingerprint = self._row_table.fingerprint
         self.rows = self._row_table.rows
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
-        """Returns the given rows (None: all) of the global batch of optimizer step `step`, counted from 0."""
-        return split_rows(self._tokens(step, rows))
+        """Returns the given rows (None: all) of the global batch of optimizer step `step`, counted from 0.
+
+        In packed rows, what follows the end of a document is no target.
+        """
+        ids_BS, targets_BS = split_rows(self._tokens(step, rows))
+        if self._packed_by is not None:
+            targets_BS = targets_BS.masked_fill(ids_BS == self._packed_by, IGNORE)
+        return Batch(ids_BS, targets_BS)
 
     def digest(self, step: int) -> str:
         """Returns xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
@@ -57,8 +69,8 @@ class GlobalBatches:
         """Does nothing: there is no state."""
 
     def metrics(self, step: int | None = None) -> dict[str, float]:
-        """Empty: StreamBatches has metrics."""
-        return {}
+        """Returns the share of padding in packed rows. StreamBatches has more."""
+        return {"data/padding": self._row_table.padding} if isinstance(self._row_table, PackedRows) else {}
 
     def read_failures(self) -> list[Any]:
         """Empty: unreadable documents were left out when the corpus was tokenized."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
 from .checks import check_corpus
-from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
+from .config import STREAMED, Corpus, DataConfig, Packing, TokenizerConfig
 from .corpus import CorpusSurvey, survey
 from .mixture_config import MixtureSource, mixture_sources
 from .pretokenized import open_pretokenized, tokenizer_overrides
@@ -124,8 +124,9 @@ def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: P
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
-    batches = GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length)
-    facts = _facts(corpus, train, validation, tokenizer)
+    end = tokenizer.end_of_document if config.packing is Packing.best_fit else None
+    batches = GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length, packed_by=end)
+    facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts)
 
 

@@ -18,6 +18,13 @@ class Corpus(Enum):
     mix = "mix"
 
 
+class Packing(Enum):
+    """How documents fill the rows of the training data."""
+
+    concat = "concat"
+    best_fit = "best_fit"
+
+
 STREAMED = (Corpus.hf, Corpus.parquet, Corpus.jsonl, Corpus.lines)
 """Kinds that are read while training; the others are opened whole, as arrays of tokens."""
 
@@ -77,6 +84,9 @@ class DataConfig:
     reads them whole). Sizes, and in the cache also times and samples of the bytes, are always checked."""
     mask_documents: bool = False
     """Attention stays inside a document (block-causal), positions restart, and the first token of a document is no target."""
+    packing: Packing = Packing.concat
+    """concat: documents follow each other and are cut wherever a row ends; best_fit: only documents longer than a row are cut, the
+    rest is packed into as few rows as possible, which are padded (not for streamed data; validation rows stay concatenated)."""
 
 
 class TokenizerKind(Enum):

@@ -9,7 +9,7 @@ from typing import Any
 from ..train.config.compose import compose, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
-from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check_model_and_layout, facts, intended_ranks
+from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check_model_and_layout, facts, intended_ranks, layout_text
 from ..train.config.number_format import flops, short
 from ..train.rank_command import refuse
 from ..train.weight_source import compose_run
@@ -109,14 +109,11 @@ def _parts(found: dict[str, Any]) -> list[str]:
 
 
 def _memory(found: dict[str, Any], config: Config) -> list[str]:
-    held, p, world = found["bytes_per_rank"], config.parallel, found["world"]
-    replicate = world // (p.shard * p.tensor)
-    ranks = f"{world} ranks: replicate {replicate} x shard {p.shard} x tensor {p.tensor}; expert {p.expert}"
-    ranks += f" x expert_tensor {p.expert_tensor}" if p.expert_tensor > 1 else ""
+    held = found["bytes_per_rank"]
     parts = ", ".join(f"{name} {gigabytes(held[name])}" for name in ("weights", "gradients", "optimizer"))
     inference, devices = found["inference_bytes"], found["devices_of_80_gb"]
     return [
-        _row("layout", ranks if world > 1 else "1 rank"),
+        _row("layout", layout_text(config.parallel, found["world"])),
         _row("training", f"{gigabytes(held['total'])} a rank without activations: {parts}"),
         _row("inference", ", ".join(f"{kind} {gigabytes(inference[kind])}" for kind in BITS)),
         _row("held by", ", ".join(f"{devices[kind]} x {DEVICE_BYTES / 1e9:.0f} GB ({kind})" for kind in BITS)),

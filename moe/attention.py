@@ -3,15 +3,18 @@
 B sequences, S new tokens, T tokens so far (the new ones included), D width, H query heads, G key-value heads, h width of a head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, QKNorm
+from .continued_attention import attend_continued
 from .device import kind_of
 from .flexible_attention import attend_with_blocks, padded
 from .linear import HeadsNorm, Linear, RMSNorm, compute_dtype, constant_when_compiled
@@ -19,6 +22,9 @@ from .param_count import head_width
 from .rotary import RotaryTables, logits_factor, rotate
 from .softmax import Softmax, apply_sinks, apply_softcap, softmax_of
 from .token_info import same_document
+
+Attend = Callable[..., Tensor]
+"""`attend`, or what context parallelism replaces it with."""
 
 
 class Attention(nn.Module):
@@ -36,6 +42,7 @@ class Attention(nn.Module):
         self.gate = Linear(config.width, config.heads * width, dtype, settings.qkv_bias) if settings.output_gate else None
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if settings.sinks else None
         self.softmax = softmax_of(config, index, width)
+        self.attend: Attend = attend
 
     def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: "KeyValueCache | None" = None) -> Tensor:
         """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
@@ -44,7 +51,7 @@ class Attention(nn.Module):
         v_BGTh = self._heads(self.v(x_BSD), None)
         if cache is not None:
             k_BGTh, v_BGTh = cache.extend(k_BGTh, v_BGTh)
-        y_BHSh = attend(
+        y_BHSh = self.attend(
             q_BHSh,
             k_BGTh,
             v_BGTh,
@@ -73,8 +80,8 @@ def attend(
 ) -> Tensor:
     """Returns (B, H, S, width of v); the queries are of the last S of T tokens. Sinks (gpt-oss) are logits without a value.
 
-    With `documents_BS` (then S = T) tokens attend only to their own document. `blocks` (see moe/flexible_attention.py) is the mask
-    of window and documents together; with it no tensor of shape (S, S) is made.
+    With `documents_BS` (of all T tokens) tokens attend only to their own document. `blocks` (see moe/flexible_attention.py) is the
+    mask of window and documents together; with it no tensor of shape (S, S) is made.
     """
     if blocks is not None:
         return attend_with_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
@@ -83,31 +90,39 @@ def attend(
     if sinks_H is not None or softmax.softcap is not None:
         return _attend_unfused(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, documents_BS).to(dtype)
     unlimited = softmax.window is None or softmax.window >= seen
-    causal = unlimited and new == seen and documents_BS is None
-    mask = None if causal or (unlimited and new == 1) else attention_mask(new, seen, softmax.window, q_BHSh.device, documents_BS)
+    causal = unlimited and documents_BS is None
+    mask = None if causal else attention_mask(new, seen, softmax.window, q_BHSh.device, documents_BS)
     return fused_attention(q_BHSh, k_BGTh, v_BGTh, softmax.scale, mask, causal).to(dtype)
 
 
 def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float, mask_ST: Tensor | None, causal: bool) -> Tensor:
-    """Returns (B, H, S, v), by torch's own kernels. A dry run replaces this function."""
-    width = v_BGTv.shape[-1]
+    """Returns (B, H, S, v), by torch's own kernels. A dry run replaces this function.
+
+    Causal attention of the last S of T tokens makes no mask either: on CUDA a kernel aligns the last query with the last key.
+    """
+    width, new, seen = v_BGTv.shape[-1], q_BHSh.shape[2], k_BGTh.shape[2]
+    continued = causal and 1 < new < seen
+    if continued and kind_of(q_BHSh) == "cpu":
+        return attend_continued(q_BHSh, k_BGTh, padded(v_BGTv, k_BGTh.shape[-1]), scale)[..., :width]
     if kind_of(q_BHSh) == "cuda":
-        k_BGTh, v_BGTv = _prepare_keys_and_values(q_BHSh, k_BGTh, v_BGTv)
-    grouped = q_BHSh.shape[1] != k_BGTh.shape[1]
+        k_BGTh, v_BGTv = _prepare_keys_and_values(q_BHSh, k_BGTh, v_BGTv, continued)
+    grouped, causal = q_BHSh.shape[1] != k_BGTh.shape[1], causal and new == seen
+    mask_ST = causal_lower_right(new, seen) if continued else mask_ST
     y_BHSv = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTv, mask_ST, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y_BHSv if y_BHSv.shape[-1] == width else y_BHSv[..., :width]
 
 
-def _prepare_keys_and_values(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
+def _prepare_keys_and_values(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, continued: bool = False) -> tuple[Tensor, Tensor]:
     """Returns keys and values in shapes that have a fused CUDA kernel; without one, torch makes a tensor of (B, H, S, T).
 
-    The kernel for fp32 has no grouped queries. Flash attention needs values as wide as keys; only cuDNN's kernel does not.
+    The kernel for fp32 has no grouped queries. Flash attention needs values as wide as keys; only cuDNN's kernel does not, which
+    does not take `continued` attention, of the last S of T tokens.
     """
     if q_BHSh.dtype == torch.float32:
         repeats = q_BHSh.shape[1] // k_BGTh.shape[1]
         return _repeated(k_BGTh, repeats), _repeated(v_BGTv, repeats)
     width, narrower = q_BHSh.shape[-1], v_BGTv.shape[-1]
-    if narrower < width and not _by_cudnn(width, narrower, q_BHSh.dtype, q_BHSh.device):
+    if narrower < width and (continued or not _by_cudnn(width, narrower, q_BHSh.dtype, q_BHSh.device)):
         v_BGTv = padded(v_BGTv, width)
     return k_BGTh, v_BGTv
 
@@ -128,7 +143,7 @@ def attention_mask(new: int, seen: int, window: int | None, device: torch.device
     """Booleans (new, seen), or (B, 1, new, seen) with documents: which keys each of the last `new` tokens attends to."""
     mask_ST = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
     mask_ST = mask_ST if window is None else mask_ST.triu(seen - new - window + 1)
-    return mask_ST if documents_BS is None else mask_ST & same_document(documents_BS)
+    return mask_ST if documents_BS is None else mask_ST & same_document(documents_BS, new)
 
 
 def _attend_unfused(
@@ -219,6 +234,7 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(mla.kv_rank, config.heads * (mla.nope_width + mla.value_width), dtype)
         self.o = Linear(config.heads * mla.value_width, config.width, dtype)
         self.softmax = softmax_of(config, index, query, logits_factor(rope))
+        self.attend: Attend = attend
 
     def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: KeyValueCache | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
@@ -233,7 +249,7 @@ class LatentAttention(nn.Module):
         q_BHSh = torch.cat([q_BHSn, rotate(q_BHSr, rotary, self.interleaved)], dim=-1)
         k_BHTn, v_BHTv = _split_heads(self.kv_up(latent_B1TL.squeeze(1)), widths.nope_width, widths.value_width)
         k_BHTh = torch.cat([k_BHTn, key_B1Tr.expand(-1, k_BHTn.shape[1], -1, -1)], dim=-1)
-        y_BHSv = attend(
+        y_BHSv = self.attend(
             q_BHSh, k_BHTh, v_BHTv, self.softmax, None, rotary.documents_BS, rotary.blocks.get(self.softmax.window is not None)
         )
         return self.o(y_BHSv.transpose(1, 2).flatten(2))

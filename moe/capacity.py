@@ -37,6 +37,10 @@ class LocalScope:
         """(B, S, E): the inverse of `gather`; this device's `sequences` of `length` tokens."""
         return x_GTE if scope is Scope.sequence else x_GTE.reshape(sequences, length, x_GTE.shape[2])
 
+    def run_length(self, length: int) -> int:
+        """Returns how many tokens follow each other if this device has `length` tokens of a sequence: a divisor of it."""
+        return length
+
 
 # Groups (GShard, section 2.2): the tokens of a scope in their order, split into `groups` runs of equal size.
 
@@ -66,7 +70,7 @@ def local_part_of_groups(x_GTE: Tensor, sequences: int, length: int, scope: Scop
 
 def piece_length(sequences: int, length: int, scope: Scope, groups: int, scopes: LocalScope) -> int:
     """Returns how long pieces are: the most that divides a sequence's tokens on this device, and a group unless there is one."""
-    size = group_size(scopes.tokens(sequences, length, scope), groups)
+    size, length = group_size(scopes.tokens(sequences, length, scope), groups), scopes.run_length(length)
     return max(1, length if groups == 1 else math.gcd(length, size))
 
 

@@ -26,43 +26,55 @@ MAX_RECOMPILES = 64
 
 
 def block_masks(
-    config: ModelConfig, ids_BS: Tensor, dtype: torch.dtype, documents_BS: Tensor | None = None
+    config: ModelConfig, ids_BS: Tensor, dtype: torch.dtype, documents_BS: Tensor | None = None, queries: range | None = None
 ) -> dict[bool, BlockMask]:
     """Returns the masks of layers without (False) and with (True) the window, which all layers of a kind share.
 
     A kind of layer that uses torch's fused attention has none: on CPUs, in fp64 (no kernel), and if attention is plainly causal.
+    `queries`: the positions of a run of queries; None: all.
     """
     if kind_of(ids_BS) != "cuda" or dtype == torch.float64:
         return {}
     settings, length, masks = config.attention, ids_BS.shape[1], {}
+    run = queries or range(length)
     for windowed in sorted({config.windowed_layer(index) for index in range(config.layers + config.mtp_depth)}):
         window = settings.window if windowed and settings.window is not None and settings.window < length else None
         if settings.sinks or settings.softcap is not None or window is not None or documents_BS is not None:
-            masks[windowed] = block_mask(length, window, ids_BS.device, documents_BS)
+            masks[windowed] = block_mask(run.stop, window, ids_BS.device, documents_BS, run.start)
     return masks
 
 
-def block_mask(length: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None) -> BlockMask:
-    """Computes for each pair of blocks whether some or all of its pairs of tokens are visible. Documents are numbered in order."""
+def block_mask(
+    length: int, window: int | None, device: torch.device, documents_BS: Tensor | None = None, first: int = 0
+) -> BlockMask:
+    """Computes for each pair of blocks whether some or all of its pairs of tokens are visible. Documents are numbered in order.
+
+    Of `length` tokens, those from `first` on are queries, Q blocks of them.
+    """
     first_N = torch.arange(0, length, BLOCK, device=device)
     last_N = (first_N + BLOCK - 1).clamp(max=length - 1)
-    some_BNN = (first_N <= last_N[:, None]).unsqueeze(0)
-    whole_N = first_N + BLOCK <= length
-    every_BNN = ((last_N <= first_N[:, None]) & whole_N[:, None]).unsqueeze(0)
+    first_Q, last_Q = first_N, last_N
+    if first:
+        first_Q = torch.arange(first, length, BLOCK, device=device)
+        last_Q = (first_Q + BLOCK - 1).clamp(max=length - 1)
+    some_BQN = (first_N <= last_Q[:, None]).unsqueeze(0)
+    whole_Q = first_Q + BLOCK <= length
+    every_BQN = ((last_N <= first_Q[:, None]) & whole_Q[:, None]).unsqueeze(0)
     if window is not None:
-        some_BNN = some_BNN & (first_N[:, None] - last_N < window)
-        every_BNN = every_BNN & (last_N[:, None] - first_N < window)
+        some_BQN = some_BQN & (first_Q[:, None] - last_N < window)
+        every_BQN = every_BQN & (last_Q[:, None] - first_N < window)
     if documents_BS is not None:
         documents_BS = documents_BS.int()
         from_BN, to_BN = documents_BS[:, first_N], documents_BS[:, last_N]
-        some_BNN = some_BNN & (to_BN[:, None, :] >= from_BN[:, :, None])
-        every_BNN = every_BNN & (from_BN[:, None, :] == to_BN[:, :, None])
-    part_BNN, mask_mod = some_BNN & ~every_BNN, _mask_mod(window, documents_BS)
+        from_BQ, to_BQ = documents_BS[:, first_Q], documents_BS[:, last_Q]
+        some_BQN = some_BQN & (to_BN[:, None, :] >= from_BQ[:, :, None])
+        every_BQN = every_BQN & (from_BN[:, None, :] == to_BQ[:, :, None])
+    part_BQN, mask_mod = some_BQN & ~every_BQN, _mask_mod(first, window, documents_BS)
     of_queries, of_keys = (
-        (*_block_indices(part_BNN), *_block_indices(every_BNN)),
-        (*_block_indices(part_BNN.mT), *_block_indices(every_BNN.mT)),
+        (*_block_indices(part_BQN), *_block_indices(every_BQN)),
+        (*_block_indices(part_BQN.mT), *_block_indices(every_BQN.mT)),
     )
-    return BlockMask((length, length), *of_queries, *of_keys, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
+    return BlockMask((length - first, length), *of_queries, *of_keys, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
 
 
 def attend_with_blocks(
@@ -117,8 +129,12 @@ def _block_indices(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
     return marked_B1NN.sum(-1, dtype=torch.int32), marked_B1NN.argsort(dim=-1, descending=True, stable=True).int()
 
 
-def _mask_mod(window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
+def _mask_mod(first: int, window: int | None, documents_BS: Tensor | None) -> Callable[..., Tensor]:
+    """`first`: the position of the first query."""
+
     def mask_mod(sequence: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if first:
+            query = query + first
         visible = key <= query
         if window is not None:
             visible = visible & (query - key < window)

@@ -120,6 +120,8 @@ class Transformer(nn.Module):
         self.config = config
         self.activations = activations
         self.weights = weights = weights or torch.promote_types(activations, torch.float32)
+        self.rotary_tables: Callable[..., RotaryTables] = rotary_tables  # context parallelism replaces this and the next
+        self.block_masks: Callable[..., Any] = block_masks
         self.embedding: nn.Module = Embedding(config.vocabulary, config.width, dtype=weights)
         self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = residual_norm(config, weights)
@@ -158,9 +160,9 @@ class Transformer(nn.Module):
         """
         tokens = build_token_info(ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, self.is_random)
         start = cache[0].length if cache else 0
-        rotary = rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
+        rotary = self.rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
-            rotary = rotary._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
+            rotary = rotary._replace(blocks=self.block_masks(self.config, ids_BS, self.activations, documents_BS))
         x_BSD = self._embed(ids_BS, tokens)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):

@@ -5,6 +5,7 @@ B sequences, H heads, S tokens, h width of a head, r rotated dimensions of it (t
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ class RotaryTables(NamedTuple):
     sin: Tensor
     documents_BS: Tensor | None
     """The document of each token; None: a sequence is one document."""
-    blocks: dict[bool, BlockMask]
-    """Block masks of layers without (False) and with (True) the window: see `block_masks` in moe/flexible_attention.py."""
+    blocks: Mapping[bool, BlockMask | list[BlockMask]]
+    """Block masks of layers without (False) and with (True) the window: see `block_masks` in moe/flexible_attention.py. With
+    context parallelism one for each chunk of a rank's tokens."""
 
 
 def rotary_tables(

@@ -131,6 +131,6 @@ def lengths_of(documents_BS: Tensor) -> Tensor:
     return positions_of(documents_BS) + backwards_BS + 1
 
 
-def same_document(documents_BS: Tensor) -> Tensor:
-    """Booleans (B, 1, S, S): which tokens share a document."""
-    return (documents_BS[:, :, None] == documents_BS[:, None, :]).unsqueeze(1)
+def same_document(documents_BT: Tensor, new: int) -> Tensor:
+    """Booleans (B, 1, new, T): which of T tokens are in the document of each of the last `new`."""
+    return (documents_BT[:, -new:, None] == documents_BT[:, None, :]).unsqueeze(1)

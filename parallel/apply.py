@@ -14,6 +14,7 @@ from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from .config import Exchange, ParallelConfig
+from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
 from .dispatch.base import ExpertParallelDispatcher
@@ -81,6 +82,9 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if config.tensor > 1:
         apply_tensor_parallel(model, mesh, shards)
         log.info("tensor parallel: %d ranks share dense weights and sequences", config.tensor)
+    if config.context > 1:
+        apply_context_parallel(model, mesh, config.context_exchange)
+        log.info("context parallel: %d ranks share sequences, %s exchange", config.context, config.context_exchange.value)
     if config.expert > 1:
         _apply_expert_parallel(model, mesh, shards, config)
         log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
@@ -94,9 +98,9 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if compiled:
         _compile(model)
         log.info("torch.compile: attention, norms and dense feed-forwards of every block")
-    if mesh.sizes["shard"] > 1:
+    if config.shard > 1:
         apply_fsdp(model, mesh, device, config.zero)
-        log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, mesh.sizes["shard"])
+        log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
     return Parallel(model, mesh, device, parameters, config.zero, config.recompute)
@@ -150,10 +154,10 @@ def _sharded(name: str, parameter: nn.Parameter, mesh: Mesh, shard: ShardMetadat
     kind = "expert_" if ".experts." in name else ""
     replicated = [kind + "replicate"]
     if isinstance(parameter, DTensor):
-        axis = mesh.axis(kind + "shard")
+        axis = mesh.axis("expert_shard") if kind else mesh.axis("shard", "context")
         shard = shard.chunk(shard_dim(shard.sizes, axis.size), axis.size, axis.rank)
     else:
-        replicated.append(kind + "shard")
+        replicated += ["expert_shard"] if kind else ["shard", "context"]
     if (sliced_dim_of_experts(name) if kind else sliced_dim(name, config)) is None:
         replicated.append(kind + "tensor")
     assert tuple(local(parameter).shape) == shard.sizes, f"{name} is {tuple(local(parameter).shape)}, not {shard.sizes}"

@@ -15,12 +15,20 @@ class Exchange(Enum):
     gather = "gather"
 
 
+class ContextExchange(Enum):
+    """What attention exchanges between the ranks that share a sequence."""
+
+    gather = "gather"
+    heads = "heads"
+
+
 @dataclass
 class ParallelConfig:
     tensor: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks that share each dense layer's weights and each sequence (tensor and sequence parallelism)."""
     shard: int = field(default=1, metadata=within("[1, inf)"))
-    """Ways in which FSDP2 shards parameters, gradients and optimizer state; the remaining data ranks replicate."""
+    """Ways in which FSDP2 shards parameters, gradients and optimizer state; the remaining data ranks replicate. Context ranks are
+    among these ways."""
     zero: int = field(default=3, metadata=within("[1, 3]"))
     """What FSDP2 keeps whole within a step, as ZeRO-3, -2 or -1. 3: nothing, weights are gathered for each pass; 2: weights;
     1: weights, and gradients until the last micro-batch, which alone reduces them."""
@@ -28,6 +36,10 @@ class ParallelConfig:
     """Ranks that share each MoE layer's experts; folded over data x tensor ranks, so it needs no ranks of its own."""
     expert_tensor: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks that share each expert's hidden columns; folded over data x tensor ranks too, neighbours inside an expert group."""
+    context: int = field(default=1, metadata=within("[1, inf)"))
+    """Ranks that share each sequence through all of the model, an early and a late chunk of it each (context parallelism)."""
+    context_exchange: ContextExchange = ContextExchange.gather
+    """Attention gathers keys and values of all tokens (MLA: latents), or exchanges tokens for heads as in Ulysses (heads)."""
     exchange: Exchange = Exchange.plain
     """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); or all tokens (gather)."""
     node_ranks: int | None = field(default=None, metadata=within("[1, inf)"))

@@ -1,4 +1,5 @@
-"""FSDP2 for `parallel.shard` > 1: blocks and root over the shard axis, experts over the ranks that hold the same experts.
+"""FSDP2 for `parallel.shard` > 1: blocks and root over the shard and context ranks, experts over the ranks that hold the
+same experts.
 
 While a block computes, the weights of the next one (its experts' too) are prefetched: before the host waits for row counts in the
 MoE layer, which would delay them. So at most two blocks are gathered at a time.
@@ -33,15 +34,15 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) 
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=model.weights, cast_forward_inputs=False)
     # No code writes into the output of an MoE layer, which is added to the residual stream.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPMoELayer\) returned a view")
-    dense, experts = mesh.sizes["shard"], mesh.sizes["expert_shard"]
-    dense_mesh = mesh.device_mesh("shard", device) if dense > 1 else None
-    expert_mesh = mesh.device_mesh("expert_shard", device) if experts > 1 else None
+    dense, experts = mesh.axis("shard", "context"), mesh.axis("expert_shard")
+    dense_mesh = mesh.device_mesh(dense, "shard", device) if dense.size > 1 else None
+    expert_mesh = mesh.device_mesh(experts, "expert_shard", device) if experts.size > 1 else None
     for block in model.blocks:
         of_experts = set() if block.moe is None else set(block.moe.experts.parameters())
-        _wrap(block, dense_mesh, dense, policy, whole | of_experts)
+        _wrap(block, dense_mesh, dense.size, policy, whole | of_experts)
         if block.moe is not None and expert_mesh is not None:
-            _wrap(block.moe, expert_mesh, experts, policy, set(block.moe.parameters()) - of_experts)
-    _wrap(model, dense_mesh, dense, policy, whole)
+            _wrap(block.moe, expert_mesh, experts.size, policy, set(block.moe.parameters()) - of_experts)
+    _wrap(model, dense_mesh, dense.size, policy, whole)
     _set_prefetch(model)
     if zero < 3:
         cast(FSDPModule, model).set_reshard_after_forward(False)

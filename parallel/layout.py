@@ -42,22 +42,27 @@ ADDED_BY_ONE = ("attention.o.bias", "experts.down_bias")
 NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
 """Sliced as well if the norm spans all heads."""
 
-DENSE = ("replicate", "shard", "tensor")
+DENSE = ("replicate", "shard", "context", "tensor")
 EXPERTS = ("expert_replicate", "expert_shard", "expert", "expert_tensor")
 
 
 def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
     """Returns the sizes of both grids of ranks, the last dimension of each varying fastest. The caller has checked divisibility."""
-    assert world % (parallel.tensor * parallel.shard) == 0 and world % (parallel.expert * parallel.expert_tensor) == 0
-    shard = expert_shard_ranks(parallel, world)
-    dense = (world // parallel.tensor // parallel.shard, parallel.shard, parallel.tensor)
+    assert world % dense_ranks(parallel) == 0 and world % (parallel.expert * parallel.expert_tensor) == 0
+    shard, data_shard = expert_shard_ranks(parallel, world), dense_ranks(parallel) // parallel.context // parallel.tensor
+    dense = (world // dense_ranks(parallel), data_shard, parallel.context, parallel.tensor)
     experts = (world // parallel.expert // parallel.expert_tensor // shard, shard, parallel.expert, parallel.expert_tensor)
     return dict(zip(DENSE + EXPERTS, dense + experts, strict=True))
 
 
+def dense_ranks(parallel: ParallelConfig) -> int:
+    """Returns the ranks that hold a model without experts once: FSDP shards over the context ranks, and over further data ranks."""
+    return parallel.tensor * math.lcm(parallel.context, parallel.shard)
+
+
 def fewest_ranks(parallel: ParallelConfig) -> int:
     """Returns the fewest ranks that fit the degrees; all world sizes that fit are multiples of it."""
-    return math.lcm(parallel.tensor * parallel.shard, parallel.expert * parallel.expert_tensor)
+    return math.lcm(dense_ranks(parallel), parallel.expert * parallel.expert_tensor)
 
 
 def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Shapes:

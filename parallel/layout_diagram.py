@@ -20,6 +20,7 @@ NAMES = 26
 
 SENDS = {
     "tensor": "every layer: sequences gathered, partial sums scattered",
+    "context": "every attention: keys and values, or heads, of whole sequences",
     "expert_tensor": "every MoE layer: rows to all of them, partial sums back",
     "expert": "every MoE layer: tokens to their experts and back",
     "shard": "FSDP2: weights gathered, gradients summed and scattered",
@@ -79,10 +80,11 @@ def _stride(dim: str, sizes: dict[str, int]) -> int:
 
 def _dense(sizes: dict[str, int], world: int) -> Iterator[Row]:
     """Yields the parts of the batch and of the dense weights. If data ranks are all shards, or all replicas, that is one row."""
-    run, data = sizes["tensor"], world // sizes["tensor"]
+    run, rows = sizes["tensor"], sizes["tensor"] * sizes["context"]
+    data = world // rows
     same = [dim for dim in ("shard", "replicate") if sizes[dim] == data > 1]
-    yield Row(f"{' = '.join(['batch', *same])}, of {data}", [str(rank // run) for rank in range(world)], run)
-    yield from _parts([dim for dim in ("tensor", "shard", "replicate") if dim not in same], sizes, world, run, 0)
+    yield Row(f"{' = '.join(['batch', *same])}, of {data}", [str(rank // rows) for rank in range(world)], run)
+    yield from _parts([dim for dim in ("tensor", "context", "shard", "replicate") if dim not in same], sizes, world, run, 0)
 
 
 def _experts(sizes: dict[str, int], world: int, experts: int) -> Iterator[Row]:

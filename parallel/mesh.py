@@ -1,7 +1,7 @@
 """Two meshes over the same ranks, one for dense parameters and one for experts (parallel folding). The last dimension varies
 fastest.
 
-    dense    replicate x shard x tensor
+    dense    replicate x shard x context x tensor
     experts  expert_replicate x expert_shard x expert x expert_tensor
 
 Expert parallelism needs no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
@@ -40,7 +40,10 @@ class Mesh:
     axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
 
     def axis(self, *names: str) -> Axis:
-        """Returns the ranks that differ from this one only in the named dimensions, which are of one mesh."""
+        """Returns the ranks that differ from this one only in the named dimensions, which are of one mesh.
+
+        A context of 1 is as if it were not named, so that it makes no group.
+        """
         if names not in self.axes:
             self.axes[names] = self._make(names)
         return self.axes[names]
@@ -56,17 +59,28 @@ class Mesh:
 
     @property
     def tensor(self) -> Axis:
-        """The ranks with the same rows, and different slices of them and of the dense weights."""
+        """The ranks with the same tokens, and different slices of them and of the dense weights."""
         return self.axis("tensor")
 
-    def device_mesh(self, name: str, device: torch.device) -> DeviceMesh:
-        """Returns one dimension as a torch DeviceMesh, for FSDP2."""
-        group = self.axis(name).group
-        assert group is not None
-        return DeviceMesh.from_group(group, device.type, mesh_dim_names=(name,))
+    @property
+    def context(self) -> Axis:
+        """The ranks with the same rows and different chunks of them, through all of the model (parallel/context.py)."""
+        return self.axis("context")
+
+    @property
+    def sequence(self) -> Axis:
+        """The ranks that together have the tokens of the same rows."""
+        return self.axis("context", "tensor")
+
+    def device_mesh(self, axis: Axis, name: str, device: torch.device) -> DeviceMesh:
+        """Returns a group of ranks as a torch DeviceMesh, for FSDP2."""
+        assert axis.group is not None
+        return DeviceMesh.from_group(axis.group, device.type, mesh_dim_names=(name,))
 
     def _make(self, names: tuple[str, ...]) -> Axis:
-        dims = DENSE if names[0] in DENSE else EXPERTS
+        if "context" in names and self.sizes["context"] == 1:
+            return self.axis(*(name for name in names if name != "context"))
+        dims = EXPERTS if names and names[0] in EXPERTS else DENSE
         firsts = self._ranks(dims, [dim for dim in dims if dim not in names])
         return self.axis_of([[first + further for further in self._ranks(dims, names)] for first in firsts])
 

@@ -85,8 +85,7 @@ def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
 def numbers(layout: Layout) -> dict[str, int]:
     """Returns the degrees and counts of a layout that are more than one, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
-    data = layout.ranks // layout.parallel.tensor
-    counted = {"data ranks": data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
+    counted = {"data ranks": layout.data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
     passes = {"forward passes with recomputation": 1 + layout.parallel.recompute}
     return {name: number for name, number in (degrees | counted | passes).items() if number > 1}
 
@@ -120,10 +119,23 @@ def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
     elif kind == "output" and mismatch.layout.accumulation > 1 and _only_later_rows(mismatch):
         text = "the first micro-batch agrees and a later one does not: was an expert bias moved per micro-batch?"
         yield Hint("bias per micro-batch", text)
+    elif kind == "output" and mismatch.layout.parallel.context > 1:
+        yield from _by_chunk(mismatch)
     elif kind == "gradient norm":
         yield Hint("norm", "all gradients agree: are the squares added up over all ranks, and copies counted once?")
     elif kind == "weight":
         yield Hint("update", "losses, gradients and norms agree: look at clipping and the optimizer")
+
+
+def _by_chunk(mismatch: Mismatch) -> Iterator[Hint]:
+    """Yields a hint if some tokens of the sequences agree and others do not."""
+    found = _of_key(mismatch)
+    wrong = sorted({(f.offsets[1], f.offsets[1] + f.sizes[1]) for f in found if _differs(f)})
+    right = {(f.offsets[1], f.offsets[1] + f.sizes[1]) for f in found} - set(wrong)
+    if right:
+        shown = ", ".join(f"{first} to {end - 1}" for first, end in wrong)
+        text = f"tokens {shown} differ, the others agree: rotated by the positions of other chunks, or without the keys of one?"
+        yield Hint("context chunks", text)
 
 
 def _only_later_rows(mismatch: Mismatch) -> bool:

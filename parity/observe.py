@@ -3,6 +3,7 @@
 Each tensor comes with its rectangle of the global tensor, so that a rank can compare it with that of one process.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.init import expert_biases
-from ..moe.token_info import BatchPosition
+from ..moe.token_info import BatchPosition, documents_of
 from ..parallel.apply import Parallel, gradient_of, local
+from ..parallel.context import own_runs
+from ..parallel.mesh import Mesh
 from ..parallel.shard import ShardMetadata, whole
 from ..parallel.streams import on_device
 from ..train.batch import Rows
@@ -43,6 +46,9 @@ FIELD_OF_LOSS = {
     "z-loss": "z_L",
 }
 """The fields of `StepNumbers` with a number for each layer, by the kind of finding."""
+
+END = 7
+"""The token that ends documents."""
 
 Batch = Callable[[Config, int], tuple[Tensor, Tensor]]
 """From the configuration and the step (from 0) to the global batch: ids and targets, both (B, S)."""
@@ -99,19 +105,27 @@ def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
 def rows_of(parallel: Parallel, config: Config, ids_BS: Tensor, targets_BS: Tensor) -> list[Rows]:
     """Returns the micro-batches of this rank.
 
-    As in training, micro-step m of all ranks covers the m-th part of the global batch.
+    As in training, micro-step m of all ranks covers the m-th part of the global batch. If attention stays inside documents, END
+    ends one.
     """
     data, sequences = parallel.mesh.data, len(ids_BS)
     micro = config.batch.micro or sequences // data.size
     starts = range(data.rank * micro, sequences, micro * data.size)
+    documents: list[Tensor | None] = [None] * len(starts)
+    if config.data.mask_documents:
+        documents_BS, targets_BS = documents_of(ids_BS, targets_BS, END, IGNORE)
+        documents = [on_device(documents_BS[start : start + micro], parallel.device) for start in starts]
     ids_BS, targets_BS = (on_device(x, parallel.device) for x in (ids_BS, targets_BS))
-    return [Rows(ids_BS[start : start + micro], targets_BS[start : start + micro], start) for start in starts]
+    return [
+        Rows(ids_BS[start : start + micro], targets_BS[start : start + micro], start, of_rows)
+        for start, of_rows in zip(starts, documents, strict=True)
+    ]
 
 
 @contextmanager
 def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> Iterator[list[ObservedTensor]]:
     """Collects the outputs of attention and feed-forward of each block. With recomputation only the first output counts."""
-    seen: dict[tuple[str, int], ObservedTensor] = {}
+    seen: dict[tuple[str, int, int], ObservedTensor] = {}
     started: list[Rows] = []
     length = micro_batches[0].ids.shape[1]
     sequences = sum(len(rows.ids) for rows in micro_batches) * parallel.mesh.data.size
@@ -119,9 +133,10 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
     def hook(name: str) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             value, first = output[0] if isinstance(output, tuple) else output, started[-1].first
-            offsets = (first, parallel.mesh.tensor.rank * value.shape[1] if value.shape[1] < length else 0, 0)
-            shard = ShardMetadata((sequences, length, value.shape[2]), offsets, tuple(value.shape))
-            seen.setdefault((name, first), ObservedTensor(Key(step, "output", name), shard, value.detach()))
+            runs = runs_of(parallel.mesh, length, value.shape[1])
+            for run, part in zip(runs, value.detach().split([len(run) for run in runs], dim=1), strict=True):
+                shard = ShardMetadata((sequences, length, value.shape[2]), (first, run.start, 0), tuple(part.shape))
+                seen.setdefault((name, first, run.start), ObservedTensor(Key(step, "output", name), shard, part))
 
         return keep
 
@@ -136,6 +151,15 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
         for handle in handles:
             handle.remove()
     collected += seen.values()
+
+
+def runs_of(mesh: Mesh, length: int, here: int) -> list[range]:
+    """Returns the positions of this rank's `here` tokens in a sequence of `length`: of a slice, or of a context rank's chunks."""
+    runs = own_runs(length, mesh.context) if mesh.context.size > 1 else [range(length)]
+    first = mesh.tensor.rank * here if here < sum(map(len, runs)) else 0
+    before = [0, *itertools.accumulate(map(len, runs))]
+    cut = [run[max(0, first - done) : max(0, first + here - done)] for run, done in zip(runs, before[:-1], strict=True)]
+    return [run for run in cut if run]
 
 
 def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:

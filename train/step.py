@@ -18,6 +18,7 @@ from ..moe.token_info import BatchPosition
 from ..moe.weight_cast import shared_casts
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
+from ..parallel.context import own_chunks
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
 from ..parallel.progress import in_phase
@@ -143,7 +144,9 @@ def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
 
     Module d predicts at position i the target of i + d.
     """
-    targets = (targets_ahead(rows, depth) for depth in range(parallel.model.config.mtp_depth + 1))
+    targets = [targets_ahead(rows, depth) for depth in range(parallel.model.config.mtp_depth + 1)]
+    if parallel.mesh.sizes["context"] > 1:
+        targets = [own_chunks(target_BS, parallel.mesh.context) for target_BS in targets]
     return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
 
 

@@ -4,6 +4,7 @@ Import it as `dry`: tests/conftest.py puts this folder on the path.
 """
 
 import functools
+import math
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -83,10 +84,11 @@ def watched(case: Case, logged: bool) -> Found:
         return found(rank, config)
 
 
-def largest_kept(model: str, length: int) -> int:
-    """Elements of the largest tensor that a forward pass keeps for the backward pass, on one device."""
+def largest_kept(model: str, length: int, context: int = 1) -> int:
+    """Elements of the largest tensor that a forward pass keeps for the backward pass, on the first of `context` ranks."""
     sizes: list[int] = []
-    with dry_rank(config_of(Case(model, words=(f"sequence_length={length}",))), 0, 1) as rank:
+    words = f"sequence_length={length}", f"parallel.context={context}"
+    with dry_rank(config_of(Case(model, context, words=words)), 0, context) as rank:
 
         def keep(x: torch.Tensor) -> torch.Tensor:
             sizes.append(x.numel())
@@ -100,8 +102,10 @@ def largest_kept(model: str, length: int) -> int:
 @functools.cache
 def config_of(case: Case) -> Config:
     """In bf16, on short sequences, so many micro-batches of one on each data rank."""
-    tensor = next((int(word.partition("=")[2]) for word in case.words if word.startswith("parallel.tensor=")), 1)
-    sequences = MICRO_BATCHES * case.world // tensor
+    same_rows = ("parallel.tensor=", "parallel.context=")
+    sequences = (
+        MICRO_BATCHES * case.world // math.prod(int(word.partition("=")[2]) for word in case.words if word.startswith(same_rows))
+    )
     sizes = [f"batch.sequences={sequences}", "batch.micro=1", "precision=bf16"]
     sizes += [] if any(word.startswith("sequence_length=") for word in case.words) else ["sequence_length=128"]
     return compose([f"model={case.model}", *sizes, *case.words])

@@ -11,6 +11,7 @@ from tokenyard.plan.ledger import Collective
 
 LAYOUTS = [
     "parallel.shard=2 parallel.expert=4 parallel.tensor=2 parallel.expert_tensor=2 model.moe.balance.scope=batch",
+    "parallel.context=2 parallel.shard=4 parallel.expert=4 parallel.tensor=2 model.moe.capacity.factor=1 data.mask_documents=true",
     "parallel.shard=4 parallel.zero=1 parallel.expert=2 parallel.recompute=true model.moe.capacity.factor=1",
 ]
 

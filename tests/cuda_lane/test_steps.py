@@ -32,6 +32,8 @@ LAYOUTS = [
     (8, "parallel.expert=8 model.moe.capacity.factor=1.25 model.moe.capacity.scope=batch"),
     (8, "parallel.expert=8 model.moe.capacity.factor=1.25 model.moe.capacity.pad=true"),
     (8, "parallel.tensor=2 data.mask_documents=true"),
+    (8, "parallel.context=2 parallel.shard=4 parallel.tensor=2 parallel.expert=4 model.moe.capacity.factor=1"),
+    (8, "parallel.context=4 parallel.context_exchange=heads data.mask_documents=true"),
 ]
 
 
@@ -101,6 +103,12 @@ def test_a_step_that_is_watched(logged: bool, apart: Callable[..., Any]) -> None
 def test_attention_keeps_no_scores(model: str, apart: Callable[..., Any]) -> None:
     """The largest tensor grows with the length, not with its square."""
     assert apart(largest_kept, model, 1024) == 2 * apart(largest_kept, model, 512)
+
+
+@pytest.mark.parametrize("model", ["tiny_qwen3_moe", "tiny_deepseek_v2", "tiny_gpt_oss"])
+def test_attention_of_context_ranks_keeps_no_scores(model: str, apart: Callable[..., Any]) -> None:
+    """Of its chunks of a sequence neither: there is no mask of (S / 2 N, S)."""
+    assert apart(largest_kept, model, 1024, 2) == 2 * apart(largest_kept, model, 512, 2)
 
 
 @pytest.mark.parametrize(("line", "found"), PLANTS.items())

@@ -7,10 +7,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tokenyard.moe.attention import attend
 from tokenyard.moe.balance import update_expert_bias
 from tokenyard.moe.init import expert_biases
+from tokenyard.moe.rotary import rotary_tables
 from tokenyard.moe.router import Router
-from tokenyard.parallel import gradients
+from tokenyard.parallel import context, gradients
 from tokenyard.parallel.apply import Parallel, gradient_of
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.train import step
@@ -29,6 +31,46 @@ def averaged_over_expert_ranks() -> Iterator[None]:
                 gradient_of(sharded).div_(parallel.mesh.sizes["expert"])
 
     with mock.patch.object(step, "gradient_all_reduce", summed):
+        yield
+
+
+@contextlib.contextmanager
+def averaged_over_context_ranks() -> Iterator[None]:
+    """The gradient of dense weights is a mean over context ranks."""
+
+    @contextlib.contextmanager
+    def summed(parallel: Parallel) -> Iterator[None]:
+        with gradients.gradient_all_reduce(parallel):
+            yield
+        for name, sharded in parallel.parameters.items():
+            if ".experts." not in name:
+                gradient_of(sharded).div_(parallel.mesh.sizes["context"])
+
+    with mock.patch.object(step, "gradient_all_reduce", summed):
+        yield
+
+
+@contextlib.contextmanager
+def chunks_rotated_as_if_neighbours() -> Iterator[None]:
+    """Positions count from the first token of a context rank, as if its two chunks followed each other."""
+
+    def own_tables(axis: Any, *args: Any) -> Any:
+        tables = rotary_tables(*args)
+        return tables._replace(**{name: getattr(tables, name).chunk(axis.size, -2)[axis.rank] for name in ("cos", "sin")})
+
+    with mock.patch.object(context, "_own_tables", own_tables):
+        yield
+
+
+@contextlib.contextmanager
+def chunk_of_keys_forgotten() -> Iterator[None]:
+    """A context rank's late chunk does not attend to the first chunk of the sequence."""
+
+    def attend_late(q: Any, k: Any, v: Any, softmax: Any, sinks: Any, documents: Any, blocks: Any) -> Any:
+        first = q.shape[2] if k.shape[2] > 2 * q.shape[2] else 0
+        return attend(q, k[:, :, first:], v[:, :, first:], softmax, sinks, documents, blocks)
+
+    with mock.patch.object(context, "attend", attend_late):
         yield
 
 

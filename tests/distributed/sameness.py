@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import Exchange, ParallelConfig
+from tokenyard.parallel.config import ContextExchange, Exchange, ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import choose_layouts as layouts
 from tokenyard.parity import observe
@@ -39,6 +39,8 @@ class Layout(NamedTuple):
     node_ranks: int | None = None
     overlap_chunks: int = 1
     recompute: bool = False
+    context: int = 1
+    context_exchange: ContextExchange = ContextExchange.gather
 
 
 class Case(NamedTuple):
@@ -51,6 +53,8 @@ class Case(NamedTuple):
     idle_rows: int = 0
     """Rows of each global batch whose targets are all ignored: on some layouts a rank has no token."""
     steps: int = STEPS
+    length: int = LENGTH
+    documents: bool = False
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
@@ -120,12 +124,13 @@ def spread(layout: Layout, micro_batches: int = 1) -> layouts.Layout:
 def configured(layout: Layout, case: Case) -> Config:
     config = Config(
         seed=3,
-        sequence_length=LENGTH,
+        sequence_length=case.length,
         precision=Precision.fp64,
         batch=BatchConfig(SEQUENCES),
         model=case.config,
         optimizer=OptimizerConfig(lr=0.01, clip_norm=None),
     )
+    config.data.mask_documents = case.documents
     return spread(layout, case.micro_batches).applied(config)
 
 

@@ -84,6 +84,23 @@ def test_blocks_are_those_of_the_mask(length: int, window: int | None) -> None:
                 assert found.is_contiguous() and torch.equal(found, getattr(theirs, kind + name))
 
 
+@pytest.mark.parametrize("new", [1, 100, 128, 200])
+@pytest.mark.parametrize("window", [None, 1, 128, 200])
+@pytest.mark.parametrize("documents", ["none", "some"])
+def test_the_last_tokens_as_queries(new: int, window: int | None, documents: str) -> None:
+    """As with context parallelism: chunks begin anywhere in a block."""
+    length = LENGTH - 60
+    documents_BS = numbered(documents)
+    documents_BS = None if documents_BS is None else documents_BS[:, :length]
+    q, k, v, _ = random_heads((2, 20, 20), False)
+    tensors = [x.detach()[:, :, -rest:].requires_grad_() for x, rest in ((q, new), (k, length), (v, length))]
+    softmax = Softmax(0.3, None, window)
+    expected = attend(*tensors, softmax, None, documents_BS)
+    blocks = block_mask(length, window, CPU, documents_BS, length - new)
+    assert blocks.seq_lengths == (new, length)
+    assert_same(attend(*tensors, softmax, None, documents_BS, blocks), expected, tensors)
+
+
 def test_masked_blocks_are_skipped() -> None:
     """A window of 512 tokens needs at most 5 of 64 blocks in a row; 16 documents of 4 blocks need 10 pairs each."""
     length = 64 * BLOCK
@@ -92,6 +109,7 @@ def test_masked_blocks_are_skipped() -> None:
     assert pairs(block_mask(length, 4 * BLOCK, CPU)) == 5 * 64 - (1 + 2 + 3 + 4)
     assert pairs(block_mask(length, None, CPU, documents_BS)) == 16 * 10
     assert pairs(block_mask(length, BLOCK, CPU, documents_BS)) == 16 * 7
+    assert pairs(block_mask(length, None, CPU, None, length // 2)) == 32 * 32 + 32 * 33 // 2
 
 
 def test_no_tensor_has_a_number_for_each_pair_of_tokens() -> None:

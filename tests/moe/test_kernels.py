@@ -8,7 +8,6 @@ import pytest
 import torch
 from tokenyard.data.batches import IGNORE
 from tokenyard.moe import device, dispatch, feedforward, linear
-from tokenyard.moe import model as model_module
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import RowPlan, count_rows, plan_choices, weights_per_row
@@ -276,7 +275,7 @@ def test_a_model_has_the_outputs_and_gradients_of_one_without_kernels(name: str)
         return {"logits": logits.detach(), **gradients}
 
     expected = outputs_and_gradients()
-    with dry_run("cuda"), patch.object(model_module, "block_masks", lambda *_: {}):  # FlexAttention needs a GPU
+    with dry_run("cuda"), patch.object(model, "block_masks", lambda *_: {}):  # FlexAttention needs a GPU
         found = outputs_and_gradients()
     assert found.keys() == expected.keys()
     for key, value in found.items():

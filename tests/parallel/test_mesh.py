@@ -13,7 +13,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
 
 LAYOUTS = [
-    # world, tensor, shard, expert, expert_tensor
+    # world, tensor, shard, expert, expert_tensor, context (1)
     (1, 1, 1, 1, 1),
     (2, 2, 1, 1, 1),
     (2, 1, 2, 2, 1),
@@ -33,6 +33,10 @@ LAYOUTS = [
     (16, 4, 1, 16, 1),
     (16, 8, 1, 2, 4),
     (24, 2, 6, 2, 2),
+    (4, 2, 1, 2, 1, 2),
+    (8, 1, 4, 4, 1, 2),
+    (16, 2, 4, 2, 2, 4),
+    (12, 1, 6, 6, 1, 2),
 ]
 AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for names in itertools.combinations(dims, n)]
 
@@ -41,10 +45,13 @@ AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for 
 def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
     layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, tensor, shard, expert, expert_tensor = layout
+    world, tensor, shard, expert, expert_tensor, context = degrees(layout)
     holding = expert * expert_tensor
-    expert_shard = math.gcd(shard, world // holding)
-    dense = {rank: (rank // tensor // shard, rank // tensor % shard, rank % tensor) for rank in range(world)}
+    expert_shard, data_shard, rows = math.gcd(shard, world // holding), max(1, shard // context), tensor * context
+    dense = {
+        rank: (rank // rows // data_shard, rank // rows % data_shard, rank // tensor % context, rank % tensor)
+        for rank in range(world)
+    }
     experts = {
         rank: (
             rank // holding // expert_shard,
@@ -67,14 +74,17 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_named_axes(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    world, tensor, shard, expert, expert_tensor = layout
+    world, tensor, shard, expert, expert_tensor, context = degrees(layout)
     for rank in range(world):
         mesh, _ = mesh_of(rank, layout, monkeypatch)
         assert (mesh.everyone.size, mesh.everyone.rank) == (world, rank)
         assert (mesh.tensor.size, mesh.tensor.rank) == (tensor, rank % tensor)
-        assert (mesh.data.size, mesh.data.rank) == (world // tensor, rank // tensor)
+        assert (mesh.data.size, mesh.data.rank) == (world // tensor // context, rank // tensor // context)
+        assert (mesh.context.size, mesh.context.rank) == (context, rank // tensor % context)
+        assert (mesh.sequence.size, mesh.sequence.rank) == (context * tensor, rank % (context * tensor))
+        assert mesh.axis("shard", "context").size == (shard if shard > 1 else context)
         assert (mesh.axis("expert_tensor").size, mesh.axis("expert_tensor").rank) == (expert_tensor, rank % expert_tensor)
-        assert mesh.axis("expert").size == expert and mesh.axis("shard").size == shard
+        assert mesh.axis("expert").size == expert and mesh.axis("shard").size == max(1, shard // context)
         assert mesh.axis("shard") is mesh.axis("shard"), "made once"
 
 
@@ -82,6 +92,12 @@ def test_experts_are_sharded_as_far_as_their_ranks_allow(monkeypatch: pytest.Mon
     sizes = {layout: mesh_of(0, layout, monkeypatch)[0].sizes["expert_shard"] for layout in LAYOUTS}
     assert sizes[8, 2, 2, 4, 1] == 2 and sizes[12, 1, 4, 6, 1] == 2 and sizes[4, 2, 2, 4, 1] == 1 and sizes[8, 1, 4, 4, 1] == 2
     assert sizes[8, 2, 4, 2, 2] == 2 and sizes[24, 2, 6, 2, 2] == 6
+
+
+def test_a_context_of_one_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh, made = mesh_of(0, (8, 2, 2, 1, 1), monkeypatch)
+    assert mesh.axis("shard", "context") is mesh.axis("shard") and mesh.sequence is mesh.tensor and mesh.context.group is None
+    assert len(made) == 2
 
 
 def test_layouts_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +124,7 @@ def members(config: ParallelConfig) -> dict[str, list[int]]:
 
 def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """Returns the mesh of a rank, and a list to which the groups of new process groups are appended."""
-    world, tensor, shard, expert, expert_tensor = layout
+    world, tensor, shard, expert, expert_tensor, context = degrees(layout)
     made: list[Any] = []
 
     def new_groups(groups: list[list[int]]) -> tuple[Any, None]:
@@ -119,7 +135,12 @@ def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch)
     for name, value in fakes.items():
         monkeypatch.setattr(mesh_module.dist, name, lambda value=value: value)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
-    return build_mesh(ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor)), made
+    config = ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor, context=context)
+    return build_mesh(config), made
+
+
+def degrees(layout: tuple[int, ...]) -> tuple[int, ...]:
+    return layout if len(layout) == 6 else (*layout, 1)
 
 
 def assert_group(group: Any, expected: list[int], made: list[Any], world: int) -> None:

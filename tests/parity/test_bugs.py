@@ -21,9 +21,23 @@ from tokenyard.train.config.config import Config
 
 EXPERT = [Layout(2, ParallelConfig(expert=2)), Layout(4, ParallelConfig(expert=4)), Layout(4, ParallelConfig(tensor=4, expert=2))]
 TENSOR = [Layout(2, ParallelConfig(tensor=2)), Layout(4, ParallelConfig(tensor=2, shard=2))]
+CONTEXT = [
+    Layout(2, ParallelConfig(context=2)),
+    Layout(4, ParallelConfig(context=4)),
+    Layout(4, ParallelConfig(context=2, tensor=2)),
+]
 DATA = [Layout(2), Layout(4, ParallelConfig(tensor=2, expert=4)), Layout(4, ParallelConfig(shard=4))]
 CASES = {
     "averaged_over_expert_ranks": (EXPERT, "gradient", "mtp.0.block.moe.experts.down", "1 / parallel.expert", "exactly 1/{expert}"),
+    "averaged_over_context_ranks": (
+        CONTEXT,
+        "gradient",
+        "mtp.0",
+        "1 / parallel.context",
+        "exactly 1/{context}",
+    ),
+    "chunks_rotated_as_if_neighbours": (CONTEXT, "output", "layers.0.attention", "context chunks", "positions of other chunks"),
+    "chunk_of_keys_forgotten": (CONTEXT, "output", "layers.0.attention", "context chunks", "without the keys of one"),
     "clipped_by_own_norm": (EXPERT, "gradient", "", "clipping", "clipped by the rank's own norm"),
     "auxiliary_divided_by_data_ranks": (
         DATA,
@@ -64,10 +78,10 @@ def test_the_bug_is_named(ranks: Any, bug: str) -> None:
     for layout, verdict in zip(layouts, verdicts, strict=True):
         assert verdict.first is not None and not verdict.equal
         assert kind in verdict.first.kind and verdict.first.name.startswith(name)
-        assert layer_of(verdict.first.name) in ("mtp module 0", "layer 1", "")
+        assert layer_of(verdict.first.name) in ("mtp module 0", "layer 0", "layer 1", "")
         assert verdict.first.difference > 1e-9 and verdict.first.ranks
         text = " ".join(" ".join(explained(verdict, {cause})).split())
-        assert words.format(expert=layout.parallel.expert) in text, text
+        assert words.format(expert=layout.parallel.expert, context=layout.parallel.context) in text, text
     assert common_causes(verdicts) == {cause}
 
 

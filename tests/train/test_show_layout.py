@@ -26,7 +26,7 @@ PICTURES = {
     " launch.nodes=125 launch.ranks=8",
 }
 LAYOUTS = [
-    # tensor, shard, expert, expert_tensor, world, ranks of a node
+    # tensor, shard, expert, expert_tensor, world, ranks of a node, context (1)
     (1, 1, 1, 1, 1, 1),
     (2, 2, 4, 1, 8, 8),
     (2, 2, 2, 2, 8, 4),
@@ -36,6 +36,8 @@ LAYOUTS = [
     (8, 4, 8, 8, 64, 8),
     (1, 1, 1, 1, 64, 64),
     (1, 1, 8, 1, 40, 7),
+    (2, 4, 4, 1, 32, 8, 2),
+    (1, 1, 2, 1, 16, 4, 4),
 ]
 
 
@@ -49,10 +51,10 @@ def test_golden(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_cell_is_the_place_in_the_grids(layout: tuple[int, ...]) -> None:
     """And a bar is where, and only where, the ranks on both sides differ in more than the neighbours' dimensions."""
-    tensor, shard, expert, expert_tensor, world, node = layout
-    config = ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor)
+    tensor, shard, expert, expert_tensor, world, node, context = layout if len(layout) == 7 else (*layout, 1)
+    config = ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor, context=context)
     sizes, lines = mesh_sizes(config, world), layout_diagram(config, world, node, experts=8 * expert)
-    expected = {"rank": [str(rank) for rank in range(world)], "batch": [str(rank // tensor) for rank in range(world)]}
+    expected = {"rank": [str(rank) for rank in range(world)], "batch": [str(rank // tensor // context) for rank in range(world)]}
     for dims in (DENSE, EXPERTS):
         columns = zip(*itertools.product(*(range(sizes[dim]) for dim in dims)), strict=True)
         expected |= {dim: [str(place) for place in column] for dim, column in zip(dims, columns, strict=True)}

@@ -14,7 +14,8 @@ from ...moe.param_count import (
     sum_by_part,
     training_flops_per_token,
 )
-from ...parallel.layout import fewest_ranks, rank_shapes
+from ...parallel.config import ParallelConfig
+from ...parallel.layout import dense_ranks, fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules.rules import violations
 from .schema import written
@@ -70,6 +71,16 @@ def intended_ranks(config: Config, started: int) -> int:
     """Returns the ranks that were started or that launch.* would start; if that is one, the fewest that the degrees need."""
     asked = max(started, config.launch.nodes * config.launch.ranks)
     return asked if asked > 1 else fewest_ranks(config.parallel)
+
+
+def layout_text(parallel: ParallelConfig, ranks: int) -> str:
+    """Returns the degrees of a layout in words."""
+    if ranks == 1:
+        return "1 rank"
+    replicate = ranks // dense_ranks(parallel)
+    text = f"{ranks} ranks: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
+    text += f" x expert_tensor {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
+    return text + (f"; context {parallel.context}" if parallel.context > 1 else "")
 
 
 def check_model_and_layout(config: Config, world: int) -> None:

@@ -1,12 +1,13 @@
 """Rules of `parallel`: the degrees against the model and the ranks, the exchange, expert tensor parallelism."""
 
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, ModelConfig
-from ....parallel.config import Exchange
+from ....parallel.config import ContextExchange, Exchange
 from ....parallel.layout import node_ranks
-from ..config import Config
+from ..config import Config, EngineKind
 from ..environment import local_world_size
 from ..launch import Launcher
 from .model_rules import linear_blocks, moe_blocks
@@ -32,13 +33,40 @@ def ranks(config: Config, world: int) -> Iterator[Violation]:
         if world % degree:
             yield Violation(key, _needs(degree, world), {degree, *divisors(world)})
     data = world // p.tensor
-    if data % p.shard:
-        rule = (
-            _needs(p.shard, world)
-            if world == 1
-            else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
-        )
-        yield Violation("parallel.shard", rule, {p.shard, *divisors(data)})
+    for key, degree in (("parallel.context", p.context), ("parallel.shard", p.shard)):
+        if data % degree:
+            rule = (
+                _needs(degree, world)
+                if world == 1
+                else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
+            )
+            yield Violation(key, rule, {degree, *divisors(data)})
+    if p.shard > 1 and p.shard % p.context:
+        rule = f"must be 1 or a multiple of parallel.context={p.context}, whose ranks are among the shards"
+        yield Violation("parallel.shard", rule, [1, *(degree for degree in divisors(data) if degree % p.context == 0)])
+
+
+def context(config: Config, world: int) -> Iterator[Violation]:
+    """Checks parallel.context against the sequence, and what it cannot do. Kinds of attention that need all tokens belong here."""
+    p, c = config.parallel, config.model
+    if p.context == 1:
+        return
+    key, unit = "parallel.context", p.context * math.lcm(2, p.tensor)
+    fitting = [
+        degree for degree in divisors(config.sequence_length) if config.sequence_length % (degree * math.lcm(2, p.tensor)) == 0
+    ]
+    if config.sequence_length % unit:
+        sliced = f" and parallel.tensor={p.tensor} slices" if p.tensor > 1 else ""
+        rule = f"must divide sequence_length={config.sequence_length} into two chunks a rank{sliced}"
+        yield Violation(key, rule, [1, *fitting])
+    if config.engine.kind is EngineKind.deepspeed:
+        yield Violation(key, "must be 1 with engine=deepspeed", [1])
+    if config.compile:
+        yield Violation(key, "must be 1 with compile=true", [1])
+    heads = c.heads // p.tensor
+    if p.context_exchange is ContextExchange.heads and heads % p.context:
+        rule = f"must divide the {heads} heads of a rank with parallel.context_exchange=heads"
+        yield Violation(key, rule, [degree for degree in [1, *fitting] if heads % degree == 0])
 
 
 def _needs(degree: int, world: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from operator import attrgetter
 
-from ....data.config import STREAMED, Corpus, TokenizerKind
+from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
 from ..config import Config, Shape
@@ -50,6 +50,9 @@ def data(config: Config, world: int) -> Iterator[Violation]:
     if world > 1 and streams and config.data.patience_seconds + config.data.stall_seconds >= limit:
         rule = f"must, with data.stall_seconds, stay below parallel.timeout_seconds={limit:g}"
         yield Violation("data.patience_seconds", rule, [limit / 2])
+    if streams and config.data.packing is Packing.best_fit:
+        rule = f"must be concat with data.corpus={config.data.corpus.value}, tokenyard prepare makes shards that best_fit can pack"
+        yield Violation("data.packing", rule, [Packing.concat])
 
 
 def schedule(config: Config, world: int) -> Iterator[Violation]:
@@ -69,10 +72,11 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
 
 
 def batch(config: Config, world: int) -> Iterator[Violation]:
-    sequences, data = config.batch.sequences, world // config.parallel.tensor
+    sequences, data = config.batch.sequences, world // config.parallel.tensor // config.parallel.context
     micro = config.batch.micro or 1
     if sequences % data:
-        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor})"
+        context = f" / parallel.context={config.parallel.context}" if config.parallel.context > 1 else ""
+        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor}{context})"
         yield Violation("batch.sequences", rule, multiples(data * micro, sequences))
     if sequences // data % micro:
         rule = f"must divide the {sequences // data} sequences of a rank (batch.sequences={sequences} over {data} data ranks)"
@@ -91,6 +95,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     trackers,
     parallel_rules.degrees,
     parallel_rules.ranks,
+    parallel_rules.context,
     parallel_rules.expert_tensor,
     parallel_rules.exchange,
     batch,

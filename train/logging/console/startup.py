@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ....moe.param_count import Count, flops_per_token
 from ....version import __version__
 from ...config.config import Config
+from ...config.model_summary import layout_text
 from ...config.number_format import flops, short
 from ...tokenizer_source import ROWS, rows_for
 from .text import Line, rows, title
@@ -90,15 +91,12 @@ def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
 
 def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     """Layout, device and precision."""
-    parallel, ranks = config.parallel, facts.ranks
-    replicate = ranks // (parallel.shard * parallel.tensor)
-    layout = f"{ranks} ranks: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
-    layout += f" x expert_tensor {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
+    parallel = config.parallel
     compiled = ", compiled" if config.compile else ""
     recompute = ", activations recomputed" if parallel.recompute else ""
     peak = f"; peak {flops(facts.peak_flops)}/s, {facts.peak_source}" if math.isfinite(facts.peak_flops) else ""
     return [
-        ("layout", layout if ranks > 1 else "1 rank"),
+        ("layout", layout_text(parallel, facts.ranks)),
         ("device", f"{facts.device}, {facts.threads} thread{'s' * (facts.threads != 1)} a rank{peak}"),
         ("precision", f"{config.precision.value}, {facts.precision_from}{compiled}{recompute}"),
     ]

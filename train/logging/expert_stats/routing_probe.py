@@ -15,6 +15,7 @@ from ....data.batches import IGNORE
 from ....moe.router import Router, Routing
 from ....parallel.apply import Parallel
 from ....parallel.collectives import stack_over, sum_over
+from ....parallel.context import own_chunks
 from ...batch import Rows, as_rows
 from ...session import Session
 
@@ -143,8 +144,10 @@ class Probe:
             parallel.model.train()
             for hook in hooks:
                 hook.remove()
-        tensor = parallel.mesh.tensor
-        valid_BS, ids_BS = ((each.chunk(tensor.size, 1)[tensor.rank]) for each in (rows.targets != IGNORE, rows.ids))
+        context, tensor, whole = parallel.mesh.context, parallel.mesh.tensor, (rows.targets != IGNORE, rows.ids)
+        if context.size > 1:
+            whole = (own_chunks(each, context) for each in whole)
+        valid_BS, ids_BS = (each.chunk(tensor.size, 1)[tensor.rank] for each in whole)
         experts_LTK = torch.stack(found).masked_fill(~valid_BS.flatten()[None, :, None], -1)
         return Routed(experts_LTK, ids_BS.flatten(), sources_B.repeat_interleave(ids_BS.shape[1]))
 
