@@ -110,9 +110,10 @@ def _parts(found: dict[str, Any]) -> list[str]:
 
 def _memory(found: dict[str, Any], config: Config) -> list[str]:
     held, p, world = found["bytes_per_rank"], config.parallel, found["world"]
-    replicate = world // (p.shard * p.tensor)
+    replicate = world // (p.shard * p.tensor * p.pipeline)
     ranks = f"{world} ranks: replicate {replicate} x shard {p.shard} x tensor {p.tensor}; expert {p.expert}"
     ranks += f" x expert_tensor {p.expert_tensor}" if p.expert_tensor > 1 else ""
+    ranks += f"; pipeline {p.pipeline}, {p.pipeline_schedule.value}" if p.pipeline > 1 else ""
     parts = ", ".join(f"{name} {gigabytes(held[name])}" for name in ("weights", "gradients", "optimizer"))
     inference, devices = found["inference_bytes"], found["devices_of_80_gb"]
     return [

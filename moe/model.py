@@ -119,6 +119,11 @@ class Transformer(nn.Module):
         """All blocks in order; those of multi-token prediction, which run only in training, come last."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
+    @property
+    def block_indices(self) -> list[int]:
+        """The index of each of `blocks` in the whole model, of which a stage of a pipeline has a part."""
+        return [*map(int, self.layers), *(self.config.layers + int(depth) for depth in self.mtp)]
+
     def forward(
         self,
         ids_BS: Tensor,
@@ -146,7 +151,7 @@ class Transformer(nn.Module):
         rotary = rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
             rotary = rotary._replace(blocks=block_masks(self.config, ids_BS, self.activations, documents_BS))
-        x_BSD = self._embed(ids_BS)
+        x_BSD = self.embed(ids_BS)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
             x_BSD, routed = block(x_BSD, rotary, tokens._replace(layer=index), cache[index] if cache else None)
@@ -159,10 +164,10 @@ class Transformer(nn.Module):
         losses = [self.head(normed_BSD, head_losses[0])]
         if self.training:
             hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
-            losses += self._mtp_losses(hidden_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
+            losses += self.mtp_losses(hidden_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
         return losses, of_moe_layers
 
-    def _mtp_losses(
+    def mtp_losses(
         self,
         hidden_BSD: Tensor,
         ids_BS: Tensor,
@@ -179,14 +184,15 @@ class Transformer(nn.Module):
             ids_ahead_BS, valid_ahead_BS = shift_left(ids_BS, depth, 0), shift_left(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(hidden_BSD, self._embed(ids_ahead_BS), rotary, seen)
+            x_BSD, routed = module(hidden_BSD, self.embed(ids_ahead_BS), rotary, seen)
             stats += [] if routed is None else [routed]
             normed_BSD = module.norm(x_BSD)
             hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
             losses.append(self.head(normed_BSD, head_loss))
         return losses
 
-    def _embed(self, ids_BS: Tensor) -> Tensor:
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        """Returns the embeddings (B, S, D) of ids (B, S), in the type of the activations."""
         x_BSD = self.embedding(ids_BS).to(self.activations)
         return x_BSD if self.config.embedding_multiplier == 1.0 else x_BSD * self.config.embedding_multiplier
 

@@ -16,7 +16,7 @@ from ..train.config.rules.rules import violations
 from ..train.config.schema import written
 from ..train.config.validate import nearest_valid
 
-DEGREES = ("shard", "tensor", "expert", "expert_tensor")
+DEGREES = ("shard", "tensor", "expert", "expert_tensor", "pipeline")
 """The settings of `parallel` that are degrees."""
 
 
@@ -31,7 +31,12 @@ class Layout:
 
     @property
     def replicate(self) -> int:
-        return self.ranks // (self.parallel.shard * self.parallel.tensor)
+        return self.data_ranks // self.parallel.shard
+
+    @property
+    def data_ranks(self) -> int:
+        """The ranks with different rows of the batch."""
+        return self.ranks // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def text(self) -> str:
@@ -43,8 +48,7 @@ class Layout:
 
     def applied(self, config: Config) -> Config:
         """Returns `config` on this layout."""
-        data = self.ranks // self.parallel.tensor
-        micro = max(1, config.batch.sequences // data // self.accumulation)
+        micro = max(1, config.batch.sequences // self.data_ranks // self.accumulation)
         batch = BatchConfig(config.batch.sequences, micro)
         return dataclasses.replace(config, parallel=self.parallel, batch=batch)
 
@@ -75,7 +79,7 @@ def is_legal(config: Config, layout: Layout) -> bool:
     applied = layout.applied(config)
     if next(violations(applied, layout.ranks), None) is not None:
         return False
-    return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * (layout.ranks // layout.parallel.tensor)
+    return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * layout.data_ranks
 
 
 def all_layouts(config: Config, ranks: int) -> list[Layout]:
@@ -133,7 +137,8 @@ def _read(text: str) -> Layout:
         parallel = compose([f"parallel.{name}={value}" for name, value in pairs.items()]).parallel
     except ConfigError as error:
         raise ConfigError(f"parity.layouts=[{text}]: {error}") from error
-    return Layout(int(own["replicate"]) * parallel.shard * parallel.tensor, parallel, int(own["accumulation"]))
+    ranks = int(own["replicate"]) * parallel.shard * parallel.tensor * parallel.pipeline
+    return Layout(ranks, parallel, int(own["accumulation"]))
 
 
 MOST_RANKS = 8
@@ -167,7 +172,7 @@ def _splits(world: int) -> Iterator[Layout]:
     divisors = [degree for degree in range(1, world + 1) if world % degree == 0]
     for values in itertools.product(divisors, repeat=len(degrees)):
         parallel = dataclasses.replace(ParallelConfig(), **dict(zip(degrees, values, strict=True)))
-        if world % (parallel.shard * parallel.tensor) == 0:
+        if world % (parallel.shard * parallel.tensor * parallel.pipeline) == 0:
             yield Layout(world, parallel)
 
 

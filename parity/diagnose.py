@@ -85,8 +85,7 @@ def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
 def numbers(layout: Layout) -> dict[str, int]:
     """Returns the degrees and counts of a layout that are more than one, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
-    data = layout.ranks // layout.parallel.tensor
-    counted = {"data ranks": data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
+    counted = {"data ranks": layout.data_ranks, "ranks": layout.ranks, "micro-batches": layout.accumulation}
     passes = {"forward passes with recomputation": 1 + layout.parallel.recompute}
     return {name: number for name, number in (degrees | counted | passes).items() if number > 1}
 

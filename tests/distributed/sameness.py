@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import Exchange, ParallelConfig
+from tokenyard.parallel.config import Exchange, ParallelConfig, PipelineSchedule
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import choose_layouts as layouts
 from tokenyard.parity import observe
@@ -39,6 +39,10 @@ class Layout(NamedTuple):
     node_ranks: int | None = None
     overlap_chunks: int = 1
     recompute: bool = False
+    pipeline: int = 1
+    pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    pipeline_chunks: int | None = None
+    pipeline_layers: list[int] | None = None
 
 
 class Case(NamedTuple):

@@ -13,7 +13,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
 
 LAYOUTS = [
-    # world, tensor, shard, expert, expert_tensor
+    # world, tensor, shard, expert, expert_tensor, and the stages of a pipeline, if there are several
     (1, 1, 1, 1, 1),
     (2, 2, 1, 1, 1),
     (2, 1, 2, 2, 1),
@@ -33,6 +33,9 @@ LAYOUTS = [
     (16, 4, 1, 16, 1),
     (16, 8, 1, 2, 4),
     (24, 2, 6, 2, 2),
+    (8, 2, 2, 4, 1, 2),
+    (12, 1, 2, 2, 1, 3),
+    (4, 1, 1, 1, 1, 4),
 ]
 AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for names in itertools.combinations(dims, n)]
 
@@ -41,13 +44,14 @@ AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for 
 def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
     layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, tensor, shard, expert, expert_tensor = layout
-    holding = expert * expert_tensor
-    expert_shard = math.gcd(shard, world // holding)
-    dense = {rank: (rank // tensor // shard, rank // tensor % shard, rank % tensor) for rank in range(world)}
+    world, tensor, shard, expert, expert_tensor, pipeline = degrees(layout)
+    holding, stage = expert * expert_tensor, world // pipeline
+    expert_shard = math.gcd(shard, stage // holding)
+    dense = {rank: (rank // stage, rank % stage // tensor // shard, rank // tensor % shard, rank % tensor) for rank in range(world)}
     experts = {
         rank: (
-            rank // holding // expert_shard,
+            rank // stage,
+            rank % stage // holding // expert_shard,
             rank // holding % expert_shard,
             rank // expert_tensor % expert,
             rank % expert_tensor,
@@ -57,7 +61,7 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
     for rank in range(world):
         mesh, made = mesh_of(rank, layout, monkeypatch)
         for names in AXES:
-            dims, places = (DENSE, dense) if names[0] in DENSE else (EXPERTS, experts)
+            dims, places = (DENSE, dense) if names[-1] in DENSE else (EXPERTS, experts)
             others = [dim for dim, name in enumerate(dims) if name not in names]
             expected = [r for r in range(world) if all(places[r][dim] == places[rank][dim] for dim in others)]
             axis = mesh.axis(*names)
@@ -67,15 +71,39 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_named_axes(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    world, tensor, shard, expert, expert_tensor = layout
+    world, tensor, shard, expert, expert_tensor, pipeline = degrees(layout)
+    stage = world // pipeline
     for rank in range(world):
         mesh, _ = mesh_of(rank, layout, monkeypatch)
+        assert (mesh.stage.size, mesh.stage.rank) == (stage, rank % stage)
         assert (mesh.everyone.size, mesh.everyone.rank) == (world, rank)
         assert (mesh.tensor.size, mesh.tensor.rank) == (tensor, rank % tensor)
-        assert (mesh.data.size, mesh.data.rank) == (world // tensor, rank // tensor)
+        assert (mesh.data.size, mesh.data.rank) == (stage // tensor, rank % stage // tensor)
         assert (mesh.axis("expert_tensor").size, mesh.axis("expert_tensor").rank) == (expert_tensor, rank % expert_tensor)
         assert mesh.axis("expert").size == expert and mesh.axis("shard").size == shard
         assert mesh.axis("shard") is mesh.axis("shard"), "made once"
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if len(layout) == 6], ids=str)
+def test_the_ends_of_a_pipeline(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same group of the first stage and of the last one; a rank of another stage is alone, and takes part in making them."""
+    world, pipeline = layout[0], layout[5]
+    stage = world // pipeline
+    for rank in range(world):
+        mesh, made = mesh_of(rank, layout, monkeypatch)
+        for names in (("replicate",), ("replicate", "shard")):
+            inside = [other for other in range(stage) if _same(other, rank % stage, names, layout)]
+            expected = [*inside, *(world - stage + other for other in inside)] if rank // stage in (0, pipeline - 1) else [rank]
+            axis = mesh.ends(*names)
+            assert (axis.size, axis.rank) == (len(expected), expected.index(rank))
+            assert axis.group in (expected, None) and made
+
+
+def _same(one: int, other: int, names: tuple[str, ...], layout: tuple[int, ...]) -> bool:
+    """Whether two ranks of a stage differ only in the named dimensions."""
+    _, tensor, shard, *_ = layout
+    fixed = [rank % tensor if "shard" in names else (rank % tensor, rank // tensor % shard) for rank in (one, other)]
+    return fixed[0] == fixed[1]
 
 
 def test_experts_are_sharded_as_far_as_their_ranks_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,18 +136,23 @@ def members(config: ParallelConfig) -> dict[str, list[int]]:
 
 def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """Returns the mesh of a rank, and a list to which the groups of new process groups are appended."""
-    world, tensor, shard, expert, expert_tensor = layout
+    world, tensor, shard, expert, expert_tensor, pipeline = degrees(layout)
     made: list[Any] = []
 
     def new_groups(groups: list[list[int]]) -> tuple[Any, None]:
         made.append(groups)
-        return next(group for group in groups if rank in group), None
+        return next((group for group in groups if rank in group), None), None
 
     fakes = {"is_initialized": True, "get_world_size": world, "get_rank": rank}
     for name, value in fakes.items():
         monkeypatch.setattr(mesh_module.dist, name, lambda value=value: value)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
-    return build_mesh(ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor)), made
+    config = ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor, pipeline=pipeline)
+    return build_mesh(config), made
+
+
+def degrees(layout: tuple[int, ...]) -> tuple[int, ...]:
+    return (*layout, 1)[:6]
 
 
 def assert_group(group: Any, expected: list[int], made: list[Any], world: int) -> None:

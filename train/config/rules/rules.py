@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from operator import attrgetter
 
 from ....data.config import STREAMED, Corpus, TokenizerKind
+from ....parallel.config import PipelineSchedule
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
 from ..config import Config, Shape
@@ -69,14 +70,26 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
 
 
 def batch(config: Config, world: int) -> Iterator[Violation]:
-    sequences, data = config.batch.sequences, world // config.parallel.tensor
+    p, sequences = config.parallel, config.batch.sequences
+    data = world // p.tensor // p.pipeline
     micro = config.batch.micro or 1
     if sequences % data:
-        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor})"
+        stages = f" / parallel.pipeline={p.pipeline}" if p.pipeline > 1 else ""
+        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={p.tensor}{stages})"
         yield Violation("batch.sequences", rule, multiples(data * micro, sequences))
     if sequences // data % micro:
         rule = f"must divide the {sequences // data} sequences of a rank (batch.sequences={sequences} over {data} data ranks)"
         yield Violation("batch.micro", rule, divisors(sequences // data))
+    if (
+        p.pipeline_schedule is PipelineSchedule["interleaved"]
+        and sequences // data // (config.batch.micro or sequences) % p.pipeline
+    ):
+        rule = (
+            f"must cut the {sequences // data} sequences of a rank into a multiple of parallel.pipeline={p.pipeline} micro-batches"
+        )
+        fitting = [size for size in divisors(sequences // data) if sequences // data // size % p.pipeline == 0]
+        near = fitting if config.batch.micro else fitting[-1:]
+        yield Violation("batch.micro", f"{rule} with parallel.pipeline_schedule=interleaved", near)
 
 
 RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
@@ -93,6 +106,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     parallel_rules.ranks,
     parallel_rules.expert_tensor,
     parallel_rules.exchange,
+    parallel_rules.pipeline,
     batch,
     deepspeed_settings.engine,
     launch_rules.launchers,

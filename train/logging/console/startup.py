@@ -91,9 +91,10 @@ def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
 def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     """Layout, device and precision."""
     parallel, ranks = config.parallel, facts.ranks
-    replicate = ranks // (parallel.shard * parallel.tensor)
+    replicate = ranks // (parallel.shard * parallel.tensor * parallel.pipeline)
     layout = f"{ranks} ranks: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
     layout += f" x expert_tensor {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
+    layout += f"; pipeline {parallel.pipeline}, {parallel.pipeline_schedule.value}" if parallel.pipeline > 1 else ""
     compiled = ", compiled" if config.compile else ""
     recompute = ", activations recomputed" if parallel.recompute else ""
     peak = f"; peak {flops(facts.peak_flops)}/s, {facts.peak_source}" if math.isfinite(facts.peak_flops) else ""
