@@ -119,10 +119,22 @@ def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
     elif kind == "output" and mismatch.layout.accumulation > 1 and _only_later_rows(mismatch):
         text = "the first micro-batch agrees and a later one does not: was an expert bias moved per micro-batch?"
         yield Hint("bias per micro-batch", text)
+    elif kind == "gradient" and (last := mismatch.layout.parallel.pipeline - 1) not in (wrong := _wrong_stages(mismatch)) and wrong:
+        text = f"the gradients of stage {last} of the pipeline agree, those of stage {max(wrong)} do not: does it leave its own"
+        yield Hint("a stage's own losses", f"{text} balance losses and z-loss out, or receive a wrong gradient?")
     elif kind == "gradient norm":
         yield Hint("norm", "all gradients agree: are the squares added up over all ranks, and copies counted once?")
     elif kind == "weight":
         yield Hint("update", "losses, gradients and norms agree: look at clipping and the optimizer")
+
+
+def _wrong_stages(mismatch: Mismatch) -> set[int]:
+    """Returns the stages of a pipeline with a gradient that differs. The embedding, of which two have a copy, does not count."""
+    wrong = set()
+    for place, findings in zip(mismatch.places, mismatch.by_rank, strict=True):
+        if any(f.kind == "gradient" and f.name != "embedding.weight" and _differs(f) for f in findings):
+            wrong.add(place["pipeline"])
+    return wrong
 
 
 def _only_later_rows(mismatch: Mismatch) -> bool:
@@ -189,6 +201,8 @@ def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, i
     for rank, findings in enumerate(by_rank):
         for finding in findings:
             groups[finding.step, finding.kind, finding.name].append((rank, finding))
+    if layout.parallel.pipeline > 1:
+        groups = {key: groups[key] for key in sorted(groups, key=_in_order_of_computation)}
     differences = dict.fromkeys(KINDS, 0.0)
     for (_, kind, _), group in groups.items():
         differences[kind] = max(differences[kind], *(finding.difference for _, finding in group))
@@ -214,6 +228,15 @@ def layer_of(name: str) -> str:
     head, _, rest = name.partition(".")
     words = {"layers": "layer", "mtp": "mtp module"}
     return f"{words[head]} {rest.partition('.')[0]}" if head in words else ""
+
+
+def _in_order_of_computation(key: tuple[int, str, str]) -> tuple[int, int, int]:
+    """For the findings of several stages, each of which is in order by itself: gradients of the last layers come first."""
+    step, kind, name = key
+    part, _, rest = name.partition(".")
+    layer = int(rest.partition(".")[0]) if part in ("layers", "mtp") else 0
+    place = {"embedding": 0, "layers": 1, "norm": 2, "head": 2, "mtp": 3}.get(part, 0) * 10**6 + layer
+    return step, list(KINDS).index(kind), -place if kind == "gradient" else place
 
 
 def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First | None:
