@@ -94,7 +94,7 @@ class TierRun:
         if snapshot is None:
             return None
         snapshot = snapshot._replace(tensors={name: tensor.cpu() for name, tensor in snapshot.tensors.items()})
-        return snapshot_records(numbers, snapshot, self.session.config, self.session.parallel.mesh.world)[1]
+        return snapshot_records(numbers, snapshot, self.session.config, self.session.parallel.mesh.stage.size)[1]
 
 
 def main() -> None:

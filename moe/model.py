@@ -138,6 +138,11 @@ class Transformer(nn.Module):
         """All blocks in order; those of multi-token prediction, which run only in training, come last."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
+    @property
+    def block_indices(self) -> list[int]:
+        """The index of each of `blocks` in the whole model, of which a stage of a pipeline has a part."""
+        return [*map(int, self.layers), *(self.config.layers + int(depth) for depth in self.mtp)]
+
     def forward(
         self,
         ids_BS: Tensor,
@@ -163,23 +168,23 @@ class Transformer(nn.Module):
         rotary = self.rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
             rotary = rotary._replace(blocks=self.block_masks(self.config, ids_BS, self.activations, documents_BS))
-        x_BSD = self._embed(ids_BS, tokens)
+        x_BSD = self.embed(ids_BS, tokens)
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
             x_BSD, routed = block(x_BSD, rotary, tokens._replace(layer=index), cache[index] if cache else None)
             stats.append(routed)
         of_moe_layers = [routed for routed in stats if routed is not None]
-        normed_BSD = self.output_dropout(self.norm(x_BSD), self._keys(x_BSD, tokens))
+        normed_BSD = self.output_dropout(self.norm(x_BSD), self.dropout_keys(x_BSD, tokens))
         if head_losses is None:
             logits_BSV = self.head(normed_BSD)
             return (logits_BSV, of_moe_layers) if with_stats else logits_BSV
         losses = [self.head(normed_BSD, head_losses[0])]
         if self.training:
             hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
-            losses += self._mtp_losses(hidden_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
+            losses += self.mtp_losses(hidden_BSD, ids_BS, tokens, rotary, of_moe_layers, head_losses[1:])
         return losses, of_moe_layers
 
-    def _mtp_losses(
+    def mtp_losses(
         self,
         hidden_BSD: Tensor,
         ids_BS: Tensor,
@@ -196,19 +201,21 @@ class Transformer(nn.Module):
             ids_ahead_BS, valid_ahead_BS = shift_left(ids_BS, depth, 0), shift_left(valid_BS, depth, False, rotary.documents_BS)
             layer = self.config.layers + depth - 1
             seen = tokens._replace(ids_BS=ids_ahead_BS, valid_BS=valid_ahead_BS, layer=layer)
-            x_BSD, routed = module(hidden_BSD, self._embed(ids_ahead_BS, seen), rotary, seen)
+            x_BSD, routed = module(hidden_BSD, self.embed(ids_ahead_BS, seen), rotary, seen)
             stats += [] if routed is None else [routed]
-            normed_BSD = self.output_dropout(module.norm(x_BSD), self._keys(x_BSD, seen))
+            normed_BSD = self.output_dropout(module.norm(x_BSD), self.dropout_keys(x_BSD, seen))
             hidden_BSD = normed_BSD if self.config.mtp_after_norm else x_BSD
             losses.append(self.head(normed_BSD, head_loss))
         return losses
 
-    def _embed(self, ids_BS: Tensor, tokens: TokenInfo) -> Tensor:
+    def embed(self, ids_BS: Tensor, tokens: TokenInfo) -> Tensor:
+        """Returns the embeddings (B, S, D) of ids (B, S), in the type of the activations."""
         x_BSD = self.embedding(ids_BS).to(self.activations)
         x_BSD = x_BSD if self.config.embedding_multiplier == 1.0 else x_BSD * self.config.embedding_multiplier
-        return self.embedding_dropout(x_BSD, self._keys(x_BSD, tokens))
+        return self.embedding_dropout(x_BSD, self.dropout_keys(x_BSD, tokens))
 
-    def _keys(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor | None:
+    def dropout_keys(self, x_BSD: Tensor, tokens: TokenInfo) -> Tensor | None:
+        """Returns the random keys (B, S) of the tokens for dropout, None if there is none now."""
         return layer_keys(x_BSD, tokens) if self.embedding_dropout.drops else None
 
 

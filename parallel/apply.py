@@ -22,6 +22,8 @@ from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .fsdp import apply_fsdp
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
+from .pipeline.run import Pipeline
+from .pipeline.stage_model import cut_model
 from .scopes import DistributedScope
 from .shard import ShardMetadata, whole
 from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, slice_parameter
@@ -70,12 +72,18 @@ class Parallel:
     """What FSDP2 keeps whole within a step: `ParallelConfig.zero`."""
     recompute: bool = False
     """Whether the backward pass computes blocks again, so that nothing of theirs is kept, casts of weights neither."""
+    pipeline: Pipeline | None = None
+    """This rank's stages, if the layers are cut into several."""
 
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
     """Distributes a model that was built on the meta device. Its weights are uninitialised on `device`: see `initialise`."""
+    pipeline = None
+    if config.pipeline > 1:
+        pipeline = cut_model(model, mesh, config)
+        log.info("pipeline: %d stages on %d ranks, schedule %s", pipeline.stages, pipeline.ranks, pipeline.kind.value)
     shards = {name: whole(parameter.shape) for name, parameter in model.named_parameters()}
-    if mesh.world > 1:
+    if mesh.stage.size > 1:
         for block in model.blocks:
             if block.moe is not None:
                 block.moe.router.scopes = DistributedScope(mesh)
@@ -103,7 +111,10 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
-    return Parallel(model, mesh, device, parameters, config.zero, config.recompute)
+    if pipeline is not None:
+        for name in pipeline.copied:
+            _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
+    return Parallel(model, mesh, device, parameters, config.zero, config.recompute, pipeline)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:
@@ -138,6 +149,13 @@ def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Sha
         if block.moe is not None:
             block.moe.dispatcher = dispatcher
             block.moe.experts.first_expert = axis.rank * len(block.moe.experts.down)
+
+
+def _copy_on_ends(sharded: ShardedParameter | None, mesh: Mesh, fsdp: bool) -> None:
+    """Makes the first and the last stage replicas of the embedding, whose rows tensor parallelism slices. Collective."""
+    replicas = mesh.ends("replicate") if fsdp else mesh.ends("replicate", "shard", "context")
+    if sharded is not None:
+        sharded.replicas = replicas
 
 
 def _compile(model: Transformer) -> None:

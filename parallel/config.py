@@ -22,6 +22,10 @@ class ContextExchange(Enum):
     heads = "heads"
 
 
+PipelineSchedule = Enum("PipelineSchedule", {"1f1b": "1f1b", "interleaved": "interleaved"})
+"""The order in which a rank passes micro-batches forward and backward; see pipeline/schedule.py."""
+
+
 @dataclass
 class ParallelConfig:
     tensor: int = field(default=1, metadata=within("[1, inf)"))
@@ -50,3 +54,17 @@ class ParallelConfig:
     """Activation checkpointing: keep only each block's input and compute the block again in the backward pass."""
     timeout_seconds: float = field(default=600.0, metadata=within("(0, inf)"))
     """A collective that has not completed after this long ends the job."""
+    pipeline: int = field(default=1, metadata=within("[1, inf)"))
+    """Ranks (or groups of ranks that share them) among which the layers are cut; micro-batches pass through one after the other."""
+    pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    """One forward and one backward pass take turns; interleaved: with several stages on each rank, which idles less."""
+    pipeline_chunks: int | None = field(default=None, metadata=within("[1, inf)"))
+    """Stages on each rank; null is 1, with pipeline_schedule=interleaved 2."""
+    pipeline_layers: list[int] | None = None
+    """Layers of each stage, in order; null cuts them so that the costliest stage is as cheap as possible."""
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Stages of a pipeline, on all its ranks."""
+        interleaved = self.pipeline_schedule is PipelineSchedule["interleaved"]
+        return self.pipeline * (self.pipeline_chunks or (2 if interleaved else 1))

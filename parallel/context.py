@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..moe.attention import KeyValueCache, attend
 from ..moe.config import ModelConfig
+from ..moe.delta_net import DeltaNet
 from ..moe.dropout import Dropout
 from ..moe.flexible_attention import block_masks
 from ..moe.model import Transformer
@@ -33,12 +34,14 @@ from .mesh import Axis, Mesh
 def apply_context_parallel(model: Transformer, mesh: Mesh, exchange: ContextExchange) -> None:
     """Cuts what enters the model, and gives attention the keys and values of the other ranks. Changes no weight."""
     axis, gathers = mesh.context, exchange is ContextExchange.gather
-    model.embedding.register_forward_pre_hook(lambda _module, inputs: (own_chunks(inputs[0], axis),))
+    if "embedding" in dict(model.named_children()):  # not every stage of a pipeline has it
+        model.embedding.register_forward_pre_hook(lambda _module, inputs: (own_chunks(inputs[0], axis),))
     model.rotary_tables = partial(_own_tables, axis)
     if gathers:
         model.block_masks = partial(_masks_of_chunks, axis)
     keys = GatheredKeys(axis)
     for block in model.blocks:
+        assert not isinstance(block.attention, DeltaNet), "refused: its state passes through all earlier tokens"
         block.attention.attend = partial(attend_in_chunks if gathers else attend_by_heads, axis)
         if gathers:
             block.attention.register_forward_pre_hook(lambda _module, inputs: (*inputs[:2], keys))

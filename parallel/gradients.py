@@ -51,7 +51,9 @@ class _Bucket:
     members: list[ShardedParameter] = field(default_factory=list)
     elements: int = 0
     missing: float = 0
-    """Members whose gradient is not final. Infinite if some ranks never have one of them: the all-reduce then starts at the end."""
+    """Members whose gradient is not final. Infinite if some ranks never have one of them, or if it comes at another time on other
+    stages of a pipeline: the all-reduce then starts at the end.
+    """
     work: Any = None
 
     def start(self) -> None:
@@ -94,6 +96,7 @@ class _Reducer:
 
 def _buckets(parallel: Parallel) -> list[_Bucket]:
     """Returns the buckets of all parameters that have replicas, those of the last parameters first."""
+    copied = set[str]() if parallel.pipeline is None else parallel.pipeline.copied
     buckets: list[_Bucket] = []
     current: dict[Any, _Bucket] = {}
     for name, sharded in parallel.parameters.items():
@@ -107,7 +110,7 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
         bucket = current[key]
         bucket.members.append(sharded)
         bucket.elements += elements
-        bucket.missing += math.inf if name.endswith(ADDED_BY_ONE) else 1
+        bucket.missing += math.inf if name.endswith(ADDED_BY_ONE) or name in copied else 1
     return buckets
 
 

@@ -5,6 +5,7 @@ import math
 from ..moe.config import AttentionKind, ModelConfig, QKNorm
 from ..moe.param_shapes import Shapes, shapes
 from .config import ParallelConfig
+from .pipeline.stages import cut_layers, held_on
 
 SLICED = {
     "embedding.weight": 0,
@@ -42,32 +43,42 @@ ADDED_BY_ONE = ("attention.o.bias", "experts.down_bias")
 NORMS_OF_ALL_HEADS = {"attention.q_norm.weight": 0, "attention.k_norm.weight": 0}
 """Sliced as well if the norm spans all heads."""
 
-DENSE = ("replicate", "shard", "context", "tensor")
-EXPERTS = ("expert_replicate", "expert_shard", "expert", "expert_tensor")
+DENSE = ("pipeline", "replicate", "shard", "context", "tensor")
+EXPERTS = ("pipeline", "expert_replicate", "expert_shard", "expert", "expert_tensor")
 
 
 def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
     """Returns the sizes of both grids of ranks, the last dimension of each varying fastest. The caller has checked divisibility."""
+    assert world % parallel.pipeline == 0
+    world //= parallel.pipeline
     assert world % dense_ranks(parallel) == 0 and world % (parallel.expert * parallel.expert_tensor) == 0
     shard, data_shard = expert_shard_ranks(parallel, world), dense_ranks(parallel) // parallel.context // parallel.tensor
     dense = (world // dense_ranks(parallel), data_shard, parallel.context, parallel.tensor)
     experts = (world // parallel.expert // parallel.expert_tensor // shard, shard, parallel.expert, parallel.expert_tensor)
-    return dict(zip(DENSE + EXPERTS, dense + experts, strict=True))
+    return {"pipeline": parallel.pipeline, **dict(zip(DENSE[1:] + EXPERTS[1:], dense + experts, strict=True))}
 
 
 def dense_ranks(parallel: ParallelConfig) -> int:
-    """Returns the ranks that hold a model without experts once: FSDP shards over the context ranks, and over further data ranks."""
+    """Returns the ranks that hold a stage without experts once: FSDP shards over the context ranks, and over further data ranks."""
     return parallel.tensor * math.lcm(parallel.context, parallel.shard)
 
 
 def fewest_ranks(parallel: ParallelConfig) -> int:
     """Returns the fewest ranks that fit the degrees; all world sizes that fit are multiples of it."""
-    return math.lcm(dense_ranks(parallel), parallel.expert * parallel.expert_tensor)
+    return parallel.pipeline * math.lcm(dense_ranks(parallel), parallel.expert * parallel.expert_tensor)
 
 
 def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Shapes:
-    """Returns the shapes that rank 0 of `world` holds between steps. If a dimension does not divide evenly, no rank holds more."""
-    return {name: _rank_shape(name, shape, config, parallel, world) for name, shape in shapes(config).items()}
+    """Returns the shapes that a rank of `world` holds between steps. If a dimension or the layers do not divide evenly, no rank
+    holds more.
+    """
+    world //= parallel.pipeline
+    found = {name: _rank_shape(name, shape, config, parallel, world) for name, shape in shapes(config).items()}
+    if parallel.pipeline == 1:
+        return found
+    cut, ranks = cut_layers(config, parallel), parallel.pipeline
+    by_rank = (held_on(config, cut, ranks, rank, found) for rank in range(ranks))
+    return max(by_rank, key=lambda held: sum(map(math.prod, held.values())))
 
 
 def sliced_dim(name: str, config: ModelConfig) -> int | None:
@@ -93,7 +104,7 @@ def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
 
 
 def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:
-    """Returns over how many ranks FSDP shards experts: as many of those with the same experts as `shard` allows."""
+    """Returns over how many ranks of a stage, of `world`, FSDP shards experts: those with the same experts, as `shard` allows."""
     return math.gcd(parallel.shard, world // (parallel.expert * parallel.expert_tensor))
 
 

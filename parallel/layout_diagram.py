@@ -25,6 +25,7 @@ SENDS = {
     "expert": "every MoE layer: tokens to their experts and back",
     "shard": "FSDP2: weights gathered, gradients summed and scattered",
     "expert_shard": "the same for the weights of experts",
+    "pipeline": "every micro-batch: activations forward, their gradients back",
     "replicate": "once a step: gradients summed",
     "expert_replicate": "once a step: gradients of experts summed",
 }
@@ -81,10 +82,11 @@ def _stride(dim: str, sizes: dict[str, int]) -> int:
 def _dense(sizes: dict[str, int], world: int) -> Iterator[Row]:
     """Yields the parts of the batch and of the dense weights. If data ranks are all shards, or all replicas, that is one row."""
     run, rows = sizes["tensor"], sizes["tensor"] * sizes["context"]
-    data = world // rows
+    data = world // rows // sizes["pipeline"]
     same = [dim for dim in ("shard", "replicate") if sizes[dim] == data > 1]
-    yield Row(f"{' = '.join(['batch', *same])}, of {data}", [str(rank // rows) for rank in range(world)], run)
-    yield from _parts([dim for dim in ("tensor", "context", "shard", "replicate") if dim not in same], sizes, world, run, 0)
+    yield Row(f"{' = '.join(['batch', *same])}, of {data}", [str(rank // rows % data) for rank in range(world)], run)
+    dims = [dim for dim in ("tensor", "context", "shard", "replicate", "pipeline") if dim not in same]
+    yield from _parts(dims, sizes, world, run, 0)
 
 
 def _experts(sizes: dict[str, int], world: int, experts: int) -> Iterator[Row]:

@@ -1,8 +1,8 @@
 """Two meshes over the same ranks, one for dense parameters and one for experts (parallel folding). The last dimension varies
 fastest.
 
-    dense    replicate x shard x context x tensor
-    experts  expert_replicate x expert_shard x expert x expert_tensor
+    dense    pipeline x replicate x shard x context x tensor
+    experts  pipeline x expert_replicate x expert_shard x expert x expert_tensor
 
 Expert parallelism needs no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
 """
@@ -20,6 +20,27 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
 from .layout import DENSE, EXPERTS, mesh_sizes
+
+GROUPS = (
+    DENSE,
+    ("replicate", "shard", "context", "tensor"),
+    ("replicate", "shard", "context"),
+    ("replicate", "shard"),
+    ("replicate", "tensor"),
+    ("replicate",),
+    ("shard", "context"),
+    ("context", "tensor"),
+    ("context",),
+    ("tensor",),
+    ("expert_replicate", "expert_shard", "expert_tensor"),
+    ("expert_replicate", "expert_shard"),
+    ("expert_replicate", "expert_tensor"),
+    ("expert_replicate",),
+    ("expert_shard",),
+    ("expert",),
+    ("expert_tensor",),
+)
+"""The groups that a layout may use, by dimensions."""
 
 
 class Axis(NamedTuple):
@@ -53,6 +74,11 @@ class Mesh:
         return self.axis(*DENSE)
 
     @property
+    def stage(self) -> Axis:
+        """The ranks with the same layers: all of them without pipeline parallelism."""
+        return self.axis("replicate", "shard", "context", "tensor")
+
+    @property
     def data(self) -> Axis:
         """The ranks with different rows of the batch."""
         return self.axis("replicate", "shard")
@@ -80,7 +106,7 @@ class Mesh:
     def _make(self, names: tuple[str, ...]) -> Axis:
         if "context" in names and self.sizes["context"] == 1:
             return self.axis(*(name for name in names if name != "context"))
-        dims = EXPERTS if names and names[0] in EXPERTS else DENSE
+        dims = EXPERTS if names and names[-1] in EXPERTS[1:] else DENSE
         firsts = self._ranks(dims, [dim for dim in dims if dim not in names])
         return self.axis_of([[first + further for further in self._ranks(dims, names)] for first in firsts])
 
@@ -92,11 +118,24 @@ class Mesh:
 
     def axis_of(self, groups: list[list[int]]) -> Axis:
         """Returns the group of this rank. `groups` partition the world and have the same order on every rank."""
-        mine = next(group for group in groups if self.rank in group)
-        if len(mine) == 1:
+        mine, several = next(group for group in groups if self.rank in group), [group for group in groups if len(group) > 1]
+        if not several:
             return Axis(1, 0, None)
-        process_group: Any = dist.group.WORLD if len(groups) == 1 else dist.new_subgroups_by_enumeration(groups)[0]
-        return Axis(len(mine), mine.index(self.rank), process_group)
+        process_group: Any = dist.group.WORLD if len(groups) == 1 else dist.new_subgroups_by_enumeration(several)[0]
+        return Axis(len(mine), mine.index(self.rank), process_group if len(mine) > 1 else None)
+
+    def ends(self, *names: str) -> Axis:
+        """Returns the ranks of `axis(*names)` on the first stage and those on the last; on another stage this rank alone."""
+        inner = self.world // self.sizes["pipeline"]
+        last = self.world - inner
+        firsts = self._ranks(DENSE, [dim for dim in DENSE[1:] if dim not in names])
+        groups = [[first + further + end for end in (0, last) for further in self._ranks(DENSE, names)] for first in firsts]
+        return self.axis_of([*groups, *([rank] for rank in range(inner, last))])
+
+    def make_groups(self) -> None:
+        """Creates every group that a stage may use, since stages with different kinds of layers do not come to the same ones."""
+        for names in GROUPS:
+            self.axis(*names)
 
 
 def build_mesh(config: ParallelConfig) -> Mesh:

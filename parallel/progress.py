@@ -88,9 +88,9 @@ def check_before_collectives(check: Check | None) -> None:
     _checks[:] = [] if check is None else [check]
 
 
-def name_layers(blocks: Iterable[nn.Module]) -> None:
-    """Registers hooks that set `PROGRESS.layer` when the forward or backward pass of a block begins."""
-    for index, block in enumerate(blocks):
+def name_layers(blocks: Iterable[tuple[int, nn.Module]]) -> None:
+    """Registers hooks that set `PROGRESS.layer` when the forward or backward pass of a block (with its index) begins."""
+    for index, block in blocks:
         block.register_forward_pre_hook(_enters(index))
         block.register_forward_hook(_enters_backward(index))
 

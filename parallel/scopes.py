@@ -59,7 +59,7 @@ def scope_axis(scope: Scope, mesh: Mesh) -> Axis:
         case Scope.sequence:
             return mesh.axis("context", "tensor")
         case Scope.batch:
-            return mesh.everyone
+            return mesh.stage
         case Scope.rank:
             return Axis(1, 0, None)
 

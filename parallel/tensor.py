@@ -37,12 +37,13 @@ def apply_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Shar
         dim = sliced_dim(name, model.config)
         if dim is not None:
             slice_parameter(model, name, dim, axis, shards)
-    model.embedding = VocabularyParallelEmbedding(
-        model.get_parameter("embedding.weight"), shards["embedding.weight"].offsets[0], axis
-    )
-    if model.config.tie_embeddings:
-        model.head.owner = (model.embedding,)
-    model.head.register_forward_pre_hook(_gather_input(axis))
+    if "embedding.weight" in shards:  # not every stage of a pipeline has embedding and head
+        weight_VD = model.get_parameter("embedding.weight")
+        model.embedding = VocabularyParallelEmbedding(weight_VD, shards["embedding.weight"].offsets[0], axis)
+    if "norm.weight" in shards:
+        if model.config.tie_embeddings:
+            model.head.owner = (model.embedding,)
+        model.head.register_forward_pre_hook(_gather_input(axis))
     _slice_keys(axis, model.embedding_dropout, model.output_dropout)
     for block in model.blocks:
         _parallelize_attention(block.attention, axis)

@@ -17,7 +17,7 @@ from ..train.config.rules.rules import violations
 from ..train.config.schema import written
 from ..train.config.validate import nearest_valid
 
-DEGREES = ("shard", "tensor", "expert", "expert_tensor", "context")
+DEGREES = ("shard", "tensor", "expert", "expert_tensor", "context", "pipeline")
 """The settings of `parallel` that are degrees."""
 
 
@@ -32,12 +32,12 @@ class Layout:
 
     @property
     def replicate(self) -> int:
-        return self.ranks // dense_ranks(self.parallel)
+        return self.ranks // self.parallel.pipeline // dense_ranks(self.parallel)
 
     @property
-    def data(self) -> int:
-        """The ranks with different rows."""
-        return self.ranks // self.parallel.context // self.parallel.tensor
+    def data_ranks(self) -> int:
+        """The ranks with different rows of the batch."""
+        return self.ranks // (self.parallel.context * self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def text(self) -> str:
@@ -49,7 +49,7 @@ class Layout:
 
     def applied(self, config: Config) -> Config:
         """Returns `config` on this layout."""
-        micro = max(1, config.batch.sequences // self.data // self.accumulation)
+        micro = max(1, config.batch.sequences // self.data_ranks // self.accumulation)
         batch = BatchConfig(config.batch.sequences, micro)
         return dataclasses.replace(config, parallel=self.parallel, batch=batch)
 
@@ -80,7 +80,7 @@ def is_legal(config: Config, layout: Layout) -> bool:
     applied = layout.applied(config)
     if next(violations(applied, layout.ranks), None) is not None:
         return False
-    return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * layout.data
+    return applied.batch.sequences == (applied.batch.micro or 0) * layout.accumulation * layout.data_ranks
 
 
 def all_layouts(config: Config, ranks: int) -> list[Layout]:
@@ -138,7 +138,8 @@ def _read(text: str) -> Layout:
         parallel = compose([f"parallel.{name}={value}" for name, value in pairs.items()]).parallel
     except ConfigError as error:
         raise ConfigError(f"parity.layouts=[{text}]: {error}") from error
-    return Layout(int(own["replicate"]) * dense_ranks(parallel), parallel, int(own["accumulation"]))
+    ranks = int(own["replicate"]) * dense_ranks(parallel) * parallel.pipeline
+    return Layout(ranks, parallel, int(own["accumulation"]))
 
 
 MOST_RANKS = 8
@@ -172,7 +173,7 @@ def _splits(world: int) -> Iterator[Layout]:
     divisors = [degree for degree in range(1, world + 1) if world % degree == 0]
     for values in itertools.product(divisors, repeat=len(degrees)):
         parallel = dataclasses.replace(ParallelConfig(), **dict(zip(degrees, values, strict=True)))
-        if world % dense_ranks(parallel) == 0:
+        if world % (dense_ranks(parallel) * parallel.pipeline) == 0:
             yield Layout(world, parallel)
 
 

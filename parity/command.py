@@ -126,7 +126,8 @@ def plan_comparison(settings: ParityConfig, overrides: list[str]) -> tuple[Confi
     given = prepare_config(compose(overrides))
     wanted = [] if settings.layouts == "auto" else parse_layouts(settings.layouts)
     most = max((layout.ranks for layout in wanted), default=settings.ranks)
-    config = shrink(given, max(most, settings.ranks)) if settings.shrink else given
+    stages = max((layout.parallel.pipeline_stages for layout in wanted), default=1)
+    config = shrink(given, max(most, settings.ranks), stages) if settings.shrink else given
     # The layouts must be legal for the full model too; only its batch may change.
     given.batch = config.batch
     if wanted:

@@ -85,7 +85,7 @@ def _named(ratio: float, layout: Layout, text: str) -> Iterator[Hint]:
 def numbers(layout: Layout) -> dict[str, int]:
     """Returns the degrees and counts of a layout that are more than one, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
-    counted = {"data ranks": layout.data, "ranks": layout.ranks, "micro-batches": layout.accumulation}
+    counted = {"data ranks": layout.data_ranks, "ranks": layout.ranks, "micro-batches": layout.accumulation}
     passes = {"forward passes with recomputation": 1 + layout.parallel.recompute}
     return {name: number for name, number in (degrees | counted | passes).items() if number > 1}
 
@@ -121,6 +121,9 @@ def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
         yield Hint("bias per micro-batch", text)
     elif kind == "output" and mismatch.layout.parallel.context > 1:
         yield from _by_chunk(mismatch)
+    elif kind == "gradient" and (last := mismatch.layout.parallel.pipeline - 1) not in (wrong := _wrong_stages(mismatch)) and wrong:
+        text = f"the gradients of stage {last} of the pipeline agree, those of stage {max(wrong)} do not: does it leave its own"
+        yield Hint("a stage's own losses", f"{text} balance losses and z-loss out, or receive a wrong gradient?")
     elif kind == "gradient norm":
         yield Hint("norm", "all gradients agree: are the squares added up over all ranks, and copies counted once?")
     elif kind == "weight":
@@ -136,6 +139,15 @@ def _by_chunk(mismatch: Mismatch) -> Iterator[Hint]:
         shown = ", ".join(f"{first} to {end - 1}" for first, end in wrong)
         text = f"tokens {shown} differ, the others agree: rotated by the positions of other chunks, or without the keys of one?"
         yield Hint("context chunks", text)
+
+
+def _wrong_stages(mismatch: Mismatch) -> set[int]:
+    """Returns the stages of a pipeline with a gradient that differs. The embedding, of which two have a copy, does not count."""
+    wrong = set()
+    for place, findings in zip(mismatch.places, mismatch.by_rank, strict=True):
+        if any(f.kind == "gradient" and f.name != "embedding.weight" and _differs(f) for f in findings):
+            wrong.add(place["pipeline"])
+    return wrong
 
 
 def _only_later_rows(mismatch: Mismatch) -> bool:
@@ -202,6 +214,8 @@ def judge(layout: Layout, by_rank: list[list[Finding]], places: list[dict[str, i
     for rank, findings in enumerate(by_rank):
         for finding in findings:
             groups[finding.step, finding.kind, finding.name].append((rank, finding))
+    if layout.parallel.pipeline > 1:
+        groups = {key: groups[key] for key in sorted(groups, key=_in_order_of_computation)}
     differences = dict.fromkeys(KINDS, 0.0)
     for (_, kind, _), group in groups.items():
         differences[kind] = max(differences[kind], *(finding.difference for _, finding in group))
@@ -227,6 +241,15 @@ def layer_of(name: str) -> str:
     head, _, rest = name.partition(".")
     words = {"layers": "layer", "mtp": "mtp module"}
     return f"{words[head]} {rest.partition('.')[0]}" if head in words else ""
+
+
+def _in_order_of_computation(key: tuple[int, str, str]) -> tuple[int, int, int]:
+    """For the findings of several stages, each of which is in order by itself: gradients of the last layers come first."""
+    step, kind, name = key
+    part, _, rest = name.partition(".")
+    layer = int(rest.partition(".")[0]) if part in ("layers", "mtp") else 0
+    place = {"embedding": 0, "layers": 1, "norm": 2, "head": 2, "mtp": 3}.get(part, 0) * 10**6 + layer
+    return step, list(KINDS).index(kind), -place if kind == "gradient" else place
 
 
 def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First | None:

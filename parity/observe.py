@@ -127,11 +127,14 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
     """Collects the outputs of attention and feed-forward of each block. With recomputation only the first output counts."""
     seen: dict[tuple[str, int, int], ObservedTensor] = {}
     started: list[Rows] = []
+    rows_of_ids = {rows.ids.data_ptr(): rows for rows in micro_batches}
     length = micro_batches[0].ids.shape[1]
     sequences = sum(len(rows.ids) for rows in micro_batches) * parallel.mesh.data.size
 
     def hook(name: str) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() >= 0:  # a recomputation, maybe of a micro-batch before the one that started last
+                return
             value, first = output[0] if isinstance(output, tuple) else output, started[-1].first
             runs = runs_of(parallel.mesh, length, value.shape[1])
             for run, part in zip(runs, value.detach().split([len(run) for run in runs], dim=1), strict=True):
@@ -143,7 +146,7 @@ def record_outputs(parallel: Parallel, micro_batches: list[Rows], step: int) -> 
     parts = ("attention", "moe", "dense")
     modules = [(name, module) for name, module in parallel.model.named_modules() if name.rpartition(".")[2] in parts]
     handles = [module.register_forward_hook(hook(name)) for name, module in modules]
-    handles.append(parallel.model.register_forward_pre_hook(lambda *_: started.append(micro_batches[len(started)])))
+    handles.append(parallel.model.register_forward_pre_hook(lambda _, inputs: started.append(rows_of_ids[inputs[0].data_ptr()])))
     collected: list[ObservedTensor] = []
     try:
         yield collected
@@ -164,7 +167,9 @@ def runs_of(mesh: Mesh, length: int, here: int) -> list[range]:
 
 def observe_numbers(parallel: Parallel, numbers: StepNumbers, step: int) -> Iterator[ObservedTensor]:
     """Yields the numbers of the step without its norm; those of MoE layers have the names of the layers."""
-    layers = [name for name, _ in parallel.model.named_modules() if name.endswith(".moe")]
+    config = parallel.model.config
+    layers = [f"layers.{index}.moe" for index in range(config.layers) if config.moe_layer(index)]
+    layers += [f"mtp.{depth}.block.moe" for depth in range(config.mtp_depth) if config.moe_layer(config.layers + depth)]
     for kind, field in FIELD_OF_LOSS.items():
         for name, value in zip(layers, getattr(numbers, field), strict=True):
             yield _whole(Key(step, kind, name), value)

@@ -12,11 +12,12 @@ CLIP_NORM = 0.05
 """Small enough that gradients of these models are clipped."""
 
 
-def shrink(config: Config, ranks: int) -> Config:
+def shrink(config: Config, ranks: int, stages: int = 1) -> Config:
     """Returns `config` with few and narrow layers; sizes that degrees up to `ranks` divide stay divisible.
 
     Keeps dense first layers, every kind of layer, shared and null experts, groups, top-k (up to 8), grouped-query heads, windows,
-    latents and multi-token prediction (up to 2). The standard deviation of the weights grows as the width shrinks.
+    latents and multi-token prediction (up to 2), and layers for `stages` of a pipeline. The standard deviation of the weights
+    grows as the width shrinks.
     """
     small = copy.deepcopy(config)
     m = small.model
@@ -24,7 +25,7 @@ def shrink(config: Config, ranks: int) -> Config:
     small.batch.sequences, small.batch.micro = 2 * ranks, None
     if small.optimizer.clip_norm is not None:
         small.optimizer.clip_norm = min(small.optimizer.clip_norm, CLIP_NORM)
-    _shrink_depth(m)
+    _shrink_depth(m, stages)
     _shrink_attention(m, ranks)
     m.hidden, m.vocabulary = min(m.hidden, HIDDEN), min(m.vocabulary, VOCABULARY)
     rope, pairs = m.attention.rope, rotary_width(m) // 2
@@ -34,13 +35,12 @@ def shrink(config: Config, ranks: int) -> Config:
     return small
 
 
-def _shrink_depth(m: ModelConfig) -> None:
+def _shrink_depth(m: ModelConfig, stages: int) -> None:
     m.mtp_depth = min(m.mtp_depth, 2)
     later = m.layers - m.dense_first
     m.dense_first = min(m.dense_first, 1)
-    m.layers = m.dense_first + min(
-        later, max(2, m.moe_every, m.attention.linear_every, m.attention.window_every if m.attention.window else 1)
-    )
+    every = max(m.attention.linear_every, m.attention.window_every if m.attention.window else 1)
+    m.layers = m.dense_first + min(later, max(2, m.moe_every, every, stages - 1 - m.dense_first))
     m.dense_layers, m.attention.full_layers = [], []  # with fewer layers, all of them may be listed
     if m.attention.linear_layers:
         m.attention.linear_layers = [index for index in m.attention.linear_layers if index < m.layers - 1] or [0]

@@ -33,7 +33,8 @@ def evaluate_session(session: Session) -> Evaluation:
     for batch in session.data.validation.batches(session.config.evaluate.sequences, micro * data.size, mine):
         rows = as_rows(batch, 0, session.config, session.data, session.device)
         shares = forward(parallel, rows, Totals(tokens=1, sequences=1, micro_batches=1))
-        tokens = (rows.targets != IGNORE).sum() / parallel.mesh.sequence.size
+        counts_tokens = parallel.pipeline is None or parallel.pipeline.last in parallel.pipeline.layers
+        tokens = (rows.targets != IGNORE).sum() * counts_tokens / parallel.mesh.sequence.size
         part = torch.cat([shares.cross_entropy.view(1).double(), tokens.view(1).double(), shares.counts_LE.flatten().double()])
         total = part if total is None else total + part
     parallel.model.train()

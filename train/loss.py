@@ -15,6 +15,7 @@ from ..moe.config import ModelConfig, MoEConfig, Scope
 from ..moe.router import RoutingStats
 from ..parallel.mesh import Mesh
 from ..parallel.scopes import scope_axis, scope_sum
+from ..parallel.streams import on_device
 
 
 class Totals(NamedTuple):
@@ -28,6 +29,10 @@ class Totals(NamedTuple):
     """Micro-batches of the global batch."""
     mtp_tokens: tuple[int | Tensor, ...] = ()
     """Tokens of the global batch that each module of multi-token prediction predicts."""
+
+
+LAYER_FIELDS = ("balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L", "dropped_L")
+"""The fields of `Losses` with a number for each layer, which add up over micro-batches and ranks."""
 
 
 class Losses(NamedTuple):
@@ -137,6 +142,37 @@ def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: To
     return share._replace(objective=objective, mtp_D=mtp_D.detach() / mesh.tensor.size)
 
 
+def among_all_layers(share: Losses, rows: list[int], layers: int, columns: int, mtp_depth: int, metrics: int) -> Losses:
+    """Returns the share of a pipeline stage with the numbers of its MoE layers at their places `rows` among all `layers`; zeros
+    elsewhere. Shares of all stages then add up as those of micro-batches do.
+
+    `columns` of the routers, `mtp_depth` modules of multi-token prediction and `metrics` are those of every stage.
+    """
+    at_L = on_device(torch.tensor(rows, dtype=torch.int64), share.objective.device)
+
+    def spread(x: Tensor, *sizes: int) -> Tensor:
+        found = x.new_zeros(layers, *sizes)
+        return found.index_copy_(0, at_L, x) if rows else found
+
+    none = share.cross_entropy
+    return Losses(
+        share.objective,
+        share.cross_entropy,
+        *(spread(getattr(share, name)) for name in LAYER_FIELDS[:-1]),
+        counts_LE=spread(share.counts_LE, columns),
+        dropped_L=spread(share.dropped_L),
+        mtp_D=share.mtp_D if len(share.mtp_D) else none.new_zeros(mtp_depth),
+        router_metrics_LG=spread(share.router_metrics_LG.double(), metrics),
+        logit_max_L=spread(share.logit_max_L) if metrics and rows else none.new_zeros(layers if metrics else 0),
+    )
+
+
+def add_shares(shares: list[Losses]) -> Losses:
+    """Adds the shares of a rank's stages."""
+    logit_max_L = torch.stack([share.logit_max_L for share in shares]).amax(0)
+    return Losses._make(sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True))._replace(logit_max_L=logit_max_L)
+
+
 class Counted(NamedTuple):
     """What a balance loss is made of in one layer. C columns: experts, or groups of experts."""
 
@@ -221,4 +257,4 @@ def _scopes(scope: Scope, totals: Totals, mesh: Mesh) -> int | Tensor:
     """Returns the number of scopes in the global batch."""
     if scope is Scope.sequence:
         return totals.sequences
-    return totals.micro_batches * (mesh.world if scope is Scope.rank else 1)
+    return totals.micro_batches * (mesh.stage.size if scope is Scope.rank else 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..moe.param_count import moe_layers
 from ..parallel.layout_diagram import layout_diagram
+from ..parallel.pipeline.diagram import pipeline_diagram
 from .config.compose import CONF, Arguments, register_schema
 from .config.config import Config
 from .config.environment import local_world_size, world_size
@@ -38,7 +39,17 @@ def layout_lines(config: Config, world: int) -> list[str]:
         f"of {short(trained)} parameters a rank holds {short(held)} between steps",
         "",
     ]
-    return [line.rstrip() for line in lines + layout_diagram(config.parallel, world, node, model.moe.experts if layers else 0)]
+    lines += layout_diagram(config.parallel, world, node, model.moe.experts if layers else 0)
+    if config.parallel.pipeline > 1:
+        lines += ["", *pipeline_diagram(model, config.parallel, micro_batches(config, world))]
+    return [line.rstrip() for line in lines]
+
+
+def micro_batches(config: Config, world: int) -> int:
+    """Returns the micro-batches of a rank in a step; a batch that does not fit the layout is rounded up to one that does."""
+    p, batch = config.parallel, config.batch
+    each = batch.sequences // (world // p.tensor // p.pipeline) // (batch.micro or batch.sequences)
+    return max(1, -(-each // p.pipeline)) * p.pipeline if p.pipeline_stages > p.pipeline else max(1, each)
 
 
 def ranks_of_a_node(config: Config, world: int) -> int:

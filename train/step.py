@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -21,11 +21,12 @@ from ..parallel.collectives import sum_over
 from ..parallel.context import own_chunks
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
+from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .batch import Rows, targets_ahead, valid_targets
-from .loss import Losses, Totals, add_mtp, losses
+from .loss import LAYER_FIELDS, Losses, Totals, add_mtp, add_shares, among_all_layers, losses
 from .optimizer import set_learning_rate
 from .step_flags import NO_FLAGS, GlobalFlags, RankFlags, encode_flags, is_sound, read_flags
 
@@ -45,10 +46,6 @@ class StepInput(NamedTuple):
     """Decides, by the same numbers on every rank, whether to update."""
     overlap_fn: Callable[[], None] = lambda: None
     """Called when the device has the whole step to do and before the host waits for it."""
-
-
-LAYER_FIELDS = ("balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L", "dropped_L")
-"""The fields of `Losses` with a number for each layer, which add up over micro-batches and ranks."""
 
 
 class StepNumbers(NamedTuple):
@@ -87,15 +84,8 @@ def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input:
     """Trains on one global batch. All ranks update, or none does."""
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, step_input.rows)
-    shares = []
     with shared_casts() if len(step_input.rows) > 1 and not parallel.recompute else nullcontext():
-        for index, rows in enumerate(step_input.rows):
-            last = index == len(step_input.rows) - 1
-            prepare_backward(parallel.model, parallel.zero, last)
-            share = forward(parallel, rows, totals, step_input.position)
-            with gradient_all_reduce(parallel) if last else nullcontext():
-                backward(share)
-            shares.append(share)
+        shares = accumulate(parallel, step_input, totals)
     squared = squared_norm(parallel)
     step_input.overlap_fn()
     numbers = add_up(parallel, shares, totals, squared, step_input.rank_flags)
@@ -106,6 +96,21 @@ def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input:
     update(optimizer, step_input.lr)
     update_expert_biases(parallel, numbers.counts_LE)
     return numbers
+
+
+def accumulate(parallel: Parallel, step_input: StepInput, totals: Totals) -> list[Losses]:
+    """Runs forward and backward of all micro-batches, which add up gradients, and returns the losses of each."""
+    if parallel.pipeline is not None:
+        return pipeline_pass(parallel, parallel.pipeline, step_input, totals)
+    shares = []
+    for index, rows in enumerate(step_input.rows):
+        last = index == len(step_input.rows) - 1
+        prepare_backward(parallel.model, parallel.zero, last)
+        share = forward(parallel, rows, totals, step_input.position)
+        with gradient_all_reduce(parallel) if last else nullcontext():
+            backward(share)
+        shares.append(share)
+    return shares
 
 
 @in_phase("backward")
@@ -129,6 +134,8 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
 @in_phase("forward")
 def forward(parallel: Parallel, rows: Rows, totals: Totals, position: BatchPosition | None = None) -> Losses:
     """Returns the losses of one micro-batch."""
+    if parallel.pipeline is not None:
+        return forward_stages(parallel, parallel.pipeline, rows, totals, position)
     config = parallel.model.config
     position = (position or BatchPosition())._replace(row=rows.first)
     valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
@@ -137,6 +144,76 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, position: BatchPosit
     )
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
+
+
+def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput, totals: Totals) -> list[Losses]:
+    """Runs forward and backward of all micro-batches through this rank's stages. Returns the shares of each."""
+    micro_batches, shares = step_input.rows, list[Losses]()
+
+    def forward(stage: int, micro: int, x_BSD: Tensor | None) -> StageResult:
+        y_BSD, share = forward_stage(parallel, pipeline, stage, x_BSD, micro_batches[micro], totals, step_input.position)
+        shares.append(share)
+        return StageResult(y_BSD, share.objective)
+
+    @contextmanager
+    def around(last: bool) -> Iterator[None]:
+        prepare_backward(parallel.model, parallel.zero, last)
+        with gradient_all_reduce(parallel) if last else nullcontext():
+            yield
+
+    run_schedule(pipeline, len(micro_batches), between_stages(parallel, micro_batches[0]), forward, around)
+    return shares
+
+
+def forward_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows, totals: Totals, position: BatchPosition | None) -> Losses:
+    """Returns the losses of one micro-batch in this rank's stages."""
+    shares = []
+
+    def forward(stage: int, x_BSD: Tensor | None) -> Tensor:
+        y_BSD, share = forward_stage(parallel, pipeline, stage, x_BSD, rows, totals, position)
+        shares.append(share)
+        return y_BSD
+
+    run_forward(pipeline, between_stages(parallel, rows), forward)
+    return add_shares(shares)
+
+
+def between_stages(parallel: Parallel, rows: Rows) -> Tensor:
+    """Returns an empty tensor like the residual stream of `rows` between two stages, (B, s, D)."""
+    sequences, length = rows.ids.shape
+    shape = sequences, length // parallel.mesh.sequence.size, parallel.model.config.width
+    return rows.ids.new_empty(shape, dtype=parallel.model.activations)
+
+
+def forward_stage(
+    parallel: Parallel,
+    pipeline: Pipeline,
+    stage: int,
+    x_BSD: Tensor | None,
+    rows: Rows,
+    totals: Totals,
+    position: BatchPosition | None,
+) -> tuple[Tensor, Losses]:
+    """Returns the residual stream after one stage, and the stage's share of the losses of one micro-batch."""
+    config, mesh = parallel.model.config, parallel.mesh
+    position = (position or BatchPosition())._replace(row=rows.first)
+    y_BSD, summed, stats = parallel.model(
+        rows.ids,
+        rows.targets != IGNORE,
+        stage=stage,
+        x_BSD=x_BSD,
+        head_losses=head_losses(parallel, rows),
+        position=position,
+        documents_BS=rows.documents,
+    )
+    none = y_BSD.new_zeros((), dtype=torch.promote_types(y_BSD.dtype, torch.float32))
+    share = losses(summed[0] if summed else none, stats, config.moe, totals, mesh)
+    share = add_mtp(share, summed[1:], config, totals, mesh)
+    training, columns = parallel.model.training, config.moe.experts + config.moe.router.null_experts
+    layers = pipeline.moe_layers - (0 if training else pipeline.predicting)
+    rows_L = [row for row in pipeline.rows[stage] if row < layers]
+    depth, metrics = (config.mtp_depth, len(SUMS) * pipeline.collects_metrics) if training else (0, 0)
+    return y_BSD, among_all_layers(share, rows_L, layers, columns, depth, metrics)
 
 
 def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
@@ -154,6 +231,8 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
     """Moves the expert biases once a step, by its global counts, so that every rank makes the same change."""
     rate = parallel.model.config.moe.balance.bias_rate
     if rate > 0:
+        if parallel.pipeline is not None:
+            counts_LE = counts_LE[parallel.pipeline.all_rows]
         for bias_E, counts_E in zip(expert_biases(parallel.model).values(), counts_LE, strict=True):
             update_expert_bias(bias_E, counts_E, rate)
 

@@ -15,6 +15,7 @@ from tokenyard.moe.router import Router
 from tokenyard.parallel import context, gradients
 from tokenyard.parallel.apply import Parallel, gradient_of
 from tokenyard.parallel.collectives import sum_over
+from tokenyard.parallel.pipeline import run
 from tokenyard.train import step
 
 
@@ -153,6 +154,65 @@ def counts_again_in_recomputation() -> Iterator[None]:
         return right_sum(parallel, [shares[0]._replace(counts_LE=wrong), *none], *args)
 
     with mock.patch.object(Router, "forward", forward), mock.patch.object(step, "add_up", add_up):
+        yield
+
+
+@contextlib.contextmanager
+def auxiliary_forgotten_by_a_stage() -> Iterator[None]:
+    """All stages of a pipeline but the last differentiate only their output, and report their losses."""
+    right = run._backward
+
+    def backward(result: run.StageResult, received: Any) -> None:
+        right(result if received is None else result._replace(objective=result.objective.detach()), received)
+
+    with mock.patch.object(run, "_backward", backward):
+        yield
+
+
+@contextlib.contextmanager
+def micro_batch_counted_twice_in_a_pipeline() -> Iterator[None]:
+    right = step.pipeline_pass
+
+    def pipeline_pass(*args: Any) -> list[Any]:
+        return [share for share in right(*args) for _ in range(2)]
+
+    with mock.patch.object(step, "pipeline_pass", pipeline_pass):
+        yield
+
+
+@contextlib.contextmanager
+def tied_weight_updated_by_each_stage() -> Iterator[None]:
+    """The copies of the embedding on the first and on the last stage each keep their own gradient."""
+
+    @contextlib.contextmanager
+    def summed(parallel: Parallel) -> Iterator[None]:
+        embedding = parallel.parameters.get("embedding.weight")
+        if parallel.pipeline is None or embedding is None:
+            with gradients.gradient_all_reduce(parallel):
+                yield
+            return
+        both, embedding.replicas = embedding.replicas, parallel.mesh.axis("replicate", "shard")
+        with gradients.gradient_all_reduce(parallel):
+            yield
+        embedding.replicas = both
+
+    with mock.patch.object(step, "gradient_all_reduce", summed):
+        yield
+
+
+@contextlib.contextmanager
+def averaged_over_stages() -> Iterator[None]:
+    """Each stage divides its own share of the objective by the stages."""
+    right_pass, right = step.pipeline_pass, run._backward
+
+    def pipeline_pass(parallel: Parallel, pipeline: run.Pipeline, *args: Any) -> list[Any]:
+        def backward(result: run.StageResult, received: Any) -> None:
+            right(result._replace(objective=result.objective / pipeline.stages), received)
+
+        with mock.patch.object(run, "_backward", backward):
+            return right_pass(parallel, pipeline, *args)
+
+    with mock.patch.object(step, "pipeline_pass", pipeline_pass):
         yield
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import ContextExchange, Exchange, ParallelConfig
+from tokenyard.parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import choose_layouts as layouts
 from tokenyard.parity import observe
@@ -41,6 +41,10 @@ class Layout(NamedTuple):
     recompute: bool = False
     context: int = 1
     context_exchange: ContextExchange = ContextExchange.gather
+    pipeline: int = 1
+    pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    pipeline_chunks: int | None = None
+    pipeline_layers: list[int] | None = None
 
 
 class Case(NamedTuple):

@@ -29,6 +29,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "shard 2 x expert_tensor 2": (4, ["parallel.shard=2", "parallel.expert_tensor=2", "parallel.zero=1"]),
     "tensor 2 x expert_tensor 4": (4, ["parallel.tensor=2", "parallel.expert_tensor=4"]),
     "context 2 x shard 2": (4, ["parallel.context=2", "parallel.shard=4", "parallel.expert=2"]),
+    "pipeline 2 x shard 2": (4, ["parallel.pipeline=2", "parallel.shard=2", "parallel.expert=2"]),
+    "pipeline 2 x tensor 2, head alone": (4, ["parallel.pipeline=2", "parallel.tensor=2", "parallel.pipeline_layers=[2,0]"]),
 }
 NAMES = list(LAYOUTS)
 PAIRS = [(one, NAMES[(index + hop) % len(NAMES)]) for index, one in enumerate(NAMES) for hop in (1, 3)]

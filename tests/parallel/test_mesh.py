@@ -13,7 +13,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
 
 LAYOUTS = [
-    # world, tensor, shard, expert, expert_tensor, context (1)
+    # world, tensor, shard, expert, expert_tensor, context (1), stages of a pipeline (1)
     (1, 1, 1, 1, 1),
     (2, 2, 1, 1, 1),
     (2, 1, 2, 2, 1),
@@ -37,6 +37,10 @@ LAYOUTS = [
     (8, 1, 4, 4, 1, 2),
     (16, 2, 4, 2, 2, 4),
     (12, 1, 6, 6, 1, 2),
+    (8, 2, 2, 4, 1, 1, 2),
+    (12, 1, 2, 2, 1, 1, 3),
+    (4, 1, 1, 1, 1, 1, 4),
+    (16, 2, 2, 4, 1, 2, 2),
 ]
 AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for names in itertools.combinations(dims, n)]
 
@@ -45,16 +49,23 @@ AXES = [names for dims in (DENSE, EXPERTS) for n in range(1, len(dims) + 1) for 
 def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
     layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, tensor, shard, expert, expert_tensor, context = degrees(layout)
-    holding = expert * expert_tensor
-    expert_shard, data_shard, rows = math.gcd(shard, world // holding), max(1, shard // context), tensor * context
+    world, tensor, shard, expert, expert_tensor, context, pipeline = degrees(layout)
+    holding, stage = expert * expert_tensor, world // pipeline
+    expert_shard, data_shard, rows = math.gcd(shard, stage // holding), max(1, shard // context), tensor * context
     dense = {
-        rank: (rank // rows // data_shard, rank // rows % data_shard, rank // tensor % context, rank % tensor)
+        rank: (
+            rank // stage,
+            rank % stage // rows // data_shard,
+            rank // rows % data_shard,
+            rank // tensor % context,
+            rank % tensor,
+        )
         for rank in range(world)
     }
     experts = {
         rank: (
-            rank // holding // expert_shard,
+            rank // stage,
+            rank % stage // holding // expert_shard,
             rank // holding % expert_shard,
             rank // expert_tensor % expert,
             rank % expert_tensor,
@@ -64,7 +75,7 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
     for rank in range(world):
         mesh, made = mesh_of(rank, layout, monkeypatch)
         for names in AXES:
-            dims, places = (DENSE, dense) if names[0] in DENSE else (EXPERTS, experts)
+            dims, places = (DENSE, dense) if names[-1] in DENSE else (EXPERTS, experts)
             others = [dim for dim, name in enumerate(dims) if name not in names]
             expected = [r for r in range(world) if all(places[r][dim] == places[rank][dim] for dim in others)]
             axis = mesh.axis(*names)
@@ -74,18 +85,42 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_named_axes(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    world, tensor, shard, expert, expert_tensor, context = degrees(layout)
+    world, tensor, shard, expert, expert_tensor, context, pipeline = degrees(layout)
+    stage = world // pipeline
     for rank in range(world):
         mesh, _ = mesh_of(rank, layout, monkeypatch)
+        assert (mesh.stage.size, mesh.stage.rank) == (stage, rank % stage)
         assert (mesh.everyone.size, mesh.everyone.rank) == (world, rank)
         assert (mesh.tensor.size, mesh.tensor.rank) == (tensor, rank % tensor)
-        assert (mesh.data.size, mesh.data.rank) == (world // tensor // context, rank // tensor // context)
+        assert (mesh.data.size, mesh.data.rank) == (stage // tensor // context, rank % stage // tensor // context)
         assert (mesh.context.size, mesh.context.rank) == (context, rank // tensor % context)
         assert (mesh.sequence.size, mesh.sequence.rank) == (context * tensor, rank % (context * tensor))
         assert mesh.axis("shard", "context").size == (shard if shard > 1 else context)
         assert (mesh.axis("expert_tensor").size, mesh.axis("expert_tensor").rank) == (expert_tensor, rank % expert_tensor)
         assert mesh.axis("expert").size == expert and mesh.axis("shard").size == max(1, shard // context)
         assert mesh.axis("shard") is mesh.axis("shard"), "made once"
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if len(layout) == 6], ids=str)
+def test_the_ends_of_a_pipeline(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same group of the first stage and of the last one; a rank of another stage is alone, and takes part in making them."""
+    world, pipeline = layout[0], layout[5]
+    stage = world // pipeline
+    for rank in range(world):
+        mesh, made = mesh_of(rank, layout, monkeypatch)
+        for names in (("replicate",), ("replicate", "shard")):
+            inside = [other for other in range(stage) if _same(other, rank % stage, names, layout)]
+            expected = [*inside, *(world - stage + other for other in inside)] if rank // stage in (0, pipeline - 1) else [rank]
+            axis = mesh.ends(*names)
+            assert (axis.size, axis.rank) == (len(expected), expected.index(rank))
+            assert axis.group in (expected, None) and made
+
+
+def _same(one: int, other: int, names: tuple[str, ...], layout: tuple[int, ...]) -> bool:
+    """Whether two ranks of a stage differ only in the named dimensions."""
+    _, tensor, shard, *_ = layout
+    fixed = [rank % tensor if "shard" in names else (rank % tensor, rank // tensor % shard) for rank in (one, other)]
+    return fixed[0] == fixed[1]
 
 
 def test_experts_are_sharded_as_far_as_their_ranks_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,23 +159,25 @@ def members(config: ParallelConfig) -> dict[str, list[int]]:
 
 def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """Returns the mesh of a rank, and a list to which the groups of new process groups are appended."""
-    world, tensor, shard, expert, expert_tensor, context = degrees(layout)
+    world, tensor, shard, expert, expert_tensor, context, pipeline = degrees(layout)
     made: list[Any] = []
 
     def new_groups(groups: list[list[int]]) -> tuple[Any, None]:
         made.append(groups)
-        return next(group for group in groups if rank in group), None
+        return next((group for group in groups if rank in group), None), None
 
     fakes = {"is_initialized": True, "get_world_size": world, "get_rank": rank}
     for name, value in fakes.items():
         monkeypatch.setattr(mesh_module.dist, name, lambda value=value: value)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
-    config = ParallelConfig(tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor, context=context)
+    config = ParallelConfig(
+        tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor, context=context, pipeline=pipeline
+    )
     return build_mesh(config), made
 
 
 def degrees(layout: tuple[int, ...]) -> tuple[int, ...]:
-    return layout if len(layout) == 6 else (*layout, 1)
+    return (*layout, 1, 1)[:7]
 
 
 def assert_group(group: Any, expected: list[int], made: list[Any], world: int) -> None:

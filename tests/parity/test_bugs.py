@@ -26,6 +26,8 @@ CONTEXT = [
     Layout(4, ParallelConfig(context=4)),
     Layout(4, ParallelConfig(context=2, tensor=2)),
 ]
+PIPELINE = [Layout(2, ParallelConfig(pipeline=2), 2), Layout(4, ParallelConfig(pipeline=2, tensor=2), 2)]
+DEEP = [Layout(2, ParallelConfig(pipeline=2), 2), Layout(4, ParallelConfig(pipeline=4), 2)]
 DATA = [Layout(2), Layout(4, ParallelConfig(tensor=2, expert=4)), Layout(4, ParallelConfig(shard=4))]
 CASES = {
     "averaged_over_expert_ranks": (EXPERT, "gradient", "mtp.0.block.moe.experts.down", "1 / parallel.expert", "exactly 1/{expert}"),
@@ -60,6 +62,16 @@ CASES = {
         "bias per micro-batch",
         "per micro-batch",
     ),
+    "auxiliary_forgotten_by_a_stage": (PIPELINE, "gradient", "layers.1.", "a stage's own losses", "leave its own balance losses"),
+    "micro_batch_counted_twice_in_a_pipeline": (DEEP, "count per expert", "layers.1.moe", "micro-batches", "exactly 2 times"),
+    "tied_weight_updated_by_each_stage": (
+        PIPELINE,
+        "gradient",
+        "embedding.weight",
+        "not added up over pipeline",
+        "not summed over the pipeline ranks",
+    ),
+    "averaged_over_stages": ([DEEP[1], PIPELINE[1]], "gradient", "mtp.0.", "1 / parallel.pipeline", "exactly 1/{pipeline}"),
     "counts_again_in_recomputation": (
         [Layout(1, ParallelConfig(recompute=True)), Layout(4, ParallelConfig(expert=2, tensor=2, recompute=True))],
         "count per expert",
@@ -81,7 +93,8 @@ def test_the_bug_is_named(ranks: Any, bug: str) -> None:
         assert layer_of(verdict.first.name) in ("mtp module 0", "layer 0", "layer 1", "")
         assert verdict.first.difference > 1e-9 and verdict.first.ranks
         text = " ".join(" ".join(explained(verdict, {cause})).split())
-        assert words.format(expert=layout.parallel.expert, context=layout.parallel.context) in text, text
+        degrees = {"expert": layout.parallel.expert, "context": layout.parallel.context, "pipeline": layout.parallel.pipeline}
+        assert words.format(**degrees) in text, text
     assert common_causes(verdicts) == {cause}
 
 

@@ -24,6 +24,9 @@ PICTURES = {
     "64_ranks": "model=deepseek_v3 parallel.expert=32 parallel.tensor=2 parallel.shard=32 launch.nodes=8 launch.ranks=8",
     "1000_ranks": "model=mixtral_8x7b parallel.tensor=4 parallel.shard=125 parallel.expert=4 parallel.expert_tensor=2"
     " launch.nodes=125 launch.ranks=8",
+    "8_ranks_pipeline": "parallel.pipeline=4 parallel.tensor=2 batch.micro=2 model.layers=7 launch.ranks=8",
+    "4_ranks_interleaved": "parallel.pipeline=2 parallel.pipeline_schedule=interleaved parallel.expert=2 batch.micro=2"
+    " model.tie_embeddings=true launch.ranks=4",
 }
 LAYOUTS = [
     # tensor, shard, expert, expert_tensor, world, ranks of a node, context (1)

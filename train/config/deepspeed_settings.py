@@ -85,6 +85,9 @@ def engine(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("engine.zero", rule, [0, 1, 2])
     if config.parallel.shard > 1:
         yield Violation("parallel.shard", "must be 1 with engine=deepspeed, which shards by engine.zero and not by FSDP", [1])
+    if config.parallel.pipeline > 1:
+        rule = "must be 1 with engine=deepspeed, whose step is not cut into stages; engine=torch has pipelines"
+        yield Violation("parallel.pipeline", rule, [1])
     if config.precision is Precision.fp64:
         rule = "must be fp32 or bf16 with engine=deepspeed, which cannot sum gradients in fp64"
         yield Violation("precision", rule, [Precision.fp32])

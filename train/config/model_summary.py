@@ -77,10 +77,11 @@ def layout_text(parallel: ParallelConfig, ranks: int) -> str:
     """Returns the degrees of a layout in words."""
     if ranks == 1:
         return "1 rank"
-    replicate = ranks // dense_ranks(parallel)
+    replicate = ranks // parallel.pipeline // dense_ranks(parallel)
     text = f"{ranks} ranks: replicate {replicate} x shard {parallel.shard} x tensor {parallel.tensor}; expert {parallel.expert}"
     text += f" x expert_tensor {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""
-    return text + (f"; context {parallel.context}" if parallel.context > 1 else "")
+    text += f"; context {parallel.context}" if parallel.context > 1 else ""
+    return text + (f"; pipeline {parallel.pipeline}, {parallel.pipeline_schedule.value}" if parallel.pipeline > 1 else "")
 
 
 def check_model_and_layout(config: Config, world: int) -> None:

@@ -81,7 +81,7 @@ def try_step(session: Session) -> None:
     session.engine.state_to_save()  # allocates the moments
     config, data = session.config, session.parallel.mesh.data
     first = data.rank * session.micro
-    micro_batches = min(config.batch.sequences // data.size // session.micro, 2)
+    micro_batches = min(config.batch.sequences // data.size // session.micro, 2 * config.parallel.pipeline)  # a full pipeline
     batches = [random_rows(session, first) for _ in range(micro_batches)]
     position = BatchPosition(config.seed, session.step + 1)
     session.engine.step(StepInput(batches, 0.0, config.optimizer.clip_norm, position, accepts=lambda _: False))

@@ -230,7 +230,8 @@ def hang_guard(session: Session, on_hang: Callable[[str], None], on_failure: Cal
     if mesh.world == 1:
         yield
         return
-    name_layers(session.parallel.model.blocks)
+    model = session.parallel.model
+    name_layers(zip(model.block_indices, model.blocks, strict=True))
     start_id, timeout = from_first(lambda: secrets.token_hex(8)), session.config.parallel.timeout_seconds
     watchdog = Watchdog(session.folder, mesh.rank, mesh.world, timeout, on_hang=on_hang, on_failure=on_failure, start_id=start_id)
     watchdog.processes = dict(enumerate(from_all(this_process())))

@@ -184,7 +184,7 @@ class RankZeroLogger(RunLogger):
         record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.counters}
         telemetry = None
         if logged.snapshot is not None:
-            metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.world)
+            metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.stage.size)
             record |= metrics
         if evaluation is not None:
             record |= validation_record(config, evaluation)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, ModelConfig
-from ....parallel.config import ContextExchange, Exchange
+from ....parallel.config import ContextExchange, Exchange, PipelineSchedule
 from ....parallel.layout import node_ranks
 from ..config import Config, EngineKind
 from ..environment import local_world_size
@@ -29,16 +29,21 @@ def degrees(config: Config, world: int) -> Iterator[Violation]:
 def ranks(config: Config, world: int) -> Iterator[Violation]:
     """Checks the parallel degrees against the ranks that there are."""
     p = config.parallel
+    if world % p.pipeline:
+        yield Violation("parallel.pipeline", _needs(p.pipeline, world), {p.pipeline, *divisors(world)})
+        return
+    world //= p.pipeline
+    stage = " of a pipeline stage" if p.pipeline > 1 else ""
     for key, degree in (("parallel.tensor", p.tensor), ("parallel.expert", p.expert)):
         if world % degree:
-            yield Violation(key, _needs(degree, world), {degree, *divisors(world)})
+            yield Violation(key, _needs(degree, world, stage, p.pipeline), {degree, *divisors(world)})
     data = world // p.tensor
     for key, degree in (("parallel.context", p.context), ("parallel.shard", p.shard)):
         if data % degree:
             rule = (
-                _needs(degree, world)
+                _needs(degree, world, stage, p.pipeline)
                 if world == 1
-                else f"must divide the {data} data ranks ({world} ranks / parallel.tensor={p.tensor})"
+                else f"must divide the {data} data ranks ({world} ranks{stage} / parallel.tensor={p.tensor})"
             )
             yield Violation(key, rule, {degree, *divisors(data)})
     if p.shard > 1 and p.shard % p.context:
@@ -63,17 +68,21 @@ def context(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(key, "must be 1 with engine=deepspeed", [1])
     if config.compile:
         yield Violation(key, "must be 1 with compile=true", [1])
+    if linear_blocks(c):
+        rule = f"must be 1 with linear attention ({linear_blocks(c)} of {c.layers} layers), whose state passes through all tokens"
+        yield Violation(key, rule, [1])
     heads = c.heads // p.tensor
     if p.context_exchange is ContextExchange.heads and heads % p.context:
         rule = f"must divide the {heads} heads of a rank with parallel.context_exchange=heads"
         yield Violation(key, rule, [degree for degree in [1, *fitting] if heads % degree == 0])
 
 
-def _needs(degree: int, world: int) -> str:
-    """Returns the rule that `world` must be a multiple of the parallel degree, in words."""
+def _needs(degree: int, world: int, stage: str = "", pipeline: int = 1) -> str:
+    """Returns the rule that `world` (the ranks of a `stage`) must be a multiple of the parallel degree, in words."""
     if world == 1:
-        return f"needs {degree} ranks (or a multiple) and this is 1 process, use launch=torchrun launch.ranks={degree} or torchrun"
-    return f"must divide the {world} ranks"
+        ranks, have = degree * pipeline, f"1 rank{stage}" if stage else "1 process"
+        return f"needs {ranks} ranks (or a multiple) and this is {have}, use launch=torchrun launch.ranks={ranks} or torchrun"
+    return f"must divide the {world} ranks{stage}"
 
 
 def _cut_by_tensor(c: ModelConfig) -> Iterator[str]:
@@ -115,6 +124,40 @@ def _nodes(config: Config, world: int) -> Iterator[Violation]:
     yield Violation("parallel.node_ranks", rule, divisors(p.expert))
 
 
+def pipeline(config: Config, world: int) -> Iterator[Violation]:
+    """Checks the stages of a pipeline against the model, and what is not done in stages."""
+    p, layers = config.parallel, config.model.layers
+    interleaved = p.pipeline_schedule is PipelineSchedule["interleaved"]
+    if p.pipeline == 1:
+        unread = {
+            "pipeline_schedule": [PipelineSchedule["1f1b"]] if interleaved else None,
+            "pipeline_chunks": [None] if p.pipeline_chunks is not None else None,
+            "pipeline_layers": [None] if p.pipeline_layers is not None else None,
+        }
+        for name, right in unread.items():
+            if right is not None:
+                yield Violation(f"parallel.{name}", "must be left as it is, parallel.pipeline=1 has one stage", right)
+        return
+    if not interleaved and p.pipeline_chunks not in (None, 1):
+        yield Violation("parallel.pipeline_chunks", "must be null or 1 with parallel.pipeline_schedule=1f1b", [None])
+    if interleaved and p.pipeline_chunks == 1:
+        yield Violation("parallel.pipeline_chunks", "must be 2 or more with parallel.pipeline_schedule=interleaved", [2])
+    if p.pipeline_stages > layers + 1:
+        rule = f"makes {p.pipeline_stages} stages, and model.layers={layers} can be cut into at most {layers + 1}"
+        yield Violation("parallel.pipeline", rule, range(layers + 1, 0, -1))
+    sizes = p.pipeline_layers
+    if sizes is not None and (
+        len(sizes) != p.pipeline_stages or sum(sizes) != layers or min([1, *sizes[:-1]]) < 1 or sizes[-1] < 0
+    ):
+        rule = f"must be {p.pipeline_stages} numbers that add up to model.layers={layers}, of which only the last may be 0"
+        yield Violation("parallel.pipeline_layers", rule, [None])
+    if config.model.moe.balance.pool_layers:
+        rule = "must be false with parallel.pipeline, the one loss of all layers would have to know the layers of other stages"
+        yield Violation("model.moe.balance.pool_layers", rule, [False])
+    if config.compile:
+        yield Violation("compile", "must be false with parallel.pipeline", [False])
+
+
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
     """Checks parallel.expert_tensor against the model, and against the number of ranks that hold each expert."""
     key, degree, c = "parallel.expert_tensor", config.parallel.expert_tensor, config.model
@@ -125,6 +168,7 @@ def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
     if degree > 1 and c.moe.hidden % (8 * degree):
         rule = f"must divide model.moe.hidden={c.moe.hidden} into multiples of 8, grouped products want rows of 16 bytes"
         yield Violation(key, rule, [1] if c.moe.hidden % 8 else divisors(c.moe.hidden // 8))
+    world //= config.parallel.pipeline
     holders = world // config.parallel.expert
     if holders % degree:
         expert = f" ({world} ranks / parallel.expert={config.parallel.expert})" if config.parallel.expert > 1 else ""

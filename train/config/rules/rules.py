@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from operator import attrgetter
 
 from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
+from ....parallel.config import PipelineSchedule
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
 from ..config import Config, Shape
@@ -72,15 +73,27 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
 
 
 def batch(config: Config, world: int) -> Iterator[Violation]:
-    sequences, data = config.batch.sequences, world // config.parallel.tensor // config.parallel.context
+    p, sequences = config.parallel, config.batch.sequences
+    data = world // p.tensor // p.context // p.pipeline
     micro = config.batch.micro or 1
     if sequences % data:
-        context = f" / parallel.context={config.parallel.context}" if config.parallel.context > 1 else ""
-        rule = f"must be a multiple of the {data} data ranks ({world} ranks / parallel.tensor={config.parallel.tensor}{context})"
+        degrees = {"tensor": p.tensor, "context": p.context, "pipeline": p.pipeline}
+        shown = [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1 or name == "tensor"]
+        rule = f"must be a multiple of the {data} data ranks ({' / '.join([f'{world} ranks', *shown])})"
         yield Violation("batch.sequences", rule, multiples(data * micro, sequences))
     if sequences // data % micro:
         rule = f"must divide the {sequences // data} sequences of a rank (batch.sequences={sequences} over {data} data ranks)"
         yield Violation("batch.micro", rule, divisors(sequences // data))
+    if (
+        p.pipeline_schedule is PipelineSchedule["interleaved"]
+        and sequences // data // (config.batch.micro or sequences) % p.pipeline
+    ):
+        rule = (
+            f"must cut the {sequences // data} sequences of a rank into a multiple of parallel.pipeline={p.pipeline} micro-batches"
+        )
+        fitting = [size for size in divisors(sequences // data) if sequences // data // size % p.pipeline == 0]
+        near = fitting if config.batch.micro else fitting[-1:]
+        yield Violation("batch.micro", f"{rule} with parallel.pipeline_schedule=interleaved", near)
 
 
 RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
@@ -98,6 +111,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     parallel_rules.context,
     parallel_rules.expert_tensor,
     parallel_rules.exchange,
+    parallel_rules.pipeline,
     batch,
     deepspeed_settings.engine,
     launch_rules.launchers,

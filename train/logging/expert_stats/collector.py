@@ -47,8 +47,11 @@ class ExpertStats:
 
     def begin_step(self, logged: bool) -> None:
         """Computes router metrics in a logged step only; compiled code is the same for all steps and always computes them."""
-        for router in self.routers:
-            router.collects_metrics = self.on and (logged or self.session.config.compile)
+        collects = self.on and (logged or self.session.config.compile)
+        for router in self.routers.values():
+            router.collects_metrics = collects
+        if self.session.parallel.pipeline is not None:
+            self.session.parallel.pipeline.collects_metrics = collects
 
     def update(self, numbers: StepNumbers) -> None:
         """Adds a step's numbers to the sums."""

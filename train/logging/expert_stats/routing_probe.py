@@ -6,18 +6,22 @@ whole numbers, the same for every layout. The probe does not change training: no
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ....data.batches import IGNORE
+from ....moe.model import HeadLoss
 from ....moe.router import Router, Routing
 from ....parallel.apply import Parallel
-from ....parallel.collectives import stack_over, sum_over
+from ....parallel.collectives import max_over, stack_over, sum_over
 from ....parallel.context import own_chunks
+from ....parallel.pipeline.run import run_forward
 from ...batch import Rows, as_rows
 from ...session import Session
+from ...step import between_stages
 
 # Token classes by the text of a piece alone. The rules hold for most programming languages, and for prose, whose words are
 # identifiers. After the blanks around the piece are removed, the first rule that applies decides; see `token_class`.
@@ -126,20 +130,21 @@ class Probe:
         """Runs one forward pass without the head, with temporary hooks on the routers."""
         session, parallel = self.session, self.session.parallel
         rows, sources_B = self._rows()
-        experts, found = session.config.model.moe.experts, []
+        experts, found = session.config.model.moe.experts, dict[int, Tensor]()
 
-        def keep(_router: nn.Module, _inputs: object, routing: Routing) -> None:
-            found.append(computing_experts(routing, experts))
+        def keep(layer: int, _router: nn.Module, _inputs: object, routing: Routing) -> None:
+            found[layer] = computing_experts(routing, experts)
 
-        hooks = [router.register_forward_hook(keep) for router in routers(parallel, self.layers)]
+        here = routers(parallel, self.layers)
+        hooks = [router.register_forward_hook(partial(keep, layer)) for layer, router in here.items()]
+        heads: list[HeadLoss] = [lambda hidden, _weight, _head: hidden.new_zeros(())]
         parallel.model.eval()
         try:
-            parallel.model(
-                rows.ids,
-                rows.targets != IGNORE,
-                head_losses=[lambda hidden, _weight, _head: hidden.new_zeros(())],
-                documents_BS=rows.documents,
-            )
+            if parallel.pipeline is None:
+                parallel.model(rows.ids, rows.targets != IGNORE, head_losses=heads, documents_BS=rows.documents)
+            else:
+                run_forward(parallel.pipeline, between_stages(parallel, rows), partial(run_stage, parallel, rows, heads))
+                self._add_other_stages(found, rows.ids)
         finally:
             parallel.model.train()
             for hook in hooks:
@@ -148,8 +153,16 @@ class Probe:
         if context.size > 1:
             whole = (own_chunks(each, context) for each in whole)
         valid_BS, ids_BS = (each.chunk(tensor.size, 1)[tensor.rank] for each in whole)
-        experts_LTK = torch.stack(found).masked_fill(~valid_BS.flatten()[None, :, None], -1)
+        experts_LTK = torch.stack([found[layer] for layer in self.layers]).masked_fill(~valid_BS.flatten()[None, :, None], -1)
         return Routed(experts_LTK, ids_BS.flatten(), sources_B.repeat_interleave(ids_BS.shape[1]))
+
+    def _add_other_stages(self, found: dict[int, Tensor], ids_BS: Tensor) -> None:
+        """Adds layers of other pipeline stages, where no token has an expert, so that sums over all ranks are right."""
+        mesh = self.session.parallel.mesh
+        choices = max((experts_TK.shape[1] for experts_TK in found.values()), default=0)
+        choices = int(max_over(torch.tensor(float(choices), device=ids_BS.device), mesh.everyone))
+        none_TK = torch.full((ids_BS.numel() // mesh.sequence.size, choices), -1, dtype=torch.int16, device=ids_BS.device)
+        found.update({layer: none_TK for layer in self.layers if layer not in found})
 
     def _rows(self) -> tuple[Rows, Tensor]:
         """Returns this rank's rows, and the source of each."""
@@ -226,9 +239,16 @@ def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, l
     return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
 
 
-def routers(parallel: Parallel, layers: list[int]) -> list[Router]:
-    """Returns the routers of the given blocks, in order."""
-    return [block.moe.router for index, block in enumerate(parallel.model.blocks) if index in layers and block.moe is not None]
+def run_stage(parallel: Parallel, rows: Rows, heads: list[HeadLoss], stage: int, x_BSD: Tensor | None) -> Tensor:
+    """Returns the residual stream after one stage of a pipeline."""
+    valid_BS = rows.targets != IGNORE
+    return parallel.model(rows.ids, valid_BS, stage=stage, x_BSD=x_BSD, head_losses=heads, documents_BS=rows.documents)[0]
+
+
+def routers(parallel: Parallel, layers: list[int]) -> dict[int, Router]:
+    """Returns the routers of the given blocks that this rank has, by block, in order."""
+    blocks = zip(parallel.model.block_indices, parallel.model.blocks, strict=True)
+    return {index: block.moe.router for index, block in blocks if index in layers and block.moe is not None}
 
 
 def computing_experts(routing: Routing, experts: int) -> Tensor:

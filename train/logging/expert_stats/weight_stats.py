@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ....moe.config import ModelConfig
 from ....moe.init import expert_biases
+from ....moe.param_shapes import block_shapes
 from ....parallel.apply import Parallel, ShardedParameter, local
 from ....parallel.collectives import sum_over
 
@@ -52,16 +53,24 @@ def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict
     config, found = parallel.model.config, {}
     for layer in chosen:
         names = [name for name in parallel.parameters if ".experts." in name and layers[row_of(name, config, layers)] == layer]
-        corners = torch.cat([_corner(parallel.parameters[name], parallel.device) for name in sorted(names)], dim=1)
+        shares = [_corner(parallel.parameters[name], parallel.device) for name in sorted(names)]
+        shares = shares or [torch.zeros(config.moe.experts, _corner_width(config), dtype=torch.float64, device=parallel.device)]
+        corners = torch.cat(shares, dim=1)
         unit_ED = torch.nn.functional.normalize(sum_over(corners, parallel.mesh.everyone), dim=1)
         found[layer] = (unit_ED @ unit_ED.T).clamp(-1, 1).cpu()
     return found
 
 
 def biases(parallel: Parallel) -> Tensor | None:
-    """Returns the biases of the experts, (L, E), without null experts; None if no router has any."""
-    found = [bias[: parallel.model.config.moe.experts] for bias in expert_biases(parallel.model).values()]
-    return torch.stack(found) if found else None
+    """Returns the biases of the experts, (L, E), without null experts; None if no router has any. Collective with a pipeline."""
+    config, pipeline = parallel.model.config, parallel.pipeline
+    found = [bias[: config.moe.experts] for bias in expert_biases(parallel.model).values()]
+    if pipeline is None or config.moe.balance.bias_rate == 0:
+        return torch.stack(found) if found else None
+    bias_LE = torch.zeros(pipeline.moe_layers, config.moe.experts, device=parallel.device)
+    for row, bias_E in zip(pipeline.all_rows, found, strict=True):
+        bias_LE[row] = bias_E / parallel.mesh.stage.size
+    return sum_over(bias_LE, parallel.mesh.everyone)
 
 
 def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
@@ -69,6 +78,13 @@ def row_of(name: str, config: ModelConfig, layers: list[int]) -> int:
     found = _PLACE.match(name)
     assert found is not None, name
     return layers.index(int(found[2]) + (config.layers if found[1] == "mtp" else 0))
+
+
+def _corner_width(config: ModelConfig) -> int:
+    """Returns the weights of an expert that are compared, which a stage of a pipeline without the layer has to know."""
+    index = next(index for index in range(config.layers + config.mtp_depth) if config.moe_layer(index))
+    found = {name: shape for name, shape in block_shapes(config, index).items() if ".experts." in name}
+    return sum(math.prod(min(CORNER, size) for size in shape[1:]) for shape in found.values())
 
 
 def _corner(sharded: ShardedParameter, device: torch.device) -> Tensor:

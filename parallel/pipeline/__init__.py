@@ -1,0 +1,1 @@
+"""Pipeline parallelism: the layers are cut into stages, each on ranks of its own."""

@@ -1,0 +1,123 @@
+"""Runs the schedule of a rank: forward and backward passes of its stages, and the messages between them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import PipelineSchedule
+from ..progress import in_phase
+from .p2p import Links, Mail
+from .schedule import FORWARD, Action, schedule
+
+
+@dataclass
+class Pipeline:
+    """This rank's part of a pipeline."""
+
+    kind: PipelineSchedule
+    ranks: int
+    rank: int
+    layers: dict[int, range]
+    """The layers of each stage of this rank, by stage."""
+    stages: int
+    """Of all ranks."""
+    rows: dict[int, list[int]]
+    """For each stage of this rank the places of its MoE layers among those of the model, with multi-token prediction."""
+    moe_layers: int
+    """MoE layers of the model, with multi-token prediction."""
+    predicting: int
+    """Those of multi-token prediction, the last ones, which run only in training."""
+    copied: set[str]
+    """Names of the parameters that the first stage has and the last one has a copy of."""
+    links: Links
+    collects_metrics: bool = False
+    """Whether routers collect metrics in this step, which a stage without routers has to know too."""
+
+    @property
+    def last(self) -> int:
+        """The stage with the head."""
+        return self.stages - 1
+
+    @property
+    def all_rows(self) -> list[int]:
+        """`rows` of all stages of this rank, in the order of the layers."""
+        return sorted(row for rows in self.rows.values() for row in rows)
+
+    def actions(self, micros: int) -> list[Action]:
+        """Returns the schedule of this rank for `micros` micro-batches."""
+        return schedule(self.kind, self.ranks, self.rank, len(self.layers), micros)
+
+
+class StageResult(NamedTuple):
+    """What a stage computes of a micro-batch."""
+
+    output_BSD: Tensor
+    """The residual stream for the next stage; of the last stage nobody uses it."""
+    objective: Tensor
+    """The stage's own share of the objective: the losses of its layers, and of the head if it has that."""
+
+
+Forward = Callable[[int, int, Tensor | None], StageResult]
+"""Takes a stage, a micro-batch, and the residual stream from the stage before it (None for the first stage)."""
+
+
+def run_schedule(
+    pipeline: Pipeline, micros: int, like: Tensor, forward: Forward, around: Callable[[bool], AbstractContextManager[None]]
+) -> None:
+    """Passes `micros` micro-batches forward and backward through this rank's stages. Collective over the pipeline.
+
+    `like`: an empty tensor with the shape of the residual stream between stages. `around` takes whether a backward pass is the last
+    one, and wraps it with the message that follows it. A stage differentiates its output, with the gradient that it receives, and
+    its own share of the objective together: no auxiliary loss has to travel.
+    """
+    actions, mail = pipeline.actions(micros), Mail(pipeline.links, like)
+    kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
+    for action, following in zip(actions, [*actions[1:], None], strict=True):
+        x_BSD = mail.take(action)
+        if following is not None:
+            mail.expect(following)
+        if action.kind == FORWARD:
+            x_BSD = x_BSD if x_BSD is None else x_BSD.requires_grad_()
+            with _named(action):
+                kept[action.stage, action.micro] = x_BSD, (result := forward(action.stage, action.micro, x_BSD))
+            if action.stage < pipeline.last:
+                mail.send(action, result.output_BSD)
+            continue
+        into_BSD, result = kept.pop((action.stage, action.micro))
+        with around(following is None):
+            with _named(action):
+                _backward(result, x_BSD)
+            if into_BSD is not None:
+                assert into_BSD.grad is not None
+                mail.send(action, into_BSD.grad)
+    mail.close()
+
+
+def run_forward(pipeline: Pipeline, like: Tensor, forward: Callable[[int, Tensor | None], Tensor]) -> None:
+    """Passes one micro-batch forward through this rank's stages. Collective over the pipeline."""
+    mail = Mail(pipeline.links, like)
+    for stage in pipeline.layers:
+        action = Action(FORWARD, stage, 0)
+        output_BSD = forward(stage, mail.take(action))
+        if stage < pipeline.last:
+            mail.send(action, output_BSD)
+    mail.close()
+
+
+def _named(action: Action) -> AbstractContextManager[None]:
+    """The phase that a hang is reported with."""
+    return in_phase(
+        f"{'forward' if action.kind == FORWARD else 'backward'} of micro-batch {action.micro} through stage {action.stage}"
+    )
+
+
+def _backward(result: StageResult, received_BSD: Tensor | None) -> None:
+    outputs, gradients = [result.objective] if result.objective.requires_grad else [], list[Tensor | None]()
+    gradients += [None] * len(outputs)
+    if received_BSD is not None:
+        outputs, gradients = [*outputs, result.output_BSD], [*gradients, received_BSD]
+    torch.autograd.backward(outputs, gradients)

@@ -1,0 +1,77 @@
+"""A model on one rank of a pipeline: the layers of its stages. The others are deleted; the names of the rest do not change."""
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ...moe.model import HeadLoss, Transformer
+from ...moe.router import RoutingStats
+from ...moe.token_info import BatchPosition, build_token_info
+from ..config import ParallelConfig
+from ..mesh import Mesh
+from .p2p import Links
+from .run import Pipeline
+from .stages import cut_layers, has_embedding, layers_on
+
+
+def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipeline:
+    """Deletes what other ranks of the pipeline have, and replaces `forward` by `stage_forward`. Collective."""
+    config, cut, ranks = model.config, cut_layers(model.config, parallel), parallel.pipeline
+    mesh.make_groups()
+    rank = mesh.rank // (mesh.world // ranks)
+    layers = layers_on(cut, ranks, rank)
+    first, last = 0 in layers, len(cut) - 1 in layers
+    for name in list(model.layers):
+        if not any(int(name) in inside for inside in layers.values()):
+            del model.layers[name]
+    if not last:
+        del model.norm, model.head
+        model.mtp.clear()
+    if not has_embedding(config, first, last):
+        del model.embedding
+    routing = [index for index in range(config.layers + config.mtp_depth) if config.moe_layer(index)]
+    rows = {stage: [routing.index(layer) for layer in inside if layer in routing] for stage, inside in layers.items()}
+    if last:
+        rows[len(cut) - 1] += [row for row, layer in enumerate(routing) if layer >= config.layers]
+    copied = {"embedding.weight"} if has_embedding(config, first=False, last=True) else set[str]()
+    links = Links(mesh, len(cut))
+    forward: Any = functools.partial(stage_forward, model, layers, len(cut) - 1)
+    model.forward = forward
+    predicting = sum(layer >= config.layers for layer in routing)
+    return Pipeline(parallel.pipeline_schedule, ranks, rank, layers, len(cut), rows, len(routing), predicting, copied, links)
+
+
+def stage_forward(
+    model: Transformer,
+    layers: dict[int, range],
+    last: int,
+    ids_BS: Tensor,
+    valid_BS: Tensor | None,
+    stage: int,
+    x_BSD: Tensor | None,
+    head_losses: list[HeadLoss],
+    position: BatchPosition | None = None,
+    documents_BS: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[RoutingStats]]:
+    """Runs one of this rank's stages (`layers`, by stage): `Transformer.forward` from x_BSD (None: the embedding) on.
+
+    Returns the residual stream after the stage, its losses (of the stage `last` only), and the statistics of its MoE layers.
+    """
+    config = model.config
+    tokens = build_token_info(ids_BS, valid_BS, (position or BatchPosition()) if model.training else None, model.is_random)
+    rotary = model.rotary_tables(config, 0, ids_BS.shape[1], ids_BS.device, model.activations, documents_BS)
+    rotary = rotary._replace(blocks=model.block_masks(config, ids_BS, model.activations, documents_BS))
+    stream: Any = model.embed(ids_BS, tokens) if x_BSD is None else x_BSD
+    stats: list[RoutingStats] = []
+    for index in layers[stage]:
+        stream, routed = model.layers[str(index)](stream, rotary, tokens._replace(layer=index))
+        stats += [] if routed is None else [routed]
+    if stage < last:
+        return stream, [], stats
+    normed_BSD = model.output_dropout(model.norm(stream), model.dropout_keys(stream, tokens))
+    losses = [model.head(normed_BSD, head_losses[0])]
+    if model.training:
+        hidden_BSD = normed_BSD if config.mtp_after_norm else stream
+        losses += model.mtp_losses(hidden_BSD, ids_BS, tokens, rotary, stats, head_losses[1:])
+    return stream, losses, stats
