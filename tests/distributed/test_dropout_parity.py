@@ -19,6 +19,8 @@ LAYOUTS = {
     "gather 2 x expert_tensor 2": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.gather),
     "plain 2 x expert_tensor 2, shard 4, recompute": Layout(4, shard=4, expert=2, expert_tensor=2, recompute=True),
     "expert_tensor 4, tensor 2": Layout(4, tensor=2, expert_tensor=4),
+    "context 2 x tensor 2, recompute": Layout(4, context=2, tensor=2, recompute=True),
+    "pipeline 2 x context 2 x expert 2": Layout(4, pipeline=2, context=2, expert=2),
 }
 
 

@@ -101,14 +101,14 @@ def test_named_axes(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) ->
         assert mesh.axis("shard") is mesh.axis("shard"), "made once"
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if len(layout) == 6], ids=str)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if len(layout) == 7], ids=str)
 def test_the_ends_of_a_pipeline(layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same group of the first stage and of the last one; a rank of another stage is alone, and takes part in making them."""
-    world, pipeline = layout[0], layout[5]
+    world, pipeline = layout[0], layout[6]
     stage = world // pipeline
     for rank in range(world):
         mesh, made = mesh_of(rank, layout, monkeypatch)
-        for names in (("replicate",), ("replicate", "shard")):
+        for names in (("replicate",), ("replicate", "shard", "context")):
             inside = [other for other in range(stage) if _same(other, rank % stage, names, layout)]
             expected = [*inside, *(world - stage + other for other in inside)] if rank // stage in (0, pipeline - 1) else [rank]
             axis = mesh.ends(*names)
@@ -118,8 +118,9 @@ def test_the_ends_of_a_pipeline(layout: tuple[int, ...], monkeypatch: pytest.Mon
 
 def _same(one: int, other: int, names: tuple[str, ...], layout: tuple[int, ...]) -> bool:
     """Whether two ranks of a stage differ only in the named dimensions."""
-    _, tensor, shard, *_ = layout
-    fixed = [rank % tensor if "shard" in names else (rank % tensor, rank // tensor % shard) for rank in (one, other)]
+    _, tensor, shard, _, _, context, _ = layout
+    sharing = max(shard, context)  # the context ranks are among the shards
+    fixed = [rank % tensor if "shard" in names else (rank % tensor, rank // tensor % sharing) for rank in (one, other)]
     return fixed[0] == fixed[1]
 
 

@@ -46,7 +46,7 @@ BAD = [
      "parallel.context=1"),
     (8, "parallel.context=4 parallel.shard=2", "parallel.shard=2: must be 1 or a multiple of parallel.context=4",
      "parallel.shard=1"),
-    (2, "parallel.context=2 model=tiny_qwen3_next", "parallel.context=2: must be 1 with linear attention (3 of 4 layers)",
+    (2, "parallel.context=2 model=tiny_qwen3_next tokenizer=bytes", "parallel.context=2: must be 1 with linear attention (3 of 4 layers)",
      "parallel.context=1"),
     (2, "parallel.context=2 compile=true", "parallel.context=2: must be 1 with compile=true", "parallel.context=1"),
     (2, "parallel.context=2 engine=deepspeed", "parallel.context=2: must be 1 with engine=deepspeed", "parallel.context=1"),
