@@ -25,7 +25,7 @@ oldest: $(OLDEST)/.installed ## Run some of the tests with the oldest torch that
 	$(OLDEST)/bin/python -c 'import torch; print("torch", torch.__version__)'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 @tests/oldest.txt $(ARGS)
 
-lane: $(INSTALLED) ## Run the steps of single ranks on fake tensors, every model with every exchange; CI has a third of them
+lane: $(INSTALLED) ## Run the steps of single ranks on fake tensors, every model with every exchange; CI has a quarter of them
 	TOKENYARD_LANE=all $(PYTEST) tests/cuda_lane $(ARGS)
 
 portable: $(INSTALLED) ## Run all tests as on processors with fewer instructions, on 1 and 2 threads, an hour and more

@@ -9,6 +9,7 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import composed_once
 import torch
 from tokenyard.checkpoint.save_plan import NamedShard, named_shards
 from tokenyard.moe.config import Selection
@@ -21,6 +22,8 @@ from tokenyard.train.config.config import Config
 from tokenyard.train.logging.expert_stats.collector import ExpertStats
 
 MICRO_BATCHES = 2
+
+composed_once.install()
 
 
 class Case(NamedTuple):

@@ -128,7 +128,7 @@ def test_a_row_of_gigabytes(tmp_path: Path, ending: str, verb: str, record_prope
     """No more of it is held or unpacked than rows may have: 65, in one line, soon."""
     rows = b"".join(json.dumps({"text": f"<0.{row}> words"}).encode() + b"\n" for row in range(200))
     (tmp_path / "rows").mkdir()
-    bomb(tmp_path / "rows" / f"a.{ending}", 1 << 32 if ending == "txt.zst" else 1 << 29, rows, b"\n" + rows)
+    bomb(tmp_path / "rows" / f"a.{ending}", 1 << 30 if ending == "txt.zst" else 1 << 29, rows, b"\n" + rows)
     assert (tmp_path / "rows" / f"a.{ending}").stat().st_size < 5 << 20
     kind = {"jsonl": "jsonl", "txt": "lines"}[ending.partition(".")[0]]
     words = [f"data={kind}", f"data.path={tmp_path}/rows", f"data.cache={tmp_path}/cache", "tokenizer=bytes", "sequence_length=32"]

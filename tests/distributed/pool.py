@@ -229,6 +229,7 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     address = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    gc.freeze()  # what the server has imported
     pipe.send((False, b""))
     kept = {dist.group.WORLD}
     while True:

@@ -10,6 +10,7 @@ import pytest
 import tokenyard
 import torch
 from family_cases import CASES, YARN
+from tokenyard.interop.load_weights import open_source
 from torch import nn
 
 from .test_families import IDS
@@ -37,18 +38,22 @@ def test_what_changes_the_model_is_followed_or_refused(family: str, build: Calla
     model.save_pretrained(tmp_path, max_shard_size="1GB")
     config = model.config.to_dict() | {"architectures": [f"{family}ForCausalLM"]}
     compared, refused = 0, 0
+    ours: dict[str, torch.Tensor] = {}  # by what the file describes: most keys that change nothing describe one model
     for key, value in [("architectures", config["architectures"]), *mutations(config)]:
         mutated = copy.deepcopy(config) | {key: value}
         (tmp_path / "config.json").write_text(json.dumps(mutated))
         try:
-            ours = tokenyard.load_model(tmp_path)
+            if (described := repr(open_source(tmp_path).model)) not in ours:
+                ours[described] = tokenyard.load_model(tmp_path)(IDS)
         except ValueError as error:
             assert key != "architectures" and "\n" not in str(error), error
             refused += 1
             continue
         if (theirs := rebuilt(model, mutated)) is None:
             continue
-        torch.testing.assert_close(ours(IDS), theirs, rtol=0, atol=2e-4, msg=lambda text, at=f"{key}={value}": f"{at}: {text}")
+        torch.testing.assert_close(
+            ours[described], theirs, rtol=0, atol=2e-4, msg=lambda text, at=f"{key}={value}": f"{at}: {text}"
+        )
         compared += 1
     assert compared > 20 and refused > 10
 
