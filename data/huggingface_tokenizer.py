@@ -53,7 +53,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.no_padding()
         self._library.no_truncation()
         self._library.encode_special_tokens = True
-        if dropout_of(content):  # of a model trained with dropout: outside of training nothing is dropped
+        self.dropout: float = getattr(self._library.model, "dropout", None) or 0.0
+        """The probability with which the tokenizer.json drops merges, so that equal texts get different ids. Nothing drops here."""
+        if self.dropout:
             self._library.model.dropout = None
         self.end = end or self._named("eos_token") or self._usual_end(origin)
         self.end_of_document = self._id(self.end, "end", origin)
@@ -152,8 +154,3 @@ def read_companions(folder: Path) -> dict[str, bytes]:
         if (size := path.stat().st_size) > LARGEST_COMPANION:
             raise ValueError(f"{path} has {size} bytes, more than {LARGEST_COMPANION}")
     return {name: path.read_bytes() for name, path in found.items()}
-
-
-def dropout_of(content: bytes) -> float:
-    """Returns the probability with which a tokenizer.json drops merges, so that equal texts get different ids; 0 without."""
-    return json.loads(content)["model"].get("dropout") or 0.0

@@ -12,7 +12,7 @@ import xxhash
 from .cache import atomic_folder
 from .config import TokenizerConfig, TokenizerKind
 from .corpus import CorpusSurvey
-from .huggingface_tokenizer import HuggingFaceTokenizer, dropout_of, read_companions
+from .huggingface_tokenizer import HuggingFaceTokenizer, read_companions
 from .tokenizer_path import MODEL_FILE, TOKENIZER_JSON, check_tokenizer, tokenizer_file
 from .tokenizer_training import RECIPE, sample, train_pieces
 from .tokenizer_types import ABOUT_FILE, BytesTokenizer, SentencePieceTokenizer, Tokenizer
@@ -40,9 +40,9 @@ def ready_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
     if config.kind is TokenizerKind.sentencepiece:
         return SentencePieceTokenizer(content, origin)
     tokenizer = HuggingFaceTokenizer(content, origin, config.end, config.begin, read_companions(file.parent))
-    if dropout := dropout_of(content):
+    if tokenizer.dropout:
         rule = "draws other ids for equal texts, so that two runs of one seed differ; the nearest value is null"
-        raise ValueError(f"{origin} must be a tokenizer without dropout: its model.dropout={dropout} {rule}")
+        raise ValueError(f"{origin} must be a tokenizer without dropout: its model.dropout={tokenizer.dropout:.6g} {rule}")
     return tokenizer
 
 
