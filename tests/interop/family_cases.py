@@ -367,7 +367,10 @@ CASES |= {
             "tie_word_embeddings": True,
         },
     ),
-    "qwen3_next linear layers alone": ("Qwen3Next", {**DELTA, "num_hidden_layers": 2, "linear_num_key_heads": 4, "use_cache": False}),
+    "qwen3_next linear layers alone": (
+        "Qwen3Next",
+        {**DELTA, "num_hidden_layers": 2, "linear_num_key_heads": 4, "use_cache": False},
+    ),
     "qwen3_5_moe": ("Qwen3_5Moe", DELTA),
     "qwen3_5_moe biases, positions of images": (
         "Qwen3_5Moe",
