@@ -13,6 +13,7 @@ from ..train.config.serialize import plain_config
 from .config_reader import ConfigReader
 from .families import FAMILIES, Family
 from .families.harmless import IRRELEVANT, harmless
+from .language_model import language_config
 
 # The settings of a ModelConfig that decide the function of the trained model: with equal ones the same weights compute the same.
 
@@ -130,6 +131,7 @@ def family_of(config: dict[str, Any], place: str = "config.json: ") -> Family:
 
 def read_config(config: dict[str, Any], place: str = "config.json: ") -> tuple[Family, ModelConfig]:
     """The family and the model that a config.json describes. ValueError, one line, for a key or value without equivalent here."""
+    config = language_config(config, place)
     family = family_of(config, place)
     if config.get("quantization_config"):
         _check_quantization(config["quantization_config"], family, place)

@@ -64,6 +64,8 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
     encoding: Encoding | None = None
     """None: it is stored as it is."""
+    key: str | None = None
+    """Its name in the file, if it has another one in `HFFolder.tensors`."""
 
 
 class HFFolder(NamedTuple):

@@ -15,6 +15,7 @@ from ..parallel.shard import LocalShard, whole
 from .config_mapping import read_config
 from .families import Family
 from .hf_folder import DTYPES, HFFolder, TensorHeader, open_folder
+from .language_model import language_model
 from .quantized import dequantized, open_tensor
 from .weight_mapping import HFTensor
 from .weight_plan import Plan, read_plan, repeated_tensors
@@ -35,7 +36,7 @@ def open_source(path: Path) -> HFSource:
     """Maps all keys and tensors of the folder. Raises ValueError, one line, for the first that has no place in our model."""
     folder = open_folder(path)
     family, model = read_config(folder.config, f"{path / 'config.json'}: ")
-    folder = dequantized(folder)
+    folder = language_model(dequantized(folder))
     behind = f"model.layers.{model.layers}."
     if model.mtp_depth and not any(name.startswith(behind) for name in folder.tensors):
         model.mtp_depth, model.mtp_after_norm = 0, False  # transformers writes the key but not the tensors

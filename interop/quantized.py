@@ -91,7 +91,7 @@ def open_tensor(folder: HFFolder, name: str) -> Iterator[Any]:
     header = folder.tensors[name]
     if header.encoding is None:
         with open_file(folder.path / header.file) as file:
-            yield file.get_slice(name)
+            yield file.get_slice(header.key or name)
         return
     view, values, scales = header.encoding
     with open_file(folder.path / values[0]) as file, open_file(folder.path / scales[0]) as other:

@@ -273,5 +273,5 @@ QWEN3_5_MOE = Family(
             for ours, theirs in {"gate": "z", "beta": "b", "decay": "a"}.items()
         }
     ),
-    left_out=r"mtp\..*",
+    left_out=r"(mtp|model\.visual)\..*",
 )

@@ -200,6 +200,13 @@ def test_a_context_length_outside_of_the_rope_keys_wins() -> None:
     assert model.attention.rope.factor == 2048 / 16
 
 
+@pytest.mark.parametrize(("interval", "linear"), [(1, []), (3, [0, 1, 3, 4, 6, 7]), (9, list(range(8)))])
+def test_an_interval_of_full_attention_without_layer_types(interval: int, linear: list[int]) -> None:
+    theirs = given(FAMILIES["Qwen3NextForCausalLM"], num_hidden_layers=8, layer_types=None, full_attention_interval=interval)
+    _, model = read_config(theirs)
+    assert [index for index in range(8) if model.linear_layer(index)] == linear
+
+
 def test_kimi_k2_is_deepseek_v3() -> None:
     """Its published file names DeepSeek's architecture, and a model type of its own."""
     family, model = read_config(given(FAMILIES["DeepseekV3ForCausalLM"], model_type="kimi_k2", **KIMI_K2))
