@@ -43,6 +43,8 @@ LAYOUTS = {
     "expert": ["parallel.expert=2"],
     "expert_chunks": ["parallel.expert=2", "parallel.overlap_chunks=2"],
     "tensor": ["parallel.tensor=2"],
+    "context": ["parallel.context=2"],
+    "context_heads": ["parallel.context=2", "parallel.context_exchange=heads"],
 }
 """Layouts of the two ranks. Chunks overlap the exchange of rows with the experts; FSDP2 overlaps its all-gathers with the
 layers."""

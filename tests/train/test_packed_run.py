@@ -34,7 +34,9 @@ def run_on_ranks(folder: str, overrides: list[str]) -> int:
 
 
 def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in read_journal(folder / "metrics.jsonl")]
+    """Returns the loss of each step, and the validation loss after the last."""
+    records = read_journal(folder / "metrics.jsonl")
+    return [*(record["loss"] for record in records), records[-1]["validation_loss"]]
 
 
 def test_resumed_also_on_context_ranks_it_is_the_same_run(ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
