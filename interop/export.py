@@ -122,6 +122,7 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
     for name, original in repeated_tensors(model).items():
         if name != "lm_head.weight":
             plan[name] = plan[original]
+    plan |= {name: plan[original] for name, original in family.idle(model).items()}
     outputs = {}
     for name, (mine, part) in plan.items():
         stored = ours[mine].dtype if dtype is None or mine.endswith(EXPERT_BIAS) else dtype

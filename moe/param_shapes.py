@@ -13,7 +13,7 @@ def shapes(config: ModelConfig) -> Shapes:
     D = config.width
     found: Shapes = {"embedding.weight": (config.vocabulary, D)}
     for index in range(config.layers):
-        found |= _under(f"layers.{index}", block_shapes(config, config.moe_layer(index)))
+        found |= _under(f"layers.{index}", block_shapes(config, index))
     found["norm.weight"] = (D,)
     if not config.tie_embeddings:
         found["head.weight"] = (config.vocabulary, D)
@@ -22,18 +22,20 @@ def shapes(config: ModelConfig) -> Shapes:
     return found
 
 
-def block_shapes(config: ModelConfig, moe: bool) -> Shapes:
-    """Returns the parameters of one block, dense or with experts."""
+def block_shapes(config: ModelConfig, index: int) -> Shapes:
+    """Returns the parameters of block `index`: dense, with experts, or both."""
     D = config.width
     names = ["attention_norm", "feedforward_norm"] if config.pre_norms else []
     if config.sandwich_norms:
         names += ["attention_post_norm", "feedforward_post_norm"]
     latent = config.attention.kind is AttentionKind.mla
-    feedforward = _moe(config) if moe else _under("dense", _feedforward(config, config.hidden))
+    experts = _moe(config) if config.moe_layer(index) else {}
+    dense = _under("dense", _feedforward(config, config.hidden)) if config.dense_layer(index) else {}
     return {
         **{f"{name}.weight": (D,) for name in names},
         **_under("attention", _mla(config) if latent else _gqa(config)),
-        **feedforward,
+        **experts,
+        **dense,
     }
 
 
@@ -118,7 +120,7 @@ def _prediction(config: ModelConfig, index: int) -> Shapes:
     D = config.width
     found: Shapes = {f"{name}.weight": (D,) for name in ("embedding_norm", "hidden_norm", "norm")}
     found["projection.weight"] = (D, 2 * D)
-    return found | _under("block", block_shapes(config, config.moe_layer(index)))
+    return found | _under("block", block_shapes(config, index))
 
 
 def _under(prefix: str, found: Shapes) -> Shapes:

@@ -40,6 +40,8 @@ def _shrink_depth(m: ModelConfig) -> None:
     m.dense_first = min(m.dense_first, 1)
     m.layers = m.dense_first + min(later, max(2, m.moe_every, m.attention.window_every if m.attention.window else 1))
     m.dense_layers, m.attention.full_layers = [], []  # with fewer layers, all of them may be listed
+    if m.moe.shortcut and m.moe_layer(0):
+        m.dense_first, m.layers = 1, m.layers + 1
 
 
 def _shrink_attention(m: ModelConfig, ranks: int) -> None:

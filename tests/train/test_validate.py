@@ -117,6 +117,8 @@ BAD = [
      "model.moe.router.constant_experts=0"),
     (1, "model.moe.router.groups=4 model.moe.router.null_experts=4", "model.moe.router.null_experts=4: must be 0",
      "model.moe.router.null_experts=0"),
+    (1, "model.moe.shortcut=true", "model.dense_first=0: must be at least 1 with model.moe.shortcut=true", "model.dense_first=1"),
+    (1, "model.moe.shortcut=true model.dense_first=1 model.mtp_depth=1", "model.mtp_depth=1: must be 0 with", "model.mtp_depth=0"),
     (1, "model.moe.router.selection=gshard model.moe.capacity.policy=random",
      "model.moe.capacity.policy=random: must be position or priority with",
      "model.moe.capacity.policy=position or model.moe.capacity.policy=priority"),
