@@ -70,6 +70,8 @@ def export_checkpoint(
     if model.mtp_depth and not model.mtp_after_norm:
         what = "the prediction modules have learned from hidden states before the last norm"
         notes.append(f"model.mtp_after_norm=false: {what}, {family.architecture} feeds them those after it")
+    if idle := family.idle(model):
+        notes.append(f"{len(idle)} tensors, as {next(iter(idle))}, are copies of others: transformers has them and never uses them")
     return Exported(folder, family.architecture, files, notes)
 
 
@@ -122,6 +124,7 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
     for name, original in repeated_tensors(model).items():
         if name != "lm_head.weight":
             plan[name] = plan[original]
+    plan |= {name: plan[original] for name, original in family.idle(model).items()}
     outputs = {}
     for name, parts in plan.items():
         mine, part = parts[0]

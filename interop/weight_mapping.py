@@ -35,7 +35,8 @@ class RowRange(NamedTuple):
 class Source(NamedTuple):
     """A pattern of Hugging Face tensors: the part `view` of ours, with dimensions `joined` and `joined + 1` flattened into one.
 
-    In `name`, {layer} is the layer's index; with {expert} there is a tensor for each expert, and `view` is applied to its slice.
+    In `name`, {layer} is the layer's index, {pair} and {half} its quotient and rest by 2; with {expert} there is a tensor for each
+    expert, and `view` is applied to its slice.
     """
 
     name: str
@@ -72,13 +73,13 @@ class HFTensor(NamedTuple):
 
 def hf_tensors(form: tuple[Source, ...], layer: int, ours: "Tensor") -> list[HFTensor]:
     """All Hugging Face tensors that make up `ours` (which may be on the meta device) in this form."""
-    found = []
+    found, place = [], {"layer": layer, "pair": layer // 2, "half": layer % 2}
     for source in form:
         if "{expert}" not in source.name:
-            found.append(HFTensor(source.name.format(layer=layer), source.view, source.joined, source.rows))
+            found.append(HFTensor(source.name.format(**place), source.view, source.joined, source.rows))
             continue
         for expert in range(ours.shape[0]):
-            name = source.name.format(layer=layer, expert=expert)
+            name = source.name.format(**place, expert=expert)
             found.append(HFTensor(name, _view_of_expert(source.view, expert), source.joined, source.rows))
     return found
 
@@ -92,14 +93,17 @@ def same(name: str) -> StoredForms:
     return ((Source(name),),)
 
 
-def layer_tensors(names: dict[str, str]) -> dict[str, StoredForms]:
+LAYER = "model.layers.{layer}."
+
+
+def layer_tensors(names: dict[str, str], layer: str = LAYER) -> dict[str, StoredForms]:
     """Tensors of a layer that are the same on both sides, by their names within the layer: ours to Hugging Face's."""
-    return {ours: same("model.layers.{layer}." + theirs) for ours, theirs in names.items()}
+    return {ours: same(layer + theirs) for ours, theirs in names.items()}
 
 
-def feedforward(ours: str, theirs: str) -> dict[str, StoredForms]:
+def feedforward(ours: str, theirs: str, layer: str = LAYER) -> dict[str, StoredForms]:
     """Gate and up projections are one tensor of (P, F, D) here and two tensors there."""
-    prefix = "model.layers.{layer}." + theirs
+    prefix = layer + theirs
     return {
         f"{ours}.gate_up": ((Source(f"{prefix}.gate_proj.weight", gate), Source(f"{prefix}.up_proj.weight", up)),),
         f"{ours}.down": same(f"{prefix}.down_proj.weight"),
@@ -110,7 +114,7 @@ def experts(
     published: str = "mlp.experts.{expert}", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> dict[str, StoredForms]:
     """A tensor for each expert as published, or (E, P * F, D) and (E, D, F) as transformers 5 keeps them in memory."""
-    prefix, fused = "model.layers.{layer}." + published, "model.layers.{layer}.mlp.experts"
+    prefix, fused = LAYER + published, LAYER + "mlp.experts"
     gates, ups, downs = (f"{prefix}.{name}.weight" for name in names)
     return {
         "moe.experts.gate_up": ((Source(gates, gate), Source(ups, up)), (Source(f"{fused}.gate_up_proj", joined=1),)),

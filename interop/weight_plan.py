@@ -47,7 +47,7 @@ def read_plan(family: Family, model: ModelConfig, ours: dict[str, Tensor], heade
         for part in form:
             _check(part, tensor, headers)
             plan[part.name].append(Planned(name, part))
-    known = plan.keys() | repeated_tensors(model).keys()
+    known = plan.keys() | repeated_tensors(model).keys() | family.idle(model).keys()
     for name, header in headers.items():
         nothing = 0 in header.shape or IGNORED.fullmatch(name) or re.fullmatch(family.left_out, name)
         if name not in known and not nothing:

@@ -63,6 +63,7 @@ CARDS = {
     "solar_open_100b": Card("102.6", "12", "huggingface.co/upstage/Solar-Open-100B"),
     "granite_3_0_3b_a800m": Card("3.3", "0.8", "huggingface.co/ibm-granite/granite-3.0-3b-a800m-base"),
     "flex_olmo_7x7b": Card("33", None, "huggingface.co/allenai/FlexOlmo-7x7B-1T"),
+    "longcat_flash": Card("560", "27", "arXiv:2509.01322, abstract", embedding_in_active=False),
     "olmoe_1b_7b": Card("6.9", "1.3", "arXiv:2409.02060, abstract"),
     "qwen3_next_80b_a3b": Card("80", "3", "huggingface.co/Qwen/Qwen3-Next-80B-A3B-Instruct", embedding_in_active=False),
     "qwen3_5_35b_a3b": Card("35", "3", "huggingface.co/Qwen/Qwen3.5-35B-A3B", embedding_in_active=False),
@@ -99,8 +100,8 @@ Latent attention (DeepSeek) is counted as it is trained, with keys and values of
 DeepSeek-V3 do not include the 11.6B of its multi-token prediction module. The published Switch and GShard models have an encoder
 and a decoder: here their layers form one decoder, so the total has no cross-attention. Grok-1's authors say that 25% of the
 weights are active, which is true of the experts. Active parameters assume an even load with null experts, and are the mean over
-all tokens with expert choice. Gated DeltaNet (Qwen3-Next) is counted by its recurrence; its cache, states and inputs of
-convolutions, does not grow with the tokens.
+all tokens with expert choice; LongCat-Flash's are 18.6B to 31.3B, by how many of a token's choices return the token. Gated DeltaNet
+(Qwen3-Next) is counted by its recurrence; its cache, states and inputs of convolutions, does not grow with the tokens.
 """
 
 
@@ -112,8 +113,8 @@ RANDOM = """
 
 `make hf` draws random tiny models of each Hugging Face family, with random values of its keys. Each is imported, compared with
 transformers' own model, exported and opened by transformers again. The worst difference is of one logit, in standard deviations
-of the logits: in fp64, where at most 1e-10 passes, of import and export, in fp32 of the import. Models that the import refuses, in
-one line by key, are counted apart.
+of the logits: in fp64, where at most 1e-10 passes, of import and export, in fp32 of the import. With dynamic NTK scaling, whose
+frequencies transformers computes in fp32, 1e-6 passes. Models that the import refuses, in one line by key, are counted apart.
 """
 
 

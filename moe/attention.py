@@ -222,7 +222,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         rope, mla = config.attention.rope, config.attention.mla
         query, epsilon = mla.nope_width + mla.rope_width, mla.norm_epsilon or config.norm_epsilon
-        self.widths, self.interleaved = mla, rope.interleaved
+        self.widths, self.interleaved, self.model_width = mla, rope.interleaved, config.width
         if mla.q_rank is None:
             self.q = Linear(config.width, config.heads * query, dtype)
         else:
@@ -239,9 +239,9 @@ class LatentAttention(nn.Module):
     def forward(self, x_BSD: Tensor, rotary: RotaryTables, cache: KeyValueCache | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); each token attends to itself and to earlier tokens (in its window)."""
         widths = self.widths
-        q_BHSh = self.q(x_BSD) if widths.q_rank is None else self.q_up(self.q_norm(self.q_down(x_BSD)))
+        q_BHSh = self.q(x_BSD) if widths.q_rank is None else self.q_up(self._scaled(self.q_norm(self.q_down(x_BSD))))
         latent_BTL, key_BTr = self.kv_down(x_BSD).split([widths.kv_rank, widths.rope_width], dim=-1)
-        latent_B1TL = self.kv_norm(latent_BTL).unsqueeze(1)
+        latent_B1TL = self._scaled(self.kv_norm(latent_BTL)).unsqueeze(1)
         key_B1Tr = rotate(key_BTr.unsqueeze(1), rotary, self.interleaved)
         if cache is not None:
             key_B1Tr, latent_B1TL = cache.extend(key_B1Tr, latent_B1TL)
@@ -253,6 +253,9 @@ class LatentAttention(nn.Module):
             q_BHSh, k_BHTh, v_BHTv, self.softmax, None, rotary.documents_BS, rotary.blocks.get(self.softmax.window is not None)
         )
         return self.o(y_BHSv.transpose(1, 2).flatten(2))
+
+    def _scaled(self, latent_BSL: Tensor) -> Tensor:
+        return latent_BSL * (self.model_width / latent_BSL.shape[-1]) ** 0.5 if self.widths.scale_latents else latent_BSL
 
 
 def _split_heads(x_BSC: Tensor, first: int, second: int) -> tuple[Tensor, Tensor]:

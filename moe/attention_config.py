@@ -80,6 +80,8 @@ class MLAConfig:
     """Width of a head's value."""
     norm_epsilon: float | None = field(default=None, metadata=within("(0, inf)"))
     """norm_epsilon of the latents; null is the model's (Moonlight: 1e-6 beside 1e-5)."""
+    scale_latents: bool = False
+    """Multiply each latent after its norm by the root of model.width / its rank (LongCat-Flash)."""
 
 
 @dataclass

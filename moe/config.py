@@ -198,6 +198,8 @@ class MoEConfig:
     z_coefficient: float = field(default=0.001, metadata=within("[0, inf)"))
     """Factor of the router z-loss of each MoE layer (ST-MoE, eq. 5); 0 turns it off."""
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    shortcut: bool = False
+    """Experts stand beside a dense feed-forward and take the input of that one layer earlier (ScMoE; LongCat-Flash)."""
 
 
 @dataclass
@@ -262,6 +264,10 @@ class ModelConfig:
         later = index - self.dense_first
         regular = later >= 0 and (later + 1) % self.moe_every == 0
         return self.moe.experts > 0 and regular and index not in self.dense_layers
+
+    def dense_layer(self, index: int) -> bool:
+        """Whether block `index` (from 0) has a dense feed-forward: without experts, or with the shortcut beside them."""
+        return self.moe.shortcut or not self.moe_layer(index)
 
     def windowed_layer(self, index: int) -> bool:
         """Whether block `index` (from 0) has the attention's window; one with linear attention has none."""

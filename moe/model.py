@@ -58,7 +58,8 @@ class MTPModule(nn.Module):
         embedded_BSD[:, i] is the embedding of token i + d, first in the joined vector, as in DeepSeek's published weights.
         """
         joined_BSD = torch.cat([self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], dim=-1)
-        return self.block(self.projection(joined_BSD), rotary, tokens)
+        x_BSD, routed, _ = self.block(self.projection(joined_BSD), rotary, tokens)
+        return x_BSD, routed
 
 
 def shift_left(x_BS: Tensor, tokens: int, fill: int | bool, documents_BS: Tensor | None = None) -> Tensor:
@@ -168,10 +169,11 @@ class Transformer(nn.Module):
         rotary = self.rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
         if cache is None:
             rotary = rotary._replace(blocks=self.block_masks(self.config, ids_BS, self.activations, documents_BS))
-        x_BSD = self.embed(ids_BS, tokens)
+        x_BSD, earlier_BSD = self.embed(ids_BS, tokens), None
         stats: list[RoutingStats | None] = []
         for index, block in enumerate(self.layers.values()):
-            x_BSD, routed = block(x_BSD, rotary, tokens._replace(layer=index), cache[index] if cache else None)
+            seen, cached = tokens._replace(layer=index), cache[index] if cache else None
+            x_BSD, routed, earlier_BSD = block(x_BSD, rotary, seen, cached, earlier_BSD)
             stats.append(routed)
         of_moe_layers = [routed for routed in stats if routed is not None]
         normed_BSD = self.output_dropout(self.norm(x_BSD), self.dropout_keys(x_BSD, tokens))
@@ -223,7 +225,9 @@ class Block(nn.Module):
     """A transformer block, dense or MoE by its index: x + attention(norm(x)), then x + feedforward(norm(x)).
 
     With sandwich norms the outputs of attention and feed-forward are normed too, before they are added (Gemma 2), or, without pre
-    norms, only they (OLMo 2). The residual multiplier is a factor of what is added (Granite). Dropout acts on what is added.
+    norms, only they (OLMo 2). The residual multiplier is a factor of what is added (Granite), and dropout acts on it. With the
+    shortcut a block has both feed-forwards: its experts take what the dense one of the block before took (ScMoE, Cai et al. 2024,
+    arXiv:2404.05019).
     """
 
     def __init__(self, config: ModelConfig, index: int, weights: torch.dtype) -> None:
@@ -238,24 +242,36 @@ class Block(nn.Module):
         self.residual_multiplier = config.residual_multiplier
         self.attention_dropout = Dropout(config.dropout, Purpose.attention_dropout)
         self.feedforward_dropout = Dropout(config.dropout, Purpose.feedforward_dropout)
-        moe = config.moe_layer(index)
-        self.moe = MoELayer(config, weights) if moe else None
-        self.dense = None if moe else FeedForward(config.width, config.hidden, weights, config.activation, config.dropout)
+        self.shortcut = config.moe.shortcut
+        self.moe = MoELayer(config, weights) if config.moe_layer(index) else None
+        dense = config.dense_layer(index)
+        self.dense = FeedForward(config.width, config.hidden, weights, config.activation, config.dropout) if dense else None
 
     def forward(
-        self, x_BSD: Tensor, rotary: RotaryTables, tokens: TokenInfo | None = None, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, RoutingStats | None]:
+        self,
+        x_BSD: Tensor,
+        rotary: RotaryTables,
+        tokens: TokenInfo | None = None,
+        cache: KeyValueCache | None = None,
+        earlier_BSD: Tensor | None = None,
+    ) -> tuple[Tensor, RoutingStats | None, Tensor | None]:
+        """Returns the residual stream, the routing statistics (None without experts), and `earlier_BSD` of the next block.
+
+        That is the input of the feed-forward, which with the shortcut the experts of the next block take; None without it.
+        """
         keys_BS = layer_keys(x_BSD, tokens or TokenInfo()) if self.attention_dropout.drops else None
         y_BSD = self.attention(x_BSD if self.attention_norm is None else self.attention_norm(x_BSD), rotary, cache)
         y_BSD = y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD)
         x_BSD = self._add(x_BSD, self.attention_dropout(y_BSD, keys_BS))
-        y_BSD, stats = x_BSD if self.feedforward_norm is None else self.feedforward_norm(x_BSD), None
+        input_BSD, stats = x_BSD if self.feedforward_norm is None else self.feedforward_norm(x_BSD), None
         if self.moe is not None:
-            y_BSD, stats = self.moe(y_BSD, tokens)
-        elif self.dense is not None:
-            y_BSD = self.dense(y_BSD, keys_BS)
+            y_BSD, stats = self.moe(earlier_BSD if self.shortcut else input_BSD, tokens)
+        if self.dense is not None:
+            dense_BSD = self.dense(input_BSD, keys_BS)
+            y_BSD = dense_BSD if self.moe is None else y_BSD + dense_BSD
         y_BSD = y_BSD if self.feedforward_post_norm is None else self.feedforward_post_norm(y_BSD)
-        return self._add(x_BSD, self.feedforward_dropout(y_BSD, keys_BS)), stats
+        x_BSD = self._add(x_BSD, self.feedforward_dropout(y_BSD, keys_BS))
+        return x_BSD, stats, input_BSD if self.shortcut else None
 
     def _add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
         return x_BSD + (y_BSD if self.residual_multiplier == 1.0 else y_BSD * self.residual_multiplier)

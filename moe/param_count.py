@@ -207,6 +207,8 @@ def _words(config: ModelConfig) -> Iterator[str]:
         yield f"{router.copy_experts} return the token"
     if router.constant_experts:
         yield f"{router.constant_experts} a learned constant"
+    if moe.shortcut:
+        yield "on a shortcut beside a dense feed-forward"
     if moe.shared_hidden:
         yield f"{'gated ' * moe.shared_gate}shared expert of {moe.shared_hidden}"
     if moe.balance.bias_rate:

@@ -24,17 +24,19 @@ def shapes(config: ModelConfig) -> Shapes:
 
 
 def block_shapes(config: ModelConfig, index: int) -> Shapes:
-    """Returns the parameters of block `index`, dense or with experts, with attention or gated DeltaNet."""
+    """Returns the parameters of block `index`: dense, with experts, or both; with attention or gated DeltaNet."""
     D = config.width
     names = ["attention_norm", "feedforward_norm"] if config.pre_norms else []
     if config.sandwich_norms:
         names += ["attention_post_norm", "feedforward_post_norm"]
     latent, linear = config.attention.kind is AttentionKind.mla, config.linear_layer(index)
-    feedforward = _moe(config) if config.moe_layer(index) else _under("dense", _feedforward(config, config.hidden))
+    experts = _moe(config) if config.moe_layer(index) else {}
+    dense = _under("dense", _feedforward(config, config.hidden)) if config.dense_layer(index) else {}
     return {
         **{f"{name}.weight": (D,) for name in names},
         **_under("attention", _delta_net(config) if linear else _mla(config) if latent else _gqa(config)),
-        **feedforward,
+        **experts,
+        **dense,
     }
 
 

@@ -44,6 +44,8 @@ def _shrink_depth(m: ModelConfig, stages: int) -> None:
     m.dense_layers, m.attention.full_layers = [], []  # with fewer layers, all of them may be listed
     if m.attention.linear_layers:
         m.attention.linear_layers = [index for index in m.attention.linear_layers if index < m.layers - 1] or [0]
+    if m.moe.shortcut and m.moe_layer(0):
+        m.dense_first, m.layers = 1, m.layers + 1
 
 
 def _shrink_attention(m: ModelConfig, ranks: int) -> None:

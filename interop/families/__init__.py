@@ -9,6 +9,7 @@ from .glm import GLM4_MOE, GLM4_MOE_LITE
 from .gpt_oss import GPT_OSS
 from .granite import GRANITE_MOE
 from .llama import LLAMA
+from .longcat import LONGCAT_FLASH
 from .minimax import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         FLEX_OLMO,
         QWEN3_NEXT,
         QWEN3_5_MOE,
+        LONGCAT_FLASH,
     )
 }
 """Families by architecture, in the order in which an export tries them."""

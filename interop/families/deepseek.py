@@ -121,10 +121,16 @@ def read_prediction(reader: ConfigReader, config: ModelConfig) -> None:
 def read_latent(reader: ConfigReader, interleaved: bool) -> ModelConfig:
     """A model with multi-head latent attention and routed experts, which no layer is without."""
     config = read_common(reader)
-    reader.require("num_key_value_heads", None, config.heads)
-    reader.require("attention_bias", None, False)
     reader.require("moe_layer_freq", None, 1)
     read_routed(reader, config)
+    read_mla(reader, config, interleaved)
+    return config
+
+
+def read_mla(reader: ConfigReader, config: ModelConfig, interleaved: bool, theta: float = 10000.0) -> None:
+    """Multi-head latent attention, and its rotary embedding, whose theta is `theta` if no key says it."""
+    reader.require("num_key_value_heads", None, config.heads)
+    reader.require("attention_bias", None, False)
     attention, mla = config.attention, config.attention.mla
     attention.kind = AttentionKind.mla
     mla.q_rank, mla.kv_rank = reader.optional_integer("q_lora_rank"), reader.integer("kv_lora_rank")
@@ -133,8 +139,7 @@ def read_latent(reader: ConfigReader, interleaved: bool) -> ModelConfig:
     mla.norm_epsilon = None if config.norm_epsilon == EPSILON else EPSILON
     reader.require("head_dim", None, mla.rope_width)
     reader.require("qk_head_dim", None, mla.nope_width + mla.rope_width)
-    attention.rope = read_rope(reader, mscale=True, interleaved=interleaved)
-    return config
+    attention.rope = read_rope(reader, theta, mscale=True, interleaved=interleaved)
 
 
 def _read_groups(reader: ConfigReader, config: ModelConfig, score: GroupScore) -> None:
@@ -152,22 +157,23 @@ def _read_groups(reader: ConfigReader, config: ModelConfig, score: GroupScore) -
 
 def write_latent(config: ModelConfig) -> dict[str, Any]:
     """The keys that `read_latent` reads."""
+    return write_common(config) | write_routed(config) | write_mla(config)
+
+
+def write_mla(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_mla` reads."""
     mla = config.attention.mla
-    return (
-        write_common(config)
-        | write_routed(config)
-        | {
-            "num_key_value_heads": config.heads,
-            "q_lora_rank": mla.q_rank,
-            "kv_lora_rank": mla.kv_rank,
-            "qk_nope_head_dim": mla.nope_width,
-            "qk_rope_head_dim": mla.rope_width,
-            "v_head_dim": mla.value_width,
-            "head_dim": mla.rope_width,
-            "qk_head_dim": mla.nope_width + mla.rope_width,
-            "rope_parameters": write_rope(config.attention.rope),
-        }
-    )
+    return {
+        "num_key_value_heads": config.heads,
+        "q_lora_rank": mla.q_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_nope_head_dim": mla.nope_width,
+        "qk_rope_head_dim": mla.rope_width,
+        "v_head_dim": mla.value_width,
+        "head_dim": mla.rope_width,
+        "qk_head_dim": mla.nope_width + mla.rope_width,
+        "rope_parameters": write_rope(config.attention.rope),
+    }
 
 
 LATENT: dict[str, Any] = COMMON | {
@@ -185,24 +191,24 @@ LATENT: dict[str, Any] = COMMON | {
     "rms_norm_eps": 1e-6,
     "v_head_dim": 128,
 }
+MLA = {
+    "q.weight": "q_proj.weight",
+    "q_down.weight": "q_a_proj.weight",
+    "q_norm.weight": "q_a_layernorm.weight",
+    "q_up.weight": "q_b_proj.weight",
+    "kv_down.weight": "kv_a_proj_with_mqa.weight",
+    "kv_norm.weight": "kv_a_layernorm.weight",
+    "kv_up.weight": "kv_b_proj.weight",
+    "o.weight": "o_proj.weight",
+}
+"""Tensors of latent attention, ours to Hugging Face's."""
 LATENT_TENSORS = (
     NORMS
     | DENSE
     | ROUTER
     | experts()
     | feedforward("moe.shared", "mlp.shared_experts")
-    | layer_tensors(
-        {
-            "attention.q.weight": "self_attn.q_proj.weight",
-            "attention.q_down.weight": "self_attn.q_a_proj.weight",
-            "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
-            "attention.q_up.weight": "self_attn.q_b_proj.weight",
-            "attention.kv_down.weight": "self_attn.kv_a_proj_with_mqa.weight",
-            "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-            "attention.kv_up.weight": "self_attn.kv_b_proj.weight",
-            "attention.o.weight": "self_attn.o_proj.weight",
-        }
-    )
+    | layer_tensors({f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in MLA.items()})
 )
 
 DEEPSEEK_V2 = Family(

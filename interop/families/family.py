@@ -27,6 +27,8 @@ class Family:
     """Keys that decide nothing about the model's function, in addition to IRRELEVANT of families/harmless.py."""
     left_out: str = ""
     """Regular expression of tensors that a folder may hold and that decide nothing about the model's function."""
+    idle: Callable[[ModelConfig], dict[str, str]] = lambda _: {}
+    """Tensors that transformers has and never uses, each with one of its shape, whose values an export gives it."""
     preset: str = ""
     """The model of conf/model with the published balance, where config.json and transformers say nothing of it."""
 
@@ -50,16 +52,16 @@ COMMON: dict[str, Any] = {
 ROUTED: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 
 
-def read_common(reader: ConfigReader) -> ModelConfig:
-    """A dense model with grouped-query attention, of the sizes that all families write alike."""
+def read_common(reader: ConfigReader, layers: str = "num_hidden_layers", hidden: str = "intermediate_size") -> ModelConfig:
+    """A dense model with grouped-query attention, of the sizes that families write alike; `layers` and `hidden` are keys."""
     reader.require("hidden_act", "silu")
     reader.require("attention_dropout", None, 0, why="there is no dropout")
     config = ModelConfig(
-        layers=reader.integer("num_hidden_layers"),
+        layers=reader.integer(layers),
         width=reader.integer("hidden_size"),
         heads=reader.integer("num_attention_heads"),
         kv_heads=reader.optional_integer("num_key_value_heads") or reader.integer("num_attention_heads"),
-        hidden=reader.integer("intermediate_size"),
+        hidden=reader.integer(hidden),
         activation=Activation.swiglu,
         vocabulary=reader.integer("vocab_size"),
         tie_embeddings=reader.flag("tie_word_embeddings"),

@@ -65,7 +65,7 @@ def stage_forward(
     stream: Any = model.embed(ids_BS, tokens) if x_BSD is None else x_BSD
     stats: list[RoutingStats] = []
     for index in layers[stage]:
-        stream, routed = model.layers[str(index)](stream, rotary, tokens._replace(layer=index))
+        stream, routed, _ = model.layers[str(index)](stream, rotary, tokens._replace(layer=index))
         stats += [] if routed is None else [routed]
     if stage < last:
         return stream, [], stats

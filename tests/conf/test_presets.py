@@ -35,12 +35,14 @@ TINY = {
     "tiny_solar_open": "solar_open_100b",
     "tiny_granite_moe": "granite_3_0_3b_a800m",
     "tiny_flex_olmo": "flex_olmo_7x7b",
+    "tiny_longcat_flash": "longcat_flash",
     "tiny_expert_choice": "expert_choice",
     "tiny_qwen3_next": "qwen3_next_80b_a3b",
 }
 SIZES = re.compile(
     r"(layers|width|heads|kv_heads|head_width|hidden|vocabulary|dense_first|init_std|embedding_multiplier|attention\.window"
-    r"|attention\.(mla|delta)\..*|moe\.(experts|top_k|hidden|shared_hidden)|moe\.router\.(groups|top_groups|scale))$"
+    r"|attention\.(mla|delta)\..*|moe\.(experts|top_k|hidden|shared_hidden)"
+    r"|moe\.router\.(groups|top_groups|scale|(null|copy)_experts))$"
 )
 """Settings that a tiny preset may change."""
 
@@ -85,6 +87,14 @@ def test_flexolmo_with_all_of_its_experts() -> None:
     """FlexOlmo (arXiv:2507.07024, abstract): 37B, of which 20B are active, with eight experts and four of them a token."""
     parts = count(compose(["model=flex_olmo_7x7b", "model.moe.experts=8", "model.moe.top_k=4"]).model)
     assert (int(parts.total / 1e9), int(parts.active / 1e9)) == (37, 20)
+
+
+def test_longcats_active_parameters_depend_on_the_token() -> None:
+    """LongCat-Flash (arXiv:2509.01322, abstract): 18.6B to 31.3B, if all or none of its 12 experts return the token."""
+    parts = count(preset("longcat_flash"))
+    least = parts.active - parts.embedding - parts.active_experts
+    most = least + 12 * parts.experts // 512
+    assert (int(least / 1e8), int(most / 1e8)) == (186, 313)
 
 
 def test_published_extras() -> None:

@@ -29,6 +29,7 @@ from tokenyard.moe.config import (
     QKNorm,
     RopeConfig,
     RopeScaling,
+    RouterConfig,
 )
 from tokenyard.train.config.config import Precision
 
@@ -48,11 +49,11 @@ def case(attention: AttentionConfig, moe: dict[str, Any] | None = None, micro_ba
     return Case(ModelConfig(**(sizes | {"attention": attention, "moe": experts} | model)), micro_batches)
 
 
-def latent(q_rank: int | None) -> AttentionConfig:
+def latent(q_rank: int | None, **more: Any) -> AttentionConfig:
     rope = RopeConfig(
         interleaved=True, scaling=RopeScaling.yarn, factor=4.0, original_length=8, mscale=1.0, mscale_all=0.7, beta_fast=4.0
     )
-    mla = MLAConfig(q_rank=q_rank, kv_rank=12, nope_width=6, rope_width=4, value_width=5)
+    mla = MLAConfig(q_rank=q_rank, kv_rank=12, nope_width=6, rope_width=4, value_width=5, **more)
     return AttentionConfig(kind=AttentionKind.mla, mla=mla, rope=rope)
 
 
@@ -98,6 +99,12 @@ CASES = {
     ),
     "multi-token prediction, every second layer, tied": case(
         AttentionConfig(output_bias=True), mtp_depth=2, mtp_after_norm=True, moe_every=2, tie_embeddings=True
+    ),
+    "experts on a shortcut, some return the token, scaled latents": case(
+        latent(10, scale_latents=True),
+        {"shortcut": True, "router": RouterConfig(normalize_top_k=False, scale=2.0, null_experts=4, copy_experts=4)},
+        layers=4,
+        moe_every=2,
     ),
 }
 

@@ -38,6 +38,7 @@ MODULES = {
     "SolarOpen": "solar_open",
     "GraniteMoe": "granitemoe",
     "FlexOlmo": "flex_olmo",
+    "LongcatFlash": "longcat_flash",
     "Llama": "llama",
     "Mistral": "mistral",
     "Qwen2": "qwen2",

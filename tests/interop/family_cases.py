@@ -387,6 +387,35 @@ CASES |= {
         },
     ),
 }
+LONGCAT = {
+    "num_hidden_layers": 4,  # num_layers of 2
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "zero_expert_num": 3,
+    "moe_topk": 3,
+    "expert_ffn_hidden_size": 16,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
+CASES |= {
+    "longcat_flash": ("LongcatFlash", LONGCAT),
+    "longcat_flash no zero experts, yarn, tied": (
+        "LongcatFlash",
+        {
+            **LONGCAT,
+            "num_hidden_layers": 2,
+            "zero_expert_num": 0,
+            "routed_scaling_factor": 1.5,
+            "rms_norm_eps": 0.25,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
+}
 IMPORTED = (  # an export writes these models with other keys, or without tensors that have no elements
     "deepseek_v3 other epsilon than its latents, no shared expert",
     "qwen2_moe no shared expert",
@@ -395,4 +424,5 @@ IMPORTED = (  # an export writes these models with other keys, or without tensor
     "mixtral odd widths",
     "qwen3_5_moe biases, positions of images",
     "llama longrope, lengths outside, a document longer than the original",
+    "longcat_flash",  # the gates of its zero experts, which nothing uses
 )

@@ -42,7 +42,7 @@ def rope(draw: Draw, fraction: bool = False, mscale: bool = True) -> dict[str, A
         return {}
     length = draw.choice((8, 16, 64))
     made: dict[str, Any] = {"rope_theta": round(10 ** draw.uniform(1, 6), 2)}
-    match draw.choices(("default", "linear", "yarn", "llama3", "dynamic", "longrope"), (4, 2, 5, 2, RARE * 10, RARE * 10))[0]:
+    match draw.choices(("default", "linear", "yarn", "llama3", "dynamic", "longrope"), (4, 2, 5, 2, 1, 1))[0]:
         case "linear":
             made |= {"rope_type": "linear", "factor": draw.choice((1.0, 2.0, 3.5))}
         case "yarn":
@@ -63,7 +63,7 @@ def rope(draw: Draw, fraction: bool = False, mscale: bool = True) -> dict[str, A
         case "dynamic":
             made |= {"rope_type": "dynamic", "factor": 2.0}
         case "longrope":
-            made |= {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}
+            made |= {"rope_type": "longrope", "factor": draw.choice((1.0, 2.0)), "original_max_position_embeddings": length}
         case _:
             made["rope_type"] = "default"
     if fraction and some(draw, 0.6):
@@ -246,6 +246,17 @@ def qwen3_next(draw: Draw) -> dict[str, Any]:
     return settings | {"mlp_only_layers": [layer for layer in range(settings["num_hidden_layers"]) if some(draw, 0.25)]}
 
 
+def longcat_flash(draw: Draw) -> dict[str, Any]:
+    settings = latent(draw) | routed(draw, "n_routed_experts", "expert_ffn_hidden_size", "moe_topk") | rope(draw)
+    return settings | {
+        "num_hidden_layers": 2 * draw.randint(1, 2),
+        "q_lora_rank": draw.randint(4, 14),
+        "head_dim": settings["qk_rope_head_dim"],
+        "zero_expert_num": draw.choice((0, 1, 4)),
+        "routed_scaling_factor": draw.choice((1.0, 6.0)),
+    }
+
+
 DRAWS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "Mixtral": mixtral,
     "Qwen2Moe": qwen2_moe,
@@ -264,13 +275,27 @@ DRAWS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "Qwen3": qwen3,
     "Qwen3Next": qwen3_next,
     "Qwen3_5Moe": hybrid,
+    "LongcatFlash": longcat_flash,
 }
+
+
+def longrope(draw: Draw, settings: dict[str, Any]) -> dict[str, Any]:
+    """The factors of longrope, one for each rotated pair of a head; rarely one too few."""
+    rope = settings.get("rope_parameters", {})
+    if rope.get("rope_type") != "longrope":
+        return settings
+    width = (
+        settings.get("qk_rope_head_dim") or settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    )
+    pairs = max(1, int(width * rope.get("partial_rotary_factor", 1.0)) // 2 - some(draw, RARE))
+    factors = {name: [round(draw.uniform(1, 8), 2) for _ in range(pairs)] for name in ("short_factor", "long_factor")}
+    return settings | {"rope_parameters": rope | factors}
 
 
 def drawn(family: str, draw: Draw) -> dict[str, Any]:
     """Random settings of the family; of one that is not in DRAWS, those of one of its CASES, in part at random."""
     if family in DRAWS:
-        return DRAWS[family](draw)
+        return longrope(draw, DRAWS[family](draw))
     cases = [settings for name, settings in CASES.values() if name == family]
     free = {key: common(draw)[key] for key in ("vocab_size", "rms_norm_eps", "tie_word_embeddings")}
     return draw.choice(cases) | free

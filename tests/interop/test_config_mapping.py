@@ -102,7 +102,6 @@ KIMI_K2 = {
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
     "num_nextn_predict_layers": 0,
-    "rms_norm_eps": 1e-5,
     "routed_scaling_factor": 2.827,
     "rope_theta": 50000.0,
     "rope_parameters": {

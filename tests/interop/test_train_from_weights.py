@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tokenyard
 import torch
-from family_cases import DELTA, ERNIE, MLA, QWEN, ROUTED, SOLAR
+from family_cases import DELTA, ERNIE, LONGCAT, MLA, QWEN, ROUTED, SOLAR
 from init_runs import DENSE, EXPERTS, SETTINGS, configured, opened, their_loss, trained
 from tokenyard.checkpoint.store import read_facts, read_whole
 from tokenyard.interop.export import export_checkpoint
@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GraniteMoe": {"num_local_experts": 8, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "embedding_multiplier": 3.0},
     "FlexOlmo": {"num_experts": 8, "num_experts_per_tok": 3},
     "Qwen3Next": DELTA,
+    "LongcatFlash": {**LONGCAT, "n_routed_experts": 8},
     "Llama": {},
     "Mistral": {"sliding_window": 5},
     "Qwen2": {},
@@ -48,6 +49,7 @@ WITHOUT_LOSS = {
     "Glm4MoeLite": "glm_4_7_flash",
     "SolarOpen": "solar_open_100b",
     "Dots1": "dots_llm1",
+    "LongcatFlash": "longcat_flash",
 }
 """Families whose config.json has no coefficient, and the preset that has the published one."""
 

@@ -8,6 +8,7 @@ from tokenyard.moe.attention import KeyValueCache
 from tokenyard.moe.config import CapacityConfig, ModelConfig, MoEConfig
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
+from tokenyard.moe.rotary import rotary_tables
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,25 @@ def test_cached_logits_equal_those_of_the_whole_sequence(chunks: list[int]) -> N
     cache = [KeyValueCache() for _ in model.blocks]
     logits = torch.cat([model(part, cache=cache) for part in ids_BS.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(ids_BS), rtol=0, atol=1e-10)
+
+
+def test_experts_on_a_shortcut_take_what_the_feedforward_before_took() -> None:
+    """As a loop over pairs of blocks; and with a cache."""
+    model = tiny(layers=4, moe_every=2, moe=MoEConfig(experts=4, hidden=8, shortcut=True)).eval()
+    ids_BS = torch.randint(40, (2, 9))
+    x_BSD, rotary = model.embedding(ids_BS), rotary_tables(model.config, 0, 9, torch.device("cpu"), torch.float64)
+    blocks: list[Any] = model.blocks
+    for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+        x_BSD = x_BSD + first.attention(first.attention_norm(x_BSD), rotary)
+        taken_BSD = first.feedforward_norm(x_BSD)
+        x_BSD = x_BSD + first.dense(taken_BSD)
+        x_BSD = x_BSD + second.attention(second.attention_norm(x_BSD), rotary)
+        x_BSD = x_BSD + second.dense(second.feedforward_norm(x_BSD)) + second.moe(taken_BSD)[0]
+    expected = model.head(model.norm(x_BSD))
+    torch.testing.assert_close(model(ids_BS), expected, rtol=0, atol=1e-12)
+    cache = [KeyValueCache() for _ in model.blocks]
+    logits = torch.cat([model(part, cache=cache) for part in ids_BS.split([5, 1, 3], dim=1)], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("capacity", [None, 0.6])

@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_definition(dense: bool) -> None:
         embedded_BSD = model.embedding(ids_BS[:, depth:])
         hidden_BSD = hidden_BSD[:, : LENGTH - depth]
         joined = torch.cat([module.embedding_norm(embedded_BSD), module.hidden_norm(hidden_BSD)], -1) @ module.projection.weight.T
-        hidden_BSD, _ = module.block(joined, rotary_tables(model.config, 0, LENGTH - depth, CPU, torch.float64))
+        hidden_BSD, *_ = module.block(joined, rotary_tables(model.config, 0, LENGTH - depth, CPU, torch.float64))
         torch.testing.assert_close(logits_BSV[:, : LENGTH - depth], model.head(module.norm(hidden_BSD)), rtol=0, atol=1e-12)
         if not dense:
             assert stats[1 + depth].counts_BE.sum() == 2 * (LENGTH - depth) * model.config.moe.top_k
@@ -135,7 +135,7 @@ def test_shift_left(fill: int | bool) -> None:
 def residual_stream(model: Transformer, ids_BS: Tensor) -> Tensor:
     x_BSD = model.embedding(ids_BS)
     for block in model.layers.values():
-        x_BSD, _ = block(x_BSD, rotary_tables(model.config, 0, LENGTH, CPU, torch.float64))
+        x_BSD, *_ = block(x_BSD, rotary_tables(model.config, 0, LENGTH, CPU, torch.float64))
     return x_BSD
 
 

@@ -113,11 +113,18 @@ def linear_blocks(c: ModelConfig) -> int:
 
 
 def experts(config: Config, world: int) -> Iterator[Violation]:
-    c = config.model.moe
-    if not moe_blocks(config.model):
+    model, c = config.model, config.model.moe
+    if not moe_blocks(model):
         return
     if c.top_k > c.experts:
         yield Violation("model.moe.top_k", f"must be at most model.moe.experts={c.experts}", [c.experts])
+    if c.shortcut and model.moe_layer(0):
+        rule = "must be at least 1 with model.moe.shortcut=true, whose experts take the input of the layer before"
+        yield Violation("model.dense_first", rule, [1])
+    if c.shortcut and any(model.moe_layer(model.layers + index) for index in range(model.mtp_depth)):
+        yield Violation(
+            "model.mtp_depth", "must be 0 with model.moe.shortcut=true, or its modules have experts, and no layer before", [0]
+        )
 
 
 def moe_blocks(c: ModelConfig) -> int:

@@ -156,6 +156,8 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("model.moe.balance.pool_layers", rule, [False])
     if config.compile:
         yield Violation("compile", "must be false with parallel.pipeline", [False])
+    if config.model.moe.shortcut:
+        yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
 
 
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
