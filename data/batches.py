@@ -70,7 +70,7 @@ class GlobalBatches:
 
     def metrics(self, step: int | None = None) -> dict[str, float]:
         """Returns the share of padding in packed rows. StreamBatches has more."""
-        return {"data/padding": self._row_table.padding} if isinstance(self._row_table, PackedRows) else {}
+        return {"padding_fraction": self._row_table.padding} if isinstance(self._row_table, PackedRows) else {}
 
     def read_failures(self) -> list[Any]:
         """Empty: unreadable documents were left out when the corpus was tokenized."""

@@ -101,7 +101,7 @@ def test_a_batch_follows_from_its_step() -> None:
     assert batches(sizes).digest(3) != batches(sizes, seed=2).digest(3)
     whole, parts = batches(sizes).batch(5), [batches(sizes).batch(5, slice(rank, rank + 1)) for rank in range(4)]
     assert torch.equal(torch.cat([part.targets_BS for part in parts]), whole.targets_BS)
-    assert batches(sizes).metrics() == {"data/padding": PackedRows(corpus(sizes), LENGTH, END).padding}
+    assert batches(sizes).metrics() == {"padding_fraction": PackedRows(corpus(sizes), LENGTH, END).padding}
 
 
 def test_it_is_not_the_data_of_concatenated_rows() -> None:

@@ -38,7 +38,7 @@ DOCUMENTS = [
 FOLDERS = "bench|conf|data|docs|interop|launch|moe|parallel|parity|report|tests|train"
 MADE_BY_RUNS = {"begun.json", "config.yaml", "metrics.jsonl", "telemetry.jsonl", "events.jsonl", "manifest.json"}
 MADE_BY_RUNS |= {"report.json", "report.md"}
-KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?|data/padding")
+KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?")
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
 

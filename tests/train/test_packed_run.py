@@ -42,7 +42,7 @@ def losses(folder: Path) -> list[float]:
 def test_resumed_also_on_context_ranks_it_is_the_same_run(ranks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(configured(straight, "log.every=1")) == 0
-    padding = {record["data/padding"] for record in read_journal(straight / "metrics.jsonl")}
+    padding = {record["padding_fraction"] for record in read_journal(straight / "metrics.jsonl")}
     assert len(padding) == 1 and 0 < padding.pop() < 0.2
     assert run(configured(stopped, "log.every=1", "steps=2")) == 0
     assert run(configured(stopped, "log.every=1", "data.packing=concat")) == 2
