@@ -4,6 +4,7 @@ Import it as `dry`: tests/conftest.py puts this folder on the path.
 """
 
 import functools
+import math
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from tokenyard.checkpoint.save_plan import NamedShard, named_shards
 from tokenyard.moe.config import Selection
 from tokenyard.parallel.config import Exchange
 from tokenyard.parallel.streams import copy_to_host, host_memory
-from tokenyard.plan.ledger import Collective, UnknownNumbers
+from tokenyard.plan.ledger import Collective, Message, UnknownNumbers
 from tokenyard.plan.rank_step import DryRank, dry_rank
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
@@ -43,6 +44,8 @@ class Found(NamedTuple):
     """The conditions of the table in docs/performance.md, and whether they hold."""
     passes: int
     """Forward passes of MoE layers, those of recomputation and of each chunk included."""
+    sent: list[Message]
+    received: list[Message]
 
 
 def step_of(case: Case) -> Found:
@@ -100,8 +103,8 @@ def largest_kept(model: str, length: int) -> int:
 @functools.cache
 def config_of(case: Case) -> Config:
     """In bf16, on short sequences, so many micro-batches of one on each data rank."""
-    tensor = next((int(word.partition("=")[2]) for word in case.words if word.startswith("parallel.tensor=")), 1)
-    sequences = MICRO_BATCHES * case.world // tensor
+    same = [int(word.partition("=")[2]) for word in case.words if word.startswith(("parallel.tensor=", "parallel.pipeline="))]
+    sequences = MICRO_BATCHES * case.world // math.prod(same)
     sizes = [f"batch.sequences={sequences}", "batch.micro=1", "precision=bf16"]
     sizes += [] if any(word.startswith("sequence_length=") for word in case.words) else ["sequence_length=128"]
     return compose([f"model={case.model}", *sizes, *case.words])
@@ -111,9 +114,9 @@ def found(rank: DryRank, config: Config) -> Found:
     layers = sum(block.moe is not None for block in rank.parallel.model.blocks)
     passes = layers * MICRO_BATCHES * (2 if config.parallel.recompute else 1) * config.parallel.overlap_chunks
     ledger, mesh = rank.ledger, rank.parallel.mesh
-    return Found(
-        Counter(rank.waits), ledger.waits, ledger.strangers, ledger.collectives, list(mesh.axes), conditions(config, rank), passes
-    )
+    kept = ledger.waits, ledger.strangers, ledger.collectives
+    table = list(mesh.axes), conditions(config, rank), passes
+    return Found(Counter(rank.waits), *kept, *table, ledger.sent, ledger.received)
 
 
 def conditions(config: Config, rank: DryRank) -> dict[str, bool]:
