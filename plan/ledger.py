@@ -35,6 +35,16 @@ class Collective(NamedTuple):
     """Elements of the larger side; None for an all-to-all, which may be uneven."""
 
 
+class Message(NamedTuple):
+    """A tensor that a rank sends to another, or receives from it. Ranks are those of the world."""
+
+    group: tuple[int, ...]
+    sender: int
+    receiver: int
+    dtype: str
+    elements: int
+
+
 class Ledger(TorchDispatchMode):
     """A dispatch mode, inside of a fake tensor mode, that sees each operator. `device` is the device type of the stand-in."""
 
@@ -42,6 +52,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.collectives: list[Collective] = []
+        self.sent: list[Message] = []
+        self.received: list[Message] = []
         self.waits: Counter[str] = Counter()
         """Host synchronisations by `file:line`, apart from those named in moe/device.py. UnknownNumbers is raised if the step
         cannot
@@ -87,11 +99,17 @@ class Ledger(TorchDispatchMode):
             self.strangers[f"{caller()} {name}"] += 1
 
     def _collective(self, name: str, args: Any, tensors: list[Tensor]) -> None:
-        kind = next(kind for kind in KINDS if kind in name)
         group = next(
             leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
         )
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+        if name in ("send", "recv_"):
+            mine, other = dist.get_rank(), ranks[args[2]]
+            ends = (mine, other) if name == "send" else (other, mine)
+            kept = self.sent if name == "send" else self.received
+            kept.append(Message(ranks, *ends, str(tensors[0].dtype), tensors[0].numel()))
+            return
+        kind = next(kind for kind in KINDS if kind in name)
         elements = None if kind == "alltoall" else max((x.numel() for x in tensors), default=0)
         self.collectives.append(Collective(kind, ranks, str(tensors[0].dtype) if tensors else "", elements))
 

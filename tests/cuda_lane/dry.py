@@ -15,7 +15,7 @@ from tokenyard.checkpoint.save_plan import NamedShard, named_shards
 from tokenyard.moe.config import Selection
 from tokenyard.parallel.config import Exchange
 from tokenyard.parallel.streams import copy_to_host, host_memory
-from tokenyard.plan.ledger import Collective, UnknownNumbers
+from tokenyard.plan.ledger import Collective, Message, UnknownNumbers
 from tokenyard.plan.rank_step import DryRank, dry_rank
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
@@ -47,6 +47,8 @@ class Found(NamedTuple):
     """The conditions of the table in docs/performance.md, and whether they hold."""
     passes: int
     """Forward passes of MoE layers, those of recomputation and of each chunk included."""
+    sent: list[Message]
+    received: list[Message]
 
 
 def step_of(case: Case) -> Found:
@@ -105,10 +107,9 @@ def largest_kept(model: str, length: int, context: int = 1) -> int:
 @functools.cache
 def config_of(case: Case) -> Config:
     """In bf16, on short sequences, so many micro-batches of one on each data rank."""
-    same_rows = ("parallel.tensor=", "parallel.context=")
-    sequences = (
-        MICRO_BATCHES * case.world // math.prod(int(word.partition("=")[2]) for word in case.words if word.startswith(same_rows))
-    )
+    same_rows = ("parallel.tensor=", "parallel.context=", "parallel.pipeline=")
+    same = [int(word.partition("=")[2]) for word in case.words if word.startswith(same_rows)]
+    sequences = MICRO_BATCHES * case.world // math.prod(same)
     sizes = [f"batch.sequences={sequences}", "batch.micro=1", "precision=bf16"]
     sizes += [] if any(word.startswith("sequence_length=") for word in case.words) else ["sequence_length=128"]
     return compose([f"model={case.model}", *sizes, *case.words])
@@ -118,9 +119,9 @@ def found(rank: DryRank, config: Config) -> Found:
     layers = sum(block.moe is not None for block in rank.parallel.model.blocks)
     passes = layers * MICRO_BATCHES * (2 if config.parallel.recompute else 1) * config.parallel.overlap_chunks
     ledger, mesh = rank.ledger, rank.parallel.mesh
-    return Found(
-        Counter(rank.waits), ledger.waits, ledger.strangers, ledger.collectives, list(mesh.axes), conditions(config, rank), passes
-    )
+    kept = ledger.waits, ledger.strangers, ledger.collectives
+    table = list(mesh.axes), conditions(config, rank), passes
+    return Found(Counter(rank.waits), *kept, *table, ledger.sent, ledger.received)
 
 
 def conditions(config: Config, rank: DryRank) -> dict[str, bool]:

@@ -12,6 +12,8 @@ from tokenyard.plan.ledger import Collective
 LAYOUTS = [
     "parallel.shard=2 parallel.expert=4 parallel.tensor=2 parallel.expert_tensor=2 model.moe.balance.scope=batch",
     "parallel.context=2 parallel.shard=4 parallel.expert=4 parallel.tensor=2 model.moe.capacity.factor=1 data.mask_documents=true",
+    "parallel.pipeline=2 parallel.pipeline_schedule=interleaved parallel.expert=4 parallel.tensor=2 "
+    "model.layers=4 model.tie_embeddings=true",
     "parallel.shard=4 parallel.zero=1 parallel.expert=2 parallel.recompute=true model.moe.capacity.factor=1",
 ]
 
@@ -29,6 +31,16 @@ def test_ranks_meet(ranks_of_a_world: Ranks) -> None:
     assert len({tuple(step.groups) for step in steps}) == 1, "groups are made by all ranks, in the same order"
     assert missed([step.collectives for step in steps]) is None
     assert all(len(step.collectives) > 20 for step in steps)
+
+
+def test_messages_arrive(ranks_of_a_world: Ranks) -> None:
+    """In each group what a rank sends to another is what that receives from it, in the same order."""
+    steps = [step for step, _ in ranks_of_a_world]
+    sent, received = (sorted(m[:3] for step in steps for m in getattr(step, kind)) for kind in ("sent", "received"))
+    assert sent == received
+    for pair in set(sent):
+        there = [[m for step in steps for m in getattr(step, kind) if m[:3] == pair] for kind in ("sent", "received")]
+        assert there[0] == there[1]
 
 
 def test_ranks_agree_on_a_save(ranks_of_a_world: Ranks) -> None:
