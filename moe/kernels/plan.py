@@ -127,13 +127,14 @@ def place_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the tensors of a `dispatch.RowPlan` from the results of `count_rows`: token_R, slot_TK, kept_TK, filled_R and rows_E.
 
-    kept_TK is empty without dropping, the last two without padding. Without padding, token_R has A elements: those behind the last
-    kept row are undefined.
+    kept_TK is empty without dropping, the last two without padding. Without padding, token_R has A elements: zeros behind the last
+    kept row, which a dry run reads.
     """
     (tokens, top_k), (chunks, experts) = experts_TK.shape, before_CE.shape
     padded = padded_rows is not None
     rows = tokens * top_k if padded_rows is None else experts * padded_rows
-    slot_TK, token_R, rows_E = (experts_TK.new_empty(shape) for shape in ((tokens, top_k), rows, experts if padded else 0))
+    slot_TK, rows_E = experts_TK.new_empty(tokens, top_k), experts_TK.new_empty(experts if padded else 0)
+    token_R = experts_TK.new_zeros(rows) if dropping and not padded else experts_TK.new_empty(rows)
     kept_TK = experts_TK.new_empty((tokens, top_k) if dropping else 0, dtype=torch.bool)
     filled_R = experts_TK.new_empty(rows if padded else 0, dtype=torch.bool)
     programs = chunks + experts if padded else chunks

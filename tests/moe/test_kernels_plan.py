@@ -51,6 +51,7 @@ def compare_plans(tokens: int, experts: int, top_k: int, keep: float | None, pad
     with dry_run("cuda") as dry:
         found = plan_choices(experts_TK, experts, padded_rows, dropping=keep is not None)
     assert dry.waits == ({"kept choices": 1} if keep is not None and padding is None else {})
+    assert not found.token_R[len(expected.token_R) :].any()
     found = found._replace(token_R=found.token_R[: len(expected.token_R)])
     for name, value in expected._asdict().items():
         torch.testing.assert_close(getattr(found, name), value, rtol=0, atol=0, msg=name)
