@@ -89,6 +89,7 @@ def test_overrides_are_checked_alike() -> None:
     for override, says in (
         ("stepz=3", "stepz=3: there is no such setting; nearest valid: steps=3"),
         ("steps=x", "steps=x: must be an"),
+        ("data=synthetic", "data=synthetic: must name one setting, .*; nearest valid: data.corpus=VALUE"),
         ("tracker.group=x", "tracker.group=x: there is no such setting any more, .*; nearest valid: WANDB_RUN_GROUP=x in the"),
     ):
         with pytest.raises(ConfigError, match=says):

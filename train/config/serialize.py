@@ -41,6 +41,12 @@ def _overridden(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     for key, _, value in (text.partition("=") for text in overrides):
         if key in REMOVED:
             raise unknown_key_error(key, value, {})
+        section: Any = Config()
+        for name in key.split("."):
+            section = getattr(section, name, None)
+        if is_dataclass(section):
+            rule = "must name one setting, options of a group are read where a run starts"
+            raise ConfigError.of(key, value, rule, f"{key}.{fields(section)[0].name}=VALUE")
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(plain, OmegaConf.from_dotlist(overrides)), resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
