@@ -231,10 +231,9 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
     """Moves the expert biases once a step, by its global counts, so that every rank makes the same change."""
     rate = parallel.model.config.moe.balance.bias_rate
     if rate > 0:
-        if parallel.pipeline is not None:
-            counts_LE = counts_LE[parallel.pipeline.all_rows]
-        for bias_E, counts_E in zip(expert_biases(parallel.model).values(), counts_LE, strict=True):
-            update_expert_bias(bias_E, counts_E, rate)
+        rows = range(len(counts_LE)) if parallel.pipeline is None else parallel.pipeline.all_rows
+        for bias_E, row in zip(expert_biases(parallel.model).values(), rows, strict=True):
+            update_expert_bias(bias_E, counts_LE[row], rate)
 
 
 @in_phase("count")

@@ -59,6 +59,18 @@ def step_of(case: Case) -> Found:
         return found(rank, config)
 
 
+def step_of_experiment(experiment: str, place: float) -> Found:
+    """One step of the rank at `place`, from 0 to below 1, of the ranks that the experiment launches, on short sequences."""
+    words = [f"experiment={experiment}", "sequence_length=128", "batch.micro=1", "parallel.node_ranks=8"]
+    launch, parallel = compose(words).launch, compose(words).parallel
+    world = launch.nodes * launch.ranks
+    data = world // parallel.pipeline // parallel.tensor // parallel.context
+    config = compose([*words, f"batch.sequences={MICRO_BATCHES * data}"])
+    with dry_rank(config, int(place * world), world) as rank:
+        rank.step()
+        return found(rank, config)
+
+
 def ranks_of(words: tuple[str, ...], world: int) -> list[tuple[Found, list[NamedShard]]]:
     """The same step of each rank of a world, one after the other, and what the rank holds for a save then."""
     return [saved(Case("tiny_qwen3_moe", world, rank, words)) for rank in range(world)]

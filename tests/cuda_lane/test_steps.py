@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from dry import PLANTS, Case, Found, largest_kept, planted, step_of, watched
+from dry import PLANTS, Case, Found, largest_kept, planted, step_of, step_of_experiment, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("tiny*.yaml"))
@@ -17,13 +17,14 @@ EXCHANGES = ("plain", "deduplicated", "hierarchical parallel.node_ranks=4", "gat
 DROPS = ("tiny_expert_choice", "tiny_gshard", "tiny_moe_plus_plus", "tiny_null", "tiny_switch")
 """With the plain exchange these wait for what they drop, and the others do not."""
 ALL = os.environ.get("TOKENYARD_LANE") == "all"
-"""`make lane`: every preset meets every exchange, and not one of them."""
+"""`make lane`: every preset meets every exchange, and not one of them; every experiment of hundreds of GPUs."""
 MEETINGS = [
     (model, exchange)
     for index, model in enumerate(PRESETS)
     for turn, exchange in enumerate(EXCHANGES)
     if ALL or index % len(EXCHANGES) == turn or (exchange == "plain" and model in DROPS)
 ]
+CLUSTERS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*_gpus.yaml") if path.stem != "eight_gpus")
 LAYOUTS = [
     (8, ""),
     (8, "parallel.shard=8 parallel.zero=1"),
@@ -80,6 +81,15 @@ def test_a_preset_on_64_ranks(model: str, exchange: str, apart: Callable[..., An
     """Without recomputation with the plain exchange, with it else."""
     words = f"{FOLDED} parallel.recompute={'false' if exchange == 'plain' else 'true'} parallel.exchange={exchange}"
     check(apart(step_of, Case(model, 64, 63, words_of(model, words))))
+
+
+@pytest.mark.parametrize("experiment", CLUSTERS if ALL else CLUSTERS[-1:])
+def test_an_experiment_of_hundreds_of_gpus(experiment: str, apart: Callable[..., Any]) -> None:
+    """The first rank, and one of the last stage. Stages exchange activations and gradients of each micro-batch."""
+    first, last = (apart(step_of_experiment, experiment, place) for place in (0.0, 0.999))
+    check(first)
+    check(last)
+    assert len(first.sent) == len(first.received) == len(last.sent) == len(last.received) == 2
 
 
 def words_of(model: str, words: str) -> tuple[str, ...]:
