@@ -7,7 +7,6 @@ before its step. For throughput see bench/ranks.py: `--layouts context sequence_
 import argparse
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +20,7 @@ from ..train.config.compose import compose
 from ..train.optimizer import build_optimizer
 from ..train.setup import build_parallel
 from ..train.step import StepInput, train_step
+from .peers.worker import forget_peak, memory
 from .rank_processes import RankProcesses, join
 from .timing import markdown
 
@@ -79,13 +79,13 @@ def serve(folder: Path) -> None:
 
 
 def _step(parallel: Any, optimizer: Any, step_input: StepInput) -> dict[str, float]:
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    forget_peak()
+    before = memory("VmRSS")
     wait_for_all()
     begin = perf_counter()
     numbers = train_step(parallel, optimizer, step_input)
     seconds = perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"peak": peak, "seconds": seconds, "loss": numbers.global_flags.loss}
+    return {"peak": memory("VmHWM") - before, "seconds": seconds, "loss": numbers.global_flags.loss}
 
 
 def table(lines: list[ContextResult]) -> str:

@@ -1,10 +1,12 @@
 """The language model of a folder with one for images too: its config.json inside the other, its tensors without their prefix."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config_reader import ConfigReader
 from .families.harmless import IRRELEVANT
-from .hf_folder import HFFolder
+
+if TYPE_CHECKING:
+    from .hf_folder import HFFolder
 
 LANGUAGE = {"Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM"}
 """By architecture, that of its language model."""
@@ -31,7 +33,7 @@ def language_config(config: dict[str, Any], place: str = "config.json: ") -> dic
     return text | {key: config[key] for key in ("quantization_config",) if key in config}
 
 
-def language_model(folder: HFFolder) -> HFFolder:
+def language_model(folder: "HFFolder") -> "HFFolder":
     """Returns the folder of the language model alone, with tensors that have no place in it by their own names."""
     config = language_config(folder.config)
     if config is folder.config:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, QKNorm
@@ -107,7 +106,10 @@ def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float
     if kind_of(q_BHSh) == "cuda":
         k_BGTh, v_BGTv = _prepare_keys_and_values(q_BHSh, k_BGTh, v_BGTv, continued)
     grouped, causal = q_BHSh.shape[1] != k_BGTh.shape[1], causal and new == seen
-    mask_ST = causal_lower_right(new, seen) if continued else mask_ST
+    if continued:
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler, which takes a second
+
+        mask_ST = causal_lower_right(new, seen)
     y_BHSv = F.scaled_dot_product_attention(q_BHSh, k_BGTh, v_BGTv, mask_ST, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y_BHSv if y_BHSv.shape[-1] == width else y_BHSv[..., :width]
 

@@ -10,11 +10,10 @@ B sequences, S tokens of each, s = S / N of this rank, H query heads, G key-valu
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from ..moe.attention import KeyValueCache, attend
 from ..moe.config import ModelConfig
@@ -29,6 +28,9 @@ from .collectives import gather_sequence
 from .config import ContextExchange
 from .dispatch.async_collectives import AllToAll
 from .mesh import Axis, Mesh
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # imports the compiler, which takes a second
 
 
 def apply_context_parallel(model: Transformer, mesh: Mesh, exchange: ContextExchange) -> None:
@@ -95,7 +97,7 @@ def _own_tables(
 
 def _masks_of_chunks(
     axis: Axis, config: ModelConfig, ids_BS: Tensor, dtype: torch.dtype, documents_BS: Tensor | None
-) -> dict[bool, list[BlockMask]]:
+) -> dict[bool, list["BlockMask"]]:
     """Returns the masks of this rank's two chunks, by kind of layer."""
     chunks = [block_masks(config, ids_BS, dtype, documents_BS, run) for run in own_runs(ids_BS.shape[1], axis)]
     return {windowed: [masks[windowed] for masks in chunks] for windowed in chunks[0]}
@@ -136,7 +138,7 @@ def attend_in_chunks(
     softmax: Softmax,
     sinks_H: Tensor | None = None,
     documents_BS: Tensor | None = None,
-    blocks: Sequence[BlockMask] | None = None,
+    blocks: "Sequence[BlockMask] | None" = None,
 ) -> Tensor:
     """Returns (B, H, s, v): each chunk of queries attends to the keys up to its end, in the window.
 
@@ -160,7 +162,7 @@ def attend_by_heads(
     softmax: Softmax,
     sinks_H: Tensor | None = None,
     documents_BS: Tensor | None = None,
-    blocks: BlockMask | None = None,
+    blocks: "BlockMask | None" = None,
 ) -> Tensor:
     """Returns (B, H, s, v): each rank attends with 1 / N of the heads to whole sequences (DeepSpeed Ulysses, Jacobs et al. 2023).
 

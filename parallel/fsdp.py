@@ -66,6 +66,8 @@ def _set_prefetch(model: Transformer) -> None:
     for index, (here, following) in enumerate(itertools.pairwise(forward)):
         if index != len(model.layers):
             here[0].set_modules_to_forward_prefetch(following)
+    if model.config.moe.shortcut:  # the experts of a block are before its dense parts: torch goes back in the order that it saw
+        return
     for here, following in itertools.pairwise([*reversed(groups), []]):
         here[0].set_modules_to_backward_prefetch([*here[1:], *following])
 

@@ -64,7 +64,7 @@ def count_rows(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
     """(E,), (E,) and (C, E) of `dispatch.CountedChoices`."""
     from . import plan
 
-    return plan.count_rows(experts_TK, experts)
+    return plan.count_rows(experts_TK, experts, CHUNK)
 
 
 @count_rows.register_fake
@@ -80,7 +80,7 @@ def place_rows(
     """See `dispatch.plan_choices`: token_R, slot_TK, kept_TK, filled_R and the padded counts, empty where there are none."""
     from . import plan
 
-    return plan.place_rows(experts_TK, counts_E, begin_E, before_CE, padded_rows, dropping)
+    return plan.place_rows(experts_TK, counts_E, begin_E, before_CE, padded_rows, dropping, CHUNK)
 
 
 @place_rows.register_fake

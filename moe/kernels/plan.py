@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operators import CHUNK
-
 LANES = 16
 """Choices that a program compares with all experts at a time."""
 OTHERS = 8
@@ -54,17 +52,17 @@ def _scan_counts(lower_ptr, count_ptr, begin_ptr, before_ptr, chunks, E, BLOCK: 
     tl.store(count_ptr + expert, count)
 
 
-def count_rows(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def count_rows(experts_TK: Tensor, experts: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the choices of each expert, int64 (E,). For `place_rows`: those of the experts before it, (E,), and those of the same
     expert in the chunks before each, (C, E).
     """
     choices = experts_TK.numel()
-    chunks = triton.cdiv(choices, CHUNK)
+    chunks = triton.cdiv(choices, chunk)
     lower_CE = experts_TK.new_empty(chunks, experts + 1, dtype=torch.int32)
     count_E, begin_E, before_CE = (experts_TK.new_empty(shape) for shape in (experts, experts, (chunks, experts)))
     if choices:
         grid = chunks, triton.cdiv(experts + 1, EXPERTS)
-        _count_lower[grid](experts_TK.contiguous(), lower_CE, choices, experts, CHUNK, LANES, EXPERTS)
+        _count_lower[grid](experts_TK.contiguous(), lower_CE, choices, experts, chunk, LANES, EXPERTS)
     _scan_counts[experts,](lower_CE, count_E, begin_E, before_CE, chunks, experts, SCANNED)
     return count_E, begin_E, before_CE
 
@@ -123,7 +121,7 @@ def _place_rows(
 
 
 def place_rows(
-    experts_TK: Tensor, count_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool
+    experts_TK: Tensor, count_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the tensors of a `dispatch.RowPlan` from the results of `count_rows`: token_R, slot_TK, kept_TK, filled_R and rows_E.
 
@@ -141,5 +139,5 @@ def place_rows(
     if programs:
         tensors = experts_TK.contiguous(), count_E, begin_E, before_CE, slot_TK, token_R, kept_TK, filled_R, rows_E
         sizes = tokens * top_k, chunks, experts, padded_rows or 0, top_k
-        _place_rows[programs,](*tensors, *sizes, dropping, padded, CHUNK, OTHERS, SCANNED)
+        _place_rows[programs,](*tensors, *sizes, dropping, padded, chunk, OTHERS, SCANNED)
     return token_R, slot_TK, kept_TK, filled_R, rows_E

@@ -25,7 +25,7 @@ def columns_of_program(width: int) -> int:
 
 
 @triton.jit
-def _copy_rows(x_ptr, slot_ptr, filled_ptr, rows_ptr, T, D, K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def _copy_rows(x_ptr, slot_ptr, filled_ptr, out_ptr, T, D, K: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
@@ -33,11 +33,11 @@ def _copy_rows(x_ptr, slot_ptr, filled_ptr, rows_ptr, T, D, K: tl.constexpr, PAD
         x = tl.load(x_ptr + program * D + columns, mask=inside)
         for k in tl.static_range(K):
             slot = tl.load(slot_ptr + program * K + k)
-            tl.store(rows_ptr + slot * D + columns, x, mask=inside & (slot >= 0))
+            tl.store(out_ptr + slot * D + columns, x, mask=inside & (slot >= 0))
     elif PADDED:
         row = program - T
         if not tl.load(filled_ptr + row):
-            tl.store(rows_ptr + row * D + columns, tl.zeros([BLOCK], rows_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + row * D + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=inside)
 
 
 def copy_rows(x_TD: Tensor, slot_TK: Tensor, filled_R: Tensor | None, rows: int) -> Tensor:

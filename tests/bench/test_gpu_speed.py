@@ -124,7 +124,7 @@ def test_each_kernel_and_what_it_replaces_are_called_alike() -> None:
     with dry_run("cuda"):
         fused.compare(recorder, torch.float32)
     checks = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert len(checks) == 12 + 2 * len(Activation) and all(one["ok"] for one in checks)
+    assert len(checks) == 16 + 2 * len(Activation) and all(one["ok"] for one in checks)
     with dry_run("cuda"), patch.object(operators, "sum_rows", lambda y_RD, slot_TK, weights_TK: y_RD[slot_TK[:, 0]]):
         fused.compare(Recorder(out := io.StringIO(), CPU, "tiny", 100.0), torch.float32)
     wrong = [one["name"] for one in map(json.loads, out.getvalue().splitlines()) if not one["ok"]]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("tiny*.yaml"))
 FOLDED = "parallel.expert=8 parallel.shard=8 parallel.tensor=2"
 EXCHANGES = ("plain", "deduplicated", "hierarchical parallel.node_ranks=4", "gather")
-DROPS = ("tiny_expert_choice", "tiny_gshard", "tiny_moe_plus_plus", "tiny_null", "tiny_switch")
+DROPS = ("tiny_expert_choice", "tiny_gshard", "tiny_longcat_flash", "tiny_moe_plus_plus", "tiny_null", "tiny_switch")
 """With the plain exchange these wait for what they drop, and the others do not."""
 ALL = os.environ.get("TOKENYARD_LANE") == "all"
 """`make lane`: every preset meets every exchange, and not one of them; every experiment of hundreds of GPUs."""

@@ -5,7 +5,8 @@ import torch
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import count_rows, plan_choices
 from tokenyard.moe.kernels import plan
-from tokenyard.moe.kernels.plan import CHUNK, EXPERTS
+from tokenyard.moe.kernels.operators import CHUNK
+from tokenyard.moe.kernels.plan import EXPERTS
 
 SHAPES = {  # tokens, experts, choices of each
     "no token": (0, 4, 2),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tiny_run import TINY_RUN
@@ -30,7 +31,9 @@ def configured(folder: Path, *overrides: str) -> Config:
 
 
 def run_on_ranks(folder: str, overrides: list[str]) -> int:
-    return run(configured(Path(folder), *overrides))
+    """In a rank of the pool, which keeps its process group."""
+    with patch("tokenyard.train.run.leave"), patch("tokenyard.train.run.join"):
+        return run(configured(Path(folder), *overrides))
 
 
 def losses(folder: Path) -> list[float]:
