@@ -299,9 +299,8 @@ class Experts(nn.Module):
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype).flatten(1)
         down_bias = self.down_bias.to(dtype) if self.down_bias is not None and self.adds_bias else None
         weights_TK, plan = (None, ()) if choices is None else (choices.weights_TK, choices.plan)
-        if self.dropout.drops:
-            keys_R = self._row_keys(counts_E, choices, keys_R)
-        tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E, keys_R if self.dropout.drops else None
+        keys_R = self._row_keys(counts_E, choices, keys_R) if self.dropout.drops else None
+        tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E, keys_R
         return ExpertFunction.apply(self.activation, self.dropout, *tensors, *plan)  # pyright: ignore[reportReturnType]
 
     def _row_keys(self, counts_E: Tensor, choices: Choices | None, keys_R: Tensor | None) -> Tensor:

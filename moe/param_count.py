@@ -93,13 +93,12 @@ def flops_by_layer(config: ModelConfig, sequence_length: int) -> tuple[list[int]
     """Returns the FLOPs of one token in the forward pass of each layer, and those of the head and multi-token prediction."""
     found = shapes(config)
 
-    def cost(prefix: str, windowed: list[bool], heads: int) -> int:
+    def cost(prefix: str, layers: Sequence[int], heads: int) -> int:
         inside = {name: shape for name, shape in found.items() if name.startswith(prefix)}
-        return _flops(config, inside, windowed, heads, sequence_length)
+        return _flops(config, inside, layers, heads, sequence_length)
 
-    layers = [cost(f"layers.{index}.", [config.windowed_layer(index)], 0) for index in range(config.layers)]
-    predicting = [config.windowed_layer(config.layers + index) for index in range(config.mtp_depth)]
-    return layers, cost("mtp.", predicting, 1 + config.mtp_depth)
+    predicting = range(config.layers, config.layers + config.mtp_depth)
+    return [cost(f"layers.{i}.", [i], 0) for i in range(config.layers)], cost("mtp.", predicting, 1 + config.mtp_depth)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: bool = False) -> int:

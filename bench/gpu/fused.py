@@ -78,7 +78,7 @@ def compare(recorder: Recorder, dtype: torch.dtype) -> None:
 
 
 def compare_router(recorder: Recorder) -> None:
-    """The logits of the router and the gradient of its weight are as exact as fp32 products, which tensor cores do not compute."""
+    """The logits of the router and the gradient of its weight keep the limit of fp32, on tensor cores too."""
     torch.manual_seed(0)
     tokens, width, _, experts, _ = SIZES[recorder.scale]
     x_TD, weight_ED = torch.randn(tokens, width).bfloat16(), torch.randn(experts, width) * width**-0.5

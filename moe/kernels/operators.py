@@ -266,7 +266,7 @@ def _(x_RC: Tensor, parts: list[int], dim: int) -> Tensor:
 
 @torch.library.custom_op("tokenyard::add_narrow", mutates_args=("total",))
 def add_narrow(total: Tensor, x: Tensor) -> None:
-    """total += x for contiguous fp32 `total` and narrower x, which torch does at half of the speed of a copy."""
+    """total += x for contiguous fp32 `total` and narrower x, at the speed of a copy; torch takes a fifth longer."""
     from . import casts
 
     casts.add_narrow(total, x)

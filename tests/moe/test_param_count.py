@@ -15,7 +15,15 @@ from tokenyard.moe.config import (
     RouterConfig,
     Selection,
 )
-from tokenyard.moe.param_count import Count, count, flops_per_token, kv_cache_elements, part_of, training_flops_per_token
+from tokenyard.moe.param_count import (
+    Count,
+    count,
+    flops_by_layer,
+    flops_per_token,
+    kv_cache_elements,
+    part_of,
+    training_flops_per_token,
+)
 from tokenyard.moe.param_shapes import shapes
 
 
@@ -101,6 +109,20 @@ def test_attention_flops_are_the_mean_over_positions(length: int):
     without = 2 * (count(small()).active - 80 - 56)  # all weights but embedding and norms
     mean = sum(3 * 4 * 4 * 2 * context for context in contexts) / length
     assert flops_per_token(small(), length) == without + mean
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [AttentionConfig(window=3, window_every=2), AttentionConfig(linear_every=3), AttentionConfig(linear_layers=[1])],
+    ids=["window", "linear", "one linear layer"],
+)
+def test_flops_by_layer_are_those_of_each_layer(attention: AttentionConfig):
+    """Layers of other kinds cost other amounts, and all of them with the head and the predictions are the whole."""
+    config = small(attention=attention, mtp_depth=1, dense_first=0)
+    layers, after = flops_by_layer(config, 9)
+    assert sum(layers) + after == training_flops_per_token(config, 9) // 3
+    kinds = [(config.windowed_layer(index), config.linear_layer(index)) for index in range(config.layers)]
+    assert len(set(zip(kinds, layers, strict=True))) == len(set(kinds)) == len(set(layers)) == 2
 
 
 def test_close_to_the_rule_of_six():

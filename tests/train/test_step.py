@@ -7,9 +7,11 @@ import torch
 from tokenyard.data.batches import IGNORE
 from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
 from tokenyard.moe.model import Transformer
+from tokenyard.moe.weight_cast import shared_casts
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train import step as step_module
 from tokenyard.train.batch import Rows
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
@@ -46,6 +48,15 @@ def test_recomputation_changes_nothing(capacity: float | None) -> None:
     assert torch.equal(numbers.counts_LE.sum(1), torch.tensor([2, 2]) * numbers.tokens), "each choice is counted once"
     assert_same_numbers(numbers, expected)
     assert_same_parameters(recomputed, kept)
+
+
+@pytest.mark.parametrize(("micro_batches", "recompute", "shared"), [(1, False, 0), (2, False, 1), (2, True, 0)])
+def test_micro_batches_share_casts(micro_batches: int, recompute: bool, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with recomputation, which keeps nothing."""
+    entered = []
+    monkeypatch.setattr(step_module, "shared_casts", lambda: entered.append(None) or shared_casts())
+    one_step(build(torch.bfloat16, recompute=recompute), batch(micro_batches))
+    assert len(entered) == shared
 
 
 def test_recomputation_does_compute_again() -> None:
