@@ -48,10 +48,9 @@ class _SharedCast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Hooks of the weight, which the last micro-batch may have, wait for a gradient to be accumulated by autograd."""
+        """Hooks of the weight that wait for its gradient are called nevertheless: autograd accumulates None."""
         (weight,), (grad,) = ctx.saved_tensors, grads
-        hooks = getattr(weight, "_post_accumulate_grad_hooks", None)
-        if weight.grad is None or hooks:
+        if weight.grad is None:
             return grad.to(weight.dtype), None
         add(weight.grad, grad)
         return None, None

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .ranking import leave_groups, pack, ranks
+
 ELEMENTS, MOST_TOKENS = 1024, 32
 """Logits, and tokens, that a program has in registers at a time."""
 CHUNK = 64
@@ -19,57 +21,6 @@ CHUNK = 64
 SUMMED, COLUMNS = 64, 32
 """Chunks and columns that a program sums at a time."""
 TINY = tl.constexpr(1e-20)  # as in scoring.py
-LOWEST = tl.constexpr(-(2**63))
-
-
-@triton.jit
-def _sortable(x):
-    """int32 in the order of fp32, which NaN heads; both zeros are equal."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@triton.jit
-def _number(packed):
-    """The fp32 number that heads `packed`."""
-    bits = (packed >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _pack(x, column, exists):
-    """int64 in the order of the numbers, of equal ones the first column largest; no two of a row are equal."""
-    return tl.where(exists, (_sortable(x).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64), LOWEST)
-
-
-@triton.jit
-def _ranks(packed, COUNT: tl.constexpr):
-    """The place of each column among the COUNT largest of its row, from 0; COUNT for the other columns."""
-    rank = tl.zeros(packed.shape, tl.int32) + COUNT
-    for place in range(COUNT):
-        found = packed == tl.max(packed, 1)[:, None]
-        rank = tl.where(found, place, rank)
-        packed = tl.where(found, LOWEST, packed)
-    return rank
-
-
-@triton.jit
-def _leave_groups(ranked, column, exists, SIZE, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr):
-    """`ranked` with -inf outside the best groups of each token: see `scoring.mask_other_groups`."""
-    packed, group_of = _pack(ranked, column, exists), column // SIZE
-    score = tl.zeros(ranked.shape, tl.float32)
-    for index in range(GROUPS):
-        members = tl.where(group_of == index, packed, LOWEST)
-        best = tl.max(members, 1)
-        worth = _number(best)
-        if TOP2:
-            worth += _number(tl.max(tl.where(members == best[:, None], LOWEST, members), 1))
-        score = tl.where(column == index, worth[:, None], score)  # of a group, in the column of its index
-    outside = _ranks(_pack(score, column, column < GROUPS), TOP_GROUPS) == TOP_GROUPS
-    for index in range(GROUPS):
-        left = tl.max(tl.where((column == index) & outside, 1, 0), 1)[:, None]
-        ranked = tl.where((group_of == index) & (left > 0), float("-inf"), ranked)
-    return ranked
 
 
 @triton.jit
@@ -79,6 +30,40 @@ def _softmax(logits):
     powers = tl.exp(logits - largest[:, None])
     total = tl.sum(powers, 1)
     return powers / total[:, None], largest + tl.log(total)
+
+
+@triton.jit
+def _score(logit_ptr, token, exists, column, E, SIGMOID: tl.constexpr):
+    """The logits of tokens, -inf after the last column, their softmax, the scores, and the logsumexp [TOKENS]."""
+    logits = tl.load(logit_ptr + token[:, None] * E + column, mask=exists, other=0.0)
+    logits = tl.where(column < E, logits, float("-inf"))
+    softmax, logsumexp = _softmax(logits)
+    scores = softmax
+    if SIGMOID:
+        scores = tl.where(column < E, 1 / (1 + tl.exp(-logits)), 0.0)
+    return logits, softmax, scores, logsumexp
+
+
+@triton.jit
+def _given_ranks(given_ptr, token, there, column, K: tl.constexpr):
+    """The place of each column among the K columns given for its token, from 0; K for the other columns."""
+    rank = tl.zeros(column.shape, tl.int32) + K
+    for k in range(K):
+        given = tl.load(given_ptr + token * K + k, mask=there, other=-1)
+        rank = tl.where(column == given[:, None], k, rank)
+    return rank
+
+
+@triton.jit
+def _weigh(logits, scores, chosen, AFTER: tl.constexpr, NORMALIZE: tl.constexpr):
+    """The weights of the chosen columns, 0 for the others."""
+    if AFTER:
+        weights = _softmax(tl.where(chosen, logits, float("-inf")))[0]
+    else:
+        weights = tl.where(chosen, scores, 0.0)
+        if NORMALIZE:
+            weights /= tl.sum(weights, 1)[:, None] + TINY
+    return weights
 
 
 @triton.jit
@@ -122,31 +107,18 @@ def _route(
         place = chunk * CHUNK + start + tl.arange(0, TOKENS)
         there, token = place < S, sequence * S + place
         exists = there[:, None] & (column < E)
-        logits = tl.load(logit_ptr + token[:, None] * E + column, mask=exists, other=0.0)
-        logits = tl.where(column < E, logits, float("-inf"))
-        softmax, logsumexp = _softmax(logits)
-        scores = softmax
-        if SIGMOID:
-            scores = tl.where(column < E, 1 / (1 + tl.exp(-logits)), 0.0)
+        logits, _, scores, logsumexp = _score(logit_ptr, token, exists, column, E, SIGMOID)
         if GIVEN:
-            rank = tl.zeros([TOKENS, COLUMNS], tl.int32) + K
-            for k in range(K):
-                given = tl.load(given_ptr + token * K + k, mask=there, other=-1)
-                rank = tl.where(column == given[:, None], k, rank)
+            rank = _given_ranks(given_ptr, token, there, column + tl.zeros([TOKENS, COLUMNS], tl.int32), K)
         else:
             ranked = logits if AFTER else scores
             if BIASED:
                 ranked += tl.load(bias_ptr + column, mask=column < E, other=0.0)
             if GROUPS > 1:
-                ranked = _leave_groups(ranked, column, column < E, group_size, GROUPS, TOP_GROUPS, TOP2)
-            rank = _ranks(_pack(ranked, column, column < E), K)
+                ranked = leave_groups(ranked, column, column < E, group_size, GROUPS, TOP_GROUPS, TOP2)
+            rank = ranks(pack(ranked, column, column < E), K)
         chosen = rank < K
-        if AFTER:
-            weights = _softmax(tl.where(chosen, logits, float("-inf")))[0]
-        else:
-            weights = tl.where(chosen, scores, 0.0)
-            if NORMALIZE:
-                weights /= tl.sum(weights, 1)[:, None] + TINY
+        weights = _weigh(logits, scores, chosen, AFTER, NORMALIZE)
         at = token[:, None] * K + rank
         tl.store(weight_ptr + at, weights * scale, mask=chosen & exists)
         tl.store(expert_ptr + at, column + tl.zeros_like(rank), mask=chosen & exists)
@@ -162,7 +134,7 @@ def _route(
         tokens += valid.to(tl.int32)
         counts += (chosen & valid[:, None]).to(tl.int32)
         if BEST:
-            best_counts += ((_ranks(_pack(scores, column, column < E), K) < K) & valid[:, None]).to(tl.int32)
+            best_counts += ((ranks(pack(scores, column, column < E), K) < K) & valid[:, None]).to(tl.int32)
     part = sequence * tl.num_programs(0) + chunk
     columns, inside = part * E + tl.arange(0, COLUMNS), tl.arange(0, COLUMNS) < E
     tl.store(score_ptr + columns, tl.sum(scores_sum, 0), mask=inside)
@@ -300,12 +272,7 @@ def _route_backward(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column, there = tl.arange(0, COLUMNS)[None, :], token < tokens
     exists = there[:, None] & (column < E)
-    logits = tl.load(logit_ptr + token[:, None] * E + column, mask=exists, other=0.0)
-    logits = tl.where(column < E, logits, float("-inf"))
-    softmax, logsumexp = _softmax(logits)
-    scores = softmax
-    if SIGMOID:
-        scores = tl.where(column < E, 1 / (1 + tl.exp(-logits)), 0.0)
+    logits, softmax, scores, logsumexp = _score(logit_ptr, token, exists, column, E, SIGMOID)
     counted = there.to(tl.float32)
     if MASKED:
         counted = (tl.load(valid_ptr + token, mask=there, other=0) != 0).to(tl.float32)

@@ -1,6 +1,6 @@
 """Fixtures for comparing with transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,3 +25,12 @@ def widen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setattr(module, "torch", Widest())
 
     return patch
+
+
+@pytest.fixture
+def bounded_kernels() -> Iterator[None]:
+    """See kernel_bounds.py, which imports triton."""
+    from kernel_bounds import bounded
+
+    with bounded():
+        yield

@@ -22,7 +22,10 @@ from tokenyard.parallel.vocabulary import cross_entropy
 from tokenyard.train.config.compose import compose
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which the interpreter uses
+pytestmark = [
+    pytest.mark.usefixtures("bounded_kernels"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, which the interpreter uses
+]
 
 SHAPES = {  # tokens, experts, choices of each, width
     "one token": (1, 1, 1, 8),

@@ -8,6 +8,8 @@ from tokenyard.moe.kernels import plan
 from tokenyard.moe.kernels.operators import CHUNK
 from tokenyard.moe.kernels.plan import EXPERTS
 
+pytestmark = pytest.mark.usefixtures("bounded_kernels")
+
 SHAPES = {  # tokens, experts, choices of each
     "no token": (0, 4, 2),
     "one token": (1, 1, 1),
@@ -16,8 +18,6 @@ SHAPES = {  # tokens, experts, choices of each
     "a program for the dropped alone": (7, EXPERTS - 1, 2),
     "two programs": (7, EXPERTS + 1, 2),
 }
-
-
 CASES = {  # share of the choices that are kept, rows of padding of the fullest expert
     "dropless": (None, None),
     "half dropped": (0.5, None),

@@ -16,7 +16,10 @@ from tokenyard.moe.scoring import gate_weights, to_scores
 from tokenyard.moe.token_info import TokenInfo
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which the interpreter uses
+pytestmark = [
+    pytest.mark.usefixtures("bounded_kernels"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, which the interpreter uses
+]
 
 WIDTH = 16
 LOSSES = {"coefficient": 0.1, "bias_rate": 0.01}
