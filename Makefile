@@ -65,7 +65,7 @@ bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on 
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 8x2-bf16 --sides $(PEERS) DeepSpeed "DeepSpeed, drops"
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 64x8-bf16 --sides $(PEERS)
 	$(BIN)/python -m tokenyard.bench.ranks --rounds 5 --layouts data expert tensor
-	$(BIN)/python -m tokenyard.bench.context
+	$(BIN)/python -m tokenyard.bench.long_sequence
 
 gpu-bundle: ## With a network: wheels that a machine with GPUs may lack, into .gpu/, 10 MB
 	@$(PYTHON) bench/gpu/bundle.py

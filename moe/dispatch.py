@@ -251,7 +251,7 @@ def experts_or_dropped(routing: Routing, experts: int) -> Tensor:
 
 
 class CountedChoices(NamedTuple):
-    """The choices of each expert, and on a GPU what its kernels counted besides (moe/kernels/plan.py). C chunks of choices."""
+    """The choices of each expert, and on a GPU what its kernels counted besides (moe/kernels/row_plan.py). C chunks of choices."""
 
     counts_E: Tensor
     """int64, without dropped choices (which have the id E)."""

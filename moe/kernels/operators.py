@@ -62,9 +62,9 @@ def _(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, w
 @torch.library.custom_op("tokenyard::count_rows", mutates_args=())
 def count_rows(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(E,), (E,) and (C, E) of `dispatch.CountedChoices`."""
-    from . import plan
+    from . import row_plan
 
-    return plan.count_rows(experts_TK, experts, CHUNK)
+    return row_plan.count_rows(experts_TK, experts, CHUNK)
 
 
 @count_rows.register_fake
@@ -78,9 +78,9 @@ def place_rows(
     experts_TK: Tensor, counts_E: Tensor, begin_E: Tensor, before_CE: Tensor, padded_rows: int | None, dropping: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `dispatch.plan_choices`: token_R, slot_TK, kept_TK, filled_R and the padded counts, empty where there are none."""
-    from . import plan
+    from . import row_plan
 
-    return plan.place_rows(experts_TK, counts_E, begin_E, before_CE, padded_rows, dropping, CHUNK)
+    return row_plan.place_rows(experts_TK, counts_E, begin_E, before_CE, padded_rows, dropping, CHUNK)
 
 
 @place_rows.register_fake

@@ -16,7 +16,7 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, casts, logits, operators, plan, rotation, routing, rows
+from tokenyard.moe.kernels import activation, casts, logits, operators, rotation, routing, row_plan, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -64,11 +64,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield casts._bf16_parts, {"PARTS": (0, 1, 2, 0), "BLOCK": 1024}
     yield logits._reduce_logits, {"BLOCK": 4096}
     yield logits._cross_entropy_gradient, {"BLOCK": 4096}
-    yield plan._count_lower, {"CHUNK": operators.CHUNK, "LANES": plan.LANES, "EXPERTS": plan.EXPERTS}
-    yield plan._scan_counts, {"BLOCK": plan.SCANNED}
+    yield row_plan._count_lower, {"CHUNK": operators.CHUNK, "LANES": row_plan.LANES, "EXPERTS": row_plan.EXPERTS}
+    yield row_plan._scan_counts, {"BLOCK": row_plan.SCANNED}
     for flag in (False, True):
-        sizes = {"K": 8, "CHUNK": operators.CHUNK, "OTHERS": plan.OTHERS, "BLOCK": plan.SCANNED}
-        yield plan._place_rows, {**sizes, "DROPPING": flag, "PADDED": flag}
+        sizes = {"K": 8, "CHUNK": operators.CHUNK, "OTHERS": row_plan.OTHERS, "BLOCK": row_plan.SCANNED}
+        yield row_plan._place_rows, {**sizes, "DROPPING": flag, "PADDED": flag}
     yield from routers()
     for one in Activation:
         shared = {"KIND": one.value, "GATED": one.projections == 2, "BLOCK": 1024}

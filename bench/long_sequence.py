@@ -1,4 +1,4 @@
-"""Measures the memory of context ranks: `python -m tokenyard.bench.context`.
+"""Measures the memory of context ranks: `python -m tokenyard.bench.long_sequence`.
 
 Takes one training step on one long sequence, on 1, 2 and 4 ranks of one thread. Peaks are of a rank, above what the process has
 before its step. For throughput see bench/ranks.py: `--layouts context sequence_length=4096 batch.sequences=2`.
@@ -24,7 +24,7 @@ from .peers.worker import forget_peak, memory
 from .rank_processes import RankProcesses, join
 from .timing import markdown
 
-MODULE = "tokenyard.bench.context"
+MODULE = "tokenyard.bench.long_sequence"
 MODEL = "model.layers=2 model.width=128 model.heads=1 model.kv_heads=1 model.head_width=32 model.vocabulary=512 model.moe.experts=4"
 MIB = 2**20
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import count_rows, plan_choices
-from tokenyard.moe.kernels import plan
+from tokenyard.moe.kernels import row_plan
 from tokenyard.moe.kernels.operators import CHUNK
-from tokenyard.moe.kernels.plan import EXPERTS
+from tokenyard.moe.kernels.row_plan import EXPERTS
 
 pytestmark = pytest.mark.usefixtures("bounded_kernels")
 
@@ -37,7 +37,7 @@ def test_plans_without_padding_or_rows(case: tuple[float | None, int | None]) ->
 
 
 def test_more_chunks_than_a_program_scans_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "SCANNED", 2)
+    monkeypatch.setattr(row_plan, "SCANNED", 2)
     compare_plans(3 * CHUNK - 1, 3, 1, None, None)
 
 

@@ -1,7 +1,7 @@
 """The benchmark of context ranks trains on the same sequence on every number of ranks."""
 
 import pytest
-from tokenyard.bench.context import MIB, measure, table
+from tokenyard.bench.long_sequence import MIB, measure, table
 
 
 def test_two_ranks_need_less_memory_for_the_same_step() -> None:
