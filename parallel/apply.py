@@ -104,7 +104,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         log.info("activation checkpointing: every block is computed again in the backward pass")
     if compiled:
-        _compile(model)
+        _compile(model, device)
         log.info("torch.compile: attention, norms and dense feed-forwards of every block")
     if config.shard > 1:
         apply_fsdp(model, mesh, device, config.zero)
@@ -158,13 +158,26 @@ def _copy_on_ends(sharded: ShardedParameter | None, mesh: Mesh, fsdp: bool) -> N
         sharded.replicas = replicas
 
 
-def _compile(model: Transformer) -> None:
+def _compile(model: Transformer, device: torch.device) -> None:
     """Compiles all but routing, dispatch and experts, whose shapes depend on the tokens."""
+    if device.type == "cpu":
+        _name_vector_width()
     for block in model.blocks:
         norms = (block.attention_norm, block.attention_post_norm, block.feedforward_norm, block.feedforward_post_norm)
         for module in (block.attention, *norms, block.dense):
             if module is not None:
                 module.compile()
+
+
+def _name_vector_width() -> None:
+    """Makes the width of this CPU's vectors a part of the key of torch's cache of compiled graphs.
+
+    A folder in a home or a /tmp that moves between machines would otherwise give code for wider vectors than a kernel is built with
+    (torch 2.13), which overwrites memory.
+    """
+    from torch._inductor import config, cpu_vec_isa  # takes seconds to import
+
+    config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width()
 
 
 def _sharded(name: str, parameter: nn.Parameter, mesh: Mesh, shard: ShardMetadata, config: ModelConfig) -> ShardedParameter:

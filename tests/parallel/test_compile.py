@@ -11,14 +11,17 @@ from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train.batch import Rows
 from tokenyard.train.loss import Totals
 from tokenyard.train.step import forward
+from torch._inductor import cpu_vec_isa
 
+pytestmark = [  # both are the compiler's own
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning"),
+]
 MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=64, dense_first=1, init_std=0.2)
 MODEL.moe = MoEConfig(experts=4, hidden=16)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # both are the compiler's own
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning")
 @inductor.patch(compile_threads=1)  # starting a pool of compilers takes longer than these few kernels
 def test_compiled_model_equals_the_eager_one() -> None:
     torch.manual_seed(0)
@@ -34,6 +37,14 @@ def test_compiled_model_equals_the_eager_one() -> None:
         expected, gradient = sharded.parameter.grad, compiled.parameters[name].parameter.grad
         assert expected is not None and gradient is not None and expected.norm() > 0
         assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("isa", [cpu_vec_isa.VecAVX2(), cpu_vec_isa.VecAVX512(), cpu_vec_isa.invalid_vec_isa], ids=str)
+def test_other_vectors_are_other_entries_of_the_cache(isa: cpu_vec_isa.VecISA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: isa)
+    with inductor.patch({"cpp.simdlen": None}):
+        build(True)
+        assert inductor.save_config_portable()["cpp.simdlen"] == isa.bit_width()
 
 
 def build(compiled: bool) -> Parallel:
