@@ -6,7 +6,7 @@ SCORECARD ?= print
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Tests start hundreds of processes, which would otherwise compile every module again where bytecode may not be written.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .PHONY: help train test check house oldest lane portable faults scorecard fuzz hf faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean

@@ -63,6 +63,10 @@ LAYOUTS = {
     "pipeline 2 of 2 stages x shard 2, zero 3": Layout(4, pipeline=2, shard=2, **INTERLEAVED),
     "pipeline 2 of 2 stages x shard 2, zero 1": Layout(4, pipeline=2, shard=2, zero=1, expert=2, **INTERLEAVED),
     "pipeline 2 x shard 2, zero 2": Layout(4, pipeline=2, shard=2, zero=2, exchange=Exchange.gather, expert=2),
+    "all axes": Layout(8, pipeline=2, context=2, shard=2, tensor=2, expert=2, expert_tensor=2),
+    "all axes, pipeline 2 of 2 stages, zero 2, recompute": Layout(
+        8, pipeline=2, context=2, shard=2, tensor=2, expert=4, zero=2, exchange=Exchange.deduplicated, recompute=True, **INTERLEAVED
+    ),
     "pipeline 2 x replicate 2": Layout(4, pipeline=2, exchange=Exchange.deduplicated, expert=2),
 }
 
