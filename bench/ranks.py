@@ -45,9 +45,11 @@ LAYOUTS = {
     "tensor": ["parallel.tensor=2"],
     "context": ["parallel.context=2"],
     "context_heads": ["parallel.context=2", "parallel.context_exchange=heads"],
+    "pipeline": ["parallel.pipeline=2", "batch.micro=1"],
+    "pipeline_interleaved": ["parallel.pipeline=2", "parallel.pipeline_schedule=interleaved", "batch.micro=1"],
 }
 """Layouts of the two ranks. Chunks overlap the exchange of rows with the experts; FSDP2 overlaps its all-gathers with the
-layers."""
+layers. A pipeline passes 8 micro-batches, and idles for 1/8 of its work, interleaved for 1/16."""
 
 
 class Turn(NamedTuple):

@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GraniteMoe": {"num_local_experts": 8, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "embedding_multiplier": 3.0},
     "FlexOlmo": {"num_experts": 8, "num_experts_per_tok": 3},
     "Qwen3Next": DELTA,
+    "Qwen3_5Moe": DELTA,
     "LongcatFlash": {**LONGCAT, "n_routed_experts": 8},
     "Llama": {},
     "Mistral": {"sliding_window": 5},
@@ -71,9 +72,8 @@ def test_import_train_export(family: str, world: int, build: Callable[..., Any],
         assert first["loss_balance_scaled"] == pytest.approx(expected.auxiliary, rel=2e-6)
     assert (expected.auxiliary is None) == (family in (*DENSE_FAMILIES, *WITHOUT_LOSS, "DeepseekV2"))
     assert (first["step"], first["tokens"], first["lr"]) == (1, 256, 0.001)
-    asked = (
-        f"{family}ForCausalLM" if family in ("Dots1", "Glm4MoeLite", "SolarOpen") else None
-    )  # others come first that express them
+    expressed = "Dots1", "Glm4MoeLite", "SolarOpen", "Qwen3_5Moe"  # by others, which come first
+    asked = f"{family}ForCausalLM" if family in expressed else None
     made = export_checkpoint(tmp_path / "run", tmp_path / "back", architecture=asked)
     assert made.architecture == f"{family}ForCausalLM"
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(
