@@ -4,6 +4,7 @@ E experts on this device, R rows in the order of the experts, T tokens, K choice
 projections (gate and up, or up alone).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation
+from .deferred import defer, defers
 from .device import kind_of, uses_kernels
 from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
 from .dropout import Dropout
@@ -121,7 +123,8 @@ BLOCK = 2**18
 class ExpertFunction(torch.autograd.Function):
     """See `Experts.forward`. `weights_TK` and the tensors of a `RowPlan` are given if x are tokens, and not if x are rows.
 
-    With keys_R, int64, activations are dropped by these keys of the rows; the backward pass computes the mask again.
+    With keys_R, int64, activations are dropped by these keys of the rows; the backward pass computes the mask again. `deferred`:
+    down and gate_up, if those among the tensors are constants and their gradients are left for later (moe/deferred.py).
     """
 
     @staticmethod
@@ -129,6 +132,7 @@ class ExpertFunction(torch.autograd.Function):
         ctx: Any,
         activation: Activation,
         dropout: Dropout,
+        deferred: tuple[Tensor, Tensor] | None,
         x: Tensor,
         gate_up_END: Tensor,
         down_EDF: Tensor,
@@ -147,7 +151,7 @@ class ExpertFunction(torch.autograd.Function):
             _drop(active_RF, dropout, dropout.keep(keys_R, active_RF.shape[1]))
         y_RD = _biased(grouped_mm(active_RF, down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
         inner_RN = inner_RN.to(x.dtype)
-        ctx.activation, ctx.dropout = activation, dropout
+        ctx.activation, ctx.dropout, ctx.deferred = activation, dropout, deferred
         biases = gate_up_bias_EN, down_bias_ED
         ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, keys_R, *plan_tensors)
         return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
@@ -174,21 +178,30 @@ class ExpertFunction(torch.autograd.Function):
             grad_weights_TK = values_per_choice(grad_weights_R, plan)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
-        grad_down_EDF = grouped_outer(grad_y_RD, active_RF, ends_E).to(x.dtype)
+        products = [partial(grouped_outer, grad_y_RD, active_RF, ends_E)]
+        grad_down_EDF = None if ctx.deferred else products.pop()().to(x.dtype)
         del grad_y_RD, active_RF
         if gate_up_bias_EN is not None:
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
-        grad_gate_up_END = grouped_outer(grad_inner_RN, _rows(x, plan), ends_E).to(x.dtype)
+        products.append(partial(_outer_of_rows, grad_inner_RN, x.detach(), plan, ends_E))
+        grad_gate_up_END = None if ctx.deferred else products.pop()().to(x.dtype)
+        for weight, product in zip(ctx.deferred or (), products, strict=True):
+            defer(weight, product)
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
         grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
-        return None, None, *gradients, None, None, *[None] * len(plan_tensors)
+        return None, None, None, *gradients, None, None, *[None] * len(plan_tensors)
 
 
 def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
     """(R, D): the rows for the products, gathered from tokens (T, D) if there is a plan."""
     x = x.to(compute_dtype(x))
     return gather_rows(x, plan) if plan else x.contiguous()
+
+
+def _outer_of_rows(grad_inner_RN: Tensor, x: Tensor, plan: RowPlan | None, ends_E: Tensor) -> Tensor:
+    """(E, N, D): the gradient of gate_up."""
+    return grouped_outer(grad_inner_RN, _rows(x, plan), ends_E)
 
 
 def _drop(x_RF: Tensor, dropout: Dropout, keep_RF: Tensor) -> None:
@@ -300,8 +313,10 @@ class Experts(nn.Module):
         down_bias = self.down_bias.to(dtype) if self.down_bias is not None and self.adds_bias else None
         weights_TK, plan = (None, ()) if choices is None else (choices.weights_TK, choices.plan)
         keys_R = self._row_keys(counts_E, choices, keys_R) if self.dropout.drops else None
+        deferred = (down, gate_up) if defers(x, gate_up) else None
+        gate_up, down = (gate_up.detach(), down.detach()) if deferred else (gate_up, down)
         tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E, keys_R
-        return ExpertFunction.apply(self.activation, self.dropout, *tensors, *plan)  # pyright: ignore[reportReturnType]
+        return ExpertFunction.apply(self.activation, self.dropout, deferred, *tensors, *plan)  # pyright: ignore[reportReturnType]
 
     def _row_keys(self, counts_E: Tensor, choices: Choices | None, keys_R: Tensor | None) -> Tensor:
         """int64 (R,): a key for each choice, a function of the token's and of the expert's global id."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .deferred import defer_product, defers
 from .device import kind_of, uses_kernels
 from .kernels import operators
 from .weight_cast import weight_as
@@ -39,14 +40,23 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the dtype of x."""
     weight, wide = weight.to(x.dtype), compute_dtype(x)
-    if wide == x.dtype:
-        return F.linear(x, weight, bias)
-    y = wide_linear(x, weight, wide).to(x.dtype)
-    return y if bias is None else y + bias
+    if wide != x.dtype:
+        y = wide_linear(x, weight, wide).to(x.dtype)
+        return y if bias is None else y + bias
+    if defers(x, weight):
+        return defer_product(F.linear(x, weight.detach(), bias), x, weight, _weight_gradient)
+    return F.linear(x, weight, bias)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 def wide_linear(x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
     """x @ weight.T in the dtype `wide`, never in TF32. Saves x and weight themselves for the backward pass, not wider copies."""
+    if defers(x, weight) and not _by_parts(x, wide):  # routers, whose parts of the gradient serve both products
+        y: Any = _WideLinear.apply(x, weight.detach(), wide)
+        return defer_product(y, x, weight, _wide_weight_gradient)
     return _WideLinear.apply(x, weight, wide)  # pyright: ignore[reportReturnType]
 
 
@@ -66,7 +76,11 @@ class _WideLinear(torch.autograd.Function):
         grad_x = _product(grad, weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        return grad_x, _product(grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype)).to(weight.dtype), None
+        return grad_x, _wide_weight_gradient(grad, x).to(weight.dtype), None
+
+
+def _wide_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return _product(grad.flatten(0, -2).T, x.flatten(0, -2).to(grad.dtype))
 
 
 # fp32 products with bf16 numbers on tensor cores, from the bf16 parts of the fp32 numbers; about a fifth of the time of fp32's.

@@ -22,7 +22,7 @@ class ContextExchange(Enum):
     heads = "heads"
 
 
-PipelineSchedule = Enum("PipelineSchedule", {"1f1b": "1f1b", "interleaved": "interleaved"})
+PipelineSchedule = Enum("PipelineSchedule", {"1f1b": "1f1b", "interleaved": "interleaved", "zbh1": "zbh1", "zbv": "zbv"})
 """The order in which a rank passes micro-batches forward and backward; see pipeline/schedule.py."""
 
 
@@ -57,14 +57,16 @@ class ParallelConfig:
     pipeline: int = field(default=1, metadata=within("[1, inf)"))
     """Ranks (or groups of ranks that share them) among which the layers are cut; micro-batches pass through one after the other."""
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
-    """One forward and one backward pass take turns; interleaved: with several stages on each rank, which idles less."""
+    """One forward and one backward pass take turns; interleaved: with several stages on each rank, which idles less. zbh1, zbv:
+    ranks compute gradients of weights where they would wait, with one stage each, or two in a V, the first and the last together.
+    """
     pipeline_chunks: int | None = field(default=None, metadata=within("[1, inf)"))
-    """Stages on each rank; null is 1, with pipeline_schedule=interleaved 2."""
+    """Stages on each rank; null is 1, with pipeline_schedule=interleaved or zbv 2."""
     pipeline_layers: list[int] | None = None
     """Layers of each stage, in order; null cuts them so that the costliest stage is as cheap as possible."""
 
     @property
     def pipeline_stages(self) -> int:
         """Stages of a pipeline, on all its ranks."""
-        interleaved = self.pipeline_schedule is PipelineSchedule["interleaved"]
-        return self.pipeline * (self.pipeline_chunks or (2 if interleaved else 1))
+        several = self.pipeline_schedule in (PipelineSchedule["interleaved"], PipelineSchedule["zbv"])
+        return self.pipeline * (self.pipeline_chunks or (2 if several else 1))

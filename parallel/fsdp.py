@@ -48,11 +48,21 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) 
         cast(FSDPModule, model).set_reshard_after_forward(False)
 
 
-def prepare_backward(model: nn.Module, zero: int, last: bool) -> None:
-    """Sets what FSDP does in the next backward pass; `last`: it is that of the last micro-batch of a step."""
+def prepare_backward(model: nn.Module, zero: int, last: bool, sums: bool = True) -> None:
+    """Sets what FSDP does in the next backward pass; `last`: it is that of the last micro-batch of a step.
+
+    Without `sums` it reduces no gradient, since most come later: see `end_deferred_gradients`.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or zero > 1)
+        model.set_requires_gradient_sync(sums and (last or zero > 1))
         model.set_reshard_after_backward(last or zero == 3)
+
+
+def end_deferred_gradients(model: nn.Module) -> None:
+    """Does with gradients that came without a backward pass through the modules what FSDP does after such a pass."""
+    if isinstance(model, FSDPModule):
+        state: Any = fully_shard.state(model)  # pyright: ignore[reportFunctionMemberAccess]
+        state._root_post_backward_final_callback()
 
 
 def _set_prefetch(model: Transformer) -> None:

@@ -76,8 +76,8 @@ def rank_shapes(config: ModelConfig, parallel: ParallelConfig, world: int) -> Sh
     found = {name: _rank_shape(name, shape, config, parallel, world) for name, shape in shapes(config).items()}
     if parallel.pipeline == 1:
         return found
-    cut, ranks = cut_layers(config, parallel), parallel.pipeline
-    by_rank = (held_on(config, cut, ranks, rank, found) for rank in range(ranks))
+    cut = cut_layers(config, parallel)
+    by_rank = (held_on(config, cut, parallel, rank, found) for rank in range(parallel.pipeline))
     return max(by_rank, key=lambda held: sum(map(math.prod, held.values())))
 
 

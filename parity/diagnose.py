@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..parallel.pipeline.schedule import place_of
 from .choose_layouts import DEGREES, Layout
 from .config import TOLERANCE
 from .finding import KINDS, Finding
@@ -121,7 +122,7 @@ def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
         yield Hint("bias per micro-batch", text)
     elif kind == "output" and mismatch.layout.parallel.context > 1:
         yield from _by_chunk(mismatch)
-    elif kind == "gradient" and (last := mismatch.layout.parallel.pipeline - 1) not in (wrong := _wrong_stages(mismatch)) and wrong:
+    elif kind == "gradient" and (last := _place_of_head(mismatch)) not in (wrong := _wrong_stages(mismatch)) and wrong:
         text = f"the gradients of stage {last} of the pipeline agree, those of stage {max(wrong)} do not: does it leave its own"
         yield Hint("a stage's own losses", f"{text} balance losses and z-loss out, or receive a wrong gradient?")
     elif kind == "gradient norm":
@@ -139,6 +140,11 @@ def _by_chunk(mismatch: Mismatch) -> Iterator[Hint]:
         shown = ", ".join(f"{first} to {end - 1}" for first, end in wrong)
         text = f"tokens {shown} differ, the others agree: rotated by the positions of other chunks, or without the keys of one?"
         yield Hint("context chunks", text)
+
+
+def _place_of_head(mismatch: Mismatch) -> int:
+    parallel = mismatch.layout.parallel
+    return place_of(parallel.pipeline_schedule, parallel.pipeline, parallel.pipeline_stages - 1)
 
 
 def _wrong_stages(mismatch: Mismatch) -> set[int]:

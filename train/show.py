@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from ..moe.param_count import moe_layers
+from ..parallel.config import PipelineSchedule
 from ..parallel.layout_diagram import layout_diagram
 from ..parallel.pipeline.diagram import pipeline_diagram
 from .config.compose import CONF, Arguments, register_schema
@@ -49,7 +50,8 @@ def micro_batches(config: Config, world: int) -> int:
     """Returns the micro-batches of a rank in a step; a batch that does not fit the layout is rounded up to one that does."""
     p, batch = config.parallel, config.batch
     each = batch.sequences // (world // p.tensor // p.pipeline) // (batch.micro or batch.sequences)
-    return max(1, -(-each // p.pipeline)) * p.pipeline if p.pipeline_stages > p.pipeline else max(1, each)
+    interleaved = p.pipeline_schedule is PipelineSchedule["interleaved"]
+    return max(1, -(-each // p.pipeline)) * p.pipeline if interleaved else max(1, each)
 
 
 def ranks_of_a_node(config: Config, world: int) -> int:

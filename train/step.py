@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.batches import IGNORE
 from ..moe.balance import update_expert_bias
+from ..moe.deferred import deferred_weight_gradients
 from ..moe.device import kind_of
 from ..moe.init import expert_biases
 from ..moe.model import HeadLoss
@@ -19,9 +20,10 @@ from ..moe.weight_cast import shared_casts
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
 from ..parallel.context import own_chunks
-from ..parallel.fsdp import prepare_backward
+from ..parallel.fsdp import end_deferred_gradients, prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
+from ..parallel.pipeline.schedule import WEIGHTS, Action
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
@@ -156,12 +158,17 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
         return StageResult(y_BSD, share.objective)
 
     @contextmanager
-    def around(last: bool) -> Iterator[None]:
-        prepare_backward(parallel.model, parallel.zero, last)
+    def around(action: Action, last: bool) -> Iterator[None]:
+        deferred = action.kind == WEIGHTS
+        prepare_backward(parallel.model, parallel.zero, last, sums=deferred or not pipeline.defers_weights)
         with gradient_all_reduce(parallel) if last else nullcontext():
             yield
+            if deferred:
+                end_deferred_gradients(parallel.model)
 
-    run_schedule(pipeline, len(micro_batches), between_stages(parallel, micro_batches[0]), forward, around)
+    like = between_stages(parallel, micro_batches[0])
+    with deferred_weight_gradients() if pipeline.defers_weights else nullcontext([]) as deferred:
+        run_schedule(pipeline, len(micro_batches), like, forward, around, deferred)
     return shares
 
 

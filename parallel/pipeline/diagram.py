@@ -2,32 +2,37 @@
 
 from ...moe.config import ModelConfig
 from ..config import ParallelConfig
-from .schedule import FORWARD, Action, Span, bubble, most_kept, schedule, timeline
+from .schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, Span, bubble, most_kept, schedule, stages_at, timeline
 from .stages import cut_layers
 
 COLUMNS = 104
 """Width of the schedule."""
 BACKWARD_TIME = 2
-"""The time of a backward pass, in forward passes."""
+"""The time of a backward pass, in forward passes. One half is for the gradients of weights."""
+BRACKETS = {FORWARD: ("", ""), BACKWARD: "[]", WEIGHTS: "()"}
+"""Around the micro-batch of an action."""
 
 
 def pipeline_diagram(model: ModelConfig, parallel: ParallelConfig, micros: int) -> list[str]:
     """Returns the layers of each rank, how many micro-batches it keeps at most, and the schedule of `micros` micro-batches."""
-    cut, ranks, stages = cut_layers(model, parallel), parallel.pipeline, parallel.pipeline_stages
-    lists = [schedule(parallel.pipeline_schedule, ranks, rank, stages // ranks, micros) for rank in range(ranks)]
-    spans = timeline(lists, stages, 1, BACKWARD_TIME)
+    cut, ranks, stages, kind = cut_layers(model, parallel), parallel.pipeline, parallel.pipeline_stages, parallel.pipeline_schedule
+    lists = [schedule(kind, ranks, rank, stages // ranks, micros) for rank in range(ranks)]
+    deferred = BACKWARD_TIME / 2 if kind in ZERO_BUBBLE else 0
+    spans = timeline(lists, stages, 1, BACKWARD_TIME - deferred, deferred)
     lines = [f"{'pipeline':10}{'layers':34}keeps at most"]
     for rank in range(ranks):
-        held = ", ".join(_layers(cut, stage) for stage in range(rank, stages, ranks))
+        held = ", ".join(_layers(cut, stage) for stage in stages_at(kind, ranks, stages, rank))
         kept = most_kept(lists[rank])
         lines.append(f"{rank:<10}{held:34}{kept} micro-batch{'es' * (kept != 1)}")
     lines += [
         "",
-        f"schedule {parallel.pipeline_schedule.value}, {micros} micro-batches: ranks idle for {bubble(spans):.0%} of their work",
+        f"schedule {kind.value}, {micros} micro-batches: ranks idle for {bubble(spans):.0%} of their work",
     ]
     if stages > ranks:
         lines.append("a forward pass is its micro-batch, a backward pass [it]; of the stages on a rank the first is a, then b, ...")
-    width = len(_cell(lists[0][-1]._replace(micro=micros - 1), ranks, stages)) + 1
+    if deferred:
+        lines.append("a backward pass [it] leaves the gradients of weights, which are (it)")
+    width = len(_cell(lists[0][-1]._replace(micro=micros - 1), ranks, stages)) + (3 if deferred else 1)
     return [*lines, *(f"{rank:<10}{_drawn(spans[rank], ranks, stages, width)}" for rank in range(ranks))]
 
 
@@ -51,5 +56,6 @@ def _drawn(spans: list[Span], ranks: int, stages: int, width: int) -> str:
             return f"{text.ljust(int(begin) * width)} ..."
         cell = _cell(action, ranks, stages)
         size = int(end - begin) * width - 1
-        text = text.ljust(int(begin) * width) + (cell.ljust(size) if action.kind == FORWARD else f"[{cell}]".center(size)) + " "
+        left, right = BRACKETS[action.kind]
+        text = text.ljust(int(begin) * width) + (f"{left}{cell}{right}".center(size) if left else cell.ljust(size)) + " "
     return text.rstrip()

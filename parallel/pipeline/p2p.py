@@ -11,31 +11,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config import PipelineSchedule
 from ..mesh import Mesh
 from ..progress import PROGRESS, waiting
-from .schedule import BACKWARD, FORWARD, Action
+from .schedule import BACKWARD, FORWARD, Action, place_of
 
 
 class Links:
     """The process groups between this rank's stages and their neighbours. Created by all ranks, in the same order."""
 
-    def __init__(self, mesh: Mesh, stages: int) -> None:
-        self.ranks, self.stages = mesh.sizes["pipeline"], stages
+    def __init__(self, mesh: Mesh, kind: PipelineSchedule, stages: int) -> None:
+        self.kind, self.ranks, self.stages = kind, mesh.sizes["pipeline"], stages
         self.inner = mesh.world // self.ranks
         self.rank, self.place = mesh.rank, mesh.rank // self.inner
-        self.groups: dict[tuple[str, int], Any] = {}
-        """By kind and place of the sender in the pipeline."""
-        wraps = stages > self.ranks
-        for kind, hop in ((FORWARD, 1), (BACKWARD, -1)):
-            for place in range(self.ranks):
-                other = (place + hop) % self.ranks
-                if wraps or other == place + hop:
-                    both = [at * self.inner + each for at in sorted((place, other)) for each in range(self.inner)]
-                    self.groups[kind, place] = dist.new_group(both)
+        self.groups: dict[tuple[str, int, int], Any] = {}
+        """By kind, and the places of the sender and of the receiver in the pipeline."""
+        hops = {(self.place_of(stage), self.place_of(stage + 1)) for stage in range(stages - 1)}
+        for pass_kind, pairs in ((FORWARD, hops), (BACKWARD, {(receiver, sender) for sender, receiver in hops})):
+            for sender, receiver in sorted(pairs):
+                if sender != receiver:
+                    both = [at * self.inner + each for at in sorted((sender, receiver)) for each in range(self.inner)]
+                    self.groups[pass_kind, sender, receiver] = dist.new_group(both)
+
+    def place_of(self, stage: int) -> int:
+        """Returns the place in the pipeline of the ranks that have `stage`."""
+        return place_of(self.kind, self.ranks, stage)
 
     def peer(self, stage: int) -> int:
         """Returns the rank that has `stage` and the same place inside it as this rank."""
-        return stage % self.ranks * self.inner + self.rank % self.inner
+        return self.place_of(stage) * self.inner + self.rank % self.inner
 
 
 class Mail:
@@ -47,18 +51,24 @@ class Mail:
         """What is being received, by the action that needs it."""
         self.going: list[tuple[Tensor, Any]] = []
         """What is being sent, kept until it has left."""
+        self.here: dict[Action, Tensor] = {}
+        """What one stage of this rank computed for another one, by the action that needs it."""
 
     def expect(self, action: Action) -> None:
         """Begins to receive what `action` needs, if it comes from another rank."""
         needed = action.needs(self.links.stages)
         if needed is None or needed.kind != action.kind or action in self.coming:
             return
-        tensor, sender = torch.empty_like(self.like), self.links.peer(needed.stage)
-        group = self.links.groups[action.kind, needed.stage % self.links.ranks]
-        self.coming[action] = tensor, dist.irecv(tensor, sender, group=group)
+        place = self.links.place_of(needed.stage)
+        if place == self.links.place:
+            return
+        tensor, group = torch.empty_like(self.like), self.links.groups[action.kind, place, self.links.place]
+        self.coming[action] = tensor, dist.irecv(tensor, self.links.peer(needed.stage), group=group)
 
     def take(self, action: Action) -> Tensor | None:
-        """Returns what `action` needs from another rank; None for the first forward and the first backward pass."""
+        """Returns what `action` needs from another stage; None for the first forward and the first backward pass."""
+        if action in self.here:
+            return self.here.pop(action)
         self.expect(action)
         if action not in self.coming:
             return None
@@ -69,10 +79,13 @@ class Mail:
         return tensor
 
     def send(self, action: Action, result: Tensor) -> None:
-        """Begins to send the result of `action` to the rank that needs it."""
+        """Begins to send the result of `action` to the rank that needs it, unless that is this rank."""
         to = action.stage + (1 if action.kind == FORWARD else -1)
-        result = result.detach().contiguous()
-        group = self.links.groups[action.kind, action.stage % self.links.ranks]
+        result, place = result.detach().contiguous(), self.links.place_of(to)
+        if place == self.links.place:
+            self.here[action._replace(stage=to)] = result
+            return
+        group = self.links.groups[action.kind, self.links.place, place]
         self.going = list(self._on_their_way())
         self.going.append((result, dist.isend(result, self.links.peer(to), group=group)))
         PROGRESS.last = f"send of micro-batch {action.micro} from stage {action.stage}"

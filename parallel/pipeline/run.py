@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...moe.deferred import WeightGradient, add_weight_gradients
 from ..config import PipelineSchedule
 from ..progress import in_phase
 from .p2p import Links, Mail
-from .schedule import FORWARD, Action, schedule
+from .schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, schedule
 
 
 @dataclass
@@ -43,6 +44,11 @@ class Pipeline:
         return self.stages - 1
 
     @property
+    def defers_weights(self) -> bool:
+        """Whether backward passes leave the gradients of weights to actions of their own."""
+        return self.kind in ZERO_BUBBLE
+
+    @property
     def all_rows(self) -> list[int]:
         """`rows` of all stages of this rank, in the order of the layers."""
         return sorted(row for rows in self.rows.values() for row in rows)
@@ -66,16 +72,23 @@ Forward = Callable[[int, int, Tensor | None], StageResult]
 
 
 def run_schedule(
-    pipeline: Pipeline, micros: int, like: Tensor, forward: Forward, around: Callable[[bool], AbstractContextManager[None]]
+    pipeline: Pipeline,
+    micros: int,
+    like: Tensor,
+    forward: Forward,
+    around: Callable[[Action, bool], AbstractContextManager[None]],
+    deferred: list[WeightGradient],
 ) -> None:
     """Passes `micros` micro-batches forward and backward through this rank's stages. Collective over the pipeline.
 
-    `like`: an empty tensor with the shape of the residual stream between stages. `around` takes whether a backward pass is the last
-    one, and wraps it with the message that follows it. A stage differentiates its output, with the gradient that it receives, and
+    `like`: an empty tensor with the shape of the residual stream between stages. `around` takes an action that computes gradients,
+    and whether it is the last one, and wraps it with the message that follows it. `deferred`: to which backward passes append the
+    gradients of weights that they leave. A stage differentiates its output, with the gradient that it receives, and
     its own share of the objective together: no auxiliary loss has to travel.
     """
     actions, mail = pipeline.actions(micros), Mail(pipeline.links, like)
     kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
+    left: dict[tuple[int, int], list[WeightGradient]] = {}
     for action, following in zip(actions, [*actions[1:], None], strict=True):
         x_BSD = mail.take(action)
         if following is not None:
@@ -87,10 +100,15 @@ def run_schedule(
             if action.stage < pipeline.last:
                 mail.send(action, result.output_BSD)
             continue
+        if action.kind == WEIGHTS:
+            with around(action, following is None), _named(action):
+                add_weight_gradients(left.pop((action.stage, action.micro)))
+            continue
         into_BSD, result = kept.pop((action.stage, action.micro))
-        with around(following is None):
+        with around(action, following is None):
             with _named(action):
                 _backward(result, x_BSD)
+            left[action.stage, action.micro], deferred[:] = deferred[:], []
             if into_BSD is not None:
                 assert into_BSD.grad is not None
                 mail.send(action, into_BSD.grad)
@@ -110,9 +128,8 @@ def run_forward(pipeline: Pipeline, like: Tensor, forward: Callable[[int, Tensor
 
 def _named(action: Action) -> AbstractContextManager[None]:
     """The phase that a hang is reported with."""
-    return in_phase(
-        f"{'forward' if action.kind == FORWARD else 'backward'} of micro-batch {action.micro} through stage {action.stage}"
-    )
+    what = {FORWARD: "forward", BACKWARD: "backward", WEIGHTS: "gradients of weights"}[action.kind]
+    return in_phase(f"{what} of micro-batch {action.micro} through stage {action.stage}")
 
 
 def _backward(result: StageResult, received_BSD: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from ..config import ParallelConfig
 from ..mesh import Mesh
 from .p2p import Links
 from .run import Pipeline
-from .stages import cut_layers, has_embedding, layers_on
+from .stages import copies_embedding, cut_layers, has_embedding, layers_on
 
 
 def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipeline:
@@ -20,7 +20,7 @@ def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipel
     config, cut, ranks = model.config, cut_layers(model.config, parallel), parallel.pipeline
     mesh.make_groups()
     rank = mesh.rank // (mesh.world // ranks)
-    layers = layers_on(cut, ranks, rank)
+    layers = layers_on(cut, parallel, rank)
     first, last = 0 in layers, len(cut) - 1 in layers
     for name in list(model.layers):
         if not any(int(name) in inside for inside in layers.values()):
@@ -34,8 +34,8 @@ def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipel
     rows = {stage: [routing.index(layer) for layer in inside if layer in routing] for stage, inside in layers.items()}
     if last:
         rows[len(cut) - 1] += [row for row, layer in enumerate(routing) if layer >= config.layers]
-    copied = {"embedding.weight"} if has_embedding(config, first=False, last=True) else set[str]()
-    links = Links(mesh, len(cut))
+    copied = {"embedding.weight"} if copies_embedding(config, parallel) else set[str]()
+    links = Links(mesh, parallel.pipeline_schedule, len(cut))
     forward: Any = functools.partial(stage_forward, model, layers, len(cut) - 1)
     model.forward = forward
     predicting = sum(layer >= config.layers for layer in routing)

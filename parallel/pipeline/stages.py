@@ -12,6 +12,7 @@ from ...moe.config import ModelConfig
 from ...moe.param_count import flops_by_layer
 from ...moe.param_shapes import Shapes, shapes
 from ..config import ParallelConfig
+from .schedule import place_of, stages_at
 
 COST_LENGTH = 4096
 """Tokens of the sequences for which stages are balanced, so that a longer sequence_length does not move a layer to another rank."""
@@ -20,27 +21,33 @@ COST_LENGTH = 4096
 def cut_layers(config: ModelConfig, parallel: ParallelConfig) -> list[range]:
     """Returns the layers of each stage, as `pipeline_layers` says or by cost. The rules of the configuration have been checked."""
     stages = parallel.pipeline_stages
-    sizes = parallel.pipeline_layers or _cheapest(*_costs(config), stages)
+    sizes = parallel.pipeline_layers or _cheapest(*_costs(config, parallel), stages)
     ends = list(itertools.accumulate(sizes))
     assert len(sizes) == stages and ends[-1] == config.layers, (sizes, config.layers)
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def layers_on(cut: list[range], ranks: int, rank: int) -> dict[int, range]:
-    """Returns the layers of each stage on rank `rank` of the `ranks` of a pipeline, by stage."""
-    return {stage: cut[stage] for stage in range(rank, len(cut), ranks)}
+def layers_on(cut: list[range], parallel: ParallelConfig, rank: int) -> dict[int, range]:
+    """Returns the layers of each stage on rank `rank` of a pipeline, by stage."""
+    return {stage: cut[stage] for stage in stages_at(parallel.pipeline_schedule, parallel.pipeline, len(cut), rank)}
 
 
 def has_embedding(config: ModelConfig, first: bool, last: bool) -> bool:
     """Whether a rank that has the first stage, or the last one, holds the embedding. The last has a copy for a tied head and for
-    multi-token prediction; both copies get the same gradient.
+    multi-token prediction, unless it is the first stage's rank; both copies get the same gradient.
     """
     return first or (last and (config.tie_embeddings or config.mtp_depth > 0))
 
 
-def held_on(config: ModelConfig, cut: list[range], ranks: int, rank: int, found: Shapes) -> Shapes:
+def copies_embedding(config: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether the rank of the last stage is not that of the first, and has a copy of the embedding."""
+    last = place_of(parallel.pipeline_schedule, parallel.pipeline, parallel.pipeline_stages - 1)
+    return last != 0 and has_embedding(config, first=False, last=True)
+
+
+def held_on(config: ModelConfig, cut: list[range], parallel: ParallelConfig, rank: int, found: Shapes) -> Shapes:
     """Returns those of the parameters `found` that rank `rank` of a pipeline holds."""
-    mine = layers_on(cut, ranks, rank)
+    mine = layers_on(cut, parallel, rank)
     first, last = 0 in mine, len(cut) - 1 in mine
     layers = {str(index) for inside in mine.values() for index in inside}
 
@@ -53,14 +60,14 @@ def held_on(config: ModelConfig, cut: list[range], ranks: int, rank: int, found:
     return {name: shape for name, shape in found.items() if held(name)}
 
 
-def _costs(config: ModelConfig) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int]]:
+def _costs(config: ModelConfig, parallel: ParallelConfig) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int]]:
     """Returns FLOPs and parameters of each layer, of what precedes the layers, and of what follows them."""
     flops, after = flops_by_layer(config, COST_LENGTH)
     sizes = {name: math.prod(shape) for name, shape in shapes(config).items()}
     layers = [sum(size for name, size in sizes.items() if name.startswith(f"layers.{index}.")) for index in range(config.layers)]
     embedding = sizes["embedding.weight"]
     rest = sum(sizes.values()) - sum(layers) - embedding
-    copy = embedding if has_embedding(config, first=False, last=True) else 0
+    copy = embedding if copies_embedding(config, parallel) else 0
     return list(zip(flops, layers, strict=True)), (0, embedding), (after, rest + copy)
 
 

@@ -17,6 +17,7 @@ from tokenyard.moe.config import (
 from tokenyard.parallel.config import Exchange, PipelineSchedule
 
 INTERLEAVED = {"pipeline_schedule": PipelineSchedule["interleaved"]}
+ZBH1, ZBV = ({"pipeline_schedule": PipelineSchedule[name]} for name in ("zbh1", "zbv"))
 SIZES: dict[str, Any] = {"width": 16, "heads": 4, "kv_heads": 4, "hidden": 24, "vocabulary": VOCABULARY, "init_std": 0.3}
 
 
@@ -68,6 +69,11 @@ LAYOUTS = {
         8, pipeline=2, context=2, shard=2, tensor=2, expert=4, zero=2, exchange=Exchange.deduplicated, recompute=True, **INTERLEAVED
     ),
     "pipeline 2 x replicate 2": Layout(4, pipeline=2, exchange=Exchange.deduplicated, expert=2),
+    "zbh1, pipeline 2 x expert 2, recompute": Layout(4, pipeline=2, expert=2, recompute=True, **ZBH1),
+    "zbv, pipeline 2 x tensor 2 x expert_tensor 2": Layout(4, pipeline=2, tensor=2, expert_tensor=2, **ZBV),
+    "zbv, pipeline 2 x shard 2, zero 3, recompute": Layout(4, pipeline=2, shard=2, recompute=True, **ZBV),
+    "zbv, pipeline 2 x shard 2, zero 1": Layout(4, pipeline=2, shard=2, zero=1, expert=2, exchange=Exchange.gather, **ZBV),
+    "zbv, pipeline 2 x replicate 2": Layout(4, pipeline=2, expert=2, overlap_chunks=2, exchange=Exchange.deduplicated, **ZBV),
 }
 
 

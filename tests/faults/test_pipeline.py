@@ -29,6 +29,7 @@ MODEL = [
 WATCHED = ["steps=4", "telemetry.tier=detailed", "telemetry.every=2", "evaluate.every=2", "debug.dry_step=true"]
 PIPELINE = ["parallel.pipeline=2"]
 INTERLEAVED = [*PIPELINE, "parallel.pipeline_schedule=interleaved"]
+ZBV = [*PIPELINE, "parallel.pipeline_schedule=zbv"]
 TIMES = {"seconds", "step_seconds", "tokens_per_second", "mfu", "data_wait_fraction"}
 RANKS = {"moe/rank_overload", "moe/exchange_skew"}
 """What a record says about this machine."""
@@ -82,18 +83,21 @@ def results(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     runs: dict[str, tuple[Path, list[str], dict[str, int]]] = {
         "1f1b": (folder / "1f1b", [*PIPELINE, *WATCHED], {}),
         "interleaved": (folder / "interleaved", [*INTERLEAVED, *WATCHED], {}),
+        "zbv": (folder / "zbv", [*ZBV, *WATCHED], {}),
         "skip": (folder / "skip", [*PIPELINE, *refuse, "steps=4", "numerics.on_nan=skip"], {"spoiled": 3}),
         "rollback": (folder / "rollback", [*PIPELINE, *refuse, "steps=4", "numerics.on_nan=rollback"], {"spoiled": 3}),
         "flip": (folder / "flip", [*PIPELINE, "debug.replicas_every=2", "debug.on_divergence=stop", "steps=4"], {"flipped": 1}),
         "asked": (folder / "asked", PIPELINE, {}),
         "half": (folder / "half", [*PIPELINE, "steps=2"], {}),
         "resumed": (folder / "half", [*PIPELINE, "steps=4"], {}),
+        "half of zbv": (folder / "moved", [*ZBV, "steps=2"], {}),
+        "moved": (folder / "moved", [*PIPELINE, "steps=4"], {}),
     }
     run(folder / "one", *WATCHED)
     return folder, ranks(2, several, runs, limit_seconds=240)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zbv"])
 def test_logs_are_those_of_one_process(results: Any, name: str) -> None:
     """Losses, norms, loads, the validation, and telemetry: the probe, biases, gradients of experts, similarity."""
     folder, _ = results
@@ -150,3 +154,12 @@ def test_a_run_stops_when_asked_and_resumes_bit_for_bit(results: Any) -> None:
         straight, resumed = answer["1f1b"]["state"], answer["resumed"]["state"]
         assert set(straight) == set(resumed)
         assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+def test_a_checkpoint_of_a_v_opens_on_stages_in_a_row(results: Any) -> None:
+    _, answers = results
+    for answer in answers:
+        straight, moved = answer["1f1b"]["state"], answer["moved"]["state"]
+        assert set(straight) == set(moved)
+        for name, value in straight.items():
+            torch.testing.assert_close(moved[name], value, rtol=1e-9, atol=1e-12)

@@ -27,6 +27,8 @@ PICTURES = {
     "8_ranks_pipeline": "parallel.pipeline=4 parallel.tensor=2 batch.micro=2 model.layers=7 launch.ranks=8",
     "4_ranks_interleaved": "parallel.pipeline=2 parallel.pipeline_schedule=interleaved parallel.expert=2 batch.micro=2"
     " model.tie_embeddings=true launch.ranks=4",
+    "3_ranks_zbv": "parallel.pipeline=3 parallel.pipeline_schedule=zbv batch.sequences=5 batch.micro=1 model.layers=6"
+    " launch.ranks=3",
 }
 LAYOUTS = [
     # tensor, shard, expert, expert_tensor, world, ranks of a node, context (1)

@@ -48,7 +48,7 @@ def cost(config: ModelConfig, sizes: list[int]) -> tuple[int, int]:
     layers, after = flops_by_layer(config, COST_LENGTH)
     flops = [sum(layers[index] for index in inside) for inside in cut]
     flops[-1] += after
-    held = [held_on(config, cut, len(cut), rank, shapes(config)) for rank in range(len(cut))]
+    held = [held_on(config, cut, ParallelConfig(pipeline=len(cut)), rank, shapes(config)) for rank in range(len(cut))]
     return max(flops), max(sum(map(math.prod, each.values())) for each in held)
 
 
@@ -66,8 +66,8 @@ def test_ranks_hold_every_parameter_once(tied: bool, chunks: int) -> None:
     config.tie_embeddings, config.mtp_depth = tied, 0 if tied else 1
     schedule = PipelineSchedule["interleaved" if chunks > 1 else "1f1b"]
     sizes = [2, 1] if chunks == 1 else [1, 1, 1, 0]
-    cut = cut_layers(config, ParallelConfig(pipeline=2, pipeline_schedule=schedule, pipeline_layers=sizes))
-    held = [held_on(config, cut, 2, rank, shapes(config)) for rank in range(2)]
+    parallel = ParallelConfig(pipeline=2, pipeline_schedule=schedule, pipeline_layers=sizes)
+    held = [held_on(config, cut_layers(config, parallel), parallel, rank, shapes(config)) for rank in range(2)]
     assert set(held[0]) | set(held[1]) == set(shapes(config))
     assert set(held[0]) & set(held[1]) == {"embedding.weight"}
     assert any(name.startswith(f"layers.{2 if chunks == 2 else 1}.") for name in held[0])
@@ -79,4 +79,4 @@ def test_no_rank_holds_more_than_is_said() -> None:
     assert cut == [range(1), range(1, 3)]
     most = rank_shapes(config, parallel, 4)
     alone = rank_shapes(config, ParallelConfig(shard=2, expert=2), 2)
-    assert most == held_on(config, cut, 2, 1, alone)  # two layers of three, and all of prediction
+    assert most == held_on(config, cut, parallel, 1, alone)  # two layers of three, and all of prediction

@@ -7,6 +7,7 @@ from operator import attrgetter
 from ....moe.config import AttentionKind, ModelConfig
 from ....parallel.config import ContextExchange, Exchange, PipelineSchedule
 from ....parallel.layout import node_ranks
+from ....parallel.pipeline.schedule import ZERO_BUBBLE
 from ..config import Config, EngineKind
 from ..environment import local_world_size
 from ..launch import Launcher
@@ -126,11 +127,10 @@ def _nodes(config: Config, world: int) -> Iterator[Violation]:
 
 def pipeline(config: Config, world: int) -> Iterator[Violation]:
     """Checks the stages of a pipeline against the model, and what is not done in stages."""
-    p, layers = config.parallel, config.model.layers
-    interleaved = p.pipeline_schedule is PipelineSchedule["interleaved"]
+    p, layers, kind = config.parallel, config.model.layers, config.parallel.pipeline_schedule
     if p.pipeline == 1:
         unread = {
-            "pipeline_schedule": [PipelineSchedule["1f1b"]] if interleaved else None,
+            "pipeline_schedule": [PipelineSchedule["1f1b"]] if kind is not PipelineSchedule["1f1b"] else None,
             "pipeline_chunks": [None] if p.pipeline_chunks is not None else None,
             "pipeline_layers": [None] if p.pipeline_layers is not None else None,
         }
@@ -138,9 +138,11 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
             if right is not None:
                 yield Violation(f"parallel.{name}", "must be left as it is, parallel.pipeline=1 has one stage", right)
         return
-    if not interleaved and p.pipeline_chunks not in (None, 1):
-        yield Violation("parallel.pipeline_chunks", "must be null or 1 with parallel.pipeline_schedule=1f1b", [None])
-    if interleaved and p.pipeline_chunks == 1:
+    chunks = {PipelineSchedule["1f1b"]: 1, PipelineSchedule["zbh1"]: 1, PipelineSchedule["zbv"]: 2}.get(kind)
+    if chunks is not None and p.pipeline_chunks not in (None, chunks):
+        rule = f"must be null or {chunks} with parallel.pipeline_schedule={kind.value}"
+        yield Violation("parallel.pipeline_chunks", rule, [None])
+    if chunks is None and p.pipeline_chunks == 1:
         yield Violation("parallel.pipeline_chunks", "must be 2 or more with parallel.pipeline_schedule=interleaved", [2])
     if p.pipeline_stages > layers + 1:
         rule = f"makes {p.pipeline_stages} stages, and model.layers={layers} can be cut into at most {layers + 1}"
@@ -154,7 +156,10 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
     if config.model.moe.balance.pool_layers:
         rule = "must be false with parallel.pipeline, the one loss of all layers would have to know the layers of other stages"
         yield Violation("model.moe.balance.pool_layers", rule, [False])
-    if config.compile:
+    if config.compile and kind in ZERO_BUBBLE:
+        rule = f"must be false with parallel.pipeline_schedule={kind.value}, compiled blocks cannot leave the gradients of weights"
+        yield Violation("compile", rule, [False])
+    elif config.compile:
         yield Violation("compile", "must be false with parallel.pipeline", [False])
     if config.model.moe.shortcut:
         yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
