@@ -51,8 +51,8 @@ class _Bucket:
     members: list[ShardedParameter] = field(default_factory=list)
     elements: int = 0
     missing: float = 0
-    """Members whose gradient is not final. Infinite if some ranks never have one of them, or if it comes at another time on other
-    stages of a pipeline: the all-reduce then starts at the end.
+    """Members whose gradient is not final. Infinite if some ranks never have them, or if they come at another time on other stages
+    of a pipeline: the all-reduce then starts at the end.
     """
     work: Any = None
 
@@ -102,7 +102,8 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
     for name, sharded in parallel.parameters.items():
         if sharded.replicas.group is None:
             continue
-        key = sharded.replicas, sharded.parameter.dtype, isinstance(sharded.parameter, DTensor)
+        late = name.endswith(ADDED_BY_ONE) or name in copied  # apart from the others, which need not wait for the end
+        key = sharded.replicas, sharded.parameter.dtype, isinstance(sharded.parameter, DTensor), late
         elements = local(sharded.parameter).numel()
         if key not in current or current[key].elements + elements > BUCKET:
             current[key] = _Bucket(sharded.replicas)
@@ -110,7 +111,7 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
         bucket = current[key]
         bucket.members.append(sharded)
         bucket.elements += elements
-        bucket.missing += math.inf if name.endswith(ADDED_BY_ONE) or name in copied else 1
+        bucket.missing += math.inf if late else 1
     return buckets
 
 

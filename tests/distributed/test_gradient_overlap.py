@@ -46,8 +46,19 @@ def test_sums_depart_before_the_last_gradient_is_made(ranks: Any, layout: Layout
         assert last[last.index("embedding") :].count("all_reduce") >= 1
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_fsdp_reduces_the_gradients_of_a_block_before_the_backward_pass_of_the_block_below(ranks: Any, zero: int) -> None:
+    """Of layer 1 and multi-token prediction, two groups each; then layer 0 and at last the root. With ZeRO-1 at the last of two."""
+    for events in ranks(2, order, Layout(2, shard=2, zero=zero)):
+        first, last = [part.split() for part in " ".join(events).split("backward")[1:3]]
+        for seen, reduces in ((first, zero > 1), (last, True)):
+            below = seen.index("layer_0")
+            counts = [part.count("reduce_scatter") for part in (seen[:below], seen[below:])]
+            assert counts == ([4, 3] if reduces else [0, 0])
+
+
 def order(layout: Layout) -> list[str]:
-    """Returns the events of a step."""
+    """Returns the events of a step; "layer_0" is the beginning of its backward pass."""
     parallel = build(layout, case().config)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), parallel)
     events = Events()
@@ -56,13 +67,21 @@ def order(layout: Layout) -> list[str]:
         events.seen.append("backward")
         share.objective.backward()
 
+    def outputs(_module: Any, _inputs: Any, output: Any) -> None:
+        output[0].register_hook(lambda _: events.seen.append("layer_0"))
+
+    parallel.model.blocks[0].register_forward_hook(outputs)
     with small_buckets(), mock.patch.object(step, "backward", backward), events:
         step.train_step(parallel, optimizer, step.StepInput(rows_of(parallel, 0, case()), lr=0.01, clip_norm=None))
     return events.seen
 
 
 class Events(TorchDispatchMode):
-    names: ClassVar = {"allreduce_": "all_reduce", "embedding_dense_backward": "embedding"}
+    names: ClassVar = {
+        "allreduce_": "all_reduce",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "embedding_dense_backward": "embedding",
+    }
 
     def __init__(self) -> None:
         super().__init__()

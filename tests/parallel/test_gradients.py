@@ -43,6 +43,20 @@ def reduce_in_buckets(parts: list[list[Tensor]], bucket: int) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
+def test_biases_that_one_rank_of_a_tensor_group_adds_hold_up_no_other_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some ranks never have a gradient of theirs, so the ranks cannot agree on when to start it: it starts at the end."""
+    names = ["embedding", "attention.o.weight", "attention.o.bias", "moe.experts.up", "moe.experts.down_bias"]
+    parallel = sharded([Axis(2, 0, object())] * 5, [torch.ones(3)] * 5)  # pyright: ignore[reportArgumentType]
+    parallel.parameters = dict(zip(names, parallel.parameters.values(), strict=True))
+    name_of, started = {id(sharded): name for name, sharded in parallel.parameters.items()}, list[str]()
+    monkeypatch.setattr(gradients._Bucket, "start", lambda bucket: started.extend(name_of[id(member)] for member in bucket.members))
+    reducer = gradients._Reducer(parallel)
+    for name in names:
+        if not name.endswith("bias"):
+            reducer.on_final_gradient(parallel.parameters[name].parameter)
+    assert started == ["embedding", "attention.o.weight", "moe.experts.up"]
+
+
 def test_each_rank_contributes_its_share_of_the_squared_norm() -> None:
     """Each of the 4 replicas of a shard counts a quarter of it."""
     values = [torch.full((3,), 2.0), torch.full((2, 2), 3.0)]
