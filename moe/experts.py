@@ -19,6 +19,7 @@ from .dropout import Dropout
 from .feedforward import activate, activate_with_backward
 from .kernels import operators
 from .linear import compute_dtype
+from .recompute import keep, repeats
 from .token_info import Purpose, fold_in
 from .weight_cast import weight_as
 
@@ -133,6 +134,7 @@ class ExpertFunction(torch.autograd.Function):
         activation: Activation,
         dropout: Dropout,
         deferred: tuple[Tensor, Tensor] | None,
+        output_is_sent: bool,
         x: Tensor,
         gate_up_END: Tensor,
         down_EDF: Tensor,
@@ -145,16 +147,25 @@ class ExpertFunction(torch.autograd.Function):
     ) -> Tensor:
         plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
-        active_RF = _activated(activation, inner_RN)
-        if keys_R is not None:
-            _drop(active_RF, dropout, dropout.keep(keys_R, active_RF.shape[1]))
-        y_RD = _biased(grouped_mm(active_RF, down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
-        inner_RN = inner_RN.to(x.dtype)
+        outputs: list[Tensor] = []
+
+        def inner() -> Tensor:
+            inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
+            active_RF = _activated(activation, inner_RN)
+            if keys_R is not None:
+                _drop(active_RF, dropout, dropout.keep(keys_R, active_RF.shape[1]))
+            y_RD = _biased(grouped_mm(active_RF, down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
+            outputs.append((sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype))
+            return inner_RN.to(x.dtype)
+
+        inner_RN = keep(inner)
+        if output_is_sent and repeats():
+            outputs.append(x.new_empty(len(x), down_EDF.shape[1]))  # nobody reads it: what comes back is kept
+        y = outputs[0] if output_is_sent else keep(outputs.pop)
         ctx.activation, ctx.dropout, ctx.deferred = activation, dropout, deferred
         biases = gate_up_bias_EN, down_bias_ED
         ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, keys_R, *plan_tensors)
-        return (sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -190,7 +201,7 @@ class ExpertFunction(torch.autograd.Function):
         grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
         grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
-        return None, None, None, *gradients, None, None, *[None] * len(plan_tensors)
+        return None, None, None, None, *gradients, None, None, *[None] * len(plan_tensors)
 
 
 def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
@@ -300,6 +311,8 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(experts, width, dtype=dtype)) if bias else None
         self.adds_bias = bias
         """Whether to add down_bias: False if the output is one part of a sum and another part adds it."""
+        self.output_is_sent = False
+        """Whether the output is only sent to other ranks: then the backward pass does not need its values."""
 
     def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None, keys_R: Tensor | None = None) -> Tensor:
         """Rows (R, D) to (R, D); counts_E (int64) is the number of rows of each expert, R in all.
@@ -316,7 +329,8 @@ class Experts(nn.Module):
         deferred = (down, gate_up) if defers(x, gate_up) else None
         gate_up, down = (gate_up.detach(), down.detach()) if deferred else (gate_up, down)
         tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E, keys_R
-        return ExpertFunction.apply(self.activation, self.dropout, deferred, *tensors, *plan)  # pyright: ignore[reportReturnType]
+        settings = self.activation, self.dropout, deferred, self.output_is_sent
+        return ExpertFunction.apply(*settings, *tensors, *plan)  # pyright: ignore[reportReturnType]
 
     def _row_keys(self, counts_E: Tensor, choices: Choices | None, keys_R: Tensor | None) -> Tensor:
         """int64 (R,): a key for each choice, a function of the token's and of the expert's global id."""

@@ -101,15 +101,37 @@ def flops_by_layer(config: ModelConfig, sequence_length: int) -> tuple[list[int]
     return [cost(f"layers.{i}.", [i], 0) for i in range(config.layers)], cost("mtp.", predicting, 1 + config.mtp_depth)
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: bool = False) -> int:
-    """Returns the FLOPs of one token in forward and backward: 3 x forward, for MFU; 4 x with recomputation, for HFU.
+def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: str = "none") -> int:
+    """Returns the FLOPs of one token in forward and backward: 3 x forward, for MFU, and what is computed again besides, for HFU.
+
+    `recompute` is none, block (4 x forward) or selective (`repeated_flops_per_token`).
 
     Includes multi-token prediction, as if each module predicted for all tokens of the sequence.
     """
     mtp = {name: shape for name, shape in shapes(config).items() if part_of(name) == "mtp"}
     layers = range(config.layers, config.layers + config.mtp_depth)
     predictions = _flops(config, mtp, layers, config.mtp_depth, sequence_length)
-    return (4 if recompute else 3) * (flops_per_token(config, sequence_length) + predictions)
+    forward = flops_per_token(config, sequence_length) + predictions
+    again = {"none": 0, "block": forward, "selective": repeated_flops_per_token(config, sequence_length)}
+    return 3 * forward + again[recompute]
+
+
+def repeated_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Returns the FLOPs of one token that selective recomputation repeats on a GPU, without tensor parallelism.
+
+    Those are products of rows narrower than the model, gated DeltaNet, and FlexAttention (moe/recompute.py). A product that ends a
+    block, such as that of a shared expert without a gate on one device, is counted, though nobody needs its result again.
+    """
+    narrow = {name: shape for name, shape in shapes(config).items() if ".experts." not in name and shape[-1] < config.width}
+    repeated = [
+        index
+        for index in range(config.layers + config.mtp_depth)
+        if config.linear_layer(index)
+        or config.attention.sinks
+        or config.attention.softcap is not None
+        or _window(config, index, sequence_length) < sequence_length
+    ]
+    return _flops(config, narrow, repeated, 0, sequence_length)
 
 
 def kv_cache_elements(config: ModelConfig, tokens: int) -> int:

@@ -3,6 +3,7 @@
 B sequences, S tokens of each, D width, E router columns (experts, then null experts), K chosen experts per token.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .capacity import LocalScope, best_of_scope
 from .config import GroupScore, MoEConfig, RouterConfig, Score, Selection
 from .device import kind_of
 from .linear import wide_linear
+from .recompute import keep
 from .token_info import Purpose, TokenInfo, fold_in, random_normal, random_uniform
 
 TINY = 1e-20
@@ -135,6 +137,10 @@ def top_k_ids(ranked_BSE: Tensor, top_k: int) -> Tensor:
 
     A stable sort is two operators whatever K is; on a CPU it takes up to four times as long as K maxima.
     """
+    return keep(partial(_top_k_ids, ranked_BSE, top_k))
+
+
+def _top_k_ids(ranked_BSE: Tensor, top_k: int) -> Tensor:
     if kind_of(ranked_BSE) != "cpu":
         return ranked_BSE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k].contiguous()
     remaining_BSE, chosen = ranked_BSE.clone(), []

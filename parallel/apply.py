@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
-from .config import Exchange, ParallelConfig
+from ..moe.recompute import selective_contexts
+from .config import Exchange, ParallelConfig, Recompute
 from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
@@ -99,10 +101,9 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if config.expert_tensor > 1:
         apply_expert_tensor_parallel(model, mesh, shards)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
-    if config.recompute:
-        for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        log.info("activation checkpointing: every block is computed again in the backward pass")
+    if config.recompute is not Recompute.none:
+        _recompute_blocks(model, config.recompute)
+        log.info("activation checkpointing, %s: every block is computed again in the backward pass", config.recompute.value)
     if compiled:
         _compile(model, device)
         log.info("torch.compile: attention, norms and dense feed-forwards of every block")
@@ -114,7 +115,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if pipeline is not None:
         for name in pipeline.copied:
             _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
-    return Parallel(model, mesh, device, parameters, config.zero, config.recompute, pipeline)
+    return Parallel(model, mesh, device, parameters, config.zero, config.recompute is not Recompute.none, pipeline)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:
@@ -149,6 +150,7 @@ def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, Sha
         if block.moe is not None:
             block.moe.dispatcher = dispatcher
             block.moe.experts.first_expert = axis.rank * len(block.moe.experts.down)
+            block.moe.experts.output_is_sent = config.exchange is Exchange.plain  # the others weight it before they send it
 
 
 def _copy_on_ends(sharded: ShardedParameter | None, mesh: Mesh, fsdp: bool) -> None:
@@ -156,6 +158,15 @@ def _copy_on_ends(sharded: ShardedParameter | None, mesh: Mesh, fsdp: bool) -> N
     replicas = mesh.ends("replicate") if fsdp else mesh.ends("replicate", "shard", "context")
     if sharded is not None:
         sharded.replicas = replicas
+
+
+def _recompute_blocks(model: Transformer, recompute: Recompute) -> None:
+    """Wraps the blocks. The backward pass computes a block again when it comes to it."""
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if recompute is Recompute.selective:
+        settings["context_fn"] = functools.partial(selective_contexts, model.config.width)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, **settings)
 
 
 def _compile(model: Transformer, device: torch.device) -> None:

@@ -3,12 +3,14 @@
 B sequences, S tokens of each, N ranks of the axis.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..moe.recompute import keep
 from .mesh import Axis
 from .progress import collective
 
@@ -34,24 +36,26 @@ def all_reduce_parts(x: Tensor, axis: Axis) -> Tensor:
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sums `x` over the ranks, in place; not differentiable."""
-    if axis.group is not None:
-        with collective("all_reduce", axis):
-            dist.all_reduce(x, group=axis.group)
-    return x
+    return x if axis.group is None else keep(partial(_all_reduce, x, axis, dist.ReduceOp.SUM))
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
     """Takes the maximum of `x` over the ranks, in place; not differentiable."""
-    if axis.group is not None:
-        with collective("all_reduce", axis):
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+    return x if axis.group is None else keep(partial(_all_reduce, x, axis, dist.ReduceOp.MAX))
+
+
+def _all_reduce(x: Tensor, axis: Axis, op: Any) -> Tensor:
+    with collective("all_reduce", axis):
+        dist.all_reduce(x, op=op, group=axis.group)
     return x
 
 
 def stack_over(x: Tensor, axis: Axis) -> Tensor:
     """Stacks the `x` of all ranks to (N, ...); not differentiable."""
-    if axis.group is None:
-        return x.unsqueeze(0)
+    return x.unsqueeze(0) if axis.group is None else keep(partial(_all_gather, x, axis))
+
+
+def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     out = x.new_empty(axis.size * x.numel())
     with collective("all_gather", axis):
         all_gather(out, x.contiguous().flatten(), group=axis.group)
@@ -85,7 +89,7 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _scatter(x_BSD, axis)
+        return keep(partial(_scatter, x_BSD, axis))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

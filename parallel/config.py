@@ -15,6 +15,14 @@ class Exchange(Enum):
     gather = "gather"
 
 
+class Recompute(Enum):
+    """What a block computes again in the backward pass instead of keeping it."""
+
+    none = "none"
+    block = "block"
+    selective = "selective"
+
+
 class ContextExchange(Enum):
     """What attention exchanges between the ranks that share a sequence."""
 
@@ -50,8 +58,9 @@ class ParallelConfig:
     """Ranks of a node, for exchange=hierarchical; null is the launcher's number of local ranks."""
     overlap_chunks: int = field(default=1, metadata=within("[1, inf)"))
     """Chunks of a rank's tokens: one is exchanged while the experts compute another."""
-    recompute: bool = False
-    """Activation checkpointing: keep only each block's input and compute the block again in the backward pass."""
+    recompute: Recompute = Recompute.none
+    """Activation checkpointing. block: keep only each block's input, and compute the block again in the backward pass; selective:
+    keep results of products, attention, top-k and exchanges too, and compute only norms, activations and copies again."""
     timeout_seconds: float = field(default=600.0, metadata=within("(0, inf)"))
     """A collective that has not completed after this long ends the job."""
     pipeline: int = field(default=1, metadata=within("[1, inf)"))

@@ -136,6 +136,7 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[st
             experts = block.moe.experts
             experts.adds_bias = experts.adds_bias and axis.rank == 0
             experts.dropout.first_column = axis.rank * experts.down.shape[2]
+            experts.output_is_sent = True
             if isinstance(block.moe.dispatcher, FusedDispatcher):
                 block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # exchanging rows needs rows
             experts.forward = functools.partial(share_rows, experts.forward, axis)

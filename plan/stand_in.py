@@ -5,7 +5,7 @@ can be on it. A process that registers it has it as its accelerator, and can no 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # pyright: ignore[reportPrivateUsage]
 
 from ..moe import attention, flexible_attention
+from ..moe.recompute import keep
 
 NAME = "standin"
 
@@ -108,25 +109,31 @@ def fused_attention_stand_in() -> Iterator[None]:
     """Makes attention save what GPU kernels save: queries, keys, values, output, and one number for each query."""
     with ExitStack() as undo:
         for module, name, replacement in (
-            (attention, "fused_attention", lambda q, k, v, *_: _Fused.apply(q, k, v)[0]),
-            (flexible_attention, "flexible_attention", lambda q, k, v, *_: _Fused.apply(q, k, v)),
+            (attention, "fused_attention", lambda q, k, v, *_: _Fused.apply(q, k, v, keep)[0]),
+            (flexible_attention, "flexible_attention", lambda q, k, v, *_: _Fused.apply(q, k, v, _repeat)),
         ):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, replacement)
         yield
 
 
+def _repeat(function: Callable[[], Tensor]) -> Tensor:
+    """Of a compiled function `keep` keeps no operator."""
+    return function()
+
+
 class _Fused(torch.autograd.Function):
     """Outputs (B, H, S, v) in the memory layout (B, S, H, v), and logsumexp (B, H, S)."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, output: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         sequences, heads, length, _ = q_BHSh.shape
-        y_BHSv = q_BHSh.new_empty(sequences, length, heads, v_BGTv.shape[-1]).transpose(1, 2)
-        logsumexp_BHS = q_BHSh.new_empty(sequences, heads, length, dtype=torch.float32)
+        y_BSHv = output(lambda: q_BHSh.new_empty(sequences, length, heads, v_BGTv.shape[-1]))
+        logsumexp_BHS = output(lambda: q_BHSh.new_empty(sequences, heads, length, dtype=torch.float32))
+        y_BHSv = y_BSHv.transpose(1, 2)
         ctx.save_for_backward(q_BHSh, k_BGTh, v_BGTv, y_BHSv, logsumexp_BHS)
         return y_BHSv, logsumexp_BHS
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None

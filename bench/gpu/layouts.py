@@ -14,7 +14,7 @@ from time import monotonic, sleep
 
 import torch
 
-from ...parallel.config import Exchange, ParallelConfig
+from ...parallel.config import Exchange, ParallelConfig, Recompute
 from ...parallel.mesh import build_mesh
 from ...parallel.object_collectives import from_all
 from ...parity.choose_layouts import Layout
@@ -37,7 +37,8 @@ LAYOUTS = {
     **{f"expert, {one.value}": ParallelConfig(expert=2, exchange=one, node_ranks=1) for one in Exchange},
     "expert, plain in 2 chunks": ParallelConfig(expert=2, overlap_chunks=2),
     "expert_tensor": ParallelConfig(expert_tensor=2),
-    "shard x expert, recompute": ParallelConfig(shard=2, expert=2, recompute=True),
+    "shard x expert, recompute": ParallelConfig(shard=2, expert=2, recompute=Recompute.block),
+    "shard x expert, selective": ParallelConfig(shard=2, expert=2, recompute=Recompute.selective),
     "tensor x expert": ParallelConfig(tensor=2, expert=2),
 }
 

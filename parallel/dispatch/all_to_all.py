@@ -8,14 +8,13 @@ N ranks of the axis, E experts, L = E / N experts of a rank, R rows that leave t
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
 from ...moe.dispatch import DispatchedTokens, RowPlan, count_rows, experts_or_dropped, permute, plan_choices, unpermute
 from ...moe.router import Routing
 from ..mesh import Axis
-from ..progress import collective, waiting, waiting_for_device
+from ..progress import waiting_for_device
 from .async_collectives import AllToAll, PendingRows
 from .base import ExpertParallelDispatcher
 
@@ -62,15 +61,11 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         counted = count_rows(experts_TK, self.experts)
         counts_E = counted.counts_E
         sent_E = counts_E if routing.padded_rows is None else torch.full_like(counts_E, routing.padded_rows)
-        received_E = torch.empty_like(sent_E)
-        with collective("all_to_all", self.axis):
-            counts = dist.all_to_all_single(received_E, sent_E, group=self.axis.group, async_op=True)
+        local = [self.experts // self.axis.size] * self.axis.size
+        counts = AllToAll(local, local, self.axis).start(sent_E)
         plan = plan_choices(experts_TK, self.experts, routing.padded_rows, routing.kept_TK is not None, counted)
         rows_RD = permute(x_TD, plan)
-        assert counts is not None
-        with waiting(f"all_to_all of counts over {self.axis.size} ranks"):
-            counts.wait()
-        sent_NL, received_NL = sent_E.view(self.axis.size, -1), received_E.view(self.axis.size, -1)
+        sent_NL, received_NL = sent_E.view(self.axis.size, -1), counts.wait().view(self.axis.size, -1)
         splits = read_splits(sent_NL, received_NL, len(rows_RD))
         route, keys = AllToAll(*splits, self.axis), None
         rows = route.start(rows_RD)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...moe.recompute import keep, repeats
 from ..collectives import all_gather
 from ..mesh import Axis
 from ..progress import collective, waiting
@@ -140,7 +141,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, running: _Running) -> Tensor:
         ctx.running = running
-        running.start(rows, running.route)
+        if not repeats():
+            running.start(rows, running.route)
         return rows.new_empty(0)
 
     @staticmethod
@@ -152,7 +154,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, running: _Running) -> Tensor:
         ctx.running = running
-        return running.wait()
+        return keep(running.wait)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

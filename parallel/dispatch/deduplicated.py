@@ -14,14 +14,13 @@ choices that it receives.
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...moe.device import host_read
 from ...moe.dispatch import DispatchedTokens
 from ...moe.router import Routing
 from ..mesh import Axis, Mesh
-from ..progress import collective, waiting_for_device
+from ..progress import waiting_for_device
 from .async_collectives import AllToAll, PendingRows
 from .base import ExpertParallelDispatcher
 from .expand import (
@@ -96,11 +95,7 @@ def _exchange_sizes(counts_PN: Tensor, choices: int, top_k: int, axis: Axis) -> 
     """Exchanges the numbers of rows in a small all-to-all, and reads them on the host (a synchronisation)."""
     rows, ranks = counts_PN.shape
     sent_NK = torch.stack([(counts_PN > k).sum(0) for k in range(top_k)], dim=1)
-    received_NK = sent_NK
-    if axis.group is not None:
-        received_NK = torch.empty_like(sent_NK)
-        with collective("all_to_all", axis):
-            dist.all_to_all_single(received_NK, sent_NK, group=axis.group)
+    received_NK = AllToAll([1] * ranks, [1] * ranks, axis).start(sent_NK).wait()
     ranks_P = (counts_PN > 0).sum(1)
     depths_N = (ranks_P.unsqueeze(1) > torch.arange(ranks, device=ranks_P.device)).sum(0)
     counted = torch.cat([sent_NK.flatten(), received_NK.flatten(), depths_N])

@@ -13,7 +13,7 @@ import composed_once
 import torch
 from tokenyard.checkpoint.save_plan import NamedShard, named_shards
 from tokenyard.moe.config import Selection
-from tokenyard.parallel.config import Exchange
+from tokenyard.parallel.config import Exchange, Recompute
 from tokenyard.parallel.streams import copy_to_host, host_memory
 from tokenyard.plan.ledger import Collective, Message, UnknownNumbers
 from tokenyard.plan.rank_step import DryRank, dry_rank
@@ -129,7 +129,7 @@ def config_of(case: Case) -> Config:
 
 def found(rank: DryRank, config: Config) -> Found:
     layers = sum(block.moe is not None for block in rank.parallel.model.blocks)
-    passes = layers * MICRO_BATCHES * (2 if config.parallel.recompute else 1) * config.parallel.overlap_chunks
+    passes = layers * MICRO_BATCHES * (2 if config.parallel.recompute is Recompute.block else 1) * config.parallel.overlap_chunks
     ledger, mesh = rank.ledger, rank.parallel.mesh
     kept = ledger.waits, ledger.strangers, ledger.collectives
     table = list(mesh.axes), conditions(config, rank), passes

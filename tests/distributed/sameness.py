@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule
+from tokenyard.parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule, Recompute
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import choose_layouts as layouts
 from tokenyard.parity import observe
@@ -38,7 +38,8 @@ class Layout(NamedTuple):
     exchange: Exchange = Exchange.plain
     node_ranks: int | None = None
     overlap_chunks: int = 1
-    recompute: bool = False
+    recompute: Recompute | bool = False
+    """True: by the block."""
     context: int = 1
     context_exchange: ContextExchange = ContextExchange.gather
     pipeline: int = 1
@@ -121,8 +122,10 @@ def numbers(tensors: dict[Key, torch.Tensor], step: int) -> Any:
 
 
 def spread(layout: Layout, micro_batches: int = 1) -> layouts.Layout:
-    parallel = ParallelConfig(**{name: value for name, value in layout._asdict().items() if name != "world"})
-    return layouts.Layout(layout.world, parallel, micro_batches)
+    settings = {name: value for name, value in layout._asdict().items() if name != "world"}
+    if isinstance(layout.recompute, bool):
+        settings["recompute"] = Recompute.block if layout.recompute else Recompute.none
+    return layouts.Layout(layout.world, ParallelConfig(**settings), micro_batches)
 
 
 def configured(layout: Layout, case: Case) -> Config:

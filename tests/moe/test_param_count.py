@@ -22,6 +22,7 @@ from tokenyard.moe.param_count import (
     flops_per_token,
     kv_cache_elements,
     part_of,
+    repeated_flops_per_token,
     training_flops_per_token,
 )
 from tokenyard.moe.param_shapes import shapes
@@ -100,7 +101,20 @@ def test_flops_by_hand():
     attention = 3 * 4 * 4 * 2 * 4  # layers x (scores and values: 4 FLOPs) x heads x head width x mean context of 7 tokens
     assert flops_per_token(small(), 7) == 2 * weights + attention
     assert training_flops_per_token(small(), 7) == 3 * (2 * weights + attention)
-    assert training_flops_per_token(small(), 7, recompute=True) == 4 * (2 * weights + attention)
+    assert training_flops_per_token(small(), 7, "block") == 4 * (2 * weights + attention)
+
+
+def test_flops_that_selective_recomputation_repeats_by_hand():
+    shared_down = 2 * 8 * 3  # layers x D x F, of rows of 3 < 8 numbers
+    assert repeated_flops_per_token(small(), 7) == 2 * shared_down
+    assert training_flops_per_token(small(), 7, "selective") == training_flops_per_token(small(), 7) + 2 * shared_down
+    mla = MLAConfig(q_rank=6, kv_rank=4, nope_width=2, rope_width=2, value_width=3)
+    latent = small(attention=AttentionConfig(kind=AttentionKind.mla, mla=mla))
+    up_projections = 3 * (6 * 4 * (2 + 2) + 4 * 4 * (2 + 3))  # of queries, and of keys and values
+    assert repeated_flops_per_token(latent, 7) == 2 * (shared_down + up_projections)
+    windowed = small(attention=AttentionConfig(window=3))
+    pairs = 1 + 2 + 3 * 7  # of 9 tokens
+    assert repeated_flops_per_token(windowed, 9) == 2 * shared_down + 2 * 4 * 2 * 2 * 3 * pairs // 9
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

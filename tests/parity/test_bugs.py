@@ -6,7 +6,7 @@ from typing import Any
 import bugs
 import pytest
 from sameness import verdict_of
-from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.config import ParallelConfig, Recompute
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity.choose_layouts import Layout, prepare_config
 from tokenyard.parity.command import common_causes, explained
@@ -73,7 +73,10 @@ CASES = {
     ),
     "averaged_over_stages": ([DEEP[1], PIPELINE[1]], "gradient", "mtp.0.", "1 / parallel.pipeline", "exactly 1/{pipeline}"),
     "counts_again_in_recomputation": (
-        [Layout(1, ParallelConfig(recompute=True)), Layout(4, ParallelConfig(expert=2, tensor=2, recompute=True))],
+        [
+            Layout(1, ParallelConfig(recompute=Recompute.block)),
+            Layout(4, ParallelConfig(expert=2, tensor=2, recompute=Recompute.block)),
+        ],
         "count per expert",
         "layers.1.moe",
         "forward passes with recomputation",

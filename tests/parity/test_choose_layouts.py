@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.moe.param_count import count
-from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.config import ParallelConfig, Recompute
 from tokenyard.parity.choose_layouts import DEGREES, Layout, all_layouts, is_legal, parse_layouts, prepare_config
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import ParityConfig
@@ -46,10 +46,7 @@ def test_automatic_layouts_cover_every_split_and_option() -> None:
         assert {getattr(layout.parallel, degree) for layout in layouts} == {1, 2, 4}
     assert {layout.replicate for layout in layouts} == {1, 2, 4}
     assert {(layout.parallel.recompute, layout.accumulation) for layout in layouts} == {
-        (False, 1),
-        (True, 1),
-        (False, 2),
-        (True, 2),
+        (recompute, accumulation) for recompute in Recompute for accumulation in (1, 2)
     }
     assert Layout(4, ParallelConfig(tensor=2, shard=2, expert=4)) in layouts
     assert Layout() not in layouts
@@ -66,7 +63,7 @@ def test_more_ranks_and_what_the_model_cannot() -> None:
 def test_listed_layouts() -> None:
     assert parse_layouts("[tensor=2 expert=2, shard=4 recompute, replicate=2 accumulation=2]") == [
         Layout(2, ParallelConfig(tensor=2, expert=2)),
-        Layout(4, ParallelConfig(shard=4, recompute=True)),
+        Layout(4, ParallelConfig(shard=4, recompute=Recompute.block)),
         Layout(2, ParallelConfig(), 2),
     ]
     config, layouts = plan_comparison(ParityConfig(layouts="[expert=4]"), ["model=tiny_mixtral"])

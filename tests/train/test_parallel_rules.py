@@ -18,6 +18,10 @@ REFUSED = [
      "parallel.overlap_chunks=2: must be 1 with model.moe.capacity.pad=true", "parallel.overlap_chunks=1"),
     (4, "parallel.exchange=dedup", "parallel.exchange=dedup: must be one of plain, deduplicated, hierarchical, gather",
      "parallel.exchange=deduplicated"),
+    (1, "parallel.recompute=selektive", "parallel.recompute=selektive: must be one of none, block, selective",
+     "parallel.recompute=selective"),
+    (1, "parallel.recompute=selective compile=true", "parallel.recompute=selective: must be none or block with compile=true",
+     "parallel.recompute=block"),
 ]  # fmt: skip
 ACCEPTED = [
     (4, "parallel.expert=4 parallel.exchange=deduplicated parallel.overlap_chunks=3"),

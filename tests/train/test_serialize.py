@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tokenyard.moe.config import Activation, AttentionConfig, AttentionKind, CapacityConfig, ModelConfig, MoEConfig
+from tokenyard.parallel.config import Recompute
 from tokenyard.train.config.compose import CONF, compose
 from tokenyard.train.config.config import Config, ConfigError, OnFailure, Precision
 from tokenyard.train.config.schema import REMOVED, settings
@@ -32,6 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr": 10**400}}, f"optimizer.lr=1{'0' * 59}...: must be a number; nearest valid: optimizer.lr=0.005"),
     ({"optimizer": {"clip_norm": []}}, "optimizer.clip_norm=[]: must be a number or null; nearest valid: optimizer.clip_norm=1.0"),
     ({"compile": 1}, "compile=1: must be true or false; nearest valid: compile="),
+    ({"parallel": {"recompute": 1}}, "parallel.recompute=1: must be one of none, block, selective; nearest valid: "),
     ({"tracker": {"names": "wandb"}}, "tracker.names=wandb: must be a list, [a,b]; nearest valid: tracker.names=[wandb]"),
     ({"tracker": {"names": [["a"]]}}, "tracker.names=[[a]]: must be a list, [a,b]; nearest valid: tracker.names=[wandb]"),
     ({"engine": {"extra": [1]}}, "engine.extra=[1]: must be a mapping, {key:value}; nearest valid: engine.extra={}"),
@@ -62,6 +64,21 @@ def test_every_kind_of_value_comes_back() -> None:
     assert "c" not in plain["engine"]["extra"] and config_from_plain({}) == Config()
     model = ModelConfig(moe=MoEConfig(activation=Activation.geglu))
     assert config_from_plain({"model": plain_config(model)}).model == model
+
+
+@pytest.mark.parametrize(("former", "today"), [(True, "block"), (False, "none"), ("true", "block"), ("selective", "selective")])
+def test_values_of_earlier_versions(former: Any, today: str, tmp_path: Path) -> None:
+    """In checkpoints and as overrides; a file of Hydra that has one is told what it is called now."""
+    assert config_from_plain({"parallel": {"recompute": former}}).parallel.recompute is Recompute(today)
+    assert compose([f"parallel.recompute={str(former).lower()}"]).parallel.recompute is Recompute(today)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(f"# @package _global_\nparallel:\n  recompute: {former}\n")
+    words = ["--config-dir", str(tmp_path), "experiment=own"]
+    if isinstance(former, bool):
+        with pytest.raises(ConfigError, match=f"must be one of none, block, selective; nearest valid: parallel.recompute={today}"):
+            compose(words)
+    elif former == today:
+        assert compose(words).parallel.recompute is Recompute(today)
 
 
 def test_numbers_and_texts_are_of_the_setting_s_kind() -> None:

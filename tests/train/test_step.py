@@ -9,7 +9,7 @@ from tokenyard.moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoE
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.weight_cast import shared_casts
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
-from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.config import ParallelConfig, Recompute
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.train import step as step_module
 from tokenyard.train.batch import Rows
@@ -41,17 +41,21 @@ def test_balance_by_batch_is_the_mean_over_micro_batches(scope: Scope) -> None:
     torch.testing.assert_close(one_step(build(scope=scope), batch(2)).balance_L, torch.stack(expected).mean(0))
 
 
+@pytest.mark.parametrize("recompute", [Recompute.block, Recompute.selective])
 @pytest.mark.parametrize("capacity", [None, 0.7])
-def test_recomputation_changes_nothing(capacity: float | None) -> None:
-    kept, recomputed = build(capacity=CapacityConfig(capacity)), build(recompute=True, capacity=CapacityConfig(capacity))
+def test_recomputation_changes_nothing(capacity: float | None, recompute: Recompute) -> None:
+    kept, recomputed = build(capacity=CapacityConfig(capacity)), build(recompute=recompute, capacity=CapacityConfig(capacity))
     expected, numbers = one_step(kept, batch(2)), one_step(recomputed, batch(2))
     assert torch.equal(numbers.counts_LE.sum(1), torch.tensor([2, 2]) * numbers.tokens), "each choice is counted once"
     assert_same_numbers(numbers, expected)
     assert_same_parameters(recomputed, kept)
 
 
-@pytest.mark.parametrize(("micro_batches", "recompute", "shared"), [(1, False, 0), (2, False, 1), (2, True, 0)])
-def test_micro_batches_share_casts(micro_batches: int, recompute: bool, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("micro_batches", "recompute", "shared"),
+    [(1, Recompute.none, 0), (2, Recompute.none, 1), (2, Recompute.block, 0), (2, Recompute.selective, 0)],
+)
+def test_micro_batches_share_casts(micro_batches: int, recompute: Recompute, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not with recomputation, which keeps nothing."""
     entered = []
     monkeypatch.setattr(step_module, "shared_casts", lambda: entered.append(None) or shared_casts())
@@ -61,13 +65,13 @@ def test_micro_batches_share_casts(micro_batches: int, recompute: bool, shared: 
 
 def test_recomputation_does_compute_again() -> None:
     calls = []
-    for recompute in (False, True):
+    for recompute in Recompute:
         parallel = build(recompute=recompute)
         count = [0]
         parallel.model.blocks[0].moe.router.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         one_step(parallel, batch(1))
         calls.append(count[0])
-    assert calls == [1, 2]
+    assert calls == [1, 2, 2]
 
 
 @pytest.mark.parametrize("share", [None, 0.25, 4.0])
@@ -136,7 +140,7 @@ def test_bf16_trains_fp32_weights_to_nearly_the_same_losses() -> None:
 
 def build(
     dtype: torch.dtype = torch.float64,
-    recompute: bool = False,
+    recompute: Recompute = Recompute.none,
     experts: int = EXPERTS,
     scope: Scope = Scope.sequence,
     **changes: Any,

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from .config import Config, ConfigError
 from .overrides import Groups, as_hydra_override, check_composed, check_overrides, find_groups, target_error
-from .schema import nearest_text, quoted, settings, suggest, unknown_key_error, wrong_value_error
+from .schema import nearest_text, quoted, settings, suggest, todays_value, unknown_key_error, wrong_value_error
 
 # The flags of `tokenyard train`. All other arguments are overrides of the configuration.
 
@@ -35,12 +35,19 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     parser.add_argument("--layout-only", action="store_true")
     parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
     arguments, unknown = parser.parse_known_intermixed_args(argv, Arguments())
+    arguments.overrides = [in_todays_words(text) for text in arguments.overrides]
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         raise ConfigError(f"{unknown[0]}: there is no such flag; nearest valid: {nearest_text(unknown[0], flags)}")
     if (arguments.resolve or arguments.package) and not arguments.prints():
         raise ConfigError("--resolve and --package: belong to --cfg; nearest valid: --cfg job --resolve")
     return arguments
+
+
+def in_todays_words(text: str) -> str:
+    """Returns an override with what a value of an earlier version is called now."""
+    key, equals, value = text.partition("=")
+    return f"{key}{equals}{todays_value(key, value)}"
 
 
 class Arguments(argparse.Namespace):

@@ -49,7 +49,7 @@ def facts(config: Config, world: int) -> dict[str, Any]:
         "devices_of_80_gb": {kind: math.ceil(parts.total * bits / 8 / (DEVICE_BYTES * SHARE)) for kind, bits in BITS.items()},
         "sequence_length": length,
         "flops_per_token": flops_per_token(model, length),
-        "training_flops_per_token": training_flops_per_token(model, length, config.parallel.recompute),
+        "training_flops_per_token": training_flops_per_token(model, length, config.parallel.recompute.value),
         "kv_cache_bytes_per_token": 2 * kv_cache_elements(model, length) / length,
     }
 

@@ -26,6 +26,9 @@ REMOVED = {
 }
 """Settings of earlier versions: why each is gone, and what to write instead. Checkpoints that have them still load."""
 
+FORMER_VALUES = {"parallel.recompute": {"true": "block", "false": "none"}}
+"""Values of settings in earlier versions, and what they are called now. They are read as what they are called now."""
+
 CONVERSION_ERRORS = (TypeError, ValueError, OverflowError, LookupError)
 """The exceptions of `convert`."""
 
@@ -57,7 +60,7 @@ def wrong_value_error(key: str, value: object) -> ConfigError:
     if dataclasses.is_dataclass(kind):
         first = dataclasses.fields(kind)[0].name
         return ConfigError.of(key, value, "is a section, not a setting", f"{key}.{first}={written(getattr(default, first))}")
-    rule, nearest = _rule_and_nearest(kind, value, default)
+    rule, nearest = _rule_and_nearest(kind, todays_value(key, value), default)
     return ConfigError.of(key, written(value), f"must be {rule}{' or null' if optional else ''}", f"{key}={written(nearest)}")
 
 
@@ -76,7 +79,12 @@ def convert(key: str, value: Any) -> Any:
     Raises one of CONVERSION_ERRORS if that is not possible.
     """
     kind, optional = settings()[key]
-    return None if value is None and optional else _convert(kind, value)
+    return None if value is None and optional else _convert(kind, todays_value(key, value))
+
+
+def todays_value(key: str, value: Any) -> Any:
+    """Returns what a value of an earlier version is called now, or the value itself."""
+    return FORMER_VALUES.get(key, {}).get(written(value).lower(), value)
 
 
 def in_mapping(key: str) -> bool:

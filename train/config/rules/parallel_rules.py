@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, ModelConfig
-from ....parallel.config import ContextExchange, Exchange, PipelineSchedule
+from ....parallel.config import ContextExchange, Exchange, PipelineSchedule, Recompute
 from ....parallel.layout import node_ranks
 from ....parallel.pipeline.schedule import ZERO_BUBBLE
 from ..config import Config, EngineKind
@@ -163,6 +163,12 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("compile", "must be false with parallel.pipeline", [False])
     if config.model.moe.shortcut:
         yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
+
+
+def recompute(config: Config, world: int) -> Iterator[Violation]:
+    """Checks what a compiled block can keep: its operators are fused, and cannot be kept one by one."""
+    if config.compile and config.parallel.recompute is Recompute.selective:
+        yield Violation("parallel.recompute", "must be none or block with compile=true", [Recompute.block])
 
 
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:

@@ -112,6 +112,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     parallel_rules.expert_tensor,
     parallel_rules.exchange,
     parallel_rules.pipeline,
+    parallel_rules.recompute,
     batch,
     deepspeed_settings.engine,
     launch_rules.launchers,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ....moe.param_count import Count, flops_per_token
+from ....parallel.config import Recompute
 from ....version import __version__
 from ...config.config import Config
 from ...config.model_summary import layout_text
@@ -93,7 +94,7 @@ def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     """Layout, device and precision."""
     parallel = config.parallel
     compiled = ", compiled" if config.compile else ""
-    recompute = ", activations recomputed" if parallel.recompute else ""
+    recompute = "" if parallel.recompute is Recompute.none else f", activations recomputed ({parallel.recompute.value})"
     peak = f"; peak {flops(facts.peak_flops)}/s, {facts.peak_source}" if math.isfinite(facts.peak_flops) else ""
     return [
         ("layout", layout_text(parallel, facts.ranks)),
