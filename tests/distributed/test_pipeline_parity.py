@@ -63,6 +63,7 @@ LAYOUTS = {
     "pipeline 2 of 2 stages x shard 2, zero 3": Layout(4, pipeline=2, shard=2, **INTERLEAVED),
     "pipeline 2 of 2 stages x shard 2, zero 1": Layout(4, pipeline=2, shard=2, zero=1, expert=2, **INTERLEAVED),
     "pipeline 2 x shard 2, zero 2": Layout(4, pipeline=2, shard=2, zero=2, exchange=Exchange.gather, expert=2),
+    "pipeline 2 x symmetric 2": Layout(4, pipeline=2, exchange=Exchange.symmetric, expert=2, recompute=True),
     "pipeline 2 x replicate 2": Layout(4, pipeline=2, exchange=Exchange.deduplicated, expert=2),
 }
 
