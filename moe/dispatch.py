@@ -190,8 +190,10 @@ class DispatcherOutput(NamedTuple):
     y_TD: Tensor
     overlapped: Any
     """The result of the `OverlapFn`."""
-    rows: int
+    rows: int | Tensor
     """Rows that this device's experts computed, those of other ranks' tokens and padding included."""
+    overflow: Tensor | None = None
+    """int64 scalar: choices of this rank that the exchange had no room for; None if it has room for all."""
 
 
 class Dispatcher(ABC):
@@ -260,11 +262,17 @@ class CountedChoices(NamedTuple):
 
 
 def plan_choices(
-    experts_TK: Tensor, experts: int, padded_rows: int | None, dropping: bool, counted: CountedChoices | None = None
+    experts_TK: Tensor,
+    experts: int,
+    padded_rows: int | None,
+    dropping: bool,
+    counted: CountedChoices | None = None,
+    cut: bool = True,
 ) -> RowPlan:
     """See `plan_rows`. With `padded_rows`, each expert has that many rows, and the host reads nothing.
 
-    `counted` is the result of `count_rows`, if it is known already.
+    `counted` is the result of `count_rows`, if it is known already. Without `cut`, there are as many rows as choices: those behind
+    the last kept one are of any token, and the host reads nothing either.
     """
     top_k = experts_TK.shape[1]
     counts_E, begin_E, before_CE = counted or count_rows(experts_TK, experts)
@@ -274,7 +282,8 @@ def plan_choices(
         kept_TK = kept_TK if dropping else None
         if padded_rows is not None:
             return RowPlan(token_R, slot_TK, rows_E, filled_R, kept_TK)
-        return RowPlan(token_R[: _kept_rows(counts_E, len(token_R))] if dropping else token_R, slot_TK, counts_E, kept_TK=kept_TK)
+        rows = _kept_rows(counts_E, len(token_R)) if dropping and cut else len(token_R)
+        return RowPlan(token_R[:rows], slot_TK, counts_E, kept_TK=kept_TK)
     chosen_A = experts_TK.flatten()
     order_A = chosen_A.argsort(stable=True)
     slot_A = torch.empty_like(order_A)
@@ -285,7 +294,7 @@ def plan_choices(
         return _pad(plan, chosen_A, torch.full_like(counts_E, padded_rows), experts * padded_rows)
     rows, slot_TK = len(order_A), slot_A.view_as(experts_TK)
     if kept_TK is not None:
-        rows, slot_TK = _kept_rows(counts_E, rows), slot_TK.masked_fill(~kept_TK, -1)
+        rows, slot_TK = _kept_rows(counts_E, rows) if cut else rows, slot_TK.masked_fill(~kept_TK, -1)
     return RowPlan(order_A[:rows] // top_k, slot_TK, counts_E, kept_TK=kept_TK)
 
 

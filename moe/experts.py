@@ -5,6 +5,7 @@ projections (gate and up, or up alone).
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ from .weight_cast import weight_as
 
 @torch.library.custom_op("tokenyard::grouped_mm", mutates_args=())
 def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
-    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T. ends_E is int32, and its last element is R."""
+    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T; ends_E is int32. Rows behind the last end come out as anything."""
     if not len(rows_RK):
         return rows_RK.new_empty(0, weights_ENK.shape[1])
     if rows_RK.dtype == torch.float64:
-        parts = zip(rows_RK.split(_sizes(ends_E)), weights_ENK, strict=True)
-        return torch.cat([rows @ weights.T for rows, weights in parts])
+        *parts, behind = rows_RK.split(_sizes(ends_E, len(rows_RK)))
+        products = [rows @ weights.T for rows, weights in zip(parts, weights_ENK, strict=True)]
+        return torch.cat([*products, behind.new_zeros(len(behind), weights_ENK.shape[1])])
     outputs = weights_ENK.shape[1]
     if short := _short_of_aligned(rows_RK, rows_RK.shape[1], outputs):
         rows_RK, weights_ENK = F.pad(rows_RK, (0, short[0])), F.pad(weights_ENK, (0, short[0], 0, short[1]))
@@ -51,8 +53,9 @@ def grouped_outer(left_RN: Tensor, right_RK: Tensor, ends_E: Tensor) -> Tensor:
     if not len(left_RN):
         return left_RN.new_zeros(len(ends_E), left_RN.shape[1], right_RK.shape[1])
     if left_RN.dtype == torch.float64:
-        sizes = _sizes(ends_E)
-        return torch.stack([a.T @ b for a, b in zip(left_RN.split(sizes), right_RK.split(sizes), strict=True)])
+        sizes = _sizes(ends_E, len(left_RN))
+        *groups, _ = zip(left_RN.split(sizes), right_RK.split(sizes), strict=True)
+        return torch.stack([left.T @ right for left, right in groups])
     height, width = left_RN.shape[1], right_RK.shape[1]
     if short := _short_of_aligned(left_RN, height, width):
         padded_ENK = F.grouped_mm(F.pad(left_RN, (0, short[0])).T, F.pad(right_RK, (0, short[1])), offs=ends_E)
@@ -80,8 +83,10 @@ def _zero_empty_groups(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
     return product_ENK.masked_fill_(empty_E[:, None, None], 0)
 
 
-def _sizes(ends_E: Tensor) -> list[int]:
-    return torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
+def _sizes(ends_E: Tensor, rows: int) -> list[int]:
+    """Returns the rows of each group, and those behind the last one."""
+    ends = [0, *ends_E.tolist(), rows]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 @grouped_mm.register_fake
@@ -273,7 +278,10 @@ def _biased(x_RN: Tensor, bias_EN: Tensor | None, counts_E: Tensor) -> Tensor:
 
 
 def _of_rows(values_EN: Tensor, counts_E: Tensor, rows: int) -> Tensor:
-    return values_EN.repeat_interleave(counts_E, dim=0, output_size=rows)
+    """Returns the value of each row's expert; of rows behind those of all experts the last one's, so that every index exists."""
+    index_R = torch.arange(rows, device=counts_E.device)
+    expert_R = torch.searchsorted(counts_E.cumsum(0), index_R, right=True).clamp_(max=len(counts_E) - 1)
+    return values_EN.index_select(0, expert_R)
 
 
 def _sums(x_RN: Tensor, counts_E: Tensor) -> Tensor:
@@ -315,7 +323,9 @@ class Experts(nn.Module):
         """Whether the output is only sent to other ranks: then the backward pass does not need its values."""
 
     def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None, keys_R: Tensor | None = None) -> Tensor:
-        """Rows (R, D) to (R, D); counts_E (int64) is the number of rows of each expert, R in all.
+        """Rows (R, D) to (R, D); counts_E (int64) is the number of rows of each expert, R in all or fewer.
+
+        Rows behind those of all experts change no other row and no gradient of a weight, and come out as anything.
 
         With `choices`, tokens (T, D) to (T, D): gathers the rows of the tokens, and returns the weighted sum of each token's rows.
         keys_R (int64), or the choices' keys_T, are the random keys of the rows' tokens; dropout needs them in training.
@@ -338,7 +348,7 @@ class Experts(nn.Module):
             keys_R = choices.keys_T.index_select(0, choices.plan.token_R)
         assert keys_R is not None, "dropout needs the keys of the tokens"
         ids_E = torch.arange(len(counts_E), device=counts_E.device) + self.first_expert
-        return fold_in(keys_R, ids_E.repeat_interleave(counts_E, output_size=len(keys_R)))
+        return fold_in(keys_R, _of_rows(ids_E, counts_E, len(keys_R)))
 
 
 def experts_by_loop(experts: Experts, x_RD: Tensor, counts_E: Tensor) -> Tensor:

@@ -40,13 +40,14 @@ class MoELayer(nn.Module):
             keys_BS = layer_keys(x_BSD, tokens or TokenInfo())
             routing = routing._replace(keys_T=keys_BS.flatten())
         shared = partial(self._shared, x_BSD, keys_BS)
-        y_TD, shared_BSD, rows = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, shared)
+        y_TD, shared_BSD, rows, overflow = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, shared)
         if self.router.null is not None:
             y_TD = y_TD + self.router.null(x_BSD.flatten(0, 1), routing.experts_TK, routing.weights_TK)
         y_BSD = y_TD.view_as(x_BSD)
-        stats, metrics = routing.stats, routing.stats.router_metrics
+        stats, metrics = routing.stats._replace(overflow=overflow), routing.stats.router_metrics
         if metrics is not None:
-            stats = stats._replace(router_metrics=metrics._replace(rows=torch.full_like(metrics.tokens, rows)))
+            rows = rows if isinstance(rows, Tensor) else torch.full_like(metrics.tokens, rows)
+            stats = stats._replace(router_metrics=metrics._replace(rows=rows))
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 
     def _shared(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor | None:

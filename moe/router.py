@@ -77,6 +77,8 @@ class RoutingStats(NamedTuple):
     """int64: the K best scores of each token, for balance.sequence_by_scores; None if it is off."""
     sent_BG: Tensor | None = None
     """int64: tokens sent to each group of experts, for DeepSeek-V2's communication balance loss; None if it is off."""
+    overflow: Tensor | None = None
+    """int64 scalar: choices, of padding tokens too, that the exchange had no room for; None if it has room for all."""
 
 
 class Routing(NamedTuple):

@@ -13,14 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ..moe import init
 from ..moe.config import ModelConfig
+from ..moe.dispatch import Dispatcher
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
-from .config import Exchange, ParallelConfig, Recompute
+from .config import Exchange, Overflow, ParallelConfig, Recompute
 from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
-from .dispatch.base import ExpertParallelDispatcher
 from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
+from .dispatch.symmetric import SymmetricDispatcher
 from .fsdp import apply_fsdp
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
@@ -33,10 +34,10 @@ from .tensor import apply_expert_tensor_parallel, apply_tensor_parallel, slice_p
 log = logging.getLogger("tokenyard")
 
 
-def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> ExpertParallelDispatcher:
+def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispatcher:
     """Returns the dispatcher that `config.exchange` names.
 
-    It has no state, so all layers share it. `experts`: of a layer, on all ranks.
+    It has no state from one call to the next, so all layers share it. `experts`: of a layer, on all ranks.
     """
     axis, chunks = mesh.axis("expert"), config.overlap_chunks
     match config.exchange:
@@ -49,6 +50,8 @@ def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Expert
             return DeduplicatedDispatcher(experts, node_axes(mesh, local), chunks)
         case Exchange.gather:
             return AllGatherDispatcher(experts, axis, chunks)
+        case Exchange.symmetric:
+            return SymmetricDispatcher(experts, axis, config.exchange_rows)
 
 
 @dataclass
@@ -76,6 +79,8 @@ class Parallel:
     """Whether the backward pass computes blocks again, so that nothing of theirs is kept, casts of weights neither."""
     pipeline: Pipeline | None = None
     """This rank's stages, if the layers are cut into several."""
+    overflow: Overflow | None = None
+    """What happens to choices that the exchange has no room for; None if it has room for all."""
 
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
@@ -115,7 +120,9 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if pipeline is not None:
         for name in pipeline.copied:
             _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
-    return Parallel(model, mesh, device, parameters, config.zero, config.recompute is not Recompute.none, pipeline)
+    overflow = config.exchange_overflow if config.expert > 1 and config.exchange is Exchange.symmetric else None
+    recomputes = config.recompute is not Recompute.none
+    return Parallel(model, mesh, device, parameters, config.zero, recomputes, pipeline, overflow)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:

@@ -13,6 +13,14 @@ class Exchange(Enum):
     deduplicated = "deduplicated"
     hierarchical = "hierarchical"
     gather = "gather"
+    symmetric = "symmetric"
+
+
+class Overflow(Enum):
+    """What happens to choices that the symmetric exchange has no room for."""
+
+    fatal = "fatal"
+    drop = "drop"
 
 
 class Recompute(Enum):
@@ -53,7 +61,13 @@ class ParallelConfig:
     context_exchange: ContextExchange = ContextExchange.gather
     """Attention gathers keys and values of all tokens (MLA: latents), or exchanges tokens for heads as in Ulysses (heads)."""
     exchange: Exchange = Exchange.plain
-    """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); or all tokens (gather)."""
+    """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); all tokens (gather); a row
+    per token and expert, put straight into room of fixed size inside a node, so that the host waits for no counts (symmetric)."""
+    exchange_rows: float = field(default=2.0, metadata=within("(0, inf)"))
+    """Room for the rows of a rank's experts with exchange=symmetric, over their number at an even load; from parallel.expert on
+    everything fits."""
+    exchange_overflow: Overflow = Overflow.fatal
+    """What happens if rows do not fit: the run ends before the update (fatal), or the last of each crowded expert are dropped."""
     node_ranks: int | None = field(default=None, metadata=within("[1, inf)"))
     """Ranks of a node, for exchange=hierarchical; null is the launcher's number of local ranks."""
     overlap_chunks: int = field(default=1, metadata=within("[1, inf)"))

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.attention import Attention, LatentAttention
@@ -157,6 +158,9 @@ def share_rows(
     assert choices is None, "rows are shared, and tokens have none yet"
     received_NE = stack_over(counts_E, axis)
     send_N, receive_N = read_splits(counts_E.expand_as(received_NE), received_NE, axis.size * len(x))
+    behind = len(x) - send_N[0]
+    if behind:  # rows of the symmetric exchange that no token fills
+        x, keys_R = x[: send_N[0]], None if keys_R is None else keys_R[: send_N[0]]
     route = AllToAll(send_N, receive_N, axis)
     pending = route.start(x.expand(axis.size, -1, -1).flatten(0, 1))
     keys = None if keys_R is None else route.start(keys_R.repeat(axis.size))
@@ -164,4 +168,5 @@ def share_rows(
     keys_A = None if keys is None else keys.wait().index_select(0, order_A)
     part_AD = experts(reorder(pending.wait(), order_A, inverse_A), received_NE.sum(0), keys_R=keys_A)
     pending = AllToAll(receive_N, send_N, axis).start(reorder(part_AD, inverse_A, order_A))
-    return pending.wait().view(axis.size, *x.shape).sum(0)
+    y_RD = pending.wait().view(axis.size, *x.shape).sum(0)
+    return F.pad(y_RD, (0, 0, 0, behind)) if behind else y_RD

@@ -50,8 +50,10 @@ class Layout:
     def applied(self, config: Config) -> Config:
         """Returns `config` on this layout."""
         micro = max(1, config.batch.sequences // self.data_ranks // self.accumulation)
-        batch = BatchConfig(config.batch.sequences, micro)
-        return dataclasses.replace(config, parallel=self.parallel, batch=batch)
+        batch, parallel = BatchConfig(config.batch.sequences, micro), self.parallel
+        if parallel.exchange is Exchange.symmetric:  # one process has room for everything
+            parallel = dataclasses.replace(parallel, exchange_rows=float(parallel.expert))
+        return dataclasses.replace(config, parallel=parallel, batch=batch)
 
 
 def prepare_config(config: Config) -> Config:

@@ -23,7 +23,7 @@ from ..train.engine import Engine
 from ..train.setup import build_engine
 from ..train.step import StepInput, StepNumbers
 from .ledger import Ledger
-from .stand_in import fused_attention_stand_in, stand_in
+from .stand_in import fused_attention_stand_in, shared_memory_stand_in, stand_in
 
 
 @dataclass
@@ -63,7 +63,7 @@ def dry_rank(config: Config, rank: int, world: int) -> Iterator[DryRank]:
         with dry_run("cuda") as seam:
             with _Births(fake, device):
                 parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
-            with fused_attention_stand_in(), fake, ledger:
+            with fused_attention_stand_in(), shared_memory_stand_in(), fake, ledger:
                 parallel.model.train()
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:

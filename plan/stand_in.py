@@ -1,4 +1,6 @@
-"""A device that stands in for a GPU in a dry run, and its attention. Its tensors have shapes and no numbers.
+"""A device that stands in for a GPU in a dry run, its attention, and the memory of other ranks.
+
+Its tensors have shapes and no numbers.
 
 It is torch's private-use device, with guards, streams and events that do nothing, and distinct from the host. Only fake tensors
 can be on it. A process that registers it has it as its accelerator, and can no longer train.
@@ -15,6 +17,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from ..moe import attention, flexible_attention
 from ..moe.recompute import keep
+from ..parallel.dispatch import shared_memory
+from ..parallel.mesh import Axis
 
 NAME = "standin"
 
@@ -137,3 +141,26 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
+
+
+class _MemoryOfOthers(shared_memory.SharedMemory):
+    """Memory of ranks that are not there."""
+
+    def __init__(self, axis: Axis, size: int, device: torch.device) -> None:
+        super().__init__(axis, [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(axis.size)])
+
+    def addresses(self) -> Tensor:
+        return torch.empty(self.axis.size, dtype=torch.int64, device=self.peers[0].device)
+
+    def barrier(self) -> None:
+        pass
+
+
+@contextmanager
+def shared_memory_stand_in() -> Iterator[None]:
+    """Makes the symmetric exchange put rows into fake tensors."""
+    opened, shared_memory.open_memory = shared_memory.open_memory, _MemoryOfOthers
+    try:
+        yield
+    finally:
+        shared_memory.open_memory = opened

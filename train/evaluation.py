@@ -6,7 +6,10 @@ import torch
 
 from ..data.batches import IGNORE
 from ..parallel.collectives import sum_over
+from ..parallel.process_group import is_first
 from .batch import as_rows
+from .config.complain import say
+from .exit import too_little_room
 from .loss import Totals
 from .session import Session
 from .step import forward
@@ -24,7 +27,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_session(session: Session) -> Evaluation:
-    """Evaluates the first evaluate.sequences rows of the validation split. Does not change the training state. Collective."""
+    """Evaluates the first evaluate.sequences rows of the validation split. Does not change the training state. Collective.
+
+    Says so if rows had no room in the exchange, whose outputs the loss then lacks; it ends no run.
+    """
     parallel, micro = session.parallel, session.micro
     data = parallel.mesh.data
     mine = range(data.rank * micro, (data.rank + 1) * micro)
@@ -36,10 +42,14 @@ def evaluate_session(session: Session) -> Evaluation:
         counts_tokens = parallel.pipeline is None or parallel.pipeline.last in parallel.pipeline.layers
         tokens = (rows.targets != IGNORE).sum() * counts_tokens / parallel.mesh.sequence.size
         part = torch.cat([shares.cross_entropy.view(1).double(), tokens.view(1).double(), shares.counts_LE.flatten().double()])
+        if parallel.overflow is not None:
+            part = torch.cat([part, shares.overflow_L.sum().double().view(1)])
         total = part if total is None else total + part
     parallel.model.train()
     assert total is not None
     loss, tokens, *counts = sum_over(total, parallel.mesh.everyone).tolist()
+    if parallel.overflow is not None and (overflow := int(counts.pop())) and is_first():
+        say(f"validation: {too_little_room(session.config.parallel, overflow)}")
     moe = parallel.model.config.moe
     columns = moe.experts + moe.router.null_experts
     rows_of_counts = [[int(n) for n in counts[i : i + moe.experts]] for i in range(0, len(counts), columns)] if counts else []

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from ..data.errors import DataStop
+from ..parallel.config import ParallelConfig
 from ..parallel.process_group import is_first
 from ..parallel.progress import PROGRESS
 from .config.complain import say
@@ -41,6 +42,8 @@ class ExitCode(IntEnum):
     """A checkpoint could not be written, and the policy is to stop."""
     data_unavailable = 75
     """A source did not answer for data.patience_seconds; a checkpoint was written, the same command goes on."""
+    overflow = 78
+    """Rows did not fit into the room of exchange=symmetric, and the policy is to stop; the checkpoint is of the step before."""
 
 
 class RunStop(Exception):
@@ -51,6 +54,13 @@ class RunStop(Exception):
         super().__init__(text)
         self.exit_code = int(code)
         self.saves = saves
+
+
+def too_little_room(parallel: ParallelConfig, overflow: int) -> str:
+    """Returns, in one line, which setting of the exchange left no room for `overflow` rows, and values that do."""
+    rule = f"must leave room for the rows of each rank's experts, and {overflow} did not fit"
+    right = f"parallel.exchange_rows={float(parallel.expert)}, where all fit, or parallel.exchange_overflow=drop"
+    return f"parallel.exchange_rows={parallel.exchange_rows}: {rule}; nearest valid: {right}"
 
 
 _reported: BaseException | None = None

@@ -32,7 +32,7 @@ class Totals(NamedTuple):
 
 
 LAYER_FIELDS = ("balance_L", "sequence_L", "device_L", "communication_L", "importance_L", "z_L", "dropped_L")
-"""The fields of `Losses` with a number for each layer, which add up over micro-batches and ranks."""
+"""The fields of `Losses` with a number for each layer, which add up over micro-batches and ranks; overflow_L does too."""
 
 
 class Losses(NamedTuple):
@@ -62,6 +62,8 @@ class Losses(NamedTuple):
     """Sums of router metrics (moe/router.py), fp64; without columns if the routers do not collect them."""
     logit_max_L: Tensor = torch.empty(0)
     """Largest absolute router logit of this rank and micro-batch: a maximum, which does not add up."""
+    overflow_L: Tensor = torch.empty(0, dtype=torch.int64)
+    """Choices that the exchange had no room for."""
 
 
 def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals: Totals, mesh: Mesh) -> Losses:
@@ -74,7 +76,12 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
         none = cross_entropy.new_zeros(0)
         empty = torch.zeros(0, dtype=torch.int64, device=none.device)
         return Losses(
-            cross_entropy, cross_entropy.detach() / mesh.tensor.size, *(none, none, none, none, none, none), empty.view(0, 0), empty
+            cross_entropy,
+            cross_entropy.detach() / mesh.tensor.size,
+            *(none, none, none, none, none, none),
+            empty.view(0, 0),
+            empty,
+            overflow_L=empty,
         )
     balance = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
@@ -116,6 +123,7 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
         counts_LE=torch.stack([layer.counts_BE for layer in stats]).sum(1),
         dropped_L=torch.stack([layer.dropped for layer in stats]),
         **_router_metrics(stats),
+        overflow_L=torch.stack([layer.dropped.new_zeros(()) if layer.overflow is None else layer.overflow for layer in stats]),
     )
 
 
@@ -164,6 +172,7 @@ def among_all_layers(share: Losses, rows: list[int], layers: int, columns: int, 
         mtp_D=share.mtp_D if len(share.mtp_D) else none.new_zeros(mtp_depth),
         router_metrics_LG=spread(share.router_metrics_LG.double(), metrics),
         logit_max_L=spread(share.logit_max_L) if metrics and rows else none.new_zeros(layers if metrics else 0),
+        overflow_L=spread(share.overflow_L),
     )
 
 

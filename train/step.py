@@ -19,6 +19,7 @@ from ..moe.token_info import BatchPosition
 from ..moe.weight_cast import shared_casts
 from ..parallel.apply import Parallel
 from ..parallel.collectives import sum_over
+from ..parallel.config import Overflow
 from ..parallel.context import own_chunks
 from ..parallel.fsdp import end_deferred_gradients, prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
@@ -80,6 +81,8 @@ class StepNumbers(NamedTuple):
     """Sums of router metrics (moe/router.py); without columns if the routers do not collect them."""
     local_peaks_LP: Tensor = torch.empty(0, 0)
     """Those of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
+    overflow_L: Tensor = torch.empty(0, dtype=torch.int64)
+    """Choices that the exchange had no room for; without elements if it has room for all."""
 
 
 def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input: StepInput) -> StepNumbers:
@@ -278,11 +281,13 @@ def add_up(
     mine = torch.stack([torch.cat([part.double() for part in share]) for share in parts]).sum(0)
     mine = torch.cat([squared.view(1), mine])
     flags = encode_flags(rank_flags, mine, mesh.rank, mesh.world)
-    everything = sum_over(torch.cat([flags, mine, router_metrics_LG.flatten()]), mesh.everyone)
-    sizes = [len(flags), 1, 1, *[layers] * len(LAYER_FIELDS), depth, layers * columns, router_metrics_LG.numel()]
-    flags, squared, cross_entropy, *per_layer, mtp_D, counts, router_metrics = everything.split(sizes)
+    overflow_L = torch.stack([s.overflow_L for s in shares]).sum(0).double() if parallel.overflow else mine.new_empty(0)
+    everything = sum_over(torch.cat([flags, mine, router_metrics_LG.flatten(), overflow_L]), mesh.everyone)
+    sizes = [len(flags), 1, 1, *[layers] * len(LAYER_FIELDS), depth, layers * columns, router_metrics_LG.numel(), len(overflow_L)]
+    flags, squared, cross_entropy, *per_layer, mtp_D, counts, router_metrics, overflow_L = everything.split(sizes)
     balance_L, sequence_L, device_L, communication_L, importance_L, z_L, dropped_L = per_layer
-    global_flags, tokens = read_flags(everything[: len(flags) + 2], totals.tokens)
+    fatal = overflow_L.sum() if parallel.overflow is Overflow.fatal else None
+    global_flags, tokens = read_flags(everything[: len(flags) + 2], totals.tokens, fatal)
     return StepNumbers(
         tokens,
         cross_entropy.squeeze(0),
@@ -299,6 +304,7 @@ def add_up(
         global_flags,
         router_metrics_LG=router_metrics.view_as(router_metrics_LG),
         local_peaks_LP=local_peaks(shares, router_metrics_LG),
+        overflow_L=overflow_L.long(),
     )
 
 

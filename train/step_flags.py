@@ -52,11 +52,15 @@ class GlobalFlags(NamedTuple):
     """The working time of each rank, empty if it was not reported."""
     gradient_norm: float
     loss: float
+    overflow: int = 0
+    """Choices that the exchange had no room for, if parallel.exchange_overflow=fatal; else 0."""
 
 
 def is_sound(global_flags: GlobalFlags) -> bool:
     """Whether an update may use the step."""
-    return not global_flags.bad_data and math.isfinite(global_flags.loss) and math.isfinite(global_flags.gradient_norm)
+    if global_flags.bad_data or global_flags.overflow:
+        return False
+    return math.isfinite(global_flags.loss) and math.isfinite(global_flags.gradient_norm)
 
 
 def encode_flags(rank_flags: RankFlags, mine: Tensor, rank: int, world: int) -> Tensor:
@@ -69,20 +73,23 @@ def encode_flags(rank_flags: RankFlags, mine: Tensor, rank: int, world: int) -> 
     return torch.cat([not_finite, not_finite * (rank + 1), own])
 
 
-def read_flags(numbers: Tensor, tokens: int | Tensor) -> tuple[GlobalFlags, int]:
+def read_flags(numbers: Tensor, tokens: int | Tensor, overflow: Tensor | None = None) -> tuple[GlobalFlags, int]:
     """Returns the flags, and the tokens of the step. The host waits for the device.
 
-    `numbers`: the encoded flags, the squared norm and the loss, summed over all ranks.
+    `numbers`: the encoded flags, the squared norm and the loss, summed over all ranks. `overflow`: scalar, if it is fatal.
     """
+    if overflow is not None:
+        numbers = torch.cat([numbers, overflow.view(1).to(numbers.dtype)])
     if isinstance(tokens, Tensor):
         numbers = torch.cat([numbers, tokens.view(1).to(numbers.dtype)])
     with waiting_for_device():
         values = host_read(numbers, "flags, loss and norm", lambda: [0.0] * len(numbers))
     if isinstance(tokens, Tensor):
         tokens = int(values.pop())
+    overflown = 0 if overflow is None else int(values.pop())
     not_finite, not_finite_ranks, stop, save, bad_data, failed_writer, writing, failed_ranks, *seconds, squared, loss = values
     single = not_finite_ranks if not_finite == 1 else failed_ranks if bad_data + failed_writer == 1 else 0
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     rank = int(single) - 1 if single else None
     counts = [int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite)]
-    return GlobalFlags._make([*counts, rank, seconds, norm, loss]), tokens
+    return GlobalFlags._make([*counts, rank, seconds, norm, loss, overflown]), tokens

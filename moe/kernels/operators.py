@@ -59,6 +59,19 @@ def _(grad_TD: Tensor, y_RD: Tensor, token_R: Tensor, filled_R: Tensor | None, w
     return y_RD.new_empty(y_RD.shape), y_RD.new_empty(len(y_RD), dtype=torch.float32)
 
 
+@torch.library.custom_op("tokenyard::put_rows", mutates_args=("own",))
+def put_rows(x: Tensor, index_R: Tensor | None, rank_R: Tensor, row_R: Tensor, address_N: Tensor, own: Tensor) -> None:
+    """See `rows.put_rows`. `own` is this rank's memory, which it and other ranks overwrite."""
+    from . import rows
+
+    rows.put_rows(x, index_R, rank_R, row_R, address_N)
+
+
+@put_rows.register_fake
+def _(x: Tensor, index_R: Tensor | None, rank_R: Tensor, row_R: Tensor, address_N: Tensor, own: Tensor) -> None:
+    return None
+
+
 @torch.library.custom_op("tokenyard::count_rows", mutates_args=())
 def count_rows(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(E,), (E,) and (C, E) of `dispatch.CountedChoices`."""

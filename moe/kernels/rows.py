@@ -1,5 +1,5 @@
-"""Triton kernels on token rows: copies of tokens, the weighted sum of each token's rows, its backward pass, and zeros for groups
-without rows.
+"""Triton kernels on token rows: copies of tokens, the weighted sum of each token's rows, its backward pass, zeros for groups
+without rows, and copies into the memory of other ranks.
 
 T tokens, D width, K choices per token, R rows, E experts. Sums are computed in fp32. A program owns what it writes, so nothing is
 added atomically and every run gives the same bits. Each input is read once and each output written once.
@@ -135,3 +135,25 @@ def zero_empty_groups(product_ENK: Tensor, ends_E: Tensor) -> Tensor:
     grid = min(ZEROING_PROGRAMS, triton.cdiv(size, MOST_COLUMNS)), len(ends_E)
     _zero_empty_groups[grid](product_ENK, ends_E, size, grid[0], MOST_COLUMNS)
     return product_ENK
+
+
+@triton.jit
+def _put_rows(x_ptr, index_ptr, rank_ptr, row_ptr, address_ptr, D, INDEXED: tl.constexpr, BLOCK: tl.constexpr):
+    """A program puts columns of one row."""
+    i = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.load(rank_ptr + i)
+    if rank >= 0:
+        source = tl.load(index_ptr + i) if INDEXED else i
+        x = tl.load(x_ptr + source * D + columns, mask=columns < D)
+        there = tl.load(address_ptr + rank).to(tl.pointer_type(x_ptr.dtype.element_ty)) + tl.load(row_ptr + i) * D
+        tl.store(there + columns, x, mask=columns < D)
+
+
+def put_rows(x: Tensor, index_R: Tensor | None, rank_R: Tensor, row_R: Tensor, address_N: Tensor) -> None:
+    """Row i of R, x[index_R[i]] (None: x[i]), becomes row row_R[i] of the rows at address_N[rank_R[i]]; a rank of -1 takes none."""
+    width = x[0].numel() if len(x) else 0
+    if len(rank_R) and width:
+        block = columns_of_program(width)
+        grid = len(rank_R), triton.cdiv(width, block)
+        _put_rows[grid](x.contiguous(), index_R, rank_R, row_R, address_N, width, index_R is not None, block)

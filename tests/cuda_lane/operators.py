@@ -15,7 +15,9 @@ from tokenyard.moe.device import DryRun, dry_run
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info
 from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher
+from tokenyard.parallel.dispatch.symmetric import SymmetricDispatcher
 from tokenyard.parallel.mesh import Axis
+from tokenyard.plan.stand_in import shared_memory_stand_in
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,11 +71,18 @@ def fake_ranks(ranks: int) -> Iterator[Axis]:
 
 
 def layer_operators(
-    config: ModelConfig, ranks: int, collects_metrics: bool = False, sequences: int = 1, length: int = 4096
+    config: ModelConfig,
+    ranks: int,
+    collects_metrics: bool = False,
+    sequences: int = 1,
+    length: int = 4096,
+    symmetric: bool = False,
 ) -> Passes:
     """Forward and backward pass of a layer in bf16 with fp32 weights, the experts shared out over `ranks`, as on CUDA."""
-    with fake_ranks(ranks) as axis, dry_run("cuda") as dry, FakeTensorMode():
+    with fake_ranks(ranks) as axis, dry_run("cuda") as dry, shared_memory_stand_in(), FakeTensorMode():
         layer = rank_layer(config, axis)
+        if symmetric:
+            layer.dispatcher = SymmetricDispatcher(config.moe.experts, axis, 2.0)
         layer.router.collects_metrics = collects_metrics
         x_BSD = torch.empty(sequences, length, config.width, dtype=torch.bfloat16, requires_grad=True)
         tokens = some_tokens(sequences, length)

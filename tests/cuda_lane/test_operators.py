@@ -25,3 +25,13 @@ def test_what_travels_departs_before_what_can_wait_is_planned() -> None:
     found = [event for event in events if event in rank_flags]
     travels = ["alltoall_base_", *plan, *copy, "wait: rows of each rank", "alltoall_base_", *arrivals]
     assert found[: len(travels)] == travels
+
+
+@pytest.mark.parametrize("ranks", [1, RANKS])
+def test_the_symmetric_exchange_waits_for_nothing_and_puts_rows_four_times(ranks: int) -> None:
+    """There and back, forward and backward; also where choices are dropped."""
+    model = compose(["model=qwen3_30b_a3b", "model.moe.capacity.factor=1.0"]).model
+    passes = layer_operators(model, ranks, symmetric=True)
+    assert not passes.waits
+    assert [passes.forward.launching.count("put_rows"), passes.backward.launching.count("put_rows")] == [2, 2]
+    assert not {"alltoall_base_", "copy_rows", "nonzero"} & set(passes.forward.launching + passes.backward.launching)

@@ -13,7 +13,7 @@ from dry import PLANTS, Case, Found, largest_kept, planted, step_of, step_of_exp
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("tiny*.yaml"))
 FOLDED = "parallel.expert=8 parallel.shard=8 parallel.tensor=2"
-EXCHANGES = ("plain", "deduplicated", "hierarchical parallel.node_ranks=4", "gather")
+EXCHANGES = ("plain", "deduplicated", "hierarchical parallel.node_ranks=4", "gather", "symmetric")
 DROPS = ("tiny_expert_choice", "tiny_gshard", "tiny_longcat_flash", "tiny_moe_plus_plus", "tiny_null", "tiny_switch")
 """With the plain exchange these wait for what they drop, and the others do not."""
 ALL = os.environ.get("TOKENYARD_LANE") == "all"
@@ -32,6 +32,8 @@ LAYOUTS = [
     (16, "parallel.shard=4 parallel.expert=2"),
     (64, "parallel.expert=4 parallel.expert_tensor=2 parallel.shard=16 parallel.recompute=block"),
     (8, "parallel.expert=8 parallel.overlap_chunks=2"),
+    (8, "parallel.expert=4 parallel.exchange=symmetric model.moe.capacity.factor=1.25"),
+    (16, "parallel.expert=4 parallel.expert_tensor=2 parallel.exchange=symmetric parallel.recompute=true"),
     (8, "parallel.expert=8 model.moe.capacity.factor=1.25 model.moe.capacity.scope=batch"),
     (8, "parallel.expert=8 model.moe.capacity.factor=1.25 model.moe.capacity.pad=true"),
     (8, "parallel.tensor=2 data.mask_documents=true"),

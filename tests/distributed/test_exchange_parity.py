@@ -24,6 +24,8 @@ LAYOUTS = {
         4, tensor=2, expert=2, expert_tensor=2, recompute=True, exchange=Exchange.hierarchical, node_ranks=2
     ),
     "gather 2 x expert_tensor 2, 2 chunks": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.gather, overlap_chunks=2),
+    "symmetric 4, tensor 2, recompute": Layout(4, tensor=2, expert=4, recompute=True, exchange=Exchange.symmetric),
+    "symmetric 2 x expert_tensor 2": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.symmetric),
 }
 CHOICES = ("softmax", "deepseek v3", "gshard", "expert choice by batch", "null experts", "padded")
 """Those of all routers that differ in what they hand to the exchange."""
@@ -36,7 +38,7 @@ def test_layout_gives_the_numbers_of_one_process(ranks: Any, layout: Layout) -> 
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("layout", ["deduplicated 4", "hierarchical 4", "gather 4"])
+@pytest.mark.parametrize("layout", ["deduplicated 4", "hierarchical 4", "gather 4", "symmetric 4"])
 def test_every_kind_of_choice(ranks: Any, layout: str, name: str) -> None:
     exchange = Exchange(layout.partition(" ")[0])
     of_layout = Layout(4, expert=4, exchange=exchange, node_ranks=2 if exchange is Exchange.hierarchical else None)

@@ -68,6 +68,7 @@ LAYOUTS = {
     "all axes, pipeline 2 of 2 stages, zero 2, recompute": Layout(
         8, pipeline=2, context=2, shard=2, tensor=2, expert=4, zero=2, exchange=Exchange.deduplicated, recompute=True, **INTERLEAVED
     ),
+    "pipeline 2 x symmetric 2": Layout(4, pipeline=2, exchange=Exchange.symmetric, expert=2, recompute=True),
     "pipeline 2 x replicate 2": Layout(4, pipeline=2, exchange=Exchange.deduplicated, expert=2),
     "zbh1, pipeline 2 x expert 2, recompute": Layout(4, pipeline=2, expert=2, recompute=True, **ZBH1),
     "zbv, pipeline 2 x tensor 2 x expert_tensor 2": Layout(4, pipeline=2, tensor=2, expert_tensor=2, **ZBV),

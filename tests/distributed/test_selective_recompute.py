@@ -33,6 +33,7 @@ LAYOUTS = {
         4, tensor=2, expert=4, exchange=Exchange.hierarchical, node_ranks=2, overlap_chunks=2
     ),
     "gather 4, shard 2, zero 1": Layout(4, shard=2, zero=1, expert=4, exchange=Exchange.gather),
+    "symmetric 2 x expert_tensor 2, tensor 2": Layout(4, tensor=2, expert=2, expert_tensor=2, exchange=Exchange.symmetric),
     "context 2 x tensor 2, heads": Layout(4, context=2, tensor=2, expert=2, context_exchange=ContextExchange.heads),
     "context 2 of 4, keys": Layout(4, context=2, shard=4, expert=2),
     "pipeline 2 x expert 2": Layout(4, pipeline=2, expert=2),

@@ -33,6 +33,10 @@ IDS = (
     "rows_ptr",
     "given_ptr",
     "best_count_ptr",
+    "index_ptr",
+    "rank_ptr",
+    "row_ptr",
+    "address_ptr",
 )
 FLAGS = "filled_ptr", "kept_ptr", "valid_ptr"
 FP32 = "weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "logit_ptr", "bias_ptr", "score_ptr", "z_ptr", "score_part_ptr", "z_part_ptr"
@@ -59,6 +63,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
     yield rows._unpermute_backward, {"PADDED": False, "BLOCK": 1024}
     yield rows._unpermute_backward, {"PADDED": True, "BLOCK": 1024}
     yield rows._zero_empty_groups, {"PROGRAMS": 64, "BLOCK": 1024}
+    yield rows._put_rows, {"INDEXED": True, "BLOCK": 1024}
     yield casts._add_narrow, {"BLOCK": 1024}
     yield casts._bf16_parts, {"PARTS": (0, 1, 2), "BLOCK": 1024}
     yield casts._bf16_parts, {"PARTS": (0, 1, 2, 0), "BLOCK": 1024}

@@ -8,9 +8,11 @@ from tokenyard.moe import experts as experts_module
 from tokenyard.moe.config import Activation
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Choices, FusedDispatcher, LocalDispatcher, RowPlan, pad_to_multiple, plan_rows, row_alignment
+from tokenyard.moe.dropout import Dropout
 from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.feedforward import activate, activate_with_backward
 from tokenyard.moe.router import Routing
+from tokenyard.moe.token_info import Purpose
 from torch import Tensor
 
 EXPERTS, WIDTH, HIDDEN = 5, 16, 24
@@ -143,3 +145,25 @@ def random_routing(tokens: int, top_k: int, dropped: float | None, padded_rows: 
     weights_TK = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
     kept_TK = None if dropped is None else torch.rand(tokens, top_k) >= dropped
     return Routing(experts_TK, weights_TK, kept_TK, stats=None, padded_rows=padded_rows)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which triton's interpreter uses
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_rows_behind_those_of_all_experts_change_nothing(kind: str, dtype: torch.dtype) -> None:
+    """NaN behind the counts, in the rows and in their gradient, as in memory that nobody has written; with biases and dropout."""
+    experts = random_experts(dtype, Activation.swiglu, bias=True)
+    experts.dropout = Dropout(0.5, Purpose.hidden_dropout)
+    counts_E, keys_R = torch.tensor([3, 0, 4, 1, 2]), torch.arange(16)
+    rows_RD, gradient_RD = torch.randn(16, WIDTH, dtype=dtype), torch.randn(16, WIDTH, dtype=dtype)
+    rows_RD[10:], gradient_RD[10:] = torch.nan, torch.nan
+
+    def outputs_and_gradients(rows: int) -> list[Tensor]:
+        x_RD = rows_RD[:rows].clone().requires_grad_()
+        y_RD = experts(x_RD, counts_E, keys_R=keys_R[:rows])
+        gradients = torch.autograd.grad(y_RD, (x_RD, *experts.parameters()), gradient_RD[:rows])
+        return [y_RD.detach()[:10], gradients[0][:10], *gradients[1:]]
+
+    with dry_run(kind):
+        for found, expected in zip(outputs_and_gradients(16), outputs_and_gradients(10), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)

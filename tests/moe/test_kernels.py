@@ -54,6 +54,22 @@ def test_copies_of_tokens(shape: tuple[int, int, int, int], keep: float | None, 
     assert torch.equal(found, dispatch.gather_rows(x_TD, plan))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
+@pytest.mark.parametrize("width", [1, 37, 1100])
+def test_rows_are_put_into_memory_of_others(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, index_R, rank_R = torch.randint(99, (5, width)).to(dtype), torch.randint(5, (9,)), torch.randint(-1, 3, (9,))
+    row_R, memory_NR = torch.randperm(9), torch.zeros(3, 9, width, dtype=dtype)
+    for index in (index_R, None):
+        ranks, rows = (rank_R, row_R) if index is not None else (rank_R[:5], row_R[:5])
+        expected = memory_NR.clone()
+        for i, (rank, row) in enumerate(zip(ranks.tolist(), rows.tolist(), strict=True)):
+            if rank >= 0:
+                expected[rank, row] = x[i if index is None else index[i]]
+        row_kernels.put_rows(x, index, ranks, rows, torch.tensor([memory.data_ptr() for memory in memory_NR]))
+        assert torch.equal(memory_NR, expected) and expected.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from tokenyard.moe.param_count import count
-from tokenyard.parallel.config import ParallelConfig, Recompute
+from tokenyard.parallel.config import Exchange, ParallelConfig, Recompute
 from tokenyard.parity.choose_layouts import DEGREES, Layout, all_layouts, is_legal, parse_layouts, prepare_config
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import ParityConfig
 from tokenyard.parity.shrink import shrink
 from tokenyard.train.config.compose import CONF, compose
+from tokenyard.train.config.config import Config
 from tokenyard.train.config.rules.rules import violations
 
 MODELS = sorted(path.stem for path in Path(CONF / "model").glob("*.yaml"))
@@ -49,7 +50,14 @@ def test_automatic_layouts_cover_every_split_and_option() -> None:
         (recompute, accumulation) for recompute in Recompute for accumulation in (1, 2)
     }
     assert Layout(4, ParallelConfig(tensor=2, shard=2, expert=4)) in layouts
+    assert {layout.parallel.exchange for layout in layouts if layout.parallel.expert > 1} == set(Exchange)
     assert Layout() not in layouts
+
+
+def test_the_symmetric_exchange_has_room_for_everything() -> None:
+    """One process drops nothing, so no layout may."""
+    (layout,) = parse_layouts("[expert=4 exchange=symmetric]")
+    assert layout.applied(Config()).parallel.exchange_rows == layout.parallel.expert == 4
 
 
 def test_more_ranks_and_what_the_model_cannot() -> None:

@@ -16,12 +16,25 @@ REFUSED = [
     (4, "parallel.overlap_chunks=0", "parallel.overlap_chunks=0: must be in [1, inf)", "parallel.overlap_chunks=1"),
     (4, "parallel.overlap_chunks=2 model.moe.capacity.pad=true model.moe.capacity.factor=1",
      "parallel.overlap_chunks=2: must be 1 with model.moe.capacity.pad=true", "parallel.overlap_chunks=1"),
-    (4, "parallel.exchange=dedup", "parallel.exchange=dedup: must be one of plain, deduplicated, hierarchical, gather",
+    (4, "parallel.exchange=dedup", "parallel.exchange=dedup: must be one of plain, deduplicated, hierarchical, gather, symmetric",
      "parallel.exchange=deduplicated"),
     (1, "parallel.recompute=selektive", "parallel.recompute=selektive: must be one of none, block, selective",
      "parallel.recompute=selective"),
     (1, "parallel.recompute=selective compile=true", "parallel.recompute=selective: must be none or block with compile=true",
      "parallel.recompute=block"),
+    (4, "parallel.expert=4 parallel.exchange=symmetric parallel.overlap_chunks=2",
+     "parallel.overlap_chunks=2: must be 1 with parallel.exchange=symmetric", "parallel.overlap_chunks=1"),
+    (4, "parallel.expert=4 parallel.exchange=symmetric engine.kind=deepspeed",
+     "parallel.exchange=symmetric: must not be symmetric with engine=deepspeed", "parallel.exchange=plain"),
+    (8, "parallel.expert=4 parallel.exchange=symmetric launch=torchrun launch.nodes=4 launch.ranks=2",
+     "parallel.exchange=symmetric: must not be symmetric where the 4 ranks of an expert group are not inside a node of 2",
+     "parallel.exchange=deduplicated or parallel.exchange=hierarchical"),
+    (4, "parallel.expert=4 parallel.exchange=symmetric parallel.exchange_rows=0",
+     "parallel.exchange_rows=0.0: must be in (0, inf)", "parallel.exchange_rows=2.0"),
+    (8, "parallel.expert=4 parallel.exchange=symmetric sequence_length=4194304 batch.micro=128 batch.sequences=1024",
+     "parallel.exchange_rows=2.0: must leave the 1073741824 rows of an even share below 2**31 in all", "parallel.exchange_rows=1"),
+    (4, "parallel.exchange_overflow=drop", "parallel.exchange_overflow=drop: must be fatal, only parallel.exchange=symmetric reads",
+     "parallel.exchange_overflow=fatal"),
 ]  # fmt: skip
 ACCEPTED = [
     (4, "parallel.expert=4 parallel.exchange=deduplicated parallel.overlap_chunks=3"),
@@ -29,6 +42,7 @@ ACCEPTED = [
     (4, "parallel.expert=2 parallel.exchange=hierarchical parallel.node_ranks=4"),
     (8, "parallel.expert=8 parallel.exchange=hierarchical parallel.node_ranks=2"),
     (1, "parallel.exchange=gather"),
+    (8, "parallel.expert=4 parallel.exchange=symmetric launch=torchrun launch.nodes=2 launch.ranks=4"),
 ]
 
 

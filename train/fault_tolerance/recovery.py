@@ -6,7 +6,7 @@ from ..batch import Rows
 from ..checkpointing import wait_for_save
 from ..config.complain import say
 from ..config.private_files import writing_to
-from ..exit import ExitCode, RunStop
+from ..exit import ExitCode, RunStop, too_little_room
 from ..nonfinite import bad_gradients
 from ..resume import keep_timeline, newest_intact, resume
 from ..session import Session
@@ -23,7 +23,7 @@ def run_step(session: Session, supervisor: Supervisor, rows: list[Rows], lr: flo
     step_input = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
     numbers = session.engine.step(step_input._replace(overlap_fn=lambda: session.batch_loader.prepare(step)))
     fault = guard.fault(numbers.global_flags)
-    if fault is None or fault.kind == "bad_data":
+    if fault is None or fault.kind in ("bad_data", "overflow"):
         return numbers
     tensors = bad_gradients(session.parallel)
     again = session.engine.step(step_input._replace(rank_flags=rank_flags._replace(seconds=None), accepts=guard.accepts_again))
@@ -41,6 +41,8 @@ def recover(session: Session, supervisor: Supervisor, global_flags: GlobalFlags)
     assert fault is not None
     if fault.kind == "bad_data" and supervisor.bad_data is not None:
         say(f"rank {session.parallel.mesh.rank}: {supervisor.bad_data}")
+    if fault.kind == "overflow":
+        raise RunStop(f"step {step}: {too_little_room(session.config.parallel, global_flags.overflow)}", ExitCode.overflow)
     if fault.action is Action.stop:
         code = ExitCode.bad_data if fault.kind == "bad_data" else ExitCode.not_finite
         raise RunStop(f"step {step}: {fault.text}", code)

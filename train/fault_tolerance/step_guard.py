@@ -64,7 +64,7 @@ class Action(Enum):
 
 class Fault(NamedTuple):
     kind: str
-    """not_finite, spike or bad_data."""
+    """not_finite, spike, bad_data or overflow."""
     text: str
     action: Action
 
@@ -86,6 +86,8 @@ class Guard:
         """Returns what is wrong with a step, None if nothing is."""
         if flags.bad_data:
             return Fault("bad_data", f"{ranks_of(flags, flags.bad_data)} could not read the rows", Action.stop)
+        if flags.overflow:
+            return Fault("overflow", f"{flags.overflow} rows had no room in the exchange", Action.stop)
         if not is_sound(flags):
             text = f"loss {flags.loss}, gradient norm {flags.gradient_norm}; {ranks_of(flags, flags.not_finite)} had it first"
             return Fault("not_finite", text, Action(self.config.on_nan.value))

@@ -66,6 +66,7 @@ class Meter:
             "step_seconds": seconds,
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
             **load_metrics(numbers.counts_LE[:, : self.model.moe.experts], numbers.dropped_L, self.layers),
+            **({"moe/overflow_rows": numbers.overflow_L.sum().item()} if len(numbers.overflow_L) else {}),
         }
 
 

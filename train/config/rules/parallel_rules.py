@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, ModelConfig
-from ....parallel.config import ContextExchange, Exchange, PipelineSchedule, Recompute
+from ....parallel.config import ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
 from ....parallel.layout import node_ranks
 from ....parallel.pipeline.schedule import ZERO_BUBBLE
 from ..config import Config, EngineKind
@@ -13,6 +13,9 @@ from ..environment import local_world_size
 from ..launch import Launcher
 from .model_rules import linear_blocks, moe_blocks
 from .rule import Violation, divisors
+
+MOST_ROWS = 2**31
+"""The grouped products count rows in int32."""
 
 
 def degrees(config: Config, world: int) -> Iterator[Violation]:
@@ -108,15 +111,43 @@ def exchange(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(
             "parallel.node_ranks", f"must be null, only parallel.exchange={Exchange.hierarchical.value} reads it", [None]
         )
+    if p.exchange is Exchange.symmetric:
+        yield from _symmetric(config, world)
+    elif p.exchange_overflow is not Overflow.fatal:
+        rule = f"must be {Overflow.fatal.value}, only parallel.exchange={Exchange.symmetric.value} reads it"
+        yield Violation("parallel.exchange_overflow", rule, [Overflow.fatal])
+
+
+def _symmetric(config: Config, world: int) -> Iterator[Violation]:
+    """Ranks can write into each other's memory inside a node only, and count rows in int32."""
+    p, moe, key = config.parallel, config.model.moe, "parallel.exchange"
+    group, ranks = p.expert * p.expert_tensor, node_ranks(p, world, _local_ranks(config))
+    if p.expert > 1 and ranks % group:
+        rule = f"must not be symmetric where the {group} ranks of an expert group are not inside a node of {ranks}"
+        yield Violation(key, rule, [Exchange.hierarchical, Exchange.deduplicated])
+    if config.engine.kind is EngineKind.deepspeed:
+        yield Violation(key, "must not be symmetric with engine=deepspeed", [Exchange.plain])
+    if p.overlap_chunks > 1:
+        yield Violation("parallel.overlap_chunks", f"must be 1 with {key}=symmetric, which has nothing to overlap", [1])
+    sequences = config.batch.micro or max(1, config.batch.sequences * p.tensor * p.context * p.pipeline // world)
+    share = sequences * config.sequence_length // (p.tensor * p.context) * moe.top_k
+    if share * min(p.exchange_rows, p.expert) >= MOST_ROWS:
+        rule = f"must leave the {share} rows of an even share below 2**31 in all"
+        yield Violation("parallel.exchange_rows", rule, [MOST_ROWS // 2 // share])
+
+
+def _local_ranks(config: Config) -> int | None:
+    """Returns the ranks of a node, as far as the launcher says."""
+    local = local_world_size()
+    if local is None and config.launch.kind is not Launcher.inline:  # the ranks are not started yet
+        local = config.launch.ranks
+    return local
 
 
 def _nodes(config: Config, world: int) -> Iterator[Violation]:
     """The ranks that share experts must fill whole nodes or lie inside one."""
     p = config.parallel
-    local = local_world_size()
-    if local is None and config.launch.kind is not Launcher.inline:  # the ranks are not started yet
-        local = config.launch.ranks
-    ranks = node_ranks(p, world, local)
+    ranks = node_ranks(p, world, _local_ranks(config))
     if p.expert % ranks == 0 or ranks % p.expert == 0:
         return
     rule = f"must divide parallel.expert={p.expert} or be a multiple of it"

@@ -1,0 +1,263 @@
+"""The symmetric exchange: each row is put straight into the memory of its expert's rank, in the order of the experts.
+
+The plain exchange reads on the host how many rows come from each rank. Here the memory has room for a fixed number of rows, so that
+shapes are known beforehand; counts and places stay on the device. All ranks have equally many tokens.
+
+When memory may be overwritten. A transfer is three things in the stream of each rank: it puts rows into the memory of the others,
+enters a barrier, and copies what came out of its own memory. It always copies: nothing that the backward pass needs stays in this
+memory, however many micro-batches (of a pipeline, or recomputed) lie between a forward pass and its backward pass. The memory has
+two halves, which transfers use in turns. Let transfer t + 2 of this rank write into the half of transfer t of another rank. This
+rank has passed the barrier of transfer t + 1, so the other has entered it, and had then done what comes before it in its stream:
+the copy of transfer t. Hence one barrier for each transfer suffices. This needs that all ranks of the axis make the same transfers
+in the same order, as they do collectives, and each in a single stream: nothing overlaps with a transfer.
+
+T tokens, K choices of each, E experts, N ranks, L = E / N experts of a rank, D width, A rows that this rank plans (T * K, or with
+padding those of each expert), C rows that its experts have room for.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...moe.device import kind_of
+from ...moe.dispatch import (
+    DispatchedTokens,
+    Dispatcher,
+    DispatcherOutput,
+    ExpertsFn,
+    OverlapFn,
+    RowPlan,
+    count_rows,
+    experts_or_dropped,
+    gather_rows,
+    plan_choices,
+    sum_rows,
+    unpermute,
+)
+from ...moe.kernels import operators
+from ...moe.recompute import keep
+from ...moe.router import Routing
+from ..collectives import stack_over
+from ..mesh import Axis
+from . import shared_memory
+
+ALIGNMENT = 256
+"""Bytes: halves of the memory begin at multiples of it."""
+
+
+class Targets(NamedTuple):
+    """Row i of this rank goes to row `row_R[i]` of rank `rank_R[i]` of the axis, or nowhere (-1). int64."""
+
+    rank_R: Tensor
+    row_R: Tensor
+
+
+class SymmetricPlan(NamedTuple):
+    """Where rows go to and come from. What one rank sends to row r of another is what that would send back from row r."""
+
+    rows: RowPlan
+    """The A rows of this rank, in the order of (expert, token). Choices without room are dropped."""
+    there: Targets
+    """Of the A rows."""
+    back: Targets
+    """Of the rows of this rank's experts, in the order of (expert, rank, token): C of them; on a CPU only those that come."""
+    counts_L: Tensor
+    """int64: rows of each of this rank's experts."""
+    overflow: Tensor
+    """int64 scalar: choices of this rank that found no room."""
+
+
+def room(tokens: int, top_k: int, experts: int, ranks: int, rows: float) -> int:
+    """Returns C: `rows` times the even share, and at most the rows that can come, since the experts of a token differ."""
+    return min(math.ceil(rows * tokens * top_k), ranks * tokens * min(top_k, experts // ranks))
+
+
+def kept_counts(counts_NE: Tensor, most: int) -> Tensor:
+    """Returns how many of each rank's choices of each expert, (N, E), find room if every rank has room for `most` rows.
+
+    All experts of a rank get the same limit, the largest with which their rows fit, and keep the first rows in the order of (rank,
+    token). For ascending totals t of L experts, the sum of min(t, x) is the least of t_1 + ... + t_k + (L - k) x, k <= L. So x is
+    small enough if that of some k < L is at most `most`; k = L - 1 limits none if all fit.
+    """
+    ranks, experts = counts_NE.shape
+    local = experts // ranks
+    total_NL = counts_NE.sum(0).view(ranks, local).sort(1).values
+    smaller_NL = total_NL.cumsum(1) - total_NL
+    others_L = torch.arange(local, 0, -1, device=counts_NE.device)
+    limit_N = torch.div(most - smaller_NL, others_L, rounding_mode="floor").amax(1)
+    before_NE = counts_NE.cumsum(0) - counts_NE
+    return (limit_N.repeat_interleave(local, output_size=experts) - before_NE).clamp(min=0).minimum(counts_NE)
+
+
+def plan_targets(counts_NE: Tensor, kept_NE: Tensor, rank: int, rows: int) -> Targets:
+    """Returns where the `rows` rows of this rank go, which are in the order of the experts: counts_NE[rank] of each."""
+    ranks, experts = counts_NE.shape
+    total_NL = kept_NE.sum(0).view(ranks, -1)
+    first_E = (total_NL.cumsum(1) - total_NL).flatten() + kept_NE[:rank].sum(0)
+    ends_E = counts_NE[rank].cumsum(0)
+    index_A = torch.arange(rows, device=counts_NE.device)
+    expert_A = torch.searchsorted(ends_E, index_A, right=True)
+    known_A = expert_A.clamp(max=experts - 1)
+    nth_A = index_A - (ends_E - counts_NE[rank])[known_A]
+    goes_A = (expert_A < experts) & (nth_A < kept_NE[rank][known_A])
+    return Targets((known_A // total_NL.shape[1]).masked_fill(~goes_A, -1), first_E[known_A] + nth_A)
+
+
+def plan_return(counts_NE: Tensor, kept_NE: Tensor, rank: int, rows: int) -> Targets:
+    """Returns where the `rows` rows of this rank's experts go: the inverse of `plan_targets` of all ranks."""
+    ranks, experts = counts_NE.shape
+    own = slice(rank * (experts // ranks), (rank + 1) * (experts // ranks))
+    kept_LN = kept_NE[:, own].T.contiguous()
+    first_LN = (counts_NE.cumsum(1) - counts_NE)[:, own].T
+    ends = kept_LN.flatten().cumsum(0)
+    index_C = torch.arange(rows, device=counts_NE.device)
+    cell_C = torch.searchsorted(ends, index_C, right=True)
+    known_C = cell_C.clamp(max=experts - 1)
+    nth_C = index_C - (ends - kept_LN.flatten())[known_C]
+    return Targets((known_C % ranks).masked_fill(cell_C >= experts, -1), first_LN.flatten()[known_C] + nth_C)
+
+
+class Buffers:
+    """The shared memory of an axis, which grows when more is needed, and whose half is next. Holds nothing between transfers."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self.memory: shared_memory.SharedMemory | None = None
+        self.half_bytes, self.turn = 0, 0
+        self.addresses: list[Tensor] = []
+        """Of each half, the address at each rank, (N,)."""
+
+    def transfer(self, rows: Tensor, index_R: Tensor | None, targets: Targets, arriving: Targets, most: int) -> Tensor:
+        """Puts rows[index_R], (R, ...), at their targets. Returns the rows that came, zeros where none did.
+
+        `arriving`: the targets of the way back, so row i comes if `arriving` sends row i. `most`: the rows that any rank gets in
+        any transfer of this plan. Collective.
+        """
+        rows = rows.contiguous()
+        self._make_room(max(most, 1) * _row_bytes(rows), rows.device)
+        assert self.memory is not None
+        own = self._view(self.axis.rank, arriving.rank_R, rows)
+        if kind_of(rows) == "cpu":
+            for rank in range(self.axis.size):
+                there = (targets.rank_R == rank).nonzero().flatten()
+                moved = rows.index_select(0, there if index_R is None else index_R[there])
+                self._view(rank, None, rows).index_copy_(0, targets.row_R[there], moved)
+        else:
+            operators.put_rows(rows, index_R, *targets, self.addresses[self.turn], own)
+        self.memory.barrier()
+        self.turn = 1 - self.turn
+        came = (arriving.rank_R >= 0).view(-1, *[1] * (rows.ndim - 1))
+        return torch.where(came, own, own.new_zeros(()))
+
+    def _view(self, rank: int, of: Tensor | None, like: Tensor) -> Tensor:
+        """Returns the rows of the current half at `rank`: as many as `of` has, or all."""
+        assert self.memory is not None
+        rows = self.half_bytes // _row_bytes(like) if of is None else len(of)
+        start = self.turn * self.half_bytes
+        return self.memory.peers[rank][start : start + rows * _row_bytes(like)].view(like.dtype).view(rows, *like.shape[1:])
+
+    def _make_room(self, size: int, device: torch.device) -> None:
+        """Gets larger memory if a half has less than `size` bytes. Nobody puts rows into the old one: all ranks come to this."""
+        if size <= self.half_bytes:
+            return
+        self.half_bytes, self.turn = -(-size // ALIGNMENT) * ALIGNMENT, 0
+        self.memory = shared_memory.open_memory(self.axis, 2 * self.half_bytes, device)
+        addresses = self.memory.addresses()
+        self.addresses = [addresses, addresses + self.half_bytes]
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return math.prod(rows.shape[1:]) * rows.element_size()
+
+
+class _ToExperts(torch.autograd.Function):
+    """Tokens (T, D) to the rows of this rank's experts."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, buffers: Buffers, most: int, plan: SymmetricPlan) -> Tensor:
+        ctx.buffers, ctx.most = buffers, most
+        ctx.save_for_backward(*plan.there, *plan.back, *plan.rows)
+        if plan.rows.filled_R is None:
+            return keep(partial(buffers.transfer, x_TD, plan.rows.token_R, plan.there, plan.back, most))
+        return keep(lambda: buffers.transfer(gather_rows(x_TD, plan.rows), None, plan.there, plan.back, most))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        there, back, rows = _saved(ctx)
+        return sum_rows(ctx.buffers.transfer(grads[0], None, back, there, ctx.most), rows), None, None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Outputs of this rank's experts to the rows of this rank's tokens, (A, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, y_CD: Tensor, buffers: Buffers, most: int, plan: SymmetricPlan) -> Tensor:
+        ctx.buffers, ctx.most = buffers, most
+        ctx.save_for_backward(*plan.there, *plan.back, *plan.rows)
+        return keep(partial(buffers.transfer, y_CD, None, plan.back, plan.there, most))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        there, back, _ = _saved(ctx)
+        return ctx.buffers.transfer(grads[0], None, there, back, ctx.most), None, None, None
+
+
+def _saved(ctx: Any) -> tuple[Targets, Targets, RowPlan]:
+    rank_A, row_A, rank_C, row_C, *rows = ctx.saved_tensors
+    return Targets(rank_A, row_A), Targets(rank_C, row_C), RowPlan(*rows)
+
+
+class SymmetricDispatcher(Dispatcher):
+    """Has memory, but keeps nothing in it from one call to the next."""
+
+    def __init__(self, experts: int, axis: Axis, rows: float) -> None:
+        """`rows`: the room of each rank, as a multiple of the rows that it gets if all experts are equally loaded."""
+        self.experts, self.axis, self.rows = experts, axis, rows
+        self.buffers = Buffers(axis)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
+        plan = self._plan(routing)
+        most, keys_C = max(len(plan.rows.token_R), self._room(routing)), None
+        tokens_CD: Any = _ToExperts.apply(x_TD, self.buffers, most, plan)
+        if routing.keys_T is not None:
+            keys = routing.keys_T, plan.rows.token_R, plan.there, plan.back, most
+            keys_C = keep(partial(self.buffers.transfer, *keys))
+        return DispatchedTokens(tokens_CD, plan.counts_L, (plan, most, routing.weights_TK), keys_C)
+
+    def combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Tensor:
+        plan, most, weights_TK = dispatched.metadata
+        rows_AD: Any = _ToTokens.apply(y_RD, self.buffers, most, plan)
+        return unpermute(rows_AD, weights_TK, plan.rows)
+
+    def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
+        dispatched = self.dispatch(x_TD, routing)
+        overlapped, plan = overlap_fn(), dispatched.metadata[0]
+        y_TD = self.combine(dispatched.through(experts), dispatched)
+        return DispatcherOutput(y_TD, overlapped, plan.counts_L.sum(), plan.overflow)
+
+    def _room(self, routing: Routing) -> int:
+        if routing.padded_rows is not None:  # every expert has as many
+            return self.experts * routing.padded_rows
+        tokens, top_k = routing.experts_TK.shape
+        return room(tokens, top_k, self.experts, self.axis.size, self.rows)
+
+    def _plan(self, routing: Routing) -> SymmetricPlan:
+        experts_TK, dropping = experts_or_dropped(routing, self.experts), routing.kept_TK is not None
+        counted = count_rows(experts_TK, self.experts)
+        plan = plan_choices(experts_TK, self.experts, routing.padded_rows, dropping, counted, cut=False)
+        counts_NE = stack_over(plan.counts_E, self.axis)
+        kept_NE = kept_counts(counts_NE, self._room(routing))
+        first = self.axis.rank * self.experts // self.axis.size
+        counts_L = kept_NE[:, first : first + self.experts // self.axis.size].sum(0)
+        arriving = int(counts_L.sum()) if kind_of(counts_L) == "cpu" else self._room(routing)
+        there = plan_targets(counts_NE, kept_NE, self.axis.rank, len(plan.token_R))
+        back = plan_return(counts_NE, kept_NE, self.axis.rank, arriving)
+        kept_TK = plan.slot_TK >= 0
+        if len(plan.token_R):
+            kept_TK = kept_TK & (there.rank_R >= 0)[plan.slot_TK.clamp(min=0)]
+        rows = plan._replace(slot_TK=plan.slot_TK.masked_fill(~kept_TK, -1), kept_TK=kept_TK)
+        overflow = (counts_NE - kept_NE)[self.axis.rank].sum()
+        return SymmetricPlan(rows, there, back, counts_L, overflow)
