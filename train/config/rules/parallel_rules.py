@@ -66,8 +66,6 @@ def context(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(key, rule, [1, *fitting])
     if config.engine.kind is EngineKind.deepspeed:
         yield Violation(key, "must be 1 with engine=deepspeed", [1])
-    if config.compile:
-        yield Violation(key, "must be 1 with compile=true", [1])
     if linear_blocks(c):
         rule = f"must be 1 with linear attention ({linear_blocks(c)} of {c.layers} layers), whose state passes through all tokens"
         yield Violation(key, rule, [1])
@@ -154,8 +152,6 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
     if config.model.moe.balance.pool_layers:
         rule = "must be false with parallel.pipeline, the one loss of all layers would have to know the layers of other stages"
         yield Violation("model.moe.balance.pool_layers", rule, [False])
-    if config.compile:
-        yield Violation("compile", "must be false with parallel.pipeline", [False])
     if config.model.moe.shortcut:
         yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
 
