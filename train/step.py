@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ..parallel.context import own_chunks
 from ..parallel.fsdp import prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
+from ..parallel.pipeline.schedule import Action
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
@@ -155,13 +156,21 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
         shares.append(share)
         return StageResult(y_BSD, share.objective)
 
-    @contextmanager
-    def around(last: bool) -> Iterator[None]:
-        prepare_backward(parallel.model, parallel.zero, last)
-        with gradient_all_reduce(parallel) if last else nullcontext():
-            yield
+    model, end_of = parallel.model, {action.stage: action for action in pipeline.actions(len(micro_batches))}
+    blocks = list(zip(map(pipeline.stage_of, model.block_indices), model.blocks, strict=True))
+    pipeline.ended.clear()
 
-    run_schedule(pipeline, len(micro_batches), between_stages(parallel, micro_batches[0]), forward, around)
+    @contextmanager
+    def around(action: Action, last: bool) -> Iterator[None]:
+        if action == end_of[action.stage]:
+            if not pipeline.ended:
+                until_all_end.enter_context(gradient_all_reduce(parallel))
+            pipeline.ended.add(action.stage)
+        prepare_backward(model, parallel.zero, last, [block for stage, block in blocks if stage in pipeline.ended])
+        yield
+
+    with ExitStack() as until_all_end:
+        run_schedule(pipeline, len(micro_batches), between_stages(parallel, micro_batches[0]), forward, around)
     return shares
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class Pipeline:
     links: Links
     collects_metrics: bool = False
     """Whether routers collect metrics in this step, which a stage without routers has to know too."""
+    ended: set[int] = field(default_factory=set)
+    """The stages of this rank whose last backward pass of the step runs or has run: it makes their gradients final."""
 
     @property
     def last(self) -> int:
@@ -46,6 +48,17 @@ class Pipeline:
     def all_rows(self) -> list[int]:
         """`rows` of all stages of this rank, in the order of the layers."""
         return sorted(row for rows in self.rows.values() for row in rows)
+
+    def stage_of(self, layer: int) -> int:
+        """Returns the stage of this rank that has `layer`; the layers of multi-token prediction are on the last one."""
+        return next((stage for stage, inside in self.layers.items() if layer in inside), self.last)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether the gradient of parameter `name` is final after the pass that runs: after all of them for the embedding."""
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return self.stage_of(int(rest.partition(".")[0])) in self.ended
+        return len(self.ended) == len(self.layers) if part == "embedding" else self.last in self.ended
 
     def actions(self, micros: int) -> list[Action]:
         """Returns the schedule of this rank for `micros` micro-batches."""
@@ -66,13 +79,13 @@ Forward = Callable[[int, int, Tensor | None], StageResult]
 
 
 def run_schedule(
-    pipeline: Pipeline, micros: int, like: Tensor, forward: Forward, around: Callable[[bool], AbstractContextManager[None]]
+    pipeline: Pipeline, micros: int, like: Tensor, forward: Forward, around: Callable[[Action, bool], AbstractContextManager[None]]
 ) -> None:
     """Passes `micros` micro-batches forward and backward through this rank's stages. Collective over the pipeline.
 
-    `like`: an empty tensor with the shape of the residual stream between stages. `around` takes whether a backward pass is the last
-    one, and wraps it with the message that follows it. A stage differentiates its output, with the gradient that it receives, and
-    its own share of the objective together: no auxiliary loss has to travel.
+    `like`: an empty tensor with the shape of the residual stream between stages. `around` takes a backward pass, and whether
+    it is the last one, and wraps it with the message that follows it. A stage differentiates its output, with the gradient that it
+    receives, and its own share of the objective together: no auxiliary loss has to travel.
     """
     actions, mail = pipeline.actions(micros), Mail(pipeline.links, like)
     kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
@@ -88,7 +101,7 @@ def run_schedule(
                 mail.send(action, result.output_BSD)
             continue
         into_BSD, result = kept.pop((action.stage, action.micro))
-        with around(following is None):
+        with around(action, following is None):
             with _named(action):
                 _backward(result, x_BSD)
             if into_BSD is not None:
