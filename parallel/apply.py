@@ -113,7 +113,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         _compile(model, device)
         log.info("torch.compile: attention, norms and dense feed-forwards of every block")
     if config.shard > 1:
-        apply_fsdp(model, mesh, device, config.zero)
+        apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers)
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}

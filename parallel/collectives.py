@@ -1,4 +1,6 @@
-"""The differentiable collectives of tensor parallelism, and small reductions. On an axis of one rank each is the identity.
+"""The differentiable collectives of tensor and context parallelism, and small reductions.
+
+On an axis of one rank each is the identity.
 
 B sequences, S tokens of each, N ranks of the axis.
 """
@@ -27,6 +29,11 @@ def gather_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
 def scatter_sequence(x_BSD: Tensor, axis: Axis) -> Tensor:
     """Sums (B, S, D) over the ranks and returns this rank's slice (B, S / N, D) of the sum. The gradient is gathered."""
     return x_BSD if axis.size == 1 else _ScatterSequence.apply(x_BSD, axis)  # pyright: ignore[reportReturnType]
+
+
+def swap_parts(x_N: Tensor, axis: Axis) -> Tensor:
+    """Sends x_N[n] to rank n; part n of the result comes from rank n. The gradient makes the same exchange."""
+    return x_N if axis.size == 1 else _SwapParts.apply(x_N, axis)  # pyright: ignore[reportReturnType]
 
 
 def all_reduce_parts(x: Tensor, axis: Axis) -> Tensor:
@@ -62,6 +69,14 @@ def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     return out.view(axis.size, *x.shape)
 
 
+def _swap(x_N: Tensor, axis: Axis) -> Tensor:
+    x_N = x_N.contiguous()
+    out_N = torch.empty_like(x_N)
+    with collective("all_to_all", axis):
+        dist.all_to_all_single(out_N, x_N, group=axis.group)
+    return out_N
+
+
 def _gather(x_BSD: Tensor, axis: Axis) -> Tensor:
     return stack_over(x_BSD, axis).transpose(0, 1).flatten(1, 2)
 
@@ -94,6 +109,17 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _gather(grads[0], ctx.axis), None
+
+
+class _SwapParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _swap(x_N, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _swap(grads[0], ctx.axis), None
 
 
 class _AllReduceParts(torch.autograd.Function):

@@ -24,9 +24,8 @@ from ..moe.model import Transformer
 from ..moe.rotary import RotaryTables, rotary_tables
 from ..moe.softmax import Softmax
 from ..moe.token_info import TokenInfo
-from .collectives import gather_sequence
+from .collectives import gather_sequence, swap_parts
 from .config import ContextExchange
-from .dispatch.async_collectives import AllToAll
 from .mesh import Axis, Mesh
 
 if TYPE_CHECKING:
@@ -173,17 +172,11 @@ def attend_by_heads(
         k_BGsh, v_BGsv = (x.repeat_interleave(repeats + 1, dim=1) for x in (k_BGsh, v_BGsv))
     # Of all heads of one rank's tokens: (N, B, s, own heads x width) in the order of the ranks that they go to.
     sent = [x.unflatten(1, (axis.size, -1)).permute(1, 0, 3, 2, 4) for x in (q_BHsh, k_BGsh, v_BGsv)]
-    came_NBsC = _swap(torch.cat([x.flatten(3) for x in sent], dim=-1), axis)
+    came_NBsC = swap_parts(torch.cat([x.flatten(3) for x in sent], dim=-1), axis)
     whole_BSC = in_order(came_NBsC.transpose(0, 1).flatten(1, 2), axis)
     parts = whole_BSC.split([x.shape[3] * x.shape[4] for x in sent], dim=-1)
     q_BHSh, k_BGSh, v_BGSv = (part.unflatten(-1, (x.shape[3], -1)).transpose(1, 2) for part, x in zip(parts, sent, strict=True))
     sinks = None if sinks_H is None else sinks_H.chunk(axis.size)[axis.rank]
     y_BHSv = attend(q_BHSh, k_BGSh, v_BGSv, softmax, sinks, documents_BS, blocks)
     y_NBsC = by_rank(y_BHSv.transpose(1, 2).flatten(2), axis).unflatten(1, (axis.size, -1)).transpose(0, 1)
-    return _swap(y_NBsC, axis).unflatten(-1, (y_BHSv.shape[1], -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-
-def _swap(x_NBsC: Tensor, axis: Axis) -> Tensor:
-    """Sends part n to rank n; part n of the result comes from rank n. Its gradient is the same exchange."""
-    rows = [x_NBsC.shape[1] * x_NBsC.shape[2]] * axis.size
-    return AllToAll(rows, rows, axis).start(x_NBsC.flatten(0, 2)).wait().view_as(x_NBsC)
+    return swap_parts(y_NBsC, axis).unflatten(-1, (y_BHSv.shape[1], -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)

@@ -10,6 +10,7 @@ routers are not sharded: they are small, and the router must not be cast down.
 
 import itertools
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,8 +23,8 @@ from .layout import shard_dim, stays_whole
 from .mesh import Mesh
 
 
-def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) -> None:
-    """Wraps blocks, their experts and the root, in this order.
+def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int, stages: Mapping[int, range] | None = None) -> None:
+    """Wraps blocks, their experts and the root, in this order. `stages`: the layers of each stage of this rank of a pipeline.
 
     Experts are gathered and reduced around their MoE layer: once, however many chunks it cuts its tokens into.
     """
@@ -43,19 +44,21 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int) 
         if block.moe is not None and expert_mesh is not None:
             _wrap(block.moe, expert_mesh, experts.size, policy, set(block.moe.parameters()) - of_experts)
     _wrap(model, dense_mesh, dense.size, policy, whole)
-    _set_prefetch(model)
+    _set_prefetch(model, stages or {0: range(model.config.layers)})
     if zero < 3:
         cast(FSDPModule, model).set_reshard_after_forward(False)
 
 
-def prepare_backward(model: nn.Module, zero: int, last: bool, sums: bool = True) -> None:
+def prepare_backward(model: nn.Module, zero: int, last: bool, ended: Iterable[nn.Module] = (), sums: bool = True) -> None:
     """Sets what FSDP does in the next backward pass; `last`: it is that of the last micro-batch of a step.
 
-    Without `sums` it reduces no gradient, since most come later: see `end_deferred_gradients`.
+    `ended`: blocks that have no later backward pass, though the model has. Without `sums` it reduces no gradient, since most come
+    later: see `end_deferred_gradients`.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sums and (last or zero > 1))
-        model.set_reshard_after_backward(last or zero == 3)
+    for module, final in ((model, last), *((block, True) for block in ended)):
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sums and (final or zero > 1))
+            module.set_reshard_after_backward(final or zero == 3)
 
 
 def end_deferred_gradients(model: nn.Module) -> None:
@@ -65,21 +68,37 @@ def end_deferred_gradients(model: nn.Module) -> None:
         state._root_post_backward_final_callback()
 
 
-def _set_prefetch(model: Transformer) -> None:
-    """Each block prefetches the weights of the block that follows it, in the forward and in the backward pass.
+def _set_prefetch(model: Transformer, stages: Mapping[int, range]) -> None:
+    """Each block prefetches the weights of the block of its stage that follows it, in the forward and in the backward pass.
 
     The last layer does not prefetch the first module of multi-token prediction, which only training runs. Backward, torch
-    prefetches the last block by itself; if the root did, it would do so again for each of its outputs.
+    prefetches the last block by itself; if the root did, it would do so again for each of its outputs. Where passes do not follow
+    each other as torch assumes, which is in a pipeline, a module that has nothing to prefetch names one that is gathered already.
     """
-    groups: list[list[Any]] = [[m for m in (block, block.moe) if isinstance(m, FSDPModule)] for block in model.blocks]
-    forward: list[list[Any]] = [[model], *groups]
-    for index, (here, following) in enumerate(itertools.pairwise(forward)):
-        if index != len(model.layers):
+    groups: dict[int, list[Any]] = {
+        index: [m for m in (block, block.moe) if isinstance(m, FSDPModule)]
+        for index, block in zip(model.block_indices, model.blocks, strict=True)
+    }
+    first: dict[int, list[Any]] = {}
+    for stage, layers in stages.items():
+        inside = [groups[index] for index in layers]
+        further = [groups[index] for index in groups if index >= model.config.layers and stage == max(stages)]
+        first[stage] = inside[0] if inside else []
+        for here, following in (*itertools.pairwise(inside), *itertools.pairwise(further)):
             here[0].set_modules_to_forward_prefetch(following)
-    if model.config.moe.shortcut:  # the experts of a block are before its dense parts: torch goes back in the order that it saw
-        return
-    for here, following in itertools.pairwise([*reversed(groups), []]):
-        here[0].set_modules_to_backward_prefetch([*here[1:], *following])
+        if model.config.moe.shortcut:  # the experts of a block are before its dense parts: torch goes back in the order that it saw
+            continue
+        for here, following in itertools.pairwise([*reversed([*inside, *further]), []]):
+            here[0].set_modules_to_backward_prefetch([*here[1:], *(following or here[:1])])
+            for experts in here[1:]:
+                experts.set_modules_to_backward_prefetch(here[:1])
+    root: Any = model
+    root.set_modules_to_forward_prefetch(first[min(stages)])
+    if len(stages) > 1:
+        root.register_forward_pre_hook(
+            lambda _, __, kwargs: root.set_modules_to_forward_prefetch(first[kwargs["stage"]]), prepend=True, with_kwargs=True
+        )
+        root.set_modules_to_backward_prefetch([root])
 
 
 def _wrap(module: nn.Module, device_mesh: Any, ranks: int, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]) -> None:

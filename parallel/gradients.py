@@ -27,14 +27,15 @@ BUCKET = 2**23
 
 @contextmanager
 def gradient_all_reduce(parallel: Parallel) -> Iterator[None]:
-    """Wraps the last backward pass of a step, and sums each gradient over the replicas of its parameter.
+    """Wraps the last backward pass of a step (in a pipeline the passes from the first one that is the last of its stage on), and
+    sums each gradient over the replicas of its parameter.
 
     The all-reduce of a bucket starts as soon as all its gradients are final (for FSDP: reduce-scattered), and every one is complete
     on exit. Autograd visits the graph in the same order on all ranks, so they start the same collectives in the same order.
     """
     reducer = _Reducer(parallel)
     replicated = [sharded.parameter for bucket in reducer.buckets for sharded in bucket.members]
-    hooks = [parameter.register_post_accumulate_grad_hook(reducer.on_final_gradient) for parameter in replicated]
+    hooks = [parameter.register_post_accumulate_grad_hook(reducer.on_gradient) for parameter in replicated]
     try:
         yield
     finally:
@@ -75,8 +76,13 @@ class _Reducer:
         self.buckets = sorted(_buckets(parallel), key=lambda bucket: bucket.missing == math.inf)
         self.not_started = list(self.buckets)
         self.bucket_of = {id(sharded.parameter): bucket for bucket in self.buckets for sharded in bucket.members}
+        self.pipeline = parallel.pipeline
+        self.names = {id(sharded.parameter): name for name, sharded in parallel.parameters.items()}
 
-    def on_final_gradient(self, parameter: Tensor) -> None:
+    def on_gradient(self, parameter: Tensor) -> None:
+        """Called when a backward pass has added to the gradient of a parameter."""
+        if self.pipeline is not None and not self.pipeline.has_ended(self.names[id(parameter)]):
+            return
         bucket = self.bucket_of[id(parameter)]
         assert bucket.work is None, "a gradient came after its bucket had departed"
         bucket.missing -= 1

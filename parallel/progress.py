@@ -28,7 +28,13 @@ class Progress:
         self.last = "none"
         """The collective that it started last."""
         self.number = 0
-        """How many collectives it has started. All ranks start the same ones, so a rank with fewer is behind."""
+        """How many collectives it has started. All ranks of a stage start the same ones, so one of them with fewer is behind."""
+        self.neighbour: int | None = None
+        """The rank of another stage that it waits for: for a message, or until that rank has taken one."""
+        self.passes = 0
+        """How many forward and backward passes through stages of a pipeline it has begun."""
+        self.in_schedule = False
+        """Whether it runs the schedule of a pipeline, in which stages are at different places rightly."""
         self.since = monotonic()
         """When any of these last changed, or `progress` was last called."""
         self.waited = 0.0
@@ -64,12 +70,12 @@ def collective(
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Wraps code that waits for other ranks."""
+def waiting(what: str, neighbour: int | None = None) -> Iterator[None]:
+    """Wraps code that waits for other ranks; for the message of one of them, `neighbour` is that rank."""
     outer, PROGRESS.collective, PROGRESS.since = PROGRESS.collective, what, monotonic()
-    begin = PROGRESS.since
+    begin, PROGRESS.neighbour = PROGRESS.since, neighbour
     yield
-    PROGRESS.collective, PROGRESS.since = outer, monotonic()
+    PROGRESS.collective, PROGRESS.neighbour, PROGRESS.since = outer, None, monotonic()
     PROGRESS.waited += PROGRESS.since - begin
 
 

@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, backward, reduction, norm, clip, update, expert bias."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -160,17 +160,25 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
         shares.append(share)
         return StageResult(y_BSD, share.objective)
 
+    model, end_of = parallel.model, {action.stage: action for action in pipeline.actions(len(micro_batches))}
+    blocks = list(zip(map(pipeline.stage_of, model.block_indices), model.blocks, strict=True))
+    pipeline.ended.clear()
+
     @contextmanager
     def around(action: Action, last: bool) -> Iterator[None]:
+        if action == end_of[action.stage]:
+            if not pipeline.ended:
+                until_all_end.enter_context(gradient_all_reduce(parallel))
+            pipeline.ended.add(action.stage)
+        ended = [block for stage, block in blocks if stage in pipeline.ended]
         deferred = action.kind == WEIGHTS
-        prepare_backward(parallel.model, parallel.zero, last, sums=deferred or not pipeline.defers_weights)
-        with gradient_all_reduce(parallel) if last else nullcontext():
-            yield
-            if deferred:
-                end_deferred_gradients(parallel.model)
+        prepare_backward(model, parallel.zero, last, ended, sums=deferred or not pipeline.defers_weights)
+        yield
+        if deferred:
+            end_deferred_gradients(model)
 
     like = between_stages(parallel, micro_batches[0])
-    with deferred_weight_gradients() if pipeline.defers_weights else nullcontext([]) as deferred:
+    with ExitStack() as until_all_end, deferred_weight_gradients() if pipeline.defers_weights else nullcontext([]) as deferred:
         run_schedule(pipeline, len(micro_batches), like, forward, around, deferred)
     return shares
 

@@ -49,10 +49,11 @@ class Mail:
         self.links, self.like = links, like
         self.coming: dict[Action, tuple[Tensor, Any]] = {}
         """What is being received, by the action that needs it."""
-        self.going: list[tuple[Tensor, Any]] = []
-        """What is being sent, kept until it has left."""
+        self.going: list[tuple[Tensor, Any, int]] = []
+        """What is being sent, and to which rank, kept until it has left."""
         self.here: dict[Action, Tensor] = {}
         """What one stage of this rank computed for another one, by the action that needs it."""
+        PROGRESS.in_schedule = True
 
     def expect(self, action: Action) -> None:
         """Begins to receive what `action` needs, if it comes from another rank."""
@@ -67,14 +68,15 @@ class Mail:
 
     def take(self, action: Action) -> Tensor | None:
         """Returns what `action` needs from another stage; None for the first forward and the first backward pass."""
+        PROGRESS.passes += 1
         if action in self.here:
             return self.here.pop(action)
         self.expect(action)
         if action not in self.coming:
             return None
         tensor, work = self.coming.pop(action)
-        what = "activations" if action.kind == FORWARD else "gradients"
-        with waiting(f"{what} of micro-batch {action.micro} for stage {action.stage}"):
+        what, sender = ("activations", action.stage - 1) if action.kind == FORWARD else ("gradients", action.stage + 1)
+        with waiting(f"{what} of micro-batch {action.micro} for stage {action.stage}", self.links.peer(sender)):
             work.wait()
         return tensor
 
@@ -87,19 +89,20 @@ class Mail:
             return
         group = self.links.groups[action.kind, self.links.place, place]
         self.going = list(self._on_their_way())
-        self.going.append((result, dist.isend(result, self.links.peer(to), group=group)))
+        self.going.append((result, dist.isend(result, self.links.peer(to), group=group), self.links.peer(to)))
         PROGRESS.last = f"send of micro-batch {action.micro} from stage {action.stage}"
 
-    def _on_their_way(self) -> Iterator[tuple[Tensor, Any]]:
-        for tensor, work in self.going:
+    def _on_their_way(self) -> Iterator[tuple[Tensor, Any, int]]:
+        for tensor, work, to in self.going:
             if work.is_completed():
                 work.wait()
             else:
-                yield tensor, work
+                yield tensor, work, to
 
     def close(self) -> None:
         """Waits until everything has left."""
-        with waiting(PROGRESS.last):
-            for _, work in self.going:
+        for _, work, to in self.going:
+            with waiting(PROGRESS.last, to):
                 work.wait()
         self.going.clear()
+        PROGRESS.in_schedule = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,8 @@ class Pipeline:
     links: Links
     collects_metrics: bool = False
     """Whether routers collect metrics in this step, which a stage without routers has to know too."""
+    ended: set[int] = field(default_factory=set)
+    """The stages of this rank whose last backward pass of the step runs or has run: it makes their gradients final."""
 
     @property
     def last(self) -> int:
@@ -52,6 +54,17 @@ class Pipeline:
     def all_rows(self) -> list[int]:
         """`rows` of all stages of this rank, in the order of the layers."""
         return sorted(row for rows in self.rows.values() for row in rows)
+
+    def stage_of(self, layer: int) -> int:
+        """Returns the stage of this rank that has `layer`; the layers of multi-token prediction are on the last one."""
+        return next((stage for stage, inside in self.layers.items() if layer in inside), self.last)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether the gradient of parameter `name` is final after the pass that runs: after all of them for the embedding."""
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return self.stage_of(int(rest.partition(".")[0])) in self.ended
+        return len(self.ended) == len(self.layers) if part == "embedding" else self.last in self.ended
 
     def actions(self, micros: int) -> list[Action]:
         """Returns the schedule of this rank for `micros` micro-batches."""

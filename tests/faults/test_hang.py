@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_run import Launched, events_of, losses
+from sameness import VOCABULARY, Case, Layout, build, rows_of
 from tokenyard.checkpoint import saver as saver_module
 from tokenyard.checkpoint.saver import Saver
+from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.parallel import collective_check as fingerprints
 from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import ParallelConfig
@@ -21,6 +23,7 @@ from tokenyard.parallel.failpoints import VARIABLE
 from tokenyard.parallel.mesh import Axis, build_mesh
 from tokenyard.parallel.progress import PROGRESS, check_before_collectives, collective, in_phase
 from tokenyard.parallel.shard import LocalShard, whole
+from tokenyard.train import step as step_module
 from tokenyard.train.exit import STACKS
 from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
 
@@ -92,6 +95,40 @@ def test_the_right_rank_is_named_in_20_of_20(ranks: Any, tmp_path: Path, record_
     assert right == 20, str(results)
     assert slowest <= TIMEOUT + 10
     record_property("measured", f"right rank {right}/20 on gloo, at most {slowest - TIMEOUT:.1f} s after the timeout")
+
+
+def hang_in_a_stage(folder: Path, case: Case) -> tuple[HangDiagnosis, bool]:
+    """Rank 1 comes to a collective in the second stage that rank 0 does not begin. The verdict; whether the step then ends."""
+    parallel, verdicts = build(Layout(2, pipeline=2), case.config), []
+    rank, forward_stage, rows = parallel.mesh.rank, step_module.forward_stage, rows_of(parallel, 0, case)
+
+    def hangs(*arguments: Any) -> Any:
+        if rank == 1 and any(each is rows[1] for each in arguments):
+            with collective("all_reduce", parallel.mesh.everyone):
+                _wait_for(verdicts)
+        return forward_stage(*arguments)
+
+    PROGRESS.__init__()
+    dist.barrier()
+    dog = Watchdog(folder, rank, 2, TIMEOUT, on_end=verdicts.append)
+    dog.place = rank
+    dog.start()
+    totals = step_module.count_totals(parallel, rows)
+    with mock.patch.object(step_module, "forward_stage", hangs):
+        step_module.accumulate(parallel, step_module.StepInput(rows, 0.0, None), totals)
+    dog.thread.join(10)
+    return verdicts[0], PROGRESS.in_schedule
+
+
+@pytest.mark.fault(22)
+def test_stage_and_micro_batch_of_a_hang_are_named(ranks: Any, tmp_path: Path) -> None:
+    """Rank 0 has begun fewer collectives, and is not blamed."""
+    sizes: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "kv_heads": 2, "vocabulary": VOCABULARY}
+    model = ModelConfig(**sizes, moe=MoEConfig(experts=4, hidden=8))
+    for verdict, in_schedule in ranks(2, hang_in_a_stage, tmp_path, Case(model, micro_batches=2)):
+        assert verdict.ranks == [1] and not in_schedule
+        assert "rank 1 (step 0, forward of micro-batch 1 through stage 1, all_reduce over 2 ranks" in verdict.text
+        assert verdict.collective == "gradients of micro-batch 1 for stage 0"
 
 
 @pytest.mark.fault(22)

@@ -30,16 +30,20 @@ WATCHED = ["steps=4", "telemetry.tier=detailed", "telemetry.every=2", "evaluate.
 PIPELINE = ["parallel.pipeline=2"]
 INTERLEAVED = [*PIPELINE, "parallel.pipeline_schedule=interleaved"]
 ZBV = [*PIPELINE, "parallel.pipeline_schedule=zbv"]
+UNCOPIED = [*PIPELINE, "parallel.pipeline_layers=[2,1]", "model.tie_embeddings=false", "model.mtp_depth=0"]
+"""The first stage has experts, and the last one no copy of the embedding."""
 TIMES = {"seconds", "step_seconds", "tokens_per_second", "mfu", "data_wait_fraction"}
 RANKS = {"moe/rank_overload", "moe/exchange_skew"}
 """What a record says about this machine."""
 
 
-def run(folder: Path, *overrides: str, spoiled: int = 0, flipped: int = 0) -> dict[str, Any]:
-    """On each rank; `spoiled`: a gradient of the last rank is NaN in that step, twice; `flipped`: a bit of its embedding then."""
+def run(folder: Path, *overrides: str, spoiled: int = 0, flipped: int = 0, nan_loss: int = 0) -> dict[str, Any]:
+    """On each rank; `spoiled`: a gradient of the last rank is NaN in that step, twice; `flipped`: a bit of its embedding then;
+    `nan_loss`: the first stage's own share of the objective is NaN in that step, twice.
+    """
     session = open_session(configured(folder, *MODEL, *overrides), torch.device("cpu"))
     parallel, right_pass, right_step, kept = session.parallel, step_module.pipeline_pass, session.engine.step, []
-    last = parallel.mesh.rank == parallel.mesh.world - 1
+    last, right_forward = parallel.mesh.rank == parallel.mesh.world - 1, step_module.forward_stage
 
     def pipeline_pass(*arguments: Any) -> Any:
         shares = right_pass(*arguments)
@@ -48,6 +52,12 @@ def run(folder: Path, *overrides: str, spoiled: int = 0, flipped: int = 0) -> di
             assert gradient is not None
             gradient.fill_(math.nan)
         return shares
+
+    def forward_stage(*arguments: Any) -> Any:
+        y_BSD, share = right_forward(*arguments)
+        if parallel.mesh.rank == 0 and session.step + 1 == nan_loss:
+            share = share._replace(objective=share.objective * math.nan)
+        return y_BSD, share
 
     def step(*arguments: Any) -> Any:
         before = state_of(session)
@@ -63,6 +73,7 @@ def run(folder: Path, *overrides: str, spoiled: int = 0, flipped: int = 0) -> di
         stack.enter_context(closing(session))
         run_logger = stack.enter_context(build_run_logger(session))
         stack.enter_context(mock.patch.object(step_module, "pipeline_pass", pipeline_pass))
+        stack.enter_context(mock.patch.object(step_module, "forward_stage", forward_stage))
         stack.enter_context(mock.patch.object(session.engine, "step", step))
         code = train_session(session, run_logger)
     STOP_REQUESTS.stops.clear()  # the process goes on
@@ -86,6 +97,7 @@ def results(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         "zbv": (folder / "zbv", [*ZBV, *WATCHED], {}),
         "skip": (folder / "skip", [*PIPELINE, *refuse, "steps=4", "numerics.on_nan=skip"], {"spoiled": 3}),
         "rollback": (folder / "rollback", [*PIPELINE, *refuse, "steps=4", "numerics.on_nan=rollback"], {"spoiled": 3}),
+        "loss": (folder / "loss", [*UNCOPIED, *refuse, "steps=4", "numerics.on_nan=rollback"], {"nan_loss": 3}),
         "flip": (folder / "flip", [*PIPELINE, "debug.replicas_every=2", "debug.on_divergence=stop", "steps=4"], {"flipped": 1}),
         "asked": (folder / "asked", PIPELINE, {}),
         "half": (folder / "half", [*PIPELINE, "steps=2"], {}),
@@ -131,12 +143,13 @@ def assert_same(one: Any, other: Any, key: str) -> None:
 def test_a_nan_on_one_stage_stops_the_update_on_all(results: Any) -> None:
     """Skipped, or rolled back to the checkpoint of step 2; the weights of the refused step are bit for bit what they were."""
     folder, answers = results
-    for name, steps in (("skip", [1, 2, 4]), ("rollback", [1, 2, 4])):
+    for name, rank in (("skip", 1), ("rollback", 1), ("loss", 0)):
         assert [answer[name]["code"] for answer in answers] == [0, 0]
         assert all(answer[name]["kept"] == [True, True] for answer in answers), "computed twice, refused twice"
         (fault,) = events_of(folder / name, "not_finite")
-        assert (fault["step"], fault["rank"]) == (3, 1)
-        assert [step for step, _ in losses(folder / name)] == steps
+        assert (fault["step"], fault["rank"]) == (3, rank)
+        assert [step for step, _ in losses(folder / name)] == [1, 2, 4]
+        assert all(tensor.isfinite().all() for answer in answers for tensor in answer[name]["state"].values())
 
 
 def test_the_copies_of_the_embedding_are_compared(results: Any) -> None:

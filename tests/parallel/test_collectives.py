@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenyard.parallel.collectives import gather_sequence, max_over, scatter_sequence, stack_over, sum_over
+from tokenyard.parallel.collectives import gather_sequence, max_over, scatter_sequence, stack_over, sum_over, swap_parts
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import Axis, build_mesh
 from torch import Tensor
@@ -47,6 +47,20 @@ def scatter(parts_NBSD: Tensor, weights_BSD: Tensor) -> Pass:
 
 
 @WORLDS
+def test_swap_parts(ranks: Any, world: int) -> None:
+    torch.manual_seed(0)
+    x_NNA, weights_NNA = torch.randn(world, world, 3), torch.randn(world, world, 3)
+    for rank, result in enumerate(ranks(world, swap, x_NNA, weights_NNA)):
+        assert torch.equal(result.output, x_NNA[:, rank])
+        assert torch.equal(result.gradient, weights_NNA[:, rank])
+
+
+def swap(x_NNA: Tensor, weights_NNA: Tensor) -> Pass:
+    axis = everyone()
+    return there_and_back(x_NNA[axis.rank], weights_NNA[axis.rank], lambda x: swap_parts(x, axis))
+
+
+@WORLDS
 def test_sum_maximum_and_stack(ranks: Any, world: int) -> None:
     torch.manual_seed(0)
     x_NAB = torch.randint(-99, 99, (world, 2, 3))
@@ -64,7 +78,7 @@ def reduce(x_NAB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_one_rank_leaves_everything_as_it_is() -> None:
     alone, x = Axis(1, 0, None), torch.randn(2, 4, 3)
-    assert gather_sequence(x, alone) is x and scatter_sequence(x, alone) is x
+    assert gather_sequence(x, alone) is x and scatter_sequence(x, alone) is x and swap_parts(x, alone) is x
     assert sum_over(x, alone) is x and max_over(x, alone) is x and torch.equal(stack_over(x, alone), x[None])
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tokenyard.parallel.context import by_rank, in_order, own_chunks, own_runs
+from tokenyard.moe.flexible_attention import block_mask
+from tokenyard.moe.softmax import Softmax
+from tokenyard.parallel.context import attend_in_chunks, by_rank, in_order, own_chunks, own_runs
 from tokenyard.parallel.mesh import Axis, Mesh
 from tokenyard.parity.observe import runs_of
 
@@ -40,3 +42,16 @@ def test_positions_of_slices(tensor: int) -> None:
     chunks = [[position for run in own_runs(48, axis) for position in run] for axis in axes(2)]
     size = 24 // tensor
     assert seen == [chunk[start : start + size] for chunk in chunks for start in range(0, 24, size)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_compiled_attention_takes_the_masks_of_both_chunks(rank: int) -> None:
+    """FlexAttention on a GPU, in one graph: the same as with masks of all pairs. Generating code is left out."""
+    axis, softmax, documents_BS = Axis(2, rank, None), Softmax(0.3, 1.5, 70), torch.arange(512).div(200).long().view(1, 512)
+    q_BHsh, k_BGSh, v_BGSv = torch.randn(1, 4, 256, 16), torch.randn(1, 2, 512, 16), torch.randn(1, 2, 512, 16)
+    blocks = [block_mask(run.stop, 70, torch.device("cpu"), documents_BS, run.start) for run in own_runs(512, axis)]
+    torch.compiler.reset()
+    run = torch.compile(attend_in_chunks, fullgraph=True, backend="aot_eager")
+    compiled = run(axis, q_BHsh, k_BGSh, v_BGSv, softmax, None, documents_BS, blocks)
+    expected = attend_in_chunks(axis, q_BHsh, k_BGSh, v_BGSv, softmax, None, documents_BS)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)

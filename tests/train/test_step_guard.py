@@ -87,6 +87,51 @@ def test_the_rank_that_the_others_wait_for(beats: list[Position], ranks: list[in
     assert (verdict.step, verdict.layer, verdict.collective) == (3, 1, "all_reduce over 4 ranks")
 
 
+def of_stage(rank: int, number: int, passes: int = 4, neighbour: int | None = None, in_schedule: bool = True) -> Position:
+    """Of two stages with two ranks each."""
+    waits = "all_to_all over 2 ranks" if neighbour is None else f"a message of rank {neighbour}"
+    return Position(rank, 3, "forward", 1, waits, number, 9.0 - rank, "", rank // 2, neighbour, passes, in_schedule)
+
+
+@pytest.mark.parametrize(
+    ("beats", "ranks", "words"),
+    [
+        # The first stage has begun fewer collectives than the second, and waits for its gradients.
+        ([of_stage(0, 2, neighbour=2), of_stage(1, 2, neighbour=3), of_stage(2, 9), of_stage(3, 8)], [3], "is behind"),
+        # All is done on the first stage, whose ranks wait where the stages meet.
+        ([of_stage(0, 9, in_schedule=False), of_stage(1, 9, in_schedule=False), of_stage(2, 5), of_stage(3, 4)], [3], "is behind"),
+        # Ranks 2 and 3 hang together; rank 1 waits for rank 3, and rank 0 where the stages meet.
+        (
+            [of_stage(0, 9, in_schedule=False), of_stage(1, 9, neighbour=3), of_stage(2, 5), of_stage(3, 5)],
+            [2, 3],
+            "a different one",
+        ),
+        # Rank 1 has left out what rank 0 waits for, and has gone on; in the second stage rank 2 waits for rank 0.
+        ([of_stage(0, 5, 3), of_stage(1, 4, 4, neighbour=3), of_stage(2, 1, 2, neighbour=0), of_stage(3, 2, 2)], [1], "skipped"),
+        # Rank 1 waits in another collective than rank 0; nobody has begun fewer.
+        (
+            [
+                of_stage(0, 2),
+                of_stage(1, 2)._replace(collective="all_reduce over 2 ranks", step=4),
+                of_stage(2, 9, neighbour=0),
+                of_stage(3, 9, neighbour=1),
+            ],
+            [1],
+            "entered a different one",
+        ),
+        # A message has got lost.
+        (
+            [of_stage(0, 2, neighbour=2), of_stage(1, 2, neighbour=3), of_stage(2, 3, neighbour=0), of_stage(3, 3, neighbour=1)],
+            [0, 1, 2, 3],
+            "wait for each other's messages",
+        ),
+    ],
+)
+def test_a_stage_that_waits_for_another_is_not_blamed(beats: list[Position], ranks: list[int], words: str) -> None:
+    verdict = diagnose({each.rank: each for each in beats}, 4)
+    assert verdict.ranks == ranks and words in verdict.text
+
+
 def test_repeated_work_is_lost_and_no_longer_compute(tmp_path: Path) -> None:
     """Killed after step 9; the last accounting is of step 6; the run goes on after step 4."""
     seconds = dict.fromkeys(KINDS, 0.0) | {"compute": 20.0, "data": 2.0, "startup": 5.0}

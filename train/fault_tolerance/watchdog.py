@@ -50,6 +50,14 @@ class Position(NamedTuple):
     """How long it has been there."""
     start: str
     """Identifies the start of the run."""
+    place: int = 0
+    """Of its stages in the pipeline. Ranks of one place begin the same collectives and passes."""
+    neighbour: int | None = None
+    """The rank of another place whose message it waits for."""
+    passes: int = 0
+    """Passes through stages begun."""
+    in_schedule: bool = False
+    """Whether it runs the schedule of the pipeline."""
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f", layer {self.layer}"
@@ -69,7 +77,10 @@ class HangDiagnosis(NamedTuple):
 
 
 def diagnose(positions: dict[int, Position], world: int) -> HangDiagnosis:
-    """Names the ranks that the others wait for, by the first of these that any rank is: silent, busy, behind, elsewhere."""
+    """Names the ranks that the others wait for, by the first of these that any rank is: silent, busy, behind, elsewhere.
+
+    Stages of a pipeline rightly have begun different numbers of collectives: these are compared between ranks of one place.
+    """
     ranks, why = _culprits(positions, world)
     waiting = [position for position in positions.values() if position.rank not in ranks] or list(positions.values())
     others = max(waiting, key=lambda position: position.seconds)
@@ -85,11 +96,29 @@ def _culprits(positions: dict[int, Position], world: int) -> tuple[list[int], st
     busy = [rank for rank, position in positions.items() if position.collective is None]
     if busy:
         return busy, "has not reached this collective"
-    fewest = min(position.number for position in positions.values())
-    behind = [rank for rank, position in positions.items() if position.number == fewest]
-    if len(behind) < len(positions):
-        return behind, "is behind"
-    return _elsewhere(positions), "skipped a collective or entered a different one"
+    peers = {rank: [other for other in positions.values() if other.place == at.place] for rank, at in positions.items()}
+    behind = {rank for rank, at in positions.items() if any(at.number < other.number for other in peers[rank])}
+    skipped = [rank for rank in behind if all(positions[rank].passes > other.passes for other in peers[rank] if other.rank != rank)]
+    if skipped:
+        return skipped, "skipped a collective"
+    free = {rank: at for rank, at in positions.items() if not _blockers(at, peers[rank], positions)}
+    if not free:
+        return sorted(positions), "wait for each other's messages"
+    if behind & set(free):
+        return sorted(behind & set(free)), "is behind"
+    return _elsewhere(free), "skipped a collective or entered a different one"
+
+
+def _blockers(position: Position, peers: list[Position], positions: dict[int, Position]) -> list[int]:
+    """Returns the ranks that this one waits for, given that all wait. `peers`: the ranks of its place.
+
+    For a message that is its sender. In a collective it is the peers that have begun fewer; outside of the schedule, where stages
+    meet, also all ranks that are still in it.
+    """
+    if position.neighbour is not None:
+        return [position.neighbour]
+    late = [other.rank for other in peers if other.number < position.number]
+    return late or [other.rank for other in positions.values() if other.in_schedule and not position.in_schedule]
 
 
 def _elsewhere(positions: dict[int, Position]) -> list[int]:
@@ -127,6 +156,8 @@ class Watchdog:
         self.on_end, self.on_hang, self.on_failure = on_end, on_hang, on_failure
         self.start_id = start_id
         self.folders = [folder / STACKS, Path(tempfile.gettempdir()) / f"tokenyard-{start_id or os.getpid()}"]
+        self.place = 0
+        """In the pipeline."""
         self.processes: dict[int, Process] = {}
         """The processes of the ranks, where they are known."""
         self.closed = Event()
@@ -164,7 +195,8 @@ class Watchdog:
         """Writes the note and, on the first rank, the diagnosis. Whatever fails here, the process ends."""
         seconds = round(time.monotonic() - PROGRESS.since, 3)
         where = (PROGRESS.step, PROGRESS.phase, PROGRESS.layer, current_collective(), PROGRESS.number)
-        mine = Position(self.rank, *where, seconds, self.start_id)
+        of_pipeline = (self.place, PROGRESS.neighbour, PROGRESS.passes, PROGRESS.in_schedule)
+        mine = Position(self.rank, *where, seconds, self.start_id, *of_pipeline)
         diagnosis = HangDiagnosis([], f"hang: rank {self.rank} waits: {mine}")
         try:
             self._write_note(mine)
@@ -234,6 +266,7 @@ def hang_guard(session: Session, on_hang: Callable[[str], None], on_failure: Cal
     name_layers(zip(model.block_indices, model.blocks, strict=True))
     start_id, timeout = from_first(lambda: secrets.token_hex(8)), session.config.parallel.timeout_seconds
     watchdog = Watchdog(session.folder, mesh.rank, mesh.world, timeout, on_hang=on_hang, on_failure=on_failure, start_id=start_id)
+    watchdog.place = 0 if session.parallel.pipeline is None else session.parallel.pipeline.rank
     watchdog.processes = dict(enumerate(from_all(this_process())))
     watchdog.start()
     try:

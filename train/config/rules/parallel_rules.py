@@ -70,8 +70,6 @@ def context(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(key, rule, [1, *fitting])
     if config.engine.kind is EngineKind.deepspeed:
         yield Violation(key, "must be 1 with engine=deepspeed", [1])
-    if config.compile:
-        yield Violation(key, "must be 1 with compile=true", [1])
     if linear_blocks(c):
         rule = f"must be 1 with linear attention ({linear_blocks(c)} of {c.layers} layers), whose state passes through all tokens"
         yield Violation(key, rule, [1])
@@ -190,8 +188,6 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
     if config.compile and kind in ZERO_BUBBLE:
         rule = f"must be false with parallel.pipeline_schedule={kind.value}, compiled blocks cannot leave the gradients of weights"
         yield Violation("compile", rule, [False])
-    elif config.compile:
-        yield Violation("compile", "must be false with parallel.pipeline", [False])
     if config.model.moe.shortcut:
         yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
 

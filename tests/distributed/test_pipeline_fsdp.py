@@ -1,0 +1,93 @@
+"""FSDP under interleaved stages: no weight is gathered for nobody, and gradients are reduced when their stage has ended."""
+
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import pytest
+from sameness import VOCABULARY, Case, Layout, build, rows_of
+from test_zero import Collectives
+from tokenyard.moe.config import ModelConfig, MoEConfig
+from tokenyard.parallel import gradients
+from tokenyard.parallel.apply import Parallel
+from tokenyard.parallel.config import PipelineSchedule
+from tokenyard.parallel.pipeline import run
+from tokenyard.parallel.pipeline.schedule import BACKWARD, FORWARD
+from tokenyard.train.step import StepInput, accumulate, count_totals
+
+MICROS = 4
+SIZES: dict[str, Any] = {"layers": 8, "width": 16, "heads": 2, "kv_heads": 2, "vocabulary": VOCABULARY}
+CASE = Case(ModelConfig(**SIZES, moe=MoEConfig(experts=4, hidden=8)), MICROS)
+GROUPS = 2
+"""What FSDP gathers of a block: its experts, and the rest."""
+INTERLEAVED = Layout(
+    4, pipeline=2, pipeline_schedule=PipelineSchedule["interleaved"], pipeline_layers=[2, 2, 2, 2], zero=3, shard=2
+)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_each_pass_gathers_what_it_uses(ranks: Any, zero: int) -> None:
+    for found in ranks(4, counted, INTERLEAVED._replace(zero=zero)):
+        assert found["calls"] == found["expected"]
+
+
+def counted(layout: Layout) -> dict[str, Any]:
+    """Returns the collectives of FSDP in one step, and how many there are to be.
+
+    With ZeRO-3 each pass gathers its blocks. The root (embedding or head) stays gathered until a backward pass ends.
+    """
+    parallel = build(layout, CASE.config)
+    with Collectives() as collectives:
+        one_pass(parallel)
+    assert parallel.pipeline is not None
+    actions, blocks, root, whole = parallel.pipeline.actions(MICROS), 2 * 2 * GROUPS, 0, False
+    for action in actions:
+        root, whole = root + (not whole), action.kind == FORWARD
+    expected = {"all_gather": blocks + 1, "reduce_scatter": blocks + 1}
+    if layout.zero == 3:
+        expected = {"all_gather": 2 * MICROS * blocks + root, "reduce_scatter": MICROS * (blocks + 1)}
+    return {"calls": dict(collectives.calls), "expected": expected}
+
+
+@pytest.mark.parametrize("layout", [INTERLEAVED._replace(shard=1), INTERLEAVED._replace(zero=1)], ids=["replicate", "shard"])
+def test_gradients_are_summed_when_their_stage_has_ended(ranks: Any, layout: Layout) -> None:
+    """Sums begin in the last backward pass of each stage: in that of the later one, and in that of the first, and in no other."""
+    for stages, sums in ranks(4, order, layout):
+        ends = {stage: index for index, stage in enumerate(stages)}
+        assert ends[max(stages)] < ends[min(stages)] == len(stages) - 1
+        assert [index for index, begun in enumerate(sums) if begun] == sorted(ends.values())
+        assert min(sums[index] for index in ends.values()) >= 2 * GROUPS
+
+
+def order(layout: Layout) -> tuple[list[int], list[int]]:
+    """Returns the stage of each backward pass, and how many sums over replicas or reduce-scatters began from it to the next."""
+    parallel = build(layout, CASE.config)
+    assert parallel.pipeline is not None
+    stages = [action.stage for action in parallel.pipeline.actions(MICROS) if action.kind == BACKWARD]
+    sums: list[int] = []
+    right_backward, right_start = run._backward, gradients._Bucket.start
+
+    def backward(*arguments: Any) -> None:
+        sums.append(-collectives.calls["reduce_scatter"])
+        right_backward(*arguments)
+        sums[-1] += collectives.calls["reduce_scatter"]
+
+    def start(bucket: Any) -> None:
+        sums[-1] += layout.shard == 1
+        right_start(bucket)
+
+    patches = (
+        mock.patch.object(run, "_backward", backward),
+        mock.patch.object(gradients._Bucket, "start", start),
+        mock.patch.object(gradients, "BUCKET", 100),
+    )
+    with ExitStack() as stack, Collectives() as collectives:
+        for patch in patches:
+            stack.enter_context(patch)
+        one_pass(parallel)
+    return stages, sums
+
+
+def one_pass(parallel: Parallel) -> None:
+    rows = rows_of(parallel, 0, CASE)
+    accumulate(parallel, StepInput(rows, 0.0, None), count_totals(parallel, rows))
