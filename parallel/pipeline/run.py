@@ -96,8 +96,8 @@ def run_schedule(
 
     `like`: an empty tensor with the shape of the residual stream between stages. `around` takes an action that computes gradients,
     and whether it is the last one, and wraps it with the message that follows it. `deferred`: to which backward passes append the
-    gradients of weights that they leave. A stage differentiates its output, with the gradient that it receives, and
-    its own share of the objective together: no auxiliary loss has to travel.
+    gradients of weights that they leave. A stage differentiates its output, with the gradient that it receives, and its own share of
+    the objective together: no auxiliary loss has to travel.
     """
     actions, mail = pipeline.actions(micros), Mail(pipeline.links, like)
     kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
