@@ -99,7 +99,7 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
 
     with pytest.raises(ZeroDivisionError):
         checkpoint(block, torch.ones(1, requires_grad=True), use_reentrant=False, context_fn=lambda: selective_contexts(8))
-    assert recompute_module._tape is None
+    assert recompute_module._running.tape is None
 
 
 def test_what_is_kept_goes_with_the_graph() -> None:
