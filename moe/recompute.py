@@ -32,13 +32,13 @@ class _Tape:
         self.repeats = False
 
 
-class _Running(threading.local):
+class _ThisThread(threading.local):
     """The tape of the block that this thread is computing. A checkpoint may be written by another thread at the same time."""
 
     tape: _Tape | None = None
 
 
-_running = _Running()
+_this_thread = _ThisThread()
 
 
 def keep(function: Callable[[], Result]) -> Result:
@@ -46,22 +46,22 @@ def keep(function: Callable[[], Result]) -> Result:
 
     Outside of blocks that are recomputed selectively nothing is kept. Nobody may write into a result.
     """
-    if torch.compiler.is_compiling() or (tape := _running.tape) is None:
+    if torch.compiler.is_compiling() or (tape := _this_thread.tape) is None:
         return function()
     if tape.repeats:
         return tape.results.popleft()
-    _running.tape = None  # results inside of this one are not kept
+    _this_thread.tape = None  # results inside of this one are not kept
     try:
         result = function()
     finally:
-        _running.tape = tape
+        _this_thread.tape = tape
     tape.results.append(tree_map_only(Tensor, Tensor.detach, result))  # autograd links the result itself to its inputs
     return result
 
 
 def repeats() -> bool:
     """Whether this is a second pass, in which `keep` computes nothing."""
-    return _running.tape is not None and _running.tape.repeats
+    return _this_thread.tape is not None and _this_thread.tape.repeats
 
 
 def selective_contexts(width: int) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -72,12 +72,12 @@ def selective_contexts(width: int) -> tuple[AbstractContextManager[None], Abstra
 
 @contextmanager
 def _using(tape: _Tape, width: int, repeats: bool) -> Iterator[None]:
-    before, _running.tape, tape.repeats = _running.tape, tape, repeats
+    before, _this_thread.tape, tape.repeats = _this_thread.tape, tape, repeats
     try:
         with _KeptOperators(width):
             yield
     finally:
-        _running.tape = before
+        _this_thread.tape = before
         if repeats:  # it ends where nobody needs what follows
             tape.results.clear()
 

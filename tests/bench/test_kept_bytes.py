@@ -1,7 +1,7 @@
 """The bytes that blocks keep, predicted and measured, on a CPU."""
 
 import torch
-from tokenyard.bench.recompute import RecomputeResult, kept_bytes, table
+from tokenyard.bench.kept_bytes import KeptResult, kept_bytes, table
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.model import Transformer
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
@@ -36,5 +36,5 @@ def built(recompute: Recompute) -> Parallel:
 
 
 def test_table() -> None:
-    line = RecomputeResult("tiny", "selective", 2048.0, 3_000_000, 12_000_000)
+    line = KeptResult("tiny", "selective", 2048.0, 3_000_000, 12_000_000)
     assert "| tiny | selective | 2 | 3 | 25.0% |" in table([line])

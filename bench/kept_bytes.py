@@ -1,4 +1,4 @@
-"""Counts what the blocks of a model keep for the backward pass, and what they repeat in it: `python -m tokenyard.bench.recompute`.
+"""Counts what the blocks of a model keep for the backward pass, and what they repeat in it: `python -m tokenyard.bench.kept_bytes`.
 
 For each value of parallel.recompute a block of each kind runs forward on one simulated GPU, in bf16, without numbers (plan/). Bytes
 are those of the memory that is alive afterwards and was not before, the block's output included, per token: what grows with the
@@ -28,7 +28,7 @@ from .timing import markdown
 PRESETS = "qwen3_30b_a3b", "mixtral_8x7b", "deepseek_v3"
 
 
-class RecomputeResult(NamedTuple):
+class KeptResult(NamedTuple):
     """Of all blocks of a model, without multi-token prediction, per token."""
 
     model: str
@@ -78,7 +78,7 @@ def _kept_of_batch(parallel: Parallel, index: int, sequences: int, length: int) 
     return found
 
 
-def measure(preset: str, recompute: Recompute, length: int) -> RecomputeResult:
+def measure(preset: str, recompute: Recompute, length: int) -> KeptResult:
     """Runs one block of each kind of layer."""
     words = [f"model={preset}", "precision=bf16", "batch.sequences=1", f"sequence_length={length}"]
     config = compose([*words, f"parallel.recompute={recompute.value}"])
@@ -89,7 +89,7 @@ def measure(preset: str, recompute: Recompute, length: int) -> RecomputeResult:
     forward = sum(flops_by_layer(config.model, length)[0])
     config.model.mtp_depth = 0
     repeated = {"none": 0, "block": forward, "selective": repeated_flops_per_token(config.model, length)}
-    return RecomputeResult(preset, recompute.value, kept, repeated[recompute.value], forward)
+    return KeptResult(preset, recompute.value, kept, repeated[recompute.value], forward)
 
 
 def _kind(config: ModelConfig, index: int) -> tuple[bool, bool, bool]:
@@ -97,13 +97,13 @@ def _kind(config: ModelConfig, index: int) -> tuple[bool, bool, bool]:
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.recompute", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.kept_bytes", description=__doc__)
     parser.add_argument("--models", nargs="+", default=PRESETS, help="presets")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     return parser.parse_args(words)
 
 
-def table(lines: list[RecomputeResult]) -> str:
+def table(lines: list[KeptResult]) -> str:
     """Returns a Markdown table."""
     rows = (
         [
