@@ -60,6 +60,7 @@ check: $(INSTALLED) ## Format, lint, types, tests: what CI runs
 PEERS = tokenyard "transformers grouped_mm" torchtitan Megatron-Core
 bench: $(INSTALLED) ## Run the benchmarks and print their tables, 20 minutes on a machine that does nothing else
 	$(BIN)/python -m tokenyard.bench.memory
+	$(BIN)/python -m tokenyard.bench.kept_bytes
 	$(BIN)/python -m tokenyard.bench.layer --rounds 5
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 8x2-fp32
 	$(BIN)/python -m tokenyard.bench.peers --rounds 5 --warmup 1 --cases 8x2-bf16 --sides $(PEERS) DeepSpeed "DeepSpeed, drops"

@@ -93,11 +93,11 @@ def _has_unknown_size(name: str, args: Any, settings: dict[str, Any]) -> bool:
 
 
 def _caller() -> str:
-    """Returns the innermost place on the stack in our code, apart from bench/ and `host_read` (its caller counts)."""
+    """Returns the innermost place on the stack in our code, apart from bench/, `host_read` and `keep` (their caller counts)."""
     frame = sys._getframe(1)
     while frame is not None:
         path = _ours(frame.f_code.co_filename)
-        if path is not None and not re.match(r"bench/|moe/device\.py|\.venv/", path):
+        if path is not None and not re.match(r"bench/|moe/(device|recompute)\.py|\.venv/", path):
             return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"

@@ -10,6 +10,7 @@ keeps results of operators, but a collective is none: it writes into memory that
 """
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -31,8 +32,13 @@ class _Tape:
         self.repeats = False
 
 
-_tape: _Tape | None = None
-"""That of the block which is running."""
+class _ThisThread(threading.local):
+    """The tape of the block that this thread is computing. A checkpoint may be written by another thread at the same time."""
+
+    tape: _Tape | None = None
+
+
+_this_thread = _ThisThread()
 
 
 def keep(function: Callable[[], Result]) -> Result:
@@ -40,24 +46,22 @@ def keep(function: Callable[[], Result]) -> Result:
 
     Outside of blocks that are recomputed selectively nothing is kept. Nobody may write into a result.
     """
-    global _tape
-    tape = _tape
-    if tape is None:
+    if torch.compiler.is_compiling() or (tape := _this_thread.tape) is None:
         return function()
     if tape.repeats:
         return tape.results.popleft()
-    _tape = None  # results inside of this one are not kept
+    _this_thread.tape = None  # results inside of this one are not kept
     try:
         result = function()
     finally:
-        _tape = tape
+        _this_thread.tape = tape
     tape.results.append(tree_map_only(Tensor, Tensor.detach, result))  # autograd links the result itself to its inputs
     return result
 
 
 def repeats() -> bool:
     """Whether this is a second pass, in which `keep` computes nothing."""
-    return _tape is not None and _tape.repeats
+    return _this_thread.tape is not None and _this_thread.tape.repeats
 
 
 def selective_contexts(width: int) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -68,13 +72,14 @@ def selective_contexts(width: int) -> tuple[AbstractContextManager[None], Abstra
 
 @contextmanager
 def _using(tape: _Tape, width: int, repeats: bool) -> Iterator[None]:
-    global _tape
-    before, _tape, tape.repeats = _tape, tape, repeats
+    before, _this_thread.tape, tape.repeats = _this_thread.tape, tape, repeats
     try:
         with _KeptOperators(width):
             yield
     finally:
-        _tape = before
+        _this_thread.tape = before
+        if repeats:  # it ends where nobody needs what follows
+            tape.results.clear()
 
 
 class _KeptOperators(TorchDispatchMode):

@@ -31,9 +31,9 @@ LAYOUTS = [
     (8, "parallel.shard=8 parallel.zero=2"),
     (16, "parallel.shard=4 parallel.expert=2"),
     (64, "parallel.expert=4 parallel.expert_tensor=2 parallel.shard=16 parallel.recompute=block"),
-    (8, "parallel.expert=8 parallel.overlap_chunks=2"),
+    (8, "parallel.expert=8 parallel.overlap_chunks=2 parallel.recompute=selective"),
     (8, "parallel.expert=4 parallel.exchange=symmetric model.moe.capacity.factor=1.25"),
-    (16, "parallel.expert=4 parallel.expert_tensor=2 parallel.exchange=symmetric parallel.recompute=true"),
+    (16, "parallel.expert=4 parallel.expert_tensor=2 parallel.exchange=symmetric parallel.recompute=selective"),
     (8, "parallel.expert=8 model.moe.capacity.factor=1.25 model.moe.capacity.scope=batch"),
     (8, "parallel.expert=8 model.moe.capacity.factor=1.25 model.moe.capacity.pad=true"),
     (8, "parallel.tensor=2 data.mask_documents=true"),
@@ -80,8 +80,9 @@ def test_a_layout(world: int, words: str, apart: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(("model", "exchange"), MEETINGS)
 def test_a_preset_on_64_ranks(model: str, exchange: str, apart: Callable[..., Any]) -> None:
-    """Without recomputation with the plain exchange, with it else."""
-    words = f"{FOLDED} parallel.recompute={'none' if exchange == 'plain' else 'block'} parallel.exchange={exchange}"
+    """Recomputation differs with the exchange."""
+    recompute = {"plain": "none", "gather": "selective"}.get(exchange, "block")
+    words = f"{FOLDED} parallel.recompute={recompute} parallel.exchange={exchange}"
     check(apart(step_of, Case(model, 64, 63, words_of(model, words))))
 
 

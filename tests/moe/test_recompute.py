@@ -58,13 +58,13 @@ def gradients(words: list[str]) -> tuple[dict[str, Tensor], Counter[str]]:
     parallel = parallelize(model, build_mesh(config.parallel), config.parallel, torch.device("cpu"))
     initialise(parallel, seed=1)
     ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
-    with Operators() as ran:
+    with OperatorCalls() as ran:
         logits, stats = model(ids, with_stats=True)
         (logits.square().mean() + sum(layer.z + layer.scores_BE.square().sum() for layer in stats)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, ran.calls
 
 
-class Operators(TorchDispatchMode):
+class OperatorCalls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
@@ -99,7 +99,7 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
 
     with pytest.raises(ZeroDivisionError):
         checkpoint(block, torch.ones(1, requires_grad=True), use_reentrant=False, context_fn=lambda: selective_contexts(8))
-    assert recompute_module._tape is None
+    assert recompute_module._this_thread.tape is None
 
 
 def test_what_is_kept_goes_with_the_graph() -> None:
