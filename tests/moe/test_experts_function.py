@@ -147,6 +147,7 @@ def random_routing(tokens: int, top_k: int, dropped: float | None, padded_rows: 
     return Routing(experts_TK, weights_TK, kept_TK, stats=None, padded_rows=padded_rows)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, in the interpreter of kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_rows_behind_those_of_all_experts_change_nothing(kind: str, dtype: torch.dtype) -> None:
