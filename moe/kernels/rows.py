@@ -146,12 +146,16 @@ def _put_rows(x_ptr, index_ptr, rank_ptr, row_ptr, address_ptr, D, INDEXED: tl.c
     if rank >= 0:
         source = tl.load(index_ptr + i) if INDEXED else i
         x = tl.load(x_ptr + source * D + columns, mask=columns < D)
-        there = tl.load(address_ptr + rank).to(tl.pointer_type(x_ptr.dtype.element_ty)) + tl.load(row_ptr + i) * D
+        memory = tl.load(address_ptr + rank).to(tl.pointer_type(x_ptr.dtype.element_ty))
+        there = tl.multiple_of(memory, 16) + tl.load(row_ptr + i) * D  # 16 bytes are stored at a time if 16 divides D
         tl.store(there + columns, x, mask=columns < D)
 
 
 def put_rows(x: Tensor, index_R: Tensor | None, rank_R: Tensor, row_R: Tensor, address_N: Tensor) -> None:
-    """Row i of R, x[index_R[i]] (None: x[i]), becomes row row_R[i] of the rows at address_N[rank_R[i]]; a rank of -1 takes none."""
+    """Row i of R, x[index_R[i]] (None: x[i]), becomes row row_R[i] of the rows at address_N[rank_R[i]]; a rank of -1 takes none.
+
+    16 divides the addresses.
+    """
     width = x[0].numel() if len(x) else 0
     if len(rank_R) and width:
         block = columns_of_program(width)

@@ -18,7 +18,7 @@ from tokenyard.moe.init import expert_biases
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.token_info import BatchPosition
 from tokenyard.parallel.apply import initialise, local, parallelize
-from tokenyard.parallel.config import ParallelConfig
+from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.shard import ShardMetadata, whole
 from tokenyard.train.checkpointing import save
@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 LAYOUTS = {
     "data 2": Layout(2),
     "expert 2": Layout(2, expert=2),
+    "symmetric 2": Layout(2, expert=2, exchange=Exchange.symmetric),
     "data 2 x expert 2": Layout(4, expert=2),
     "tensor 2 x expert 4": Layout(4, tensor=2, expert=4),
     "tensor 2 x expert 2": Layout(4, tensor=2, expert=2),

@@ -28,7 +28,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_every_kernel_is_built_for_both(builds: list[dict]) -> None:
     kernels = {"_copy_rows", "_sum_rows", "_unpermute_backward", "_zero_empty_groups", "_activate", "_activate_backward", "_rotate"}
-    kernels |= {"_add_narrow", "_bf16_parts", "_reduce_logits", "_cross_entropy_gradient"} | COMPUTING
+    kernels |= {"_add_narrow", "_bf16_parts", "_reduce_logits", "_cross_entropy_gradient", "_put_rows"} | COMPUTING
     assert {(one["kernel"], one["architecture"]) for one in builds} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
 
 

@@ -24,8 +24,6 @@ REFUSED = [
      "parallel.recompute=block"),
     (4, "parallel.expert=4 parallel.exchange=symmetric parallel.overlap_chunks=2",
      "parallel.overlap_chunks=2: must be 1 with parallel.exchange=symmetric", "parallel.overlap_chunks=1"),
-    (4, "parallel.expert=4 parallel.exchange=symmetric engine.kind=deepspeed",
-     "parallel.exchange=symmetric: must not be symmetric with engine=deepspeed", "parallel.exchange=plain"),
     (8, "parallel.expert=4 parallel.exchange=symmetric launch=torchrun launch.nodes=4 launch.ranks=2",
      "parallel.exchange=symmetric: must not be symmetric where the 4 ranks of an expert group are not inside a node of 2",
      "parallel.exchange=deduplicated or parallel.exchange=hierarchical"),
@@ -43,6 +41,7 @@ ACCEPTED = [
     (8, "parallel.expert=8 parallel.exchange=hierarchical parallel.node_ranks=2"),
     (1, "parallel.exchange=gather"),
     (8, "parallel.expert=4 parallel.exchange=symmetric launch=torchrun launch.nodes=2 launch.ranks=4"),
+    (4, "parallel.expert=4 parallel.exchange=symmetric engine.kind=deepspeed"),
 ]
 
 

@@ -11,7 +11,7 @@ from tokenyard.train.config.config import NumericsConfig
 from tokenyard.train.fault_tolerance.step_guard import Action, Guard, RecentSteps
 from tokenyard.train.fault_tolerance.watchdog import Position, diagnose
 from tokenyard.train.logging.goodput import KINDS, earlier_starts
-from tokenyard.train.step_flags import RankFlags, encode_flags, read_flags
+from tokenyard.train.step_flags import RankFlags, encode_flags, is_sound, read_flags
 
 
 def global_flags(loss: float, squared: float = 1.0, *tellings: RankFlags) -> Any:
@@ -63,6 +63,18 @@ def test_a_spike_is_taken_the_second_time_if_it_is_only_to_be_reported() -> None
     for _ in range(8):
         guard.record(global_flags(4.0))
     assert not guard.accepts(global_flags(9.0)) and guard.accepts_again(global_flags(9.0))
+
+
+@pytest.mark.parametrize("tokens", [7, torch.tensor(7)])
+def test_an_overflow_that_is_fatal_stops_before_the_update(tokens: int | torch.Tensor) -> None:
+    """Its count is read with the flags, whether or not the tokens are."""
+    numbers = torch.zeros(10, dtype=torch.float64)
+    numbers[-2:] = torch.tensor([9.0, 2.0])
+    found, read = read_flags(numbers, tokens, torch.tensor(5.0))
+    assert (found.overflow, found.gradient_norm, found.loss, read) == (5, 3.0, 2.0, 7)
+    fault = Guard(NumericsConfig()).fault(found)
+    assert not is_sound(found) and fault is not None and (fault.kind, fault.action) == ("overflow", Action.stop)
+    assert is_sound(read_flags(numbers, tokens, torch.tensor(0.0))[0]) and read_flags(numbers, tokens)[0].overflow == 0
 
 
 def beat(

@@ -123,8 +123,6 @@ def _symmetric(config: Config, world: int) -> Iterator[Violation]:
     if p.expert > 1 and ranks % group:
         rule = f"must not be symmetric where the {group} ranks of an expert group are not inside a node of {ranks}"
         yield Violation(key, rule, [Exchange.hierarchical, Exchange.deduplicated])
-    if config.engine.kind is EngineKind.deepspeed:
-        yield Violation(key, "must not be symmetric with engine=deepspeed", [Exchange.plain])
     if p.overlap_chunks > 1:
         yield Violation("parallel.overlap_chunks", f"must be 1 with {key}=symmetric, which has nothing to overlap", [1])
     sequences = config.batch.micro or max(1, config.batch.sequences * p.tensor * p.context * p.pipeline // world)
