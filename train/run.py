@@ -12,6 +12,7 @@ from ..parallel.collective_check import compare
 from ..parallel.process_group import is_first, join, leave, pick_device
 from ..parallel.progress import check_before_collectives, in_phase
 from .batch import Rows
+from .busy_cores import warn_of_busy_cores
 from .checkpointing import SaveFailed, poll_save, save_and_wait, start_save
 from .config.complain import complain
 from .config.config import Config
@@ -72,6 +73,8 @@ def run(config: Config) -> int:
 def train_session(session: Session, run_logger: RunLogger) -> int:
     """Trains to the last step, or to where the run has to end. Returns the exit code."""
     check_before_collectives(compare if session.config.debug.collectives else None)
+    if is_first():
+        warn_of_busy_cores(session.device)
     supervisor = build_supervisor(session, run_logger)
     try:
         with hang_guard(session, run_logger.on_hang, run_logger.on_rank_failure):
