@@ -19,9 +19,10 @@ from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
 from .dispatch.base import ExpertParallelDispatcher
 from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
-from .fsdp import apply_fsdp
+from .fsdp import apply_fsdp, attributes_of_pass
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
+from .pipeline.overlap import Overlap
 from .pipeline.run import Pipeline
 from .pipeline.stage_model import cut_model
 from .scopes import DistributedScope
@@ -112,6 +113,8 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
     if pipeline is not None:
+        if config.pipeline_overlap:
+            pipeline.overlap = Overlap(device, attributes_of_pass(model))
         for name in pipeline.copied:
             _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
     return Parallel(model, mesh, device, parameters, config.zero, config.recompute, pipeline)

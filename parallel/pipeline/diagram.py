@@ -14,7 +14,8 @@ BACKWARD_TIME = 2
 def pipeline_diagram(model: ModelConfig, parallel: ParallelConfig, micros: int) -> list[str]:
     """Returns the layers of each rank, how many micro-batches it keeps at most, and the schedule of `micros` micro-batches."""
     cut, ranks, stages = cut_layers(model, parallel), parallel.pipeline, parallel.pipeline_stages
-    lists = [schedule(parallel.pipeline_schedule, ranks, rank, stages // ranks, micros) for rank in range(ranks)]
+    overlap = parallel.pipeline_overlap
+    lists = [schedule(parallel.pipeline_schedule, ranks, rank, stages // ranks, micros, overlap) for rank in range(ranks)]
     spans = timeline(lists, stages, 1, BACKWARD_TIME)
     lines = [f"{'pipeline':10}{'layers':34}keeps at most"]
     for rank in range(ranks):
@@ -27,6 +28,10 @@ def pipeline_diagram(model: ModelConfig, parallel: ParallelConfig, micros: int) 
     ]
     if stages > ranks:
         lines.append("a forward pass is its micro-batch, a backward pass [it]; of the stages on a rank the first is a, then b, ...")
+    if overlap:
+        lines.append(
+            "a forward pass and the [backward] pass after it run side by side: one computes while rows of the other travel"
+        )
     width = len(_cell(lists[0][-1]._replace(micro=micros - 1), ranks, stages)) + 1
     return [*lines, *(f"{rank:<10}{_drawn(spans[rank], ranks, stages, width)}" for rank in range(ranks))]
 

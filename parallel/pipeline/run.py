@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from ..config import PipelineSchedule
 from ..progress import in_phase
+from .overlap import Overlap
 from .p2p import Links, Mail
-from .schedule import FORWARD, Action, schedule
+from .pairs import Unit, units
+from .schedule import FORWARD, Action
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Pipeline:
     links: Links
     collects_metrics: bool = False
     """Whether routers collect metrics in this step, which a stage without routers has to know too."""
+    overlap: Overlap | None = None
+    """Runs pairs of passes side by side; None: each pass runs alone."""
 
     @property
     def last(self) -> int:
@@ -47,9 +52,9 @@ class Pipeline:
         """`rows` of all stages of this rank, in the order of the layers."""
         return sorted(row for rows in self.rows.values() for row in rows)
 
-    def actions(self, micros: int) -> list[Action]:
+    def units(self, micros: int) -> list[Unit]:
         """Returns the schedule of this rank for `micros` micro-batches."""
-        return schedule(self.kind, self.ranks, self.rank, len(self.layers), micros)
+        return units(self.kind, self.ranks, len(self.layers), micros, self.overlap is not None)[self.rank]
 
 
 class StageResult(NamedTuple):
@@ -74,26 +79,34 @@ def run_schedule(
     one, and wraps it with the message that follows it. A stage differentiates its output, with the gradient that it receives, and
     its own share of the objective together: no auxiliary loss has to travel.
     """
-    actions, mail = pipeline.actions(micros), Mail(pipeline.links, like)
+    mail, schedule = Mail(pipeline.links, like), pipeline.units(micros)
     kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
-    for action, following in zip(actions, [*actions[1:], None], strict=True):
-        x_BSD = mail.take(action)
-        if following is not None:
-            mail.expect(following)
+
+    def act(action: Action, x_BSD: Tensor | None, last: bool) -> None:
         if action.kind == FORWARD:
             x_BSD = x_BSD if x_BSD is None else x_BSD.requires_grad_()
             with _named(action):
                 kept[action.stage, action.micro] = x_BSD, (result := forward(action.stage, action.micro, x_BSD))
             if action.stage < pipeline.last:
                 mail.send(action, result.output_BSD)
-            continue
+            return
         into_BSD, result = kept.pop((action.stage, action.micro))
-        with around(following is None):
+        with around(last):
             with _named(action):
                 _backward(result, x_BSD)
             if into_BSD is not None:
                 assert into_BSD.grad is not None
                 mail.send(action, into_BSD.grad)
+
+    for unit, following in zip(schedule, [*schedule[1:], ()], strict=True):
+        received = [mail.take(action) for action in unit]
+        for action in following:
+            mail.expect(action)
+        passes = [partial(act, action, x_BSD, not following) for action, x_BSD in zip(unit, received, strict=True)]
+        if pipeline.overlap is not None and len(passes) == 2:
+            pipeline.overlap.run(*passes)
+        else:
+            passes[0]()
     mail.close()
 
 

@@ -26,12 +26,13 @@ class Action(NamedTuple):
         return Action(FORWARD, self.stage, self.micro) if self.stage == stages - 1 else self._replace(stage=self.stage + 1)
 
 
-def schedule(kind: PipelineSchedule, ranks: int, rank: int, chunks: int, micros: int) -> list[Action]:
+def schedule(kind: PipelineSchedule, ranks: int, rank: int, chunks: int, micros: int, overlap: bool = False) -> list[Action]:
     """Returns the actions of one rank: each micro-batch forward and backward through each of its stages.
 
     1f1b (PipeDream-Flush; Narayanan et al. 2021, section 2.2.1): after P - 1 - rank forward passes one forward and one backward
     pass take turns, so a rank keeps at most P - rank micro-batches. interleaved (section 2.2.2): each rank has V stages, and passes
-    groups of P micro-batches through one after the other, which divides the bubble by V; M is a multiple of P.
+    groups of P micro-batches through one after the other, which divides the bubble by V; M is a multiple of P. With `overlap` it
+    begins with one forward pass more, so that none needs what the backward pass before it gives (pairs.py).
     """
     if kind is PipelineSchedule["1f1b"]:
         forward = [Action(FORWARD, rank, micro) for micro in range(micros)]
@@ -42,7 +43,7 @@ def schedule(kind: PipelineSchedule, ranks: int, rank: int, chunks: int, micros:
         order = [(c, m) for first in range(0, micros, ranks) for c in range(chunks) for m in range(first, first + ranks)]
         forward = [Action(FORWARD, c * ranks + rank, m) for c, m in order]
         backward = [Action(BACKWARD, (chunks - 1 - c) * ranks + rank, m) for c, m in order]
-        warm = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, len(forward))
+        warm = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks + overlap, len(forward))
     turns = [action for pair in zip(forward[warm:], backward, strict=False) for action in pair]
     return [*forward[:warm], *turns, *backward[len(forward) - warm :]]
 

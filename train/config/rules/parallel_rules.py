@@ -133,6 +133,7 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
             "pipeline_schedule": [PipelineSchedule["1f1b"]] if interleaved else None,
             "pipeline_chunks": [None] if p.pipeline_chunks is not None else None,
             "pipeline_layers": [None] if p.pipeline_layers is not None else None,
+            "pipeline_overlap": [False] if p.pipeline_overlap else None,
         }
         for name, right in unread.items():
             if right is not None:
@@ -142,6 +143,11 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("parallel.pipeline_chunks", "must be null or 1 with parallel.pipeline_schedule=1f1b", [None])
     if interleaved and p.pipeline_chunks == 1:
         yield Violation("parallel.pipeline_chunks", "must be 2 or more with parallel.pipeline_schedule=interleaved", [2])
+    if p.pipeline_overlap and p.pipeline_schedule is PipelineSchedule["1f1b"]:
+        rule = "must be false with parallel.pipeline_schedule=1f1b, where passes beside each other would wait for each other"
+        yield Violation("parallel.pipeline_overlap", rule, [False])
+    if p.pipeline_overlap and p.expert == 1:
+        yield Violation("parallel.pipeline_overlap", "must be false with parallel.expert=1, experts then exchange nothing", [False])
     if p.pipeline_stages > layers + 1:
         rule = f"makes {p.pipeline_stages} stages, and model.layers={layers} can be cut into at most {layers + 1}"
         yield Violation("parallel.pipeline", rule, range(layers + 1, 0, -1))
