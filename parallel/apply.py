@@ -22,9 +22,10 @@ from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
 from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .dispatch.symmetric import SymmetricDispatcher
-from .fsdp import apply_fsdp
+from .fsdp import apply_fsdp, attributes_of_pass
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
+from .pipeline.overlap import Overlap
 from .pipeline.run import Pipeline
 from .pipeline.stage_model import cut_model
 from .scopes import DistributedScope
@@ -118,6 +119,8 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
     if pipeline is not None:
+        if config.pipeline_overlap:
+            pipeline.overlap = Overlap(device, attributes_of_pass(model))
         for name in pipeline.copied:
             _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
     overflow = config.exchange_overflow if config.expert > 1 and config.exchange is Exchange.symmetric else None

@@ -87,6 +87,8 @@ class ParallelConfig:
     """Stages on each rank; null is 1, with pipeline_schedule=interleaved or zbv 2."""
     pipeline_layers: list[int] | None = None
     """Layers of each stage, in order; null cuts them so that the costliest stage is as cheap as possible."""
+    pipeline_overlap: bool = False
+    """A forward and a backward pass run side by side, so that one computes while the other's exchange of experts travels."""
 
     @property
     def pipeline_stages(self) -> int:

@@ -8,9 +8,10 @@ MoE layer, which would delay them. So at most two blocks are gathered at a time.
 routers are not sharded: they are small, and the router must not be cast down.
 """
 
+import functools
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.tensor import Shard
 from ..moe.model import Transformer
 from .layout import shard_dim, stays_whole
 from .mesh import Mesh
+from .pipeline.overlap import in_other_pass
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int, stages: Mapping[int, range] | None = None) -> None:
@@ -66,6 +68,26 @@ def end_deferred_gradients(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         state: Any = fully_shard.state(model)  # pyright: ignore[reportFunctionMemberAccess]
         state._root_post_backward_final_callback()
+
+
+def attributes_of_pass(model: nn.Module) -> list[tuple[Any, str]]:
+    """Returns where FSDP keeps what it knows of the pass that runs: objects and names of attributes.
+
+    A forward and a backward pass that run side by side each have their own (pipeline/overlap.py). A block may be in both, so its
+    weights stay gathered until neither needs them.
+    """
+    states: list[Any] = [cast(Any, module)._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    for group in groups:
+        group.reshard = functools.partial(_reshard, group, group.reshard)
+    shared = [(states[0]._state_ctx, "iter_forward_root")] if states else []
+    return [*((each, "_training_state") for each in [*states, *groups]), *shared]
+
+
+def _reshard(group: Any, reshard: Callable[[], None]) -> None:
+    state = in_other_pass(group, "_training_state")
+    if state is None or state.name not in ("FORWARD", "PRE_BACKWARD"):
+        reshard()
 
 
 def _set_prefetch(model: Transformer, stages: Mapping[int, range]) -> None:

@@ -160,7 +160,7 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
         shares.append(share)
         return StageResult(y_BSD, share.objective)
 
-    model, end_of = parallel.model, {action.stage: action for action in pipeline.actions(len(micro_batches))}
+    model, end_of = parallel.model, {each.stage: each for unit in pipeline.units(len(micro_batches)) for each in unit}
     blocks = list(zip(map(pipeline.stage_of, model.block_indices), model.blocks, strict=True))
     pipeline.ended.clear()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...moe.recompute import keep, repeats
 from ..collectives import all_gather
 from ..mesh import Axis
+from ..pipeline.overlap import exchange_started, hand_over
 from ..progress import collective, waiting
 
 
@@ -115,8 +116,10 @@ class _Running:
     def start(self, rows: Tensor, route: Route) -> None:
         rows = rows.contiguous()
         self.current = route, rows, *route.launch(rows)
+        exchange_started()
 
     def wait(self) -> Tensor:
+        hand_over()
         route, _, output, work = self.current
         self.current = None
         with waiting(f"all_to_all of rows over {route.axis.size} ranks"):

@@ -16,7 +16,8 @@ BRACKETS = {FORWARD: ("", ""), BACKWARD: "[]", WEIGHTS: "()"}
 def pipeline_diagram(model: ModelConfig, parallel: ParallelConfig, micros: int) -> list[str]:
     """Returns the layers of each rank, how many micro-batches it keeps at most, and the schedule of `micros` micro-batches."""
     cut, ranks, stages, kind = cut_layers(model, parallel), parallel.pipeline, parallel.pipeline_stages, parallel.pipeline_schedule
-    lists = [schedule(kind, ranks, rank, stages // ranks, micros) for rank in range(ranks)]
+    overlap = parallel.pipeline_overlap
+    lists = [schedule(kind, ranks, rank, stages // ranks, micros, overlap) for rank in range(ranks)]
     deferred = BACKWARD_TIME / 2 if kind in ZERO_BUBBLE else 0
     spans = timeline(lists, stages, 1, BACKWARD_TIME - deferred, deferred)
     lines = [f"{'pipeline':10}{'layers':34}keeps at most"]
@@ -32,6 +33,10 @@ def pipeline_diagram(model: ModelConfig, parallel: ParallelConfig, micros: int) 
         lines.append("a forward pass is its micro-batch, a backward pass [it]; of the stages on a rank the first is a, then b, ...")
     if deferred:
         lines.append("a backward pass [it] leaves the gradients of weights, which are (it)")
+    if overlap:
+        lines.append(
+            "a forward pass and the [backward] pass after it run side by side: one computes while rows of the other travel"
+        )
     width = len(_cell(lists[0][-1]._replace(micro=micros - 1), ranks, stages)) + (3 if deferred else 1)
     return [*lines, *(f"{rank:<10}{_drawn(spans[rank], ranks, stages, width)}" for rank in range(ranks))]
 

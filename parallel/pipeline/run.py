@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from ...moe.deferred import WeightGradient, add_weight_gradients
 from ..config import PipelineSchedule
 from ..progress import in_phase
+from .overlap import Overlap
 from .p2p import Links, Mail
-from .schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, schedule
+from .pairs import Unit, units
+from .schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Pipeline:
     """Whether routers collect metrics in this step, which a stage without routers has to know too."""
     ended: set[int] = field(default_factory=set)
     """The stages of this rank whose last backward pass of the step runs or has run: it makes their gradients final."""
+    overlap: Overlap | None = None
+    """Runs pairs of passes side by side; None: each pass runs alone."""
 
     @property
     def last(self) -> int:
@@ -66,9 +71,9 @@ class Pipeline:
             return self.stage_of(int(rest.partition(".")[0])) in self.ended
         return len(self.ended) == len(self.layers) if part == "embedding" else self.last in self.ended
 
-    def actions(self, micros: int) -> list[Action]:
+    def units(self, micros: int) -> list[Unit]:
         """Returns the schedule of this rank for `micros` micro-batches."""
-        return schedule(self.kind, self.ranks, self.rank, len(self.layers), micros)
+        return units(self.kind, self.ranks, len(self.layers), micros, self.overlap is not None)[self.rank]
 
 
 class StageResult(NamedTuple):
@@ -95,36 +100,44 @@ def run_schedule(
     """Passes `micros` micro-batches forward and backward through this rank's stages. Collective over the pipeline.
 
     `like`: an empty tensor with the shape of the residual stream between stages. `around` takes an action that computes gradients,
-    and whether it is the last one, and wraps it with the message that follows it. `deferred`: to which backward passes append the
-    gradients of weights that they leave. A stage differentiates its output, with the gradient that it receives, and its own share of
-    the objective together: no auxiliary loss has to travel.
+    and whether it is among the last, and wraps it with the message that follows it. `deferred`: to which backward passes append the
+    gradients of weights that they leave. A stage differentiates its output, with the gradient that it receives, and its own share
+    of the objective together: no auxiliary loss has to travel.
     """
-    actions, mail = pipeline.actions(micros), Mail(pipeline.links, like)
+    mail, schedule = Mail(pipeline.links, like), pipeline.units(micros)
     kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
     left: dict[tuple[int, int], list[WeightGradient]] = {}
-    for action, following in zip(actions, [*actions[1:], None], strict=True):
-        x_BSD = mail.take(action)
-        if following is not None:
-            mail.expect(following)
+
+    def act(action: Action, x_BSD: Tensor | None, last: bool) -> None:
         if action.kind == FORWARD:
             x_BSD = x_BSD if x_BSD is None else x_BSD.requires_grad_()
             with _named(action):
                 kept[action.stage, action.micro] = x_BSD, (result := forward(action.stage, action.micro, x_BSD))
             if action.stage < pipeline.last:
                 mail.send(action, result.output_BSD)
-            continue
+            return
         if action.kind == WEIGHTS:
-            with around(action, following is None), _named(action):
+            with around(action, last), _named(action):
                 add_weight_gradients(left.pop((action.stage, action.micro)))
-            continue
+            return
         into_BSD, result = kept.pop((action.stage, action.micro))
-        with around(action, following is None):
+        with around(action, last):
             with _named(action):
                 _backward(result, x_BSD)
             left[action.stage, action.micro], deferred[:] = deferred[:], []
             if into_BSD is not None:
                 assert into_BSD.grad is not None
                 mail.send(action, into_BSD.grad)
+
+    for unit, following in zip(schedule, [*schedule[1:], ()], strict=True):
+        received = [mail.take(action) for action in unit]
+        for action in following:
+            mail.expect(action)
+        passes = [partial(act, action, x_BSD, not following) for action, x_BSD in zip(unit, received, strict=True)]
+        if pipeline.overlap is not None and len(passes) == 2:
+            pipeline.overlap.run(*passes)
+        else:
+            passes[0]()
     mail.close()
 
 

@@ -42,13 +42,14 @@ def stages_at(kind: PipelineSchedule, ranks: int, stages: int, rank: int) -> lis
     return [stage for stage in range(stages) if place_of(kind, ranks, stage) == rank]
 
 
-def schedule(kind: PipelineSchedule, ranks: int, rank: int, chunks: int, micros: int) -> list[Action]:
+def schedule(kind: PipelineSchedule, ranks: int, rank: int, chunks: int, micros: int, overlap: bool = False) -> list[Action]:
     """Returns the actions of one rank: each micro-batch forward and backward through each of its stages.
 
     1f1b (PipeDream-Flush; Narayanan et al. 2021, section 2.2.1): after P - 1 - rank forward passes one forward and one backward
     pass take turns, so a rank keeps at most P - rank micro-batches. interleaved (section 2.2.2): each rank has V stages, and passes
-    groups of P micro-batches through one after the other, which divides the bubble by V; M is a multiple of P. zbh1 and zbv:
-    see `_zero_bubble`.
+    groups of P micro-batches through one after the other, which divides the bubble by V; M is a multiple of P. With `overlap` it
+    begins with one forward pass more, so that none needs what the backward pass before it gives (pairs.py). zbh1 and zbv: see
+    `_zero_bubble`.
     """
     if kind in ZERO_BUBBLE:
         return _zero_bubble(kind, ranks, micros)[rank]
@@ -58,7 +59,7 @@ def schedule(kind: PipelineSchedule, ranks: int, rank: int, chunks: int, micros:
     order = [(c, m) for first in range(0, micros, ranks) for c in range(chunks) for m in range(first, first + ranks)]
     forward = [Action(FORWARD, c * ranks + rank, m) for c, m in order]
     backward = [Action(BACKWARD, (chunks - 1 - c) * ranks + rank, m) for c, m in order]
-    return _in_turns(forward, backward, min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, len(forward)))
+    return _in_turns(forward, backward, min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks + overlap, len(forward)))
 
 
 def _one_by_one(ranks: int, rank: int, micros: int) -> list[Action]:

@@ -46,6 +46,7 @@ class Layout(NamedTuple):
     pipeline_schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     pipeline_chunks: int | None = None
     pipeline_layers: list[int] | None = None
+    pipeline_overlap: bool = False
 
 
 class Case(NamedTuple):

@@ -40,7 +40,8 @@ def counted(layout: Layout) -> dict[str, Any]:
     with Collectives() as collectives:
         one_pass(parallel)
     assert parallel.pipeline is not None
-    actions, blocks, root, whole = parallel.pipeline.actions(MICROS), 2 * 2 * GROUPS, 0, False
+    actions = [action for unit in parallel.pipeline.units(MICROS) for action in unit]
+    blocks, root, whole = 2 * 2 * GROUPS, 0, False
     for action in actions:
         root, whole = root + (not whole), action.kind == FORWARD
     expected = {"all_gather": blocks + 1, "reduce_scatter": blocks + 1}
@@ -63,7 +64,7 @@ def order(layout: Layout) -> tuple[list[int], list[int]]:
     """Returns the stage of each backward pass, and how many sums over replicas or reduce-scatters began from it to the next."""
     parallel = build(layout, CASE.config)
     assert parallel.pipeline is not None
-    stages = [action.stage for action in parallel.pipeline.actions(MICROS) if action.kind == BACKWARD]
+    stages = [action.stage for unit in parallel.pipeline.units(MICROS) for action in unit if action.kind == BACKWARD]
     sums: list[int] = []
     right_backward, right_start = run._backward, gradients._Bucket.start
 

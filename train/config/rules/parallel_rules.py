@@ -160,6 +160,7 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
             "pipeline_schedule": [PipelineSchedule["1f1b"]] if kind is not PipelineSchedule["1f1b"] else None,
             "pipeline_chunks": [None] if p.pipeline_chunks is not None else None,
             "pipeline_layers": [None] if p.pipeline_layers is not None else None,
+            "pipeline_overlap": [False] if p.pipeline_overlap else None,
         }
         for name, right in unread.items():
             if right is not None:
@@ -171,6 +172,11 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("parallel.pipeline_chunks", rule, [None])
     if chunks is None and p.pipeline_chunks == 1:
         yield Violation("parallel.pipeline_chunks", "must be 2 or more with parallel.pipeline_schedule=interleaved", [2])
+    if p.pipeline_overlap and p.pipeline_stages == p.pipeline:
+        rule = f"must be false with parallel.pipeline_schedule={kind.value}, where passes beside each other would wait for each other"
+        yield Violation("parallel.pipeline_overlap", rule, [False])
+    if p.pipeline_overlap and p.expert == 1:
+        yield Violation("parallel.pipeline_overlap", "must be false with parallel.expert=1, experts then exchange nothing", [False])
     if p.pipeline_stages > layers + 1:
         rule = f"makes {p.pipeline_stages} stages, and model.layers={layers} can be cut into at most {layers + 1}"
         yield Violation("parallel.pipeline", rule, range(layers + 1, 0, -1))
