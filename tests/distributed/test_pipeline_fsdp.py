@@ -1,4 +1,4 @@
-"""FSDP under interleaved stages: no weight is gathered for nobody, and gradients are reduced when their stage has ended."""
+"""FSDP under the stages of a pipeline: no weight is gathered for nobody, and gradients are reduced when their stage has ended."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -25,9 +25,16 @@ INTERLEAVED = Layout(
 )
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-def test_each_pass_gathers_what_it_uses(ranks: Any, zero: int) -> None:
-    for found in ranks(4, counted, INTERLEAVED._replace(zero=zero)):
+LAYOUTS = {
+    "interleaved, zero 1": INTERLEAVED._replace(zero=1),
+    "interleaved, zero 3": INTERLEAVED,
+    "a stage without embedding and head": Layout(6, pipeline=3, pipeline_layers=[3, 3, 2], shard=2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_each_pass_gathers_what_it_uses(ranks: Any, layout: Layout) -> None:
+    for found in ranks(layout.world, counted, layout):
         assert found["calls"] == found["expected"]
 
 
@@ -40,13 +47,13 @@ def counted(layout: Layout) -> dict[str, Any]:
     with Collectives() as collectives:
         one_pass(parallel)
     assert parallel.pipeline is not None
-    actions = [action for unit in parallel.pipeline.units(MICROS) for action in unit]
-    blocks, root, whole = 2 * 2 * GROUPS, 0, False
-    for action in actions:
-        root, whole = root + (not whole), action.kind == FORWARD
-    expected = {"all_gather": blocks + 1, "reduce_scatter": blocks + 1}
+    root, whole, gathers_of_root = int(not {"embedding.weight", "head.weight"}.isdisjoint(parallel.parameters)), False, 0
+    for action in (action for unit in parallel.pipeline.units(MICROS) for action in unit):
+        gathers_of_root, whole = gathers_of_root + root * (not whole), action.kind == FORWARD
+    groups = GROUPS * sum(map(len, parallel.pipeline.layers.values())) + root
+    expected = {"all_gather": groups, "reduce_scatter": groups}
     if layout.zero == 3:
-        expected = {"all_gather": 2 * MICROS * blocks + root, "reduce_scatter": MICROS * (blocks + 1)}
+        expected = {"all_gather": 2 * MICROS * (groups - root) + gathers_of_root, "reduce_scatter": MICROS * groups}
     return {"calls": dict(collectives.calls), "expected": expected}
 
 

@@ -173,7 +173,9 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
     if chunks is None and p.pipeline_chunks == 1:
         yield Violation("parallel.pipeline_chunks", "must be 2 or more with parallel.pipeline_schedule=interleaved", [2])
     if p.pipeline_overlap and p.pipeline_stages == p.pipeline:
-        rule = f"must be false with parallel.pipeline_schedule={kind.value}, where passes beside each other would wait for each other"
+        rule = (
+            f"must be false with parallel.pipeline_schedule={kind.value}, where passes beside each other would wait for each other"
+        )
         yield Violation("parallel.pipeline_overlap", rule, [False])
     if p.pipeline_overlap and p.expert == 1:
         yield Violation("parallel.pipeline_overlap", "must be false with parallel.expert=1, experts then exchange nothing", [False])
