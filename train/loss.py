@@ -159,7 +159,7 @@ def among_all_layers(share: Losses, rows: list[int], layers: int, columns: int, 
     at_L = on_device(torch.tensor(rows, dtype=torch.int64), share.objective.device)
 
     def spread(x: Tensor, *sizes: int) -> Tensor:
-        found = x.new_zeros(layers, *sizes)
+        found = share.objective.new_zeros(layers, *sizes, dtype=x.dtype)
         return found.index_copy_(0, at_L, x) if rows else found
 
     none = share.cross_entropy

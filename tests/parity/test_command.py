@@ -15,7 +15,7 @@ def test_equal_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     out, table = capsys.readouterr()
     found = json.loads(out)
     assert found["equal"] and all(layout["equal"] and layout["first"] is None for layout in found["layouts"])
-    named = ["replicate=2 expert=2", "tensor=2 expert=2 recompute", "replicate=2 accumulation=2", "recompute"]
+    named = ["replicate=2 expert=2", "tensor=2 expert=2 recompute=block", "replicate=2 accumulation=2", "recompute=block"]
     assert [layout["layout"] for layout in found["layouts"]] == named
     assert all(layout["differences"]["gradient"] < 1e-9 for layout in found["layouts"])
     assert "all 4 layouts give the numbers of one process" in table
