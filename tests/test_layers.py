@@ -19,7 +19,7 @@ ALLOWED = {
     "parity": {"train", "parallel", "data", "moe"},
     "plan": {"train", "parallel", "moe"},
     "interop": {"train.config", "checkpoint", "parallel", "data", "moe"},
-    "bench": {"parity", "train", "checkpoint", "parallel", "data", "moe"},
+    "bench": {"parity", "plan", "train", "checkpoint", "parallel", "data", "moe"},
     "train": {"interop.load_weights", "interop.upcycle", "checkpoint", "parallel", "data", "moe"},
     "checkpoint": {"parallel", "moe"},
     "parallel": {"moe"},
@@ -33,6 +33,7 @@ SPINE = (
     *(
         "config",
         "allocator",
+        "busy_cores",
         "stored_config",
         "saved_run",
         "tokenizer_source",
