@@ -1,4 +1,4 @@
-"""Settings of the allocators, and of OpenMP's waiting, that must be in the environment before a process or a library starts."""
+"""Allocator settings that must be in the environment before a process starts."""
 
 import os
 import sys
@@ -16,22 +16,15 @@ CUDA_SETTING = "expandable_segments:True"
 """Torch then maps GPU memory where it is needed. The sizes of all-to-alls change every step, and blocks of fixed sizes would leave
 gaps that nothing fits into."""
 
-WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-SPINS = "10000"
-"""How often a thread of libgomp, torch's OpenMP on CPUs, looks for the others at a barrier before it sleeps. By default 300,000
-times: for milliseconds it then holds a core that one of the others needs, if more processes run than there are cores."""
-
 
 def restart_with_kept_memory() -> None:
     """Replaces this process by itself with SETTINGS, unless the environment has one of them already. Only on Linux.
 
-    CUDA_SETTING and SPINS are set too; they are read when CUDA and torch start and do not need a restart.
+    CUDA_SETTING is set too; it is read when CUDA starts and does not need a restart.
     """
     if sys.platform != "linux":
         return
     if not any(name in os.environ for name in CUDA_VARIABLES):
         os.environ[CUDA_VARIABLES[0]] = CUDA_SETTING
-    if not any(name in os.environ for name in WAIT_VARIABLES):
-        os.environ[WAIT_VARIABLES[0]] = SPINS
     if not any(name in os.environ for name in SETTINGS):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **SETTINGS})

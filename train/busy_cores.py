@@ -30,7 +30,10 @@ def warn_of_busy_cores(device: torch.device) -> None:
     time.sleep(SECONDS)
     others = _busy(before, _ticks(cores)) - ranks * (time.process_time() - mine) / SECONDS
     if others > max(0, len(cores) - ranks * torch.get_num_threads()) + ALLOWED:
-        log.warning("other processes hold %.1f of %d cores: each operator waits for its slowest thread", others, len(cores))
+        advice = "GOMP_SPINCOUNT=10000 in the environment lets waiting threads sleep"
+        log.warning(
+            "other processes hold %.1f of %d cores, and each operator waits for its slowest thread; %s", others, len(cores), advice
+        )
 
 
 def _ticks(cores: set[int]) -> dict[int, tuple[int, int]]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenyard.train.allocator import CUDA_VARIABLES, SETTINGS, WAIT_VARIABLES
+from tokenyard.train.allocator import CUDA_VARIABLES, SETTINGS
 
 PROGRAM = """
 import os, sys
@@ -41,15 +41,3 @@ def test_a_gpus_memory_is_mapped_where_it_is_needed_unless_the_user_decided(own:
     rest = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, *CUDA_VARIABLES)}
     done = subprocess.run([sys.executable, "-c", program], env=rest | own | malloc, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="as above")
-@pytest.mark.parametrize(("own", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
-def test_threads_sleep_soon_at_a_barrier_unless_the_user_decided(own: dict[str, str], spins: str) -> None:
-    """OpenMP says how often they look before they sleep, when it is loaded with torch."""
-    program = "from tokenyard.train.allocator import *\nrestart_with_kept_memory()\nimport torch"
-    rest = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
-    environment = rest | own | SETTINGS | {"OMP_DISPLAY_ENV": "verbose"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    [said] = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
-    assert said.split("'")[1] == spins

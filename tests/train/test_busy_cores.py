@@ -7,6 +7,7 @@ import torch
 from tokenyard.train import busy_cores
 
 CPU = torch.device("cpu")
+ADVICE = "GOMP_SPINCOUNT=10000 in the environment lets waiting threads sleep"
 
 
 def stat(*cores: tuple[int, int]) -> str:
@@ -47,7 +48,7 @@ def test_cores_that_others_hold_are_named_in_one_line(
     monkeypatch.setattr(busy_cores.log, "warning", lambda text, *values: said.append(text % values))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     busy_cores.warn_of_busy_cores(CPU)
-    expected = [] if held is None else [f"other processes hold {held}: each operator waits for its slowest thread"]
+    expected = [] if held is None else [f"other processes hold {held}, and each operator waits for its slowest thread; {ADVICE}"]
     assert said == expected
 
 
