@@ -9,8 +9,9 @@ from torch import Tensor
 from ...moe.config import Activation, GroupScore, MoEConfig, RouterConfig, Score
 from ...moe.device import uses_kernels
 from ...moe.dispatch import gather_rows, plan_choices, sum_rows, sum_rows_backward, weights_per_row
-from ...moe.experts import _activation_backward, grouped_outer
+from ...moe.experts import _activation_backward
 from ...moe.feedforward import activate
+from ...moe.grouped_products import grouped_outer
 from ...moe.linear import wide_linear
 from ...moe.rotary import RotaryTables, rotate
 from ...moe.router import Router

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ...moe.config import Activation
-from ...moe.experts import Experts, experts_by_loop, grouped_mm, grouped_outer
+from ...moe.experts import Experts, experts_by_loop
+from ...moe.grouped_products import grouped_mm, grouped_outer
 from .recorder import Recorder
 from .row_error import LIMITS, worst_row
 

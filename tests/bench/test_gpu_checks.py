@@ -15,7 +15,6 @@ from tokenyard.bench.gpu.recorder import Recorder, Unavailable
 from tokenyard.bench.gpu.row_error import worst_matrix, worst_row
 from tokenyard.checkpoint.host_staging import HostStaging
 from tokenyard.moe import experts as experts_module
-from tokenyard.moe import experts as grouped
 from tokenyard.moe import router
 from tokenyard.moe.config import MoEConfig
 from tokenyard.moe.device import dry_run
@@ -131,7 +130,7 @@ def test_products_pass() -> None:
 
 
 def test_garbage_of_empty_groups_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = grouped.grouped_outer
+    real = experts_module.grouped_outer
 
     def garbage(left_RN: Tensor, right_RK: Tensor, ends_E: Tensor) -> Tensor:
         product = real(left_RN, right_RK, ends_E)

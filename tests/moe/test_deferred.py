@@ -8,7 +8,7 @@ import torch
 from tokenyard.moe import experts as experts_module
 from tokenyard.moe.config import AttentionConfig, AttentionKind, MLAConfig, ModelConfig, MoEConfig
 from tokenyard.moe.deferred import add_weight_gradients, defer, deferred_weight_gradients
-from tokenyard.moe.experts import grouped_outer
+from tokenyard.moe.grouped_products import grouped_outer
 from tokenyard.moe.init import initialise
 from tokenyard.moe.model import Transformer
 from tokenyard.moe.weight_cast import shared_casts

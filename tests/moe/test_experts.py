@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from tokenyard.moe.config import Activation
-from tokenyard.moe.experts import Experts, experts_by_loop, grouped_mm, grouped_outer
+from tokenyard.moe.experts import Experts, experts_by_loop
 from tokenyard.moe.feedforward import FeedForward, activate
+from tokenyard.moe.grouped_products import grouped_mm, grouped_outer
 from torch import Tensor
 
 WIDTH, HIDDEN = 16, 24

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenyard.moe.device import dry_run
-from tokenyard.moe.experts import grouped_mm, grouped_outer
+from tokenyard.moe.grouped_products import grouped_mm, grouped_outer
 from torch import Tensor
 
 INPUTS, OUTPUTS = 16, 8
@@ -29,7 +29,7 @@ def test_outer_product_equals_a_loop(ends: list[int], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_no_rows_at_all_are_known_without_a_look_at_the_groups(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenyard.moe.experts._sizes", None)  # reads them on the host
+    monkeypatch.setattr("tokenyard.moe.grouped_products._sizes", None)  # reads them on the host
     (rows, weights), ends_E = operands(0, 3, dtype), torch.zeros(3, dtype=torch.int32)
     product = grouped_mm(rows, weights, ends_E)
     product.sum().backward()
