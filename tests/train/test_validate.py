@@ -98,6 +98,9 @@ BAD = [
      "parallel.pipeline_overlap=true: must be false with parallel.pipeline_schedule=zbh1", "parallel.pipeline_overlap=false"),
     (2, "parallel.pipeline=2 parallel.pipeline_schedule=interleaved batch.micro=4 parallel.pipeline_overlap=true",
      "parallel.pipeline_overlap=true: must be false with parallel.expert=1", "parallel.pipeline_overlap=false"),
+    (4, "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.expert=2 parallel.pipeline_overlap=true "
+     "parallel.exchange=symmetric",
+     "parallel.pipeline_overlap=true: must be false with parallel.exchange=symmetric", "parallel.pipeline_overlap=false"),
     (2, "parallel.pipeline=2 engine=deepspeed", "parallel.pipeline=2: must be 1 with engine=deepspeed", "parallel.pipeline=1"),
     (1, "parallel.zero=0", "parallel.zero=0: must be in [1, 3]", "parallel.zero=1"),
     (1, "parallel.zero=4", "parallel.zero=4: must be in [1, 3]", "parallel.zero=3"),

@@ -179,6 +179,10 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("parallel.pipeline_overlap", rule, [False])
     if p.pipeline_overlap and p.expert == 1:
         yield Violation("parallel.pipeline_overlap", "must be false with parallel.expert=1, experts then exchange nothing", [False])
+    elif p.pipeline_overlap and p.exchange is Exchange.symmetric:
+        yield Violation(
+            "parallel.pipeline_overlap", "must be false with parallel.exchange=symmetric, for which no pass waits", [False]
+        )
     if p.pipeline_stages > layers + 1:
         rule = f"makes {p.pipeline_stages} stages, and model.layers={layers} can be cut into at most {layers + 1}"
         yield Violation("parallel.pipeline", rule, range(layers + 1, 0, -1))
