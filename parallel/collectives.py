@@ -115,7 +115,7 @@ class _SwapParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_N: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _swap(x_N, axis)
+        return keep(partial(_swap, x_N, axis))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -19,7 +19,7 @@ from tokenyard.moe.config import (
     Scope,
 )
 from tokenyard.parallel.apply import initialise, local
-from tokenyard.parallel.config import ContextExchange, Exchange, Recompute
+from tokenyard.parallel.config import ContextExchange, Exchange, PipelineSchedule, Recompute
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.optimizer import build_optimizer
 from tokenyard.train.step import StepInput, train_step
@@ -36,7 +36,10 @@ LAYOUTS = {
     "symmetric 2 x expert_tensor 2, tensor 2": Layout(4, tensor=2, expert=2, expert_tensor=2, exchange=Exchange.symmetric),
     "context 2 x tensor 2, heads": Layout(4, context=2, tensor=2, expert=2, context_exchange=ContextExchange.heads),
     "context 2 of 4, keys": Layout(4, context=2, shard=4, expert=2),
-    "pipeline 2 x expert 2": Layout(4, pipeline=2, expert=2),
+    "pipeline 2 x expert 2, weights deferred": Layout(4, pipeline=2, expert=2, pipeline_schedule=PipelineSchedule["zbv"]),
+    "pipeline 2 x expert 2, passes side by side": Layout(
+        4, pipeline=2, expert=2, pipeline_schedule=PipelineSchedule["interleaved"], pipeline_overlap=True
+    ),
 }
 SIZES: dict[str, Any] = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 4, "hidden": 12, "vocabulary": VOCABULARY}
 DROPS = CapacityConfig(factor=0.8, scope=Scope.batch)
