@@ -9,17 +9,21 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+REACHED: list[torch.Tensor] = []
+"""Tensors that a kernel reaches by their addresses, which another tensor has."""
+
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Within, a load or store of an address that no tensor argument of the kernel has raises triton's InterpreterError."""
+    """Within, a load or store outside of the tensor arguments of the kernel, and of REACHED, raises triton's InterpreterError."""
     tensors: list[tuple[int, int]] = []
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     arguments, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
 
     def called(self: Any, args: Any, kwargs: Any) -> Any:
         placed = arguments(self, args, kwargs)
-        tensors[:] = [memory(x) for x in (*placed[0], *placed[1].values()) if isinstance(x, torch.Tensor) and x.numel()]
+        known = *placed[0], *placed[1].values(), *REACHED
+        tensors[:] = [memory(x) for x in known if isinstance(x, torch.Tensor) and x.numel()]
         return placed
 
     def check(pointers: Any, mask: Any) -> None:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import kernel_bounds
 import pytest
 import torch
 from tokenyard.data.batches import IGNORE
@@ -56,10 +57,11 @@ def test_copies_of_tokens(shape: tuple[int, int, int, int], keep: float | None, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64], ids=str)
 @pytest.mark.parametrize("width", [1, 37, 1100])
-def test_rows_are_put_into_memory_of_others(width: int, dtype: torch.dtype) -> None:
+def test_rows_are_put_into_memory_of_others(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x, index_R, rank_R = torch.randint(99, (5, width)).to(dtype), torch.randint(5, (9,)), torch.randint(-1, 3, (9,))
     row_R, memory_NR = torch.randperm(16)[:9], torch.zeros(3, 16, width, dtype=dtype)
+    monkeypatch.setattr(kernel_bounds, "REACHED", [memory_NR])
     for index in (index_R, None):
         ranks, rows = (rank_R, row_R) if index is not None else (rank_R[:5], row_R[:5])
         expected = memory_NR.clone()

@@ -53,7 +53,7 @@ def test_biases_that_one_rank_of_a_tensor_group_adds_hold_up_no_other_gradient(m
     reducer = gradients._Reducer(parallel)
     for name in names:
         if not name.endswith("bias"):
-            reducer.on_final_gradient(parallel.parameters[name].parameter)
+            reducer.on_gradient(parallel.parameters[name].parameter)
     assert started == ["embedding", "attention.o.weight", "moe.experts.up"]
 
 
