@@ -15,7 +15,7 @@ LAYOUTS = [
     "parallel.pipeline=2 parallel.pipeline_schedule=interleaved parallel.expert=4 parallel.tensor=2 "
     "parallel.pipeline_overlap=true model.layers=4 model.tie_embeddings=true",
     "parallel.shard=4 parallel.zero=1 parallel.expert=2 parallel.recompute=block model.moe.capacity.factor=1",
-    "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.expert=4 parallel.tensor=2 "
+    "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.shard=2 parallel.expert=4 parallel.tensor=2 "
     "model.layers=3 model.tie_embeddings=true",
 ]
 
