@@ -30,7 +30,7 @@ lane: $(INSTALLED) ## Run the steps of single ranks on fake tensors, every model
 
 portable: $(INSTALLED) ## Run all tests as on processors with fewer instructions, on 1 and 2 threads, an hour and more
 	for isa in avx2 default; do for threads in 1 2; do \
-		TOKENYARD_TESTS=all TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.pytest_cache/inductor-$$isa ATEN_CPU_CAPABILITY=$$isa ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS) || exit 1; \
+		TOKENYARD_TESTS=all ATEN_CPU_CAPABILITY=$$isa ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -n 2 --ignore=tests/faults $(ARGS) || exit 1; \
 	done; done
 
 faults: $(INSTALLED) ## Run the faults of docs/faults.md and print the scorecard, 15 minutes

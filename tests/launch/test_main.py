@@ -54,7 +54,11 @@ def test_bad_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture[s
 
 ASKED = [
     (["--help"], "tokenyard generate CHECKPOINT", ("torch", "hydra", "numpy")),
-    (["train", "--help"], "experiment: capacity, deepseek_moe_16b, deepseek_v3_2048_gpus, deepseek_v3_256_gpus", ("torch", "numpy")),
+    (
+        ["train", "--help"],
+        "experiment: capacity, deepseek_moe_16b, deepseek_v3_2048_gpus, deepseek_v3_256_gpus",
+        ("torch", "numpy"),
+    ),
     (["train", "--cfg", "job", "model=tiny"], "width: 64", ("torch", "numpy", "wandb", "datasets")),
     (["train", "--cfg", "job", "--package", "batch", "batch.micro=4"], "micro: 4", ("torch",)),
     (["train", "--info", "defaults", "debug=cpu"], "parallel/tensor_expert", ("torch",)),
