@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.dispatch import Dispatcher
+from ..moe.linear import Linear
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
 from .config import Exchange, Overflow, ParallelConfig, Recompute
@@ -111,8 +112,10 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         _recompute_blocks(model, config.recompute)
         log.info("activation checkpointing, %s: every block is computed again in the backward pass", config.recompute.value)
     if compiled:
-        _compile(model, device)
-        log.info("torch.compile: attention, norms and dense feed-forwards of every block")
+        eager_products = pipeline is not None and pipeline.defers_weights
+        _compile(model, device, eager_products)
+        parts = "norms, and attention between its products" if eager_products else "attention, norms and dense feed-forwards"
+        log.info("torch.compile: %s of every block", parts)
     if config.shard > 1:
         apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers)
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
@@ -179,15 +182,23 @@ def _recompute_blocks(model: Transformer, recompute: Recompute) -> None:
         block.forward = functools.partial(checkpoint, block.forward, **settings)
 
 
-def _compile(model: Transformer, device: torch.device) -> None:
-    """Compiles all but routing, dispatch and experts, whose shapes depend on the tokens."""
+def _compile(model: Transformer, device: torch.device, eager_products: bool) -> None:
+    """Compiles all but routing, dispatch and experts, whose shapes depend on the tokens.
+
+    Compiled code computes the gradients of all its inputs at once. With `eager_products`, for pipelines that defer the gradients of
+    weights, products with weights stay outside of it, and so do dense feed-forwards, whose activation has a kernel of its own.
+    """
     if device.type == "cpu":
         _name_vector_width()
     for block in model.blocks:
         norms = (block.attention_norm, block.attention_post_norm, block.feedforward_norm, block.feedforward_post_norm)
-        for module in (block.attention, *norms, block.dense):
+        for module in (block.attention, *norms, None if eager_products else block.dense):
             if module is not None:
                 module.compile()
+        for part in block.attention.modules() if eager_products else ():
+            if isinstance(part, Linear):
+                eager: Any = torch.compiler.disable(part.forward)
+                part.forward = eager
 
 
 def _name_vector_width() -> None:

@@ -1,16 +1,18 @@
-"""Compiled stages of a pipeline and compiled context ranks give the losses and gradients of eager ones, in fp64."""
+"""Compiled stages of a pipeline and compiled context ranks give the numbers of eager ones and of one process, in fp64."""
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from sameness import VOCABULARY, Case, Layout, assert_close, configured, rows_of
+from sameness import VOCABULARY, Case, Layout, assert_close, configured, reference, rows_of, starve_expert
 from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig
-from tokenyard.parallel.apply import gradient_of
+from tokenyard.moe.deferred import WeightGradient, add_weight_gradients
+from tokenyard.parallel.apply import Parallel, gradient_of
 from tokenyard.parallel.config import ContextExchange, PipelineSchedule
+from tokenyard.parallel.pipeline import run
 from tokenyard.train.setup import build_parallel
 from tokenyard.train.step import StepInput, accumulate, count_totals
 from torch import Tensor, nn
@@ -23,41 +25,95 @@ CASE = Case(
     length=16,
 )
 KINDS = {"norm", "causal attention", "attention with a window", "dense feed-forward"}
+PIECES = {"norm", "rotated queries", "rotated keys", "causal attention", "attention with a window"}
+"""What is compiled where products of weights are not."""
 LAYOUTS = {
     "interleaved": Layout(2, pipeline=2, pipeline_schedule=PipelineSchedule["interleaved"]),
     "context": Layout(2, context=2),
     "context, heads": Layout(2, context=2, context_exchange=ContextExchange.heads),
 }
+ZERO_BUBBLE = {
+    "zbh1": Layout(2, pipeline=2, pipeline_schedule=PipelineSchedule["zbh1"]),
+    "zbv, zero 3, recompute, passes side by side": Layout(
+        4, pipeline=2, expert=2, shard=2, recompute=True, pipeline_overlap=True, pipeline_schedule=PipelineSchedule["zbv"]
+    ),
+}
+
+
+class Made(NamedTuple):
+    """What a step makes on this rank."""
+
+    objective: Tensor
+    gradients: dict[str, Tensor]
+    deferred: list[list[tuple[int, ...]]]
+    """The shapes of the weights whose gradients were deferred, for each action that computes such gradients."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_ranks_give_the_numbers_of_eager_ones(ranks: Any, layout: str) -> None:
     """Each kind of module is one graph, collectives of attention included. Generating code is left out: it takes a minute."""
-    for eager, compiled, graphs in ranks(2, both_made, LAYOUTS[layout], limit_seconds=480):
-        assert_close(compiled[0], eager[0], "objective")
-        for name, expected in eager[1].items():
-            assert_close(compiled[1][name], expected, name)
-        assert 2 <= graphs <= len(KINDS)
+    for eager, compiled, graphs, breaks in ranks_make(ranks, LAYOUTS[layout]):
+        assert_same(compiled, eager)
+        assert 2 <= graphs[0] == graphs[1] <= len(KINDS)
+        assert not breaks, breaks
 
 
-def both_made(layout: Layout) -> Any:
-    """Returns eager and compiled results, and the number of compiled graphs."""
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ZERO_BUBBLE)
+def test_compiled_stages_defer_the_gradients_that_eager_ones_defer(ranks: Any, layout: str) -> None:
+    """Graphs end at products of weights, and at nothing else."""
+    for eager, compiled, graphs, breaks in ranks_make(ranks, ZERO_BUBBLE[layout]):
+        assert_same(compiled, eager)
+        assert compiled.deferred == eager.deferred and eager.deferred and all(eager.deferred)
+        assert 2 <= graphs[0] == graphs[1] <= len(PIECES)
+        assert breaks and all("Linear.forward" in each for each in breaks), breaks
+
+
+def ranks_make(ranks: Any, layout: Layout) -> Any:
+    return ranks(layout.world, both_made, layout, reference(CASE)["gradients"], limit_seconds=480)
+
+
+def assert_same(made: Made, expected: Made) -> None:
+    assert_close(made.objective, expected.objective, "objective")
+    for name, gradient in expected.gradients.items():
+        assert_close(made.gradients[name], gradient, name)
+
+
+def both_made(layout: Layout, one_process: dict[str, Tensor]) -> tuple[Made, Made, list[int], list[str]]:
+    """Returns eager and compiled results, the number of compiled graphs after each of two steps, and why graphs ended."""
     from torch._dynamo.utils import counters  # imports the compiler
 
     torch.compiler.reset()
     counters.clear()
-    eager, compiled = (made(layout, compiled) for compiled in (False, True))
-    assert not counters["graph_break"] and not counters["unimplemented"], counters
-    return eager, compiled, counters["stats"]["unique_graphs"]
+    eager, parallel = made(parallel_of(layout, False)), parallel_of(layout, True)
+    compiled, graphs = made(parallel), [counters["stats"]["unique_graphs"]]
+    assert_same(made(parallel), compiled)
+    graphs.append(counters["stats"]["unique_graphs"])
+    for name, sharded in parallel.parameters.items():
+        assert_close(compiled.gradients[name], sharded.metadata.cut(one_process[name]), name)
+    return eager, compiled, graphs, [*counters["graph_break"], *counters["unimplemented"]]
 
 
-def made(layout: Layout, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the objective of this rank and its gradients, of two micro-batches."""
+def parallel_of(layout: Layout, compiled: bool) -> Parallel:
     config = replace(configured(layout, CASE), compile=compiled)
     with mock.patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
         parallel = build_parallel(config, torch.device("cpu"))
+    starve_expert(parallel)
+    return parallel
+
+
+def made(parallel: Parallel) -> Made:
+    """Returns the objective of this rank, its gradients, and those that were deferred, of two micro-batches."""
+    deferred: list[list[tuple[int, ...]]] = []
+
+    def noted(gradients: list[WeightGradient]) -> None:
+        deferred.append([tuple(gradient.weight.shape) for gradient in gradients])
+        add_weight_gradients(gradients)
+
     rows = rows_of(parallel, 0, CASE)
-    shares = accumulate(parallel, StepInput(rows, 0.0, None), count_totals(parallel, rows))
+    with mock.patch.object(run, "add_weight_gradients", noted):
+        shares = accumulate(parallel, StepInput(rows, 0.0, None), count_totals(parallel, rows))
     gradients = {name: gradient_of(each).clone() for name, each in parallel.parameters.items()}
-    return torch.stack([share.objective.detach() for share in shares]).sum(), gradients
+    parallel.model.zero_grad()
+    return Made(torch.stack([share.objective.detach() for share in shares]).sum(), gradients, deferred)

@@ -76,8 +76,6 @@ BAD = [
     (2, "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.pipeline_chunks=1",
      "parallel.pipeline_chunks=1: must be null or 2 with parallel.pipeline_schedule=zbv", "parallel.pipeline_chunks=null"),
     (4, "parallel.pipeline=4 parallel.pipeline_schedule=zbv", "parallel.pipeline=4: makes 8 stages", "parallel.pipeline=2"),
-    (2, "parallel.pipeline=2 parallel.pipeline_schedule=zbh1 compile=true",
-     "compile=true: must be false with parallel.pipeline_schedule=zbh1", "compile=false"),
     (1, "parallel.pipeline_schedule=zbv", "parallel.pipeline_schedule=zbv: must be left as it is, parallel.pipe",
      "parallel.pipeline_schedule=1f1b"),
     (2, "parallel.pipeline=2 parallel.pipeline_layers=[2,1]", "parallel.pipeline_layers=[2,1]: must be 2 numbers that add up to",

@@ -7,7 +7,6 @@ from operator import attrgetter
 from ....moe.config import AttentionKind, ModelConfig
 from ....parallel.config import ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
 from ....parallel.layout import node_ranks
-from ....parallel.pipeline.schedule import ZERO_BUBBLE
 from ..config import Config, EngineKind
 from ..environment import local_world_size
 from ..launch import Launcher
@@ -195,9 +194,6 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
     if config.model.moe.balance.pool_layers:
         rule = "must be false with parallel.pipeline, the one loss of all layers would have to know the layers of other stages"
         yield Violation("model.moe.balance.pool_layers", rule, [False])
-    if config.compile and kind in ZERO_BUBBLE:
-        rule = f"must be false with parallel.pipeline_schedule={kind.value}, compiled blocks cannot leave the gradients of weights"
-        yield Violation("compile", rule, [False])
     if config.model.moe.shortcut:
         yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
 
