@@ -46,7 +46,7 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int, 
         if block.moe is not None and expert_mesh is not None:
             _wrap(block.moe, expert_mesh, experts.size, policy, set(block.moe.parameters()) - of_experts)
     _wrap(model, dense_mesh, dense.size, policy, whole)
-    _set_prefetch(model, stages or {0: range(model.config.layers)})
+    _set_prefetch(model, stages)
     if zero < 3:
         cast(FSDPModule, model).set_reshard_after_forward(False)
 
@@ -90,13 +90,15 @@ def _reshard(group: Any, reshard: Callable[[], None]) -> None:
         reshard()
 
 
-def _set_prefetch(model: Transformer, stages: Mapping[int, range]) -> None:
+def _set_prefetch(model: Transformer, stages: Mapping[int, range] | None) -> None:
     """Each block prefetches the weights of the block of its stage that follows it, in the forward and in the backward pass.
 
     The last layer does not prefetch the first module of multi-token prediction, which only training runs. Backward, torch
     prefetches the last block by itself; if the root did, it would do so again for each of its outputs. Where passes do not follow
     each other as torch assumes, which is in a pipeline, a module that has nothing to prefetch names one that is gathered already.
     """
+    shortcut, in_pipeline = model.config.moe.shortcut, stages is not None
+    stages = stages or {0: range(model.config.layers)}
     groups: dict[int, list[Any]] = {
         index: [m for m in (block, block.moe) if isinstance(m, FSDPModule)]
         for index, block in zip(model.block_indices, model.blocks, strict=True)
@@ -108,12 +110,13 @@ def _set_prefetch(model: Transformer, stages: Mapping[int, range]) -> None:
         first[stage] = inside[0] if inside else []
         for here, following in (*itertools.pairwise(inside), *itertools.pairwise(further)):
             here[0].set_modules_to_forward_prefetch(following)
-        if model.config.moe.shortcut:  # the experts of a block are before its dense parts: torch goes back in the order that it saw
+        if shortcut and not in_pipeline:  # torch goes back in the order that it saw: experts of a block are before its dense parts
             continue
         for here, following in itertools.pairwise([*reversed([*inside, *further]), []]):
-            here[0].set_modules_to_backward_prefetch([*here[1:], *(following or here[:1])])
-            for experts in here[1:]:
-                experts.set_modules_to_backward_prefetch(here[:1])
+            experts = [] if shortcut else here[1:]  # torch comes to such a block a second time, when its experts are done
+            here[0].set_modules_to_backward_prefetch([*experts, *(following or here[:1])])
+            for module in here[1:]:
+                module.set_modules_to_backward_prefetch(here[:1])
     root: Any = model
     root.set_modules_to_forward_prefetch(first[min(stages)])
     if len(stages) > 1:

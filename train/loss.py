@@ -69,7 +69,8 @@ class Losses(NamedTuple):
 def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals: Totals, mesh: Mesh) -> Losses:
     """Returns cross entropy / tokens + sum over layers of the balance losses and the z-loss, each times its coefficient.
 
-    `summed`: the sum of the cross entropy over this rank's tokens, the same on all tensor ranks.
+    `summed`: the sum of the cross entropy over this rank's tokens, the same on all tensor ranks. See `add_pooled_balance` for the
+    loss that is one of all layers.
     """
     cross_entropy = summed / totals.tokens
     if not stats:
@@ -86,7 +87,7 @@ def losses(summed: Tensor, stats: list[RoutingStats], config: MoEConfig, totals:
     balance = config.balance
     z_L = torch.stack([layer.z for layer in stats]) / totals.tokens
     if balance.pool_layers:
-        balance_L = _balance(stats, _pooled_choices, balance.scope, config, totals, mesh, pooled=True)
+        balance_L = torch.zeros_like(z_L)
     elif stats[0].group_sums:
         balance_L = _by_group(stats, config, totals)
     else:
@@ -139,6 +140,33 @@ def _router_metrics(stats: list[RoutingStats]) -> dict[str, Tensor]:
         "router_metrics_LG": torch.stack([g.sums() for g in router_metrics]),
         "logit_max_L": torch.stack([g.logit_max for g in router_metrics]),
     }
+
+
+def pooled_sums(stats: list[RoutingStats], config: MoEConfig) -> Tensor | None:
+    """Returns what balance.pool_layers pools of each layer, (L, B, 2 E + 1); None if it is off or there is no layer.
+
+    These are choices, valid tokens, and sums of probabilities, which alone are differentiable, in whose type (fp32 or wider)
+    the counts of a micro-batch on one rank are exact. So one tensor passes from stage to stage of a pipeline.
+    """
+    if not config.balance.pool_layers or not stats:
+        return None
+    pooled = [(layer.pooled, layer.tokens_B.unsqueeze(1)) for layer in stats if layer.pooled is not None]
+    return torch.stack([torch.cat([each.counts_BE, tokens_B1, each.scores_BE], dim=1) for each, tokens_B1 in pooled])
+
+
+def add_pooled_balance(share: Losses, pooled_LBC: Tensor | None, config: MoEConfig, totals: Totals, mesh: Mesh) -> Losses:
+    """Adds the load-balance loss of the means over all layers, times its coefficient. `pooled_LBC`: `pooled_sums` of all layers.
+
+    It is linear in the probabilities of each layer; balance_L is what each layer adds to it.
+    """
+    if pooled_LBC is None:
+        return share
+    counted_LBC, scores_LBE = pooled_LBC.tensor_split([pooled_LBC.shape[-1] // 2 + 1], dim=-1)
+    balance_L = _mean_over_scopes(
+        counted_LBC.long().sum(0, keepdim=True), scores_LBE, config.top_k, config.balance.scope, totals, mesh
+    )
+    objective = share.objective + (config.balance.coefficient * balance_L.sum()).to(share.objective.dtype)
+    return share._replace(objective=objective, balance_L=balance_L.detach())
 
 
 def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: Totals, mesh: Mesh) -> Losses:
@@ -198,11 +226,6 @@ def _choices(layer: RoutingStats, config: MoEConfig) -> Counted:
     return Counted(layer.counts_BE, layer.scores_BE, config.top_k)
 
 
-def _pooled_choices(layer: RoutingStats, config: MoEConfig) -> Counted:
-    assert layer.pooled is not None
-    return Counted(layer.pooled.counts_BE, layer.pooled.scores_BE, config.top_k)
-
-
 def _choices_of_sequence(layer: RoutingStats, config: MoEConfig) -> Counted:
     return Counted(layer.counts_BE if layer.best_BE is None else layer.best_BE, layer.scores_BE, config.top_k)
 
@@ -226,18 +249,17 @@ def _balance(
     config: MoEConfig,
     totals: Totals,
     mesh: Mesh,
-    pooled: bool = False,
 ) -> Tensor:
-    """Returns this rank's share (L,) of a balance loss: a mean over sequences, micro-batches, or micro-batches of ranks.
-
-    pooled: what each layer contributes to one loss of the means over all layers, which is linear in the scores of each.
-    """
+    """Returns this rank's share (L,) of a balance loss: a mean over sequences, micro-batches, or micro-batches of ranks."""
     counted = [of_layer(layer, config) for layer in stats]
     scores_LBC, per_token = torch.stack([layer.scores_BC for layer in counted]), counted[0].per_token
     with_tokens = [torch.cat([of.counts_BC, layer.tokens_B.unsqueeze(1)], dim=1) for of, layer in zip(counted, stats, strict=True)]
-    chosen = scope_sum(torch.stack(with_tokens), scope, mesh)
-    if pooled:
-        chosen = chosen.sum(0, keepdim=True).expand_as(chosen)
+    return _mean_over_scopes(torch.stack(with_tokens), scores_LBC, per_token, scope, totals, mesh)
+
+
+def _mean_over_scopes(counted_LBC: Tensor, scores_LBC: Tensor, per_token: int, scope: Scope, totals: Totals, mesh: Mesh) -> Tensor:
+    """Returns `_balance` of the scores; `counted_LBC`: counts of the columns and then the valid tokens, of each layer or of all."""
+    chosen = scope_sum(counted_LBC, scope, mesh)
     counts, tokens = chosen[..., :-1], chosen[..., -1]
     if scope is Scope.sequence:
         return balance_loss(counts, scores_LBC, tokens, per_token).sum(1) / _scopes(scope, totals, mesh)

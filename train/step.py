@@ -23,13 +23,15 @@ from ..parallel.config import Overflow
 from ..parallel.context import own_chunks
 from ..parallel.fsdp import end_deferred_gradients, prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
+from ..parallel.pipeline.p2p import Message
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
 from ..parallel.pipeline.schedule import WEIGHTS, Action
+from ..parallel.pipeline.stage_model import takes_earlier
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .batch import Rows, targets_ahead, valid_targets
-from .loss import LAYER_FIELDS, Losses, Totals, add_mtp, add_shares, among_all_layers, losses
+from .loss import LAYER_FIELDS, Losses, Totals, add_mtp, add_pooled_balance, add_shares, among_all_layers, losses, pooled_sums
 from .optimizer import set_learning_rate
 from .step_flags import NO_FLAGS, GlobalFlags, RankFlags, encode_flags, is_sound, read_flags
 
@@ -148,6 +150,7 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, position: BatchPosit
         rows.ids, valid_BS, head_losses=heads, position=position, documents_BS=rows.documents
     )
     share = losses(summed, stats, config.moe, totals, parallel.mesh)
+    share = add_pooled_balance(share, pooled_sums(stats, config.moe), config.moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
 
 
@@ -155,10 +158,10 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
     """Runs forward and backward of all micro-batches through this rank's stages. Returns the shares of each."""
     micro_batches, shares = step_input.rows, list[Losses]()
 
-    def forward(stage: int, micro: int, x_BSD: Tensor | None) -> StageResult:
-        y_BSD, share = forward_stage(parallel, pipeline, stage, x_BSD, micro_batches[micro], totals, step_input.position)
+    def forward(stage: int, micro: int, received: Message | None) -> StageResult:
+        output, share = forward_stage(parallel, pipeline, stage, received, micro_batches[micro], totals, step_input.position)
         shares.append(share)
-        return StageResult(y_BSD, share.objective)
+        return StageResult(output, share.objective)
 
     model, end_of = parallel.model, {each.stage: each for unit in pipeline.units(len(micro_batches)) for each in unit}
     blocks = list(zip(map(pipeline.stage_of, model.block_indices), model.blocks, strict=True))
@@ -177,9 +180,9 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
         if deferred:
             end_deferred_gradients(model)
 
-    like = between_stages(parallel, micro_batches[0])
+    likes = between_stages(parallel, pipeline, micro_batches[0])
     with ExitStack() as until_all_end, deferred_weight_gradients() if pipeline.defers_weights else nullcontext([]) as deferred:
-        run_schedule(pipeline, len(micro_batches), like, forward, around, deferred)
+        run_schedule(pipeline, len(micro_batches), likes, forward, around, deferred)
     return shares
 
 
@@ -187,51 +190,65 @@ def forward_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows, totals: T
     """Returns the losses of one micro-batch in this rank's stages."""
     shares = []
 
-    def forward(stage: int, x_BSD: Tensor | None) -> Tensor:
-        y_BSD, share = forward_stage(parallel, pipeline, stage, x_BSD, rows, totals, position)
+    def forward(stage: int, received: Message | None) -> Message:
+        output, share = forward_stage(parallel, pipeline, stage, received, rows, totals, position)
         shares.append(share)
-        return y_BSD
+        return output
 
-    run_forward(pipeline, between_stages(parallel, rows), forward)
+    run_forward(pipeline, between_stages(parallel, pipeline, rows), forward)
     return add_shares(shares)
 
 
-def between_stages(parallel: Parallel, rows: Rows) -> Tensor:
-    """Returns an empty tensor like the residual stream of `rows` between two stages, (B, s, D)."""
-    sequences, length = rows.ids.shape
-    shape = sequences, length // parallel.mesh.sequence.size, parallel.model.config.width
-    return rows.ids.new_empty(shape, dtype=parallel.model.activations)
+def between_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows) -> dict[int, Message]:
+    """Returns empty tensors like the messages about `rows` to and from this rank's stages, by the stage that they enter forward."""
+    config, (sequences, length), activations = parallel.model.config, rows.ids.shape, parallel.model.activations
+    x_BSD = rows.ids.new_empty(sequences, length // parallel.mesh.sequence.size, config.width, dtype=activations)
+    columns, wide = config.moe.experts + config.moe.router.null_experts, torch.promote_types(activations, torch.float32)
+
+    def entering(layer: int) -> Message:
+        earlier_BSD, pooled_LBC = x_BSD if takes_earlier(config, layer) else None, None
+        if config.moe.balance.pool_layers and (layers := sum(map(config.moe_layer, range(layer)))):
+            pooled_LBC = rows.ids.new_empty(layers, sequences, 2 * columns + 1, dtype=wide)
+        return Message(x_BSD, earlier_BSD, pooled_LBC)
+
+    borders = {stage + after: (inside.start, inside.stop)[after] for stage, inside in pipeline.layers.items() for after in (0, 1)}
+    return {stage: entering(layer) for stage, layer in borders.items()}
 
 
 def forward_stage(
     parallel: Parallel,
     pipeline: Pipeline,
     stage: int,
-    x_BSD: Tensor | None,
+    received: Message | None,
     rows: Rows,
     totals: Totals,
     position: BatchPosition | None,
-) -> tuple[Tensor, Losses]:
-    """Returns the residual stream after one stage, and the stage's share of the losses of one micro-batch."""
+) -> tuple[Message, Losses]:
+    """Returns what the next stage takes, and the stage's share of the losses of one micro-batch."""
     config, mesh = parallel.model.config, parallel.mesh
     position = (position or BatchPosition())._replace(row=rows.first)
-    y_BSD, summed, stats = parallel.model(
+    output, summed, stats = parallel.model(
         rows.ids,
         rows.targets != IGNORE,
         stage=stage,
-        x_BSD=x_BSD,
+        received=received,
         head_losses=head_losses(parallel, rows),
         position=position,
         documents_BS=rows.documents,
     )
-    none = y_BSD.new_zeros((), dtype=torch.promote_types(y_BSD.dtype, torch.float32))
+    none = output.x_BSD.new_zeros((), dtype=torch.promote_types(output.x_BSD.dtype, torch.float32))
     share = losses(summed[0] if summed else none, stats, config.moe, totals, mesh)
     share = add_mtp(share, summed[1:], config, totals, mesh)
     training, columns = parallel.model.training, config.moe.experts + config.moe.router.null_experts
     layers = pipeline.moe_layers - (0 if training else pipeline.predicting)
     rows_L = [row for row in pipeline.rows[stage] if row < layers]
     depth, metrics = (config.mtp_depth, len(SUMS) * pipeline.collects_metrics) if training else (0, 0)
-    return y_BSD, among_all_layers(share, rows_L, layers, columns, depth, metrics)
+    share = among_all_layers(share, rows_L, layers, columns, depth, metrics)
+    pooled = [each for each in (received and received.pooled_LBC, pooled_sums(stats, config.moe)) if each is not None]
+    output = output._replace(pooled_LBC=torch.cat(pooled) if pooled else None)
+    if stage == pipeline.last:
+        share = add_pooled_balance(share, output.pooled_LBC, config.moe, totals, mesh)
+    return output, share
 
 
 def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:

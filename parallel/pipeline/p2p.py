@@ -4,8 +4,8 @@ Each direction and kind has a process group of its own. In such a group each ran
 schedule, so both ends see one order, and no message waits for one that goes the other way.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,25 @@ from ..config import PipelineSchedule
 from ..mesh import Mesh
 from ..progress import PROGRESS, waiting
 from .schedule import BACKWARD, FORWARD, Action, place_of
+
+
+class Message(NamedTuple):
+    """What a stage sends to the next one, or the gradients of it that the next one sends back."""
+
+    x_BSD: Tensor
+    """The residual stream."""
+    earlier_BSD: Tensor | None = None
+    """With model.moe.shortcut the input of the last feed-forward, if the next stage begins with experts, which take it."""
+    pooled_LBC: Tensor | None = None
+    """With model.moe.balance.pool_layers what is pooled of all MoE layers so far: `pooled_sums` of train/loss.py."""
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Message":
+        """Returns the message with `function` of each of its tensors."""
+        return Message._make(None if tensor is None else function(tensor) for tensor in self)
+
+    def tensors(self) -> list[Tensor]:
+        """Returns those that there are, in the order in which they travel."""
+        return [tensor for tensor in self if tensor is not None]
 
 
 class Links:
@@ -43,15 +62,16 @@ class Links:
 
 
 class Mail:
-    """The messages of one pass through the pipeline. `like` is an empty tensor with the shape of all of them."""
+    """The messages of one pass through the pipeline. `likes`: empty tensors like the messages to and from each stage, by the one
+    to which the activations go."""
 
-    def __init__(self, links: Links, like: Tensor) -> None:
-        self.links, self.like = links, like
-        self.coming: dict[Action, tuple[Tensor, Any]] = {}
+    def __init__(self, links: Links, likes: Mapping[int, Message]) -> None:
+        self.links, self.likes = links, likes
+        self.coming: dict[Action, tuple[Message, list[Any]]] = {}
         """What is being received, by the action that needs it."""
         self.going: list[tuple[Tensor, Any, int]] = []
         """What is being sent, and to which rank, kept until it has left."""
-        self.here: dict[Action, Tensor] = {}
+        self.here: dict[Action, Message] = {}
         """What one stage of this rank computed for another one, by the action that needs it."""
         PROGRESS.in_schedule = True
 
@@ -63,10 +83,11 @@ class Mail:
         place = self.links.place_of(needed.stage)
         if place == self.links.place:
             return
-        tensor, group = torch.empty_like(self.like), self.links.groups[action.kind, place, self.links.place]
-        self.coming[action] = tensor, dist.irecv(tensor, self.links.peer(needed.stage), group=group)
+        message = self.likes[max(action.stage, needed.stage)].each(torch.empty_like)
+        peer, group = self.links.peer(needed.stage), self.links.groups[action.kind, place, self.links.place]
+        self.coming[action] = message, [dist.irecv(tensor, peer, group=group) for tensor in message.tensors()]
 
-    def take(self, action: Action) -> Tensor | None:
+    def take(self, action: Action) -> Message | None:
         """Returns what `action` needs from another stage; None for the first forward and the first backward pass."""
         PROGRESS.passes += 1
         if action in self.here:
@@ -74,22 +95,23 @@ class Mail:
         self.expect(action)
         if action not in self.coming:
             return None
-        tensor, work = self.coming.pop(action)
+        message, works = self.coming.pop(action)
         what, sender = ("activations", action.stage - 1) if action.kind == FORWARD else ("gradients", action.stage + 1)
         with waiting(f"{what} of micro-batch {action.micro} for stage {action.stage}", self.links.peer(sender)):
-            work.wait()
-        return tensor
+            for work in works:
+                work.wait()
+        return message
 
-    def send(self, action: Action, result: Tensor) -> None:
+    def send(self, action: Action, result: Message) -> None:
         """Begins to send the result of `action` to the rank that needs it, unless that is this rank."""
         to = action.stage + (1 if action.kind == FORWARD else -1)
-        result, place = result.detach().contiguous(), self.links.place_of(to)
+        result, place = result.each(lambda tensor: tensor.detach().contiguous()), self.links.place_of(to)
         if place == self.links.place:
             self.here[action._replace(stage=to)] = result
             return
-        group = self.links.groups[action.kind, self.links.place, place]
+        peer, group = self.links.peer(to), self.links.groups[action.kind, self.links.place, place]
         self.going = list(self._on_their_way())
-        self.going.append((result, dist.isend(result, self.links.peer(to), group=group), self.links.peer(to)))
+        self.going += [(tensor, dist.isend(tensor, peer, group=group), peer) for tensor in result.tensors()]
         PROGRESS.last = f"send of micro-batch {action.micro} from stage {action.stage}"
 
     def _on_their_way(self) -> Iterator[tuple[Tensor, Any, int]]:

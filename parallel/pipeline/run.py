@@ -1,6 +1,6 @@
 """Runs the schedule of a rank: forward and backward passes of its stages, and the messages between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from ...moe.deferred import WeightGradient, add_weight_gradients
 from ..config import PipelineSchedule
 from ..progress import in_phase
 from .overlap import Overlap
-from .p2p import Links, Mail
+from .p2p import Links, Mail, Message
 from .pairs import Unit, units
 from .schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action
 
@@ -79,61 +79,60 @@ class Pipeline:
 class StageResult(NamedTuple):
     """What a stage computes of a micro-batch."""
 
-    output_BSD: Tensor
-    """The residual stream for the next stage; of the last stage nobody uses it."""
+    output: Message
+    """For the next stage; of the last stage nobody uses it."""
     objective: Tensor
     """The stage's own share of the objective: the losses of its layers, and of the head if it has that."""
 
 
-Forward = Callable[[int, int, Tensor | None], StageResult]
-"""Takes a stage, a micro-batch, and the residual stream from the stage before it (None for the first stage)."""
+Forward = Callable[[int, int, Message | None], StageResult]
+"""Takes a stage, a micro-batch, and the message from the stage before it (None for the first stage)."""
 
 
 def run_schedule(
     pipeline: Pipeline,
     micros: int,
-    like: Tensor,
+    likes: Mapping[int, Message],
     forward: Forward,
     around: Callable[[Action, bool], AbstractContextManager[None]],
     deferred: list[WeightGradient],
 ) -> None:
     """Passes `micros` micro-batches forward and backward through this rank's stages. Collective over the pipeline.
 
-    `like`: an empty tensor with the shape of the residual stream between stages. `around` takes an action that computes gradients,
-    and whether it is among the last, and wraps it with the message that follows it. `deferred`: to which backward passes append the
-    gradients of weights that they leave. A stage differentiates its output, with the gradient that it receives, and its own share
-    of the objective together: no auxiliary loss has to travel.
+    `likes`: see `Mail`. `around` takes an action that computes gradients, and whether it is among the last, and wraps it with the
+    message that follows it. `deferred`: to which backward passes append the gradients of weights that they leave. A stage
+    differentiates its output, with the gradient that it receives, and its own share of the objective together: no auxiliary loss
+    has to travel.
     """
-    mail, schedule = Mail(pipeline.links, like), pipeline.units(micros)
-    kept: dict[tuple[int, int], tuple[Tensor | None, StageResult]] = {}
+    mail, schedule = Mail(pipeline.links, likes), pipeline.units(micros)
+    kept: dict[tuple[int, int], tuple[Message | None, StageResult]] = {}
     left: dict[tuple[int, int], list[WeightGradient]] = {}
 
-    def act(action: Action, x_BSD: Tensor | None, last: bool) -> None:
+    def act(action: Action, received: Message | None, last: bool) -> None:
         if action.kind == FORWARD:
-            x_BSD = x_BSD if x_BSD is None else x_BSD.requires_grad_()
+            received = received and received.each(Tensor.requires_grad_)
             with _named(action):
-                kept[action.stage, action.micro] = x_BSD, (result := forward(action.stage, action.micro, x_BSD))
+                kept[action.stage, action.micro] = received, (result := forward(action.stage, action.micro, received))
             if action.stage < pipeline.last:
-                mail.send(action, result.output_BSD)
+                mail.send(action, result.output)
             return
         if action.kind == WEIGHTS:
             with around(action, last), _named(action):
                 add_weight_gradients(left.pop((action.stage, action.micro)))
             return
-        into_BSD, result = kept.pop((action.stage, action.micro))
+        into, result = kept.pop((action.stage, action.micro))
         with around(action, last):
             with _named(action):
-                _backward(result, x_BSD)
+                _backward(result, received)
             left[action.stage, action.micro], deferred[:] = deferred[:], []
-            if into_BSD is not None:
-                assert into_BSD.grad is not None
-                mail.send(action, into_BSD.grad)
+            if into is not None:
+                mail.send(action, into.each(_gradient))
 
     for unit, following in zip(schedule, [*schedule[1:], ()], strict=True):
         received = [mail.take(action) for action in unit]
         for action in following:
             mail.expect(action)
-        passes = [partial(act, action, x_BSD, not following) for action, x_BSD in zip(unit, received, strict=True)]
+        passes = [partial(act, action, message, not following) for action, message in zip(unit, received, strict=True)]
         if pipeline.overlap is not None and len(passes) == 2:
             pipeline.overlap.run(*passes)
         else:
@@ -141,14 +140,14 @@ def run_schedule(
     mail.close()
 
 
-def run_forward(pipeline: Pipeline, like: Tensor, forward: Callable[[int, Tensor | None], Tensor]) -> None:
-    """Passes one micro-batch forward through this rank's stages. Collective over the pipeline."""
-    mail = Mail(pipeline.links, like)
+def run_forward(pipeline: Pipeline, likes: Mapping[int, Message], forward: Callable[[int, Message | None], Message]) -> None:
+    """Passes one micro-batch forward through this rank's stages. Collective over the pipeline. `likes`: see `Mail`."""
+    mail = Mail(pipeline.links, likes)
     for stage in pipeline.layers:
         action = Action(FORWARD, stage, 0)
-        output_BSD = forward(stage, mail.take(action))
+        output = forward(stage, mail.take(action))
         if stage < pipeline.last:
-            mail.send(action, output_BSD)
+            mail.send(action, output)
     mail.close()
 
 
@@ -158,9 +157,14 @@ def _named(action: Action) -> AbstractContextManager[None]:
     return in_phase(f"{what} of micro-batch {action.micro} through stage {action.stage}")
 
 
-def _backward(result: StageResult, received_BSD: Tensor | None) -> None:
-    outputs, gradients = [result.objective] if result.objective.requires_grad else [], list[Tensor | None]()
-    gradients += [None] * len(outputs)
-    if received_BSD is not None:
-        outputs, gradients = [*outputs, result.output_BSD], [*gradients, received_BSD]
+def _backward(result: StageResult, received: Message | None) -> None:
+    pairs: list[tuple[Tensor, Tensor | None]] = [(result.objective, None)]
+    if received is not None:
+        pairs += zip(result.output.tensors(), received.tensors(), strict=True)
+    outputs, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
     torch.autograd.backward(outputs, gradients)
+
+
+def _gradient(received: Tensor) -> Tensor:
+    assert received.grad is not None
+    return received.grad

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ...moe.config import ModelConfig
 from ...moe.model import HeadLoss, Transformer
 from ...moe.router import RoutingStats
 from ...moe.token_info import BatchPosition, build_token_info
 from ..config import ParallelConfig
 from ..mesh import Mesh
-from .p2p import Links
+from .p2p import Links, Message
 from .run import Pipeline
 from .stages import copies_embedding, cut_layers, has_embedding, layers_on
 
@@ -49,29 +50,34 @@ def stage_forward(
     ids_BS: Tensor,
     valid_BS: Tensor | None,
     stage: int,
-    x_BSD: Tensor | None,
+    received: Message | None,
     head_losses: list[HeadLoss],
     position: BatchPosition | None = None,
     documents_BS: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor], list[RoutingStats]]:
-    """Runs one of this rank's stages (`layers`, by stage): `Transformer.forward` from x_BSD (None: the embedding) on.
+) -> tuple[Message, list[Tensor], list[RoutingStats]]:
+    """Runs one of this rank's stages (`layers`, by stage): `Transformer.forward` from what it `received` (None: the embedding) on.
 
-    Returns the residual stream after the stage, its losses (of the stage `last` only), and the statistics of its MoE layers.
+    Returns what the next stage takes, the stage's losses (of the stage `last` only), and the statistics of its MoE layers.
     """
     config = model.config
     tokens = build_token_info(ids_BS, valid_BS, (position or BatchPosition()) if model.training else None, model.is_random)
     rotary = model.rotary_tables(config, 0, ids_BS.shape[1], ids_BS.device, model.activations, documents_BS)
     rotary = rotary._replace(blocks=model.block_masks(config, ids_BS, model.activations, documents_BS))
-    stream: Any = model.embed(ids_BS, tokens) if x_BSD is None else x_BSD
+    stream, earlier_BSD, _ = Message(model.embed(ids_BS, tokens)) if received is None else received
     stats: list[RoutingStats] = []
     for index in layers[stage]:
-        stream, routed, _ = model.layers[str(index)](stream, rotary, tokens._replace(layer=index))
+        stream, routed, earlier_BSD = model.layers[str(index)](stream, rotary, tokens._replace(layer=index), None, earlier_BSD)
         stats += [] if routed is None else [routed]
     if stage < last:
-        return stream, [], stats
+        return Message(stream, earlier_BSD if takes_earlier(config, layers[stage].stop) else None), [], stats
     normed_BSD = model.output_dropout(model.norm(stream), model.dropout_keys(stream, tokens))
     losses = [model.head(normed_BSD, head_losses[0])]
     if model.training:
         hidden_BSD = normed_BSD if config.mtp_after_norm else stream
         losses += model.mtp_losses(hidden_BSD, ids_BS, tokens, rotary, stats, head_losses[1:])
-    return stream, losses, stats
+    return Message(stream), losses, stats
+
+
+def takes_earlier(config: ModelConfig, layer: int) -> bool:
+    """Whether the experts of `layer` take what the layer before gives, which then has to travel to a stage that begins with it."""
+    return config.moe.shortcut and layer < config.layers and config.moe_layer(layer)

@@ -1,6 +1,7 @@
 """FSDP under the stages of a pipeline: no weight is gathered for nobody, and gradients are reduced when their stage has ended."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,38 +20,43 @@ MICROS = 4
 SIZES: dict[str, Any] = {"layers": 8, "width": 16, "heads": 2, "kv_heads": 2, "vocabulary": VOCABULARY}
 CASE = Case(ModelConfig(**SIZES, moe=MoEConfig(experts=4, hidden=8)), MICROS)
 GROUPS = 2
-"""What FSDP gathers of a block: its experts, and the rest."""
+"""What FSDP gathers of a block: its experts, if it has some, and the rest."""
+SHORTCUT = Case(replace(CASE.config, dense_first=1, moe=replace(CASE.config.moe, shortcut=True)), MICROS)
 INTERLEAVED = Layout(
     4, pipeline=2, pipeline_schedule=PipelineSchedule["interleaved"], pipeline_layers=[2, 2, 2, 2], zero=3, shard=2
 )
 
 
+WITHOUT_ENDS = Layout(6, pipeline=3, pipeline_layers=[3, 3, 2], shard=2)
 LAYOUTS = {
-    "interleaved, zero 1": INTERLEAVED._replace(zero=1),
-    "interleaved, zero 3": INTERLEAVED,
-    "a stage without embedding and head": Layout(6, pipeline=3, pipeline_layers=[3, 3, 2], shard=2),
+    "interleaved, zero 1": (INTERLEAVED._replace(zero=1), CASE),
+    "interleaved, zero 3": (INTERLEAVED, CASE),
+    "a stage without embedding and head": (WITHOUT_ENDS, CASE),
+    "a stage without embedding and head, experts on a shortcut": (WITHOUT_ENDS, SHORTCUT),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_each_pass_gathers_what_it_uses(ranks: Any, layout: Layout) -> None:
-    for found in ranks(layout.world, counted, layout):
+@pytest.mark.parametrize(("layout", "case"), LAYOUTS.values(), ids=LAYOUTS)
+def test_each_pass_gathers_what_it_uses(ranks: Any, layout: Layout, case: Case) -> None:
+    for found in ranks(layout.world, counted, layout, case):
         assert found["calls"] == found["expected"]
 
 
-def counted(layout: Layout) -> dict[str, Any]:
+def counted(layout: Layout, case: Case) -> dict[str, Any]:
     """Returns the collectives of FSDP in one step, and how many there are to be.
 
     With ZeRO-3 each pass gathers its blocks. The root (embedding or head) stays gathered until a backward pass ends.
     """
-    parallel = build(layout, CASE.config)
+    parallel = build(layout, case.config)
     with Collectives() as collectives:
         one_pass(parallel)
     assert parallel.pipeline is not None
     root, whole, gathers_of_root = int(not {"embedding.weight", "head.weight"}.isdisjoint(parallel.parameters)), False, 0
     for action in (action for unit in parallel.pipeline.units(MICROS) for action in unit):
         gathers_of_root, whole = gathers_of_root + root * (not whole), action.kind == FORWARD
-    groups = GROUPS * sum(map(len, parallel.pipeline.layers.values())) + root
+    groups = root + sum(
+        GROUPS if case.config.moe_layer(layer) else 1 for inside in parallel.pipeline.layers.values() for layer in inside
+    )
     expected = {"all_gather": groups, "reduce_scatter": groups}
     if layout.zero == 3:
         expected = {"all_gather": 2 * MICROS * (groups - root) + gathers_of_root, "reduce_scatter": MICROS * groups}

@@ -33,7 +33,7 @@ from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train.config.serialize import plain_config
-from tokenyard.train.loss import Totals, losses
+from tokenyard.train.loss import Totals, add_pooled_balance, losses, pooled_sums
 from torch import Tensor
 
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % 48
@@ -179,7 +179,8 @@ def test_an_imported_mixtral_trains_on_their_loss(layers: int, top_k: int, build
     logits, stats = ours(IDS, with_stats=True)
     totals = Totals(int((targets != IGNORE).sum()), len(IDS), 1)
     summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    share = losses(summed, stats, ours.config.moe, totals, build_mesh(ParallelConfig()))
+    mesh, moe = build_mesh(ParallelConfig()), ours.config.moe
+    share = add_pooled_balance(losses(summed, stats, moe, totals, mesh), pooled_sums(stats, moe), moe, totals, mesh)
     torch.testing.assert_close(share.objective, expected, rtol=0, atol=1e-5)
     expected.backward()
     share.objective.backward()

@@ -18,7 +18,7 @@ from tokenyard.moe.router import Router
 from tokenyard.moe.token_info import TokenInfo
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.loss import Losses, Totals, losses
+from tokenyard.train.loss import Losses, Totals, add_pooled_balance, losses, pooled_sums
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="the Mixtral comparison needs transformers (pip install 'tokenyard[hf]')")
@@ -88,9 +88,9 @@ def test_their_loss_does_not_depend_on_how_experts_are_chosen(layers: int, score
         of_layers.append((x_BSD @ weights[-1].T).flatten(0, 1))
         different += (routing.experts_TK.sort(-1).values != of_layers[-1].topk(3).indices.sort(-1).values).sum().item()
     assert different > 10
-    share = losses(
-        torch.zeros((), dtype=torch.float64), stats, config, Totals(int(valid_BS.sum()), 3, 1), build_mesh(ParallelConfig())
-    )
+    totals, mesh = Totals(int(valid_BS.sum()), 3, 1), build_mesh(ParallelConfig())
+    share = losses(torch.zeros((), dtype=torch.float64), stats, config, totals, mesh)
+    share = add_pooled_balance(share, pooled_sums(stats, config), config, totals, mesh)
     expected = mixtral.load_balancing_loss_func(tuple(of_layers), 8, 3, attention_mask=valid_BS)
     torch.testing.assert_close(3 * share.balance_L.sum(), expected.detach(), rtol=0, atol=1e-10)
     found, theirs = (torch.autograd.grad(loss, weights) for loss in (share.objective, 0.7 / 3 * expected))
@@ -177,7 +177,9 @@ def forward(ours: Transformer, ids: Tensor, labels: Tensor, balance: float) -> t
     totals = Totals(int((targets != IGNORE).sum()), len(ids), 1)
     summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     balanced = replace(ours.config.moe, balance=replace(ours.config.moe.balance, coefficient=balance))
-    return logits, losses(summed, stats, balanced, totals, build_mesh(ParallelConfig()))
+    mesh = build_mesh(ParallelConfig())
+    share = losses(summed, stats, balanced, totals, mesh)
+    return logits, add_pooled_balance(share, pooled_sums(stats, balanced), balanced, totals, mesh)
 
 
 def assert_same_gradients(ours: Transformer, theirs: Any, tolerance: float) -> None:

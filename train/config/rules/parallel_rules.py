@@ -191,11 +191,6 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
     ):
         rule = f"must be {p.pipeline_stages} numbers that add up to model.layers={layers}, of which only the last may be 0"
         yield Violation("parallel.pipeline_layers", rule, [None])
-    if config.model.moe.balance.pool_layers:
-        rule = "must be false with parallel.pipeline, the one loss of all layers would have to know the layers of other stages"
-        yield Violation("model.moe.balance.pool_layers", rule, [False])
-    if config.model.moe.shortcut:
-        yield Violation("parallel.pipeline", "must be 1 with model.moe.shortcut, experts take the input of the block before", [1])
 
 
 def recompute(config: Config, world: int) -> Iterator[Violation]:

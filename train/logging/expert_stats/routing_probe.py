@@ -18,6 +18,7 @@ from ....moe.router import Router, Routing
 from ....parallel.apply import Parallel
 from ....parallel.collectives import max_over, stack_over, sum_over
 from ....parallel.context import own_chunks
+from ....parallel.pipeline.p2p import Message
 from ....parallel.pipeline.run import run_forward
 from ...batch import Rows, as_rows
 from ...session import Session
@@ -143,7 +144,9 @@ class Probe:
             if parallel.pipeline is None:
                 parallel.model(rows.ids, rows.targets != IGNORE, head_losses=heads, documents_BS=rows.documents)
             else:
-                run_forward(parallel.pipeline, between_stages(parallel, rows), partial(run_stage, parallel, rows, heads))
+                likes = between_stages(parallel, parallel.pipeline, rows)
+                likes = {stage: like._replace(pooled_LBC=None) for stage, like in likes.items()}
+                run_forward(parallel.pipeline, likes, partial(run_stage, parallel, rows, heads))
                 self._add_other_stages(found, rows.ids)
         finally:
             parallel.model.train()
@@ -239,10 +242,10 @@ def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, l
     return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
 
 
-def run_stage(parallel: Parallel, rows: Rows, heads: list[HeadLoss], stage: int, x_BSD: Tensor | None) -> Tensor:
-    """Returns the residual stream after one stage of a pipeline."""
+def run_stage(parallel: Parallel, rows: Rows, heads: list[HeadLoss], stage: int, received: Message | None) -> Message:
+    """Returns what the stage of a pipeline after this one takes."""
     valid_BS = rows.targets != IGNORE
-    return parallel.model(rows.ids, valid_BS, stage=stage, x_BSD=x_BSD, head_losses=heads, documents_BS=rows.documents)[0]
+    return parallel.model(rows.ids, valid_BS, stage=stage, received=received, head_losses=heads, documents_BS=rows.documents)[0]
 
 
 def routers(parallel: Parallel, layers: list[int]) -> dict[int, Router]:
