@@ -136,7 +136,7 @@ def one_pass(made: Dispatcher, x_TD: Tensor, routing: Routing) -> None:
 
 
 def forward(made: Dispatcher, x_TD: Tensor, routing: Routing) -> Tensor:
-    return made.run(x_TD, routing, lambda rows, counts: rows, lambda: None).y_TD
+    return made.run(x_TD, routing, lambda rows, counts: rows, lambda: lambda: None).y_TD
 
 
 def sent_bytes(made: Dispatcher, x_TD: Tensor, routing: Routing) -> SentBytes:

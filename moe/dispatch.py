@@ -182,14 +182,14 @@ class DispatchedTokens(NamedTuple):
 
 ExpertsFn = Callable[..., Tensor]
 """The experts, called as `Experts.forward`."""
-OverlapFn = Callable[[], Any]
-"""Computation that does not depend on the experts."""
+OverlapFn = Callable[[], Callable[[], Any]]
+"""The first half of a computation that does not depend on the experts. Returns the second half, which returns the result."""
 
 
 class DispatcherOutput(NamedTuple):
     y_TD: Tensor
     overlapped: Any
-    """The result of the `OverlapFn`."""
+    """The result of the second half of the `OverlapFn`."""
     rows: int | Tensor
     """Rows that this device's experts computed, those of other ranks' tokens and padding included."""
     overflow: Tensor | None = None
@@ -208,10 +208,10 @@ class Dispatcher(ABC):
         """Returns the weighted sum of the rows of each token: (R, D) to (T, D)."""
 
     def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
-        """Dispatch, experts, combine: (T, D) to (T, D). Calls `overlap_fn` while rows travel."""
+        """Dispatch, experts, combine: (T, D) to (T, D). Calls the halves of `overlap_fn` while rows travel there and back."""
         dispatched = self.dispatch(x_TD, routing)
         y_RD = dispatched.through(experts)
-        return DispatcherOutput(self.combine(y_RD, dispatched), overlap_fn(), len(y_RD))
+        return DispatcherOutput(self.combine(y_RD, dispatched), overlap_fn()(), len(y_RD))
 
 
 class LocalDispatcher(Dispatcher):
@@ -239,7 +239,7 @@ class FusedDispatcher(LocalDispatcher):
         if plan.filled_R is None and (multiple := row_alignment(x_TD)) > 1:
             plan = pad_to_multiple(plan, experts_or_dropped(routing, self.experts), multiple)
         choices = Choices(plan, routing.weights_TK, routing.keys_T)
-        return DispatcherOutput(experts(x_TD, plan.counts_E, choices), overlap_fn(), rows)
+        return DispatcherOutput(experts(x_TD, plan.counts_E, choices), overlap_fn()(), rows)
 
 
 def plan_rows(routing: Routing, experts: int) -> RowPlan:

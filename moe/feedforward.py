@@ -108,5 +108,13 @@ class FeedForward(nn.Module):
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.down_product(self.hidden_columns(x, keys))
+
+    def hidden_columns(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Returns what the last product takes, (..., F)."""
         hidden = activate(self.activation, linear(x, weight_as(self.gate_up, x.dtype).flatten(0, 1)))
-        return linear(self.dropout(hidden, keys), weight_as(self.down, x.dtype))
+        return self.dropout(hidden, keys)
+
+    def down_product(self, hidden: Tensor) -> Tensor:
+        """(..., F) to (..., D)."""
+        return linear(hidden, weight_as(self.down, hidden.dtype))

@@ -1,8 +1,9 @@
-"""The MoE layer: route, dispatch, experts, combine; the shared expert overlaps with the dispatch.
+"""The MoE layer: route, dispatch, experts, combine; the shared expert overlaps with dispatch and combine.
 
-B sequences, S tokens of each, T = B * S tokens, D width.
+B sequences, S tokens of each, T = B * S tokens, D width, F hidden width of the shared expert.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -39,7 +40,7 @@ class MoELayer(nn.Module):
         if self.experts.dropout.drops:
             keys_BS = layer_keys(x_BSD, tokens or TokenInfo())
             routing = routing._replace(keys_T=keys_BS.flatten())
-        shared = partial(self._shared, x_BSD, keys_BS)
+        shared = partial(self._start_shared, x_BSD, keys_BS)
         y_TD, shared_BSD, rows, overflow = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, shared)
         if self.router.null is not None:
             y_TD = y_TD + self.router.null(x_BSD.flatten(0, 1), routing.experts_TK, routing.weights_TK)
@@ -50,8 +51,13 @@ class MoELayer(nn.Module):
             stats = stats._replace(router_metrics=metrics._replace(rows=rows))
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 
-    def _shared(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Tensor | None:
+    def _start_shared(self, x_BSD: Tensor, keys_BS: Tensor | None) -> Callable[[], Tensor | None]:
+        """Computes the first product of the shared expert. Returns a function for the rest, which returns its output."""
         if self.shared is None:
-            return None
-        y_BSD = self.shared(x_BSD, keys_BS)
+            return lambda: None
+        return partial(self._finish_shared, x_BSD, self.shared.hidden_columns(x_BSD, keys_BS))
+
+    def _finish_shared(self, x_BSD: Tensor, hidden_BSF: Tensor) -> Tensor:
+        assert self.shared is not None
+        y_BSD = self.shared.down_product(hidden_BSF)
         return y_BSD if self.shared_gate is None else self.shared_gate(x_BSD).sigmoid() * y_BSD

@@ -64,6 +64,11 @@ def repeats() -> bool:
     return _this_thread.tape is not None and _this_thread.tape.repeats
 
 
+def in_second_pass() -> bool:
+    """Whether this forward pass is a second one: whether this thread is in a backward pass."""
+    return torch._C._current_graph_task_id() >= 0
+
+
 def selective_contexts(width: int) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Returns contexts for the two passes over a block of a model of this width, as `context_fn` of torch.utils.checkpoint."""
     tape = _Tape()

@@ -57,7 +57,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
 
     def start_combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> PendingRows:
         route, expansion, weights_C = dispatched.metadata
-        return route.reverse().start(reduce(y_RD, expansion, weights_C))
+        return route.reverse().start(reduce(y_RD, expansion, weights_C), ends_layer=True)
 
     def finish_combine(self, started: PendingRows) -> Tensor:
         return started.wait()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...moe.recompute import keep, repeats
+from ...moe.recompute import in_second_pass, keep, repeats
 from ..collectives import all_gather
 from ..mesh import Axis
 from ..pipeline.overlap import exchange_started, hand_over
@@ -25,11 +25,14 @@ class Route(ABC):
 
     axis: Axis
 
-    def start(self, rows: Tensor) -> "PendingRows":
-        """Starts to send rows of shape (T, D)."""
+    def start(self, rows: Tensor, ends_layer: bool = False) -> "PendingRows":
+        """Starts to send rows of shape (T, D). `ends_layer`: the layer keeps nothing of what arrives for its backward pass.
+
+        Then a second pass, which ends at the last tensor that is kept, sends them where it waits for them, if it comes so far.
+        """
         if self.axis.size == 1:
             return PendingRows(rows)
-        running = _Running(self)
+        running = _Running(self, ends_layer)
         link: Any = _Start.apply(rows, running)
         return PendingRows(link, running)
 
@@ -109,18 +112,21 @@ class ReduceScatter(Route):
 class _Running:
     """The collective that is running, first of the rows, later of the gradient. Holds its input, which must live until it ends."""
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
+    def __init__(self, route: Route, ends_layer: bool) -> None:
+        self.route, self.ends_layer = route, ends_layer
         self.current: Any = None
 
-    def start(self, rows: Tensor, route: Route) -> None:
+    def start(self, rows: Tensor, route: Route, later: bool = False) -> None:
+        """`later`: `wait` launches the collective."""
         rows = rows.contiguous()
-        self.current = route, rows, *route.launch(rows)
-        exchange_started()
+        self.current = route, rows, None if later else route.launch(rows)
+        if not later:
+            exchange_started()
 
     def wait(self) -> Tensor:
         hand_over()
-        route, _, output, work = self.current
+        route, rows, launched = self.current
+        output, work = launched or route.launch(rows)
         self.current = None
         with waiting(f"all_to_all of rows over {route.axis.size} ranks"):
             work.wait()
@@ -145,7 +151,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, running: _Running) -> Tensor:
         ctx.running = running
         if not repeats():
-            running.start(rows, running.route)
+            running.start(rows, running.route, later=running.ends_layer and in_second_pass())
         return rows.new_empty(0)
 
     @staticmethod

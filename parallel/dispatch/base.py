@@ -41,13 +41,14 @@ class ExpertParallelDispatcher(Dispatcher):
     def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
         x_chunks = x_TD.tensor_split(self.chunks) if self.chunks > 1 else [x_TD]  # even a split in one has a gradient to copy
         chunks = list(zip(x_chunks, split(routing, self.chunks), strict=True))
-        following, overlapped, combining, rows = self.start_dispatch(*chunks[0]), overlap_fn(), [], 0
+        following, finish_overlapped, combining, rows = self.start_dispatch(*chunks[0]), overlap_fn(), [], 0
         for next_chunk in [*chunks[1:], None]:
             # The next rows start first: the host waits for their counts, and only queues the experts' work on a GPU.
             started, following = following, None if next_chunk is None else self.start_dispatch(*next_chunk)
             dispatched = self.finish_dispatch(started)
             rows += len(dispatched.tokens_RD)
             combining.append(self.start_combine(dispatched.through(experts), dispatched))
+        overlapped = finish_overlapped()
         y = [self.finish_combine(started) for started in combining]
         return DispatcherOutput(torch.cat(y) if len(y) > 1 else y[0], overlapped, rows)
 

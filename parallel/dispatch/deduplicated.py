@@ -176,7 +176,7 @@ class DeduplicatedDispatcher(ExpertParallelDispatcher):
         y = reduce(y_RD, expansion, weights_A)
         for hop in reversed(hops[1:]):
             y = reduce(hop.route.reverse().start(y).wait(), hop.expansion)
-        return hops[0].route.reverse().start(y), hops[0]
+        return hops[0].route.reverse().start(y, ends_layer=True), hops[0]
 
     def finish_combine(self, started: tuple[PendingRows, Hop]) -> Tensor:
         rows, hop = started

@@ -234,7 +234,7 @@ class SymmetricDispatcher(Dispatcher):
 
     def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
         dispatched = self.dispatch(x_TD, routing)
-        overlapped, plan = overlap_fn(), dispatched.metadata[0]
+        overlapped, plan = overlap_fn()(), dispatched.metadata[0]
         y_TD = self.combine(dispatched.through(experts), dispatched)
         return DispatcherOutput(y_TD, overlapped, plan.counts_L.sum(), plan.overflow)
 

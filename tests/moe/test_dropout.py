@@ -127,7 +127,7 @@ def test_the_experts_drop_hidden_columns_by_token_and_expert(
     kept_TK = None if dropped is None else torch.rand(tokens, top_k) > dropped
     experts_TK, keys_T = torch.rand(tokens, EXPERTS).argsort(1)[:, :top_k], some_keys(1, tokens).flatten()
     routing = Routing(experts_TK, weights_TK, kept_TK, None, padded, keys_T)  # pyright: ignore[reportArgumentType]
-    y_TD = dispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None).y_TD  # pyright: ignore[reportCallIssue]
+    y_TD = dispatcher(EXPERTS).run(x_TD, routing, experts, lambda: lambda: None).y_TD  # pyright: ignore[reportCallIssue]
     expected_TD = by_choice(experts, x_TD, routing)
     torch.testing.assert_close(y_TD, expected_TD, rtol=0, atol=1e-13)
     inputs, weight_TD = (x_TD, weights_TK, *experts.parameters()), torch.randn_like(x_TD)

@@ -34,9 +34,9 @@ def test_equals_dispatch_experts_combine(
     experts = random_experts(torch.float64, activation, bias)
     routing, x_TD = random_routing(*case), torch.randn(case[0], WIDTH, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(experts_module, "BLOCK", 3 * HIDDEN)  # more than one block
-    fused = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None)
+    fused = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: lambda: None)
     plain = LocalDispatcher(EXPERTS).run(
-        x_TD, routing, lambda x_RD, counts_E: experts_by_loop(experts, x_RD, counts_E), lambda: None
+        x_TD, routing, lambda x_RD, counts_E: experts_by_loop(experts, x_RD, counts_E), lambda: lambda: None
     )
     assert fused.rows == plain.rows
     torch.testing.assert_close(fused.y_TD, plain.y_TD, rtol=0, atol=1e-14)
@@ -98,8 +98,8 @@ def test_bf16_on_a_cpu_is_close(multiplies: bool, monkeypatch: pytest.MonkeyPatc
     narrow.load_state_dict(experts.state_dict())
     routing, x_TD = random_routing(40, 2, None, None), torch.randn(40, WIDTH, dtype=torch.float64, requires_grad=True)
     assert row_alignment(x_TD.bfloat16()) == (32 if multiplies else 1)
-    y_TD = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None).y_TD
-    result = FusedDispatcher(EXPERTS).run(x_TD.bfloat16(), routing, narrow, lambda: None)
+    y_TD = FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: lambda: None).y_TD
+    result = FusedDispatcher(EXPERTS).run(x_TD.bfloat16(), routing, narrow, lambda: lambda: None)
     assert result.y_TD.dtype == torch.bfloat16 and result.rows == 80
     weight_TD = torch.randn_like(y_TD)
     expected = torch.autograd.grad(y_TD, (x_TD, routing.weights_TK, *experts.parameters()), weight_TD)
@@ -120,7 +120,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     weights = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
     x_TD = torch.randn(64, WIDTH, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: None)
+        FusedDispatcher(EXPERTS).run(x_TD, routing, experts, lambda: lambda: None)
     activations = sum(size for pointer, size in kept.items() if pointer not in weights)
     indices = 8 * (2 * 64 + 2 * 64 + 2 * EXPERTS) + 8 * 2 * 64
     assert activations <= 4 * (64 * WIDTH + 2 * 64 * 2 * HIDDEN) + indices

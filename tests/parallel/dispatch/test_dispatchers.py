@@ -143,7 +143,7 @@ def pass_rows(dispatcher: Dispatcher, part: dict[str, Any]) -> None:
     """Forward and backward with experts that double each row."""
     x_TD, weights_TK = part["x_TD"].clone().requires_grad_(), part["weights_TK"].clone().requires_grad_()
     routing = Routing(part["experts_TK"], weights_TK, part["kept_TK"], None, None)  # pyright: ignore[reportArgumentType]
-    y_TD, *_ = dispatcher.run(x_TD, routing, lambda x_RD, _: 2 * x_RD, lambda: None)
+    y_TD, *_ = dispatcher.run(x_TD, routing, lambda x_RD, _: 2 * x_RD, lambda: lambda: None)
     y_TD.square().sum().backward()
 
 
@@ -156,7 +156,9 @@ def test_a_dry_run_goes_on_with_numbers_that_fit_each_other(name: str, tokens: i
         part = random_tokens(tokens, None, top_k, experts)
         weights_TK, x_TD = part["weights_TK"].requires_grad_(), part["x_TD"].requires_grad_()
         routing = Routing(part["experts_TK"], weights_TK, None, None, None)  # pyright: ignore[reportArgumentType]
-        y_TD, _, rows, _ = dispatcher.run(x_TD, routing, lambda x_RD, _: arrived.append(len(x_RD)) or 2 * x_RD, lambda: None)
+        y_TD, _, rows, _ = dispatcher.run(
+            x_TD, routing, lambda x_RD, _: arrived.append(len(x_RD)) or 2 * x_RD, lambda: lambda: None
+        )
         y_TD.square().sum().backward()
     assert seen.waits.total() == WAITS[name] and x_TD.grad is not None and y_TD.shape == x_TD.shape
     assert arrived == [rows] and abs(rows - tokens * top_k) <= 4 * top_k
@@ -210,7 +212,7 @@ def moe(dispatcher: Dispatcher, experts: Experts, part: dict[str, Any]) -> dict[
         seen.append(counts_E)
         return experts(x_RD, counts_E)
 
-    y_TD, overlapped, *_ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin())
+    y_TD, overlapped, *_ = dispatcher.run(x_TD, routing, compute, lambda: x_TD.sin)
     (y_TD.square() + overlapped).sum().backward()
     leaves = {"x_TD": x_TD, "weights_TK": weights_TK, **dict(experts.named_parameters())}
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

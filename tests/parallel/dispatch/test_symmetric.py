@@ -68,7 +68,7 @@ def passes(dispatcher: Dispatcher, experts: Experts, part: Part) -> dict[str, Te
         x_TD, weights_TK = ((index + 1.0) * part.x_TD).requires_grad_(), part.weights_TK.clone().requires_grad_()
         stats: Any = None
         routing = Routing(part.experts_TK, weights_TK, part.kept_TK, stats, part.padded_rows, part.keys_T)
-        y_TD, _, rows, overflow = dispatcher.run(x_TD, routing, experts, lambda: None)
+        y_TD, _, rows, overflow = dispatcher.run(x_TD, routing, experts, lambda: lambda: None)
         started.append((y_TD, x_TD, weights_TK))
         found[f"rows {index}"] = torch.as_tensor(rows)
         if overflow is not None:
