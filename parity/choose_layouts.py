@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.config import TokenizerConfig
 from ..moe.config import MoEConfig, Scope, Selection
-from ..parallel.config import Exchange, ParallelConfig
+from ..parallel.config import Exchange, ParallelConfig, PipelineSchedule
 from ..parallel.layout import dense_ranks
 from ..train.config.compose import compose
 from ..train.config.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
@@ -106,10 +106,17 @@ def options(most: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     yield 2, {}
     for name, default in _settings(ParallelConfig()).items():
         for value in [] if name in DEGREES else _others(default):
-            changes = {name: value} | ({"node_ranks": 2} if value is Exchange.hierarchical else {})
-            yield 1, changes
-            if most:
-                yield 2, changes
+            for needed in _needed_by(name, value):
+                yield 1, {name: value} | needed
+                if most:
+                    yield 2, {name: value} | needed
+
+
+def _needed_by(name: str, value: Any) -> list[dict[str, Any]]:
+    """Returns what other settings a setting may need to be legal, of which the rules decide."""
+    if name == "pipeline_overlap":
+        return [{"pipeline_schedule": schedule} for schedule in PipelineSchedule]
+    return [{"node_ranks": 2} if value is Exchange.hierarchical else {}]
 
 
 def _others(default: Any) -> list[Any]:

@@ -100,6 +100,9 @@ def _wrapped(text: str, indent: str) -> list[str]:
 LIMIT_SECONDS = 120.0
 """Time limit for one layout of a shrunk model."""
 
+STAGES = 4
+"""Of two ranks in every schedule, for which the layers of a model must suffice if layouts=auto makes it small."""
+
 
 def parity_command(words: list[str], as_json: bool) -> int:
     """Compares each layout with one process and prints a table. Returns 0 if all are equal, 1 if one differs, 2 if none can run."""
@@ -126,7 +129,7 @@ def plan_comparison(settings: ParityConfig, overrides: list[str]) -> tuple[Confi
     given = prepare_config(compose(overrides))
     wanted = [] if settings.layouts == "auto" else parse_layouts(settings.layouts)
     most = max((layout.ranks for layout in wanted), default=settings.ranks)
-    stages = max((layout.parallel.pipeline_stages for layout in wanted), default=1)
+    stages = max((layout.parallel.pipeline_stages for layout in wanted), default=STAGES if settings.ranks > 1 else 1)
     config = shrink(given, max(most, settings.ranks), stages) if settings.shrink else given
     # The layouts must be legal for the full model too; only its batch may change.
     given.batch = config.batch

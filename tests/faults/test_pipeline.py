@@ -39,7 +39,7 @@ RANKS = {"moe/rank_overload", "moe/exchange_skew"}
 
 def run(folder: Path, *overrides: str, spoiled: int = 0, flipped: int = 0, nan_loss: int = 0) -> dict[str, Any]:
     """On each rank; `spoiled`: a gradient of the last rank is NaN in that step, twice; `flipped`: a bit of its embedding then;
-    `nan_loss`: the first stage's own share of the objective is NaN in that step, twice.
+    `nan_loss`: the first rank's own share of the objective is NaN in that step, twice.
     """
     session = open_session(configured(folder, *MODEL, *overrides), torch.device("cpu"))
     parallel, right_pass, right_step, kept = session.parallel, step_module.pipeline_pass, session.engine.step, []
@@ -95,8 +95,9 @@ def results(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         "1f1b": (folder / "1f1b", [*PIPELINE, *WATCHED], {}),
         "interleaved": (folder / "interleaved", [*INTERLEAVED, *WATCHED], {}),
         "zbv": (folder / "zbv", [*ZBV, *WATCHED], {}),
-        "skip": (folder / "skip", [*PIPELINE, *refuse, "steps=4", "numerics.on_nan=skip"], {"spoiled": 3}),
+        "skip": (folder / "skip", [*ZBV, *refuse, "steps=4", "numerics.on_nan=skip"], {"spoiled": 3}),
         "rollback": (folder / "rollback", [*PIPELINE, *refuse, "steps=4", "numerics.on_nan=rollback"], {"spoiled": 3}),
+        "loss of zbv": (folder / "loss of zbv", [*ZBV, *refuse, "steps=4", "numerics.on_nan=rollback"], {"nan_loss": 3}),
         "loss": (folder / "loss", [*UNCOPIED, *refuse, "steps=4", "numerics.on_nan=rollback"], {"nan_loss": 3}),
         "flip": (folder / "flip", [*PIPELINE, "debug.replicas_every=2", "debug.on_divergence=stop", "steps=4"], {"flipped": 1}),
         "asked": (folder / "asked", PIPELINE, {}),
@@ -141,9 +142,12 @@ def assert_same(one: Any, other: Any, key: str) -> None:
 
 
 def test_a_nan_on_one_stage_stops_the_update_on_all(results: Any) -> None:
-    """Skipped, or rolled back to the checkpoint of step 2; the weights of the refused step are bit for bit what they were."""
+    """Skipped, or rolled back to the checkpoint of step 2; the weights of the refused step are bit for bit what they were.
+
+    In the V the first rank has the last stage, whose NaN reaches the gradients of both.
+    """
     folder, answers = results
-    for name, rank in (("skip", 1), ("rollback", 1), ("loss", 0)):
+    for name, rank in (("skip", 1), ("rollback", 1), ("loss", 0), ("loss of zbv", None)):
         assert [answer[name]["code"] for answer in answers] == [0, 0]
         assert all(answer[name]["kept"] == [True, True] for answer in answers), "computed twice, refused twice"
         (fault,) = events_of(folder / name, "not_finite")

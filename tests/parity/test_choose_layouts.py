@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.moe.param_count import count
-from tokenyard.parallel.config import Exchange, ParallelConfig, Recompute
+from tokenyard.parallel.config import Exchange, ParallelConfig, PipelineSchedule, Recompute
 from tokenyard.parity.choose_layouts import DEGREES, Layout, all_layouts, is_legal, parse_layouts, prepare_config
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import ParityConfig
@@ -50,6 +50,8 @@ def test_automatic_layouts_cover_every_split_and_option() -> None:
         (recompute, accumulation) for recompute in Recompute for accumulation in (1, 2)
     }
     assert Layout(4, ParallelConfig(tensor=2, shard=2, expert=4)) in layouts
+    side_by_side = {layout.parallel.pipeline_schedule for layout in layouts if layout.parallel.pipeline_overlap}
+    assert side_by_side == {PipelineSchedule["interleaved"], PipelineSchedule["zbv"]}
     assert {layout.parallel.exchange for layout in layouts if layout.parallel.expert > 1} == set(Exchange)
     assert Layout() not in layouts
 
@@ -64,6 +66,8 @@ def test_more_ranks_and_what_the_model_cannot() -> None:
     eight = plan_comparison(ParityConfig(ranks=8), ["model=tiny_deepseek_v3"])[1]
     assert {layout.ranks for layout in eight} == {1, 2, 4, 8} and any(layout.parallel.expert == 8 for layout in eight)
     assert all(layout.parallel.tensor <= 2 for layout in plan_comparison(ParityConfig(), ["model=tiny_mixtral"])[1])
+    schedules = {layout.parallel.pipeline_schedule for layout in plan_comparison(ParityConfig(), ["model=mixtral_8x7b"])[1]}
+    assert schedules == set(PipelineSchedule), "made small it has layers for all of them"
     dense = plan_comparison(ParityConfig(), ["model=dense"])[1]
     assert dense and all(layout.parallel.expert == 1 for layout in dense)
 
