@@ -53,7 +53,7 @@ def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispat
         case Exchange.gather:
             return AllGatherDispatcher(experts, axis, chunks)
         case Exchange.symmetric:
-            return SymmetricDispatcher(experts, axis, config.exchange_rows)
+            return SymmetricDispatcher(experts, axis, config.exchange_rows, config.exchange_overflow is Overflow.repair)
 
 
 @dataclass

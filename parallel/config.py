@@ -21,6 +21,7 @@ class Overflow(Enum):
 
     fatal = "fatal"
     drop = "drop"
+    repair = "repair"
 
 
 class Recompute(Enum):
@@ -67,7 +68,8 @@ class ParallelConfig:
     """Room for the rows of a rank's experts with exchange=symmetric, over their number at an even load; from parallel.expert on
     everything fits."""
     exchange_overflow: Overflow = Overflow.fatal
-    """What happens if rows do not fit: the run ends before the update (fatal), or the last of each crowded expert are dropped."""
+    """What happens if rows do not fit: the run ends before the update (fatal), the last of each crowded expert are dropped (drop),
+    or they come in further rounds, whose number the host reads in each layer, 1 if all fit (repair)."""
     node_ranks: int | None = field(default=None, metadata=within("[1, inf)"))
     """Ranks of a node, for exchange=hierarchical; null is the launcher's number of local ranks."""
     overlap_chunks: int = field(default=1, metadata=within("[1, inf)"))

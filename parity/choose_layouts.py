@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.config import TokenizerConfig
 from ..moe.config import MoEConfig, Scope, Selection
-from ..parallel.config import Exchange, ParallelConfig, PipelineSchedule
+from ..parallel.config import Exchange, Overflow, ParallelConfig, PipelineSchedule
 from ..parallel.layout import dense_ranks
 from ..train.config.compose import compose
 from ..train.config.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
@@ -51,7 +51,8 @@ class Layout:
         """Returns `config` on this layout."""
         micro = max(1, config.batch.sequences // self.data_ranks // self.accumulation)
         batch, parallel = BatchConfig(config.batch.sequences, micro), self.parallel
-        if parallel.exchange is Exchange.symmetric:  # one process has room for everything
+        if parallel.exchange is Exchange.symmetric and parallel.exchange_overflow is not Overflow.repair:
+            # One process has room for everything.
             parallel = dataclasses.replace(parallel, exchange_rows=float(parallel.expert))
         return dataclasses.replace(config, parallel=parallel, batch=batch)
 

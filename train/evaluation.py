@@ -6,6 +6,7 @@ import torch
 
 from ..data.batches import IGNORE
 from ..parallel.collectives import sum_over
+from ..parallel.config import Overflow
 from ..parallel.process_group import is_first
 from .batch import as_rows
 from .config.complain import say
@@ -48,7 +49,8 @@ def evaluate_session(session: Session) -> Evaluation:
     parallel.model.train()
     assert total is not None
     loss, tokens, *counts = sum_over(total, parallel.mesh.everyone).tolist()
-    if parallel.overflow is not None and (overflow := int(counts.pop())) and is_first():
+    overflow = 0 if parallel.overflow is None else int(counts.pop())
+    if overflow and parallel.overflow is not Overflow.repair and is_first():
         say(f"validation: {too_little_room(session.config.parallel, overflow)}")
     moe = parallel.model.config.moe
     columns = moe.experts + moe.router.null_experts

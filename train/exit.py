@@ -59,7 +59,7 @@ class RunStop(Exception):
 def too_little_room(parallel: ParallelConfig, overflow: int) -> str:
     """Returns, in one line, which setting of the exchange left no room for `overflow` rows, and values that do."""
     rule = f"must leave room for the rows of each rank's experts, and {overflow} did not fit"
-    right = f"parallel.exchange_rows={float(parallel.expert)}, where all fit, or parallel.exchange_overflow=drop"
+    right = f"parallel.exchange_rows={float(parallel.expert)}, where all fit, or parallel.exchange_overflow=repair or drop"
     return f"parallel.exchange_rows={parallel.exchange_rows}: {rule}; nearest valid: {right}"
 
 

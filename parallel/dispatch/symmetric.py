@@ -11,6 +11,10 @@ rank has passed the barrier of transfer t + 1, so the other has entered it, and 
 the copy of transfer t. Hence one barrier for each transfer suffices. This needs that all ranks of the axis make the same transfers
 in the same order, as they do collectives, and each in a single stream: nothing overlaps with a transfer.
 
+Rounds. What has no room is dropped, or (`repairs`) comes in further rounds: round i brings the rows from i * `most` on in the order
+that they have with room for all, so all rounds together bring what the plain exchange brings. All ranks know the counts of all
+ranks, so their hosts read the same number of rounds: one if everything fits. The way back needs one.
+
 T tokens, K choices of each, E experts, N ranks, L = E / N experts of a rank, D width, A rows that this rank plans (T * K, or with
 padding those of each expert), C rows that its experts have room for.
 """
@@ -22,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.device import kind_of
+from ...moe.device import host_read, kind_of
 from ...moe.dispatch import (
     DispatchedTokens,
     Dispatcher,
@@ -42,6 +46,7 @@ from ...moe.recompute import keep
 from ...moe.router import Routing
 from ..collectives import stack_over
 from ..mesh import Axis
+from ..progress import waiting_for_device
 from . import shared_memory
 
 ALIGNMENT = 256
@@ -67,7 +72,11 @@ class SymmetricPlan(NamedTuple):
     counts_L: Tensor
     """int64: rows of each of this rank's experts."""
     overflow: Tensor
-    """int64 scalar: choices of this rank that found no room."""
+    """int64 scalar: choices of this rank that found no room, in the first round."""
+    most: int
+    """Rows that any rank gets in a transfer."""
+    rounds: int
+    """Transfers on the way to the experts."""
 
 
 def room(tokens: int, top_k: int, experts: int, ranks: int, rows: float) -> int:
@@ -130,11 +139,26 @@ class Buffers:
         self.addresses: list[Tensor] = []
         """Of each half, the address at each rank, (N,)."""
 
+    def to_experts(self, rows: Tensor, index_R: Tensor | None, plan: SymmetricPlan) -> Tensor:
+        """Returns the rows of this rank's experts of all ranks' rows[index_R], (A, ...). Collective."""
+        if plan.rounds == 1:
+            return self.transfer(rows, index_R, plan.there, plan.back, plan.most)
+        came = []
+        for first in range(0, plan.rounds * plan.most, plan.most):
+            row_A = plan.there.row_R - first
+            there = Targets(plan.there.rank_R.masked_fill((row_A < 0) | (row_A >= plan.most), -1), row_A)
+            arriving = Targets(*(x[first : first + plan.most] for x in plan.back))
+            came.append(self.transfer(rows, index_R, there, arriving, plan.most))
+        return torch.cat(came)
+
+    def to_tokens(self, rows: Tensor, plan: SymmetricPlan) -> Tensor:
+        """Returns, from the rows of all ranks' experts, those of this rank's tokens, (A, ...). Collective."""
+        return self.transfer(rows, None, plan.back, plan.there, plan.most)
+
     def transfer(self, rows: Tensor, index_R: Tensor | None, targets: Targets, arriving: Targets, most: int) -> Tensor:
         """Puts rows[index_R], (R, ...), at their targets. Returns the rows that came, zeros where none did.
 
-        `arriving`: the targets of the way back, so row i comes if `arriving` sends row i. `most`: the rows that any rank gets in
-        any transfer of this plan. Collective.
+        `arriving`: the targets of the way back, so row i comes if `arriving` sends row i. Collective.
         """
         rows = rows.contiguous()
         self._make_room(max(most, 1) * _row_bytes(rows), rows.device)
@@ -177,59 +201,62 @@ class _ToExperts(torch.autograd.Function):
     """Tokens (T, D) to the rows of this rank's experts."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, buffers: Buffers, most: int, plan: SymmetricPlan) -> Tensor:
-        ctx.buffers, ctx.most = buffers, most
-        ctx.save_for_backward(*plan.there, *plan.back, *plan.rows)
+    def forward(ctx: Any, x_TD: Tensor, buffers: Buffers, plan: SymmetricPlan) -> Tensor:
+        _save(ctx, buffers, plan)
         if plan.rows.filled_R is None:
-            return keep(partial(buffers.transfer, x_TD, plan.rows.token_R, plan.there, plan.back, most))
-        return keep(lambda: buffers.transfer(gather_rows(x_TD, plan.rows), None, plan.there, plan.back, most))
+            return keep(partial(buffers.to_experts, x_TD, plan.rows.token_R, plan))
+        return keep(lambda: buffers.to_experts(gather_rows(x_TD, plan.rows), None, plan))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        there, back, rows = _saved(ctx)
-        return sum_rows(ctx.buffers.transfer(grads[0], None, back, there, ctx.most), rows), None, None, None
+        plan = _saved(ctx)
+        return sum_rows(ctx.buffers.to_tokens(grads[0], plan), plan.rows), None, None
 
 
 class _ToTokens(torch.autograd.Function):
     """Outputs of this rank's experts to the rows of this rank's tokens, (A, D)."""
 
     @staticmethod
-    def forward(ctx: Any, y_CD: Tensor, buffers: Buffers, most: int, plan: SymmetricPlan) -> Tensor:
-        ctx.buffers, ctx.most = buffers, most
-        ctx.save_for_backward(*plan.there, *plan.back, *plan.rows)
-        return keep(partial(buffers.transfer, y_CD, None, plan.back, plan.there, most))
+    def forward(ctx: Any, y_CD: Tensor, buffers: Buffers, plan: SymmetricPlan) -> Tensor:
+        _save(ctx, buffers, plan)
+        return keep(partial(buffers.to_tokens, y_CD, plan))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        there, back, _ = _saved(ctx)
-        return ctx.buffers.transfer(grads[0], None, there, back, ctx.most), None, None, None
+        return ctx.buffers.to_experts(grads[0], None, _saved(ctx)), None, None
 
 
-def _saved(ctx: Any) -> tuple[Targets, Targets, RowPlan]:
-    rank_A, row_A, rank_C, row_C, *rows = ctx.saved_tensors
-    return Targets(rank_A, row_A), Targets(rank_C, row_C), RowPlan(*rows)
+def _save(ctx: Any, buffers: Buffers, plan: SymmetricPlan) -> None:
+    ctx.buffers, ctx.numbers = buffers, (plan.most, plan.rounds)
+    ctx.save_for_backward(*plan.rows, *plan.there, *plan.back, plan.counts_L, plan.overflow)
+
+
+def _saved(ctx: Any) -> SymmetricPlan:
+    *rows, rank_A, row_A, rank_C, row_C, counts_L, overflow = ctx.saved_tensors
+    return SymmetricPlan(RowPlan(*rows), Targets(rank_A, row_A), Targets(rank_C, row_C), counts_L, overflow, *ctx.numbers)
 
 
 class SymmetricDispatcher(Dispatcher):
     """Has memory, but keeps nothing in it from one call to the next."""
 
-    def __init__(self, experts: int, axis: Axis, rows: float) -> None:
-        """`rows`: the room of each rank, as a multiple of the rows that it gets if all experts are equally loaded."""
-        self.experts, self.axis, self.rows = experts, axis, rows
+    def __init__(self, experts: int, axis: Axis, rows: float, repairs: bool = False) -> None:
+        """`rows`: the room of each rank, as a multiple of the rows that it gets if all experts are equally loaded.
+
+        `repairs`: choices without room come in further rounds, whose number the host reads; else they are dropped.
+        """
+        self.experts, self.axis, self.rows, self.repairs = experts, axis, rows, repairs
         self.buffers = Buffers(axis)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> DispatchedTokens:
-        plan = self._plan(routing)
-        most, keys_C = max(len(plan.rows.token_R), self._room(routing)), None
-        tokens_CD: Any = _ToExperts.apply(x_TD, self.buffers, most, plan)
+        plan, keys_C = self._plan(routing), None
+        tokens_CD: Any = _ToExperts.apply(x_TD, self.buffers, plan)
         if routing.keys_T is not None:
-            keys = routing.keys_T, plan.rows.token_R, plan.there, plan.back, most
-            keys_C = keep(partial(self.buffers.transfer, *keys))
-        return DispatchedTokens(tokens_CD, plan.counts_L, (plan, most, routing.weights_TK), keys_C)
+            keys_C = keep(partial(self.buffers.to_experts, routing.keys_T, plan.rows.token_R, plan))
+        return DispatchedTokens(tokens_CD, plan.counts_L, (plan, routing.weights_TK), keys_C)
 
     def combine(self, y_RD: Tensor, dispatched: DispatchedTokens) -> Tensor:
-        plan, most, weights_TK = dispatched.metadata
-        rows_AD: Any = _ToTokens.apply(y_RD, self.buffers, most, plan)
+        plan, weights_TK = dispatched.metadata
+        rows_AD: Any = _ToTokens.apply(y_RD, self.buffers, plan)
         return unpermute(rows_AD, weights_TK, plan.rows)
 
     def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
@@ -248,16 +275,27 @@ class SymmetricDispatcher(Dispatcher):
         experts_TK, dropping = experts_or_dropped(routing, self.experts), routing.kept_TK is not None
         counted = count_rows(experts_TK, self.experts)
         plan = plan_choices(experts_TK, self.experts, routing.padded_rows, dropping, counted, cut=False)
-        counts_NE = stack_over(plan.counts_E, self.axis)
-        kept_NE = kept_counts(counts_NE, self._room(routing))
+        counts_NE, room = stack_over(plan.counts_E, self.axis), self._room(routing)
+        most, rounds = max(len(plan.token_R), room), 1
+        kept_NE = kept_counts(counts_NE, most if self.repairs else room)
+        overflow = (counts_NE - kept_NE)[self.axis.rank].sum()
+        if self.repairs:
+            kept_NE, rounds = counts_NE, self._read_rounds(counts_NE, max(most, 1))
+            room = rounds * most
         first = self.axis.rank * self.experts // self.axis.size
         counts_L = kept_NE[:, first : first + self.experts // self.axis.size].sum(0)
-        arriving = int(counts_L.sum()) if kind_of(counts_L) == "cpu" else self._room(routing)
+        arriving = int(counts_L.sum()) if kind_of(counts_L) == "cpu" else room
         there = plan_targets(counts_NE, kept_NE, self.axis.rank, len(plan.token_R))
         back = plan_return(counts_NE, kept_NE, self.axis.rank, arriving)
         kept_TK = plan.slot_TK >= 0
         if len(plan.token_R):
             kept_TK = kept_TK & (there.rank_R >= 0)[plan.slot_TK.clamp(min=0)]
         rows = plan._replace(slot_TK=plan.slot_TK.masked_fill(~kept_TK, -1), kept_TK=kept_TK)
-        overflow = (counts_NE - kept_NE)[self.axis.rank].sum()
-        return SymmetricPlan(rows, there, back, counts_L, overflow)
+        return SymmetricPlan(rows, there, back, counts_L, overflow, most, rounds)
+
+    def _read_rounds(self, counts_NE: Tensor, most: int) -> int:
+        """Returns how many rounds of `most` rows bring the rows of every rank (a synchronisation)."""
+        rows = counts_NE.sum(0).view(self.axis.size, -1).sum(1).amax()
+        rounds = torch.div(rows + most - 1, most, rounding_mode="floor").clamp(min=1)
+        with waiting_for_device():
+            return host_read(rounds, "rounds of the exchange", lambda: 1)

@@ -13,7 +13,7 @@ import composed_once
 import torch
 from tokenyard.checkpoint.save_plan import NamedShard, named_shards
 from tokenyard.moe.config import Selection
-from tokenyard.parallel.config import Exchange, Recompute
+from tokenyard.parallel.config import Exchange, Overflow, Recompute
 from tokenyard.parallel.streams import copy_to_host, host_memory
 from tokenyard.plan.ledger import Collective, Message, UnknownNumbers
 from tokenyard.plan.rank_step import DryRank, dry_rank
@@ -147,6 +147,7 @@ def conditions(config: Config, rank: DryRank) -> dict[str, bool]:
         "capacity, null experts, expert choice; one device or plain": plain
         and (drops or nulls or moe.router.selection is Selection.expert_choice),
         "parallel.expert_tensor": parallel.expert_tensor > 1,
+        "parallel.exchange_overflow=repair": parallel.exchange_overflow is Overflow.repair,
         **{f"parallel.exchange={each.value}": parallel.expert > 1 and parallel.exchange is each for each in Exchange},
     }
 

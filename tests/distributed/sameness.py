@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule, Recompute
+from tokenyard.parallel.config import ContextExchange, Exchange, Overflow, ParallelConfig, PipelineSchedule, Recompute
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import choose_layouts as layouts
 from tokenyard.parity import observe
@@ -36,6 +36,8 @@ class Layout(NamedTuple):
     expert_tensor: int = 1
     zero: int = 3
     exchange: Exchange = Exchange.plain
+    exchange_rows: float = 2.0
+    exchange_overflow: Overflow = Overflow.fatal
     node_ranks: int | None = None
     overlap_chunks: int = 1
     recompute: Recompute | bool = False

@@ -6,7 +6,7 @@ import pytest
 from sameness import VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process
 from tokenyard.bench.gpu.routers import ROUTERS
 from tokenyard.moe.config import ModelConfig, MoEConfig
-from tokenyard.parallel.config import Exchange
+from tokenyard.parallel.config import Exchange, Overflow
 
 LAYOUTS = {
     "deduplicated 4": Layout(4, expert=4, exchange=Exchange.deduplicated),
@@ -26,6 +26,9 @@ LAYOUTS = {
     "gather 2 x expert_tensor 2, 2 chunks": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.gather, overlap_chunks=2),
     "symmetric 4, tensor 2, recompute": Layout(4, tensor=2, expert=4, recompute=True, exchange=Exchange.symmetric),
     "symmetric 2 x expert_tensor 2": Layout(4, expert=2, expert_tensor=2, exchange=Exchange.symmetric),
+    "symmetric 4 in rounds, shard 2, recompute": Layout(
+        4, shard=2, expert=4, recompute=True, exchange=Exchange.symmetric, exchange_rows=0.1, exchange_overflow=Overflow.repair
+    ),
 }
 CHOICES = ("softmax", "deepseek v3", "gshard", "expert choice by batch", "null experts", "padded")
 """Those of all routers that differ in what they hand to the exchange."""

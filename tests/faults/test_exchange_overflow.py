@@ -39,26 +39,31 @@ def test_fatal(ranks: Any, tmp_path: Path) -> None:
     start, _, rest = text.partition("experts, and ")
     assert start == "step 1: parallel.exchange_rows=0.9: must leave room for the rows of each rank's "
     assert rest.endswith(
-        "did not fit; nearest valid: parallel.exchange_rows=2.0, where all fit, or parallel.exchange_overflow=drop"
+        "did not fit; nearest valid: parallel.exchange_rows=2.0, where all fit, or parallel.exchange_overflow=repair or drop"
     )
     assert int(rest.split()[0]) >= LEAST and "\n" not in text
 
 
-def dropped(folder: Path) -> int:
-    """On a rank: the exit code of a run that drops them."""
-    session = open_session(configured(folder, *WORDS, "parallel.exchange_overflow=drop"), torch.device("cpu"))
+def kept_on(folder: Path, policy: str) -> int:
+    """On a rank: the exit code of a run that goes on."""
+    session = open_session(configured(folder, *WORDS, f"parallel.exchange_overflow={policy}"), torch.device("cpu"))
     with closing(session), build_run_logger(session) as run_logger:
         return train_session(session, run_logger)
 
 
-def test_drop(ranks: Any, tmp_path: Path) -> None:
-    """Two choices of each token, in two layers, are computed or counted, and nowhere else counted as dropped."""
-    assert ranks(2, dropped, tmp_path / "run") == [0, 0] and checkpoint_steps(tmp_path / "run")
+@pytest.mark.parametrize("policy", ["drop", "repair"])
+def test_drop_and_repair(ranks: Any, tmp_path: Path, policy: str) -> None:
+    """Two choices of each token, in two layers, are computed, or counted where they drop, and nowhere else counted as dropped.
+
+    Repaired are those beyond an even share, for which the way back needs room.
+    """
+    assert ranks(2, kept_on, tmp_path / "run", policy) == [0, 0] and checkpoint_steps(tmp_path / "run")
     metrics = list(read_journal(tmp_path / "run" / "metrics.jsonl"))
     telemetry = [json.loads(line) for line in (tmp_path / "run" / "telemetry.jsonl").read_text().splitlines()]
     rows = {record["step"]: sum(record["rows_L"]) for record in telemetry if "rows_L" in record}
     assert [record["step"] for record in metrics] == sorted(rows) == [1, 2, 3]
     for record in metrics:
-        assert record["moe/overflow_rows"] >= LEAST
-        assert record["moe/overflow_rows"] + rows[record["step"]] == 2 * ROWS
+        overflow = record["moe/overflow_rows"]
+        assert overflow >= (LEAST if policy == "drop" else 1)
+        assert rows[record["step"]] + (overflow if policy == "drop" else 0) == 2 * ROWS
         assert record["dropped_fraction"] == 0

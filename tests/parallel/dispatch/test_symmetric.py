@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +20,17 @@ from pool import RankError
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.dispatch import Dispatcher
 from tokenyard.moe.experts import Experts
+from tokenyard.moe.recompute import selective_contexts
 from tokenyard.moe.router import Routing
 from tokenyard.parallel.apply import build_dispatcher
-from tokenyard.parallel.config import Exchange, ParallelConfig
+from tokenyard.parallel.config import Exchange, Overflow, ParallelConfig, Recompute
+from tokenyard.parallel.dispatch import symmetric
 from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher
 from tokenyard.parallel.dispatch.shared_memory import MappedMemory
 from tokenyard.parallel.dispatch.symmetric import SymmetricDispatcher, kept_counts, plan_return, plan_targets, room
 from tokenyard.parallel.mesh import build_mesh
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 EXPERTS, WIDTH, HIDDEN, TOP_K, TOKENS, RANKS = 8, 8, 8, 3, 7, 4
 FIRSTS = torch.arange(EXPERTS)
@@ -61,14 +65,17 @@ def parts_of(
     ]
 
 
-def passes(dispatcher: Dispatcher, experts: Experts, part: Part) -> dict[str, Tensor]:
+def passes(dispatcher: Dispatcher, experts: Experts, part: Part, recompute: Recompute = Recompute.none) -> dict[str, Tensor]:
     """Two passes, both forward before the first goes backward: outputs, gradients, and what the dispatcher says."""
-    found, started = {}, []
+    found, started, run = {}, [], dispatcher.run
+    if recompute is not Recompute.none:
+        settings = {"context_fn": partial(selective_contexts, WIDTH)} if recompute is Recompute.selective else {}
+        run: Any = partial(checkpoint, dispatcher.run, use_reentrant=False, **settings)
     for index in range(2):
         x_TD, weights_TK = ((index + 1.0) * part.x_TD).requires_grad_(), part.weights_TK.clone().requires_grad_()
         stats: Any = None
         routing = Routing(part.experts_TK, weights_TK, part.kept_TK, stats, part.padded_rows, part.keys_T)
-        y_TD, _, rows, overflow = dispatcher.run(x_TD, routing, experts, lambda: lambda: None)
+        y_TD, _, rows, overflow = run(x_TD, routing, experts, lambda: lambda: None)
         started.append((y_TD, x_TD, weights_TK))
         found[f"rows {index}"] = torch.as_tensor(rows)
         if overflow is not None:
@@ -91,12 +98,15 @@ def experts_of(rank: int, ranks: int, dtype: torch.dtype, dropout: float = 0.0) 
     return experts
 
 
-def exchanged(config: ParallelConfig, parts: list[Part], dropout: float = 0.0) -> dict[str, Tensor]:
-    config.expert = RANKS
+def exchanged(
+    config: ParallelConfig, parts: list[Part], dropout: float = 0.0, recompute: Recompute = Recompute.none
+) -> dict[str, Tensor]:
+    """`parts`: of each rank."""
+    config.expert = size = len(parts)
     mesh = build_mesh(config)
     rank = mesh.axis("expert").rank
-    experts = experts_of(rank, RANKS, parts[0].x_TD.dtype, dropout)
-    return passes(build_dispatcher(EXPERTS, mesh, config), experts, parts[rank])
+    experts = experts_of(rank, size, parts[0].x_TD.dtype, dropout)
+    return passes(build_dispatcher(EXPERTS, mesh, config), experts, parts[rank], recompute)
 
 
 CHOICES = [{}, {"dropped": 0.4}, {"dropped": 0.3, "padded": TOKENS}, {"skew": 9.0}, {"keys": True}]
@@ -163,6 +173,54 @@ def differences_with_overflow() -> list[str]:
 def test_choices_without_room_are_dropped_and_counted(ranks: Any) -> None:
     """The last of each crowded expert in the order of the tokens of all ranks, as one device would drop them."""
     assert ranks(RANKS, differences_with_overflow) == RANKS * [[]]
+
+
+CROWDED = [(0.01, {}), (1.0, {"dropped": 0.3, "keys": True}), (8.0, {})]
+"""Room of a rank and choices, of which all tokens make the same. In the last case everything fits."""
+
+
+class Repaired(NamedTuple):
+    wrong: list[str]
+    """What is not bit for bit that of the plain exchange."""
+    transfers: list[int]
+    """Of each case without recomputation."""
+    overflow: list[int]
+
+
+def repaired(size: int) -> Repaired:
+    """On a rank: the cases, also recomputed, and as on a GPU, which reads the rounds."""
+    found = Repaired([], [], [])
+    ways = [*product(Recompute, [False]), (Recompute.none, True)]
+    for (rows, choices), (recompute, on_device) in product(CROWDED, ways):
+        parts, dropout = parts_of(torch.float64, skew=9.0, **choices)[:size], 0.5 if "keys" in choices else 0.0
+        expected = exchanged(ParallelConfig(), parts, dropout)
+        config = ParallelConfig(exchange=Exchange.symmetric, exchange_rows=rows, exchange_overflow=Overflow.repair)
+        counted = patch.object(MappedMemory, "barrier", autospec=True, side_effect=barrier)
+        reads = patch.object(symmetric, "host_read", lambda x, *_: x.tolist()) if on_device else nullcontext()
+        with counted as transfers, reads, dry_run("cuda") if on_device else nullcontext():
+            got = exchanged(config, parts, dropout, recompute)
+        case = f"room {rows}, {choices}, {recompute}, as on a GPU: {on_device}"
+        found.wrong.extend(f"{case}: {name}" for name, value in expected.items() if not torch.equal(got[name], value))
+        if recompute is Recompute.none:
+            found.transfers.append(transfers.call_count)
+            found.overflow.append(int(got["overflow 0"]))
+    return found
+
+
+@pytest.mark.parametrize(("size", "rounds", "overflow"), [(2, 2, 21), (4, 3, 43)])
+def test_rows_without_room_come_in_further_rounds(ranks: Any, size: int, rounds: int, overflow: int) -> None:
+    """With the bits of the plain exchange. Three experts of 7 rows of each rank: two of four are on one rank, or all on one of two.
+
+    The memory has room for the 21 rows of a rank. Two passes there and back, which one round makes twice, in both directions.
+    """
+    found: list[Repaired] = ranks(size, repaired, size)
+    assert not [wrong for each in found for wrong in each.wrong]
+    ways, opened = [0, 1], 1  # memory is opened behind a barrier
+    for each in found:
+        first, second = each.transfers[:2], each.transfers[-2:]
+        assert first == [4 * rounds + 4 + opened for _ in ways] and second == [8 + opened for _ in ways]
+    total = torch.tensor([each.overflow for each in found]).sum(0).tolist()
+    assert total[:2] == [overflow, overflow] and total[-2:] == [0, 0]
 
 
 def grown_and_unnamed() -> tuple[list[bool], list[str], str]:
