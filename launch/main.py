@@ -117,6 +117,22 @@ def params(argv: list[str]) -> int:
     return params_command(arguments)
 
 
+def plan(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard plan",
+        usage="%(prog)s [-h] [--json] --dry-run [rank=0] [world=N] [group=option ...] [key=value ...]",
+        description="What a run needs, before a GPU is rented: the real step of one rank of thousands, without its GPU.",
+        epilog="rank=0; world: ranks of the run (as launch.* says, or the fewest).",
+    )
+    parser.add_argument("words", nargs="*", help="rank=, world=, and overrides as for tokenyard train")
+    parser.add_argument("--dry-run", action="store_true", help="memory, collectives, operators and host waits of a step")
+    parser.add_argument("--json", action="store_true", help="one JSON object; bytes of one rank")
+    arguments = parser.parse_intermixed_args(argv)
+    from .plan_command import plan_command
+
+    return plan_command(arguments)
+
+
 def import_(argv: list[str]) -> int:
     from .convert import import_command, split_upcycle
 
@@ -199,6 +215,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "export": export,
     "params": params,
+    "plan": plan,
     "report": report,
     "watch": watch,
     "prepare": prepare,
@@ -216,6 +233,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
+  tokenyard plan --dry-run [rank=R] [world=N] [key=value ...]  memory and collectives of a rank's step, without a GPU; --json
   tokenyard report RUN [RUN ...] [--out FOLDER]          a page about runs: loss, load of the experts, events
   tokenyard watch RUN [--port N]                         the same page of a run that goes on, on http://127.0.0.1:8808/
   tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards

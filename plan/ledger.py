@@ -14,11 +14,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..parallel.progress import PROGRESS
+
 ROOT = Path(__file__).parents[1]
 KINDS = ("allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "barrier", "gather", "scatter")
 COPIES = ("_to_copy", "copy_")
 CHECKING = ("segment_reduce",)
 """Operators that read numbers on the host only to check their arguments."""
+IDLE = ("new_empty", "new_empty_strided", "empty_like", "resize_", "set_", "promote_types", "lift_fresh")
+"""Operators that launch no kernel, besides views."""
 
 
 class UnknownNumbers(RuntimeError):
@@ -33,6 +37,18 @@ class Collective(NamedTuple):
     dtype: str
     elements: int | None
     """Elements of the larger side; None for an all-to-all, which may be uneven."""
+
+
+class Call(NamedTuple):
+    """A collective, or a message to or from another rank, with when it was called and its size."""
+
+    phase: str
+    kind: str
+    ranks: tuple[int, ...]
+    """The members of the group; both ends of a message."""
+    dtype: str
+    bytes: int
+    """Of the larger side."""
 
 
 class Message(NamedTuple):
@@ -52,6 +68,10 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.collectives: list[Collective] = []
+        self.calls: Counter[Call] = Counter()
+        """How often each collective and message was called."""
+        self.operators: Counter[str] = Counter()
+        """Operators by name that compute something from tensors of the device."""
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self.waits: Counter[str] = Counter()
@@ -77,6 +97,8 @@ class Ledger(TorchDispatchMode):
         self._place(namespace, name, tensors)
         if namespace == "c10d":
             self._collective(name, args, tensors)
+        elif tensors and not func.is_view and name not in IDLE and any(x.device.type == self.device for x in tensors):
+            self.operators[name] += 1
         if name in COPIES:
             self._copy(name, args, kwargs)
         elif name in CHECKING and not kwargs.get("unsafe", False):
@@ -103,15 +125,18 @@ class Ledger(TorchDispatchMode):
             leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
         )
         ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+        dtype, size = str(tensors[0].dtype) if tensors else "", max((x.numel() * x.element_size() for x in tensors), default=0)
         if name in ("send", "recv_"):
             mine, other = dist.get_rank(), ranks[args[2]]
             ends = (mine, other) if name == "send" else (other, mine)
             kept = self.sent if name == "send" else self.received
-            kept.append(Message(ranks, *ends, str(tensors[0].dtype), tensors[0].numel()))
+            kept.append(Message(ranks, *ends, dtype, tensors[0].numel()))
+            self.calls[Call(PROGRESS.phase, name.rstrip("_"), ends, dtype, size)] += 1
             return
         kind = next(kind for kind in KINDS if kind in name)
         elements = None if kind == "alltoall" else max((x.numel() for x in tensors), default=0)
-        self.collectives.append(Collective(kind, ranks, str(tensors[0].dtype) if tensors else "", elements))
+        self.collectives.append(Collective(kind, ranks, dtype, elements))
+        self.calls[Call(PROGRESS.phase, kind, ranks, dtype, size)] += 1
 
     def _copy(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """A copy between host and device synchronises, unless it is asynchronous and the host memory is pinned."""

@@ -63,7 +63,7 @@ def dry_rank(config: Config, rank: int, world: int) -> Iterator[DryRank]:
         with dry_run("cuda") as seam:
             with _Births(fake, device):
                 parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
-            with fused_attention_stand_in(), shared_memory_stand_in(), fake, ledger:
+            with fused_attention_stand_in(ledger.operators), shared_memory_stand_in(), fake, ledger:
                 parallel.model.train()
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:

@@ -7,6 +7,7 @@ can be on it. A process that registers it has it as its accelerator, and can no 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -109,12 +110,15 @@ class _Module:
 
 
 @contextmanager
-def fused_attention_stand_in() -> Iterator[None]:
-    """Makes attention save what GPU kernels save: queries, keys, values, output, and one number for each query."""
+def fused_attention_stand_in(operators: Counter[str]) -> Iterator[None]:
+    """Makes attention save what GPU kernels save: queries, keys, values, output, and one number for each query.
+
+    `operators` counts it, as no operator is called in its place.
+    """
     with ExitStack() as undo:
         for module, name, replacement in (
-            (attention, "fused_attention", lambda q, k, v, *_: _Fused.apply(q, k, v, keep)[0]),
-            (flexible_attention, "flexible_attention", lambda q, k, v, *_: _Fused.apply(q, k, v, _repeat)),
+            (attention, "fused_attention", lambda q, k, v, *_: _Fused.apply(q, k, v, keep, operators)[0]),
+            (flexible_attention, "flexible_attention", lambda q, k, v, *_: _Fused.apply(q, k, v, _repeat, operators)),
         ):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, replacement)
@@ -130,7 +134,11 @@ class _Fused(torch.autograd.Function):
     """Outputs (B, H, S, v) in the memory layout (B, S, H, v), and logsumexp (B, H, S)."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, output: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, output: Callable[..., Tensor], operators: Counter[str]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.operators = operators
+        operators["attention"] += 1
         sequences, heads, length, _ = q_BHSh.shape
         y_BSHv = output(lambda: q_BHSh.new_empty(sequences, length, heads, v_BGTv.shape[-1]))
         logsumexp_BHS = output(lambda: q_BHSh.new_empty(sequences, heads, length, dtype=torch.float32))
@@ -140,14 +148,15 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
+        ctx.operators["attention_backward"] += 1
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None, None
 
 
 class _MemoryOfOthers(shared_memory.SharedMemory):
-    """Memory of ranks that are not there."""
+    """Memory of ranks that are not there. Without numbers, this rank's own can stand for that of the others."""
 
     def __init__(self, axis: Axis, size: int, device: torch.device) -> None:
-        super().__init__(axis, [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(axis.size)])
+        super().__init__(axis, axis.size * [torch.empty(size, dtype=torch.uint8, device=device)])
 
     def addresses(self) -> Tensor:
         return torch.empty(self.axis.size, dtype=torch.int64, device=self.peers[0].device)

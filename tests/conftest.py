@@ -6,13 +6,15 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 # Where modules are that tests import, as sameness.py, their_weights.py, cuda_double.py, cluster_schema.py; ranks inherit the path.
-FOLDERS = (".", "distributed", "moe", "parallel", "launch", "faults", "report", "cuda_lane", "interop")
+FOLDERS = (".", "distributed", "moe", "parallel", "launch", "faults", "report", "cuda_lane", "interop", "plan")
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads this when it is imported
 sys.path += [str(Path(__file__).parent / folder) for folder in FOLDERS]
 
@@ -28,6 +30,16 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     pools = pool.Pools()
     yield pools.run
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def apart() -> Iterator[Callable[..., Any]]:
+    """`apart(function, *args)`: what a function of a module on the path returns in a process that has the stand-in for a GPU.
+
+    Once there, it stays that process's accelerator, which no other test wants. Errors are raised here.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        yield lambda function, *args: process.submit(function, *args).result(timeout=500)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ALLOWED = {
     "": {"launch", "train", "interop", "moe"},
-    "launch": {"train", "interop", "parity", "report", "checkpoint", "data"},
+    "launch": {"train", "interop", "parity", "plan", "report", "checkpoint", "data"},
     "report": {"train", "checkpoint"},
     "parity": {"train", "parallel", "data", "moe"},
     "plan": {"train", "parallel", "moe"},
