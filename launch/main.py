@@ -151,6 +151,21 @@ def serve(argv: list[str]) -> int:
     return serve_command(parser.parse_intermixed_args(argv))
 
 
+def audit(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard audit",
+        usage='%(prog)s [-h] [--json] "CLAIM"|card.json MODEL|HF_FOLDER [model.key=value ...]',
+        description="Holds a claim about a model against its configuration: both counts, routing, memory, cost, what is left out.",
+        epilog="Exit code 0: nothing differs; 1: something claimed differs; 2: bad usage.",
+    )
+    parser.add_argument("claim", help="a sentence of an announcement, or a JSON file with such keys as total_parameters")
+    parser.add_argument("model", nargs="+", help="name of a model or a folder with a Hugging Face config.json; model.key=value")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    from .audit_command import audit_command
+
+    return audit_command(parser.parse_intermixed_args(argv))
+
+
 def import_(argv: list[str]) -> int:
     from .convert import import_command, split_upcycle
 
@@ -234,6 +249,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "params": params,
     "plan": plan,
+    "audit": audit,
     "report": report,
     "watch": watch,
     "prepare": prepare,
@@ -253,6 +269,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard plan --dry-run [rank=R] [world=N] [key=value ...]  memory and collectives of a rank's step, without a GPU; --json
   tokenyard plan serve MODEL|HF_FOLDER [gpu=TYPE] [...]  GPUs, memory, tokens/s and price of serving a model; --json
+  tokenyard audit "CLAIM"|card.json MODEL|HF_FOLDER      what a claim about a model gets wrong or leaves out; --json
   tokenyard report RUN [RUN ...] [--out FOLDER]          a page about runs: loss, load of the experts, events
   tokenyard watch RUN [--port N]                         the same page of a run that goes on, on http://127.0.0.1:8808/
   tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards

@@ -39,7 +39,7 @@ def rates(row: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def test_published_figures_lie_in_the_ranges() -> None:
-    """docs/plan.md states these errors; the shares that they describe were chosen with these rows."""
+    """docs/serving.md states these errors; the shares that they describe were chosen with these rows."""
     errors: dict[str, list[float]] = {"decode": [], "prefill": []}
     for row in SERVED:
         low, likely, high = rates(row)
