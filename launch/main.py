@@ -118,6 +118,8 @@ def params(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
+    if argv[:1] == ["serve"]:
+        return serve(argv[1:])
     parser = OneLineParser(
         "tokenyard plan",
         usage="%(prog)s [-h] [--json] --dry-run [rank=0] [world=N] [group=option ...] [key=value ...]",
@@ -131,6 +133,37 @@ def plan(argv: list[str]) -> int:
     from .plan_command import plan_command
 
     return plan_command(arguments)
+
+
+def serve(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard plan serve",
+        usage="%(prog)s [-h] [--json] MODEL|HF_FOLDER [gpu=h100] [key=value ...]",
+        description="What serving a model needs and gives: memory, GPUs, tokens/s, price of a million tokens.",
+        epilog="gpu: a type of conf/cluster; gpus, tensor: 0 chooses the fewest and the fastest; "
+        "weights, experts: bf16, fp8, int8, int4 or mxfp4; cache: bf16 or fp8; context=4096: tokens a sequence; "
+        "sequences=32: at a time; link: GB/s to experts kept outside of the GPU, of which hit=0 to 1 are found inside.",
+    )
+    parser.add_argument("words", nargs="+", help="name of a model or a folder with a Hugging Face config.json; key=value")
+    parser.add_argument("--json", action="store_true", help="one JSON object; bytes, seconds and tokens/s")
+    from .serve_command import serve_command
+
+    return serve_command(parser.parse_intermixed_args(argv))
+
+
+def audit(argv: list[str]) -> int:
+    parser = OneLineParser(
+        "tokenyard audit",
+        usage='%(prog)s [-h] [--json] "CLAIM"|card.json MODEL|HF_FOLDER [model.key=value ...]',
+        description="Holds a claim about a model against its configuration: both counts, routing, memory, cost, what is left out.",
+        epilog="Exit code 0: nothing differs; 1: something claimed differs; 2: bad usage.",
+    )
+    parser.add_argument("claim", help="a sentence of an announcement, or a JSON file with such keys as total_parameters")
+    parser.add_argument("model", nargs="+", help="name of a model or a folder with a Hugging Face config.json; model.key=value")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    from .audit_command import audit_command
+
+    return audit_command(parser.parse_intermixed_args(argv))
 
 
 def import_(argv: list[str]) -> int:
@@ -216,6 +249,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "params": params,
     "plan": plan,
+    "audit": audit,
     "report": report,
     "watch": watch,
     "prepare": prepare,
@@ -234,6 +268,8 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard plan --dry-run [rank=R] [world=N] [key=value ...]  memory and collectives of a rank's step, without a GPU; --json
+  tokenyard plan serve MODEL|HF_FOLDER [gpu=TYPE] [...]  GPUs, memory, tokens/s and price of serving a model; --json
+  tokenyard audit "CLAIM"|card.json MODEL|HF_FOLDER      what a claim about a model gets wrong or leaves out; --json
   tokenyard report RUN [RUN ...] [--out FOLDER]          a page about runs: loss, load of the experts, events
   tokenyard watch RUN [--port N]                         the same page of a run that goes on, on http://127.0.0.1:8808/
   tokenyard prepare FOLDER data=... [key=value ...]      tokenize data once into shards
