@@ -119,8 +119,8 @@ class Saver:
         save.blocked = perf_counter() - begin
         return None
 
-    def wait_for_copies(self) -> None:
-        """Returns when the tensors that are being saved may change. The optimizer calls it before its update. Not collective."""
+    def wait_for_copies(self, *_: object) -> None:
+        """Returns when the tensors that are being saved may change. A hook of the optimizer, before its update. Not collective."""
         seconds = self._staging.wait()
         if self._save is not None:
             self._save.blocked += seconds

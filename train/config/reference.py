@@ -41,13 +41,9 @@ def group_rows() -> Iterator[str]:
     """Yields a table of all options, with the comment at the top of their files."""
     yield from table("option", "what it is for")
     for path in sorted(CONF.glob("*/*.yaml")):
-        yield row(f"`{path.parent.name}={path.stem}`", comment(path.read_text()))
-
-
-def comment(text: str) -> str:
-    """Returns the first comment of a YAML file, except for Hydra's @package."""
-    comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-    return next((line for line in comments if not line.startswith("@package")), "")
+        comments = (line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+        first = next((comment for comment in comments if not comment.startswith("@package")), "")  # that is Hydra's
+        yield row(f"`{path.parent.name}={path.stem}`", first)
 
 
 def section_lines() -> Iterator[str]:
