@@ -14,17 +14,23 @@ from .config import Corpus, DataConfig, mixture_sources
 WITH_PATH = (Corpus.text, Corpus.parquet, Corpus.jsonl, Corpus.lines, Corpus.prepared)
 
 
-def check_sources(config: DataConfig) -> None:
-    """Raises ValueError, one line, for the first source that is not named or does not exist. URLs and the hub are not opened."""
+def check_corpus(config: DataConfig) -> None:
+    """Raises ValueError, one line, if `config` names no text. URLs and the hub are not opened."""
+    if not 0 < config.validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
     if config.corpus is Corpus.mix and not config.mix:
         raise ValueError("data.mix=[] must name a source for data.corpus=mix, as data.mix=['weight=0.7 corpus=stdlib']")
     if config.corpus is not Corpus.mix and config.mix:
         raise ValueError(f"data.mix is read by data.corpus=mix only, and data.corpus={config.corpus.value}")
-    for part in mixture_sources(config):
-        _check(part.config)
+    parts = mixture_sources(config)
+    for part in parts:
+        _check_place(part.config)
+    for part in parts:
+        _check_part(part.config)
 
 
-def _check(config: DataConfig) -> None:
+def _check_place(config: DataConfig) -> None:
+    """Raises ValueError, one line, for a source that is not named or does not exist."""
     kind, path = config.corpus, config.path
     if kind is Corpus.hf and not config.name:
         raise ValueError("data.name=null must name a data set for data.corpus=hf, as data.name=HuggingFaceFW/fineweb-edu")
@@ -40,15 +46,6 @@ def _check(config: DataConfig) -> None:
             while not there.exists():
                 there = there.parent
             raise ValueError(f"data.path={path} must exist or match files; the nearest existing path is {there}")
-
-
-def check_corpus(config: DataConfig) -> None:
-    """Raises ValueError, one line, if `config` names no text."""
-    if not 0 < config.validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
-    check_sources(config)
-    for part in mixture_sources(config):
-        _check_part(part.config)
 
 
 def _check_part(config: DataConfig) -> None:
