@@ -23,17 +23,16 @@ def _text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(size) is int and size >= 1 for size in value.values())
+
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (lambda value: isinstance(value, dict), "an object"),
     "step": (_whole, "a whole number"),
     "tokens": (_whole, "a whole number"),
     "ranks": (_whole, "a whole number"),
-    "layout": (
-        lambda value: (
-            value is None or (isinstance(value, dict) and all(type(size) is int and size >= 1 for size in value.values()))
-        ),
-        "an object of sizes",
-    ),
+    "layout": (lambda value: value is None or _sizes(value), "an object of sizes"),
     "tokenizer_hash": (_text, "a text or null"),
     "data_fingerprint": (_text, "a text or null"),
     "data_state": (lambda value: value is None or isinstance(value, dict), "an object or null"),

@@ -34,6 +34,7 @@ def unpack(wheels: Path, folder: Path) -> list[str]:
     for wheel in sorted(wheels.glob("*.whl")):
         if fits(wheel.name):
             with zipfile.ZipFile(wheel) as archive:
+                # A part of a namespace package counts as installed too.
                 if all(importlib.util.find_spec(name) is None for name in packages(archive)):
                     archive.extractall(folder)
                     taken.append("-".join(wheel.name.split("-")[:2]))
