@@ -127,7 +127,8 @@ def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> di
         data.batch(step)
         step += 1
         if not seen or now - seen[-1][0] >= seconds / 400:
-            seen.append((now, resident_mib()))
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            seen.append((now, resident / 2**20))
     data.close()
     early = median(size for now, size in seen if now < seconds / 4)
     late = median(size for now, size in seen if now >= seconds * 3 / 4)
@@ -138,11 +139,6 @@ def memory(config: DataConfig, tokenizer: TokenizerConfig, seconds: float) -> di
         file=sys.stderr,
     )
     return {"streamed_tokens": step * LENGTH * SEQUENCES, "memory_mib": late, "memory_growth_mib": growth}
-
-
-def resident_mib() -> float:
-    """Returns the resident memory of this process (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[
         world, experts = dist.get_world_size(), ROUTINGS[name].experts
         # The symmetric one writes into memory, which no collective counts.
         exchanges = [exchange for exchange in Exchange if exchange is not Exchange.symmetric]
-        makers = {exchange.value: dispatcher(exchange, experts, world) for exchange in exchanges}
+        configs = [ParallelConfig(expert=world, exchange=exchange, node_ranks=world // 2) for exchange in exchanges]
+        makers = {config.exchange.value: build_dispatcher(experts, build_mesh(config), config) for config in configs}
         seconds: dict[str, list[float]] = {exchange: [] for exchange in makers}
         for _ in range(repeats):
             for exchange, made in makers.items():
@@ -117,11 +118,6 @@ def routed(config: MoEConfig, tokens: int, width: int) -> tuple[Tensor, Routing]
     with torch.no_grad():
         routing = router(x_TD.unsqueeze(0))
     return x_TD.requires_grad_(), routing._replace(weights_TK=routing.weights_TK.requires_grad_())
-
-
-def dispatcher(exchange: Exchange, experts: int, world: int) -> Dispatcher:
-    config = ParallelConfig(expert=world, exchange=exchange, node_ranks=world // 2)
-    return build_dispatcher(experts, build_mesh(config), config)
 
 
 def pairs(routing: Routing, experts: int) -> set[tuple[int, int]]:

@@ -69,7 +69,8 @@ def on_ranks(module: str, world: int, task: dict[str, Any]) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="tokenyard-bench-") as name:
         folder = Path(name)
         (folder / "task.json").write_text(json.dumps(task))
-        processes = [_start(module, folder, rank, world) for rank in range(world)]
+        words = [sys.executable, "-m", module, "--rank", str(folder)]
+        processes = [subprocess.Popen(words, env=os.environ | _environment(rank, world, 1)) for rank in range(world)]
         try:
             _wait(processes, time.monotonic() + LIMIT_SECONDS)
         finally:
@@ -129,11 +130,6 @@ class RankProcesses:
         except RuntimeError:
             self.__exit__()
             raise
-
-
-def _start(module: str, folder: Path, rank: int, world: int) -> "subprocess.Popen[bytes]":
-    words = [sys.executable, "-m", module, "--rank", str(folder)]
-    return subprocess.Popen(words, env=os.environ | _environment(rank, world, 1))
 
 
 def _environment(rank: int, world: int, threads: int) -> dict[str, str]:

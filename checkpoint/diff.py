@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..parallel.shard import ShardMetadata, whole
 from .expert_hashes import EXPERT_TENSOR
-from .manifest import ITEM_BYTES, Manifest, TensorRecord, check_sizes, read_manifest
+from .manifest import ITEM_BYTES, TensorRecord, check_sizes, read_manifest
 from .safetensors_file import content_of
 from .tensor_reader import TensorReader
 
@@ -41,23 +41,17 @@ def diff(one: Path, other: Path) -> list[TensorDifference]:
         for name in sorted(a.tensors.keys() | b.tensors.keys()):
             if name not in b.tensors or name not in a.tensors:
                 found.append(TensorDifference(name, "only in A" if name in a.tensors else "only in B"))
-            elif (what := _kind(a.tensors[name], b.tensors[name])) is not None:
-                found.append(TensorDifference(name, what))
-            elif not _same_files(name, a, b) and (difference := _values(name, ours, theirs)) is not None:
+                continue
+            x, y = a.tensors[name], b.tensors[name]
+            if x.shape != y.shape:
+                found.append(TensorDifference(name, f"shape {x.shape} and {y.shape}"))
+            elif x.dtype != y.dtype:
+                found.append(TensorDifference(name, f"dtype {x.dtype} and {y.dtype}"))
+            elif x.chunks == y.chunks and all(a.files[chunk.file] == b.files[chunk.file] for chunk in x.chunks):
+                continue  # cut alike into files of the same bytes: nothing has to be read
+            elif (difference := _values(name, ours, theirs)) is not None:
                 found.append(difference)
     return found
-
-
-def _kind(one: TensorRecord, other: TensorRecord) -> str | None:
-    if one.shape != other.shape:
-        return f"shape {one.shape} and {other.shape}"
-    return f"dtype {one.dtype} and {other.dtype}" if one.dtype != other.dtype else None
-
-
-def _same_files(name: str, a: Manifest, b: Manifest) -> bool:
-    """Whether both are cut alike into files of the same bytes, so that nothing has to be read."""
-    ours, theirs = a.tensors[name].chunks, b.tensors[name].chunks
-    return ours == theirs and all(a.files[chunk.file] == b.files[chunk.file] for chunk in ours)
 
 
 def _values(name: str, ours: TensorReader, theirs: TensorReader) -> TensorDifference | None:

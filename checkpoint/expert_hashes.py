@@ -87,9 +87,8 @@ def expert_hashes(hashes: Iterable[SliceHashes]) -> dict[str, dict[str, list[str
                 parts[match["layer"], match["moment"] or WEIGHTS][int(expert)][match["name"]] = digest
     found: dict[str, dict[str, list[str]]] = {}
     for (layer, kind), experts in sorted(parts.items()):
-        found.setdefault(layer, {})[kind] = [_combined(experts[expert]) for expert in range(len(experts))]
+        texts = [
+            "".join(f"{name} {digest}\n" for name, digest in sorted(experts[expert].items())) for expert in range(len(experts))
+        ]
+        found.setdefault(layer, {})[kind] = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
     return found
-
-
-def _combined(digests: dict[str, str]) -> str:
-    return xxhash.xxh3_128_hexdigest("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode())

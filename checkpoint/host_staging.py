@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from ..parallel.shard import LocalShard
-from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record_event, stream_waits
+from ..parallel.streams import Event, SideStream, copy_to_host, enter_thread, host_memory, record_event
 
 CPU = torch.device("cpu")
 
@@ -70,13 +70,6 @@ class HostStaging:
         if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
             memory = self._memory[name] = host_memory(tensor)
         return copy_to_host(tensor, memory)
-
-
-def in_place(shards: dict[str, LocalShard], ready: Event) -> dict[str, LocalShard]:
-    """Replaces a copy, in the save's thread: what the device's stream reads from here on, it reads behind `ready`."""
-    enter_thread(device_of(shards))
-    stream_waits(ready)
-    return shards
 
 
 def device_of(shards: dict[str, LocalShard]) -> torch.device:

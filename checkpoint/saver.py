@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard
-from ..parallel.streams import Event, record_event
-from .host_staging import HostStaging, device_of, in_place
+from ..parallel.streams import Event, enter_thread, record_event, stream_waits
+from .host_staging import HostStaging, device_of
 from .manifest import json_facts
 from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
 from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_part
@@ -119,8 +119,8 @@ class Saver:
         save.blocked = perf_counter() - begin
         return None
 
-    def wait_for_copies(self) -> None:
-        """Returns when the tensors that are being saved may change. The optimizer calls it before its update. Not collective."""
+    def wait_for_copies(self, *_: object) -> None:
+        """Returns when the tensors that are being saved may change. A hook of the optimizer, before its update. Not collective."""
         seconds = self._staging.wait()
         if self._save is not None:
             self._save.blocked += seconds
@@ -232,7 +232,12 @@ class Saver:
     def _write(self, job: SaveJob, shards: dict[str, LocalShard], ready: Event, copy: bool) -> None:
         """Runs in the thread. The tensors have their values once the device's event `ready` is done."""
         try:
-            write_part(job, self._staging.copy(shards, ready) if copy else in_place(shards, ready))
+            if copy:
+                shards = self._staging.copy(shards, ready)
+            else:
+                enter_thread(device_of(shards))
+                stream_waits(ready)
+            write_part(job, shards)
         except Stopped:
             return
         except BaseException as error:  # nobody joins the thread for its exception: the next `flags` report it

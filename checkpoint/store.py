@@ -142,11 +142,11 @@ def _checked_reads(
     for name, shard in shards.items():
         check_shard(name, shard)
         metadata, tensor = shard
-        stored, here = manifest.tensors[name], (tuple(metadata.shape), tensor.dtype)
-        if (stored.shape, DTYPES[stored.dtype]) != here:
+        stored, shape = manifest.tensors[name], tuple(metadata.shape)
+        if (stored.shape, DTYPES[stored.dtype]) != (shape, tensor.dtype):
             raise ValueError(
-                f"checkpoint {path.name}: tensor {name!r} is {_kind(stored.shape, DTYPES[stored.dtype])} in the checkpoint "
-                f"and {_kind(*here)} in this run: shape and dtype must be the same"
+                f"checkpoint {path.name}: tensor {name!r} is {dtype_name(DTYPES[stored.dtype])} {stored.shape} in the checkpoint "
+                f"and {dtype_name(tensor.dtype)} {shape} in this run: shape and dtype must be the same"
             )
     reads = reads_by_file(manifest.tensors, shards)
     check_sizes(path, manifest, reads)
@@ -166,10 +166,6 @@ def _refuse_unwanted(path: Path, manifest: Manifest, names: list[list[str]], opt
             f"the names must be the same{_nearest(extra[0], wanted)}"
         )
     return [None] * len(names)
-
-
-def _kind(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{dtype_name(dtype)} {shape}"
 
 
 def _and_more(names: list[str]) -> str:

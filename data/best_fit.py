@@ -26,7 +26,9 @@ class PackedRows:
         """`end`: the id of the token that ends a document. Raises ValueError, one line, if no document has a target."""
         self._ids, self._width, self._end = tokens.ids, sequence_length + 1, end
         self.fingerprint = xxhash.xxh3_128_hexdigest(f"best fit {tokens.manifest.fingerprint}".encode())
-        ends = ends_of_documents(tokens.ids, end)
+        parts = range(0, len(tokens.ids), AT_ONCE)
+        found = [np.flatnonzero(np.asarray(tokens.ids[start : start + AT_ONCE]) == end) + start for start in parts]
+        ends = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
         starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
         lengths = ends - starts + 1
         whole = np.maximum(lengths - 1, 0) // sequence_length
@@ -59,12 +61,6 @@ class PackedRows:
                 row[at : at + length] = self._ids[start : start + length]
                 at += length
         return rows
-
-
-def ends_of_documents(ids: np.ndarray, end: int) -> np.ndarray:
-    """Returns the positions of the tokens that end documents, int64."""
-    parts = [np.flatnonzero(np.asarray(ids[start : start + AT_ONCE]) == end) + start for start in range(0, len(ids), AT_ONCE)]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[int]:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
 from .checks import check_corpus
-from .config import STREAMED, Corpus, DataConfig, Packing, TokenizerConfig
+from .config import STREAMED, Corpus, DataConfig, Packing, TokenizerConfig, mixture_sources
 from .corpus import CorpusSurvey, survey
-from .mixture_config import MixtureSource, mixture_sources
 from .pretokenized import open_pretokenized, tokenizer_overrides
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
@@ -100,15 +99,14 @@ def open_tokenizer(config: DataConfig, tokenizer_config: TokenizerConfig, cache:
         raise ValueError(f"tokenizer.path=null cannot be trained on tokens; take {tokenizer_overrides(Path(config.path or ''))}")
     parts, limit = mixture_sources(config), tokenizer_config.sample_bytes
     total = sum(part.weight for part in parts)
-    texts = [text for part in parts for text in _sample(part, max(1, round(limit * part.weight / total)))]
+    texts: list[str] = []
+    for part in parts:
+        share = max(1, round(limit * part.weight / total))
+        if part.config.corpus in STREAMED:
+            texts += sample_texts(OpenedSource(part, open_shards(part.config, retry_policy(part.config))), share)
+        elif part.config.corpus is not Corpus.prepared:
+            texts += sample(survey(part.config), share)
     return trained_tokenizer(tokenizer_config, texts, cache)
-
-
-def _sample(part: MixtureSource, limit: int) -> list[str]:
-    """Beginnings of training documents of one source, together about `limit` bytes."""
-    if part.config.corpus in STREAMED:
-        return sample_texts(OpenedSource(part, open_shards(part.config, retry_policy(part.config))), limit)
-    return [] if part.config.corpus is Corpus.prepared else sample(survey(part.config), limit)
 
 
 def retry_policy(config: DataConfig) -> RetryPolicy:

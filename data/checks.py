@@ -9,23 +9,28 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .config import Corpus, DataConfig
-from .mixture_config import mixture_sources
+from .config import Corpus, DataConfig, mixture_sources
 
 WITH_PATH = (Corpus.text, Corpus.parquet, Corpus.jsonl, Corpus.lines, Corpus.prepared)
 
 
-def check_sources(config: DataConfig) -> None:
-    """Raises ValueError, one line, for the first source that is not named or does not exist. URLs and the hub are not opened."""
+def check_corpus(config: DataConfig) -> None:
+    """Raises ValueError, one line, if `config` names no text. URLs and the hub are not opened."""
+    if not 0 < config.validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
     if config.corpus is Corpus.mix and not config.mix:
         raise ValueError("data.mix=[] must name a source for data.corpus=mix, as data.mix=['weight=0.7 corpus=stdlib']")
     if config.corpus is not Corpus.mix and config.mix:
         raise ValueError(f"data.mix is read by data.corpus=mix only, and data.corpus={config.corpus.value}")
-    for part in mixture_sources(config):
-        _check(part.config)
+    parts = mixture_sources(config)
+    for part in parts:
+        _check_place(part.config)
+    for part in parts:
+        _check_part(part.config)
 
 
-def _check(config: DataConfig) -> None:
+def _check_place(config: DataConfig) -> None:
+    """Raises ValueError, one line, for a source that is not named or does not exist."""
     kind, path = config.corpus, config.path
     if kind is Corpus.hf and not config.name:
         raise ValueError("data.name=null must name a data set for data.corpus=hf, as data.name=HuggingFaceFW/fineweb-edu")
@@ -43,18 +48,11 @@ def _check(config: DataConfig) -> None:
             raise ValueError(f"data.path={path} must exist or match files; the nearest existing path is {there}")
 
 
-def check_corpus(config: DataConfig) -> None:
-    """Raises ValueError, one line, if `config` names no text."""
-    if not 0 < config.validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1; the default is 0.05")
-    check_sources(config)
-    for part in mixture_sources(config):
-        _check_part(part.config)
-
-
 def _check_part(config: DataConfig) -> None:
     if config.path is not None and config.corpus in (Corpus.text, Corpus.prepared):
-        _check_exists("data.path", config.path)
+        path = Path(config.path).expanduser()
+        if not path.exists():
+            raise ValueError(f"data.path={config.path} must exist; the nearest existing path is {nearest_path(path)}")
     if config.corpus is Corpus.text:
         _check_text(config)
     elif config.path is not None and config.corpus in (Corpus.stdlib, Corpus.synthetic, Corpus.hf):
@@ -91,32 +89,18 @@ def _check_text(config: DataConfig) -> None:
     root = Path(config.path).expanduser()
     if not root.is_dir():
         return
-    _check_pattern(config.pattern)
+    parts = Path(config.pattern).parts
+    if not parts or Path(config.pattern).is_absolute() or ".." in parts or any("**" in part and part != "**" for part in parts):
+        # Path.glob would raise an error that does not name the setting.
+        rule = "must be a relative pattern, with ** as a whole part; the default is '**/*.txt'"
+        raise ValueError(f"data.pattern='{config.pattern}' {rule}")
     found = list(pattern_files(root, config.pattern))
     refuse_outside(root, (str(root / name) for name in found), "data.path")
     if not found:
-        there = _suffixes(root)
-        hint = f"the nearest choice is data.pattern='{there[0]}'" if there else "the folder holds no file"
+        suffixes = Counter(Path(name).suffix for name in pattern_files(root, "**/*"))
+        suffix = min(suffixes, key=lambda suffix: (-suffixes[suffix], suffix), default=None)
+        hint = "the folder holds no file" if suffix is None else f"the nearest choice is data.pattern='**/*{suffix}'"
         raise ValueError(f"data.path={config.path} must hold files that match data.pattern='{config.pattern}'; {hint}")
-
-
-def _check_pattern(pattern: str) -> None:
-    # Path.glob would raise an error that does not name the setting.
-    parts = Path(pattern).parts
-    if not parts or Path(pattern).is_absolute() or ".." in parts or any("**" in part and part != "**" for part in parts):
-        raise ValueError(f"data.pattern='{pattern}' must be a relative pattern, with ** as a whole part; the default is '**/*.txt'")
-
-
-def _suffixes(root: Path) -> list[str]:
-    """Patterns for the suffixes of the files in `root`, the most frequent first."""
-    found = Counter(Path(name).suffix for name in pattern_files(root, "**/*"))
-    return [f"**/*{suffix}" for suffix, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
-
-
-def _check_exists(key: str, value: str) -> None:
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise ValueError(f"{key}={value} must exist; the nearest existing path is {nearest_path(path)}")
 
 
 def nearest_path(path: Path) -> Path:

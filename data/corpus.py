@@ -105,18 +105,13 @@ class Grammar(DocumentSource):
 
 
 def _story(chance: random.Random) -> str:
-    who, thing, color = (_pick(chance, words) for words in (WHO, THINGS, COLORS))
+    who, thing, color = (words[_below(chance, len(words))] for words in map(str.split, (WHO, THINGS, COLORS)))
     some, more = 1 + _below(chance, 9), 1 + _below(chance, 9)
     verb, total = ("finds", some + more) if _below(chance, 2) else ("loses", max(some - more, 0))
     return (
         f"{who} has {some} {color} {thing}s. {who} {verb} {more} {color} {thing}s.\n"
         f"How many {color} {thing}s has {who} now? {who} has {total} {color} {thing}s.\n\n"
     )
-
-
-def _pick(chance: random.Random, words: str) -> str:
-    choices = words.split()
-    return choices[_below(chance, len(choices))]
 
 
 def _below(chance: random.Random, limit: int) -> int:

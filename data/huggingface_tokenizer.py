@@ -59,7 +59,10 @@ class HuggingFaceTokenizer(Tokenizer):
             self._library.model.dropout = None
         self.end = end or self._named("eos_token") or self._usual_end(origin)
         self.end_of_document = self._id(self.end, "end", origin)
-        self.begin = self._usual_begin() if begin is None else begin
+        # By default the token that tokenizer.json puts before a text, as transformers does, unless it is also the end.
+        template: list[str] = self._library.encode("", add_special_tokens=True).tokens
+        usual_begin = template[0] if template and template[0] != self.end else ""
+        self.begin = usual_begin if begin is None else begin
         """The token before a document; empty if there is none."""
         if self.begin:
             self.begin_of_document = self._id(self.begin, "begin", origin)
@@ -125,11 +128,6 @@ class HuggingFaceTokenizer(Tokenizer):
         raise ValueError(
             f"tokenizer.end=null finds none of {', '.join(USUAL_ENDS)} in {origin}; name the token that ends a document"
         )
-
-    def _usual_begin(self) -> str:
-        """The token that tokenizer.json puts before a text, as transformers does, unless it is also the end."""
-        template = self._library.encode("", add_special_tokens=True).tokens
-        return template[0] if template and template[0] != self.end else ""
 
 
 def read_library(content: bytes, origin: str) -> Any:

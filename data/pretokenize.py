@@ -14,9 +14,8 @@ import xxhash
 
 from .cache import cache_folder
 from .checks import check_corpus
-from .config import STREAMED, Corpus, DataConfig, TokenizerConfig
+from .config import STREAMED, Corpus, DataConfig, MixtureSource, TokenizerConfig
 from .errors import BadData
-from .mixture_config import MixtureSource
 from .pretokenized import FORMAT, MANIFEST_FILE, TOKENIZER_FOLDER, VERSION, ShardRecord, manifest_hash
 from .stream.http import RetryPolicy
 from .stream.shards import FailedShard, Row, Shards, open_shards
@@ -57,7 +56,9 @@ def pretokenize_stream(
     shards = open_shards(config, retry)
     kept = (shards.fingerprint, tokenizer.hash, config.validation_fraction, config.longest_row)
     key = xxhash.xxh3_128_hexdigest(repr(kept).encode())
-    _refuse_other(folder, key)
+    for path in (*folder.glob("part_*.json"), *folder.glob(MANIFEST_FILE)):
+        if json.loads(path.read_text()).get("key") != key:
+            raise ValueError(f"{folder} holds shards of other data, another tokenizer or other settings; name a new folder")
     tokenizer.save(folder / TOKENIZER_FOLDER)
     parts = max(1, -(-LEAST_JOBS // len(shards.names)))
     jobs = [
@@ -197,12 +198,6 @@ def _finished(job: PretokenizeJob) -> dict[str, Any] | None:
         return None
     there = all((Path(job.folder) / record[split]["file"]).is_file() for split in ("train", "validation"))
     return {split: record[split] for split in ("train", "validation")} if record["key"] == job.key and there else None
-
-
-def _refuse_other(folder: Path, key: str) -> None:
-    for path in (*folder.glob("part_*.json"), *folder.glob(MANIFEST_FILE)):
-        if json.loads(path.read_text()).get("key") != key:
-            raise ValueError(f"{folder} holds shards of other data, another tokenizer or other settings; name a new folder")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Iterator
 
 import sentencepiece
 
@@ -50,21 +49,14 @@ def train_pieces(texts: list[str], pieces: int) -> bytes:
 
     Raises ValueError, one line, if the text has too little in it for that.
     """
+    # The trainer takes no sentence above 4192 bytes and no NUL; encoding has neither limit.
+    sentences = (text[at : at + SENTENCE].replace("\0", "") for text in texts for at in range(0, len(text), SENTENCE))
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts), model_writer=model, vocab_size=pieces, **RECIPE
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, vocab_size=pieces, **RECIPE)
     except RuntimeError as error:
         raise ValueError(_reason(str(error), pieces)) from None
     return model.getvalue()
-
-
-def _sentences(texts: list[str]) -> Iterator[str]:
-    # The trainer takes no sentence above 4192 bytes and no NUL; encoding has neither limit.
-    for text in texts:
-        for start in range(0, len(text), SENTENCE):
-            yield text[start : start + SENTENCE].replace("\0", "")
 
 
 def _reason(message: str, pieces: int) -> str:

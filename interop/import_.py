@@ -65,7 +65,9 @@ def import_folder(
     if newest_checkpoint(out) or newest_checkpoint(out / "checkpoints"):
         raise ValueError(f"{out}: holds a checkpoint already; nearest valid: a new folder")
     source = open_source(path)
-    _check_hf_files(path)
+    for file in (path / name for name in HF_FILES if (path / name).is_file()):
+        if (size := file.stat().st_size) > LARGEST_TOKENIZER:
+            raise ValueError(f"{file} has {size} bytes, more than {LARGEST_TOKENIZER}")
     if upcycling is not None:
         upcycled_config(source.model, upcycling)  # before the weights are read
     check_repeated(source)
@@ -127,13 +129,6 @@ class _Reader:
         if self._progress is not None:
             self._progress(self._done, self._total)
         return tensor
-
-
-def _check_hf_files(path: Path) -> None:
-    """Raises ValueError for one of HF_FILES that is larger than any tokenizer."""
-    for file in (path / name for name in HF_FILES if (path / name).is_file()):
-        if (size := file.stat().st_size) > LARGEST_TOKENIZER:
-            raise ValueError(f"{file} has {size} bytes, more than {LARGEST_TOKENIZER}")
 
 
 def _usable_tokenizer(path: Path, model: ModelConfig) -> tuple[Tokenizer | None, list[str]]:

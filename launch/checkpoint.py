@@ -93,7 +93,8 @@ def _differences(found: list["TensorDifference"]) -> list[str]:
     lines = [f"  {'tensor':{width}}  {'largest':>10}  {'relative':>10}  what"]
     for one in shown:
         what = one.what if one.what != "values" else f"experts {_ranges(one.experts)}" if one.experts else ""
-        lines.append(f"  {one.name:{width}}  {_number(one.largest)}  {_number(one.relative)}  {what}".rstrip())
+        largest, relative = ("" if number is None else f"{number:.3g}" for number in (one.largest, one.relative))
+        lines.append(f"  {one.name:{width}}  {largest:>10}  {relative:>10}  {what}".rstrip())
     return lines + ([f"  and {len(found) - MOST_LINES} more; --json lists all"] if len(found) > MOST_LINES else [])
 
 
@@ -149,10 +150,6 @@ def _ranges(ids: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _number(value: float | None) -> str:
-    return f"{'' if value is None else f'{value:.3g}':>10}"
 
 
 def _row(name: str, value: str) -> str:

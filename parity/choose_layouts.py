@@ -93,11 +93,10 @@ def all_layouts(config: Config, ranks: int) -> list[Layout]:
     for world in worlds:
         splits = [layout for layout in _splits(world) if is_legal(config, layout)]
         found += [layout for layout in splits if layout != Layout()]
+        degrees = [sum(getattr(layout.parallel, name, 1) > 1 for name in DEGREES) for layout in splits]
+        ranked = sorted(zip(degrees, splits, strict=True), key=lambda pair: (pair[0], pair[1].parallel.expert), reverse=True)
         for accumulation, changes in options(most=world == worlds[-1]):
-            variants = (
-                Layout(world, dataclasses.replace(base.parallel, **changes), accumulation)
-                for base in sorted(splits, key=_mixed, reverse=True)
-            )
+            variants = (Layout(world, dataclasses.replace(base.parallel, **changes), accumulation) for _, base in ranked)
             found += itertools.islice((layout for layout in variants if is_legal(config, layout)), 1)
     return found
 
@@ -185,11 +184,6 @@ def _splits(world: int) -> Iterator[Layout]:
         parallel = dataclasses.replace(ParallelConfig(), **dict(zip(degrees, values, strict=True)))
         if world % (dense_ranks(parallel) * parallel.pipeline) == 0:
             yield Layout(world, parallel)
-
-
-def _mixed(layout: Layout) -> tuple[int, int]:
-    degrees = [getattr(layout.parallel, name, 1) for name in DEGREES]
-    return sum(degree > 1 for degree in degrees), layout.parallel.expert
 
 
 def _settings(parallel: ParallelConfig) -> dict[str, Any]:

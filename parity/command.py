@@ -44,7 +44,11 @@ class ParityTable:
 
     def row(self, verdict: Verdict) -> None:
         """Prints the line of a layout."""
-        cells = "".join(f"{self._cell(verdict, column):>10}" for column in COLUMNS)
+        cells = ""
+        for column in COLUMNS:
+            values = [value for kind, value in verdict.differences.items() if KINDS[kind] == column]
+            cell = "-" if not values else "0" if max(values) == 0 else f"{max(values):.1e}"
+            cells += f"{cell:>10}"
         mark = "" if verdict.equal else "  FAILED" if verdict.error else "  DIFFERS"
         self._print(f"{verdict.ranks:5}  {verdict.layout:{self.width}}{cells}{mark}")
 
@@ -60,10 +64,6 @@ class ParityTable:
         equal = f"all {len(verdicts)} layouts give the numbers of one process (largest difference {worst:.1e})"
         unequal = f"{len(wrong)} of {len(verdicts)} layouts differ from one process"
         self._print("", f"{unequal if wrong else equal}, {seconds:.0f} s")
-
-    def _cell(self, verdict: Verdict, column: str) -> str:
-        values = [value for kind, value in verdict.differences.items() if KINDS[kind] == column]
-        return "-" if not values else "0" if max(values) == 0 else f"{max(values):.1e}"
 
     def _print(self, *lines: str) -> None:
         print(*lines, sep="\n", file=self.out, flush=True)

@@ -99,17 +99,13 @@ def _not_added_up(mismatch: Mismatch) -> Iterator[Hint]:
     for rank, finding in held:
         for other, copy in held:
             if other > rank and copy[4:6] == finding[4:6] and copy.digest != finding.digest:
-                for dim in _apart(mismatch.places[rank], mismatch.places[other], ".experts." in name):
-                    found.setdefault(dim, (rank, other))
+                one, two = mismatch.places[rank], mismatch.places[other]
+                dims = [dim for dim in one if dim.startswith("expert") == (".experts." in name) and one[dim] != two[dim]]
+                if len(dims) == 1:
+                    found.setdefault(dims[0], (rank, other))
     for dim, (rank, other) in found.items():
         what = "each its own part: not summed" if mismatch.key[1] == "gradient" else "which must be one value"
         yield Hint(f"not added up over {dim}", f"ranks {rank} and {other} hold copies that disagree, {what} over the {dim} ranks?")
-
-
-def _apart(one: dict[str, int], other: dict[str, int], experts: bool) -> list[str]:
-    """Returns the dimension in which two ranks differ, if it is the only one."""
-    dims = [dim for dim in one if dim.startswith("expert") == experts and one[dim] != other[dim]]
-    return dims if len(dims) == 1 else []
 
 
 def _by_kind(mismatch: Mismatch) -> Iterator[Hint]:
@@ -267,7 +263,8 @@ def _fault(key: tuple[int, str, str], group: list[tuple[int, Finding]]) -> First
     copies = disagreeing(group)
     if copies:
         return First(*key, copies[0], copies, 0.0, "copies disagree")
-    if not _complete(group):
+    shards = {(*finding.offsets, *finding.sizes): math.prod(finding.sizes) for _, finding in group}
+    if sum(shards.values()) != math.prod(group[0][1].shape):  # shards are disjoint or copies
         return First(*key, 0, [rank for rank, _ in group], 0.0, "is incomplete")
     return None
 
@@ -281,9 +278,3 @@ def disagreeing(group: list[tuple[int, Finding]]) -> list[int]:
         if digest != finding.digest:
             found |= {holder, rank}
     return sorted(found)
-
-
-def _complete(group: list[tuple[int, Finding]]) -> bool:
-    """Whether the shards, which are disjoint or copies, cover the whole tensor."""
-    shards = {(*finding.offsets, *finding.sizes): math.prod(finding.sizes) for _, finding in group}
-    return sum(shards.values()) == math.prod(group[0][1].shape)

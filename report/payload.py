@@ -8,8 +8,7 @@ import numpy as np
 
 from ..train.config.config import Config, ConfigError
 from ..train.config.model_summary import count
-from ..train.config.schema import is_mapping
-from ..train.config.serialize import config_from_plain, plain_config
+from ..train.config.serialize import config_from_plain, leaves, plain_config
 from .columns import line, rounded
 from .headline import is_trouble, last_validation, named, state, verdict
 from .run_reader import Run
@@ -30,15 +29,6 @@ def described(plain: dict[str, Any]) -> dict[str, Any]:
     for row in rows:
         row["changed"] = row["value"] != row["default"]
     return {"settings": rows, "parameters": parameters(plain)}
-
-
-def leaves(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Pairs of dotted key and value for each setting."""
-    found = []
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        found += leaves(value, f"{name}.") if isinstance(value, dict) and not is_mapping(name) else [(name, value)]
-    return found
 
 
 def text(value: Any) -> str:
@@ -160,23 +150,22 @@ def routing(telemetry: Telemetry) -> dict[str, Any]:
     window, several = telemetry.window(), len(telemetry.frames) > 1
     assert window is not None
     shown = [*telemetry.frames, window] if several else telemetry.frames
+    busiest_L = window.counts_LE.argmax(axis=-1).tolist()
+    kinds = {kind: tables for kind in ("classes", "sources") if (tables := telemetry.of_kind(kind))}
     return {
         "layers": telemetry.layers,
         "experts": telemetry.experts,
         "frames": [[frame.first, frame.last] for frame in telemetry.frames],
         "recent": [window.first, window.last] if several else None,
-        "balance": balance(window),
+        "balance": list(zip(busiest_L, max_over_mean(window.counts_LE).tolist(), strict=True)),
         "load": quantize_ratios(np.stack([shares(frame.counts_LE) for frame in shown]), telemetry.experts),
         "by_layer": by_layer(telemetry.frames),
-        "kinds": {kind: split(telemetry, kind) for kind in ("classes", "sources") if telemetry.of_kind(kind)},
+        "kinds": {
+            kind: {"names": list(tables), "counts": np.stack(list(tables.values()), axis=-1).tolist()}
+            for kind, tables in kinds.items()
+        },
         **latest(telemetry),
     }
-
-
-def balance(window: Sums) -> list[tuple[int, float]]:
-    """Returns the busiest expert of each layer, and its load over an even share."""
-    busiest_L = window.counts_LE.argmax(axis=-1).tolist()
-    return list(zip(busiest_L, max_over_mean(window.counts_LE).tolist(), strict=True))
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
@@ -197,12 +186,6 @@ def by_layer(frames: list[Sums]) -> dict[str, Any]:
     return {name: [rounded(row, 4) for row in table] for name, table in tables.items()}
 
 
-def split(telemetry: Telemetry, kind: str) -> dict[str, Any]:
-    """Returns the load by class of token or by source: names, and counts as layers x experts x names."""
-    tables = telemetry.of_kind(kind)
-    return {"names": list(tables), "counts": np.stack(list(tables.values()), axis=-1).tolist()}
-
-
 def latest(telemetry: Telemetry) -> dict[str, Any]:
     """Returns the tables of which only the latest is shown."""
     found: dict[str, Any] = {}
@@ -213,18 +196,14 @@ def latest(telemetry: Telemetry) -> dict[str, Any]:
     together, alike = telemetry.latest.get("coactivation", {}), telemetry.latest.get("similarity", {})
     found["coactivation"] = {layer: quantize_ratios(partners(table), telemetry.experts) for layer, table in together.items()}
     found["similarity"] = {layer: quantize_amounts(table, -1.0, 1.0) for layer, table in alike.items()}
-    found["vocabulary"] = vocabulary(telemetry.latest.get("vocabulary", {}))
+    words = telemetry.latest.get("vocabulary", {})
+    each = max(3, min(10, MOST_WORDS // max(1, sum(len(experts) for experts in words.values()))))
+    found["vocabulary"] = {layer: [tokens[:each] for tokens in experts] for layer, experts in words.items()}
     return found
 
 
 MOST_WORDS = 4000
 """Tokens on a page, divided evenly between the experts."""
-
-
-def vocabulary(by_layer: dict[str, Any]) -> dict[str, Any]:
-    """Returns the most frequent tokens of each layer and expert, with their counts."""
-    each = max(3, min(10, MOST_WORDS // max(1, sum(len(experts) for experts in by_layer.values()))))
-    return {layer: [tokens[:each] for tokens in experts] for layer, experts in by_layer.items()}
 
 
 def widest(table: np.ndarray) -> float:

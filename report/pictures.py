@@ -1,6 +1,7 @@
 """Draws the main charts as PNGs from the data of the page. Needs matplotlib, an optional library."""
 
 from base64 import b64decode
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def write_pictures(data: dict[str, Any], folder: Path) -> list[str]:
 def draw_loss(figure: "Figure", runs: list[dict[str, Any]]) -> None:
     """Training loss thin and smoothed, validation loss dashed with dots, failures and alerts as vertical lines."""
     axes = figure.subplots()
-    for run, colour in coloured(runs):
+    for run, colour in zip(runs, cycle(COLOURS), strict=False):
         draw_line(axes, run, "loss", f"{plain(run['name'])} training", colour)
         if found := run["series"].get("validation_loss"):
             axes.plot(found["x"], found["y"], "o--", color=colour, markersize=3, label=f"{plain(run['name'])} validation")
@@ -60,7 +61,7 @@ def draw_loss(figure: "Figure", runs: list[dict[str, Any]]) -> None:
 def draw_speed(figure: "Figure", runs: list[dict[str, Any]]) -> None:
     """Tokens per second above MFU."""
     upper, lower = figure.subplots(2, sharex=True)
-    for run, colour in coloured(runs):
+    for run, colour in zip(runs, cycle(COLOURS), strict=False):
         draw_line(upper, run, "tokens_per_second", plain(run["name"]), colour)
         draw_line(lower, run, "mfu", plain(run["name"]), colour)
     for axes, title in ((upper, "Tokens per second"), (lower, "MFU")):
@@ -148,10 +149,6 @@ def finish(axes: "Axes", title: str, unit: str) -> None:
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-
-
-def coloured(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    return [(run, COLOURS[index % len(COLOURS)]) for index, run in enumerate(runs)]
 
 
 def plain(text: str) -> str:

@@ -28,7 +28,9 @@ def warn_of_busy_cores(device: torch.device) -> None:
     cores, ranks = os.sched_getaffinity(0), local_world_size() or 1
     before, mine = _ticks(cores), time.process_time()
     time.sleep(SECONDS)
-    others = _busy(before, _ticks(cores)) - ranks * (time.process_time() - mine) / SECONDS
+    spans = [(idle - before[core][0], total - before[core][1]) for core, (idle, total) in _ticks(cores).items()]
+    busy = sum(1 - idle / total for idle, total in spans if total > 0)
+    others = busy - ranks * (time.process_time() - mine) / SECONDS
     if others > max(0, len(cores) - ranks * torch.get_num_threads()) + ALLOWED:
         advice = "GOMP_SPINCOUNT=10000 in the environment lets waiting threads sleep"
         log.warning(
@@ -45,9 +47,3 @@ def _ticks(cores: set[int]) -> dict[int, tuple[int, int]]:
             numbers = [int(count) for count in counts[:8]]  # those of guests are in those of users
             ticks[int(name[3:])] = numbers[3] + numbers[4], sum(numbers)
     return ticks
-
-
-def _busy(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]) -> float:
-    """Returns how many cores were busy in between."""
-    spans = [(after[core][0] - idle, after[core][1] - total) for core, (idle, total) in before.items()]
-    return sum(1 - idle / total for idle, total in spans if total > 0)

@@ -16,9 +16,8 @@ from ..checkpoint.retention import LOSS
 from ..checkpoint.saver import Outcome
 from .config.config import OnFailure
 from .exit import ExitCode, RunStop
-from .nonfinite import bad_state
 from .session import Session
-from .state import random_state
+from .state import bad_state, random_state
 
 
 class SaveFailed(RuntimeError):

@@ -193,7 +193,7 @@ def save_checkpoint(session: Session, run_logger: RunLogger, supervisor: Supervi
     run_logger.flush()
     with run_logger.timed("checkpoint"):
         supervisor.replicas.compare()
-        session.extra = supervisor.state()
+        session.extra = {"guard": supervisor.guard.state()}
         for outcome in save_and_wait(session) if durable else start_save(session):
             run_logger.log_checkpoint(outcome)
     supervisor.grant_save()

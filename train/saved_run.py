@@ -28,12 +28,11 @@ def with_run(arguments: Arguments) -> Arguments:
     if arguments.from_run is None:
         return arguments
     folder, groups = Path(arguments.from_run).expanduser(), check_arguments(arguments, sweep=arguments.multirun)
-    saved, keys = _read_run(folder), [_key(text) for text in arguments.overrides]
+    saved, keys = _read_run(folder), [split_override(text)[0].lstrip("+~") for text in arguments.overrides]
     options = [text for text, key in zip(arguments.overrides, keys, strict=True) if key in groups]
-    default, base = (
-        _composed(arguments, overrides)
-        for overrides in ([], [text for text in options if not parse_override(text, groups).is_sweep_override()])
-    )
+    fixed = [text for text in options if not parse_override(text, groups).is_sweep_override()]
+    composed = (compose_arguments(Arguments(**{**vars(arguments), "overrides": overrides})) for overrides in ([], fixed))
+    default, base = (dict(leaves(plain_config(config))) for config in composed)
     replaced = {key for key in keys if key in groups}
     if "checkpoint.init" in keys:
         replaced |= {"model", "tokenizer"}  # which the new source gives
@@ -43,20 +42,13 @@ def with_run(arguments: Arguments) -> Arguments:
             continue
         of_source = saved.checkpoint.init is not None and key.startswith(("model.", "tokenizer."))
         if of_source or value != base[key]:  # a source has other values than `base`
-            _refuse_placeholder(key, value, folder)
+            if PLACEHOLDER.search(str(value)):
+                rule = f"is without its secrets in {folder / CONFIG}"
+                raise ConfigError.of(key, value, rule, f"{key}=... beside --from {folder}, with them")
             added.append(f"{key}={_text(value)}")
     if not arguments.multirun:  # the points of a sweep have folders of their own
         added.append(f"run.dir={quoted(str(folder))}")
     return Arguments(**{**vars(arguments), "overrides": [*added, *arguments.overrides], "from_run": None})
-
-
-def _composed(arguments: Arguments, overrides: list[str]) -> dict[str, Any]:
-    """Returns all settings by key."""
-    return dict(leaves(plain_config(compose_arguments(Arguments(**{**vars(arguments), "overrides": overrides})))))
-
-
-def _key(text: str) -> str:
-    return split_override(text)[0].lstrip("+~")
 
 
 def _text(value: Any) -> str:
@@ -69,12 +61,6 @@ def _text(value: Any) -> str:
         case dict():
             return f"{{{','.join(f'{key}:{_text(item)}' for key, item in value.items())}}}"
     return written(value)
-
-
-def _refuse_placeholder(key: str, value: Any, folder: Path) -> None:
-    if PLACEHOLDER.search(str(value)):
-        rule = f"is without its secrets in {folder / CONFIG}"
-        raise ConfigError.of(key, value, rule, f"{key}=... beside --from {folder}, with them")
 
 
 def _read_run(folder: Path) -> Config:

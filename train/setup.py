@@ -39,7 +39,9 @@ def open_session(config: Config, device: torch.device) -> Session:
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
     ranks = tokenizing_ranks(device)
-    saved = saved_precision(config, found)
+    saved = None
+    if found is not None and config.precision is Precision.auto:
+        saved = from_first(lambda: read_facts(found)["config"].get("precision"))
     precision_from = derive(config, device, saved)
     if saved is not None:
         check_rules(config, ranks.size)
@@ -54,18 +56,11 @@ def open_session(config: Config, device: torch.device) -> Session:
     saver = build_saver(config.checkpoint, folder)
     engine = build_engine(config, parallel)
     session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, start=start, lock=lock)
-    session.engine.optimizer.register_step_pre_hook(lambda *_: saver.wait_for_copies())
+    session.engine.optimizer.register_step_pre_hook(saver.wait_for_copies)
     if found is not None:
         resume(session, found)
     keep_timeline(session)
     return session
-
-
-def saved_precision(config: Config, found: Path | None) -> str | None:
-    """Returns the precision of the checkpoint `found`, if the configuration leaves it open. Collective."""
-    if found is None or config.precision is not Precision.auto:
-        return None
-    return from_first(lambda: read_facts(found)["config"].get("precision"))
 
 
 def build_model(config: Config, device: torch.device, found: Path | None, folder: Path) -> tuple[Parallel, str]:

@@ -36,7 +36,7 @@ def layout_lines(config: Config, world: int) -> list[str]:
     experts = f", {model.moe.experts} experts in {'each' if layers == model.layers else layers} of {model.layers} layers"
     held, trained = per_rank(config, world)["total"], count(model).trained
     lines = [
-        f"{world} {_plural('rank', world)} on {nodes} {_plural('node', nodes)}{experts if layers else ', no experts'}; "
+        f"{world} rank{'s' * (world > 1)} on {nodes} node{'s' * (nodes > 1)}{experts if layers else ', no experts'}; "
         f"of {short(trained)} parameters a rank holds {short(held)} between steps",
         "",
     ]
@@ -59,10 +59,6 @@ def ranks_of_a_node(config: Config, world: int) -> int:
     if config.launch.ranks * config.launch.nodes > 1:
         return min(config.launch.ranks, world)
     return min(local_world_size() or world, world)
-
-
-def _plural(word: str, number: int) -> str:
-    return word if number == 1 else f"{word}s"
 
 
 def show(arguments: Arguments) -> int:

@@ -6,8 +6,7 @@ Both become overrides before those of the command line. No torch.
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.config import Corpus, TokenizerConfig, TokenizerKind
-from ..data.mixture_config import mixture_sources
+from ..data.config import Corpus, TokenizerConfig, TokenizerKind, mixture_sources
 from ..moe.config import ModelConfig
 from .config.compose import Arguments, compose_arguments
 from .config.config import Config, ConfigError

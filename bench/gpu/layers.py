@@ -85,7 +85,8 @@ def measure_layer(
     for contender, make in contenders(ours, shape).items():
         try:
             forward = make()
-            off = _off(forward(x).detach(), expected)
+            wide, y = expected.float(), forward(x).detach().float()
+            off = ((y - wide).norm() / wide.norm()).item()
             forward(x).backward(gradient)
         except Unavailable as reason:
             lines[contender] = LayerLine(name, contender, note=str(reason))
@@ -118,10 +119,6 @@ def _forward_and_backward(forward: Forward, x: Tensor, gradient: Tensor) -> None
 
 def _reset(x: Tensor) -> None:
     x.grad = None
-
-
-def _off(y: Tensor, expected: Tensor) -> float:
-    return ((y.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def forget(device: torch.device) -> None:

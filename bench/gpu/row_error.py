@@ -30,10 +30,6 @@ def worst(value: Tensor, expected: Tensor, size: int, floor: float) -> float:
     if not expected.numel():
         return 0.0
     value, expected = (x.detach().cpu().double().reshape(-1, size) for x in (value, expected))
-    most = float((value - expected).norm(dim=-1).max()) / max(norm_of_rows(expected), floor, 1e-30)
+    typical = float(expected.square().sum(-1).mean().sqrt())  # the root mean square of the norms of the rows
+    most = float((value - expected).norm(dim=-1).max()) / max(typical, floor, 1e-30)
     return most if not math.isnan(most) else math.inf
-
-
-def norm_of_rows(x_RN: Tensor) -> float:
-    """The root mean square of the norms of the rows."""
-    return float(x_RN.double().square().sum(-1).mean().sqrt()) if x_RN.numel() else 0.0

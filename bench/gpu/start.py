@@ -34,7 +34,8 @@ def unpack(wheels: Path, folder: Path) -> list[str]:
     for wheel in sorted(wheels.glob("*.whl")):
         if fits(wheel.name):
             with zipfile.ZipFile(wheel) as archive:
-                if not any(is_installed(name) for name in packages(archive)):
+                # A part of a namespace package counts as installed too.
+                if all(importlib.util.find_spec(name) is None for name in packages(archive)):
                     archive.extractall(folder)
                     taken.append("-".join(wheel.name.split("-")[:2]))
     return taken
@@ -52,11 +53,6 @@ def packages(archive: zipfile.ZipFile) -> set[str]:
     """The top-level packages and modules in a wheel."""
     names = {name.partition("/")[0] for name in archive.namelist()}
     return {name.removesuffix(".py") for name in names if not name.endswith((".dist-info", ".data", ".so"))}
-
-
-def is_installed(package: str) -> bool:
-    """Whether the package can be found; a part of a namespace package counts too."""
-    return importlib.util.find_spec(package) is not None
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from ...train.allocator import restart_with_kept_memory
 from .cost import causal_loss, relative_costs
-from .picture import draw
 from .plan import DENSE, EXPERT_CHOICE, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
-from .results import results, table
+from .results import draw, results, table
 from .runs import Lab, complete
 
 STAGES = ("train", "cost", "report")

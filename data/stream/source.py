@@ -10,10 +10,9 @@ import numpy as np
 import xxhash
 
 from ..cache import atomic_folder
-from ..config import Corpus, DataConfig
+from ..config import Corpus, DataConfig, MixtureSource
 from ..corpus import survey
 from ..errors import BadData
-from ..mixture_config import MixtureSource
 from ..pretokenized import open_pretokenized
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, open_tokens, write_stamp
 from ..tokenizer_types import Tokenizer

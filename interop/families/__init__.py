@@ -4,16 +4,14 @@ from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .dots import DOTS1
 from .ernie import ERNIE4_5_MOE
 from .family import Family
-from .flex_olmo import FLEX_OLMO
 from .glm import GLM4_MOE, GLM4_MOE_LITE
 from .gpt_oss import GPT_OSS
 from .granite import GRANITE_MOE
 from .llama import LLAMA
 from .longcat import LONGCAT_FLASH
 from .minimax import MINIMAX_M2
-from .mistral import MISTRAL
-from .mixtral import MIXTRAL
-from .olmoe import OLMOE
+from .mistral import MISTRAL, MIXTRAL
+from .olmoe import FLEX_OLMO, OLMOE
 from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from .qwen_next import QWEN3_5_MOE, QWEN3_NEXT
 from .solar import SOLAR_OPEN

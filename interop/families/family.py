@@ -198,10 +198,11 @@ def read_sliding_window(reader: ConfigReader, config: ModelConfig, default: Call
 
 def layer_types(config: ModelConfig) -> list[str]:
     """`layer_types`."""
-    return [_layer_type(config, index) for index in range(config.layers)]
-
-
-def _layer_type(config: ModelConfig, index: int) -> str:
-    if config.linear_layer(index):
-        return "linear_attention"
-    return "sliding_attention" if config.windowed_layer(index) else "full_attention"
+    return [
+        "linear_attention"
+        if config.linear_layer(index)
+        else "sliding_attention"
+        if config.windowed_layer(index)
+        else "full_attention"
+        for index in range(config.layers)
+    ]

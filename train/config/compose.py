@@ -35,19 +35,14 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     parser.add_argument("--layout-only", action="store_true")
     parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
     arguments, unknown = parser.parse_known_intermixed_args(argv, Arguments())
-    arguments.overrides = [in_todays_words(text) for text in arguments.overrides]
+    split = [text.partition("=") for text in arguments.overrides]
+    arguments.overrides = [f"{key}{equals}{todays_value(key, value)}" for key, equals, value in split]
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         raise ConfigError(f"{unknown[0]}: there is no such flag; nearest valid: {nearest_text(unknown[0], flags)}")
     if (arguments.resolve or arguments.package) and not arguments.prints():
         raise ConfigError("--resolve and --package: belong to --cfg; nearest valid: --cfg job --resolve")
     return arguments
-
-
-def in_todays_words(text: str) -> str:
-    """Returns an override with what a value of an earlier version is called now."""
-    key, equals, value = text.partition("=")
-    return f"{key}{equals}{todays_value(key, value)}"
 
 
 class Arguments(argparse.Namespace):
@@ -156,7 +151,8 @@ def _one_line(error: Exception, groups: Groups) -> ConfigError:
         return ConfigError.of(group, option, rule, f"{group}={nearest_text(option, error.options)}")
     # An error in a YAML file is known only by its text, which has the file, the value and the full key.
     text = "\n".join(str(link) for link in _causes(error))
-    file, key, value = (_find(pattern, text) for pattern in (r"In '(.*?)'", r"full_key: (.*)", r"[Vv]alue '(.*?)'"))
+    matches = (re.search(pattern, text) for pattern in (r"In '(.*?)'", r"full_key: (.*)", r"[Vv]alue '(.*?)'"))
+    file, key, value = (match[1] if match else "" for match in matches)
     if "_target_" in key:
         return target_error(key, "...", groups)
     if key and key not in settings():
@@ -165,11 +161,6 @@ def _one_line(error: Exception, groups: Groups) -> ConfigError:
         return wrong_value_error(key, value)
     nearest = f"; nearest valid: {suggest(key, '', groups)}" if key else ""
     return ConfigError(f"{file or key or 'configuration'}: {' '.join(text.partition('full_key')[0].split())}{nearest}")
-
-
-def _find(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    return match[1] if match else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -159,17 +159,12 @@ def quoted(text: str) -> str:
 def _walk(cls: type, prefix: str) -> Iterator[tuple[str, tuple[type, bool]]]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind, optional = _without_none(hints[field.name])
+        hint = hints[field.name]
+        optional = isinstance(hint, types.UnionType)  # with None
+        kind: type = next(each for each in typing.get_args(hint) if each is not types.NoneType) if optional else hint
         yield prefix + field.name, (kind, optional)
         if dataclasses.is_dataclass(kind):
             yield from _walk(kind, f"{prefix}{field.name}.")
-
-
-def _without_none(hint: typing.Any) -> tuple[type, bool]:
-    """`int | None` is (int, True)."""
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType), True
-    return hint, False
 
 
 def _convert(kind: Any, value: Any) -> Any:

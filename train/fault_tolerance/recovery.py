@@ -1,5 +1,7 @@
 """Runs one optimizer step of a run. If its numbers are wrong it is repeated, and then the policy says: stop, skip or roll back."""
 
+from functools import partial
+
 from ...moe.token_info import BatchPosition
 from ...parallel.object_collectives import from_all
 from ..batch import Rows
@@ -7,9 +9,9 @@ from ..checkpointing import wait_for_save
 from ..config.complain import say
 from ..config.private_files import writing_to
 from ..exit import ExitCode, RunStop, too_little_room
-from ..nonfinite import bad_gradients
 from ..resume import keep_timeline, newest_intact, resume
 from ..session import Session
+from ..state import bad_gradients
 from ..step import StepInput, StepNumbers
 from ..step_flags import GlobalFlags
 from .step_guard import Action, Fault
@@ -21,7 +23,7 @@ def run_step(session: Session, supervisor: Supervisor, rows: list[Rows], lr: flo
     guard, step = supervisor.guard, session.step + 1
     position, rank_flags = BatchPosition(session.config.seed, step), supervisor.rank_flags()
     step_input = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
-    numbers = session.engine.step(step_input._replace(overlap_fn=lambda: session.batch_loader.prepare(step)))
+    numbers = session.engine.step(step_input._replace(overlap_fn=partial(session.batch_loader.prepare, step)))
     fault = guard.fault(numbers.global_flags)
     if fault is None or fault.kind in ("bad_data", "overflow"):
         return numbers

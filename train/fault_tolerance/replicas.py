@@ -112,9 +112,6 @@ class Replicas:
         self.repaired: set[int] = set()
         """Ranks that were repaired before."""
 
-    def due(self) -> bool:
-        return self.every > 0 and self.session.step % self.every == 0
-
     def compare(self) -> None:
         """Compares, unless this step was compared. Raises RunStop if replicas differ and cannot be repaired. Collective."""
         if not self.every or self.compared == self.session.step:

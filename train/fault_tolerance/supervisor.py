@@ -2,7 +2,8 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from statistics import median
+from time import perf_counter
 
 from ...parallel.failpoints import failpoint
 from ...parallel.progress import PROGRESS
@@ -13,7 +14,56 @@ from ..step_flags import GlobalFlags, RankFlags
 from .replicas import Replicas
 from .signals import STOP_REQUESTS, StopRequests
 from .step_guard import Guard
-from .stragglers import Stragglers
+
+SHARE = 0.1
+"""A rank is reported if the others lose this share of their time because of it."""
+
+
+class Stragglers:
+    """Finds a slow rank: every few steps the ranks compare their own time of a step, without the time spent waiting for others.
+
+    It is the host's time: computation, data and input of this rank. On a GPU the computation shows where the host waits for it.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.own: list[float] = []
+        self.whole: list[float] = []
+        self.begin: tuple[float, float] | None = None
+        self.suspect: int | None = None
+        """The slow rank of the last comparison: one slow stretch is chance, two are not."""
+        self.alerted: int | None = None
+        """The rank of the last alert: there is one alert for a rank, and an event each time."""
+
+    def seconds(self, step: int) -> float | None:
+        """Called when a step begins. Returns the median of this rank's own seconds, on steps on which all ranks report it."""
+        now = perf_counter(), PROGRESS.waited
+        if self.begin is not None:
+            whole = now[0] - self.begin[0]
+            self.whole.append(whole)
+            self.own.append(whole - (now[1] - self.begin[1]))
+        self.begin = now
+        if not self.every or step % self.every:
+            return None
+        own, self.own = median(self.own or [0.0]), []
+        return own
+
+    def compare(self, step: int, seconds: list[float], run_logger: RunLogger) -> None:
+        """Reports the slowest rank if it costs the others much. `seconds`: those of each rank, empty if they were not reported."""
+        if not seconds or not self.whole:
+            return
+        whole, self.whole = median(self.whole), []
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        own, others = seconds[rank], median(seconds[:rank] + seconds[rank + 1 :] or [seconds[rank]])
+        lost = (own - others) / max(whole, 1e-9)
+        before, self.suspect = self.suspect, rank if lost >= SHARE else None
+        if self.suspect is None or self.suspect != before:
+            return
+        run_logger.log_event("straggler", step=step, rank=rank, seconds=own, others=others, lost_share=lost)
+        if self.alerted != rank:
+            text = f"rank {rank} is slow: {own:.3f} s a step of its own, the others {others:.3f} s; {lost:.0%} of all time"
+            run_logger.alert("straggler", text)
+        self.alerted = rank
 
 
 @dataclass
@@ -44,7 +94,7 @@ class Supervisor:
     def handle_flags(self, global_flags: GlobalFlags) -> None:
         """Acts after a step on the flags that are not about its numbers. Raises RunStop if the run was asked to stop."""
         self.stragglers.compare(self.session.step, global_flags.seconds, self.run_logger)
-        if self.replicas.due():
+        if self.replicas.every and self.session.step % self.replicas.every == 0:
             self.replicas.compare()
         if global_flags.stop:
             raise RunStop(f"on request ({', '.join(self.stop_requests.stops) or 'of another rank'})", ExitCode.done)
@@ -59,10 +109,6 @@ class Supervisor:
         if self.session.parallel.mesh.rank == 0:
             with suppress(OSError):
                 (self.session.folder / name).unlink(missing_ok=True)
-
-    def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint contains of this: plain JSON."""
-        return {"guard": self.guard.state()}
 
 
 def build_supervisor(session: Session, run_logger: RunLogger) -> Supervisor:

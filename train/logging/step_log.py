@@ -78,18 +78,14 @@ class Stopwatch:
 
     def take(self) -> tuple[list[Interval], int]:
         """Returns the intervals and tokens since the last call."""
-        self._end_interval()
-        (intervals, self.intervals), (tokens, self.tokens) = (self.intervals, []), (self.tokens, 0)
+        now, tokens = record_event(self.device, timed=True), self.tokens
+        intervals = [*self.intervals, (self.start, now)]
+        self.start, self.intervals, self.tokens = now, [], 0
         return intervals, tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves out the time inside."""
-        self._end_interval()
+        self.intervals.append((self.start, record_event(self.device, timed=True)))
         yield
         self.start = record_event(self.device, timed=True)
-
-    def _end_interval(self) -> None:
-        now = record_event(self.device, timed=True)
-        self.intervals.append((self.start, now))
-        self.start = now

@@ -6,7 +6,6 @@ from operator import attrgetter
 
 from ....moe.config import (
     AttentionKind,
-    DeltaNetConfig,
     DropPolicy,
     GroupScore,
     ModelConfig,
@@ -43,7 +42,10 @@ def attention(config: Config, world: int) -> Iterator[Violation]:
     kind, rope = config.model.attention.kind, config.model.attention.rope
     yield from (_latent if kind is AttentionKind.mla else _grouped_query)(config.model)
     if linear_blocks(config.model):
-        yield from _linear(config.model.attention.delta)
+        keys, values = config.model.attention.delta.key_heads, config.model.attention.delta.value_heads
+        if values % keys:
+            rule = f"must be a multiple of model.attention.delta.key_heads={keys}"
+            yield Violation("model.attention.delta.value_heads", rule, multiples(keys, values))
     if rope.scaling is RopeScaling.llama3 and rope.high_frequency_factor <= rope.low_frequency_factor:
         rule = f"must be above model.attention.rope.low_frequency_factor={rope.low_frequency_factor:g}"
         yield Violation("model.attention.rope.high_frequency_factor", rule, [rope.low_frequency_factor * 4])
@@ -99,12 +101,6 @@ def _latent(c: ModelConfig) -> Iterator[Violation]:
             yield Violation(
                 f"model.attention.{name}", f"must be {written(value).removesuffix('.0')} with model.attention.kind=mla", [value]
             )
-
-
-def _linear(c: DeltaNetConfig) -> Iterator[Violation]:
-    if c.value_heads % c.key_heads:
-        rule = f"must be a multiple of model.attention.delta.key_heads={c.key_heads}"
-        yield Violation("model.attention.delta.value_heads", rule, multiples(c.key_heads, c.value_heads))
 
 
 def linear_blocks(c: ModelConfig) -> int:

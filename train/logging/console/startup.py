@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ....moe.param_count import Count, flops_per_token
+from ....moe.param_count import Count, flops_per_token, moe_layers
 from ....parallel.config import Recompute
 from ....version import __version__
 from ...config.config import Config
@@ -66,8 +66,8 @@ def _tokenizer(config: Config, facts: StartupFacts) -> str:
 
 def _model(config: Config, count: Count) -> list[tuple[str, str]]:
     model, moe = config.model, config.model.moe
-    moe_layers = sum(model.moe_layer(index) for index in range(model.layers))
-    experts = f"; {moe.experts} experts, top-{moe.top_k}, in {moe_layers} of them" if moe_layers else "; dense"
+    layers = moe_layers(model)
+    experts = f"; {moe.experts} experts, top-{moe.top_k}, in {layers} of them" if layers else "; dense"
     parts = {name: value for name, value in vars(count).items() if value and name != "active_experts"}
     forward = flops_per_token(model, config.sequence_length)
     return [

@@ -34,7 +34,8 @@ def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float |
     line += _cell("MFU", f"{_fixed(100 * record['mfu'], 5, 1)}%")
     line += _cell("grad", _fixed(record["grad_norm"], 7, 3))
     if "moe/load_max_over_mean" in record:
-        line += _load(record)
+        load, layer = record["moe/load_max_over_mean"], record["moe/load_max_over_mean_layer"]  # of the busiest expert
+        line += _cell("load", f"{_fixed(load, 5, 2)}x L{layer:<2}", "bold yellow" if load > UNEVEN else "")
         dropped = record["dropped_fraction"]
         line += _cell("drop", f"{_fixed(100 * dropped, 5, 2)}%", "yellow" if dropped > 0 else "")
     return line + _cell("ETA", f"{duration(eta_seconds):>6}")[:2]
@@ -57,12 +58,6 @@ class Eta:
         if last_step == first_step:
             return None
         return (self._total_steps - step) * (last - first) / (last_step - first_step)
-
-
-def _load(record: Mapping[str, Any]) -> Line:
-    """Returns the cell of the busiest expert's share over an even one, and the layer it is in."""
-    load, layer = record["moe/load_max_over_mean"], record["moe/load_max_over_mean_layer"]
-    return _cell("load", f"{_fixed(load, 5, 2)}x L{layer:<2}", "bold yellow" if load > UNEVEN else "")
 
 
 def _cell(name: str, value: str, style: str = "") -> Line:

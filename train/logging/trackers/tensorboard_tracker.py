@@ -30,7 +30,8 @@ class TensorboardTracker(AbstractTracker):
 
     def log(self, record: Mapping[str, Any]) -> None:
         self._step = record["step"]
-        self._write([{"tag": key, "simple_value": float(value)} for key, value in scalars(record).items()], self._step)
+        numbers = {key: float(value) for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        self._write([{"tag": key, "simple_value": number} for key, number in numbers.items()], self._step)
 
     def telemetry(self, record: Mapping[str, Any]) -> None:
         rgb = load_map(record["counts_LE"])
@@ -74,8 +75,3 @@ class TensorboardTracker(AbstractTracker):
         metadata = metadata_of(plugin_data=metadata_of.PluginData(plugin_name="text"))
         tensor = vars(tensor_pb2)["TensorProto"](dtype="DT_STRING", string_val=[text.encode()])
         self._write([{"tag": tag, "metadata": metadata, "tensor": tensor}], step)
-
-
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a record without its step."""
-    return {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}

@@ -132,8 +132,9 @@ def account() -> bool:
     """Whether an API key is in the environment, or in netrc for W&B's host."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    paths = (Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), Path("~/_netrc").expanduser())
     try:
-        known = netrc.netrc(_netrc_path()).hosts
+        known = netrc.netrc(next((path for path in paths if path.exists()), paths[0])).hosts
     except (OSError, netrc.NetrcParseError):
         return False
     return not _hosts().isdisjoint(known)
@@ -146,8 +147,3 @@ def _hosts() -> set[str]:
     settings.read(Path(folder).expanduser() / "settings")
     server = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="")
     return {urlsplit(server).netloc} if server else {"api.wandb.ai", "api.forge.coreweave.com"}
-
-
-def _netrc_path() -> Path:
-    paths = (Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), Path("~/_netrc").expanduser())
-    return next((path for path in paths if path.exists()), paths[0])
