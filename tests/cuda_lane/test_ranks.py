@@ -13,10 +13,10 @@ LAYOUTS = [
     "parallel.shard=2 parallel.expert=4 parallel.tensor=2 parallel.expert_tensor=2 model.moe.balance.scope=batch",
     "parallel.context=2 parallel.shard=4 parallel.expert=4 parallel.tensor=2 model.moe.capacity.factor=1 data.mask_documents=true",
     "parallel.pipeline=2 parallel.pipeline_schedule=interleaved parallel.expert=4 parallel.tensor=2 "
-    "parallel.pipeline_overlap=true model.layers=4 model.tie_embeddings=true",
+    "parallel.pipeline_overlap=true model.layers=4 model.tie_embeddings=true model.moe.balance.pool_layers=true",
     "parallel.shard=4 parallel.zero=1 parallel.expert=2 parallel.recompute=block model.moe.capacity.factor=1",
     "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.shard=2 parallel.expert=4 parallel.tensor=2 "
-    "model.layers=3 model.tie_embeddings=true",
+    "model.layers=3 model.tie_embeddings=true model.dense_first=1 model.moe.shortcut=true",
 ]
 
 
