@@ -122,11 +122,13 @@ def plan(argv: list[str]) -> int:
         return serve(argv[1:])
     parser = OneLineParser(
         "tokenyard plan",
-        usage="%(prog)s [-h] [--json] --dry-run [rank=0] [world=N] [group=option ...] [key=value ...]",
+        usage="%(prog)s [-h] [--json] --dry-run [rank=0] [world=N] [hot=1] [layers=auto] [group=option ...] [key=value ...]",
         description="What a run needs, before a GPU is rented: the real step of one rank of thousands, without its GPU.",
-        epilog="rank=0; world: ranks of the run (as launch.* says, or the fewest).",
+        epilog="world: ranks of the run (as launch.* says, or the fewest that the layout needs); hot=1.5: the experts of the rank "
+        "receive half as many rows again as at an even load; layers=auto: few layers and micro-batches are run, the others follow; "
+        "layers=all runs them.",
     )
-    parser.add_argument("words", nargs="*", help="rank=, world=, and overrides as for tokenyard train")
+    parser.add_argument("words", nargs="*", help="rank=, world=, hot=, layers=, and overrides as for tokenyard train")
     parser.add_argument("--dry-run", action="store_true", help="memory, collectives, operators and host waits of a step")
     parser.add_argument("--json", action="store_true", help="one JSON object; bytes of one rank")
     arguments = parser.parse_intermixed_args(argv)

@@ -23,6 +23,8 @@ class DryRunWords(NamedTuple):
     config: Config
     rank: int
     world: int
+    hot: float
+    in_full: bool
 
 
 def plan_command(arguments: Namespace) -> int:
@@ -38,8 +40,8 @@ def plan_command(arguments: Namespace) -> int:
     from ..plan.dry_report import as_json, lines
     from ..plan.dry_run import step_facts
 
-    found = step_facts(*asked)
-    print(json.dumps(as_json(found, *asked)) if arguments.json else "\n".join(lines(found, *asked)))
+    found, place = step_facts(*asked), asked[:3]
+    print(json.dumps(as_json(found, *place)) if arguments.json else "\n".join(lines(found, *place)))
     return 0
 
 
@@ -56,7 +58,20 @@ def read_words(words: list[str]) -> DryRunWords:
     if config.precision is Precision.auto:
         config.precision = Precision.bf16
     check_rules(config, world)
-    return DryRunWords(config, rank, world)
+    if own.get("layers", "auto") not in ("auto", "all"):
+        raise ConfigError.of("layers", own["layers"], "must be auto or all", "layers=auto")
+    return DryRunWords(config, rank, world, _hot(own.get("hot", "1"), config.parallel.expert), own.get("layers") == "all")
+
+
+def _hot(text: str, ranks: int) -> float:
+    """Returns the load of a rank's experts over an even one. Raises ConfigError beyond all rows of the `ranks` ranks."""
+    try:
+        hot = float(text)
+    except ValueError:
+        hot = -1.0
+    if not 0 < hot <= ranks:
+        raise ConfigError.of("hot", text, f"must be in (0, parallel.expert={ranks}]", f"hot={ranks if hot > ranks else 1}")
+    return hot
 
 
 def whole_number(key: str, text: str, least: int) -> int:

@@ -28,6 +28,8 @@ class DryRun:
     """A simulated device of `kind`; `waits` counts host reads by name."""
 
     kind: str
+    hot: float = 1.0
+    """The rows that the experts of this rank receive, over their number at an even load."""
     waits: Counter[str] = field(default_factory=Counter)
 
 
@@ -79,12 +81,18 @@ def _read(x: Tensor, place: str, assumed: Callable[[], Any]) -> Any:
     return assumed()
 
 
+def hot_rows(rows: int) -> int:
+    """Returns how many rows a dry run assumes to arrive where `rows` do at an even load."""
+    assert _dry_run is not None
+    return round(rows * _dry_run.hot)
+
+
 @contextmanager
-def dry_run(kind: str) -> Iterator[DryRun]:
+def dry_run(kind: str, hot: float = 1.0) -> Iterator[DryRun]:
     """Treats tensors as if they were on a device of this kind and had no values. Only one at a time in a process."""
     global _dry_run
     assert _dry_run is None
-    _dry_run = DryRun(kind)
+    _dry_run = DryRun(kind, hot)
     try:
         yield _dry_run
     finally:

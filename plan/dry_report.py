@@ -39,14 +39,18 @@ def allowances(found: StepFacts, groups: int) -> list[Allowance]:
 def as_json(found: StepFacts, config: Config, rank: int, world: int) -> dict[str, Any]:
     """Returns one object. Bytes are of the device of one rank."""
     plain = asdict(found)
-    plain["layers"] = {"none" if layer is None else str(layer): size for layer, size in found.layers.items()}
-    kinds = operators_by_kind(found)
+    plain["points"] = [{"phase": phase, "layer": layer, "bytes": size} for (phase, layer), size in found.points.items()]
+    phase, layer = found.peak_point
     return {
         "rank": rank,
         "world": world,
         "layout": layout_text(config.parallel, world),
+        "peak_bytes": found.peak_bytes,
+        "peak_phase": phase,
+        "peak_layer": layer,
+        "peak": found.purposes,
         **plain,
-        "operators_by_kind": kinds,
+        "operators_by_kind": operators_by_kind(found),
         "launches": found.launches,
         "allowances": [each._asdict() for each in allowances(found, groups(found))],
     }
@@ -66,19 +70,20 @@ def groups(found: StepFacts) -> int:
 
 def lines(found: StepFacts, config: Config, rank: int, world: int) -> list[str]:
     """Returns the output for people."""
-    where = "outside of layers" if found.peak_layer is None else f"layer {found.peak_layer}"
+    phase, layer = found.peak_point
+    where = f"phase {phase}, {'outside of layers' if layer is None else f'layer {layer}'}"
     extra = allowances(found, groups(found))
     low, high = found.peak_bytes + sum(each.low for each in extra), found.peak_bytes + sum(each.high for each in extra)
     return [
         f"rank {rank} of {layout_text(config.parallel, world)}",
-        f"peak        {_gb(found.peak_bytes)} in phase {found.peak_phase}, {where}; {_gb(found.kept_bytes)} stay between steps",
+        f"peak        {_gb(found.peak_bytes)} in {where}; {_gb(found.kept_bytes)} stay between steps",
         *(f"  {name:38}{_gb(size):>12}" for name, size in sorted(found.purposes.items(), key=_second) if size >= 5e5),
         f"not seen    {_gb(low)} to {_gb(high)} with",
         *(f"  {each.name:38}{_gb(each.low):>12} to {_gb(each.high)}, {each.reason}" for each in extra),
         "collectives of a step (bytes of the larger side)",
-        f"  {'phase':10}{'kind':16}{'ranks':>6}  {'link':14}{'dtype':10}{'count':>8}{'bytes':>14}",
+        f"  {'phase':28}{'kind':16}{'ranks':>6}  {'link':14}{'dtype':10}{'count':>8}{'bytes':>14}",
         *(
-            f"  {each.phase:10}{each.kind:16}{each.ranks:>6}  {each.link:14}{each.dtype:10}{each.count:>8,.0f}{_gb(each.bytes):>14}"
+            f"  {each.phase:28}{each.kind:16}{each.ranks:>6}  {each.link:14}{each.dtype:10}{each.count:>8,.0f}{_gb(each.bytes):>14}"
             for each in found.traffic
         ),
         f"operators   at least {found.launches:,.0f} launches: "

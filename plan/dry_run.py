@@ -3,15 +3,15 @@
 import gc
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from ..parallel.config import Exchange, PipelineSchedule
 from ..parallel.progress import name_layers
 from ..train.config.config import Config
+from .depth import Depth, SmallRun, depth_of, runs_for
 from .ledger import Call
-from .memory_tracker import MemoryTracker
-from .rank_step import dry_rank
-
-STEPS = 2
-"""The second step is measured: the first makes the state of the optimizer."""
+from .memory_tracker import MemoryPeak, MemoryTracker, Point
+from .rank_step import DryRank, dry_rank
 
 
 @dataclass
@@ -31,17 +31,10 @@ class CallTotal:
 
 @dataclass
 class StepFacts:
-    """What the second step of a rank takes."""
+    """What a step of a rank takes."""
 
-    peak_bytes: float
-    peak_phase: str
-    peak_layer: int | None
-    purposes: dict[str, float]
-    """Bytes at the peak by what they are for."""
-    layers: dict[int | None, float]
-    """Bytes at the peak by the layer that allocated them; None: no layer, weights, gradients and optimizer state."""
-    phases: dict[str, float]
-    """The most bytes in each phase of the step."""
+    points: dict[Point, dict[str, float]]
+    """Bytes by what they are for, when most are alive in each phase and layer."""
     kept_bytes: float
     """What stays from step to step: weights, state of the optimizer, buffers of the exchange."""
     traffic: list[CallTotal]
@@ -51,38 +44,101 @@ class StepFacts:
     """How often the host waits for the device, by the name of the read (docs/performance.md) or by `file:line`."""
 
     @property
+    def peak_point(self) -> Point:
+        """The phase and the layer in which the rank has most memory: the first of several."""
+        return max(self.points, key=lambda point: sum(self.points[point].values()))
+
+    @property
+    def purposes(self) -> dict[str, float]:
+        """Bytes at the peak by what they are for."""
+        return self.points[self.peak_point]
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.purposes.values())
+
+    @property
     def launches(self) -> float:
         """At least so many kernels are launched: one for each operator and each collective."""
         return sum(self.operators.values()) + sum(each.count for each in self.traffic)
 
 
-def step_facts(config: Config, rank: int, world: int) -> StepFacts:
-    """Takes the steps of rank `rank` of `world`. The configuration has been validated, and its precision is known."""
-    with dry_rank(config, rank, world) as dry, MemoryTracker(dry.parallel.device.type) as memory:
-        model, optimizer = dry.parallel.model, dry.engine.optimizer
-        name_layers(zip(model.block_indices, model.blocks, strict=True))
+class StepRecord(NamedTuple):
+    """A step that was taken."""
+
+    peaks: dict[Point, MemoryPeak]
+    kept_bytes: int
+    calls: Counter[Call]
+    operators: Counter[str]
+    waits: Counter[str]
+
+
+def step_facts(config: Config, rank: int, world: int, hot: float = 1.0, in_full: bool = False) -> StepFacts:
+    """Returns what a step of rank `rank` of `world` takes. The configuration has been validated, and its precision is known.
+
+    `hot`: rows that the rank's experts receive, over their number at an even load. `in_full`: all layers and micro-batches are run;
+    otherwise few of each (plan/depth.py).
+    """
+    node = node_size(config, world)
+    if config.parallel.exchange is Exchange.hierarchical:
+        config.parallel.node_ranks = node  # a launcher would say it
+    runs, period = ([SmallRun(config, 1)], 1) if in_full else runs_for(config, rank, world)
+    smallest = min((run.config for run in runs), key=lambda each: each.model.layers)
+    found, whole = [], depth_of(config, rank, world, smallest, period)
+    for run in runs:
+        with dry_rank(run.config, rank, world, hot) as dry:
+            depth = whole if len(runs) == 1 else depth_of(run.config, rank, world, smallest, period)
+            found.append((run.factor, take_step(dry), depth))
+    return StepFacts(
+        _points(found, whole) if len(runs) > 1 else {point: dict(peak.by_purpose()) for point, peak in found[0][1].peaks.items()},
+        sum(factor * record.kept_bytes for factor, record, _ in found),
+        traffic_of(_sum([(factor, record.calls) for factor, record, _ in found]), node),
+        _sum([(factor, record.operators) for factor, record, _ in found]),
+        _sum([(factor, record.waits) for factor, record, _ in found]),
+    )
+
+
+def take_step(rank: DryRank) -> StepRecord:
+    """Takes a step, after one of as few micro-batches as possible: what that makes for the next ones is there."""
+    model, optimizer, ledger, parallel = rank.parallel.model, rank.engine.optimizer, rank.ledger, rank.config.parallel
+    name_layers(zip(model.block_indices, model.blocks, strict=True))
+    rank.step(parallel.pipeline if parallel.pipeline_schedule is PipelineSchedule["interleaved"] else 1)
+    optimizer.zero_grad()
+    for counter in (ledger.calls, ledger.operators, ledger.waits, rank.waits):
+        counter.clear()
+    gc.collect()
+    with MemoryTracker(rank.parallel.device.type) as memory:
         memory.mark_step(model, optimizer)
         memory.mark_gradients_of(model)
-        for _ in range(STEPS):
-            memory.restart()
-            for counter in (dry.ledger.calls, dry.ledger.operators, dry.ledger.waits, dry.waits):
-                counter.clear()
-            dry.step()
-            memory.mark_step(model, optimizer)
+        rank.step()
+        memory.mark_step(model, optimizer)
         memory.end()
-        (phase, layer), peak = memory.peak
-        phases: dict[str, float] = {
-            name: max(each.bytes for (of, _), each in memory.peaks.items() if of == name) for name, _ in memory.peaks
-        }
-        traffic = traffic_of(dry.ledger.calls, node_size(config, world))
-        operators: dict[str, float] = dict(dry.ledger.operators)
-        waits: dict[str, float] = {**dry.waits, **dry.ledger.waits}
+        calls, operators, waits = ledger.calls.copy(), ledger.operators.copy(), rank.waits + ledger.waits
         optimizer.zero_grad()
         gc.collect()
-        kept = memory.now
-    return StepFacts(
-        peak.bytes, phase, layer, dict(peak.by_purpose()), dict(peak.by_layer()), phases, kept, traffic, operators, waits
-    )
+        return StepRecord(memory.peaks, memory.now, calls, operators, waits)
+
+
+def _points(found: list[tuple[int, StepRecord, Depth]], whole: Depth) -> dict[Point, dict[str, float]]:
+    """Adds up the memory at the points that all runs have, each times its factor."""
+    by_place: list[tuple[int, dict[Any, Counter[str]]]] = []
+    for factor, record, depth in found:
+        places = {(phase, depth.place(layer)): peak.by_purpose() for (phase, layer), peak in record.peaks.items()}
+        by_place.append((factor, places))
+    common = [point for point in by_place[0][1] if point[1] != "between" and all(point in places for _, places in by_place)]
+    return {
+        (phase, whole.layer(place)): _sum([(factor, places[phase, place]) for factor, places in by_place])
+        for phase, place in common
+    }
+
+
+def _sum(parts: list[tuple[int, Counter[Any]]]) -> dict[Any, float]:
+    """Returns the sum of each number times its factor, without zeros."""
+    total = dict[Any, float]()
+    for factor, numbers in parts:
+        for key, number in numbers.items():
+            total[key] = total.get(key, 0) + factor * number
+    return {key: number for key, number in total.items() if number}
 
 
 def node_size(config: Config, world: int) -> int:
@@ -91,7 +147,7 @@ def node_size(config: Config, world: int) -> int:
     return min(world, config.parallel.node_ranks or launched)
 
 
-def traffic_of(calls: Counter[Call], node: int) -> list[CallTotal]:
+def traffic_of(calls: dict[Call, float], node: int) -> list[CallTotal]:
     """Adds up calls that differ only in the members of their groups. `node`: ranks of a node, which are neighbours."""
     found: dict[tuple[str, str, int, str, str], CallTotal] = {}
     for call, count in calls.items():

@@ -1,5 +1,7 @@
 """Records what a rank does on its device, operator by operator: collectives, host synchronisations, misplaced tensors."""
 
+import functools
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -131,12 +133,12 @@ class Ledger(TorchDispatchMode):
             ends = (mine, other) if name == "send" else (other, mine)
             kept = self.sent if name == "send" else self.received
             kept.append(Message(ranks, *ends, dtype, tensors[0].numel()))
-            self.calls[Call(PROGRESS.phase, name.rstrip("_"), ends, dtype, size)] += 1
+            self.calls[Call(phase(), name.rstrip("_"), ends, dtype, size)] += 1
             return
         kind = next(kind for kind in KINDS if kind in name)
         elements = None if kind == "alltoall" else max((x.numel() for x in tensors), default=0)
         self.collectives.append(Collective(kind, ranks, dtype, elements))
-        self.calls[Call(PROGRESS.phase, kind, ranks, dtype, size)] += 1
+        self.calls[Call(phase(), kind, ranks, dtype, size)] += 1
 
     def _copy(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """A copy between host and device synchronises, unless it is asynchronous and the host memory is pinned."""
@@ -151,6 +153,16 @@ class Ledger(TorchDispatchMode):
         host = source if target_kind == self.device else target  # None: an asynchronous `to` allocates pinned memory
         if not asynchronous or (host is not None and StorageWeakRef(host.untyped_storage()) not in self._pinned):
             self.waits[caller()] += 1
+
+
+def phase() -> str:
+    """Returns the phase of the step, without the number of the micro-batch."""
+    return _without_micro_batch(PROGRESS.phase)
+
+
+@functools.cache
+def _without_micro_batch(name: str) -> str:
+    return re.sub(r" of micro-batch \d+", "", name)
 
 
 def caller() -> str:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed.fsdp
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..parallel.progress import PROGRESS
+from .ledger import phase
 
 ROUNDING = 512
 """Bytes that torch's CUDA allocator rounds each allocation up to (c10/cuda/CUDACachingAllocator, kMinBlockSize)."""
@@ -62,6 +64,8 @@ PURPOSES = {
 }
 """What memory is for, by where it was allocated: the longest beginning of a file's name counts."""
 WEIGHTS, GRADIENTS, OPTIMIZER, GATHERS = "weights", "gradients", "optimizer", "gathered by FSDP"
+UNSEEN = "not seen"
+"""What a collective allocates inside: gloo copies what it reduces and scatters, NCCL has buffers of its own."""
 BACKWARD = "gradients of activations"
 """What autograd allocates by itself in the backward pass."""
 
@@ -69,14 +73,14 @@ BACKWARD = "gradients of activations"
 class Allocation:
     """A storage of one size. `purpose` may become known later, as that of gradients."""
 
-    __slots__ = "bytes", "layer", "purpose"
+    __slots__ = "bytes", "purpose"
 
-    def __init__(self, size: int, purpose: str, layer: int | None) -> None:
-        self.bytes, self.purpose, self.layer = size, purpose, layer
+    def __init__(self, size: int, purpose: str) -> None:
+        self.bytes, self.purpose = size, purpose
 
 
 Point = tuple[str, int | None]
-"""The phase of a step and the layer that is running or ran last (parallel/progress.py)."""
+"""The phase of a step, of all micro-batches together, and the layer that is running or ran last (parallel/progress.py)."""
 
 
 class MemoryPeak:
@@ -92,13 +96,6 @@ class MemoryPeak:
         found = Counter[str]()
         for each in self.live:
             found[each.purpose] += each.bytes
-        return found
-
-    def by_layer(self) -> Counter[int | None]:
-        """Returns the bytes allocated while each layer ran; None is outside of layers and what lasts from step to step."""
-        found = Counter[int | None]()
-        for each in self.live:
-            found[None if each.purpose in (WEIGHTS, GRADIENTS, OPTIMIZER) else each.layer] += each.bytes
         return found
 
 
@@ -171,25 +168,22 @@ class MemoryTracker(TorchDispatchMode):
         """Must be called after the last step, before `peaks` is read."""
         self._note()
 
-    @property
-    def peak(self) -> tuple[Point, MemoryPeak]:
-        """The largest peak and the first point at which it was reached."""
-        return max(self.peaks.items(), key=lambda item: item[1].bytes)
-
     def _see(self, storage: torch.UntypedStorage, purpose: str | None) -> None:
         key = storage._cdata
         if (known := self._live.get(key)) is not None:
             known.purpose = purpose or known.purpose
             return
-        self._references[key] = weakref.ref(storage, functools.partial(self._gone, key))
-        self._add(key, storage.nbytes(), purpose or purpose_here())
+        purpose = purpose or purpose_here()
+        if purpose != UNSEEN:
+            self._references[key] = weakref.ref(storage, functools.partial(self._gone, key))
+            self._add(key, storage.nbytes(), purpose)
 
     def _add(self, key: int, size: int, purpose: str) -> None:
-        point = PROGRESS.phase, PROGRESS.layer
+        point = phase(), PROGRESS.layer
         if point != self._point:
             self._note()
             self._point = point
-        allocation = Allocation(-(-size // self.rounding) * self.rounding, purpose, PROGRESS.layer)
+        allocation = Allocation(-(-size // self.rounding) * self.rounding, purpose)
         self._live[key] = allocation
         self.now += allocation.bytes
         peak = self.peaks.get(point)
@@ -224,9 +218,9 @@ def purpose_here() -> str:
     while frame is not None:
         purpose = _purpose_of(frame.f_code.co_filename)
         if purpose is not None:
-            return BACKWARD if purpose == "other" and PROGRESS.phase == "backward" else purpose
+            return BACKWARD if purpose == "other" and phase().startswith("backward") else purpose
         frame = frame.f_back
-    return BACKWARD if PROGRESS.phase == "backward" else "other"
+    return BACKWARD if phase().startswith("backward") else "other"
 
 
 @functools.cache
@@ -234,6 +228,10 @@ def _purpose_of(file: str) -> str | None:
     """Of code in `file`; None if the caller decides."""
     if file.startswith(FSDP):
         return GATHERS
+    if file == distributed_c10d.__file__:
+        return UNSEEN
+    if file == torch.autograd.graph.__file__:  # on a GPU, where autograd has threads of its own, there is nothing behind it
+        return BACKWARD
     name = file.removeprefix(ROOT).replace(os.sep, "/")
     if not file.startswith(ROOT) or name.startswith(PASSED_OVER) or "site-packages/" in name:
         return None

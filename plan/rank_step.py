@@ -23,7 +23,7 @@ from ..train.engine import Engine
 from ..train.setup import build_engine
 from ..train.step import StepInput, StepNumbers
 from .ledger import Ledger
-from .stand_in import fused_attention_stand_in, shared_memory_stand_in, stand_in
+from .stand_in import fused_attention_stand_in, messages_leave, shared_memory_stand_in, stand_in
 
 
 @dataclass
@@ -36,9 +36,9 @@ class DryRank:
     ledger: Ledger
     waits: Counter[str]
 
-    def step(self) -> StepNumbers:
-        """Takes one optimizer step on rows in which every token is valid."""
-        return self.engine.step(StepInput(self._rows(), 1e-3, self.config.optimizer.clip_norm))
+    def step(self, micro_batches: int | None = None) -> StepNumbers:
+        """Takes one optimizer step on rows in which every token is valid: all, or so many micro-batches of this rank."""
+        return self.engine.step(StepInput(self._rows()[:micro_batches], 1e-3, self.config.optimizer.clip_norm))
 
     def _rows(self) -> list[Rows]:
         """Returns the micro-batches of this rank."""
@@ -52,18 +52,21 @@ class DryRank:
 
 
 @contextmanager
-def dry_rank(config: Config, rank: int, world: int) -> Iterator[DryRank]:
-    """Yields rank `rank` of `world`, on a stand-in for a GPU. All tensors created inside are fake."""
+def dry_rank(config: Config, rank: int, world: int, hot: float = 1.0) -> Iterator[DryRank]:
+    """Yields rank `rank` of `world`, on a stand-in for a GPU. All tensors created inside are fake.
+
+    `hot`: the rows that the experts of the rank receive, over their number at an even load.
+    """
     device = stand_in()
     fake, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(device.type)
     dist.init_process_group(f"cpu:fake,{device.type}:fake", rank=rank, world_size=world, store=FakeStore())
     try:
         with torch.device("meta"):
             model = Transformer(config.model, DTYPES[config.precision])
-        with dry_run("cuda") as seam:
+        with dry_run("cuda", hot) as seam:
             with _Births(fake, device):
                 parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
-            with fused_attention_stand_in(ledger.operators), shared_memory_stand_in(), fake, ledger:
+            with fused_attention_stand_in(ledger.operators), shared_memory_stand_in(), messages_leave(), fake, ledger:
                 parallel.model.train()
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.device import host_read
+from ...moe.device import host_read, hot_rows
 from ...moe.dispatch import DispatchedTokens, experts_or_dropped
 from ...moe.router import Routing
 from ..collectives import stack_over
@@ -80,7 +80,9 @@ def _local_choices(weights_and_experts: Tensor, axis: Axis, experts: int, padded
     most = min(top_k, experts)
     depths_K = (local_GK.sum(1, keepdim=True) > torch.arange(most, device=expert_GK.device)).sum(0)
     with waiting_for_device():
-        depths = host_read(depths_K, "choices of own experts", lambda: assumed_depths(tokens, tokens * top_k, axis.size, most))
+        depths = host_read(
+            depths_K, "choices of own experts", lambda: assumed_depths(tokens, hot_rows(tokens * top_k), axis.size, most)
+        )
     index_C = torch.nonzero_static(local_GK.flatten(), size=sum(depths)).flatten()
     nth_C = (local_GK.cumsum(1) - 1).flatten()[index_C]
     weights_C = weights_GK.flatten().index_select(0, index_C)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.device import host_read
+from ...moe.device import host_read, hot_rows
 from ...moe.dispatch import DispatchedTokens, RowPlan, count_rows, experts_or_dropped, permute, plan_choices, unpermute
 from ...moe.router import Routing
 from ..mesh import Axis
@@ -91,12 +91,12 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
 def read_splits(sent_NL: Tensor, received_NL: Tensor, rows: int) -> Splits:
     """Reads the splits on the host (a synchronisation).
 
-    A dry run assumes that `rows` leave this rank, an equal number to each rank, and that as many are received.
+    A dry run assumes that `rows` leave this rank, an equal number to each rank, and that as many are received (or `hot_rows`).
     """
     sums, ranks = torch.stack([sent_NL, received_NL]).sum(-1), len(sent_NL)
     even = [rows * (rank + 1) // ranks - rows * rank // ranks for rank in range(ranks)]
     with waiting_for_device():
-        return Splits(*host_read(sums, "rows of each rank", lambda: [even, even]))
+        return Splits(*host_read(sums, "rows of each rank", lambda: [even, list(map(hot_rows, even))]))
 
 
 def plan_expert_order(received_NL: Tensor, rows: int) -> ExpertOrder:

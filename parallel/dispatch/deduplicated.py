@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.device import host_read
+from ...moe.device import host_read, hot_rows
 from ...moe.dispatch import DispatchedTokens
 from ...moe.router import Routing
 from ..mesh import Axis, Mesh
@@ -59,10 +59,13 @@ class Sizes(NamedTuple):
     """[k] is how many rows go to more than k ranks."""
 
 
-def start_hop(x_PD: Tensor, keys_P1: Tensor | None, choices: ExpertChoices, experts: int, axis: Axis) -> Hop:
-    """Starts to send the rows, their keys and their choices over `axis`, whose destinations have `experts` experts each."""
+def start_hop(x_PD: Tensor, keys_P1: Tensor | None, choices: ExpertChoices, experts: int, axis: Axis, last: bool) -> Hop:
+    """Starts to send the rows, their keys and their choices over `axis`, whose destinations have `experts` experts each.
+
+    `last`: the destinations are the ranks of the experts.
+    """
     counts_PN = _count(choices, experts, axis.size)
-    sizes = _exchange_sizes(counts_PN, len(choices.row_C), min(choices.top_k, experts), axis)
+    sizes = _exchange_sizes(counts_PN, len(choices.row_C), min(choices.top_k, experts), axis, last)
     expansion = _plan(counts_PN, sizes)
     route = AllToAll([of_rank[0] for of_rank in sizes.sent], [of_rank[0] for of_rank in sizes.received], axis)
     rows = route.start(expand(x_PD, expansion))
@@ -91,7 +94,7 @@ def _count(choices: ExpertChoices, experts: int, ranks: int) -> Tensor:
     return counts.scatter_add_(0, cell_C, torch.ones_like(cell_C)).view(choices.rows, ranks + 1)[:, :ranks]
 
 
-def _exchange_sizes(counts_PN: Tensor, choices: int, top_k: int, axis: Axis) -> Sizes:
+def _exchange_sizes(counts_PN: Tensor, choices: int, top_k: int, axis: Axis, last: bool) -> Sizes:
     """Exchanges the numbers of rows in a small all-to-all, and reads them on the host (a synchronisation)."""
     rows, ranks = counts_PN.shape
     sent_NK = torch.stack([(counts_PN > k).sum(0) for k in range(top_k)], dim=1)
@@ -100,15 +103,19 @@ def _exchange_sizes(counts_PN: Tensor, choices: int, top_k: int, axis: Axis) -> 
     depths_N = (ranks_P.unsqueeze(1) > torch.arange(ranks, device=ranks_P.device)).sum(0)
     counted = torch.cat([sent_NK.flatten(), received_NK.flatten(), depths_N])
     with waiting_for_device():
-        numbers = host_read(counted, "rows and choices of each rank", lambda: _assumed(rows, choices, ranks, top_k))
+        numbers = host_read(counted, "rows and choices of each rank", lambda: _assumed(rows, choices, ranks, top_k, last))
     of_ranks = [numbers[start : start + top_k] for start in range(0, 2 * ranks * top_k, top_k)]
     return Sizes(of_ranks[:ranks], of_ranks[ranks:], _without_zeros(numbers[-ranks:]))
 
 
-def _assumed(rows: int, choices: int, ranks: int, top_k: int) -> list[int]:
-    """Returns the numbers of `Sizes` in a dry run: every rank sends the same to, and receives the same from, each rank."""
+def _assumed(rows: int, choices: int, ranks: int, top_k: int, last: bool) -> list[int]:
+    """Returns the numbers of `Sizes` in a dry run: every rank sends the same to, and receives the same from, each rank.
+
+    The rank of hot experts receives more in the last hop.
+    """
     depths = assumed_depths(rows, choices, ranks, top_k)
-    return 2 * ranks * depths + [min(rows, max(0, ranks * depths[0] - k * rows)) for k in range(ranks)]
+    received = assumed_depths(rows, hot_rows(choices), ranks, top_k) if last else depths
+    return ranks * depths + ranks * received + [min(rows, max(0, ranks * depths[0] - k * rows)) for k in range(ranks)]
 
 
 def _plan(counts_PN: Tensor, sizes: Sizes) -> Expansion:
@@ -157,14 +164,14 @@ class DeduplicatedDispatcher(ExpertParallelDispatcher):
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> Hop:
         choices = choices_of(routing, self.experts, self.experts // self.reach[-1])
         keys_T1 = None if routing.keys_T is None else routing.keys_T.unsqueeze(1)
-        return start_hop(x_TD, keys_T1, choices, self.reach[0], self.axes[0])
+        return start_hop(x_TD, keys_T1, choices, self.reach[0], self.axes[0], len(self.axes) == 1)
 
     def finish_dispatch(self, started: Hop) -> DispatchedTokens:
         hops = [started]
         for reach, axis in zip(self.reach[1:], self.axes[1:], strict=True):
             local = wait_for_choices(hops[-1])
             keys_P1 = None if hops[-1].keys is None else hops[-1].keys.wait()
-            hops.append(start_hop(hops[-1].rows.wait(), keys_P1, local.choices, reach, axis))
+            hops.append(start_hop(hops[-1].rows.wait(), keys_P1, local.choices, reach, axis, last=True))
         local = wait_for_choices(hops[-1])
         expansion, counts_L = plan_expert_rows(local, self.reach[-1])  # while the rows travel
         tokens_RD = expand(hops[-1].rows.wait(), expansion)

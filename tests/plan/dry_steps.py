@@ -10,6 +10,6 @@ from tokenyard.train.config.compose import compose
 composed_once.install()
 
 
-def facts_of(words: str, rank: int = 0, world: int = 1) -> StepFacts:
-    """The second step of a rank."""
-    return step_facts(compose(words.split()), rank, world)
+def facts_of(words: str, rank: int = 0, world: int = 1, in_full: bool = True, hot: float = 1.0) -> StepFacts:
+    """A step of a rank."""
+    return step_facts(compose(words.split()), rank, world, hot, in_full)

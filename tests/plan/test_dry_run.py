@@ -27,6 +27,39 @@ def folded(apart: Callable[..., Any]) -> StepFacts:
     return apart(facts_of, FOLDED, 5, 16)
 
 
+WINDOWS = "model=tiny_gpt_oss precision=bf16 sequence_length=256 batch.micro=1 model.layers=12 parallel.shard=8"
+STAGES = (
+    "model=tiny_deepseek_v3 precision=bf16 sequence_length=256 batch.micro=1 model.layers=12 parallel.pipeline=2 parallel.expert=2 "
+    "parallel.shard=2 parallel.zero=1 parallel.exchange=deduplicated"
+)
+
+
+@pytest.mark.parametrize(("words", "world"), [(f"{WINDOWS} batch.sequences=8", 8), (f"{STAGES} batch.sequences=14", 4)])
+def test_layers_and_micro_batches_that_follow(words: str, world: int, apart: Callable[..., Any]) -> None:
+    """Of few layers and micro-batches follows what all of them take, to the operator and to the byte.
+
+    Apart from results of a number or a few for each layer and micro-batch, which are rounded up to blocks.
+    """
+    auto, full = (apart(facts_of, words, 0, world, in_full) for in_full in (False, True))
+    assert auto.points.keys() < full.points.keys()
+    assert auto.peak_point == full.peak_point
+    assert auto.kept_bytes == full.kept_bytes
+    peaks = dict(auto.purposes), dict(full.purposes)
+    assert abs(peaks[0].pop("other") - peaks[1].pop("other")) < 40 * BLOCK
+    assert peaks[0] == peaks[1]
+    assert auto.traffic == full.traffic
+    assert (auto.operators, auto.waits) == (full.operators, full.waits)
+
+
+def test_a_hot_rank_receives_more(apart: Callable[..., Any]) -> None:
+    """Half as many rows again, in the exchange of rows (bf16) and not in that of counts; and no less memory."""
+    words = f"{TINY} batch.sequences=8 parallel.expert=4"
+    even, hot = (apart(facts_of, words, 0, 4, False, load) for load in (1.0, 1.5))
+    sent = [{(each.phase, each.dtype): each.bytes for each in found.traffic if each.kind == "alltoall"} for found in (even, hot)]
+    assert sent[1] == {key: size * 1.5 if key[1] == "bfloat16" else size for key, size in sent[0].items()}
+    assert hot.purposes["activations: experts"] == pytest.approx(1.5 * even.purposes["activations: experts"], rel=0.02)
+
+
 def rounded(sizes: Any) -> int:
     return sum(-(-4 * math.prod(shape) // BLOCK) * BLOCK for shape in sizes)
 
@@ -48,7 +81,7 @@ def test_weights_and_moments_of_a_rank(folded: StepFacts) -> None:
 
 def test_what_the_peak_is_made_of(one: StepFacts, folded: StepFacts) -> None:
     for found in (one, folded):
-        assert sum(found.purposes.values()) == sum(found.layers.values()) == found.peak_bytes == max(found.phases.values())
+        assert found.peak_bytes == sum(found.purposes.values()) == max(sum(each.values()) for each in found.points.values())
         assert found.purposes.get("other", 0) < 0.03 * found.peak_bytes
     assert "exchange buffers" in folded.purposes
     assert "exchange buffers" not in one.purposes
