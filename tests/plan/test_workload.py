@@ -53,6 +53,15 @@ def test_replicas() -> None:
     assert halves.gradients == about(4 * P * 7 / 8, 2 * 4 * P / 8 / 2)
 
 
+def test_replicas_of_experts() -> None:
+    """Of 16 ranks every fourth has the same experts: two in each domain."""
+    experts = count(MODEL).experts
+    found = counts(ParallelConfig(expert=4), 16)
+    dense = 2 * 4 * (P - experts)
+    own = 2 * 4 * experts / 4
+    assert found.gradients == about(dense * 15 / 16 + own * 3 / 4, dense / 16 + own / 4)
+
+
 @pytest.mark.parametrize(("ranks", "inside", "network"), [(2, 1 / 2, 0), (8, 7 / 8, 0), (16, 15 / 16, 1 / 16)])
 def test_tensor_ranks(ranks: int, inside: float, network: float) -> None:
     """Two collectives of each layer's tokens forward and three backward, around attention alone, since all layers have experts."""
