@@ -14,7 +14,7 @@ from .accuracy import Compared, Figures, compare, figures
 from .accuracy_picture import draw
 from .coefficients import Coefficients, coefficients
 from .fit import PRIORS, fit
-from .published import ROWS, Measured, measured, why_left_out
+from .measurements import ROWS, Measured, measured, why_left_out
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
 PICTURE = PAGE.with_name("plan.svg")

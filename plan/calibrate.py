@@ -75,24 +75,24 @@ def calibrate(path: Path) -> Calibration:
 
 
 Parts = Mapping[str, list[dict[str, Any]]]
-Measured = Iterator[tuple[str, float]]
+Found = Iterator[tuple[str, float]]
 """Names of coefficients with their values: none if the report does not have what tells them."""
 
 
-def _dense(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
+def _dense(parts: Parts, gpu: Gpu, using: Coefficients) -> Found:
     """The median over layers of dense products with the FLOPs of the experts, as a share of the peak."""
     rates = [row["TFLOP/s"] for row in _rows(parts, "layers") if row["by"] == "dense products"]
     if rates:
         yield f"{_generation(gpu)}_bf16", 1e12 * statistics.median(rates) / gpu.flops["bf16"]
 
 
-def _scores(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
+def _scores(parts: Parts, gpu: Gpu, using: Coefficients) -> Found:
     rates = [row["TFLOP/s"] for row in _rows(parts, "attentions") if row["heads"] in FULL]
     if rates:
         yield f"{_generation(gpu)}_scores", 1e12 * statistics.median(rates) / gpu.flops["bf16"]
 
 
-def _memory(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
+def _memory(parts: Parts, gpu: Gpu, using: Coefficients) -> Found:
     """What a copy reaches, times the median share of that which the kernels reach."""
     copies = [str(one["value"]) for one in parts.get("fused", []) if one.get("name") == "bytes/s of a copy"]
     shares = [row["of a copy's bytes/s"] for row in _rows(parts, "fused") if "of a copy's bytes/s" in row]
@@ -100,7 +100,7 @@ def _memory(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
         yield "memory", 1e12 * float(copies[0].split()[0]) * statistics.median(shares) / gpu.memory_bytes_per_second
 
 
-def _experts(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
+def _experts(parts: Parts, gpu: Gpu, using: Coefficients) -> Found:
     """The median over layers of what the experts' products reach beyond what their number of rows and columns explains.
 
     A layer's time is its products and what it moves (plan/workload.py counts the same), at the bandwidth of `_memory`.
@@ -120,7 +120,7 @@ def _experts(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
         yield "experts", statistics.median(found)
 
 
-def _host(parts: Parts, gpu: Gpu, using: Coefficients) -> Measured:
+def _host(parts: Parts, gpu: Gpu, using: Coefficients) -> Found:
     """The host's time for a layer, from the step with fewest tokens, if the device waits for the host there.
 
     The host and the device together take the root of the sum of their squares (plan/step_time.py).

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .coefficients import Coefficients, write_coefficients
-from .published import Measured, measured
+from .measurements import Measured, measured
 from .step_time import Tuning, seconds
 
 

@@ -15,7 +15,7 @@ from ..parallel.config import Exchange, ParallelConfig
 from .cluster import Cluster, Gpu
 from .coefficients import Coefficients, coefficients
 from .model_work import ModelWork
-from .workload import Again, Batch, Traffic, Workload, workload
+from .workload import Again, Batch, LinkBytes, Workload, workload
 
 BLACKWELL = ("blackwell", "blackwell_ultra", "cdna4")
 """Generations with the coefficients of Blackwell; all others have Hopper's. Of AMD's GPUs there is no row to fit."""
@@ -232,12 +232,12 @@ class _Links:
     gpu: Gpu
     using: Coefficients
 
-    def inside(self, traffic: Traffic) -> float:
+    def inside(self, traffic: LinkBytes) -> float:
         return traffic.inside / (self.gpu.nvlink_bytes_per_second * self.using.nvlink)
 
-    def network(self, traffic: Traffic) -> float:
+    def network(self, traffic: LinkBytes) -> float:
         return traffic.network / (self.gpu.network_bytes_per_second * self.using.network)
 
-    def collective(self, traffic: Traffic) -> float:
+    def collective(self, traffic: LinkBytes) -> float:
         """A ring is as fast as its slowest link."""
         return max(self.inside(traffic), self.network(traffic))

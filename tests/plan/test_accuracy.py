@@ -12,7 +12,7 @@ from tokenyard.plan.accuracy_page import BEGIN, END, PAGE, PICTURE, by_configura
 from tokenyard.plan.accuracy_picture import draw
 from tokenyard.plan.coefficients import COEFFICIENTS, coefficients
 from tokenyard.plan.fit import PRIORS, fit
-from tokenyard.plan.published import ROWS, measured, why_left_out
+from tokenyard.plan.measurements import ROWS, measured, why_left_out
 
 
 @pytest.fixture(scope="module")
