@@ -8,8 +8,7 @@ from typing import NamedTuple
 from ..train.config.compose import parse_arguments
 from ..train.config.config import Config, ConfigError, EngineKind, Precision
 from ..train.config.environment import world_size
-from ..train.config.model_summary import intended_ranks
-from ..train.config.validate import check_rules
+from ..train.config.model_summary import check_model_and_layout, intended_ranks
 from ..train.rank_command import refuse
 from ..train.weight_source import compose_run
 
@@ -57,7 +56,7 @@ def read_words(words: list[str]) -> DryRunWords:
         raise ConfigError.of("engine.kind", "deepspeed", "DeepSpeed has no dry run", "engine=torch")
     if config.precision is Precision.auto:
         config.precision = Precision.bf16
-    check_rules(config, world)
+    check_model_and_layout(config, world, "batch", "optimizer", "precision", "engine")
     if own.get("layers", "auto") not in ("auto", "all"):
         raise ConfigError.of("layers", own["layers"], "must be auto or all", "layers=auto")
     return DryRunWords(config, rank, world, _hot(own.get("hot", "1"), config.parallel.expert), own.get("layers") == "all")

@@ -51,6 +51,15 @@ def test_layers_and_micro_batches_that_follow(words: str, world: int, apart: Cal
     assert (auto.operators, auto.waits) == (full.operators, full.waits)
 
 
+def test_a_stage_keeps_nothing_of_micro_batches_that_are_done(apart: Callable[..., Any]) -> None:
+    """Messages leave, and results of a micro-batch are a few numbers."""
+    words = f"{TINY} model.layers=4 parallel.pipeline=2 parallel.expert=2"
+    few, many = (apart(facts_of, f"{words} batch.sequences={2 * micro_batches}", 0, 4) for micro_batches in (3, 6))
+    grown = {purpose: size - few.purposes.get(purpose, 0) for purpose, size in many.purposes.items()}
+    assert 0 < grown.pop("other") < 3 * 40 * BLOCK
+    assert not any(grown.values())
+
+
 def test_a_hot_rank_receives_more(apart: Callable[..., Any]) -> None:
     """Half as many rows again, in the exchange of rows (bf16) and not in that of counts; and no less memory."""
     words = f"{TINY} batch.sequences=8 parallel.expert=4"

@@ -84,9 +84,9 @@ def layout_text(parallel: ParallelConfig, ranks: int) -> str:
     return text + (f"; pipeline {parallel.pipeline}, {parallel.pipeline_schedule.value}" if parallel.pipeline > 1 else "")
 
 
-def check_model_and_layout(config: Config, world: int) -> None:
-    """Raises ConfigError if model or layout violate a rule; other settings (tokenizer, batch) are not checked."""
+def check_model_and_layout(config: Config, world: int, *further: str) -> None:
+    """Raises ConfigError if model or layout violate a rule. Other settings (tokenizer, data) are not checked, but for `further`."""
     for violation in violations(config, world):
-        if violation.key.partition(".")[0] in ("model", "parallel", "sequence_length"):
+        if violation.key.partition(".")[0] in ("model", "parallel", "sequence_length", *further):
             value = written(attrgetter(violation.key)(config))
             raise ConfigError.of(violation.key, value, violation.rule, nearest_valid(config, world, violation))
