@@ -79,9 +79,12 @@ def _cheapest(layers: list[tuple[int, int]], before: tuple[int, int], after: tup
     sums = [(0, 0), *itertools.accumulate(layers, lambda one, other: (one[0] + other[0], one[1] + other[1]))]
 
     def cost(stage: int, start: int, end: int) -> tuple[int, int]:
-        extra = [before] * (stage == 0) + [after] * (stage == stages - 1)
-        parts = [(sums[end][0] - sums[start][0], sums[end][1] - sums[start][1]), *extra]
-        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+        flops, parameters = sums[end][0] - sums[start][0], sums[end][1] - sums[start][1]
+        if stage == 0:
+            flops, parameters = flops + before[0], parameters + before[1]
+        if stage == stages - 1:
+            flops, parameters = flops + after[0], parameters + after[1]
+        return flops, parameters
 
     def best(limit: float) -> tuple[float, list[int]]:
         """The least possible maximum of what is minimised, FLOPs (no limit) or parameters (FLOPs at most `limit`), and the cut."""
@@ -92,10 +95,11 @@ def _cheapest(layers: list[tuple[int, int]], before: tuple[int, int], after: tup
                 return of(cost(stage, start, len(layers))), [len(layers) - start]
             found: tuple[float, list[int]] = (math.inf, [])
             for end in range(len(layers) - (stages - 2 - stage), start, -1):
-                most, sizes = rest(stage + 1, end)
-                most = max(most, of(cost(stage, start, end)))
-                if most < found[0]:
-                    found = most, [end - start, *sizes]
+                mine = of(cost(stage, start, end))
+                if mine < found[0]:
+                    most, sizes = rest(stage + 1, end)
+                    if (most := max(most, mine)) < found[0]:
+                        found = most, [end - start, *sizes]
             return found
 
         def of(pair: tuple[int, int]) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ConfigError
+from .gpus import CATALOGUE
 from .schema import (
     in_mapping,
     is_mapping,
@@ -73,9 +74,10 @@ def check_composed(node: Any, groups: Groups, prefix: str = "") -> None:
 
 
 def find_groups(folders: Iterable[Path]) -> Groups:
-    """Returns all groups (folders) and their options (files) in `folders`."""
+    """Returns all groups (folders) and their options (files) in `folders`. The catalogue of GPUs is no group of a run."""
     groups: Groups = {}
-    for path in sorted(path for folder in folders for path in folder.glob("*/*.yaml")):
+    paths = sorted(path for folder in folders for path in folder.glob("*/*.yaml"))
+    for path in (path for path in paths if path.parent != CATALOGUE):
         groups.setdefault(path.parent.name, []).append(path.stem)
     return groups
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...ranges import ranges
 from .config import Config
+from .gpus import CATALOGUE
 from .schema import is_mapping, settings, written
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -40,7 +41,7 @@ def reference() -> str:
 def group_rows() -> Iterator[str]:
     """Yields a table of all options, with the comment at the top of their files."""
     yield from table("option", "what it is for")
-    for path in sorted(CONF.glob("*/*.yaml")):
+    for path in sorted(path for path in CONF.glob("*/*.yaml") if path.parent != CATALOGUE):
         yield row(f"`{path.parent.name}={path.stem}`", comment(path.read_text()))
 
 

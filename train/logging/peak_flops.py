@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...moe.linear import compute_dtype
+from ..config.gpus import gpu_of_device
 
 
 class Peak(NamedTuple):
@@ -33,13 +34,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype, ranks: int = 1, ranks_p
         mode = "tf32"
     if known := data_sheet(name, mode):
         return Peak(known * ranks, "from its data sheet")
-    return Peak(measure(device, dtype) * ranks, f"measured by a matrix product, {name} is not in the table")
+    return Peak(measure(device, dtype) * ranks, f"measured by a matrix product, {name} is not in conf/cluster/")
 
 
 def data_sheet(name: str, mode: str) -> float | None:
-    """Returns the dense peak in FLOP/s of the CUDA device `name` in `mode` (bf16, tf32, fp32, fp64); None if it is not listed."""
-    row = next((row for key, row in _TERAFLOPS if all(word in name for word in key.split())), None)
-    return row[mode] * 1e12 if row and mode in row else None
+    """Returns the dense peak of the CUDA device `name` in FLOP/s in `mode` (bf16, tf32, fp32, fp64), if conf/cluster/ has one."""
+    try:
+        found = gpu_of_device(name)
+    except ImportError:  # `make gpu` runs without Hydra and so without PyYAML
+        return None
+    return found.flops.get(mode) if found else None
 
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
@@ -77,19 +81,3 @@ def _cores() -> int:
 
 
 MODES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}
-
-# Dense teraFLOP/s (data sheets print bf16 and tf32 with sparsity: twice as much); fp64 on tensor cores where there are any.
-# Sources: NVIDIA data sheets "A100 80GB" (2021), "H100" and "H100 NVL" (2024), "H200" (2024), "GB200 NVL72" and "HGX B200" (2024),
-# "L40S" (2023), and the "Ada GPU Architecture" white paper for RTX 4090 (fp32 accumulation). Special forms before general ones.
-_TERAFLOPS = (
-    ("GB200", {"bf16": 2500.0, "tf32": 1250.0, "fp32": 80.0, "fp64": 40.0}),
-    ("B200", {"bf16": 2250.0, "tf32": 1125.0, "fp32": 75.0, "fp64": 37.0}),
-    ("H200 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0}),
-    ("H200", {"bf16": 989.5, "tf32": 494.5, "fp32": 67.0, "fp64": 67.0}),
-    ("H100 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0}),
-    ("H100 PCIe", {"bf16": 756.5, "tf32": 378.0, "fp32": 51.0, "fp64": 51.0}),
-    ("H100", {"bf16": 989.5, "tf32": 494.5, "fp32": 67.0, "fp64": 67.0}),
-    ("A100", {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5, "fp64": 19.5}),
-    ("L40S", {"bf16": 362.0, "tf32": 183.0, "fp32": 91.6}),
-    ("RTX 4090", {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-)
