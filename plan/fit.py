@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .coefficients import COEFFICIENTS, Coefficients
 from .published import Measured, measured
-from .step_time import COEFFICIENTS, Coefficients, Tuning, seconds
+from .step_time import Tuning, seconds
 
 
 class Prior(NamedTuple):
@@ -32,16 +33,23 @@ PRIORS = {
     "hopper_fp8": Prior(0.60, 0.4, True),
     "blackwell_bf16": Prior(0.75, 0.3, True),
     "blackwell_fp8": Prior(0.65, 0.4, True),
+    "ultra": Prior(1.1, 0.05, False),
     "experts": Prior(0.80, 0.5, True),
     "half_rows": Prior(300.0, 0.7, False),
     "half_width": Prior(300.0, 0.7, False),
     "hopper_scores": Prior(0.55, 0.4, True),
     "blackwell_scores": Prior(0.50, 0.4, True),
     "memory": Prior(0.50, 0.7, True),
-    "layer_seconds": Prior(1e-3, 1.0, False),
-    "yearly": Prior(0.6, 0.4, False),
+    "layer_seconds": Prior(5e-3, 0.5, False),
+    "fp8_layer": Prior(1.3, 0.2, False),
+    "fixed_layer": Prior(0.5, 0.5, True),
+    "captured_layer": Prior(0.1, 1.0, True),
+    "captured_memory": Prior(0.8, 0.3, False),
+    "grace_layer": Prior(0.6, 0.3, False),
+    "stage_seconds": Prior(2e-3, 0.7, False),
     "nvlink": Prior(0.70, 0.4, True),
     "network": Prior(0.80, 0.4, True),
+    "plain": Prior(0.7, 0.4, True),
     "exchange_hidden": Prior(0.30, 0.8, True),
     "overlap_hidden": Prior(0.80, 0.5, True),
     "gradients_hidden": Prior(0.70, 0.7, True),

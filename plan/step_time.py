@@ -1,25 +1,24 @@
 """Predicts the seconds of an optimizer step, as a range, from the counts of plan/workload.py and few fitted coefficients.
 
-    step = (micro-batches + bubble) x (products + elementwise + launches + exposed exchange + tensor + context + p2p)
-           + exposed gathers and gradients + optimizer
+    device = products + elementwise + exchange of experts that shows + tensor + context + messages
+    step = (micro-batches + bubble) x root(device^2 + host^2) + gathers and gradients that show + optimizer
 
-Coefficients are shares of what a data sheet promises, shares of what hides, and one fixed cost of a layer. plan/fit.py fits them.
+Coefficients are shares of what a data sheet promises, shares of what hides, and the host's time for a layer: plan/coefficients.py.
 """
 
-import functools
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from pathlib import Path
-from typing import Any
 
-from ..parallel.config import ParallelConfig
-from .cluster import Cluster
+from ..parallel.config import Exchange, ParallelConfig
+from .cluster import Cluster, Gpu
+from .coefficients import Coefficients, coefficients
 from .model_work import ModelWork
 from .workload import Again, Batch, Traffic, Workload, workload
 
-COEFFICIENTS = Path(__file__).with_name("coefficients.json")
+BLACKWELL = ("blackwell", "blackwell_ultra", "cdna4")
+"""Generations with the coefficients of Blackwell; all others have Hopper's. Of AMD's GPUs there is no row to fit."""
 
 
 class Tuning(Enum):
@@ -31,48 +30,15 @@ class Tuning(Enum):
     """Anybody else, and tokenyard."""
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """Shares are those of data-sheet peaks, between 0 and 1."""
+class Launching(Enum):
+    """How the host starts kernels."""
 
-    hopper_bf16: float
-    """Share of the peak that large products with dense weights reach."""
-    hopper_fp8: float
-    blackwell_bf16: float
-    blackwell_fp8: float
-    experts: float
-    """What grouped products of experts with many rows reach, over what those with dense weights do."""
-    half_rows: float
-    """Rows of an expert at which its products reach half of that: rows / (rows + half_rows)."""
-    half_width: float
-    """The same for the columns of one expert on a rank."""
-    hopper_scores: float
-    """Share of the bf16 peak that fused attention reaches."""
-    blackwell_scores: float
-    memory: float
-    """Share of the memory's bandwidth that elementwise operations reach."""
-    layer_seconds: float
-    """What starting a layer with experts takes, forward and backward, beyond what its kernels compute, at the start of 2026."""
-    yearly: float
-    """Factor on `layer_seconds` and elementwise time each year: vendors fuse kernels and capture graphs."""
-    nvlink: float
-    """Share of NVLink's bandwidth that exchanges and collectives reach."""
-    network: float
-    exchange_hidden: float
-    """Share of the exchange of experts that hides behind products, if nothing else is said."""
-    overlap_hidden: float
-    """The same with parallel.pipeline_overlap or overlap_chunks."""
-    gradients_hidden: float
-    """Share of gathers and gradient sums that hides, as far as there is computation to hide them behind."""
-    community: float
-    """Factor on all time of software that no vendor tuned."""
-    natural: float
-    """Load of the busiest rank over the mean, if no balance is forced."""
-    vendor_low: float
-    """Factors from the likely seconds to the ends of the range."""
-    vendor_high: float
-    community_low: float
-    community_high: float
+    counted = "counted"
+    """One by one, and it waits in each layer for the number of rows of each expert."""
+    fixed = "fixed"
+    """One by one, with fixed shapes: capacities, or parallel.exchange=symmetric."""
+    captured = "captured"
+    """The whole step as a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +79,10 @@ class StepTime:
     """Seconds of a step: the sum of the terms without what is hidden."""
     high: float
     mfu: float
-    """By the bf16 peak of the GPU, at the likely time; that of fp8 if products are in fp8."""
+    """By the peak of the products' precision, at the likely time."""
     tokens_per_second_per_gpu: float
     flops_per_second_per_gpu: float
     """Of the model, without what is computed again."""
-
-
-@functools.cache
-def coefficients() -> Coefficients:
-    """Returns those that plan/fit.py wrote."""
-    plain: dict[str, Any] = json.loads(COEFFICIENTS.read_text())
-    return Coefficients(**plain["coefficients"])
 
 
 def predict(
@@ -134,23 +93,21 @@ def predict(
     precision: str = "bf16",
     tuning: Tuning = Tuning.community,
     balanced: bool = True,
-    year: float = 2026.5,
+    launching: Launching | None = None,
     again: Again | None = None,
     using: Coefficients | None = None,
 ) -> StepTime:
     """Returns the time of a step of the slowest rank.
 
-    `precision` of products: bf16 or fp8. `balanced`: each expert gets as many rows as any other. `year`: when the software was
-    made. `again` replaces what parallel.recompute stands for. Raises ValueError if the batch does not divide, or if the GPU has no
-    products of that precision.
+    `precision` of products: bf16 or fp8. `balanced`: each expert gets as many rows as any other. `launching` and `again` replace
+    what the layout stands for. Raises ValueError if the batch does not divide, or if the GPU has no products of that precision.
     """
     counts = workload(work, parallel, batch, cluster, again)
-    return seconds(counts, cluster, Software(precision, tuning, balanced, year, overlaps(parallel)), using or coefficients())
-
-
-def overlaps(parallel: ParallelConfig) -> bool:
-    """Whether the layout is made to hide the exchange of experts."""
-    return parallel.pipeline_overlap or parallel.overlap_chunks > 1
+    symmetric = parallel.exchange is Exchange.symmetric
+    launching = launching or (Launching.fixed if symmetric else Launching.counted)
+    overlap = parallel.pipeline_overlap or parallel.overlap_chunks > 1
+    software = Software(precision, tuning, balanced, launching, overlap, plain=not symmetric)
+    return seconds(counts, cluster, software, using or coefficients())
 
 
 @dataclass(frozen=True)
@@ -160,75 +117,117 @@ class Software:
     precision: str = "bf16"
     tuning: Tuning = Tuning.community
     balanced: bool = True
-    year: float = 2026.5
+    launching: Launching = Launching.counted
     overlap: bool = False
+    plain: bool = True
+    """Whether NCCL's all-to-all exchanges the rows of experts."""
 
 
 def seconds(counts: Workload, cluster: Cluster, software: Software, using: Coefficients) -> StepTime:
     """Returns the time of a step with these counts. Raises ValueError if the GPU has no products of the precision."""
-    gpu, times = cluster.gpu, counts.micro_batches
+    gpu, times, links = cluster.gpu, counts.micro_batches, _Links(cluster.gpu, using)
     if software.precision not in gpu.flops:
         raise ValueError(f"{gpu.title} has no products in {software.precision}")
-    family = "blackwell" if gpu.generation in ("blackwell", "cdna4") else "hopper"
-    kind = "fp8" if software.precision == "fp8" else "bf16"
-    peak, share = gpu.flops[software.precision], getattr(using, f"{family}_{kind}")
-    hot = 1.0 if software.balanced else using.natural
-    filled = counts.expert_rows / (counts.expert_rows + using.half_rows)
-    wide = counts.expert_hidden / (counts.expert_hidden + using.half_width)
-    products = counts.dense_flops / (peak * share)
-    products += hot * counts.expert_flops / (peak * share * using.experts * filled * wide)
-    products += counts.score_flops / (gpu.flops["bf16"] * getattr(using, f"{family}_scores"))
-    made = using.yearly ** (software.year - 2026)
-    elementwise = counts.elementwise_bytes / (gpu.memory_bytes_per_second * using.memory) * made
-    launches = counts.layers * using.layer_seconds * made
-
-    def inside(traffic: Traffic) -> float:
-        return traffic.inside / (gpu.nvlink_bytes_per_second * using.nvlink)
-
-    def network(traffic: Traffic) -> float:
-        return traffic.network / (gpu.network_bytes_per_second * using.network)
-
-    def collective(traffic: Traffic) -> float:
-        return max(inside(traffic), network(traffic))
-
-    exchanges = hot * inside(counts.exchange), hot * network(counts.exchange)
+    products = _products(counts, gpu, software, using)
+    elementwise = _elementwise(counts, gpu, software, using)
+    slowed = (1.0 if software.balanced else using.natural) / (using.plain if software.plain else 1.0)
+    exchanges = slowed * links.inside(counts.exchange), slowed * links.network(counts.exchange)
     hides = using.overlap_hidden if software.overlap else using.exchange_hidden
-    hidden = [min(each * hides, products) for each in exchanges]
-    tensor, context, messages = map(collective, (counts.tensor, counts.context, counts.messages))
-    exposed = products + elementwise + launches + sum(exchanges) - sum(hidden) + tensor + context + messages
-    computing = times * (products + elementwise)
-    sums = collective(counts.gathers), collective(counts.gradients)
-    hidden_sums = [min(each * using.gradients_hidden, computing / 2) for each in sums]
+    shown = min(1.0, products / (hides * sum(exchanges))) if sum(exchanges) else 0.0
+    hidden = [each * hides * shown for each in exchanges]
+    tensor, context, messages = map(links.collective, (counts.tensor, counts.context, counts.messages))
+    device = products + elementwise + sum(exchanges) - sum(hidden) + tensor + context + messages
+    exposed = math.hypot(device, _host(counts, gpu, software, using))
+    sums = links.collective(counts.gathers), links.collective(counts.gradients)
+    # Gathers run ahead of all products; what is reduced once a step goes along with the last backward pass.
+    room = times * exposed, exposed * 2 / 3
     terms = Terms(
-        times * products,
-        times * elementwise,
-        times * launches,
-        times * exchanges[0],
-        times * exchanges[1],
-        times * tensor,
-        times * context,
-        sums[0],
-        sums[1],
-        times * messages,
-        counts.bubble * exposed,
-        counts.optimizer_bytes / gpu.memory_bytes_per_second / using.memory,
+        products=times * products,
+        elementwise=times * elementwise,
+        launches=times * (exposed - device),
+        exchange_inside=times * exchanges[0],
+        exchange_network=times * exchanges[1],
+        tensor=times * tensor,
+        context=times * context,
+        gathers=sums[0],
+        gradients=sums[1],
+        messages=times * messages,
+        bubble=counts.bubble * exposed,
+        optimizer=counts.optimizer_bytes / (gpu.memory_bytes_per_second * using.memory),
     )
-    hidden = {
+    behind = {
         "exchange_inside": times * hidden[0],
         "exchange_network": times * hidden[1],
-        "gathers": hidden_sums[0],
-        "gradients": hidden_sums[1],
+        "gathers": min(sums[0] * using.gradients_hidden, room[0]),
+        "gradients": min(sums[1] * using.gradients_hidden, room[1]),
     }
     slower = using.community if software.tuning is Tuning.community else 1.0
-    likely = slower * (terms.sum - sum(hidden.values()))
+    likely = slower * (terms.sum - sum(behind.values()))
     return StepTime(
-        Terms(*(slower * getattr(terms, field.name) for field in fields(terms))),
-        {name: slower * took for name, took in hidden.items()},
-        {name: "products" if "exchange" in name else "products and elementwise operations" for name in hidden},
-        likely * getattr(using, f"{software.tuning.value}_low"),
-        likely,
-        likely * getattr(using, f"{software.tuning.value}_high"),
-        counts.flops / likely / peak,
-        counts.tokens / cluster.ranks / likely,
-        counts.flops / likely,
+        terms=Terms(*(slower * getattr(terms, field.name) for field in fields(terms))),
+        hidden={name: slower * took for name, took in behind.items()},
+        behind={name: "products" if "exchange" in name else "the rest of the pass" for name in behind},
+        low=likely * getattr(using, f"{software.tuning.value}_low"),
+        likely=likely,
+        high=likely * getattr(using, f"{software.tuning.value}_high"),
+        mfu=counts.flops / likely / gpu.flops[software.precision],
+        tokens_per_second_per_gpu=counts.tokens / cluster.ranks / likely,
+        flops_per_second_per_gpu=counts.flops / likely,
     )
+
+
+def _products(counts: Workload, gpu: Gpu, software: Software, using: Coefficients) -> float:
+    """Returns the seconds of the products of a micro-batch. Attention computes in bf16 also where the others are in fp8.
+
+    Experts with few rows or few columns on a rank fill a GPU badly: they reach n / (n + half) of the rate, which is
+    what padded tiles, and a fixed time to start and to finish, come to.
+    """
+    blackwell, fp8 = gpu.generation in BLACKWELL, software.precision == "fp8"
+    share = {
+        (False, False): using.hopper_bf16,
+        (False, True): using.hopper_fp8,
+        (True, False): using.blackwell_bf16,
+        (True, True): using.blackwell_fp8,
+    }[blackwell, fp8]
+    rate = gpu.flops[software.precision] * share * (using.ultra if gpu.generation == "blackwell_ultra" else 1.0)
+    filled = using.experts * counts.expert_rows / (counts.expert_rows + using.half_rows)
+    filled *= counts.expert_hidden / (counts.expert_hidden + using.half_width)
+    experts = counts.expert_flops * (1.0 if software.balanced else using.natural)
+    scores = gpu.flops["bf16"] * (using.blackwell_scores if blackwell else using.hopper_scores)
+    return counts.dense_flops / rate + (experts / (rate * filled) if experts else 0.0) + counts.score_flops / scores
+
+
+def _elementwise(counts: Workload, gpu: Gpu, software: Software, using: Coefficients) -> float:
+    """Returns the seconds of what the memory's bandwidth bounds in a micro-batch."""
+    moved = counts.elementwise_bytes + (counts.quantized_bytes if software.precision == "fp8" else 0.0)
+    fused = using.captured_memory if software.launching is Launching.captured else 1.0
+    return fused * moved / (gpu.memory_bytes_per_second * using.memory)
+
+
+def _host(counts: Workload, gpu: Gpu, software: Software, using: Coefficients) -> float:
+    """Returns the seconds that the host takes to start a micro-batch.
+
+    The step takes the root of the sum of the squares of this and the device's time: nearly the larger one, and more where they are
+    alike, since the device waits for the host in some places (counts of rows, messages) and runs behind it in others.
+    """
+    started = {Launching.counted: 1.0, Launching.fixed: using.fixed_layer, Launching.captured: using.captured_layer}
+    layer = using.layer_seconds * (using.fp8_layer if software.precision == "fp8" else 1.0) * started[software.launching]
+    return (counts.layers * layer + counts.stages * using.stage_seconds) * (using.grace_layer if gpu.host == 4 else 1.0)
+
+
+@dataclass(frozen=True)
+class _Links:
+    """Seconds of traffic."""
+
+    gpu: Gpu
+    using: Coefficients
+
+    def inside(self, traffic: Traffic) -> float:
+        return traffic.inside / (self.gpu.nvlink_bytes_per_second * self.using.nvlink)
+
+    def network(self, traffic: Traffic) -> float:
+        return traffic.network / (self.gpu.network_bytes_per_second * self.using.network)
+
+    def collective(self, traffic: Traffic) -> float:
+        """A ring is as fast as its slowest link."""
+        return max(self.inside(traffic), self.network(traffic))

@@ -86,6 +86,10 @@ class Workload:
     expert_flops: float
     elementwise_bytes: float
     """Read and written by norms, activations, residual additions, permutations and rotary embeddings."""
+    quantized_bytes: float
+    """The same by which inputs of products become fp8, if they do."""
+    stages: int
+    """Of a pipeline, on this rank; 0 without one."""
     layers: float
     """Layers that are started, dense ones counted as half of one with experts."""
     exchange: Traffic
@@ -107,7 +111,7 @@ def workload(
     batch: Batch,
     cluster: Cluster,
     again: Again | None = None,
-    exchange_bytes: int = BYTES,
+    gradient_bytes: int = FULL_BYTES,
 ) -> Workload:
     """Returns the counts for `cluster.ranks` ranks. The rules of the configuration must hold; `again` replaces what
     parallel.recompute stands for. Raises ValueError if the batch does not divide by data ranks and micro-batches.
@@ -121,9 +125,9 @@ def workload(
     rank = work.slowest_rank(parallel)
     T = batch.micro * work.length / parallel.context
     own, chunks = T / parallel.tensor, parallel.pipeline_stages // parallel.pipeline
-    weights, gradients, replicas, kept = _states(rank, parallel, cluster, size)
+    weights, gradients, replicas, kept = _states(rank, parallel, cluster, size, gradient_bytes)
     sums = micro_batches if parallel.zero > 1 else 1
-    rows = own * config.width * rank.expert_layers * exchange_bytes
+    rows = own * config.width * rank.expert_layers * BYTES
     return Workload(
         flops=3 * work.whole.flops * batch.sequences * work.length / cluster.ranks,
         tokens=batch.sequences * work.length,
@@ -137,6 +141,8 @@ def workload(
         expert_hidden=config.moe.hidden / parallel.expert_tensor,
         expert_flops=(3 + again.experts) * own * rank.expert_flops,
         elementwise_bytes=(3 + again.elementwise) * own * BYTES * _moved(config, rank, parallel),
+        quantized_bytes=(3 + again.dense) * own * BYTES * _quantized(config, rank),
+        stages=chunks if parallel.pipeline > 1 else 0,
         layers=rank.expert_layers + 0.5 * (rank.layers - rank.expert_layers),
         exchange=copies(config, parallel, cluster) * ((4 + 2 * again.exchange) * rows),
         tensor=_ring(cluster, parallel.tensor) * (5 * BYTES * T * config.width * (rank.layers + rank.dense_feedforwards)),
@@ -207,7 +213,7 @@ def _context(work: ModelWork, rank: LayerWork, parallel: ParallelConfig, cluster
 
 
 def _states(
-    rank: LayerWork, parallel: ParallelConfig, cluster: Cluster, size: dict[str, int]
+    rank: LayerWork, parallel: ParallelConfig, cluster: Cluster, size: dict[str, int], gradient_bytes: int
 ) -> tuple[Traffic, Traffic, Traffic, float]:
     """Returns one gather of the weights and one reduction of the gradients over FSDP's shards, one sum over replicas, and the
     parameters that this rank keeps.
@@ -220,7 +226,7 @@ def _states(
     copies_of_dense = size["replicate"] * size["shard"] * size["context"] // parallel.shard
     replicas = _ring(cluster, copies_of_dense, parallel.tensor * parallel.shard) * (dense / parallel.shard)
     replicas += _ring(cluster, size["expert_replicate"], step * cut) * (experts / cut)
-    return sharded * BYTES, sharded * FULL_BYTES, replicas * (2 * FULL_BYTES), dense / parallel.shard + experts / cut
+    return sharded * BYTES, sharded * gradient_bytes, replicas * (2 * gradient_bytes), dense / parallel.shard + experts / cut
 
 
 def _moved(config: ModelConfig, rank: LayerWork, parallel: ParallelConfig) -> float:
@@ -228,10 +234,24 @@ def _moved(config: ModelConfig, rank: LayerWork, parallel: ParallelConfig) -> fl
 
     A layer: two norms (2 D each) and two residual additions (3 D each), and rotary embeddings and copies of about as much as one
     more of each (5 D in all): 15 D. Experts: permuted rows written, read and written again (K x 3 D), and the activation, which
-    reads two hidden columns and writes one (K x 3 F). The head: logits in fp32, read twice and written once (6 V).
+    reads two hidden columns and writes one (K x 3 F). Biases are read into
+    and written with what they are added to. The head: logits in fp32, read twice and written once (6 V).
     """
     moe = config.moe
     experts = moe.top_k * (3 * config.width + (1 + moe.activation.projections) * moe.hidden)
+    if moe.bias:
+        experts += moe.top_k * 2 * (config.width + moe.activation.projections * moe.hidden)
     ordinary = 15 * config.width * rank.layers + 3 * config.hidden * rank.dense_feedforwards
     shared = 3 * moe.shared_hidden
     return ordinary + (experts + shared) * rank.expert_layers + 6 * config.vocabulary * rank.heads
+
+
+def _quantized(config: ModelConfig, rank: LayerWork) -> float:
+    """Returns the elements of a token, counted as bf16, that become fp8 in a forward pass, written row by row and transposed.
+
+    Of each layer the inputs of the projections (2 D), and the inputs of an expert's two products (K x (D + F)); an element is read
+    with 2 bytes and written twice with 1.
+    """
+    moe = config.moe
+    experts = moe.top_k * (config.width + moe.hidden) + moe.shared_hidden
+    return 2 * (2 * config.width * rank.layers + experts * rank.expert_layers + config.hidden * rank.dense_feedforwards)
