@@ -120,13 +120,19 @@ def params(argv: list[str]) -> int:
 def plan(argv: list[str]) -> int:
     parser = OneLineParser(
         "tokenyard plan",
-        usage="%(prog)s [-h] [--json] --dry-run [rank=0] [world=N] [group=option ...] [key=value ...]",
-        description="What a run needs, before a GPU is rented: the real step of one rank of thousands, without its GPU.",
-        epilog="rank=0; world: ranks of the run (as launch.* says, or the fewest).",
+        usage="%(prog)s [-h] [--json] cluster=TYPExN [goal=GOAL] [key=value ...], or --dry-run [rank=0] [world=N] [key=value ...]",
+        description="What a run needs, before a GPU is rented: which layouts of a cluster fit, how fast they are, what they cost; "
+        "or the real step of one rank of thousands, without its GPU.",
+        epilog="cluster=h100x64; goal=fastest, cheapest or fits; tokens= of the run, batch.tokens= of a step (4.2M). "
+        "hot=: rows of a rank's experts over an even load; parallel.* and batch.micro that are given stay. "
+        "Dry run: rank=0; world: ranks of the run (as launch.* says, or the fewest).",
     )
-    parser.add_argument("words", nargs="*", help="rank=, world=, and overrides as for tokenyard train")
+    parser.add_argument("words", nargs="*", help="those words, and overrides as for tokenyard train")
     parser.add_argument("--dry-run", action="store_true", help="memory, collectives, operators and host waits of a step")
-    parser.add_argument("--json", action="store_true", help="one JSON object; bytes of one rank")
+    parser.add_argument("--explain", type=positive, metavar="N", help="break down layout N of the table")
+    parser.add_argument("--write", metavar="experiment=NAME", help="write layout N (the first) as an experiment of tokenyard train")
+    parser.add_argument("-cd", "--config-dir", help="folder of further groups, in which the experiment is written too")
+    parser.add_argument("--json", action="store_true", help="one JSON object; bytes of one rank, seconds of a step")
     arguments = parser.parse_intermixed_args(argv)
     from .plan_command import plan_command
 
@@ -233,6 +239,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
+  tokenyard plan cluster=h100x64 [key=value ...]         layouts that fit, their time and cost; --explain N, --write, --json
   tokenyard plan --dry-run [rank=R] [world=N] [key=value ...]  memory and collectives of a rank's step, without a GPU; --json
   tokenyard report RUN [RUN ...] [--out FOLDER]          a page about runs: loss, load of the experts, events
   tokenyard watch RUN [--port N]                         the same page of a run that goes on, on http://127.0.0.1:8808/

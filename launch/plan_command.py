@@ -29,8 +29,10 @@ def plan_command(arguments: Namespace) -> int:
     """Prints what was asked for. Returns the exit code."""
     try:
         if not arguments.dry_run:
-            # The planner's words (goal=, cluster=, serve) go from here to its own module.
-            raise ConfigError("plan: says which step to take; nearest valid: tokenyard plan --dry-run model=tiny")
+            from .search_command import search_command
+
+            search_command(arguments)
+            return 0
         asked = read_words(arguments.words)
     except ConfigError as error:
         return refuse(error)
