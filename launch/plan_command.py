@@ -33,7 +33,8 @@ def plan_command(arguments: Namespace) -> int:
 
             search_command(arguments)
             return 0
-        asked = read_words(arguments.words)
+        folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+        asked = read_words([*arguments.words, *folder])
     except ConfigError as error:
         return refuse(error)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the fake process group warns of having no hooks

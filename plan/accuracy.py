@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .coefficients import Coefficients, coefficients
-from .published import Measured
+from .measurements import Measured
 from .step_time import StepTime, seconds
 
 

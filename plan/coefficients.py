@@ -1,7 +1,8 @@
-"""The few numbers of plan/step_time.py that no data sheet has: coefficients.json, as plan/fit.py wrote it."""
+"""The few numbers of plan/step_time.py that no data sheet has: coefficients.json, as plan/fit.py and plan/calibrate.py wrote it."""
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,15 @@ class Coefficients:
 
 
 @functools.cache
-def coefficients() -> Coefficients:
-    """Returns those that plan/fit.py wrote."""
+def coefficients(own: bool = False) -> Coefficients:
+    """Returns those that plan/fit.py wrote; with `own`, some replaced by what plan/calibrate.py read in a report."""
     plain: dict[str, Any] = json.loads(COEFFICIENTS.read_text())
-    return Coefficients(**plain["coefficients"])
+    return Coefficients(**plain["coefficients"] | (plain["tokenyard"] if own else {}))
+
+
+def write_coefficients(part: str, values: Mapping[str, float]) -> str:
+    """Writes one part of the file, with 4 digits, and leaves the other. Returns the text of the file."""
+    plain = json.loads(COEFFICIENTS.read_text()) | {part: {name: float(f"{value:.4g}") for name, value in values.items()}}
+    text = json.dumps(plain, indent=1) + "\n"
+    COEFFICIENTS.write_text(text)
+    return text

@@ -5,7 +5,6 @@ The other half is looked at only to say how far it is off (plan/accuracy.py). De
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .coefficients import COEFFICIENTS, Coefficients
-from .published import Measured, measured
+from .coefficients import Coefficients, write_coefficients
+from .measurements import Measured, measured
 from .step_time import Tuning, seconds
 
 
@@ -64,8 +63,7 @@ FREE = tuple(PRIORS)
 def main() -> None:
     rows = [row for row in measured() if row.open]
     found = dataclasses.replace(fit(rows), **ranges(rows, errors_when_left_out(rows)))
-    text = json.dumps({"coefficients": {key: float(f"{value:.4g}") for key, value in dataclasses.asdict(found).items()}}, indent=1)
-    COEFFICIENTS.write_text(text + "\n")
+    text = write_coefficients("coefficients", dataclasses.asdict(found))
     print(text)
 
 
@@ -108,7 +106,7 @@ def errors_when_left_out(rows: Sequence[Measured], parts: int = 6) -> np.ndarray
 def ranges(rows: Sequence[Measured], errors: np.ndarray) -> dict[str, float]:
     """Returns factors from the likely seconds to the ends of a range that holds nine of ten of these rows, for each tuning."""
     found = {}
-    for tuning in Tuning:
+    for tuning in (Tuning.vendor, Tuning.community):
         of = errors[[row.software.tuning is tuning for row in rows]]
         found[f"{tuning.value}_low"], found[f"{tuning.value}_high"] = np.exp(-np.quantile(of, [0.95, 0.05]))
     return {name: float(factor) for name, factor in found.items()}

@@ -15,7 +15,7 @@ from ..parallel.config import Exchange, ParallelConfig
 from .cluster import Cluster, Gpu
 from .coefficients import Coefficients, coefficients
 from .model_work import ModelWork
-from .workload import Again, Batch, Traffic, Workload, workload
+from .workload import Again, Batch, LinkBytes, Workload, workload
 
 BLACKWELL = ("blackwell", "blackwell_ultra", "cdna4")
 """Generations with the coefficients of Blackwell; all others have Hopper's. Of AMD's GPUs there is no row to fit."""
@@ -27,7 +27,9 @@ class Tuning(Enum):
     vendor = "vendor"
     """The maker of the GPUs, for its own tables."""
     community = "community"
-    """Anybody else, and tokenyard."""
+    """Anybody else."""
+    tokenyard = "tokenyard"
+    """This project, with what `make gpu` measured of it (plan/calibrate.py)."""
 
 
 class Launching(Enum):
@@ -91,7 +93,7 @@ def predict(
     batch: Batch,
     cluster: Cluster,
     precision: str = "bf16",
-    tuning: Tuning = Tuning.community,
+    tuning: Tuning = Tuning.tokenyard,
     balanced: bool = True,
     launching: Launching | None = None,
     again: Again | None = None,
@@ -100,14 +102,16 @@ def predict(
     """Returns the time of a step of the slowest rank.
 
     `precision` of products: bf16 or fp8. `balanced`: each expert gets as many rows as any other. `launching` and `again` replace
-    what the layout stands for. Raises ValueError if the batch does not divide, or if the GPU has no products of that precision.
+    what the layout stands for, and `using` the committed coefficients. Raises ValueError if the batch does not divide, or if the
+    GPU has no products of that precision.
     """
     counts = workload(work, parallel, batch, cluster, again)
     symmetric = parallel.exchange is Exchange.symmetric
-    launching = launching or (Launching.fixed if symmetric else Launching.counted)
+    # One rank needs no counts of other ranks, and the symmetric exchange keeps them on the device.
+    launching = launching or (Launching.fixed if symmetric or parallel.expert == 1 else Launching.counted)
     overlap = parallel.pipeline_overlap or parallel.overlap_chunks > 1
     software = Software(precision, tuning, balanced, launching, overlap, plain=not symmetric)
-    return seconds(counts, cluster, software, using or coefficients())
+    return seconds(counts, cluster, software, using or coefficients(tuning is Tuning.tokenyard))
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Software:
     """What the seconds depend on besides the counts and the GPUs."""
 
     precision: str = "bf16"
-    tuning: Tuning = Tuning.community
+    tuning: Tuning = Tuning.vendor
     balanced: bool = True
     launching: Launching = Launching.counted
     overlap: bool = False
@@ -163,13 +167,19 @@ def seconds(counts: Workload, cluster: Cluster, software: Software, using: Coeff
     }
     slower = using.community if software.tuning is Tuning.community else 1.0
     likely = slower * (terms.sum - sum(behind.values()))
+    low, high = {
+        Tuning.vendor: (using.vendor_low, using.vendor_high),
+        Tuning.community: (using.community_low, using.community_high),
+        # Its step on one GPU was measured, but how it shares links and hides exchanges was not.
+        Tuning.tokenyard: (using.vendor_low, using.community_high),
+    }[software.tuning]
     return StepTime(
         terms=Terms(*(slower * getattr(terms, field.name) for field in fields(terms))),
         hidden={name: slower * took for name, took in behind.items()},
         behind={name: "products" if "exchange" in name else "the rest of the pass" for name in behind},
-        low=likely * getattr(using, f"{software.tuning.value}_low"),
+        low=likely * low,
         likely=likely,
-        high=likely * getattr(using, f"{software.tuning.value}_high"),
+        high=likely * high,
         mfu=counts.flops / likely / gpu.flops[software.precision],
         tokens_per_second_per_gpu=counts.tokens / cluster.ranks / likely,
         flops_per_second_per_gpu=counts.flops / likely,
@@ -222,12 +232,12 @@ class _Links:
     gpu: Gpu
     using: Coefficients
 
-    def inside(self, traffic: Traffic) -> float:
+    def inside(self, traffic: LinkBytes) -> float:
         return traffic.inside / (self.gpu.nvlink_bytes_per_second * self.using.nvlink)
 
-    def network(self, traffic: Traffic) -> float:
+    def network(self, traffic: LinkBytes) -> float:
         return traffic.network / (self.gpu.network_bytes_per_second * self.using.network)
 
-    def collective(self, traffic: Traffic) -> float:
+    def collective(self, traffic: LinkBytes) -> float:
         """A ring is as fast as its slowest link."""
         return max(self.inside(traffic), self.network(traffic))

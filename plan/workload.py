@@ -50,17 +50,17 @@ AGAIN = {
 
 
 @dataclass(frozen=True)
-class Traffic:
+class LinkBytes:
     """Bytes that a GPU sends, and receives as many: to GPUs of its domain, and over its share of the network."""
 
     inside: float = 0.0
     network: float = 0.0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.inside + other.inside, self.network + other.network)
+    def __add__(self, other: "LinkBytes") -> "LinkBytes":
+        return LinkBytes(self.inside + other.inside, self.network + other.network)
 
-    def __mul__(self, times: float) -> "Traffic":
-        return Traffic(self.inside * times, self.network * times)
+    def __mul__(self, times: float) -> "LinkBytes":
+        return LinkBytes(self.inside * times, self.network * times)
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class Workload:
     """Of a pipeline, on this rank; 0 without one."""
     layers: float
     """Layers that are started, dense ones counted as half of one with experts."""
-    exchange: Traffic
-    tensor: Traffic
-    context: Traffic
-    messages: Traffic
+    exchange: LinkBytes
+    tensor: LinkBytes
+    context: LinkBytes
+    messages: LinkBytes
     """Between the stages of a pipeline."""
-    gathers: Traffic
+    gathers: LinkBytes
     """A step: FSDP's weights, and gradients if it reduces those of each micro-batch."""
-    gradients: Traffic
+    gradients: LinkBytes
     """A step: what is reduced once, to shards and over replicas."""
     optimizer_bytes: float
     """A step."""
@@ -149,14 +149,14 @@ def workload(
         context=_context(work, rank, parallel, cluster) * T,
         messages=_neighbour(cluster, cluster.ranks // parallel.pipeline) * (2 * BYTES * own * config.width * chunks)
         if parallel.pipeline > 1
-        else Traffic(),
+        else LinkBytes(),
         gathers=weights * (2 * micro_batches if parallel.zero == 3 else 1) + gradients * (sums if sums > 1 else 0),
         gradients=gradients * (1 if sums == 1 else 0) + replicas,
         optimizer_bytes=8 * FULL_BYTES * kept,
     )
 
 
-def copies(config: ModelConfig, parallel: ParallelConfig, cluster: Cluster) -> Traffic:
+def copies(config: ModelConfig, parallel: ParallelConfig, cluster: Cluster) -> LinkBytes:
     """Returns how often a token's row is sent to other ranks on its way to its experts, with experts chosen evenly at random.
 
     plain: once for each expert on another rank; deduplicated: once for each such rank; hierarchical: once for each domain, and
@@ -164,19 +164,19 @@ def copies(config: ModelConfig, parallel: ParallelConfig, cluster: Cluster) -> T
     """
     ranks = parallel.expert * parallel.expert_tensor
     if ranks == 1:
-        return Traffic()
+        return LinkBytes()
     near, K, E = cluster.reached(ranks), config.moe.top_k, config.moe.experts
     if parallel.exchange is Exchange.gather:
-        return Traffic(near - 1, ranks - near)
+        return LinkBytes(near - 1, ranks - near)
     if parallel.exchange in (Exchange.plain, Exchange.symmetric):
         rows = K * parallel.expert_tensor
     else:
         rows = ranks * (1 - _missed(E, E // parallel.expert, K))
     if parallel.exchange is not Exchange.hierarchical:
-        return Traffic(rows * (near - 1) / ranks, rows * (ranks - near) / ranks)
+        return LinkBytes(rows * (near - 1) / ranks, rows * (ranks - near) / ranks)
     held = E * max(near, parallel.expert_tensor) // ranks
     # What came over the network goes on inside of the domain, but for the rank that it came to.
-    return Traffic(rows * (near - 1) / near, (ranks / near - 1) * (1 - _missed(E, held, K)))
+    return LinkBytes(rows * (near - 1) / near, (ranks / near - 1) * (1 - _missed(E, held, K)))
 
 
 def _missed(experts: int, held: int, chosen: int) -> float:
@@ -187,22 +187,22 @@ def _missed(experts: int, held: int, chosen: int) -> float:
     return probability
 
 
-def _ring(cluster: Cluster, ranks: int, step: int = 1) -> Traffic:
+def _ring(cluster: Cluster, ranks: int, step: int = 1) -> LinkBytes:
     """Returns what a GPU sends in an all-gather or reduce-scatter of one byte in all, over ranks each `step` after the last.
 
     A ring passes through each domain once, so its GPUs share among their network cards what leaves it
     (NCCL's "bus bandwidth", NVIDIA/nccl-tests doc/PERFORMANCE.md).
     """
     near = cluster.reached(ranks, step)
-    return Traffic((ranks - 1) / ranks if near > 1 else 0.0, (ranks - near) / ranks / near if ranks > near else 0.0)
+    return LinkBytes((ranks - 1) / ranks if near > 1 else 0.0, (ranks - near) / ranks / near if ranks > near else 0.0)
 
 
-def _neighbour(cluster: Cluster, step: int) -> Traffic:
+def _neighbour(cluster: Cluster, step: int) -> LinkBytes:
     """Returns a byte to the rank `step` further."""
-    return Traffic(1.0) if cluster.reached(2, step) == 2 else Traffic(0.0, 1.0)
+    return LinkBytes(1.0) if cluster.reached(2, step) == 2 else LinkBytes(0.0, 1.0)
 
 
-def _context(work: ModelWork, rank: LayerWork, parallel: ParallelConfig, cluster: Cluster) -> Traffic:
+def _context(work: ModelWork, rank: LayerWork, parallel: ParallelConfig, cluster: Cluster) -> LinkBytes:
     """Returns the bytes of attention between context ranks, of a token: forward once, backward once more and for the gradient."""
     config, ranks = work.config, parallel.context
     if parallel.context_exchange is ContextExchange.gather:
@@ -214,7 +214,7 @@ def _context(work: ModelWork, rank: LayerWork, parallel: ParallelConfig, cluster
 
 def _states(
     rank: LayerWork, parallel: ParallelConfig, cluster: Cluster, size: dict[str, int], gradient_bytes: int
-) -> tuple[Traffic, Traffic, Traffic, float]:
+) -> tuple[LinkBytes, LinkBytes, LinkBytes, float]:
     """Returns one gather of the weights and one reduction of the gradients over FSDP's shards, one sum over replicas, and the
     parameters that this rank keeps.
     """

@@ -163,6 +163,8 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             trains(own[1:], number(flags, "--nnodes") * number(flags, "--nproc-per-node"))
         case ["python", "-m", module, *arguments] if module.startswith("tokenyard.bench."):
             benchmark(module, arguments)
+        case ["python", "-m", module, *_] if module.startswith("tokenyard.plan."):
+            assert hasattr(pkgutil.resolve_name(module), "main")
         case ["deepspeed", "--num_gpus", ranks, "--module", "tokenyard.train", *arguments]:
             trains(arguments, int(ranks))
         case ["python" | ".venv/bin/python", "-m", module, ">", file]:

@@ -1,9 +1,12 @@
 """The catalogue of GPUs, and clusters of them."""
 
+import importlib
+
 import pytest
 from tokenyard.plan.cluster import Cluster, read_cluster
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.config.gpus import gpu_of_device, gpus
+from tokenyard.train.logging.peak_flops import data_sheet
 
 
 def test_a_cluster_is_a_type_and_a_number() -> None:
@@ -46,6 +49,13 @@ def test_ranks_reached_without_the_network(ranks: int, step: int, reached: int) 
 def test_the_type_of_a_device(device: str, name: str | None) -> None:
     gpu = gpu_of_device(device)
     assert (gpu and gpu.name) == name
+
+
+def test_the_peak_of_a_run_is_that_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data_sheet("NVIDIA GB300", "bf16") == gpus()["gb300"].flops["bf16"] and data_sheet("NVIDIA GB300", "fp64") is None
+    # `make gpu` runs where PyYAML may be missing: the peak is measured then.
+    monkeypatch.setattr("tokenyard.train.config.gpus.gpus", lambda: importlib.import_module("no_such_library"))
+    assert data_sheet("NVIDIA GB300", "bf16") is None
 
 
 def test_the_catalogue_is_plausible() -> None:

@@ -11,7 +11,7 @@ from tokenyard.plan.cluster import Cluster
 from tokenyard.plan.coefficients import coefficients
 from tokenyard.plan.model_work import ModelWork
 from tokenyard.plan.step_time import StepTime, Terms, Tuning, predict
-from tokenyard.plan.workload import Batch, Traffic, copies
+from tokenyard.plan.workload import Batch, LinkBytes, copies
 from tokenyard.train.config.gpus import gpus
 
 H100 = gpus()["h100"]
@@ -118,7 +118,7 @@ def test_a_domain_gets_a_row_once() -> None:
     """By hand: 2 experts, both chosen, on 2 ranks: each row goes to the other rank, and only once to the other domain."""
     config = replace(MOE, moe=MoEConfig(experts=64, top_k=64))
     twice = copies(config, ParallelConfig(expert=16, exchange=Exchange.hierarchical), Cluster(H100, 16))
-    assert twice == Traffic(14.0, 1.0)  # in each of two domains from one rank to the seven others
+    assert twice == LinkBytes(14.0, 1.0)  # in each of two domains from one rank to the seven others
 
 
 def test_what_cannot_be_predicted_is_refused() -> None:

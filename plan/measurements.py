@@ -105,6 +105,25 @@ class Measured:
         return f"{self.family} {self.row['gpu']} {layout}"
 
     @property
+    def label(self) -> str:
+        """The configuration for people: without degrees of 1 and the usual length."""
+        usual = {"seq": 4096}
+        names = {
+            "tp": "tp",
+            "pp": "pp",
+            "vpp": "vpp",
+            "ep": "ep",
+            "etp": "etp",
+            "cp": "cp",
+            "seq": "length",
+            "micro_batch": "micro",
+        }
+        words = [
+            f"{text} {self.row[name]}" for name, text in names.items() if (self.row.get(name) or 1) not in (1, usual.get(name))
+        ]
+        return ", ".join([self.family, f"{self.row['gpus']} {self.row['gpu']}", *words])
+
+    @property
     def open(self) -> bool:
         """Whether plan/fit.py may look at the row: half of the configurations, by a hash of their text."""
         return hashlib.sha256(self.configuration.encode()).digest()[0] % 2 == 0
