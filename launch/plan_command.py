@@ -30,9 +30,12 @@ def plan_command(arguments: Namespace) -> int:
     """Prints what was asked for. Returns the exit code."""
     try:
         if not arguments.dry_run:
-            # The planner's words (goal=, cluster=, serve) go from here to its own module.
-            raise ConfigError("plan: says which step to take; nearest valid: tokenyard plan --dry-run model=tiny")
-        asked = read_words(arguments.words)
+            from .search_command import search_command
+
+            search_command(arguments)
+            return 0
+        folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+        asked = read_words([*arguments.words, *folder])
     except ConfigError as error:
         return refuse(error)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the fake process group warns of having no hooks

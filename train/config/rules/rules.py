@@ -28,6 +28,12 @@ def violations(config: Config, world: int) -> Iterator[Violation]:
         yield from (violation._replace(place=place) for violation in rule(config, world))
 
 
+def layout_violations(config: Config, world: int) -> Iterator[Violation]:
+    """Yields those of the rules that only `parallel` and `batch` can break, if `violations` has found none of another layout."""
+    for rule in (*LAYOUT_RULES, batch):
+        yield from rule(config, world)
+
+
 def intervals(config: Config, world: int) -> Iterator[Violation]:
     for key, interval in ranges(Config).items():
         value = attrgetter(key)(config)
@@ -96,6 +102,16 @@ def batch(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("batch.micro", f"{rule} with parallel.pipeline_schedule=interleaved", near)
 
 
+LAYOUT_RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
+    parallel_rules.degrees,
+    parallel_rules.ranks,
+    parallel_rules.context,
+    parallel_rules.expert_tensor,
+    parallel_rules.exchange,
+    parallel_rules.pipeline,
+    parallel_rules.recompute,
+]
+
 RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     intervals,
     model_rules.model,
@@ -106,13 +122,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     data,
     schedule,
     trackers,
-    parallel_rules.degrees,
-    parallel_rules.ranks,
-    parallel_rules.context,
-    parallel_rules.expert_tensor,
-    parallel_rules.exchange,
-    parallel_rules.pipeline,
-    parallel_rules.recompute,
+    *LAYOUT_RULES,
     batch,
     deepspeed_settings.engine,
     launch_rules.launchers,

@@ -1,0 +1,184 @@
+"""The memory of any rank in closed form: the most bytes that its device holds in a step, and what they are for, without running it.
+
+Each kind of block runs once on sizes (plan/sized/); the rest is sums over the layers and micro-batches of the rank, in the order
+of its schedule. Within 3 % of the dry run of the same rank (tests/plan/test_rank_memory.py), in milliseconds, without torch.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..moe.config import ModelConfig
+from ..parallel.config import ParallelConfig, Recompute
+from ..parallel.layout import expert_shard_ranks
+from ..parallel.pipeline.schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, schedule
+from ..parallel.pipeline.stages import cut_layers, has_embedding, layers_on
+from ..train.config.config import Config, Precision
+from .held_parameters import Held
+from .sized.exchanges import memory_of_exchange
+from .sized.layers import BlockShape
+from .sized.operators import Casts
+from .stage_memory import Place, StageBytes, Stages
+
+MOMENTS = 2
+"""AdamW's, in the dtype of the weights."""
+STEADY = 4
+"""Micro-batches for each rank of a pipeline after which its memory repeats."""
+
+
+class RankMemory(NamedTuple):
+    """Bytes at the peak of a step."""
+
+    peak: int
+    parts: dict[str, int]
+    """What the peak is made of, by what it is for."""
+    rank: int
+    """The rank of the pipeline: of all ranks those with this one need most."""
+
+
+class MemoryModel:
+    """Computes the memory of ranks for layouts of one model. Layouts that have blocks in common share their computation.
+
+    `hot`: rows of the rank's experts over those of an even load. `node`: ranks of a node.
+    """
+
+    def __init__(self, model: ModelConfig, precision: Precision, length: int, hot: float = 1.0, node: int = 8) -> None:
+        self.model, self.length, self.hot, self.node = model, length, hot, node
+        self.narrow = {Precision.fp32: 4, Precision.fp64: 8}.get(precision, 2)
+        self.stored = max(4, self.narrow)
+        self._held: dict[Any, Held] = {}
+        self._stages: dict[Any, Stages] = {}
+        self._cuts: dict[Any, list[range]] = {}
+
+    def memory(self, parallel: ParallelConfig, world: int, sequences: int, micro: int | None, most: float = math.inf) -> RankMemory:
+        """Returns the memory of the rank that needs most. `sequences`: of the global batch; `micro`: as batch.micro.
+
+        If a rank needs more than `most`, the others are not computed.
+        """
+        found = list[RankMemory]()
+        for rank in (*range(parallel.pipeline)[-1:], *range(parallel.pipeline)[:-1]):
+            found.append(self.of_rank(parallel, world, sequences, micro, rank, most))
+            if found[-1].peak > most:
+                break
+        return max(found, key=lambda each: each.peak)
+
+    def of_rank(
+        self, parallel: ParallelConfig, world: int, sequences: int, micro: int | None, rank: int = 0, most: float = math.inf
+    ) -> RankMemory:
+        """Returns the memory of the ranks at place `rank` of the pipeline; a lower bound if that is above `most` already."""
+        held, own = self._holding(parallel, world), sequences * parallel.tensor * parallel.context * parallel.pipeline // world
+        micro = micro or own
+        micros = own // micro
+        cut = self._cut(parallel)
+        mine = layers_on(cut, parallel, rank) if parallel.pipeline > 1 else {0: cut[0]}
+        last = len(cut) - 1
+        indices = [index for inside in mine.values() for index in inside]
+        indices += [self.model.layers + depth for depth in range(self.model.mtp_depth)] if last in mine else []
+        ends = has_embedding(self.model, 0 in mine, last in mine), last in mine
+        sharded, whole, casts = held.on(indices, *ends, Casts.step in self._casts(parallel, world, micros)[:1])
+        base = Counter(
+            {
+                "weights": self.stored * sharded,
+                "optimizer": MOMENTS * self.stored * sharded,
+                "casts of weights": self.narrow * casts if Casts.step in self._casts(parallel, world, micros) else 0,
+                "gathered by FSDP": self.narrow * whole if parallel.shard > 1 and parallel.zero < 3 else 0,
+            }
+        )
+        if (MOMENTS + 2) * self.stored * sharded > most:  # with gradients: more than there is without any activation
+            return RankMemory((MOMENTS + 2) * self.stored * sharded, dict(base), rank)
+        stages = self._of_layout(parallel, world, micro, held)
+        base["exchange"] = memory_of_exchange(stages.shape, self.narrow)
+        return self._walk(parallel, base, stages, mine, last, micros, rank, self._casts(parallel, world, micros))
+
+    def _walk(
+        self,
+        parallel: ParallelConfig,
+        base: Counter[str],
+        stages: Stages,
+        mine: dict[int, range],
+        last: int,
+        micros: int,
+        rank: int,
+        casts: tuple[Casts, Casts],
+    ) -> RankMemory:
+        """Adds up what the actions of a rank hold, one after the other."""
+        actions, simulated = self._actions(parallel, len(mine), micros, rank)
+        level, most, at = Counter(base), sum(base.values()), Counter(base)
+        total, begun, deferred = most, set[int](), dict[tuple[int, int], StageBytes]()
+        for action in actions:
+            if action.kind == WEIGHTS:
+                change = deferred.pop((action.stage, action.micro)).weights
+            else:
+                place = Place(
+                    self.narrow,
+                    self.stored,
+                    *casts,
+                    action.stage not in begun,
+                    parallel.shard > 1 and parallel.zero < 3,
+                    parallel.zero > 1 or parallel.shard == 1 or action.micro == simulated - 1,
+                    action.micro == simulated - 1,
+                    parallel.zero == 1 and parallel.shard > 1 and action.stage in begun,
+                    parallel.pipeline_schedule in ZERO_BUBBLE and parallel.pipeline > 1,
+                )
+                stage = stages.stage(mine[action.stage], action.stage == 0, action.stage == last, place, parallel.pipeline > 1)
+                change = stage.forward if action.kind == FORWARD else stage.backward
+                if action.kind == BACKWARD:
+                    begun.add(action.stage)
+                    deferred[action.stage, action.micro] = stage
+            if total + change.peak > most:
+                most, at = total + change.peak, Counter(level)
+                at.update(change.parts)
+            level.update(change.left)
+            total += change.end
+        return RankMemory(most, {name: size for name, size in at.items() if size}, rank)
+
+    def _actions(self, parallel: ParallelConfig, chunks: int, micros: int, rank: int) -> tuple[list[Action], int]:
+        if parallel.pipeline == 1:
+            micros = min(micros, 3)
+            return [Action(kind, 0, micro) for micro in range(micros) for kind in (FORWARD, BACKWARD)], micros
+        kind, ranks = parallel.pipeline_schedule, parallel.pipeline
+        micros = min(micros, STEADY * ranks)
+        return schedule(kind, ranks, rank, chunks, micros, parallel.pipeline_overlap), micros
+
+    def _casts(self, parallel: ParallelConfig, world: int, micros: int) -> tuple[Casts, Casts]:
+        """Of dense weights, and of experts, which FSDP gathers only if several ranks hold the same."""
+        whole = Casts.step if micros > 1 and parallel.recompute is Recompute.none else Casts.each
+        if parallel.shard == 1:
+            return whole, whole
+        return Casts.gathered, Casts.gathered if expert_shard_ranks(parallel, world // parallel.pipeline) > 1 else whole
+
+    def _cut(self, parallel: ParallelConfig) -> list[range]:
+        key = parallel.pipeline, parallel.pipeline_stages, parallel.pipeline_schedule, tuple(parallel.pipeline_layers or ())
+        if key not in self._cuts:
+            self._cuts[key] = cut_layers(self.model, parallel) if parallel.pipeline > 1 else [range(self.model.layers)]
+        return self._cuts[key]
+
+    def _holding(self, parallel: ParallelConfig, world: int) -> Held:
+        inner = world // parallel.pipeline
+        key = parallel.tensor, parallel.expert, parallel.expert_tensor, parallel.shard, expert_shard_ranks(parallel, inner)
+        if key not in self._held:
+            self._held[key] = Held(self.model, replace(parallel, pipeline=1, pipeline_layers=None), inner)
+        return self._held[key]
+
+    def _of_layout(self, parallel: ParallelConfig, world: int, micro: int, held: Held) -> Stages:
+        p, inner = parallel, world // parallel.pipeline
+        key = (
+            *(p.tensor, p.context, p.context_exchange, p.expert, p.expert_tensor, p.exchange, p.exchange_rows, p.node_ranks),
+            *(p.overlap_chunks, p.recompute, p.shard, expert_shard_ranks(p, inner), micro),
+        )
+        if key not in self._stages:
+            shape = BlockShape(self.model, parallel, micro, self.length, self.hot, self.node)
+            self._stages[key] = Stages(shape, held)
+        return self._stages[key]
+
+
+def rank_memory(config: Config, world: int, rank: int | None = None, hot: float = 1.0, node: int = 8) -> RankMemory:
+    """Returns the memory of the ranks that need most, or of those at place `rank` of the pipeline.
+
+    The configuration has been validated; precision=auto counts as bf16. Memory outside of tensors (the device's context, NCCL,
+    fragmentation) is not counted.
+    """
+    model = MemoryModel(config.model, config.precision, config.sequence_length, hot, node)
+    given = config.parallel, world, config.batch.sequences, config.batch.micro
+    return model.memory(*given) if rank is None else model.of_rank(*given, rank)

@@ -1,0 +1,68 @@
+"""The shape of a block on a rank, and the layers that attention and experts share, on sizes.
+
+T tokens of this rank between the blocks, U those that its attention and dense feed-forward see (gathered over tensor ranks).
+"""
+
+from dataclasses import dataclass
+
+from ...moe.config import ModelConfig
+from ...parallel.config import ParallelConfig
+from .autograd import Buffer, Value
+from .operators import Sized
+
+FUSED_NORMS = False
+"""Whether norms run as one kernel, which saves its input alone."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What determines the memory of a block on a rank."""
+
+    config: ModelConfig
+    parallel: ParallelConfig
+    sequences: int
+    length: int
+    hot: float
+    """Rows of this rank's experts over those of an even load."""
+    node: int
+    """Ranks of a node."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.seen // self.parallel.tensor
+
+    @property
+    def seen(self) -> int:
+        """U."""
+        return self.sequences * self.length // self.parallel.context
+
+    @property
+    def copies(self) -> bool:
+        """Whether gathered sequences are put in order by a copy: one sequence is in order."""
+        return self.sequences > 1
+
+
+def feedforward(rank: Sized, shape: BlockShape, x: Value, name: str, hidden: int, ranks: int) -> Value:
+    """The dense feed-forward, over gathered tokens, or a shared expert over a rank's own."""
+    D, T, P = shape.config.width, shape.tokens, shape.config.activation.projections
+    x = rank.gather(x, T * D, ranks, shape.copies)
+    U = T * ranks
+    inner = rank.linear(x, f"{name}.gate_up", U, D, P * hidden, D)
+    del x
+    active = rank.unary(inner, U * P * hidden, U * hidden, "x")
+    del inner
+    y = rank.linear(active, f"{name}.down", U, hidden, D, D)
+    del active
+    return rank.scatter(y, T * D, ranks, shape.copies)
+
+
+def multiply(rank: Sized, x: Value, y: Value, elements: float) -> Value:
+    held = [x.buffer, y.buffer]
+
+    def backward(_: Buffer) -> list[Buffer | None]:
+        grads: list[Buffer | None] = [rank.new(elements), rank.new(elements)]
+        held.clear()
+        return grads
+
+    return rank.value(rank.new(elements), [x, y], backward)

@@ -1,0 +1,302 @@
+"""The operators of a model on sizes: what each allocates, saves for the backward pass, and gives back there (autograd.py).
+
+Sizes are elements unless they are called bytes. `Sized` has them as methods, for one rank.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+from .autograd import Backward, Buffer, Meter, Node, Value
+
+WIDE = 4
+"""Bytes of fp32, in which norms, routers and losses compute narrower activations."""
+INDEX = 8
+"""Bytes of an int64."""
+
+
+class Casts(Enum):
+    """Where weights in the dtype of the activations come from."""
+
+    each = "each"
+    """Each use makes one, which the graph keeps."""
+    step = "step"
+    """One for all micro-batches of a step, and gradients are added as they are (moe/weight_cast.py)."""
+    gathered = "gathered"
+    """FSDP gathers them, and takes the narrow gradients away when the backward pass of the block ends."""
+
+
+class Gathered(NamedTuple):
+    """Elements of the whole weights of a block that FSDP gathers: its own, and its experts', which are a group of their own."""
+
+    dense: int = 0
+    experts: int = 0
+    copied: int = 0
+    """Of its experts, those of the last gradient that a reduction copies, since it is not sharded in its first dimension."""
+
+
+class Around(NamedTuple):
+    """What FSDP gathers for a block, and for the one that follows it in the forward and in the backward pass."""
+
+    own: Gathered
+    after: Gathered
+    before: Gathered
+
+
+class Sized:
+    """Operators on one rank. `narrow`, `stored`: bytes of an activation and of a weight. `first`: no gradient exists yet."""
+
+    own = Gathered()
+    whole = False
+    """Whether FSDP's weights stay gathered (parallel.zero below 3); they are counted elsewhere."""
+    reduces = True
+    """Whether FSDP reduces gradients after this micro-batch (not with parallel.zero=1, but after the last)."""
+
+    def __init__(self, row: int, narrow: int, stored: int, casts: Casts, of_experts: Casts, first: bool) -> None:
+        self.meter, self.row = Meter(), row
+        self.of_experts = of_experts
+        self.narrow, self.stored, self.wide = narrow, stored, max(WIDE, narrow)
+        self.casts, self.first = casts, first
+        self.records = True
+        """Whether operators make nodes."""
+        self.tape: deque[Buffer] | None = None
+        """Results that selective recomputation keeps; None: it is off."""
+        self.repeats = False
+        self.defers = False
+        """Whether products leave the gradients of their weights for later, with what these need in `deferred`."""
+        self.deferred: list[Any] = []
+        self.deferred_elements: list[float] = []
+        """Of the weights whose gradients are left for later."""
+        self.travels, self.flat, self.dense, self.experts, self.reduced, self.waiting = (list[Buffer]() for _ in range(6))
+        self.gradients: list[Buffer] = []
+        """Of weights, in their dtype; with FSDP whole and narrow, until the block ends."""
+        self.root_gradients: dict[str, Buffer] = {}
+        """The same of embedding, head and what is around the blocks."""
+        self.expert_gradients: list[Buffer] = []
+        """The same of experts, which FSDP reduces before."""
+
+    def bytes(self, size: float) -> Buffer:
+        """Allocates `size` bytes."""
+        return Buffer(self.meter, round(size))
+
+    def new(self, elements: float) -> Buffer:
+        """Allocates activations."""
+        return Buffer(self.meter, round(self.narrow * elements))
+
+    def value(self, buffer: Buffer, inputs: Sequence[Value | None], backward: Backward) -> Value:
+        """Returns the output of an operator with these differentiable inputs."""
+        if not self.records:
+            return Value(buffer)
+        return Value(buffer, Node(self.meter, [x.node if x is not None else None for x in inputs], backward))
+
+    def keep(self, make: Callable[[], Buffer]) -> Buffer:
+        """Returns make(), or in a second pass what it gave in the first: `moe/recompute.py`."""
+        if self.tape is None:
+            return make()
+        if self.repeats:
+            return self.tape.popleft()
+        self.tape.append(result := make())
+        return result
+
+    # Weights.
+
+    def weight(self, name: str, elements: float, cast: bool = True) -> Value:
+        """Returns a weight in the dtype of the activations. Without `cast` operators take it as it is stored."""
+        casts = self.casts_of(name)
+        if casts is Casts.gathered or not cast or self.stored == self.narrow:
+            return Value(self.bytes(0), self._accumulate(name) if self.records else None)
+        size = 0 if casts is Casts.step else elements  # those of a step are counted elsewhere
+        buffer = self.labelled("weight casts", lambda: self.new(size))
+        leaf = self._accumulate(name) if self.records else None
+        return self.value(buffer, [Value(buffer, leaf)], lambda _: [self._widened(elements, casts)])
+
+    def casts_of(self, name: str) -> Casts:
+        """Experts may be whole where other weights are gathered."""
+        return self.of_experts if name.startswith("experts.") else self.casts
+
+    def _widened(self, elements: float, casts: Casts) -> Buffer | None:
+        """The gradient in the dtype of the weight; the step's casts add to one that exists without a wide copy."""
+        if casts is Casts.step and not self.first:
+            return None
+        return self.labelled("gradients", lambda: self.bytes(self.stored * elements))
+
+    def _accumulate(self, name: str) -> Node:
+        def add(gradient: Buffer) -> list[Buffer | None]:
+            if self.first or self.casts_of(name) is Casts.gathered:
+                (self.expert_gradients if name.startswith("experts.") else self.gradients).append(gradient)
+            return []
+
+        node = Node(self.meter, [], add)
+        node.order += 1 << 40  # torch runs these first
+        return node
+
+    def labelled(self, label: str, make: Callable[[], Buffer]) -> Buffer:
+        before, self.meter.label = self.meter.label, label
+        buffer = make()
+        self.meter.label = before
+        return buffer
+
+    # FSDP. A gather has a flat buffer, which lives until the next one is copied out, and the weights. A reduction has a flat buffer
+    # in the dtype of the stored weights, which lives until the next reduction begins.
+
+    def gather_block(self, own: Gathered, following: Gathered, backward: bool = False) -> None:
+        """The weights of a block are gathered; those of its experts and of the following block are under way.
+
+        In the backward pass a flat buffer ends when it has been copied out.
+        """
+        self.own = own
+        if self.whole:
+            return
+        self.travels = [self._gathered(elements) for elements in (own.experts, following.dense, following.experts)]
+        self.flat, self.dense = [self._gathered(own.dense)], [self._gathered(own.dense)]
+        if backward:
+            self.flat.clear()
+
+    def gather_experts(self) -> None:
+        """The weights of the experts are copied out of their flat buffer."""
+        if self.own.experts and not self.whole and not self.experts:
+            self.experts = [self._gathered(self.own.experts)]
+            self.flat, self.travels = self.travels[:1], self.travels[1:]
+
+    def _gathered(self, elements: float) -> Buffer:
+        return self.labelled("gathered by FSDP", lambda: self.new(elements))
+
+    def release_block(self) -> None:
+        """After the forward pass of a block, weights are not gathered any more."""
+        for buffers in (self.travels, self.flat, self.dense, self.experts):
+            buffers.clear()
+
+    def enter_experts(self, x: Value) -> Value:
+        """The experts of the block are gathered. Backward, their gradients are reduced here."""
+        if self.casts is not Casts.gathered or not self.own.experts:
+            return x
+        elements = self.own.experts
+        self.gather_experts()
+        if self.repeats:
+            self.flat.clear()
+
+        def backward(gradient: Buffer) -> list[Buffer | None]:
+            self.experts.clear()
+            self.reduce_gradients(elements, experts=True)
+            return [gradient]
+
+        return self.value(x.buffer, [x], backward)
+
+    def leave_experts(self) -> None:
+        """After the forward pass the experts are not gathered, unless the backward pass follows at once."""
+        if not self.repeats:
+            self.experts.clear()
+
+    def reduce_gradients(self, elements: float, experts: bool = False) -> None:
+        """Frees the whole gradients of a group and makes the flat buffer of their reduction."""
+        mine = self.expert_gradients if experts else self.gradients
+        if self.reduces:
+            self.reduced.clear()
+            copied = self.new(self.own.copied) if experts else None
+            self.reduced.append(self.labelled("reduced by FSDP", lambda: self.bytes(self.stored * elements)))
+            del copied
+        elif self.first:  # they wait for the last micro-batch, in the dtype of the weights
+            self.waiting.append(self.labelled("gradients", lambda: self.bytes(self.stored * elements)))
+        mine.clear()
+
+    # Products, norms, element-wise operators.
+
+    def linear(self, x: Value, name: str, rows: float, inputs: float, outputs: float, width: float = 0) -> Value:
+        """rows x inputs to rows x outputs. Rows of `width` numbers or more are kept by selective recomputation; 0: never."""
+        weight, saved = self.weight(name, inputs * outputs), x.buffer
+        product = self.keep(lambda: self.new(rows * outputs)) if width and inputs >= width else self.new(rows * outputs)
+        held = [saved, weight.buffer]
+
+        def backward(gradient: Buffer) -> list[Buffer | None]:
+            grads: list[Buffer | None] = [self.new(rows * inputs), None]
+            if self.defers:
+                self.deferred.append((gradient, *held))
+                self.deferred_elements.append(inputs * outputs)
+            else:
+                grads[1] = self.new(inputs * outputs)
+            held.clear()
+            return grads
+
+        return self.value(product, [x, weight], backward)
+
+    def norm(self, x: Value, elements: float, fused: bool) -> Value:
+        """RMSNorm. A GPU's kernel saves its input; torch's other code two wide copies."""
+        if fused:
+            held = [x.buffer]
+
+            def backward(_: Buffer) -> list[Buffer | None]:
+                grad = self.new(elements)
+                held.clear()
+                return [grad]
+
+            return self.value(self.new(elements), [x], backward)
+        wide = x.buffer if self.narrow == self.wide else self.bytes(self.wide * elements)
+        square = self.bytes(self.wide * elements)
+        del square
+        normed = self.bytes(self.wide * elements)
+        out = self.bytes(self.wide * elements)
+        out = out if self.narrow == self.wide else self.new(elements)
+        kept = [wide, normed]
+
+        def composite_backward(gradient: Buffer) -> list[Buffer | None]:
+            first = gradient if self.narrow == self.wide else self.bytes(self.wide * elements)
+            second, temporary = self.bytes(self.wide * elements), self.bytes(self.wide * elements)
+            del first, temporary
+            third, fourth = self.bytes(self.wide * elements), self.bytes(self.wide * elements)
+            kept.clear()
+            del second, fourth
+            return [third if self.narrow == self.wide else self.new(elements)]
+
+        return self.value(out, [x], composite_backward)
+
+    def unary(self, x: Value, before: float, after: float, saves: str = "") -> Value:
+        """before elements to after. `saves`: x, or y, the result; empty: nothing."""
+        out = self.new(after)
+        held = [x.buffer] if saves == "x" else [out] if saves == "y" else []
+
+        def backward(_: Buffer) -> list[Buffer | None]:
+            grad = self.new(before)
+            held.clear()
+            return [grad]
+
+        return self.value(out, [x], backward)
+
+    def view(self, x: Value) -> Value:
+        """The same memory, whose gradient is the output's."""
+        return x
+
+    def add(self, x: Value, y: Value, elements: float) -> Value:
+        return self.value(self.new(elements), [x, y], lambda gradient: [gradient, gradient])
+
+    # Exchanges.
+
+    def gather(self, x: Value, own: float, ranks: int, copies: bool = True) -> Value:
+        """All-gather of sequences; the gradient is reduce-scattered. `copies`: parts of several sequences are put in order."""
+        if ranks == 1:
+            return x
+
+        def forward() -> Buffer:
+            return self.labelled("exchange", lambda: self.new(own * ranks))
+
+        out = self.keep(forward)
+        out = self.new(own * ranks) if copies else out
+        return self.value(out, [x], lambda _: [self._scattered(own, ranks, copies)])
+
+    def scatter(self, x: Value, own: float, ranks: int, copies: bool = True) -> Value:
+        """Reduce-scatter of sequences; the gradient is gathered."""
+        if ranks == 1:
+            return x
+        out = self.keep(lambda: self._scattered(own, ranks, copies))
+
+        def backward(_: Buffer) -> list[Buffer | None]:
+            gathered = self.labelled("exchange", lambda: self.new(own * ranks))
+            return [self.new(own * ranks) if copies else gathered]
+
+        return self.value(out, [x], backward)
+
+    def _scattered(self, own: float, ranks: int, copies: bool) -> Buffer:
+        parts = self.labelled("exchange", lambda: self.new(own * ranks)) if copies else None
+        result = self.new(own)
+        del parts
+        return result

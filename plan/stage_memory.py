@@ -1,0 +1,238 @@
+"""What the passes through a stage need: blocks one after the other, the embedding before them and the head behind."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .held_parameters import Held
+from .sized.autograd import Buffer, Node, Value, run_backward
+from .sized.ends import embed, end, run_block
+from .sized.layers import BlockShape
+from .sized.operators import Around, Casts, Gathered, Sized
+
+NOTHING = Gathered()
+
+
+class Pass(NamedTuple):
+    """Bytes of a pass beyond those that were held when it began."""
+
+    peak: int
+    parts: dict[str, int]
+    """What the peak is made of. Negative where the pass has freed what was held."""
+    end: int
+    left: dict[str, int]
+    """What the end is made of."""
+
+
+class Place(NamedTuple):
+    """Where weights come from and where their gradients go, in one micro-batch."""
+
+    narrow: int
+    """Bytes of an activation."""
+    stored: int
+    """Bytes of a weight."""
+    casts: Casts
+    of_experts: Casts
+    """The same of the weights of experts."""
+    first: bool
+    """No gradient exists yet."""
+    whole: bool
+    """FSDP keeps weights gathered within the step."""
+    reduces: bool
+    """FSDP reduces gradients after this micro-batch."""
+    final: bool
+    """It is the last micro-batch of the step."""
+    waited: bool
+    """FSDP has kept whole gradients of earlier micro-batches (parallel.zero=1)."""
+    defers: bool
+    """The gradients of weights come later."""
+
+
+class Unit(NamedTuple):
+    """Forward and backward of a block, of the embedding, or of the end."""
+
+    forward: Pass
+    backward: Pass
+    weights: Pass
+    """The gradients of weights that the backward pass left."""
+    root: int = 0
+    """Bytes of whole gradients of weights outside of blocks, which the end of the pass reduces."""
+
+
+StageBytes = Unit
+
+
+class Stages:
+    """Computes stages of one layout. Blocks of one kind are computed once."""
+
+    def __init__(self, shape: BlockShape, held: Held) -> None:
+        self.shape, self.held = shape, held
+        self._units: dict[Any, Unit] = {}
+        self._stages: dict[Any, Unit] = {}
+
+    def stage(self, layers: range, first: bool, last: bool, place: Place, pipeline: bool) -> StageBytes:
+        """Returns the passes through `layers`. In a pipeline what comes and goes is kept until the backward pass."""
+        key = layers, first, last, place, pipeline
+        if key not in self._stages:
+            self._stages[key] = self._stage(layers, first, last, place, pipeline)
+        return self._stages[key]
+
+    def _stage(self, layers: range, first: bool, last: bool, place: Place, pipeline: bool) -> StageBytes:
+        config, fsdp = self.shape.config, place.casts is Casts.gathered
+        stream = place.narrow * self.shape.tokens * config.width
+        grows = fsdp and place.first and place.reduces
+        units, shards = [self._embedding(place)] if first else [], [0] if first else []
+        for index in layers:
+            units.append(self._block(index, layers, place))
+            shards.append(place.stored * self.held.shards(index) if grows else 0)
+        if last:
+            units.append(self._end(place))
+            shards.append(
+                sum(place.stored * self.held.shards(config.layers + depth) for depth in range(config.mtp_depth))
+                if fsdp and place.first and place.reduces
+                else 0
+            )
+        root_shards, root = self.held.root(first, last)
+        gathers = place.narrow * root if fsdp and not place.whole else 0
+        forward = _Sum({"gathered by FSDP": gathers, "residual stream": stream})
+        for unit in units:
+            forward.add(unit.forward)
+        left = Counter(forward.now)
+        left.subtract({"gathered by FSDP": gathers, "residual stream": stream})
+        if pipeline:
+            left["residual stream"] += stream * ((not first) + (not last))
+        backward = _Sum({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
+        whole = [0] * first + [place.narrow * self.held.gathered_of(index) for index in layers] + [0] * last
+        whole = whole if place.whole and place.final else [0] * len(units)
+        for unit, grown, dropped in zip(reversed(units), reversed(shards), reversed(whole), strict=True):
+            backward.add(unit.backward)
+            backward.now["gradients"] += grown
+            backward.now["gathered by FSDP"] -= dropped
+        after = Counter(backward.now)
+        after.subtract({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
+        if fsdp and root and place.reduces:
+            backward.now["gathered by FSDP"] -= gathers
+            backward.now["reduced by FSDP"] += place.stored * root
+            backward.note()
+        if fsdp:
+            kept = root_shards if place.reduces else root
+            after["gradients"] += (place.stored * kept if place.first else 0) - sum(unit.root for unit in units)
+        if place.waited and place.reduces:  # the sums become shards
+            shards_of = sum(self.held.shards(index) for index in layers) + root_shards
+            after["gradients"] += place.stored * (shards_of - root - sum(map(self.held.gathered_of, layers)))
+        if pipeline:
+            after["residual stream"] -= stream * ((not first) + (not last))
+        weights = _Sum({})
+        for unit in units:
+            weights.add(unit.weights)
+        return Unit(
+            Pass(*forward.most, sum(left.values()), dict(left)),
+            Pass(*backward.most, sum(after.values()), dict(after)),
+            Pass(*weights.most, sum(weights.now.values()), dict(weights.now)),
+        )
+
+    def _block(self, index: int, layers: range, place: Place) -> Unit:
+        around = None
+        if place.casts is Casts.gathered:
+            after, before = (self.held.gathered(near) if near in layers else NOTHING for near in (index + 1, index - 1))
+            around = Around(self.held.gathered(index), after, before)
+        reduced = self.held.gathered(index + 1).dense if around is not None and index + 1 in layers else 0
+        kind = _kind(self.shape, index)
+        return self._unit((kind, around, reduced), place, lambda rank, x: [run_block(rank, self.shape, index, x, around)], reduced)
+
+    def _embedding(self, place: Place) -> Unit:
+        return self._unit("embedding", place, lambda rank, _: [embed(rank, self.shape)], 0)
+
+    def _end(self, place: Place) -> Unit:
+        depths = range(self.shape.config.mtp_depth)
+        fsdp = place.casts is Casts.gathered
+        arounds = [
+            Around(self.held.gathered(self.shape.config.layers + depth), NOTHING, NOTHING) if fsdp else None for depth in depths
+        ]
+        return self._unit("end", place, lambda rank, x: end(rank, self.shape, x, arounds), 0)
+
+    def _unit(self, what: Any, place: Place, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
+        if (what, place) not in self._units:
+            self._units[what, place] = run_unit(self.shape, place, run, reduced)
+        return self._units[what, place]
+
+
+class _Sum:
+    """The level of memory through passes, and its peak."""
+
+    def __init__(self, held: dict[str, int]) -> None:
+        self.now = Counter(held)
+        self.most = 0, dict[str, int]()
+        self.note()
+
+    def note(self) -> None:
+        """The level may be a peak by itself."""
+        self.add(Pass(0, {}, 0, {}))
+
+    def add(self, each: Pass) -> None:
+        total = sum(self.now.values()) + each.peak
+        if total > self.most[0]:
+            parts = Counter(self.now)
+            parts.update(each.parts)
+            self.most = total, dict(parts)
+        self.now.update(each.left)
+
+
+def _kind(shape: BlockShape, index: int) -> tuple[bool, ...]:
+    config = shape.config
+    return config.moe_layer(index), config.dense_layer(index), config.windowed_layer(index), config.linear_layer(index)
+
+
+def run_unit(shape: BlockShape, place: Place, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
+    """Runs a part of the model forward and backward on sizes. `reduced`: elements of FSDP's reduction before."""
+    rank = Sized(shape.config.width, place.narrow, place.stored, place.casts, place.of_experts, place.first)
+    rank.whole, rank.reduces, rank.defers = place.whole, place.reduces, place.defers
+    meter, elements, arrived = rank.meter, shape.tokens * shape.config.width, list[Buffer]()
+
+    def arrive(gradient: Buffer) -> list[Buffer | None]:
+        arrived.append(gradient)
+        return []
+
+    meter.label = "residual stream"
+    x = Value(rank.new(elements), Node(meter, [], arrive))
+    assert x.node is not None
+    x.node.order = 0
+    begun = Counter(meter.held)
+    meter.begin()
+    outputs = run(rank, x)
+    forward_most = _minus(meter.at_peak, begun)
+    nodes = [y.node for y in outputs if y.node is not None]
+    loss = outputs[0].buffer.size <= rank.wide
+    del x, outputs
+    kept = Counter(meter.held)
+    meter.label = "gradients of activations"
+    gradients = [rank.bytes(rank.wide if loss else rank.narrow * elements) for _ in nodes]
+    rank.reduced = (
+        [rank.labelled("reduced by FSDP", lambda: rank.bytes(place.stored * reduced))] if reduced and place.reduces else []
+    )
+    begun = Counter(meter.held)
+    begun["reduced by FSDP"] = 0
+    meter.begin()
+    run_backward(nodes, gradients)
+    backward_most = _minus(meter.at_peak, begun)
+    rank.reduced.clear()
+    ended = _minus(meter.held, begun)
+    rank.deferred.clear()
+    weights = _minus(Counter(meter.held), begun)
+    weights = Counter({name: weights.get(name, 0) - ended.get(name, 0) for name in {*weights, *ended}})
+    whole, made = place.casts is not Casts.gathered, rank.deferred_elements
+    stays = round(place.stored * sum(made)) if whole and place.first else 0
+    largest = (place.narrow + (place.stored if whole and not place.first else 0)) * max(made, default=0)
+    most = stays + round(largest if whole else place.narrow * sum(made))
+    weights["gradients"] += stays
+    left = dict(kept)
+    return Unit(
+        Pass(sum(forward_most.values()), forward_most, sum(left.values()), left),
+        Pass(sum(backward_most.values()), backward_most, sum(ended.values()), ended),
+        Pass(most, {"gradients": most}, sum(weights.values()), dict(weights)),
+        sum(buffer.size for buffer in rank.root_gradients.values()) if place.casts is Casts.gathered else 0,
+    )
+
+
+def _minus(one: Counter[str], other: Counter[str]) -> dict[str, int]:
+    return {name: one[name] - other[name] for name in {*one, *other} if one[name] != other[name]}

@@ -1,0 +1,69 @@
+"""The memory of a rank in closed form: that of its dry run, for a few layouts. tests/plan/memory_pairs.py has hundreds."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from dry_steps import facts_of
+from memory_pairs import closed, draw
+from tokenyard.parallel.vocabulary import LOGITS
+from tokenyard.plan.rank_memory import rank_memory
+from tokenyard.plan.sized import ends
+from tokenyard.train.config.compose import compose
+
+COMMON = "precision=bf16 sequence_length=2048 batch.micro=1 launch=torchrun launch.ranks=8 launch.nodes={nodes}"
+PAIRS = {
+    "one device": ("model=granite_3_0_3b_a800m model.layers=2 batch.sequences=2", 1, 0),
+    "expert": ("model=qwen3_30b_a3b model.layers=2 batch.sequences=8 parallel.expert=8 parallel.recompute=selective", 8, 0),
+    "folded": (
+        "model=deepseek_v2_lite model.layers=2 batch.sequences=8 parallel.tensor=2 parallel.expert=8 parallel.shard=4 "
+        "parallel.recompute=block",
+        16,
+        5,
+    ),
+    "pipeline": (
+        "model=mixtral_8x7b model.layers=4 batch.sequences=32 parallel.pipeline=2 parallel.expert=4 parallel.shard=4",
+        16,
+        0,
+    ),
+    "exchange": ("model=olmoe_1b_7b model.layers=2 batch.sequences=16 parallel.expert=16 parallel.exchange=deduplicated", 16, 0),
+    "context": ("model=qwen3_30b_a3b model.layers=2 batch.sequences=4 parallel.context=2 parallel.shard=8 parallel.expert=2", 8, 1),
+}
+FEW = PAIRS if os.environ.get("TOKENYARD_TESTS") == "all" else ["expert", "folded", "pipeline"]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_closed_form_is_the_dry_run(apart: Callable[..., Any], name: str) -> None:
+    words, world, rank = PAIRS[name]
+    words = f"{COMMON.format(nodes=max(1, world // 8))} {words}"
+    config = compose(words.split())
+    found = rank_memory(config, world, rank * config.parallel.pipeline // world)
+    truth = apart(facts_of, words, rank, world)
+    assert found.peak == pytest.approx(truth.peak_bytes, rel=0.03)
+    assert sum(found.parts.values()) == pytest.approx(found.peak)
+    assert found.parts["weights"] == pytest.approx(truth.purposes["weights"], rel=0.001)
+
+
+def test_pairs_are_legal_and_differ() -> None:
+    drawn = [draw(seed) for seed in range(6)]
+    assert len({pair.words for pair in drawn}) == 6
+    assert all(closed(pair) > 0 for pair in drawn)
+
+
+def test_a_hot_rank_needs_more_and_recomputation_less() -> None:
+    words = f"{COMMON.format(nodes=8)} model=qwen3_30b_a3b batch.sequences=64 parallel.expert=8 parallel.shard=64".split()
+    even, hot = rank_memory(compose(words), 64), rank_memory(compose(words), 64, hot=1.5)
+    assert 1 < hot.peak / even.peak < 1.5
+    again = [rank_memory(compose([*words, f"parallel.recompute={mode}"]), 64).peak for mode in ("selective", "block")]
+    assert even.peak > again[0] > again[1]
+
+
+def test_a_pipeline_keeps_fewer_micro_batches_on_later_ranks() -> None:
+    words = f"{COMMON.format(nodes=1)} model=mixtral_8x7b batch.sequences=32 parallel.pipeline=8".split()
+    kept = [rank_memory(compose(words), 8, rank).parts for rank in (1, 6)]
+    assert kept[0]["experts"] > 2 * kept[1]["experts"]
+
+
+def test_chunks_of_logits_are_those_of_the_head() -> None:
+    assert LOGITS["cuda"] == ends.LOGITS
