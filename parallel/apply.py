@@ -16,6 +16,7 @@ from ..moe.config import ModelConfig
 from ..moe.dispatch import Dispatcher
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
+from .compile_blocks import compile_blocks
 from .config import Exchange, Overflow, ParallelConfig, Recompute
 from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
@@ -105,6 +106,11 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         _apply_expert_parallel(model, mesh, shards, config)
         log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
     if config.expert_tensor > 1:
+    one_graph = compiled and compile_blocks(model, config, mesh.stage.size)  # before that which wraps blocks or experts
+    if one_graph:
+        compiled = False  # nothing is left
+        if device.type == "cpu":
+            _name_vector_width()
         apply_expert_tensor_parallel(model, mesh, shards)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
     if config.recompute is not Recompute.none:
@@ -114,7 +120,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         _compile(model, device)
         log.info("torch.compile: attention, norms and dense feed-forwards of every block")
     if config.shard > 1:
-        apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers)
+        apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers, one_graph)
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}

@@ -13,7 +13,7 @@ from tokenyard.parallel.apply import gradient_of
 from tokenyard.parallel.config import ContextExchange, PipelineSchedule
 from tokenyard.train.setup import build_parallel
 from tokenyard.train.step import StepInput, accumulate, count_totals
-from torch import Tensor, nn
+from torch import Tensor
 
 MOE = MoEConfig(experts=8, hidden=16, z_coefficient=0.01, balance=BalanceConfig(coefficient=0.05, sequence_coefficient=0.02))
 SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "vocabulary": VOCABULARY, "init_std": 0.3}
@@ -22,9 +22,11 @@ CASE = Case(
     micro_batches=2,
     length=16,
 )
-KINDS = {"norm", "causal attention", "attention with a window", "dense feed-forward"}
+KINDS = {"norm", "causal attention", "attention with a window", "dense feed-forward", "experts"}
 LAYOUTS = {
     "interleaved": Layout(2, pipeline=2, pipeline_schedule=PipelineSchedule["interleaved"]),
+    "experts": Layout(2, expert=2),
+    "FSDP": Layout(2, shard=2),
     "context": Layout(2, context=2),
     "context, heads": Layout(2, context=2, context_exchange=ContextExchange.heads),
 }
@@ -55,7 +57,7 @@ def both_made(layout: Layout) -> Any:
 def made(layout: Layout, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the objective of this rank and its gradients, of two micro-batches."""
     config = replace(configured(layout, CASE), compile=compiled)
-    with mock.patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
         parallel = build_parallel(config, torch.device("cpu"))
     rows = rows_of(parallel, 0, CASE)
     shares = accumulate(parallel, StepInput(rows, 0.0, None), count_totals(parallel, rows))

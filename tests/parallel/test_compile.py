@@ -13,7 +13,8 @@ from tokenyard.train.loss import Totals
 from tokenyard.train.step import forward
 from torch._inductor import cpu_vec_isa
 
-pytestmark = [  # both are the compiler's own
+pytestmark = [  # all are the compiler's own
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning"),
 ]
