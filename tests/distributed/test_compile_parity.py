@@ -40,7 +40,7 @@ def test_compiled_ranks_give_the_numbers_of_eager_ones(ranks: Any, layout: str) 
         assert_close(compiled[0], eager[0], "objective")
         for name, expected in eager[1].items():
             assert_close(compiled[1][name], expected, name)
-        assert 2 <= graphs <= len(KINDS)
+        assert 1 <= graphs <= len(KINDS)  # a block is one graph in a pipeline, and a rank may have one kind
 
 
 def both_made(layout: Layout) -> Any:
