@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import CapacityConfig, MoEConfig, Scope
+from .linear import constant_when_compiled
 
 MANTISSA_BITS = 16
 """Priorities that agree in these bits are equal."""
@@ -79,8 +80,13 @@ def capacity(factor: float, tokens: int, config: MoEConfig) -> int:
 
     In exact decimals, since 1.1 * 100 is above 110 in floating point, and a tenth of it would round up to 12.
     """
-    columns = config.experts + config.router.null_experts
-    return max(config.capacity.minimum, math.ceil(Fraction(str(factor)) * tokens * config.top_k / columns))
+    columns, (numerator, denominator) = config.experts + config.router.null_experts, _decimal_ratio(factor)
+    return max(config.capacity.minimum, -(-numerator * tokens * config.top_k // (denominator * columns)))
+
+
+@constant_when_compiled
+def _decimal_ratio(x: float) -> tuple[int, int]:
+    return Fraction(str(x)).as_integer_ratio()
 
 
 def max_rows(rows: int, sequences: int, length: int, limits: CapacityConfig) -> int:

@@ -235,7 +235,7 @@ class FusedDispatcher(LocalDispatcher):
 
     def run(self, x_TD: Tensor, routing: Routing, experts: ExpertsFn, overlap_fn: OverlapFn) -> DispatcherOutput:
         plan = plan_rows(routing, self.experts)
-        rows = len(plan.token_R)
+        rows = plan.counts_E.sum() if torch.compiler.is_compiling() else len(plan.token_R)
         if plan.filled_R is None and (multiple := row_alignment(x_TD)) > 1:
             plan = pad_to_multiple(plan, experts_or_dropped(routing, self.experts), multiple)
         choices = Choices(plan, routing.weights_TK, routing.keys_T)
@@ -243,8 +243,12 @@ class FusedDispatcher(LocalDispatcher):
 
 
 def plan_rows(routing: Routing, experts: int) -> RowPlan:
-    """Plans rows in the order of (expert, token). With dropping, the host reads the number of rows (a synchronisation)."""
-    return plan_choices(experts_or_dropped(routing, experts), experts, routing.padded_rows, dropping=routing.kept_TK is not None)
+    """Plans rows in the order of (expert, token). With dropping, the host reads the number of rows (a synchronisation).
+
+    Compiled code reads nothing: its rows are as many as there can be.
+    """
+    dropping, cut = routing.kept_TK is not None, not torch.compiler.is_compiling()
+    return plan_choices(experts_or_dropped(routing, experts), experts, routing.padded_rows, dropping, cut=cut)
 
 
 def experts_or_dropped(routing: Routing, experts: int) -> Tensor:
@@ -321,8 +325,10 @@ def row_alignment(x: Tensor) -> int:
 
 
 def pad_to_multiple(plan: RowPlan, experts_TK: Tensor, multiple: int) -> RowPlan:
-    """Pads the rows of each expert to a multiple. The host reads the number of rows (a synchronisation)."""
+    """Pads the rows of each expert to a multiple. The host reads their number (a synchronisation), except in compiled code."""
     rows_E = (plan.counts_E + multiple - 1) // multiple * multiple
+    if torch.compiler.is_compiling():
+        return _pad(plan, experts_TK.flatten(), rows_E, experts_TK.numel() + len(rows_E) * (multiple - 1))
     rows = host_read(
         rows_E.sum(), "rounded rows", lambda: len(rows_E) * -(-experts_TK.numel() // (len(rows_E) * multiple)) * multiple
     )

@@ -4,6 +4,7 @@ E experts on this device, R rows in the order of the experts, T tokens, K choice
 projections (gate and up, or up alone).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ BLOCK = 2**18
 
 
 class ExpertFunction(torch.autograd.Function):
-    """See `Experts.forward`. `weights_TK` and the tensors of a `RowPlan` are given if x are tokens, and not if x are rows.
+    """See `Experts.forward`. `weights_TK` and the other tensors of a `RowPlan` are given if x are tokens, and not if x are rows.
 
     With keys_R, int64, activations are dropped by these keys of the rows; the backward pass computes the mask again. `deferred`:
     down and gate_up, if those among the tensors are constants and their gradients are left for later (moe/deferred.py).
@@ -59,7 +60,7 @@ class ExpertFunction(torch.autograd.Function):
         keys_R: Tensor | None,
         *plan_tensors: Any,
     ) -> Tensor:
-        plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
+        plan, wide = _plan(plan_tensors, counts_E), compute_dtype(x)
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         outputs: list[Tensor] = []
 
@@ -85,7 +86,7 @@ class ExpertFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, inner_RN, gate_up_END, down_EDF, gate_up_bias_EN, down_bias_ED, *rest = ctx.saved_tensors
         weights_TK, counts_E, ends_E, keys_R, *plan_tensors = rest
-        plan, wide = RowPlan(*plan_tensors) if plan_tensors else None, compute_dtype(x)
+        plan, wide = _plan(plan_tensors, counts_E), compute_dtype(x)
         grad_y_RD = _rows(grads[0], plan)
         grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_per_row(weights_TK, plan)[:, None] if plan else None
@@ -118,6 +119,14 @@ class ExpertFunction(torch.autograd.Function):
         return None, None, None, None, *gradients, None, None, *[None] * len(plan_tensors)
 
 
+def _plan(tensors: Sequence[Any], counts_E: Tensor) -> RowPlan | None:
+    """Returns the plan of these tensors, which counts_E is not among: torch.compile takes each tensor once."""
+    if not tensors:
+        return None
+    token_R, slot_TK, filled_R, kept_TK = tensors
+    return RowPlan(token_R, slot_TK, counts_E, filled_R, kept_TK)
+
+
 def _rows(x: Tensor, plan: RowPlan | None) -> Tensor:
     """(R, D): the rows for the products, gathered from tokens (T, D) if there is a plan."""
     x = x.to(compute_dtype(x))
@@ -136,7 +145,7 @@ def _drop(x_RF: Tensor, dropout: Dropout, keep_RF: Tensor) -> None:
 
 def _activated(activation: Activation, inner_RN: Tensor) -> Tensor:
     """(R, F)."""
-    if uses_kernels(inner_RN):
+    if uses_kernels(inner_RN) or torch.compiler.is_compiling():
         return activate(activation, inner_RN)
     active_RF = inner_RN.new_empty(len(inner_RN), inner_RN.shape[1] // activation.projections)
     for block in _blocks(inner_RN):
@@ -155,6 +164,12 @@ def _activation_backward(
         weights_R = None if weights_R1 is None else weights_R1[:, 0]
         grad_inner_RN, grad_weights_R = operators.weighted_activation_backward(inner_RN, grad_RF, weights_R, activation.value)
         return grad_RF, grad_inner_RN, grad_weights_R if weights_R is None else grad_weights_R.to(weights_R.dtype)
+    if torch.compiler.is_compiling():  # fused, so without blocks
+        active_RF, backward = activate_with_backward(activation, inner_RN.to(grad_RF.dtype))
+        if weights_R1 is None:
+            return active_RF, backward(grad_RF, None), inner_RN.new_empty(0)
+        grad_weights_R, dtype = _dots(active_RF, grad_RF, weights_R1.dtype), grad_RF.dtype
+        return (active_RF * weights_R1).to(dtype), backward((grad_RF * weights_R1).to(dtype), None), grad_weights_R
     grad_inner_RN = torch.empty_like(inner_RN, dtype=grad_RF.dtype)
     grad_weights_R = inner_RN.new_empty(0) if weights_R1 is None else weights_R1.new_empty(len(inner_RN))
     for block in _blocks(inner_RN):
@@ -243,7 +258,10 @@ class Experts(nn.Module):
         gate_up, down = weight_as(self.gate_up, dtype).flatten(1, 2), weight_as(self.down, dtype)
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype).flatten(1)
         down_bias = self.down_bias.to(dtype) if self.down_bias is not None and self.adds_bias else None
-        weights_TK, plan = (None, ()) if choices is None else (choices.weights_TK, choices.plan)
+        weights_TK, plan = None, ()
+        if choices is not None:
+            weights_TK, (token_R, slot_TK, _, filled_R, kept_TK) = choices.weights_TK, choices.plan
+            plan = token_R, slot_TK, filled_R, kept_TK
         keys_R = self._row_keys(counts_E, choices, keys_R) if self.dropout.drops else None
         deferred = (down, gate_up) if defers(x, gate_up) else None
         gate_up, down = (gate_up.detach(), down.detach()) if deferred else (gate_up, down)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,11 @@ def activate(activation: Activation, x: Tensor, out: Tensor | None = None) -> Te
             return torch.mul(gate * (SLOPE * gate).sigmoid(), up.clamp(-CLAMP, CLAMP) + 1, out=out)
 
 
-ActivationBackward = Callable[[Tensor, Tensor], None]
-"""Takes the gradient (..., F) of an activation, and writes that of its input into the second argument, (..., P * F)."""
+ActivationBackward = Callable[[Tensor, Tensor | None], Tensor]
+"""Takes the gradient (..., F) of an activation, and returns that of its input, (..., P * F).
+
+Writes it into the second argument unless that is None, as in compiled code.
+"""
 
 
 def activate_with_backward(activation: Activation, x: Tensor) -> tuple[Tensor, ActivationBackward]:
@@ -60,35 +64,50 @@ def _swiglu(x: Tensor) -> tuple[Tensor, ActivationBackward]:
     gate, up = x.chunk(2, dim=-1)
     silu = F.silu(gate)
 
-    def backward(grad: Tensor, out: Tensor) -> None:
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grad, silu, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    def backward(grad: Tensor, out: Tensor | None) -> Tensor:
+        into_gate, into_up = _halves(out)
+        grad_up = torch.mul(grad, silu, out=into_up)
+        grad_gate = _derivative(torch.ops.aten.silu_backward, grad * up, gate, into_gate)
+        return torch.cat([grad_gate, grad_up], dim=-1) if out is None else out
 
     return silu * up, backward
 
 
-def _gated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
-    (gate, up), (grad_gate, grad_up) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+def _gated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
+    (gate, up), (into_gate, into_up) = x.chunk(2, dim=-1), _halves(out)
     if activation is Activation.geglu:
-        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
-        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
-        return
-    assert activation is Activation.swiglu_clamped
-    low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
-    sigmoid = (SLOPE * low).sigmoid()
-    torch.mul(grad * low * sigmoid, up.abs() <= CLAMP, out=grad_up)
-    torch.mul(grad * shifted * sigmoid * (1 + SLOPE * low * (1 - sigmoid)), gate <= CLAMP, out=grad_gate)
+        grad_up = torch.mul(grad, F.gelu(gate, approximate="tanh"), out=into_up)
+        grad_gate = _derivative(torch.ops.aten.gelu_backward, grad * up, gate, into_gate, approximate="tanh")
+    else:
+        assert activation is Activation.swiglu_clamped
+        low, shifted = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP) + 1
+        sigmoid = (SLOPE * low).sigmoid()
+        grad_up = torch.mul(grad * low * sigmoid, up.abs() <= CLAMP, out=into_up)
+        grad_gate = torch.mul(grad * shifted * sigmoid * (1 + SLOPE * low * (1 - sigmoid)), gate <= CLAMP, out=into_gate)
+    return torch.cat([grad_gate, grad_up], dim=-1) if out is None else out
 
 
-def _ungated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor) -> None:
+def _ungated_backward(activation: Activation, x: Tensor, grad: Tensor, out: Tensor | None) -> Tensor:
     match activation:
         case Activation.gelu:
-            torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
+            return _derivative(torch.ops.aten.gelu_backward, grad, x, out)
         case Activation.relu_squared:
-            torch.mul(grad, 2 * F.relu(x), out=out)
+            return torch.mul(grad, 2 * F.relu(x), out=out)
         case _:
-            torch.mul(grad, x > 0, out=out)
+            return torch.mul(grad, x > 0, out=out)
+
+
+def _halves(out: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Returns where the gradients of gate and up go."""
+    if out is None:
+        return None, None
+    gate, up = out.chunk(2, dim=-1)
+    return gate, up
+
+
+def _derivative(operator: Any, grad: Tensor, x: Tensor, out: Tensor | None, **settings: str) -> Tensor:
+    """Returns the result of torch's backward operator, written into `out` if there is one."""
+    return operator(grad, x, **settings) if out is None else operator.grad_input(grad, x, **settings, grad_input=out)
 
 
 class FeedForward(nn.Module):

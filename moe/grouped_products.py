@@ -17,7 +17,10 @@ from .device import kind_of, uses_kernels
 
 @torch.library.custom_op("tokenyard::grouped_mm", mutates_args=())
 def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
-    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T; ends_E is int32. Rows behind the last end come out as anything."""
+    """(R, N): rows [ends[e-1], ends[e]) times weights[e].T; ends_E is int32.
+
+    Rows behind the last end come out as zeros on a CPU, and on a GPU as anything.
+    """
     if not len(rows_RK):
         return rows_RK.new_empty(0, weights_ENK.shape[1])
     if rows_RK.dtype == torch.float64:
@@ -27,8 +30,10 @@ def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, ends_E: Tensor) -> Tensor:
     outputs = weights_ENK.shape[1]
     if short := _short_of_aligned(rows_RK, rows_RK.shape[1], outputs):
         rows_RK, weights_ENK = F.pad(rows_RK, (0, short[0])), F.pad(weights_ENK, (0, short[0], 0, short[1]))
-        return F.grouped_mm(rows_RK, weights_ENK.transpose(1, 2), offs=ends_E)[:, :outputs].contiguous()
-    return F.grouped_mm(rows_RK, weights_ENK.transpose(1, 2), offs=ends_E)
+    product_RN = F.grouped_mm(rows_RK, weights_ENK.transpose(1, 2), offs=ends_E)[:, :outputs].contiguous()
+    if kind_of(product_RN) == "cpu":
+        product_RN[ends_E[-1] :] = 0
+    return product_RN
 
 
 @torch.library.custom_op("tokenyard::grouped_outer", mutates_args=())

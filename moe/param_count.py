@@ -104,7 +104,7 @@ def flops_by_layer(config: ModelConfig, sequence_length: int) -> tuple[list[int]
 def training_flops_per_token(config: ModelConfig, sequence_length: int, recompute: str = "none") -> int:
     """Returns the FLOPs of one token in forward and backward: 3 x forward, for MFU, and what is computed again besides, for HFU.
 
-    `recompute` is none, block (4 x forward) or selective (`repeated_flops_per_token`).
+    `recompute` is none, offload, block (4 x forward) or selective (`repeated_flops_per_token`).
 
     Includes multi-token prediction, as if each module predicted for all tokens of the sequence.
     """
@@ -112,7 +112,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, recomput
     layers = range(config.layers, config.layers + config.mtp_depth)
     predictions = _flops(config, mtp, layers, config.mtp_depth, sequence_length)
     forward = flops_per_token(config, sequence_length) + predictions
-    again = {"none": 0, "block": forward, "selective": repeated_flops_per_token(config, sequence_length)}
+    again = {"none": 0, "offload": 0, "block": forward, "selective": repeated_flops_per_token(config, sequence_length)}
     return 3 * forward + again[recompute]
 
 

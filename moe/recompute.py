@@ -61,7 +61,7 @@ def keep(function: Callable[[], Result]) -> Result:
 
 def repeats() -> bool:
     """Whether this is a second pass, in which `keep` computes nothing."""
-    return _this_thread.tape is not None and _this_thread.tape.repeats
+    return not torch.compiler.is_compiling() and _this_thread.tape is not None and _this_thread.tape.repeats
 
 
 def in_second_pass() -> bool:

@@ -16,6 +16,7 @@ from .kernels import operators
 
 _shared: dict[tuple[int, torch.dtype], Tensor] | None = None
 """Casts by the identity of the weight and dtype."""
+_noted: list[Tensor] | None = None
 
 
 @contextmanager
@@ -29,11 +30,25 @@ def shared_casts() -> Iterator[None]:
         _shared = None
 
 
+@contextmanager
+def noted_casts() -> Iterator[list[Tensor]]:
+    """Within, casts of weights are appended to the list that this yields."""
+    global _noted
+    before, _noted = _noted, list[Tensor]()
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
 def weight_as(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `weight.to(dtype)`. Differentiable."""
-    if torch.compiler.is_compiling() or _shared is None or weight.dtype == dtype:
+    if torch.compiler.is_compiling() or weight.dtype == dtype:
         return weight.to(dtype)
-    return _SharedCast.apply(weight, dtype)  # pyright: ignore[reportReturnType]
+    cast: Any = weight.to(dtype) if _shared is None else _SharedCast.apply(weight, dtype)
+    if _noted is not None:
+        _noted.append(cast.detach())
+    return cast
 
 
 class _SharedCast(torch.autograd.Function):

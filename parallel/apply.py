@@ -17,6 +17,7 @@ from ..moe.dispatch import Dispatcher
 from ..moe.linear import Linear
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
+from .compile_blocks import compile_blocks
 from .config import Exchange, Overflow, ParallelConfig, Recompute
 from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
@@ -26,6 +27,7 @@ from .dispatch.symmetric import SymmetricDispatcher
 from .fsdp import apply_fsdp, attributes_of_pass
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
 from .mesh import Axis, Mesh
+from .offload import Offload
 from .pipeline.overlap import Overlap
 from .pipeline.run import Pipeline
 from .pipeline.stage_model import cut_model
@@ -105,10 +107,20 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if config.expert > 1:
         _apply_expert_parallel(model, mesh, shards, config)
         log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
+    one_graph = compiled and compile_blocks(model, config, mesh.stage.size)  # before that which wraps blocks or experts
+    if one_graph:
+        compiled = False  # nothing is left
+        if device.type == "cpu":
+            _name_vector_width()
     if config.expert_tensor > 1:
         apply_expert_tensor_parallel(model, mesh, shards)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
-    if config.recompute is not Recompute.none:
+    if config.recompute is Recompute.offload:
+        offload = Offload(device)
+        for block in model.blocks:
+            offload.wrap(block)
+        log.info("activations of all but two blocks are kept in the memory of the host, and return in the backward pass")
+    elif config.recompute is not Recompute.none:
         _recompute_blocks(model, config.recompute)
         log.info("activation checkpointing, %s: every block is computed again in the backward pass", config.recompute.value)
     if compiled:
@@ -117,7 +129,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         parts = "norms, and attention between its products" if eager_products else "attention, norms and dense feed-forwards"
         log.info("torch.compile: %s of every block", parts)
     if config.shard > 1:
-        apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers)
+        apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers, one_graph)
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
     model.to_empty(device=device)
     parameters = {name: _sharded(name, parameter, mesh, shards[name], model.config) for name, parameter in model.named_parameters()}
@@ -127,8 +139,7 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
         for name in pipeline.copied:
             _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
     overflow = config.exchange_overflow if config.expert > 1 and config.exchange is Exchange.symmetric else None
-    recomputes = config.recompute is not Recompute.none
-    return Parallel(model, mesh, device, parameters, config.zero, recomputes, pipeline, overflow)
+    return Parallel(model, mesh, device, parameters, config.zero, config.recompute.repeats, pipeline, overflow)
 
 
 def initialise(parallel: Parallel, seed: int) -> None:

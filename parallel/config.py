@@ -25,11 +25,17 @@ class Overflow(Enum):
 
 
 class Recompute(Enum):
-    """What a block computes again in the backward pass instead of keeping it."""
+    """What a block computes again in the backward pass instead of keeping it; or that it keeps it elsewhere."""
 
     none = "none"
     block = "block"
     selective = "selective"
+    offload = "offload"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the backward pass computes anything again."""
+        return self in (Recompute.block, Recompute.selective)
 
 
 class ContextExchange(Enum):
@@ -76,7 +82,8 @@ class ParallelConfig:
     """Chunks of a rank's tokens: one is exchanged while the experts compute another."""
     recompute: Recompute = Recompute.none
     """Activation checkpointing. block: keep only each block's input, and compute the block again in the backward pass; selective:
-    keep results of products, attention, top-k and exchanges too, and compute only norms, activations and copies again."""
+    keep results of products, attention, top-k and exchanges too, and compute only norms, activations and copies again; offload:
+    compute nothing again, and keep activations of all but two blocks in the host's memory, from which they return ahead of use."""
     timeout_seconds: float = field(default=600.0, metadata=within("(0, inf)"))
     """A collective that has not completed after this long ends the job."""
     pipeline: int = field(default=1, metadata=within("[1, inf)"))

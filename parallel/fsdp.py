@@ -25,10 +25,18 @@ from .mesh import Mesh
 from .pipeline.overlap import in_other_pass
 
 
-def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int, stages: Mapping[int, range] | None = None) -> None:
+def apply_fsdp(
+    model: Transformer,
+    mesh: Mesh,
+    device: torch.device,
+    zero: int,
+    stages: Mapping[int, range] | None = None,
+    compiled_whole: bool = False,
+) -> None:
     """Wraps blocks, their experts and the root, in this order. `stages`: the layers of each stage of this rank of a pipeline.
 
-    Experts are gathered and reduced around their MoE layer: once, however many chunks it cuts its tokens into.
+    Experts are gathered and reduced around their MoE layer: once, however many chunks it cuts its tokens into. If blocks are
+    `compiled_whole`, which needs all experts on each rank, they are so with the other weights of their block.
     """
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter.ndim)}
     # Weights are gathered in the dtype of the activations.
@@ -38,10 +46,12 @@ def apply_fsdp(model: Transformer, mesh: Mesh, device: torch.device, zero: int, 
     # No code writes into the output of an MoE layer, which is added to the residual stream.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPMoELayer\) returned a view")
     dense, experts = mesh.axis("shard", "context"), mesh.axis("expert_shard")
+    if compiled_whole:
+        assert experts.size == dense.size, "all experts are on each rank"
     dense_mesh = mesh.device_mesh(dense, "shard", device) if dense.size > 1 else None
-    expert_mesh = mesh.device_mesh(experts, "expert_shard", device) if experts.size > 1 else None
+    expert_mesh = mesh.device_mesh(experts, "expert_shard", device) if experts.size > 1 and not compiled_whole else None
     for block in model.blocks:
-        of_experts = set() if block.moe is None else set(block.moe.experts.parameters())
+        of_experts = set() if block.moe is None or compiled_whole else set(block.moe.experts.parameters())
         _wrap(block, dense_mesh, dense.size, policy, whole | of_experts)
         if block.moe is not None and expert_mesh is not None:
             _wrap(block.moe, expert_mesh, experts.size, policy, set(block.moe.parameters()) - of_experts)

@@ -103,6 +103,11 @@ def copy_to_host(x: Tensor, memory: Tensor) -> Tensor:
     return memory.copy_(x.detach(), non_blocking=x.device.type != "cpu")
 
 
+def copy_to_device(memory: Tensor, x: Tensor) -> Tensor:
+    """Copies what `host_memory` gave into `x` and returns that. It must not be used before an event recorded after this call."""
+    return x.copy_(memory, non_blocking=x.device.type != "cpu")
+
+
 class HostCopy:
     """Tensors that are being copied to the host; see `to_host`."""
 

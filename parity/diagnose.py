@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..parallel.config import Recompute
 from ..parallel.pipeline.schedule import place_of
 from .choose_layouts import DEGREES, Layout
 from .config import TOLERANCE
@@ -88,7 +87,7 @@ def numbers(layout: Layout) -> dict[str, int]:
     """Returns the degrees and counts of a layout that are more than one, by name."""
     degrees = {f"parallel.{name}": getattr(layout.parallel, name, 1) for name in DEGREES}
     counted = {"data ranks": layout.data_ranks, "ranks": layout.ranks, "micro-batches": layout.accumulation}
-    passes = {"forward passes with recomputation": 1 + (layout.parallel.recompute is not Recompute.none)}
+    passes = {"forward passes with recomputation": 1 + layout.parallel.recompute.repeats}
     return {name: number for name, number in (degrees | counted | passes).items() if number > 1}
 
 

@@ -17,7 +17,7 @@ def test_kept_bytes_are_as_predicted() -> None:
     attention = HEADS * HEAD + HEADS  # and a logarithm of a sum for each query
     router = EXPERTS + 2 * TOP_K  # logits, and ids of 8 bytes
     experts = TOP_K * 2 * HIDDEN + WIDTH  # gate and up of each choice, and the sum of the outputs
-    kept = {recompute: kept_bytes(built(recompute), 0, LENGTH) for recompute in Recompute}
+    kept = {recompute: kept_bytes(built(recompute), 0, LENGTH)[0] for recompute in Recompute}
     predicted = 4 * (products + attention + router + experts + WIDTH)
     assert predicted <= kept[Recompute.selective] < 1.02 * predicted
     assert 4 * WIDTH <= kept[Recompute.block] < 1.5 * 4 * WIDTH
@@ -36,5 +36,5 @@ def built(recompute: Recompute) -> Parallel:
 
 
 def test_table() -> None:
-    line = KeptResult("tiny", "selective", 2048.0, 3_000_000, 12_000_000)
-    assert "| tiny | selective | 2 | 3 | 25.0% |" in table([line])
+    line = KeptResult("tiny", "selective", 2048.0, 1024.0, 3_000_000, 12_000_000)
+    assert "| tiny | selective | 2 | 1 | 3 | 25.0% |" in table([line])

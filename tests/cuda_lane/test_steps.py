@@ -32,6 +32,7 @@ LAYOUTS = [
     (16, "parallel.shard=4 parallel.expert=2"),
     (64, "parallel.expert=4 parallel.expert_tensor=2 parallel.shard=16 parallel.recompute=block"),
     (8, "parallel.expert=8 parallel.overlap_chunks=2 parallel.recompute=selective"),
+    (8, "parallel.expert=2 parallel.shard=8 sequence_length=4096 parallel.recompute=offload"),
     (8, "parallel.expert=4 parallel.exchange=symmetric model.moe.capacity.factor=1.25"),
     (8, "parallel.expert=4 parallel.exchange=symmetric parallel.exchange_overflow=repair parallel.recompute=block"),
     (16, "parallel.expert=4 parallel.expert_tensor=2 parallel.exchange=symmetric parallel.recompute=selective"),

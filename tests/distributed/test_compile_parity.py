@@ -15,7 +15,7 @@ from tokenyard.parallel.config import ContextExchange, PipelineSchedule
 from tokenyard.parallel.pipeline import run
 from tokenyard.train.setup import build_parallel
 from tokenyard.train.step import StepInput, accumulate, count_totals
-from torch import Tensor, nn
+from torch import Tensor
 
 MOE = MoEConfig(experts=8, hidden=16, z_coefficient=0.01, balance=BalanceConfig(coefficient=0.05, sequence_coefficient=0.02))
 SIZES: dict[str, Any] = {"layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "vocabulary": VOCABULARY, "init_std": 0.3}
@@ -24,11 +24,13 @@ CASE = Case(
     micro_batches=2,
     length=16,
 )
-KINDS = {"norm", "causal attention", "attention with a window", "dense feed-forward"}
+KINDS = {"norm", "causal attention", "attention with a window", "dense feed-forward", "experts"}
 PIECES = {"norm", "rotated queries", "rotated keys", "causal attention", "attention with a window"}
 """What is compiled where products of weights are not."""
 LAYOUTS = {
     "interleaved": Layout(2, pipeline=2, pipeline_schedule=PipelineSchedule["interleaved"]),
+    "experts": Layout(2, expert=2),
+    "FSDP": Layout(2, shard=2),
     "context": Layout(2, context=2),
     "context, heads": Layout(2, context=2, context_exchange=ContextExchange.heads),
 }
@@ -55,7 +57,7 @@ def test_compiled_ranks_give_the_numbers_of_eager_ones(ranks: Any, layout: str) 
     """Each kind of module is one graph, collectives of attention included. Generating code is left out: it takes a minute."""
     for eager, compiled, graphs, breaks in ranks_make(ranks, LAYOUTS[layout]):
         assert_same(compiled, eager)
-        assert 2 <= graphs[0] == graphs[1] <= len(KINDS)
+        assert 1 <= graphs[0] == graphs[1] <= len(KINDS)  # a block is one graph in a pipeline, and a rank may have one kind
         assert not breaks, breaks
 
 
@@ -97,7 +99,7 @@ def both_made(layout: Layout, one_process: dict[str, Tensor]) -> tuple[Made, Mad
 
 def parallel_of(layout: Layout, compiled: bool) -> Parallel:
     config = replace(configured(layout, CASE), compile=compiled)
-    with mock.patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
         parallel = build_parallel(config, torch.device("cpu"))
     starve_expert(parallel)
     return parallel

@@ -112,12 +112,16 @@ class OnCuda(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.copy_:
-            return super().__torch_function__(func, types, args, kwargs)
+            out = super().__torch_function__(func, types, args, kwargs)
+            if isinstance(out, OnCuda) and "double" not in vars(out) and isinstance(args[0], OnCuda):  # a view
+                out.double, out.index = args[0].double, args[0].index
+            return out
         memory, source = args
-        stream = source.double.current_stream(source.index)
-        source.double.note("copy", stream)
+        there = source if isinstance(source, OnCuda) else memory
+        stream = there.double.current_stream(there.index)
+        there.double.note("copy" if there is source else "copy to device", stream)
         with torch._C.DisableTorchFunctionSubclass():
-            stream.give(lambda: memory.copy_(source.as_subclass(Tensor)))
+            stream.give(lambda: memory.as_subclass(Tensor).copy_(source.as_subclass(Tensor)))
         if not (kwargs or {}).get("non_blocking"):
             stream.run(stream.given)
         return memory
@@ -193,8 +197,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> CudaDouble:
     for name in ("is_initialized", "current_device", "set_device", "current_stream", "Stream", "Event", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(double, name))
 
-    def pinned_empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        memory = empty(*args, **kwargs)
+    def pinned_empty(*args: Any, pin_memory: bool = False, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is not None and device.type == "cuda":
+            return double.tensor(empty(*args, **kwargs).fill_(-1), device.index)
+        memory = empty(*args, device=device, **kwargs)
         if pin_memory:
             double.pinned.append(memory.data_ptr())
             memory.fill_(-1)

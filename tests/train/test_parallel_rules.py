@@ -22,6 +22,8 @@ REFUSED = [
      "parallel.recompute=selective"),
     (1, "parallel.recompute=selective compile=true", "parallel.recompute=selective: must be none or block with compile=true",
      "parallel.recompute=block"),
+    (1, "parallel.recompute=offload compile=true", "parallel.recompute=offload: must be none or block with compile=true",
+     "parallel.recompute=block"),
     (4, "parallel.expert=4 parallel.exchange=symmetric parallel.overlap_chunks=2",
      "parallel.overlap_chunks=2: must be 1 with parallel.exchange=symmetric", "parallel.overlap_chunks=1"),
     (8, "parallel.expert=4 parallel.exchange=symmetric launch=torchrun launch.nodes=4 launch.ranks=2",

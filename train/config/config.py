@@ -261,7 +261,8 @@ class Config:
     device: Device = Device.auto
     """auto: cuda if available, else cpu. The device decides the backend: nccl or gloo."""
     compile: bool = False
-    """Compile each block with torch.compile; with pipeline_schedule=zbh1 or zbv only norms, and attention between its products."""
+    """Compile blocks with torch.compile: each as one graph if nothing in it is exchanged between ranks, else in parts;
+    with pipeline_schedule=zbh1 or zbv only norms, and attention between its products."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -194,8 +194,8 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
 
 
 def recompute(config: Config, world: int) -> Iterator[Violation]:
-    """Checks what a compiled block can keep: its operators are fused, and cannot be kept one by one."""
-    if config.compile and config.parallel.recompute is Recompute.selective:
+    """Checks what a compiled block can keep: its operators are fused, and results cannot be kept, or sent away, one by one."""
+    if config.compile and config.parallel.recompute in (Recompute.selective, Recompute.offload):
         yield Violation("parallel.recompute", "must be none or block with compile=true", [Recompute.block])
 
 

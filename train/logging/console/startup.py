@@ -94,7 +94,8 @@ def _machine(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     """Layout, device and precision."""
     parallel = config.parallel
     compiled = ", compiled" if config.compile else ""
-    recompute = "" if parallel.recompute is Recompute.none else f", activations recomputed ({parallel.recompute.value})"
+    recompute = f", activations recomputed ({parallel.recompute.value})" if parallel.recompute.repeats else ""
+    recompute = ", activations in host memory" if parallel.recompute is Recompute.offload else recompute
     peak = f"; peak {flops(facts.peak_flops)}/s, {facts.peak_source}" if math.isfinite(facts.peak_flops) else ""
     return [
         ("layout", layout_text(parallel, facts.ranks)),
