@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..parallel.config import Recompute
 from ..plan.cluster import Cluster, read_cluster
 from ..plan.experiment_file import write_experiment
 from ..plan.search import Found, Goal, Planner
@@ -113,6 +114,9 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     if linear:
         rule = f"has {linear} layers of gated DeltaNet, whose memory only the dry run knows"
         raise ConfigError(f"plan: the model {rule}; nearest valid: tokenyard plan --dry-run")
+    if "parallel.recompute" in keys and config.parallel.recompute is Recompute.offload:
+        rule = "what it copies, and how long that takes, only the dry run and a GPU know"
+        raise ConfigError.of("parallel.recompute", "offload", rule, "parallel.recompute=block")
     named = [word.partition("=")[2] for word in rest if word.startswith("model=")]
     fixed = {key.removeprefix("parallel."): None for key in keys if key.startswith("parallel.")}
     fixed = {name: getattr(config.parallel, name) for name in fixed}

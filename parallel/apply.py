@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from ..moe import init
 from ..moe.config import ModelConfig
 from ..moe.dispatch import Dispatcher
-from ..moe.linear import Linear
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
 from .compile_blocks import compile_blocks
@@ -107,11 +106,8 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if config.expert > 1:
         _apply_expert_parallel(model, mesh, shards, config)
         log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
-    one_graph = compiled and compile_blocks(model, config, mesh.stage.size)  # before that which wraps blocks or experts
-    if one_graph:
-        compiled = False  # nothing is left
-        if device.type == "cpu":
-            _name_vector_width()
+    # Before recomputation wraps blocks, and slices of experts wrap experts.
+    one_graph = compiled and compile_blocks(model, config, mesh.stage.size, device)
     if config.expert_tensor > 1:
         apply_expert_tensor_parallel(model, mesh, shards)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
@@ -123,11 +119,6 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     elif config.recompute is not Recompute.none:
         _recompute_blocks(model, config.recompute)
         log.info("activation checkpointing, %s: every block is computed again in the backward pass", config.recompute.value)
-    if compiled:
-        eager_products = pipeline is not None and pipeline.defers_weights
-        _compile(model, device, eager_products)
-        parts = "norms, and attention between its products" if eager_products else "attention, norms and dense feed-forwards"
-        log.info("torch.compile: %s of every block", parts)
     if config.shard > 1:
         apply_fsdp(model, mesh, device, config.zero, None if pipeline is None else pipeline.layers, one_graph)
         log.info("FSDP2, as ZeRO-%d: %d ranks shard each dense parameter", config.zero, config.shard)
@@ -191,36 +182,6 @@ def _recompute_blocks(model: Transformer, recompute: Recompute) -> None:
         settings["context_fn"] = functools.partial(selective_contexts, model.config.width)
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, **settings)
-
-
-def _compile(model: Transformer, device: torch.device, eager_products: bool) -> None:
-    """Compiles all but routing, dispatch and experts, whose shapes depend on the tokens.
-
-    Compiled code computes the gradients of all its inputs at once. With `eager_products`, for pipelines that defer the gradients of
-    weights, products with weights stay outside of it, and so do dense feed-forwards, whose activation has a kernel of its own.
-    """
-    if device.type == "cpu":
-        _name_vector_width()
-    for block in model.blocks:
-        norms = (block.attention_norm, block.attention_post_norm, block.feedforward_norm, block.feedforward_post_norm)
-        for module in (block.attention, *norms, None if eager_products else block.dense):
-            if module is not None:
-                module.compile()
-        for part in block.attention.modules() if eager_products else ():
-            if isinstance(part, Linear):
-                eager: Any = torch.compiler.disable(part.forward)
-                part.forward = eager
-
-
-def _name_vector_width() -> None:
-    """Makes the width of this CPU's vectors a part of the key of torch's cache of compiled graphs.
-
-    A folder in a home or a /tmp that moves between machines would otherwise give code for wider vectors than a kernel is built with
-    (torch 2.13), which overwrites memory.
-    """
-    from torch._inductor import config, cpu_vec_isa  # takes seconds to import
-
-    config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width()
 
 
 def _sharded(name: str, parameter: nn.Parameter, mesh: Mesh, shard: ShardMetadata, config: ModelConfig) -> ShardedParameter:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..moe.config import ModelConfig, Selection
 from ..moe.dispatch import Choices
 from ..moe.experts import Experts
+from ..moe.linear import Linear
 from ..moe.model import Block, Transformer
 from .config import ParallelConfig
 from .pipeline.schedule import ZERO_BUBBLE
@@ -25,20 +26,26 @@ MOST_GRAPHS = 64
 """Kinds of block, and shapes, that one process may compile; torch's limit is 8."""
 
 
-def compile_blocks(model: Transformer, config: ParallelConfig, stage_ranks: int) -> bool:
-    """Compiles whole blocks and returns True; or, if the ranks of a stage communicate in blocks, experts alone.
+def compile_blocks(model: Transformer, config: ParallelConfig, stage_ranks: int, device: torch.device) -> bool:
+    """Compiles whole blocks and returns True; or, if the ranks of a stage communicate in blocks, the parts between and experts.
 
-    With a schedule that defers the gradients of weights it does neither: compiled code computes all gradients at once.
+    With a schedule that defers the gradients of weights it compiles what has none: compiled code computes the gradients of all its
+    inputs at once.
     """
+    if device.type == "cpu":
+        _name_vector_width()
     if config.pipeline_schedule in ZERO_BUBBLE:
+        compile_parts(model, eager_products=True)
+        log.info("torch.compile: norms, and attention between its products, of every block")
         return False
     exchanged = exchanged_in_blocks(model.config, config, stage_ranks)
     if exchanged is None:
         compile_whole_blocks(model)
         log.info("torch.compile: every block as one graph")
         return True
+    compile_parts(model, eager_products=False)
     compile_experts(model)
-    log.info("torch.compile: experts of any number of rows; blocks are several graphs, because they exchange %s", exchanged)
+    log.info("torch.compile: attention, norms, feed-forwards and experts of every block, which exchange %s between", exchanged)
     return False
 
 
@@ -60,6 +67,23 @@ def compile_whole_blocks(model: Transformer) -> None:
     compiled = _shared(Block.forward)
     for block in model.blocks:
         block.forward = functools.partial(_run_block, compiled, block)
+
+
+def compile_parts(model: Transformer, eager_products: bool) -> None:
+    """Compiles all but routing, dispatch and experts.
+
+    With `eager_products` products with weights stay outside of it, and so do dense feed-forwards, whose activation has a kernel of
+    its own.
+    """
+    for block in model.blocks:
+        norms = (block.attention_norm, block.attention_post_norm, block.feedforward_norm, block.feedforward_post_norm)
+        for module in (block.attention, *norms, None if eager_products else block.dense):
+            if module is not None:
+                module.compile()
+        for part in block.attention.modules() if eager_products else ():
+            if isinstance(part, Linear):
+                eager: Any = torch.compiler.disable(part.forward)
+                part.forward = eager
 
 
 def compile_experts(model: Transformer) -> None:
@@ -91,3 +115,14 @@ def _run_experts(
         if each is not None:
             torch._dynamo.maybe_mark_dynamic(each, 0)
     return compiled(experts, x, counts_E, choices, keys_R)
+
+
+def _name_vector_width() -> None:
+    """Makes the width of this CPU's vectors a part of the key of torch's cache of compiled graphs.
+
+    A folder in a home or a /tmp that moves between machines would otherwise give code for wider vectors than a kernel is built with
+    (torch 2.13), which overwrites memory.
+    """
+    from torch._inductor import config, cpu_vec_isa  # takes seconds to import
+
+    config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width()

@@ -9,9 +9,10 @@ from dataclasses import fields, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
-from ..parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule, Recompute
+from ..parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule
 from ..train.config.config import BatchConfig, Config
 from ..train.config.rules.rules import layout_violations
+from .workload import AGAIN
 
 STAGES = 16
 """The most ranks of a pipeline."""
@@ -104,7 +105,7 @@ def _of_degrees(
         for staged in _product({"pipeline_schedule": schedules, **passes}, fixed):
             if not is_legal(config, replace(first, **staged), batch, world):
                 continue
-            for kept in _product({"zero": zeros, "recompute": list(Recompute)}, fixed):
+            for kept in _product({"zero": zeros, "recompute": list(AGAIN)}, fixed):
                 group = [Candidate(replace(first, **staged, **kept, **exchange), batch, world) for exchange in exchanges]
                 if group and is_legal(config, group[0].parallel, batch, world):
                     yield group

@@ -113,20 +113,19 @@ def test_experts_alone_are_compiled_behind_an_exchange_and_none_where_gradients_
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = list[str]()
-    for name in ("compile_whole_blocks", "compile_experts"):
-        monkeypatch.setattr(compile_blocks, name, lambda _, name=name: calls.append(name))
+    for name in ("compile_whole_blocks", "compile_parts", "compile_experts"):
+        monkeypatch.setattr(compile_blocks, name, lambda _, name=name, **how: calls.append(name + str(how or "")))
     with torch.device("meta"):
         model = Transformer(MODEL)
     caplog.set_level("INFO", "tokenyard")
     behind = ParallelConfig(expert=2, exchange=Exchange.deduplicated)
     deferring = ParallelConfig(pipeline=2, pipeline_schedule=PipelineSchedule["zbh1"])
-    assert [compile_blocks.compile_blocks(model, config, 2) for config in (ParallelConfig(), behind, deferring)] == [
-        True,
-        False,
-        False,
-    ]
-    assert calls == ["compile_whole_blocks", "compile_experts"]
-    assert "blocks are several graphs, because they exchange rows of experts" in caplog.text
+    cpu = torch.device("cpu")
+    whole = [compile_blocks.compile_blocks(model, config, 2, cpu) for config in (ParallelConfig(), behind, deferring)]
+    assert whole == [True, False, False]
+    parts = "compile_parts{'eager_products': False}", "compile_experts"
+    assert calls == ["compile_whole_blocks", *parts, "compile_parts{'eager_products': True}"]
+    assert "experts of every block, which exchange rows of experts between" in caplog.text
 
 
 def test_outside_of_training_blocks_run_as_they_are(graphs: CompileCounterWithBackend) -> None:

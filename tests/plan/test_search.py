@@ -136,6 +136,7 @@ def test_an_experiment_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFi
         ([*WORDS, "precision=fp32"], "precision=fp32: must be bf16"),
         ([*WORDS, "parallel.tensor=3"], "has no layout on h100x8 with tensor=3"),
         (["model=qwen3_next_80b_a3b", "cluster=h100x8"], "layers of gated DeltaNet"),
+        (["model=mixtral_8x7b", "cluster=h100x8", "parallel.recompute=offload"], "parallel.recompute=offload: what it copies"),
         ([*WORDS, "parallel.recompute=block", "--explain", "99"], "--explain=99: must be at most the"),
         ([*WORDS, "--write", "mine"], "--write=mine: must be experiment=NAME; nearest valid: --write experiment=mine"),
         ([*WORDS, "--write", "experiment=a/b"], "must be a name of small letters"),
