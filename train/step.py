@@ -23,7 +23,7 @@ from ..parallel.config import Overflow
 from ..parallel.context import own_chunks
 from ..parallel.fsdp import end_deferred_gradients, prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
-from ..parallel.pipeline.p2p import Message
+from ..parallel.pipeline.p2p import StageMessage
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
 from ..parallel.pipeline.schedule import WEIGHTS, Action
 from ..parallel.pipeline.stage_model import takes_earlier
@@ -158,7 +158,7 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
     """Runs forward and backward of all micro-batches through this rank's stages. Returns the shares of each."""
     micro_batches, shares = step_input.rows, list[Losses]()
 
-    def forward(stage: int, micro: int, received: Message | None) -> StageResult:
+    def forward(stage: int, micro: int, received: StageMessage | None) -> StageResult:
         output, share = forward_stage(parallel, pipeline, stage, received, micro_batches[micro], totals, step_input.position)
         shares.append(share)
         return StageResult(output, share.objective)
@@ -190,7 +190,7 @@ def forward_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows, totals: T
     """Returns the losses of one micro-batch in this rank's stages."""
     shares = []
 
-    def forward(stage: int, received: Message | None) -> Message:
+    def forward(stage: int, received: StageMessage | None) -> StageMessage:
         output, share = forward_stage(parallel, pipeline, stage, received, rows, totals, position)
         shares.append(share)
         return output
@@ -199,17 +199,17 @@ def forward_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows, totals: T
     return add_shares(shares)
 
 
-def between_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows) -> dict[int, Message]:
+def between_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows) -> dict[int, StageMessage]:
     """Returns empty tensors like the messages about `rows` to and from this rank's stages, by the stage that they enter forward."""
     config, (sequences, length), activations = parallel.model.config, rows.ids.shape, parallel.model.activations
     x_BSD = rows.ids.new_empty(sequences, length // parallel.mesh.sequence.size, config.width, dtype=activations)
     columns, wide = config.moe.experts + config.moe.router.null_experts, torch.promote_types(activations, torch.float32)
 
-    def entering(layer: int) -> Message:
+    def entering(layer: int) -> StageMessage:
         earlier_BSD, pooled_LBC = x_BSD if takes_earlier(config, layer) else None, None
         if config.moe.balance.pool_layers and (layers := sum(map(config.moe_layer, range(layer)))):
             pooled_LBC = rows.ids.new_empty(layers, sequences, 2 * columns + 1, dtype=wide)
-        return Message(x_BSD, earlier_BSD, pooled_LBC)
+        return StageMessage(x_BSD, earlier_BSD, pooled_LBC)
 
     borders = {stage + after: (inside.start, inside.stop)[after] for stage, inside in pipeline.layers.items() for after in (0, 1)}
     return {stage: entering(layer) for stage, layer in borders.items()}
@@ -219,11 +219,11 @@ def forward_stage(
     parallel: Parallel,
     pipeline: Pipeline,
     stage: int,
-    received: Message | None,
+    received: StageMessage | None,
     rows: Rows,
     totals: Totals,
     position: BatchPosition | None,
-) -> tuple[Message, Losses]:
+) -> tuple[StageMessage, Losses]:
     """Returns what the next stage takes, and the stage's share of the losses of one micro-batch."""
     config, mesh = parallel.model.config, parallel.mesh
     position = (position or BatchPosition())._replace(row=rows.first)

@@ -17,7 +17,7 @@ from ..progress import PROGRESS, waiting
 from .schedule import BACKWARD, FORWARD, Action, place_of
 
 
-class Message(NamedTuple):
+class StageMessage(NamedTuple):
     """What a stage sends to the next one, or the gradients of it that the next one sends back."""
 
     x_BSD: Tensor
@@ -27,9 +27,9 @@ class Message(NamedTuple):
     pooled_LBC: Tensor | None = None
     """With model.moe.balance.pool_layers what is pooled of all MoE layers so far: `pooled_sums` of train/loss.py."""
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Message":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "StageMessage":
         """Returns the message with `function` of each of its tensors."""
-        return Message._make(None if tensor is None else function(tensor) for tensor in self)
+        return StageMessage._make(None if tensor is None else function(tensor) for tensor in self)
 
     def tensors(self) -> list[Tensor]:
         """Returns those that there are, in the order in which they travel."""
@@ -65,13 +65,13 @@ class Mail:
     """The messages of one pass through the pipeline. `likes`: empty tensors like the messages to and from each stage, by the one
     to which the activations go."""
 
-    def __init__(self, links: Links, likes: Mapping[int, Message]) -> None:
+    def __init__(self, links: Links, likes: Mapping[int, StageMessage]) -> None:
         self.links, self.likes = links, likes
-        self.coming: dict[Action, tuple[Message, list[Any]]] = {}
+        self.coming: dict[Action, tuple[StageMessage, list[Any]]] = {}
         """What is being received, by the action that needs it."""
         self.going: list[tuple[Tensor, Any, int]] = []
         """What is being sent, and to which rank, kept until it has left."""
-        self.here: dict[Action, Message] = {}
+        self.here: dict[Action, StageMessage] = {}
         """What one stage of this rank computed for another one, by the action that needs it."""
         PROGRESS.in_schedule = True
 
@@ -87,7 +87,7 @@ class Mail:
         peer, group = self.links.peer(needed.stage), self.links.groups[action.kind, place, self.links.place]
         self.coming[action] = message, [dist.irecv(tensor, peer, group=group) for tensor in message.tensors()]
 
-    def take(self, action: Action) -> Message | None:
+    def take(self, action: Action) -> StageMessage | None:
         """Returns what `action` needs from another stage; None for the first forward and the first backward pass."""
         PROGRESS.passes += 1
         if action in self.here:
@@ -102,7 +102,7 @@ class Mail:
                 work.wait()
         return message
 
-    def send(self, action: Action, result: Message) -> None:
+    def send(self, action: Action, result: StageMessage) -> None:
         """Begins to send the result of `action` to the rank that needs it, unless that is this rank."""
         to = action.stage + (1 if action.kind == FORWARD else -1)
         result, place = result.each(lambda tensor: tensor.detach().contiguous()), self.links.place_of(to)

@@ -13,7 +13,7 @@ from ...moe.deferred import WeightGradient, add_weight_gradients
 from ..config import PipelineSchedule
 from ..progress import in_phase
 from .overlap import Overlap
-from .p2p import Links, Mail, Message
+from .p2p import Links, Mail, StageMessage
 from .pairs import Unit, units
 from .schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action
 
@@ -79,20 +79,20 @@ class Pipeline:
 class StageResult(NamedTuple):
     """What a stage computes of a micro-batch."""
 
-    output: Message
+    output: StageMessage
     """For the next stage; of the last stage nobody uses it."""
     objective: Tensor
     """The stage's own share of the objective: the losses of its layers, and of the head if it has that."""
 
 
-Forward = Callable[[int, int, Message | None], StageResult]
+Forward = Callable[[int, int, StageMessage | None], StageResult]
 """Takes a stage, a micro-batch, and the message from the stage before it (None for the first stage)."""
 
 
 def run_schedule(
     pipeline: Pipeline,
     micros: int,
-    likes: Mapping[int, Message],
+    likes: Mapping[int, StageMessage],
     forward: Forward,
     around: Callable[[Action, bool], AbstractContextManager[None]],
     deferred: list[WeightGradient],
@@ -105,10 +105,10 @@ def run_schedule(
     has to travel.
     """
     mail, schedule = Mail(pipeline.links, likes), pipeline.units(micros)
-    kept: dict[tuple[int, int], tuple[Message | None, StageResult]] = {}
+    kept: dict[tuple[int, int], tuple[StageMessage | None, StageResult]] = {}
     left: dict[tuple[int, int], list[WeightGradient]] = {}
 
-    def act(action: Action, received: Message | None, last: bool) -> None:
+    def act(action: Action, received: StageMessage | None, last: bool) -> None:
         if action.kind == FORWARD:
             received = received and received.each(Tensor.requires_grad_)
             with _named(action):
@@ -140,7 +140,9 @@ def run_schedule(
     mail.close()
 
 
-def run_forward(pipeline: Pipeline, likes: Mapping[int, Message], forward: Callable[[int, Message | None], Message]) -> None:
+def run_forward(
+    pipeline: Pipeline, likes: Mapping[int, StageMessage], forward: Callable[[int, StageMessage | None], StageMessage]
+) -> None:
     """Passes one micro-batch forward through this rank's stages. Collective over the pipeline. `likes`: see `Mail`."""
     mail = Mail(pipeline.links, likes)
     for stage in pipeline.layers:
@@ -157,7 +159,7 @@ def _named(action: Action) -> AbstractContextManager[None]:
     return in_phase(f"{what} of micro-batch {action.micro} through stage {action.stage}")
 
 
-def _backward(result: StageResult, received: Message | None) -> None:
+def _backward(result: StageResult, received: StageMessage | None) -> None:
     pairs: list[tuple[Tensor, Tensor | None]] = [(result.objective, None)]
     if received is not None:
         pairs += zip(result.output.tensors(), received.tensors(), strict=True)

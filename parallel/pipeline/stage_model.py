@@ -11,7 +11,7 @@ from ...moe.router import RoutingStats
 from ...moe.token_info import BatchPosition, build_token_info
 from ..config import ParallelConfig
 from ..mesh import Mesh
-from .p2p import Links, Message
+from .p2p import Links, StageMessage
 from .run import Pipeline
 from .stages import copies_embedding, cut_layers, has_embedding, layers_on
 
@@ -50,11 +50,11 @@ def stage_forward(
     ids_BS: Tensor,
     valid_BS: Tensor | None,
     stage: int,
-    received: Message | None,
+    received: StageMessage | None,
     head_losses: list[HeadLoss],
     position: BatchPosition | None = None,
     documents_BS: Tensor | None = None,
-) -> tuple[Message, list[Tensor], list[RoutingStats]]:
+) -> tuple[StageMessage, list[Tensor], list[RoutingStats]]:
     """Runs one of this rank's stages (`layers`, by stage): `Transformer.forward` from what it `received` (None: the embedding) on.
 
     Returns what the next stage takes, the stage's losses (of the stage `last` only), and the statistics of its MoE layers.
@@ -63,19 +63,19 @@ def stage_forward(
     tokens = build_token_info(ids_BS, valid_BS, (position or BatchPosition()) if model.training else None, model.is_random)
     rotary = model.rotary_tables(config, 0, ids_BS.shape[1], ids_BS.device, model.activations, documents_BS)
     rotary = rotary._replace(blocks=model.block_masks(config, ids_BS, model.activations, documents_BS))
-    stream, earlier_BSD, _ = Message(model.embed(ids_BS, tokens)) if received is None else received
+    stream, earlier_BSD, _ = StageMessage(model.embed(ids_BS, tokens)) if received is None else received
     stats: list[RoutingStats] = []
     for index in layers[stage]:
         stream, routed, earlier_BSD = model.layers[str(index)](stream, rotary, tokens._replace(layer=index), None, earlier_BSD)
         stats += [] if routed is None else [routed]
     if stage < last:
-        return Message(stream, earlier_BSD if takes_earlier(config, layers[stage].stop) else None), [], stats
+        return StageMessage(stream, earlier_BSD if takes_earlier(config, layers[stage].stop) else None), [], stats
     normed_BSD = model.output_dropout(model.norm(stream), model.dropout_keys(stream, tokens))
     losses = [model.head(normed_BSD, head_losses[0])]
     if model.training:
         hidden_BSD = normed_BSD if config.mtp_after_norm else stream
         losses += model.mtp_losses(hidden_BSD, ids_BS, tokens, rotary, stats, head_losses[1:])
-    return Message(stream), losses, stats
+    return StageMessage(stream), losses, stats
 
 
 def takes_earlier(config: ModelConfig, layer: int) -> bool:

@@ -18,7 +18,7 @@ from ....moe.router import Router, Routing
 from ....parallel.apply import Parallel
 from ....parallel.collectives import max_over, stack_over, sum_over
 from ....parallel.context import own_chunks
-from ....parallel.pipeline.p2p import Message
+from ....parallel.pipeline.p2p import StageMessage
 from ....parallel.pipeline.run import run_forward
 from ...batch import Rows, as_rows
 from ...session import Session
@@ -242,7 +242,7 @@ def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, l
     return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
 
 
-def run_stage(parallel: Parallel, rows: Rows, heads: list[HeadLoss], stage: int, received: Message | None) -> Message:
+def run_stage(parallel: Parallel, rows: Rows, heads: list[HeadLoss], stage: int, received: StageMessage | None) -> StageMessage:
     """Returns what the stage of a pipeline after this one takes."""
     valid_BS = rows.targets != IGNORE
     return parallel.model(rows.ids, valid_BS, stage=stage, received=received, head_losses=heads, documents_BS=rows.documents)[0]
