@@ -178,6 +178,11 @@ def add_mtp(share: Losses, summed: list[Tensor], config: ModelConfig, totals: To
     return share._replace(objective=objective, mtp_D=mtp_D.detach() / mesh.tensor.size)
 
 
+def without_graph(share: Losses) -> Losses:
+    """Returns the numbers of a micro-batch without what they were made of, which exchanges would keep until the step ends."""
+    return Losses(*(x.detach() for x in share))
+
+
 def among_all_layers(share: Losses, rows: list[int], layers: int, columns: int, mtp_depth: int, metrics: int) -> Losses:
     """Returns the share of a pipeline stage with the numbers of its MoE layers at their places `rows` among all `layers`; zeros
     elsewhere. Shares of all stages then add up as those of micro-batches do.

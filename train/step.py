@@ -31,7 +31,18 @@ from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
 from .batch import Rows, targets_ahead, valid_targets
-from .loss import LAYER_FIELDS, Losses, Totals, add_mtp, add_pooled_balance, add_shares, among_all_layers, losses, pooled_sums
+from .loss import (
+    LAYER_FIELDS,
+    Losses,
+    Totals,
+    add_mtp,
+    add_pooled_balance,
+    add_shares,
+    among_all_layers,
+    losses,
+    pooled_sums,
+    without_graph,
+)
 from .optimizer import set_learning_rate
 from .step_flags import NO_FLAGS, GlobalFlags, RankFlags, encode_flags, is_sound, read_flags
 
@@ -116,7 +127,7 @@ def accumulate(parallel: Parallel, step_input: StepInput, totals: Totals) -> lis
         share = forward(parallel, rows, totals, step_input.position)
         with gradient_all_reduce(parallel) if last else nullcontext():
             backward(share)
-        shares.append(share)
+        shares.append(without_graph(share))
     return shares
 
 
@@ -160,7 +171,7 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
 
     def forward(stage: int, micro: int, received: StageMessage | None) -> StageResult:
         output, share = forward_stage(parallel, pipeline, stage, received, micro_batches[micro], totals, step_input.position)
-        shares.append(share)
+        shares.append(without_graph(share))
         return StageResult(output, share.objective)
 
     model, end_of = parallel.model, {each.stage: each for unit in pipeline.units(len(micro_batches)) for each in unit}

@@ -52,8 +52,8 @@ def test_layers_and_micro_batches_that_follow(words: str, world: int, apart: Cal
 
 
 def test_a_stage_keeps_nothing_of_micro_batches_that_are_done(apart: Callable[..., Any]) -> None:
-    """Messages leave, and results of a micro-batch are a few numbers."""
-    words = f"{TINY} model.layers=4 parallel.pipeline=2 parallel.expert=2"
+    """Messages leave, and results of a micro-batch are a few numbers, without the plans of the exchange in its graph."""
+    words = f"{TINY} model.layers=4 parallel.pipeline=2 parallel.expert=2 parallel.exchange=deduplicated"
     few, many = (apart(facts_of, f"{words} batch.sequences={2 * micro_batches}", 0, 4) for micro_batches in (3, 6))
     grown = {purpose: size - few.purposes.get(purpose, 0) for purpose, size in many.purposes.items()}
     assert 0 < grown.pop("other") < 3 * 40 * BLOCK
