@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..parallel.pipeline.stages import has_embedding
 from .held_parameters import Held
 from .sized.autograd import Buffer, Node, Value, run_backward
 from .sized.ends import embed, end, run_block
@@ -86,13 +87,13 @@ class Stages:
             units.append(self._block(index, layers, place))
             shards.append(place.stored * self.held.shards(index) if grows else 0)
         if last:
-            units.append(self._end(place))
+            units.append(self._end(layers, place))
             shards.append(
                 sum(place.stored * self.held.shards(config.layers + depth) for depth in range(config.mtp_depth))
                 if fsdp and place.first and place.reduces
                 else 0
             )
-        root_shards, root = self.held.root(first, last)
+        root_shards, root = self.held.root(has_embedding(config, first, last), last)
         gathers = place.narrow * root if fsdp and not place.whole else 0
         forward = _Sum({"gathered by FSDP": gathers, "residual stream": stream})
         for unit in units:
@@ -105,9 +106,9 @@ class Stages:
         whole = [0] * first + [place.narrow * self.held.gathered_of(index) for index in layers] + [0] * last
         whole = whole if place.whole and place.final else [0] * len(units)
         for unit, grown, dropped in zip(reversed(units), reversed(shards), reversed(whole), strict=True):
+            backward.now["gathered by FSDP"] -= dropped  # before its gradients are reduced
             backward.add(unit.backward)
             backward.now["gradients"] += grown
-            backward.now["gathered by FSDP"] -= dropped
         after = Counter(backward.now)
         after.subtract({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
         if fsdp and root and place.reduces:
@@ -143,13 +144,15 @@ class Stages:
     def _embedding(self, place: Place) -> Unit:
         return self._unit("embedding", place, lambda rank, _: [embed(rank, self.shape)], 0)
 
-    def _end(self, place: Place) -> Unit:
-        depths = range(self.shape.config.mtp_depth)
-        fsdp = place.casts is Casts.gathered
+    def _end(self, layers: range, place: Place) -> Unit:
+        """The backward pass of a module of multi-token prediction gathers the block before it."""
+        further = range(self.shape.config.layers, self.shape.config.layers + self.shape.config.mtp_depth)
+        fsdp, held = place.casts is Casts.gathered, self.held.gathered
         arounds = [
-            Around(self.held.gathered(self.shape.config.layers + depth), NOTHING, NOTHING) if fsdp else None for depth in depths
+            Around(held(index), NOTHING, held(index - 1) if layers or depth else NOTHING) if fsdp else None
+            for depth, index in enumerate(further)
         ]
-        return self._unit("end", place, lambda rank, x: end(rank, self.shape, x, arounds), 0)
+        return self._unit(("end", bool(layers)), place, lambda rank, x: end(rank, self.shape, x, arounds), 0)
 
     def _unit(self, what: Any, place: Place, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
         if (what, place) not in self._units:

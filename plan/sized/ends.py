@@ -130,7 +130,7 @@ def _head(rank: Sized, shape: BlockShape, x: Value) -> Value:
     grad_weight = rank.labelled("gradients", lambda: rank.bytes(rank.wide * weight))
     rows = min(shape.seen, max(1, LOGITS // columns))
     narrow = c.output_softcap is None and c.output_multiplier == 1.0 and rank.narrow <= 4
-    logits = rank.bytes(rows * columns * (rank.narrow if narrow else rank.narrow + 2 * rank.wide))
+    logits = rank.bytes(rows * columns * (rank.narrow if narrow else 2 * (rank.narrow + rank.wide)))
     product = rank.new(weight) if rank.narrow != rank.wide else None
     del cast, logits, product
     kept = [grad_x, grad_weight]
