@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.moe.param_count import count
-from tokenyard.parallel.config import Exchange, ParallelConfig, Recompute
+from tokenyard.parallel.config import OWN_EXCHANGES, ParallelConfig, Recompute
 from tokenyard.parity.choose_layouts import DEGREES, Layout, all_layouts, is_legal, parse_layouts, prepare_config
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import ParityConfig
@@ -50,7 +50,7 @@ def test_automatic_layouts_cover_every_split_and_option() -> None:
         (recompute, accumulation) for recompute in Recompute for accumulation in (1, 2)
     }
     assert Layout(4, ParallelConfig(tensor=2, shard=2, expert=4)) in layouts
-    assert {layout.parallel.exchange for layout in layouts if layout.parallel.expert > 1} == set(Exchange)
+    assert {layout.parallel.exchange for layout in layouts if layout.parallel.expert > 1} == set(OWN_EXCHANGES)
     assert Layout() not in layouts
 
 
