@@ -22,7 +22,7 @@ from ..moe.dispatch import Dispatcher
 from ..moe.router import Router, Routing
 from ..parallel.apply import build_dispatcher
 from ..parallel.collectives import sum_over
-from ..parallel.config import Exchange, ParallelConfig
+from ..parallel.config import OWN_EXCHANGES, Exchange, ParallelConfig
 from ..parallel.mesh import Axis, build_mesh
 from .comm_trace import Traffic
 from .rank_processes import answer, join, on_ranks
@@ -88,7 +88,7 @@ def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[
         x_TD, routing = routed(ROUTINGS[name], tokens, width)
         world, experts = dist.get_world_size(), ROUTINGS[name].experts
         # The symmetric one writes into memory, which no collective counts.
-        exchanges = [exchange for exchange in Exchange if exchange is not Exchange.symmetric]
+        exchanges = [exchange for exchange in OWN_EXCHANGES if exchange is not Exchange.symmetric]
         configs = [ParallelConfig(expert=world, exchange=exchange, node_ranks=world // 2) for exchange in exchanges]
         makers = {config.exchange.value: build_dispatcher(experts, build_mesh(config), config) for config in configs}
         seconds: dict[str, list[float]] = {exchange: [] for exchange in makers}

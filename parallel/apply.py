@@ -22,6 +22,7 @@ from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
 from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
+from .dispatch.deepep import DeepEPDispatcher
 from .dispatch.symmetric import SymmetricDispatcher
 from .fsdp import apply_fsdp, attributes_of_pass
 from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
@@ -53,6 +54,8 @@ def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispat
             return DeduplicatedDispatcher(experts, node_axes(mesh, local), chunks)
         case Exchange.gather:
             return AllGatherDispatcher(experts, axis, chunks)
+        case Exchange.deepep:
+            return DeepEPDispatcher(experts, axis, chunks)
         case Exchange.symmetric:
             return SymmetricDispatcher(experts, axis, config.exchange_rows, config.exchange_overflow is Overflow.repair)
 

@@ -14,6 +14,12 @@ class Exchange(Enum):
     hierarchical = "hierarchical"
     gather = "gather"
     symmetric = "symmetric"
+    deepep = "deepep"
+
+
+OWN_EXCHANGES = [each for each in Exchange if each is not Exchange.deepep]
+"""Those that need no other package."""
+DEEPEP_LACKS = "needs the package deep_ep, which `python setup.py install` in a clone of github.com/deepseek-ai/DeepEP installs"
 
 
 class Overflow(Enum):
@@ -69,7 +75,8 @@ class ParallelConfig:
     """Attention gathers keys and values of all tokens (MLA: latents), or exchanges tokens for heads as in Ulysses (heads)."""
     exchange: Exchange = Exchange.plain
     """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); all tokens (gather); a row
-    per token and expert, put straight into room of fixed size inside a node, so that the host waits for no counts (symmetric)."""
+    per token and expert, put straight into room of fixed size inside a node, so that the host waits for no counts (symmetric);
+    deduplicated, by the kernels of the package deep_ep, in bf16 on GPUs (deepep)."""
     exchange_rows: float = field(default=2.0, metadata=within("(0, inf)"))
     """Room for the rows of a rank's experts with exchange=symmetric, over their number at an even load; from parallel.expert on
     everything fits."""

@@ -18,7 +18,7 @@ from ...moe.config import ModelConfig, MoEConfig
 from ...moe.model import Transformer
 from ...parallel.apply import Parallel, build_dispatcher, initialise, parallelize
 from ...parallel.collectives import all_gather, max_over, stack_over, sum_over
-from ...parallel.config import Exchange, ParallelConfig
+from ...parallel.config import OWN_EXCHANGES, Exchange, ParallelConfig
 from ...parallel.fsdp import apply_fsdp
 from ...parallel.layout import DENSE, EXPERTS, mesh_sizes
 from ...parallel.mesh import Axis, Mesh
@@ -47,7 +47,7 @@ def compare(recorder: Recorder, precision: Precision, limits: dict[str, float]) 
     choices = ChoiceLog()
     with record_choices(choices):
         reference = trained(recorder.device, precision)
-    works = {f"{one.value} exchange": partial(trained, exchange=one) for one in Exchange}
+    works = {f"{one.value} exchange": partial(trained, exchange=one) for one in OWN_EXCHANGES}
     works["plain exchange in 2 chunks"] = partial(trained, exchange=Exchange.plain, chunks=2)
     for zero in (3, 2, 1):
         works[f"FSDP2 as ZeRO-{zero}"] = partial(trained, zero=zero)

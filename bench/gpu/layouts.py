@@ -14,7 +14,7 @@ from time import monotonic, sleep
 
 import torch
 
-from ...parallel.config import Exchange, ParallelConfig, Recompute
+from ...parallel.config import OWN_EXCHANGES, ParallelConfig, Recompute
 from ...parallel.mesh import build_mesh
 from ...parallel.object_collectives import from_all
 from ...parity.choose_layouts import Layout
@@ -34,7 +34,7 @@ LAYOUTS = {
     "replicate": ParallelConfig(),
     **{f"shard, ZeRO-{zero}": ParallelConfig(shard=2, zero=zero) for zero in (3, 2, 1)},
     "tensor": ParallelConfig(tensor=2),
-    **{f"expert, {one.value}": ParallelConfig(expert=2, exchange=one, node_ranks=1) for one in Exchange},
+    **{f"expert, {one.value}": ParallelConfig(expert=2, exchange=one, node_ranks=1) for one in OWN_EXCHANGES},
     "expert, plain in 2 chunks": ParallelConfig(expert=2, overlap_chunks=2),
     "expert_tensor": ParallelConfig(expert_tensor=2),
     "shard x expert, recompute": ParallelConfig(shard=2, expert=2, recompute=Recompute.block),

@@ -19,7 +19,7 @@ from ...moe import device as device_module
 from ...moe.config import ModelConfig
 from ...moe.init import reset_expert_biases
 from ...parallel.apply import Parallel
-from ...parallel.config import Exchange
+from ...parallel.config import OWN_EXCHANGES, Exchange
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig
 from ...train.optimizer import build_optimizer
@@ -62,7 +62,7 @@ def run(recorder: Recorder) -> None:
         recorder.skip("table of waits", f"docs/performance.md has no table under '{HEADING}': waits are counted alone")
     models = [(f"{name}, one device", preset(name), None) for name in _names(recorder)]
     with world_of_one(recorder.device):
-        for name, model, exchange in [*models, *((f"{one.value} exchange", MODEL, one) for one in Exchange)]:
+        for name, model, exchange in [*models, *((f"{one.value} exchange", MODEL, one) for one in OWN_EXCHANGES)]:
             report_waits(recorder, name, waits_of(model, recorder.device, exchange), model, listed)
 
 

@@ -1,1 +1,1 @@
-"""How token rows travel to the ranks of their experts and back: five exchanges with the same numbers."""
+"""How token rows travel to the ranks of their experts and back: six exchanges with the same numbers."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.moe.param_count import count
-from tokenyard.parallel.config import Exchange, ParallelConfig, PipelineSchedule, Recompute
+from tokenyard.parallel.config import OWN_EXCHANGES, ParallelConfig, PipelineSchedule, Recompute
 from tokenyard.parity.choose_layouts import DEGREES, Layout, all_layouts, is_legal, parse_layouts, prepare_config
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import ParityConfig
@@ -52,7 +52,7 @@ def test_automatic_layouts_cover_every_split_and_option() -> None:
     assert Layout(4, ParallelConfig(tensor=2, shard=2, expert=4)) in layouts
     side_by_side = {layout.parallel.pipeline_schedule for layout in layouts if layout.parallel.pipeline_overlap}
     assert side_by_side == {PipelineSchedule["interleaved"], PipelineSchedule["zbv"]}
-    assert {layout.parallel.exchange for layout in layouts if layout.parallel.expert > 1} == set(Exchange)
+    assert {layout.parallel.exchange for layout in layouts if layout.parallel.expert > 1} == set(OWN_EXCHANGES)
     assert Layout() not in layouts
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from operator import attrgetter
 
 from ....moe.config import AttentionKind, ModelConfig
-from ....parallel.config import ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
+from ....parallel.config import DEEPEP_LACKS, ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
 from ....parallel.layout import node_ranks
-from ..config import Config, EngineKind
+from ..config import Config, EngineKind, Precision
 from ..environment import local_world_size
 from ..launch import Launcher
 from .model_rules import linear_blocks, moe_blocks
@@ -108,11 +109,24 @@ def exchange(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(
             "parallel.node_ranks", f"must be null, only parallel.exchange={Exchange.hierarchical.value} reads it", [None]
         )
+    if p.exchange is Exchange.deepep:
+        yield from _deepep(config)
     if p.exchange is Exchange.symmetric:
         yield from _symmetric(config, world)
     elif p.exchange_overflow is not Overflow.fatal:
         rule = f"must be {Overflow.fatal.value}, only parallel.exchange={Exchange.symmetric.value} reads it"
         yield Violation("parallel.exchange_overflow", rule, [Overflow.fatal])
+
+
+def _deepep(config: Config) -> Iterator[Violation]:
+    """DeepEP is an optional package, whose kernels take rows in bf16 and no keys for dropout."""
+    key, here = "parallel.exchange", "with parallel.exchange=deepep"
+    if find_spec("deep_ep") is None:
+        yield Violation(key, DEEPEP_LACKS, [Exchange.deduplicated])
+    if config.precision not in (Precision.auto, Precision.bf16):
+        yield Violation("precision", f"must be bf16 {here}", [Precision.bf16])
+    if config.model.moe.dropout > 0:
+        yield Violation("model.moe.dropout", f"must be 0 {here}, whose rows carry no keys", [0.0])
 
 
 def _symmetric(config: Config, world: int) -> Iterator[Violation]:
@@ -178,10 +192,9 @@ def pipeline(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("parallel.pipeline_overlap", rule, [False])
     if p.pipeline_overlap and p.expert == 1:
         yield Violation("parallel.pipeline_overlap", "must be false with parallel.expert=1, experts then exchange nothing", [False])
-    elif p.pipeline_overlap and p.exchange is Exchange.symmetric:
-        yield Violation(
-            "parallel.pipeline_overlap", "must be false with parallel.exchange=symmetric, for which no pass waits", [False]
-        )
+    elif p.pipeline_overlap and p.exchange in (Exchange.symmetric, Exchange.deepep):
+        rule = f"must be false with parallel.exchange={p.exchange.value}, for which no pass waits"
+        yield Violation("parallel.pipeline_overlap", rule, [False])
     if p.pipeline_stages > layers + 1:
         rule = f"makes {p.pipeline_stages} stages, and model.layers={layers} can be cut into at most {layers + 1}"
         yield Violation("parallel.pipeline", rule, range(layers + 1, 0, -1))
