@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..parallel.config import Recompute
-from ..plan.cluster import Cluster, read_cluster
 from ..plan.experiment_file import write_experiment
+from ..plan.gpu_cluster import Cluster, read_cluster
 from ..plan.search import Found, Goal, Planner
-from ..plan.search_report import Run, as_json, explained, layout_json, lines
-from ..plan.workload import Batch, workload
+from ..plan.search_report import PlannedRun, as_json, explained, layout_json, lines
+from ..plan.workload import StepBatch, workload
 from ..train.config.compose import CONF, parse_arguments
 from ..train.config.config import Config, ConfigError, EngineKind, Precision
 from ..train.config.launch import Launcher
@@ -49,13 +48,13 @@ def search_command(arguments: Namespace) -> None:
     planner = Planner(asked.config, asked.cluster, asked.hot)
     found = planner.search(asked.goal, asked.fixed)
     took = time.monotonic() - begun
-    run = Run(asked.tokens, asked.config.batch.sequences * asked.config.sequence_length, asked.cluster.gpu)
+    run = PlannedRun(asked.tokens, asked.config.batch.sequences * asked.config.sequence_length, asked.cluster.gpu)
     chosen = arguments.explain or 1
     if (arguments.explain or arguments.write) and chosen > len(found.best):
         _refuse_number(chosen, found)
     if arguments.explain:
         planned = found.best[chosen - 1]
-        batch = Batch(planned.candidate.batch.sequences, planned.candidate.micro)
+        batch = StepBatch(planned.candidate.batch.sequences, planned.candidate.micro)
         counts = workload(planner.work, planned.candidate.parallel, batch, replace(asked.cluster, ranks=planned.candidate.world))
         shown = layout_json(planned, run) if arguments.json else "\n".join(explained(planned, counts, run))
     else:
@@ -114,9 +113,6 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     if linear:
         rule = f"has {linear} layers of gated DeltaNet, whose memory only the dry run knows"
         raise ConfigError(f"plan: the model {rule}; nearest valid: tokenyard plan --dry-run")
-    if "parallel.recompute" in keys and config.parallel.recompute is Recompute.offload:
-        rule = "what it copies, and how long that takes, only the dry run and a GPU know"
-        raise ConfigError.of("parallel.recompute", "offload", rule, "parallel.recompute=block")
     named = [word.partition("=")[2] for word in rest if word.startswith("model=")]
     fixed = {key.removeprefix("parallel."): None for key in keys if key.startswith("parallel.")}
     fixed = {name: getattr(config.parallel, name) for name in fixed}

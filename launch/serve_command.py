@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..moe.param_count import count, moe_layers
 from ..plan.serving import BYTES, CACHE_BYTES, LARGEST, MEMORY_SHARE, Deployment, best_cut, cuts, smallest
 from ..train.config.config import ConfigError
 from ..train.config.gpus import gpus
@@ -101,7 +100,7 @@ def number(key: str, text: str, least: float, most: float) -> float:
 def facts(name: str, plan: Deployment) -> dict[str, Any]:
     """Returns what the page says, in bytes, seconds and tokens/s over all GPUs; ranges are low, likely, high."""
     decode, prefill = plan.decode, plan.prefill(plan.context)
-    parts = count(plan.config)
+    parts = plan.parts
     return {
         "model": name,
         "total": parts.total,
@@ -116,7 +115,7 @@ def facts(name: str, plan: Deployment) -> dict[str, Any]:
         "sequences": plan.sequences,
         "bytes_per_gpu": plan.memory,
         "usable_bytes_per_gpu": MEMORY_SHARE * plan.gpu.memory_bytes,
-        "touched_share_of_experts": plan.touched() if moe_layers(plan.config) else None,
+        "touched_share_of_experts": plan.touched() if parts.experts else None,
         "decode_seconds_of_a_step": plan.decode_terms(),
         "decode_tokens_per_s": decode,
         "prefill_seconds_of_a_token": plan.prefill_terms(plan.context),

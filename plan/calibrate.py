@@ -18,11 +18,11 @@ from ..moe.config import ModelConfig, MoEConfig
 from ..parallel.config import ParallelConfig
 from ..train.config.config import ConfigError
 from ..train.config.gpus import Gpu, gpu_of_device
-from .cluster import Cluster
 from .coefficients import Coefficients, coefficients, write_coefficients
+from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .step_time import BLACKWELL, Tuning, predict
-from .workload import BYTES, Batch
+from .workload import BYTES, StepBatch
 
 LAYERS = {
     "qwen3_30b": MoEConfig(experts=128, top_k=8, hidden=768),
@@ -132,7 +132,7 @@ def _host(parts: Parts, gpu: Gpu, using: Coefficients) -> Found:
     length = row["tokens"]
     work = ModelWork(dataclasses.replace(STEP, layers=row["layers"]), length)
     silent = dataclasses.replace(using, layer_seconds=1e-9)
-    alone = predict(work, ParallelConfig(), Batch(1, 1), Cluster(gpu, 1), tuning=Tuning.vendor, using=silent)
+    alone = predict(work, ParallelConfig(), StepBatch(1, 1), Cluster(gpu, 1), tuning=Tuning.vendor, using=silent)
     took = 1e-3 * float(row["ms (least, most)"].split()[0]) - alone.terms.optimizer
     device = alone.likely - alone.terms.optimizer
     if took > math.sqrt(2) * device:

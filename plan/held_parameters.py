@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import expert_shard_ranks, rank_shapes, stays_whole
-from .sized.operators import Gathered
+from .sized.operator_sizes import Gathered
 
 
 class Held:

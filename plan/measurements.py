@@ -14,10 +14,10 @@ from ..moe.config import ModelConfig
 from ..parallel.config import Exchange, ParallelConfig, PipelineSchedule
 from ..train.config.compose import compose
 from ..train.config.gpus import gpus
-from .cluster import Cluster
+from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .step_time import Launching, Software, Tuning
-from .workload import Again, Batch, Workload, workload
+from .workload import Again, StepBatch, Workload, workload
 
 ROWS = Path(__file__).with_name("published.json")
 
@@ -161,7 +161,7 @@ def _measured(row: dict[str, Any]) -> Measured:
     cluster = Cluster(gpus()[GPUS[row["gpu"]]], row["gpus"])
     work = _work(row["model"], row["seq"])
     counts = workload(
-        work, layout(row), Batch(row["global_batch"], row["micro_batch"]), cluster, AGAIN.get(row.get("recompute", ""))
+        work, layout(row), StepBatch(row["global_batch"], row["micro_batch"]), cluster, AGAIN.get(row.get("recompute", ""))
     )
     tuning = Tuning.vendor if row["source"].startswith(VENDOR) else Tuning.community
     software = Software(

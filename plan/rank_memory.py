@@ -16,10 +16,10 @@ from ..parallel.pipeline.schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE
 from ..parallel.pipeline.stages import cut_layers, has_embedding, layers_on
 from ..train.config.config import Config, Precision
 from .held_parameters import Held
-from .sized.exchanges import memory_of_exchange
-from .sized.layers import BlockShape
-from .sized.operators import Casts
-from .stage_memory import Place, StageBytes, Stages
+from .sized.exchange_sizes import memory_of_exchange
+from .sized.layer_sizes import BlockShape
+from .sized.operator_sizes import Casts
+from .stage_memory import StageBytes, StagePlace, Stages
 
 MOMENTS = 2
 """AdamW's, in the dtype of the weights."""
@@ -110,7 +110,7 @@ class MemoryModel:
             if action.kind == WEIGHTS:
                 change = deferred.pop((action.stage, action.micro)).weights
             else:
-                place = Place(
+                place = StagePlace(
                     self.narrow,
                     self.stored,
                     *casts,

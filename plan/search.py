@@ -13,11 +13,11 @@ from ..parallel.config import Recompute
 from ..train.config.config import Config, ConfigError
 from ..train.config.gpus import gpus
 from .candidates import Candidate, candidates, is_legal
-from .cluster import Cluster
+from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .rank_memory import MemoryModel, RankMemory
 from .step_time import StepTime, predict
-from .workload import Batch
+from .workload import AGAIN, StepBatch
 
 TABLE = 10
 """Layouts that are shown."""
@@ -33,13 +33,13 @@ class Goal(Enum):
     fits = "fits"
 
 
-class Verdict(Enum):
+class Fit(Enum):
     fits = "FITS"
     tight = "TIGHT"
     out = "OUT OF MEMORY"
 
 
-class Planned(NamedTuple):
+class RankedLayout(NamedTuple):
     """A layout with what is predicted of it."""
 
     candidate: Candidate
@@ -49,9 +49,9 @@ class Planned(NamedTuple):
     """Bytes that a GPU has for tensors."""
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Fit:
         share = self.memory.peak / self.usable
-        return Verdict.out if share > 1 else Verdict.tight if share > TIGHT else Verdict.fits
+        return Fit.out if share > 1 else Fit.tight if share > TIGHT else Fit.fits
 
     @property
     def gpu_seconds(self) -> float:
@@ -66,7 +66,7 @@ class Refused(NamedTuple):
     layouts: int
     fastest: float
     """Seconds of a step."""
-    least: Planned
+    least: RankedLayout
     remedy: str
     """What would make it fit."""
 
@@ -74,7 +74,7 @@ class Refused(NamedTuple):
 class Found(NamedTuple):
     """Layouts that fit, the best first; and those that would be better and do not fit."""
 
-    best: list[Planned]
+    best: list[RankedLayout]
     refused: list[Refused]
     layouts: int
     """Layouts that were timed."""
@@ -101,6 +101,9 @@ class Planner:
 
         Raises ConfigError if no layout is legal, or none fits.
         """
+        if fixed.get("recompute", Recompute.none) not in AGAIN:
+            rule = "what it copies, and how long that takes, only the dry run and a GPU know"
+            raise ConfigError.of("parallel.recompute", fixed["recompute"].value, rule, "parallel.recompute=block")
         timed = list[tuple[float, int, Candidate, StepTime]]()
         for world in self._worlds(goal):
             for group in candidates(self.config, world, self.cluster.gpu.host, fixed):
@@ -111,7 +114,7 @@ class Planner:
         if not timed:
             self._raise_illegal(fixed)
         timed.sort()
-        best, refused = list[Planned](), dict[str, list[Planned]]()
+        best, refused = list[RankedLayout](), dict[str, list[RankedLayout]]()
         leasts = dict[tuple[str, ...], RankMemory]()
         for _, _, candidate, time in timed:
             least = smallest(candidate)
@@ -120,8 +123,8 @@ class Planner:
                 leasts[words] = self.plan(least, time).memory
             # What does not fit even with the least of recomputation and FSDP does not fit.
             hopeless = leasts[words].peak > self.usable
-            planned = Planned(candidate, time, leasts[words], self.usable) if hopeless else self.plan(candidate, time)
-            if planned.verdict is Verdict.out:
+            planned = RankedLayout(candidate, time, leasts[words], self.usable) if hopeless else self.plan(candidate, time)
+            if planned.verdict is Fit.out:
                 refused.setdefault(kind_of_layout(candidate), []).append(planned)
             else:
                 best.append(planned)
@@ -133,12 +136,12 @@ class Planner:
     def time(self, candidate: Candidate) -> StepTime:
         """Returns the predicted time of a step."""
         cluster = replace(self.cluster, ranks=candidate.world)
-        return predict(self.work, candidate.parallel, Batch(candidate.batch.sequences, candidate.micro), cluster)
+        return predict(self.work, candidate.parallel, StepBatch(candidate.batch.sequences, candidate.micro), cluster)
 
-    def plan(self, candidate: Candidate, time: StepTime | None = None) -> Planned:
+    def plan(self, candidate: Candidate, time: StepTime | None = None) -> RankedLayout:
         """Returns the layout with its memory. That of layouts whose state alone is too large is a lower bound."""
         memory = self.memory.memory(candidate.parallel, candidate.world, candidate.batch.sequences, candidate.micro, self.usable)
-        return Planned(candidate, time or self.time(candidate), memory, self.usable)
+        return RankedLayout(candidate, time or self.time(candidate), memory, self.usable)
 
     def _worlds(self, goal: Goal) -> list[int]:
         """The whole cluster; if fewer GPUs may be better, its halves down to a host too."""
@@ -147,17 +150,17 @@ class Planner:
             worlds.append(worlds[-1] // 2)
         return worlds
 
-    def _refused(self, kind: str, layouts: list[Planned]) -> Refused:
+    def _refused(self, kind: str, layouts: list[RankedLayout]) -> Refused:
         least = min(layouts, key=lambda each: each.memory.peak)
         return Refused(kind, len(layouts), min(each.time.likely for each in layouts), least, self._remedy(least))
 
-    def _remedy(self, planned: Planned) -> str:
+    def _remedy(self, planned: RankedLayout) -> str:
         """Returns the change that costs least time of those that make the layout fit, or the GPU that has room for it."""
         found = list[tuple[float, str]]()
         for words, candidate in _changes(planned.candidate):
             if is_legal(self.config, candidate.parallel, candidate.batch, candidate.world):
                 changed = self.plan(candidate)
-                if changed.verdict is not Verdict.out:
+                if changed.verdict is not Fit.out:
                     found.append((changed.time.likely, f"{words}: {changed.memory.peak / 1e9:.1f} GB"))
         if found:
             return min(found)[1]

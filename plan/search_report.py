@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..train.config.gpus import Gpu
 from .candidates import Candidate
-from .search import Found, Planned, Refused
+from .search import Found, RankedLayout, Refused
 from .step_time import Terms
 from .workload import Workload
 
@@ -19,7 +19,7 @@ PLACES = 8
 LINKS = ("exchange", "tensor", "context", "messages", "gathers", "gradients")
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """What is trained: tokens of the run and of a step."""
 
     tokens: float
@@ -35,7 +35,7 @@ class Bill(NamedTuple):
     """None: nobody publishes a price."""
 
 
-def bill(planned: Planned, run: Run) -> Bill:
+def bill(planned: RankedLayout, run: PlannedRun) -> Bill:
     """Returns what the whole run takes. The ends of the range of money are those of time and of price together."""
     steps, price = run.tokens / run.per_step, run.gpu.price
     low, likely, high = (steps * each for each in (planned.time.low, planned.time.likely, planned.time.high))
@@ -63,7 +63,7 @@ def layout_words(candidate: Candidate) -> str:
     return ", ".join([*words, f"micro {candidate.micro} x {candidate.micros}"])
 
 
-def lines(found: Found, run: Run, seconds: float, cluster: str, title: str) -> list[str]:
+def lines(found: Found, run: PlannedRun, seconds: float, cluster: str, title: str) -> list[str]:
     """Returns the table of the best layouts and what the refused ones lack; at most 120 columns."""
     best = found.best
     head = f"{title} on {cluster}: {found.layouts:,} layouts timed, memory of {found.measured:,}, in {seconds:.1f} s"
@@ -73,7 +73,7 @@ def lines(found: Found, run: Run, seconds: float, cluster: str, title: str) -> l
     return [head, "", COLUMNS, f"{'':8}{NUMBERS}", *rows, "", _bill_line(best[0], run), *_refused_lines(found.refused)]
 
 
-def _row(place: int, planned: Planned) -> list[str]:
+def _row(place: int, planned: RankedLayout) -> list[str]:
     """Two lines: the layout, and what is predicted of it."""
     p, time, candidate = planned.candidate.parallel, planned.time, planned.candidate
     degrees = "".join(f"{'-' if name == 'zero' and p.shard == 1 else getattr(p, name):>8}" for name in DEGREES)
@@ -88,7 +88,7 @@ def _row(place: int, planned: Planned) -> list[str]:
     ]
 
 
-def _bill_line(planned: Planned, run: Run) -> str:
+def _bill_line(planned: RankedLayout, run: PlannedRun) -> str:
     days, dollars = bill(planned, run)
     text = f"the first: {run.tokens:.3g} tokens in {days[1]:,.1f} days ({days[0]:,.1f} to {days[2]:,.1f})"
     if dollars is None or run.gpu.price is None:
@@ -113,7 +113,7 @@ def _refused_lines(refused: list[Refused]) -> list[str]:
 # One layout broken down.
 
 
-def explained(planned: Planned, counts: Workload, run: Run) -> list[str]:
+def explained(planned: RankedLayout, counts: Workload, run: PlannedRun) -> list[str]:
     """Returns time by term, bytes by link, memory by what it is for, and days and money."""
     time, memory = planned.time, planned.memory
     names = [field.name for field in fields(Terms)]
@@ -138,7 +138,7 @@ def explained(planned: Planned, counts: Workload, run: Run) -> list[str]:
     return [*rows, f"prices of {price.date}: {price.source}"] if price is not None else rows
 
 
-def as_json(found: Found, run: Run, seconds: float) -> dict[str, Any]:
+def as_json(found: Found, run: PlannedRun, seconds: float) -> dict[str, Any]:
     """Returns one object. Bytes and seconds."""
     return {
         "seconds": seconds,
@@ -159,7 +159,7 @@ def as_json(found: Found, run: Run, seconds: float) -> dict[str, Any]:
     }
 
 
-def layout_json(planned: Planned, run: Run) -> dict[str, Any]:
+def layout_json(planned: RankedLayout, run: PlannedRun) -> dict[str, Any]:
     """Returns one layout with time, memory and money."""
     time, candidate, (days, dollars) = planned.time, planned.candidate, bill(planned, run)
     return {

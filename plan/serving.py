@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..moe.config import AttentionKind, ModelConfig
-from ..moe.param_count import count, flops_per_token, kv_cache_elements, moe_layers
+from ..moe.param_count import Count, count, flops_per_token, kv_cache_elements, moe_layers
 from ..train.config.gpus import Gpu
 
 BYTES = {"bf16": 2.0, "fp8": 1 + 4 / 128**2, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32, "mxfp4": 0.5 + 1 / 32}
@@ -50,17 +50,22 @@ class Deployment:
     link: float | None = None
     hit: float = 0.0
 
+    @property
+    def parts(self) -> Count:
+        """The parameters of the model."""
+        return count(self.config)
+
     # Memory, in bytes.
 
     @property
     def expert_bytes(self) -> float:
         """All experts."""
-        return count(self.config).experts * BYTES[self.experts]
+        return self.parts.experts * BYTES[self.experts]
 
     @property
     def other_bytes(self) -> float:
         """All weights but the experts."""
-        parts = count(self.config)
+        parts = self.parts
         matrices = parts.attention + parts.shared + parts.dense
         return matrices * BYTES[self.weights] + (parts.embedding + parts.head + parts.router + parts.norms) * BYTES["bf16"]
 
@@ -103,7 +108,7 @@ class Deployment:
 
     def decode_terms(self, independent: float = 1.0) -> dict[str, float]:
         """Returns the seconds of a step of decoding that each resource needs at its peak; the step takes at least the largest."""
-        read = self.other_bytes - (0 if self.config.tie_embeddings else count(self.config).embedding * BYTES["bf16"])
+        read = self.other_bytes - (0 if self.config.tie_embeddings else self.parts.embedding * BYTES["bf16"])
         experts = self.expert_bytes * self.experts_of_gpu * self.touched(independent)
         on_gpu = experts if self.link is None else experts * self.hit
         terms = {

@@ -8,8 +8,8 @@ from ..parallel.pipeline.stages import has_embedding
 from .held_parameters import Held
 from .sized.autograd import Buffer, Node, Value, run_backward
 from .sized.ends import embed, end, run_block
-from .sized.layers import BlockShape
-from .sized.operators import Around, Casts, Gathered, Sized
+from .sized.layer_sizes import BlockShape
+from .sized.operator_sizes import Around, Casts, Gathered, Sized
 
 NOTHING = Gathered()
 
@@ -25,7 +25,7 @@ class Pass(NamedTuple):
     """What the end is made of."""
 
 
-class Place(NamedTuple):
+class StagePlace(NamedTuple):
     """Where weights come from and where their gradients go, in one micro-batch."""
 
     narrow: int
@@ -71,14 +71,14 @@ class Stages:
         self._units: dict[Any, Unit] = {}
         self._stages: dict[Any, Unit] = {}
 
-    def stage(self, layers: range, first: bool, last: bool, place: Place, pipeline: bool) -> StageBytes:
+    def stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> StageBytes:
         """Returns the passes through `layers`. In a pipeline what comes and goes is kept until the backward pass."""
         key = layers, first, last, place, pipeline
         if key not in self._stages:
             self._stages[key] = self._stage(layers, first, last, place, pipeline)
         return self._stages[key]
 
-    def _stage(self, layers: range, first: bool, last: bool, place: Place, pipeline: bool) -> StageBytes:
+    def _stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> StageBytes:
         config, fsdp = self.shape.config, place.casts is Casts.gathered
         stream = place.narrow * self.shape.tokens * config.width
         grows = fsdp and place.first and place.reduces
@@ -132,7 +132,7 @@ class Stages:
             Pass(*weights.most, sum(weights.now.values()), dict(weights.now)),
         )
 
-    def _block(self, index: int, layers: range, place: Place) -> Unit:
+    def _block(self, index: int, layers: range, place: StagePlace) -> Unit:
         around = None
         if place.casts is Casts.gathered:
             after, before = (self.held.gathered(near) if near in layers else NOTHING for near in (index + 1, index - 1))
@@ -141,10 +141,10 @@ class Stages:
         kind = _kind(self.shape, index)
         return self._unit((kind, around, reduced), place, lambda rank, x: [run_block(rank, self.shape, index, x, around)], reduced)
 
-    def _embedding(self, place: Place) -> Unit:
+    def _embedding(self, place: StagePlace) -> Unit:
         return self._unit("embedding", place, lambda rank, _: [embed(rank, self.shape)], 0)
 
-    def _end(self, layers: range, place: Place) -> Unit:
+    def _end(self, layers: range, place: StagePlace) -> Unit:
         """The backward pass of a module of multi-token prediction gathers the block before it."""
         further = range(self.shape.config.layers, self.shape.config.layers + self.shape.config.mtp_depth)
         fsdp, held = place.casts is Casts.gathered, self.held.gathered
@@ -154,7 +154,7 @@ class Stages:
         ]
         return self._unit(("end", bool(layers)), place, lambda rank, x: end(rank, self.shape, x, arounds), 0)
 
-    def _unit(self, what: Any, place: Place, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
+    def _unit(self, what: Any, place: StagePlace, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
         if (what, place) not in self._units:
             self._units[what, place] = run_unit(self.shape, place, run, reduced)
         return self._units[what, place]
@@ -186,7 +186,7 @@ def _kind(shape: BlockShape, index: int) -> tuple[bool, ...]:
     return config.moe_layer(index), config.dense_layer(index), config.windowed_layer(index), config.linear_layer(index)
 
 
-def run_unit(shape: BlockShape, place: Place, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
+def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
     """Runs a part of the model forward and backward on sizes. `reduced`: elements of FSDP's reduction before."""
     rank = Sized(shape.config.width, place.narrow, place.stored, place.casts, place.of_experts, place.first)
     rank.whole, rank.reduces, rank.defers = place.whole, place.reduces, place.defers

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from enum import Enum
 
 from ..parallel.config import Exchange, ParallelConfig
-from .cluster import Cluster, Gpu
 from .coefficients import Coefficients, coefficients
+from .gpu_cluster import Cluster, Gpu
 from .model_work import ModelWork
-from .workload import Again, Batch, LinkBytes, Workload, workload
+from .workload import Again, LinkBytes, StepBatch, Workload, workload
 
 BLACKWELL = ("blackwell", "blackwell_ultra", "cdna4")
 """Generations with the coefficients of Blackwell; all others have Hopper's. Of AMD's GPUs there is no row to fit."""
@@ -90,7 +90,7 @@ class StepTime:
 def predict(
     work: ModelWork,
     parallel: ParallelConfig,
-    batch: Batch,
+    batch: StepBatch,
     cluster: Cluster,
     precision: str = "bf16",
     tuning: Tuning = Tuning.tokenyard,

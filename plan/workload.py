@@ -9,7 +9,7 @@ from ..moe.config import ModelConfig
 from ..moe.param_shapes import head_width
 from ..parallel.config import ContextExchange, Exchange, ParallelConfig, Recompute
 from ..parallel.layout import mesh_sizes
-from .cluster import Cluster
+from .gpu_cluster import Cluster
 from .model_work import LayerWork, ModelWork
 
 BYTES = 2
@@ -23,7 +23,7 @@ Narayanan et al. 2021 (arXiv:2104.04473), section 2.2; for zbh1 (P - 1)(F + B - 
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """Of one optimizer step. Sequences have the length of the ModelWork."""
 
     sequences: int
@@ -109,7 +109,7 @@ class Workload:
 def workload(
     work: ModelWork,
     parallel: ParallelConfig,
-    batch: Batch,
+    batch: StepBatch,
     cluster: Cluster,
     again: Again | None = None,
     gradient_bytes: int = FULL_BYTES,

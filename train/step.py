@@ -26,7 +26,7 @@ from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_n
 from ..parallel.pipeline.p2p import StageMessage
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
 from ..parallel.pipeline.schedule import WEIGHTS, Action
-from ..parallel.pipeline.stage_model import takes_earlier
+from ..parallel.pipeline.stage_model import between_stages
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
@@ -191,7 +191,7 @@ def pipeline_pass(parallel: Parallel, pipeline: Pipeline, step_input: StepInput,
         if deferred:
             end_deferred_gradients(model)
 
-    likes = between_stages(parallel, pipeline, micro_batches[0])
+    likes = between_stages(parallel.model, parallel.mesh, pipeline, micro_batches[0].ids)
     with ExitStack() as until_all_end, deferred_weight_gradients() if pipeline.defers_weights else nullcontext([]) as deferred:
         run_schedule(pipeline, len(micro_batches), likes, forward, around, deferred)
     return shares
@@ -206,24 +206,8 @@ def forward_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows, totals: T
         shares.append(share)
         return output
 
-    run_forward(pipeline, between_stages(parallel, pipeline, rows), forward)
+    run_forward(pipeline, between_stages(parallel.model, parallel.mesh, pipeline, rows.ids), forward)
     return add_shares(shares)
-
-
-def between_stages(parallel: Parallel, pipeline: Pipeline, rows: Rows) -> dict[int, StageMessage]:
-    """Returns empty tensors like the messages about `rows` to and from this rank's stages, by the stage that they enter forward."""
-    config, (sequences, length), activations = parallel.model.config, rows.ids.shape, parallel.model.activations
-    x_BSD = rows.ids.new_empty(sequences, length // parallel.mesh.sequence.size, config.width, dtype=activations)
-    columns, wide = config.moe.experts + config.moe.router.null_experts, torch.promote_types(activations, torch.float32)
-
-    def entering(layer: int) -> StageMessage:
-        earlier_BSD, pooled_LBC = x_BSD if takes_earlier(config, layer) else None, None
-        if config.moe.balance.pool_layers and (layers := sum(map(config.moe_layer, range(layer)))):
-            pooled_LBC = rows.ids.new_empty(layers, sequences, 2 * columns + 1, dtype=wide)
-        return StageMessage(x_BSD, earlier_BSD, pooled_LBC)
-
-    borders = {stage + after: (inside.start, inside.stop)[after] for stage, inside in pipeline.layers.items() for after in (0, 1)}
-    return {stage: entering(layer) for stage, layer in borders.items()}
 
 
 def forward_stage(

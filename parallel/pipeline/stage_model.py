@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...moe.config import ModelConfig
@@ -81,3 +82,19 @@ def stage_forward(
 def takes_earlier(config: ModelConfig, layer: int) -> bool:
     """Whether the experts of `layer` take what the layer before gives, which then has to travel to a stage that begins with it."""
     return config.moe.shortcut and layer < config.layers and config.moe_layer(layer)
+
+
+def between_stages(model: Transformer, mesh: Mesh, pipeline: Pipeline, ids_BS: Tensor) -> dict[int, StageMessage]:
+    """Returns empty tensors like the messages to and from this rank's stages, by the stage that they enter forward."""
+    config, (sequences, length) = model.config, ids_BS.shape
+    x_BSD = ids_BS.new_empty(sequences, length // mesh.sequence.size, config.width, dtype=model.activations)
+    columns, wide = config.moe.experts + config.moe.router.null_experts, torch.promote_types(model.activations, torch.float32)
+
+    def entering(layer: int) -> StageMessage:
+        earlier_BSD, pooled_LBC = x_BSD if takes_earlier(config, layer) else None, None
+        if config.moe.balance.pool_layers and (layers := sum(map(config.moe_layer, range(layer)))):
+            pooled_LBC = ids_BS.new_empty(layers, sequences, 2 * columns + 1, dtype=wide)
+        return StageMessage(x_BSD, earlier_BSD, pooled_LBC)
+
+    borders = {stage + after: (inside.start, inside.stop)[after] for stage, inside in pipeline.layers.items() for after in (0, 1)}
+    return {stage: entering(layer) for stage, layer in borders.items()}

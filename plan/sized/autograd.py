@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-class Meter:
+class MemoryMeter:
     """Counts the bytes that are held now, the most since `begin`, and what they were, by label."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Buffer:
 
     __slots__ = ("label", "meter", "size")
 
-    def __init__(self, meter: Meter, size: int) -> None:
+    def __init__(self, meter: MemoryMeter, size: int) -> None:
         self.meter, self.size, self.label = meter, size, meter.label
         meter.now += size
         meter.held[self.label] += size
@@ -58,7 +58,7 @@ class Node:
 
     __slots__ = ("backward", "gradient", "inputs", "order")
 
-    def __init__(self, meter: Meter, inputs: Sequence["Node | None"], backward: Backward) -> None:
+    def __init__(self, meter: MemoryMeter, inputs: Sequence["Node | None"], backward: Backward) -> None:
         self.inputs, self.backward = inputs, backward
         self.gradient: Buffer | None = None
         meter.made += 1

@@ -4,12 +4,12 @@ T tokens, D width, E columns of the router, K choices of a token.
 """
 
 from ...moe.config import AttentionKind
-from .attention import grouped, latent
+from .attention_sizes import grouped, latent
 from .autograd import Buffer, Value
-from .exchanges import exchanged, shared_expert
-from .experts import experts, permute, shared_rows, unpermute
-from .layers import FUSED_NORMS, BlockShape, feedforward
-from .operators import INDEX, Casts, Sized
+from .exchange_sizes import exchanged, shared_expert
+from .expert_sizes import experts, permute, shared_rows, unpermute
+from .layer_sizes import FUSED_NORMS, BlockShape, feedforward
+from .operator_sizes import INDEX, Casts, Sized
 
 
 def block(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:

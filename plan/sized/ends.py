@@ -8,8 +8,8 @@ from collections import deque
 from ...parallel.config import Recompute
 from .autograd import Buffer, Node, Value, run_backward
 from .block import block
-from .layers import FUSED_NORMS, BlockShape
-from .operators import INDEX, Around, Casts, Sized
+from .layer_sizes import FUSED_NORMS, BlockShape
+from .operator_sizes import INDEX, Around, Casts, Sized
 
 LOGITS = 2**27
 """Logits that exist at once on a GPU: parallel/vocabulary.py, which needs torch."""

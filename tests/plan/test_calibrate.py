@@ -12,11 +12,11 @@ from tokenyard.bench.timing import Spread
 from tokenyard.moe.config import MoEConfig
 from tokenyard.parallel.config import Exchange, ParallelConfig
 from tokenyard.plan.calibrate import LAYERS, STEP, WIDTHS, calibrate
-from tokenyard.plan.cluster import Cluster
 from tokenyard.plan.coefficients import COEFFICIENTS, coefficients, write_coefficients
+from tokenyard.plan.gpu_cluster import Cluster
 from tokenyard.plan.model_work import ModelWork
 from tokenyard.plan.step_time import Tuning, predict
-from tokenyard.plan.workload import Batch
+from tokenyard.plan.workload import StepBatch
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.config.gpus import gpus
 
@@ -50,7 +50,7 @@ def test_steps_that_were_not_calibrated_are_predicted(gpu: str) -> None:
         length, micros = min(4096, cells_["tokens"]), cells_["micro-batches"]
         sequences = cells_["tokens"] // length
         work = ModelWork(dataclasses.replace(WIDE, layers=cells_["layers"]), length)
-        found = predict(work, ParallelConfig(), Batch(sequences, sequences // micros), Cluster(gpus()[gpu], 1))
+        found = predict(work, ParallelConfig(), StepBatch(sequences, sequences // micros), Cluster(gpus()[gpu], 1))
         measured = 1e-3 * float(cells_["ms (least, most)"].split()[0])
         assert found.likely == pytest.approx(measured, rel=0.12) and found.low < measured < found.high
     assert len(steps) == 3
@@ -106,7 +106,7 @@ def test_another_file_is_refused(text: str | None, rule: str, tmp_path: Path) ->
 def test_a_host_waits_for_counts_of_other_ranks_only() -> None:
     work = ModelWork(dataclasses.replace(WIDE, layers=2), 128)
     plain, symmetric, one, vendor = (
-        predict(work, layout, Batch(8, 1), Cluster(gpus()["h100"], 8), tuning=tuning).terms.launches
+        predict(work, layout, StepBatch(8, 1), Cluster(gpus()["h100"], 8), tuning=tuning).terms.launches
         for layout, tuning in (
             (ParallelConfig(expert=8), Tuning.tokenyard),
             (ParallelConfig(expert=8, exchange=Exchange.symmetric), Tuning.tokenyard),

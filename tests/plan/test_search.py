@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from tokenyard.launch.main import main
-from tokenyard.parallel.config import Exchange, Recompute
+from tokenyard.parallel.config import OWN_EXCHANGES, Exchange
 from tokenyard.plan.candidates import candidates
-from tokenyard.plan.cluster import read_cluster
+from tokenyard.plan.gpu_cluster import read_cluster
 from tokenyard.plan.rank_memory import rank_memory
-from tokenyard.plan.search import Found, Goal, Planner, Verdict
+from tokenyard.plan.search import Fit, Found, Goal, Planner
+from tokenyard.plan.workload import AGAIN
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.rules.rules import violations
@@ -37,8 +38,8 @@ def test_every_candidate_is_legal_and_new() -> None:
     for each in all_of_them[::7]:
         assert next(violations(replace(config, parallel=each.parallel, batch=each.batch), 16), None) is None
     kinds = {(each.parallel.recompute, each.parallel.exchange) for each in all_of_them}
-    assert {recompute for recompute, _ in kinds} == set(Recompute)
-    assert {exchange for _, exchange in kinds} == set(Exchange) - {Exchange.gather}
+    assert {recompute for recompute, _ in kinds} == set(AGAIN)
+    assert {exchange for _, exchange in kinds} == set(OWN_EXCHANGES) - {Exchange.gather}
 
 
 def test_fixed_settings_stay() -> None:
@@ -54,7 +55,7 @@ def test_the_best_are_in_order_and_fit(found: Found) -> None:
     assert times == sorted(times)
     for each in found.best:
         assert each.memory.peak <= each.usable
-        assert each.verdict is (Verdict.tight if each.memory.peak > 0.9 * each.usable else Verdict.fits)
+        assert each.verdict is (Fit.tight if each.memory.peak > 0.9 * each.usable else Fit.fits)
         config = configured(*each.candidate.overrides(), "launch=torchrun", "launch.ranks=8")
         assert rank_memory(config, 8).peak == each.memory.peak
 
@@ -69,7 +70,7 @@ def test_no_faster_layout_fits(found: Found) -> None:
         if planner.time(best := min(group, key=lambda each: planner.time(each).likely)).likely < last and str(best) not in shown
     ]
     assert faster
-    assert all(each.verdict is Verdict.out for each in faster)
+    assert all(each.verdict is Fit.out for each in faster)
 
 
 def test_what_would_make_a_layout_fit(found: Found) -> None:

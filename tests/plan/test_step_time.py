@@ -7,11 +7,11 @@ import pytest
 from tokenyard.moe.config import AttentionConfig, ModelConfig, MoEConfig
 from tokenyard.moe.param_count import count, training_flops_per_token
 from tokenyard.parallel.config import Exchange, ParallelConfig, PipelineSchedule, Recompute
-from tokenyard.plan.cluster import Cluster
 from tokenyard.plan.coefficients import coefficients
+from tokenyard.plan.gpu_cluster import Cluster
 from tokenyard.plan.model_work import ModelWork
 from tokenyard.plan.step_time import StepTime, Terms, Tuning, predict
-from tokenyard.plan.workload import Batch, LinkBytes, copies
+from tokenyard.plan.workload import LinkBytes, StepBatch, copies
 from tokenyard.train.config.gpus import gpus
 
 H100 = gpus()["h100"]
@@ -24,7 +24,7 @@ FIELDS = [field.name for field in dataclasses.fields(Terms)]
 
 
 def predicted(parallel: ParallelConfig, ranks: int = 16, gpu=H100, **more) -> StepTime:
-    return predict(WORK, parallel, Batch(64, 1), Cluster(gpu, ranks), **more)
+    return predict(WORK, parallel, StepBatch(64, 1), Cluster(gpu, ranks), **more)
 
 
 @pytest.mark.parametrize("stages", [1, 4])
@@ -40,7 +40,7 @@ def test_a_huge_dense_model_reaches_the_share_of_its_products() -> None:
     config = ModelConfig(
         layers=2, width=1 << 17, heads=1024, kv_heads=1024, hidden=1 << 19, vocabulary=256, moe=MoEConfig(experts=0)
     )
-    found = predict(ModelWork(config, 128), ParallelConfig(), Batch(64 * 64, 64), Cluster(H100, 1), tuning=Tuning.vendor)
+    found = predict(ModelWork(config, 128), ParallelConfig(), StepBatch(64 * 64, 64), Cluster(H100, 1), tuning=Tuning.vendor)
     assert found.mfu == pytest.approx(coefficients().hopper_bf16, rel=0.05)
 
 

@@ -4,9 +4,9 @@ import pytest
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.param_count import count
 from tokenyard.parallel.config import ContextExchange, ParallelConfig, PipelineSchedule, Recompute
-from tokenyard.plan.cluster import Cluster
+from tokenyard.plan.gpu_cluster import Cluster
 from tokenyard.plan.model_work import ModelWork
-from tokenyard.plan.workload import Batch, LinkBytes, Workload, workload
+from tokenyard.plan.workload import LinkBytes, StepBatch, Workload, workload
 from tokenyard.train.config.gpus import gpus
 
 MODEL = ModelConfig(
@@ -18,7 +18,7 @@ P = count(MODEL).total
 
 def counts(parallel: ParallelConfig, ranks: int, sequences: int = 64, micro: int = 1) -> Workload:
     """On H100: 8 ranks are a domain."""
-    return workload(ModelWork(MODEL, LENGTH), parallel, Batch(sequences, micro), Cluster(gpus()["h100"], ranks))
+    return workload(ModelWork(MODEL, LENGTH), parallel, StepBatch(sequences, micro), Cluster(gpus()["h100"], ranks))
 
 
 def about(inside: float, network: float) -> LinkBytes:

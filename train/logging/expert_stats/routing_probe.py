@@ -20,9 +20,9 @@ from ....parallel.collectives import max_over, stack_over, sum_over
 from ....parallel.context import own_chunks
 from ....parallel.pipeline.p2p import StageMessage
 from ....parallel.pipeline.run import run_forward
+from ....parallel.pipeline.stage_model import between_stages
 from ...batch import Rows, as_rows
 from ...session import Session
-from ...step import between_stages
 
 # Token classes by the text of a piece alone. The rules hold for most programming languages, and for prose, whose words are
 # identifiers. After the blanks around the piece are removed, the first rule that applies decides; see `token_class`.
@@ -144,7 +144,7 @@ class Probe:
             if parallel.pipeline is None:
                 parallel.model(rows.ids, rows.targets != IGNORE, head_losses=heads, documents_BS=rows.documents)
             else:
-                likes = between_stages(parallel, parallel.pipeline, rows)
+                likes = between_stages(parallel.model, parallel.mesh, parallel.pipeline, rows.ids)
                 likes = {stage: like._replace(pooled_LBC=None) for stage, like in likes.items()}
                 run_forward(parallel.pipeline, likes, partial(run_stage, parallel, rows, heads))
                 self._add_other_stages(found, rows.ids)

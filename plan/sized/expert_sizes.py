@@ -4,8 +4,8 @@ T tokens, D width, L experts of this rank, K choices of a token, R rows, N ranks
 """
 
 from .autograd import Buffer, Value
-from .layers import BlockShape
-from .operators import INDEX, Sized
+from .layer_sizes import BlockShape
+from .operator_sizes import INDEX, Sized
 
 
 def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Value | None, plan: list[Buffer], sent: bool) -> Value:

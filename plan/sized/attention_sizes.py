@@ -7,8 +7,8 @@ from ...moe.config import QKNorm
 from ...moe.param_shapes import head_width
 from ...parallel.config import ContextExchange
 from .autograd import Buffer, Value
-from .layers import FUSED_NORMS, BlockShape, multiply
-from .operators import Sized
+from .layer_sizes import FUSED_NORMS, BlockShape, multiply
+from .operator_sizes import Sized
 
 
 def grouped(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:

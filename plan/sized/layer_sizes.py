@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...moe.config import ModelConfig
 from ...parallel.config import ParallelConfig
 from .autograd import Buffer, Value
-from .operators import Sized
+from .operator_sizes import Sized
 
 FUSED_NORMS = False
 """Whether norms run as one kernel, which saves its input alone."""

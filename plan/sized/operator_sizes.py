@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
-from .autograd import Backward, Buffer, Meter, Node, Value
+from .autograd import Backward, Buffer, MemoryMeter, Node, Value
 
 WIDE = 4
 """Bytes of fp32, in which norms, routers and losses compute narrower activations."""
@@ -54,7 +54,7 @@ class Sized:
     """Whether FSDP reduces gradients after this micro-batch (not with parallel.zero=1, but after the last)."""
 
     def __init__(self, row: int, narrow: int, stored: int, casts: Casts, of_experts: Casts, first: bool) -> None:
-        self.meter, self.row = Meter(), row
+        self.meter, self.row = MemoryMeter(), row
         self.of_experts = of_experts
         self.narrow, self.stored, self.wide = narrow, stored, max(WIDE, narrow)
         self.casts, self.first = casts, first

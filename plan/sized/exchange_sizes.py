@@ -7,9 +7,9 @@ import math
 
 from ...parallel.config import Exchange
 from .autograd import Buffer, Value
-from .experts import Travel, compute, permute, reordered, unpermute
-from .layers import BlockShape, feedforward, multiply
-from .operators import INDEX, Sized
+from .expert_sizes import Travel, compute, permute, reordered, unpermute
+from .layer_sizes import BlockShape, feedforward, multiply
+from .operator_sizes import INDEX, Sized
 
 
 def room(shape: BlockShape) -> int:
