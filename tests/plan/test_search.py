@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenyard.launch.main import main
-from tokenyard.parallel.config import OWN_EXCHANGES, Exchange
+from tokenyard.parallel.config import OWN_EXCHANGES, Exchange, Recompute
 from tokenyard.plan.candidates import candidates
 from tokenyard.plan.gpu_cluster import read_cluster
 from tokenyard.plan.rank_memory import rank_memory
