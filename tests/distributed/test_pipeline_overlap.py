@@ -93,8 +93,8 @@ def events_of_pairs(layout: Layout) -> list[list[tuple[int, str]]]:
     events = Events()
     start, wait, run = _Running.start, _Running.wait, overlap.Overlap.run
 
-    def started(self: Any, *arguments: Any) -> None:
-        start(self, *arguments)
+    def started(self: Any, *arguments: Any, **named: Any) -> None:
+        start(self, *arguments, **named)
         events.note("start")
 
     def waited(self: Any) -> Any:

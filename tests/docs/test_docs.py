@@ -16,6 +16,11 @@ import pytest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
+from tokenyard.launch.plan_command import OWN as DRY_RUN_WORDS
+from tokenyard.launch.plan_command import read_words
+from tokenyard.launch.search_command import OWN as SEARCH_WORDS
+from tokenyard.launch.search_command import read_search_words
+from tokenyard.launch.serve_command import read_deployment
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import split_settings
 from tokenyard.train.config.compose import CONF, compose, parse_arguments
@@ -40,6 +45,8 @@ MADE_BY_RUNS = {"begun.json", "config.yaml", "metrics.jsonl", "telemetry.jsonl",
 MADE_BY_RUNS |= {"report.json", "report.md"}
 KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?")
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
+OF_PLAN = {*DRY_RUN_WORDS, *SEARCH_WORDS}
+"""Words of `tokenyard plan` alone."""
 SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
 
 
@@ -104,7 +111,7 @@ def test_every_dotted_name_is_a_setting_or_in_the_code() -> None:
 @pytest.mark.parametrize("text", sorted({s.text for s in spans() if re.fullmatch(r"([a-z][\w.]*=\S+ ?)+", s.text)} - PLACEHOLDERS))
 def test_every_override_composes(text: str) -> None:
     _, overrides = split_settings(shlex.split(text))
-    compose([word for word in overrides if not word.startswith("launch.ranks=")])
+    compose([word for word in overrides if word.partition("=")[0] not in {"launch.ranks", *OF_PLAN}])
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "texts" / name).write_text("text")
     (folder / "mixtral").mkdir()
     (folder / "mixtral" / "tokenizer.json").write_text("{}")
+    (folder / "card.json").write_text('{"total_parameters": 671e9}')
     for run in ("first", "one", "four"):
         (folder / "runs" / run).mkdir(parents=True)
     for step in (400, 600):
@@ -139,6 +147,17 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             own = [word for word in arguments if word not in ("HF_FOLDER", ">", "docs/models.md", "model=NAME")]
             monkeypatch.setattr("tokenyard.launch.models_page.models_page", lambda: "")  # tests/conf/test_presets.py compares it
             assert main(["params", *(own or ["model=default"])]) == 0
+        case ["tokenyard", "plan" | "audit"] | ["tokenyard", "plan", "serve" | "--dry-run"]:
+            pass
+        case ["tokenyard", "plan", "--dry-run", *arguments]:
+            assert read_words(arguments)
+        case ["tokenyard", "plan", "serve", *arguments]:
+            assert read_deployment([word for word in arguments if word != "--json"])
+        case ["tokenyard", "plan", *arguments]:
+            words = [word for word in arguments if word.partition("=")[0] in ("model", *SEARCH_WORDS) and "..." not in word]
+            assert read_search_words([*words, "model=mixtral_8x7b"] if "model=..." in arguments else words)
+        case ["tokenyard", "audit", *arguments]:
+            assert main(["audit", *arguments]) in (0, 1)
         case ["tokenyard", "parity", *arguments]:
             assert plan_comparison(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:

@@ -56,6 +56,7 @@ def test_a_name_with_an_underscore_is_in_the_code() -> None:
     """But for the settings of torchtitan, in a table of the README."""
     files = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
     words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
+    words |= {path.stem for path in (ROOT / "conf").rglob("*.yaml")}
     named = {name for sentence in sentences() for name in re.findall(r"`([a-z]\w*_\w+)(?:\(\))?`", sentence.text)}
     theirs = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M))
     assert len(named) > 100

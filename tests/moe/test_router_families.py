@@ -13,7 +13,7 @@ from tokenyard.moe.router import Router, Routing
 from tokenyard.moe.token_info import BatchPosition, TokenInfo, build_token_info, layer_keys, token_keys
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
-from tokenyard.train.loss import Totals, losses
+from tokenyard.train.loss import Totals, add_pooled_balance, losses, pooled_sums
 from torch import Tensor
 
 WIDTH, SEQUENCES, LENGTH = 16, 4, 16
@@ -242,7 +242,8 @@ def router_gradient(config: MoEConfig) -> Tensor:
 def loss_of(stats, config: MoEConfig):
     """The layer is the only one of a model whose cross entropy is constant."""
     constant = torch.zeros((), dtype=torch.float64)
-    return losses(constant, [stats], config, Totals(SEQUENCES * LENGTH, SEQUENCES, 1), build_mesh(ParallelConfig()))
+    totals, mesh = Totals(SEQUENCES * LENGTH, SEQUENCES, 1), build_mesh(ParallelConfig())
+    return add_pooled_balance(losses(constant, [stats], config, totals, mesh), pooled_sums([stats], config), config, totals, mesh)
 
 
 def with_coefficient(config: MoEConfig, name: str, value: float) -> MoEConfig:

@@ -33,7 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr": 10**400}}, f"optimizer.lr=1{'0' * 59}...: must be a number; nearest valid: optimizer.lr=0.005"),
     ({"optimizer": {"clip_norm": []}}, "optimizer.clip_norm=[]: must be a number or null; nearest valid: optimizer.clip_norm=1.0"),
     ({"compile": 1}, "compile=1: must be true or false; nearest valid: compile="),
-    ({"parallel": {"recompute": 1}}, "parallel.recompute=1: must be one of none, block, selective; nearest valid: "),
+    ({"parallel": {"recompute": 1}}, "parallel.recompute=1: must be one of none, block, selective, offload; nearest valid: "),
     ({"tracker": {"names": "wandb"}}, "tracker.names=wandb: must be a list, [a,b]; nearest valid: tracker.names=[wandb]"),
     ({"tracker": {"names": [["a"]]}}, "tracker.names=[[a]]: must be a list, [a,b]; nearest valid: tracker.names=[wandb]"),
     ({"engine": {"extra": [1]}}, "engine.extra=[1]: must be a mapping, {key:value}; nearest valid: engine.extra={}"),
@@ -75,7 +75,9 @@ def test_values_of_earlier_versions(former: Any, today: str, tmp_path: Path) -> 
     (tmp_path / "experiment" / "own.yaml").write_text(f"# @package _global_\nparallel:\n  recompute: {former}\n")
     words = ["--config-dir", str(tmp_path), "experiment=own"]
     if isinstance(former, bool):
-        with pytest.raises(ConfigError, match=f"must be one of none, block, selective; nearest valid: parallel.recompute={today}"):
+        with pytest.raises(
+            ConfigError, match=f"must be one of none, block, selective, offload; nearest valid: parallel.recompute={today}"
+        ):
             compose(words)
     elif former == today:
         assert compose(words).parallel.recompute is Recompute(today)
