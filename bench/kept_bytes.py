@@ -16,7 +16,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..moe.config import ModelConfig
 from ..moe.param_count import flops_by_layer, repeated_flops_per_token
 from ..moe.token_info import BatchPosition, build_token_info
 from ..parallel.apply import Parallel
@@ -88,8 +87,8 @@ def measure(preset: str, recompute: Recompute, length: int) -> KeptResult:
     """Runs one block of each kind of layer."""
     words = [f"model={preset}", "precision=bf16", "batch.sequences=1", f"sequence_length={length}"]
     config = compose([*words, f"parallel.recompute={recompute.value}"])
-    kinds = Counter(_kind(config.model, index) for index in range(config.model.layers))
-    first = {_kind(config.model, index): index for index in reversed(range(config.model.layers))}
+    kinds = Counter(config.model.layer_kind(index) for index in range(config.model.layers))
+    first = {config.model.layer_kind(index): index for index in reversed(range(config.model.layers))}
     with dry_rank(config, 0, 1) as rank:
         found = {kind: kept_bytes(rank.parallel, first[kind], length) for kind in kinds}
     kept, on_host = (sum(count * found[kind][place] for kind, count in kinds.items()) for place in (0, 1))
@@ -97,10 +96,6 @@ def measure(preset: str, recompute: Recompute, length: int) -> KeptResult:
     config.model.mtp_depth = 0
     repeated = {"none": 0, "offload": 0, "block": forward, "selective": repeated_flops_per_token(config.model, length)}
     return KeptResult(preset, recompute.value, kept, on_host, repeated[recompute.value], forward)
-
-
-def _kind(config: ModelConfig, index: int) -> tuple[bool, bool, bool]:
-    return config.moe_layer(index), config.windowed_layer(index), config.linear_layer(index)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from ..plan.claims import Answer, audit, left_out
 from ..train.config.config import ConfigError
 from ..train.rank_command import refuse
 from .params import configured
+from .words import named_models
 
 LARGEST_CARD = 1 << 20
 """Bytes of a card."""
@@ -21,7 +22,7 @@ def audit_command(arguments: Namespace) -> int:
     """Prints the page, or one object (--json). Returns 0 if nothing that was claimed differs, 1 if something does."""
     try:
         claim = read_claim(arguments.claim)
-        name, config = configured([_model(word) for word in arguments.model])
+        name, config = configured(named_models(arguments.model))
     except ConfigError as error:
         return refuse(error)
     answers = audit(claim, config.model)
@@ -30,10 +31,6 @@ def audit_command(arguments: Namespace) -> int:
     else:
         print("\n".join(page(name, claim, answers)))
     return int(any(answer.verdict.startswith("differs") for answer in answers))
-
-
-def _model(word: str) -> str:
-    return word if "=" in word or Path(word).is_dir() else f"model={word}"
 
 
 def read_claim(text: str) -> str:

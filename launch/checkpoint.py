@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..train.config.complain import BAD_USAGE, complain, printable
-from ..train.config.number_format import short
-from .params import gigabytes
+from ..train.config.number_format import gigabytes, short
 from .parser import OneLineParser
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from ..train.config.compose import compose, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.environment import world_size
 from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check_model_and_layout, facts, intended_ranks, layout_text
-from ..train.config.number_format import flops, short
+from ..train.config.number_format import flops, gigabytes, short
 from ..train.rank_command import refuse
 from ..train.weight_source import compose_run
 
@@ -128,14 +128,6 @@ def _cost(found: dict[str, Any]) -> list[str]:
         _row("compute", f"{compute}, mean over {length:,} tokens"),
         _row("cache", f"{found['kv_cache_bytes_per_token'] / 1024:,.1f} KiB per token in bf16, mean over {length:,} tokens"),
     ]
-
-
-def gigabytes(number: float) -> str:
-    """Returns the bytes in decimal units, as device memory is sold."""
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:,.0f} bytes"
 
 
 def _row(name: str, value: str) -> str:

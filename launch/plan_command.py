@@ -11,6 +11,7 @@ from ..train.config.environment import world_size
 from ..train.config.model_summary import check_model_and_layout, intended_ranks
 from ..train.rank_command import refuse
 from ..train.weight_source import compose_run
+from .words import split_words, whole_number
 
 OWN = ("rank", "world", "layers", "hot")
 """Words of the dry run alone; all others are overrides as for `tokenyard train`."""
@@ -49,8 +50,8 @@ def plan_command(arguments: Namespace) -> int:
 
 def read_words(words: list[str]) -> DryRunWords:
     """Returns the configuration, with the precision that it has on a GPU, and the rank. Raises ConfigError."""
-    own = {key: value for key, equals, value in (word.partition("=") for word in words) if equals and key in OWN}
-    config = compose_run(parse_arguments([word for word in words if word.partition("=")[0] not in OWN]))[0]
+    own, overrides = split_words(words, OWN)
+    config = compose_run(parse_arguments(overrides))[0]
     world = whole_number("world", own["world"], 1) if "world" in own else intended_ranks(config, world_size())
     rank = whole_number("rank", own.get("rank", "0"), 0)
     if rank >= world:
@@ -74,10 +75,3 @@ def _hot(text: str, ranks: int) -> float:
     if not 0 < hot <= ranks:
         raise ConfigError.of("hot", text, f"must be in (0, parallel.expert={ranks}]", f"hot={ranks if hot > ranks else 1}")
     return hot
-
-
-def whole_number(key: str, text: str, least: int) -> int:
-    """Returns the number that `text` is. Raises ConfigError if it is none or below `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError.of(key, text, f"must be a whole number from {least} on", f"{key}={least}")
-    return int(text)

@@ -16,9 +16,9 @@ from ..train.config.compose import CONF, parse_arguments
 from ..train.config.config import Config, ConfigError, EngineKind, Precision
 from ..train.config.launch import Launcher
 from ..train.config.model_summary import count
-from ..train.config.schema import nearest_text
 from ..train.config.validate import check_rules
 from ..train.weight_source import compose_run
+from .words import one_of, split_words
 
 OWN = ("cluster", "goal", "tokens", "batch.tokens", "hot")
 """Words of the search alone; all others are overrides as for `tokenyard train`."""
@@ -90,17 +90,12 @@ def _refuse_number(chosen: int, found: Found) -> None:
 
 def read_search_words(words: list[str], config_dir: str | None = None) -> SearchWords:
     """Returns the configuration without a layout, and what to search. Raises ConfigError."""
-    own = {key: value for key, equals, value in (word.partition("=") for word in words) if equals and key in OWN}
-    rest = [word for word in words if word.partition("=")[0] not in OWN]
+    own, rest = split_words(words, OWN)
     keys = [word.partition("=")[0] for word in rest]
     if "cluster" not in own:
         raise ConfigError("cluster: says on which GPUs; nearest valid: cluster=h100x64")
     cluster = read_cluster(own["cluster"])
-    goal = own.get("goal", "fastest")
-    if goal not in Goal.__members__:
-        raise ConfigError.of(
-            "goal", goal, f"must be one of {', '.join(Goal.__members__)}", f"goal={nearest_text(goal, list(Goal.__members__))}"
-        )
+    goal = one_of("goal", own.get("goal", "fastest"), Goal.__members__)
     defaults = [] if "experiment" in keys else [f"sequence_length={LENGTH}"]
     folder = ["--config-dir", config_dir] if config_dir else []
     config = compose_run(parse_arguments([*defaults, *rest, *folder]))[0]

@@ -4,17 +4,15 @@ import json
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..plan.serving import BYTES, CACHE_BYTES, LARGEST, MEMORY_SHARE, Deployment, best_cut, cuts, smallest
 from ..train.config.config import ConfigError
 from ..train.config.gpus import gpus
-from ..train.config.number_format import short
-from ..train.config.schema import nearest_text
+from ..train.config.number_format import gigabytes, short
 from ..train.rank_command import refuse
-from .params import configured, gigabytes
-from .plan_command import whole_number
+from .params import configured
+from .words import named_models, one_of, split_words, whole_number
 
 CHOICES = {"weights": BYTES, "experts": BYTES, "cache": CACHE_BYTES}
 KEYS = ("gpu", "gpus", "tensor", *CHOICES, "context", "sequences", "link", "hit")
@@ -33,9 +31,8 @@ def serve_command(arguments: Namespace) -> int:
 
 def read_deployment(words: list[str]) -> tuple[str, Deployment]:
     """Returns the model's name, and the deployment with its number of GPUs and its cut. Raises ConfigError."""
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in KEYS}
-    others = [word for word in words if word.partition("=")[0] not in KEYS]
-    name, config = configured([f"model={word}" if "=" not in word and not Path(word).is_dir() else word for word in others])
+    own, others = split_words(words, KEYS)
+    name, config = configured(named_models(others))
     types = gpus()
     weights = one_of("weights", own.get("weights", "bf16"), BYTES)
     asked = Deployment(
@@ -75,14 +72,6 @@ def cut(asked: Deployment, number_of_gpus: int, tensor: int) -> Deployment:
         rule = f"needs {gigabytes(least)} a GPU of {gigabytes(MEMORY_SHARE * asked.gpu.memory_bytes)} usable"
         raise ConfigError.of("gpus", number_of_gpus, rule, f"gpus={enough.gpus}" if enough else "weights=fp8 sequences=1")
     return found
-
-
-def one_of(key: str, text: str, known: Iterable[str]) -> str:
-    """Returns `text`. Raises ConfigError if it is not among `known`."""
-    known = list(known)
-    if text not in known:
-        raise ConfigError.of(key, text, f"must be one of {', '.join(known)}", f"{key}={nearest_text(text, known)}")
-    return text
 
 
 def number(key: str, text: str, least: float, most: float) -> float:

@@ -275,6 +275,10 @@ class ModelConfig:
         regular = attention.window_every == 1 or (index + 1) % attention.window_every != 0
         return attention.window is not None and regular and index not in attention.full_layers and not self.linear_layer(index)
 
+    def layer_kind(self, index: int) -> tuple[bool, bool, bool, bool]:
+        """Returns what block `index` has of experts, a dense feed-forward, a window and linear attention."""
+        return self.moe_layer(index), self.dense_layer(index), self.windowed_layer(index), self.linear_layer(index)
+
     def linear_layer(self, index: int) -> bool:
         """Whether block `index` (from 0) has gated DeltaNet; those of multi-token prediction have attention."""
         attention = self.attention

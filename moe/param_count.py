@@ -140,13 +140,18 @@ def kv_cache_elements(config: ModelConfig, tokens: int) -> int:
     A layer with a window caches no more tokens than the window. One of gated DeltaNet has its states and the last inputs of its
     convolutions, whatever the tokens.
     """
-    mla, latent, delta = config.attention.mla, config.attention.kind is AttentionKind.mla, config.attention.delta
-    each = mla.kv_rank + mla.rope_width if latent else 2 * config.kv_heads * head_width(config)
+    delta, each = config.attention.delta, kv_width(config)
     linear = sum(config.linear_layer(index) for index in range(config.layers))
     convolved = 2 * delta.key_heads * delta.key_width + delta.value_heads * delta.value_width
     return linear * (_state(config) + (delta.kernel - 1) * convolved) + each * sum(
         _window(config, index, tokens) for index in range(config.layers) if not config.linear_layer(index)
     )
+
+
+def kv_width(config: ModelConfig) -> int:
+    """Returns the elements of a token in the cache of one layer: key and value, or the latent and the rotary key."""
+    mla, latent = config.attention.mla, config.attention.kind is AttentionKind.mla
+    return mla.kv_rank + mla.rope_width if latent else 2 * config.kv_heads * head_width(config)
 
 
 def _flops(config: ModelConfig, found: Shapes, layers: Sequence[int], heads: int, length: int) -> int:

@@ -130,3 +130,16 @@ def _rank_shape(name: str, shape: tuple[int, ...], config: ModelConfig, parallel
         dim = shard_dim(tuple(sizes), ranks)
         sizes[dim] = -(-sizes[dim] // ranks)
     return tuple(sizes)
+
+
+def room(tokens: int, top_k: int, experts: int, ranks: int, rows: float) -> int:
+    """Returns the rows of which the experts of each of `ranks` ranks can get in the symmetric exchange, of `tokens` tokens a rank.
+
+    They are `rows` times the even share, and at most the rows that can come, since the experts of a token differ.
+    """
+    return min(math.ceil(rows * tokens * top_k), ranks * tokens * min(top_k, experts // ranks))
+
+
+def data_ranks(parallel: ParallelConfig, world: int) -> int:
+    """Returns the number of ranks with different rows of the batch."""
+    return world // (parallel.tensor * parallel.context * parallel.pipeline)

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.config import TokenizerConfig
 from ..moe.config import MoEConfig, Scope, Selection
 from ..parallel.config import Exchange, Overflow, ParallelConfig, PipelineSchedule
-from ..parallel.layout import dense_ranks
+from ..parallel.layout import data_ranks, dense_ranks
 from ..train.config.compose import compose
 from ..train.config.config import BatchConfig, Config, ConfigError, LaunchConfig, Precision
 from ..train.config.rules.rules import violations
@@ -37,7 +37,7 @@ class Layout:
     @property
     def data_ranks(self) -> int:
         """The ranks with different rows of the batch."""
-        return self.ranks // (self.parallel.context * self.parallel.tensor * self.parallel.pipeline)
+        return data_ranks(self.parallel, self.ranks)
 
     @property
     def text(self) -> str:

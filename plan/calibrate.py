@@ -5,6 +5,7 @@
 What needs several GPUs stays as it was fitted: NVLink, the network, and what hides behind what.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 from ..moe.config import ModelConfig, MoEConfig
 from ..parallel.config import ParallelConfig
+from ..train.config.complain import complain
 from ..train.config.config import ConfigError
 from ..train.config.gpus import Gpu, gpu_of_device
 from .coefficients import Coefficients, coefficients, write_coefficients
@@ -46,10 +48,15 @@ class Calibration:
     """Each replaced coefficient, before and after."""
 
 
-def main(arguments: list[str]) -> None:
-    (path,) = arguments
-    replaced = calibrate(Path(path)).replaced
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.plan.calibrate")
+    parser.add_argument("report", type=Path, help="report.json of `make gpu`")
+    try:
+        replaced = calibrate(parser.parse_args().report).replaced
+    except ConfigError as error:
+        return complain(error)
     print(write_coefficients("tokenyard", {name: after for name, (_, after) in replaced.items()}))
+    return 0
 
 
 def calibrate(path: Path) -> Calibration:
@@ -155,4 +162,4 @@ def _refused(path: Path, rule: str) -> ConfigError:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

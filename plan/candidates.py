@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..parallel.config import ContextExchange, Exchange, ParallelConfig, PipelineSchedule
 from ..train.config.config import BatchConfig, Config
 from ..train.config.rules.rules import layout_violations
-from .workload import AGAIN
+from .workload import RECOMPUTED
 
 STAGES = 16
 """The most ranks of a pipeline."""
@@ -105,7 +105,7 @@ def _of_degrees(
         for staged in _product({"pipeline_schedule": schedules, **passes}, fixed):
             if not is_legal(config, replace(first, **staged), batch, world):
                 continue
-            for kept in _product({"zero": zeros, "recompute": list(AGAIN)}, fixed):
+            for kept in _product({"zero": zeros, "recompute": list(RECOMPUTED)}, fixed):
                 group = [Candidate(replace(first, **staged, **kept, **exchange), batch, world) for exchange in exchanges]
                 if group and is_legal(config, group[0].parallel, batch, world):
                     yield group

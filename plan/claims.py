@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..moe.config import ModelConfig
 from ..moe.param_count import count, describe_routing, flops_per_token, kv_cache_elements, moe_layers
 from ..train.config.gpus import Gpu, gpus
-from ..train.config.number_format import flops, short
+from ..train.config.number_format import flops, gigabytes, short
 from .serving import BYTES, MEMORY_SHARE, Deployment, smallest
 
 TOLERANCE = 0.03
@@ -124,7 +124,7 @@ def _routing(text: str, config: ModelConfig) -> Answer:
 def _memory(text: str, config: ModelConfig) -> Answer:
     needed = {kind: Deployment(config, gpus()["h100"], weights=kind, experts=kind) for kind in FORMATS}
     sizes = {kind: one.expert_bytes + one.other_bytes for kind, one in needed.items()}
-    model = "weights " + ", ".join(f"{kind} {_gb(size)}" for kind, size in sizes.items())
+    model = "weights " + ", ".join(f"{kind} {gigabytes(size)}" for kind, size in sizes.items())
     said = re.search(rf"{NUMBER}\s?(GB|GiB|TB)\b(?! ?/s)", text, re.IGNORECASE)
     if said is None:
         return Answer(
@@ -181,7 +181,7 @@ def _deployment(text: str, config: ModelConfig) -> Answer:
     ]
     least = ", ".join(f"{plan.gpus} ({kind})" for kind, plan in found if plan)
     cache = kv_cache_elements(config, CONTEXT) * 2
-    model = f"fewest H100 for one sequence: {least}; {_gb(cache)} of cache for {CONTEXT:,} tokens in bf16"
+    model = f"fewest H100 for one sequence: {least}; {gigabytes(cache)} of cache for {CONTEXT:,} tokens in bf16"
     said = next(_named_gpus(text), None)
     if said is None:
         return Answer("deployment", model, "", "not stated")
@@ -251,7 +251,3 @@ def _close(one: float, other: float) -> bool:
 
 def _differs(claimed: float, true: float) -> str:
     return f"differs by {(claimed - true) / true:+.0%}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e12:.3g} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..moe.config import ModelConfig
 from ..parallel.config import PipelineSchedule
-from ..parallel.layout import mesh_sizes
+from ..parallel.layout import data_ranks
 from ..parallel.pipeline.stages import cut_layers, layers_on
 from ..train.config.config import Config
 
@@ -107,7 +107,7 @@ def removable_layers(config: Config, rank: int, world: int) -> tuple[int, int]:
 
 def pattern(model: ModelConfig) -> tuple[int, int]:
     """Returns the first layer from which on kinds of layers repeat, and their period: those with the smallest sum of both."""
-    kinds = [(model.moe_layer(index), model.windowed_layer(index), model.linear_layer(index)) for index in range(model.layers)]
+    kinds = [model.layer_kind(index) for index in range(model.layers)]
     found = []
     for period in range(1, max(2, model.layers // 2)):
         differing = [index for index in range(model.layers - period) if kinds[index] != kinds[index + period]]
@@ -117,14 +117,8 @@ def pattern(model: ModelConfig) -> tuple[int, int]:
 
 def micro_batches_of(config: Config, world: int) -> int:
     """Returns the micro-batches of a step on one rank."""
-    data = data_ranks(config, world)
+    data = data_ranks(config.parallel, world)
     return config.batch.sequences // (data * (config.batch.micro or config.batch.sequences // data))
-
-
-def data_ranks(config: Config, world: int) -> int:
-    """Returns the number of ranks with different rows."""
-    sizes = mesh_sizes(config.parallel, world)
-    return sizes["replicate"] * sizes["shard"]
 
 
 def enough_micro_batches(config: Config) -> tuple[int, int]:
@@ -140,7 +134,7 @@ def enough_micro_batches(config: Config) -> tuple[int, int]:
 def shrunk(config: Config, rank: int, world: int, less: int, micro_batches: int) -> Config:
     """Returns `config` with `less` layers fewer in each stage of this rank, and with so many micro-batches."""
     config, mine = copy.deepcopy(config), own_stages(config, rank, world)
-    data = data_ranks(config, world)
+    data = data_ranks(config.parallel, world)
     config.batch.micro = config.batch.micro or config.batch.sequences // data
     config.batch.sequences = micro_batches * config.batch.micro * data
     model, before = config.model, config.model.layers

@@ -17,7 +17,7 @@ from ..train.config.gpus import gpus
 from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .step_time import Launching, Software, Tuning
-from .workload import Again, StepBatch, Workload, workload
+from .workload import Recomputed, StepBatch, Workload, workload
 
 ROWS = Path(__file__).with_name("published.json")
 
@@ -52,19 +52,19 @@ GPUS = {
 PRECISIONS = {"BF16": "bf16", "FP8": "fp8", "MXFP8": "fp8", "FP8-MX": "fp8", "FP8-CS": "fp8"}
 EXCHANGES = {"alltoall": Exchange.plain, "DeepEP": Exchange.hierarchical, "HybridEP": Exchange.hierarchical}
 """Vendor rows that name none are taken for HybridEP, which their recipes use."""
-AGAIN = {
-    "norm, act": Again(elementwise=0.5),
-    "norm, act, shared_expert": Again(elementwise=0.7),
-    "moe_act, layernorm": Again(elementwise=0.5),
-    "layernorm, moe_act": Again(elementwise=0.5),
-    "moe_act": Again(elementwise=0.3),
-    "selective": Again(scores=1.0),
-    "core_attn": Again(scores=1.0),
-    "mla_up_proj": Again(dense=0.2),
-    "mla_up_proj, mlp": Again(dense=0.4),
-    "layernorm, moe": Again(experts=1.0, exchange=1.0, elementwise=0.8),
-    "moe, layernorm": Again(experts=1.0, exchange=1.0, elementwise=0.8),
-    "full": Again(1.0, 1.0, 1.0, 1.0, 1.0),
+MEGATRON_RECOMPUTES = {
+    "norm, act": Recomputed(elementwise=0.5),
+    "norm, act, shared_expert": Recomputed(elementwise=0.7),
+    "moe_act, layernorm": Recomputed(elementwise=0.5),
+    "layernorm, moe_act": Recomputed(elementwise=0.5),
+    "moe_act": Recomputed(elementwise=0.3),
+    "selective": Recomputed(scores=1.0),
+    "core_attn": Recomputed(scores=1.0),
+    "mla_up_proj": Recomputed(dense=0.2),
+    "mla_up_proj, mlp": Recomputed(dense=0.4),
+    "layernorm, moe": Recomputed(experts=1.0, exchange=1.0, elementwise=0.8),
+    "moe, layernorm": Recomputed(experts=1.0, exchange=1.0, elementwise=0.8),
+    "full": Recomputed(1.0, 1.0, 1.0, 1.0, 1.0),
 }
 """What Megatron's names of modules compute again, as shares of the forward pass; shares below 1 are estimates."""
 VENDOR = (
@@ -161,7 +161,11 @@ def _measured(row: dict[str, Any]) -> Measured:
     cluster = Cluster(gpus()[GPUS[row["gpu"]]], row["gpus"])
     work = _work(row["model"], row["seq"])
     counts = workload(
-        work, layout(row), StepBatch(row["global_batch"], row["micro_batch"]), cluster, AGAIN.get(row.get("recompute", ""))
+        work,
+        layout(row),
+        StepBatch(row["global_batch"], row["micro_batch"]),
+        cluster,
+        MEGATRON_RECOMPUTES.get(row.get("recompute", "")),
     )
     tuning = Tuning.vendor if row["source"].startswith(VENDOR) else Tuning.community
     software = Software(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 from ..moe.config import AttentionKind, ModelConfig
-from ..moe.param_count import flops_by_layer
-from ..moe.param_shapes import block_shapes, head_width, shapes
+from ..moe.param_count import flops_by_layer, kv_width
+from ..moe.param_shapes import block_shapes, shapes
 from ..parallel.config import ParallelConfig
 from ..parallel.pipeline.stages import copies_embedding, cut_layers, layers_on
 
@@ -94,11 +94,7 @@ class ModelWork:
     def kv_elements(self) -> float:
         """Elements that attention of one token reads of another, mean over the layers: key and value, or the latent."""
         config = self.config
-        mla = config.attention.mla
-        each = (
-            mla.kv_rank + mla.rope_width if config.attention.kind is AttentionKind.mla else 2 * config.kv_heads * head_width(config)
-        )
-        return each * sum(not config.linear_layer(index) for index in range(config.layers)) / config.layers
+        return kv_width(config) * sum(not config.linear_layer(index) for index in range(config.layers)) / config.layers
 
     def slowest_rank(self, parallel: ParallelConfig) -> LayerWork:
         """Returns the work of the rank of a pipeline with most FLOPs, of the stages that `cut_layers` gives it."""

@@ -1,7 +1,7 @@
 """The memory of any rank in closed form: the most bytes that its device holds in a step, and what they are for, without running it.
 
 Each kind of block runs once on sizes (plan/sized/); the rest is sums over the layers and micro-batches of the rank, in the order
-of its schedule. Within 3 % of the dry run of the same rank (tests/plan/test_rank_memory.py), in milliseconds, without torch.
+of its schedule, in milliseconds and without torch. docs/plan.md says how near it comes to the dry run of the same rank.
 """
 
 import math
@@ -19,7 +19,7 @@ from .held_parameters import Held
 from .sized.exchange_sizes import memory_of_exchange
 from .sized.layer_sizes import BlockShape
 from .sized.operator_sizes import Casts
-from .stage_memory import StageBytes, StagePlace, Stages
+from .stage_memory import StagePlace, Stages, Unit
 
 MOMENTS = 2
 """AdamW's, in the dtype of the weights."""
@@ -105,7 +105,7 @@ class MemoryModel:
         """Adds up what the actions of a rank hold, one after the other."""
         actions, simulated = self._actions(parallel, len(mine), micros, rank)
         level, most, at = Counter(base), sum(base.values()), Counter(base)
-        total, begun, deferred = most, set[int](), dict[tuple[int, int], StageBytes]()
+        total, begun, deferred = most, set[int](), dict[tuple[int, int], Unit]()
         for action in actions:
             if action.kind == WEIGHTS:
                 change = deferred.pop((action.stage, action.micro)).weights

@@ -17,7 +17,7 @@ from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .rank_memory import MemoryModel, RankMemory
 from .step_time import StepTime, predict
-from .workload import AGAIN, StepBatch
+from .workload import RECOMPUTED, StepBatch
 
 TABLE = 10
 """Layouts that are shown."""
@@ -101,7 +101,7 @@ class Planner:
 
         Raises ConfigError if no layout is legal, or none fits.
         """
-        if fixed.get("recompute", Recompute.none) not in AGAIN:
+        if fixed.get("recompute", Recompute.none) not in RECOMPUTED:
             rule = "what it copies, and how long that takes, only the dry run and a GPU know"
             raise ConfigError.of("parallel.recompute", fixed["recompute"].value, rule, "parallel.recompute=block")
         timed = list[tuple[float, int, Candidate, StepTime]]()

@@ -60,9 +60,6 @@ class Unit(NamedTuple):
     """Bytes of whole gradients of weights outside of blocks, which the end of the pass reduces."""
 
 
-StageBytes = Unit
-
-
 class Stages:
     """Computes stages of one layout. Blocks of one kind are computed once."""
 
@@ -71,14 +68,14 @@ class Stages:
         self._units: dict[Any, Unit] = {}
         self._stages: dict[Any, Unit] = {}
 
-    def stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> StageBytes:
+    def stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> Unit:
         """Returns the passes through `layers`. In a pipeline what comes and goes is kept until the backward pass."""
         key = layers, first, last, place, pipeline
         if key not in self._stages:
             self._stages[key] = self._stage(layers, first, last, place, pipeline)
         return self._stages[key]
 
-    def _stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> StageBytes:
+    def _stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> Unit:
         config, fsdp = self.shape.config, place.casts is Casts.gathered
         stream = place.narrow * self.shape.tokens * config.width
         grows = fsdp and place.first and place.reduces
@@ -138,7 +135,7 @@ class Stages:
             after, before = (self.held.gathered(near) if near in layers else NOTHING for near in (index + 1, index - 1))
             around = Around(self.held.gathered(index), after, before)
         reduced = self.held.gathered(index + 1).dense if around is not None and index + 1 in layers else 0
-        kind = _kind(self.shape, index)
+        kind = self.shape.config.layer_kind(index)
         return self._unit((kind, around, reduced), place, lambda rank, x: [run_block(rank, self.shape, index, x, around)], reduced)
 
     def _embedding(self, place: StagePlace) -> Unit:
@@ -179,11 +176,6 @@ class _Sum:
             parts.update(each.parts)
             self.most = total, dict(parts)
         self.now.update(each.left)
-
-
-def _kind(shape: BlockShape, index: int) -> tuple[bool, ...]:
-    config = shape.config
-    return config.moe_layer(index), config.dense_layer(index), config.windowed_layer(index), config.linear_layer(index)
 
 
 def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:

@@ -15,7 +15,7 @@ from ..parallel.config import Exchange, ParallelConfig
 from .coefficients import Coefficients, coefficients
 from .gpu_cluster import Cluster, Gpu
 from .model_work import ModelWork
-from .workload import Again, LinkBytes, StepBatch, Workload, workload
+from .workload import LinkBytes, Recomputed, StepBatch, Workload, workload
 
 BLACKWELL = ("blackwell", "blackwell_ultra", "cdna4")
 """Generations with the coefficients of Blackwell; all others have Hopper's. Of AMD's GPUs there is no row to fit."""
@@ -96,16 +96,16 @@ def predict(
     tuning: Tuning = Tuning.tokenyard,
     balanced: bool = True,
     launching: Launching | None = None,
-    again: Again | None = None,
+    recomputed: Recomputed | None = None,
     using: Coefficients | None = None,
 ) -> StepTime:
     """Returns the time of a step of the slowest rank.
 
-    `precision` of products: bf16 or fp8. `balanced`: each expert gets as many rows as any other. `launching` and `again` replace
-    what the layout stands for, and `using` the committed coefficients. Raises ValueError if the batch does not divide, or if the
-    GPU has no products of that precision.
+    `precision` of products: bf16 or fp8. `balanced`: each expert gets as many rows as any other. `launching` and `recomputed`
+    replace what the layout stands for, and `using` the committed coefficients. Raises ValueError if the batch does not divide, or
+    if the GPU has no products of that precision.
     """
-    counts = workload(work, parallel, batch, cluster, again)
+    counts = workload(work, parallel, batch, cluster, recomputed)
     symmetric = parallel.exchange is Exchange.symmetric
     # One rank needs no counts of other ranks, and the symmetric exchange keeps them on the device.
     launching = launching or (Launching.fixed if symmetric or parallel.expert == 1 else Launching.counted)

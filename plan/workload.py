@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import head_width
 from ..parallel.config import ContextExchange, Exchange, ParallelConfig, Recompute
-from ..parallel.layout import mesh_sizes
+from ..parallel.layout import data_ranks, mesh_sizes
 from .gpu_cluster import Cluster
 from .model_work import LayerWork, ModelWork
 
@@ -32,7 +32,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class Again:
+class Recomputed:
     """Shares of the forward pass that are computed again in the backward pass; the elementwise part goes with the dense one."""
 
     dense: float = 0.0
@@ -42,10 +42,10 @@ class Again:
     elementwise: float = 0.0
 
 
-AGAIN = {
-    Recompute.none: Again(),
-    Recompute.selective: Again(elementwise=1.0),
-    Recompute.block: Again(1.0, 1.0, 1.0, 1.0, 1.0),
+RECOMPUTED = {
+    Recompute.none: Recomputed(),
+    Recompute.selective: Recomputed(elementwise=1.0),
+    Recompute.block: Recomputed(1.0, 1.0, 1.0, 1.0, 1.0),
 }
 """Of recompute=offload neither the time of the copies nor the memory is known here."""
 
@@ -111,15 +111,15 @@ def workload(
     parallel: ParallelConfig,
     batch: StepBatch,
     cluster: Cluster,
-    again: Again | None = None,
+    recomputed: Recomputed | None = None,
     gradient_bytes: int = FULL_BYTES,
 ) -> Workload:
-    """Returns the counts for `cluster.ranks` ranks. The rules of the configuration must hold; `again` replaces what
+    """Returns the counts for `cluster.ranks` ranks. The rules of the configuration must hold; `recomputed` replaces what
     parallel.recompute stands for. Raises ValueError if the batch does not divide by data ranks and micro-batches.
     """
     config, size = work.config, mesh_sizes(parallel, cluster.ranks)
-    again = again or AGAIN[parallel.recompute]
-    data = size["replicate"] * size["shard"]
+    recomputed = recomputed or RECOMPUTED[parallel.recompute]
+    data = data_ranks(parallel, cluster.ranks)
     micro_batches, rest = divmod(batch.sequences, data * batch.micro)
     if rest or not micro_batches:
         raise ValueError(f"{batch.sequences} sequences are no multiple of {data} data ranks x {batch.micro}")
@@ -135,17 +135,17 @@ def workload(
         micro_batches=micro_batches,
         bubble=BUBBLE[parallel.pipeline_schedule.value] * (parallel.pipeline - 1) / chunks,
         rows=T,
-        dense_flops=(3 + again.dense) * own * rank.dense_flops,
+        dense_flops=(3 + recomputed.dense) * own * rank.dense_flops,
         # FlashAttention-2 (Dao 2023, arXiv:2307.08691, section 3.1): 5 products in the backward pass, 2 in the forward pass.
-        score_flops=(3.5 + again.scores) * own * rank.score_flops,
+        score_flops=(3.5 + recomputed.scores) * own * rank.score_flops,
         expert_rows=own * parallel.expert * parallel.expert_tensor * config.moe.top_k / max(1, config.moe.experts),
         expert_hidden=config.moe.hidden / parallel.expert_tensor,
-        expert_flops=(3 + again.experts) * own * rank.expert_flops,
-        elementwise_bytes=(3 + again.elementwise) * own * BYTES * _moved(config, rank, parallel),
-        quantized_bytes=(3 + again.dense) * own * BYTES * _quantized(config, rank),
+        expert_flops=(3 + recomputed.experts) * own * rank.expert_flops,
+        elementwise_bytes=(3 + recomputed.elementwise) * own * BYTES * _moved(config, rank, parallel),
+        quantized_bytes=(3 + recomputed.dense) * own * BYTES * _quantized(config, rank),
         stages=chunks if parallel.pipeline > 1 else 0,
         layers=rank.expert_layers + 0.5 * (rank.layers - rank.expert_layers),
-        exchange=copies(config, parallel, cluster) * ((4 + 2 * again.exchange) * rows),
+        exchange=copies(config, parallel, cluster) * ((4 + 2 * recomputed.exchange) * rows),
         tensor=_ring(cluster, parallel.tensor) * (5 * BYTES * T * config.width * (rank.layers + rank.dense_feedforwards)),
         context=_context(work, rank, parallel, cluster) * T,
         messages=_neighbour(cluster, cluster.ranks // parallel.pipeline) * (2 * BYTES * own * config.width * chunks)

@@ -45,6 +45,7 @@ from ...moe.kernels import operators
 from ...moe.recompute import keep
 from ...moe.router import Routing
 from ..collectives import stack_over
+from ..layout import room
 from ..mesh import Axis
 from ..progress import waiting_for_device
 from . import shared_memory
@@ -77,11 +78,6 @@ class SymmetricPlan(NamedTuple):
     """Rows that any rank gets in a transfer."""
     rounds: int
     """Transfers on the way to the experts."""
-
-
-def room(tokens: int, top_k: int, experts: int, ranks: int, rows: float) -> int:
-    """Returns C: `rows` times the even share, and at most the rows that can come, since the experts of a token differ."""
-    return min(math.ceil(rows * tokens * top_k), ranks * tokens * min(top_k, experts // ranks))
 
 
 def kept_counts(counts_NE: Tensor, most: int) -> Tensor:

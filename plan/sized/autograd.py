@@ -26,10 +26,6 @@ class MemoryMeter:
         """Forgets the peak."""
         self.peak, self.at_peak = self.now, self.held.copy()
 
-    def buffer(self, size: float) -> "Buffer":
-        """Allocates `size` bytes."""
-        return Buffer(self, round(size))
-
 
 class Buffer:
     """Memory of `size` bytes, which counts until it is garbage."""

@@ -3,26 +3,25 @@
 T tokens of this rank, K choices of each, D width, N ranks of an exchange. Loads are even, as in a dry run, but for `hot`.
 """
 
-import math
-
 from ...parallel.config import Exchange
+from ...parallel.layout import room
 from .autograd import Buffer, Value
 from .expert_sizes import Travel, compute, permute, reordered, unpermute
 from .layer_sizes import BlockShape, feedforward, multiply
 from .operator_sizes import INDEX, Sized
 
 
-def room(shape: BlockShape) -> int:
-    """Returns the rows that the symmetric exchange has room for (`room` of parallel/dispatch/symmetric.py)."""
-    p, moe, T = shape.parallel, shape.config.moe, shape.tokens
-    return min(math.ceil(p.exchange_rows * T * moe.top_k), p.expert * T * min(moe.top_k, moe.experts // p.expert))
+def room_of(shape: BlockShape) -> int:
+    """Returns the rows that the symmetric exchange has room for on a rank."""
+    moe, parallel = shape.config.moe, shape.parallel
+    return room(shape.tokens, moe.top_k, moe.experts, parallel.expert, parallel.exchange_rows)
 
 
 def memory_of_exchange(shape: BlockShape, narrow: int) -> int:
     """Returns the bytes that the symmetric exchange keeps for all layers: two halves, each for the rows of one transfer."""
     if shape.parallel.exchange is not Exchange.symmetric or shape.parallel.expert == 1:
         return 0
-    return 2 * narrow * shape.config.width * max(room(shape), shape.tokens * shape.config.moe.top_k)
+    return 2 * narrow * shape.config.width * max(room_of(shape), shape.tokens * shape.config.moe.top_k)
 
 
 def exchanged(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: list[Buffer]) -> tuple[Value, Value | None]:
@@ -76,7 +75,7 @@ def shared_expert(rank: Sized, shape: BlockShape, x: Value) -> Value | None:
 
 
 def _symmetric(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: list[Buffer]) -> tuple[Value, Value | None]:
-    T, D, rows, places = shape.tokens, shape.config.width, shape.tokens * shape.config.moe.top_k, room(shape)
+    T, D, rows, places = shape.tokens, shape.config.width, shape.tokens * shape.config.moe.top_k, room_of(shape)
     targets = [rank.bytes(2 * INDEX * (rows + places))]
     held = list(targets)
 

@@ -91,13 +91,10 @@ class Travel:
             self.running = [x.buffer, self._labelled(self.receives)]
 
         def backward(_: Buffer) -> list[Buffer | None]:
-            return [self.running.pop()] if self._drop() else []
+            del self.running[:-1]
+            return [self.running.pop()]
 
         return self.rank.value(self.rank.bytes(0), [x], backward)
-
-    def _drop(self) -> bool:
-        del self.running[:-1]
-        return True
 
     def _labelled(self, elements: float) -> Buffer:
         return self.rank.labelled("exchange", lambda: self.rank.new(elements))

@@ -262,10 +262,6 @@ class Sized:
 
         return self.value(out, [x], backward)
 
-    def view(self, x: Value) -> Value:
-        """The same memory, whose gradient is the output's."""
-        return x
-
     def add(self, x: Value, y: Value, elements: float) -> Value:
         return self.value(self.new(elements), [x, y], lambda gradient: [gradient, gradient])
 

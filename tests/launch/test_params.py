@@ -8,7 +8,7 @@ import time
 import pytest
 from params_answers import asked, refused
 from tokenyard.launch.main import main
-from tokenyard.launch.params import gigabytes
+from tokenyard.train.config.number_format import gigabytes
 
 
 def test_json_is_one_object_with_the_counts(capsys: pytest.CaptureFixture[str]) -> None:

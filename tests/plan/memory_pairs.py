@@ -8,8 +8,9 @@ import random
 import sys
 from typing import NamedTuple
 
-from tokenyard.parallel.config import ContextExchange, Exchange, PipelineSchedule, Recompute
+from tokenyard.parallel.config import OWN_EXCHANGES, ContextExchange, Exchange, PipelineSchedule
 from tokenyard.plan.rank_memory import rank_memory
+from tokenyard.plan.workload import RECOMPUTED
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.rules.rules import violations
@@ -43,7 +44,7 @@ def draw(seed: int) -> Pair:
         p.pipeline, p.tensor, p.context = stages, r.choice([1, 1, 1, 2, 4]), r.choice([1, 1, 1, 1, 2])
         p.expert, p.expert_tensor = r.choice([1, 2, 4, 8, 8, 16, 32]), r.choice([1, 1, 1, 1, 2])
         p.shard, p.zero = r.choice([1, 2, 4, 8, 8, 16, 32, 64]), r.choice([3, 3, 3, 2, 1])
-        p.recompute, p.exchange = r.choice(list(Recompute)), r.choice([Exchange.plain, *Exchange])
+        p.recompute, p.exchange = r.choice(list(RECOMPUTED)), r.choice([Exchange.plain, *OWN_EXCHANGES])
         p.context_exchange = r.choice(list(ContextExchange))
         if stages > 1:
             p.pipeline_schedule = r.choice(list(PipelineSchedule))

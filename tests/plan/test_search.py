@@ -12,7 +12,7 @@ from tokenyard.plan.candidates import candidates
 from tokenyard.plan.gpu_cluster import read_cluster
 from tokenyard.plan.rank_memory import rank_memory
 from tokenyard.plan.search import Fit, Found, Goal, Planner
-from tokenyard.plan.workload import AGAIN
+from tokenyard.plan.workload import RECOMPUTED
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
 from tokenyard.train.config.rules.rules import violations
@@ -38,7 +38,7 @@ def test_every_candidate_is_legal_and_new() -> None:
     for each in all_of_them[::7]:
         assert next(violations(replace(config, parallel=each.parallel, batch=each.batch), 16), None) is None
     kinds = {(each.parallel.recompute, each.parallel.exchange) for each in all_of_them}
-    assert {recompute for recompute, _ in kinds} == set(AGAIN)
+    assert {recompute for recompute, _ in kinds} == set(RECOMPUTED)
     assert {exchange for _, exchange in kinds} == set(OWN_EXCHANGES) - {Exchange.gather}
 
 

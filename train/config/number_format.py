@@ -13,6 +13,14 @@ def short(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def gigabytes(number: float) -> str:
+    """Returns the bytes in decimal units, as device memory is sold."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 999.5 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:,.0f} bytes"
+
+
 def flops(number: float) -> str:
     """FLOPs with the unit's usual prefix: 12.3 GFLOP."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):

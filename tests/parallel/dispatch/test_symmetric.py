@@ -27,7 +27,8 @@ from tokenyard.parallel.config import Exchange, Overflow, ParallelConfig, Recomp
 from tokenyard.parallel.dispatch import symmetric
 from tokenyard.parallel.dispatch.all_to_all import AllToAllDispatcher
 from tokenyard.parallel.dispatch.shared_memory import MappedMemory
-from tokenyard.parallel.dispatch.symmetric import SymmetricDispatcher, kept_counts, plan_return, plan_targets, room
+from tokenyard.parallel.dispatch.symmetric import SymmetricDispatcher, kept_counts, plan_return, plan_targets
+from tokenyard.parallel.layout import room
 from tokenyard.parallel.mesh import build_mesh
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
