@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xxhash
 
+from .batch_sizes import BatchSizes, batch_sizes
 from .best_fit import PackedRows
 from .permutation import cached_permutation
 from .token_array import TokenArray
@@ -31,11 +32,11 @@ class GlobalBatches:
     """The training batches. Stateless: a run resumes from its step alone.
 
     Position p of the endless stream of rows is row `order[p % rows]` of epoch `p // rows`, each epoch with its own permutation.
-    The global batch of step s starts at position `s * sequences`, so an epoch may end inside a batch.
+    The global batch of a step starts behind those of the steps before it, so an epoch may end inside a batch.
     """
 
     def __init__(
-        self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int, packed_by: int | None = None
+        self, tokens: TokenArray, *, seed: int, sequences: int | BatchSizes, sequence_length: int, packed_by: int | None = None
     ) -> None:
         """`packed_by`: the token that ends documents, to pack them by best fit. Raises ValueError, one line, if there is no row."""
         packs = packed_by is not None
@@ -43,7 +44,7 @@ class GlobalBatches:
             PackedRows(tokens, sequence_length, packed_by) if packs else _RowTable(tokens, sequence_length, "training")
         )
         self._seed, self._packed_by = seed, packed_by
-        self.sequences = sequences
+        self.sizes = batch_sizes(sequences)
         self.fingerprint = self._row_table.fingerprint
         self.rows = self._row_table.rows
 
@@ -81,7 +82,7 @@ class GlobalBatches:
 
     def _tokens(self, step: int, rows: slice | range | None) -> np.ndarray:
         """(B, S + 1), int64."""
-        positions = step * self.sequences + np.array(chosen_rows(rows, self.sequences), dtype=np.int64)
+        positions = self.sizes.before(step) + np.array(chosen_rows(rows, self.sizes.of(step)), dtype=np.int64)
         epochs, places = np.divmod(positions, self.rows)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from .batch_sizes import BatchSizes
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
 from .checks import check_corpus
@@ -57,7 +58,7 @@ def open_data(
     tokenizer_config: TokenizerConfig,
     sequence_length: int,
     seed: int,
-    batch_sequences: int,
+    batch_sequences: int | BatchSizes,
     ranks: TokenizingRanks | None = None,
     validation_sequences: int = 256,
 ) -> DataPipeline:
@@ -84,7 +85,7 @@ class BatchSettings(NamedTuple):
 
     length: int
     seed: int
-    sequences: int
+    sequences: int | BatchSizes
     ranks: TokenizingRanks
     validation: int
     """Validation sequences."""

@@ -24,6 +24,7 @@ TRAINING = (
     "model.moe.dropout",
     "model.moe.balance.",
     "model.moe.z_coefficient",
+    "model.moe.z_schedule",
     "model.moe.capacity.factor",
     "model.moe.capacity.minimum",
     "model.moe.capacity.scope",

@@ -125,9 +125,9 @@ def _inspect(steps: int, rows: int, config: Config) -> None:
     from ..data.build import open_data
 
     check_config(config, config.launch.nodes * config.launch.ranks)
-    sizes = config.sequence_length, config.seed, config.batch.sequences
-    data = open_data(config.data, config.tokenizer, *sizes, None, config.evaluate.sequences)
-    tokens = steps * config.batch.sequences * config.sequence_length
+    sizes = config.batch.sizes(config.sequence_length)
+    data = open_data(config.data, config.tokenizer, config.sequence_length, config.seed, sizes, None, config.evaluate.sequences)
+    tokens = sizes.before(steps) * config.sequence_length
     try:
         first = data.train.batch(0).ids_BS[:rows].tolist()
         for index, ids in enumerate(first):
@@ -170,7 +170,7 @@ def source_table(data: DataPipeline, name: str, steps: int, length: int) -> list
 
 
 def _whole(data: DataPipeline, train: GlobalBatches, name: str, steps: int, length: int) -> list[str]:
-    facts, rows = data.facts, steps * train.sequences
+    facts, rows = data.facts, train.sizes.before(steps)
     documents = f"{facts.train_documents:,}", f"{facts.train_tokens:,}", f"{facts.validation_documents:,}"
     bad = f"{facts.undecodable + facts.empty:,}", f"{facts.duplicates:,}"
     return [name, f"{1:.4f}", f"{rows * length:,}", f"{(rows - 1) // train.rows:,}", *documents, *bad]

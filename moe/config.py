@@ -3,8 +3,9 @@
 One transformer covers every model family by these settings; conf/model/ has a file for each published model.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from ..ranges import within
 from .attention_config import AttentionConfig, AttentionKind, DeltaNetConfig, MLAConfig, QKNorm, RopeConfig, RopeScaling
@@ -129,6 +130,19 @@ class BalanceConfig:
     """Factor of the squared coefficient of variation of importance and load (Shazeer 2017) in `scope`; 0 turns it off."""
     bias_rate: float = field(default=0.0, metadata=within("[0, inf)"))
     """Step of the auxiliary-loss-free expert bias (DeepSeek-V3: 0.001), once per optimizer step; 0 turns it off."""
+    schedule: list[float] = field(default_factory=list)
+    """Pairs of step and factor, flattened: from each step on the coefficients of all balance losses are multiplied by it."""
+    bias_schedule: list[float] = field(default_factory=list)
+    """The same for bias_rate; DeepSeek-V3 sets it to 0 for the last 3 % of its tokens."""
+
+
+BALANCE_COEFFICIENTS = (
+    "coefficient",
+    "sequence_coefficient",
+    "device_coefficient",
+    "communication_coefficient",
+    "importance_coefficient",
+)
 
 
 @dataclass
@@ -152,11 +166,12 @@ class CapacityConfig:
 
     def factor_at(self, step: int) -> float | None:
         """Returns the factor in training at optimizer step `step` (the first is 1); None is dropless."""
-        factor = self.factor
-        for start, scheduled in zip(self.schedule[::2], self.schedule[1::2], strict=True):
-            if step >= start:
-                factor = scheduled or None
-        return factor
+        return at_step(self.schedule, step, self.factor) or None
+
+
+def at_step(schedule: list[float], step: int, before: Any = 1.0) -> Any:
+    """Returns the number that a flattened list of pairs (step, number) has for an optimizer step; `before` the first pair's."""
+    return next((number for start, number in zip(schedule[-2::-2], schedule[::-2], strict=True) if step >= start), before)
 
 
 class Activation(Enum):
@@ -197,9 +212,21 @@ class MoEConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     z_coefficient: float = field(default=0.001, metadata=within("[0, inf)"))
     """Factor of the router z-loss of each MoE layer (ST-MoE, eq. 5); 0 turns it off."""
+    z_schedule: list[float] = field(default_factory=list)
+    """Pairs of step and factor, flattened: from each step on z_coefficient is multiplied by it."""
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     shortcut: bool = False
     """Experts stand beside a dense feed-forward and take the input of that one layer earlier (ScMoE; LongCat-Flash)."""
+
+    def at(self, step: int) -> "MoEConfig":
+        """Returns the configuration with the coefficients of its losses, and the rate of expert biases, at an optimizer step."""
+        balance, z = self.balance, at_step(self.z_schedule, step)
+        factor, bias = at_step(balance.schedule, step), at_step(balance.bias_schedule, step)
+        if z == factor == bias == 1:
+            return self
+        scaled = {name: factor * getattr(balance, name) for name in BALANCE_COEFFICIENTS}
+        balance = replace(balance, **scaled, bias_rate=bias * balance.bias_rate)
+        return replace(self, balance=balance, z_coefficient=z * self.z_coefficient)
 
 
 @dataclass

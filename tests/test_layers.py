@@ -32,6 +32,7 @@ ALLOWED = {
 SPINE = (
     *(
         "config",
+        "schedule",
         "allocator",
         "busy_cores",
         "stored_config",

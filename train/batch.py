@@ -49,8 +49,7 @@ class BatchLoader:
 
     def __init__(self, config: Config, data: DataPipeline, axis: Axis, micro: int, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
-        self.micro, together = micro, micro * axis.size
-        self.starts = range(axis.rank * micro, config.batch.sequences, together)
+        self.micro, self._first, self._together = micro, axis.rank * micro, micro * axis.size
         self.ahead = kind_of(device) == "cuda"
         self._side, self._begin = SideStream(device), record_event(device)
         self._next: NextRows | None = None
@@ -93,13 +92,17 @@ class BatchLoader:
         if work.done():  # the device has been idle
             self._waited += perf_counter() - begin
 
-    def empty(self) -> list[Rows]:
-        """Returns micro-batches without a token that counts: a step's collectives need every rank, also one that has no rows."""
+    def empty(self, step: int) -> list[Rows]:
+        """Returns micro-batches without a token that counts: `step`'s collectives need every rank, also one that has no rows."""
         ids_BS = torch.zeros(self.micro, self.config.sequence_length, dtype=torch.int64, device=self.device)
-        return [Rows(ids_BS, torch.full_like(ids_BS, IGNORE), start) for start in self.starts]
+        return [Rows(ids_BS, torch.full_like(ids_BS, IGNORE), start) for start in self._starts(step)]
+
+    def _starts(self, step: int) -> range:
+        """Returns the first row of each micro-batch of this rank."""
+        return range(self._first, self.data.train.sizes.of(step), self._together)
 
     def _made(self, step: int) -> list[Rows]:
-        batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self.starts]
+        batches = [(self.data.train.batch(step, range(start, start + self.micro)), start) for start in self._starts(step)]
         return [as_rows(batch, start, self.config, self.data, self.device) for batch, start in batches]
 
 

@@ -216,7 +216,7 @@ class ZeroEngine(Engine):
             self.zero.scale(clip_factor(numbers.gradient_norm, step_input.clip_norm))
         set_learning_rate(self.optimizer, step_input.lr)
         self.zero.update()
-        update_expert_biases(self.parallel, numbers.counts_LE)
+        update_expert_biases(self.parallel, numbers.counts_LE, step_input.position)
         return numbers
 
     def state_to_save(self) -> dict[str, LocalShard]:

@@ -1,6 +1,5 @@
-"""AdamW over this rank's shards, and the learning rate schedule."""
+"""AdamW over this rank's shards."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..parallel.apply import Parallel, ShardedParameter
-from .config.config import OptimizerConfig, ScheduleConfig, Shape
+from .config.config import OptimizerConfig
 
 
 def build_optimizer(
@@ -41,24 +40,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Returns the share of the peak learning rate in optimizer step `step` (the first is 1) of `steps`.
-
-    After a linear warm-up the rate follows a cosine to `final` (Loshchilov and Hutter 2017), or is stable and then decays linearly
-    to `final` (MiniCPM's warm-up-stable-decay), or falls in two equal steps, after 80 % and 90 % of the run (DeepSeekMoE, section
-    5.1), or is constant.
-    """
-    if step <= config.warmup:
-        return step / config.warmup
-    if config.shape is Shape.constant:
-        return 1.0
-    if config.shape is Shape.multistep:
-        return 1.0 if step <= 0.8 * steps else config.final**0.5 if step <= 0.9 * steps else config.final
-    if config.shape is Shape.wsd:
-        decay = config.decay if config.decay is not None else max(1, steps // 5)
-        done = max(0.0, (step - (steps - decay)) / max(1, decay))
-        return 1.0 - (1.0 - config.final) * done
-    done = (step - config.warmup) / max(1, steps - config.warmup)
-    return config.final + (1.0 - config.final) * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -47,6 +47,7 @@ def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> Non
         "model": (saved.model, config.model),
         "sequence_length": (saved.sequence_length, config.sequence_length),
         "batch.sequences": (saved.batch.sequences, config.batch.sequences),
+        "batch.schedule": (saved.batch.schedule, config.batch.schedule),
         "seed": (saved.seed, config.seed),
     }
     refuse_difference(same, path)

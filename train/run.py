@@ -28,7 +28,7 @@ from .load import sample_of
 from .logging.expert_stats.collector import ExpertStats
 from .logging.run_logger import NullLogger, RunLogger, build_run_logger, set_up_logging
 from .logging.step_log import StepLog, Stopwatch
-from .optimizer import learning_rate_factor
+from .schedule import learning_rate_factor
 from .session import Session
 from .setup import open_session
 from .step import StepNumbers
@@ -126,7 +126,7 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
 def next_step(session: Session, supervisor: Supervisor) -> tuple[StepNumbers | None, float]:
     """Runs one optimizer step. Returns its numbers, None if it was skipped, jumped over or rolled back; and the learning rate."""
     config = session.config
-    lr = config.optimizer.lr * learning_rate_factor(config.schedule, session.step + 1, config.steps)
+    lr = config.optimizer.lr * learning_rate_factor(config, session.step + 1)
     rows = micro_batches(session, supervisor)
     if session.step + 1 in supervisor.guard.jumps:
         session.step += 1
@@ -161,7 +161,7 @@ def micro_batches(session: Session, supervisor: Supervisor) -> list[Rows]:
             log_read_failures(session.data, session.step + 1, supervisor.run_logger)
     except (OSError, ValueError) as error:
         supervisor.bad_data = f"{type(error).__name__}: {error}"
-        return session.batch_loader.empty()
+        return session.batch_loader.empty(session.step)
 
 
 def log_read_failures(data: DataPipeline, step: int, run_logger: RunLogger) -> None:

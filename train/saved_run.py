@@ -6,15 +6,17 @@ from typing import Any
 from ..checkpoint.bounded import read_regular
 from ..checkpoint.facts import DEEPEST, check_plain
 from .config.compose import Arguments, check_arguments, compose_arguments
-from .config.config import Config, ConfigError
+from .config.config import Config, ConfigError, Shape
 from .config.overrides import parse_override, split_override
 from .config.redact import PLACEHOLDER
 from .config.schema import quoted, written
 from .config.serialize import config_from_plain, leaves, plain_config
+from .schedule import learning_rate_factor
 
 CONFIG = "config.yaml"
 LARGEST_CONFIG = 1 << 16
 """Limit for the bytes of config.yaml; a run writes some thousand."""
+DECAY_FROM = "schedule.decay_from"
 LEFT_OUT = ("run.dir", "checkpoint.resume")
 """The folder is the one that is named, and a run goes on from its newest checkpoint, wherever it began."""
 
@@ -36,9 +38,15 @@ def with_run(arguments: Arguments) -> Arguments:
     replaced = {key for key in keys if key in groups}
     if "checkpoint.init" in keys:
         replaced |= {"model", "tokenizer"}  # which the new source gives
+    run = {} if arguments.multirun else {"run.dir": str(folder)}  # the points of a sweep have folders of their own
+    decay_from = [
+        parse_override(text, groups).value() for text, key in zip(arguments.overrides, keys, strict=True) if key == DECAY_FROM
+    ]
+    if decay_from and isinstance(decay_from[-1], int):
+        run = {key: value for key, value in decay_branch(saved, folder, decay_from[-1]).items() if key not in keys}
     added = []
     for key, value in leaves(plain_config(saved)):
-        if key in (*LEFT_OUT, *keys) or key.split(".")[0] in replaced or base[key] != default[key]:
+        if key in (*LEFT_OUT, *keys, *run) or key.split(".")[0] in replaced or base[key] != default[key]:
             continue
         of_source = saved.checkpoint.init is not None and key.startswith(("model.", "tokenizer."))
         if of_source or value != base[key]:  # a source has other values than `base`
@@ -46,9 +54,31 @@ def with_run(arguments: Arguments) -> Arguments:
                 rule = f"is without its secrets in {folder / CONFIG}"
                 raise ConfigError.of(key, value, rule, f"{key}=... beside --from {folder}, with them")
             added.append(f"{key}={_text(value)}")
-    if not arguments.multirun:  # the points of a sweep have folders of their own
-        added.append(f"run.dir={quoted(str(folder))}")
+    added += [f"{key}={_text(value)}" for key, value in run.items()]
     return Arguments(**{**vars(arguments), "overrides": [*added, *arguments.overrides], "from_run": None})
+
+
+def decay_branch(saved: Config, folder: Path, step: int) -> dict[str, Any]:
+    """Returns the settings of a run that decays the learning rate from the checkpoint of `step` of the run in `folder` on.
+
+    Raises ConfigError, one line, if there is no such checkpoint, or if the rate was not stable there.
+    """
+    from ..checkpoint.folder import checkpoints_in, step_of
+
+    schedule, steps = saved.schedule, [step_of(path) for path in checkpoints_in(folder / "checkpoints")]
+    if schedule.shape not in (Shape.wsd, Shape.constant):
+        rule = f"branches off a stable learning rate, and {folder} has schedule.shape={schedule.shape.value}"
+        raise ConfigError.of(DECAY_FROM, step, rule, f"{DECAY_FROM}=null, or a run with schedule=wsd or constant")
+    if learning_rate_factor(saved, step) != 1:
+        raise ConfigError.of(DECAY_FROM, step, f"is in the warm-up or the decay of {folder}", "a step of its stable part")
+    if step not in steps:
+        near = min(steps, key=lambda found: abs(found - step), default=None)
+        raise ConfigError.of(DECAY_FROM, step, f"is a step of which {folder} has no checkpoint", f"{DECAY_FROM}={near}")
+    branch = folder.with_name(f"{folder.name}_decay_{step}")
+    started = bool(checkpoints_in(branch / "checkpoints"))
+    resume = "auto" if started else str(folder / "checkpoints" / f"step_{step:08d}")
+    wsd = {"schedule.shape": "wsd", "schedule.decay": None, "steps": -(-step * 5 // 4)}
+    return {**wsd, "checkpoint.resume": resume, "run.dir": str(branch)}
 
 
 def _text(value: Any) -> str:

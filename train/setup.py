@@ -99,7 +99,7 @@ def open_data_on_all_ranks(config: Config, ranks: TokenizingRanks | None = None)
     """
     data: DataPipeline | None = None
     failure: Exception | None = None
-    sizes = config.sequence_length, config.seed, config.batch.sequences
+    sizes = config.sequence_length, config.seed, config.batch.sizes(config.sequence_length)
     for my_turn in (is_first(), not is_first()):
         if my_turn:
             try:

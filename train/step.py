@@ -112,7 +112,7 @@ def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input:
     if step_input.clip_norm is not None:
         scale_gradients(parallel, clip_factor(numbers.gradient_norm, step_input.clip_norm))
     update(optimizer, step_input.lr)
-    update_expert_biases(parallel, numbers.counts_LE)
+    update_expert_biases(parallel, numbers.counts_LE, step_input.position)
     return numbers
 
 
@@ -156,12 +156,13 @@ def forward(parallel: Parallel, rows: Rows, totals: Totals, position: BatchPosit
         return forward_stages(parallel, parallel.pipeline, rows, totals, position)
     config = parallel.model.config
     position = (position or BatchPosition())._replace(row=rows.first)
+    moe = config.moe.at(position.step)
     valid_BS, heads = rows.targets != IGNORE, head_losses(parallel, rows)
     (summed, *further), stats = parallel.model(
         rows.ids, valid_BS, head_losses=heads, position=position, documents_BS=rows.documents
     )
-    share = losses(summed, stats, config.moe, totals, parallel.mesh)
-    share = add_pooled_balance(share, pooled_sums(stats, config.moe), config.moe, totals, parallel.mesh)
+    share = losses(summed, stats, moe, totals, parallel.mesh)
+    share = add_pooled_balance(share, pooled_sums(stats, moe), moe, totals, parallel.mesh)
     return add_mtp(share, further, config, totals, parallel.mesh)
 
 
@@ -222,6 +223,7 @@ def forward_stage(
     """Returns what the next stage takes, and the stage's share of the losses of one micro-batch."""
     config, mesh = parallel.model.config, parallel.mesh
     position = (position or BatchPosition())._replace(row=rows.first)
+    moe = config.moe.at(position.step)
     output, summed, stats = parallel.model(
         rows.ids,
         rows.targets != IGNORE,
@@ -232,17 +234,17 @@ def forward_stage(
         documents_BS=rows.documents,
     )
     none = output.x_BSD.new_zeros((), dtype=torch.promote_types(output.x_BSD.dtype, torch.float32))
-    share = losses(summed[0] if summed else none, stats, config.moe, totals, mesh)
+    share = losses(summed[0] if summed else none, stats, moe, totals, mesh)
     share = add_mtp(share, summed[1:], config, totals, mesh)
-    training, columns = parallel.model.training, config.moe.experts + config.moe.router.null_experts
+    training, columns = parallel.model.training, moe.experts + moe.router.null_experts
     layers = pipeline.moe_layers - (0 if training else pipeline.predicting)
     rows_L = [row for row in pipeline.rows[stage] if row < layers]
     depth, metrics = (config.mtp_depth, len(SUMS) * pipeline.collects_metrics) if training else (0, 0)
     share = among_all_layers(share, rows_L, layers, columns, depth, metrics)
-    pooled = [each for each in (received and received.pooled_LBC, pooled_sums(stats, config.moe)) if each is not None]
+    pooled = [each for each in (received and received.pooled_LBC, pooled_sums(stats, moe)) if each is not None]
     output = output._replace(pooled_LBC=torch.cat(pooled) if pooled else None)
     if stage == pipeline.last:
-        share = add_pooled_balance(share, output.pooled_LBC, config.moe, totals, mesh)
+        share = add_pooled_balance(share, output.pooled_LBC, moe, totals, mesh)
     return output, share
 
 
@@ -257,9 +259,9 @@ def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
     return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
 
 
-def update_expert_biases(parallel: Parallel, counts_LE: Tensor) -> None:
+def update_expert_biases(parallel: Parallel, counts_LE: Tensor, position: BatchPosition | None) -> None:
     """Moves the expert biases once a step, by its global counts, so that every rank makes the same change."""
-    rate = parallel.model.config.moe.balance.bias_rate
+    rate = parallel.model.config.moe.at((position or BatchPosition()).step).balance.bias_rate
     if rate > 0:
         rows = range(len(counts_LE)) if parallel.pipeline is None else parallel.pipeline.all_rows
         for bias_E, row in zip(expert_biases(parallel.model).values(), rows, strict=True):

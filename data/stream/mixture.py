@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import xxhash
 
+from ..batch_sizes import BatchSizes, batch_sizes
 from ..batches import Batch, chosen_rows, split_rows
 from ..errors import EndOfData
 from .http import RetryPolicy
@@ -128,9 +129,11 @@ class BatchSnapshot(NamedTuple):
 class StreamBatches:
     """Like GlobalBatches, but its batches can only be read in order, from a state."""
 
-    def __init__(self, mixture: Mixture, *, sequences: int, retry: RetryPolicy, pool: ThreadPoolExecutor | None = None) -> None:
+    def __init__(
+        self, mixture: Mixture, *, sequences: int | BatchSizes, retry: RetryPolicy, pool: ThreadPoolExecutor | None = None
+    ) -> None:
         self.mixture = mixture
-        self.sequences = sequences
+        self.sizes = batch_sizes(sequences)
         self.fingerprint = _fingerprint(mixture)
         self._retry, self._pool = retry, pool
         self._step, self._current = -1, np.empty((0, 0), np.int64)
@@ -143,7 +146,7 @@ class StreamBatches:
         Raises a DataStop, on all ranks, if there is none; `state` does not change then.
         """
         self._advance(step)
-        return split_rows(self._current[list(chosen_rows(rows, self.sequences))])
+        return split_rows(self._current[list(chosen_rows(rows, self.sizes.of(step)))])
 
     def digest(self, step: int) -> str:
         """Returns xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
@@ -189,9 +192,10 @@ class StreamBatches:
         if step == self._step:
             return
         assert step == self._step + 1, f"batch {step} of a stream whose next one is {self._step + 1}"
-        current = self.mixture.take(self.sequences)
-        if len(current) < self.sequences:
-            raise EndOfData(f"the data ends after step {step}; {len(current)} of {self.sequences} rows are left over")
+        sequences = self.sizes.of(step)
+        current = self.mixture.take(sequences)
+        if len(current) < sequences:
+            raise EndOfData(f"the data ends after step {step}; {len(current)} of {sequences} rows are left over")
         self._step, self._current = step, current
         self._snapshots = {at: mark for at, mark in self._snapshots.items() if at >= step - 1} | {
             step + 1: self._snapshot(step + 1)

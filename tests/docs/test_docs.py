@@ -124,11 +124,12 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mixtral").mkdir()
     (folder / "mixtral" / "tokenizer.json").write_text("{}")
     (folder / "card.json").write_text('{"total_parameters": 671e9}')
-    for run in ("first", "one", "four"):
+    for run in ("first", "one", "four", "stable"):
         (folder / "runs" / run).mkdir(parents=True)
-    for step in (400, 600):
-        save_checkpoint(folder / "runs" / "first" / "checkpoints", step, {}, {"config": plain_config(compose([]))})
-    write_config(compose([]), folder / "runs" / "first" / "config.yaml")
+    for run, steps, config in (("first", (400, 600), compose([])), ("stable", (800,), compose(["schedule=wsd"]))):
+        for step in steps:
+            save_checkpoint(folder / "runs" / run / "checkpoints", step, {}, {"config": plain_config(config)})
+        write_config(config, folder / "runs" / run / "config.yaml")
     return folder
 
 

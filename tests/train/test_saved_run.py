@@ -134,3 +134,34 @@ def test_the_line_that_is_printed_goes_on_bit_for_bit(tmp_path: Path, capsys: py
     assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 0
     resumes = [event for event in read_journal(tmp_path / "halves" / "events.jsonl") if event["event"] == "resume"]
     assert [(event["step"], event["expert"]) for event in resumes] == [(2, 1), (4, 2)]
+
+
+def test_a_decay_branches_off_the_stable_part_and_leaves_the_run_alone(tmp_path: Path) -> None:
+    run_dir, branch = tmp_path / "run", tmp_path / "run_decay_4"
+    words = [*TINY_RUN, "evaluate.sequences=4", "sample.prompt=''", "log.every=1", f"data.cache={tmp_path / 'cache'}"]
+    stable = [*words, "schedule=wsd", "steps=7", "schedule.decay=2", "checkpoint.every=2", "checkpoint.keep=9"]
+    assert run(compose([*stable, f"run.dir={run_dir}"])) == 0
+    before = sorted(str(path) for path in run_dir.rglob("*"))
+    assert main(["train", "--from", str(run_dir), "schedule.decay_from=4", "steps=6", "schedule.final=0"]) == 0
+    assert sorted(str(path) for path in run_dir.rglob("*")) == before
+    records = read_journal(branch / "metrics.jsonl")
+    assert [(record["step"], record["lr"]) for record in records] == [(5, 0.5 * 5e-3), (6, 0.0)]
+    whole = read_journal(run_dir / "metrics.jsonl")
+    assert records[0]["loss"] == whole[4]["loss"], "the weights and the batch of step 5 are those of the run"
+    assert main(["train", "--from", str(run_dir), "schedule.decay_from=4", "steps=6", "schedule.final=0"]) == 0  # it has ended
+    assert again(run_dir, "schedule.decay_from=4").steps == 5
+
+
+def test_what_cannot_branch_off(tmp_path: Path) -> None:
+    saved(tmp_path / "cosine", "schedule=cosine")
+    assert refusal(tmp_path / "cosine", "schedule.decay_from=60").startswith(
+        f"schedule.decay_from=60: branches off a stable learning rate, and {tmp_path / 'cosine'} has schedule.shape=cosine"
+    )
+    folder = tmp_path / "wsd"
+    saved(folder, "schedule=wsd", "steps=100", "schedule.warmup=10")
+    (folder / "checkpoints" / "step_00000050").mkdir(parents=True)
+    for step in (5, 90):
+        rule = f"is in the warm-up or the decay of {folder}; nearest valid: a step of its stable part"
+        assert refusal(folder, f"schedule.decay_from={step}") == f"schedule.decay_from={step}: {rule}"
+    rule = f"is a step of which {folder} has no checkpoint; nearest valid: schedule.decay_from=50"
+    assert refusal(folder, "schedule.decay_from=40") == f"schedule.decay_from=40: {rule}"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ...data.batch_sizes import BatchSizes
 from ...data.config import DataConfig, TokenizerConfig
 from ...moe.config import ModelConfig
 from ...parallel.config import ParallelConfig
@@ -107,6 +108,16 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Unit(Enum):
+    steps = "steps"
+    tokens = "tokens"
+
+
+class DecayCurve(Enum):
+    linear = "linear"
+    sqrt = "sqrt"
+
+
 class Shape(Enum):
     cosine = "cosine"
     wsd = "wsd"
@@ -127,7 +138,14 @@ class BatchConfig:
     sequences: int = field(default=16, metadata=within("[1, inf)"))
     """Sequences in the global batch of one optimizer step."""
     micro: int | None = field(default=None, metadata=within("[1, inf)"))
-    """Sequences per rank and micro-batch; null: all sequences of a rank."""
+    """Sequences per rank and micro-batch; null: all sequences of a rank in a batch of batch.sequences."""
+    schedule: list[float] = field(default_factory=list)
+    """Pairs of tokens and sequences, flattened, as [1e9, 64, 5e9, 128]: the sequences of a batch once a run has trained on as many
+    tokens."""
+
+    def sizes(self, sequence_length: int) -> BatchSizes:
+        """Returns the number of sequences of each step."""
+        return BatchSizes(self.sequences, self.schedule, sequence_length)
 
 
 @dataclass
@@ -158,11 +176,17 @@ class OptimizerConfig:
 class ScheduleConfig:
     shape: Shape = Shape.cosine
     """cosine: down to `final` over the whole run; wsd: warm-up, stable, decay (MiniCPM); multistep: the root of `final` after 80 %
-    of the steps, `final` after 90 % (DeepSeek); constant: no decay."""
+    of the run, `final` after 90 % (DeepSeek); constant: no decay."""
+    unit: Unit = Unit.steps
+    """What the curve, `warmup` and `decay` count: steps, or the tokens of their batches, which differ with batch.schedule."""
     warmup: int = field(default=40, metadata=within("[0, inf)"))
-    """Steps of linear warm-up from 0."""
+    """Steps, or tokens, of linear warm-up from 0."""
     decay: int | None = field(default=None, metadata=within("[1, inf)"))
-    """wsd: steps of linear decay at the end; null: a fifth of the run."""
+    """wsd: steps, or tokens, of decay at the end; null: a fifth of the run, or what is left after `decay_from`."""
+    decay_from: int | None = field(default=None, metadata=within("[1, inf)"))
+    """wsd: the step after which the decay begins. With --from RUN: a new run goes on from RUN's checkpoint of this step."""
+    decay_curve: DecayCurve = DecayCurve.linear
+    """wsd: linear, or sqrt: 1 minus the root of the part that is done (Haegele et al. 2024)."""
     final: float = field(default=0.1, metadata=within("[0, 1]"))
     """Final learning rate as a fraction of the peak."""
 

@@ -95,7 +95,8 @@ def values(key: str) -> str:
     elif isinstance(kind, type) and issubclass(kind, Enum):
         text = ", ".join(kind.__members__)
     else:
-        text = {int: "integer", float: "number", str: "text"}.get(kind, "mapping" if is_mapping(key) else "list of text")
+        words = {int: "integer", float: "number", str: "text", list[int]: "list of integers", list[float]: "list of numbers"}
+        text = words.get(kind, "mapping" if is_mapping(key) else "list of text")
     text += f" in {ranges(Config)[key]}" if key in ranges(Config) else ""
     return f"{text}, or null" if optional else text
 

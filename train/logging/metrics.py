@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.config import ModelConfig, MoEConfig
+from ...moe.config import BALANCE_COEFFICIENTS, ModelConfig, MoEConfig
 from ...moe.param_count import training_flops_per_token
 from ...moe.router_metrics import SUMS
 from ..step import StepNumbers
@@ -71,24 +71,20 @@ class Meter:
 
 
 def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, step: int) -> dict[str, float]:
-    """Returns what each active routing loss adds to the objective, and the capacity factor in force (0: dropless).
+    """Returns what each routing loss adds to the objective at `step`, and the capacity factor in force (0: dropless).
 
     `means`: the losses without coefficients, as means over the `layers` layers that route; a pooled one is of all of them.
     """
-    balance = config.balance
-    coefficients = {
-        "balance": balance.coefficient,
-        "balance_sequence": balance.sequence_coefficient,
-        "balance_device": balance.device_coefficient,
-        "balance_communication": balance.communication_coefficient,
-        "importance": balance.importance_coefficient,
-        "z": config.z_coefficient,
-    }
+    kinds = ("balance", "balance_sequence", "balance_device", "balance_communication", "importance")
+    coefficients, now = (
+        {**{kind: getattr(at.balance, name) for kind, name in zip(kinds, BALANCE_COEFFICIENTS, strict=True)}, "z": at.z_coefficient}
+        for at in (config, config.at(step))
+    )
     record = {}
     for kind, coefficient in coefficients.items():
         if coefficient and layers:
-            terms = 1 if kind == "balance" and balance.pool_layers else layers
-            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": coefficient * means[kind] * terms}
+            terms = 1 if kind == "balance" and config.balance.pool_layers else layers
+            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": now[kind] * means[kind] * terms}
     if layers and (config.capacity.factor is not None or config.capacity.schedule):
         record["moe/capacity_factor"] = config.capacity.factor_at(step) or 0.0
     return record

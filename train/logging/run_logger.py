@@ -132,7 +132,7 @@ class RankZeroLogger(RunLogger):
         self.events = Journal(folder / "events.jsonl")
         self.alerts = Alerts(config.model.moe.top_k)
         self.meter = Meter(config.model, config.sequence_length, peak.flops, session.tokens)
-        self.eta = Eta(config.steps)
+        self.eta = Eta(config.steps, config.batch.sizes(config.sequence_length).before)
         self.pending: PendingLog | None = None
         self.defers = kind_of(session.device) == "cuda"
         """Whether a step is written after the next one, when its numbers are on the host."""

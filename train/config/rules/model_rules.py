@@ -20,7 +20,7 @@ from ....moe.config import (
 from ....moe.param_shapes import head_width, rotary_width
 from ..config import Config
 from ..schema import written
-from .rule import Violation, divisors, multiples
+from .rule import Violation, divisors, multiples, valid_pairs
 
 
 def model(config: Config, world: int) -> Iterator[Violation]:
@@ -141,6 +141,7 @@ def routers(config: Config, world: int) -> Iterator[Violation]:
     yield from _groups(c)
     yield from _selection(c)
     yield from _softmax_after_top_k(c)
+    yield from _schedules(c)
     yield from _capacity(c)
 
 
@@ -222,21 +223,27 @@ def _softmax_after_top_k(c: MoEConfig) -> Iterator[Violation]:
 
 
 def _capacity(c: MoEConfig) -> Iterator[Violation]:
-    limits, key = c.capacity, f"{CAPACITY}.schedule"
+    limits = c.capacity
     if limits.groups > 1 and limits.scope is not Scope.batch:
         yield Violation(
             f"{CAPACITY}.groups", f"must be 1 with {CAPACITY}.scope={limits.scope.value}, groups are parts of a batch", [1]
         )
-    if limits.schedule != _valid_pairs(limits.schedule):
-        yield Violation(key, "must be pairs of a rising step and a factor >= 0", [_valid_pairs(limits.schedule)])
-    elif c.router.selection is Selection.expert_choice and 0 in limits.schedule[1::2]:
-        yield Violation(key, "may not be dropless (0) with expert_choice, whose experts take what the factor says", [[]])
+    if c.router.selection is Selection.expert_choice and 0 in limits.schedule[1::2]:
+        yield Violation(
+            f"{CAPACITY}.schedule", "may not be dropless (0) with expert_choice, whose experts take what the factor says", [[]]
+        )
     if limits.pad and limits.factor is None and not limits.schedule and c.router.selection is not Selection.expert_choice:
         yield Violation(f"{CAPACITY}.pad", f"must be false without {CAPACITY}.factor, there is nothing to pad to", [False])
 
 
-def _valid_pairs(schedule: list[float]) -> list[float]:
-    """Returns the valid pairs of the schedule, in the order of their steps."""
-    pairs = zip(schedule[::2], schedule[1::2], strict=False)
-    right = {step: factor for step, factor in pairs if step >= 0 and step == int(step) and 0 <= factor < float("inf")}
-    return [number for step in sorted(right) for number in (step, right[step])]
+def _schedules(c: MoEConfig) -> Iterator[Violation]:
+    schedules = {
+        f"{CAPACITY}.schedule": c.capacity.schedule,
+        f"{BALANCE}.schedule": c.balance.schedule,
+        f"{BALANCE}.bias_schedule": c.balance.bias_schedule,
+        "model.moe.z_schedule": c.z_schedule,
+    }
+    for key, pairs in schedules.items():
+        right = valid_pairs(pairs, lambda step, factor: step >= 0 and step == int(step) and 0 <= factor < math.inf)
+        if pairs != right:
+            yield Violation(key, "must be pairs of a rising step and a factor >= 0", [right])

@@ -1,7 +1,7 @@
 """`Violation`, which rules yield, and helpers for its candidates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 
@@ -13,6 +13,12 @@ class Violation(NamedTuple):
     candidates: Iterable[object]
     place: int = 0
     """The index of the rule in RULES."""
+
+
+def valid_pairs(schedule: list[float], valid: Callable[[float, float], bool]) -> list[float]:
+    """Returns the pairs of a flattened schedule that are valid, in the order of their first numbers."""
+    right = {first: second for first, second in zip(schedule[::2], schedule[1::2], strict=False) if valid(first, second)}
+    return [number for first in sorted(right) for number in (first, right[first])]
 
 
 def divisors(number: int) -> list[int]:

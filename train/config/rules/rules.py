@@ -9,10 +9,10 @@ from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....parallel.config import PipelineSchedule
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
-from ..config import Config, Shape
+from ..config import Config, Shape, Unit
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
-from .rule import Violation, divisors, multiples
+from .rule import Violation, divisors, multiples, valid_pairs
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
 OPTIONAL = ("tensorboard", "trackio")
@@ -63,9 +63,26 @@ def data(config: Config, world: int) -> Iterator[Violation]:
 
 
 def schedule(config: Config, world: int) -> Iterator[Violation]:
-    decay = config.schedule.decay
-    if config.schedule.shape is Shape.wsd and decay is not None and decay > config.steps:
-        yield Violation("schedule.decay", f"must be at most steps={config.steps}", [config.steps])
+    schedule, batch = config.schedule, config.batch.schedule
+    right = valid_pairs(batch, lambda tokens, size: 0 < tokens < math.inf and size >= 1 and size == int(size))
+    if batch != right:
+        yield Violation("batch.schedule", "must be pairs of a rising number of tokens > 0 and a number of sequences >= 1", [right])
+        return
+    end, unit = config.steps, f"steps={config.steps}"
+    if schedule.unit is Unit.tokens:
+        end = config.batch.sizes(config.sequence_length).before(config.steps) * config.sequence_length
+        unit = f"the {end} tokens of steps={config.steps}"
+    wsd = schedule.shape is Shape.wsd
+    if wsd and schedule.decay is not None and schedule.decay > end:
+        yield Violation("schedule.decay", f"must be at most {unit}", [end])
+    if schedule.decay_from is not None:
+        if not wsd:
+            yield Violation("schedule.decay_from", f"must be null with schedule.shape={schedule.shape.value}, wsd decays", [None])
+        if schedule.decay is not None:
+            rule = f"must be null with schedule.decay={schedule.decay}, both say where the decay begins"
+            yield Violation("schedule.decay_from", rule, [None])
+        if schedule.decay_from >= config.steps:
+            yield Violation("schedule.decay_from", f"must be below steps={config.steps}", range(1, config.steps))
 
 
 def trackers(config: Config, world: int) -> Iterator[Violation]:
@@ -82,6 +99,14 @@ def batch(config: Config, world: int) -> Iterator[Violation]:
     p, sequences = config.parallel, config.batch.sequences
     data = world // p.tensor // p.context // p.pipeline
     micro = config.batch.micro or 1
+    together = data * (config.batch.micro or max(1, sequences // data))
+    interleaved = p.pipeline if p.pipeline_schedule is PipelineSchedule["interleaved"] else 1
+    if any(size % (together * interleaved) for size in config.batch.schedule[1::2]):
+        unit = together * interleaved
+        sizes = [float(max(unit, round(size / unit) * unit)) for size in config.batch.schedule[1::2]]
+        near = [number for pair in zip(config.batch.schedule[::2], sizes, strict=True) for number in pair]
+        rule = f"must have multiples of the {unit} sequences that all {data} data ranks take at a time"
+        yield Violation("batch.schedule", rule, [near])
     if sequences % data:
         degrees = {"tensor": p.tensor, "context": p.context, "pipeline": p.pipeline}
         shown = [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1 or name == "tensor"]

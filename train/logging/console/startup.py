@@ -80,12 +80,14 @@ def _model(config: Config, count: Count) -> list[tuple[str, str]]:
 
 def _work(config: Config, facts: StartupFacts) -> list[tuple[str, str]]:
     """Returns the batch and the length of the run."""
-    per_step = config.batch.sequences * config.sequence_length
-    overall = config.steps * per_step
+    sizes, length = config.batch.sizes(config.sequence_length), config.sequence_length
+    overall = sizes.before(config.steps) * length
+    of_step = f"{config.batch.sequences} sequences x {length} = {config.batch.sequences * length:,} tokens a step"
+    later = [f"{phase.sequences} from step {phase.step + 1:,}" for phase in sizes.phases[1:] if phase.step < config.steps]
     left = f", {config.steps - facts.first_step:,} to go" if facts.first_step else ""
     seen = f", {overall / facts.tokens:.2f} passes over the data" if facts.tokens else ""
     return [
-        ("batch", f"{config.batch.sequences} sequences x {config.sequence_length} = {per_step:,} tokens a step"),
+        ("batch", ", ".join([of_step, *later])),
         ("length", f"{config.steps:,} steps{left}; {short(overall)} tokens{seen}"),
     ]
 

@@ -1,7 +1,7 @@
 """The console during training: one line a step in fixed columns, and at intervals a table of the layers."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from time import monotonic
 from typing import Any
@@ -42,13 +42,14 @@ def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float |
 
 
 class Eta:
-    """Estimates the rest of the run by the pace of the last `window` steps, including evaluations and checkpoints between them.
+    """Estimates the rest of the run by the tokens per second of the last `window` steps, with evaluations and checkpoints between.
 
-    The first step of a process is left out, because it waits for compilers and caches.
+    `tokens(step)`: those of all steps up to `step`, in any unit. The first step of a process is left out, because it waits for
+    compilers and caches.
     """
 
-    def __init__(self, total_steps: int, window: int = 50):
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, tokens: Callable[[int], int] = int, window: int = 50):
+        self._total_steps, self._tokens = total_steps, tokens
         self._times: deque[tuple[int, float]] = deque(maxlen=window + 1)
 
     def after(self, step: int, now: float | None = None) -> float | None:
@@ -57,7 +58,8 @@ class Eta:
         (first_step, first), (last_step, last) = self._times[0], self._times[-1]
         if last_step == first_step:
             return None
-        return (self._total_steps - step) * (last - first) / (last_step - first_step)
+        pace = (last - first) / (self._tokens(last_step) - self._tokens(first_step))
+        return (self._tokens(self._total_steps) - self._tokens(step)) * pace
 
 
 def _cell(name: str, value: str, style: str = "") -> Line:
