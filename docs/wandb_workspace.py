@@ -33,6 +33,12 @@ SECTIONS = {
         ("MFU", ["mfu"]),
         ("Waiting for data, share", ["data_wait_fraction"]),
     ],
+    "Stability (telemetry.tier=detailed)": [
+        ("Largest attention logit", ["stability/attention_logit_max"]),
+        ("Update over weight", [f"stability/update_ratio/{kind}" for kind in ("experts", "router", "attention", "embedding")]),
+        ("Gradients", [f"stability/grad_norm/{kind}" for kind in ("experts", "router", "attention", "embedding")]),
+        ("Weights", [f"stability/weight_norm/{kind}" for kind in ("experts", "router", "attention", "embedding")]),
+    ],
     "Gradients": [("Norms", ["grad_norm", "grad_norm_experts", "grad_norm_router"]), ("Learning rate", ["lr"])],
 }
 """Section, then title and keys of each chart; x is our own step, as W&B's cannot go back after a resume."""

@@ -82,6 +82,8 @@ def attend(
     With `documents_BS` (of all T tokens) tokens attend only to their own document. `blocks` (see moe/flexible_attention.py) is the
     mask of window and documents together; with it no tensor of shape (S, S) is made.
     """
+    if softmax.largest_H is not None:
+        keep_largest_logits(softmax.largest_H, q_BHSh, k_BGTh, softmax, documents_BS)
     if blocks is not None:
         return attend_with_blocks(q_BHSh, k_BGTh, v_BGTh, softmax, sinks_H, blocks)
     new, seen, dtype = q_BHSh.shape[2], k_BGTh.shape[2], q_BHSh.dtype
@@ -92,6 +94,32 @@ def attend(
     causal = unlimited and documents_BS is None
     mask = None if causal else attention_mask(new, seen, softmax.window, q_BHSh.device, documents_BS)
     return fused_attention(q_BHSh, k_BGTh, v_BGTh, softmax.scale, mask, causal).to(dtype)
+
+
+QUERIES = 256
+"""Queries whose logits `keep_largest_logits` computes at a time."""
+
+
+@torch.no_grad()
+def keep_largest_logits(
+    largest_H: Tensor, q_BHSh: Tensor, k_BGTh: Tensor, softmax: Softmax, documents_BS: Tensor | None = None
+) -> None:
+    """Raises `largest_H`, in place, to the largest logit between a token of each head and a token that it attends to.
+
+    Takes the operands as `attend` does, and as long as its product of queries and keys. A maximum that comes twice changes nothing,
+    so recomputation does not.
+    """
+    new, seen, groups = q_BHSh.shape[2], k_BGTh.shape[2], k_BGTh.shape[1]
+    q_BHSh, k_BGTh = (x.to(compute_dtype(x)) for x in (q_BHSh, k_BGTh))
+    for first in range(0, new, QUERIES):
+        q_BGRsh = q_BHSh[:, :, first : first + QUERIES].unflatten(1, (groups, -1))
+        count = q_BGRsh.shape[3]
+        last = seen - new + first + count
+        documents = None if documents_BS is None else documents_BS[:, :last]
+        seen_BGRsT = attention_mask(count, last, softmax.window, q_BHSh.device, documents)
+        seen_BGRsT = seen_BGRsT if documents is None else seen_BGRsT.unsqueeze(1)
+        logits_BGRsT = (q_BGRsh @ k_BGTh[:, :, None, :last].transpose(-1, -2)).to(largest_H.dtype) * softmax.scale
+        torch.maximum(largest_H, logits_BGRsT.masked_fill(~seen_BGRsT, -torch.inf).amax((0, 3, 4)).flatten(), out=largest_H)
 
 
 def fused_attention(q_BHSh: Tensor, k_BGTh: Tensor, v_BGTv: Tensor, scale: float, mask_ST: Tensor | None, causal: bool) -> Tensor:

@@ -14,6 +14,8 @@ class Softmax(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
+    largest_H: Tensor | None = None
+    """Where attention keeps the largest logit of each head, before the soft cap; None: it does not look."""
 
 
 def softmax_of(config: ModelConfig, index: int, width: int, factor: float = 1.0) -> Softmax:

@@ -177,6 +177,8 @@ def attend_by_heads(
     parts = whole_BSC.split([x.shape[3] * x.shape[4] for x in sent], dim=-1)
     q_BHSh, k_BGSh, v_BGSv = (part.unflatten(-1, (x.shape[3], -1)).transpose(1, 2) for part, x in zip(parts, sent, strict=True))
     sinks = None if sinks_H is None else sinks_H.chunk(axis.size)[axis.rank]
+    if softmax.largest_H is not None:
+        softmax = softmax._replace(largest_H=softmax.largest_H.chunk(axis.size)[axis.rank])
     y_BHSv = attend(q_BHSh, k_BGSh, v_BGSv, softmax, sinks, documents_BS, blocks)
     y_NBsC = by_rank(y_BHSv.transpose(1, 2).flatten(2), axis).unflatten(1, (axis.size, -1)).transpose(0, 1)
     return swap_parts(y_NBsC, axis).unflatten(-1, (y_BHSv.shape[1], -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)

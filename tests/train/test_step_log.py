@@ -14,6 +14,7 @@ import torch
 from fault_run import checkpoint_steps, configured, events_of, losses, rows_in
 from test_numbers import EXPERT, spoiled_gradient
 from tokenyard.checkpoint.store import read_facts, read_whole
+from tokenyard.data.batch_sizes import BatchSizes
 from tokenyard.data.batches import Batch
 from tokenyard.moe.device import host_read
 from tokenyard.parallel.mesh import Axis
@@ -305,7 +306,7 @@ def test_a_batch_is_copied_on_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> 
         made.append((step, rows))
         return Batch(torch.full((len(rows), 8), step), torch.ones(len(rows), 8, dtype=torch.int64))
 
-    data: Any = SimpleNamespace(train=SimpleNamespace(batch=batch))
+    data: Any = SimpleNamespace(train=SimpleNamespace(batch=batch, sizes=BatchSizes(4)))
     feed = BatchLoader(config, data, Axis(2, 1, None), 1, SECOND)
     double.calls.clear()
     feed.prepare(1)

@@ -23,7 +23,8 @@ class Tier(Enum):
 @dataclass
 class TelemetryConfig:
     tier: Tier = Tier.brief
-    """none: load and drops; brief: at most 25 moe/ keys; detailed: also a few for each layer, and images with each record."""
+    """none: load and drops; brief: at most 25 moe/ keys; detailed: also a few for each layer, stability/ keys, and images with each
+    record."""
     every: int = field(default=25, metadata=within("[1, inf)"))
     """Steps between records of telemetry.jsonl; each evaluation and checkpoint adds one."""
     probe: int = field(default=4, metadata=within("[0, inf)"))

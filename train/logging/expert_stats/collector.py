@@ -16,6 +16,7 @@ from ...config.config import Config, EngineKind, Tier
 from ...session import Session
 from ...step import StepNumbers, clip_factor
 from ..metrics import brief_metrics, layer_metrics, per_token, routing_layers
+from ..stability import StabilityStats, stability_metrics
 from . import weight_stats
 from .routing_probe import Probe, routers
 
@@ -37,6 +38,7 @@ class ExpertStats:
         self.layers, self.experts = routing_layers(config.model), config.model.moe.experts
         self.on = self.settings.tier is not Tier.none and bool(self.layers)
         self.routers = routers(session.parallel, self.layers)
+        self.stability = StabilityStats(session) if self.on and self.settings.tier is Tier.detailed else None
         self.begin_step(logged=True)
         self.probe = Probe(session, self.layers) if self.on and self.settings.probe else None
         self.last_used_LE = torch.full((len(self.layers), self.experts), session.step, device=session.device)
@@ -52,6 +54,8 @@ class ExpertStats:
             router.collects_metrics = collects
         if self.session.parallel.pipeline is not None:
             self.session.parallel.pipeline.collects_metrics = collects
+        if self.stability is not None:
+            self.stability.begin_step(logged and self.due(self.session.step + 1))
 
     def update(self, numbers: StepNumbers) -> None:
         """Adds a step's numbers to the sums."""
@@ -89,7 +93,11 @@ class ExpertStats:
         if self.due(step) or validated or saves:
             begin = perf_counter()
             tensors |= {"counts_LE": self.counts_LE, "dropped_L": self.dropped_L, "router_metrics_LG": self.router_metrics_LG}
-            tensors |= self._gradient_norms(numbers)
+            clip = self.session.config.optimizer.clip_norm
+            scale = 1.0 if clip is None else clip_factor(numbers.gradient_norm, clip)
+            tensors |= self._gradient_norms(scale)
+            if self.stability is not None and self.due(step):
+                tensors |= self.stability.tensors(scale)
             record = {"step": step, "steps": self.steps, "gauged": self.measured_steps, "layers": self.layers}
             if self.probe is not None and validated:
                 record |= self._probe(self.probe)
@@ -97,13 +105,10 @@ class ExpertStats:
             record["seconds"] = perf_counter() - begin
         return Snapshot(tensors, record)
 
-    def _gradient_norms(self, numbers: StepNumbers) -> dict[str, Tensor]:
+    def _gradient_norms(self, scale: Tensor | float) -> dict[str, Tensor]:
         """Returns norms of the clipped gradients; only the torch engine leaves the gradients where they can be read."""
-        config = self.session.config
-        if config.engine.kind is not EngineKind.torch:
+        if self.session.config.engine.kind is not EngineKind.torch:
             return {}
-        clip = config.optimizer.clip_norm
-        scale = 1.0 if clip is None else clip_factor(numbers.gradient_norm, clip)
         norms = weight_stats.gradient_norms(self.session.parallel, self.layers, scale)
         return {"grad_norm_LE": norms.experts_LE, "grad_norm_router": norms.router}
 
@@ -141,7 +146,7 @@ def snapshot_records(
     tensors = snapshot.tensors
     metrics = brief_metrics(numbers, tensors, config.model, ranks)
     if config.telemetry.tier is Tier.detailed:
-        metrics |= layer_metrics(numbers, config.model)
+        metrics |= layer_metrics(numbers, config.model) | stability_metrics(tensors, config.model)
     if snapshot.record is None:
         return metrics, None
     if "grad_norm_LE" in tensors:
@@ -162,4 +167,4 @@ def telemetry_sums(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "top1_L": per_token(router_metrics_LG, "top1").tolist(),
         "dead_LE": tensors["dead_LE"].long().tolist(),
     }
-    return record | {name: tensors[name].tolist() for name in ("bias_LE", "grad_norm_LE") if name in tensors}
+    return record | {name: tensors[name].tolist() for name in ("bias_LE", "grad_norm_LE", "attention_logit_AH") if name in tensors}

@@ -1,0 +1,130 @@
+"""Numbers that show early that a run will diverge: attention logits, and the norms of weights, gradients and updates by kind.
+
+docs/stability.md says what they mean. A blocks with softmax attention, H query heads, K kinds of weight.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...moe.config import ModelConfig
+from ...parallel.apply import local
+from ...parallel.collectives import max_over, sum_over
+from ..config.config import EngineKind
+from ..derive import DTYPES
+from ..session import Session
+
+KINDS = {
+    "experts": ".experts.",
+    "router": ".router.",
+    "shared": ".shared",
+    "norms": "norm",
+    "attention": ".attention.",
+    "dense": ".dense.",
+    "embedding": "embedding.",
+    "head": "head.",
+    "other": "",
+}
+"""The kinds of weight, and what the name of one contains. The first that fits is the kind."""
+NORMS = ("weight_norm", "grad_norm", "update_norm")
+PIECE = 2**24
+"""Elements whose update is computed at a time."""
+
+
+class StabilityStats:
+    """Collects on every rank, in the same order: `begin_step` before a step, `tensors` after it."""
+
+    def __init__(self, session: Session) -> None:
+        model, parallel = session.config.model, session.parallel
+        self.session, self.layers = session, attention_layers(model)
+        blocks = zip(parallel.model.block_indices, parallel.model.blocks, strict=True)
+        self.attention: dict[int, Any] = {index: block.attention for index, block in blocks if index in self.layers}
+        """The attention of each block of this rank."""
+        self.heads = model.heads // parallel.mesh.tensor.size
+
+    def begin_step(self, watches: bool) -> None:
+        """Makes attention keep its largest logits in the coming step, or not."""
+        wide = torch.promote_types(DTYPES[self.session.config.precision], torch.float32)
+        for attention in self.attention.values():
+            largest_H = torch.full((self.heads,), -torch.inf, dtype=wide, device=self.session.device) if watches else None
+            attention.softmax = attention.softmax._replace(largest_H=largest_H)
+
+    def tensors(self, scale: Tensor | float) -> dict[str, Tensor]:
+        """Returns the numbers of the step that has just ended, on the device and the same on every rank. Collective.
+
+        `scale`: the factor by which its gradients were clipped.
+        """
+        parallel = self.session.parallel
+        tensor, found = parallel.mesh.tensor, {}
+        if self.layers:
+            shape = len(self.layers), self.heads * tensor.size
+            largest_AH = torch.full(shape, -torch.inf, dtype=torch.float64, device=parallel.device)
+            for index, attention in self.attention.items():
+                if attention.softmax.largest_H is not None:
+                    largest_AH[self.layers.index(index)].view(tensor.size, -1)[tensor.rank] = attention.softmax.largest_H
+            found["attention_logit_AH"] = max_over(largest_AH, parallel.mesh.everyone)
+        if self.session.config.engine.kind is EngineKind.torch:
+            found["norms_K3"] = self._norms(scale)
+        return found
+
+    def _norms(self, scale: Tensor | float) -> Tensor:
+        """Returns the norms of weights, of gradients before clipping and of updates, fp64 (K, 3)."""
+        parallel, optimizer = self.session.parallel, self.session.engine.optimizer
+        squares_K3 = torch.zeros(len(KINDS), len(NORMS), dtype=torch.float64, device=parallel.device)
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        for name, sharded in parallel.parameters.items():
+            weight = local(sharded.parameter.data)
+            gradient = None if sharded.parameter.grad is None else local(sharded.parameter.grad)
+            update = squared_update(weight, optimizer.state[sharded.parameter], groups[sharded.parameter])
+            parts = [squared(weight), update.new_zeros(()) if gradient is None else squared(gradient) / scale**2, update]
+            squares_K3[list(KINDS).index(kind_of_weight(name))] += torch.stack(parts) / sharded.replicas.size
+        return sum_over(squares_K3, parallel.mesh.everyone).sqrt()
+
+
+def stability_metrics(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, float]:
+    """Returns the keys of metrics.jsonl; `tensors` are those of `StabilityStats`, on the host."""
+    record: dict[str, float] = {}
+    if "attention_logit_AH" in tensors:
+        worst_A = tensors["attention_logit_AH"].amax(1)
+        worst = int(worst_A.argmax())
+        record["stability/attention_logit_max"] = worst_A[worst].item()
+        record["stability/attention_logit_max_layer"] = attention_layers(model)[worst]
+    for kind, norms_3 in zip(KINDS, tensors.get("norms_K3", torch.empty(0, 3)).tolist(), strict=False):
+        weight, gradient, update = norms_3
+        if weight:
+            record |= {f"stability/weight_norm/{kind}": weight, f"stability/grad_norm/{kind}": gradient}
+            record[f"stability/update_ratio/{kind}"] = update / weight
+    return record
+
+
+def attention_layers(model: ModelConfig) -> list[int]:
+    """Returns the indices of the blocks with softmax attention; blocks of multi-token prediction follow the model's own."""
+    return [index for index in range(model.layers + model.mtp_depth) if not model.linear_layer(index)]
+
+
+def kind_of_weight(name: str) -> str:
+    """Returns one of KINDS."""
+    return next(kind for kind, part in KINDS.items() if part in name)
+
+
+def squared(x: Tensor) -> Tensor:
+    """Returns the square of the norm, fp64."""
+    return torch.linalg.vector_norm(x).double().square()
+
+
+def squared_update(weight: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor:
+    """Returns the square of the norm of AdamW's last update, fp64, from what it left: weights, moments and the number of steps.
+
+    The update is -lr (m / (sqrt(v) + epsilon) + decay w), with both moments corrected and w the weight before it.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    (beta1, beta2), decay, lr = group["betas"], group["weight_decay"], group["lr"]
+    steps = float(state["step"])
+    pieces = (local(x).flatten().split(PIECE) for x in (weight, state["exp_avg"], state["exp_avg_sq"]))
+    for after, first, second in zip(*pieces, strict=True):
+        direction = first / (1 - beta1**steps) / ((second / (1 - beta2**steps)).sqrt() + group["eps"])
+        before = (after + lr * direction) / (1 - lr * decay)
+        total += squared(direction + decay * before)
+    return total * lr**2
