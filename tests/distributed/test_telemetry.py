@@ -38,6 +38,7 @@ LAYOUTS = {
     "shard 2, recompute": (2, "parallel.shard=2 parallel.recompute=block"),
     "tensor 2 x expert 4": (4, "parallel.tensor=2 parallel.expert=4 parallel.recompute=block batch.micro=2"),
     "context 2 x shard 2": (4, "parallel.context=2 parallel.shard=4 parallel.expert=2 batch.micro=2"),
+    "context 2 by heads": (2, "parallel.context=2 parallel.context_exchange=heads batch.micro=2"),
     "shard 2 x expert_tensor 2, gather": (4, "parallel.shard=2 parallel.expert_tensor=2 parallel.zero=1"),
     "deduplicated in chunks": (4, "parallel.expert=4 parallel.exchange=deduplicated parallel.overlap_chunks=2"),
 }
