@@ -31,9 +31,10 @@ def plan_command(arguments: Namespace) -> int:
     """Prints what was asked for. Returns the exit code."""
     try:
         if not arguments.dry_run:
-            from .search_command import search_command
+            from .loss_command import loss_command
+            from .search_command import LOSS, search_command
 
-            search_command(arguments)
+            (loss_command if f"goal={LOSS}" in arguments.words else search_command)(arguments)
             return 0
         folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
         asked = read_words([*arguments.words, *folder])

@@ -18,10 +18,12 @@ from ..train.config.launch import Launcher
 from ..train.config.model_summary import count
 from ..train.config.validate import check_rules
 from ..train.weight_source import compose_run
-from .words import one_of, split_words
+from .words import one_of, positive_number, split_words
 
 OWN = ("cluster", "goal", "tokens", "batch.tokens", "hot")
 """Words of the search alone; all others are overrides as for `tokenyard train`."""
+LOSS = "loss"
+"""The goal of loss_command.py, which searches models and no layouts."""
 LENGTH = 4096
 """Tokens of a sequence, unless said otherwise."""
 STEP_TOKENS = 2**22
@@ -95,7 +97,7 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     if "cluster" not in own:
         raise ConfigError("cluster: says on which GPUs; nearest valid: cluster=h100x64")
     cluster = read_cluster(own["cluster"])
-    goal = one_of("goal", own.get("goal", "fastest"), Goal.__members__)
+    goal = one_of("goal", own.get("goal", "fastest"), [*Goal.__members__, LOSS])
     defaults = [] if "experiment" in keys else [f"sequence_length={LENGTH}"]
     folder = ["--config-dir", config_dir] if config_dir else []
     config = compose_run(parse_arguments([*defaults, *rest, *folder]))[0]
@@ -113,8 +115,10 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     fixed = {name: getattr(config.parallel, name) for name in fixed}
     if "batch.micro" in keys:
         fixed["micro"] = config.batch.micro
-    tokens = number("tokens", own["tokens"]) if "tokens" in own else 20.0 * count(config.model).active
-    return SearchWords(config, (named or ["default"])[-1], cluster, Goal(goal), tokens, number("hot", own.get("hot", "1")), fixed)
+    tokens = positive_number("tokens", own["tokens"]) if "tokens" in own else 20.0 * count(config.model).active
+    return SearchWords(
+        config, (named or ["default"])[-1], cluster, Goal(goal), tokens, positive_number("hot", own.get("hot", "1")), fixed
+    )
 
 
 def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster) -> None:
@@ -126,19 +130,8 @@ def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster
     if config.precision is not Precision.bf16:
         raise ConfigError.of("precision", config.precision.value, "must be bf16, in which GPUs train", "precision=bf16")
     if "batch.tokens" in own or ("batch.sequences" not in keys and "experiment" not in keys):
-        tokens = number("batch.tokens", own["batch.tokens"]) if "batch.tokens" in own else STEP_TOKENS
+        tokens = positive_number("batch.tokens", own["batch.tokens"]) if "batch.tokens" in own else STEP_TOKENS
         unit = cluster.ranks
         config.batch.sequences = max(1, round(tokens / config.sequence_length / unit)) * unit
     config.launch.kind, config.launch.ranks = Launcher.torchrun, min(cluster.ranks, cluster.gpu.host)
     config.launch.nodes = max(1, cluster.ranks // config.launch.ranks)
-
-
-def number(key: str, text: str) -> float:
-    """Returns the positive number that `text` is. Raises ConfigError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError.of(key, text, "must be a number above 0", f"{key}=1e9" if key != "hot" else "hot=1")
-    return value
