@@ -122,18 +122,25 @@ def plan(argv: list[str]) -> int:
         return serve(argv[1:])
     parser = OneLineParser(
         "tokenyard plan",
-        usage="%(prog)s [-h] [--json] cluster=TYPExN [goal=GOAL] [key=value ...], or --dry-run [rank=0] [world=N] [key=value ...]",
+        usage="%(prog)s [-h] [--json] cluster=TYPExN [goal=GOAL] [key=value ...], or goal=loss flops=1e21, or calibrate=FILE, "
+        "or --dry-run [rank=0] [world=N] [key=value ...]",
         description="What a run needs, before a GPU is rented: which layouts of a cluster fit, how fast they are, what they cost; "
-        "or the real step of one rank of thousands, without its GPU.",
+        "or the real step of one rank of thousands, without its GPU; or which model a number of FLOPs should train.",
         epilog="cluster=h100x64; goal=fastest, cheapest or fits; tokens= of the run, batch.tokens= of a step (4.2M). "
         "hot=1.5: rows of a rank's experts over an even load; parallel.* and batch.micro that are given stay. "
+        "calibrate=report.json of `make gpu`: times by what that GPU measured; alone, it shows these numbers. "
+        "goal=loss: size, tokens, experts, learning rate and batch by published laws, for one or two of flops, active, tokens. "
         "Dry run: rank=0; world: ranks of the run (as launch.* says, or the fewest that the layout needs); "
         "layers=auto: few layers and micro-batches are run, the others follow; layers=all runs them.",
     )
     parser.add_argument("words", nargs="*", help="those words, and overrides as for tokenyard train")
     parser.add_argument("--dry-run", action="store_true", help="memory, collectives, operators and host waits of a step")
     parser.add_argument("--explain", type=positive, metavar="N", help="break down layout N of the table")
-    parser.add_argument("--write", metavar="experiment=NAME", help="write layout N (the first) as an experiment of tokenyard train")
+    parser.add_argument(
+        "--write",
+        metavar="experiment=NAME|coefficients",
+        help="write layout N (the first) as an experiment of tokenyard train; coefficients, with calibrate=",
+    )
     parser.add_argument("-cd", "--config-dir", help="folder of further groups, in which the experiment is written too")
     parser.add_argument("--json", action="store_true", help="one JSON object; bytes of one rank, seconds of a step")
     arguments = parser.parse_intermixed_args(argv)
@@ -275,6 +282,8 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard plan cluster=h100x64 [key=value ...]         layouts that fit, their time and cost; --explain N, --write, --json
+  tokenyard plan goal=loss flops=1e21                    compute-optimal size, tokens and experts by published scaling laws; --json
+  tokenyard plan calibrate=FILE                          what a report of `make gpu` says of the step time; --write coefficients
   tokenyard plan --dry-run [rank=R] [world=N] [key=value ...]  memory and collectives of a rank's step, without a GPU; --json
   tokenyard plan serve MODEL|HF_FOLDER [gpu=TYPE] [...]  GPUs, memory, tokens/s and price of serving a model; --json
   tokenyard audit "CLAIM"|card.json MODEL|HF_FOLDER      what a claim about a model gets wrong or leaves out; --json

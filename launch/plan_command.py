@@ -31,9 +31,7 @@ def plan_command(arguments: Namespace) -> int:
     """Prints what was asked for. Returns the exit code."""
     try:
         if not arguments.dry_run:
-            from .search_command import search_command
-
-            search_command(arguments)
+            _plan(arguments)
             return 0
         folder = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
         asked = read_words([*arguments.words, *folder])
@@ -46,6 +44,21 @@ def plan_command(arguments: Namespace) -> int:
     found, place = step_facts(*asked), asked[:3]
     print(json.dumps(as_json(found, *place)) if arguments.json else "\n".join(lines(found, *place)))
     return 0
+
+
+def _plan(arguments: Namespace) -> None:
+    """Searches models for a budget, shows a calibration, or searches layouts of a cluster."""
+    from .calibrate_command import calibrate_command
+    from .loss_command import loss_command
+    from .search_command import LOSS, search_command
+
+    keys = {word.partition("=")[0] for word in arguments.words}
+    if f"goal={LOSS}" in arguments.words:
+        loss_command(arguments)
+    elif "calibrate" in keys and "cluster" not in keys:
+        calibrate_command(arguments)
+    else:
+        search_command(arguments)
 
 
 def read_words(words: list[str]) -> DryRunWords:

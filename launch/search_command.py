@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..plan.calibrate import Calibration, calibrate
 from ..plan.experiment_file import write_experiment
 from ..plan.gpu_cluster import Cluster, read_cluster
 from ..plan.search import Found, Goal, Planner
@@ -18,10 +19,12 @@ from ..train.config.launch import Launcher
 from ..train.config.model_summary import count
 from ..train.config.validate import check_rules
 from ..train.weight_source import compose_run
-from .words import one_of, split_words
+from .words import one_of, positive_number, split_words
 
-OWN = ("cluster", "goal", "tokens", "batch.tokens", "hot")
+OWN = ("cluster", "goal", "tokens", "batch.tokens", "hot", "calibrate")
 """Words of the search alone; all others are overrides as for `tokenyard train`."""
+LOSS = "loss"
+"""The goal of loss_command.py, which searches models and no layouts."""
 LENGTH = 4096
 """Tokens of a sequence, unless said otherwise."""
 STEP_TOKENS = 2**22
@@ -40,12 +43,15 @@ class SearchWords(NamedTuple):
     hot: float
     fixed: dict[str, Any]
     """Settings of `parallel` that stay, and `micro`."""
+    calibration: Calibration | None
+    """What replaces the committed coefficients of the step time."""
 
 
 def search_command(arguments: Namespace) -> None:
     """Prints the table, one object, or one layout, and writes its experiment. Raises ConfigError."""
     asked, begun = read_search_words(arguments.words, arguments.config_dir), time.monotonic()
-    planner = Planner(asked.config, asked.cluster, asked.hot)
+    calibration = asked.calibration
+    planner = Planner(asked.config, asked.cluster, asked.hot, calibration and calibration.coefficients)
     found = planner.search(asked.goal, asked.fixed)
     took = time.monotonic() - begun
     run = PlannedRun(asked.tokens, asked.config.batch.sequences * asked.config.sequence_length, asked.cluster.gpu)
@@ -59,9 +65,20 @@ def search_command(arguments: Namespace) -> None:
         shown = layout_json(planned, run) if arguments.json else "\n".join(explained(planned, counts, run))
     else:
         shown = as_json(found, run, took) if arguments.json else "\n".join(lines(found, run, took, str(asked.cluster), asked.model))
+    if calibration is not None:
+        shown = _with_calibration(shown, calibration, asked.cluster)
     print(json.dumps(shown) if arguments.json else shown)
     if arguments.write:
         _write(arguments, asked, found, chosen)
+
+
+def _with_calibration(shown: Any, calibration: Calibration, cluster: Cluster) -> Any:
+    """Returns the text or the object that is printed, with the file that its times come from."""
+    gpu, names = calibration.gpu.name, ", ".join(calibration.replaced)
+    if isinstance(shown, dict):
+        return shown | {"calibrated": {"file": str(calibration.path), "gpu": gpu, "coefficients": list(calibration.replaced)}}
+    other = "" if gpu == cluster.gpu.name else f", which is not the cluster's {cluster.gpu.name}"
+    return f"{shown}\n\ntimes by {calibration.path}, measured on {gpu}{other}: {names}"
 
 
 def _write(arguments: Namespace, asked: SearchWords, found: Found, chosen: int) -> None:
@@ -95,7 +112,7 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     if "cluster" not in own:
         raise ConfigError("cluster: says on which GPUs; nearest valid: cluster=h100x64")
     cluster = read_cluster(own["cluster"])
-    goal = one_of("goal", own.get("goal", "fastest"), Goal.__members__)
+    goal = one_of("goal", own.get("goal", "fastest"), [*Goal.__members__, LOSS])
     defaults = [] if "experiment" in keys else [f"sequence_length={LENGTH}"]
     folder = ["--config-dir", config_dir] if config_dir else []
     config = compose_run(parse_arguments([*defaults, *rest, *folder]))[0]
@@ -113,8 +130,10 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     fixed = {name: getattr(config.parallel, name) for name in fixed}
     if "batch.micro" in keys:
         fixed["micro"] = config.batch.micro
-    tokens = number("tokens", own["tokens"]) if "tokens" in own else 20.0 * count(config.model).active
-    return SearchWords(config, (named or ["default"])[-1], cluster, Goal(goal), tokens, number("hot", own.get("hot", "1")), fixed)
+    calibration = calibrate(Path(own["calibrate"])) if "calibrate" in own else None
+    tokens = positive_number("tokens", own["tokens"]) if "tokens" in own else 20.0 * count(config.model).active
+    hot = positive_number("hot", own.get("hot", "1"))
+    return SearchWords(config, (named or ["default"])[-1], cluster, Goal(goal), tokens, hot, fixed, calibration)
 
 
 def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster) -> None:
@@ -126,19 +145,8 @@ def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster
     if config.precision is not Precision.bf16:
         raise ConfigError.of("precision", config.precision.value, "must be bf16, in which GPUs train", "precision=bf16")
     if "batch.tokens" in own or ("batch.sequences" not in keys and "experiment" not in keys):
-        tokens = number("batch.tokens", own["batch.tokens"]) if "batch.tokens" in own else STEP_TOKENS
+        tokens = positive_number("batch.tokens", own["batch.tokens"]) if "batch.tokens" in own else STEP_TOKENS
         unit = cluster.ranks
         config.batch.sequences = max(1, round(tokens / config.sequence_length / unit)) * unit
     config.launch.kind, config.launch.ranks = Launcher.torchrun, min(cluster.ranks, cluster.gpu.host)
     config.launch.nodes = max(1, cluster.ranks // config.launch.ranks)
-
-
-def number(key: str, text: str) -> float:
-    """Returns the positive number that `text` is. Raises ConfigError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError.of(key, text, "must be a number above 0", f"{key}=1e9" if key != "hot" else "hot=1")
-    return value

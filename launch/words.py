@@ -31,3 +31,15 @@ def whole_number(key: str, text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ConfigError.of(key, text, f"must be a whole number from {least} on", f"{key}={least}")
     return int(text)
+
+
+def positive_number(key: str, text: str) -> float:
+    """Returns the positive number that `text` is. Raises ConfigError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        valid = {"hot": "1", "flops": "1e21"}.get(key, "1e9")
+        raise ConfigError.of(key, text, "must be a number above 0", f"{key}={valid}")
+    return value

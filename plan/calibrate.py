@@ -1,26 +1,22 @@
 """Replaces the coefficients of the step-time model that `make gpu` measured on a GPU, from its report.json (bench/gpu/report.py).
 
-    python -m tokenyard.plan.calibrate report.json    # writes plan/coefficients.json, part "tokenyard"
-
-What needs several GPUs stays as it was fitted: NVLink, the network, and what hides behind what.
+`tokenyard plan calibrate=FILE` shows them, and plans with them. What needs several GPUs stays as it was fitted: NVLink, the
+network, and what hides behind what.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..moe.config import ModelConfig, MoEConfig
 from ..parallel.config import ParallelConfig
-from ..train.config.complain import complain
 from ..train.config.config import ConfigError
 from ..train.config.gpus import Gpu, gpu_of_device
-from .coefficients import Coefficients, coefficients, write_coefficients
+from .coefficients import Coefficients, coefficients
 from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .step_time import BLACKWELL, Tuning, predict
@@ -41,22 +37,12 @@ FULL = ("Qwen3-30B", "DeepSeek-V3")
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
+    path: Path
     gpu: Gpu
     coefficients: Coefficients
     """For Tuning.tokenyard."""
     replaced: Mapping[str, tuple[float, float]]
     """Each replaced coefficient, before and after."""
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tokenyard.plan.calibrate")
-    parser.add_argument("report", type=Path, help="report.json of `make gpu`")
-    try:
-        replaced = calibrate(parser.parse_args().report).replaced
-    except ConfigError as error:
-        return complain(error)
-    print(write_coefficients("tokenyard", {name: after for name, (_, after) in replaced.items()}))
-    return 0
 
 
 def calibrate(path: Path) -> Calibration:
@@ -66,19 +52,22 @@ def calibrate(path: Path) -> Calibration:
         parts: dict[str, list[dict[str, Any]]] = report["parts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _refused(path, f"cannot be read as the report.json of `make gpu` ({type(error).__name__})") from error
-    name = next((str(one["value"]) for one in parts.get("machine", []) if one.get("name") == "GPU 0"), "")
-    gpu = gpu_of_device(name)
-    if gpu is None:
-        raise _refused(path, f"was measured on {name or 'no GPU'}, which conf/cluster/ does not have")
-    before = found = coefficients()
-    for measure in (_dense, _scores, _memory, _experts, _host):
-        found = dataclasses.replace(found, **dict(measure(parts, gpu, found)))
+    try:
+        name = next((str(one["value"]) for one in parts.get("machine", []) if one.get("name") == "GPU 0"), "")
+        gpu = gpu_of_device(name)
+        if gpu is None:
+            raise _refused(path, f"was measured on {name or 'no GPU'}, which conf/cluster/ does not have")
+        before = found = coefficients()
+        for measure in (_dense, _scores, _memory, _experts, _host):
+            found = dataclasses.replace(found, **dict(measure(parts, gpu, found)))
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _refused(path, f"has a part that `make gpu` does not write ({type(error).__name__}: {error})") from error
     names = [field.name for field in dataclasses.fields(Coefficients)]
     replaced = {name: (getattr(before, name), getattr(found, name)) for name in names}
     replaced = {name: pair for name, pair in replaced.items() if pair[0] != pair[1]}
     if not replaced:
         raise _refused(path, "has neither layers, attentions, fused nor steps")
-    return Calibration(gpu, found, replaced)
+    return Calibration(path, gpu, found, replaced)
 
 
 Parts = Mapping[str, list[dict[str, Any]]]
@@ -159,7 +148,3 @@ def _generation(gpu: Gpu) -> str:
 
 def _refused(path: Path, rule: str) -> ConfigError:
     return ConfigError.of("calibrate", path, rule, 'calibrate=gpu-report/report.json after `make gpu ARGS="--out gpu-report"`')
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -75,9 +75,18 @@ def coefficients(own: bool = False) -> Coefficients:
     return Coefficients(**plain["coefficients"] | (plain["tokenyard"] if own else {}))
 
 
-def write_coefficients(part: str, values: Mapping[str, float]) -> str:
-    """Writes one part of the file, with 4 digits, and leaves the other. Returns the text of the file."""
+def measured_on() -> str:
+    """Returns the name of the GPU that those of `coefficients(own=True)` were measured on."""
+    return json.loads(COEFFICIENTS.read_text())["measured_on"]
+
+
+def write_coefficients(part: str, values: Mapping[str, float], gpu: str | None = None) -> str:
+    """Writes one part of the file, with 4 digits, and leaves the other. `gpu`: what the part "tokenyard" was measured on.
+
+    Returns the text of the file.
+    """
     plain = json.loads(COEFFICIENTS.read_text()) | {part: {name: float(f"{value:.4g}") for name, value in values.items()}}
+    plain |= {"measured_on": gpu} if gpu else {}
     text = json.dumps(plain, indent=1) + "\n"
     COEFFICIENTS.write_text(text)
     return text

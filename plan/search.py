@@ -13,6 +13,7 @@ from ..parallel.config import Recompute
 from ..train.config.config import Config, ConfigError
 from ..train.config.gpus import gpus
 from .candidates import Candidate, candidates, is_legal
+from .coefficients import Coefficients
 from .gpu_cluster import Cluster
 from .model_work import ModelWork
 from .rank_memory import MemoryModel, RankMemory
@@ -89,6 +90,8 @@ class Planner:
     config: Config
     cluster: Cluster
     hot: float = 1.0
+    using: Coefficients | None = None
+    """Replaces the committed coefficients of the step time."""
 
     def __post_init__(self) -> None:
         config, node = self.config, self.cluster.gpu.host
@@ -136,7 +139,8 @@ class Planner:
     def time(self, candidate: Candidate) -> StepTime:
         """Returns the predicted time of a step."""
         cluster = replace(self.cluster, ranks=candidate.world)
-        return predict(self.work, candidate.parallel, StepBatch(candidate.batch.sequences, candidate.micro), cluster)
+        batch = StepBatch(candidate.batch.sequences, candidate.micro)
+        return predict(self.work, candidate.parallel, batch, cluster, using=self.using)
 
     def plan(self, candidate: Candidate, time: StepTime | None = None) -> RankedLayout:
         """Returns the layout with its memory. That of layouts whose state alone is too large is a lower bound."""

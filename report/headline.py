@@ -33,7 +33,7 @@ def verdict(run: Run) -> list[Remark]:
     """Returns the remarks, the most important first."""
     window = run.telemetry.window()
     balance = _balance(run, window) if window is not None else _balance_of_metrics(run)
-    return [*balance, *_losses(run), *_trouble(run)]
+    return [*balance, *_losses(run), *_plan(run), *_trouble(run)]
 
 
 def _balance(run: Run, window: Sums) -> list[Remark]:
@@ -112,6 +112,19 @@ def _validated(run: Run) -> str:
 def _end(run: Run) -> dict[str, Any] | None:
     ends = [event for event in run.events if isinstance(event.get("validation_loss"), int | float)]
     return ends[-1] if ends else None
+
+
+def _plan(run: Run) -> list[Remark]:
+    """What the layout was planned to need and take, beside what its first steps did; on GPUs alone."""
+    found = [event for event in run.events if event.get("event") == "plan_checked"]
+    if not found:
+        return []
+    off, text = found[-1].get("off"), str(found[-1].get("text"))
+    off = [str(each) for each in off] if isinstance(off, list) else []
+    return [
+        Remark("fact" if off else "good", f"{text[:1].upper()}{text[1:]}."),
+        *(Remark("watch", f"Plan: {each}.") for each in off),
+    ]
 
 
 def _trouble(run: Run) -> list[Remark]:

@@ -20,7 +20,7 @@ ALLOWED = {
     "plan": {"train", "parallel", "moe"},
     "interop": {"train.config", "checkpoint", "parallel", "data", "moe"},
     "bench": {"parity", "plan", "train", "checkpoint", "parallel", "data", "moe"},
-    "train": {"interop.load_weights", "interop.upcycle", "checkpoint", "parallel", "data", "moe"},
+    "train": {"interop.load_weights", "interop.upcycle", "plan.own_layout", "checkpoint", "parallel", "data", "moe"},
     "checkpoint": {"parallel", "moe"},
     "parallel": {"moe"},
     "data": set(),
@@ -75,6 +75,18 @@ def test_no_circle_of_imports() -> None:
 def test_train_points_down_its_spine() -> None:
     assert {unit(file) for file in import_graph() if file.startswith("train/")} == {*SPINE, "__init__"}
     assert upward_arrows(import_graph()) == []
+
+
+def test_what_train_imports_of_the_planner_knows_of_train_only_the_configuration() -> None:
+    reached, waiting = set[str](), ["plan/own_layout.py"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting += [file for file in import_graph()[name] if file.startswith("plan/") and file not in reached]
+    known = {file for name in reached for file in import_graph()[name] if file.startswith("train/")}
+    assert {unit(file) for file in known} <= {"__init__", "config"}
+    assert "plan/rank_memory.py" in reached and "plan/step_time.py" in reached
+    assert "torch" not in third_party_at_top(reachable("plan/own_layout.py"))
 
 
 def test_every_folder_is_in_the_package() -> None:

@@ -98,7 +98,8 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
     while session.step < config.steps:
         due = due_after(session.step + 1, config, expert_stats)
         expert_stats.begin_step(due.log)
-        numbers, lr = next_step(session, supervisor)
+        with run_logger.timed_step():
+            numbers, lr = next_step(session, supervisor)
         run_logger.flush()
         if numbers is None:
             continue

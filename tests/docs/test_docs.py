@@ -33,6 +33,8 @@ from tokenyard.train.preflight import check_config
 from tokenyard.train.saved_run import with_run
 
 ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ROOT / "tests" / "plan" / "report_h100.json"
+"""Stands for the report of `make gpu`."""
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -154,7 +156,14 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             assert read_words(arguments)
         case ["tokenyard", "plan", "serve", *arguments]:
             assert read_deployment([word for word in arguments if word != "--json"])
+        case ["tokenyard", "plan", "goal=loss", *arguments]:
+            assert main(["plan", "goal=loss", *arguments]) == 0
+        case ["tokenyard", "plan", "calibrate=FILE"]:
+            pass
+        case ["tokenyard", "plan", "calibrate=gpu-report/report.json"]:
+            assert main(["plan", f"calibrate={MEASURED}"]) == 0
         case ["tokenyard", "plan", *arguments]:
+            arguments = [word.replace("gpu-report/report.json", str(MEASURED)) for word in arguments]
             words = [word for word in arguments if word.partition("=")[0] in ("model", *SEARCH_WORDS) and "..." not in word]
             assert read_search_words([*words, "model=mixtral_8x7b"] if "model=..." in arguments else words)
         case ["tokenyard", "audit", *arguments]:

@@ -7,10 +7,13 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, final
 
+import torch
+
 from ...checkpoint.saver import Outcome
 from ...moe.device import kind_of
 from ...moe.param_count import count
 from ...parallel.object_collectives import from_all
+from ...plan.own_layout import plan_own_layout
 from ..config.config import Tier
 from ..config.environment import local_world_size
 from ..config.private_files import CannotWrite, writing_to
@@ -31,6 +34,7 @@ from .goodput import Goodput, in_words
 from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
+from .plan_check import PlanCheck, compare
 from .step_log import PendingLog, StepLog
 from .summary_data import end_facts, resume_command, startup_facts, validation_record
 from .trackers.trackers import build_trackers, run_identity
@@ -54,6 +58,10 @@ class RunLogger:
 
     def begin_training(self) -> None:
         """Marks the end of start-up: the first step begins."""
+
+    def timed_step(self) -> AbstractContextManager[None]:
+        """Follows the step inside, to compare the first ones with the plan of the run's layout."""
+        return nullcontext()
 
     def log_step(self, logged: StepLog) -> None:
         """Logs a step; on a GPU it is written by the next `flush`."""
@@ -136,6 +144,8 @@ class RankZeroLogger(RunLogger):
         self.pending: PendingLog | None = None
         self.defers = kind_of(session.device) == "cuda"
         """Whether a step is written after the next one, when its numbers are on the host."""
+        self.plan_check: PlanCheck | None = None
+        """Until the first steps are compared with the plan; None on a CPU, for which nothing is planned that could be compared."""
         self.summary: dict[str, Any] = {}
         self.code = 0
         resumed = session.step > 0
@@ -145,7 +155,12 @@ class RankZeroLogger(RunLogger):
         self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
         here = environment(session.device, session.parallel.mesh.world)
         self.log_event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
-        self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak)))
+        world = session.parallel.mesh.world
+        name = torch.cuda.get_device_name(session.device) if self.defers else None
+        self.planned = plan_own_layout(config, world, local_world_size() or world, name)
+        if self.defers:
+            self.log_event("planned", step=session.step, **self.planned.record())
+        self.printer.lines(startup_lines(config, count(config.model), startup_facts(session, peak), self.planned.sentences()))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         step = self.session.step
@@ -165,6 +180,11 @@ class RankZeroLogger(RunLogger):
 
     def begin_training(self) -> None:
         self.goodput.begin_training()
+        if self.defers:
+            self.plan_check = PlanCheck(self.session.device)
+
+    def timed_step(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.plan_check is None else self.plan_check.step()
 
     def log_step(self, logged: StepLog) -> None:
         self.flush()
@@ -176,6 +196,13 @@ class RankZeroLogger(RunLogger):
         pending, self.pending = self.pending, None
         if pending is not None:
             self.write_step(pending.get())
+        if self.plan_check is not None and (measured := self.plan_check.measured()) is not None:
+            self.plan_check = None
+            record = compare(self.planned, measured, self.session.config)
+            self.log_event("plan_checked", step=self.session.step, **record)
+            self.printer.say(record["text"])
+            for text in record["off"]:
+                self.printer.line([Span(text, "yellow")])
 
     def write_step(self, logged: StepLog) -> None:
         """Writes a logged step, whose tensors are on the host, to the journals, the trackers and the console."""

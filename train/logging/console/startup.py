@@ -1,6 +1,7 @@
 """The table at the start of a run: model, batch, data, layout and device."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....moe.param_count import Count, flops_per_token, moe_layers
@@ -41,8 +42,8 @@ class StartupFacts:
     """Steps that earlier starts have done."""
 
 
-def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Line]:
-    """Returns the table."""
+def startup_lines(config: Config, count: Count, facts: StartupFacts, planned: Sequence[str] = ()) -> list[Line]:
+    """Returns the table. `planned`: what the layout should need and take, in lines."""
     streamed = facts.documents is None or facts.tokens is None
     amount = "streamed" if streamed else f"{facts.documents:,} documents, {short(facts.tokens or 0)} tokens"
     table = [
@@ -51,6 +52,7 @@ def startup_lines(config: Config, count: Count, facts: StartupFacts) -> list[Lin
         ("data", f"{config.data.corpus.value}: {amount}"),
         ("tokenizer", _tokenizer(config, facts)),
         *_machine(config, facts),
+        *(("plan" if place == 0 else "", line) for place, line in enumerate(planned)),
         ("run folder", facts.run_dir),
         ("start", facts.resume),
     ]
