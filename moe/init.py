@@ -1,17 +1,20 @@
-"""Initial weights: each tensor (and each expert in it) has its own generator, seeded by the run's seed and its global name.
+"""Initial weights: each number depends on the run's seed, the global name of its tensor and its offset there, and on nothing else.
 
-So the weights do not depend on the layout, the order of construction or the number of layers.
+So the weights do not depend on the layout, the device, the order of construction or the number of layers, experts or tokens.
 """
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
 from .model import Transformer
+from .philox import normal, uniform, words_of_rectangle
+
+PIECE, PIECE_ON_HOST = 2**22, 2**17
+"""Numbers that are drawn at a time; temporary memory is about 64 bytes for each. On the host they stay in a core's cache."""
 
 
 def initialise(model: Transformer, seed: int) -> None:
@@ -33,56 +36,61 @@ def expert_biases(model: Transformer) -> dict[str, Tensor]:
 
 
 def fill(
-    local: Tensor,
-    name: str,
-    shape: tuple[int, ...],
-    config: ModelConfig,
-    seed: int,
-    cut: Callable[[Tensor], Tensor] | None = None,
-    experts: range | None = None,
+    local: Tensor, name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, offsets: tuple[int, ...] | None = None
 ) -> None:
-    """Writes initial values into `local`, this rank's part of the tensor `name` of global `shape`.
+    """Writes initial values into `local`: a rectangle of the tensor `name` of global `shape`, from `offsets` on, or all of it.
 
-    Experts are drawn one by one, so a rank never draws those of other ranks: `experts` are the global ids in `local`.
-    `cut` takes the rank's part of a whole tensor, or of a whole expert.
-    """
-    if ".experts." not in name:
-        whole = _draw(name, shape, config, seed)
-        local.copy_(whole if cut is None else cut(whole))
-        return
-    for index, expert in enumerate(experts if experts is not None else range(shape[0])):
-        whole = _draw(f"{name}.{expert}", shape[1:], config, seed)
-        local[index].copy_(whole if cut is None else cut(whole))
-
-
-def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Ones for norms (zeros if 1 is added), zeros for biases and sinks; else random: normal, but for parts of gated DeltaNet.
-
-    Output projections have a smaller deviation (GPT-2).
+    Norms are ones (zeros if 1 is added), biases and sinks zeros. All else is random: normal, but for parts of gated DeltaNet.
+    Only the rectangle is drawn. Weights are rounded from fp32, whatever type they have.
     """
     if "norm" in name:
-        return torch.zeros(shape) if config.zero_centered_norms and "output_norm" not in name else torch.ones(shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    if name.endswith((".dt_bias", ".a_log", "_conv.weight")):
-        return _draw_delta_net(name, torch.rand(shape, generator=generator))
-    if name.endswith((".bias", ".sinks")) or "_bias" in name:  # e.g. down_bias.7, of an expert
-        return torch.zeros(shape)
-    std = config.init_std
-    if ".o.weight" in name or ".down" in name:
-        std /= math.sqrt(2 * config.layers)
-    return torch.randn(shape, generator=generator) * std
+        local.fill_(0.0 if config.zero_centered_norms and "output_norm" not in name else 1.0)
+        return
+    of_delta_net = name.endswith((".dt_bias", ".a_log", "_conv.weight"))
+    if not of_delta_net and (name.endswith((".bias", ".sinks")) or "_bias" in name):
+        local.zero_()
+        return
+    values = _delta_net_values(name, shape) if of_delta_net else _normal_values(name, config)
+    on = torch.device("cpu") if name.endswith((".dt_bias", ".a_log")) else local.device
+    for part, first in _pieces(local, offsets or (0,) * len(shape), PIECE_ON_HOST if on.type == "cpu" else PIECE):
+        words = words_of_rectangle(f"{seed}/{name}", shape, first, part.shape, on)
+        part.copy_(values(words).view(part.shape))
 
 
-def _draw_delta_net(name: str, uniform: Tensor) -> Tensor:
-    """Returns the initial values of Mamba 2 (Dao and Gu 2024), which gated DeltaNet has taken over, from numbers in [0, 1).
+def _pieces(local: Tensor, offsets: Sequence[int], most: int) -> Iterator[tuple[Tensor, Sequence[int]]]:
+    """Yields parts of the rectangle `local` that have at most `most` numbers, with their offsets in the global tensor."""
+    if local.numel() <= most:
+        if local.numel():
+            yield local, offsets
+        return
+    dim = next(dim for dim, size in enumerate(local.shape) if size > 1)
+    size = max(1, most * local.shape[dim] // local.numel())
+    for begin, part in zip(range(0, local.shape[dim], size), local.split(size, dim), strict=True):
+        yield from _pieces(part, [*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1 :]], most)
 
-    The rate of decay is uniform in [0.01, 16) (transformers' lower bound), its step log-uniform in [0.001, 0.1), before softplus;
-    weights of the convolutions are uniform within 1 / sqrt(K) of zero, torch's default.
+
+def _normal_values(name: str, config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    """Output projections have a smaller deviation (GPT-2)."""
+    writes_residual = ".o.weight" in name or ".down" in name
+    std = config.init_std / math.sqrt(2 * config.layers) if writes_residual else config.init_std
+    return lambda words: normal(words, std)
+
+
+def _delta_net_values(name: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Returns the initial values of Mamba 2 (Dao and Gu 2024), which gated DeltaNet has taken over, from random words.
+
+    The rate of decay is uniform in (0.01, 16) (transformers' lower bound), its step log-uniform in (0.001, 0.1), before softplus;
+    weights of the convolutions are uniform within 1 / sqrt(K) of zero, torch's default. Logarithms, of a few numbers, are computed
+    in fp64 on the host, whose last bits the rounding to fp32 removes.
     """
-    if name.endswith(".a_log"):
-        return (0.01 + uniform * (16 - 0.01)).log()
-    if name.endswith(".dt_bias"):
-        step = torch.exp(math.log(0.001) + uniform * math.log(0.1 / 0.001))
-        return step + torch.log(-torch.expm1(-step))
-    return (2 * uniform - 1) / math.sqrt(uniform.shape[-1])
+    if name.endswith("_conv.weight"):
+        return lambda words: uniform(words).mul_(1 / math.sqrt(shape[-1]))
+
+    def values(words: Tensor) -> Tensor:
+        unit = uniform(words).double().add(1).div(2)
+        if name.endswith(".a_log"):
+            return (0.01 + unit * (16 - 0.01)).log().float()
+        step = torch.exp(math.log(0.001) + unit * math.log(0.1 / 0.001))
+        return (step + torch.log(-torch.expm1(-step))).float()
+
+    return values

@@ -137,12 +137,10 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
 
 
 def initialise(parallel: Parallel, seed: int) -> None:
-    """Fills this rank's weights with its shards of the weights that one device has with the same seed."""
+    """Fills this rank's weights with its shards of the weights that one device has with the same seed, and draws no others."""
     for name, sharded in parallel.parameters.items():
-        shard, values = sharded.metadata, local(sharded.parameter.data)
-        if values.numel():
-            experts = range(shard.offsets[0], shard.offsets[0] + shard.sizes[0])
-            init.fill(values, name, shard.shape, parallel.model.config, seed, shard.cut, experts)
+        shard = sharded.metadata
+        init.fill(local(sharded.parameter.data), name, shard.shape, parallel.model.config, seed, shard.offsets)
     init.reset_expert_biases(parallel.model)
 
 

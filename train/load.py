@@ -24,7 +24,7 @@ from .config.serialize import config_from_plain, plain_config
 from .derive import DTYPES, derive, set_products
 from .resume import as_checkpoint
 from .session import Session
-from .setup import build_engine, build_parallel, build_saver, open_data_on_all_ranks
+from .setup import build_engine, build_saver, open_data_on_all_ranks, spread_model
 from .stored_config import read_stored
 from .weight_source import HF_TOKENIZERS, hf_folder, hf_tokenizer
 
@@ -167,7 +167,7 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     set_products(config, device, derive(config, device))
     data = open_data_on_all_ranks(config)
     _refuse_larger(data.tokenizer, config.model, checkpoint)
-    parallel = build_parallel(config, device)
+    parallel = spread_model(config, device)
     weights = read_whole(checkpoint) if source is None else read_weights(source, dict(parallel.model.state_dict()), str(device))
     add_expert_biases(parallel.model, weights)
     parallel.model.load_state_dict(weights, strict=True)

@@ -66,12 +66,13 @@ def open_session(config: Config, device: torch.device) -> Session:
 def build_model(config: Config, device: torch.device, found: Path | None, folder: Path) -> tuple[Parallel, str]:
     """Returns the model, spread over the ranks, and where its weights are from, in words. Collective.
 
-    They are those of checkpoint.init, or initial ones, which the checkpoint `found` will replace if the run resumes.
+    They are those of checkpoint.init, or initial ones. If the run resumes, they are uninitialised until `resume` reads all of them.
     """
-    init = config.checkpoint.init
-    if found is not None or init is None:
+    if found is None and config.checkpoint.init is None:
         return build_parallel(config, device), "new run"
     parallel = spread_model(config, device)
+    if found is not None:
+        return parallel, "resumed"
     read = load_initial(parallel, config, folder)
     said = f"new run from the weights of {read.path}{read.note and f'; {read.note}'}"
     announce(folder, "initialised", f"a {said}", path=str(read.path))

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ...moe.config import ModelConfig, MoEConfig
+from ...moe.init import fill
 from ...moe.param_count import count, training_flops_per_token
-from ...parallel.apply import Parallel
+from ...parallel.apply import Parallel, initialise
 from ...parallel.gradients import gradient_all_reduce, squared_norm
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
@@ -24,7 +25,7 @@ from ..timing import peak_bytes, spread, take_turns, timed
 from .exchanges import build_single_rank
 from .layers import forget, mebibytes, milliseconds, waits
 from .recorder import Recorder
-from .waits import random_rows, random_weights
+from .waits import random_rows
 
 WIDE = ModelConfig(
     layers=16,
@@ -54,6 +55,7 @@ class ModelAndOptimizer(NamedTuple):
 
 
 def run(recorder: Recorder) -> None:
+    initial_weights(recorder)
     model = fitting(recorder.device) if recorder.scale == "full" else NARROW
     trained = build(model, recorder.device)
     for sequences, length in BATCHES[recorder.scale]:
@@ -65,6 +67,20 @@ def run(recorder: Recorder) -> None:
     forget(recorder.device)
 
 
+def initial_weights(recorder: Recorder) -> None:
+    """Checks that the device draws the bits of a CPU, also for a slice of the columns, and reports the rates."""
+    name, shape = "layers.0.moe.experts.down", (8, 2048, 1024) if recorder.scale == "full" else (2, 64, 48)
+    for columns in (shape[2], shape[2] // 2 - 4):
+        here, there = (torch.empty(*shape[:2], columns, device=device) for device in (recorder.device, "cpu"))
+        draw = partial(fill, here, name, shape, WIDE, 1, (0, 0, 4 if columns < shape[2] else 0))
+        seconds = spread(take_turns({"fill": draw}, recorder.device, *REPEATS[recorder.scale])["fill"])
+        fill(there, name, shape, WIDE, 1, (0, 0, 4 if columns < shape[2] else 0))
+        recorder.check(f"initial weights are those of a CPU, {columns} columns", torch.equal(here.cpu(), there))
+        recorder.row(
+            "initial weights", columns=columns, numbers=here.numel(), **{"M/s": round(here.numel() / seconds.median / 1e6)}
+        )
+
+
 def fitting(device: torch.device) -> ModelConfig:
     """WIDE with as many layers as fit into memory."""
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**33
@@ -74,9 +90,9 @@ def fitting(device: torch.device) -> ModelConfig:
 
 
 def build(model: ModelConfig, device: torch.device, compiled: bool = False) -> ModelAndOptimizer:
-    """Draws random weights on the device; `initialise` draws them on the host, which would take a minute."""
     parallel = build_single_rank(model, device, torch.bfloat16, None, compiled=compiled)
-    random_weights(parallel)
+    initialise(parallel, 1)
+    parallel.model.train()
     return ModelAndOptimizer(parallel, build_optimizer(OptimizerConfig(), parallel))
 
 

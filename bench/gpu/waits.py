@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...moe import device as device_module
 from ...moe.config import ModelConfig
-from ...moe.init import reset_expert_biases
-from ...parallel.apply import Parallel
+from ...parallel.apply import Parallel, initialise
 from ...parallel.config import OWN_EXCHANGES, Exchange
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig
@@ -95,7 +94,8 @@ def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None
     """The waits of the third step."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # a CPU that multiplies bf16 reads numbers of rows
     parallel = build_single_rank(model, device, dtype, exchange)
-    random_weights(parallel)
+    initialise(parallel, 1)
+    parallel.model.train()
     rows = random_rows(parallel, sequences=4, length=32)
     step = partial(train_step, parallel, build_optimizer(OptimizerConfig(), parallel), StepInput([rows], 1e-4, 1.0))
     step()
@@ -103,14 +103,6 @@ def waits_of(model: ModelConfig, device: torch.device, exchange: Exchange | None
     with named_reads() as (named, places):
         seen = host_reads(step, device)
     return Waits(named, seen, frozenset(places))
-
-
-def random_weights(parallel: Parallel) -> None:
-    """Draw random weights on the device, and set the model to training mode."""
-    for name, parameter in parallel.model.named_parameters():
-        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
-    reset_expert_biases(parallel.model)
-    parallel.model.train()
 
 
 def random_rows(parallel: Parallel, sequences: int, length: int) -> Rows:

@@ -100,7 +100,7 @@ def test_multipliers_and_softcap_of_the_logits() -> None:
 def test_bf16_keeps_fp32_weights_and_gradients() -> None:
     """Logits are within 3 % of the fp32 model's, gradients within 10 % in the mean: with the same weights."""
     narrow, wide = tiny(torch.bfloat16), tiny(torch.float32)
-    torch.manual_seed(3)  # rounding sends none of these tokens to another expert
+    torch.manual_seed(1)  # rounding sends none of these tokens to another expert
     ids_BS = torch.randint(40, (4, 16))
     logits, expected = narrow(ids_BS), wide(ids_BS)
     assert logits.dtype == torch.bfloat16
