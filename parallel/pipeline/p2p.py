@@ -1,7 +1,7 @@
 """Activations and their gradients between the stages of a pipeline, asynchronous and received ahead.
 
-Each direction and kind has a process group of its own. In such a group each rank only sends, or only receives, in the order of its
-schedule, so both ends see one order, and no message waits for one that goes the other way.
+Each direction and kind has a process group of two ranks for each neighbour. In it one rank only sends and the other only receives,
+in the order of its schedule, so both ends see one order, and no message waits for one that goes the other way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,18 @@ def test_a_topic_is_called_for_each_world_in_a_process_of_its_own(monkeypatch: p
 
 def pid_of(world: int) -> dict[str, float]:
     return {"world": world, "process": os.getpid()}
+
+
+def test_groups_of_2048_ranks(apart: Callable[..., dict[str, float]]) -> None:
+    """Under the fake process group: one creation for each axis and each direction of messages, within 2 seconds."""
+    from tokenyard.bench.scale import groups  # with torch, which the other tests do not need
+
+    found = apart(groups.figures, 2048)
+    assert (
+        found["group creations of a rank"] == found["groups of a rank, of several ranks"] == 9
+    )  # the ends alone; the world is given
+    assert found["communicators of a rank for collectives, at most"] == 6 and found["links of a rank to other stages, at most"] == 4
+    assert found["seconds for mesh and groups"] < 2
 
 
 def test_the_table_has_a_row_for_each_figure_and_a_column_for_each_world() -> None:
