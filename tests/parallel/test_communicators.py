@@ -15,7 +15,7 @@ from tokenyard.parallel.collectives import all_reduce, max_over, stack_over, sum
 from tokenyard.parallel.communicators import axes_used, communicator_table, communicators, links
 from tokenyard.parallel.config import Exchange, ParallelConfig, PipelineSchedule
 from tokenyard.parallel.dispatch.deduplicated import node_axes
-from tokenyard.parallel.layout import DENSE, EXPERTS, mesh_sizes
+from tokenyard.parallel.layout import DENSE, EXPERTS, mesh_sizes, node_digits
 from tokenyard.parallel.mesh import Axis, Mesh, build_mesh
 from tokenyard.parallel.pipeline.p2p import Links, disjoint
 from tokenyard.parallel.pipeline.schedule import stage_hops
@@ -176,3 +176,18 @@ def sum_over_two_groups() -> tuple[torch.Tensor, float, list[int], torch.Tensor]
     mine = torch.randn(1000, generator=torch.Generator().manual_seed(mesh.rank))
     order = stack_over(torch.tensor(mesh.rank), axis).tolist()
     return all_reduce(mine.clone(), axis), max_over(torch.tensor(float(mesh.rank)), axis).item(), order, mine
+
+
+@pytest.mark.parametrize(
+    ("expert", "expert_tensor", "node", "dims"),
+    [
+        (8, 1, 4, [(2, 4), (4, 1)]),
+        (8, 2, 8, [(2, 8), (4, 2)]),
+        (4, 2, 2, [(4, 2)]),
+        (4, 1, 8, [(4, 1)]),
+        (6, 3, 12, [(3, 6), (2, 3)]),
+    ],
+)
+def test_hops_of_the_hierarchical_exchange(expert: int, expert_tensor: int, node: int, dims: list[tuple[int, int]]) -> None:
+    """(size, stride) between nodes and inside one: ranks that share the columns of experts are neighbours, and no hop."""
+    assert node_digits({"expert": expert, "expert_tensor": expert_tensor}, node) == dims
