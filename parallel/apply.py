@@ -16,6 +16,7 @@ from ..moe.config import ModelConfig
 from ..moe.dispatch import Dispatcher
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
+from .communicators import axes_used, replicated
 from .compile_blocks import compile_blocks
 from .config import Exchange, Overflow, ParallelConfig, Recompute
 from .context import apply_context_parallel
@@ -25,7 +26,7 @@ from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .dispatch.deepep import DeepEPDispatcher
 from .dispatch.symmetric import SymmetricDispatcher
 from .fsdp import apply_fsdp, attributes_of_pass
-from .layout import node_ranks, shard_dim, sliced_dim, sliced_dim_of_experts
+from .layout import node_ranks, shard_dim
 from .mesh import Axis, Mesh
 from .offload import Offload
 from .pipeline.overlap import Overlap
@@ -43,15 +44,16 @@ def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispat
 
     It has no state from one call to the next, so all layers share it. `experts`: of a layer, on all ranks.
     """
-    axis, chunks = mesh.axis("expert"), config.overlap_chunks
+    chunks = config.overlap_chunks
+    if config.exchange is Exchange.hierarchical:
+        local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
+        return DeduplicatedDispatcher(experts, node_axes(mesh, local), chunks)
+    axis = mesh.axis("expert")
     match config.exchange:
         case Exchange.plain:
             return AllToAllDispatcher(experts, axis, chunks)
         case Exchange.deduplicated:
             return DeduplicatedDispatcher(experts, [axis], chunks)
-        case Exchange.hierarchical:
-            local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
-            return DeduplicatedDispatcher(experts, node_axes(mesh, local), chunks)
         case Exchange.gather:
             return AllGatherDispatcher(experts, axis, chunks)
         case Exchange.deepep:
@@ -91,6 +93,8 @@ class Parallel:
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
     """Distributes a model that was built on the meta device. Its weights are uninitialised on `device`: see `initialise`."""
+    for use in axes_used(model.config, config):
+        (mesh.sums if use.sums else mesh.axis)(*use.names)
     pipeline = None
     if config.pipeline > 1:
         pipeline = cut_model(model, mesh, config)
@@ -157,7 +161,7 @@ def gradient_of(sharded: ShardedParameter) -> Tensor:
 
 
 def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata], config: ParallelConfig) -> None:
-    axis = mesh.axis("expert")
+    axis = mesh.place("expert")
     dispatcher = build_dispatcher(model.config.moe.experts, mesh, config)
     for name, _ in list(model.named_parameters()):
         if ".experts." in name:
@@ -187,14 +191,9 @@ def _recompute_blocks(model: Transformer, recompute: Recompute) -> None:
 
 def _sharded(name: str, parameter: nn.Parameter, mesh: Mesh, shard: ShardMetadata, config: ModelConfig) -> ShardedParameter:
     """`shard` is this rank's before FSDP. Ranks are replicas if FSDP, tensor and expert (tensor) parallelism give them the same."""
-    kind = "expert_" if ".experts." in name else ""
-    replicated = [kind + "replicate"]
-    if isinstance(parameter, DTensor):
-        axis = mesh.axis("expert_shard") if kind else mesh.axis("shard", "context")
+    by_fsdp = isinstance(parameter, DTensor)
+    if by_fsdp:
+        axis = mesh.place("expert_shard") if ".experts." in name else mesh.place("shard", "context")
         shard = shard.chunk(shard_dim(shard.sizes, axis.size), axis.size, axis.rank)
-    else:
-        replicated += ["expert_shard"] if kind else ["shard", "context"]
-    if (sliced_dim_of_experts(name) if kind else sliced_dim(name, config)) is None:
-        replicated.append(kind + "tensor")
     assert tuple(local(parameter).shape) == shard.sizes, f"{name} is {tuple(local(parameter).shape)}, not {shard.sizes}"
-    return ShardedParameter(parameter, shard, mesh.axis(*replicated))
+    return ShardedParameter(parameter, shard, mesh.sums(*replicated(name, by_fsdp, config)))

@@ -43,29 +43,45 @@ def all_reduce_parts(x: Tensor, axis: Axis) -> Tensor:
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sums `x` over the ranks, in place; not differentiable."""
-    return x if axis.group is None else keep(partial(_all_reduce, x, axis, dist.ReduceOp.SUM))
+    return x if axis.alone else keep(partial(all_reduce, x, axis, dist.ReduceOp.SUM))
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
     """Takes the maximum of `x` over the ranks, in place; not differentiable."""
-    return x if axis.group is None else keep(partial(_all_reduce, x, axis, dist.ReduceOp.MAX))
+    return x if axis.alone else keep(partial(all_reduce, x, axis, dist.ReduceOp.MAX))
 
 
-def _all_reduce(x: Tensor, axis: Axis, op: Any) -> Tensor:
-    with collective("all_reduce", axis):
-        dist.all_reduce(x, op=op, group=axis.group)
+def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduces `x` over the ranks, in place, with the same bits on all of them.
+
+    Over several groups: to the first rank of each inner group, over the outer ones between these ranks, and back from them. Sums of
+    sums in both groups could differ in their last bits, since groups with the same numbers may add in different orders.
+    """
+    *outer, inner = axis.parts or (axis,)
+    if not outer:
+        with collective("all_reduce", inner):
+            dist.all_reduce(x, op=op, group=inner.group)
+        return x
+    with collective("reduce", inner):
+        dist.reduce(x, op=op, group=inner.group, group_dst=0)
+    if inner.rank == 0:
+        all_reduce(x, outer[0] if len(outer) == 1 else axis._replace(parts=tuple(outer)), op)
+    with collective("broadcast", inner):
+        dist.broadcast(x, group=inner.group, group_src=0)
     return x
 
 
 def stack_over(x: Tensor, axis: Axis) -> Tensor:
     """Stacks the `x` of all ranks to (N, ...); not differentiable."""
-    return x.unsqueeze(0) if axis.group is None else keep(partial(_all_gather, x, axis))
+    return x.unsqueeze(0) if axis.alone else keep(partial(_all_gather, x, axis))
 
 
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
-    out = x.new_empty(axis.size * x.numel())
-    with collective("all_gather", axis):
-        all_gather(out, x.contiguous().flatten(), group=axis.group)
+    out = x
+    for part in reversed(axis.parts or (axis,)):
+        mine, out = out, out.new_empty(part.size * out.numel())
+        with collective("all_gather", part):
+            all_gather(out, mine.contiguous().flatten(), group=part.group)
     return out.view(axis.size, *x.shape)
 
 

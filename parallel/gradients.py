@@ -16,6 +16,7 @@ from torch import Tensor, _foreach_mul_, _foreach_norm  # pyright: ignore[report
 from torch.distributed.tensor import DTensor
 
 from .apply import Parallel, ShardedParameter, gradient_of, local
+from .collectives import all_reduce
 from .layout import ADDED_BY_ONE
 from .mesh import Axis
 from .progress import collective, in_phase, waiting
@@ -65,6 +66,9 @@ class _Bucket:
             # The gradients become views of the flat tensor, which frees their own memory.
             for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
                 gradient.data = part.view_as(gradient)
+        if self.axis.parts:
+            all_reduce(flat, self.axis)
+            return
         with collective("all_reduce", self.axis):
             self.work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
 
@@ -97,7 +101,8 @@ class _Reducer:
             bucket.start()
         for bucket in self.buckets:
             with waiting(f"all_reduce of gradients over {bucket.axis.size} ranks"):
-                bucket.work.wait()
+                if bucket.work is not None:
+                    bucket.work.wait()
 
 
 def _buckets(parallel: Parallel) -> list[_Bucket]:
@@ -106,9 +111,10 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
     buckets: list[_Bucket] = []
     current: dict[Any, _Bucket] = {}
     for name, sharded in parallel.parameters.items():
-        if sharded.replicas.group is None:
+        if sharded.replicas.alone:
             continue
-        late = name.endswith(ADDED_BY_ONE) or name in copied  # apart from the others, which need not wait for the end
+        # Apart from the others, which need not wait for the end; one group after the other would make the backward pass wait.
+        late = name.endswith(ADDED_BY_ONE) or name in copied or bool(sharded.replicas.parts)
         key = sharded.replicas, sharded.parameter.dtype, isinstance(sharded.parameter, DTensor), late
         elements = local(sharded.parameter).numel()
         if key not in current or current[key].elements + elements > BUCKET:

@@ -1,6 +1,10 @@
 """What each rank holds of each parameter, by name and shape. Without torch: layouts are computed before anything is built."""
 
+import itertools
 import math
+import operator
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from ..moe.config import AttentionKind, ModelConfig, QKNorm
 from ..moe.param_shapes import Shapes, shapes
@@ -56,6 +60,68 @@ def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
     dense = (world // dense_ranks(parallel), data_shard, parallel.context, parallel.tensor)
     experts = (world // parallel.expert // parallel.expert_tensor // shard, shard, parallel.expert, parallel.expert_tensor)
     return {"pipeline": parallel.pipeline, **dict(zip(DENSE[1:] + EXPERTS[1:], dense + experts, strict=True))}
+
+
+class Digit(NamedTuple):
+    """A dimension of a grid of ranks: the place of a rank in it is `rank // stride % size`."""
+
+    size: int
+    stride: int
+
+
+def digits(names: Iterable[str], sizes: Mapping[str, int]) -> list[Digit]:
+    """Returns the named dimensions, which are of one grid, the outermost first and none of size 1."""
+    named = set(names)
+    dims = DENSE if named <= set(DENSE) else EXPERTS
+    inner = itertools.accumulate((sizes[dim] for dim in reversed(dims)), operator.mul, initial=1)
+    found = [
+        Digit(sizes[dim], stride) for dim, stride in zip(reversed(dims), inner, strict=False) if dim in named and sizes[dim] > 1
+    ]
+    return found[::-1]
+
+
+def members(rank: int, dims: Sequence[Digit]) -> tuple[int, ...]:
+    """Returns the ranks that differ from `rank` only in the digits `dims`, in ascending order."""
+    found = [rank - sum(rank // stride % size * stride for size, stride in dims)]
+    for size, stride in dims:
+        found = [first + step for first in found for step in range(0, size * stride, stride)]
+    return tuple(found)
+
+
+def firsts(ranks: Iterable[int], dims: Sequence[Digit]) -> list[int]:
+    """Returns the ranks that are the first of their `members`."""
+    return [rank for rank in ranks if all(rank // stride % size == 0 for size, stride in dims)]
+
+
+def ends(rank: int, dims: Sequence[Digit], stages: int, world: int) -> tuple[int, ...]:
+    """Returns the members of a rank on its stage and on the other end of a pipeline; between the ends the rank alone."""
+    inner = world // stages
+    if 0 < rank // inner < stages - 1:
+        return (rank,)
+    return tuple(end + other for end in (0, world - inner) for other in members(rank % inner, dims))
+
+
+def product_of(rank: int, dims: Sequence[Digit], known: Container[tuple[int, ...]]) -> list[tuple[int, ...]] | None:
+    """Returns `known` groups of the rank whose dimensions together are `dims`, the outermost first; None if there are none."""
+    whole = members(rank, dims)
+    if whole in known or not dims:
+        return [whole]
+    for cut in range(len(dims) - 1, 0, -1):
+        inner = members(rank, dims[cut:])
+        if inner in known and (outer := product_of(rank, dims[:cut], known)) is not None:
+            return [*outer, inner]
+    return None
+
+
+def node_digits(sizes: Mapping[str, int], node: int) -> list[Digit]:
+    """Returns the expert dimension as one of nodes and one inside a node of `node` ranks; or as it is, if it lies inside a node or
+    nodes have one rank of it.
+    """
+    experts, stride = sizes["expert"], sizes["expert_tensor"]
+    inside = math.gcd(max(1, node // stride), experts)
+    if inside in (1, experts):
+        return [Digit(experts, stride)]
+    return [Digit(experts // inside, inside * stride), Digit(inside, stride)]
 
 
 def dense_ranks(parallel: ParallelConfig) -> int:

@@ -1,4 +1,4 @@
-"""Draws a layout as text: which rank holds what, and which ranks communicate. Does not import torch or start anything.
+"""Draws a layout as text: which rank holds what. Does not import torch or start anything.
 
 Each rank is a column. Bars enclose ranks that communicate in every layer: `tensor` groups in the upper rows; in the lower rows the
 groups that together hold all experts, in which colons separate ranks with different experts.
@@ -18,19 +18,6 @@ MAX_RANKS = 64
 NAMES = 26
 """Width of the column of names."""
 
-SENDS = {
-    "tensor": "every layer: sequences gathered, partial sums scattered",
-    "context": "every attention: keys and values, or heads, of whole sequences",
-    "expert_tensor": "every MoE layer: rows to all of them, partial sums back",
-    "expert": "every MoE layer: tokens to their experts and back",
-    "shard": "FSDP2: weights gathered, gradients summed and scattered",
-    "expert_shard": "the same for the weights of experts",
-    "pipeline": "every micro-batch: activations forward, their gradients back",
-    "replicate": "once a step: gradients summed",
-    "expert_replicate": "once a step: gradients of experts summed",
-}
-"""What ranks that differ only in one dimension send to each other, the most frequent first."""
-
 BARS = "bars part groups: above those of tensor, below those with all experts; : parts other experts; < and > go on elsewhere"
 
 
@@ -47,13 +34,9 @@ class Row(NamedTuple):
 
 
 def layout_diagram(config: ParallelConfig, world: int, node: int, experts: int) -> list[str]:
-    """Returns a table of the groups, then the ranks.
-
-    `node`: ranks of a node (the last has the rest); `experts`: of a layer, or 0.
-    """
+    """Returns the ranks, drawn. `node`: ranks of a node (the last has the rest); `experts`: of a layer, or 0."""
     sizes = mesh_sizes(config, world)
-    dims = [dim for dim in SENDS if sizes[dim] > 1 and (experts or dim in DENSE)]
-    lines = [*_groups(dims, sizes, world, node), "", BARS, ""] if world > 1 else []
+    lines = [BARS, ""] if world > 1 else []
     rows = [Row("rank", [str(rank) for rank in range(world)], sizes["tensor"]), *_dense(sizes, world)]
     if experts:
         rows += _experts(sizes, world, experts)
@@ -132,25 +115,6 @@ def _drawn(row: Row, chunk: range, width: int) -> str:
         edge = ":" if row.inner and (rank + 1) % row.inner == 0 else " "
         text += "|" if (rank + 1) % row.run == 0 else ">" if last else edge
     return text
-
-
-def _groups(dims: list[str], sizes: dict[str, int], world: int, node: int) -> Iterator[str]:
-    """Yields a line for each of `dims`."""
-    yield f"{'group of':{NAMES}}ranks  groups  {'the first':<14}{'where':<16}what they send to each other"
-    for dim in dims:
-        size, stride = sizes[dim], _stride(dim, sizes)
-        starts = [rank for rank, place in enumerate(coordinates(dim, sizes, world)) if place == 0]
-        nodes = max(len({(start + stride * place) // node for place in range(size)}) for start in starts)
-        where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
-        yield f"{dim:{NAMES}}{size:>5}{len(starts):>8}  {_members(size, stride):<14}{where:<16}{SENDS[dim]}"
-
-
-def _members(size: int, stride: int) -> str:
-    """Returns the ranks of the first group."""
-    if size <= 3:
-        return ",".join(str(place * stride) for place in range(size))
-    last = (size - 1) * stride
-    return f"0-{last}" if stride == 1 else f"0,{stride},..,{last}"
 
 
 def _ids(first: int, number: int) -> str:

@@ -5,12 +5,12 @@ fastest.
     experts  pipeline x expert_replicate x expert_shard x expert x expert_tensor
 
 Expert parallelism needs no ranks of its own: an expert group is a run of neighbouring ranks across tensor and data ranks.
+
+The groups of an axis part the world. All ranks create them together, each its own, so a rank creates as many groups as the layout
+has axes, however many ranks there are. Axes with the same groups share them.
 """
 
-import itertools
-import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,69 +19,75 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .config import ParallelConfig
-from .layout import DENSE, EXPERTS, mesh_sizes
+from .layout import DENSE, Digit, digits, ends, firsts, members, mesh_sizes, product_of
 
-GROUPS = (
-    DENSE,
-    ("replicate", "shard", "context", "tensor"),
-    ("replicate", "shard", "context"),
-    ("replicate", "shard"),
-    ("replicate", "tensor"),
-    ("replicate",),
-    ("shard", "context"),
-    ("context", "tensor"),
-    ("context",),
-    ("tensor",),
-    ("expert_replicate", "expert_shard", "expert_tensor"),
-    ("expert_replicate", "expert_shard"),
-    ("expert_replicate", "expert_tensor"),
-    ("expert_replicate",),
-    ("expert_shard",),
-    ("expert",),
-    ("expert_tensor",),
-)
-"""The groups that a layout may use, by dimensions."""
+
+class Place(NamedTuple):
+    """The place of this rank in a group of ranks, which need not have a process group."""
+
+    size: int
+    rank: int
 
 
 class Axis(NamedTuple):
-    """A group of ranks that includes this one. A group of one has no process group and never communicates."""
+    """A group of ranks that includes this one. One of a single rank has no process group and never communicates.
+
+    An axis of `parts` has none either: only `all_reduce` and `stack_over` of collectives.py know how to use the groups of those.
+    """
 
     size: int
     rank: int
     group: dist.ProcessGroup | None
+    parts: tuple["Axis", ...] = ()
+    """The axes whose product it is, the outermost first, if it has several ranks and no group."""
+
+    @property
+    def alone(self) -> bool:
+        return self.group is None and not self.parts
 
 
 @dataclass
 class Mesh:
-    """Both meshes, as seen from one rank. Process groups are created at first use, in the same order on every rank."""
+    """Both meshes, as seen from one rank. A process group is created at first use, which all ranks come to in the same order:
+    stages with different kinds of layers do so because `parallelize` asks for all that any of them uses.
+    """
 
     world: int
     rank: int
     sizes: dict[str, int]
     axes: dict[tuple[str, ...], Axis] = field(default_factory=dict)
+    """By the names of the dimensions."""
+    by_ranks: dict[tuple[int, ...], Axis] = field(default_factory=dict)
+    """By the ranks of the group, in ascending order."""
+    products: dict[tuple[str, ...], Axis] = field(default_factory=dict)
+    """The answers of `sums`."""
 
     def axis(self, *names: str) -> Axis:
-        """Returns the ranks that differ from this one only in the named dimensions, which are of one mesh.
-
-        A context of 1 is as if it were not named, so that it makes no group.
-        """
+        """Returns the ranks that differ from this one only in the named dimensions, which are of one mesh. Collective."""
         if names not in self.axes:
-            self.axes[names] = self._make(names)
+            self.axes[names] = self.strided(*digits(names, self.sizes))
         return self.axes[names]
+
+    def place(self, *names: str) -> Place:
+        """Returns the place of this rank in `axis(*names)`, without a process group."""
+        size, rank = 1, 0
+        for digit, stride in digits(names, self.sizes):
+            size, rank = size * digit, rank * digit + self.rank // stride % digit
+        return Place(size, rank)
 
     @property
     def everyone(self) -> Axis:
         return self.axis(*DENSE)
 
     @property
-    def stage(self) -> Axis:
+    def stage(self) -> Place:
         """The ranks with the same layers: all of them without pipeline parallelism."""
-        return self.axis("replicate", "shard", "context", "tensor")
+        return self.place(*DENSE[1:])
 
     @property
-    def data(self) -> Axis:
+    def data(self) -> Place:
         """The ranks with different rows of the batch."""
-        return self.axis("replicate", "shard")
+        return self.place("replicate", "shard")
 
     @property
     def tensor(self) -> Axis:
@@ -94,48 +100,63 @@ class Mesh:
         return self.axis("context")
 
     @property
-    def sequence(self) -> Axis:
+    def sequence(self) -> Place:
         """The ranks that together have the tokens of the same rows."""
-        return self.axis("context", "tensor")
+        return self.place("context", "tensor")
 
     def device_mesh(self, axis: Axis, name: str, device: torch.device) -> DeviceMesh:
         """Returns a group of ranks as a torch DeviceMesh, for FSDP2."""
         assert axis.group is not None
         return DeviceMesh.from_group(axis.group, device.type, mesh_dim_names=(name,))
 
-    def _make(self, names: tuple[str, ...]) -> Axis:
-        if "context" in names and self.sizes["context"] == 1:
-            return self.axis(*(name for name in names if name != "context"))
-        dims = EXPERTS if names and names[-1] in EXPERTS[1:] else DENSE
-        firsts = self._ranks(dims, [dim for dim in dims if dim not in names])
-        return self.axis_of([[first + further for further in self._ranks(dims, names)] for first in firsts])
+    def sums(self, *names: str) -> Axis:
+        """Returns `axis(*names)` for sums and small gathers: by groups of parts of its dimensions, if they exist. Collective."""
+        if names not in self.products:
+            parts = product_of(self.rank, digits(names, self.sizes), self.by_ranks)
+            if parts is None or len(parts) == 1:
+                self.products[names] = self.axis(*names)
+            else:
+                self.products[names] = Axis(*self.place(*names), None, tuple(self.by_ranks[ranks] for ranks in parts))
+        return self.products[names]
 
-    def _ranks(self, dims: Sequence[str], varied: Sequence[str]) -> list[int]:
-        """Returns the ranks with coordinate 0 in all of `dims` but the `varied` ones, of which the last varies fastest."""
-        coordinates = itertools.product(*(range(self.sizes[dim]) for dim in varied))
-        strides = [math.prod(self.sizes[dim] for dim in dims[dims.index(dim) + 1 :]) for dim in varied]
-        return [sum(map(operator.mul, coordinate, strides)) for coordinate in coordinates]
-
-    def axis_of(self, groups: list[list[int]]) -> Axis:
-        """Returns the group of this rank. `groups` partition the world and have the same order on every rank."""
-        mine, several = next(group for group in groups if self.rank in group), [group for group in groups if len(group) > 1]
-        if not several:
-            return Axis(1, 0, None)
-        process_group: Any = dist.group.WORLD if len(groups) == 1 else dist.new_subgroups_by_enumeration(several)[0]
-        return Axis(len(mine), mine.index(self.rank), process_group if len(mine) > 1 else None)
+    def strided(self, *dims: Digit) -> Axis:
+        """Returns the ranks that differ from this one only in the given dimensions. Collective."""
+        own = members(self.rank, dims)
+        if own not in self.by_ranks:
+            group = None
+            if len(own) == self.world > 1:
+                group = dist.group.WORLD
+            elif len(own) > 1:
+                group = create_group(own, lambda: [members(first, dims) for first in firsts(range(self.world), dims)])
+            self.by_ranks[own] = Axis(len(own), own.index(self.rank), group)
+        return self.by_ranks[own]
 
     def ends(self, *names: str) -> Axis:
-        """Returns the ranks of `axis(*names)` on the first stage and those on the last; on another stage this rank alone."""
-        inner = self.world // self.sizes["pipeline"]
-        last = self.world - inner
-        firsts = self._ranks(DENSE, [dim for dim in DENSE[1:] if dim not in names])
-        groups = [[first + further + end for end in (0, last) for further in self._ranks(DENSE, names)] for first in firsts]
-        return self.axis_of([*groups, *([rank] for rank in range(inner, last))])
+        """Returns the ranks of `axis(*names)` on the first stage and those on the last; on another stage this rank alone.
 
-    def make_groups(self) -> None:
-        """Creates every group that a stage may use, since stages with different kinds of layers do not come to the same ones."""
-        for names in GROUPS:
-            self.axis(*names)
+        Collective.
+        """
+        stages = self.sizes["pipeline"]
+        if stages == 2:
+            return self.axis("pipeline", *names)
+        dims, inner = digits(names, self.sizes), self.world // stages
+        own, middle = ends(self.rank, dims, stages, self.world), range(inner, self.world - inner)
+        first = [*firsts(range(inner), dims), *middle]
+        group = create_group(own, lambda: [ends(rank, dims, stages, self.world) for rank in first])
+        return Axis(len(own), own.index(self.rank), group if len(own) > 1 else None)
+
+
+def create_group(own: Sequence[int], groups: Callable[[], Iterable[Sequence[int]]]) -> Any:
+    """Returns the process group of the ranks `own`. All ranks call it together, each with its own group, which may be itself alone.
+
+    NCCL splits the communicator of all ranks: one collective of the world, for which `groups` returns the groups of all ranks.
+    With gloo the members alone meet in the store, and connect to each other. Both name a group by its ranks and by how many groups
+    the rank is in already, which is the same on all ranks because some come alone.
+    """
+    world: Any = dist.group.WORLD
+    if world.bound_device_id is not None:
+        return dist.split_group(world, [list(group) for group in groups()])
+    return dist.new_group(list(own), use_local_synchronization=True)
 
 
 def build_mesh(config: ParallelConfig) -> Mesh:

@@ -12,6 +12,7 @@ from ..moe.capacity import LocalScope
 from ..moe.config import Scope
 from .collectives import stack_over, sum_over
 from .context import in_order, own_chunks
+from .layout import DENSE
 from .mesh import Axis, Mesh
 
 
@@ -57,9 +58,9 @@ def scope_axis(scope: Scope, mesh: Mesh) -> Axis:
     """Returns the ranks that hold the tokens of a scope."""
     match scope:
         case Scope.sequence:
-            return mesh.axis("context", "tensor")
+            return mesh.sums("context", "tensor")
         case Scope.batch:
-            return mesh.stage
+            return mesh.sums(*DENSE[1:])
         case Scope.rank:
             return Axis(1, 0, None)
 

@@ -26,7 +26,7 @@ from .collectives import all_reduce_parts, gather_sequence, scatter_sequence, st
 from .dispatch.all_to_all import plan_expert_order, read_splits, reorder
 from .dispatch.async_collectives import AllToAll
 from .layout import sliced_dim, sliced_dim_of_experts
-from .mesh import Axis, Mesh
+from .mesh import Axis, Mesh, Place
 from .shard import ShardMetadata
 from .vocabulary import VocabularyParallelEmbedding
 
@@ -76,7 +76,7 @@ def _parallelize_attention(attention: Attention | LatentAttention | DeltaNet, ax
     attention.register_forward_hook(_scatter_output(axis))
 
 
-def slice_parameter(model: nn.Module, name: str, dim: int, axis: Axis, shards: dict[str, ShardMetadata]) -> None:
+def slice_parameter(model: nn.Module, name: str, dim: int, axis: Axis | Place, shards: dict[str, ShardMetadata]) -> None:
     """Replaces the parameter `name` by this rank's even chunk of it in dimension `dim`, and updates its entry in `shards`."""
     assert shards[name].sizes[dim] % axis.size == 0, f"{name}: {shards[name]} does not divide by {axis.size} in dimension {dim}"
     path, _, attribute = name.rpartition(".")

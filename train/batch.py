@@ -12,7 +12,7 @@ from ..data.errors import DataStop
 from ..moe.device import kind_of
 from ..moe.model import shift_left
 from ..moe.token_info import documents_of
-from ..parallel.mesh import Axis
+from ..parallel.mesh import Place
 from ..parallel.progress import in_phase
 from ..parallel.streams import Event, SideStream, on_device, record_event, stream_waits
 from .config.config import Config
@@ -47,7 +47,7 @@ class BatchLoader:
     CPU both would share the same cores.
     """
 
-    def __init__(self, config: Config, data: DataPipeline, axis: Axis, micro: int, device: torch.device) -> None:
+    def __init__(self, config: Config, data: DataPipeline, axis: Place, micro: int, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
         self.micro, self._first, self._together = micro, axis.rank * micro, micro * axis.size
         self.ahead = kind_of(device) == "cuda"

@@ -19,8 +19,9 @@ from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[re
 
 from ..parallel.apply import Parallel, ShardedParameter
 from ..parallel.collectives import sum_over
+from ..parallel.communicators import replicated
 from ..parallel.gradients import scale_gradients, squared_norm
-from ..parallel.mesh import Axis
+from ..parallel.mesh import Axis, create_group
 from ..parallel.shard import LocalShard, ShardMetadata
 from .config.config import Config
 from .config.deepspeed_settings import deepspeed_settings
@@ -155,9 +156,11 @@ def _register_groups(parallel: Parallel, deepspeed: ModuleType) -> None:
     registry._WORLD_GROUP = None  # that of an earlier world of this process
     known = registry._get_expert_data_parallel_group_dict()
     known.clear()
-    names = _group_names(parallel)
+    names, mesh = _group_names(parallel), parallel.mesh
     for axis, name in names.items():
-        known[name] = axis.group or dist.new_subgroups_by_enumeration([[rank] for rank in range(parallel.mesh.world)])[0]
+        of_axis = next(parameter for parameter, sharded in parallel.parameters.items() if sharded.replicas == axis)
+        own = mesh.axis(*replicated(of_axis, False, parallel.model.config)) if axis.parts else axis
+        known[name] = own.group or create_group([mesh.rank], lambda: [[rank] for rank in range(mesh.world)])
     for sharded in parallel.parameters.values():
         if sharded.replicas in names:
             marked: Any = sharded.parameter

@@ -8,7 +8,9 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from ..moe.param_count import moe_layers
+from ..parallel.communicators import communicator_table
 from ..parallel.config import PipelineSchedule
+from ..parallel.layout import node_ranks
 from ..parallel.layout_diagram import layout_diagram
 from ..parallel.pipeline.diagram import pipeline_diagram
 from .config.compose import CONF, Arguments, register_schema
@@ -40,6 +42,8 @@ def layout_lines(config: Config, world: int) -> list[str]:
         f"of {short(trained)} parameters a rank holds {short(held)} between steps",
         "",
     ]
+    if world > 1:
+        lines += [*communicator_table(model, config.parallel, world, node_ranks(config.parallel, world, node)), ""]
     lines += layout_diagram(config.parallel, world, node, model.moe.experts if layers else 0)
     if config.parallel.pipeline > 1:
         lines += ["", *pipeline_diagram(model, config.parallel, micro_batches(config, world))]

@@ -23,6 +23,7 @@ from ..parallel.config import Overflow
 from ..parallel.context import own_chunks
 from ..parallel.fsdp import end_deferred_gradients, prepare_backward
 from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
+from ..parallel.mesh import Axis
 from ..parallel.pipeline.p2p import StageMessage
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
 from ..parallel.pipeline.schedule import WEIGHTS, Action
@@ -270,19 +271,23 @@ def update_expert_biases(parallel: Parallel, counts_LE: Tensor, position: BatchP
 
 @in_phase("count")
 def count_totals(parallel: Parallel, micro_batches: list[Rows]) -> Totals:
-    """Counts the valid tokens and sequences of the global batch: one small all-reduce over the data ranks.
+    """Counts the valid tokens and sequences of the global batch: one small all-reduce, to which one rank of each row adds its own.
 
     The host has counted this rank's rows before they went to the device. On a GPU the sums stay there as scalars, so the host does
     not wait for them; they are int64, so a loss that is divided by one keeps its type.
     """
     valid = [rows.valid or valid_targets(rows, parallel.model.config.mtp_depth) for rows in micro_batches]
     counts = [sum(len(rows.ids) for rows in micro_batches), *map(sum, zip(*valid, strict=True))]
+    mesh = parallel.mesh
+    everyone = mesh.everyone if mesh.data.size > 1 else Axis(1, 0, None)
+    if everyone.size > 1 and (mesh.sequence.rank or mesh.place("pipeline").rank):
+        counts = [0] * len(counts)
     if kind_of(parallel.device) == "cuda":
-        sums = sum_over(on_device(torch.tensor(counts), parallel.device), parallel.mesh.data)
+        sums = sum_over(on_device(torch.tensor(counts), parallel.device), everyone)
         sequences, tokens, *mtp_tokens = sums.clamp(min=1).unbind()
         return Totals(tokens, sequences, len(micro_batches), tuple(mtp_tokens))
-    if parallel.mesh.data.size > 1:
-        counts = sum_over(torch.tensor(counts), parallel.mesh.data).tolist()
+    if everyone.size > 1:
+        counts = sum_over(torch.tensor(counts), everyone).tolist()
     sequences, tokens, *mtp_tokens = counts
     return Totals(max(1, tokens), sequences, len(micro_batches), tuple(max(1, count) for count in mtp_tokens))
 

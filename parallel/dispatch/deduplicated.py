@@ -19,6 +19,7 @@ from torch import Tensor
 from ...moe.device import host_read, hot_rows
 from ...moe.dispatch import DispatchedTokens
 from ...moe.router import Routing
+from ..layout import node_digits
 from ..mesh import Axis, Mesh
 from ..progress import waiting_for_device
 from .async_collectives import AllToAll, PendingRows
@@ -192,11 +193,4 @@ class DeduplicatedDispatcher(ExpertParallelDispatcher):
 
 def node_axes(mesh: Mesh, node_ranks: int) -> list[Axis]:
     """Returns the expert axis as [nodes, ranks of a node]; as one axis if it lies inside a node or nodes have one rank of it."""
-    experts = mesh.sizes["expert"]
-    inside = min(node_ranks, experts)
-    assert experts % inside == 0
-    if inside in (1, experts):
-        return [mesh.axis("expert")]
-    starts = range(0, mesh.world, experts)
-    between = [list(range(start + place, start + experts, inside)) for start in starts for place in range(inside)]
-    return [mesh.axis_of(between), mesh.axis_of([list(range(start, start + inside)) for start in range(0, mesh.world, inside)])]
+    return [mesh.strided(dim) for dim in node_digits(mesh.sizes, node_ranks)]

@@ -1,10 +1,11 @@
 """Activations and their gradients between the stages of a pipeline, asynchronous and received ahead.
 
-Each direction and kind has a process group of its own. In such a group each rank only sends, or only receives, in the order of its
-schedule, so both ends see one order, and no message waits for one that goes the other way.
+Each direction and kind has a process group of two ranks for each neighbour. In it one rank only sends and the other only receives,
+in the order of its schedule, so both ends see one order, and no message waits for one that goes the other way.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import PipelineSchedule
-from ..mesh import Mesh
+from ..mesh import Mesh, create_group
 from ..progress import PROGRESS, waiting
-from .schedule import BACKWARD, FORWARD, Action, place_of
+from .schedule import BACKWARD, FORWARD, Action, place_of, stage_hops
 
 
 class StageMessage(NamedTuple):
@@ -37,20 +38,29 @@ class StageMessage(NamedTuple):
 
 
 class Links:
-    """The process groups between this rank's stages and their neighbours. Created by all ranks, in the same order."""
+    """The process groups between this rank's stages and their neighbours, of two ranks each. Created by all ranks together."""
 
     def __init__(self, mesh: Mesh, kind: PipelineSchedule, stages: int) -> None:
         self.kind, self.ranks, self.stages = kind, mesh.sizes["pipeline"], stages
         self.inner = mesh.world // self.ranks
         self.rank, self.place = mesh.rank, mesh.rank // self.inner
         self.groups: dict[tuple[str, int, int], Any] = {}
-        """By kind, and the places of the sender and of the receiver in the pipeline."""
-        hops = {(self.place_of(stage), self.place_of(stage + 1)) for stage in range(stages - 1)}
-        for pass_kind, pairs in ((FORWARD, hops), (BACKWARD, {(receiver, sender) for sender, receiver in hops})):
-            for sender, receiver in sorted(pairs):
-                if sender != receiver:
-                    both = [at * self.inner + each for at in sorted((sender, receiver)) for each in range(self.inner)]
-                    self.groups[pass_kind, sender, receiver] = dist.new_group(both)
+        """By kind, and the places of the sender and of the receiver in the pipeline, one of which is this rank's."""
+        for apart in disjoint(stage_hops(kind, self.ranks, stages)):
+            for pass_kind, each in ((FORWARD, apart), (BACKWARD, [(receiver, sender) for sender, receiver in apart])):
+                mine = next((hop for hop in each if self.place in hop), (self.place,))
+                group = create_group(self._ranks(mine, mesh.rank), partial(self._pairs, each))
+                if len(mine) > 1:
+                    self.groups[pass_kind, *mine] = group
+
+    def _ranks(self, places: Sequence[int], rank: int) -> list[int]:
+        """Returns the ranks at `places` that have the same place inside their stages as `rank`."""
+        return sorted(place * self.inner + rank % self.inner for place in places)
+
+    def _pairs(self, hops: list[tuple[int, int]]) -> list[list[int]]:
+        """Returns the two ranks of each hop, and the ranks that no hop has, each alone."""
+        alone = [(place,) for place in range(self.ranks) if not any(place in hop for hop in hops)]
+        return [self._ranks(places, each) for places in (*hops, *alone) for each in range(self.inner)]
 
     def place_of(self, stage: int) -> int:
         """Returns the place in the pipeline of the ranks that have `stage`."""
@@ -59,6 +69,17 @@ class Links:
     def peer(self, stage: int) -> int:
         """Returns the rank that has `stage` and the same place inside it as this rank."""
         return self.place_of(stage) * self.inner + self.rank % self.inner
+
+
+def disjoint(hops: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Returns the hops in lists, in each of which every place occurs once at most."""
+    found: list[list[tuple[int, int]]] = []
+    for hop in hops:
+        fitting = next((apart for apart in found if not any(place in other for other in apart for place in hop)), None)
+        if fitting is None:
+            found.append(fitting := [])
+        fitting.append(hop)
+    return found
 
 
 class Mail:

@@ -37,6 +37,12 @@ def place_of(kind: PipelineSchedule, ranks: int, stage: int) -> int:
     return min(stage, 2 * ranks - 1 - stage) if kind is PipelineSchedule["zbv"] else stage % ranks
 
 
+def stage_hops(kind: PipelineSchedule, ranks: int, stages: int) -> list[tuple[int, int]]:
+    """Returns the ranks of a pipeline between which activations travel: each pair of sender and receiver once."""
+    hops = {(place_of(kind, ranks, stage), place_of(kind, ranks, stage + 1)) for stage in range(stages - 1)}
+    return sorted(hop for hop in hops if hop[0] != hop[1])
+
+
 def stages_at(kind: PipelineSchedule, ranks: int, stages: int, rank: int) -> list[int]:
     """Returns the stages of a rank, of `stages` in all."""
     return [stage for stage in range(stages) if place_of(kind, ranks, stage) == rank]

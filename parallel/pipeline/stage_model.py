@@ -20,7 +20,6 @@ from .stages import copies_embedding, cut_layers, has_embedding, layers_on
 def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipeline:
     """Deletes what other ranks of the pipeline have, and replaces `forward` by `stage_forward`. Collective."""
     config, cut, ranks = model.config, cut_layers(model.config, parallel), parallel.pipeline
-    mesh.make_groups()
     rank = mesh.rank // (mesh.world // ranks)
     layers = layers_on(cut, parallel, rank)
     first, last = 0 in layers, len(cut) - 1 in layers

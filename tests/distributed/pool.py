@@ -245,10 +245,14 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
 def _end_groups(kept: set[Any]) -> None:
     """Each group of gloo has threads that poll until nothing refers to the group any more, and models are circles of references."""
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
+    names: Any = distributed_c10d._world.pg_names
     for group in _groups():
         if group not in kept:
+            name = names[group]
             dist.destroy_process_group(group)
+            names[object()] = name  # torch counts names to make new ones, and the store still has the keys of this one
     gc.collect()
     gc.freeze()  # the next collection looks at what is new alone
 

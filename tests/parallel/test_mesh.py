@@ -2,15 +2,16 @@
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from tokenyard.parallel import mesh as mesh_module
 from tokenyard.parallel.collectives import stack_over
 from tokenyard.parallel.config import ParallelConfig
-from tokenyard.parallel.mesh import DENSE, EXPERTS, build_mesh
+from tokenyard.parallel.layout import DENSE, EXPERTS
+from tokenyard.parallel.mesh import build_mesh
 
 LAYOUTS = [
     # world, tensor, shard, expert, expert_tensor, context (1), stages of a pipeline (1)
@@ -79,8 +80,12 @@ def test_groups_are_the_ranks_that_differ_in_the_named_coordinates_alone(
             others = [dim for dim, name in enumerate(dims) if name not in names]
             expected = [r for r in range(world) if all(places[r][dim] == places[rank][dim] for dim in others)]
             axis = mesh.axis(*names)
+            assert axis[:2] == mesh.place(*names)
             assert (axis.size, axis.rank) == (len(expected), expected.index(rank))
-            assert_group(axis.group, expected, made, world)
+            assert axis.group == (None if len(expected) in (1, world) else expected), "WORLD is None in this process"
+        for own, parting in made:
+            assert own in parting and sorted(itertools.chain(*parting)) == list(range(world)), "all ranks create groups together"
+        assert len({tuple(own) for own, _ in made}) == len(made), "equal groups are one"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -113,7 +118,8 @@ def test_the_ends_of_a_pipeline(layout: tuple[int, ...], monkeypatch: pytest.Mon
             expected = [*inside, *(world - stage + other for other in inside)] if rank // stage in (0, pipeline - 1) else [rank]
             axis = mesh.ends(*names)
             assert (axis.size, axis.rank) == (len(expected), expected.index(rank))
-            assert axis.group in (expected, None) and made
+            assert axis.group == (None if len(expected) in (1, world) else expected)
+            assert pipeline == 2 or (expected, sorted(itertools.chain(*made[-1][1]))) == (made[-1][0], list(range(world)))
 
 
 def _same(one: int, other: int, names: tuple[str, ...], layout: tuple[int, ...]) -> bool:
@@ -132,8 +138,8 @@ def test_experts_are_sharded_as_far_as_their_ranks_allow(monkeypatch: pytest.Mon
 
 def test_a_context_of_one_makes_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh, made = mesh_of(0, (8, 2, 2, 1, 1), monkeypatch)
-    assert mesh.axis("shard", "context") is mesh.axis("shard") and mesh.sequence is mesh.tensor and mesh.context.group is None
-    assert len(made) == 2
+    assert mesh.axis("shard", "context") is mesh.axis("shard") and mesh.axis("context", "tensor") is mesh.tensor
+    assert mesh.context.group is None and len(made) == 2
 
 
 def test_layouts_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,23 +160,28 @@ def test_groups_on_real_ranks_hold_those_ranks(ranks: Any) -> None:
 
 def members(config: ParallelConfig) -> dict[str, list[int]]:
     mesh = build_mesh(config)
-    axes = {"data": mesh.data, "tensor": mesh.tensor, "expert": mesh.axis("expert"), "everyone": mesh.everyone}
+    axes = {
+        "data": mesh.axis("replicate", "shard"),
+        "tensor": mesh.tensor,
+        "expert": mesh.axis("expert"),
+        "everyone": mesh.everyone,
+    }
     return {name: stack_over(torch.tensor(mesh.rank), axis).tolist() for name, axis in axes.items()}
 
 
 def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
-    """Returns the mesh of a rank, and a list to which the groups of new process groups are appended."""
+    """Returns the mesh of a rank, and a list to which the ranks of each group that it creates are appended, with those of all."""
     world, tensor, shard, expert, expert_tensor, context, pipeline = degrees(layout)
     made: list[Any] = []
 
-    def new_groups(groups: list[list[int]]) -> tuple[Any, None]:
-        made.append(groups)
-        return next((group for group in groups if rank in group), None), None
+    def create(own: Sequence[int], groups: Callable[[], list[Sequence[int]]]) -> list[int]:
+        made.append((list(own), [list(group) for group in groups()]))
+        return list(own)
 
     fakes = {"is_initialized": True, "get_world_size": world, "get_rank": rank}
     for name, value in fakes.items():
         monkeypatch.setattr(mesh_module.dist, name, lambda value=value: value)
-    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
+    monkeypatch.setattr(mesh_module, "create_group", create)
     config = ParallelConfig(
         tensor=tensor, shard=shard, expert=expert, expert_tensor=expert_tensor, context=context, pipeline=pipeline
     )
@@ -179,11 +190,3 @@ def mesh_of(rank: int, layout: tuple[int, ...], monkeypatch: pytest.MonkeyPatch)
 
 def degrees(layout: tuple[int, ...]) -> tuple[int, ...]:
     return (*layout, 1, 1)[:7]
-
-
-def assert_group(group: Any, expected: list[int], made: list[Any], world: int) -> None:
-    if len(expected) in (1, world):
-        assert group is None, "no group of one; no second group of all (WORLD is None in this process)"
-        return
-    assert group == expected
-    assert sorted(rank for part in made[-1] for rank in part) == list(range(world)), "every rank makes every group"

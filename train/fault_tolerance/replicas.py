@@ -7,11 +7,10 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...parallel.apply import Parallel, local
-from ...parallel.collectives import max_over, stack_over
+from ...parallel.collectives import all_reduce, max_over, stack_over
 from ...parallel.mesh import Axis
 from ...parallel.object_collectives import from_all
 from ..config.config import OnDivergence
@@ -139,11 +138,14 @@ class Replicas:
             self._repair(difference)
 
     def _repair(self, difference: Difference) -> None:
-        """Broadcasts weights and moments among the ranks that hold this shard."""
+        """Copies weights and moments to the ranks that hold this shard: a sum of bytes, to which only the source adds its own."""
         assert difference.source is not None
         if self.session.parallel.mesh.rank not in difference.holders:
             return
         sharded = self.session.parallel.parameters[difference.name]
         moments = optimizer_state(self.session.engine.optimizer, sharded.parameter)
         for tensor in (sharded.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
-            dist.broadcast(local(tensor), difference.source, group=sharded.replicas.group)
+            raw = local(tensor).view(-1).view(torch.uint8)
+            if self.session.parallel.mesh.rank != difference.source:
+                raw.zero_()
+            all_reduce(raw, sharded.replicas)
