@@ -25,7 +25,7 @@ from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
-from .exit import remove_note
+from .exit import remove_notes
 from .initial_weights import load_initial
 from .optimizer import build_optimizer
 from .resume import announce, find_resume, keep_timeline, resume
@@ -122,7 +122,7 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             locks.append(lock_run(folder))
-            remove_note(folder)
+            remove_notes(folder)
         return str(folder)
 
     config.run.dir = from_first(make)
