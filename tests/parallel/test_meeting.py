@@ -7,40 +7,44 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
-from tokenyard.parallel.meeting import CannotMeet, read_place, spans
+import torch.distributed as dist
+from tokenyard.parallel.meeting import CannotMeet, meet, read_place, spans
 
-SCRIPT = """
-import sys
-from tokenyard.parallel.meeting import CannotMeet, meet
-try:
-    store, place = meet(float(sys.argv[1]), sys.argv[2], lambda text: print("NOTICE", text))
-    print("MET", place.rank)
-except CannotMeet as error:
-    print(error)
-"""
 LIMIT = 2.0
+KEPT: list[Any] = []
+"""The stores, which serve others as long as the process group of a run holds them."""
 
 
-class Ranks:
-    """Processes that meet, one for each rank that is started."""
+class Role(NamedTuple):
+    """Who a rank of the pool is in a job."""
 
-    def __init__(self, world: int, port: int, host: str = "127.0.0.1") -> None:
-        self.shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        self.started: list[subprocess.Popen[str]] = []
+    rank: int
+    world: int
+    port: int
+    host: str = "127.0.0.1"
+    limit: float = LIMIT
+    job: str = ""
+    delay: float = 0.0
 
-    def start(self, *ranks: int, limit: float = LIMIT, job: str = "") -> "Ranks":
-        for rank in ranks:
-            own = {**self.shared, "RANK": str(rank), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            command = [sys.executable, "-P", "-c", SCRIPT, str(limit), job]
-            settings = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-            self.started.append(subprocess.Popen(command, env=os.environ | own, **settings))  # pyright: ignore
-        return self
 
-    def said(self) -> list[str]:
-        """What each of them printed last."""
-        return [process.communicate(timeout=60)[0].strip() for process in self.started]
+def play(roles: list[Role | None]) -> str:
+    """What this rank says in its role."""
+    role = roles[dist.get_rank()]
+    if role is None:
+        return ""
+    time.sleep(role.delay)
+    own = {"RANK": role.rank, "WORLD_SIZE": role.world, "MASTER_ADDR": role.host, "MASTER_PORT": role.port}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in own.items()}):
+        try:
+            store, place = meet(role.limit, role.job, print)
+        except CannotMeet as error:
+            return str(error)
+        KEPT.append(store)
+        return f"met as {place.rank}"
 
 
 @pytest.fixture
@@ -59,14 +63,13 @@ def silent() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_ranks_that_meet(port: int) -> None:
+def test_ranks_that_meet(port: int, ranks: Any) -> None:
     """The first is the last to come."""
-    ranks = Ranks(3, port).start(1, 2, limit=60)
-    time.sleep(1)
-    assert sorted(ranks.start(0, limit=60).said()) == ["MET 0", "MET 1", "MET 2"]
+    roles = [Role(rank, 4, port, limit=60, delay=0.5 * (rank == 0)) for rank in range(4)]
+    assert ranks(4, play, roles) == ["met as 0", "met as 1", "met as 2", "met as 3"]
 
 
-def test_addresses_that_lead_nowhere(port: int, silent: int) -> None:
+def test_addresses_that_lead_nowhere(port: int, silent: int, ranks: Any) -> None:
     """One after the other is told apart: refused, another program, no such host, no answer."""
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -76,8 +79,7 @@ def test_addresses_that_lead_nowhere(port: int, silent: int) -> None:
             each.setblocking(False)
             each.connect_ex(full.getsockname())
         places = [("127.0.0.1", port), ("127.0.0.1", silent), ("no-such-host.invalid", port), full.getsockname()]
-        ranks = [Ranks(2, number, host).start(1) for host, number in places]
-        said = [each.said()[0] for each in ranks]
+        said = ranks(4, play, [Role(1, 2, number, host) for host, number in places])
         for each in filling:
             each.close()
     words = [
@@ -91,30 +93,25 @@ def test_addresses_that_lead_nowhere(port: int, silent: int) -> None:
         assert "nearest valid: " in text and "for 2 s" in text and "\n" not in text
 
 
-def test_missing_ranks_are_named_to_all(port: int) -> None:
-    for text in Ranks(6, port).start(0, 3, limit=6).said():
-        assert "2 of 6 ranks have arrived, after 6 s; missing: 1-2, 4-5; nearest valid: " in text, text
+def test_missing_ranks_are_named_to_all(port: int, ranks: Any) -> None:
+    said = ranks(4, play, [Role(0, 6, port), None, Role(3, 6, port), None])
+    for text in (said[0], said[2]):
+        assert "2 of 6 ranks have arrived, after 2 s; missing: 1-2, 4-5; nearest valid: " in text, text
 
 
-def test_two_jobs_with_one_port(port: int) -> None:
-    first = Ranks(2, port).start(0, limit=12, job="7")
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    texts = [Ranks(2, port).start(rank, job=job).said()[0] for rank, job in ((0, "8"), (1, "8"), (0, "7"))]
-    assert "another program on " in texts[0] and "has this port, perhaps another job; nearest valid: MASTER_PORT=" in texts[0]
-    assert "another job is there (7; this one is 8); nearest valid: MASTER_PORT=" in texts[1], texts
-    other = Ranks(3, port).start(1, job="7").said()[0]
-    assert "another job is there (WORLD_SIZE=2; this one is WORLD_SIZE=3)" in other
-    assert first.start(1, limit=12, job="7").said() == ["MET 0", "MET 1"]
+def test_two_jobs_with_one_port(port: int, ranks: Any) -> None:
+    first, other = Role(0, 2, port, limit=4, job="7"), Role(0, 2, port, job="8", delay=1)
+    said = ranks(4, play, [first, other, other._replace(rank=1), other._replace(rank=1, world=3, job="7")])
+    assert "1 of 2 ranks have arrived" in said[0], said
+    assert "another program on " in said[1] and "has this port, perhaps another job; nearest valid: MASTER_PORT=" in said[1]
+    assert "another job is there (7; this one is 8); nearest valid: MASTER_PORT=" in said[2]
+    assert "another job is there (WORLD_SIZE=2; this one is WORLD_SIZE=3)" in said[3]
 
 
-def test_a_rank_that_is_started_twice(port: int) -> None:
-    ranks = Ranks(3, port).start(0, 1, 1, limit=5)
-    assert sum("a rank 1 is there, of another job or started twice" in text for text in ranks.said()) == 1
+def test_a_rank_that_is_started_twice(port: int, ranks: Any) -> None:
+    said = ranks(4, play, [Role(0, 4, port), Role(1, 4, port), Role(1, 4, port, delay=0.5), Role(3, 4, port)])
+    assert sum("a rank 1 is there, of another job or started twice" in text for text in said[1:3]) == 1, said
+    assert sum("3 of 4 ranks have arrived, after 2 s; missing: 2;" in text for text in said) == 3
 
 
 @pytest.mark.parametrize(
