@@ -18,7 +18,7 @@ from .stream.mixture import StreamBatches
 from .stream.packing import TokenizingRanks
 from .stream.shards import open_shards
 from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
-from .token_array import TokenArray, open_tokens
+from .token_array import TokenArray, TokensManifest, map_tokens, open_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokenizer_training import sample
 
@@ -44,6 +44,15 @@ class Facts(NamedTuple):
     tokenizer_hash: str
 
 
+class CachedCorpus(NamedTuple):
+    """What rank 0 tells the others about a corpus in the cache, so that they read nothing of it but its tokens."""
+
+    tokenizer: Tokenizer
+    splits: list[tuple[str, TokensManifest]]
+    """The files of tokens and their manifests: training, validation."""
+    facts: Facts
+
+
 class DataPipeline(NamedTuple):
     """The data of a run, opened."""
 
@@ -51,6 +60,8 @@ class DataPipeline(NamedTuple):
     train: GlobalBatches | StreamBatches
     validation: ValidationBatches
     facts: Facts
+    cached: CachedCorpus | None = None
+    """None for data that are streamed or prepared."""
 
 
 def open_data(
@@ -61,16 +72,20 @@ def open_data(
     batch_sequences: int | BatchSizes,
     ranks: TokenizingRanks | None = None,
     validation_sequences: int = 256,
+    cached: CachedCorpus | None = None,
 ) -> DataPipeline:
     """Opens the corpus. Trains a tokenizer and tokenizes where the cache lacks the result.
 
     Any number of processes may call this at once. Call it on rank 0 first to save work: the others find everything in the cache.
-    `ranks` share the tokenizing of streamed data. Raises ValueError, one line, for settings that cannot work.
+    `ranks` share the tokenizing of streamed data. `cached`: what another process has found in a cache that this one may see too.
+    Raises ValueError, one line, for settings that cannot work.
     """
     check_corpus(config)
     cache = cache_folder(config)
     settings = BatchSettings(sequence_length, seed, batch_sequences, ranks or TokenizingRanks(), validation_sequences)
-    if config.corpus in (*STREAMED, Corpus.mix):
+    if cached is not None and all(Path(path).is_file() for path, _ in cached.splits):
+        opened = _open_cached(config, cached, settings)
+    elif config.corpus in (*STREAMED, Corpus.mix):
         opened = _open_stream(config, tokenizer_config, cache, settings)
     else:
         opened = _open_corpus(config, tokenizer_config, cache, settings)
@@ -123,10 +138,25 @@ def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: P
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
-    end = tokenizer.end_of_document if config.packing is Packing.best_fit else None
-    batches = GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length, packed_by=end)
+    batches = _batches(config, tokenizer, train, settings)
     facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
-    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts)
+    arrays = [(array.ids, array.manifest) for array in (train, validation)]
+    cached = None
+    if corpus is not None:
+        cached = CachedCorpus(tokenizer, [(str(getattr(ids, "filename", "")), manifest) for ids, manifest in arrays], facts)
+    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts, cached)
+
+
+def _open_cached(config: DataConfig, cached: CachedCorpus, settings: BatchSettings) -> DataPipeline:
+    train, validation = (map_tokens(Path(path), manifest) for path, manifest in cached.splits)
+    batches = _batches(config, cached.tokenizer, train, settings)
+    validation = ValidationBatches(validation, sequence_length=settings.length)
+    return DataPipeline(cached.tokenizer, batches, validation, cached.facts, cached)
+
+
+def _batches(config: DataConfig, tokenizer: Tokenizer, train: TokenArray, settings: BatchSettings) -> GlobalBatches:
+    end = tokenizer.end_of_document if config.packing is Packing.best_fit else None
+    return GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length, packed_by=end)
 
 
 def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:

@@ -81,6 +81,17 @@ def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
     return TokenArray(ids, manifest)
 
 
+def map_tokens(file: Path, manifest: TokensManifest) -> TokenArray:
+    """Returns tokens that another process has loaded. Raises ValueError, one line, if the file has another number of them."""
+    try:
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cached tokens in {file.parent} are damaged ({error}); remove the folder") from None
+    if ids.shape != (manifest.tokens,):
+        raise ValueError(f"cached tokens in {file.parent} are damaged ({ids.shape} for {manifest.tokens}); remove the folder")
+    return TokenArray(ids, manifest)
+
+
 def hash_ids(ids: np.ndarray) -> str:
     """Returns xxh3-128 of an array on disk."""
     running = xxhash.xxh3_128()

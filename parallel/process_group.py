@@ -1,11 +1,13 @@
 """Starts and ends the default process group: its ranks come from the environment, its backend from the device."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from .meeting import meet
 from .progress import PROGRESS, waiting
 from .streams import enter_thread
 
@@ -17,12 +19,22 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def join(device: torch.device, timeout_seconds: float) -> None:
-    """Starts the process group if the environment names more than one rank."""
+def join(
+    device: torch.device, timeout_seconds: float, job: str = "", say: Callable[[str], None] = print, limit_seconds: float = 600.0
+) -> None:
+    """Starts the process group if the environment names more than one rank. Raises CannotMeet if they are not there in time.
+
+    `timeout_seconds`: of collectives; `limit_seconds`, `job`, `say`: see `meet`.
+    """
     enter_thread(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        store, place = meet(limit_seconds, job, say)
+        store.set_timeout(timedelta(seconds=timeout_seconds))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world,
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )

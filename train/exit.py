@@ -108,26 +108,43 @@ class Failure(NamedTuple):
     text: str
     code: int
     """The exit code of all ranks."""
+    start: str = ""
+    """The start of the run that it is about, if that matters: a hang is one of those ranks alone."""
 
 
-def leave_note(folder: Path, failure: Failure) -> None:
-    """Writes the note for the other ranks of the run in `folder`, if it can be written and there is none."""
-    note = folder / NOTE
+def leave_note(folder: Path, failure: Failure, name: str = NOTE) -> bool:
+    """Writes the note for the other ranks of the run in `folder`. Returns whether this did: not if there is one, or no room."""
+    note = folder / name
     temporary = note.with_name(f"{note.name}.{failure.rank}.tmp")
     with suppress(OSError):
         note.parent.mkdir(exist_ok=True)
         if not note.exists():
             temporary.write_text(json.dumps(redact_plain(failure)))
-            temporary.replace(note)
+            try:
+                note.hardlink_to(temporary)  # unlike a rename, for one rank only
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                temporary.replace(note)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return True
+    return False
 
 
 def find_note(folder: Path) -> Failure | None:
-    """Returns what a rank has written since `remove_note`, None if there is nothing."""
+    """Returns what a rank has written since `remove_notes`, None if there is nothing."""
+    return read_note(folder / NOTE)
+
+
+def read_note(path: Path) -> Failure | None:
+    """Returns what `leave_note` has written, None if there is nothing."""
     with suppress(OSError, ValueError, TypeError):
-        return Failure(*json.loads((folder / NOTE).read_text()))
+        return Failure(*json.loads(path.read_text()))
     return None
 
 
-def remove_note(folder: Path) -> None:
-    """Removes the note of an earlier start; called by rank 0 before the ranks meet."""
-    (folder / NOTE).unlink(missing_ok=True)
+def remove_notes(folder: Path) -> None:
+    """Removes the notes of an earlier start, but not its stacks; called by rank 0 before the ranks meet."""
+    for path in (folder / STACKS).glob("*.json"):
+        path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """A training run: step, log, evaluate, checkpoint, stop."""
 
 import logging
+import os
 from contextlib import closing
 from typing import NamedTuple
 
@@ -9,13 +10,15 @@ import torch
 from ..data.build import DataPipeline
 from ..data.errors import DataStop
 from ..parallel.collective_check import compare
+from ..parallel.meeting import CannotMeet
 from ..parallel.process_group import is_first, join, leave, pick_device
 from ..parallel.progress import check_before_collectives, in_phase
 from .batch import Rows
 from .busy_cores import warn_of_busy_cores
 from .checkpointing import SaveFailed, poll_save, save_and_wait, start_save
-from .config.complain import complain
+from .config.complain import complain, say
 from .config.config import Config
+from .config.environment import launch_id
 from .config.private_files import CannotWrite
 from .evaluation import Evaluation, evaluate_session
 from .exit import ExitCode, RunStop, report_failure, report_stop
@@ -44,7 +47,11 @@ log = logging.getLogger("tokenyard")
 def run(config: Config) -> int:
     """Trains to the end as one rank of the world in the environment. Returns the exit code."""
     device = pick_device(config.device.value)
-    join(device, config.parallel.timeout_seconds + GRACE_SECONDS)
+    limit = config.parallel.timeout_seconds
+    try:
+        join(device, limit + GRACE_SECONDS, launch_id(), say, limit)
+    except CannotMeet as error:  # once for a host
+        return complain(error, ExitCode.dry_step) if os.environ.get("LOCAL_RANK", "0") == "0" else ExitCode.dry_step
     torch.manual_seed(config.seed)
     set_up_logging(is_first())
     try:

@@ -1,5 +1,6 @@
 """Opens a run: data, model, engine and saver on this rank, and the newest checkpoint's state if the run resumes."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
-from ..data.build import DataPipeline, open_data
+from ..data.build import CachedCorpus, DataPipeline, open_data
 from ..data.errors import DataStop
 from ..data.stream.packing import TokenizingRanks
 from ..moe.device import warn_of_missing_kernels
@@ -25,7 +26,7 @@ from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
-from .exit import remove_note
+from .exit import remove_notes
 from .initial_weights import load_initial
 from .optimizer import build_optimizer
 from .resume import announce, find_resume, keep_timeline, resume
@@ -94,17 +95,22 @@ def spread_model(config: Config, device: torch.device) -> Parallel:
 
 
 def open_data_on_all_ranks(config: Config, ranks: TokenizingRanks | None = None) -> DataPipeline:
-    """Opens the data on rank 0, which may have to tokenize them, and then on the others, which find them in the cache. Collective.
+    """Opens the data on rank 0, which may have to tokenize them, and then on the others. Collective.
+
+    These read nothing but the tokens where rank 0 found them in a cache that they see; otherwise they open the data themselves.
 
     If one rank refuses them (ValueError), or a source does not answer (DataUnavailable), all ranks raise the error.
     """
     data: DataPipeline | None = None
     failure: Exception | None = None
     sizes = config.sequence_length, config.seed, config.batch.sizes(config.sequence_length)
-    for my_turn in (is_first(), not is_first()):
-        if my_turn:
+    cached: CachedCorpus | None = None
+    for others in (False, True):
+        if others:
+            cached = from_first(partial(getattr, data, "cached", None))
+        if is_first() != others:
             try:
-                data = open_data(config.data, config.tokenizer, *sizes, ranks, config.evaluate.sequences)
+                data = open_data(config.data, config.tokenizer, *sizes, ranks, config.evaluate.sequences, cached)
             except (DataStop, ValueError) as error:
                 failure = error
         wait_for_all()
@@ -123,7 +129,7 @@ def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             locks.append(lock_run(folder))
-            remove_note(folder)
+            remove_notes(folder)
         return str(folder)
 
     config.run.dir = from_first(make)

@@ -1,11 +1,13 @@
+import copy
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from tokenyard.data import token_array, tokenizer
+from tokenyard.data import build, token_array, tokenizer
 from tokenyard.data.build import open_data
 from tokenyard.data.config import DataConfig, TokenizerConfig, TokenizerKind
 
@@ -68,3 +70,17 @@ def test_the_default_refuses_a_path_it_would_not_read(folder: DataConfig) -> Non
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def test_other_ranks_read_nothing_but_tokens(folder: DataConfig) -> None:
+    """What rank 0 sends them opens the same data, without a look at the documents; in a cache of their own they make it."""
+    first = open_data(folder, SMALL, 32, seed=1, batch_sequences=4)
+    with mock.patch.object(build, "survey", side_effect=AssertionError):
+        cached = copy.deepcopy(first.cached)
+        assert cached is not None
+        again = open_data(folder, SMALL, 32, seed=1, batch_sequences=4, cached=cached)
+    assert again.train.digest(3) == first.train.digest(3) and again.facts == first.facts
+    gone = cached._replace(splits=[(path + "x", manifest) for path, manifest in cached.splits])
+    with mock.patch.object(build, "survey", wraps=build.survey) as survey:
+        open_data(folder, SMALL, 32, seed=1, batch_sequences=4, cached=gone)
+    assert survey.call_count == 1

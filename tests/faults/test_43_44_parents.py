@@ -23,7 +23,8 @@ from tokenyard.train import run as run_module
 from tokenyard.train.config.config import ConfigError
 from tokenyard.train.exit import STACKS, Failure, leave_note
 from tokenyard.train.fault_tolerance import processes, watchdog
-from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
+from tokenyard.train.fault_tolerance.hang_diagnosis import HangDiagnosis
+from tokenyard.train.fault_tolerance.watchdog import Watchdog
 from tokenyard.train.run_folder import NAME, lock_run
 
 TIMEOUT = 0.5

@@ -25,7 +25,8 @@ from tokenyard.parallel.progress import PROGRESS, check_before_collectives, coll
 from tokenyard.parallel.shard import LocalShard, whole
 from tokenyard.train import step as step_module
 from tokenyard.train.exit import STACKS
-from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Watchdog
+from tokenyard.train.fault_tolerance.hang_diagnosis import HangDiagnosis
+from tokenyard.train.fault_tolerance.watchdog import Watchdog
 
 TIMEOUT = 0.5
 

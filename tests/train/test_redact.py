@@ -14,9 +14,10 @@ from tokenyard.train.config.compose import compose
 from tokenyard.train.config.redact import RedactingFormatter, redact, redact_plain
 from tokenyard.train.config.serialize import shown_config, write_config
 from tokenyard.train.exit import NOTE, STACKS, Failure, find_note, leave_note
+from tokenyard.train.fault_tolerance.hang_diagnosis import HangDiagnosis, Position
 from tokenyard.train.fault_tolerance.recovery import recover
 from tokenyard.train.fault_tolerance.step_guard import Action, Fault
-from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis, Position, Watchdog
+from tokenyard.train.fault_tolerance.watchdog import Watchdog
 from tokenyard.train.logging.journal import Journal, read_journal
 
 SECRET = "s3cr3t-value-of-it"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tokenyard.train.config.config import NumericsConfig
+from tokenyard.train.fault_tolerance.hang_diagnosis import Position, diagnose
 from tokenyard.train.fault_tolerance.step_guard import Action, Guard, RecentSteps
-from tokenyard.train.fault_tolerance.watchdog import Position, diagnose
 from tokenyard.train.logging.goodput import KINDS, earlier_starts
 from tokenyard.train.step_flags import RankFlags, encode_flags, is_sound, read_flags
 

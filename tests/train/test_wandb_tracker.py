@@ -30,7 +30,7 @@ HANG = """
 import sys
 from types import SimpleNamespace
 from pathlib import Path
-from tokenyard.train.fault_tolerance.watchdog import HangDiagnosis
+from tokenyard.train.fault_tolerance.hang_diagnosis import HangDiagnosis
 from tokenyard.train.config.config import TrackerConfig
 from tokenyard.train.logging.console.text import Printer
 from tokenyard.train.logging.journal import Journal

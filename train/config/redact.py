@@ -24,6 +24,7 @@ URL_QUERY = re.compile(
 )
 PLACEHOLDER = re.compile(r"<(?:user|secret|[\w-]*(?:key|token|secret|password|passwd|credentials?)s?)>", re.IGNORECASE)
 """What stands for a secret in a file of a run."""
+NUMBERS = {int, float, bool}
 Secrets = list[tuple[re.Pattern[str], str]]
 
 
@@ -63,6 +64,8 @@ def _plain(value: Any, key: str, secrets: Secrets) -> Any:
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):
+        if set(map(type, value)) <= NUMBERS:  # tables of the experts have a million of them
+            return value
         return [_plain(item, key, secrets) for item in value]
     if not isinstance(value, str):
         return value

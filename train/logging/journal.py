@@ -18,7 +18,7 @@ from threading import Lock
 from typing import Any
 
 from ..config.private_files import append_private, write_private
-from ..config.redact import redact_plain
+from ..config.redact import NUMBERS, redact_plain
 
 log = logging.getLogger("tokenyard")
 
@@ -174,6 +174,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        if set(map(type, value)) <= NUMBERS and all(map(math.isfinite, value)):  # tables of the experts have a million of them
+            return value
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

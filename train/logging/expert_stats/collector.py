@@ -20,6 +20,9 @@ from ..stability import StabilityStats, stability_metrics
 from . import weight_stats
 from .routing_probe import Probe, routers
 
+DIGITS = 6
+"""Significant digits of biases and norms in telemetry.jsonl."""
+
 
 class Snapshot(NamedTuple):
     """The statistics of a logged step that are not among its StepNumbers; the same on every rank."""
@@ -167,4 +170,11 @@ def telemetry_sums(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "top1_L": per_token(router_metrics_LG, "top1").tolist(),
         "dead_LE": tensors["dead_LE"].long().tolist(),
     }
-    return record | {name: tensors[name].tolist() for name in ("bias_LE", "grad_norm_LE", "attention_logit_AH") if name in tensors}
+    arrays = ("bias_LE", "grad_norm_LE", "attention_logit_AH")
+    return record | {name: rounded(tensors[name]).tolist() for name in arrays if name in tensors}
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Returns `x`, fp64, to DIGITS significant digits, which halves the time and the bytes of writing them."""
+    scale = 10.0 ** (DIGITS - 1 - x.double().abs().clamp(min=1e-30).log10().floor())
+    return torch.where(x.isfinite(), (x * scale).round() / scale, x)

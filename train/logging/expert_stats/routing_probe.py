@@ -16,7 +16,7 @@ from ....data.batches import IGNORE
 from ....moe.model import HeadLoss
 from ....moe.router import Router, Routing
 from ....parallel.apply import Parallel
-from ....parallel.collectives import max_over, stack_over, sum_over
+from ....parallel.collectives import max_over, sum_over
 from ....parallel.context import own_chunks
 from ....parallel.pipeline.p2p import StageMessage
 from ....parallel.pipeline.run import run_forward
@@ -73,8 +73,8 @@ def piece_text(decode: Callable[[list[int]], str], token: int) -> tuple[str, boo
     return text, not text
 
 
-PICKED = 4
-"""The number of layers, spread evenly, for which co-activation, similarity and vocabulary are recorded."""
+PICKED, PAIRS = 4, 2**17
+"""Layers, spread evenly, and pairs of experts, for which co-activation, similarity and vocabulary are recorded at most."""
 WORDS = 8
 """Tokens in an expert's vocabulary."""
 
@@ -97,7 +97,8 @@ class Probe:
         self.session = session
         self.layers = [layer for layer in layers if layer < session.config.model.layers]
         count = len(self.layers)
-        self.picked = [self.layers[i * count // min(count, PICKED)] for i in range(min(count, PICKED))]
+        picked = min(count, PICKED, max(1, PAIRS // session.config.model.moe.experts**2))
+        self.picked = [self.layers[i * count // picked] for i in range(picked)]
         self.last: Tensor | None = None
         self.texts: dict[int, tuple[str, bool]] = {}
 
@@ -207,12 +208,20 @@ class Probe:
 
     def _vocabulary(self, routed: Routed) -> dict[str, Any]:
         """Returns each expert's most frequent tokens with their counts, ties by token id; empty on all ranks but the first."""
-        rows = [self.layers.index(layer) for layer in self.picked]
-        everyone = self.session.parallel.mesh.everyone
-        experts_LAK = stack_over(routed.experts_LTK[rows].int(), everyone).transpose(0, 1).flatten(1, 2)
-        ids_A = stack_over(routed.ids_T, everyone).flatten()
-        if everyone.rank:
+        mesh, pipeline = self.session.parallel.mesh, self.session.parallel.pipeline
+        # Only the first data ranks have rows of the probe, so what travels does not grow with the ranks: each fills its slot.
+        slots = min(mesh.data.size, self.session.config.telemetry.probe) * mesh.sequence.size
+        slot = mesh.data.rank * mesh.sequence.size + mesh.sequence.rank
+        ids_T = routed.ids_T if pipeline is None or pipeline.rank == 0 else torch.zeros_like(routed.ids_T)
+        chosen_LTK = routed.experts_LTK[[self.layers.index(layer) for layer in self.picked]] + 1  # 0 in other stages
+        mine_TX = torch.cat([ids_T[:, None], chosen_LTK.transpose(0, 1).flatten(1)], dim=1).int()
+        all_STX = mine_TX.new_zeros(slots, *mine_TX.shape)
+        if slot < slots:
+            all_STX[slot] = mine_TX
+        ids_A, experts_AX = sum_over(all_STX, mesh.everyone).flatten(0, 1).split([1, mine_TX.shape[1] - 1], dim=1)
+        if mesh.rank:
             return {}
+        ids_A, experts_LAK = ids_A.squeeze(1), (experts_AX - 1).unflatten(1, (len(self.picked), -1)).transpose(0, 1)
         found, ids_A = {}, ids_A.cpu()
         for layer, experts_AK in zip(self.picked, experts_LAK.cpu(), strict=True):
             tokens_of = [ids_A[(experts_AK == expert).any(1)] for expert in range(self.session.config.model.moe.experts)]

@@ -49,7 +49,9 @@ def gradient_norms(parallel: Parallel, layers: list[int], scale: Tensor | float)
 
 
 def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict[int, Tensor]:
-    """Returns for each chosen layer the cosines between the experts' weights, (E, E), by a corner of each matrix. Collective."""
+    """Returns for each chosen layer the cosines between the experts' weights, (E, E), by a corner of each matrix, to 4 digits.
+
+    Collective."""
     config, found = parallel.model.config, {}
     for layer in chosen:
         names = [name for name in parallel.parameters if ".experts." in name and layers[row_of(name, config, layers)] == layer]
@@ -57,7 +59,7 @@ def similarity(parallel: Parallel, layers: list[int], chosen: list[int]) -> dict
         shares = shares or [torch.zeros(config.moe.experts, _corner_width(config), dtype=torch.float64, device=parallel.device)]
         corners = torch.cat(shares, dim=1)
         unit_ED = torch.nn.functional.normalize(sum_over(corners, parallel.mesh.everyone), dim=1)
-        found[layer] = (unit_ED @ unit_ED.T).clamp(-1, 1).cpu()
+        found[layer] = (unit_ED @ unit_ED.T).clamp(-1, 1).round(decimals=4).cpu()
     return found
 
 
