@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from .best_fit import PackedRows
-from .permutation import cached_permutation
+from .permutation import COMPUTED, SORTED, in_order, rows_at
 from .token_array import TokenArray
 
 IGNORE = -100
@@ -28,10 +28,10 @@ class Batch(NamedTuple):
 
 @final
 class GlobalBatches:
-    """The training batches. Stateless: a run resumes from its step alone.
+    """The training batches. A run resumes from its step alone.
 
-    Position p of the endless stream of rows is row `order[p % rows]` of epoch `p // rows`, each epoch with its own permutation.
-    The global batch of step s starts at position `s * sequences`, so an epoch may end inside a batch.
+    Each epoch has its own permutation of the rows (data/permutation.py), computed for the rows that are read. The global batch of
+    step s starts at position `s * sequences` of the epochs together, so an epoch may end inside a batch.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class GlobalBatches:
         self._row_table = (
             PackedRows(tokens, sequence_length, packed_by) if packs else _RowTable(tokens, sequence_length, "training")
         )
-        self._seed, self._packed_by = seed, packed_by
+        self._seed, self._packed_by, self._order = seed, packed_by, COMPUTED
         self.sequences = sequences
         self.fingerprint = self._row_table.fingerprint
         self.rows = self._row_table.rows
@@ -62,11 +62,12 @@ class GlobalBatches:
         return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """Empty: a batch follows from its step."""
-        return {}
+        """Returns the kind of the order; a batch follows from its step."""
+        return {"order": self._order}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Does nothing: there is no state."""
+        """Continues in the order of `state`."""
+        self._order = state.get("order", SORTED)
 
     def metrics(self, step: int | None = None) -> dict[str, float]:
         """Returns the share of padding in packed rows. StreamBatches has more."""
@@ -82,11 +83,7 @@ class GlobalBatches:
     def _tokens(self, step: int, rows: slice | range | None) -> np.ndarray:
         """(B, S + 1), int64."""
         positions = step * self.sequences + np.array(chosen_rows(rows, self.sequences), dtype=np.int64)
-        epochs, places = np.divmod(positions, self.rows)
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            order = cached_permutation(self.rows, "train", self._row_table.fingerprint, self._seed, int(epoch))
-            indices[epochs == epoch] = order[places[epochs == epoch]]
+        indices = rows_at(positions, self.rows, self._order, "train", self._row_table.fingerprint, self._seed)
         return self._row_table.read(indices)
 
 
@@ -104,13 +101,18 @@ class ValidationBatches:
         self.rows = self._row_table.rows
         self.source_names = [name for name, _ in sources or [("all", 0)]]
         self._ends = np.cumsum([size for _, size in sources or []][:-1])
+        self._order = COMPUTED
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the rows in the order of `state`, that of the training batches, so that losses can be compared over a resume."""
+        self._order = state.get("order", SORTED)
 
     def batches(self, sequences: int, size: int, rows: slice | range | None = None) -> Iterator[Batch]:
         """Yields the first `sequences` rows, or all if there are fewer, in global batches of `size`; of each, `rows` (None: all).
 
         The last batch is padded with rows whose targets are all IGNORE, so that every rank gets the same shapes.
         """
-        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
+        order = self._first(sequences)
         chosen = np.array(chosen_rows(rows, size), dtype=np.int64)
         for start in range(0, len(order), size):
             places = start + chosen
@@ -120,9 +122,14 @@ class ValidationBatches:
 
     def sources(self, sequences: int, rows: range) -> list[int]:
         """Returns for each of the `rows` of the first global batch the source that it begins in, as an index of `source_names`."""
-        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
+        order = self._first(sequences)
         starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
         return np.searchsorted(self._ends, starts, side="right").tolist()
+
+    def _first(self, sequences: int) -> np.ndarray:
+        """Returns the first `sequences` rows, or all if there are fewer."""
+        places = np.arange(min(sequences, self.rows))
+        return in_order(places, self.rows, self._order, "validation", self._row_table.fingerprint)
 
 
 def unigram_entropy(tokens: np.ndarray, size: int) -> float:

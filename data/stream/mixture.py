@@ -9,6 +9,7 @@ import xxhash
 
 from ..batches import Batch, chosen_rows, split_rows
 from ..errors import EndOfData
+from ..permutation import COMPUTED, SORTED
 from .http import RetryPolicy
 from .packing import ReadFailure, RowSource
 
@@ -133,7 +134,7 @@ class StreamBatches:
         self.sequences = sequences
         self.fingerprint = _fingerprint(mixture)
         self._retry, self._pool = retry, pool
-        self._step, self._current = -1, np.empty((0, 0), np.int64)
+        self._step, self._current, self._order = -1, np.empty((0, 0), np.int64), COMPUTED
         self._snapshots = {0: self._snapshot(0)}
         """By step: of the next batch and of the last two, since one batch may be prepared while another is trained on."""
 
@@ -160,6 +161,7 @@ class StreamBatches:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
         self.mixture.restore(state)
+        self._order = state.get("order", SORTED)
         self._step = state["step"] - 1
         self._snapshots = {state["step"]: self._snapshot(state["step"])}
 
@@ -173,7 +175,7 @@ class StreamBatches:
         for source, rows in zip(self.mixture.sources, self.mixture.rows, strict=True):
             record[f"data/{source.label}/share"] = rows / total
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
-        return BatchSnapshot({"step": step, **self.mixture.state()}, record)
+        return BatchSnapshot({"step": step, "order": self._order, **self.mixture.state()}, record)
 
     def read_failures(self) -> list[ReadFailure]:
         """Rows that were skipped and files that failed since the last call. A round that is read again returns its own again."""

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from ..errors import BadData, DataStop, decode_stop, encode_stop
-from ..permutation import cached_permutation, permutation
+from ..permutation import COMPUTED, SORTED, permutation, rows_at
 from ..token_array import TokenArray
 from .prefetch import Prefetcher
 from .shards import Shards
@@ -103,25 +103,21 @@ class ArrayRows(RowSource):
     def __init__(self, label: str, tokens: TokenArray, seed: int, length: int, repeat: bool) -> None:
         self.label, self.fingerprint = label, tokens.manifest.fingerprint
         self._ids, self._length, self._seed, self._repeat = tokens.ids, length, seed, repeat
-        self._rows, self._next = (len(tokens.ids) - 1) // length, 0
+        self._rows, self._next, self._order = (len(tokens.ids) - 1) // length, 0, COMPUTED
 
     def take(self, count: int) -> np.ndarray:
         if not self._repeat:
             count = min(count, self._rows - self._next)
-        epochs, places = np.divmod(np.arange(self._next, self._next + count), self._rows)
+        positions = np.arange(self._next, self._next + count)
         self._next += count
-        orders = {
-            int(epoch): cached_permutation(self._rows, "train", self.fingerprint, self._seed, int(epoch))
-            for epoch in np.unique(epochs)
-        }
-        rows = np.array([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64)
+        rows = rows_at(positions, self._rows, self._order, "train", self.fingerprint, self._seed)
         return self._ids[rows[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
 
     def state(self) -> dict[str, Any]:
-        return {"row": self._next}
+        return {"row": self._next, "order": self._order}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._next = state["row"]
+        self._next, self._order = state["row"], state.get("order", SORTED)
 
 
 @final
