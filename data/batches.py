@@ -5,6 +5,7 @@ first is a target once an epoch.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -35,12 +36,22 @@ class GlobalBatches:
     """
 
     def __init__(
-        self, tokens: TokenArray, *, seed: int, sequences: int, sequence_length: int, packed_by: int | None = None
+        self,
+        tokens: TokenArray,
+        *,
+        seed: int,
+        sequences: int,
+        sequence_length: int,
+        packed_by: int | None = None,
+        cache: Path | None = None,
     ) -> None:
-        """`packed_by`: the token that ends documents, to pack them by best fit. Raises ValueError, one line, if there is no row."""
+        """`packed_by`: the token that ends documents, to pack them by best fit; `cache` then keeps the table of rows, if given.
+
+        Raises ValueError, one line, if there is no row.
+        """
         packs = packed_by is not None
         self._row_table = (
-            PackedRows(tokens, sequence_length, packed_by) if packs else _RowTable(tokens, sequence_length, "training")
+            PackedRows(tokens, sequence_length, packed_by, cache) if packs else _RowTable(tokens, sequence_length, "training")
         )
         self._seed, self._packed_by, self._order = seed, packed_by, COMPUTED
         self.sequences = sequences
@@ -132,12 +143,23 @@ class ValidationBatches:
         return in_order(places, self.rows, self._order, "validation", self._row_table.fingerprint)
 
 
+ENTROPY_BLOCKS, ENTROPY_TOKENS = 16, 1 << 20
+"""Blocks of these many tokens, spread evenly, tell the entropy of a larger split."""
+
+
 def unigram_entropy(tokens: np.ndarray, size: int) -> float:
-    """Returns the entropy of the frequencies of the `size` ids, nats per token: the loss of the best model without context."""
+    """Returns the entropy of the frequencies of the `size` ids, nats per token: the loss of the best model without context.
+
+    Of all tokens, or of blocks of them, so that a process does not read a large split at its start.
+    """
     counts = np.zeros(size, dtype=np.int64)
-    for start in range(0, len(tokens), 1 << 22):
-        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=size)
-    shares = counts[counts > 0] / len(tokens)
+    blocks = max(1, min(ENTROPY_BLOCKS, -(-len(tokens) // ENTROPY_TOKENS)))
+    for block in range(blocks):
+        start = max(0, len(tokens) - ENTROPY_TOKENS) * block // max(1, blocks - 1)
+        if len(tokens) <= ENTROPY_BLOCKS * ENTROPY_TOKENS:
+            start = block * ENTROPY_TOKENS
+        counts += np.bincount(tokens[start : start + ENTROPY_TOKENS], minlength=size)
+    shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 

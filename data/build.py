@@ -117,13 +117,17 @@ def retry_policy(config: DataConfig) -> RetryPolicy:
 def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
     if config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
-        corpus, train, validation = None, *(open_pretokenized(config, tokenizer.hash, split) for split in ("train", "validation"))
+        corpus, train, validation = (
+            None,
+            *(open_pretokenized(config, tokenizer.hash, split, settings.ranks.rank == 0) for split in ("train", "validation")),
+        )
     else:
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
     end = tokenizer.end_of_document if config.packing is Packing.best_fit else None
-    batches = GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length, packed_by=end)
+    sizes = {"seed": settings.seed, "sequences": settings.sequences, "sequence_length": settings.length}
+    batches = GlobalBatches(train, **sizes, packed_by=end, cache=cache)
     facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts)
 
@@ -142,7 +146,7 @@ def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: P
     held_out = [
         held_out_tokens(part, tokenizer, cache, wanted, source.add_failures)
         if isinstance(part, OpenedSource)
-        else open_array(part.config, "validation", tokenizer, cache)
+        else open_array(part.config, "validation", tokenizer, cache, settings.ranks.rank == 0)
         for part, source in zip(parts, mixture.sources, strict=True)
     ]
     validation = concatenate_tokens(held_out, mixture.weights, wanted)

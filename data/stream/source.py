@@ -45,10 +45,10 @@ def build_mixture(
     return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
 
 
-def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> TokenArray:
+def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path, opens_all: bool = True) -> TokenArray:
     """Returns the tokens of a source that is not streamed: a corpus, tokenized if the cache lacks it, or pretokenized shards."""
     if config.corpus is Corpus.prepared:
-        return open_pretokenized(config, tokenizer.hash, split)
+        return open_pretokenized(config, tokenizer.hash, split, opens_all)
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
@@ -121,7 +121,7 @@ def _source(
         order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
         settings = StreamSettings(seed, length, *order, config.ahead, config.repeat, *limits)
         return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, ranks, pool)
-    tokens = open_array(part.config, "train", tokenizer, cache)
+    tokens = open_array(part.config, "train", tokenizer, cache, ranks.rank == 0)
     if len(tokens.ids) <= length:
         raise ValueError(
             f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}"
