@@ -12,9 +12,9 @@ from .checks import check_corpus
 from .config import STREAMED, Corpus, DataConfig, Packing, TokenizerConfig, mixture_sources
 from .corpus import CorpusSurvey, survey
 from .pretokenized import open_pretokenized, tokenizer_overrides
+from .stream.documents import TokenizingRanks
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
-from .stream.packing import TokenizingRanks
 from .stream.shards import open_shards
 from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
 from .token_array import TokenArray, open_tokens

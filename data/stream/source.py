@@ -16,8 +16,9 @@ from ..errors import BadData
 from ..pretokenized import open_pretokenized
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, open_tokens, write_stamp
 from ..tokenizer_types import Tokenizer
+from .documents import TokenizingRanks
 from .mixture import Mixture
-from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, TokenizingRanks, too_many_bad_rows
+from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, too_many_bad_rows
 from .shards import BadRow, FailedShard, Row, Shards
 from .tokenize import Tokenization, is_held_out, parse_row
 
@@ -42,7 +43,8 @@ def build_mixture(
 ) -> Mixture:
     """Returns the mixture of all sources. Raises ValueError, one line, for a source without a row."""
     sources = [_source(part, tokenizer, cache, seed, length, ranks, pool) for part in parts]
-    return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
+    weights = [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts]
+    return Mixture(sources, weights, ranks)
 
 
 def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path, opens_all: bool = True) -> TokenArray:
@@ -126,7 +128,7 @@ def _source(
         raise ValueError(
             f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}"
         )
-    return ArrayRows(part.label, tokens, seed, length, part.config.repeat)
+    return ArrayRows(part.label, tokens, seed, length, part.config.repeat, ranks)
 
 
 def _tokenization(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenization:
