@@ -35,9 +35,9 @@ from .weight_plan import repeated_tensors, write_plan
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPERT_BIAS = "router.expert_bias"
 GENERATION = "generation_config.json"
-BLOCK_BYTES = 1 << 26
+BLOCK_BYTES = 1 << 24
 """Of a tensor as the checkpoint stores it, in memory at a time; one index of its first dimension is the least."""
-PAGES_BYTES = 1 << 28
+PAGES_BYTES = 1 << 25
 """Bytes read from the checkpoint's files before they are opened anew."""
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tokenyard.checkpoint.dcp import CheckpointReader, local_shards
-from tokenyard.checkpoint.manifest import DamagedCheckpoint
 from tokenyard.checkpoint.store import read_whole, save_checkpoint
 from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 SHAPES = {"rows": (7, 6), "columns": (4, 5), "cube": (4, 3, 2), "number": (), "narrow": (9,)}
@@ -78,11 +78,11 @@ def test_one_process_and_damage(tmp_path: Path) -> None:
     found = {name: torch.zeros_like(tensor) for name, tensor in values().items()}
     dcp.load(found, storage_reader=CheckpointReader(ours))
     assert all(torch.equal(found[name], tensor) for name, tensor in values().items())
-    with pytest.raises(Exception, match=r"model\.other"):
+    with pytest.raises(CheckpointException, match=r"model\.other"):
         dcp.load({"model.other": torch.zeros(2)}, storage_reader=CheckpointReader(ours))
     (shard,) = ours.glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises((DamagedCheckpoint, dcp.api.CheckpointException), match=shard.name):
+    with pytest.raises(CheckpointException, match=shard.name):
         dcp.load(found, storage_reader=CheckpointReader(ours))
