@@ -91,9 +91,3 @@ def weights_on_meta(manifest: Manifest) -> dict[str, Tensor]:
         for name, record in manifest.tensors.items()
         if name.startswith(PREFIX)
     }
-
-
-def read_weight(checkpoint: Path, manifest: Manifest, name: str) -> Tensor:
-    """Returns the whole tensor `name` of the model. Opens the files anew, so that no pages of them stay in memory."""
-    with TensorReader(checkpoint, manifest.tensors) as reader:
-        return reader.read(PREFIX + name)

@@ -5,6 +5,7 @@ first is a target once an epoch.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -13,7 +14,7 @@ import xxhash
 
 from .batch_sizes import BatchSizes, batch_sizes
 from .best_fit import PackedRows
-from .permutation import cached_permutation
+from .permutation import COMPUTED, SORTED, in_order, rows_at
 from .token_array import TokenArray
 
 IGNORE = -100
@@ -29,21 +30,31 @@ class Batch(NamedTuple):
 
 @final
 class GlobalBatches:
-    """The training batches. Stateless: a run resumes from its step alone.
+    """The training batches. A run resumes from its step alone.
 
-    Position p of the endless stream of rows is row `order[p % rows]` of epoch `p // rows`, each epoch with its own permutation.
-    The global batch of a step starts behind those of the steps before it, so an epoch may end inside a batch.
+    Each epoch has its own permutation of the rows (data/permutation.py), computed for the rows that are read. The global batch of a
+    step starts behind those of the steps before it in the epochs together, so an epoch may end inside a batch.
     """
 
     def __init__(
-        self, tokens: TokenArray, *, seed: int, sequences: int | BatchSizes, sequence_length: int, packed_by: int | None = None
+        self,
+        tokens: TokenArray,
+        *,
+        seed: int,
+        sequences: int | BatchSizes,
+        sequence_length: int,
+        packed_by: int | None = None,
+        cache: Path | None = None,
     ) -> None:
-        """`packed_by`: the token that ends documents, to pack them by best fit. Raises ValueError, one line, if there is no row."""
+        """`packed_by`: the token that ends documents, to pack them by best fit; `cache` then keeps the table of rows, if given.
+
+        Raises ValueError, one line, if there is no row.
+        """
         packs = packed_by is not None
         self._row_table = (
-            PackedRows(tokens, sequence_length, packed_by) if packs else _RowTable(tokens, sequence_length, "training")
+            PackedRows(tokens, sequence_length, packed_by, cache) if packs else _RowTable(tokens, sequence_length, "training")
         )
-        self._seed, self._packed_by = seed, packed_by
+        self._seed, self._packed_by, self._order = seed, packed_by, COMPUTED
         self.sizes = batch_sizes(sequences)
         self.fingerprint = self._row_table.fingerprint
         self.rows = self._row_table.rows
@@ -63,11 +74,12 @@ class GlobalBatches:
         return xxhash.xxh3_64_hexdigest(self._tokens(step, None).astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """Empty: a batch follows from its step."""
-        return {}
+        """Returns the kind of the order; a batch follows from its step."""
+        return {"order": self._order}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Does nothing: there is no state."""
+        """Continues in the order of `state`."""
+        self._order = state.get("order", SORTED)
 
     def metrics(self, step: int | None = None) -> dict[str, float]:
         """Returns the share of padding in packed rows. StreamBatches has more."""
@@ -83,11 +95,7 @@ class GlobalBatches:
     def _tokens(self, step: int, rows: slice | range | None) -> np.ndarray:
         """(B, S + 1), int64."""
         positions = self.sizes.before(step) + np.array(chosen_rows(rows, self.sizes.of(step)), dtype=np.int64)
-        epochs, places = np.divmod(positions, self.rows)
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            order = cached_permutation(self.rows, "train", self._row_table.fingerprint, self._seed, int(epoch))
-            indices[epochs == epoch] = order[places[epochs == epoch]]
+        indices = rows_at(positions, self.rows, self._order, "train", self._row_table.fingerprint, self._seed)
         return self._row_table.read(indices)
 
 
@@ -105,13 +113,18 @@ class ValidationBatches:
         self.rows = self._row_table.rows
         self.source_names = [name for name, _ in sources or [("all", 0)]]
         self._ends = np.cumsum([size for _, size in sources or []][:-1])
+        self._order = COMPUTED
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes the rows in the order of `state`, that of the training batches, so that losses can be compared over a resume."""
+        self._order = state.get("order", SORTED)
 
     def batches(self, sequences: int, size: int, rows: slice | range | None = None) -> Iterator[Batch]:
         """Yields the first `sequences` rows, or all if there are fewer, in global batches of `size`; of each, `rows` (None: all).
 
         The last batch is padded with rows whose targets are all IGNORE, so that every rank gets the same shapes.
         """
-        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
+        order = self._first(sequences)
         chosen = np.array(chosen_rows(rows, size), dtype=np.int64)
         for start in range(0, len(order), size):
             places = start + chosen
@@ -121,17 +134,33 @@ class ValidationBatches:
 
     def sources(self, sequences: int, rows: range) -> list[int]:
         """Returns for each of the `rows` of the first global batch the source that it begins in, as an index of `source_names`."""
-        order = cached_permutation(self.rows, "validation", self._row_table.fingerprint)[:sequences]
+        order = self._first(sequences)
         starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
         return np.searchsorted(self._ends, starts, side="right").tolist()
 
+    def _first(self, sequences: int) -> np.ndarray:
+        """Returns the first `sequences` rows, or all if there are fewer."""
+        places = np.arange(min(sequences, self.rows))
+        return in_order(places, self.rows, self._order, "validation", self._row_table.fingerprint)
+
+
+ENTROPY_BLOCKS, ENTROPY_TOKENS = 16, 1 << 20
+"""Blocks of these many tokens, spread evenly, tell the entropy of a larger split."""
+
 
 def unigram_entropy(tokens: np.ndarray, size: int) -> float:
-    """Returns the entropy of the frequencies of the `size` ids, nats per token: the loss of the best model without context."""
+    """Returns the entropy of the frequencies of the `size` ids, nats per token: the loss of the best model without context.
+
+    Of all tokens, or of blocks of them, so that a process does not read a large split at its start.
+    """
     counts = np.zeros(size, dtype=np.int64)
-    for start in range(0, len(tokens), 1 << 22):
-        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=size)
-    shares = counts[counts > 0] / len(tokens)
+    blocks = max(1, min(ENTROPY_BLOCKS, -(-len(tokens) // ENTROPY_TOKENS)))
+    for block in range(blocks):
+        start = max(0, len(tokens) - ENTROPY_TOKENS) * block // max(1, blocks - 1)
+        if len(tokens) <= ENTROPY_BLOCKS * ENTROPY_TOKENS:
+            start = block * ENTROPY_TOKENS
+        counts += np.bincount(tokens[start : start + ENTROPY_TOKENS], minlength=size)
+    shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 

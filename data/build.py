@@ -13,9 +13,9 @@ from .checks import check_corpus
 from .config import STREAMED, Corpus, DataConfig, Packing, TokenizerConfig, mixture_sources
 from .corpus import CorpusSurvey, survey
 from .pretokenized import open_pretokenized, tokenizer_overrides
+from .stream.documents import TokenizingRanks
 from .stream.http import RetryPolicy
 from .stream.mixture import StreamBatches
-from .stream.packing import TokenizingRanks
 from .stream.shards import open_shards
 from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
 from .token_array import TokenArray, TokensManifest, map_tokens, open_tokens
@@ -84,7 +84,7 @@ def open_data(
     cache = cache_folder(config)
     settings = BatchSettings(sequence_length, seed, batch_sequences, ranks or TokenizingRanks(), validation_sequences)
     if cached is not None and all(Path(path).is_file() for path, _ in cached.splits):
-        opened = _open_cached(config, cached, settings)
+        opened = _open_cached(config, cached, settings, cache)
     elif config.corpus in (*STREAMED, Corpus.mix):
         opened = _open_stream(config, tokenizer_config, cache, settings)
     else:
@@ -133,12 +133,15 @@ def retry_policy(config: DataConfig) -> RetryPolicy:
 def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
     if config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
-        corpus, train, validation = None, *(open_pretokenized(config, tokenizer.hash, split) for split in ("train", "validation"))
+        corpus, train, validation = (
+            None,
+            *(open_pretokenized(config, tokenizer.hash, split, settings.ranks.rank == 0) for split in ("train", "validation")),
+        )
     else:
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
-    batches = _batches(config, tokenizer, train, settings)
+    batches = _batches(config, tokenizer, train, settings, cache)
     facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
     arrays = [(array.ids, array.manifest) for array in (train, validation)]
     cached = None
@@ -147,16 +150,17 @@ def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: P
     return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts, cached)
 
 
-def _open_cached(config: DataConfig, cached: CachedCorpus, settings: BatchSettings) -> DataPipeline:
+def _open_cached(config: DataConfig, cached: CachedCorpus, settings: BatchSettings, cache: Path) -> DataPipeline:
     train, validation = (map_tokens(Path(path), manifest) for path, manifest in cached.splits)
-    batches = _batches(config, cached.tokenizer, train, settings)
+    batches = _batches(config, cached.tokenizer, train, settings, cache)
     validation = ValidationBatches(validation, sequence_length=settings.length)
     return DataPipeline(cached.tokenizer, batches, validation, cached.facts, cached)
 
 
-def _batches(config: DataConfig, tokenizer: Tokenizer, train: TokenArray, settings: BatchSettings) -> GlobalBatches:
+def _batches(config: DataConfig, tokenizer: Tokenizer, train: TokenArray, settings: BatchSettings, cache: Path) -> GlobalBatches:
     end = tokenizer.end_of_document if config.packing is Packing.best_fit else None
-    return GlobalBatches(train, seed=settings.seed, sequences=settings.sequences, sequence_length=settings.length, packed_by=end)
+    sizes = {"seed": settings.seed, "sequences": settings.sequences, "sequence_length": settings.length}
+    return GlobalBatches(train, **sizes, packed_by=end, cache=cache)
 
 
 def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
@@ -173,7 +177,7 @@ def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: P
     held_out = [
         held_out_tokens(part, tokenizer, cache, wanted, source.add_failures)
         if isinstance(part, OpenedSource)
-        else open_array(part.config, "validation", tokenizer, cache)
+        else open_array(part.config, "validation", tokenizer, cache, settings.ranks.rank == 0)
         for part, source in zip(parts, mixture.sources, strict=True)
     ]
     validation = concatenate_tokens(held_out, mixture.weights, wanted)

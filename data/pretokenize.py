@@ -147,7 +147,7 @@ class ShardWriter:
         self._tokens += len(piece.tokens)
         self._documents += len(piece.lengths) - len(piece.bad)
         self._bytes += piece.bytes
-        self._bad += [f"{name} row {row}: {reason}" for name, row, reason in piece.bad]
+        self._bad += [f"{name} row {row}: {reason}" for name, row, reason in sorted(piece.bad)]
 
     def finish(self) -> ShardRecord:
         """Completes the header and gives the file its final name."""

@@ -35,10 +35,11 @@ class ShardRecord(NamedTuple):
     """Rows that were skipped: shard, row and reason of each."""
 
 
-def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
+def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str, opens_all: bool = True) -> TokenArray:
     """Returns the shards of a split in the folder `data.path`, as one array. Raises ValueError, one line, if they are damaged.
 
-    Checks sizes and the manifest's own hash; with `data.verify` also the hash of each shard, when it is first read.
+    Checks sizes and the manifest's own hash; with `data.verify` also the hash of each shard, when it is first read. Without
+    `opens_all`, which one rank of a run is enough for, a shard is opened, and its size checked, when it is first read.
     """
     folder = Path(config.path or "").expanduser()
     about = read_manifest(folder)
@@ -46,8 +47,10 @@ def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> To
         has = f"tokenizer {about['tokenizer_hash']}, and this one is {tokenizer_hash}"
         raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_overrides(folder)}")
     records = [ShardRecord(**record) for record in about["splits"][split]]
-    arrays = [_open(folder, record) for record in records]
-    ids = ConcatenatedArrays(arrays, (lambda index: _check_hash(folder, records[index], arrays[index])) if config.verify else None)
+    check = (lambda index, ids: _check_hash(folder, records[index], ids)) if config.verify else None
+    ids = ConcatenatedArrays([record.tokens for record in records], lambda index: _open(folder, records[index]), check)
+    if opens_all:
+        ids.open_all()
     running = xxhash.xxh3_128(tokenizer_hash.encode() + b"".join(record.hash.encode() for record in records))
     documents, size = sum(record.documents for record in records), sum(record.bytes for record in records)
     manifest = TokensManifest(
@@ -103,27 +106,54 @@ def tokenizer_overrides(folder: Path) -> str:
 class ConcatenatedArrays:
     """Several memory-mapped arrays as one, indexed by integer arrays or slices like a numpy array."""
 
-    def __init__(self, arrays: list[np.ndarray], check: Callable[[int], None] | None = None) -> None:
-        """check: called with the index of each array before it is first read."""
-        self._arrays = arrays
-        self._check, self._unchecked = check, set(range(len(arrays)) if check else ())
-        self._starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
+    def __init__(
+        self, lengths: list[int], opened: Callable[[int], np.ndarray], check: Callable[[int, np.ndarray], None] | None = None
+    ) -> None:
+        """opened: returns an array by its index; called once. check: called with index and array before it is first read."""
+        self._opened, self._check = opened, check
+        self._arrays: dict[int, np.ndarray] = {}
+        self._checked = set[int]()
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
         if isinstance(places, slice):
-            places = np.arange(*places.indices(len(self)))
+            return self._slice(*places.indices(len(self)))
         which = np.searchsorted(self._starts, places, side="right") - 1
-        found = np.empty(places.shape, dtype=self._arrays[0].dtype)
-        for index in np.unique(which):
-            if self._check and index in self._unchecked:
-                self._check(int(index))
-                self._unchecked.remove(int(index))
+        parts = {int(index): self._read(int(index)) for index in np.unique(which)}
+        found = np.empty(places.shape, dtype=next(iter(parts.values())).dtype if parts else np.uint16)
+        for index, array in parts.items():
             inside = which == index
-            found[inside] = self._arrays[index][places[inside] - self._starts[index]]
+            found[inside] = array[places[inside] - self._starts[index]]
         return found
+
+    def open_all(self) -> None:
+        """Opens every array that is not."""
+        for index in range(len(self._starts) - 1):
+            self._open(index)
+
+    def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
+        assert step == 1, "only consecutive items"
+        if start >= stop:
+            return self[np.empty(0, dtype=np.int64)]
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        begins = [max(0, start - int(self._starts[index])) for index in range(first, last + 1)]
+        ends = [stop - int(self._starts[index]) for index in range(first, last + 1)]
+        return np.concatenate([self._read(first + at)[begin:end] for at, (begin, end) in enumerate(zip(begins, ends, strict=True))])
+
+    def _read(self, index: int) -> np.ndarray:
+        array = self._open(index)
+        if self._check and index not in self._checked:
+            self._check(index, array)
+            self._checked.add(index)
+        return array
+
+    def _open(self, index: int) -> np.ndarray:
+        if index not in self._arrays:
+            self._arrays[index] = self._opened(index)
+        return self._arrays[index]
 
 
 def _open(folder: Path, record: ShardRecord) -> np.ndarray:

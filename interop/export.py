@@ -1,7 +1,10 @@
 """`tokenyard export`: makes a Hugging Face folder of a checkpoint that any layout wrote."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,26 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.manifest import Manifest, check_fits, read_manifest
+from ..checkpoint.manifest import PREFIX, Manifest, check_fits, read_manifest
+from ..checkpoint.safetensors_file import content_of
 from ..checkpoint.store import checkpoint_at
-from ..checkpoint.tensor_reader import read_weight, weights_on_meta
+from ..checkpoint.tensor_reader import TensorReader, weights_on_meta
 from ..checkpoint.verify import check_files
 from ..data.tokenizer import load_tokenizer
 from ..moe.config import ModelConfig, RopeScaling
 from ..moe.model import Transformer
 from ..parallel.failpoints import failpoint
+from ..parallel.shard import LocalShard, ShardMetadata
 from ..train.config.serialize import config_from_plain
 from .config_mapping import choose_family, write_config
 from .families import FAMILIES, Family
 from .families.harmless import IRRELEVANT
 from .hf_folder import CONFIG, SHARD_BYTES, Output, new_folder, write_shards
 from .import_ import HF_FILES, HF_FILES_FOLDER
+from .load_weights import place_of, rectangle_of
 from .tokenizer_json import write_tokenizer
 from .weight_plan import repeated_tensors, write_plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPERT_BIAS = "router.expert_bias"
 GENERATION = "generation_config.json"
+BLOCK_BYTES = 1 << 24
+"""Of a tensor as the checkpoint stores it, in memory at a time; one index of its first dimension is the least."""
+PAGES_BYTES = 1 << 25
+"""Bytes read from the checkpoint's files before they are opened anew."""
 
 
 @dataclass
@@ -45,7 +55,7 @@ class Exported:
 def export_checkpoint(
     path: Path, folder: Path, dtype: str | None = None, architecture: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Exported:
-    """Writes the new folder `folder`, complete or not at all. Memory holds one tensor of the checkpoint at a time.
+    """Writes the new folder `folder`, complete or not at all. Memory holds a block of one tensor at a time (BLOCK_BYTES).
 
     dtype: bf16 or fp32; None keeps the stored types. architecture: one of FAMILIES; None takes the one that the model was imported
     from, or the first that can express it. ValueError, one line, for a setting or tensor that the architecture cannot express.
@@ -63,7 +73,8 @@ def export_checkpoint(
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
     with new_folder(folder) as unfinished:
         check_files(checkpoint, manifest)
-        files = write_shards(unfinished, outputs, lambda name: read_weight(checkpoint, manifest, name), shard_bytes)
+        with closing(_Pages(checkpoint, manifest)) as pages:
+            files = write_shards(unfinished, outputs, lambda output: _content(output, ours, pages.read), shard_bytes)
         failpoint("export.half", manifest.step)
         notes = _write_tokenizer(checkpoint, manifest, unfinished, config)
         _write_json(unfinished / CONFIG, config)
@@ -131,6 +142,39 @@ def _outputs(family: Family, model: ModelConfig, ours: dict[str, Tensor], dtype:
         stored = ours[mine].dtype if dtype is None or mine.endswith(EXPERT_BIAS) else dtype
         outputs[name] = Output(parts, stored, part.shape(ours[mine]))
     return outputs
+
+
+def _content(output: Output, ours: dict[str, Tensor], read: Callable[[str, ShardMetadata], Tensor]) -> Iterator[memoryview]:
+    """Yields the bytes of a Hugging Face tensor in blocks of its first dimension, each of rectangles of ours that it needs."""
+    for name, part in sorted(output.parts, key=lambda each: each[1].rows.begin if each[1].rows else 0):
+        shape, stored = tuple(ours[name].shape), ours[name].dtype
+        rows, *others = part.view(ours[name]).shape or (1,)
+        step = max(1, BLOCK_BYTES // max(1, math.prod(others) * stored.itemsize))
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            metadata = rectangle_of(part, shape, begin, end)
+            place = place_of(part, LocalShard(metadata, read(name, metadata)))
+            assert place is not None and place.target.numel() == (end - begin) * math.prod(others), f"{part.name}: not a rectangle"
+            yield content_of(place.target.to(output.dtype))
+
+
+class _Pages:
+    """Reads rectangles of the model's tensors. Opens the files anew after PAGES_BYTES, so that few pages of them stay in memory."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self._checkpoint, self._manifest = checkpoint, manifest
+        self._reader, self._read = TensorReader(checkpoint, manifest.tensors), 0
+
+    def read(self, name: str, metadata: ShardMetadata) -> Tensor:
+        if self._read > PAGES_BYTES:
+            self.close()
+        found = self._reader.read(PREFIX + name, metadata)
+        self._read += found.nbytes
+        return found
+
+    def close(self) -> None:
+        self._reader.__exit__()
+        self._read = 0
 
 
 def _write_tokenizer(checkpoint: Path, manifest: Manifest, folder: Path, config: dict[str, Any]) -> list[str]:

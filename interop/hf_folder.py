@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..checkpoint.bounded import (
     LONGEST_NAME,
@@ -26,7 +25,7 @@ from ..checkpoint.bounded import (
     short_message,
     strict_json,
 )
-from ..checkpoint.safetensors_file import content_of, header_bytes
+from ..checkpoint.safetensors_file import header_bytes
 from .weight_mapping import HFTensor
 
 log = logging.getLogger("tokenyard")
@@ -209,19 +208,21 @@ class Output(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(folder: Path, outputs: dict[str, Output], read: Callable[[str], Tensor], shard_bytes: int) -> list[str]:
+def write_shards(
+    folder: Path, outputs: dict[str, Output], content: Callable[[Output], Iterator[memoryview]], shard_bytes: int
+) -> list[str]:
     """Writes all `outputs`, by Hugging Face's names, and the index. Returns the names of the files.
 
-    `read` returns a tensor of ours by name; at most one is in memory at a time, beside one of theirs that has rows of several.
+    `content` yields the bytes of a tensor, one block after the other: memory holds no more of it.
     """
     shards = _cut(outputs, shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    current: dict[str, Tensor] = {}
     for file, names in zip(files, shards, strict=True):
         with (folder / file).open("xb") as stream:
             stream.write(header_bytes({name: (outputs[name].dtype, outputs[name].shape) for name in names}))
             for name in names:
-                stream.write(_bytes(outputs[name], read, current))
+                for block in content(outputs[name]):
+                    stream.write(block)
     index = {
         "metadata": {"total_size": sum(output.bytes for output in outputs.values())},
         "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in sorted(names)},
@@ -241,24 +242,3 @@ def _cut(outputs: dict[str, Output], shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= outputs[name].bytes
     return shards
-
-
-def _bytes(output: Output, read: Callable[[str], Tensor], current: dict[str, Tensor]) -> memoryview:
-    """The bytes of one tensor. `current` caches our last tensor, since neighbours are often parts of the same one."""
-
-    def written(ours: str, part: HFTensor) -> Tensor:
-        if ours not in current:
-            current.clear()
-            current[ours] = read(ours)
-        return part.written(current[ours])
-
-    (ours, part), *others = output.parts
-    if part.rows is None:
-        assert not others, f"{part.name}: the whole tensor has one part"
-        return content_of(written(ours, part).to(output.dtype))
-    whole = torch.empty(output.shape, dtype=output.dtype)
-    for ours, part in output.parts:
-        assert part.rows is not None, f"{part.name}: all of its parts are rows"
-        rows = written(ours, part)
-        whole[part.rows.begin : part.rows.begin + len(rows)].copy_(rows)
-    return content_of(whole)

@@ -11,7 +11,7 @@ from ..checkpoint.bounded import short_message
 from ..moe.config import ModelConfig
 from ..moe.model import Transformer
 from ..moe.param_count import count
-from ..parallel.shard import LocalShard, whole
+from ..parallel.shard import LocalShard, ShardMetadata, whole
 from .config_mapping import read_config
 from .families import Family
 from .hf_folder import DTYPES, HFFolder, TensorHeader, open_folder
@@ -138,24 +138,36 @@ def place_of(part: HFTensor, shard: LocalShard) -> Place | None:
     """
     (shape, offsets, sizes), tensor = shard
     begin, ranges, strides = tensor.storage_offset(), dict[int, tuple[int, int]](), dict[int, int]()
-    part_shape: tuple[int, ...] = ()
-    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-        alone = [1] * len(shape)
-        alone[dim] = shape[dim]
-        seen = part.view(torch.arange(shape[dim]).view(alone).expand(shape))
-        part_shape = tuple(seen.shape)
-        along = next((axis for axis in range(seen.ndim) if seen.shape[axis] > 1 and seen.stride(axis)), None)
-        line = seen[tuple(slice(None) if axis == along else 0 for axis in range(seen.ndim))].view(-1)
-        held = ((line >= offset) & (line < offset + size)).nonzero().view(-1)
+    part_shape, lines = _lines(part, shape)
+    for dim, (along, line) in enumerate(lines):
+        held = ((line >= offsets[dim]) & (line < offsets[dim] + sizes[dim])).nonzero().view(-1)
         if not len(held):
             return None
-        begin += (int(line[held[0]]) - offset) * tensor.stride(dim)
+        begin += (int(line[held[0]]) - offsets[dim]) * tensor.stride(dim)
         if along is not None:
             ranges[along] = int(held[0]), int(held[-1]) + 1
             strides[along] = int(line[1] - line[0]) * tensor.stride(dim)
     bounds = [ranges.get(axis, (0, size)) for axis, size in enumerate(part_shape)]
     target = tensor.as_strided([end - first for first, end in bounds], [strides.get(axis, 1) for axis in range(len(bounds))], begin)
     return Place(part_shape, bounds, target)
+
+
+def rectangle_of(part: HFTensor, shape: tuple[int, ...], begin: int, end: int) -> ShardMetadata:
+    """Returns the least rectangle of our tensor, of `shape`, with all of `part` from `begin` to `end` in its first dimension."""
+    lines = [line[begin:end] if along == 0 else line for along, line in _lines(part, shape)[1]]
+    return ShardMetadata(shape, tuple(int(line[0]) for line in lines), tuple(int(line[-1] - line[0]) + 1 for line in lines))
+
+
+def _lines(part: HFTensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[int | None, Tensor]]]:
+    """Returns the shape of `part` (before it is flattened), and for each dimension of ours its dimension there and coordinates."""
+    part_shape, lines = tuple(part.view(torch.empty(shape, device="meta")).shape), []
+    for dim, size in enumerate(shape):
+        alone = [1] * len(shape)
+        alone[dim] = size
+        seen = part.view(torch.arange(size).view(alone).expand(shape))
+        along = next((axis for axis in range(seen.ndim) if seen.shape[axis] > 1 and seen.stride(axis)), None)
+        lines.append((along, seen[tuple(slice(None) if axis == along else 0 for axis in range(seen.ndim))].view(-1)))
+    return part_shape, lines
 
 
 def stored_dtypes(source: HFSource) -> dict[str, torch.dtype]:

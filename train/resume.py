@@ -112,8 +112,9 @@ def resume(session: Session, path: Path) -> None:
     session.extra = facts.get("extra", {})
     session.engine.restore(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
     session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
-    data_state = facts.get("data_state") or {"rows": [], "since": [], "ended": [], "sources": []}
+    data_state = {"rows": [], "since": [], "ended": [], "sources": [], **(facts.get("data_state") or {})}
     session.data.train.restore({**data_state, "step": session.step})
+    session.data.validation.restore(data_state)
     identity = session.folder / "run_id"
     if is_first() and facts.get("run_id") and path.parent.parent == session.folder and not identity.exists():
         write_private(identity, facts["run_id"] + "\n")  # trackers know the run by it, and its file was lost

@@ -13,10 +13,12 @@ from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
 from ..data.build import CachedCorpus, DataPipeline, open_data
 from ..data.errors import DataStop
-from ..data.stream.packing import TokenizingRanks
+from ..data.stream.documents import TokenizingRanks
 from ..moe.device import warn_of_missing_kernels
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
+from ..parallel.config import ParallelConfig
+from ..parallel.layout import DENSE, mesh_sizes
 from ..parallel.mesh import build_mesh
 from ..parallel.object_collectives import from_all, from_first
 from ..parallel.process_group import is_first, wait_for_all
@@ -39,7 +41,7 @@ def open_session(config: Config, device: torch.device) -> Session:
     """Returns the session of a run, ready for its next step. Collective. Raises ValueError, one line, for what cannot run."""
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
-    ranks = tokenizing_ranks(device)
+    ranks = tokenizing_ranks(config, device)
     saved = None
     if found is not None and config.precision is Precision.auto:
         saved = from_first(lambda: read_facts(found)["config"].get("precision"))
@@ -165,21 +167,29 @@ def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
     return Saver(checkpoints, config.timeout_seconds, tidy)
 
 
-def tokenizing_ranks(device: torch.device) -> TokenizingRanks:
-    """Returns the ranks that tokenize the documents together: all of them."""
+def tokenizing_ranks(config: Config, device: torch.device) -> TokenizingRanks:
+    """Returns the ranks that tokenize the documents together: all of them; and which rows of a global batch each takes."""
     if not dist.is_initialized():
         return TokenizingRanks()
-    return TokenizingRanks(dist.get_rank(), dist.get_world_size(), lambda data: gather_bytes(data, device))
+    takers = data_ranks(config.parallel, dist.get_world_size())
+    micro = config.batch.micro or config.batch.sequences // len(takers)
+
+    def add(table: np.ndarray) -> np.ndarray:
+        total = torch.from_numpy(table).to(device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def exchange(tokens: np.ndarray, to: list[int], received: list[int]) -> np.ndarray:
+        found = torch.empty(sum(received), dtype=torch.int32, device=device)
+        dist.all_to_all_single(found, torch.from_numpy(tokens).to(device), received, to)
+        return found.cpu().numpy()
+
+    return TokenizingRanks(dist.get_rank(), dist.get_world_size(), takers, micro, add, exchange, from_all)
 
 
-def gather_bytes(data: bytes, device: torch.device) -> list[bytes]:
-    """Returns the bytes of each rank on every rank: an all-gather of the sizes, then one of the bytes. Collective."""
-    size = torch.tensor([len(data)], device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    longest = max(int(each) for each in sizes)
-    mine = torch.zeros(longest, dtype=torch.uint8, device=device)
-    mine[: len(data)] = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine)
-    return [part.cpu().numpy()[: int(each)].tobytes() for part, each in zip(parts, sizes, strict=True)]
+def data_ranks(config: ParallelConfig, world: int) -> np.ndarray:
+    """Returns the ranks that have the same rows, for each rank of the mesh's data axis, (data ranks, ranks of one)."""
+    sizes = mesh_sizes(config, world)
+    grid = np.arange(world).reshape([sizes[dim] for dim in DENSE])
+    rows = [DENSE.index(dim) for dim in ("replicate", "shard")]
+    return np.moveaxis(grid, rows, (0, 1)).reshape(sizes["replicate"] * sizes["shard"], -1)

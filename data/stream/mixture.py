@@ -10,6 +10,8 @@ import xxhash
 from ..batch_sizes import BatchSizes, batch_sizes
 from ..batches import Batch, chosen_rows, split_rows
 from ..errors import EndOfData
+from ..permutation import COMPUTED, SORTED
+from .documents import TokenizingRanks
 from .http import RetryPolicy
 from .packing import ReadFailure, RowSource
 
@@ -18,8 +20,9 @@ from .packing import ReadFailure, RowSource
 class Mixture:
     """Takes each row from the source that is furthest behind its weight. The share of a source that ends goes to the others."""
 
-    def __init__(self, sources: list[RowSource], weights: list[float]) -> None:
+    def __init__(self, sources: list[RowSource], weights: list[float], ranks: TokenizingRanks) -> None:
         assert len(sources) == len(weights) and all(weight > 0 for weight in weights)
+        self.ranks = ranks
         self.sources = sources
         self.weights = weights
         self._weights = np.array(weights, dtype=np.float64)
@@ -30,13 +33,25 @@ class Mixture:
         self.ended = [False] * len(sources)
 
     def take(self, count: int) -> np.ndarray:
-        """Returns the next `count` rows, (count, S + 1); fewer once all sources have ended. Collective."""
+        """Returns source and place of the next `count` rows, (count, 2); fewer once all sources have ended. Collective."""
         parts: list[np.ndarray] = []
         while count > 0 and not all(self.ended):
             taken = self._take_some(count)
             parts.append(taken)
             count -= len(taken)
-        return np.concatenate(parts) if parts else np.empty((0, 0), np.int64)
+        return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
+
+    def read(self, rows_B2: np.ndarray) -> np.ndarray:
+        """Returns this rank's of a global batch of rows, (rows, S + 1) int64, in their order. Collective."""
+        own = np.flatnonzero(self.ranks.takes(np.arange(len(rows_B2))))
+        parts, places = [], []
+        for index, source in enumerate(self.sources):
+            at_B = np.flatnonzero(rows_B2[:, 0] == index)
+            if len(at_B):
+                parts.append(source.read(rows_B2[at_B, 1], at_B))
+                places.append(np.searchsorted(own, at_B[self.ranks.takes(at_B)]))
+        rows = np.concatenate(parts).astype(np.int64)
+        return rows[np.argsort(np.concatenate(places))]
 
     def state(self) -> dict[str, Any]:
         """Returns the state of all sources as plain JSON."""
@@ -78,18 +93,17 @@ class Mixture:
         return bool((np.abs(given - shares * given.sum()) < len(given)).all())
 
     def _take_some(self, count: int) -> np.ndarray:
-        """Returns up to `count` rows; stops where a source ends."""
+        """Like `take`, but stops where a source ends."""
         plan = self._plan(count)
         wanted = np.bincount(plan, minlength=len(self.sources))
         taken = [
-            source.take(int(rows)) if rows else np.empty((0, 0), np.int64)
-            for source, rows in zip(self.sources, wanted, strict=True)
+            source.take(int(rows)) if rows else np.empty(0, np.int64) for source, rows in zip(self.sources, wanted, strict=True)
         ]
         short = [index for index, rows in enumerate(taken) if len(rows) < wanted[index]]
         at, rows = [0] * len(self.sources), []
         for index in plan:
             if at[index] < len(taken[index]):
-                rows.append(taken[index][at[index]])
+                rows.append((index, taken[index][at[index]]))
                 at[index] += 1
                 self.rows[index] += 1
                 self._since[index] += 1
@@ -97,7 +111,7 @@ class Mixture:
             self.ended[index] = True
         if short:
             self._since = [0] * len(self.sources)
-        return np.stack(rows) if rows else np.empty((0, taken[0].shape[-1]), np.int64)
+        return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
     def _shares(self) -> np.ndarray:
         """Returns normalized weights of the sources that have not ended; zero for the others."""
@@ -115,7 +129,7 @@ class Mixture:
         return plan
 
 
-# Global batches of streamed data; every rank has each batch whole.
+# Global batches of streamed data; a rank has its own rows of each.
 
 
 class BatchSnapshot(NamedTuple):
@@ -136,21 +150,24 @@ class StreamBatches:
         self.sizes = batch_sizes(sequences)
         self.fingerprint = _fingerprint(mixture)
         self._retry, self._pool = retry, pool
-        self._step, self._current = -1, np.empty((0, 0), np.int64)
+        self._places = np.empty(0, np.int64)
+        """Where each row of the global batch is in `_current`; outside of it for those of other ranks."""
+        self._step, self._current, self._order = -1, np.empty((0, 0), np.int64), COMPUTED
         self._snapshots = {0: self._snapshot(0)}
         """By step: of the next batch and of the last two, since one batch may be prepared while another is trained on."""
 
     def batch(self, step: int, rows: slice | range | None = None) -> Batch:
         """Returns the given rows (None: all) of the global batch of `step`, which is the last one again or the next. Collective.
 
-        Raises a DataStop, on all ranks, if there is none; `state` does not change then.
+        They must be of those that this rank takes. Raises a DataStop, on all ranks, if there is none; `state` does not change then.
         """
         self._advance(step)
-        return split_rows(self._current[list(chosen_rows(rows, self.sizes.of(step)))])
+        return split_rows(self._current[self._places[list(chosen_rows(rows, self.sizes.of(step)))]])
 
     def digest(self, step: int) -> str:
-        """Returns xxh3-64 of the global batch: its rows of S + 1 int64 token ids."""
+        """Returns xxh3-64 of the global batch, of which this rank takes all rows: S + 1 int64 token ids of each."""
         self._advance(step)
+        assert len(self._current) == self.sizes.of(step)
         return xxhash.xxh3_64_hexdigest(self._current.astype("<i8").tobytes())
 
     def state(self, step: int | None = None) -> dict[str, Any]:
@@ -163,6 +180,7 @@ class StreamBatches:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from `state`."""
         self.mixture.restore(state)
+        self._order = state.get("order", SORTED)
         self._step = state["step"] - 1
         self._snapshots = {state["step"]: self._snapshot(state["step"])}
 
@@ -176,7 +194,7 @@ class StreamBatches:
         for source, rows in zip(self.mixture.sources, self.mixture.rows, strict=True):
             record[f"data/{source.label}/share"] = rows / total
             record |= {f"data/{source.label}/{name}": count for name, count in source.counts().items()}
-        return BatchSnapshot({"step": step, **self.mixture.state()}, record)
+        return BatchSnapshot({"step": step, "order": self._order, **self.mixture.state()}, record)
 
     def read_failures(self) -> list[ReadFailure]:
         """Rows that were skipped and files that failed since the last call. A round that is read again returns its own again."""
@@ -193,10 +211,12 @@ class StreamBatches:
             return
         assert step == self._step + 1, f"batch {step} of a stream whose next one is {self._step + 1}"
         sequences = self.sizes.of(step)
-        current = self.mixture.take(sequences)
-        if len(current) < sequences:
-            raise EndOfData(f"the data ends after step {step}; {len(current)} of {sequences} rows are left over")
-        self._step, self._current = step, current
+        taken = self.mixture.take(sequences)
+        if len(taken) < sequences:
+            raise EndOfData(f"the data ends after step {step}; {len(taken)} of {sequences} rows are left over")
+        takes = self.mixture.ranks.takes(np.arange(sequences))
+        self._places = np.where(takes, np.cumsum(takes) - 1, sequences)
+        self._step, self._current = step, self.mixture.read(taken)
         self._snapshots = {at: mark for at, mark in self._snapshots.items() if at >= step - 1} | {
             step + 1: self._snapshot(step + 1)
         }

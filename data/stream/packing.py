@@ -4,36 +4,28 @@ Documents are concatenated, each with its end-of-document token, and cut every S
 row before.
 """
 
-import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import xxhash
 
-from ..errors import BadData, DataStop, decode_stop, encode_stop
-from ..permutation import cached_permutation, permutation
+from ..errors import BadData, DataStop, encode_stop
+from ..permutation import COMPUTED, SORTED, permutation, rows_at
 from ..token_array import TokenArray
+from .documents import DocumentBuffer, TokenizingRanks
 from .prefetch import Prefetcher
 from .shards import Shards
-from .tokenize import HELD_OUT, Tokenization, TokenizedShare, Window, deserialize, merge_shares, serialize, tokenize_share, windows
+from .tokenize import HELD_OUT, Tokenization, TokenizedShare, Window, tokenize_share, windows
+from .window_facts import WindowFacts, share_round
 
 FREE_BAD_ROWS = 10
 LISTED_BAD_ROWS = 100
 log = logging.getLogger("tokenyard")
-
-
-class TokenizingRanks(NamedTuple):
-    """The ranks that share the tokenizing."""
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[bytes], list[bytes]] = lambda data: [data]
-    """All-gather of bytes, in the order of ranks."""
 
 
 class StreamSettings(NamedTuple):
@@ -73,7 +65,14 @@ class RowSource(ABC):
 
     @abstractmethod
     def take(self, count: int) -> np.ndarray:
-        """Returns the next `count` rows, int64 (count, S + 1); fewer if the source ends. Collective."""
+        """Returns where the next `count` rows are, int64 (count,), for `read`; fewer if the source ends. Collective."""
+
+    @abstractmethod
+    def read(self, places_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+        """Returns (rows, S + 1): of the rows taken, which are the rows `at_B` of a global batch, those of this rank. Collective.
+
+        It is called with all rows that were taken since the last call.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -100,28 +99,29 @@ class RowSource(ABC):
 class ArrayRows(RowSource):
     """A tokenized corpus, shuffled anew in each epoch. Its state is the number of rows taken."""
 
-    def __init__(self, label: str, tokens: TokenArray, seed: int, length: int, repeat: bool) -> None:
-        self.label, self.fingerprint = label, tokens.manifest.fingerprint
+    def __init__(
+        self, label: str, tokens: TokenArray, seed: int, length: int, repeat: bool, ranks: TokenizingRanks | None = None
+    ) -> None:
+        self.label, self.fingerprint, self._ranks = label, tokens.manifest.fingerprint, ranks or TokenizingRanks()
         self._ids, self._length, self._seed, self._repeat = tokens.ids, length, seed, repeat
-        self._rows, self._next = (len(tokens.ids) - 1) // length, 0
+        self._rows, self._next, self._order = (len(tokens.ids) - 1) // length, 0, COMPUTED
 
     def take(self, count: int) -> np.ndarray:
         if not self._repeat:
             count = min(count, self._rows - self._next)
-        epochs, places = np.divmod(np.arange(self._next, self._next + count), self._rows)
         self._next += count
-        orders = {
-            int(epoch): cached_permutation(self._rows, "train", self.fingerprint, self._seed, int(epoch))
-            for epoch in np.unique(epochs)
-        }
-        rows = np.array([orders[int(epoch)][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64)
+        return np.arange(self._next - count, self._next)
+
+    def read(self, places_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+        positions = places_B[self._ranks.takes(at_B)]
+        rows = rows_at(positions, self._rows, self._order, "train", self.fingerprint, self._seed)
         return self._ids[rows[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
 
     def state(self) -> dict[str, Any]:
-        return {"row": self._next}
+        return {"row": self._next, "order": self._order}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._next = state["row"]
+        self._next, self._order = state["row"], state.get("order", SORTED)
 
 
 @final
@@ -129,7 +129,8 @@ class StreamRows(RowSource):
     """Shards in a seeded order, dealt to slots; a round is one window of rows of every slot.
 
     With fewer ranks than slots a rank tokenizes whole windows, with more it tokenizes its share of one: each document is tokenized
-    by one rank, and the tokens of a round are all-gathered. So every rank has all rows, and the same state.
+    by one rank, which keeps its tokens until they are rows of a batch. All ranks know how long it is, so they have the same state,
+    and each receives the tokens of its own rows (documents.py).
     """
 
     def __init__(
@@ -165,14 +166,18 @@ class StreamRows(RowSource):
 
     def take(self, count: int) -> np.ndarray:
         length = self._settings.length
-        while self._end - self._next < count * length + 1 and self._live:
+        while self._documents.end - self._next < count * length + 1 and self._live:
             self._round()
-        count = min(count, max(0, self._end - self._next - 1) // length)
-        buffer = np.concatenate(self._parts) if len(self._parts) != 1 else self._parts[0]
-        at = self._next - self._begin + length * np.arange(count)[:, None] + np.arange(length + 1)
-        rows = buffer[at].astype(np.int64)
+        count = min(count, max(0, self._documents.end - self._next - 1) // length)
+        places_B = self._next + length * np.arange(count)
         self._next += count * length
-        self._drop_used(buffer)
+        while len(self._snapshots) > 1 and self._snapshots[1]["position"] <= self._next:
+            self._snapshots.popleft()
+        return places_B
+
+    def read(self, places_B: np.ndarray, at_B: np.ndarray) -> np.ndarray:
+        rows = self._documents.rows(places_B, at_B, self._settings.length + 1)
+        self._documents.drop(self._next)
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -185,9 +190,8 @@ class StreamRows(RowSource):
         ]
         assert len(self._cursors) == self._slots
         self._counts = Counter[str](state.get("counts", {}))
-        self._begin = self._end = state.get("position", 0)
-        self._next: int = self._begin + state.get("offset", 0)
-        self._parts = [np.empty(0, np.int32)]
+        self._documents = DocumentBuffer(self._ranks, state.get("position", 0))
+        self._next: int = self._documents.end + state.get("offset", 0)
         self._snapshots: deque[dict[str, Any]] = deque([self._snapshot()])
         self._live: dict[int, Prefetcher[Window, TokenizedShare] | None] = {}
         self._open_slots()
@@ -204,46 +208,43 @@ class StreamRows(RowSource):
         self._noted.update((each.kind, each.file, each.row) for each in found)
 
     def _round(self) -> None:
-        """Gathers one window of every live slot from all ranks."""
-        gathered = self._ranks.gather(self._tokenize_own())
-        if failed := [data[1:] for data in gathered if data[:1] == b"!"]:
-            raise decode_stop(failed[0])
-        shares: dict[int, list[TokenizedShare]] = {slot: [] for slot in self._live}
-        for share in itertools.chain.from_iterable(deserialize(data[1:]) for data in gathered):
-            shares[share.slot].append(share)
-        for parts in shares.values():
-            self._accept(merge_shares(parts))
+        """Reads one window of every live slot: this rank its share, of which the others learn the lengths of the documents."""
+        shares = self._tokenize_own()
+        owners = {slot: self._owners(slot) for slot in self._live}
+        own = {share.slot: share.tokens for share in shares} if isinstance(shares, list) else {}
+        for window in share_round(shares, owners, self._settings.window, self._shards.names, self._ranks):
+            self._accept(window, owners[window.slot], own.get(window.slot, np.empty(0, np.int32)))
         self._refuse_too_much()
         if not self._live:
             self._next_epoch()
         self._snapshots.append(self._snapshot())
 
-    def _tokenize_own(self) -> bytes:
-        """Returns this rank's tokens of the round, serialized, or its error."""
+    def _tokenize_own(self) -> list[TokenizedShare] | bytes:
+        """Returns this rank's shares of the round, or its error."""
         try:
-            return b"=" + serialize([reader.next() for reader in self._live.values() if reader is not None])
-        except Exception as error:  # any error must reach the other ranks, which wait in the gather
+            return [reader.next() for reader in self._live.values() if reader is not None]
+        except Exception as error:  # any error must reach the other ranks, which wait for this one
             if not isinstance(error, DataStop):
                 log.error("%s cannot be read", self.label, exc_info=error)
-            return b"!" + encode_stop(error, self._ranks.rank)
+            return encode_stop(error, self._ranks.rank)
 
-    def _accept(self, window: TokenizedShare) -> None:
-        """Counts a whole window and appends its tokens to those of the source."""
+    def _accept(self, window: WindowFacts, owners: range, own: np.ndarray) -> None:
+        """Counts a window and appends its documents to those of the source."""
         self._cursors[window.slot] = window.after
         if window.after is None:
             del self._live[window.slot]
-        held_out = window.lengths.count(HELD_OUT)
+        held_out, tokens = int((window.lengths == HELD_OUT).sum()), int(window.lengths[window.lengths > 0].sum())
         documents = len(window.lengths) - held_out - len(window.bad)
         self._counts.update(rows=len(window.lengths), documents=documents, held_out=held_out, bad_rows=len(window.bad))
-        self._counts.update(bytes=window.bytes, document_tokens=len(window.tokens), failed_files=window.failed is not None)
+        self._counts.update(bytes=window.bytes, document_tokens=tokens, failed_files=window.failed is not None)
         self._bad += window.bad[: max(0, LISTED_BAD_ROWS - len(self._bad))]
         before = self._counts["bad_rows"] - len(window.bad)
         self._report(ReadFailure("bad_row", self.label, *bad, before + at) for at, bad in enumerate(window.bad, start=1))
         if window.failed:
             self._failed = ReadFailure("file_failed", self.label, *window.failed, self._counts["failed_files"])
             self._report([self._failed])
-        self._parts.append(window.tokens)
-        self._end += len(window.tokens)
+        rows = np.flatnonzero(window.lengths > 0)
+        self._documents.append(window.lengths[rows], np.array(owners)[rows % len(owners)], own)
 
     def _report(self, found: Iterable[ReadFailure]) -> None:
         for each in found:
@@ -271,9 +272,13 @@ class StreamRows(RowSource):
                 items = windows(self._shards, order[slot :: self._slots], cursor, self._settings.window, *key)
                 self._live[slot] = self._reader(slot, items)
 
+    def _owners(self, slot: int) -> range:
+        """Returns the ranks that tokenize the windows of a slot, row by row in turn."""
+        size = self._ranks.size
+        return range(slot % size, size, self._slots if size > self._slots else size)
+
     def _reader(self, slot: int, items: Any) -> Prefetcher[Window, TokenizedShare] | None:
-        rank, size = self._ranks.rank, self._ranks.size
-        owners = range(slot % size, size, self._slots if size > self._slots else size)
+        owners, rank = self._owners(slot), self._ranks.rank
         if rank not in owners:
             return None
         share = (owners.index(rank), len(owners))
@@ -288,16 +293,9 @@ class StreamRows(RowSource):
         return {
             "epoch": self._epoch,
             "slots": [list(cursor) if cursor else None for cursor in self._cursors],
-            "position": self._end,
+            "position": self._documents.end,
             "counts": dict(self._counts),
         }
-
-    def _drop_used(self, buffer: np.ndarray) -> None:
-        """Drops the tokens and snapshots of rounds that are used up."""
-        while len(self._snapshots) > 1 and self._snapshots[1]["position"] <= self._next:
-            self._snapshots.popleft()
-        self._parts = [buffer[min(self._next, self._end) - self._begin :]]
-        self._begin = min(self._next, self._end)
 
     def _refuse_too_much(self) -> None:
         if self._counts["failed_files"] > self._settings.max_failed_files and self._failed:

@@ -16,8 +16,9 @@ from ..errors import BadData
 from ..pretokenized import open_pretokenized
 from ..token_array import MANIFEST_FILE, TOKENS_FILE, TokenArray, TokensManifest, load_tokens, open_tokens, write_stamp
 from ..tokenizer_types import Tokenizer
+from .documents import TokenizingRanks
 from .mixture import Mixture
-from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, TokenizingRanks, too_many_bad_rows
+from .packing import ArrayRows, ReadFailure, RowSource, StreamRows, StreamSettings, too_many_bad_rows
 from .shards import BadRow, FailedShard, Row, Shards
 from .tokenize import Tokenization, is_held_out, parse_row
 
@@ -42,13 +43,14 @@ def build_mixture(
 ) -> Mixture:
     """Returns the mixture of all sources. Raises ValueError, one line, for a source without a row."""
     sources = [_source(part, tokenizer, cache, seed, length, ranks, pool) for part in parts]
-    return Mixture(sources, [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts])
+    weights = [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts]
+    return Mixture(sources, weights, ranks)
 
 
-def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> TokenArray:
+def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path, opens_all: bool = True) -> TokenArray:
     """Returns the tokens of a source that is not streamed: a corpus, tokenized if the cache lacks it, or pretokenized shards."""
     if config.corpus is Corpus.prepared:
-        return open_pretokenized(config, tokenizer.hash, split)
+        return open_pretokenized(config, tokenizer.hash, split, opens_all)
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
@@ -121,12 +123,12 @@ def _source(
         order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
         settings = StreamSettings(seed, length, *order, config.ahead, config.repeat, *limits)
         return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, ranks, pool)
-    tokens = open_array(part.config, "train", tokenizer, cache)
+    tokens = open_array(part.config, "train", tokenizer, cache, ranks.rank == 0)
     if len(tokens.ids) <= length:
         raise ValueError(
             f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}"
         )
-    return ArrayRows(part.label, tokens, seed, length, part.config.repeat)
+    return ArrayRows(part.label, tokens, seed, length, part.config.repeat, ranks)
 
 
 def _tokenization(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenization:

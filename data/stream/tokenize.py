@@ -1,13 +1,11 @@
-"""From rows to tokens: cuts shards into windows of rows, tokenizes a rank's share of each, and merges the shares of all ranks."""
+"""From rows to tokens: cuts shards into windows of rows and tokenizes a rank's share of each."""
 
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from ..errors import BadData
 from ..permutation import permutation
 from ..tokenizer_types import Tokenizer
 from .shards import BadRow, FailedShard, Row, Shards
@@ -43,13 +41,16 @@ class TokenizedShare(NamedTuple):
     """A rank's share of a window, as tokens."""
 
     slot: int
+    shard: int
+    rows: int
+    """Of the whole window."""
     after: tuple[int, int] | None
     share: tuple[int, int]
     """(first, step): it has the rows `first`, `first + step`, ... of the window."""
     lengths: list[int]
     """Tokens of each row: 0 for a bad row, HELD_OUT for a validation document."""
     bad: list[tuple[str, int, str]]
-    """Shard, row and reason."""
+    """Shard, row and reason, in the order of the rows."""
     failed: tuple[str, int, str] | None
     """If the shard cannot be read any further: its name, the number of rows read, and the reason."""
     bytes: int
@@ -102,9 +103,8 @@ def tokenize_share(window: Window, slot: int, share: tuple[int, int], tokenizati
         lengths.append(HELD_OUT if ids is None else 0 if isinstance(ids, BadRow) else len(ids))
     tokens = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)
     failed = window.failed and (shards.names[window.shard], *window.failed)
-    return TokenizedShare(
-        slot, window.after, share, lengths, sorted(bad), failed, sum(len(text.encode()) for text in texts), tokens
-    )
+    size = sum(len(text.encode()) for text in texts)
+    return TokenizedShare(slot, window.shard, len(window.rows), window.after, share, lengths, bad, failed, size, tokens)
 
 
 def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow | None:
@@ -128,54 +128,3 @@ def parse_row(row: Row, tokenization: Tokenization) -> str | np.ndarray | BadRow
 def is_held_out(text: bytes, fraction: float) -> bool:
     """Whether a document is kept for validation: by a hash of its text, so that equal documents are in the same split."""
     return xxhash.xxh3_64_intdigest(text) < fraction * 2**64
-
-
-def serialize(pieces: list[TokenizedShare]) -> bytes:
-    """Returns the bytes for the other ranks: a line of JSON, then the tokens."""
-    heads = [[*piece[:-1], len(piece.tokens)] for piece in pieces]
-    return json.dumps(heads).encode() + b"\n" + b"".join(piece.tokens.astype("<i4").tobytes() for piece in pieces)
-
-
-def deserialize(data: bytes) -> list[TokenizedShare]:
-    """Returns the inverse of `serialize`."""
-    head, _, body = data.partition(b"\n")
-    tokens, at, pieces = np.frombuffer(body, "<i4"), 0, []
-    for slot, after, share, lengths, bad, failed, size, count in json.loads(head):
-        bad = [(name, row, reason) for name, row, reason in bad]
-        failed = failed and (failed[0], failed[1], failed[2])
-        own = tokens[at : at + count]
-        pieces.append(TokenizedShare(slot, after and (after[0], after[1]), (share[0], share[1]), lengths, bad, failed, size, own))
-        at += count
-    return pieces
-
-
-def merge_shares(pieces: list[TokenizedShare]) -> TokenizedShare:
-    """Merges all shares of one window, in the order of its rows. Raises BadData if the ranks have not read the same rows."""
-    if len(pieces) == 1:
-        return pieces[0]
-    pieces = sorted(pieces, key=lambda piece: piece.share[0])
-    count, lengths, parts = len(pieces), [], []
-    _refuse_difference(pieces)
-    ends = [np.cumsum([max(0, length) for length in piece.lengths]) for piece in pieces]
-    for row in range(sum(len(piece.lengths) for piece in pieces)):
-        piece, index = pieces[row % count], row // count
-        lengths.append(piece.lengths[index])
-        end = int(ends[row % count][index])
-        parts.append(piece.tokens[end - max(0, lengths[-1]) : end])
-    bad = sorted(one for piece in pieces for one in piece.bad)
-    tokens = np.concatenate(parts) if parts else pieces[0].tokens
-    size, (slot, after, failed) = sum(piece.bytes for piece in pieces), _of_window(pieces[0])
-    return TokenizedShare(slot, after, (0, 1), lengths, bad, failed, size, tokens)
-
-
-def _of_window(piece: TokenizedShare) -> tuple[Any, ...]:
-    """Returns what must be equal on all ranks that share a window."""
-    return piece.slot, piece.after, piece.failed
-
-
-def _refuse_difference(pieces: list[TokenizedShare]) -> None:
-    total = sum(len(piece.lengths) for piece in pieces)
-    shares = [len(range(piece.share[0], total, piece.share[1])) for piece in pieces]
-    if len({*map(_of_window, pieces)}) > 1 or shares != [len(piece.lengths) for piece in pieces]:
-        failed = sorted({f" ({name} row {row}: {reason})" for name, row, reason in (p.failed for p in pieces if p.failed)})
-        raise BadData(f"ranks that share a window do not read the same rows{''.join(failed)}")

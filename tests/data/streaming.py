@@ -8,14 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig, TokenizerConfig, TokenizerKind
+from tokenyard.data.stream.documents import TokenizingRanks
 from tokenyard.data.stream.mixture import StreamBatches
-from tokenyard.data.stream.packing import TokenizingRanks
 from tokenyard.data.tokenizer_types import BytesTokenizer
 
 BYTES = TokenizerConfig(kind=TokenizerKind.bytes)
@@ -72,19 +73,33 @@ def names_in(ids: np.ndarray) -> list[str]:
     return re.findall(r"<\d+\.\d+>", BytesTokenizer().decode(ids.reshape(-1).tolist()))
 
 
-def on_ranks(world: int, work: Callable[[TokenizingRanks], np.ndarray]) -> list[np.ndarray]:
-    """`work` on threads that gather from each other as ranks do."""
-    barrier, slots = threading.Barrier(world), [b""] * world
+def on_ranks(world: int, work: Callable[[TokenizingRanks], np.ndarray], of: TokenizingRanks | None = None) -> list[np.ndarray]:
+    """`work` on threads that exchange with each other as ranks do. `of`: which rows each takes; by default all ranks take all."""
+    barrier, slots = threading.Barrier(world), list[Any]([None] * world)
 
-    def gather(rank: int, data: bytes) -> list[bytes]:
-        slots[rank] = data
+    def gather(rank: int, value: Any) -> list[Any]:
+        slots[rank] = value
         barrier.wait(30)
         gathered = list(slots)
         barrier.wait(30)
         return gathered
 
     def one(rank: int) -> np.ndarray:
-        return work(TokenizingRanks(rank, world, lambda data: gather(rank, data)))
+        def exchange(tokens: np.ndarray, to: list[int], received: list[int]) -> np.ndarray:
+            assert len(tokens) == sum(to) and tokens.dtype == np.int32
+            ends = np.cumsum(to)
+            parts = [each[rank] for each in gather(rank, np.split(tokens, ends[:-1]))]
+            assert [len(part) for part in parts] == received
+            return np.concatenate(parts)
+
+        ranks = (of or TokenizingRanks(takers=np.arange(world)[None]))._replace(
+            rank=rank,
+            size=world,
+            add=lambda table: np.sum(gather(rank, table), axis=0),
+            exchange=exchange,
+            gather=lambda data: gather(rank, data),
+        )
+        return work(ranks)
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(one, range(world)))

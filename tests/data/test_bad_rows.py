@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import subprocess
@@ -14,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from streaming import config_of, names_in, opened, taken
+from streaming import config_of, names_in, on_ranks, opened, taken
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, EndOfData
+from tokenyard.data.stream.documents import TokenizingRanks
 from tokenyard.data.stream.http import RetryPolicy
-from tokenyard.data.stream.shards import BadRow, LineShards
+from tokenyard.data.stream.shards import BadRow, FailedShard, LineShards
 
 
 def good(count: int) -> list[bytes]:
@@ -60,6 +62,56 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
     reasons = ("not UTF-8", "null", "empty", "no key text", "is int", "no JSON", "id 999", "5000 bytes")
     for place, reason in enumerate(reasons):
         assert f"a.jsonl row {10 * place + 5}: " in text and reason in text, (place, reason, text)
+
+
+@pytest.mark.fault(18, "named alike on every rank")
+@pytest.mark.parametrize("world", [2, 5])
+def test_all_ranks_know_which_rows_are_bad(tmp_path: Path, world: int) -> None:
+    """And why, though each row is read by one of them; a reason of any length, in any script."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for shard in range(3):
+        lines = good(40)
+        for place in range(0, 40, 7):
+            lines[place] = json.dumps({"text": [1, -place - 1]}).encode() if place % 2 else b'{"text": null}'
+        (folder / f"{shard}.jsonl").write_bytes(b"\n".join(lines))
+    config = config_of(folder, Corpus.jsonl, max_bad_fraction=0.5, validation_fraction=0.2)
+    found: dict[int, list[str]] = {}
+
+    def work(ranks: TokenizingRanks) -> np.ndarray:
+        batches = opened(config, ranks)
+        ids = taken(batches, range(20))
+        found[ranks.rank] = [str(each) for each in batches.read_failures()]
+        return ids
+
+    opened(config)  # reads the validation documents, and reports what is bad on the way
+    alone = opened(config)
+    straight = taken(alone, range(20))
+    listed = [str(each) for each in alone.read_failures()]
+    assert all(np.array_equal(ids, straight) for ids in on_ranks(world, work)) and len(listed) >= 18
+    assert all(found[rank] == listed for rank in range(world)) and any("id -8" in text for text in listed)
+
+
+@pytest.mark.fault(33, "ranks that read different rows of one window end alike")
+def test_ranks_that_do_not_read_the_same_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "0.jsonl").write_bytes(b"\n".join(good(60)))
+    config, told = config_of(folder, Corpus.jsonl), []
+
+    def work(ranks: TokenizingRanks) -> np.ndarray:
+        batches = opened(config, ranks)
+        if ranks.rank == 2:
+            shards: Any = batches.mixture.sources[0]._shards  # pyright: ignore
+            whole = shards.rows
+            shards.rows = lambda shard, first: itertools.chain(itertools.islice(whole(shard, first), 11), [FailedShard("cut")])
+        with pytest.raises(BadData, match=r"ranks that share a window do not read the same rows \(0.jsonl row 11: cut\)"):
+            taken(batches, range(20))
+        told.append(ranks.rank)
+        return np.empty(0)
+
+    on_ranks(3, work)
+    assert sorted(told) == [0, 1, 2]
 
 
 @pytest.mark.fault(18)

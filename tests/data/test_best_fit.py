@@ -2,10 +2,12 @@
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenyard.data import best_fit as best_fit_module
 from tokenyard.data.batches import IGNORE, GlobalBatches
 from tokenyard.data.best_fit import PackedRows, best_fit
 from tokenyard.data.token_array import TokenArray, TokensManifest
@@ -79,7 +81,7 @@ def documents(ids: list[int]) -> list[list[int]]:
 def test_each_piece_goes_to_the_fullest_row_that_it_fits_into() -> None:
     lengths = sorted((3 + 11 * index % 57 for index in range(400)), reverse=True)
     room: list[int] = []
-    for length, row in zip(lengths, best_fit(lengths, 64), strict=True):
+    for length, row in zip(lengths, best_fit(np.array(lengths), 64).tolist(), strict=True):
         least = min((left for left in room if left >= length), default=None)
         if least is None:
             assert row == len(room)
@@ -88,6 +90,45 @@ def test_each_piece_goes_to_the_fullest_row_that_it_fits_into() -> None:
             assert room[row] == least
         room[row] -= length
     assert len(room) == -(-sum(lengths) // 64), "as few rows as possible, here"
+
+
+def one_after_the_other(lengths: list[int], capacity: int) -> list[int]:
+    """The rows of best fit, of rows with equal room the one that got it last: a piece at a time."""
+    of_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rows, found = 0, []
+    for length in lengths:
+        room = next((room for room in range(length, capacity + 1) if of_room[room]), None)
+        if room is None:
+            room, row, rows = capacity, rows, rows + 1
+        else:
+            row = of_room[room].pop()
+        of_room[room - length].append(row)
+        found.append(row)
+    return found
+
+
+@pytest.mark.parametrize("capacity", [7, 64, 257])
+def test_pieces_of_one_length_go_where_each_alone_would(capacity: int) -> None:
+    """Runs in progress keep their rows."""
+    draw = np.random.default_rng(1)
+    for count in (0, 1, 50, 3_000):
+        lengths = np.sort(np.minimum(2 + draw.geometric(3 / capacity, count), capacity))[::-1]
+        assert best_fit(lengths, capacity).tolist() == one_after_the_other(lengths.tolist(), capacity)
+
+
+def test_the_table_is_made_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = corpus(SIZES["many"])
+    made = PackedRows(tokens, LENGTH, END, tmp_path)
+    monkeypatch.delattr(best_fit_module, "pack")
+    for _ in range(2):
+        mapped = PackedRows(tokens, LENGTH, END, tmp_path)
+        assert all(isinstance(array, np.memmap) for array in mapped._table)
+        assert np.array_equal(mapped.read(np.arange(mapped.rows)), made.read(np.arange(made.rows)))
+        assert (mapped.rows, mapped.padding) == (made.rows, made.padding)
+    (table,) = (tmp_path / "packed").glob("*/starts.npy")
+    table.write_bytes(table.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"^packed rows in .* are damaged .*; remove the folder"):
+        PackedRows(tokens, LENGTH, END, tmp_path)
 
 
 def test_padding_is_little_with_documents_of_many_sizes() -> None:

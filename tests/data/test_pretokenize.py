@@ -77,17 +77,29 @@ def test_other_data_and_damage_are_refused(data: DataConfig, tmp_path: Path) -> 
     shard.write_bytes(content[:-8])
     with pytest.raises(ValueError, match=r"missing or damaged|is damaged"):
         open_pretokenized(config, BytesTokenizer.hash, "train")
+    lazy = open_pretokenized(config, BytesTokenizer.hash, "train", opens_all=False)
+    with pytest.raises(ValueError, match=r"is missing or damaged|is damaged"):
+        lazy.ids[0 : len(lazy.ids)]
+
+
+PARTS = [part for whole in [np.arange(100, dtype=np.uint16)] for part in (whole[:7], whole[7:50], whole[50:])]
 
 
 def test_each_shard_is_hashed_once_and_when_it_is_first_read() -> None:
-    whole, checked = np.arange(100, dtype=np.uint16), []
-    joined = ConcatenatedArrays([whole[:7], whole[7:50], whole[50:]], checked.append)
-    assert checked == [] and joined[np.array([60, 99])].tolist() == [60, 99] and checked == [2]
-    assert np.array_equal(joined[0:60], whole[:60]) and checked == [2, 0, 1]
+    checked, opened = [], []
+    joined = ConcatenatedArrays(
+        [7, 43, 50], lambda index: opened.append(index) or PARTS[index], lambda index, _: checked.append(index)
+    )
+    assert checked == opened == [] and joined[np.array([60, 99])].tolist() == [60, 99] and checked == opened == [2]
+    joined.open_all()
+    assert opened == [2, 0, 1] and checked == [2]
+    assert np.array_equal(joined[0:60], np.arange(60)) and checked == [2, 0, 1] and opened == [2, 0, 1]
 
 
 def test_joined_arrays_are_one_array() -> None:
     whole = np.arange(100, dtype=np.uint16)
-    joined = ConcatenatedArrays([whole[:7], whole[7:50], whole[50:]])
+    joined = ConcatenatedArrays([7, 43, 50], lambda index: PARTS[index])
     places = np.array([[0, 6, 7, 8], [49, 50, 51, 99]])
     assert np.array_equal(joined[places], whole[places]) and np.array_equal(joined[5:60], whole[5:60]) and len(joined) == 100
+    for start, stop in ((0, 7), (7, 50), (6, 8), (0, 100), (99, 200), (100, 100), (3, 3), (9, 2)):
+        assert np.array_equal(joined[start:stop], whole[start:stop])

@@ -12,6 +12,7 @@ import torch
 from streaming import LENGTH, ROWS, all_documents, config_of, names_in, on_ranks, opened, taken, write
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import EndOfData
+from tokenyard.data.stream.documents import TokenizingRanks
 
 KINDS = [Corpus.parquet, Corpus.jsonl, Corpus.lines]
 
@@ -85,6 +86,46 @@ def test_other_numbers_of_ranks(data: DataConfig, sizes: tuple[int, ...]) -> Non
         parts.append(found[0])
         state = states[0]
     assert np.array_equal(np.concatenate(parts), straight)
+
+
+@pytest.mark.fault(17, "each data rank its own rows")
+@pytest.mark.parametrize("mixed", [False, True], ids=["one source", "a mixture"])
+@pytest.mark.parametrize(
+    ("takers", "micro"),
+    [([[0], [1], [2]], 2), ([[0, 1], [2, 3]], 1), ([[0, 2], [1, 3]], 3), ([[0], [1], [2], [3], [4], [5]], 1), ([[1, 0]], 4)],
+)
+def test_a_rank_receives_its_own_rows_and_no_others(tmp_path: Path, takers: list[list[int]], micro: int, mixed: bool) -> None:
+    """On layouts where ranks share rows (tensor, context, pipeline) or not, with more ranks than open shards and with fewer."""
+    data = write(tmp_path / "rows", Corpus.jsonl)
+    if mixed:
+        mix = [f"weight=0.7 corpus=jsonl path={data.path}", "weight=0.3 corpus=synthetic"]
+        data = replace(data, corpus=Corpus.mix, path=None, mix=mix)
+    of, sequences, states = TokenizingRanks(takers=np.array(takers), micro=micro), 2 * micro * len(takers), {}
+    straight = taken(opened(data, sequences=sequences), range(12))
+    received: dict[int, int] = {}
+
+    def work(world: TokenizingRanks) -> np.ndarray:
+        def counted(tokens: np.ndarray, to: list[int], from_each: list[int]) -> np.ndarray:
+            received[world.rank] = received.get(world.rank, 0) + sum(from_each)
+            return world.exchange(tokens, to, from_each)
+
+        batches = opened(data, world._replace(exchange=counted), sequences)
+        first = next(place for place, ranks in enumerate(takers) if world.rank in ranks) * micro
+        starts = range(first, sequences, micro * len(takers))
+        parts = [[batches.batch(step, range(start, start + micro)).ids_BS.numpy() for start in starts] for step in range(12)]
+        states[world.rank] = json.dumps(batches.state())
+        if len(takers) > 1:
+            with pytest.raises(IndexError):
+                batches.batch(11, range((first + micro) % sequences, (first + micro) % sequences + 1))
+        return np.array(parts)
+
+    found = on_ranks(sum(map(len, takers)), work, of)
+    for place, ranks in enumerate(takers):
+        own = straight.reshape(12, 2, len(takers), micro, LENGTH)[:, :, place]
+        assert all(np.array_equal(found[rank], own) for rank in ranks)
+    assert len(set(states.values())) == 1
+    streamed = json.loads(states[0])["rows"][0]
+    assert sum(received.values()) == streamed * (LENGTH + 1) * len(takers[0])
 
 
 def test_each_document_is_tokenized_by_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
