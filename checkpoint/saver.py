@@ -17,13 +17,13 @@ from threading import Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
+from ..parallel.object_collectives import any_rank, distinct_from_all, from_all, from_first, rank_and_world
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard
 from ..parallel.streams import Event, enter_thread, record_event, stream_waits
 from .host_staging import HostStaging, device_of
 from .manifest import json_facts
-from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
+from .save_plan import HeldShards, SavePlan, held_shards, make_save_plan
 from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_part
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Saver:
         self.folder = folder
         self.limit_seconds = limit_seconds
         self.after = after
-        self._shards: list[NamedShard] | None = None
+        self._held: HeldShards | None = None
         self._plan: SavePlan | None = None
         self._staging = HostStaging()
         self._save: _Save | None = None
@@ -203,17 +203,21 @@ class Saver:
 
     def _plan_for(self, shards: dict[str, LocalShard]) -> SavePlan:
         """Returns this rank's plan, made anew only if some rank holds other shards than in the last save."""
-        named, failure = None, None
+        rank, _ = rank_and_world()
+        held, failure = None, None
         try:
-            named = named_shards(shards)
+            held = held_shards(shards, rank)
         except ValueError as error:
             failure = error
-        changed, failed = any_rank(named != self._shards or self._plan is None, failure is not None)
+        changed, failed = any_rank(held != self._held or self._plan is None, failure is not None)
         if failed:
             raise next(error for error in from_all(failure) if error is not None)
         if changed:
-            self._plan = through_first(named, make_save_plans)
-            self._shards = named
+            assert held is not None
+            names, of_names = distinct_from_all(held.names)
+            rectangles, of_rectangles = distinct_from_all(held.rectangles)
+            self._plan = make_save_plan(names, rectangles, list(zip(of_names, of_rectangles, strict=True)), rank)
+            self._held = held
         assert self._plan is not None
         return self._plan
 

@@ -25,8 +25,8 @@ def held(value: float = 1.0, size: int = 64) -> dict[str, LocalShard]:
 
 def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    plan = saver_module.make_save_plans
-    monkeypatch.setattr(saver_module, "make_save_plans", lambda shards: made.append(1) or plan(shards))
+    plan = saver_module.make_save_plan
+    monkeypatch.setattr(saver_module, "make_save_plan", lambda *told: made.append(1) or plan(*told))
     saver = Saver(tmp_path)
     for step, size, times in ((1, 64, 1), (2, 64, 1), (3, 32, 2), (4, 32, 2)):
         assert saver.start(step, held(step, size), {}) is None

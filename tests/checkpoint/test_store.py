@@ -1,6 +1,5 @@
 """A checkpoint written on one layout opens on any other, bit for bit, and each rectangle is written once."""
 
-import json
 import math
 import zipfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
 from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
 
@@ -109,15 +109,16 @@ def test_one_process_to_many(ranks, tmp_path):
 
 def assert_tiled(path):
     """Each element of each tensor is in one chunk; the files have these bytes and their headers, nothing else."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name, record in manifest["tensors"].items():
-        count = torch.zeros(record["shape"])
-        for chunk in record["chunks"]:
-            ShardMetadata(tuple(record["shape"]), tuple(chunk["offsets"]), tuple(chunk["sizes"])).cut(count).add_(1)
+    manifest = read_manifest(path)
+    for name, record in manifest.tensors.items():
+        count = torch.zeros(record.shape)
+        for chunk in record.chunks:
+            assert chunk.metadata.shape == record.shape and chunk.key == name
+            chunk.metadata.cut(count).add_(1)
         assert (count == 1).all(), name
-    assert set(manifest["tensors"]) == set(SHAPES)
-    assert {entry.name for entry in path.iterdir()} == {*manifest["files"], "manifest.json"}
-    stored = sum(tensor.nbytes for file in manifest["files"] for tensor in load_file(path / file).values())
+    assert set(manifest.tensors) == set(SHAPES)
+    assert {entry.name for entry in path.iterdir()} == {*manifest.files, "manifest.json"}
+    stored = sum(tensor.nbytes for file in manifest.files for tensor in load_file(path / file).values())
     assert stored == sum(tensor.nbytes for tensor in global_tensors().values())
 
 
