@@ -19,6 +19,9 @@ from ..parallel.shard import LocalShard, ShardMetadata
 from .safetensors_file import CODES, DTYPES
 from .tensor_groups import ITEM_BYTES, Cells, Run, TensorGroup, TensorRecord, make_cells
 
+SLACK = 0.01
+"""By how much a rank may write more than the average, to keep small tensors together."""
+
 
 class HeldShards(NamedTuple):
     """What a rank holds, without the values, as it tells the others."""
@@ -156,8 +159,8 @@ def _kinds(names: list[bytes], rectangles: list[bytes], held: list[tuple[int, in
 def _runs(kinds: list[_Kind], world: int) -> list[dict[ShardMetadata, list[Run]]]:
     """Returns for each kind and rectangle how many of the tensors, in their order, which rank writes.
 
-    The largest come first, each to the rank with the fewest bytes so far among those that hold it. Rectangles that only one rank
-    holds come before all others: they leave no choice, and their bytes count in the choices that follow.
+    Rectangles that only one rank holds come first: they leave no choice, and their bytes count in the choices that follow, of which
+    the largest come first.
     """
     load = [0] * world
     found: list[dict[ShardMetadata, list[Run]]] = [{} for _ in kinds]
@@ -169,23 +172,41 @@ def _runs(kinds: list[_Kind], world: int) -> list[dict[ShardMetadata, list[Run]]
                 load[ranks[0]] += size * len(kind.names)
                 found[place][metadata] = [(len(kind.names), ranks[0])]
             else:
-                choices.append((-size, place, metadata, sorted(ranks)))
+                choices.append((-size, place, metadata, tuple(sorted(ranks))))
+    total = sum(load) - sum(size * len(kinds[place].names) for size, place, _, _ in choices)
+    writers = _Writers(load, int(total / world * (1 + SLACK)))
     for size, place, metadata, ranks in sorted(choices):
-        found[place][metadata] = list(_spread(len(kinds[place].names), -size, ranks, load))
+        found[place][metadata] = list(writers.give(len(kinds[place].names), -size, ranks))
     return found
 
 
-def _spread(number: int, size: int, ranks: list[int], load: list[int]) -> Iterator[Run]:
-    """Gives each of `number` tensors of `size` bytes to the rank with the least load, which grows."""
-    given = dict.fromkeys(ranks, 0)
-    waiting = [(load[rank], rank) for rank in ranks]
-    heapq.heapify(waiting)
-    for _ in range(number):
-        least, rank = waiting[0]
-        given[rank] += 1
-        load[rank] = least + size
-        heapq.heapreplace(waiting, (load[rank], rank))
-    yield from ((count, rank) for rank, count in given.items() if count)
+class _Writers:
+    """Chooses writers among holders: the one that wrote last, up to a `limit` of bytes, then the one with the fewest bytes so far.
+
+    So small tensors that all ranks hold are in few files, and a rank that loads them opens few.
+    """
+
+    def __init__(self, load: list[int], limit: int) -> None:
+        self.load, self.limit = load, limit
+        self.last: dict[tuple[int, ...], int] = {}
+
+    def give(self, number: int, size: int, ranks: tuple[int, ...]) -> Iterator[Run]:
+        """Yields the writers of `number` tensors of `size` bytes each."""
+        load, count, rank = self.load, 0, self.last.get(ranks)
+        least = [(load[one], one) for one in ranks]
+        heapq.heapify(least)
+        for _ in range(number):
+            if rank is None or load[rank] + size > self.limit:
+                if rank is not None and count:
+                    yield count, rank
+                while load[least[0][1]] > least[0][0]:
+                    heapq.heapreplace(least, (load[least[0][1]], least[0][1]))
+                rank, count = least[0][1], 0
+            load[rank] += size
+            count += 1
+        assert rank is not None
+        yield count, rank
+        self.last[ranks] = rank
 
 
 def _cells(name: str, shape: tuple[int, ...], found: frozenset[ShardMetadata]) -> Cells:

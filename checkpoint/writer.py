@@ -5,10 +5,12 @@ the folder its final name. A rank that fails leaves a note of that, which ends t
 """
 
 import contextlib
+import itertools
 import json
+import operator
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -16,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..parallel.failpoints import failpoint
-from ..parallel.shard import LocalShard
+from ..parallel.shard import LocalShard, ShardMetadata
 from .expert_hashes import ExpertSums
 from .folder import REPLACED
 from .fsync import sync, sync_folder, write_durably
@@ -57,10 +59,17 @@ class SaveJob:
     """Set by another thread to end the writing."""
 
 
-def write_part(job: SaveJob, shards: dict[str, LocalShard]) -> None:
-    """Writes this rank's part of a save. Its tensors must not change meanwhile. Rank 0 gives the checkpoint its final name."""
+Staged = Iterator[tuple[str, LocalShard]]
+"""Consecutive parts of all shards, in the order of the file; see `HostStaging.copy_in_turns`."""
+
+
+def write_part(job: SaveJob, shards: dict[str, LocalShard], staged: Staged | None = None) -> None:
+    """Writes this rank's part of a save. Its tensors must not change meanwhile. Rank 0 gives the checkpoint its final name.
+
+    staged: has the values; the tensors may then be on the meta device.
+    """
     try:
-        _Writer(job).run(shards)
+        _Writer(job, staged).run(shards)
     except BaseException as error:
         if not isinstance(error, Stopped):
             with contextlib.suppress(OSError):
@@ -74,8 +83,9 @@ def error_text(error: BaseException) -> str:
 
 
 class _Writer:
-    def __init__(self, job: SaveJob) -> None:
+    def __init__(self, job: SaveJob, staged: Staged | None) -> None:
         self.job = job
+        self.staged = itertools.groupby(staged, operator.itemgetter(0)) if staged is not None else None
         self.end = monotonic() + job.limit_seconds
 
     def run(self, shards: dict[str, LocalShard]) -> None:
@@ -91,16 +101,30 @@ class _Writer:
         if not shards:
             return {"record": None, "experts": {}}
         job, experts = self.job, ExpertSums()
+        reading = dict[str, ShardMetadata]()
+
+        def read(name: str) -> Iterator["torch.Tensor"]:
+            for metadata, tensor in self._values(name, shards[name]):
+                reading[name] = metadata
+                yield tensor
 
         def on_content(name: str, content: memoryview) -> None:
             failpoint("checkpoint.shard_begun", job.step)
             self._check()
-            experts.add(name, shards[name].metadata, content)
+            experts.add(name, reading[name], content)
 
         path = job.temporary / file_of_rank(job.rank)
-        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content, job.read)
+        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content, read)
         failpoint("checkpoint.shard_written", job.step)
         return {"record": record, "experts": experts.sums}
+
+    def _values(self, name: str, shard: LocalShard) -> Iterable[LocalShard]:
+        """Returns the values of a shard, in parts."""
+        if self.staged is not None:
+            found, parts = next(self.staged)
+            assert found == name
+            return (part for _, part in parts)
+        return [shard if self.job.read is None else LocalShard(shard.metadata, self.job.read(name))]
 
     def _commit(self, files: dict[str, FileRecord], experts: dict[str, dict[str, list[str]]]) -> None:
         """Makes the files of all ranks a checkpoint."""

@@ -1,0 +1,1 @@
+"""What one rank does, holds and sends as the world grows, counted without the ranks."""
