@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from ..parallel.shard import ShardMetadata, whole
 from .expert_hashes import EXPERT_TENSOR
-from .manifest import ITEM_BYTES, TensorRecord, check_sizes, read_manifest
+from .manifest import check_sizes, read_manifest
 from .safetensors_file import content_of
+from .tensor_groups import ITEM_BYTES, TensorRecord
 from .tensor_reader import TensorReader
 
 BLOCK_BYTES = 1 << 26

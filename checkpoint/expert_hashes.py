@@ -1,94 +1,115 @@
 """Hashes of each expert's weights and of both its moments, by layer and global expert id, whatever the layout.
 
-The slice of one expert of one tensor is hashed as its bytes, row-major, as if the tensor were whole (xxh3-128). An expert's hash is
-the xxh3-128 of a line `NAME HASH` for each of its tensors, sorted by name. A slice that lies in one file is hashed by the rank that
-writes it; one that is split over files is read back from them, by the ranks in turn.
+A hash is a sum, so each rank adds up the elements that it writes, while it writes them, and rank 0 adds the sums of all ranks:
+nothing is read again, however the tensors are cut. An element adds, modulo 2^64,
+
+    bits * W(name) * w_1(i_1) * w_2(i_2) * ...
+
+bits: its bytes as a little-endian unsigned number. i_d: its index in dimension d of the tensor, of which dimension 0 is the expert.
+w_d(i) = SplitMix64(i + d * 2^32) | 1, and W(name) = xxh3-64(name) | 1. Odd factors make each change of one element change the sum
+(multilinear hashing, as in Lemire and Kaser, arXiv 1202.4961, with a product of weights for each position).
 """
 
+import functools
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from ..parallel.shard import ShardMetadata
-from .manifest import TensorRecord
-from .safetensors_file import content_of
-from .tensor_reader import TensorReader
+from .safetensors_file import content_of, open_safetensors, read_rectangle
+from .tensor_groups import ChunkRecord, TensorRecord
 
 EXPERT_TENSOR = re.compile(r"(?:model|optimizer)\.(?P<layer>.+\.experts)\.(?P<name>[^.]+?)(?:\.(?P<moment>exp_avg|exp_avg_sq))?")
 """A tensor whose dimension 0 is the global expert id: model.layers.0.moe.experts.down, optimizer.[the same].exp_avg."""
 WEIGHTS = "weights"
-SliceHashes = dict[str, dict[Any, str]]
-"""By tensor and expert (an int, or its digits once it was JSON)."""
+BLOCK_ELEMENTS = 1 << 16
+"""Elements that are widened at a time: half a megabyte, which stays in a cache."""
+MASK = (1 << 64) - 1
 
 
-class ExpertSlice(NamedTuple):
-    """One expert of one tensor."""
+class ExpertSums:
+    """Sums by layer, kind (weights, exp_avg, exp_avg_sq) and expert, of the rectangles that were added so far."""
 
-    tensor: str
-    expert: int
-    metadata: ShardMetadata
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
+        """The experts are decimal digits, as they are once they were JSON."""
 
+    def add(self, name: str, metadata: ShardMetadata, content: memoryview) -> None:
+        """Adds a rectangle of the tensor `name`, unless it is no tensor of experts. `content`: its bytes, row-major."""
+        match = EXPERT_TENSOR.fullmatch(name)
+        if match is None or 0 in metadata.sizes:
+            return
+        sums = self.sums[match["layer"]][match["moment"] or WEIGHTS]
+        factor = xxhash.xxh3_64_intdigest(match["name"].encode()) | 1
+        dtype = f"<u{len(content) // math.prod(metadata.sizes)}"
+        elements = np.frombuffer(content, dtype).reshape(metadata.sizes[0], -1)
+        for row, expert in enumerate(range(metadata.offsets[0], metadata.offsets[0] + metadata.sizes[0])):
+            sums[str(expert)] = (sums[str(expert)] + factor * _weighted_sum(elements[row], metadata)) & MASK
 
-def expert_slices(name: str, shape: tuple[int, ...]) -> list[ExpertSlice]:
-    """Returns the experts of the tensor `name`; none if it is not a tensor of experts."""
-    if not EXPERT_TENSOR.fullmatch(name) or 0 in shape:
-        return []
-    begin, sizes = (0,) * len(shape[1:]), (1, *shape[1:])
-    return [ExpertSlice(name, expert, ShardMetadata(shape, (expert, *begin), sizes)) for expert in range(shape[0])]
+    def merge(self, other: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+        """Adds the sums of other rectangles."""
+        for layer, kinds in other.items():
+            for kind, experts in kinds.items():
+                sums = self.sums[layer][kind]
+                for expert, value in experts.items():
+                    sums[expert] = (sums[expert] + value) & MASK
 
-
-def split_slices(tensors: Mapping[str, TensorRecord]) -> list[ExpertSlice]:
-    """Returns the slices that no single chunk holds whole."""
-
-    def held(one: ExpertSlice, chunk: ShardMetadata) -> bool:
-        return chunk.offsets[0] <= one.expert < chunk.offsets[0] + chunk.sizes[0] and chunk.sizes[1:] == one.metadata.sizes[1:]
-
-    return [
-        one
-        for name, record in tensors.items()
-        for one in expert_slices(name, record.shape)
-        if not any(held(one, chunk.metadata) for chunk in record.chunks)
-    ]
-
-
-def hash_whole_slices(name: str, metadata: ShardMetadata, content: memoryview) -> dict[int, str]:
-    """Returns by expert the hashes of the slices that a shard holds whole. `content`: the shard's bytes, row-major."""
-    if not EXPERT_TENSOR.fullmatch(name) or tuple(metadata.sizes[1:]) != tuple(metadata.shape[1:]) or 0 in metadata.sizes:
-        return {}
-    first, rows = metadata.offsets[0], metadata.sizes[0]
-    step = len(content) // rows
-    return {first + row: xxhash.xxh3_128_hexdigest(content[row * step : (row + 1) * step]) for row in range(rows)}
-
-
-def hash_stored_slices(
-    folder: Path, tensors: Mapping[str, TensorRecord], slices: Iterable[ExpertSlice], check: Callable[[], None]
-) -> SliceHashes:
-    """Hashes of slices read from the files in `folder`, one at a time in memory. `check` is called before each: it may raise."""
-    hashes: SliceHashes = defaultdict(dict)
-    with TensorReader(folder, tensors) as reader:
-        for tensor, expert, metadata in slices:
-            check()
-            hashes[tensor][expert] = xxhash.xxh3_128_hexdigest(content_of(reader.read(tensor, metadata)))
-    return dict(hashes)
+    def hashes(self) -> dict[str, dict[str, list[str]]]:
+        """Returns by layer and kind one hash (16 hexadecimal digits) for each expert, in the order of their ids."""
+        return {
+            layer: {
+                kind: [f"{experts.get(str(expert), 0):016x}" for expert in range(1 + max(map(int, experts)))]
+                for kind, experts in sorted(kinds.items())
+            }
+            for layer, kinds in sorted(self.sums.items())
+        }
 
 
-def expert_hashes(hashes: Iterable[SliceHashes]) -> dict[str, dict[str, list[str]]]:
-    """Returns by layer and kind (weights, exp_avg, exp_avg_sq) one hash for each expert, in the order of their ids."""
-    parts: dict[tuple[str, str], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for each in hashes:
-        for tensor, by_expert in each.items():
-            match = EXPERT_TENSOR.fullmatch(tensor)
-            assert match is not None
-            for expert, digest in by_expert.items():
-                parts[match["layer"], match["moment"] or WEIGHTS][int(expert)][match["name"]] = digest
-    found: dict[str, dict[str, list[str]]] = {}
-    for (layer, kind), experts in sorted(parts.items()):
-        texts = [
-            "".join(f"{name} {digest}\n" for name, digest in sorted(experts[expert].items())) for expert in range(len(experts))
-        ]
-        found.setdefault(layer, {})[kind] = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
-    return found
+def stored_hashes(folder: Path, tensors: Mapping[str, TensorRecord]) -> dict[str, dict[str, list[str]]]:
+    """Returns the hashes of the experts in `folder`; a part of one expert is in memory at a time."""
+    by_file: dict[str, list[tuple[str, ChunkRecord]]] = defaultdict(list)
+    for name, record in tensors.items():
+        for chunk in record.chunks if EXPERT_TENSOR.fullmatch(name) else ():
+            by_file[chunk.file].append((name, chunk))
+    found = ExpertSums()
+    for file, chunks in by_file.items():
+        with open_safetensors(folder / file) as opened:
+            for name, (metadata, _, key) in chunks:
+                for place in range(metadata.sizes[0]):
+                    shape, offsets, sizes = metadata.sizes, (place, *[0] * (len(metadata.sizes) - 1)), (1, *metadata.sizes[1:])
+                    content = content_of(read_rectangle(opened, key, ShardMetadata(shape, offsets, sizes)))
+                    first = (metadata.offsets[0] + place, *metadata.offsets[1:])
+                    found.add(name, ShardMetadata(metadata.shape, first, sizes), content)
+    return found.hashes()
+
+
+def _weighted_sum(elements: np.ndarray, metadata: ShardMetadata) -> int:
+    """Returns the sum of one expert's elements, each times the weights of its place. `elements`: flat, of a rectangle."""
+    spans = list(zip(metadata.offsets, metadata.sizes, strict=True))
+    for dim in range(len(spans) - 1, 0, -1):
+        offset, size = spans[dim]
+        elements = _sum_of_rows(elements.reshape(-1, size), _weights(dim, offset + size)[offset:])
+    return int(elements.astype(np.uint64).reshape(()))
+
+
+def _sum_of_rows(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns for each row the sum of its elements times `weights`."""
+    sums = np.empty(len(rows), np.uint64)
+    step = max(1, BLOCK_ELEMENTS // rows.shape[1])
+    for begin in range(0, len(rows), step):
+        np.einsum("ij,j->i", rows[begin : begin + step].astype(np.uint64), weights, out=sums[begin : begin + step])
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(dim: int, extent: int) -> np.ndarray:
+    """Returns w_dim(0), ..., w_dim(extent - 1)."""
+    x = np.arange(extent, dtype=np.uint64) + np.uint64(dim << 32) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) | np.uint64(1)

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .manifest import ITEM_BYTES, Manifest, check_sizes, read_manifest
+from .manifest import Manifest, check_sizes, read_manifest
+from .tensor_groups import ITEM_BYTES
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "random", "other")
 

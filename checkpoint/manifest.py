@@ -6,6 +6,7 @@ No torch here: a wrong `checkpoint.resume` is refused before torch is imported.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,29 +17,26 @@ import xxhash
 from ..moe.config import ModelConfig
 from ..moe.param_shapes import shapes
 from ..parallel.shard import ShardMetadata, disjoint
-from .bounded import MOST_DIMENSIONS, brief, check_name, file_bytes, json_limit, read_regular, short_message, strict_json
+from .bounded import LEAST_LIMIT, brief, check_name, file_bytes, json_limit, read_regular, short_message, strict_json
 from .facts import check_facts
 from .fsync import sync
+from .tensor_groups import (
+    ITEM_BYTES,
+    ChunkRecord,
+    TensorRecord,
+    a_list,
+    count,
+    counts,
+    file_of_rank,
+    groups_of,
+    parse_group,
+    plain_group,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = "tokenyard checkpoint"
-VERSION = 1
-
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-"""Bytes of an element by dtype, as safetensors codes it."""
+VERSION = 2
+"""Of what is written. In version 1, which is read, each tensor lists its chunks, and hashes of experts are defined otherwise."""
 LARGEST_MANIFEST = 1 << 30
 """Bytes; a smaller limit follows from the files that it may describe."""
 MOST_TENSORS = 1 << 17
@@ -69,22 +67,6 @@ class FileRecord(NamedTuple):
     hash: str
 
 
-class ChunkRecord(NamedTuple):
-    """A rectangle of a tensor, stored as the tensor `key` of the safetensors file `file`."""
-
-    metadata: ShardMetadata
-    file: str
-    key: str
-
-
-class TensorRecord(NamedTuple):
-    """A tensor: its dtype as safetensors codes it, its global shape, and its rectangles, without those that are empty."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: list[ChunkRecord]
-
-
 @dataclass
 class Manifest:
     """The content of manifest.json."""
@@ -97,33 +79,25 @@ class Manifest:
     """Other files than those of tensors, such as the tokenizer's, by `folder/name`."""
     experts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """By layer and kind of tensor, the hash of each expert by global id (expert_hashes.py)."""
+    version: int = VERSION
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes `manifest` to the new file `path`, durably."""
+    assert manifest.version == VERSION
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "step": manifest.step,
         "facts": manifest.facts,
-        "tensors": {
-            name: {
-                "dtype": record.dtype,
-                "shape": record.shape,
-                "chunks": [
-                    {"offsets": metadata.offsets, "sizes": metadata.sizes, "file": file, "key": key}
-                    for metadata, file, key in record.chunks
-                ],
-            }
-            for name, record in manifest.tensors.items()
-        },
+        "tensors": [plain_group(group) for group in groups_of(manifest.tensors)],
         "files": {name: record._asdict() for name, record in manifest.files.items()},
         "attachments": {name: record._asdict() for name, record in manifest.attachments.items()},
         "experts": manifest.experts,
     }
     content["hash"] = _hash(content)
     with path.open("x", encoding="ascii") as file:
-        # One line for each tensor and file is as readable as indented JSON, in a fifth of the bytes.
+        # One line for each group of tensors and each file is as readable as indented JSON, in a fifth of the bytes.
         file.write(_lines(content))
         sync(file)
 
@@ -135,7 +109,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        content = strict_json(read_regular(path, min(LARGEST_MANIFEST, json_limit(file_bytes(path.parent)))))
+        large = path.stat().st_size > LEAST_LIMIT  # only then the other files are looked at
+        content = strict_json(read_regular(path, min(LARGEST_MANIFEST, json_limit(file_bytes(path.parent) if large else 0))))
     except (FileNotFoundError, NotADirectoryError):
         raise NoManifest(path, f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
@@ -186,25 +161,24 @@ def _parse(content: Any) -> Manifest:
     """Checks the whole schema: every key that a manifest may have is read here."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not the manifest of a tokenyard checkpoint: format must be {FORMAT!r}")
-    if content["version"] != VERSION or type(content["version"]) is not int:
-        raise ValueError(f"version = {brief(content['version'])} cannot be read: it must be {VERSION}")
+    version = content["version"]
+    if version not in (1, VERSION) or type(version) is not int:
+        raise ValueError(f"version = {brief(version)} cannot be read: it must be {VERSION} or 1")
     files = {_inside(name): _file(one) for name, one in _object(content, "files").items()}
     attachments = {_attached(name): _file(one) for name, one in _object(content, "attachments", optional=True).items()}
-    tensors = _object(content, "tensors")
+    tensors = _tensors_of_version_1(content, files) if version == 1 else _tensors(content, files)
     if len(tensors) > MOST_TENSORS:
         raise ValueError(f"{len(tensors)} tensors are more than the {MOST_TENSORS} that a checkpoint may have")
-    records = {check_name(name): _tensor(name, one, files) for name, one in tensors.items()}
-    _check_room(records, files)
     experts = {
-        layer: {kind: [_string(value) for value in _list(hashes)] for kind, hashes in kinds.items()}
+        layer: {kind: [_string(value) for value in a_list(hashes)] for kind, hashes in kinds.items()}
         for layer, kinds in _object(content, "experts", optional=True).items()
     }
-    step, facts = _count(content["step"]), check_facts(content["facts"])
+    step, facts = count(content["step"]), check_facts(content["facts"])
     if facts.get("step", step) != step:
         raise ValueError(f"step = {step} must be facts.step = {facts['step']}")
     if content["hash"] != _hash({key: value for key, value in content.items() if key != "hash"}):
         raise ValueError("damaged or changed by hand: its content does not have the hash that it states")
-    return Manifest(step, facts, records, files, attachments, experts)
+    return Manifest(step, facts, tensors, files, attachments, experts, version)
 
 
 def _object(content: dict[str, Any], name: str, optional: bool = False) -> dict[str, Any]:
@@ -215,20 +189,48 @@ def _object(content: dict[str, Any], name: str, optional: bool = False) -> dict[
 
 
 def _file(one: dict[str, Any]) -> FileRecord:
-    return FileRecord(_count(one["bytes"]), _string(one["hash"]))
+    return FileRecord(count(one["bytes"]), _string(one["hash"]))
+
+
+def _tensors(content: dict[str, Any], files: dict[str, FileRecord]) -> dict[str, TensorRecord]:
+    groups = [parse_group(one) for one in a_list(content["tensors"])]
+    tensors: dict[str, TensorRecord] = {}
+    needed: Counter[int] = Counter()
+    for group in groups:
+        made = group.records()
+        if twice := made.keys() & tensors.keys():
+            raise ValueError(f"tensor {min(twice)!r} is described twice")
+        tensors |= made
+        for file, size in group.bytes_by_file():
+            needed[file] += size
+    for file in needed:
+        if file_of_rank(file) not in files:
+            raise ValueError(f"file {file_of_rank(file)!r} must be listed under files, since tensors are in it")
+    _check_room({file_of_rank(file): size for file, size in needed.items()}, files)
+    return tensors
+
+
+def _tensors_of_version_1(content: dict[str, Any], files: dict[str, FileRecord]) -> dict[str, TensorRecord]:
+    tensors = {check_name(name): _tensor(name, one, files) for name, one in _object(content, "tensors").items()}
+    needed: Counter[str] = Counter()
+    for record in tensors.values():
+        for chunk in record.chunks:
+            needed[chunk.file] += math.prod(chunk.metadata.sizes) * ITEM_BYTES[record.dtype]
+    _check_room(needed, files)
+    return tensors
 
 
 def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
     if _string(one["dtype"]) not in ITEM_BYTES:
         raise ValueError(f"tensor {name!r}: dtype = {brief(one['dtype'])} must be one of {', '.join(ITEM_BYTES)}")
-    shape = _counts(one["shape"])
+    shape = counts(one["shape"])
     chunks = [
         ChunkRecord(
-            ShardMetadata(shape, _counts(chunk["offsets"]), _counts(chunk["sizes"])),
+            ShardMetadata(shape, counts(chunk["offsets"]), counts(chunk["sizes"])),
             _inside(chunk["file"]),
             check_name(chunk["key"]),
         )
-        for chunk in _list(one["chunks"])
+        for chunk in a_list(one["chunks"])
     ]
     for (_, offsets, sizes), file, _ in chunks:
         if file not in files:
@@ -245,12 +247,8 @@ def _tensor(name: str, one: dict[str, Any], files: dict[str, FileRecord]) -> Ten
     return TensorRecord(one["dtype"], shape, chunks)
 
 
-def _check_room(tensors: dict[str, TensorRecord], files: dict[str, FileRecord]) -> None:
+def _check_room(needed: Mapping[str, int], files: dict[str, FileRecord]) -> None:
     """Raises ValueError if a file would hold more than its bytes, so no tensor takes more memory than there are bytes in files."""
-    needed = dict.fromkeys(files, 0)
-    for record in tensors.values():
-        for chunk in record.chunks:
-            needed[chunk.file] += math.prod(chunk.metadata.sizes) * ITEM_BYTES[record.dtype]
     for name, size in needed.items():
         if size > files[name].bytes:
             raise ValueError(f"file {name!r} is said to hold {size} bytes of tensors in {files[name].bytes}")
@@ -274,34 +272,18 @@ def _string(value: Any) -> str:
     return value
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{brief(value)} must be a list")
-    return value
-
-
-def _counts(values: Any) -> tuple[int, ...]:
-    if len(_list(values)) > MOST_DIMENSIONS:
-        raise ValueError(f"{len(values)} dimensions are more than {MOST_DIMENSIONS}")
-    return tuple(_count(value) for value in values)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 53:
-        raise ValueError(f"{brief(value)} must be a whole number >= 0 and below 2^53")
-    return value
-
-
 def _hash(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _lines(content: dict[str, Any]) -> str:
-    """Returns JSON with one line for each tensor, file and layer."""
+    """Returns JSON with one line for each group of tensors, file and layer."""
     parts = []
     for key, value in content.items():
         text = json.dumps(value)
-        if key in ("tensors", "files", "attachments", "experts") and value:
+        if key == "tensors" and value:
+            text = "[\n" + ",\n".join(f"  {json.dumps(one)}" for one in value) + "\n]"
+        if key in ("files", "attachments", "experts") and value:
             text = "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in value.items()) + "\n}"
         parts.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -6,7 +6,7 @@ safetensors' own save_file makes files of mode 0600, holds all tensors in host m
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,28 +43,34 @@ def write_safetensors(
     path: Path,
     tensors: dict[str, torch.Tensor],
     on_content: Callable[[str, memoryview], None] | None = None,
-    read: Callable[[str], torch.Tensor] | None = None,
+    read: Callable[[str], Iterable[torch.Tensor]] | None = None,
 ) -> FileRecord:
     """Writes `tensors` (on any device) by key to the new file `path`, durably.
 
     `on_content` is called with each tensor's key and bytes, after they are written. `read(key)` returns the values of a tensor when
-    it is written; the tensors may then be on the meta device.
+    it is written, in one or more consecutive parts, for each of which `on_content` is called; the tensors may then be on the meta
+    device.
     """
-    # Widest elements first, so that each tensor begins at a multiple of its element size.
-    keys = sorted(tensors, key=lambda key: -tensors[key].element_size())
+    keys = file_order(tensors)
     digest = xxhash.xxh3_128()
     # Unbuffered: tensors are large, and a buffer would copy each once more.
     with path.open("xb", buffering=0) as file:
         _write(file, digest, memoryview(header_bytes({key: (tensors[key].dtype, tensors[key].shape) for key in keys})))
         for key in keys:
-            content = content_of(tensors[key] if read is None else read(key))
-            _write(file, digest, content)
-            if on_content is not None:
-                on_content(key, content)
-            del content  # before the next one is read
+            for part in [tensors[key]] if read is None else read(key):
+                content = content_of(part)
+                _write(file, digest, content)
+                if on_content is not None:
+                    on_content(key, content)
+                del content, part  # before the next one is read
         size = file.tell()
         sync(file)
     return FileRecord(size, digest.hexdigest())
+
+
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns the keys in the order of a file: widest elements first, so that each tensor begins at a multiple of its element."""
+    return sorted(tensors, key=lambda key: -tensors[key].element_size())
 
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:

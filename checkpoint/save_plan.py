@@ -1,29 +1,36 @@
-"""Which rank writes which rectangle of which tensor. Rank 0 decides from the shards of all ranks, once while they stay the same."""
+"""Which rank writes which rectangle of which tensor. Each rank computes the same plan, once while the shards stay the same.
 
+What ranks hold is told in two parts that many of them have in common, so that few bytes travel: names of tensors (the same on all
+ranks of a pipeline stage), and rectangles (one for each kind of tensor, the same on replicas). Tensors that the same ranks hold in
+the same rectangles are planned together: the work grows with the ranks and the kinds of tensors, not with the layers.
+"""
+
+import heapq
+import json
 import math
+import zlib
 from collections import defaultdict
-from itertools import chain
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from ..parallel.shard import LocalShard, ShardMetadata, disjoint
-from .expert_hashes import ExpertSlice, split_slices
-from .manifest import ITEM_BYTES, ChunkRecord, TensorRecord
+from ..parallel.shard import LocalShard, ShardMetadata
 from .safetensors_file import CODES, DTYPES
+from .tensor_groups import ITEM_BYTES, Cells, Run, TensorGroup, TensorRecord, make_cells
+
+SLACK = 0.01
+"""By how much a rank may write more than the average, to keep small tensors together."""
 
 
-class NamedShard(NamedTuple):
-    """A rank's shard of a tensor, without the values."""
+class HeldShards(NamedTuple):
+    """What a rank holds, without the values, as it tells the others."""
 
-    name: str
-    dtype: str
-    """safetensors' code."""
-    metadata: ShardMetadata
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.metadata.sizes) * ITEM_BYTES[self.dtype]
+    names: bytes
+    """JSON, compressed: for each kind of its shards, dtype, shape, and the names of the tensors. A name that ends with the rank's
+    number is a list of what precedes it, so that ranks which differ in that alone say the same."""
+    rectangles: bytes
+    """JSON: for each kind, offsets and sizes."""
 
 
 class SavePlan(NamedTuple):
@@ -31,57 +38,65 @@ class SavePlan(NamedTuple):
 
     names: list[str]
     """Tensors whose local shard this rank writes into its file."""
-    slices: list[ExpertSlice]
-    """Expert slices that are split over files and that this rank reads back and hashes once all files are written."""
     tensors: dict[str, TensorRecord]
-    """The records that `slices` needs; for rank 0, which writes the manifest, those of every tensor."""
-    hashing_ranks: int
-    """Ranks below this number have slices to hash."""
+    """All tensors of all ranks, for rank 0, which writes the manifest; none for the others."""
     bytes: int
     """Written by all ranks together."""
 
 
-def file_of_rank(rank: int) -> str:
-    """Returns the name of the file that a rank writes."""
-    return f"shard_{rank:05d}.safetensors"
+class _Kind(NamedTuple):
+    """Tensors that the same ranks hold in the same rectangles."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    names: list[str]
+    holders: dict[ShardMetadata, list[int]]
+    """The ranks that hold each rectangle; none is empty."""
 
 
-def named_shards(shards: dict[str, LocalShard]) -> list[NamedShard]:
-    """Returns what a rank tells rank 0 of its shards. Raises ValueError for a shard that cannot be saved."""
-    named = []
+def held_shards(shards: dict[str, LocalShard], rank: int) -> HeldShards:
+    """Returns what a rank tells the others. Raises ValueError for a shard that cannot be saved."""
+    kinds: dict[tuple[str, ShardMetadata], list[str | list[str]]] = defaultdict(list)
+    own = f".rank_{rank}"
     for name, shard in shards.items():
         check_shard(name, shard)
         metadata, tensor = shard
         if tensor.dtype not in CODES:
             known = ", ".join(map(dtype_name, CODES))
             raise ValueError(f"tensor {name!r}: dtype {dtype_name(tensor.dtype)} cannot be saved; these can: {known}")
-        named.append(NamedShard(name, CODES[tensor.dtype], ShardMetadata(*map(tuple, metadata))))
-    return named
+        kind = CODES[tensor.dtype], ShardMetadata(*map(tuple, metadata))
+        kinds[kind].append([name.removesuffix(str(rank))] if name.endswith(own) else name)
+    names = [(dtype, metadata.shape, names) for (dtype, metadata), names in kinds.items()]
+    rectangles = [(metadata.offsets, metadata.sizes) for _, metadata in kinds]
+    return HeldShards(zlib.compress(json.dumps(names).encode(), 1), json.dumps(rectangles).encode())
 
 
-def make_save_plans(shards: list[list[NamedShard]]) -> list[SavePlan]:
-    """Returns the plan of each rank from the shards of each rank.
+def make_save_plan(names: list[bytes], rectangles: list[bytes], held: list[tuple[int, int]], rank: int) -> SavePlan:
+    """Returns the plan of `rank`. `held`: for each rank, which of the `names` and of the `rectangles` it holds (`HeldShards`).
 
     Each rectangle is written once, by one of the ranks that hold it, such that all ranks write about the same number of bytes.
-    Raises ValueError for shards that do not make up their tensor.
+    Raises ValueError, the same on every rank, for shards that do not make up their tensor.
     """
-    tensors = _empty_records(shards)
-    names: list[list[str]] = [[] for _ in shards]
-    for shard, rank in _writers(shards).items():
-        names[rank].append(shard.name)
-        # A rank holds at most one shard of a tensor, so the tensor's name is a unique key in the rank's file.
-        tensors[shard.name].chunks.append(ChunkRecord(shard.metadata, file_of_rank(rank), shard.name))
-    for name, record in tensors.items():
-        record.chunks.sort(key=lambda chunk: chunk.metadata.offsets)
-        _check_tiling(name, record)
-    total = sum(math.prod(record.shape) * ITEM_BYTES[record.dtype] for record in tensors.values())
-    split = split_slices(tensors)
-    plans = []
-    for rank, own in enumerate(names):
-        slices = split[rank :: len(names)]
-        known = tensors if rank == 0 else {one.tensor: tensors[one.tensor] for one in slices}
-        plans.append(SavePlan(sorted(own), slices, known, min(len(split), len(names)), total))
-    return plans
+    kinds = _kinds(names, rectangles, held)
+    groups: dict[tuple[str, tuple[int, ...], frozenset[ShardMetadata]], list[tuple[_Kind, dict[ShardMetadata, list[Run]]]]]
+    groups = defaultdict(list)
+    runs = _runs(kinds, len(held))
+    own: list[str] = []
+    for kind, by_cell in zip(kinds, runs, strict=True):
+        groups[kind.dtype, kind.shape, frozenset(by_cell)].append((kind, by_cell))
+        for cell in by_cell.values():
+            start = 0
+            for count, writer in cell:
+                own += kind.names[start : start + count] if writer == rank else []
+                start += count
+    made = []
+    for (dtype, shape, found), members in groups.items():
+        cells = _cells(members[0][0].names[0], shape, found)
+        joined = tuple(tuple(run for _, by_cell in members for run in by_cell[cell]) for cell in cells)
+        made.append(TensorGroup(dtype, shape, tuple(name for kind, _ in members for name in kind.names), cells, joined))
+    total = sum(math.prod(kind.shape) * ITEM_BYTES[kind.dtype] * len(kind.names) for kind in kinds)
+    records = {name: record for group in made for name, record in group.records().items()}
+    return SavePlan(sorted(own), records if rank == 0 else {}, total)
 
 
 def check_shard(name: str, shard: LocalShard) -> None:
@@ -101,38 +116,101 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _empty_records(shards: list[list[NamedShard]]) -> dict[str, TensorRecord]:
-    """Returns a record without chunks for each tensor. Raises ValueError if two ranks give it another shape or dtype."""
-    tensors: dict[str, TensorRecord] = {}
-    for name, dtype, metadata in chain(*shards):
-        record = TensorRecord(dtype, metadata.shape, [])
-        known = tensors.setdefault(name, record)
-        if known[:2] != record[:2]:
-            kinds = " and ".join(f"{dtype_name(DTYPES[one.dtype])} {one.shape}" for one in (known, record))
-            raise ValueError(f"tensor {name!r}: shape and dtype must be the same on all ranks, not {kinds}")
-    return tensors
+Source = tuple[int, int, int | None]
+"""Which names, which kind in it, and the rank if the name is that rank's own."""
 
 
-def _writers(shards: list[list[NamedShard]]) -> dict[NamedShard, int]:
-    """Returns the writer of each rectangle: largest first, the rank with the fewest bytes so far among those that hold it."""
-    holders: dict[NamedShard, list[int]] = defaultdict(list)
-    for rank, own in enumerate(shards):
-        for shard in own:
-            if shard.bytes:
-                holders[shard].append(rank)
-    load = [0] * len(shards)
-    writer: dict[NamedShard, int] = {}
-    # Shards that only one rank holds come first: they leave no choice, and their bytes count in the choices that follow.
-    for shard in sorted(holders, key=lambda one: (len(holders[one]) > 1, -one.bytes)):
-        writer[shard] = min(holders[shard], key=load.__getitem__)
-        load[writer[shard]] += shard.bytes
-    return writer
+def _kinds(names: list[bytes], rectangles: list[bytes], held: list[tuple[int, int]]) -> list[_Kind]:
+    """Returns all tensors, by the sources that they have in common. Raises ValueError if two give another shape or dtype."""
+    told = [[(dtype, tuple(shape), held_names) for dtype, shape, held_names in json.loads(zlib.decompress(one))] for one in names]
+    ranks: list[list[int]] = [[] for _ in names]
+    for rank, (which, _) in enumerate(held):
+        ranks[which].append(rank)
+    places = [[(tuple(offsets), tuple(sizes)) for offsets, sizes in json.loads(one)] for one in rectangles]
+    sources: dict[str, list[Source]] = defaultdict(list)
+    for which, kinds in enumerate(told):
+        for kind, (_, _, held_names) in enumerate(kinds):
+            for name in held_names:
+                if isinstance(name, str):
+                    sources[name].append((which, kind, None))
+                else:
+                    for rank in ranks[which]:
+                        sources[f"{name[0]}{rank}"].append((which, kind, rank))
+    alike: dict[tuple[Source, ...], list[str]] = defaultdict(list)
+    for name, found in sources.items():
+        alike[tuple(found)].append(name)
+    made = []
+    for found, names_alike in alike.items():
+        kinds = {told[which][kind][:2] for which, kind, _ in found}
+        if len(kinds) > 1:
+            text = " and ".join(f"{dtype_name(DTYPES[dtype])} {shape}" for dtype, shape in sorted(kinds))
+            raise ValueError(f"tensor {names_alike[0]!r}: shape and dtype must be the same on all ranks, not {text}")
+        [(dtype, shape)] = kinds
+        holders: dict[ShardMetadata, list[int]] = defaultdict(list)
+        for which, kind, one in found:
+            for rank in ranks[which] if one is None else [one]:
+                metadata = ShardMetadata(shape, *places[held[rank][1]][kind])
+                if 0 not in metadata.sizes:
+                    holders[metadata].append(rank)
+        made.append(_Kind(dtype, shape, sorted(names_alike), dict(holders)))
+    return made
 
 
-def _check_tiling(name: str, record: TensorRecord) -> None:
-    """Raises ValueError unless the chunks cover each element of the tensor once."""
-    if len(record.chunks) > 1 and not disjoint([chunk.metadata for chunk in record.chunks]):
-        raise ValueError(f"tensor {name!r}: two ranks hold shards that overlap but differ; shards must be equal or apart")
-    covered, total = sum(math.prod(chunk.metadata.sizes) for chunk in record.chunks), math.prod(record.shape)
-    if covered != total:
-        raise ValueError(f"tensor {name!r}: the ranks hold {covered} of its {total} elements; the shards must make up the whole")
+def _runs(kinds: list[_Kind], world: int) -> list[dict[ShardMetadata, list[Run]]]:
+    """Returns for each kind and rectangle how many of the tensors, in their order, which rank writes.
+
+    Rectangles that only one rank holds come first: they leave no choice, and their bytes count in the choices that follow, of which
+    the largest come first.
+    """
+    load = [0] * world
+    found: list[dict[ShardMetadata, list[Run]]] = [{} for _ in kinds]
+    choices = []
+    for place, kind in enumerate(kinds):
+        for metadata, ranks in kind.holders.items():
+            size = math.prod(metadata.sizes) * ITEM_BYTES[kind.dtype]
+            if len(ranks) == 1:
+                load[ranks[0]] += size * len(kind.names)
+                found[place][metadata] = [(len(kind.names), ranks[0])]
+            else:
+                choices.append((-size, place, metadata, tuple(sorted(ranks))))
+    total = sum(load) - sum(size * len(kinds[place].names) for size, place, _, _ in choices)
+    writers = _Writers(load, int(total / world * (1 + SLACK)))
+    for size, place, metadata, ranks in sorted(choices):
+        found[place][metadata] = list(writers.give(len(kinds[place].names), -size, ranks))
+    return found
+
+
+class _Writers:
+    """Chooses writers among holders: the one that wrote last, up to a `limit` of bytes, then the one with the fewest bytes so far.
+
+    So small tensors that all ranks hold are in few files, and a rank that loads them opens few.
+    """
+
+    def __init__(self, load: list[int], limit: int) -> None:
+        self.load, self.limit = load, limit
+        self.last: dict[tuple[int, ...], int] = {}
+
+    def give(self, number: int, size: int, ranks: tuple[int, ...]) -> Iterator[Run]:
+        """Yields the writers of `number` tensors of `size` bytes each."""
+        load, count, rank = self.load, 0, self.last.get(ranks)
+        least = [(load[one], one) for one in ranks]
+        heapq.heapify(least)
+        for _ in range(number):
+            if rank is None or load[rank] + size > self.limit:
+                if rank is not None and count:
+                    yield count, rank
+                while load[least[0][1]] > least[0][0]:
+                    heapq.heapreplace(least, (load[least[0][1]], least[0][1]))
+                rank, count = least[0][1], 0
+            load[rank] += size
+            count += 1
+        assert rank is not None
+        yield count, rank
+        self.last[ranks] = rank
+
+
+def _cells(name: str, shape: tuple[int, ...], found: frozenset[ShardMetadata]) -> Cells:
+    try:
+        return make_cells(shape, found)
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r}: {error}") from None

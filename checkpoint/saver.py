@@ -17,13 +17,14 @@ from threading import Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..parallel.object_collectives import any_rank, from_all, from_first, rank_and_world, through_first
+from ..parallel.object_collectives import any_rank, distinct_from_all, from_all, from_first, rank_and_world
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard
 from ..parallel.streams import Event, enter_thread, record_event, stream_waits
 from .host_staging import HostStaging, device_of
 from .manifest import json_facts
-from .save_plan import NamedShard, SavePlan, make_save_plans, named_shards
+from .safetensors_file import file_order
+from .save_plan import HeldShards, SavePlan, held_shards, make_save_plan
 from .writer import TEMPORARY, SaveJob, Stopped, error_text, sibling, write_part
 
 if TYPE_CHECKING:
@@ -70,15 +71,22 @@ class Saver:
     """Saves of one run, one at a time, to `folder`. Methods are collective unless they say otherwise.
 
     after: called by rank 0's thread with the path of each new checkpoint, to tidy up; an error in it does not fail the save.
+    staging_bytes: most host memory for the copies of an asynchronous save; None: as much as all of them take.
     """
 
-    def __init__(self, folder: Path, limit_seconds: float = 1800.0, after: Callable[[Path], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit_seconds: float = 1800.0,
+        after: Callable[[Path], None] | None = None,
+        staging_bytes: int | None = None,
+    ) -> None:
         self.folder = folder
         self.limit_seconds = limit_seconds
         self.after = after
-        self._shards: list[NamedShard] | None = None
+        self._held: HeldShards | None = None
         self._plan: SavePlan | None = None
-        self._staging = HostStaging()
+        self._staging = HostStaging(staging_bytes)
         self._save: _Save | None = None
 
     def start(
@@ -203,17 +211,21 @@ class Saver:
 
     def _plan_for(self, shards: dict[str, LocalShard]) -> SavePlan:
         """Returns this rank's plan, made anew only if some rank holds other shards than in the last save."""
-        named, failure = None, None
+        rank, _ = rank_and_world()
+        held, failure = None, None
         try:
-            named = named_shards(shards)
+            held = held_shards(shards, rank)
         except ValueError as error:
             failure = error
-        changed, failed = any_rank(named != self._shards or self._plan is None, failure is not None)
+        changed, failed = any_rank(held != self._held or self._plan is None, failure is not None)
         if failed:
             raise next(error for error in from_all(failure) if error is not None)
         if changed:
-            self._plan = through_first(named, make_save_plans)
-            self._shards = named
+            assert held is not None
+            names, of_names = distinct_from_all(held.names)
+            rectangles, of_rectangles = distinct_from_all(held.rectangles)
+            self._plan = make_save_plan(names, rectangles, list(zip(of_names, of_rectangles, strict=True)), rank)
+            self._held = held
         assert self._plan is not None
         return self._plan
 
@@ -232,12 +244,18 @@ class Saver:
     def _write(self, job: SaveJob, shards: dict[str, LocalShard], ready: Event, copy: bool) -> None:
         """Runs in the thread. The tensors have their values once the device's event `ready` is done."""
         try:
-            if copy:
+            staged = None
+            if copy and self._staging.fits(shards):
                 shards = self._staging.copy(shards, ready)
+            elif copy:
+                ordered = {name: shards[name] for name in file_order({name: tensor for name, (_, tensor) in shards.items()})}
+                shards.clear()  # what was made for the save alone is freed after its copy
+                staged = self._staging.copy_in_turns(ordered, ready)
+                shards = {name: shard._replace(tensor=shard.tensor.to("meta")) for name, shard in ordered.items()}
             else:
                 enter_thread(device_of(shards))
                 stream_waits(ready)
-            write_part(job, shards)
+            write_part(job, shards, staged)
         except Stopped:
             return
         except BaseException as error:  # nobody joins the thread for its exception: the next `flags` report it

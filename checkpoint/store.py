@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..parallel.object_collectives import from_first, on_each_rank, rank_and_world, through_first
+from ..parallel.object_collectives import any_rank, from_first, on_each_rank, rank_and_world
 from ..parallel.shard import LocalShard, whole
 from .folder import checkpoints_of
 from .manifest import DamagedCheckpoint, Manifest, check_sizes, read_manifest
@@ -60,8 +60,10 @@ def load_checkpoint(
     manifest = from_first(lambda: read_manifest(path))
     reads = on_each_rank(lambda: _checked_reads(path, manifest, shards, verify, *rank_and_world()), failed)
     if strict:
-        # The names travel apart from the reads: a rank whose shard is empty wants the tensor but reads nothing.
-        through_first(list(shards), lambda names: _refuse_unwanted(path, manifest, names, optional))
+        # By name and not by what is read: a rank whose shard is empty wants the tensor but reads nothing.
+        names = list(manifest.tensors)
+        wanted = any_rank(*(name in shards for name in names))
+        _refuse_unwanted(path, dict(zip(names, wanted, strict=True)), optional)
     on_each_rank(lambda: fill_shards(path, reads), failed)
     return manifest.facts
 
@@ -156,16 +158,14 @@ def _checked_reads(
     return reads
 
 
-def _refuse_unwanted(path: Path, manifest: Manifest, names: list[list[str]], optional: str | None) -> list[None]:
-    """Raises ValueError for a tensor of the checkpoint that is in the `names` of no rank. Returns nothing for each rank."""
-    wanted = {name for own in names for name in own}
-    extra = [name for name in manifest.tensors if name not in wanted and not (optional and name.startswith(optional))]
+def _refuse_unwanted(path: Path, wanted: dict[str, bool], optional: str | None) -> None:
+    """Raises ValueError for a tensor of the checkpoint that no rank wants. `wanted`: whether any does, by name."""
+    extra = [name for name, any_does in wanted.items() if not any_does and not (optional and name.startswith(optional))]
     if extra:
         raise ValueError(
             f"checkpoint {path.name}: tensor {extra[0]!r}{_and_more(extra)} is in the checkpoint but not in this run: "
-            f"the names must be the same{_nearest(extra[0], wanted)}"
+            f"the names must be the same{_nearest(extra[0], [name for name, any_does in wanted.items() if any_does])}"
         )
-    return [None] * len(names)
 
 
 def _and_more(names: list[str]) -> str:

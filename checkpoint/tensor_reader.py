@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..parallel.shard import LocalShard, ShardMetadata, whole
-from .manifest import PREFIX, ChunkRecord, Manifest, TensorRecord
+from .manifest import PREFIX, Manifest
 from .safetensors_file import DTYPES, open_safetensors, read_rectangle
+from .tensor_groups import ChunkRecord, TensorRecord
 
 Reads = dict[str, list[tuple[ChunkRecord, LocalShard]]]
 """By file: its chunks that overlap a shard, each with that shard."""
@@ -21,9 +22,8 @@ def reads_by_file(tensors: Mapping[str, TensorRecord], shards: dict[str, LocalSh
     """Returns what must be read to fill `shards`; each of their names is in `tensors`."""
     reads: Reads = defaultdict(list)
     for name, shard in shards.items():
-        for chunk in tensors[name].chunks:
-            if overlap(chunk.metadata, shard.metadata) is not None:
-                reads[chunk.file].append((chunk, shard))
+        for chunk in tensors[name].overlapping(shard.metadata):
+            reads[chunk.file].append((chunk, shard))
     return dict(reads)
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from ..parallel.object_collectives import from_first, on_each_rank, rank_and_world
-from .expert_hashes import expert_hashes, expert_slices, hash_stored_slices
+from .expert_hashes import stored_hashes
+from .expert_hashes_1 import stored_hashes_1
 from .manifest import MANIFEST, DamagedCheckpoint, Manifest, check_sizes, check_unlisted, read_manifest
 from .safetensors_file import hash_file, open_safetensors
+from .tensor_groups import tensors_by_file
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -18,16 +20,16 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def check_all(path: Path) -> Manifest:
-    """Checks every byte, header and expert hash of `path`, one slice at a time in memory, and returns the manifest. Not collective.
+    """Checks every byte, header and expert hash of `path`, a part of one expert at a time in memory, and returns the manifest.
 
-    Raises DamagedCheckpoint for the first that is wrong.
+    Raises DamagedCheckpoint for the first that is wrong. Not collective.
     """
     manifest = read_manifest(path)
     check_files(path, manifest)
     check_unlisted(path, manifest)
     if manifest.experts:
-        wanted = [one for name, record in manifest.tensors.items() for one in expert_slices(name, record.shape)]
-        found = expert_hashes([hash_stored_slices(path, manifest.tensors, wanted, lambda: None)])
+        hashes = stored_hashes_1 if manifest.version == 1 else stored_hashes
+        found = hashes(path, manifest.tensors)
         for layer in sorted(found.keys() | manifest.experts.keys()):
             if found.get(layer) != manifest.experts.get(layer):
                 raise DamagedCheckpoint(path / MANIFEST, f"{path / MANIFEST}: the experts of {layer} are not those it states")
@@ -47,12 +49,7 @@ def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -
 
 def check_headers(path: Path, manifest: Manifest, names: set[str]) -> None:
     """Raises DamagedCheckpoint if a file's own header differs from the manifest in the dtype or shape of a tensor."""
-    wanted: dict[str, list[tuple[str, tuple[str, tuple[int, ...]]]]] = {name: [] for name in names}
-    for record in manifest.tensors.values():
-        for chunk in record.chunks:
-            if chunk.file in names:
-                wanted[chunk.file].append((chunk.key, (record.dtype, chunk.metadata.sizes)))
-    for name, tensors in wanted.items():
+    for name, tensors in tensors_by_file(manifest.tensors, names).items():
         with open_safetensors(path / name) as file:
             keys = set(file.keys())
             for key, stated in tensors:

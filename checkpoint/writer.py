@@ -5,10 +5,12 @@ the folder its final name. A rank that fails leaves a note of that, which ends t
 """
 
 import contextlib
+import itertools
 import json
+import operator
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -16,13 +18,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..parallel.failpoints import failpoint
-from ..parallel.shard import LocalShard
-from .expert_hashes import SliceHashes, expert_hashes, hash_stored_slices, hash_whole_slices
+from ..parallel.shard import LocalShard, ShardMetadata
+from .expert_hashes import ExpertSums
 from .folder import REPLACED
 from .fsync import sync, sync_folder, write_durably
 from .manifest import MANIFEST, FileRecord, Manifest, write_manifest
 from .safetensors_file import hash_file, write_safetensors
-from .save_plan import SavePlan, file_of_rank
+from .save_plan import SavePlan
+from .tensor_groups import file_of_rank
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +59,17 @@ class SaveJob:
     """Set by another thread to end the writing."""
 
 
-def write_part(job: SaveJob, shards: dict[str, LocalShard]) -> None:
-    """Writes this rank's part of a save. Its tensors must not change meanwhile. Rank 0 gives the checkpoint its final name."""
+Staged = Iterator[tuple[str, LocalShard]]
+"""Consecutive parts of all shards, in the order of the file; see `HostStaging.copy_in_turns`."""
+
+
+def write_part(job: SaveJob, shards: dict[str, LocalShard], staged: Staged | None = None) -> None:
+    """Writes this rank's part of a save. Its tensors must not change meanwhile. Rank 0 gives the checkpoint its final name.
+
+    staged: has the values; the tensors may then be on the meta device.
+    """
     try:
-        _Writer(job).run(shards)
+        _Writer(job, staged).run(shards)
     except BaseException as error:
         if not isinstance(error, Stopped):
             with contextlib.suppress(OSError):
@@ -73,49 +83,57 @@ def error_text(error: BaseException) -> str:
 
 
 class _Writer:
-    def __init__(self, job: SaveJob) -> None:
+    def __init__(self, job: SaveJob, staged: Staged | None) -> None:
         self.job = job
+        self.staged = itertools.groupby(staged, operator.itemgetter(0)) if staged is not None else None
         self.end = monotonic() + job.limit_seconds
 
     def run(self, shards: dict[str, LocalShard]) -> None:
-        job, plan = self.job, self.job.plan
-        note = self._write_shards({name: shards[name] for name in plan.names})
-        if job.world > 1:
-            _write_note(self._note("shard", job.rank), note)
-        if plan.slices or job.rank == 0:
-            notes = self._gather("shard", range(job.world), note)
-            hashes = hash_stored_slices(job.temporary, plan.tensors, plan.slices, self._check)
-            if job.rank == 0:
-                files = {note["file"]: FileRecord(*note["record"]) for note in notes if note["file"]}
-                self._commit(files, [note["slices"] for note in notes] + self._gather("slices", range(plan.hashing_ranks), hashes))
-            else:
-                _write_note(self._note("slices", job.rank), hashes)
+        job = self.job
+        note = self._write_shards({name: shards[name] for name in job.plan.names})
+        if job.rank > 0:
+            _write_note(self._note(job.rank), note)
+        else:
+            self._commit(*self._gather(note))
 
     def _write_shards(self, shards: dict[str, LocalShard]) -> dict[str, Any]:
-        """Writes the file of this rank. Returns the note: its name, size and hash, and the hashes of the expert slices in it."""
+        """Writes the file of this rank. Returns the note: its size and hash, and the sums of the experts' elements in it."""
         if not shards:
-            return {"file": None, "record": None, "slices": {}}
-        job, slices = self.job, SliceHashes()
+            return {"record": None, "experts": {}}
+        job, experts = self.job, ExpertSums()
+        reading = dict[str, ShardMetadata]()
+
+        def read(name: str) -> Iterator["torch.Tensor"]:
+            for metadata, tensor in self._values(name, shards[name]):
+                reading[name] = metadata
+                yield tensor
 
         def on_content(name: str, content: memoryview) -> None:
             failpoint("checkpoint.shard_begun", job.step)
             self._check()
-            if hashes := hash_whole_slices(name, shards[name].metadata, content):
-                slices[name] = hashes
+            experts.add(name, reading[name], content)
 
         path = job.temporary / file_of_rank(job.rank)
-        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content, job.read)
+        record = write_safetensors(path, {name: shard.tensor for name, shard in shards.items()}, on_content, read)
         failpoint("checkpoint.shard_written", job.step)
-        return {"file": path.name, "record": record, "slices": slices}
+        return {"record": record, "experts": experts.sums}
 
-    def _commit(self, files: dict[str, FileRecord], hashes: list[SliceHashes]) -> None:
+    def _values(self, name: str, shard: LocalShard) -> Iterable[LocalShard]:
+        """Returns the values of a shard, in parts."""
+        if self.staged is not None:
+            found, parts = next(self.staged)
+            assert found == name
+            return (part for _, part in parts)
+        return [shard if self.job.read is None else LocalShard(shard.metadata, self.job.read(name))]
+
+    def _commit(self, files: dict[str, FileRecord], experts: dict[str, dict[str, list[str]]]) -> None:
         """Makes the files of all ranks a checkpoint."""
         job = self.job
         failpoint("checkpoint.before_manifest", job.step)
         for note in job.temporary.glob("*.note"):
             note.unlink()
         attachments = self._attach()
-        manifest = Manifest(job.step, job.facts, job.plan.tensors, files, attachments, expert_hashes(hashes))
+        manifest = Manifest(job.step, job.facts, job.plan.tensors, files, attachments, experts)
         write_manifest(job.temporary / MANIFEST, manifest)
         sync_folder(job.temporary)
         failpoint("checkpoint.before_rename", job.step)
@@ -137,24 +155,33 @@ class _Writer:
             sync_folder(inner)
         return records
 
-    def _gather(self, kind: str, ranks: range, mine: Any) -> list[Any]:
-        """Returns the notes of `ranks`, once all are there; `mine` is this rank's."""
-        found = {self.job.rank: mine}
-        pause = 0.002
-        while waiting := [rank for rank in ranks if rank not in found]:
+    def _gather(self, mine: dict[str, Any]) -> tuple[dict[str, FileRecord], dict[str, dict[str, list[str]]]]:
+        """Returns the files and the hashes of experts of all ranks, on rank 0, once the notes of all are there."""
+        files: dict[str, FileRecord] = {}
+        experts, waiting, pause = ExpertSums(), set(range(1, self.job.world)), 0.002
+
+        def take(rank: int, note: dict[str, Any]) -> None:
+            if note["record"]:
+                files[file_of_rank(rank)] = FileRecord(*note["record"])
+            experts.merge(note["experts"])
+
+        take(0, mine)
+        while waiting:
             names = {path.name for path in self.job.temporary.iterdir()}
-            arrived = [rank for rank in waiting if self._note(kind, rank).name in names]
-            found |= {rank: json.loads(self._note(kind, rank).read_bytes()) for rank in arrived}
-            if len(arrived) < len(waiting):
+            arrived = [rank for rank in waiting if self._note(rank).name in names]
+            for rank in arrived:
+                take(rank, json.loads(self._note(rank).read_bytes()))
+            waiting.difference_update(arrived)
+            if waiting:
                 if any(name.startswith("failed_") for name in names):
                     raise Stopped("another rank failed")
                 self._check()
                 self.job.stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
-        return [found[rank] for rank in ranks]
+        return dict(sorted(files.items())), experts.hashes()
 
-    def _note(self, kind: str, rank: int) -> Path:
-        return self.job.temporary / f"{kind}_{rank:05d}.note"
+    def _note(self, rank: int) -> Path:
+        return self.job.temporary / f"shard_{rank:05d}.note"
 
     def _check(self) -> None:
         """Raises Stopped or TimeoutError if this save cannot become a checkpoint any more."""

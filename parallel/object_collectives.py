@@ -1,12 +1,20 @@
 """Collectives of small Python objects. Every function is collective over the default process group, if there is one."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
+
+from .collectives import all_gather
 
 Result = TypeVar("Result")
+SUMMARY_BYTES = 24
+"""Of a value that `distinct_from_all` compares: its xxh3-128 and its length."""
+MESSAGE_BYTES = 1 << 24
+"""Most bytes of one message of `distinct_from_all`."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -18,8 +26,7 @@ def any_rank(*flags: bool) -> list[bool]:
     """Returns for each flag whether any rank has set it, in one small all-reduce."""
     if not dist.is_initialized():
         return list(flags)
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    values = torch.tensor(flags, dtype=torch.int32, device=device)
+    values = torch.tensor(flags, dtype=torch.int32, device=_device())
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
 
@@ -49,25 +56,35 @@ def from_first(read: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def through_first(mine: Any, decide: Callable[[list[Any]], list[Any]]) -> Any:
-    """Gathers `mine` on rank 0, where `decide` returns an answer for each rank. Its errors are raised on every rank."""
+def distinct_from_all(mine: bytes) -> tuple[list[bytes], list[int]]:
+    """Returns the distinct values of all ranks, in the order of the first ranks that hold them, and which one each rank holds.
+
+    24 bytes a rank travel, and each distinct value once, in messages of at most `MESSAGE_BYTES`.
+    """
     if not dist.is_initialized():
-        return decide([mine])[0]
+        return [mine], [0]
     rank, world = dist.get_rank(), dist.get_world_size()
-    gathered: list[Any] | None = [None] * world if rank == 0 else None
-    dist.gather_object(mine, gathered, dst=0)
-    answers: list[Any] = [None] * world
-    if gathered is not None:
-        try:
-            answers = [(None, answer) for answer in decide(gathered)]
-        except (OSError, ValueError) as error:
-            answers = [(error, None)] * world
-    answer: list[Any] = [None]
-    dist.scatter_object_list(answer, answers if rank == 0 else None, src=0)
-    failure, value = answer[0]
-    if failure is not None:
-        raise failure
-    return value
+    summary = torch.frombuffer(bytearray(xxhash.xxh3_128_digest(mine) + len(mine).to_bytes(8, "little")), dtype=torch.uint8)
+    summaries = torch.empty(world * SUMMARY_BYTES, dtype=torch.uint8, device=_device())
+    all_gather(summaries, summary.to(_device()))
+    found = [bytes(row) for row in summaries.cpu().view(world, SUMMARY_BYTES).numpy()]
+    number: dict[bytes, int] = {}
+    held = [number.setdefault(one, len(number)) for one in found]
+    ends = list(itertools.accumulate(int.from_bytes(one[16:], "little") for one in number))
+    joined = torch.zeros(ends[-1], dtype=torch.uint8)
+    if held.index(held[rank]) == rank and mine:  # the others add zeros
+        joined[ends[held[rank]] - len(mine) : ends[held[rank]]] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    for part in joined.split(MESSAGE_BYTES):
+        message = part.to(_device())
+        dist.all_reduce(message)
+        part.copy_(message)
+    content = joined.numpy().tobytes()
+    return [content[begin:end] for begin, end in itertools.pairwise([0, *ends])], held
+
+
+def _device() -> torch.device:
+    """Returns where the default group's messages must be."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def on_each_rank(work: Callable[[], Result], failed: str) -> Result:

@@ -3,16 +3,21 @@
 On a CPU work is done when a call returns, and so is every event. What happens depends on the device that a tensor is really on,
 also in a dry run (moe/device.py): the simulated GPU of plan/stand_in.py has copies, but neither streams nor events.
 
-Pinned memory comes from torch's cache, which reuses a block only after its tensor is freed and the copies that read or wrote it are
-done. So nothing overwrites memory that can still be read.
+Pinned memory comes from torch's cache (but for `host_buffer`), which reuses a block only after its tensor is freed and the copies
+that read or wrote it are done. So nothing overwrites memory that can still be read.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for all CUDA contexts."""
 
 
 def enter_thread(device: torch.device) -> None:
@@ -96,6 +101,21 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 def host_memory(x: Tensor) -> Tensor:
     """Allocates host memory for a copy of `x`; pinned if `x` is on a GPU."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu")
+
+
+def host_buffer(size: int, device: torch.device) -> Tensor:
+    """Allocates `size` bytes of host memory for copies of tensors on `device`; pinned for a GPU, until the buffer is freed.
+
+    Torch's cache of pinned memory rounds to powers of two, up to twice the size. So this memory is registered with CUDA instead, as
+    torch.distributed.checkpoint does. Whoever holds the buffer waits for copies before it is freed. Raises RuntimeError.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda" and size:
+        cudart, address = cast(Any, torch.cuda.cudart()), buffer.data_ptr()
+        if failed := int(cudart.cudaHostRegister(address, size, PORTABLE)):
+            raise RuntimeError(f"CUDA cannot pin {size:,} bytes of host memory for a checkpoint: error {failed}")
+        weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, address)
+    return buffer
 
 
 def copy_to_host(x: Tensor, memory: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 # Where modules are that tests import, as sameness.py, their_weights.py, cuda_double.py, cluster_schema.py; ranks inherit the path.
-FOLDERS = (".", "distributed", "moe", "parallel", "launch", "faults", "report", "cuda_lane", "interop", "plan")
+FOLDERS = ("checkpoint", ".", "distributed", "moe", "parallel", "launch", "faults", "report", "cuda_lane", "interop", "plan")
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads this when it is imported
 sys.path += [str(Path(__file__).parent / folder) for folder in FOLDERS]
 

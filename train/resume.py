@@ -99,7 +99,7 @@ def as_checkpoint(path: Path) -> Path:
 
 def resume(session: Session, path: Path) -> None:
     """Restores the state of a verified checkpoint of any layout; on the same layout bit for bit. Collective."""
-    manifest = read_manifest(path)
+    manifest = from_first(lambda: read_manifest(path))
     facts = manifest.facts
     refuse_another_run(session.config, facts, path)
     refuse_other_data(session, facts, path)

@@ -164,7 +164,8 @@ def build_saver(config: CheckpointConfig, folder: Path) -> Saver:
         retention.written(path)
         retention.prune(checkpoints)
 
-    return Saver(checkpoints, config.timeout_seconds, tidy)
+    staging = None if config.staging_gb is None else int(config.staging_gb * 1e9)
+    return Saver(checkpoints, config.timeout_seconds, tidy, staging)
 
 
 def tokenizing_ranks(config: Config, device: torch.device) -> TokenizingRanks:

@@ -25,8 +25,8 @@ def held(value: float = 1.0, size: int = 64) -> dict[str, LocalShard]:
 
 def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    plan = saver_module.make_save_plans
-    monkeypatch.setattr(saver_module, "make_save_plans", lambda shards: made.append(1) or plan(shards))
+    plan = saver_module.make_save_plan
+    monkeypatch.setattr(saver_module, "make_save_plan", lambda *told: made.append(1) or plan(*told))
     saver = Saver(tmp_path)
     for step, size, times in ((1, 64, 1), (2, 64, 1), (3, 32, 2), (4, 32, 2)):
         assert saver.start(step, held(step, size), {}) is None
@@ -39,7 +39,7 @@ def test_the_plan_is_made_once_while_the_layout_stays(tmp_path: Path, monkeypatc
 
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     copy = HostStaging._copy_tensor
-    monkeypatch.setattr(HostStaging, "_copy_tensor", lambda self, name, tensor: time.sleep(0.3) or copy(self, name, tensor))
+    monkeypatch.setattr(HostStaging, "_copy_tensor", lambda *call: time.sleep(0.3) or copy(*call))
 
 
 def test_an_update_waits_for_the_copies_and_is_not_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_what_was_made_for_the_save_is_gone_when_it_is_copied(tmp_path: Path, mo
     """As DeepSpeed's moments, which are gathered on the device for it."""
     gathered, begun, gone = torch.zeros(4), Event(), []
     made, saver = weakref.ref(gathered), Saver(tmp_path)
-    monkeypatch.setattr(saver_module, "write_part", lambda job, held: (begun.wait(10), gone.append(made() is None)))
+    monkeypatch.setattr(saver_module, "write_part", lambda job, held, staged: (begun.wait(10), gone.append(made() is None)))
     saver.start(1, {"model.x": LocalShard(whole((4,)), gathered)}, {})
     del gathered
     begun.set()

@@ -1,60 +1,18 @@
 """A checkpoint written on one layout opens on any other, bit for bit, and each rectangle is written once."""
 
-import json
-import math
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_layouts import LAYOUTS, SHAPES, global_tensors, shard_of
 from safetensors.torch import load_file
+from tokenyard.checkpoint.manifest import read_manifest
 from tokenyard.checkpoint.store import load_checkpoint, read_facts, read_whole, save_checkpoint
-from tokenyard.parallel.shard import LocalShard, ShardMetadata, whole
+from tokenyard.parallel.shard import LocalShard, whole
 
-SHAPES = {
-    "model.embedding": ((13, 6), torch.float32),
-    "model.layers.0.moe.experts.down": ((5, 7, 4), torch.bfloat16),
-    "model.norm": ((3,), torch.float32),
-    "optimizer.model.embedding.exp_avg": ((13, 6), torch.float64),
-    "optimizer.step": ((), torch.float32),
-    "data.counts": ((11,), torch.int64),
-    "data.seen": ((9,), torch.bool),
-    "model.nothing": ((0, 4), torch.float32),
-}
-LAYOUTS = ["grid", "shard", "columns", "replicate", "hybrid"]
 FACTS = {"config": {"lr": 0.1, "names": ["a"]}, "rate": 1e-300, "nothing": None}
-
-
-def global_tensors():
-    """Random bits, so not-a-numbers and subnormals are among them."""
-    generator = torch.Generator().manual_seed(5)
-    tensors = {}
-    for name, (shape, dtype) in SHAPES.items():
-        high = 2 if dtype == torch.bool else 256
-        bits = torch.randint(high, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
-        tensors[name] = bits.view(dtype).reshape(shape)
-    return tensors
-
-
-def shard_of(layout: str, shape: tuple[int, ...], rank: int, world: int) -> ShardMetadata:
-    """What `rank` of `world` holds of a tensor; shards of dimension 0 are uneven and the last ones may be empty, as in FSDP."""
-    ways = [1] * len(shape)
-    if layout == "grid" and len(shape) > 1:
-        ways[0], ways[1] = max(world // 2, 1), min(world, 2)
-    elif layout == "columns" and shape:
-        ways[-1] = world
-    elif layout == "hybrid" and shape:
-        ways[0] = max(world // 2, 1)
-    elif layout in ("shard", "grid") and shape:
-        ways[0] = world
-    offsets, sizes = [], []
-    for extent, way in zip(shape, ways, strict=True):
-        rank, index = divmod(rank, way)
-        step = -(-extent // way)
-        offsets.append(min(index * step, extent))
-        sizes.append(min(step, extent - offsets[-1]))
-    return ShardMetadata(shape, tuple(offsets), tuple(sizes))
 
 
 def held_by(layout: str, rank: int, world: int, fill: bool) -> dict[str, LocalShard]:
@@ -109,15 +67,16 @@ def test_one_process_to_many(ranks, tmp_path):
 
 def assert_tiled(path):
     """Each element of each tensor is in one chunk; the files have these bytes and their headers, nothing else."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name, record in manifest["tensors"].items():
-        count = torch.zeros(record["shape"])
-        for chunk in record["chunks"]:
-            ShardMetadata(tuple(record["shape"]), tuple(chunk["offsets"]), tuple(chunk["sizes"])).cut(count).add_(1)
+    manifest = read_manifest(path)
+    for name, record in manifest.tensors.items():
+        count = torch.zeros(record.shape)
+        for chunk in record.chunks:
+            assert chunk.metadata.shape == record.shape and chunk.key == name
+            chunk.metadata.cut(count).add_(1)
         assert (count == 1).all(), name
-    assert set(manifest["tensors"]) == set(SHAPES)
-    assert {entry.name for entry in path.iterdir()} == {*manifest["files"], "manifest.json"}
-    stored = sum(tensor.nbytes for file in manifest["files"] for tensor in load_file(path / file).values())
+    assert set(manifest.tensors) == set(SHAPES)
+    assert {entry.name for entry in path.iterdir()} == {*manifest.files, "manifest.json"}
+    stored = sum(tensor.nbytes for file in manifest.files for tensor in load_file(path / file).values())
     assert stored == sum(tensor.nbytes for tensor in global_tensors().values())
 
 

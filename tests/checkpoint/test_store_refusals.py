@@ -76,15 +76,21 @@ def move_outside(content):
 
 
 def point_outside(content):
-    content["tensors"]["one"]["chunks"][0]["file"] = "/etc/passwd"
+    group(content, "one")["files"] = ["/etc/passwd"]
 
 
 def lose_half(content):
-    content["tensors"]["one"]["chunks"][0]["sizes"] = [32]
+    group(content, "one")["cuts"] = [[0, 32]]
 
 
 def lose_chunks(content):
-    content["tensors"]["one"]["chunks"] = []
+    one = group(content, "one")
+    del one["cuts"]
+    one["rectangles"] = []
+
+
+def group(content, name):
+    return next(one for one in content["tensors"] if name in one["names"])
 
 
 DAMAGES = {
@@ -94,17 +100,17 @@ DAMAGES = {
     "no manifest": (remove_manifest, r"step_00000007 is no checkpoint: it has no manifest\.json"),
     "no JSON": (cut_manifest, r"manifest\.json is no readable JSON"),
     "file outside": (edit(move_outside), r"'\.\./shard_00000\.safetensors' must be a plain name"),
-    "file outside, absolute": (edit(point_outside), "'/etc/passwd' must be a plain name"),
+    "file outside, absolute": (edit(point_outside), "files = '/etc/passwd' must be a file's number"),
     "file not listed": (edit(lambda content: content["files"].clear()), "must be listed under files"),
     "other format": (edit(lambda content: content.update(format="x")), "not the manifest of a tokenyard checkpoint"),
-    "other version": (edit(lambda content: content.update(version=2)), "version = 2 cannot be read: it must be 1"),
+    "other version": (edit(lambda content: content.update(version=3)), "version = 3 cannot be read: it must be 2 or 1"),
     "no tensors": (edit(lambda content: content.pop("tensors")), "is damaged: KeyError: 'tensors'"),
     "a list": (lambda path: (path / "manifest.json").write_text("[]"), "not the manifest of a tokenyard checkpoint"),
     "edited by hand": (edit(lambda content: content["facts"].update(seed=2), hashed=False), "damaged or changed by hand"),
-    "unknown dtype": (edit(lambda content: content["tensors"]["one"].update(dtype="F33")), "dtype = 'F33' must be one of F64"),
+    "unknown dtype": (edit(lambda content: group(content, "one").update(dtype="F33")), "dtype = 'F33' must be one of F64"),
     "wrong chunk": (edit(lose_half), "'one' is incomplete"),
     "no chunk": (edit(lose_chunks), "'one' is incomplete"),
-    "other dtype than the file": (edit(lambda content: content["tensors"]["two"].update(dtype="I32")), "two.*is int32"),
+    "other dtype than the file": (edit(lambda content: group(content, "two").update(dtype="I32")), "two.*is int32"),
 }
 
 
@@ -120,10 +126,11 @@ def test_hashes_are_optional_but_sizes_and_headers_are_not(path):
     load_checkpoint(path, held(one=torch.zeros(64), two=torch.zeros(2, 3)), verify=False)
     with pytest.raises(ValueError, match="is damaged: its hash"):
         read_whole(path, "")
-    edit(lambda content: content["tensors"]["two"]["chunks"][0].update(key="one"))(path)
-    refuse(path, "does not hold 'one' as", verify=False)
+    edit(lambda content: group(content, "two").update(dtype="I32"))(path)
+    wanted = held(one=torch.zeros(64), two=torch.zeros(2, 3, dtype=torch.int32))
+    refuse(path, "does not hold 'two' as", wanted, verify=False)
     truncate(path)
-    refuse(path, "is damaged: it has", verify=False)
+    refuse(path, "is damaged: it has", wanted, verify=False)
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,9 @@ def lie_about_sizes(path: Path, sentinel: Path) -> None:
     """A tensor of 4 TB in a file of some kB."""
 
     def change(content):
-        name = next(name for name in content["tensors"] if name.startswith("model."))
-        chunk = content["tensors"][name]["chunks"][0]
-        content["tensors"][name]["shape"] = chunk["sizes"] = [1 << 40] + [1] * (len(chunk["sizes"]) - 1)
+        group = next(one for one in content["tensors"] if one["names"][0].startswith("model."))
+        group["shape"] = [1 << 40] + [1] * (len(group["shape"]) - 1)
+        group["cuts"] = [[0, size] for size in group["shape"]]
 
     restated(path, change)
 

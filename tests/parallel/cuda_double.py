@@ -4,6 +4,7 @@ the work that a stream was given only when somebody waits for it. So who waits f
 As in CUDA the current device belongs to a thread and is 0 in a new one, and a copy goes to its device's current stream.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,6 +146,18 @@ class CudaDouble:
         """What a thread did: pairs of the call and the stream's name or the device."""
         return [(call.what, where_of(call.where)) for call in self.calls if call.thread == thread]
 
+    def cudart(self) -> "CudaDouble":
+        return self
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.pinned.append(address)
+        ctypes.memset(address, 0xFF, size)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
     def tensor(self, values: Tensor, device: int) -> OnCuda:
         x = values.clone().as_subclass(OnCuda)
         x.double, x.index = self, device
@@ -194,7 +207,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> CudaDouble:
     """Replaces torch.cuda, pinned memory and copies to a device by a double, until the test ends."""
     double = CudaDouble()
     empty, move = torch.empty, Tensor.to
-    for name in ("is_initialized", "current_device", "set_device", "current_stream", "Stream", "Event", "stream"):
+    for name in ("is_initialized", "current_device", "set_device", "current_stream", "Stream", "Event", "stream", "cudart"):
         monkeypatch.setattr(torch.cuda, name, getattr(double, name))
 
     def pinned_empty(*args: Any, pin_memory: bool = False, device: Any = None, **kwargs: Any) -> Tensor:

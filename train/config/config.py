@@ -222,6 +222,9 @@ class CheckpointConfig:
     """auto: resume from the newest undamaged checkpoint of the run folder, if any; never; or the path of a checkpoint."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in host memory; false waits until the checkpoint is durable."""
+    staging_gb: float | None = field(default=None, metadata=within("[0.001, inf)"))
+    """Host memory (GB; pinned on a GPU) that each rank's asynchronous saves copy into; null: as much as its shards take. With less,
+    a save copies and writes in turns, and the next update waits for the last copy."""
     on_failure: OnFailure = OnFailure["continue"]
     """If a checkpoint cannot be written: continue: report it and go on; stop: end the run with exit code 74."""
     timeout_seconds: float = field(default=1800.0, metadata=within("(0, inf)"))
