@@ -53,6 +53,9 @@ class LaunchConfig:
     """Ranks that the launcher starts on each host."""
     max_restarts: int = field(default=0, metadata=within("[0, inf)"))
     """How often torch's elastic launcher restarts the ranks after one failed."""
+    min_nodes: int | None = field(default=None, metadata=within("[1, inf)"))
+    """launch=torchrun with launch.rendezvous: after hosts were lost the run goes on with as few as this many, at the same global
+    batch, and with all again when they are back; null: launch.nodes."""
     rendezvous: str | None = None
     """torchrun and deepspeed on several hosts: HOST:PORT where the ranks meet; HOST is one of the hosts. null: MASTER_ADDR,
     MASTER_PORT and NODE_RANK from the environment (torchrun) or the first of launch.hosts (deepspeed)."""
