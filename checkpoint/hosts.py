@@ -78,14 +78,15 @@ class Ring:
     def __init__(self, hosts: Hosts, limit_seconds: float) -> None:
         """Collective. `hosts` are not alone."""
         self.after, self.before = hosts.neighbours()
+        # torch names the group of a pair by its ranks and by how many groups a rank has made. So all ranks make one in each round,
+        # some of themselves alone: the edges of the ring take turns, and the last edge of an odd ring has a round of its own.
         order = list(dict.fromkeys(hosts.names))
-        # Each pair makes its group by itself. Hosts in even places begin with the next host and the others with the one before,
-        # so that in a ring of any length some pair can always go on.
-        pairs = [self.after, self.before] if order.index(hosts.name) % 2 == 0 else [self.before, self.after]
+        own, hosts_count = order.index(hosts.name), len(order)
         groups = {}
-        for other in dict.fromkeys(pairs):
-            ranks, limit = sorted((hosts.rank, other)), timedelta(seconds=limit_seconds)
-            groups[other] = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
+        for turn in range(1 if hosts_count == 2 else 2 + hosts_count % 2):
+            ends = {_turn(own, hosts_count): self.after, _turn((own - 1) % hosts_count, hosts_count): self.before}
+            ranks, limit = sorted({hosts.rank, ends.get(turn, hosts.rank)}), timedelta(seconds=limit_seconds)
+            groups[ends.get(turn)] = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
         self._to, self._from = groups[self.after], groups[self.before]
 
     def swap(self, mine: list[Path], theirs: list[Path]) -> bool:
@@ -137,6 +138,11 @@ class Ring:
         for work in works:
             if work is not None:
                 work.wait()
+
+
+def _turn(edge: int, hosts: int) -> int:
+    """Returns the round in which the edge from host `edge` to the next one is made."""
+    return 0 if hosts == 2 else 2 if hosts % 2 and edge == hosts - 1 else edge % 2
 
 
 def _chunks_of(path: Path) -> Iterator[torch.Tensor]:
