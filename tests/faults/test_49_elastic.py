@@ -1,4 +1,4 @@
-"""Fault 49: hosts are lost and come back; the run goes on with those that are there, at the same global batch, on the same curve."""
+"""Fault 49: hosts are lost and come back; the run goes on with those that are there, at the same global batch, on one curve."""
 
 import contextlib
 import os

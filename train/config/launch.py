@@ -24,6 +24,8 @@ class SlurmConfig:
     """Time limit of the job, HH:MM:SS or DAYS-HH:MM:SS; shortly before it the run is saved and the job requeued."""
     warning: int = field(default=300, metadata=within("[1, 65535]"))
     """Seconds before the limit at which the ranks save and stop and the job is requeued."""
+    spares: int = field(default=0, metadata=within("[0, inf)"))
+    """Hosts to request beyond launch.nodes: those that fail a check are left out, and one that fails later is replaced."""
     lines: list[str] = field(default_factory=list)
     """Further options of sbatch, such as ["--constraint=h100"]."""
 

@@ -17,6 +17,7 @@ DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
 IMAGE = r"[\w./:@+-]+"
 
 OPTIONS_FROM_SETTINGS = {
+    "--no-kill": "launch.slurm.spares",
     "--nodes": "launch.nodes",
     "-N": "launch.nodes",
     "--ntasks": "launch.nodes",
