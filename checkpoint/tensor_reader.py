@@ -76,10 +76,10 @@ def copy_overlap(file: Any, chunk: ChunkRecord, shard: LocalShard) -> None:
     metadata, tensor = shard
     common = overlap(chunk.metadata, metadata)
     assert common is not None
-    _within(metadata, common).cut(tensor.detach()).copy_(read_rectangle(file, chunk.key, _within(chunk.metadata, common)))
+    within(metadata, common).cut(tensor.detach()).copy_(read_rectangle(file, chunk.key, within(chunk.metadata, common)))
 
 
-def _within(outer: ShardMetadata, inner: ShardMetadata) -> ShardMetadata:
+def within(outer: ShardMetadata, inner: ShardMetadata) -> ShardMetadata:
     """Returns `inner` as a rectangle of the tensor that `outer` is stored as."""
     return ShardMetadata(outer.sizes, tuple(a - b for a, b in zip(inner.offsets, outer.offsets, strict=True)), inner.sizes)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..train.config.compose import Arguments, check_arguments, one_line_errors, parse_arguments
 from ..train.config.config import Config, ConfigError
+from ..train.config.elastic import check_host_counts
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
 from ..train.config.overrides import Groups, parse_override, split_override
@@ -32,6 +33,7 @@ def train_command(argv: list[str]) -> int:
         config, _ = compose_run(arguments)
         started = config.launch.kind is not Launcher.inline
         check_config(config, config.launch.nodes * config.launch.ranks if started else world_size())
+        check_host_counts(config)
         return start(config, arguments, argv)
     except ConfigError as error:
         return refuse(error)

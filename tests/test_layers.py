@@ -47,7 +47,7 @@ SPINE = (
         "optimizer",
     ),
     *("loss", "batch", "exit", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
-    *("logging", "resume", "initial_weights", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
+    *("logging", "resume", "local_saves", "initial_weights", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
 )
 """The folders and modules of train/ from the ground up: each may import those before it."""
 ONE_FILE_EACH = ("deepspeed", "wandb", "tensorboard", "trackio", "datasets", "transformers")

@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.folder import checkpoints_in
 from ..checkpoint.retention import LOSS
 from ..checkpoint.saver import Outcome
+from ..parallel.shard import LocalShard
 from .config.config import OnFailure
 from .exit import ExitCode, RunStop
 from .session import Session
@@ -74,14 +75,19 @@ def write_checkpoint(session: Session, asynchronous: bool) -> Outcome | None:
 
     Raises RunStop, without a save, if a weight or a moment is not finite.
     """
+    state = finite_state(session) | random_state()
+    saver, attach = session.saver, lambda path: session.data.tokenizer.save(path / "tokenizer")
+    outcome = saver.start(session.step, state, facts_of(session), attach, asynchronous)
+    return outcome or (None if asynchronous else saver.wait())
+
+
+def finite_state(session: Session) -> dict[str, LocalShard]:
+    """Returns weights and moments to save. Collective. Raises RunStop if one of them is not finite."""
     held = session.engine.state_to_save()
     if bad := bad_state(session.parallel, held):
         text = f"{', '.join(bad)}: not finite after the update, so no checkpoint is written; the newest is {session.checkpoint}"
         raise RunStop(text, ExitCode.not_finite, saves=False)
-    state = held | random_state()
-    saver, attach = session.saver, lambda path: session.data.tokenizer.save(path / "tokenizer")
-    outcome = saver.start(session.step, state, facts_of(session), attach, asynchronous)
-    return outcome or (None if asynchronous else saver.wait())
+    return held
 
 
 def facts_of(session: Session) -> dict[str, Any]:

@@ -4,9 +4,10 @@ import os
 import sys
 import time
 
-from .config.complain import BAD_USAGE, complain
+from .config.complain import BAD_USAGE, complain, say
 from .config.compose import parse_arguments
 from .config.config import Config, ConfigError
+from .config.elastic import fit_to_ranks
 from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
 from .preflight import check_config
@@ -27,7 +28,10 @@ def run_rank(argv: list[str]) -> int:
         if arguments.multirun:
             raise ConfigError("--multirun: a rank runs one configuration; nearest valid: tokenyard train -m ...")
         config, _ = compose_run(arguments)
+        fitted = fit_to_ranks(config, world_size())
         check_config(config, world_size())
+        if fitted is not None and os.environ.get("RANK", "0") == "0":
+            say(fitted)
     except ConfigError as error:
         return refuse(error)
     return run_here(config)

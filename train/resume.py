@@ -1,7 +1,9 @@
 """Resumes a run: chooses a checkpoint, checks that it belongs to the same run, and restores the state."""
 
 import logging
+from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from ..checkpoint.manifest import DamagedCheckpoint, read_manifest
 from ..checkpoint.store import checkpoint_at, load_checkpoint, newest_verified
 from ..parallel.object_collectives import from_first
 from ..parallel.process_group import is_first
+from ..parallel.shard import LocalShard
 from .config.config import Config, ConfigError
 from .config.private_files import write_private, writing_to
 from .config.schema import written
@@ -100,18 +103,29 @@ def as_checkpoint(path: Path) -> Path:
 def resume(session: Session, path: Path) -> None:
     """Restores the state of a verified checkpoint of any layout; on the same layout bit for bit. Collective."""
     manifest = from_first(lambda: read_manifest(path))
-    facts = manifest.facts
+    load = partial(load_checkpoint, path, verify=False, optional="random.")
+    generators = {name.split(".")[1] for name in manifest.tensors if name.startswith("random.")}
+    restore(session, manifest.facts, generators, load, path)
+    session.checkpoint = path
+
+
+def restore(
+    session: Session, facts: dict[str, Any], generators: set[str], load: Callable[[dict[str, LocalShard]], object], path: Path
+) -> None:
+    """Restores the state that `load` fills into the tensors in use. `generators`: kinds of random states in it. Collective.
+
+    `path` is where it comes from, for messages.
+    """
     refuse_another_run(session.config, facts, path)
     refuse_other_data(session, facts, path)
     session.saver.wait_for_copies()
-    held = session.engine.state_to_load()
-    random = {name: one for name, one in random_state().items() if name in manifest.tensors}
-    random = random if facts["ranks"] == session.parallel.mesh.world else {}
-    load_checkpoint(path, held | random, verify=False, optional="random.")
+    held, same_ranks = session.engine.state_to_load(), facts["ranks"] == session.parallel.mesh.world
+    random = {name: one for name, one in random_state().items() if same_ranks and name.split(".")[1] in generators}
+    load(held | random)
     restore_random(random)
     session.extra = facts.get("extra", {})
     session.engine.restore(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
-    session.step, session.tokens, session.checkpoint = facts["step"], facts["tokens"], path
+    session.step, session.tokens = facts["step"], facts["tokens"]
     data_state = {"rows": [], "since": [], "ended": [], "sources": [], **(facts.get("data_state") or {})}
     session.data.train.restore({**data_state, "step": session.step})
     session.data.validation.restore(data_state)

@@ -28,6 +28,7 @@ from .fault_tolerance.signals import handling_signals
 from .fault_tolerance.supervisor import Supervisor, build_supervisor
 from .fault_tolerance.watchdog import hang_guard
 from .load import sample_of
+from .local_saves import save_locally
 from .logging.expert_stats.collector import ExpertStats
 from .logging.run_logger import NullLogger, RunLogger, build_run_logger, set_up_logging
 from .logging.step_log import StepLog, Stopwatch
@@ -126,8 +127,12 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
                 run_logger.log_checkpoint(outcome)
             if due.save or flags.save:
                 save_checkpoint(session, run_logger, supervisor, durable=flags.save > 0)
+            if due.save_locally and session.step < config.steps:
+                save_to_host(session, run_logger, supervisor)
         supervisor.handle_flags(flags)
     save_checkpoint(session, run_logger, supervisor, durable=True)
+    if session.local is not None:
+        session.local.remove()
     return evaluation
 
 
@@ -207,12 +212,26 @@ def save_checkpoint(session: Session, run_logger: RunLogger, supervisor: Supervi
     supervisor.grant_save()
 
 
+@in_phase("local save")
+def save_to_host(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> None:
+    """Starts a save of this step to the host's folder, and logs how the one before ended; a failure ends no run. Collective."""
+    with run_logger.timed("checkpoint"):
+        session.extra = {"guard": supervisor.guard.state()}
+        outcome = save_locally(session)
+    if outcome is not None:
+        run_logger.log_event("local_checkpoint" if outcome.error is None else "local_failed", **outcome._asdict())
+        if outcome.error is not None:
+            run_logger.alert("local_failed", f"step {outcome.step}: the save to the hosts was NOT written: {outcome.error}")
+
+
 def end_early(stop: DataStop | RunStop, session: Session, run_logger: RunLogger, supervisor: Supervisor) -> int:
     """Ends before the last step, with a checkpoint if the state is sound. Returns the exit code."""
     code, why = report_stop(stop, session.step), str(stop)
     try:
         if not isinstance(stop, RunStop) or stop.saves:
             save_checkpoint(session, run_logger, supervisor, durable=True)
+            if session.local is not None:
+                session.local.remove()
     except RunStop as unsound:  # weights that are not finite, or replicas that differ
         code, why = report_stop(unsound, session.step), f"{why}; {unsound}"
     else:
@@ -229,6 +248,7 @@ class Due(NamedTuple):
 
     validate: bool
     save: bool
+    save_locally: bool
     log: bool
 
 
@@ -239,7 +259,9 @@ def due_after(step: int, config: Config, expert_stats: ExpertStats) -> Due:
         return step == config.steps or (bool(every) and step % every == 0)
 
     validates, saves = due(config.evaluate.every), due(config.checkpoint.every)
-    return Due(validates, saves, due(config.log.every) or validates or saves or expert_stats.due(step))
+    local = config.checkpoint.local
+    locally = local.folder is not None and step % local.every == 0
+    return Due(validates, saves, locally, due(config.log.every) or validates or saves or expert_stats.due(step))
 
 
 def complain_once(error: Exception, code: int = ExitCode.bad_configuration) -> int:

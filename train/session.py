@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.local_tier import LocalTier
 from ..checkpoint.saver import Saver
 from ..data.build import DataPipeline
 from ..parallel.apply import Parallel
@@ -28,6 +29,8 @@ class Session:
     parallel: Parallel
     engine: Engine
     saver: Saver
+    local: LocalTier | None = None
+    """The node-local tier of checkpoints; None without checkpoint.local.folder."""
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0

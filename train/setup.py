@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.folder import remove_leftovers
+from ..checkpoint.folder import remove_leftovers, step_of
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
@@ -30,6 +30,7 @@ from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
 from .exit import remove_notes
 from .initial_weights import load_initial
+from .local_saves import find_newer, open_local_tier, resume_locally
 from .optimizer import build_optimizer
 from .resume import announce, find_resume, keep_timeline, resume
 from .run_folder import RunLock, lock_run
@@ -41,9 +42,13 @@ def open_session(config: Config, device: torch.device) -> Session:
     """Returns the session of a run, ready for its next step. Collective. Raises ValueError, one line, for what cannot run."""
     folder, lock = agree_on_folder(config)
     found = find_resume(config, folder)
+    tier = open_local_tier(config, folder)
+    newer = find_newer(tier, folder, step_of(found) if found is not None else 0)
     ranks = tokenizing_ranks(config, device)
     saved = None
-    if found is not None and config.precision is Precision.auto:
+    if newer is not None and config.precision is Precision.auto:
+        saved = newer.facts["config"].get("precision")
+    elif found is not None and config.precision is Precision.auto:
         saved = from_first(lambda: read_facts(found)["config"].get("precision"))
     precision_from = derive(config, device, saved)
     if saved is not None:
@@ -55,26 +60,34 @@ def open_session(config: Config, device: torch.device) -> Session:
     if (pieces := data.tokenizer.size) > config.model.vocabulary:
         rule = f"is smaller than the tokenizer, which has {pieces} pieces"
         raise ConfigError.of("model.vocabulary", config.model.vocabulary, rule, f"model.vocabulary={rows_for(pieces)}")
-    parallel, start = build_model(config, device, found, folder)
+    parallel, start = build_model(config, device, found is not None or newer is not None, folder)
     saver = build_saver(config.checkpoint, folder)
     engine = build_engine(config, parallel)
-    session = Session(config, folder, device, data, parallel, engine, saver, precision_from=precision_from, start=start, lock=lock)
+    session = Session(
+        config, folder, device, data, parallel, engine, saver, tier, precision_from=precision_from, start=start, lock=lock
+    )
     session.engine.optimizer.register_step_pre_hook(saver.wait_for_copies)
-    if found is not None:
+    if newer is not None:
+        session.checkpoint = found
+        resume_locally(session, newer)
+    elif found is not None:
         resume(session, found)
+    if tier is not None:
+        session.engine.optimizer.register_step_pre_hook(tier.wait_for_copies)
+        tier.clear(but=session.step if newer is not None else None)
     keep_timeline(session)
     return session
 
 
-def build_model(config: Config, device: torch.device, found: Path | None, folder: Path) -> tuple[Parallel, str]:
+def build_model(config: Config, device: torch.device, resumes: bool, folder: Path) -> tuple[Parallel, str]:
     """Returns the model, spread over the ranks, and where its weights are from, in words. Collective.
 
-    They are those of checkpoint.init, or initial ones. If the run resumes, they are uninitialised until `resume` reads all of them.
+    They are those of checkpoint.init, or initial ones. If the run `resumes`, they are uninitialised until all of them are read.
     """
-    if found is None and config.checkpoint.init is None:
+    if not resumes and config.checkpoint.init is None:
         return build_parallel(config, device), "new run"
     parallel = spread_model(config, device)
-    if found is not None:
+    if resumes:
         return parallel, "resumed"
     read = load_initial(parallel, config, folder)
     said = f"new run from the weights of {read.path}{read.note and f'; {read.note}'}"

@@ -31,7 +31,16 @@ def batch_script(config: Config, arguments: Arguments, python: str) -> str:
     own = ["launch=torchrun", f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
     ranks = shell_command([python, "-m", "tokenyard", "train"], [*cluster_arguments(config, arguments), *own])
     logs = shlex.quote(str(_folder(config) / "%j-%N.log"))
-    return BATCH.format(head=head, warning=c.slurm.warning, cores=c.cores, logs=logs, ranks=ranks)
+    ranks = RANKS.format(logs=logs, ranks=ranks)
+    start = PLAIN.format(ranks=ranks)
+    if c.slurm.spares:
+        folders = [str(config.run.dir), *filter(None, [config.checkpoint.local.folder])]
+        device = config.device.value if c.gpus_of_host(config.device.value) else "cpu"
+        check = shlex.join([python, "-m", "tokenyard.launch.host_check", str(c.ranks), device, *folders])
+        start = SPARES.format(
+            nodes=c.nodes, check=check, ranks=ranks.replace("srun ", f'srun --nodes={c.nodes} --nodelist="${{hosts// /,}}" ')
+        )
+    return BATCH.format(head=head, warning=c.slurm.warning, cores=c.cores, start=start)
 
 
 BATCH = """\
@@ -48,9 +57,14 @@ stop() {{
 }}
 trap stop USR1
 
-rendezvous=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS={cores}
-
+{start}
+if [ -n "$warned" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+RANKS = """\
 # One launcher on each host; it starts the ranks there. All hosts run the same command.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --open-mode=append --output={logs} \\
     {ranks} \\
@@ -60,11 +74,54 @@ step=$!
 # A trapped signal ends `wait`, not the ranks.
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
+"""
+PLAIN = """\
+rendezvous=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
 
-if [ -n "$warned" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$code"
+{ranks}"""
+SPARES = """\
+
+# The job has more hosts than it needs. Those that fail a check are left out, and the first {nodes} of the others run the ranks.
+passed=$(mktemp -d)
+out=" "
+choose_hosts() {{
+    checks=
+    for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        case "$out" in *" $host "*) continue ;; esac
+        rm -f "$passed/$host"
+        (srun --nodes=1 --ntasks=1 --nodelist="$host" --time=10 {check} && touch "$passed/$host") &
+        checks="$checks $!"
+    done
+    wait $checks
+    hosts=
+    for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        case "$out" in *" $host "*) continue ;; esac
+        if [ -e "$passed/$host" ]; then
+            hosts="$hosts $host"
+        else
+            out="$out$host "
+            echo "tokenyard: host $host fails the check and is left out"
+        fi
+    done
+    hosts=$(echo $hosts | cut -d " " -f 1-{nodes})
+}}
+
+# If the ranks fail, all hosts are checked again. With a spare host instead of one that has failed they go on from the newest
+# checkpoint; if all of their hosts pass, the failure was another one, and the job ends. Without a spare it is queued again.
+starts=0 used= code=1
+while choose_hosts; [ "$hosts" != "$used" ]; do
+    if [ "$(echo $hosts | wc -w)" -lt {nodes} ]; then
+        echo "tokenyard: fewer than launch.nodes={nodes} hosts pass the check"
+        if [ "$starts" -gt 0 ]; then warned=yes; fi
+        break
+    fi
+    rendezvous=${{hosts%% *}}:$((20000 + (SLURM_JOB_ID + starts) % 10000))
+    used=$hosts starts=$((starts + 1))
+
+{ranks}
+    if [ "$code" = 0 ] || [ -n "$warned" ]; then break; fi
+done
+rm -rf "$passed"
 """
 
 
@@ -75,7 +132,8 @@ def _options(config: Config) -> list[str]:
     return [
         f"--job-name={job_name(config)}",
         *given,
-        f"--nodes={c.nodes}",
+        f"--nodes={c.nodes + c.slurm.spares}",
+        *(["--no-kill"] if c.slurm.spares else []),
         "--ntasks-per-node=1",
         f"--cpus-per-task={c.ranks * c.cores}",
         *([f"--gpus-per-node={gpus}"] if gpus else []),

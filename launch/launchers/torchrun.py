@@ -136,6 +136,10 @@ def _addresses(host: str):
         return []
 
 
+LAST_CALL_SECONDS = 10
+"""How long the hosts that have met, if launch.min_nodes are enough, wait for further ones."""
+
+
 def start_ranks(config: Config, argv: list[str]) -> int:
     """Runs `python -m tokenyard.train` with `argv` on launch.ranks ranks. Returns 0 or the exit code of the first rank that failed.
 
@@ -184,7 +188,8 @@ def check_hosts(config: Config) -> None:
 def _elastic(config: Config) -> list[str]:
     """Returns the arguments of torch's launcher: nodes, ranks, restarts, and where the hosts meet."""
     c = config.launch
-    ranks = [f"--nnodes={c.nodes}", f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
+    nodes = c.nodes if c.min_nodes is None else f"{c.min_nodes}:{c.nodes}"
+    ranks = [f"--nnodes={nodes}", f"--nproc-per-node={c.ranks}", f"--max-restarts={c.max_restarts}"]
     if c.rendezvous is not None:
         return [*ranks, *_rendezvous(c.rendezvous)]
     if c.nodes == 1:
@@ -207,6 +212,6 @@ def _rendezvous(endpoint: str) -> list[str]:
     return [
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-conf=is_host={int(opens)}",
+        f"--rdzv-conf=is_host={int(opens)},last_call_timeout={LAST_CALL_SECONDS}",
         *([f"--local-addr={own}"] if own else []),
     ]

@@ -66,6 +66,8 @@ FAULTS = {
     45: ("a damaged line in a journal", "the journal is set aside, which is said once; the run resumes"),
     46: ("a disk that is too small, or will be", "found before the first step, and one interval before a save"),
     47: ("a signal before there are handlers", "heard once there are; no process dies of it"),
+    48: ("killed ranks and lost disks of hosts", "goes on from the newest step that all ranks can read together, bitwise"),
+    49: ("a host is lost, and another one joins", "goes on with fewer replicas at the same global batch; losses within 1e-6"),
 }
 """By number: the fault, and what is expected."""
 

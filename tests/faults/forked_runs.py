@@ -42,6 +42,11 @@ def forked(world: int, words: list[str], log: Path, *, limit: float = 60.0, **en
 
 def start(world: int, words: list[str], log: Path, **environment: str) -> list[ForkServerProcess]:
     """Ranks that run."""
+    return start_each(world, words, log, [environment] * world)
+
+
+def start_each(world: int, words: list[str], log: Path, environments: list[dict[str, str]]) -> list[ForkServerProcess]:
+    """The same, with an environment for each rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +57,10 @@ def start(world: int, words: list[str], log: Path, **environment: str) -> list[F
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **shared, **environment}
-    started = [context.Process(target=_rank, args=(rank, own, words, log)) for rank in range(world)]
+    own = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **shared}
+    started = [
+        context.Process(target=_rank, args=(rank, own | environment, words, log)) for rank, environment in enumerate(environments)
+    ]
     for process in started:
         process.start()
     return started

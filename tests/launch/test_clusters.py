@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_schema import TRAIN_JOB, violations
+from tokenyard.launch.host_check import problem
 from tokenyard.launch.launchers.cluster import cluster_arguments, job_name, shell_command
 from tokenyard.launch.launchers.deepspeed import hostfile, one_host, several_hosts
 from tokenyard.launch.launchers.kubernetes import as_yaml, train_job
@@ -140,6 +141,62 @@ def test_a_warned_slurm_job_is_requeued_and_one_that_failed_is_not(tmp_path: Pat
     stub(tmp_path, "srun", "exit 3")
     assert run_in(tmp_path, ["bash", "-c", script], **job).returncode == 3
     assert (tmp_path / "scontrol.txt").read_text().splitlines() == ["show hostnames host[0-1]"]
+
+
+SRUN = r"""
+echo "$@" >> srun.txt
+for word in "$@"; do case "$word" in --nodelist=*) list=${word#--nodelist=} ;; esac; done
+case " $* " in
+*host_check*) ! grep -qx "$list" failed.txt ;;
+*) cat fails_next.txt >> failed.txt 2>/dev/null || exit "$CODE"; rm fails_next.txt; exit 1 ;;
+esac
+"""
+"""Hosts named in failed.txt fail the check; those in fails_next.txt fail with the ranks, once. Else the ranks end with CODE."""
+
+
+@pytest.mark.parametrize(
+    ("failed", "fails_next", "code", "started", "requeued"),
+    [
+        ([], [], 0, ["host0,host1"], False),
+        (["host0"], [], 0, ["host1,host2"], False),
+        (["host0"], ["host2"], 0, ["host1,host2", "host1,host3"], False),
+        ([], ["host0", "host1", "host2"], 0, ["host0,host1"], True),
+        ([], [], 3, ["host0,host1"], False),
+        (["host0", "host1", "host2"], [], 1, [], False),
+    ],
+)
+def test_spare_hosts(
+    failed: list[str], fails_next: list[str], code: int, started: list[str], requeued: bool, tmp_path: Path
+) -> None:
+    """A host that fails the check is left out; one that fails later is replaced; too few after a start: into the queue again."""
+    config, arguments = composed([*SLURM, "launch.slurm.spares=2", "checkpoint.local.folder=/dev/shm/tokenyard"])
+    script = batch_script(config, arguments, python="python")
+    assert "#SBATCH --nodes=4\n#SBATCH --no-kill\n" in script
+    stub(tmp_path, "srun", SRUN)
+    stub(tmp_path, "scontrol", 'echo "$@" >> scontrol.txt; printf "host%d\\n" 0 1 2 3')
+    (tmp_path / "failed.txt").write_text("".join(f"{host}\n" for host in failed))
+    if fails_next:
+        (tmp_path / "fails_next.txt").write_text("".join(f"{host}\n" for host in fails_next))
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[0-3]", "SLURM_CPUS_PER_TASK": "32", "CODE": str(code)}
+    done = run_in(tmp_path, ["bash", "-c", script], **job)
+    assert done.stderr == "" and (done.returncode == code or requeued)
+    calls = (tmp_path / "srun.txt").read_text().splitlines()
+    checks, starts = [c for c in calls if "host_check" in c], [c for c in calls if "host_check" not in c]
+    assert [call.partition("--nodelist=")[2].split()[0] for call in starts] == started
+    ports = [call.partition("launch.rendezvous=")[2] for call in starts]
+    assert ports == [f"{hosts.partition(',')[0]}:{20007 + place}" for place, hosts in enumerate(started)]
+    assert all("host_check 8 auto runs/first /dev/shm/tokenyard" in check for check in checks)
+    assert ("requeue 7" in (tmp_path / "scontrol.txt").read_text().splitlines()) == requeued
+    for host in failed:
+        assert sum(f"--nodelist={host} " in check for check in checks) == 1
+
+
+def test_the_check_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problem(2, "cpu", [str(tmp_path / "new")]) is None and list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert "FileExistsError" in str(problem(2, "cpu", [str(tmp_path / "file")]))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert problem(2, "auto", []) == "it has 1 GPUs for launch.ranks=2"
 
 
 def test_kubernetes_puts_no_variable_into_an_override() -> None:

@@ -211,6 +211,15 @@ class UpcycleConfig:
 
 
 @dataclass
+class LocalTierConfig:
+    folder: str | None = None
+    """A folder in each host's memory or on its own disk, as /dev/shm/tokenyard, for fast saves that a lost host does not lose: the
+    next host has copies. null: none."""
+    every: int = field(default=10, metadata=within("[1, inf)"))
+    """Steps between saves to that folder."""
+
+
+@dataclass
 class CheckpointConfig:
     every: int = field(default=250, metadata=within("[0, inf)"))
     """Steps between checkpoints; 0 saves only at the end."""
@@ -235,6 +244,7 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
     keep_best: int = field(default=0, metadata=within("[0, inf)"))
     """Checkpoints with the lowest validation loss to keep, of those written right after an evaluation."""
+    local: LocalTierConfig = field(default_factory=LocalTierConfig)
 
 
 @dataclass

@@ -24,6 +24,8 @@ class SlurmConfig:
     """Time limit of the job, HH:MM:SS or DAYS-HH:MM:SS; shortly before it the run is saved and the job requeued."""
     warning: int = field(default=300, metadata=within("[1, 65535]"))
     """Seconds before the limit at which the ranks save and stop and the job is requeued."""
+    spares: int = field(default=0, metadata=within("[0, inf)"))
+    """Hosts to request beyond launch.nodes: those that fail a check are left out, and one that fails later is replaced."""
     lines: list[str] = field(default_factory=list)
     """Further options of sbatch, such as ["--constraint=h100"]."""
 
@@ -53,6 +55,9 @@ class LaunchConfig:
     """Ranks that the launcher starts on each host."""
     max_restarts: int = field(default=0, metadata=within("[0, inf)"))
     """How often torch's elastic launcher restarts the ranks after one failed."""
+    min_nodes: int | None = field(default=None, metadata=within("[1, inf)"))
+    """launch=torchrun with launch.rendezvous: after hosts were lost the run goes on with as few as this many, at the same global
+    batch, and with all again when they are back; null: launch.nodes."""
     rendezvous: str | None = None
     """torchrun and deepspeed on several hosts: HOST:PORT where the ranks meet; HOST is one of the hosts. null: MASTER_ADDR,
     MASTER_PORT and NODE_RANK from the environment (torchrun) or the first of launch.hosts (deepspeed)."""

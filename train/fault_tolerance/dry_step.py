@@ -14,7 +14,7 @@ import torch
 
 from ...checkpoint.store import load_checkpoint, save_checkpoint
 from ...moe.token_info import BatchPosition
-from ...parallel.object_collectives import from_all
+from ...parallel.object_collectives import any_rank, from_all
 from ...parallel.progress import PROGRESS, in_phase
 from ...parallel.shard import LocalShard
 from ..batch import Rows
@@ -34,7 +34,8 @@ def dry_step(session: Session, run_logger: RunLogger) -> None:
     several, setting = session.parallel.mesh.world > 1, session.config.debug.dry_step
     if setting is None and not several:
         check(session, "the disk", try_disk)
-    if not (several and not ranks_restarted() if setting is None else setting):
+    # A host that joins the others has started its ranks for the first time.
+    if not (several and not any_rank(ranks_restarted())[0] if setting is None else setting):
         return
     PROGRESS.step = session.step
     before = {name: LocalShard(shard, state.clone()) for name, (shard, state) in random_state().items()}

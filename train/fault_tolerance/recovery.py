@@ -68,6 +68,8 @@ def roll_back(session: Session, supervisor: Supervisor, fault: Fault) -> None:
     if path is None:
         raise RunStop(f"step {step}: {fault.text}; there is no checkpoint to roll back to", ExitCode.not_finite)
     resume(session, path)
+    if session.local is not None:
+        session.local.clear()  # they are later, and of steps that are done again
     error = None
     try:
         keep_timeline(session)

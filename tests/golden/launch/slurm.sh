@@ -23,8 +23,8 @@ stop() {
 }
 trap stop USR1
 
-rendezvous=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS=4
+rendezvous=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
 
 # One launcher on each host; it starts the ranks there. All hosts run the same command.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --open-mode=append --output=runs/first/slurm/%j-%N.log \

@@ -17,6 +17,7 @@ DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
 IMAGE = r"[\w./:@+-]+"
 
 OPTIONS_FROM_SETTINGS = {
+    "--no-kill": "launch.slurm.spares",
     "--nodes": "launch.nodes",
     "-N": "launch.nodes",
     "--ntasks": "launch.nodes",
@@ -48,7 +49,7 @@ def launchers(config: Config, world: int) -> Iterator[Violation]:
         for key, count in (("launch.ranks", c.ranks), ("launch.nodes", c.nodes)):
             if count > 1:
                 yield Violation(key, "launch=inline starts no ranks, launch=torchrun does", [1])
-    yield from _rendezvous(config)
+    yield from [*_rendezvous(config), *_elastic(config)]
     match c.kind:
         case Launcher.slurm:
             yield from [*_slurm(config), *_shared_folder(config), *_resume(config)]
@@ -80,6 +81,20 @@ def _rendezvous(config: Config) -> Iterator[Violation]:
         host = match["host"] if match else text.partition(":")[0]
         known = host if re.fullmatch(HOST, host) else "HOST"
         yield Violation("launch.rendezvous", "must be HOST:PORT with a port below 65536", [f"{known}:29500"])
+
+
+def _elastic(config: Config) -> Iterator[Violation]:
+    c = config.launch
+    if c.min_nodes is None:
+        return
+    if c.min_nodes > c.nodes:
+        yield Violation("launch.min_nodes", f"must be at most launch.nodes={c.nodes}", [c.nodes])
+    if c.kind is not Launcher.torchrun or c.rendezvous is None:
+        yield Violation(
+            "launch.min_nodes", "needs launch=torchrun and launch.rendezvous=HOST:PORT, where hosts may come and go", [None]
+        )
+    if c.min_nodes < c.nodes and not c.max_restarts:
+        yield Violation("launch.max_restarts", "must be at least 1 with launch.min_nodes: a lost host starts all ranks again", [1])
 
 
 def _slurm(config: Config) -> Iterator[Violation]:

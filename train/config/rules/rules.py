@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from operator import attrgetter
+from pathlib import Path
 
 from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....parallel.config import PipelineSchedule
@@ -95,6 +96,17 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
 
+def local_tier(config: Config, world: int) -> Iterator[Violation]:
+    folder, run = config.checkpoint.local.folder, config.run.dir
+    if (
+        folder is not None
+        and run is not None
+        and Path(run).absolute() in (own := Path(folder).expanduser().absolute(), *own.parents)
+    ):
+        rule = f"must be each host's own, and run.dir={run} is for all of them"
+        yield Violation("checkpoint.local.folder", rule, ["/dev/shm/tokenyard"])
+
+
 def batch(config: Config, world: int) -> Iterator[Violation]:
     p, sequences = config.parallel, config.batch.sequences
     data = world // p.tensor // p.context // p.pipeline
@@ -147,6 +159,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     data,
     schedule,
     trackers,
+    local_tier,
     *LAYOUT_RULES,
     batch,
     deepspeed_settings.engine,

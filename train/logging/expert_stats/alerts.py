@@ -16,6 +16,7 @@ TITLES = {
     "replicas": "Copies of a weight differ",
     "straggler": "A slow rank",
     "checkpoint_failed": "Checkpoint not written",
+    "local_failed": "Save to the hosts not written",
     "disk": "No room for the next checkpoint",
     "trackers": "A tracker did not start",
     "file_failed": "A file of the data failed",
