@@ -2,8 +2,11 @@
 
 Layers repeat with a period after the first ones (DeepSeek's are dense, gpt-oss alternates windows). Two depths that differ by one
 period, of which the smaller has every kind of neighbour, give the memory at each point of the step for any number of them; points
-are counted from both ends of a stage, between which memory rises or falls evenly. Micro-batches are the same: the first finds no
-gradients, the last reduces them, all between are equal, and a stage of a pipeline keeps no more than it has ranks.
+are counted from both ends of a stage, between which memory rises or falls evenly. The outermost layers have fewer neighbours
+(nothing is gathered or reduced beside them), so two periods are counted from each end.
+
+Micro-batches need one run: the first finds no gradients, the last reduces them, those between are equal. So the actions of a rank
+for many are those for few with one part, of middle micro-batches, repeated, which the schedules themselves say.
 """
 
 import copy
@@ -12,6 +15,8 @@ from typing import NamedTuple
 from ..moe.config import ModelConfig
 from ..parallel.config import PipelineSchedule
 from ..parallel.layout import data_ranks
+from ..parallel.pipeline.pairs import Unit, units
+from ..parallel.pipeline.schedule import BACKWARD, FORWARD, Action
 from ..parallel.pipeline.stages import cut_layers, layers_on
 from ..train.config.config import Config
 
@@ -21,11 +26,29 @@ MTP = -1
 """The stage of the modules of multi-token prediction in a Place."""
 
 
+ENDS = 2
+"""Periods of layers at each end of a stage that are points of their own."""
+
+
+class Repeated(NamedTuple):
+    """Units of a rank's schedule, from `start` to before `stop`, that more micro-batches repeat `times` times."""
+
+    start: int
+    stop: int
+    times: int
+    micros: int = 0
+    """Micro-batches of the part."""
+
+
+NONE = Repeated(0, 0, 0)
+
+
 class SmallRun(NamedTuple):
     """A configuration to run, and the factor of its numbers in those of the configuration that was asked for."""
 
     config: Config
     factor: int
+    repeated: Repeated = NONE
 
 
 class Depth(NamedTuple):
@@ -62,26 +85,22 @@ class Depth(NamedTuple):
 
 
 def runs_for(config: Config, rank: int, world: int) -> tuple[list[SmallRun], int]:
-    """Returns the runs whose numbers, times their factors, add up to those of `config`, and the layers of the smallest counted from
-    behind. One run, of `config`, if it has no more layers and micro-batches than they would.
+    """Returns the runs whose numbers, times their factors, add up to those of `config`, and the period of the layers.
+
+    One run with all layers if two depths would be as much work.
     """
     period, removed = removable_layers(config, rank, world)
     depths = [(removed, 1 - removed // period), (removed - period, removed // period)] if removed else [(0, 1)]
-    micro_batches, (few, more) = micro_batches_of(config, world), enough_micro_batches(config)
-    steps, rest = divmod(micro_batches - few, more - few)
-    batches = [(few, 1 - steps), (more, steps)] if micro_batches > more and not rest else [(micro_batches, 1)]
-    found = [
-        SmallRun(shrunk(config, rank, world, less, micro), of_depth * of_batch)
-        for less, of_depth in depths
-        for micro, of_batch in batches
-    ]
+    micro_batches, repeated = few_micro_batches(config, rank, world)
+    found = [SmallRun(shrunk(config, rank, world, less, micro_batches), factor, repeated) for less, factor in depths]
     return [run for run in found if run.factor], period
 
 
 def depth_of(config: Config, rank: int, world: int, smallest: Config, period: int) -> Depth:
     """Returns the depth of `config`, of whose runs `smallest` has the fewest layers."""
-    starts = {stage: max(0, len(inside) - period) for stage, inside in own_stages(smallest, rank, world).items()}
-    return Depth(own_stages(config, rank, world), config.model.layers, period, starts)
+    ends = ENDS * period
+    starts = {stage: max(0, len(inside) - ends) for stage, inside in own_stages(smallest, rank, world).items()}
+    return Depth(own_stages(config, rank, world), config.model.layers, ends, starts)
 
 
 def own_stages(config: Config, rank: int, world: int) -> dict[int, range]:
@@ -94,15 +113,18 @@ def own_stages(config: Config, rank: int, world: int) -> dict[int, range]:
 def removable_layers(config: Config, rank: int, world: int) -> tuple[int, int]:
     """Returns the period of the layers, and how many may be taken out of each stage of this rank: a multiple of it.
 
-    What remains of a stage has two periods besides the layers before the pattern. Stages are cut where they are, so with a pattern
-    of several layers none is taken out of them.
+    What remains of a stage has two periods for each end besides the layers before the pattern. Stages are cut where they are, so
+    with a pattern of several layers none is taken out of them. None is either if two runs of what remains, and of one period more,
+    have as many layers as all.
     """
     first, period = pattern(config.model)
     stages = own_stages(config, rank, world).values()
     if config.parallel.pipeline > 1 and period > 1:
         return period, 0
-    spare = min((len(inside) - max(0, first - inside.start) - 2 * period for inside in stages if len(inside)), default=0)
-    return period, max(0, spare // period * period)
+    spare = min((len(inside) - max(0, first - inside.start) - 2 * ENDS * period for inside in stages if len(inside)), default=0)
+    removed, layers = max(0, spare // period * period), sum(map(len, stages))
+    work = 2 * (layers - removed * len(stages)) + period * len(stages)
+    return period, removed if work < layers else 0
 
 
 def pattern(model: ModelConfig) -> tuple[int, int]:
@@ -121,14 +143,39 @@ def micro_batches_of(config: Config, world: int) -> int:
     return config.batch.sequences // (data * (config.batch.micro or config.batch.sequences // data))
 
 
-def enough_micro_batches(config: Config) -> tuple[int, int]:
-    """Returns two numbers of micro-batches from which on a step is linear in them. interleaved takes multiples of the ranks."""
-    ranks, schedule = config.parallel.pipeline, config.parallel.pipeline_schedule
-    if ranks == 1:
-        return 3, 4
-    if schedule is PipelineSchedule["interleaved"]:
-        return 2 * ranks, 3 * ranks
-    return (2 * ranks, 2 * ranks + 1) if schedule is PipelineSchedule["zbv"] else (ranks + 1, ranks + 2)
+def few_micro_batches(config: Config, rank: int, world: int) -> tuple[int, Repeated]:
+    """Returns the fewest micro-batches from whose actions those of all follow, and how.
+
+    interleaved takes multiples of the ranks.
+    """
+    parallel, micros = config.parallel, micro_batches_of(config, world)
+    period = parallel.pipeline if parallel.pipeline_schedule is PipelineSchedule["interleaved"] and parallel.pipeline > 1 else 1
+    wanted = list(map(_without_micro, units_of(config, rank, world, micros)))
+    for few in range(2 * period, micros, period):
+        actions = units_of(config, rank, world, few + period)
+        shape = list(map(_without_micro, actions))
+        length = len(shape) - len(units_of(config, rank, world, few))
+        times = (micros - few - period) // period
+        for start in range(len(shape) - length + 1):
+            stop = start + length
+            middle = all(0 < action.micro < few + period - 1 for unit in actions[start:stop] for action in unit)
+            if middle and times > 0 and [*shape[:stop], *times * shape[start:stop], *shape[stop:]] == wanted:
+                return few + period, Repeated(start, stop, times, period)
+    return micros, NONE
+
+
+def units_of(config: Config, rank: int, world: int, micros: int) -> list[Unit]:
+    """Returns what a rank does for so many micro-batches, in order. Without a pipeline the passes of one are a unit."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return [(Action(FORWARD, 0, micro), Action(BACKWARD, 0, micro)) for micro in range(micros)]
+    chunks = len(own_stages(config, rank, world))
+    place = rank // (world // parallel.pipeline)
+    return units(parallel.pipeline_schedule, parallel.pipeline, chunks, micros, parallel.pipeline_overlap)[place]
+
+
+def _without_micro(unit: Unit) -> tuple[tuple[str, int], ...]:
+    return tuple((action.kind, action.stage) for action in unit)
 
 
 def shrunk(config: Config, rank: int, world: int, less: int, micro_batches: int) -> Config:

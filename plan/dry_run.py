@@ -2,16 +2,17 @@
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..parallel.config import Exchange, PipelineSchedule
 from ..parallel.progress import name_layers
 from ..train.config.config import Config
-from .depth import Depth, SmallRun, depth_of, runs_for
+from .depth import NONE, Depth, Repeated, SmallRun, depth_of, runs_for
 from .ledger import Call
 from .memory_tracker import MemoryPeak, MemoryTracker, Point
-from .rank_step import DryRank, dry_rank
+from .rank_step import BEGIN, END, DryRank, dry_rank, units_begin
 
 
 @dataclass
@@ -88,7 +89,7 @@ def step_facts(config: Config, rank: int, world: int, hot: float = 1.0, in_full:
     for run in runs:
         with dry_rank(run.config, rank, world, hot) as dry:
             depth = whole if len(runs) == 1 else depth_of(run.config, rank, world, smallest, period)
-            found.append((run.factor, take_step(dry), depth))
+            found.append((run.factor, take_step(dry, run.repeated), depth))
     return StepFacts(
         _points(found, whole) if len(runs) > 1 else {point: dict(peak.by_purpose()) for point, peak in found[0][1].peaks.items()},
         sum(factor * record.kept_bytes for factor, record, _ in found),
@@ -98,25 +99,65 @@ def step_facts(config: Config, rank: int, world: int, hot: float = 1.0, in_full:
     )
 
 
-def take_step(rank: DryRank) -> StepRecord:
-    """Takes a step, after one of as few micro-batches as possible: what that makes for the next ones is there."""
+def take_step(rank: DryRank, repeated: Repeated = NONE) -> StepRecord:
+    """Takes a step, after one of as few micro-batches as possible: what that makes for the next ones is there.
+
+    What happens in the `repeated` units is counted so many times more.
+    """
     model, optimizer, ledger, parallel = rank.parallel.model, rank.engine.optimizer, rank.ledger, rank.config.parallel
     name_layers(zip(model.block_indices, model.blocks, strict=True))
-    rank.step(parallel.pipeline if parallel.pipeline_schedule is PipelineSchedule["interleaved"] else 1)
+    few = parallel.pipeline if parallel.pipeline_schedule is PipelineSchedule["interleaved"] else 1
+    marks = dict[int, tuple[int, list[Counter[Any]]]]()
+
+    def step(micro_batches: int | None, held: Callable[[], int]) -> list[Counter[Any]]:
+        """Returns what was counted, and leaves what had been at each mark in `marks`."""
+        for counter in (ledger.calls, ledger.operators, ledger.waits, rank.waits):
+            counter.clear()
+
+        def counted() -> list[Counter[Any]]:
+            return [ledger.calls.copy(), ledger.operators.copy(), rank.waits + ledger.waits]
+
+        def mark(unit: int) -> None:
+            if unit in (BEGIN, END, *repeated[:2]):
+                marks[unit] = held(), counted()
+
+        with units_begin(rank.parallel, mark):
+            rank.step(micro_batches)
+        return counted()
+
+    rank.step(few)
+    outside = _less(step(few, lambda: 0), marks) if repeated.times else []
     optimizer.zero_grad()
-    for counter in (ledger.calls, ledger.operators, ledger.waits, rank.waits):
-        counter.clear()
     gc.collect()
     with MemoryTracker(rank.parallel.device.type) as memory:
         memory.mark_step(model, optimizer)
         memory.mark_gradients_of(model)
-        rank.step()
+        numbers = step(None, lambda: memory.now)
         memory.mark_step(model, optimizer)
         memory.end()
-        calls, operators, waits = ledger.calls.copy(), ledger.operators.copy(), rank.waits + ledger.waits
+        if repeated.times:
+            (before, first), (after, second) = marks[repeated.start], marks[repeated.stop]
+            memory.grow(repeated.times * (after - before))
+            more = _less(numbers, marks)
+            for number, one, other, alone, together in zip(numbers, first, second, outside, more, strict=True):
+                for key in {*other, *together}:
+                    each = (together[key] - alone[key]) * repeated.micros // (rank.micro_batches - few)
+                    number[key] += repeated.times * (other[key] - one[key] + each)
+        calls, operators, waits = numbers
         optimizer.zero_grad()
         gc.collect()
         return StepRecord(memory.peaks, memory.now, calls, operators, waits)
+
+
+def _less(numbers: list[Counter[Any]], marks: dict[int, tuple[int, list[Counter[Any]]]]) -> list[Counter[Any]]:
+    """Returns what was counted outside of the passes through the model."""
+    found = list[Counter[Any]]()
+    for number, begin, end in zip(numbers, marks[BEGIN][1], marks[END][1], strict=True):
+        rest = Counter(number)
+        rest.subtract(end)
+        rest.update(begin)
+        found.append(rest)
+    return found
 
 
 def _points(found: list[tuple[int, StepRecord, Depth]], whole: Depth) -> dict[Point, dict[str, float]]:

@@ -42,6 +42,7 @@ PASSED_OVER = (
     "moe/kernels/",
 )
 """Code that works for its caller, whose place counts."""
+WEIGHTS, GRADIENTS, OPTIMIZER, GATHERS, OTHER = "weights", "gradients", "optimizer", "gathered by FSDP", "other"
 PURPOSES = {
     "moe/weight_cast.py": "casts of weights",
     "moe/attention.py": "activations: attention",
@@ -69,10 +70,9 @@ PURPOSES = {
     "parallel/pipeline/": "messages between stages",
     "parallel/vocabulary.py": "head and logits",
     "parallel/gradients.py": "gradients",
-    "": "other",
+    "": OTHER,
 }
 """What memory is for, by where it was allocated: the longest beginning of a file's name counts."""
-WEIGHTS, GRADIENTS, OPTIMIZER, GATHERS = "weights", "gradients", "optimizer", "gathered by FSDP"
 UNSEEN = "not seen"
 """What a collective allocates inside: gloo copies what it reduces and scatters, NCCL has buffers of its own."""
 BACKWARD = "gradients of activations"
@@ -173,6 +173,12 @@ class MemoryTracker(TorchDispatchMode):
         self.peaks.clear()
         self._rising = None
 
+    def grow(self, size: int) -> None:
+        """Adds memory of other purposes to each peak: what more micro-batches would have left there."""
+        for peak in self.peaks.values():
+            peak.bytes += size
+            peak.live.append(Allocation(size, OTHER))
+
     def end(self) -> None:
         """Must be called after the last step, before `peaks` is read."""
         self._note()
@@ -227,9 +233,9 @@ def purpose_here() -> str:
     while frame is not None:
         purpose = _purpose_of(frame.f_code.co_filename)
         if purpose is not None:
-            return BACKWARD if purpose == "other" and phase().startswith("backward") else purpose
+            return BACKWARD if purpose == OTHER and phase().startswith("backward") else purpose
         frame = frame.f_back
-    return BACKWARD if phase().startswith("backward") else "other"
+    return BACKWARD if phase().startswith("backward") else OTHER
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from .held_parameters import Held
 from .sized.exchange_sizes import memory_of_exchange
 from .sized.layer_sizes import BlockShape
 from .sized.operator_sizes import Casts
-from .stage_memory import StagePlace, Stages, Unit
+from .stage_memory import Pass, StagePlace, Stages
 
 MOMENTS = 2
 """AdamW's, in the dtype of the weights."""
@@ -104,34 +104,48 @@ class MemoryModel:
     ) -> RankMemory:
         """Adds up what the actions of a rank hold, one after the other."""
         actions, simulated = self._actions(parallel, len(mine), micros, rank)
-        level, most, at = Counter(base), sum(base.values()), Counter(base)
-        total, begun, deferred = most, set[int](), dict[tuple[int, int], Unit]()
+        walk, fsdp, defers = _Walk(base), parallel.shard > 1, parallel.pipeline_schedule in ZERO_BUBBLE and parallel.pipeline > 1
+        begun, weighed = set[int](), set[int]()
+        roots = {each: stages.held.root(has_embedding(self.model, each == 0, each == last), each == last) for each in mine}
+        pending = set[int]()
+        """Stages whose whole gradients outside of blocks FSDP keeps until deferred ones come."""
         for action in actions:
-            if action.kind == WEIGHTS:
-                change = deferred.pop((action.stage, action.micro)).weights
-            else:
-                place = StagePlace(
-                    self.narrow,
-                    self.stored,
-                    *casts,
-                    action.stage not in begun,
-                    parallel.shard > 1 and parallel.zero < 3,
-                    parallel.zero > 1 or parallel.shard == 1 or action.micro == simulated - 1,
-                    action.micro == simulated - 1,
-                    parallel.zero == 1 and parallel.shard > 1 and action.stage in begun,
-                    parallel.pipeline_schedule in ZERO_BUBBLE and parallel.pipeline > 1,
-                )
-                stage = stages.stage(mine[action.stage], action.stage == 0, action.stage == last, place, parallel.pipeline > 1)
-                change = stage.forward if action.kind == FORWARD else stage.backward
-                if action.kind == BACKWARD:
-                    begun.add(action.stage)
-                    deferred[action.stage, action.micro] = stage
-            if total + change.peak > most:
-                most, at = total + change.peak, Counter(level)
-                at.update(change.parts)
-            level.update(change.left)
-            total += change.end
-        return RankMemory(most, {name: size for name, size in at.items() if size}, rank)
+            kind, index, final = action.kind, action.stage, action.micro == simulated - 1
+            there = weighed if kind == WEIGHTS else pending if fsdp and defers else begun
+            sums = parallel.zero > 1 or not fsdp or final
+            place = StagePlace(
+                self.narrow,
+                self.stored,
+                *casts,
+                index not in there,
+                fsdp and parallel.zero < 3,
+                parallel.zero == 3 or action.micro == 0,
+                sums and not (fsdp and defers),
+                final,
+                parallel.zero == 1 and fsdp and index in begun and not defers,
+                defers,
+            )
+            stage = stages.stage(mine[index], index == 0, index == last, place, parallel.pipeline > 1)
+            walk.take({FORWARD: stage.forward, BACKWARD: stage.backward, WEIGHTS: stage.weights}[kind])
+            if kind == BACKWARD:
+                begun.add(index)
+                pending.add(index)
+            if kind == WEIGHTS and fsdp:
+                shards, largest = stages.reduction(mine[index])
+                narrow, whole = self.narrow * stage.deferred, self.stored * stage.deferred
+                if not sums:
+                    walk.change("gradients", (0 if index in weighed else whole) - narrow)
+                else:
+                    kept, held = (sum(roots[each][place] for each in pending) for place in (1, 0))
+                    walk.change("gradients", 0, self.stored * kept)
+                    walk.change("gradients", self.stored * ((0 if index in weighed else held) - kept), self.stored * largest)
+                    waited = whole if parallel.zero == 1 and index in weighed else 0
+                    grown = shards if parallel.zero == 1 or index not in weighed else 0
+                    walk.change("gradients", self.stored * grown - narrow - waited)
+                    pending.clear()
+            if kind == WEIGHTS:
+                weighed.add(index)
+        return RankMemory(walk.most, {name: size for name, size in walk.at.items() if size}, rank)
 
     def _actions(self, parallel: ParallelConfig, chunks: int, micros: int, rank: int) -> tuple[list[Action], int]:
         if parallel.pipeline == 1:
@@ -171,6 +185,26 @@ class MemoryModel:
             shape = BlockShape(self.model, parallel, micro, self.length, self.hot, self.node)
             self._stages[key] = Stages(shape, held)
         return self._stages[key]
+
+
+class _Walk:
+    """The level of memory through passes, and its peak."""
+
+    def __init__(self, base: Counter[str]) -> None:
+        self.level, self.at = Counter(base), Counter(base)
+        self.total = self.most = sum(base.values())
+
+    def take(self, change: Pass) -> None:
+        if self.total + change.peak > self.most:
+            self.most, self.at = self.total + change.peak, Counter(self.level)
+            self.at.update(change.parts)
+        self.level.update(change.left)
+        self.total += change.end
+
+    def change(self, name: str, size: int, passing: int = 0) -> None:
+        """Of gradients `passing` bytes more exist for a moment while FSDP reduces them."""
+        end = {name: size}
+        self.take(Pass(max(0, size) + passing, {name: max(0, size), "reduced by FSDP": passing}, size, end))
 
 
 def rank_memory(config: Config, world: int, rank: int | None = None, hot: float = 1.0, node: int = 8) -> RankMemory:

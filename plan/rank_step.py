@@ -1,7 +1,8 @@
 """Runs the real step of one rank without its device and without other ranks, on tensors without numbers."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,11 @@ from ..moe.device import dry_run
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, parallelize
 from ..parallel.mesh import build_mesh
+from ..parallel.pipeline.p2p import Mail, StageMessage
+from ..parallel.pipeline.pairs import Unit
+from ..parallel.pipeline.run import Pipeline
+from ..parallel.pipeline.schedule import Action
+from ..train import step as train_step
 from ..train.batch import Rows
 from ..train.config.config import Config
 from ..train.derive import DTYPES
@@ -24,6 +30,9 @@ from ..train.setup import build_engine
 from ..train.step import StepInput, StepNumbers
 from .ledger import Ledger
 from .stand_in import fused_attention_stand_in, messages_leave, shared_memory_stand_in, stand_in
+
+BEGIN, END = -1, -2
+"""Marks of a step beside its units: before and after the passes through the model."""
 
 
 @dataclass
@@ -39,6 +48,11 @@ class DryRank:
     def step(self, micro_batches: int | None = None) -> StepNumbers:
         """Takes one optimizer step on rows in which every token is valid: all, or so many micro-batches of this rank."""
         return self.engine.step(StepInput(self._rows()[:micro_batches], 1e-3, self.config.optimizer.clip_norm))
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step of this rank."""
+        return len(self._rows())
 
     def _rows(self) -> list[Rows]:
         """Returns the micro-batches of this rank."""
@@ -71,6 +85,53 @@ def dry_rank(config: Config, rank: int, world: int, hot: float = 1.0) -> Iterato
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def units_begin(parallel: Parallel, callback: Callable[[int], None]) -> Iterator[None]:
+    """Calls `callback` with the number of each unit of the schedule (plan/depth.py) before it runs, BEGIN before all, and END."""
+    begun, accumulate = itertools.count(), train_step.accumulate
+
+    def accumulated(*given: Any) -> Any:
+        callback(BEGIN)
+        shares = accumulate(*given)
+        callback(END)
+        return shares
+
+    train_step.accumulate = accumulated
+    try:
+        with _each_unit(parallel, begun, callback):
+            yield
+    finally:
+        train_step.accumulate = accumulate
+
+
+@contextmanager
+def _each_unit(parallel: Parallel, begun: Iterator[int], callback: Callable[[int], None]) -> Iterator[None]:
+    if parallel.pipeline is None:
+        hook = parallel.model.register_forward_pre_hook(lambda *_: callback(next(begun)), prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        return
+    take, first = Mail.take, set[Action]()
+
+    def taken(self: Mail, action: Action) -> StageMessage | None:
+        if action in first:
+            callback(next(begun))
+        return take(self, action)
+
+    def units_of(self: Pipeline, micros: int) -> list[Unit]:
+        found = units(self, micros)
+        first.update(unit[0] for unit in found)
+        return found
+
+    units, Mail.take, Pipeline.units = Pipeline.units, taken, units_of
+    try:
+        yield
+    finally:
+        Mail.take, Pipeline.units = take, units
 
 
 class _Births(TorchDispatchMode):

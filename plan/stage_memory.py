@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..parallel.pipeline.stages import has_embedding
 from .held_parameters import Held
 from .sized.autograd import Buffer, Node, Value, run_backward
-from .sized.ends import embed, end, run_block
+from .sized.ends import embed, embedding_of, end, run_block
 from .sized.layer_sizes import BlockShape
 from .sized.operator_sizes import Around, Casts, Gathered, Sized
 
@@ -39,6 +39,8 @@ class StagePlace(NamedTuple):
     """No gradient exists yet."""
     whole: bool
     """FSDP keeps weights gathered within the step."""
+    gathers: bool
+    """FSDP gathers weights in the forward pass."""
     reduces: bool
     """FSDP reduces gradients after this micro-batch."""
     final: bool
@@ -55,7 +57,9 @@ class Unit(NamedTuple):
     forward: Pass
     backward: Pass
     weights: Pass
-    """The gradients of weights that the backward pass left."""
+    """The gradients of weights that the backward pass left. FSDP's are there at the end, narrow and whole."""
+    deferred: int
+    """Elements of the latter."""
     root: int = 0
     """Bytes of whole gradients of weights outside of blocks, which the end of the pass reduces."""
 
@@ -79,12 +83,13 @@ class Stages:
         config, fsdp = self.shape.config, place.casts is Casts.gathered
         stream = place.narrow * self.shape.tokens * config.width
         grows = fsdp and place.first and place.reduces
-        units, shards = [self._embedding(place)] if first else [], [0] if first else []
+        shared = first and last and (config.tie_embeddings or config.mtp_depth > 0)
+        units, shards = [self._embedding(place, shared)] if first else [], [0] if first else []
         for index in layers:
             units.append(self._block(index, layers, place))
             shards.append(place.stored * self.held.shards(index) if grows else 0)
         if last:
-            units.append(self._end(layers, place))
+            units.append(self._end(layers, place, shared))
             shards.append(
                 sum(place.stored * self.held.shards(config.layers + depth) for depth in range(config.mtp_depth))
                 if fsdp and place.first and place.reduces
@@ -108,9 +113,15 @@ class Stages:
             backward.now["gradients"] += grown
         after = Counter(backward.now)
         after.subtract({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
+        if shared and not fsdp and not place.first:
+            after["gradients"] -= place.stored * self.held.sharded["embedding"]
         if fsdp and root and place.reduces:
             backward.now["gathered by FSDP"] -= gathers
             backward.now["reduced by FSDP"] += place.stored * root
+            backward.note()
+        if fsdp and root and place.first and not place.reduces:  # widened one after the other
+            narrow = [unit.root for unit in units]
+            backward.now["gradients"] += place.stored * root + max(narrow) - sum(narrow)
             backward.note()
         if fsdp:
             kept = root_shards if place.reduces else root
@@ -127,6 +138,7 @@ class Stages:
             Pass(*forward.most, sum(left.values()), dict(left)),
             Pass(*backward.most, sum(after.values()), dict(after)),
             Pass(*weights.most, sum(weights.now.values()), dict(weights.now)),
+            sum(unit.deferred for unit in units),
         )
 
     def _block(self, index: int, layers: range, place: StagePlace) -> Unit:
@@ -138,10 +150,10 @@ class Stages:
         kind = self.shape.config.layer_kind(index)
         return self._unit((kind, around, reduced), place, lambda rank, x: [run_block(rank, self.shape, index, x, around)], reduced)
 
-    def _embedding(self, place: StagePlace) -> Unit:
-        return self._unit("embedding", place, lambda rank, _: [embed(rank, self.shape)], 0)
+    def _embedding(self, place: StagePlace, shared: bool) -> Unit:
+        return self._unit(("embedding", shared), place, lambda rank, _: [embed(rank, self.shape, shared)], 0)
 
-    def _end(self, layers: range, place: StagePlace) -> Unit:
+    def _end(self, layers: range, place: StagePlace, shared: bool) -> Unit:
         """The backward pass of a module of multi-token prediction gathers the block before it."""
         further = range(self.shape.config.layers, self.shape.config.layers + self.shape.config.mtp_depth)
         fsdp, held = place.casts is Casts.gathered, self.held.gathered
@@ -149,12 +161,23 @@ class Stages:
             Around(held(index), NOTHING, held(index - 1) if layers or depth else NOTHING) if fsdp else None
             for depth, index in enumerate(further)
         ]
-        return self._unit(("end", bool(layers)), place, lambda rank, x: end(rank, self.shape, x, arounds), 0)
+        before = held(layers[-1]) if fsdp and layers else NOTHING
+
+        def run(rank: Sized, x: Value) -> list[Value]:
+            rank.shared_root = {embedding_of(self.shape.config)} if shared else set()
+            return end(rank, self.shape, x, before, arounds)
+
+        return self._unit(("end", before, shared), place, run, 0)
 
     def _unit(self, what: Any, place: StagePlace, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
         if (what, place) not in self._units:
             self._units[what, place] = run_unit(self.shape, place, run, reduced)
         return self._units[what, place]
+
+    def reduction(self, layers: range) -> tuple[int, int]:
+        """Returns, of the blocks of a stage, the elements that FSDP leaves a rank, and the most of which it reduces at once."""
+        largest = max((max(self.held.gathered(index)[:2]) for index in layers), default=0)
+        return sum(map(self.held.shards, layers)), largest
 
 
 class _Sum:
@@ -181,7 +204,7 @@ class _Sum:
 def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
     """Runs a part of the model forward and backward on sizes. `reduced`: elements of FSDP's reduction before."""
     rank = Sized(shape.config.width, place.narrow, place.stored, place.casts, place.of_experts, place.first)
-    rank.whole, rank.reduces, rank.defers = place.whole, place.reduces, place.defers
+    rank.whole, rank.gathers, rank.reduces, rank.defers = place.whole, place.gathers, place.reduces, place.defers
     meter, elements, arrived = rank.meter, shape.tokens * shape.config.width, list[Buffer]()
 
     def arrive(gradient: Buffer) -> list[Buffer | None]:
@@ -199,6 +222,7 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     nodes = [y.node for y in outputs if y.node is not None]
     loss = outputs[0].buffer.size <= rank.wide
     del x, outputs
+    rank.flat.clear()
     kept = Counter(meter.held)
     meter.label = "gradients of activations"
     gradients = [rank.bytes(rank.wide if loss else rank.narrow * elements) for _ in nodes]
@@ -215,16 +239,19 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     rank.deferred.clear()
     weights = _minus(Counter(meter.held), begun)
     weights = Counter({name: weights.get(name, 0) - ended.get(name, 0) for name in {*weights, *ended}})
-    whole, made = place.casts is not Casts.gathered, rank.deferred_elements
-    stays = round(place.stored * sum(made)) if whole and place.first else 0
-    largest = (place.narrow + (place.stored if whole and not place.first else 0)) * max(made, default=0)
-    most = stays + round(largest if whole else place.narrow * sum(made))
+    of_fsdp, made = (
+        rank.deferred_elements[Casts.gathered],
+        [*rank.deferred_elements[Casts.each], *rank.deferred_elements[Casts.step]],
+    )
+    stays = round(place.narrow * sum(of_fsdp) + (place.stored * sum(made) if place.first else 0))
+    most = stays + round((place.narrow + (0 if place.first else place.stored)) * max(made, default=0))
     weights["gradients"] += stays
     left = dict(kept)
     return Unit(
         Pass(sum(forward_most.values()), forward_most, sum(left.values()), left),
         Pass(sum(backward_most.values()), backward_most, sum(ended.values()), ended),
         Pass(most, {"gradients": most}, sum(weights.values()), dict(weights)),
+        round(sum(of_fsdp)),
         sum(buffer.size for buffer in rank.root_gradients.values()) if place.casts is Casts.gathered else 0,
     )
 

@@ -30,14 +30,21 @@ class MemoryMeter:
 class Buffer:
     """Memory of `size` bytes, which counts until it is garbage."""
 
-    __slots__ = ("label", "meter", "size")
+    __slots__ = ("holds", "label", "meter", "size")
 
     def __init__(self, meter: MemoryMeter, size: int) -> None:
         self.meter, self.size, self.label = meter, size, meter.label
+        self.holds: Buffer | None = None
+        """What must live as long as this."""
         meter.now += size
         meter.held[self.label] += size
         if meter.now > meter.peak:
             meter.begin()
+
+    def relabel(self, label: str) -> None:
+        self.meter.held[self.label] -= self.size
+        self.label = label
+        self.meter.held[label] += self.size
 
     def __del__(self) -> None:
         self.meter.now -= self.size
@@ -70,15 +77,18 @@ class Value:
         self.buffer, self.node = buffer, node
 
 
-def run_backward(roots: list[Node], gradients: list[Buffer]) -> None:
-    """Runs the backward pass from `roots`, and takes the gradients of their outputs out of the list. Frees what the nodes keep."""
+def run_backward(roots: list[Node], gradients: list[Buffer], behind: int = -1) -> list[Node]:
+    """Runs the backward pass from `roots`, and takes the gradients of their outputs out of the list. Frees what the nodes keep.
+
+    Only nodes with a larger order than `behind` run; returns those that have a gradient and did not run.
+    """
     waiting = list[tuple[int, Node]]()
     while roots:
         root = roots.pop()
         root.gradient = gradients.pop()
         heapq.heappush(waiting, (-root.order, root))
         del root
-    while waiting:
+    while waiting and -waiting[0][0] > behind:
         node = heapq.heappop(waiting)[1]
         taken, node.gradient = [node.gradient] if node.gradient is not None else [], None
         results = list(node.backward(taken.pop()))
@@ -92,6 +102,8 @@ def run_backward(roots: list[Node], gradients: list[Buffer]) -> None:
                 source.gradient = result
                 heapq.heappush(waiting, (-source.order, source))
             del result  # the sum of gradients is made in place
+        del node
+    return [node for _, node in waiting]
 
 
 def _spent(_: Any) -> Gradients:

@@ -6,7 +6,7 @@ T tokens, D width, E columns of the router, K choices of a token.
 from ...moe.config import AttentionKind
 from .attention_sizes import grouped, latent
 from .autograd import Buffer, Value
-from .exchange_sizes import exchanged, shared_expert
+from .exchange_sizes import exchanged, start_shared_expert
 from .expert_sizes import experts, permute, shared_rows, unpermute
 from .layer_sizes import FUSED_NORMS, BlockShape, feedforward
 from .operator_sizes import INDEX, Casts, Sized
@@ -54,7 +54,7 @@ def moe_layer(rank: Sized, shape: BlockShape, x: Value) -> Value:
     rank.meter.label = "experts"
     if shape.parallel.expert == 1:
         y = local(rank, shape, x, weights, plan)
-        shared = shared_expert(rank, shape, x)
+        shared = start_shared_expert(rank, shape, x)()
     else:
         y, shared = exchanged(rank, shape, x, weights, plan)
     del plan, weights

@@ -5,11 +5,12 @@ The end: the last norm, the head with its loss, and multi-token prediction.
 
 from collections import deque
 
+from ...moe.config import ModelConfig
 from ...parallel.config import Recompute
 from .autograd import Buffer, Node, Value, run_backward
 from .block import block
 from .layer_sizes import FUSED_NORMS, BlockShape
-from .operator_sizes import INDEX, Around, Casts, Sized
+from .operator_sizes import INDEX, WIDE, Around, Casts, Gathered, Sized
 
 LOGITS = 2**27
 """Logits that exist at once on a GPU: parallel/vocabulary.py, which needs torch."""
@@ -22,6 +23,7 @@ def run_block(rank: Sized, shape: BlockShape, index: int, x: Value, around: Arou
     def ended(gradient: Buffer) -> list[Buffer | None]:
         if around is not None:
             rank.release_block()
+            rank.flat.clear()
             rank.reduce_gradients(around.own.dense)
         return [gradient]
 
@@ -46,33 +48,53 @@ def run_block(rank: Sized, shape: BlockShape, index: int, x: Value, around: Arou
 def _recomputed(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     """Keeps the input, and results on a tape if recomputation is selective."""
     tape = deque[Buffer]() if shape.parallel.recompute is Recompute.selective else None
-    rank.records, rank.tape = False, tape
+    rank.records, rank.tape, rank.saves, rank.named_casts = False, tape, 0, []
     y = block(rank, shape, index, Value(x.buffer))
     rank.records, rank.tape = True, None
-    held = [x.buffer]
+    held, saves, casts = [x.buffer], rank.saves, rank.named_casts
 
     def backward(gradient: Buffer) -> list[Buffer | None]:
-        arrived = list[Buffer]()
+        arrived, gradients = list[Buffer](), [gradient]
+        del gradient
 
         def arrive(result: Buffer) -> list[Buffer | None]:
             arrived.append(result)
             return []
 
-        given = Value(held.pop(), Node(rank.meter, [], arrive))
-        rank.tape, rank.repeats = tape, True
-        again = block(rank, shape, index, given)
-        rank.tape, rank.repeats = None, False
-        assert again.node is not None
-        nodes = [again.node]
-        del again, given
-        run_backward(nodes, [gradient])
+        def again(x: Buffer, allocates: bool) -> list[Node]:
+            rank.tape, rank.repeats, rank.saves, rank.allocates = tape, True, saves, allocates
+            rank.nodes = [Node(rank.meter, [], arrive)]
+            block(rank, shape, index, Value(x, rank.nodes[0]))
+            rank.tape, rank.repeats, rank.allocates = None, False, True
+            nodes, rank.nodes = rank.nodes, []
+            return nodes
+
+        # What comes after the last operator that saves runs backward before the second pass.
+        nodes = again(rank.bytes(0), allocates=False)
+        waiting = run_backward([nodes[-1]], gradients, nodes[rank.last_saver].order)
+        places = [nodes.index(node) for node in waiting]
+        nodes = again(held.pop(), allocates=True)
+        roots = [nodes[place] for place in places]
+        del nodes
+        gradients += [node.gradient for node in waiting if node.gradient is not None]
+        waiting.clear()
+        run_backward(roots, gradients)
+        casts.clear()
         return [arrived.pop()]
 
     return rank.value(y.buffer, [x], backward)
 
 
-def embed(rank: Sized, shape: BlockShape) -> Value:
-    """The embeddings of the ids, in the dtype of the activations. The gradient of the weight is as large as the weight."""
+def embedding_of(config: ModelConfig) -> str:
+    """Returns the name of the weight of the embedding."""
+    return "head" if config.tie_embeddings else "embedding"
+
+
+def embed(rank: Sized, shape: BlockShape, added: bool = False) -> Value:
+    """The embeddings of the ids, in the dtype of the activations. The gradient of the weight is as large as the weight.
+
+    `added`: there is a gradient that it is added to.
+    """
     c, t, elements = shape.config, shape.parallel.tensor, shape.tokens * shape.config.width
     rank.meter.label = "embedding"
     each = rank.narrow if rank.casts is Casts.gathered else rank.stored
@@ -85,8 +107,8 @@ def embed(rank: Sized, shape: BlockShape) -> Value:
         gradient = rank.labelled("gradients", lambda: rank.bytes(each * vocabulary))
         held.clear()
         del wide
-        if rank.first or rank.casts is Casts.gathered:
-            rank.root_gradients.setdefault("head" if c.tie_embeddings else "embedding", gradient)
+        if not added:
+            rank.keep_root(embedding_of(c), gradient)
         return []
 
     looked_up = rank.bytes(each * elements * t)
@@ -95,8 +117,9 @@ def embed(rank: Sized, shape: BlockShape) -> Value:
     return rank.value(rank.new(elements), [], backward)
 
 
-def end(rank: Sized, shape: BlockShape, x: Value, arounds: list[Around | None]) -> list[Value]:
-    """The losses of the head and of each module of multi-token prediction."""
+def end(rank: Sized, shape: BlockShape, x: Value, before: Gathered, arounds: list[Around | None]) -> list[Value]:
+    """The losses of the head and of each module of multi-token prediction. `before`: what FSDP gathered of the last layer."""
+    rank.behind_block(before)
     c, elements = shape.config, shape.tokens * shape.config.width
     rank.meter.label = "head"
     losses = [_head(rank, shape, rank.norm(x, elements, FUSED_NORMS))]
@@ -119,6 +142,19 @@ def _joined(rank: Sized, x: Value, y: Value, elements: float) -> Value:
     return rank.value(rank.new(2 * elements), [x, y], lambda gradient: [gradient, gradient])
 
 
+def _bytes_of_logit(rank: Sized, config: ModelConfig, chunks: bool) -> tuple[int, int]:
+    """Returns the bytes of a logit while the gradient of the weight is computed, and the most at another time.
+
+    `chunks`: there are several. Then the logits of one exist until the next has overwritten the names.
+    """
+    n, w, capped, scaled = rank.narrow, rank.wide, config.output_softcap is not None, config.output_multiplier != 1.0
+    if not capped and not scaled and n <= WIDE:
+        return n, 2 * n if chunks else n
+    kept = 2 * n + w
+    forward = (kept if chunks else 0) + n * (1 + scaled + 2 * capped)
+    return kept, max(forward, n + 3 * w if capped and scaled else 2 * n + 2 * w)
+
+
 def _head(rank: Sized, shape: BlockShape, x: Value) -> Value:
     """Head and loss, which compute their gradients in the forward pass, a chunk of tokens at a time."""
     c, t = shape.config, shape.parallel.tensor
@@ -129,10 +165,12 @@ def _head(rank: Sized, shape: BlockShape, x: Value) -> Value:
     grad_x = rank.new(elements)
     grad_weight = rank.labelled("gradients", lambda: rank.bytes(rank.wide * weight))
     rows = min(shape.seen, max(1, LOGITS // columns))
-    narrow = c.output_softcap is None and c.output_multiplier == 1.0 and rank.narrow <= 4
-    logits = rank.bytes(rows * columns * (rank.narrow if narrow else 2 * (rank.narrow + rank.wide)))
+    each, most = _bytes_of_logit(rank, c, rows < shape.seen)
+    logits = rank.bytes(rows * columns * each)
     product = rank.new(weight) if rank.narrow != rank.wide else None
-    del cast, logits, product
+    del product
+    passing = rank.bytes(rows * columns * (most - each))
+    del cast, logits, passing
     kept = [grad_x, grad_weight]
     del grad_x, grad_weight
 
@@ -140,8 +178,7 @@ def _head(rank: Sized, shape: BlockShape, x: Value) -> Value:
         gradient = kept.pop()
         if gathered and rank.narrow != rank.wide:
             gradient = rank.labelled("gradients", lambda: rank.new(weight))
-        if rank.first or gathered:
-            rank.root_gradients.setdefault("head", gradient)
+        rank.keep_root("head", gradient)
         return [kept.pop()]
 
     return rank.value(rank.bytes(rank.wide), [x], backward)

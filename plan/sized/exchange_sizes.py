@@ -3,11 +3,13 @@
 T tokens of this rank, K choices of each, D width, N ranks of an exchange. Loads are even, as in a dry run, but for `hot`.
 """
 
+from collections.abc import Callable
+
 from ...parallel.config import Exchange
 from ...parallel.layout import room
 from .autograd import Buffer, Value
 from .expert_sizes import Travel, compute, permute, reordered, unpermute
-from .layer_sizes import BlockShape, feedforward, multiply
+from .layer_sizes import BlockShape, hidden_columns, multiply
 from .operator_sizes import INDEX, Sized
 
 
@@ -43,7 +45,7 @@ def _plain(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: list[
     A = R * shape.hot
     there = Travel(rank, R * D, A * D)
     link = there.start(permute(rank, shape, x, R, plan))
-    shared = shared_expert(rank, shape, x)
+    finish_shared = start_shared_expert(rank, shape, x)
     order = [rank.bytes(INDEX * A) for _ in range(2)]
     came = there.wait(link)
     del link, x
@@ -55,23 +57,32 @@ def _plain(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: list[
     ordered = reordered(rank, computed, A, order)
     link = back.start(ordered)
     del computed, ordered
+    shared = finish_shared()
     came = back.wait(link)
     del link
     return unpermute(rank, shape, came, R, weights, plan), shared
 
 
-def shared_expert(rank: Sized, shape: BlockShape, x: Value) -> Value | None:
+def start_shared_expert(rank: Sized, shape: BlockShape, x: Value) -> Callable[[], Value | None]:
+    """The first product of the shared expert and its activation. Returns a function for the rest, which returns the output."""
     moe, c, before = shape.config.moe, shape.config, rank.meter.label
     if not moe.shared_hidden:
-        return None
+        return lambda: None
     rank.meter.label = "shared expert"
-    y = feedforward(rank, shape, x, "shared", moe.shared_hidden, 1)
-    if moe.shared_gate:
-        gate = rank.linear(x, "shared_gate", shape.tokens, c.width, 1)
-        y = multiply(rank, gate, y, shape.tokens * c.width)
-        del gate
+    hidden = [hidden_columns(rank, x, "shared", shape.tokens, c.width, moe.shared_hidden, c.activation.projections)]
     rank.meter.label = before
-    return y
+
+    def finish() -> Value:
+        rank.meter.label = "shared expert"
+        y = rank.linear(hidden.pop(), "shared.down", shape.tokens, moe.shared_hidden, c.width, c.width)
+        if moe.shared_gate:
+            gate = rank.linear(x, "shared_gate", shape.tokens, c.width, 1)
+            y = multiply(rank, gate, y, shape.tokens * c.width)
+            del gate
+        rank.meter.label = before
+        return y
+
+    return finish
 
 
 def _symmetric(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: list[Buffer]) -> tuple[Value, Value | None]:
@@ -87,8 +98,8 @@ def _symmetric(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: l
         return [grad]
 
     came = rank.value(rank.keep(lambda: rank.new(places * D)), [x], to_experts)
-    shared = shared_expert(rank, shape, x)
-    computed = compute(rank, shape, came, places, sent=True)
+    shared = start_shared_expert(rank, shape, x)()
+    computed = compute(rank, shape, came, places, sent=False)
     del came
     back = rank.value(rank.keep(lambda: rank.new(rows * D)), [computed], lambda _: [rank.new(places * D)])
     del computed, x
@@ -126,7 +137,10 @@ def reduce(rank: Sized, y: Value, rows: float, copies: float, deepest: float, we
         held.clear()
         return [result, rank.bytes(rank.wide * copies)]
 
-    return rank.value(_summed(rank, rows * D, deepest * D), [y, weights], backward)
+    total = _summed(rank, rows * D, deepest * D)
+    if weights is not None:
+        rank.saved()
+    return rank.value(total, [y, weights], backward)
 
 
 def _summed(rank: Sized, rows: float, deepest: float) -> Buffer:
@@ -148,8 +162,8 @@ def _deduplicated(rank: Sized, shape: BlockShape, x: Value, weights: Value) -> t
     p, moe, T, D = shape.parallel, shape.config.moe, shape.tokens, shape.config.width
     inside = min(shape.node, p.expert)
     axes = [p.expert // inside, inside] if p.exchange is Exchange.hierarchical and inside not in (1, p.expert) else [p.expert]
-    rows, choices, hops, shared = float(T), float(T * moe.top_k), list[tuple[float, float]](), None
-    experts = moe.experts
+    rows, choices, hops = float(T), float(T * moe.top_k), list[tuple[float, float]]()
+    experts, finish_shared = moe.experts, None
     for ranks in axes:
         experts //= ranks
         copies = _copies(rows, choices, ranks, min(moe.top_k, experts))
@@ -157,7 +171,7 @@ def _deduplicated(rank: Sized, shape: BlockShape, x: Value, weights: Value) -> t
         travel = Travel(rank, copies * D, copies * D)
         link = travel.start(expand(rank, x, rows, copies, min(rows, copies)))
         if len(hops) == 1:
-            shared = shared_expert(rank, shape, x)
+            finish_shared = start_shared_expert(rank, shape, x)
         x = travel.wait(link)
         del link
         rows = copies
@@ -168,9 +182,12 @@ def _deduplicated(rank: Sized, shape: BlockShape, x: Value, weights: Value) -> t
     del came
     y = reduce(rank, computed, rows, count, rows, weights)
     del computed
+    shared = None
     for before, copies in reversed(hops):
         travel = Travel(rank, copies * D, copies * D)
-        link = travel.start(y)
+        link = travel.start(y, ends_layer=before == T)
+        if before == T:
+            shared = finish_shared() if finish_shared is not None else None
         came = travel.wait(link)
         del link
         y = reduce(rank, came, before, copies, min(before, copies))
@@ -183,7 +200,7 @@ def _gather(rank: Sized, shape: BlockShape, x: Value, weights: Value) -> tuple[V
     count, tokens = T * moe.top_k * shape.hot, T * N
     travel = Travel(rank, T * D, tokens * D)
     link = travel.start(rank.unary(x, T * D, T * D))
-    shared = shared_expert(rank, shape, x)
+    finish_shared = start_shared_expert(rank, shape, x)
     packed = rank.bytes(rank.wide * 2 * tokens * moe.top_k)
     numbers = rank.bytes(2 * INDEX * tokens * moe.top_k)
     arrived = travel.wait(link)
@@ -196,11 +213,14 @@ def _gather(rank: Sized, shape: BlockShape, x: Value, weights: Value) -> tuple[V
     y = reduce(rank, computed, tokens, count, deepest, weights)
     del computed, packed
     back = Travel(rank, tokens * D, tokens * D)
-    link = back.start(y)
+    link = back.start(y, ends_layer=True)
     del y
-    parts = back.wait(link)
-    del link
-    wide = rank.bytes(rank.wide * T * D)
-    result = rank.value(rank.new(T * D), [parts], lambda _: [rank.new(T * D)])
-    del wide, parts
-    return result, shared
+    shared = finish_shared()
+
+    def summed(parts: Buffer) -> Buffer:
+        wide = rank.bytes(rank.wide * T * D)
+        result = rank.new(T * D)
+        del wide, parts
+        return result
+
+    return back.wait(link, summed), shared

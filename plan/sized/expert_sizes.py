@@ -3,6 +3,8 @@
 T tokens, D width, L experts of this rank, K choices of a token, R rows, N ranks of a group, F hidden columns of this rank.
 """
 
+from collections.abc import Callable
+
 from .autograd import Buffer, Value
 from .layer_sizes import BlockShape
 from .operator_sizes import INDEX, Sized
@@ -29,6 +31,7 @@ def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Valu
     if sent and rank.repeats and not outputs:
         outputs.append(rank.new(rows * D))
     out = outputs.pop() if sent else rank.keep(outputs.pop)
+    rank.saved()
     held = [x.buffer, inner, up.buffer, down.buffer, *plan, *([weights.buffer] if weights is not None else [])]
 
     def backward(grad: Buffer) -> list[Buffer | None]:
@@ -36,8 +39,8 @@ def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Valu
         active = rank.new(rows * F)
         grad_inner = rank.new(rows * P * F)
         if rank.defers:
-            rank.deferred.append((gradient or grad, active, grad_inner, *held))
-            rank.deferred_elements += [L * F * D, L * F * D * P]
+            rank.deferred.append((gradient or grad, active, grad_inner, x.buffer, up.buffer, down.buffer, *plan))
+            rank.deferred_elements[rank.of_experts] += [L * F * D, L * F * D * P]
         grad_down = None if rank.defers else rank.new(L * D * F)
         del gradient, active
         given = rank.new(rows * D) if weights is not None and not rank.defers else None
@@ -75,7 +78,9 @@ def unpermute(rank: Sized, shape: BlockShape, y: Value, rows: float, weights: Va
         held.clear()
         return grads
 
-    return rank.value(rank.new(T * D), [y, weights], backward)
+    out = rank.new(T * D)
+    rank.saved()
+    return rank.value(out, [y, weights], backward)
 
 
 class Travel:
@@ -85,33 +90,34 @@ class Travel:
         self.rank, self.sends, self.receives = rank, sends, receives
         self.running: list[Buffer] = []
 
-    def start(self, x: Value) -> Value:
-        """Starts to send `sends` elements of narrow rows."""
+    def start(self, x: Value, ends_layer: bool = False) -> Value:
+        """Starts to send `sends` elements of narrow rows. `ends_layer`: in a second pass the wait would."""
         if not self.rank.repeats or self.rank.tape is None:
-            self.running = [x.buffer, self._labelled(self.receives)]
+            self.running = [x.buffer, self._labelled(0 if ends_layer and self.rank.repeats else self.receives)]
 
-        def backward(_: Buffer) -> list[Buffer | None]:
-            del self.running[:-1]
-            return [self.running.pop()]
+        def backward(gradient: Buffer) -> list[Buffer | None]:
+            gradient.holds = None
+            return [gradient]
 
         return self.rank.value(self.rank.bytes(0), [x], backward)
 
     def _labelled(self, elements: float) -> Buffer:
         return self.rank.labelled("exchange", lambda: self.rank.new(elements))
 
-    def wait(self, link: Value) -> Value:
-        """Returns the rows that came. The gradient starts back here."""
+    def wait(self, link: Value, unpack: Callable[[Buffer], Buffer] = lambda came: came) -> Value:
+        """Returns the rows that came, unpacked. The gradient starts back here."""
 
         def arrived() -> Buffer:
-            out = self.running.pop()
+            out = self.running.pop() if self.running else self.rank.bytes(0)
             self.running.clear()
-            return out
+            return unpack(out)
 
         out = self.rank.keep(arrived)
 
         def backward(gradient: Buffer) -> list[Buffer | None]:
-            self.running = [gradient, self._labelled(self.sends)]
-            return [self.rank.bytes(0)]
+            running = self._labelled(self.sends)
+            running.holds = gradient
+            return [running]
 
         return self.rank.value(out, [link], backward)
 

@@ -44,21 +44,26 @@ class BlockShape:
 
 
 def feedforward(rank: Sized, shape: BlockShape, x: Value, name: str, hidden: int, ranks: int) -> Value:
-    """The dense feed-forward, over gathered tokens, or a shared expert over a rank's own."""
+    """The dense feed-forward, over gathered tokens."""
     D, T, P = shape.config.width, shape.tokens, shape.config.activation.projections
     x = rank.gather(x, T * D, ranks, shape.copies)
     U = T * ranks
-    inner = rank.linear(x, f"{name}.gate_up", U, D, P * hidden, D)
+    active = hidden_columns(rank, x, name, U, D, hidden, P)
     del x
-    active = rank.unary(inner, U * P * hidden, U * hidden, "x")
-    del inner
     y = rank.linear(active, f"{name}.down", U, hidden, D, D)
     del active
     return rank.scatter(y, T * D, ranks, shape.copies)
 
 
+def hidden_columns(rank: Sized, x: Value, name: str, rows: int, width: int, hidden: int, projections: int) -> Value:
+    """What the last product of a feed-forward takes."""
+    inner = rank.linear(x, f"{name}.gate_up", rows, width, projections * hidden, width)
+    return rank.unary(inner, rows * projections * hidden, rows * hidden, "x")
+
+
 def multiply(rank: Sized, x: Value, y: Value, elements: float) -> Value:
     held = [x.buffer, y.buffer]
+    rank.saved()
 
     def backward(_: Buffer) -> list[Buffer | None]:
         grads: list[Buffer | None] = [rank.new(elements), rank.new(elements)]

@@ -50,6 +50,8 @@ class Sized:
     own = Gathered()
     whole = False
     """Whether FSDP's weights stay gathered (parallel.zero below 3); they are counted elsewhere."""
+    gathers = True
+    """Whether FSDP gathers in this forward pass: with `whole` in the first one alone."""
     reduces = True
     """Whether FSDP reduces gradients after this micro-batch (not with parallel.zero=1, but after the last)."""
 
@@ -63,36 +65,61 @@ class Sized:
         self.tape: deque[Buffer] | None = None
         """Results that selective recomputation keeps; None: it is off."""
         self.repeats = False
+        """Whether this is the second pass through a block that is recomputed."""
+        self.saves = 0
+        """Operators that have saved something in the first pass, and in the second those that have yet to."""
+        self.allocates = True
+        """Not in a second pass that has saved all: torch ends it there."""
+        self.nodes: list[Node] = []
+        """Those of a second pass, in order."""
+        self.last_saver = 0
+        """The place in `nodes` of the last one that has saved something."""
         self.defers = False
         """Whether products leave the gradients of their weights for later, with what these need in `deferred`."""
         self.deferred: list[Any] = []
-        self.deferred_elements: list[float] = []
-        """Of the weights whose gradients are left for later."""
+        self.deferred_elements: dict[Casts, list[float]] = {casts: [] for casts in Casts}
+        """Of the weights whose gradients are left for later, by where they come from."""
+        self.named_casts: list[Buffer] = []
+        """Casts of weights in a first pass whose graph names them, as gradients are left for them."""
         self.travels, self.flat, self.dense, self.experts, self.reduced, self.waiting = (list[Buffer]() for _ in range(6))
         self.gradients: list[Buffer] = []
         """Of weights, in their dtype; with FSDP whole and narrow, until the block ends."""
         self.root_gradients: dict[str, Buffer] = {}
         """The same of embedding, head and what is around the blocks."""
+        self.shared_root = set[str]()
+        """Those of them that wait for the gradient of the first layer's input, which has the same weight."""
         self.expert_gradients: list[Buffer] = []
         """The same of experts, which FSDP reduces before."""
 
     def bytes(self, size: float) -> Buffer:
         """Allocates `size` bytes."""
-        return Buffer(self.meter, round(size))
+        return Buffer(self.meter, round(size) if self.allocates else 0)
 
     def new(self, elements: float) -> Buffer:
         """Allocates activations."""
-        return Buffer(self.meter, round(self.narrow * elements))
+        return self.bytes(self.narrow * elements)
+
+    def saved(self) -> None:
+        """An operator saves tensors for the backward pass. torch's own do so before they run, autograd functions after.
+
+        Operators that cannot be the last of a block to do so need not call it.
+        """
+        self.saves += -1 if self.repeats else 1
+        if self.repeats and self.saves == 0:
+            self.allocates, self.last_saver = False, len(self.nodes)
 
     def value(self, buffer: Buffer, inputs: Sequence[Value | None], backward: Backward) -> Value:
         """Returns the output of an operator with these differentiable inputs."""
         if not self.records:
             return Value(buffer)
-        return Value(buffer, Node(self.meter, [x.node if x is not None else None for x in inputs], backward))
+        node = Node(self.meter, [x.node if x is not None else None for x in inputs], backward)
+        if self.repeats:
+            self.nodes.append(node)
+        return Value(buffer, node)
 
     def keep(self, make: Callable[[], Buffer]) -> Buffer:
         """Returns make(), or in a second pass what it gave in the first: `moe/recompute.py`."""
-        if self.tape is None:
+        if self.tape is None or not self.allocates:
             return make()
         if self.repeats:
             return self.tape.popleft()
@@ -109,6 +136,8 @@ class Sized:
         size = 0 if casts is Casts.step else elements  # those of a step are counted elsewhere
         buffer = self.labelled("weight casts", lambda: self.new(size))
         leaf = self._accumulate(name) if self.records else None
+        if self.defers and not self.records:
+            self.named_casts.append(buffer)
         return self.value(buffer, [Value(buffer, leaf)], lambda _: [self._widened(elements, casts)])
 
     def casts_of(self, name: str) -> Casts:
@@ -123,7 +152,9 @@ class Sized:
 
     def _accumulate(self, name: str) -> Node:
         def add(gradient: Buffer) -> list[Buffer | None]:
-            if self.first or self.casts_of(name) is Casts.gathered:
+            if name == "projection":  # of multi-token prediction, outside of its block
+                self.keep_root(name, gradient)
+            elif self.first or self.casts_of(name) is Casts.gathered:
                 (self.expert_gradients if name.startswith("experts.") else self.gradients).append(gradient)
             return []
 
@@ -137,6 +168,11 @@ class Sized:
         self.meter.label = before
         return buffer
 
+    def keep_root(self, name: str, gradient: Buffer) -> None:
+        """Keeps the gradient of a weight outside of blocks: unless one exists that it is added to."""
+        if self.first or self.casts is Casts.gathered or name in self.shared_root:
+            self.root_gradients.setdefault(name, gradient).relabel("gradients")
+
     # FSDP. A gather has a flat buffer, which lives until the next one is copied out, and the weights. A reduction has a flat buffer
     # in the dtype of the stored weights, which lives until the next reduction begins.
 
@@ -146,26 +182,31 @@ class Sized:
         In the backward pass a flat buffer ends when it has been copied out.
         """
         self.own = own
-        if self.whole:
+        if self.whole and (backward or not self.gathers):
             return
         self.travels = [self._gathered(elements) for elements in (own.experts, following.dense, following.experts)]
-        self.flat, self.dense = [self._gathered(own.dense)], [self._gathered(own.dense)]
+        self.flat, self.dense = [self._gathered(own.dense)], [self._gathered(0 if self.whole else own.dense)]
         if backward:
             self.flat.clear()
 
     def gather_experts(self) -> None:
         """The weights of the experts are copied out of their flat buffer."""
-        if self.own.experts and not self.whole and not self.experts:
-            self.experts = [self._gathered(self.own.experts)]
+        if self.own.experts and self.travels and not self.experts and self.allocates:
+            self.experts = [self._gathered(0 if self.whole else self.own.experts)]
             self.flat, self.travels = self.travels[:1], self.travels[1:]
 
     def _gathered(self, elements: float) -> Buffer:
         return self.labelled("gathered by FSDP", lambda: self.new(elements))
 
     def release_block(self) -> None:
-        """After the forward pass of a block, weights are not gathered any more."""
-        for buffers in (self.travels, self.flat, self.dense, self.experts):
+        """The forward pass of a block ends: weights are not gathered any more. The last flat buffer lives until the next gather."""
+        for buffers in (self.travels, self.dense, self.experts):
             buffers.clear()
+
+    def behind_block(self, last: Gathered) -> None:
+        """The block before has gathered these weights."""
+        if self.gathers:
+            self.flat = [self._gathered(last.experts or last.dense)]
 
     def enter_experts(self, x: Value) -> Value:
         """The experts of the block are gathered. Backward, their gradients are reduced here."""
@@ -173,7 +214,7 @@ class Sized:
             return x
         elements = self.own.experts
         self.gather_experts()
-        if self.repeats:
+        if self.repeats and self.allocates:
             self.flat.clear()
 
         def backward(gradient: Buffer) -> list[Buffer | None]:
@@ -196,7 +237,7 @@ class Sized:
             copied = self.new(self.own.copied) if experts else None
             self.reduced.append(self.labelled("reduced by FSDP", lambda: self.bytes(self.stored * elements)))
             del copied
-        elif self.first:  # they wait for the last micro-batch, in the dtype of the weights
+        elif self.first and not self.defers:  # they wait for the last micro-batch, in the dtype of the weights
             self.waiting.append(self.labelled("gradients", lambda: self.bytes(self.stored * elements)))
         mine.clear()
 
@@ -205,6 +246,7 @@ class Sized:
     def linear(self, x: Value, name: str, rows: float, inputs: float, outputs: float, width: float = 0) -> Value:
         """rows x inputs to rows x outputs. Rows of `width` numbers or more are kept by selective recomputation; 0: never."""
         weight, saved = self.weight(name, inputs * outputs), x.buffer
+        self.saved()
         product = self.keep(lambda: self.new(rows * outputs)) if width and inputs >= width else self.new(rows * outputs)
         held = [saved, weight.buffer]
 
@@ -212,7 +254,7 @@ class Sized:
             grads: list[Buffer | None] = [self.new(rows * inputs), None]
             if self.defers:
                 self.deferred.append((gradient, *held))
-                self.deferred_elements.append(inputs * outputs)
+                self.deferred_elements[self.casts_of(name)].append(inputs * outputs)
             else:
                 grads[1] = self.new(inputs * outputs)
             held.clear()
@@ -231,6 +273,7 @@ class Sized:
                 return [grad]
 
             return self.value(self.new(elements), [x], backward)
+        self.saved()
         wide = x.buffer if self.narrow == self.wide else self.bytes(self.wide * elements)
         square = self.bytes(self.wide * elements)
         del square

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dry_steps import facts_of
-from memory_pairs import closed, draw
+from memory_pairs import closed, draw, measured
 from tokenyard.parallel.vocabulary import LOGITS
 from tokenyard.plan.rank_memory import rank_memory
 from tokenyard.plan.sized import ends
@@ -43,6 +43,12 @@ def test_closed_form_is_the_dry_run(apart: Callable[..., Any], name: str) -> Non
     assert found.peak == pytest.approx(truth.peak_bytes, rel=0.03)
     assert sum(found.parts.values()) == pytest.approx(found.peak)
     assert found.parts["weights"] == pytest.approx(truth.purposes["weights"], rel=0.001)
+
+
+@pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 8, 11, 12))])
+def test_random_pairs(apart: Callable[..., Any], seed: int) -> None:
+    """Of those that are quick: ZeRO-1 with tensor ranks and a deduplicated exchange, and zbv with latent attention."""
+    assert closed(draw(seed)) == pytest.approx(apart(measured, seed), rel=0.03)
 
 
 def test_pairs_are_legal_and_differ() -> None:
