@@ -28,7 +28,7 @@ LARGEST_NOTE = 1 << 28
 """Bytes."""
 
 
-class Held(NamedTuple):
+class HeldRectangle(NamedTuple):
     """A rectangle in a rank's file."""
 
     dtype: str
@@ -39,7 +39,7 @@ class RankNote(NamedTuple):
     """What a rank's file holds."""
 
     record: FileRecord
-    tensors: dict[str, Held]
+    tensors: dict[str, HeldRectangle]
     facts: dict[str, Any] | None
     """Of rank 0 alone."""
 
@@ -72,7 +72,9 @@ def read_note(files: list[Path]) -> RankNote:
         stated = content.pop("hash")
         if stated != _hash(content):
             raise ValueError("it does not have the hash that it states")
-        tensors = {name: Held(dtype, ShardMetadata(*map(tuple, place))) for name, (dtype, *place) in content["tensors"].items()}
+        tensors = {
+            name: HeldRectangle(dtype, ShardMetadata(*map(tuple, place))) for name, (dtype, *place) in content["tensors"].items()
+        }
         facts = content["facts"] and check_facts(content["facts"])
         found = RankNote(FileRecord(*content["file"]), tensors, facts)
         if (path.stat().st_size, hash_file(path)) != found.record:

@@ -36,7 +36,7 @@ LEGEND = (
 )
 
 
-class Answer(NamedTuple):
+class LawAnswer(NamedTuple):
     law: Law
     point: Point
 
@@ -51,7 +51,7 @@ def loss_command(arguments: Namespace) -> None:
         option = "--explain" if arguments.explain else "--write"
         raise ConfigError(f"{option}: goal=loss finds no layout; nearest valid: goal=loss flops=1e21")
     given = read_budget(arguments.words)
-    answers = [Answer(law, point) for law in LAWS if (point := answer(law, **given)) is not None]
+    answers = [LawAnswer(law, point) for law in LAWS if (point := answer(law, **given)) is not None]
     chosen = reference(answers)
     presets = nearest_presets(chosen.point.active)
     print(json.dumps(as_json(given, answers, chosen, presets)) if arguments.json else "\n".join(lines(answers, chosen, presets)))
@@ -86,13 +86,13 @@ def answer(law: Law, flops: float | None = None, active: float | None = None, to
     return law.best(law.budget_for(lambda point: point.tokens, tokens))
 
 
-def reference(answers: list[Answer]) -> Answer:
+def reference(answers: list[LawAnswer]) -> LawAnswer:
     """Returns the answer for the learning rate, batch and presets: of mixtures of known size the least extrapolated."""
     mixtures = [each for each in answers if each.law in MIXTURES and each.point.total is not None]
     return min(mixtures, key=lambda each: max(each.beyond.values(), default=1.0))
 
 
-def lines(answers: list[Answer], chosen: Answer, presets: dict[str, int]) -> list[str]:
+def lines(answers: list[LawAnswer], chosen: LawAnswer, presets: dict[str, int]) -> list[str]:
     """Returns the tables for people."""
     point = chosen.point
     papers = dict.fromkeys(each.law.source.partition(",")[0] for each in answers)
@@ -120,7 +120,7 @@ def lines(answers: list[Answer], chosen: Answer, presets: dict[str, int]) -> lis
     ]
 
 
-def _row(each: Answer) -> str:
+def _row(each: LawAnswer) -> str:
     law, point = each
     total = "-" if point.total is None else short(point.total)
     loss = "-" if point.loss is None else f"{point.loss:.3f}"
@@ -141,7 +141,7 @@ def _words(beyond: dict[str, float]) -> str:
     )
 
 
-def as_json(given: dict[str, float], answers: list[Answer], chosen: Answer, presets: dict[str, int]) -> dict[str, Any]:
+def as_json(given: dict[str, float], answers: list[LawAnswer], chosen: LawAnswer, presets: dict[str, int]) -> dict[str, Any]:
     """Returns everything as plain values: parameters, tokens, FLOPs, and factors by which fits are extrapolated."""
     point = chosen.point
     return {

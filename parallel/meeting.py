@@ -31,7 +31,7 @@ class CannotMeet(Exception):
     """The ranks do not find each other; the text is one line."""
 
 
-class Place(NamedTuple):
+class Rendezvous(NamedTuple):
     """Where this rank is in the world, from the environment of its launcher."""
 
     rank: int
@@ -43,7 +43,7 @@ class Place(NamedTuple):
         return f"MASTER_ADDR={self.host} MASTER_PORT={self.port}"
 
 
-def meet(limit_seconds: float, job: str, say: Callable[[str], None]) -> tuple[Store, Place]:
+def meet(limit_seconds: float, job: str, say: Callable[[str], None]) -> tuple[Store, Rendezvous]:
     """Returns the store that all ranks share, when all have arrived. `job` distinguishes this job from others.
 
     Raises CannotMeet after `limit_seconds`, or at once for what no time mends. `say` prints what a host waits for meanwhile.
@@ -59,7 +59,7 @@ def meet(limit_seconds: float, job: str, say: Callable[[str], None]) -> tuple[St
     return store, place
 
 
-def read_place() -> Place:
+def read_place() -> Rendezvous:
     """Raises CannotMeet, naming the variable, for an environment that cannot work."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
@@ -74,10 +74,10 @@ def read_place() -> Place:
         raise CannotMeet(f"MASTER_PORT={port}: must be a port from 1 to 65535; nearest valid: MASTER_PORT=29500")
     if rank >= world:
         raise CannotMeet(f"RANK={rank}: must be below WORLD_SIZE={world}; nearest valid: RANK={world - 1}")
-    return Place(rank, world, values["MASTER_ADDR"], port)
+    return Rendezvous(rank, world, values["MASTER_ADDR"], port)
 
 
-def _check_port(place: Place) -> None:
+def _check_port(place: Rendezvous) -> None:
     """Raises CannotMeet if rank 0 cannot open its port."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -98,7 +98,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _connect(place: Place, deadline: float, limit: float, say: Callable[[str], None]) -> None:
+def _connect(place: Rendezvous, deadline: float, limit: float, say: Callable[[str], None]) -> None:
     """Returns when a program answers at the port: rank 0 may start later. Raises CannotMeet, which says why none does."""
     noticed = time.monotonic() + NOTICE_SECONDS
     while True:
@@ -117,7 +117,7 @@ def _connect(place: Place, deadline: float, limit: float, say: Callable[[str], N
             return
 
 
-def _why(place: Place, error: OSError) -> str:
+def _why(place: Rendezvous, error: OSError) -> str:
     """Returns what a failed connection tells, and what to do."""
     if isinstance(error, socket.gaierror):
         return f"{place}: no host has this name ({error.strerror}); nearest valid: MASTER_ADDR=the address of rank 0's host"
@@ -129,7 +129,7 @@ def _why(place: Place, error: OSError) -> str:
     return f"{place}: cannot be reached ({reason}); nearest valid: an address of rank 0's host on a network of this one"
 
 
-def _open(place: Place, serves: bool, deadline: float, limit: float) -> Store:
+def _open(place: Rendezvous, serves: bool, deadline: float, limit: float) -> Store:
     """Returns the store. Raises CannotMeet if what answers at the port is none."""
     made: list[Store] = []
     seconds = timedelta(seconds=max(1.0, deadline - time.monotonic()))
@@ -154,7 +154,7 @@ def _open(place: Place, serves: bool, deadline: float, limit: float) -> Store:
     raise CannotMeet(f"{place}: what answers is not rank 0 but another program, for {limit:g} s; nearest valid: rank 0's port")
 
 
-def _wait_for_all(store: Store, place: Place, job: str, deadline: float, limit: float) -> None:
+def _wait_for_all(store: Store, place: Rendezvous, job: str, deadline: float, limit: float) -> None:
     """Tells that this rank is here, and waits until rank 0 says that all are. Raises CannotMeet if it says something else."""
     prefix = f"tokenyard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     verdict, elsewhere = f"{prefix}/verdict", f"nearest valid: MASTER_PORT={_free_port()}, on all ranks of one of them"
@@ -181,7 +181,7 @@ def _wait_for_all(store: Store, place: Place, job: str, deadline: float, limit: 
         raise CannotMeet(said)
 
 
-def _count(store: Store, place: Place, prefix: str, deadline: float, limit: float) -> str:
+def _count(store: Store, place: Rendezvous, prefix: str, deadline: float, limit: float) -> str:
     """Returns ALL when all ranks have arrived, and otherwise at the deadline which have not."""
     while store.add(f"{prefix}/count", 0) < place.world:
         if time.monotonic() >= deadline:

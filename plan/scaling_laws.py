@@ -101,7 +101,7 @@ class SumOfPowers(Law):
 
 @final
 @dataclass(frozen=True)
-class Allocation(Law):
+class OptimalSize(Law):
     """The optimum alone, M = factor C^power training FLOPs a token (without embedding and head), D = C / M."""
 
     factor: float
@@ -215,7 +215,7 @@ _CHINCHILLA = Fitted(active=(70e6, 16e9), tokens=(5e9, 500e9))
 LAWS: tuple[Law, ...] = (
     SumOfPowers("Hoffmann 2022", "arXiv:2203.15556, D.3", "dense", _CHINCHILLA, True, 1.69, 406.4, -0.34, 410.7, -0.28),
     SumOfPowers("Besiroglu 2024", "arXiv:2404.10102", "dense", _CHINCHILLA, True, 1.8172, 482.01, -0.3478, 2085.43, -0.3658),
-    Allocation("DeepSeek LLM 2024", "arXiv:2401.02954", "dense", Fitted(flops=(1e17, 3e20)), None, 0.1715, 0.5243),
+    OptimalSize("DeepSeek LLM 2024", "arXiv:2401.02954", "dense", Fitted(flops=(1e17, 3e20)), None, 0.1715, 0.5243),
     FineGrained(
         *("Krajewski 2024", "arXiv:2402.07871, table 1", "E 64"),
         *(Fitted(active=(3e6, 85e6), tokens=(16e9, 130e9), granularity=(1, 16)), False),
@@ -228,7 +228,7 @@ LAWS: tuple[Law, ...] = (
     ),
     joint_law(8),
     joint_law(32),
-    Allocation("Tian 2025", "arXiv:2507.17702, table 1", "4 of 64, 1 shared", Fitted(flops=(3e17, 3e20)), None, 0.1915, 0.5095),
+    OptimalSize("Tian 2025", "arXiv:2507.17702, table 1", "4 of 64, 1 shared", Fitted(flops=(3e17, 3e20)), None, 0.1915, 0.5095),
 )
 MIXTURES = LAWS[3:]
 """Those with experts."""

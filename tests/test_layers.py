@@ -32,7 +32,7 @@ ALLOWED = {
 SPINE = (
     *(
         "config",
-        "schedule",
+        "learning_rate",
         "allocator",
         "busy_cores",
         "stored_config",

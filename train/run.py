@@ -27,12 +27,12 @@ from .fault_tolerance.recovery import recover, run_step
 from .fault_tolerance.signals import handling_signals
 from .fault_tolerance.supervisor import Supervisor, build_supervisor
 from .fault_tolerance.watchdog import hang_guard
+from .learning_rate import learning_rate_factor
 from .load import sample_of
 from .local_saves import save_locally
 from .logging.expert_stats.collector import ExpertStats
 from .logging.run_logger import NullLogger, RunLogger, build_run_logger, set_up_logging
 from .logging.step_log import StepLog, Stopwatch
-from .schedule import learning_rate_factor
 from .session import Session
 from .setup import open_session
 from .step import StepNumbers

@@ -11,7 +11,7 @@ from .config.overrides import parse_override, split_override
 from .config.redact import PLACEHOLDER
 from .config.schema import quoted, written
 from .config.serialize import config_from_plain, leaves, plain_config
-from .schedule import learning_rate_factor
+from .learning_rate import learning_rate_factor
 
 CONFIG = "config.yaml"
 LARGEST_CONFIG = 1 << 16

@@ -41,7 +41,7 @@ class Found(NamedTuple):
     unlisted: Counter[str]
     strangers: Counter[str]
     collectives: list[Collective]
-    groups: list[tuple[str, ...]]
+    groups: list[int]
     """In the order in which they were made."""
     conditions: dict[str, bool]
     """The conditions of the table in docs/performance.md, and whether they hold."""
@@ -132,7 +132,7 @@ def found(rank: DryRank, config: Config) -> Found:
     passes = layers * MICRO_BATCHES * (2 if config.parallel.recompute is Recompute.block else 1) * config.parallel.overlap_chunks
     ledger, mesh = rank.ledger, rank.parallel.mesh
     kept = ledger.waits, ledger.strangers, ledger.collectives
-    table = list(mesh.axes), conditions(config, rank), passes
+    table = [axis.size for axis in mesh.by_ranks.values() if axis.group is not None], conditions(config, rank), passes
     return Found(Counter(rank.waits), *kept, *table, ledger.sent, ledger.received)
 
 

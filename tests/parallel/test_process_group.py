@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tokenyard.parallel import process_group
-from tokenyard.parallel.meeting import Place
+from tokenyard.parallel.meeting import Rendezvous
 from tokenyard.parallel.process_group import join, leave, pick_device, wait_for_all
 
 
@@ -35,7 +35,7 @@ def test_the_device_decides_the_backend(device: str, backend: str, monkeypatch: 
     calls = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
-    monkeypatch.setattr(process_group, "meet", lambda *_: (mock.Mock(), Place(1, 2, "host", 1)))
+    monkeypatch.setattr(process_group, "meet", lambda *_: (mock.Mock(), Rendezvous(1, 2, "host", 1)))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: calls.append((backend, settings["timeout"])))
     join(torch.device(device), 30.0)
     assert calls[-1][0] == backend and calls[-1][1].total_seconds() == 30

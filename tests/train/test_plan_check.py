@@ -20,7 +20,7 @@ from tokenyard.train.config.config import Config
 from tokenyard.train.config.gpus import gpus
 from tokenyard.train.logging import plan_check, run_logger
 from tokenyard.train.logging.journal import read_journal
-from tokenyard.train.logging.plan_check import FIRST, STEPS, Measured, PlanCheck, compare
+from tokenyard.train.logging.plan_check import FIRST, STEPS, MeasuredSteps, PlanCheck, compare
 from tokenyard.train.run import run
 
 CONFIG = Config()
@@ -34,7 +34,7 @@ PLANNED = OwnPlan(memory=50 * 10**9, gpu="h200", measured_on="h200", time=TIME)
 
 
 def test_estimates_that_are_right_are_shown_beside_what_was_measured() -> None:
-    record = compare(PLANNED, Measured(46 * 10**9, 55 * 10**9, 1.14), CONFIG)
+    record = compare(PLANNED, MeasuredSteps(46 * 10**9, 55 * 10**9, 1.14), CONFIG)
     assert record["off"] == []
     assert record["text"] == (
         "planned and measured: memory 50 GB, 46 GB measured, 55 GB with the allocator's cache; "
@@ -69,12 +69,12 @@ def test_an_estimate_that_is_off_is_named_with_its_likely_cause(
 ) -> None:
     config = replace(CONFIG, compile=changed.get("compile", False))
     config.parallel = replace(config.parallel, expert=changed.get("expert", 1))
-    (line,) = compare(planned, Measured(measured[0] * 10**9, 90 * 10**9, measured[1]), config)["off"]
+    (line,) = compare(planned, MeasuredSteps(measured[0] * 10**9, 90 * 10**9, measured[1]), config)["off"]
     assert line.startswith(says)
 
 
 def test_what_was_not_planned_is_unknown() -> None:
-    record = compare(OwnPlan(unknown=("not known",)), Measured(1, 2, 3.0), CONFIG)
+    record = compare(OwnPlan(unknown=("not known",)), MeasuredSteps(1, 2, 3.0), CONFIG)
     assert record["off"] == [] and "memory_error" not in record and "step_seconds_error" not in record
     assert "memory unknown, 1 bytes measured" in record["text"] and "step unknown, 3 s measured" in record["text"]
 
@@ -109,7 +109,7 @@ def test_the_median_leaves_out_the_first_steps_and_the_host_never_waits(monkeypa
     with check.step():  # records no more events: the iterator has none
         pass
     clock.ready = True
-    assert check.measured() == Measured(5, 7, (STEPS - FIRST + 1) / 2)
+    assert check.measured() == MeasuredSteps(5, 7, (STEPS - FIRST + 1) / 2)
 
 
 def test_a_run_on_a_gpu_is_compared_once(

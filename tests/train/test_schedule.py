@@ -4,8 +4,8 @@ import math
 from copy import deepcopy
 
 import pytest
-from tokenyard.train.config.config import Config, DecayCurve, ScheduleConfig, Shape, Unit
-from tokenyard.train.schedule import learning_rate_factor
+from tokenyard.train.config.config import Config, DecayCurve, ScheduleConfig, ScheduleUnit, Shape
+from tokenyard.train.learning_rate import learning_rate_factor
 
 
 def factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
@@ -67,7 +67,7 @@ def test_by_tokens_the_rate_is_that_of_the_step_in_which_as_many_tokens_were_tra
     tokens = deepcopy(steps)
     tokens.batch.schedule, tokens.steps = [40, 4, 112, 6], 5 + 5 + 28
     assert tokens.batch.sizes(4).before(38) == 2 * 5 + 4 * 5 + 6 * 28 == 198
-    tokens.schedule.unit, tokens.schedule.warmup, tokens.schedule.decay = Unit.tokens, 12 * 2 * 4, 20 * 2 * 4
+    tokens.schedule.unit, tokens.schedule.warmup, tokens.schedule.decay = ScheduleUnit.tokens, 12 * 2 * 4, 20 * 2 * 4
     pairs = [sum([1] * min(step, 5) + [2] * min(max(0, step - 5), 5) + [3] * max(0, step - 10)) for step in range(1, 39)]
     assert pairs[-1] == 99
     found = [learning_rate_factor(tokens, step) for step in range(1, 39)]

@@ -109,7 +109,7 @@ class Device(Enum):
     cuda = "cuda"
 
 
-class Unit(Enum):
+class ScheduleUnit(Enum):
     steps = "steps"
     tokens = "tokens"
 
@@ -178,7 +178,7 @@ class ScheduleConfig:
     shape: Shape = Shape.cosine
     """cosine: down to `final` over the whole run; wsd: warm-up, stable, decay (MiniCPM); multistep: the root of `final` after 80 %
     of the run, `final` after 90 % (DeepSeek); constant: no decay."""
-    unit: Unit = Unit.steps
+    unit: ScheduleUnit = ScheduleUnit.steps
     """What the curve, `warmup` and `decay` count: steps, or the tokens of their batches, which differ with batch.schedule."""
     warmup: int = field(default=40, metadata=within("[0, inf)"))
     """Steps, or tokens, of linear warm-up from 0."""

@@ -21,7 +21,7 @@ OFF = 0.15
 """An estimate that differs by a larger share of what was measured is named."""
 
 
-class Measured(NamedTuple):
+class MeasuredSteps(NamedTuple):
     """Of rank 0."""
 
     allocated: int
@@ -50,16 +50,16 @@ class PlanCheck:
         yield
         self.intervals.append((begin, record_event(self.device, timed=True)))
 
-    def measured(self) -> Measured | None:
+    def measured(self) -> MeasuredSteps | None:
         """Returns what was measured; None until the device is done."""
         if len(self.intervals) < STEPS or not self.intervals[-1][1].done():
             return None
         seconds = statistics.median(seconds_between(*each) for each in self.intervals[FIRST:])
         allocated, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-        return Measured(allocated, reserved, seconds)
+        return MeasuredSteps(allocated, reserved, seconds)
 
 
-def compare(planned: OwnPlan, measured: Measured, config: Config) -> dict[str, Any]:
+def compare(planned: OwnPlan, measured: MeasuredSteps, config: Config) -> dict[str, Any]:
     """Returns the facts of the event `plan_checked`.
 
     `text` shows what was planned beside what was measured; `off` has a sentence for each estimate that differs by more than OFF.

@@ -10,7 +10,7 @@ from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....parallel.config import PipelineSchedule
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
-from ..config import Config, Shape, Unit
+from ..config import Config, ScheduleUnit, Shape
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
 from .rule import Violation, divisors, multiples, valid_pairs
@@ -70,7 +70,7 @@ def schedule(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("batch.schedule", "must be pairs of a rising number of tokens > 0 and a number of sequences >= 1", [right])
         return
     end, unit = config.steps, f"steps={config.steps}"
-    if schedule.unit is Unit.tokens:
+    if schedule.unit is ScheduleUnit.tokens:
         end = config.batch.sizes(config.sequence_length).before(config.steps) * config.sequence_length
         unit = f"the {end} tokens of steps={config.steps}"
     wsd = schedule.shape is Shape.wsd

@@ -2,7 +2,7 @@
 
 import math
 
-from .config.config import Config, DecayCurve, Shape, Unit
+from .config.config import Config, DecayCurve, ScheduleUnit, Shape
 
 
 def learning_rate_factor(config: Config, step: int) -> float:
@@ -14,7 +14,7 @@ def learning_rate_factor(config: Config, step: int) -> float:
     end of this one.
     """
     schedule, sizes = config.schedule, config.batch.sizes(config.sequence_length)
-    in_tokens = schedule.unit is Unit.tokens
+    in_tokens = schedule.unit is ScheduleUnit.tokens
     now, end, decay_from = (
         sizes.before(each) * config.sequence_length if in_tokens else each
         for each in (step, config.steps, schedule.decay_from or 0)
