@@ -74,8 +74,17 @@ def prepare_backward(model: nn.Module, zero: int, last: bool, ended: Iterable[nn
 
 
 def end_deferred_gradients(model: nn.Module) -> None:
-    """Does with gradients that came without a backward pass through the modules what FSDP does after such a pass."""
+    """Does with gradients that came without a backward pass through the modules what FSDP does after such a pass.
+
+    FSDP reduces the gradients of a module together, in one dtype: a weight whose first gradient comes in the last pass has a narrow
+    one, while those of others have been added up in the dtype of the sum.
+    """
     if isinstance(model, FSDPModule):
+        for group in _groups(model):
+            if any(parameter.unsharded_accumulated_grad is not None for parameter in group.fsdp_params):
+                for parameter in group.fsdp_params:
+                    if parameter.unsharded_accumulated_grad is None:
+                        parameter.to_accumulated_grad_if_needed()
         state: Any = fully_shard.state(model)  # pyright: ignore[reportFunctionMemberAccess]
         state._root_post_backward_final_callback()
 
@@ -86,12 +95,20 @@ def attributes_of_pass(model: nn.Module) -> list[tuple[Any, str]]:
     A forward and a backward pass that run side by side each have their own (pipeline/overlap.py). A block may be in both, so its
     weights stay gathered until neither needs them.
     """
-    states: list[Any] = [cast(Any, module)._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    states, groups = _states(model), _groups(model)
     for group in groups:
         group.reshard = functools.partial(_reshard, group, group.reshard)
     shared = [(states[0]._state_ctx, "iter_forward_root")] if states else []
     return [*((each, "_training_state") for each in [*states, *groups]), *shared]
+
+
+def _states(model: nn.Module) -> list[Any]:
+    return [cast(Any, module)._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """Returns what FSDP keeps of the weights that each module gathers together."""
+    return [state._fsdp_param_group for state in _states(model) if state._fsdp_param_group is not None]
 
 
 def _reshard(group: Any, reshard: Callable[[], None]) -> None:

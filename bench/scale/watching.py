@@ -4,10 +4,10 @@ The watchdogs of all ranks run in one process, on hosts of 8, against a clock of
 statistics are those of 61 layers of 256 experts: the tensors and records of the real code, whose collectives are counted.
 """
 
+import argparse
 import io
 import math
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -239,8 +239,14 @@ def _written(journal: Journal, make: Callable[[], dict[str, Any]]) -> tuple[int,
     return (journal.path.stat().st_size - before) // 3, min(seconds)
 
 
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.scale.watching", description=__doc__)
+    parser.add_argument("ranks", nargs="?", type=int, default=2048)
+    return parser.parse_args(words)
+
+
 def main() -> None:
-    for name, value in figures(int(sys.argv[1]) if len(sys.argv) > 1 else 2048).items():
+    for name, value in figures(parse().ranks).items():
         print(f"{name:<56} {value:>16,.4f}")
 
 

@@ -11,9 +11,12 @@ from test_zero import Collectives
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.parallel import gradients
 from tokenyard.parallel.apply import Parallel
+from tokenyard.parallel.collectives import sum_over
 from tokenyard.parallel.config import PipelineSchedule
+from tokenyard.parallel.gradients import squared_norm
 from tokenyard.parallel.pipeline import run
 from tokenyard.parallel.pipeline.schedule import BACKWARD, FORWARD
+from tokenyard.train.config.config import Precision
 from tokenyard.train.step import StepInput, accumulate, count_totals
 
 MICROS = 4
@@ -105,3 +108,19 @@ def order(layout: Layout) -> tuple[list[int], list[int]]:
 def one_pass(parallel: Parallel) -> None:
     rows = rows_of(parallel, 0, CASE)
     accumulate(parallel, StepInput(rows, 0.0, None), count_totals(parallel, rows))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deferred_gradients_in_bf16_are_those_of_replicas(ranks: Any, zero: int) -> None:
+    """On the rank with both ends, FSDP reduces embedding, head and module of prediction together, whose gradients come apart."""
+    schedule = PipelineSchedule["zbv"]
+    replicas, sharded = (
+        ranks(4, narrow_norm, Layout(4, pipeline=2, pipeline_schedule=schedule, shard=shard, zero=zero)) for shard in (1, 2)
+    )
+    assert sharded == pytest.approx(replicas, rel=1e-4) and replicas[0] > 0
+
+
+def narrow_norm(layout: Layout) -> float:
+    parallel = build(layout, replace(CASE.config, mtp_depth=1), Precision.bf16)
+    one_pass(parallel)
+    return sum_over(squared_norm(parallel), parallel.mesh.everyone).item()
