@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..parallel.progress import PROGRESS
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "barrier", "gather", "scatter")
+KINDS = ("allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "barrier", "gather", "scatter", "reduce")
 COPIES = ("_to_copy", "copy_")
 CHECKING = ("segment_reduce",)
 """Operators that read numbers on the host only to check their arguments."""
