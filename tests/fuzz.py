@@ -104,7 +104,8 @@ def changed(value: Any, chance: random.Random) -> Any:
 def attack(folder: Path, chance: random.Random) -> Callable[[], object]:
     """Mutates one file of what is in `folder`; gives what reads it."""
     kind = chance.choice(["checkpoint", "hf", "run"])
-    path = {"checkpoint": folder / "step_00000003", "hf": folder / "hf", "run": folder / "run"}[kind]
+    step = folder / chance.choice(["", "2"]) / "step_00000003"
+    path = {"checkpoint": step, "hf": folder / "hf", "run": folder / "run"}[kind]
     file = chance.choice([path / "manifest.json"] * 3 + [*path.rglob("*")] if kind == "checkpoint" else [*path.rglob("*")])
     if file.is_dir():
         return lambda: None
@@ -163,6 +164,7 @@ def fuzz(seed: int, seconds: float, most: float = math.inf) -> tuple[int, str | 
     with tempfile.TemporaryDirectory() as place:
         for make in (tiny_hugging_face, lambda made: tiny_checkpoint(made, config), lambda made: tiny_run(made, config)):
             make(Path(place))
+        tiny_checkpoint(Path(place) / "2", config, version=2)
         while tried < most and time.monotonic() < end:
             if (wrong := case(Path(place), seed + tried)) is not None:
                 return tried, f"seed {seed + tried}: {wrong}"

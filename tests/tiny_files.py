@@ -32,8 +32,8 @@ def record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "hash": xxhash.xxh3_128_hexdigest(path.read_bytes())}
 
 
-def tiny_checkpoint(folder: Path, config: Config) -> Path:
-    """As a run writes it, of zeros."""
+def tiny_checkpoint(folder: Path, config: Config, version: int = 1) -> Path:
+    """As a run writes it, of zeros. `version`: of the manifest."""
     path = folder / "step_00000003"
     BytesTokenizer().save(path / "tokenizer")
     found = {f"model.{name}": shape for name, shape in shapes(config.model).items()}
@@ -51,6 +51,12 @@ def tiny_checkpoint(folder: Path, config: Config) -> Path:
         "attachments": {"tokenizer/tokenizer_about.json": record(path / "tokenizer" / "tokenizer_about.json")},
         "experts": {},
     }
+    if version == 2:
+        cuts = {name: [[0, size] for size in shape] for name, shape in found.items()}
+        groups = [
+            {"dtype": "F32", "shape": shape, "cuts": cuts[name], "files": [0], "names": [name]} for name, shape in found.items()
+        ]
+        content |= {"version": 2, "tensors": groups}
     write_manifest(path / "manifest.json", content)
     return path
 

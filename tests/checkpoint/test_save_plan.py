@@ -87,6 +87,12 @@ def test_pieces_that_are_no_grid() -> None:
     assert parse_group(json.loads(json.dumps(plain_group(group)))).records() == plans[0].tensors
 
 
+def test_a_grid_that_lacks_a_cell_is_refused() -> None:
+    pieces = [whole((4, 6)).chunk(0, 2, row).chunk(1, 2, column) for row, column in ((0, 0), (0, 1), (1, 0))]
+    with pytest.raises(ValueError, match="'x': the ranks hold 18 of its 24 elements"):
+        planned([{"x": LocalShard(piece, torch.empty(piece.sizes))} for piece in pieces])
+
+
 @pytest.mark.parametrize("world", [1, 6])
 def test_the_index_is_read_as_it_was_made(world: int) -> None:
     layouts = itertools.cycle(["grid", "shard", "columns", "replicate", "hybrid"])

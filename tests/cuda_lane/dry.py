@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import composed_once
 import torch
-from tokenyard.checkpoint.save_plan import NamedShard, named_shards
+from tokenyard.checkpoint.save_plan import HeldShards, held_shards
 from tokenyard.moe.config import Selection
 from tokenyard.parallel.config import Exchange, Overflow, Recompute
 from tokenyard.parallel.streams import copy_to_host, host_memory
@@ -71,20 +71,20 @@ def step_of_experiment(experiment: str, place: float) -> Found:
         return found(rank, config)
 
 
-def ranks_of(words: tuple[str, ...], world: int) -> list[tuple[Found, list[NamedShard]]]:
+def ranks_of(words: tuple[str, ...], world: int) -> list[tuple[Found, set[str], HeldShards]]:
     """The same step of each rank of a world, one after the other, and what the rank holds for a save then."""
     return [saved(Case("tiny_qwen3_moe", world, rank, words)) for rank in range(world)]
 
 
-def saved(case: Case) -> tuple[Found, list[NamedShard]]:
-    """A step, and the pieces of a save with their copies to the host."""
+def saved(case: Case) -> tuple[Found, set[str], HeldShards]:
+    """A step, the names of what a save then copies to the host, and what the rank tells of it."""
     config = config_of(case)
     with dry_rank(config, case.rank, case.world) as rank:
         rank.step()
         held = rank.engine.state_to_save()
         for _, tensor in held.values():
             copy_to_host(tensor, host_memory(tensor))
-        return found(rank, config), named_shards(held)
+        return found(rank, config), set(held), held_shards(held, case.rank)
 
 
 def watched(case: Case, logged: bool) -> Found:

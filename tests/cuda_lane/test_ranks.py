@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from dry import Found, ranks_of
-from tokenyard.checkpoint.save_plan import NamedShard, make_save_plans
+from tokenyard.checkpoint.save_plan import HeldShards, make_save_plan
 from tokenyard.plan.ledger import Collective
 
 LAYOUTS = [
@@ -20,7 +20,7 @@ LAYOUTS = [
 ]
 
 
-Ranks = list[tuple[Found, list[NamedShard]]]
+Ranks = list[tuple[Found, set[str], HeldShards]]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -29,7 +29,7 @@ def ranks_of_a_world(request: pytest.FixtureRequest, apart: Callable[..., Any]) 
 
 
 def test_ranks_meet(ranks_of_a_world: Ranks) -> None:
-    steps = [step for step, _ in ranks_of_a_world]
+    steps = [step for step, _, _ in ranks_of_a_world]
     assert len({tuple(step.groups) for step in steps}) == 1, "groups are made by all ranks, in the same order"
     assert missed([step.collectives for step in steps]) is None
     assert all(len(step.collectives) > 20 for step in steps)
@@ -37,7 +37,7 @@ def test_ranks_meet(ranks_of_a_world: Ranks) -> None:
 
 def test_messages_arrive(ranks_of_a_world: Ranks) -> None:
     """In each group what a rank sends to another is what that receives from it, in the same order."""
-    steps = [step for step, _ in ranks_of_a_world]
+    steps = [step for step, _, _ in ranks_of_a_world]
     sent, received = (sorted(m[:3] for step in steps for m in getattr(step, kind)) for kind in ("sent", "received"))
     assert sent == received
     for pair in set(sent):
@@ -47,11 +47,11 @@ def test_messages_arrive(ranks_of_a_world: Ranks) -> None:
 
 def test_ranks_agree_on_a_save(ranks_of_a_world: Ranks) -> None:
     """Their pieces make up every tensor, and each is written once. Copies to the host wait for nothing."""
-    held = [offers for _, offers in ranks_of_a_world]
-    shares = make_save_plans(held)
-    assert all({offer.name for offer in mine} >= set(share.names) for mine, share in zip(held, shares, strict=True))
-    assert all(share.names for share in shares)
-    assert not any(step.unlisted or step.strangers for step, _ in ranks_of_a_world)
+    told = [one for _, _, one in ranks_of_a_world]
+    names, rectangles = [one.names for one in told], [one.rectangles for one in told]
+    shares = [make_save_plan(names, rectangles, [(rank, rank) for rank in range(8)], rank) for rank in range(8)]
+    assert all(share.names and mine >= set(share.names) for (_, mine, _), share in zip(ranks_of_a_world, shares, strict=True))
+    assert not any(step.unlisted or step.strangers for step, _, _ in ranks_of_a_world)
 
 
 def test_ranks_that_miss_each_other_are_found() -> None:
