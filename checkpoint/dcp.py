@@ -1,4 +1,4 @@
-"""To and from programs that use torch.distributed.checkpoint (DCP), whose own folders have a pickle, which is not read here.
+"""To and from programs that use torch.distributed.checkpoint (DCP). Its folders, a file of which can run code, are not read here.
 
 dcp.load(state_dict, storage_reader=CheckpointReader(path))     # a checkpoint of tokenyard into tensors of any sharding
 save_checkpoint(folder, step, local_shards(state_dict), facts)  # tensors of any sharding into a checkpoint of tokenyard

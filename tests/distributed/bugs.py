@@ -111,7 +111,7 @@ def router_not_added_up_over_tensor_ranks() -> Iterator[None]:
         replicas = {name: sharded.replicas for name, sharded in parallel.parameters.items()}
         for name, sharded in parallel.parameters.items():
             if name.endswith("router.weight"):
-                sharded.replicas = parallel.mesh.data
+                sharded.replicas = parallel.mesh.axis("replicate", "shard")
         with gradients.gradient_all_reduce(parallel):
             yield
         for name, sharded in parallel.parameters.items():

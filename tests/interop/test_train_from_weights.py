@@ -81,8 +81,10 @@ def test_import_train_export(family: str, world: int, build: Callable[..., Any],
     )
     assert {key: value for key, value in loading.items() if value} == {}
     ids = torch.arange(40).view(2, 20)
-    logits = tokenyard.load_model(tmp_path / "run")(ids)
-    torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    logits, exact = (tokenyard.load_model(tmp_path / "run", precision=precision)(ids) for precision in ("fp32", "fp64"))
+    rounding_BS1 = (logits - exact).abs().amax(-1, keepdim=True)  # of some tokens a norm divides by nearly nothing
+    assert ((again(ids).logits - logits).abs() <= 1e-4 + 1e-4 * logits.abs() + rounding_BS1).all()
+    assert rounding_BS1.median() < 1e-4
     assert (theirs(ids).logits - logits).abs().max() > 1e-3
 
 

@@ -76,7 +76,7 @@ def test_a_prediction_sees_no_more_than_it_may() -> None:
     ids_BS[0, 4] = (ids_BS[0, 4] + 1) % VOCABULARY
     after = model(ids_BS, head_losses=LOGITS)[0][1:]
     for depth, (old, new) in enumerate(zip(before, after, strict=True), 1):
-        changed = (old != new)[0].any(-1)[: LENGTH - depth]
+        changed = ((old - new).abs() > 1e-12)[0].any(-1)[: LENGTH - depth]  # last bits depend on the rows beside
         assert changed.tolist() == [position >= 4 - depth for position in range(LENGTH - depth)]
 
 

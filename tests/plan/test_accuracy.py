@@ -40,7 +40,7 @@ def test_the_coefficients_are_those_of_the_open_half(compared: list[Compared]) -
     committed = dataclasses.asdict(coefficients())
     assert {name: committed[name] for name in PRIORS} == pytest.approx({name: found[name] for name in PRIORS}, rel=0.01)
     assert set(committed) == set(PRIORS) | {"vendor_low", "vendor_high", "community_low", "community_high"}
-    assert set(json.loads(COEFFICIENTS.read_text())) == {"coefficients", "tokenyard"}
+    assert set(json.loads(COEFFICIENTS.read_text())) == {"coefficients", "measured_on", "tokenyard"}
 
 
 def test_no_configuration_is_in_both_halves(compared: list[Compared]) -> None:

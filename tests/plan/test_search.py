@@ -131,7 +131,7 @@ def test_an_experiment_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["model=olmoe_1b_7b"], "cluster: says on which GPUs; nearest valid: cluster=h100x64"),
         (["cluster=h10x8"], "cluster=h10x8: must be TYPExNUMBER"),
-        ([*WORDS, "goal=fast"], "goal=fast: must be one of fastest, cheapest, fits; nearest valid: goal=fastest"),
+        ([*WORDS, "goal=fast"], "goal=fast: must be one of fastest, cheapest, fits, loss; nearest valid: goal=fastest"),
         ([*WORDS, "tokens=-1"], "tokens=-1: must be a number above 0; nearest valid: tokens=1e9"),
         ([*WORDS, "hot=nan"], "hot=nan: must be a number above 0; nearest valid: hot=1"),
         ([*WORDS, "precision=fp32"], "precision=fp32: must be bf16"),

@@ -61,6 +61,7 @@ def trained(folder: Path, overrides: list[str], late: bool, trouble: Callable[[S
             if isinstance(run_logger, RankZeroLogger):
                 run_logger.defers = True
             stack.enter_context(mock.patch.object(step_module, "kind_of", lambda _: "cuda"))
+            stack.enter_context(mock.patch.object(torch.cuda, "reset_peak_memory_stats"))
         if trouble is not None:
             stack.enter_context(trouble(session))
         code = train_session(session, run_logger)
@@ -260,7 +261,7 @@ def test_a_hang_leaves_what_has_arrived(tmp_path: Path) -> None:
                 found.append(len(losses(tmp_path / "run")))
             return right(*args)
 
-        with mock.patch.object(session.engine, "step", hangs):
+        with mock.patch.object(session.engine, "step", hangs), mock.patch.object(torch.cuda, "reset_peak_memory_stats"):
             train_session(session, run_logger)
     assert found == [1, 2]
 
