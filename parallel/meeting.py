@@ -14,7 +14,7 @@ from datetime import timedelta
 from itertools import groupby
 from typing import NamedTuple
 
-from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 ATTEMPT_SECONDS, PAUSE_SECONDS = 5.0, 0.5
 """How long one connection may take, and the pause before the next."""
@@ -49,14 +49,21 @@ def meet(limit_seconds: float, job: str, say: Callable[[str], None]) -> tuple[St
     Raises CannotMeet after `limit_seconds`, or at once for what no time mends. `say` prints what a host waits for meanwhile.
     """
     place, deadline = read_place(), time.monotonic() + limit_seconds
-    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # The agent of torch's launcher keeps its store from start to start of the ranks. Without one each start has its own, and the
+    # hosts may count starts differently: an agent whose ranks end because other hosts come or go does not count that.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agents_store() else "0"
+    serves = place.rank == 0 and not _agents_store()
     if serves:
         _check_port(place)
     else:
         _connect(place, deadline, limit_seconds, say)
-    store = _open(place, serves, deadline, limit_seconds)
+    store = PrefixStore(f"tokenyard/{start}", _open(place, serves, deadline, limit_seconds))
     _wait_for_all(store, place, job, deadline, limit_seconds)
     return store, place
+
+
+def _agents_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def read_place() -> Rendezvous:
@@ -156,15 +163,15 @@ def _open(place: Rendezvous, serves: bool, deadline: float, limit: float) -> Sto
 
 def _wait_for_all(store: Store, place: Rendezvous, job: str, deadline: float, limit: float) -> None:
     """Tells that this rank is here, and waits until rank 0 says that all are. Raises CannotMeet if it says something else."""
-    prefix = f"tokenyard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    prefix = "meeting"
     verdict, elsewhere = f"{prefix}/verdict", f"nearest valid: MASTER_PORT={_free_port()}, on all ranks of one of them"
     try:
         for what, mine in (("job", job), ("world", f"WORLD_SIZE={place.world}")):
             there = store.compare_set(f"{prefix}/{what}", "", mine).decode() if mine else ""
             if there != mine:
                 raise CannotMeet(f"{place}: another job is there ({there}; this one is {mine}); {elsewhere}")
-        # The agent of torch's launcher has given each rank out once, and keeps its store when it starts them again.
-        if store.add(f"{prefix}/rank{place.rank}", 1) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # The agent of torch's launcher has given each rank out once.
+        if store.add(f"{prefix}/rank{place.rank}", 1) > 1 and not _agents_store():
             raise CannotMeet(f"{place}: a rank {place.rank} is there, of another job or started twice; {elsewhere}")
         store.add(f"{prefix}/count", 1)
         if place.rank == 0:

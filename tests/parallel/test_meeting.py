@@ -146,3 +146,35 @@ def test_a_run_says_it_once_for_a_host(port: int, tmp_path: Path) -> None:
     assert [each.returncode for each in found] == [73, 73]
     lines = [[line for line in each.stderr.splitlines() if line.startswith("tokenyard: ")] for each in found]
     assert lines[1] == [] and lines[0][0].startswith(f"tokenyard: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: the host refuses")
+
+
+JOINS = """
+import torch, torch.distributed as dist
+from tokenyard.parallel.process_group import join
+join(torch.device("cpu"), 20.0, limit_seconds=20.0)
+total = torch.ones(1)
+dist.all_reduce(total)
+print(total.item())
+"""
+
+
+@pytest.mark.parametrize("counts", [((0, 0), (1, 1)), ((0, 0), (1, 0))], ids=["agent's store", "own stores"])
+def test_ranks_that_are_started_again_meet(counts: tuple[tuple[int, int], ...], port: int) -> None:
+    """In the store of torch's agent, which has what the first start left; or in stores of their own, with counts that differ."""
+    agents, outputs = counts[1][0] == counts[1][1], []
+    kept = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if agents else None
+    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": str(agents), "OMP_NUM_THREADS": "1"}
+    for start, of_ranks in enumerate(counts):
+        own["MASTER_PORT"] = str(port if agents else port + 1 + start)
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", JOINS],
+                env={**os.environ, **own, "RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(count)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank, count in enumerate(of_ranks)
+        ]
+        outputs += [rank.communicate(timeout=100)[0].strip() for rank in ranks]
+    assert outputs == ["2.0"] * 4
+    del kept
