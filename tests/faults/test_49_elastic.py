@@ -103,6 +103,7 @@ class Host:
         self.process.wait()
 
 
+@pytest.mark.slow  # 3 minutes: torch's launchers wait for hosts that come and go
 @pytest.mark.fault(49)
 @pytest.mark.timeout(400)
 def test_the_launchers_of_the_hosts_do_it(tmp_path: Path, straight: dict[int, float], record_property: Any) -> None:
