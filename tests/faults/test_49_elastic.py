@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,12 +110,16 @@ class Host:
 def test_the_launchers_of_the_hosts_do_it(tmp_path: Path, straight: dict[int, float], record_property: Any) -> None:
     """kill -9 of a whole host, its folder with it; later a new one of another name takes its place. No command is given again."""
     folder, begin = tmp_path / "run", time.monotonic()
-    line = [*command(folder, f"127.0.0.1:{free_port()}"), "checkpoint.local.every=1"]
+    port = free_port()
+    line = [*command(folder, f"127.0.0.1:{port}"), "checkpoint.local.every=1"]
     # Slow steps, so that it is not over before the new host has joined.
     pauses = [f"step.begin:rank=0:restart=1:step={step}:sleep=5" for step in range(9, 14)]
     os.environ[VARIABLE] = ",".join(["step.begin:rank=0:restart=0:sleep=0.2", *pauses])
-    hosts = {name: Host(name, line, tmp_path / f"{name}.log") for name in "abcd"}
+    # All of them have the address of the rendezvous here: the first one serves it, and the host that is lost must be another.
+    hosts = {"a": Host("a", line, tmp_path / "a.log")}
     try:
+        until(lambda: answers(port), hosts)
+        hosts |= {name: Host(name, line, tmp_path / f"{name}.log") for name in "bcd"}
         until(lambda: last_step(folder) >= 5, hosts)
         hosts.pop("c").kill()
         for lost in (tmp_path / "hosts").glob("*/c"):
@@ -140,6 +145,12 @@ def until(holds: Callable[[], bool], hosts: dict[str, Host], seconds: float = 30
     while not holds():
         assert time.monotonic() < deadline, logs(hosts)
         time.sleep(0.05)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        return True
+    return False
 
 
 def logs(hosts: dict[str, Host]) -> str:
