@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..parallel.object_collectives import any_rank, from_all
+from ..parallel.object_collectives import any_rank, from_all, message_device
 from ..parallel.progress import progress
 from ..parallel.shard import LocalShard, ShardMetadata
 from .hosts import CHUNK, Hosts
 from .local_files import RankNote, parts_in, rank_files, read_note
 from .manifest import DamagedCheckpoint
-from .safetensors_file import DTYPES, open_safetensors, read_rectangle
+from .safetensors_file import CODES, DTYPES, open_safetensors, read_rectangle
 from .tensor_reader import overlap, within
 
 Part = tuple[int, int, int]
@@ -145,8 +145,7 @@ def _part_with(save: LocalSave, name: str, shard: LocalShard) -> int | None:
 
 
 def _piece(rank: int, shard: LocalShard) -> Piece:
-    code = next(code for code, dtype in DTYPES.items() if dtype == shard.tensor.dtype)
-    return Piece(rank, code, ShardMetadata(*map(tuple, shard.metadata)))
+    return Piece(rank, CODES[shard.tensor.dtype], ShardMetadata(*map(tuple, shard.metadata)))
 
 
 def _by_name(pieces: list[Any]) -> dict[str, list[Piece]]:
@@ -202,14 +201,13 @@ def _move(name: str, source: Piece, target: Piece, rank: int, files: dict[int, A
     if rank not in (source.rank, target.rank):
         return
     progress()
-    device = torch.device("cuda", torch.cuda.current_device()) if _on_nccl() else torch.device("cpu")
     values = torch.empty(target.metadata.sizes, dtype=DTYPES[source.dtype])
     if rank == source.rank:
         values = read_rectangle(files[source.part], name, within(source.metadata, target.metadata)).contiguous()
     if source.rank != target.rank:
         flat = values.view(-1).view(torch.uint8)
         for chunk in flat.split(CHUNK):
-            moved = chunk.to(device)
+            moved = chunk.to(message_device())
             if rank == source.rank:
                 dist.send(moved, target.rank)
             else:
@@ -218,7 +216,3 @@ def _move(name: str, source: Piece, target: Piece, rank: int, files: dict[int, A
     if rank == target.rank:
         metadata, tensor = shards[name]
         within(metadata, target.metadata).cut(tensor.detach()).copy_(values)
-
-
-def _on_nccl() -> bool:
-    return dist.is_initialized() and dist.get_backend() == "nccl"

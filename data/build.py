@@ -159,8 +159,14 @@ def _open_cached(config: DataConfig, cached: CachedCorpus, settings: BatchSettin
 
 def _batches(config: DataConfig, tokenizer: Tokenizer, train: TokenArray, settings: BatchSettings, cache: Path) -> GlobalBatches:
     end = tokenizer.end_of_document if config.packing is Packing.best_fit else None
-    sizes = {"seed": settings.seed, "sequences": settings.sequences, "sequence_length": settings.length}
-    return GlobalBatches(train, **sizes, packed_by=end, cache=cache)
+    return GlobalBatches(
+        train,
+        seed=settings.seed,
+        sequences=settings.sequences,
+        sequence_length=settings.length,
+        packed_by=end,
+        cache=cache,
+    )
 
 
 def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:

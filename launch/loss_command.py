@@ -64,7 +64,7 @@ def read_budget(words: list[str]) -> dict[str, float]:
         key = rest[0].partition("=")[0]
         rule = "goal=loss searches the model itself and takes flops, active and tokens alone"
         raise ConfigError(f"{key}: {rule}; nearest valid: goal=loss flops=1e21")
-    given = {key: positive_number(key, own[key]) for key in OWN[1:] if key in own}
+    given = {key: positive_number(key, own[key], "1e21" if key == "flops" else "1e9") for key in OWN[1:] if key in own}
     if not given:
         raise ConfigError("flops: says how much is computed; nearest valid: goal=loss flops=1e21")
     if len(given) == 3:

@@ -131,8 +131,8 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     if "batch.micro" in keys:
         fixed["micro"] = config.batch.micro
     calibration = calibrate(Path(own["calibrate"])) if "calibrate" in own else None
-    tokens = positive_number("tokens", own["tokens"]) if "tokens" in own else 20.0 * count(config.model).active
-    hot = positive_number("hot", own.get("hot", "1"))
+    tokens = positive_number("tokens", own["tokens"], "1e9") if "tokens" in own else 20.0 * count(config.model).active
+    hot = positive_number("hot", own.get("hot", "1"), "1")
     return SearchWords(config, (named or ["default"])[-1], cluster, Goal(goal), tokens, hot, fixed, calibration)
 
 
@@ -145,7 +145,7 @@ def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster
     if config.precision is not Precision.bf16:
         raise ConfigError.of("precision", config.precision.value, "must be bf16, in which GPUs train", "precision=bf16")
     if "batch.tokens" in own or ("batch.sequences" not in keys and "experiment" not in keys):
-        tokens = positive_number("batch.tokens", own["batch.tokens"]) if "batch.tokens" in own else STEP_TOKENS
+        tokens = positive_number("batch.tokens", own["batch.tokens"], "1e9") if "batch.tokens" in own else STEP_TOKENS
         unit = cluster.ranks
         config.batch.sequences = max(1, round(tokens / config.sequence_length / unit)) * unit
     config.launch.kind, config.launch.ranks = Launcher.torchrun, min(cluster.ranks, cluster.gpu.host)

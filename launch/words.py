@@ -33,13 +33,12 @@ def whole_number(key: str, text: str, least: int) -> int:
     return int(text)
 
 
-def positive_number(key: str, text: str) -> float:
-    """Returns the positive number that `text` is. Raises ConfigError."""
+def positive_number(key: str, text: str, near: str) -> float:
+    """Returns the positive number that `text` is. Raises ConfigError, in which `near` is the valid value."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        valid = {"hot": "1", "flops": "1e21"}.get(key, "1e9")
-        raise ConfigError.of(key, text, "must be a number above 0", f"{key}={valid}")
+        raise ConfigError.of(key, text, "must be a number above 0", f"{key}={near}")
     return value

@@ -26,7 +26,7 @@ def any_rank(*flags: bool) -> list[bool]:
     """Returns for each flag whether any rank has set it, in one small all-reduce."""
     if not dist.is_initialized():
         return list(flags)
-    values = torch.tensor(flags, dtype=torch.int32, device=_device())
+    values = torch.tensor(flags, dtype=torch.int32, device=message_device())
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
 
@@ -65,8 +65,8 @@ def distinct_from_all(mine: bytes) -> tuple[list[bytes], list[int]]:
         return [mine], [0]
     rank, world = dist.get_rank(), dist.get_world_size()
     summary = torch.frombuffer(bytearray(xxhash.xxh3_128_digest(mine) + len(mine).to_bytes(8, "little")), dtype=torch.uint8)
-    summaries = torch.empty(world * SUMMARY_BYTES, dtype=torch.uint8, device=_device())
-    all_gather(summaries, summary.to(_device()))
+    summaries = torch.empty(world * SUMMARY_BYTES, dtype=torch.uint8, device=message_device())
+    all_gather(summaries, summary.to(message_device()))
     found = [bytes(row) for row in summaries.cpu().view(world, SUMMARY_BYTES).numpy()]
     number: dict[bytes, int] = {}
     held = [number.setdefault(one, len(number)) for one in found]
@@ -75,14 +75,14 @@ def distinct_from_all(mine: bytes) -> tuple[list[bytes], list[int]]:
     if held.index(held[rank]) == rank and mine:  # the others add zeros
         joined[ends[held[rank]] - len(mine) : ends[held[rank]]] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
     for part in joined.split(MESSAGE_BYTES):
-        message = part.to(_device())
+        message = part.to(message_device())
         dist.all_reduce(message)
         part.copy_(message)
     content = joined.numpy().tobytes()
     return [content[begin:end] for begin, end in itertools.pairwise([0, *ends])], held
 
 
-def _device() -> torch.device:
+def message_device() -> torch.device:
     """Returns where the default group's messages must be."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 

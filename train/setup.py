@@ -185,7 +185,7 @@ def tokenizing_ranks(config: Config, device: torch.device) -> TokenizingRanks:
     """Returns the ranks that tokenize the documents together: all of them; and which rows of a global batch each takes."""
     if not dist.is_initialized():
         return TokenizingRanks()
-    takers = data_ranks(config.parallel, dist.get_world_size())
+    takers = takers_of_rows(config.parallel, dist.get_world_size())
     micro = config.batch.micro or config.batch.sequences // len(takers)
 
     def add(table: np.ndarray) -> np.ndarray:
@@ -201,8 +201,8 @@ def tokenizing_ranks(config: Config, device: torch.device) -> TokenizingRanks:
     return TokenizingRanks(dist.get_rank(), dist.get_world_size(), takers, micro, add, exchange, from_all)
 
 
-def data_ranks(config: ParallelConfig, world: int) -> np.ndarray:
-    """Returns the ranks that have the same rows, for each rank of the mesh's data axis, (data ranks, ranks of one)."""
+def takers_of_rows(config: ParallelConfig, world: int) -> np.ndarray:
+    """Returns the ranks that take the same rows, for each place on the mesh's data axis: (data ranks, ranks of one)."""
     sizes = mesh_sizes(config, world)
     grid = np.arange(world).reshape([sizes[dim] for dim in DENSE])
     rows = [DENSE.index(dim) for dim in ("replicate", "shard")]

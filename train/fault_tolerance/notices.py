@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..exit import STACKS, ExitCode, Failure, find_note, leave_note, read_note
 from .hang_diagnosis import HangDiagnosis, Position, diagnose
@@ -72,9 +72,7 @@ class Notices:
                 os.close(os.open(self.local, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
                 os.utime(self.local, ns=(int(self.looked * 1e9), int(self.looked * 1e9)))
             else:
-                temporary = self.local.with_suffix(f".{self.rank}.tmp")
-                temporary.write_text(json.dumps(alarm))
-                temporary.replace(self.local)
+                _replace(self.local, alarm, self.rank)
 
     def put(self, mine: Position) -> OSError | None:
         """Writes rank_N.txt, the stacks of all threads, and rank_N.json. Returns why RUN/stacks does not take them, if so."""
@@ -113,10 +111,7 @@ class Notices:
                 notes |= self._read_notes(folder / STACKS, notes)
         verdict = diagnose(notes, self.world)
         with suppress(OSError):
-            path = self.folders[0] / VERDICT
-            temporary = path.with_suffix(f".{self.rank}.tmp")
-            temporary.write_text(json.dumps({"start": self.start, **verdict._asdict()}))
-            temporary.replace(path)
+            _replace(self.folders[0] / VERDICT, {"start": self.start, **verdict._asdict()}, self.rank)
         return verdict
 
     def _read_notes(self, stacks: Path, known: dict[int, Position]) -> dict[int, Position]:
@@ -153,6 +148,11 @@ def _put(folder: Path, mine: Position) -> None:
         each.mkdir(mode=0o700, exist_ok=True)
     with (stacks / f"rank_{mine.rank}.txt").open("w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
-    note, temporary = stacks / f"rank_{mine.rank}.json", stacks / f"rank_{mine.rank}.json.tmp"
-    temporary.write_text(json.dumps(mine._asdict()))
-    temporary.replace(note)
+    _replace(stacks / f"rank_{mine.rank}.json", mine._asdict(), mine.rank)
+
+
+def _replace(path: Path, value: Any, rank: int) -> None:
+    """Writes `value` as JSON, at once: nobody reads a part of it."""
+    temporary = path.with_name(f"{path.name}.{rank}.tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)

@@ -75,16 +75,15 @@ def auxiliary_metrics(config: MoEConfig, means: dict[str, float], layers: int, s
 
     `means`: the losses without coefficients, as means over the `layers` layers that route; a pooled one is of all of them.
     """
-    kinds = ("balance", "balance_sequence", "balance_device", "balance_communication", "importance")
-    coefficients, now = (
-        {**{kind: getattr(at.balance, name) for kind, name in zip(kinds, BALANCE_COEFFICIENTS, strict=True)}, "z": at.z_coefficient}
-        for at in (config, config.at(step))
+    kinds = ("balance", "balance_sequence", "balance_device", "balance_communication", "importance", "z")
+    declared, in_force = (
+        [*(getattr(each.balance, name) for name in BALANCE_COEFFICIENTS), each.z_coefficient] for each in (config, config.at(step))
     )
     record = {}
-    for kind, coefficient in coefficients.items():
+    for kind, coefficient, now in zip(kinds, declared, in_force, strict=True):
         if coefficient and layers:
             terms = 1 if kind == "balance" and config.balance.pool_layers else layers
-            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": now[kind] * means[kind] * terms}
+            record |= {f"loss_{kind}": means[kind], f"loss_{kind}_scaled": now * means[kind] * terms}
     if layers and (config.capacity.factor is not None or config.capacity.schedule):
         record["moe/capacity_factor"] = config.capacity.factor_at(step) or 0.0
     return record
