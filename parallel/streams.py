@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +91,23 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             stream_waits(event, *tensors)
             yield
+
+
+class Graph(Protocol):
+    """Captured work; `replay` queues all of it in the current stream."""
+
+    def replay(self) -> None: ...
+
+
+@contextmanager
+def capture() -> Iterator[Graph]:
+    """Captures the work that the block queues on a GPU as a CUDA graph, instead of doing it.
+
+    The block must not wait for the device. Other threads may, and may copy. Raises RuntimeError if the work cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        yield graph
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:

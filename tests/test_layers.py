@@ -46,7 +46,7 @@ SPINE = (
         "step_flags",
         "optimizer",
     ),
-    *("loss", "batch", "exit", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
+    *("loss", "batch", "exit", "step", "cuda_graph", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
     *("logging", "resume", "local_saves", "initial_weights", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
 )
 """The folders and modules of train/ from the ground up: each may import those before it."""

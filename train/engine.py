@@ -7,6 +7,7 @@ import torch
 
 from ..parallel.apply import Parallel
 from ..parallel.shard import LocalShard
+from .cuda_graph import MicroBatchGraph
 from .state import local_state, set_optimizer_steps
 from .step import StepInput, StepNumbers, train_step
 
@@ -35,11 +36,15 @@ class Engine(ABC):
         """Continues from what was read into `state_to_load()`, after `step` optimizer steps."""
 
 
+@dataclass
 class TorchEngine(Engine):
     """Sums gradients by parallel/gradients.py and FSDP2; the tensors to save are those of the optimizer."""
 
+    graph: MicroBatchGraph | None = None
+    """Runs forward and backward, with cuda_graph=true on a GPU."""
+
     def step(self, step_input: StepInput) -> StepNumbers:
-        return train_step(self.parallel, self.optimizer, step_input)
+        return train_step(self.parallel, self.optimizer, step_input, self.graph and self.graph.accumulate)
 
     def state_to_save(self) -> dict[str, LocalShard]:
         return local_state(self.parallel, self.optimizer)

@@ -1,5 +1,6 @@
 """Opens a run: data, model, engine and saver on this rank, and the newest checkpoint's state if the run resumes."""
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..checkpoint.store import read_facts
 from ..data.build import CachedCorpus, DataPipeline, open_data
 from ..data.errors import DataStop
 from ..data.stream.documents import TokenizingRanks
-from ..moe.device import warn_of_missing_kernels
+from ..moe.device import kind_of, warn_of_missing_kernels
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.config import ParallelConfig
@@ -26,6 +27,7 @@ from .config.config import CheckpointConfig, Config, ConfigError, EngineKind, Pr
 from .config.private_files import new_run_folder, writing_to
 from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
+from .cuda_graph import MicroBatchGraph
 from .derive import DTYPES, derive, set_products
 from .engine import Engine, TorchEngine
 from .exit import remove_notes
@@ -36,6 +38,8 @@ from .resume import announce, find_resume, keep_timeline, resume
 from .run_folder import RunLock, lock_run
 from .session import Session
 from .tokenizer_source import rows_for
+
+log = logging.getLogger("tokenyard")
 
 
 def open_session(config: Config, device: torch.device) -> Session:
@@ -161,11 +165,18 @@ def build_engine(config: Config, parallel: Parallel) -> Engine:
     """Returns the engine of `engine.kind`. Collective."""
     match config.engine.kind:
         case EngineKind.torch:
-            return TorchEngine(parallel, build_optimizer(config.optimizer, parallel))
+            return TorchEngine(parallel, build_optimizer(config.optimizer, parallel), build_graph(config, parallel))
         case EngineKind.deepspeed:
             from .deepspeed import build_zero_engine
 
             return build_zero_engine(config, parallel)
+
+
+def build_graph(config: Config, parallel: Parallel) -> MicroBatchGraph | None:
+    """Returns what captures and replays CUDA graphs; None, with a warning in one line, where there is no GPU."""
+    if config.cuda_graph and kind_of(parallel.device) != "cuda":
+        log.warning("cuda_graph=true: there is no GPU, steps run without a graph")
+    return MicroBatchGraph(parallel) if config.cuda_graph and kind_of(parallel.device) == "cuda" else None
 
 
 def build_saver(config: CheckpointConfig, folder: Path) -> Saver:

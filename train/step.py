@@ -99,12 +99,16 @@ class StepNumbers(NamedTuple):
     """Choices that the exchange had no room for; without elements if it has room for all."""
 
 
-def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input: StepInput) -> StepNumbers:
-    """Trains on one global batch. All ranks update, or none does."""
+AccumulateFn = Callable[[Parallel, StepInput, Totals], list[Losses]]
+
+
+def train_step(
+    parallel: Parallel, optimizer: torch.optim.Optimizer, step_input: StepInput, accumulate_fn: AccumulateFn | None = None
+) -> StepNumbers:
+    """Trains on one global batch. All ranks update, or none does. `accumulate_fn` takes the place of `accumulate`."""
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, step_input.rows)
-    with shared_casts() if len(step_input.rows) > 1 and not parallel.recompute else nullcontext():
-        shares = accumulate(parallel, step_input, totals)
+    shares = (accumulate_fn or accumulate)(parallel, step_input, totals)
     squared = squared_norm(parallel)
     step_input.overlap_fn()
     numbers = add_up(parallel, shares, totals, squared, step_input.rank_flags)
@@ -119,17 +123,18 @@ def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input:
 
 def accumulate(parallel: Parallel, step_input: StepInput, totals: Totals) -> list[Losses]:
     """Runs forward and backward of all micro-batches, which add up gradients, and returns the losses of each."""
-    if parallel.pipeline is not None:
-        return pipeline_pass(parallel, parallel.pipeline, step_input, totals)
-    shares = []
-    for index, rows in enumerate(step_input.rows):
-        last = index == len(step_input.rows) - 1
-        prepare_backward(parallel.model, parallel.zero, last)
-        share = forward(parallel, rows, totals, step_input.position)
-        with gradient_all_reduce(parallel) if last else nullcontext():
-            backward(share)
-        shares.append(without_graph(share))
-    return shares
+    with shared_casts() if len(step_input.rows) > 1 and not parallel.recompute else nullcontext():
+        if parallel.pipeline is not None:
+            return pipeline_pass(parallel, parallel.pipeline, step_input, totals)
+        shares = []
+        for index, rows in enumerate(step_input.rows):
+            last = index == len(step_input.rows) - 1
+            prepare_backward(parallel.model, parallel.zero, last)
+            share = forward(parallel, rows, totals, step_input.position)
+            with gradient_all_reduce(parallel) if last else nullcontext():
+                backward(share)
+            shares.append(without_graph(share))
+        return shares
 
 
 @in_phase("backward")

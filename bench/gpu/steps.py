@@ -16,6 +16,7 @@ from ...parallel.gradients import gradient_all_reduce, squared_norm
 from ...train.batch import Rows
 from ...train.config.config import OptimizerConfig, Precision
 from ...train.config.model_summary import training_bytes
+from ...train.cuda_graph import WARM_STEPS, MicroBatchGraph
 from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
 from ...train.optimizer import build_optimizer
@@ -50,8 +51,11 @@ class ModelAndOptimizer(NamedTuple):
     parallel: Parallel
     optimizer: torch.optim.Optimizer
 
+    graph: MicroBatchGraph | None = None
+
     def step(self, rows: Rows, micro_batches: int = 1) -> Callable[[], Any]:
-        return partial(train_step, self.parallel, self.optimizer, StepInput([rows] * micro_batches, 1e-4, 1.0))
+        accumulate_fn = self.graph and self.graph.accumulate
+        return partial(train_step, self.parallel, self.optimizer, StepInput([rows] * micro_batches, 1e-4, 1.0), accumulate_fn)
 
 
 def run(recorder: Recorder) -> None:
@@ -65,6 +69,36 @@ def run(recorder: Recorder) -> None:
     measure(recorder, trained, random_rows(trained.parallel, *BATCHES[recorder.scale][0]), "eager", micro_batches=4)
     del trained
     forget(recorder.device)
+    if recorder.cuda:
+        graphs(recorder, model)
+
+
+def graphs(recorder: Recorder, model: ModelConfig) -> None:
+    """Checks that the numbers of steps with a CUDA graph are those without, and reports their times."""
+    small, device = replace(model, layers=2), recorder.device
+    eager, graphed = build(small, device), with_graph(build(small, device))
+    rows = random_rows(eager.parallel, *BATCHES[recorder.scale][1])
+    for step in range(WARM_STEPS + 3):
+        (expected, found), name = (trained.step(rows, 2)() for trained in (eager, graphed)), f"step {step + 1} with a CUDA graph"
+        for column in ("cross_entropy", "gradient_norm"):
+            one, other = getattr(expected, column), getattr(found, column)
+            recorder.below(f"{name}, {column}", ((one - other).abs() / one).item(), 1e-3)
+    assert graphed.graph is not None
+    recorder.check("a graph was captured", graphed.graph.captured is not None, "failed" if graphed.graph.failed else "")
+    del eager, graphed
+    forget(device)
+    trained = with_graph(build(model, device))
+    for sequences, length in BATCHES[recorder.scale]:
+        rows = random_rows(trained.parallel, sequences, length)
+        for _ in range(WARM_STEPS + 1):
+            trained.step(rows)()
+        measure(recorder, trained, rows, "CUDA graph")
+    del trained
+    forget(device)
+
+
+def with_graph(trained: ModelAndOptimizer) -> ModelAndOptimizer:
+    return trained._replace(graph=MicroBatchGraph(trained.parallel))
 
 
 def initial_weights(recorder: Recorder) -> None:
@@ -134,7 +168,7 @@ def stages(recorder: Recorder, trained: ModelAndOptimizer, rows: Rows) -> None:
 
 def _stages(trained: ModelAndOptimizer, rows: Rows, device: torch.device) -> list[tuple[str, float]]:
     """Runs the stages of `train_step` and times each."""
-    parallel, optimizer = trained
+    parallel, optimizer = trained[:2]
     optimizer.zero_grad(set_to_none=True)
     totals, shares, found = count_totals(parallel, [rows]), [], []
     works: dict[str, Callable[[], Any]] = {

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from recorded_graph import recording
 from tokenyard.bench.gpu import attentions, contenders, fused, kernels, steps, trainer
 from tokenyard.bench.gpu.contenders import DenseProducts
 from tokenyard.bench.gpu.kernels import Busy, busy
@@ -164,3 +165,13 @@ def test_works_take_turns() -> None:
     order.clear()
     take_turns({"a": lambda: order.append("a")}, CPU, 1, 0, lambda: order.append("-"), in_a_row=3)
     assert "".join(order) == "-aaa"
+
+
+def test_steps_with_a_graph_are_compared_and_timed() -> None:
+    with recording() as captured:
+        records = told(lambda recorder: steps.graphs(recorder, steps.NARROW))
+    checks = [record for record in records if record["kind"] == "check"]
+    assert len(checks) == 2 * (steps.WARM_STEPS + 3) + 1 and all(check["ok"] for check in checks)
+    rows = [record for record in records if record["kind"] == "row"]
+    assert len(rows) == len(steps.BATCHES["tiny"]) and all(row["cells"]["step"] == "CUDA graph" for row in rows)
+    assert len(captured) == 1 + len(rows)

@@ -301,6 +301,9 @@ class Config:
     compile: bool = False
     """Compile blocks with torch.compile: each as one graph if nothing in it is exchanged between ranks, else in parts;
     with pipeline_schedule=zbh1 or zbv only norms, and attention between its products."""
+    cuda_graph: bool = False
+    """On a GPU, after 3 steps, launch forward and backward of a micro-batch as one CUDA graph instead of kernel by kernel: on one
+    GPU, with replicas, or with parallel.exchange=symmetric. Steps before and while coefficients change run without."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

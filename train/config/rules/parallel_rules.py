@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator
+from enum import Enum
 from importlib.util import find_spec
 from operator import attrgetter
 
-from ....moe.config import AttentionKind, ModelConfig
+from ....moe.config import AttentionKind, DropPolicy, ModelConfig, Selection
 from ....parallel.config import DEEPEP_LACKS, ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
 from ....parallel.layout import node_ranks
 from ..config import Config, EngineKind, Precision
@@ -210,6 +211,36 @@ def recompute(config: Config, world: int) -> Iterator[Violation]:
     """Checks what a compiled block can keep: its operators are fused, and results cannot be kept, or sent away, one by one."""
     if config.compile and config.parallel.recompute in (Recompute.selective, Recompute.offload):
         yield Violation("parallel.recompute", "must be none or block with compile=true", [Recompute.block])
+
+
+def cuda_graph(config: Config, world: int) -> Iterator[Violation]:
+    """Checks that a micro-batch is the same launches in each step, for none of which the host must read or draw a number."""
+    if not config.cuda_graph:
+        return
+    p, moe, experts = config.parallel, config.model.moe, bool(moe_blocks(config.model))
+    one = ("tensor", "context", "shard", "pipeline", "expert_tensor")
+    wanted: dict[str, object] = {**{f"parallel.{key}": 1 for key in one}, "engine.kind": EngineKind.torch, "model.dropout": 0.0}
+    if p.expert > 1:
+        wanted["parallel.exchange"] = Exchange.symmetric
+        if p.exchange_overflow is Overflow.repair:
+            wanted["parallel.exchange_overflow"] = Overflow.fatal
+    if p.recompute is Recompute.offload:
+        wanted["parallel.recompute"] = Recompute.block
+    if world > 1:
+        wanted["debug.collectives"] = False
+    if experts:
+        wanted |= {"model.moe.dropout": 0.0, "model.moe.router.jitter": 0.0, "model.moe.router.noise": False}
+        if moe.router.selection is Selection.gshard:
+            wanted["model.moe.router.selection"] = Selection.top_k
+        if moe.capacity.policy is DropPolicy.random:
+            wanted["model.moe.capacity.policy"] = DropPolicy.position
+        if p.expert == 1:
+            drops = moe.capacity.factor or moe.capacity.schedule or moe.router.selection is Selection.expert_choice
+            wanted |= {"model.moe.router.null_experts": 0, **({"model.moe.capacity.pad": True} if drops else {})}
+    for key, value in wanted.items():
+        if attrgetter(key)(config) != value:
+            shown = value.value if isinstance(value, Enum) else str(value).lower()
+            yield Violation(key, f"must be {shown} with cuda_graph=true, a graph has the same launches in each step", [value])
 
 
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
