@@ -16,7 +16,7 @@ from tokenyard.moe.kernels import operators
 from tokenyard.train import cuda_graph
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Recorded(TorchDispatchMode):
@@ -29,7 +29,7 @@ class Recorded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        self.calls.append((func, *tree_map(_at_its_address, (args, kwargs or {}, out))))
         return out
 
     @torch.no_grad()
@@ -43,6 +43,11 @@ class Recorded(TorchDispatchMode):
                     x.wait()  # a collective, whose result is in its arguments
                 elif isinstance(x, Tensor) and static.data_ptr() != x.data_ptr():
                     static.copy_(x)
+
+
+def _at_its_address(x: Any) -> Any:
+    """A tensor of its own, which stays where x is."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 @contextmanager

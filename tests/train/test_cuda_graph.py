@@ -63,6 +63,22 @@ def test_what_the_host_decides_anew_is_captured_anew(graphs: list[Recorded]) -> 
     assert [graph.replays for graph in graphs] == [1, 2]
 
 
+def test_attention_logits_are_watched_without_a_graph(graphs: list[Recorded]) -> None:
+    largest: list[Tensor] = []
+
+    def watch(parallel: Parallel, step: int) -> None:
+        if step > WARM_STEPS + 1:
+            largest.append(torch.full((4,), -torch.inf, dtype=torch.float64))
+            attention = parallel.model.blocks[0].attention
+            attention.softmax = attention.softmax._replace(largest_H=largest[-1])
+
+    for graph in (False, True):
+        run(build(), graph, before=watch)
+    half = len(largest) // 2
+    assert torch.equal(torch.stack(largest[:half]), torch.stack(largest[half:])) and torch.stack(largest).isfinite().all()
+    assert graphs[0].replays == 1
+
+
 def test_rows_without_tokens_and_steps_without_an_update(graphs: list[Recorded]) -> None:
     changes = {"accepts": lambda step: step % 2 == 0, "empty": WARM_STEPS + 2}
     expected, found = (run(build(), graph, **changes) for graph in (False, True))
