@@ -9,14 +9,15 @@ from ..train.config.complain import complain, printable
 from .journal_reader import RunError
 from .page import page
 from .payload import payload
-from .run_reader import Run
+from .run_reader import Run, run_folders
 
 
 def report_command(arguments: Namespace) -> int:
-    """Writes `report.html` and the pictures into --out, by default `report/` of the first run. Returns the exit code."""
+    """Writes `report.html` and the pictures into --out, by default `report/` of the first folder, a run's or a sweep's. Returns the
+    exit code."""
     try:
-        runs = [Run(Path(folder)) for folder in arguments.runs]
-        out = Path(arguments.out) if arguments.out else runs[0].folder / "report"
+        runs = [Run(folder) for word in arguments.runs for folder in run_folders(Path(word))]
+        out = Path(arguments.out or Path(arguments.runs[0]) / "report")
         out.mkdir(parents=True, exist_ok=True)
         data = payload(runs)
         (out / "report.html").write_text(page(data), encoding="utf-8")

@@ -89,10 +89,20 @@ def check_folder(folder: Path) -> None:
         raise RunError(f"{folder}: not a run folder, has no {missing[0]}{_nearest(folder)}")
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """Returns the folder, or, if it is none of a run and has some, as that of a sweep, those in it."""
+    runs = [child for child in _children(folder) if _is_run(child)]
+    return runs if runs and not _is_run(folder) else [folder]
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in NEEDED)
+
+
 def _nearest(folder: Path) -> str:
     """Returns a hint with the newest run folder in `folder` or next to it."""
     for place in (folder, folder.absolute().parent):
-        runs = [child for child in _children(place) if all((child / name).is_file() for name in NEEDED)]
+        runs = [child for child in _children(place) if _is_run(child)]
         if runs:
             return f"; nearest valid: {max(runs, key=lambda run: run.stat().st_mtime)}"
     return "; nearest valid: the run.dir of a training run"

@@ -101,28 +101,38 @@ def test_torchrun_keeps_settings_and_hands_on_the_exit_code(job: Job) -> None:
 
 
 def test_a_sweep_goes_on_after_a_failing_point(job: Job) -> None:
-    done = job.run("tokenyard", "train", "-m", "seed=1,2", "model=tiny,default", "run.dir=my sweep", FAILS="seed=1", CODE="3")
+    words = ["tokenyard", "train", "-m", "seed=1,2", "model=tiny,default", "run.dir=my sweep"]
+    done = job.run(*words, FAILS="seed=1", CODE="3")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines() == [
-        "seed=1 model=tiny: my sweep/0, exit code 3",
-        "seed=1 model=default: my sweep/1, exit code 3",
-        "seed=2 model=tiny: my sweep/2, exit code 0",
-        "seed=2 model=default: my sweep/3, exit code 0",
+    first, second, third, fourth, *table, failed, compare = done.stdout.splitlines()
+    assert [first, second, third, fourth] == [
+        "seed=1 model=tiny: my sweep/seed-1+model-tiny, exit code 3",
+        "seed=1 model=default: my sweep/seed-1+model-default, exit code 3",
+        "seed=2 model=tiny: my sweep/seed-2+model-tiny, exit code 0",
+        "seed=2 model=default: my sweep/seed-2+model-default, exit code 0",
     ]
-    assert [path.name for path in job.folder.rglob("*") if path.is_file()] == ["multirun.yaml"]
+    assert table[0].split() == ["seed", "model", "loss", "validation", "tokens/s", "imbalance", "state"] and len(table) == 5
+    assert failed == "2 of 4 points failed; to run them again: the same command with run.dir=my sweep --retry"
+    assert compare == "to compare the others: tokenyard report my sweep"
     assert [(note["seed"], note["layers"], note["folder"]) for note in job.said("folder")] == [
-        (1, 2, "my sweep/0"),
-        (1, 4, "my sweep/1"),
-        (2, 2, "my sweep/2"),
-        (2, 4, "my sweep/3"),
+        (1, 4, "my sweep/seed-1+model-default"),
+        (1, 2, "my sweep/seed-1+model-tiny"),
+        (2, 4, "my sweep/seed-2+model-default"),
+        (2, 2, "my sweep/seed-2+model-tiny"),
     ]
+    again = job.run(*words)
+    assert again.stdout.splitlines() == [*table, failed, compare], "nothing ran"
+    retried = job.run(*words, "--retry")
+    assert retried.returncode == 0, retried.stderr
+    assert retried.stdout.splitlines()[:2] == [first[:-1] + "0", second[:-1] + "0"] and "failed" not in retried.stdout
+    assert len(job.said("folder")) == 6
 
 
 def test_a_sweep_makes_its_own_folder(job: Job) -> None:
     done = job.run("tokenyard", "train", "--multirun", "seed=range(1,3)")
     assert done.returncode == 0, done.stderr
     folders = [Path(note["folder"]) for note in job.said("folder")]
-    assert [folder.name for folder in folders] == ["0", "1"]
+    assert [folder.name for folder in folders] == ["seed-1", "seed-2"]
     assert folders[0].parent == folders[1].parent
     assert folders[0].parent.parent == Path("runs")
 
@@ -133,6 +143,8 @@ def test_a_sweep_makes_its_own_folder(job: Job) -> None:
         (["seeed=1,2"], "seeed=1,2: there is no such setting"),
         (["seed=1,x"], "seed=1,x: must be an integer"),
         (["model=tiny,tinny"], "model=tinny: must be one of"),
+        (["model=glob(tinny*)"], "model=glob(tinny*): matches none of"),
+        (["seed=glob(1*)"], "seed=glob(1*): a glob chooses options of a group"),
         (["run.dir=a,b"], "run.dir=a,b: is the folder of the whole sweep"),
         (["optimizer.lr=interval(0,1)"], "configuration: BasicSweeper does not support"),
         (["seed=1,2", "optimizer._target_=x"], "optimizer._target_=x: no configuration may hold"),

@@ -25,6 +25,7 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     # deepspeed and older versions of torch pass the rank as an argument; it is read from the environment.
     parser.add_argument("--local_rank", "--local-rank")
     parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--retry", action="store_true")
     parser.add_argument("--from", dest="from_run", metavar="RUN_FOLDER")
     parser.add_argument("-cd", "--config-dir")
     parser.add_argument("-h", "--help", action="store_true")
@@ -40,6 +41,8 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         raise ConfigError(f"{unknown[0]}: there is no such flag; nearest valid: {nearest_text(unknown[0], flags)}")
+    if arguments.retry and not arguments.multirun:
+        raise ConfigError("--retry: runs the failed points of a sweep again; nearest valid: -m --retry")
     if (arguments.resolve or arguments.package) and not arguments.prints():
         raise ConfigError("--resolve and --package: belong to --cfg; nearest valid: --cfg job --resolve")
     return arguments
@@ -50,6 +53,8 @@ class Arguments(argparse.Namespace):
 
     overrides: list[str]
     multirun: bool
+    retry: bool
+    """Whether points of a sweep that failed run again."""
     from_run: str | None
     """The folder of a run to take settings from."""
     config_dir: str | None

@@ -36,7 +36,7 @@ def check_overrides(overrides: list[str], groups: Groups, sweep: bool = False) -
         override = parse_override(text, groups)
         if override.is_sweep_override() and not sweep:
             raise ConfigError.of(*split_override(text), "several values are a sweep", f"tokenyard train -m {text}")
-        for value in _values(override):
+        for value in _values(override, groups):
             _check(schema, groups, override, value)
 
 
@@ -141,11 +141,20 @@ def _check_value(schema: Any, key: str, value: Any, typed: str) -> None:
         raise wrong_value_error(error.full_key, error.value) from error
 
 
-def _values(override: "Override") -> Iterator[Any]:
-    """Yields the values of an override: one, or each of a sweep over a list; none for a range, which needs no check."""
-    from hydra.core.override_parser.types import Transformer
+def _values(override: "Override", groups: Groups) -> Iterator[Any]:
+    """Yields the values of an override: one, or each of a sweep over a list; none for a range, which needs no check.
+
+    Raises ConfigError for a glob that matches no option, or is for a setting, which has none.
+    """
+    from hydra.core.override_parser.types import Glob, Transformer
 
     if not override.is_sweep_override():
         yield override.value()
+    elif isinstance(glob := override.value(), Glob):
+        key, text = split_override(override.input_line or "")
+        if key not in groups:
+            raise ConfigError.of(key, text, f"a glob chooses options of a group: {', '.join(groups)}", "write the values: key=a,b")
+        if not glob.filter(groups[key]):
+            raise ConfigError.of(key, text, f"matches none of {', '.join(groups[key])}", f"{key}=glob(*)")
     elif override.is_choice_sweep():
         yield from override.sweep_iterator(transformer=Transformer.identity)
