@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hydra.core.override_parser.types import Glob, IntervalSweep
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
@@ -275,8 +276,11 @@ def make(target: str, arguments: list[str]) -> None:
 
 
 def trains(arguments: list[str], world: int | None) -> None:
-    """Every point of a sweep composes and is valid on the ranks that the command, or its launch settings, start."""
-    parsed = with_run(parse_arguments(arguments))
+    """Every point of a sweep composes and is valid on the ranks that the command, or its launch settings, start.
+
+    Plugins of Hydra are not installed: tests/launch/test_sweep.py tries them where they are.
+    """
+    parsed = with_run(parse_arguments([word for word in arguments if not word.startswith("hydra")]))
     for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
         config = compose(point)
         started = config.launch.kind is not Launcher.inline
@@ -286,10 +290,17 @@ def trains(arguments: list[str], world: int | None) -> None:
 
 
 def points(overrides: list[str], groups: Groups) -> list[list[str]]:
-    parsed = [parse_override(text, groups) for text in overrides]
-    choices = [
-        [f"{o.key_or_group}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line] for o in parsed
-    ]
+    choices = []
+    for override in (parse_override(text, groups) for text in overrides):
+        found: Any = override.value()
+        values = [override.input_line]
+        if isinstance(found, Glob):
+            values = [f"{override.key_or_group}={option}" for option in found.filter(groups[override.key_or_group])]
+        elif isinstance(found, IntervalSweep):
+            values = [f"{override.key_or_group}={end}" for end in (found.start, found.end)]
+        elif override.is_sweep_override():
+            values = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        choices.append(values)
     return [[str(text) for text in point] for point in itertools.product(*choices)]
 
 
