@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hydra.core.override_parser.types import Glob, IntervalSweep
