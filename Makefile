@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check house oldest lane portable faults scorecard fuzz hf faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format clean
+.PHONY: help train test check house oldest lane portable faults scorecard fuzz hf faults-full replay bench gpu gpu-bundle quality golden golden-checkpoint format site clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 19
@@ -80,6 +80,10 @@ quality: $(INSTALLED) ## Train dense models and MoE variants of equal active siz
 house: $(INSTALLED) ## How the code is laid out, and what a step passes through; make house ARGS=--trace prints its files
 	$(BIN)/python tests/house.py $(ARGS)
 
+SITE := .venv-site
+site: $(SITE)/.installed ## Build the documentation as a site in build/site, which needs no network and has a search
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+
 golden: $(INSTALLED) ## Write tests/golden/*.txt anew, after a change that is meant to change the numbers
 	OMP_NUM_THREADS=1 TOKENYARD_GOLDEN=write $(BIN)/python -m pytest tests/test_golden.py
 
@@ -91,7 +95,7 @@ format: $(INSTALLED) ## Format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and builds; runs/ stays
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-site build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: machines without a GPU offer a CPU build under the same version, and pip takes what it finds.
@@ -101,6 +105,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(SITE)/.installed: Makefile
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.6,<10"
 	@touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt
