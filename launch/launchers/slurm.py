@@ -12,7 +12,7 @@ from .cluster import cluster_arguments, job_name, print_not_started, shell_comma
 
 def start_job(config: Config, arguments: Arguments) -> int:
     """Writes the script to the run folder, prints it, and submits it if launch.submit=true. Returns the exit code."""
-    script = batch_script(config, arguments, sys.executable)
+    script = batch_script(config, arguments, "python3" if config.launch.slurm.container else sys.executable)
     file = _folder(config) / "job.sh"
     # Slurm does not create the folder of the log, and without it a job fails silently.
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -25,22 +25,29 @@ def start_job(config: Config, arguments: Arguments) -> int:
 
 
 def batch_script(config: Config, arguments: Arguments, python: str) -> str:
-    """Returns the script. `python` is the interpreter on the hosts."""
+    """Returns the script. `python` is the interpreter on the hosts or in the container."""
     head = "\n".join(f"#SBATCH {option}" for option in _options(config))
     c = config.launch
     own = ["launch=torchrun", f"launch.nodes={c.nodes}", f"launch.ranks={c.ranks}", f"launch.max_restarts={c.max_restarts}"]
     ranks = shell_command([python, "-m", "tokenyard", "train"], [*cluster_arguments(config, arguments), *own])
     logs = shlex.quote(str(_folder(config) / "%j-%N.log"))
-    ranks = RANKS.format(logs=logs, ranks=ranks)
+    image = [f"--container-image={c.slurm.container}"] if c.slurm.container else []
+    mounts = [f"--container-mounts={','.join(c.slurm.mounts)}"] if c.slurm.mounts else []
+    container = "".join(f" {shlex.quote(option)}" for option in [*image, *mounts])
+    ranks = RANKS.format(logs=logs, ranks=ranks, container=container)
     start = PLAIN.format(ranks=ranks)
     if c.slurm.spares:
         folders = [str(config.run.dir), *filter(None, [config.checkpoint.local.folder])]
         device = config.device.value if c.gpus_of_host(config.device.value) else "cpu"
         check = shlex.join([python, "-m", "tokenyard.launch.host_check", str(c.ranks), device, *folders])
         start = SPARES.format(
-            nodes=c.nodes, check=check, ranks=ranks.replace("srun ", f'srun --nodes={c.nodes} --nodelist="${{hosts// /,}}" ')
+            nodes=c.nodes,
+            check=check,
+            container=container,
+            ranks=ranks.replace("srun ", f'srun --nodes={c.nodes} --nodelist="${{hosts// /,}}" '),
         )
-    return BATCH.format(head=head, warning=c.slurm.warning, cores=c.cores, start=start)
+    setup = "".join(f"\n{line}" for line in c.slurm.setup)
+    return BATCH.format(head=head, warning=c.slurm.warning, cores=c.cores, setup=setup, start=start)
 
 
 BATCH = """\
@@ -57,7 +64,7 @@ stop() {{
 }}
 trap stop USR1
 
-export OMP_NUM_THREADS={cores}
+export OMP_NUM_THREADS={cores}{setup}
 {start}
 if [ -n "$warned" ]; then
     scontrol requeue "$SLURM_JOB_ID"
@@ -66,7 +73,7 @@ exit "$code"
 """
 RANKS = """\
 # One launcher on each host; it starts the ranks there. All hosts run the same command.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --open-mode=append --output={logs} \\
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --open-mode=append --output={logs}{container} \\
     {ranks} \\
     launch.rendezvous="$rendezvous" &
 step=$!
@@ -89,7 +96,7 @@ choose_hosts() {{
     for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
         case "$out" in *" $host "*) continue ;; esac
         rm -f "$passed/$host"
-        (srun --nodes=1 --ntasks=1 --nodelist="$host" --time=10 {check} && touch "$passed/$host") &
+        (srun --nodes=1 --ntasks=1 --nodelist="$host" --time=10{container} {check} && touch "$passed/$host") &
         checks="$checks $!"
     done
     wait $checks
@@ -137,6 +144,7 @@ def _options(config: Config) -> list[str]:
         "--ntasks-per-node=1",
         f"--cpus-per-task={c.ranks * c.cores}",
         *([f"--gpus-per-node={gpus}"] if gpus else []),
+        *([f"--mem={c.memory_gib}G"] if c.memory_gib else []),
         f"--time={c.slurm.time}",
         f"--signal=B:USR1@{c.slurm.warning}",
         "--requeue",

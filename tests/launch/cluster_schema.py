@@ -17,30 +17,35 @@ def items(of: dict[str, Any], most: int) -> dict[str, Any]:
 
 TEXT = {"type": str, "longest": 1048576}
 RESOURCES = {"type": dict, "each": {"type": str, "pattern": QUANTITY}}
-VOLUME = obj(("name",), name=NAME, persistentVolumeClaim=obj(("claimName",), claimName=NAME))
+SIZE = {"type": str, "pattern": QUANTITY}
+MEMORY = obj(medium={"type": str, "pattern": "|Memory"}, sizeLimit=SIZE)
+VOLUME = obj(("name",), name=NAME, persistentVolumeClaim=obj(("claimName",), claimName=NAME), emptyDir=MEMORY)
 MOUNT = obj(("name", "mountPath"), name=NAME, mountPath={"type": str, "pattern": r"/[^:]*"})
 CONTAINER = obj(("name",), name=NAME, volumeMounts=items(MOUNT, 128))
-POD = obj(volumes=items(VOLUME, 128), containers=items(CONTAINER, 64))
+TOLERATION = obj(key=NAME | {"pattern": r"([-a-z0-9.]+/)?[-\w.]+"}, operator={"type": str, "pattern": "Exists|Equal"})
+POD = obj(volumes=items(VOLUME, 128), containers=items(CONTAINER, 64), tolerations=items(TOLERATION, 1024))
 JOB = obj(("name",), name=NAME, template=obj(spec=obj(template=obj(spec=POD))))
 PATCH = obj(
     ("manager",),
     manager={"type": str, "longest": 253},
     trainingRuntimeSpec=obj(template=obj(spec=obj(replicatedJobs=items(JOB, 100)))),
 )
+SECRET = obj(("key",), name=NAME, key={"type": str, "pattern": r"[-._a-zA-Z0-9]{1,253}"})
 TRAINER = obj(
     image={"type": str, "longest": 500},
     command=items(TEXT, 128),
     args=items(TEXT, 128),
-    env=items(obj(("name",), name=TEXT, value=TEXT), 128),
+    env=items(obj(("name",), name=TEXT, value=TEXT, valueFrom=obj(secretKeyRef=SECRET)), 128),
     numNodes={"type": int, "least": 0},
     numProcPerNode={"type": int, "least": 1},
     resourcesPerNode=obj(requests=RESOURCES, limits=RESOURCES),
 )
+LABELS = {"type": dict, "each": {"type": str, "pattern": r"([a-zA-Z0-9]([-\w.]{0,61}[a-zA-Z0-9])?)?"}}
 TRAIN_JOB = obj(
     ("apiVersion", "kind", "metadata", "spec"),
     apiVersion={"type": str, "pattern": r"trainer\.kubeflow\.org/v1alpha1"},
     kind={"type": str, "pattern": "TrainJob"},
-    metadata=obj(("name",), name={"type": str, "pattern": r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"}, namespace=NAME),
+    metadata=obj(("name",), name={"type": str, "pattern": r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"}, namespace=NAME, labels=LABELS),
     spec=obj(
         ("runtimeRef",),
         runtimeRef=obj(("name",), name=NAME, apiGroup=TEXT, kind=TEXT),

@@ -46,6 +46,18 @@ def test_slurm_script() -> None:
     lines = ["launch.slurm.partition=gpu", "launch.slurm.account=lab", "launch.slurm.lines=['--constraint=h100']", "seed=2"]
     script = batch_script(*composed([*SLURM, *lines, "launch.max_restarts=1"]), python="python")
     equals_golden("slurm.sh", script)
+    image = [
+        "launch.slurm.container='nvcr.io#nvidia/pytorch:26.06-py3'",
+        "launch.slurm.mounts=['/shared:/shared','/data:/data:ro']",
+    ]
+    setup = ["launch.slurm.setup=['module load cuda/12.8','ulimit -l unlimited']", "launch.memory_gib=1500"]
+    more = batch_script(*composed([*SLURM, *lines, *image, *setup, "launch.max_restarts=1"]), python="python")
+    added = [line for line in more.splitlines() if line not in script.splitlines()]
+    assert bash_reads(more) and added[:3] == ["#SBATCH --mem=1500G", "module load cuda/12.8", "ulimit -l unlimited"]
+    options = "--container-image=nvcr.io#nvidia/pytorch:26.06-py3 --container-mounts=/shared:/shared,/data:/data:ro"
+    assert options in shlex.join(shlex.split(added[3].removesuffix("\\"))).replace("'", "")
+    spare = batch_script(*composed([*SLURM, *image, "launch.slurm.spares=1"]), python="python")
+    assert bash_reads(spare) and spare.count("--container-image=") == 2, "hosts are checked in the container too"
     assert bash_reads(script)
     assert not bash_reads(script + "\nif")
 
@@ -55,6 +67,22 @@ def test_train_job() -> None:
     text = as_yaml(train_job(*composed(words)))
     equals_golden("train_job.yaml", text)
     assert violations(yaml.safe_load(text), TRAIN_JOB) == []
+
+
+def test_train_job_with_all_that_a_cluster_may_want() -> None:
+    own = "shared_memory_gib=64 secrets=['WANDB_API_KEY=wandb/api_key'] queue=research tolerations=['nvidia.com/gpu']"
+    words = [*KUBERNETES, *(f"launch.kubernetes.{word}" for word in own.split()), "launch.memory_gib=1500"]
+    job = yaml.safe_load(as_yaml(train_job(*composed(words))))
+    assert violations(job, TRAIN_JOB) == []
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "research"}
+    secret = {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "api_key"}}}
+    assert job["spec"]["trainer"]["env"][1:] == [secret]
+    assert job["spec"]["trainer"]["resourcesPerNode"]["requests"] == {"cpu": "32", "memory": "1500Gi"}
+    [patched] = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = patched["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Gi"}}]
+    assert pod["containers"] == [{"name": "node", "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}]
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
 
 
 def test_deepspeed_hosts() -> None:
@@ -273,6 +301,12 @@ REFUSED = [
     ([*SLURM, "launch.slurm.lines=['--time=1','--qos=q']"], "--time comes from launch.slurm.time", "launch.slurm.lines=[--qos=q]"),
     ([*SLURM, "launch.rendezvous=a:1"], "launch=slurm finds the hosts itself", "launch.rendezvous=null"),
     ([*SLURM, "launch.cores=0"], "launch.cores=0: must be in [1, inf)", "launch.cores=1"),
+    ([*SLURM, "launch.slurm.mounts=['/a:/a']"], "launch.slurm.mounts=[/a:/a]: must be []", "launch.slurm.mounts=[]"),
+    ([*SLURM, "launch.slurm.container='a b'"], "launch.slurm.container=a b: must be the name", "launch.slurm.container=null"),
+    ([*SLURM, 'launch.slurm.setup=["a\nb",c]'], "is not a line of bash", "launch.slurm.setup=[c]"),
+    ([*SLURM, "launch.slurm.lines=['--mem=1G']"], "--mem comes from launch.memory_gib", "launch.slurm.lines=[]"),
+    ([*KUBERNETES, "launch.kubernetes.secrets=['A=b']"], "'A=b' is not VARIABLE=SECRET/KEY", "launch.kubernetes.secrets=[]"),
+    ([*KUBERNETES, "launch.kubernetes.tolerations=['a b']"], "'a b' is not the key of a taint", "tolerations=[]"),
     (KUBERNETES[:-1], "launch.kubernetes.image=null: must be the name", "launch.kubernetes.image=REGISTRY/NAME:TAG"),
     ([*KUBERNETES, "run.dir=runs/x"], "run.dir=runs/x: must be an absolute path in the containers", "run.dir=/shared/x"),
     (

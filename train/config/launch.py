@@ -28,6 +28,12 @@ class SlurmConfig:
     """Hosts to request beyond launch.nodes: those that fail a check are left out, and one that fails later is replaced."""
     lines: list[str] = field(default_factory=list)
     """Further options of sbatch, such as ["--constraint=h100"]."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of bash before the ranks start, such as ["module load cuda/12.8"]; they hold no secrets, which the job inherits."""
+    container: str | None = None
+    """Container image in which pyxis (--container-image) runs the ranks, with tokenyard installed; null: on the hosts."""
+    mounts: list[str] = field(default_factory=list)
+    """Folders to mount in the container, as ["/shared:/shared"]."""
 
 
 @dataclass
@@ -42,6 +48,15 @@ class KubernetesConfig:
     """PersistentVolumeClaim for run.dir and data.cache; null if the runtime mounts their folders."""
     mount: str = "/shared"
     """Where the claim is mounted in the containers."""
+    shared_memory_gib: int | None = field(default=None, metadata=within("[1, inf)"))
+    """GiB of /dev/shm, which NCCL and symmetric exchanges use and which counts as memory of the container; null: the 64 MiB of
+    the container runtime."""
+    secrets: list[str] = field(default_factory=list)
+    """Variables from secrets of the cluster, as ["WANDB_API_KEY=wandb/api_key"]: VARIABLE=SECRET/KEY."""
+    queue: str | None = None
+    """Local queue of Kueue that admits the job; null: it starts at once."""
+    tolerations: list[str] = field(default_factory=list)
+    """Taints of nodes that the pods tolerate, by key, such as ["nvidia.com/gpu"]."""
 
 
 @dataclass
@@ -67,6 +82,8 @@ class LaunchConfig:
     """GPUs per host to request from Slurm or Kubernetes; null: launch.ranks, or none with device=cpu."""
     cores: int = field(default=4, metadata=within("[1, inf)"))
     """CPU cores per rank to request from Slurm or Kubernetes."""
+    memory_gib: int | None = field(default=None, metadata=within("[1, inf)"))
+    """Memory per host to request from Slurm or Kubernetes, GiB; null: the cluster's default."""
     submit: bool = False
     """slurm, kubernetes, deepspeed on several hosts: start what is printed."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

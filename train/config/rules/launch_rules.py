@@ -15,6 +15,11 @@ PLAIN_PATH = r"[\w./@+=,:-]+"
 WORD = r"[\w.,@+:-]+"
 DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
 IMAGE = r"[\w./:@+-]+"
+SLURM_IMAGE = r"[\w./:@+#-]+"
+"""With # as enroot writes a registry: nvcr.io#nvidia/pytorch:26.06-py3."""
+MOUNT = r"/[\w./@+-]*:/[\w./@+-]*(:\w+)?"
+SECRET = r"[A-Za-z_]\w*=[a-z0-9][-a-z0-9.]*/[-.\w]+"
+TAINT = r"([a-z0-9][-a-z0-9.]*/)?[A-Za-z0-9][-.\w]*"
 
 OPTIONS_FROM_SETTINGS = {
     "--no-kill": "launch.slurm.spares",
@@ -38,6 +43,9 @@ OPTIONS_FROM_SETTINGS = {
     "--output": "run.dir",
     "-o": "run.dir",
     "--wrap": "the overrides",
+    "--mem": "launch.memory_gib",
+    "--container-image": "launch.slurm.container",
+    "--container-mounts": "launch.slurm.mounts",
 }
 """Options of sbatch that follow from settings, which launch.slurm.lines may not repeat."""
 
@@ -115,14 +123,35 @@ def _slurm(config: Config) -> Iterator[Violation]:
         elif option[0] in OPTIONS_FROM_SETTINGS:
             yield Violation("launch.slurm.lines", f"{option[0]} comes from {OPTIONS_FROM_SETTINGS[option[0]]}", [others])
 
+    if c.container is not None and not re.fullmatch(SLURM_IMAGE, c.container):
+        yield Violation("launch.slurm.container", "must be the name or the file of a container image", [None])
+    if c.mounts and c.container is None:
+        yield Violation("launch.slurm.mounts", "must be [], only launch.slurm.container mounts folders", [[]])
+    yield from _each("launch.slurm.mounts", c.mounts, MOUNT, "FOLDER:FOLDER")
+    yield from _each("launch.slurm.setup", c.setup, r"[^\x00-\x1f\x7f]+", "a line of bash")
+
+
+def _each(key: str, values: list[str], pattern: str, what: str) -> Iterator[Violation]:
+    """Checks each of a list; what is right is the nearest valid value."""
+    wrong = [value for value in values if not re.fullmatch(pattern, value)]
+    if wrong:
+        yield Violation(key, f"{wrong[0]!r} is not {what}", [[value for value in values if value not in wrong]])
+
 
 def _kubernetes(config: Config) -> Iterator[Violation]:
     c = config.launch.kubernetes
+    yield from _each("launch.kubernetes.secrets", c.secrets, SECRET, "VARIABLE=SECRET/KEY")
+    yield from _each("launch.kubernetes.tolerations", c.tolerations, TAINT, "the key of a taint, as nvidia.com/gpu")
     if c.image is None or not re.fullmatch(IMAGE, c.image):
         yield Violation(
             "launch.kubernetes.image", "must be the name of a container image with tokenyard in it", ["REGISTRY/NAME:TAG"]
         )
-    names = (("namespace", c.namespace, None), ("runtime", c.runtime, "torch-distributed"), ("claim", c.claim, None))
+    names = (
+        ("namespace", c.namespace, None),
+        ("queue", c.queue, None),
+        ("runtime", c.runtime, "torch-distributed"),
+        ("claim", c.claim, None),
+    )
     for key, text, instead in names:
         if text is not None and not re.fullmatch(DNS_LABEL, text):
             yield Violation(f"launch.kubernetes.{key}", "must be lower-case letters, digits and -", [instead])
