@@ -38,7 +38,9 @@ class Progress:
         self.since = monotonic()
         """When any of these last changed, or `progress` was last called."""
         self.waited = 0.0
-        """Seconds spent in collectives."""
+        """Seconds spent in collectives and waiting for the device."""
+        self.waited_for_device = 0.0
+        """Those of them in which the host waited for the device."""
 
 
 PROGRESS = Progress()
@@ -84,9 +86,13 @@ def progress() -> None:
     PROGRESS.since = monotonic()
 
 
-def waiting_for_device() -> AbstractContextManager[None]:
+@contextmanager
+def waiting_for_device() -> Iterator[None]:
     """Wraps a host read from a GPU, which may still be in a collective that the host has already passed."""
-    return waiting(f"{PROGRESS.last} or what follows it on the device")
+    before = PROGRESS.waited
+    with waiting(f"{PROGRESS.last} or what follows it on the device"):
+        yield
+    PROGRESS.waited_for_device += PROGRESS.waited - before
 
 
 def check_before_collectives(check: Check | None) -> None:

@@ -31,8 +31,9 @@ from .learning_rate import learning_rate_factor
 from .load import sample_of
 from .local_saves import save_locally
 from .logging.expert_stats.collector import ExpertStats
+from .logging.rank_stats import RankStats
 from .logging.run_logger import NullLogger, RunLogger, build_run_logger, set_up_logging
-from .logging.step_log import StepLog, Stopwatch
+from .logging.step_log import StepLog, Stopwatch, Waits
 from .session import Session
 from .setup import open_session
 from .step import StepNumbers
@@ -101,7 +102,7 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
     """
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch, expert_stats = Stopwatch(session.device), ExpertStats(session)
+    stopwatch, expert_stats, rank_stats = Stopwatch(session.device), ExpertStats(session), RankStats(session)
     run_logger.begin_training()
     while session.step < config.steps:
         due = due_after(session.step + 1, config, expert_stats)
@@ -113,14 +114,14 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Ev
             continue
         expert_stats.update(numbers)
         stopwatch.tokens += numbers.tokens
-        intervals, tokens = stopwatch.take() if due.log else ([], 0)
+        intervals, tokens, waits = stopwatch.take() if due.log else ([], 0, Waits(0.0, 0.0))
         with stopwatch.paused():
             evaluation = validate(session, run_logger) if due.validate else None
             if due.log:
                 data_wait, counters = session.batch_loader.waited(), session.data.train.metrics(session.step)
                 snapshot = expert_stats.snapshot(numbers, due.validate, due.save)
-                timing = (intervals, tokens, data_wait)
-                run_logger.log_step(StepLog(session.step, numbers, lr, *timing, counters, evaluation, snapshot))
+                timing, ranks_2K = (intervals, tokens, data_wait), rank_stats.over_ranks(waits)
+                run_logger.log_step(StepLog(session.step, numbers, lr, *timing, counters, evaluation, snapshot, ranks_2K))
             session.validation_loss = {session.step: evaluation.loss} if evaluation else {}
             flags = numbers.global_flags
             for outcome in poll_save(session, flags.failed_writer > 0, flags.writing > 0):

@@ -35,6 +35,7 @@ from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
 from .plan_check import PlanCheck, compare
+from .rank_stats import rank_metrics
 from .step_log import PendingLog, StepLog
 from .summary_data import end_facts, resume_command, startup_facts, validation_record
 from .trackers.trackers import build_trackers, run_identity
@@ -209,6 +210,7 @@ class RankZeroLogger(RunLogger):
         config, step, evaluation, seconds = self.session.config, logged.step, logged.evaluation, logged.seconds()
         record = self.meter.record(step, logged.numbers, logged.lr, logged.tokens, seconds)
         record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.counters}
+        record |= rank_metrics(logged.ranks_2K, self.session.parallel.mesh.world, self.session.device.type == "cuda", seconds)
         telemetry = None
         if logged.snapshot is not None:
             metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.stage.size)
