@@ -154,6 +154,8 @@ class RankZeroLogger(RunLogger):
         self.trackers = build_trackers(config.tracker, folder, identity, config.run.name, self.printer.say, self.events)
         write_config(config, folder / "config.yaml")
         self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
+        self.printer.copy, self.log_copy = self.trackers.console, LogCopy(self.trackers.console)
+        logging.getLogger("tokenyard").addHandler(self.log_copy)
         here = environment(session.device, session.parallel.mesh.world)
         self.log_event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
         world = session.parallel.mesh.world
@@ -175,6 +177,7 @@ class RankZeroLogger(RunLogger):
             self.printer.say(f"stopped after step {step} by {type(error).__name__}; to go on: {again}")
         self.log_event("accounting", step=step, **self.goodput.facts())
         self.printer.say(in_words(self.goodput.facts()))
+        logging.getLogger("tokenyard").removeHandler(self.log_copy)
         self.trackers.finish(self.code if error is None else 1, self.summary)
         for journal in (self.metrics, self.telemetry, self.events):
             journal.close()
@@ -303,6 +306,19 @@ class RankZeroLogger(RunLogger):
 
     def on_rank_failure(self, code: int) -> None:
         self.trackers.finish(code, self.summary, FAILURE_SECONDS)
+
+
+@final
+class LogCopy(logging.Handler):
+    """Gives each line of the package's log to `take` too."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        super().__init__()
+        self.take = take
+        self.setFormatter(RedactingFormatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.take(self.format(record))
 
 
 def set_up_logging(first: bool) -> None:
