@@ -295,6 +295,7 @@ class RankZeroLogger(RunLogger):
         with self.timed("evaluation"):
             sample = make_sample()
         if sample is not None:
+            self.log_event("sample", step=session.step, prompt=sample[0], text=sample[1])
             self.trackers.sample(session.step, *sample)
         self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds, code), self.printer.bars))
 
