@@ -78,6 +78,7 @@ def test_a_narrow_terminal_has_fewer_columns():
     )
     assert whole == wide == step_line(RECORD, 600, 192.4) and len(whole) > 80
     assert eighty == "step   7/600  loss  6.5432   12,346 tok/s  lr 5.0e-3  mem  77%  load  1.42x L2"
+    assert "".join(span.text for span in fitting_spans(RECORD, 600, 192.4, 80)) == eighty, "blanks at the end would wrap"
     assert len(long) <= 80 and "mem" in long and "load" in long and "lr" not in long
 
 

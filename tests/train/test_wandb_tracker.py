@@ -136,6 +136,7 @@ def test_after_a_resume_one_folder_has_the_whole_run(tmp_path: Path):
     assert [(item["global_step"], item["train/loss"]) for item in items] == [(1, 7.5), (2, 2.1), (3, "NaN"), (4, 4.1)]
     assert [item["global_step"] for item in history(records) if any(key.startswith("experts/load") for key in item)] == [1]
     assert [record["alert"]["text"] for record in records if "alert" in record] == ["step 1: slow"]
+    assert [item["global_step"] for item in history(records) if any(key.startswith("sample") for key in item)] == [1]
     second.with_name(f"{second.name}.synced").touch()
     write_journals(tmp_path / "run", steps=4)
     third = run(tmp_path, first=5)
@@ -148,7 +149,11 @@ def write_journals(folder: Path, steps: int) -> None:
     journals = {
         "metrics": [{"step": step, "loss": 7.5} for step in range(1, steps + 1)],
         "telemetry": [{"step": 1, **table}],
-        "events": [{"event": "alert", "step": step, "alert": "straggler", "text": f"step {step}: slow"} for step in (1, steps + 1)],
+        "events": [
+            event | {"step": step, "text": f"step {step}: slow"}
+            for step in (1, steps + 1)
+            for event in ({"event": "alert", "alert": "straggler"}, {"event": "sample", "prompt": "def "})
+        ],
     }
     for name, lines in journals.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -25,7 +25,8 @@ def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: floa
         texts = [span.text for span in line]
         at = texts.index(name) if name in texts else len(line)
         line = line[: at - 1] + line[at + 1 :] if name == " GB" else line[:at] + line[at + 3 :]
-    return line
+    last = max((at for at, span in enumerate(line) if span.text.strip()), default=0)  # blanks beyond the width would wrap
+    return [*line[:last], line[last]._replace(text=line[last].text.rstrip())]
 
 
 def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> Line:

@@ -76,8 +76,11 @@ class WandbTracker(AbstractTracker):
                 self.telemetry(pictures[record["step"]])
         last = metrics[-1]["step"] if metrics else 0
         for event in events:
-            if event.get("event") == "alert" and event.get("step", 0) <= last:
+            step = event.get("step", 0)
+            if event.get("event") == "alert" and step <= last:
                 self.alert(event["alert"], event["text"])
+            elif event.get("event") == "sample" and step <= last:
+                self.sample(step, event["prompt"], event["text"])
 
     def log(self, record: Mapping[str, Any]) -> None:
         for key in filter(is_index, record.keys() - self._hidden):
