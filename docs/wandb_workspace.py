@@ -11,15 +11,14 @@ from typing import Any
 
 SECTIONS = {
     "Loss": [
-        ("Loss per token, nats", ["loss", "validation_loss"]),
-        ("Auxiliary losses, scaled", ["loss_balance_scaled", "loss_z_scaled"]),
+        ("Loss per token, nats", ["train/loss", "train/validation_loss"]),
+        ("Auxiliary losses, scaled", ["train/loss_balance_scaled", "train/loss_z_scaled"]),
     ],
     "Look here first": [
         ("Busiest expert over an even share: worst layer, mean", ["moe/load_max_over_mean", "moe/load_max_over_mean_mean"]),
-        ("Which layer is worst", ["moe/load_max_over_mean_layer", "moe/load_entropy_layer"]),
         ("Entropy of the load: worst layer, mean", ["moe/load_entropy", "moe/load_entropy_mean"]),
         ("Dead experts, share", ["moe/dead_fraction"]),
-        ("Dropped: worst layer, all", ["moe/dropped_fraction", "dropped_fraction"]),
+        ("Dropped: worst layer, all", ["moe/dropped_fraction", "train/dropped_fraction"]),
     ],
     "Router": [
         ("Entropy per token, nats: worst layer, mean", ["moe/router_entropy", "moe/router_entropy_mean"]),
@@ -29,9 +28,16 @@ SECTIONS = {
     ],
     "Ranks and speed": [
         ("Busiest rank over the mean", ["moe/rank_overload", "moe/exchange_skew"]),
-        ("Tokens per second", ["tokens_per_second"]),
-        ("MFU", ["mfu"]),
-        ("Waiting for data, share", ["data_wait_fraction"]),
+        ("Tokens per second", ["perf/tokens_per_second"]),
+        ("MFU", ["perf/mfu"]),
+        ("Waiting for data, share", ["perf/data_wait_fraction"]),
+        ("In collectives, share: longest rank, mean", ["perf/exchange_fraction", "perf/exchange_fraction_mean"]),
+        ("Host waits for the device, share", ["perf/host_wait_fraction"]),
+    ],
+    "Memory": [
+        ("Peak, GB: worst rank, mean", ["system/memory_peak_gb", "system/memory_peak_gb_mean"]),
+        ("Share of the device", ["system/memory_share"]),
+        ("Of tensors and reserved, GB: worst rank", ["system/memory_allocated_gb", "system/memory_reserved_gb"]),
     ],
     "Stability (telemetry.tier=detailed)": [
         ("Largest attention logit", ["stability/attention_logit_max"]),
@@ -39,7 +45,10 @@ SECTIONS = {
         ("Gradients", [f"stability/grad_norm/{kind}" for kind in ("experts", "router", "attention", "embedding")]),
         ("Weights", [f"stability/weight_norm/{kind}" for kind in ("experts", "router", "attention", "embedding")]),
     ],
-    "Gradients": [("Norms", ["grad_norm", "grad_norm_experts", "grad_norm_router"]), ("Learning rate", ["lr"])],
+    "Optimizer": [
+        ("Norms", ["optimizer/grad_norm", "optimizer/grad_norm_experts", "optimizer/grad_norm_router"]),
+        ("Learning rate", ["optimizer/lr"]),
+    ],
 }
 """Section, then title and keys of each chart; x is our own step, as W&B's cannot go back after a resume."""
 

@@ -38,7 +38,11 @@ class Progress:
         self.since = monotonic()
         """When any of these last changed, or `progress` was last called."""
         self.waited = 0.0
-        """Seconds spent in collectives."""
+        """Seconds spent in collectives and waiting for the device."""
+        self.annotated: Callable[[str, str], AbstractContextManager[Any]] | None = None
+        """While a step is traced: wraps a phase or a wait, by its kind and name."""
+        self.waited_for_device = 0.0
+        """Those of them in which the host waited for the device."""
 
 
 PROGRESS = Progress()
@@ -52,7 +56,8 @@ _checks: list[Check] = []
 def in_phase(phase: str) -> Iterator[None]:
     """Context manager or decorator: sets the phase of the step."""
     before, PROGRESS.phase, PROGRESS.layer, PROGRESS.since = PROGRESS.phase, phase, None, monotonic()
-    yield
+    with nullcontext() if PROGRESS.annotated is None else PROGRESS.annotated("phase", phase):
+        yield
     # Not after an error, so that reports show where it happened.
     PROGRESS.phase, PROGRESS.layer, PROGRESS.since = before, None, monotonic()
 
@@ -74,7 +79,8 @@ def waiting(what: str, neighbour: int | None = None) -> Iterator[None]:
     """Wraps code that waits for other ranks; for the message of one of them, `neighbour` is that rank."""
     outer, PROGRESS.collective, PROGRESS.since = PROGRESS.collective, what, monotonic()
     begin, PROGRESS.neighbour = PROGRESS.since, neighbour
-    yield
+    with nullcontext() if PROGRESS.annotated is None else PROGRESS.annotated("wait", what):
+        yield
     PROGRESS.collective, PROGRESS.neighbour, PROGRESS.since = outer, None, monotonic()
     PROGRESS.waited += PROGRESS.since - begin
 
@@ -84,9 +90,13 @@ def progress() -> None:
     PROGRESS.since = monotonic()
 
 
-def waiting_for_device() -> AbstractContextManager[None]:
+@contextmanager
+def waiting_for_device() -> Iterator[None]:
     """Wraps a host read from a GPU, which may still be in a collective that the host has already passed."""
-    return waiting(f"{PROGRESS.last} or what follows it on the device")
+    before = PROGRESS.waited
+    with waiting(f"{PROGRESS.last} or what follows it on the device"):
+        yield
+    PROGRESS.waited_for_device += PROGRESS.waited - before
 
 
 def check_before_collectives(check: Check | None) -> None:

@@ -12,6 +12,12 @@ EVEN, UNEVEN = 1.5, 3.0
 """Load of the busiest expert over the mean: up to EVEN is balanced, above UNEVEN is badly unbalanced."""
 DROPPED = 0.01
 """A share of dropped choices above this is a warning."""
+FULL = 0.95
+"""A share of a device's memory above this is a warning."""
+RECENT_STEPS = 100
+"""Steps that count without telemetry."""
+MOVES = 1.2
+"""If single steps are this much less even than their sum, other experts are overloaded in other steps."""
 TROUBLE = {"failed", "alert", "nan", "spike", "stall", "collapse", "hang", "straggler", "skipped", "rolled_back", "silent"}
 ENDS = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
 
@@ -33,7 +39,7 @@ def verdict(run: Run) -> list[Remark]:
     """Returns the remarks, the most important first."""
     window = run.telemetry.window()
     balance = _balance(run, window) if window is not None else _balance_of_metrics(run)
-    return [*balance, *_losses(run), *_plan(run), *_trouble(run)]
+    return [*balance, *_losses(run), *_memory(run), *_plan(run), *_trouble(run)]
 
 
 def _balance(run: Run, window: Sums) -> list[Remark]:
@@ -43,8 +49,56 @@ def _balance(run: Run, window: Sums) -> list[Remark]:
     layer, expert, load = run.telemetry.layers[row], int(np.argmax(window.counts_LE[row])), float(load_L[row])
     since = f"in steps {window.first:,} to {window.last:,}" if window.first < window.last else f"at step {window.last:,}"
     words = f"Layer {layer} is the least balanced: expert {expert} gets {load:.2f} x an even share"
-    findings = [Remark(_level(load), f"{words} (mean of all layers {load_L.mean():.2f} x) {since}.")]
+    steps = _single_steps(run, window.first, window.last)
+    alone = "" if steps is None else _in_words(steps, load)
+    level = _level(max(load, steps.middle if steps else 0.0))
+    findings = [Remark(level, f"{words} (mean of all layers {load_L.mean():.2f} x) {since}{alone}.")]
     return [*findings, _dead(run, window, since), _dropped(float(window.dropped_L.sum() / max(1, window.counts_LE.sum())), since)]
+
+
+class SingleSteps(NamedTuple):
+    """Load of the busiest expert of the worst layer in single steps, over an even share."""
+
+    middle: float
+    """The median of the steps."""
+    most: float
+    at: int
+    """The step of the most."""
+
+
+def _single_steps(run: Run, first: int, last: int) -> SingleSteps | None:
+    """Returns the load in the logged steps of records of telemetry, which are sums over the steps up to each."""
+    column = run.metrics.by_name.get("moe/load_max_over_mean")
+    every = run.config.get("telemetry", {}).get("every", 1) if isinstance(run.config.get("telemetry"), dict) else 1
+    begin = first - (every if isinstance(every, int) else 1)
+    known = [] if column is None else zip(column.steps, column.values, strict=True)
+    found = [(value, int(step)) for step, value in known if begin < step <= last and np.isfinite(value)]
+    if not found:
+        return None
+    most, at = max(found)
+    return SingleSteps(float(np.median([value for value, _ in found])), most, at)
+
+
+def _in_words(steps: SingleSteps, load: float) -> str:
+    moves = steps.middle > MOVES * load and steps.middle > EVEN
+    cause = ": the overload moves between experts or layers" if moves else ""
+    often = f"; in single steps the busiest expert gets {steps.middle:.2f} x (median)"
+    return f"{often}, at most {steps.most:.2f} x at step {steps.at:,}{cause}"
+
+
+def _memory(run: Run) -> list[Remark]:
+    """The rank with the most memory, beside what its device has."""
+    peak, mean, rank, share, retries = (
+        run.metrics.last(f"system/{key}")
+        for key in ("memory_peak_gb", "memory_peak_gb_mean", "memory_peak_gb_rank", "memory_share", "allocation_retries")
+    )
+    if peak is None or share is None:
+        return []
+    text = f"Memory: at most {peak:.3g} GB on rank {rank or 0:.0f} (mean of all ranks {mean or peak:.3g} GB)"
+    text += f"; {share:.0%} of a device is taken"
+    if retries:
+        text += f", and {retries:.0f} times the allocator had to free its cache"
+    return [Remark("watch" if share > FULL or retries else "fact", f"{text}.")]
 
 
 def _dead(run: Run, window: Sums, since: str) -> Remark:
@@ -67,8 +121,11 @@ def _balance_of_metrics(run: Run) -> list[Remark]:
     if load is None or layer is None:
         return [Remark("fact", "No experts: a dense model, or nothing logged yet.")]
     step = f"at step {run.last_step()}"
-    worst = f"Layer {layer:.0f} is the least balanced {step}: its busiest expert gets {load:.2f} x an even share."
-    findings = [Remark(_level(load), worst)]
+    steps = _single_steps(run, max(1, run.last_step() - RECENT_STEPS), run.last_step())
+    level = _level(max(load, steps.middle if steps else 0.0))
+    alone = f"; of the last {RECENT_STEPS} steps the median is {steps.middle:.2f} x" if steps else ""
+    worst = f"Layer {layer:.0f} is the least balanced {step}: its busiest expert gets {load:.2f} x an even share{alone}."
+    findings = [Remark(level, worst)]
     dead = run.metrics.last("moe/dead_experts")
     if dead is not None:
         text = f"Dead: {dead:.0f} experts got no token {step}." if dead else f"No dead experts {step}."
@@ -87,7 +144,7 @@ def _dropped(share: float, since: str) -> Remark:
 
 
 def _losses(run: Run) -> list[Remark]:
-    loss, validation = run.metrics.last("loss"), last_validation(run)
+    loss, validation = run.metrics.last("loss"), last_of_end(run, "validation_loss")
     words = [] if loss is None else [f"training loss {loss:.4f} at step {run.last_step():,}"]
     words += [] if validation is None else [f"validation loss {validation:.4f} at step {_validated(run)}"]
     if not words:
@@ -96,10 +153,10 @@ def _losses(run: Run) -> list[Remark]:
     return [Remark("fact", f"{text[0].upper()}{text[1:]}.")]
 
 
-def last_validation(run: Run) -> float | None:
-    """Returns the last validation loss; the final one is in the event of the end."""
-    end = _end(run)
-    return end["validation_loss"] if end else run.metrics.last("validation_loss")
+def last_of_end(run: Run, name: str) -> float | None:
+    """Returns the last value of a number of validation; the final one is in the event of the end."""
+    end = _end(run) or {}
+    return end[name] if isinstance(end.get(name), int | float) else run.metrics.last(name)
 
 
 def _validated(run: Run) -> str:

@@ -9,14 +9,32 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("dom", "numbers", "palette", "lines", "heat", "bars", "balance", "overview", "experts", "layer", "tables", "main")
+SCRIPTS = (
+    "dom",
+    "numbers",
+    "palette",
+    "lines",
+    "axis",
+    "heat",
+    "bars",
+    "balance",
+    "overview",
+    "compare",
+    "experts",
+    "layer",
+    "tables",
+    "main",
+)
 """Concatenated in this order; only the last has effects when it is loaded."""
+NAMED = 3
+"""The most runs that the title names."""
 
 
 def page(data: dict[str, Any]) -> str:
     """Returns the whole file. Content of run folders appears in the title and as JSON, and is escaped in both."""
     style, script = (PAGE / "page.css").read_text(encoding="utf-8"), code()
-    names = ", ".join(run["name"] for run in data["runs"])
+    names = ", ".join(run["name"] for run in data["runs"][:NAMED])
+    names += f" and {more} more" if (more := len(data["runs"]) - NAMED) > 0 else ""
     connect = "'self'" if data["live"] else "'none'"
     policy = (
         f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; img-src data:; "

@@ -2,15 +2,17 @@
 
 import base64
 import math
+from array import array
 from typing import Any
 
 import numpy as np
 
 from ..train.config.config import Config, ConfigError
-from ..train.config.model_summary import count
+from ..train.config.model_summary import count, training_flops_per_token
 from ..train.config.serialize import config_from_plain, leaves, plain_config
-from .columns import line, rounded
-from .headline import is_trouble, last_validation, named, state, verdict
+from ..train.logging.trackers.sections import is_index
+from .columns import Column, line, rounded
+from .headline import is_trouble, last_of_end, named, state, verdict
 from .run_reader import Run
 from .telemetry_reader import Sums, Telemetry, max_over_mean
 
@@ -54,15 +56,18 @@ MAIN = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu"
 POINTS, FEWER, ALL_POINTS = 1000, 400, 20_000
 """Points of each main metric; most points of each other metric; points of all other metrics together."""
 MOST_EVENTS = 2000
+MOST_SAMPLES, SAMPLE_CHARACTERS = 50, 4000
+FULL_RUNS = 4
+"""With more runs than these, each has fewer points."""
 
 
 def payload(runs: list[Run], live: bool = False) -> dict[str, Any]:
     """Returns the data of the page."""
-    return {"live": live, "runs": [about(run) for run in runs]}
+    return {"live": live, "runs": [about(run, -(-len(runs) // FULL_RUNS)) for run in runs]}
 
 
-def about(run: Run) -> dict[str, Any]:
-    """Returns the data of one run."""
+def about(run: Run, thinner: int = 1) -> dict[str, Any]:
+    """Returns the data of one run. `thinner`: divides the points of its series."""
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -73,7 +78,9 @@ def about(run: Run) -> dict[str, Any]:
         "verdict": [finding._asdict() for finding in verdict(run)],
         "remarks": run.remarks(),
         "facts": facts(run),
-        "series": drawn(run),
+        "series": drawn(run, thinner),
+        "axes": axes(run, thinner),
+        "samples": samples(run),
         "events": [shown_event(event) for event in run.events[-MOST_EVENTS:]],
         "accounting": accounting(run),
         "environment": environment(run),
@@ -82,13 +89,48 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-def drawn(run: Run) -> dict[str, Any]:
-    """Returns the series. Metrics of single layers are left out if the telemetry shows them as a heat map."""
-    columns = {name: column for name, column in run.metrics.by_name.items() if name != "step"}
+def axes(run: Run, thinner: int) -> dict[str, Any]:
+    """Returns what else than steps can be the horizontal axis: its values at steps, between which it is linear.
+
+    Hours are those of training, without validation, checkpoints and the time between starts.
+    """
+    found, seconds, tokens = {}, run.metrics.by_name.get("step_seconds"), run.metrics.by_name.get("tokens")
+    if tokens is not None:
+        found["tokens"] = line(tokens, POINTS // thinner)
+        model, length = run.config.get("model"), run.config.get("sequence_length", Config().sequence_length)
+        try:
+            each = (
+                training_flops_per_token(config_from_plain({"model": model}).model, int(length)) if isinstance(model, dict) else 0
+            )
+        except (ConfigError, ArithmeticError, LookupError, TypeError, ValueError):
+            each = 0
+        if each:
+            found["flops"] = found["tokens"] | {"y": rounded(np.array(found["tokens"]["y"]) * each)}
+    if seconds is not None:
+        hours = np.cumsum(np.nan_to_num(np.asarray(seconds.values), nan=0.0, posinf=0.0, neginf=0.0)) / 3600
+        found["hours"] = line(Column(seconds.steps, array("d", hours)), POINTS // thinner)
+    return {name: {key: axis[key] for key in ("x", "y")} for name, axis in found.items()}
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """Returns what the model wrote, the newest last."""
+    found = [event for event in run.events if event.get("event") == "sample"][-MOST_SAMPLES:]
+    return [
+        {"step": event.get("step"), **{key: str(event.get(key, ""))[:SAMPLE_CHARACTERS] for key in ("prompt", "text")}}
+        for event in found
+    ]
+
+
+def drawn(run: Run, thinner: int = 1) -> dict[str, Any]:
+    """Returns the series, without the indices of layers and ranks, which are no curves.
+
+    Metrics of single layers are left out if the telemetry shows them as a heat map.
+    """
+    columns = {name: column for name, column in run.metrics.by_name.items() if name != "step" and not is_index(name)}
     if run.telemetry.frames:
         columns = {name: column for name, column in columns.items() if "/layer_" not in name}
-    fewer = max(60, min(FEWER, ALL_POINTS // max(1, len(columns))))
-    return {name: line(column, POINTS if name in MAIN else fewer) for name, column in columns.items()}
+    fewer = max(60, min(FEWER, ALL_POINTS // max(1, len(columns))) // thinner)
+    return {name: line(column, POINTS // thinner if name in MAIN else fewer) for name, column in columns.items()}
 
 
 def facts(run: Run) -> dict[str, float | None]:
@@ -96,16 +138,21 @@ def facts(run: Run) -> dict[str, float | None]:
     typical = run.metrics.typical
     return {
         "loss": run.metrics.last("loss"),
-        "validation_loss": last_validation(run),
+        "validation_loss": last_of_end(run, "validation_loss"),
         "tokens_per_second": typical("tokens_per_second"),
         "mfu": typical("mfu"),
         "step_seconds": typical("step_seconds"),
+        "bits_per_byte": last_of_end(run, "validation/bits_per_byte"),
+        "load": typical("moe/load_max_over_mean"),
+        "memory_gb": run.metrics.last("system/memory_peak_gb"),
+        "memory_share": run.metrics.last("system/memory_share"),
     }
 
 
 def shown_event(event: dict[str, Any]) -> dict[str, Any]:
     """Returns the step (if any), kind and remaining fields of an event."""
-    rest = {key: value for key, value in event.items() if key not in ("event", "step", "time", "alert", "environment")}
+    left_out = ("event", "step", "time", "alert", "environment", *(("prompt", "text") if event.get("event") == "sample" else ()))
+    rest = {key: value for key, value in event.items() if key not in left_out}
     step = event.get("step")
     return {
         "kind": named(event),

@@ -9,7 +9,8 @@ import logging
 import torch
 
 from ..moe.device import kind_of
-from .config.config import Config, Precision
+from .config.config import Config, ConfigError, Device, Precision
+from .config.rules.rules import NO_SNAPSHOT
 
 log = logging.getLogger("tokenyard")
 
@@ -20,11 +21,13 @@ NAMES = {"cuda": "a GPU", "cpu": "a CPU"}
 
 
 def derive(config: Config, device: torch.device, saved: str | None = None) -> str:
-    """Fills in `config`. Returns where the precision is from, in words.
+    """Fills in `config`. Returns where the precision is from, in words. Raises ConfigError for what the device does not have.
 
     `saved`: the precision of the checkpoint that the run resumes from, which `auto` keeps on any machine.
     """
     kind = kind_of(device)
+    if kind == "cpu" and config.device is Device.auto and config.profile.memory and config.profile.steps is None:
+        raise ConfigError.of("profile.memory", "true", NO_SNAPSHOT, "profile.memory=false")
     if config.log.every is None:
         config.log.every = LOG_EVERY[kind]
     if config.precision is not Precision.auto:

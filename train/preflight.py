@@ -13,7 +13,7 @@ from .config.serialize import config_from_plain, leaves, shown_config
 from .config.validate import check_rules
 from .weight_source import HF_CONFIG
 
-QUIET = ("run.", "launch.", "log.", "sample.", "checkpoint.resume")
+QUIET = ("run.", "launch.", "log.", "profile.", "sample.", "checkpoint.resume")
 """Prefixes of settings that do not change the training."""
 
 

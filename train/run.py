@@ -31,8 +31,10 @@ from .learning_rate import learning_rate_factor
 from .load import sample_of
 from .local_saves import save_locally
 from .logging.expert_stats.collector import ExpertStats
+from .logging.rank_stats import RankStats
 from .logging.run_logger import NullLogger, RunLogger, build_run_logger, set_up_logging
-from .logging.step_log import StepLog, Stopwatch
+from .logging.step_log import StepLog, Stopwatch, Waits
+from .logging.step_profiler import StepProfiler
 from .session import Session
 from .setup import open_session
 from .step import StepNumbers
@@ -87,42 +89,46 @@ def train_session(session: Session, run_logger: RunLogger) -> int:
     try:
         with hang_guard(session, run_logger.on_hang, run_logger.on_rank_failure):
             dry_step(session, run_logger)
-            evaluation = train(session, run_logger, supervisor)
+            with StepProfiler(session) as profiler:
+                evaluation = train(session, run_logger, supervisor, profiler)
     except (DataStop, RunStop) as stop:
         return end_early(stop, session, run_logger, supervisor)
     run_logger.log_end(evaluation or validate(session, run_logger), lambda: sample_of(session))
     return 0
 
 
-def train(session: Session, run_logger: RunLogger, supervisor: Supervisor) -> Evaluation | None:
+def train(session: Session, run_logger: RunLogger, supervisor: Supervisor, profiler: StepProfiler) -> Evaluation | None:
     """Runs the remaining steps, then saves. Returns the validation after the last step, None if no step remained.
 
     Raises, on all ranks, a DataStop or a RunStop if the run ends early.
     """
     config, evaluation = session.config, None
     session.parallel.model.train()
-    stopwatch, expert_stats = Stopwatch(session.device), ExpertStats(session)
+    stopwatch, expert_stats, rank_stats = Stopwatch(session.device), ExpertStats(session), RankStats(session)
     run_logger.begin_training()
     while session.step < config.steps:
         due = due_after(session.step + 1, config, expert_stats)
         expert_stats.begin_step(due.log)
-        with run_logger.timed_step():
+        with run_logger.timed_step(), profiler.step(session.step + 1):
             numbers, lr = next_step(session, supervisor)
         run_logger.flush()
         if numbers is None:
             continue
         expert_stats.update(numbers)
         stopwatch.tokens += numbers.tokens
-        intervals, tokens = stopwatch.take() if due.log else ([], 0)
+        intervals, tokens, waits = stopwatch.take() if due.log else ([], 0, Waits(0.0, 0.0))
         with stopwatch.paused():
             evaluation = validate(session, run_logger) if due.validate else None
             if due.log:
                 data_wait, counters = session.batch_loader.waited(), session.data.train.metrics(session.step)
                 snapshot = expert_stats.snapshot(numbers, due.validate, due.save)
-                timing = (intervals, tokens, data_wait)
-                run_logger.log_step(StepLog(session.step, numbers, lr, *timing, counters, evaluation, snapshot))
+                timing, ranks_2K = (intervals, tokens, data_wait), rank_stats.over_ranks(waits)
+                run_logger.log_step(StepLog(session.step, numbers, lr, *timing, counters, evaluation, snapshot, ranks_2K))
             session.validation_loss = {session.step: evaluation.loss} if evaluation else {}
             flags = numbers.global_flags
+            profiler.after_step(session.step, flags.snapshot > 0)
+            if flags.snapshot:
+                supervisor.remove_request("snapshot")
             for outcome in poll_save(session, flags.failed_writer > 0, flags.writing > 0):
                 run_logger.log_checkpoint(outcome)
             if due.save or flags.save:

@@ -31,6 +31,8 @@ class RankFlags(NamedTuple):
     """It is writing a checkpoint."""
     seconds: float | None = None
     """Its own working time in a step; None except on the steps on which all ranks report it."""
+    snapshot: bool = False
+    """It was asked for a snapshot of memory."""
 
 
 NO_FLAGS = RankFlags()
@@ -54,6 +56,7 @@ class GlobalFlags(NamedTuple):
     loss: float
     overflow: int = 0
     """Choices that the exchange had no room for, if parallel.exchange_overflow=fatal; else 0."""
+    snapshot: int = 0
 
 
 def is_sound(global_flags: GlobalFlags) -> bool:
@@ -65,7 +68,7 @@ def is_sound(global_flags: GlobalFlags) -> bool:
 
 def encode_flags(rank_flags: RankFlags, mine: Tensor, rank: int, world: int) -> Tensor:
     """Returns this rank's flags as fp64 numbers to be summed over the ranks. `mine`: this rank's part of all other numbers."""
-    flags = [rank_flags.stop, rank_flags.save, rank_flags.bad_data, rank_flags.failed_writer, rank_flags.writing]
+    flags = [getattr(rank_flags, name) for name in ("stop", "save", "bad_data", "failed_writer", "writing", "snapshot")]
     failed_rank = rank + 1 if rank_flags.bad_data or rank_flags.failed_writer else 0
     seconds = [] if rank_flags.seconds is None else [rank_flags.seconds if slot == rank else 0.0 for slot in range(world)]
     not_finite = (~mine.isfinite()).any().double().view(1)
@@ -87,9 +90,11 @@ def read_flags(numbers: Tensor, tokens: int | Tensor, overflow: Tensor | None = 
     if isinstance(tokens, Tensor):
         tokens = int(values.pop())
     overflown = 0 if overflow is None else int(values.pop())
-    not_finite, not_finite_ranks, stop, save, bad_data, failed_writer, writing, failed_ranks, *seconds, squared, loss = values
+    not_finite, not_finite_ranks, *flags, failed_ranks = values[:9]
+    stop, save, bad_data, failed_writer, writing, snapshot = map(int, flags)
+    *seconds, squared, loss = values[9:]
     single = not_finite_ranks if not_finite == 1 else failed_ranks if bad_data + failed_writer == 1 else 0
     norm = math.sqrt(squared) if squared >= 0 else math.nan
     rank = int(single) - 1 if single else None
-    counts = [int(count) for count in (stop, save, bad_data, failed_writer, writing, not_finite)]
-    return GlobalFlags._make([*counts, rank, seconds, norm, loss, overflown]), tokens
+    counts = (stop, save, bad_data, failed_writer, writing, int(not_finite))
+    return GlobalFlags(*counts, rank, seconds, norm, loss, overflown, snapshot), tokens

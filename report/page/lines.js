@@ -1,4 +1,4 @@
-// Lines over steps: several runs, a legend that hides and shows, a cursor for the pointer and the arrow keys.
+// Lines over the chosen axis: several runs, a legend that hides and shows, a cursor for the pointer and the arrow keys.
 
 const LEFT = 58, RIGHT = 14, TOP = 20, BOTTOM = 34;
 
@@ -29,7 +29,8 @@ function scales(shown, width, height, log, zero, format) {
   if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
   const margin = log || (zero && low === 0) ? 0 : (high - low) * 0.04;
   [low, high] = log ? [low / 1.1, high * 1.1] : [low - margin, high + (high - low) * 0.04];
-  const first = xs.length ? Math.min(...xs) : 0, last = xs.length ? Math.max(...xs, first + 1) : 1;
+  const first = xs.length ? Math.min(...xs) : 0, end = xs.length ? Math.max(...xs) : 1;
+  const last = end > first ? end : first + (state.axis === "step" ? 1 : Math.abs(first) || 1);
   const place = log ? y => Math.log(y / low) / Math.log(high / low) : y => (y - low) / (high - low);
   return {
     first, last,
@@ -44,9 +45,9 @@ function axes(scale, width, height, format) {
   const lines = scale.ticks.map(y => [
     svg("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: scale.y(y), y2: scale.y(y) }),
     svg("text", { class: "tick", x: LEFT - 7, y: scale.y(y) + 4, "text-anchor": "end" }, format(y))]);
-  const steps = ticks(scale.first, scale.last, Math.max(4, Math.floor(width / 80))).filter(Number.isInteger).map(step =>
-    svg("text", { class: "tick", x: scale.x(step), y: height - BOTTOM + 17, "text-anchor": "middle" }, short(step)));
-  return [lines, steps, svg("text", { class: "tick", x: width - RIGHT, y: height - 4, "text-anchor": "end" }, "step")];
+  const steps = ticks(scale.first, scale.last, Math.max(4, Math.floor(width / 80))).filter(step => state.axis !== "step" || Number.isInteger(step)).map(step =>
+    svg("text", { class: "tick", x: scale.x(step), y: height - BOTTOM + 17, "text-anchor": "middle" }, axisTick(step)));
+  return [lines, steps, svg("text", { class: "tick", x: width - RIGHT, y: height - 4, "text-anchor": "end" }, state.axis === "step" ? "step" : axisName())];
 }
 
 function drawn(series, scale, log) {
@@ -63,14 +64,15 @@ function drawn(series, scale, log) {
     series.dots && series.x.length <= 60
       ? points(series.x, series.y).map(p => svg("circle", { cx: scale.x(p[0]), cy: scale.y(p[1]), r: 3.2, fill: colour })) : null,
     (series.bad || []).map(step => svg("text", { class: "notfinite", x: scale.x(step), y: scale.y(scale.ticks[0]) - 4, "text-anchor": "middle" },
-      "x", svg("title", {}, `${series.name}: not a finite number at step ${step}`))));
+      "x", svg("title", {}, `${series.name}: not a finite number at ${axisText(step)}`))));
 }
 
 // Checkpoints, restarts and trouble above the lines; those that would lie on one another are one.
 function marks(events, scale) {
   const seen = new Set();
-  return events.filter(event => event.step !== null && event.step >= scale.first && event.step <= scale.last).map(event => {
-    const x = Math.round(scale.x(event.step)), kind = eventKind(event), key = `${kind}${Math.round(x / 4)}`;
+  const placed = events.map(event => ({ ...event, at: event.step === null ? null : placeOf(chosenRun(), event.step) }));
+  return placed.filter(event => event.at !== null && event.at >= scale.first && event.at <= scale.last).map(event => {
+    const x = Math.round(scale.x(event.at)), kind = eventKind(event), key = `${kind}${Math.round(x / 4)}`;
     if (seen.has(key)) return null;
     seen.add(key);
     const shape = { checkpoint: `M${x - 4} 5h8l-4 6z`, restart: `M${x - 5} 12h10l-5 -9z`, trouble: `M${x - 4} 4l8 8m0 -8l-8 8`, other: `M${x} 4v8` };
@@ -135,7 +137,7 @@ function follow(picture, cursor, readout, shown, scale, width, height, format) {
     if (mark) state.cursors.set(id, at);
     const step = steps[at];
     const values = lines.map(s => [s, nearest(s, step)]);
-    readout.textContent = steps.length ? `step ${whole(step)}: ${values.map(([s, i]) => `${s.name} ${format(s.y[i])}${s.x[i] === step ? "" : ` (at ${whole(s.x[i])})`}`).join(", ")}` : "nothing to show";
+    readout.textContent = steps.length ? `${axisText(step)}: ${values.map(([s, i]) => `${s.name} ${format(s.y[i])}${s.x[i] === step ? "" : ` (at ${state.axis === "step" ? whole(s.x[i]) : axisText(s.x[i])})`}`).join(", ")}` : "nothing to show";
     cursor.replaceChildren(...(mark && steps.length ? [
       svg("line", { x1: scale.x(step), x2: scale.x(step), y1: TOP, y2: height - BOTTOM }),
       ...values.map(([s, i]) => svg("circle", { cx: scale.x(s.x[i]), cy: scale.y(s.y[i]), r: 4, fill: runColour(s.run) }))] : []));
@@ -172,6 +174,6 @@ function numbers(title, shown, format) {
   if (!lines.length) return el("p", {}, "Nothing is shown.");
   const longest = lines.reduce((a, b) => a.x.length >= b.x.length ? a : b).x, rows = Math.min(12, longest.length);
   const steps = [...new Set(Array.from({ length: rows }, (_, i) => longest[Math.round(i * (longest.length - 1) / Math.max(1, rows - 1))]))];
-  return table(title, ["step", ...lines.map(s => s.name)],
-    steps.map(step => [whole(step), ...lines.map(s => format(s.y[nearest(s, step)]))]));
+  return table(title, [state.axis === "step" ? "step" : axisName(), ...lines.map(s => s.name)],
+    steps.map(step => [state.axis === "step" ? whole(step) : axisTick(step), ...lines.map(s => format(s.y[nearest(s, step)]))]));
 }

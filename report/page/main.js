@@ -2,7 +2,7 @@
 
 const state = {
   data: JSON.parse(document.getElementById("data").textContent),
-  run: 0, layer: null, frame: null, measure: "load_L", kind: "classes",
+  axis: "step", run: 0, layer: null, frame: null, measure: "load_L", kind: "classes",
   hidden: new Set(), log: new Set(), open: new Set(), cursors: new Map(), redrawing: false, touched: 0, theme: remembered(), message: "live",
 };
 
@@ -19,7 +19,8 @@ function redraw() {
   const active = document.activeElement && document.activeElement.id, page = document.getElementById("page"), y = scrollY;
   lookUpTheme();
   state.redrawing = true;
-  page.replaceChildren(head(), el("main", {}, [training, experts, events, others, configuration, parameters, environment].map(part => part())));
+  const parts = [training, experts, machine, samples, events, others, configuration, parameters, environment].map(part => part()).filter(part => part);
+  page.replaceChildren(head(contents(parts)), el("main", {}, parts));
   const again = active && document.getElementById(active);
   if (again) again.focus({ preventScroll: true });
   if (scrollY !== y) scrollTo(0, y);

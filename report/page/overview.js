@@ -4,7 +4,7 @@ const LEVELS = { good: "\u2713", watch: "!", bad: "\u2715", fact: "\u2022" };
 const WORDS = { good: "good", watch: "to watch", bad: "bad", fact: "" };
 const STATES = { finished: "finished", failed: "failed", stopped: "stopped", "no end recorded": "going on, or ended without a word" };
 
-function head() {
+function head(contents) {
   const { runs, live } = state.data;
   const themes = el("button", {
     type: "button", class: "chip", id: "theme", "aria-label": `Colours: ${state.theme}; press for the next`,
@@ -16,9 +16,10 @@ function head() {
   }, `colours: ${state.theme}`);
   return el("header", {},
     el("div", { class: "top" },
-      el("h1", {}, runs.map(run => run.name).join(", ")),
+      el("h1", {}, runs.length > MANY ? `${runs.length} runs` : runs.map(run => run.name).join(", ")),
       el("span", { class: "status", id: "live", role: "status" }, live ? state.message : ""), themes),
-    runs.map((run, index) => opening(run, index)));
+    contents, comparison(),
+    runs.length > MANY ? folded("openings", "Each run: balance, losses, memory, failures", () => el("div", {}, runs.map(opening))) : runs.map(opening));
 }
 
 function opening(run, index) {
@@ -39,6 +40,7 @@ function tiles(run) {
   const shown = [
     ["loss", facts.loss, short], ["validation loss", facts.validation_loss, short],
     ["tokens per second", facts.tokens_per_second, short], ["MFU", facts.mfu, percent], ["step", facts.step_seconds, seconds],
+    ["bits per byte", facts.bits_per_byte, short], ["memory", facts.memory_gb, gigabytes], ["of the device", facts.memory_share, percent],
     ["parameters", parameters && parameters.total, short], ["active", parameters && parameters.active, short],
   ].filter(([, value]) => value !== null && value !== undefined);
   return el("dl", { class: "tiles" }, shown.map(([name, value, format]) =>
@@ -47,8 +49,8 @@ function tiles(run) {
 
 // The lines of a metric, one for each run that has it.
 function series(name, kind = name, more = {}) {
-  return state.data.runs.flatMap((run, index) => run.series[name]
-    ? [{ run: index, kind, name: state.data.runs.length > 1 ? `${run.name} ${kind}` : kind, ...run.series[name], ...more }] : []);
+  return state.data.runs.flatMap((run, index) => run.series[name] && (state.axis === "step" || run.axes[state.axis])
+    ? [{ run: index, kind, name: state.data.runs.length > 1 ? `${run.name} ${kind}` : kind, ...onAxis(run, run.series[name]), ...more }] : []);
 }
 
 function chart(spec) {
@@ -56,13 +58,14 @@ function chart(spec) {
 }
 
 function training() {
-  return section("training", "Training",
+  return section("training", "Training", axisChoice(),
     el("p", { class: "key" }, "Above the lines: ", key("checkpoint", "checkpoint"), key("restart", "restart"), key("trouble", "failure or alert")),
     chart({
       id: "loss", title: "Loss", note: "Mean cross entropy per token, in nats; thin as logged, thick smoothed", wide: true, height: 320, canLog: true,
       series: [...series("loss", "training"), ...validation()],
     }),
     el("div", { class: "grid" },
+      chart({ id: "bits", title: "Bits per byte", note: "Of validation; comparable between tokenizers", series: series("validation/bits_per_byte", "validation", { dots: true, sx: undefined, sy: undefined }) }),
       chart({ id: "lr", title: "Learning rate", series: series("lr", "learning rate"), zero: true }),
       chart({ id: "grad_norm", title: "Gradient norm", note: "Before clipping", series: series("grad_norm", "gradient norm"), canLog: true, zero: true }),
       chart({ id: "speed", title: "Tokens per second", series: series("tokens_per_second", "tokens per second"), zero: true }),
@@ -81,7 +84,9 @@ function validation() {
 
 const DRAWN = ["loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "dropped_fraction", "tokens",
   "moe/load_max_over_mean", "moe/load_max_over_mean_mean",
-  "moe/router_entropy", "moe/router_entropy_mean", "moe/dead_fraction"];
+  "moe/router_entropy", "moe/router_entropy_mean", "moe/dead_fraction", "validation/bits_per_byte", "data_wait_fraction", "perf/exchange_fraction",
+  "perf/host_wait_fraction", "system/memory_peak_gb", "system/memory_peak_gb_mean", "system/memory_share", "system/memory_reserved_gb",
+  "system/memory_allocated_gb", "system/memory_resident_gb"];
 
 // Whatever else was logged, so that nothing is left out.
 function others() {

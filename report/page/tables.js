@@ -29,19 +29,12 @@ function configuration() {
   const runs = state.data.runs;
   const changed = runs.map(run => run.settings.filter(row => row.changed));
   const parts = [];
-  if (runs.length > 1) parts.push(el("h3", {}, "Different between the runs"), differences(runs));
+  const defaults = i => changed[i].length ? table("Changed settings", ["setting", "value", "default"], changed[i].map(row => [row.key, row.value, row.default ?? "(unknown)"]), false) : el("p", {}, "Nothing.");
   runs.forEach((run, i) => parts.push(
-    el("h3", {}, runs.length > 1 ? `${run.name}: changed from the defaults` : "Changed from the defaults"),
-    changed[i].length ? table("Changed settings", ["setting", "value", "default"], changed[i].map(row => [row.key, row.value, row.default ?? "(unknown)"]), false) : el("p", {}, "Nothing."),
+    runs.length > MANY ? folded(`changed-${i}`, `${run.name}: changed from the defaults`, () => defaults(i))
+      : [el("h3", {}, runs.length > 1 ? `${run.name}: changed from the defaults` : "Changed from the defaults"), defaults(i)],
     folded(`settings-${i}`, `All ${run.settings.length} settings`, () => table("Settings", ["setting", "value"], run.settings.map(row => [row.key, row.value]), false))));
   return section("configuration", "Configuration", parts);
-}
-
-function differences(runs) {
-  const maps = runs.map(run => new Map(run.settings.map(row => [row.key, row.value])));
-  const keys = [...new Set(maps.flatMap(map => [...map.keys()]))].filter(key => new Set(maps.map(map => map.get(key))).size > 1);
-  if (!keys.length) return el("p", {}, "Nothing.");
-  return table("Differences", ["setting", ...runs.map(run => run.name)], keys.map(key => [key, ...maps.map(map => map.get(key) ?? "-")]), false);
 }
 
 function parameters() {

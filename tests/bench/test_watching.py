@@ -20,7 +20,7 @@ def test_watchdogs_look_once_a_host_and_share_the_reading_of_a_hang() -> None:
 
 def test_statistics_of_many_experts_and_ranks_are_small() -> None:
     found = watching.telemetry(2048)
-    assert found["bytes all-reduced a step"] == 8 * (8 + 2048 + 2 + 7 * 61 + 61 * 256 + 5 * 61)
+    assert found["bytes all-reduced a step"] == 8 * (9 + 2048 + 2 + 7 * 61 + 61 * 256 + 5 * 61)
     assert found["bytes all-reduced a record"] == 8 * (61 * 256 + 1 + 2 * 61)
     assert found["share of the link (%)"] < 0.01 and found["share of the run folder (%)"] < 0.01
     counts, similarity, tokens = 61 * 8 * 256 + 2 * 256**2 + 4 * 61, 2 * 256 * 3 * 64**2, 4 * 4096 * (1 + 2 * 8)

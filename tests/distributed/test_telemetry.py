@@ -11,6 +11,7 @@ from tokenyard.train.fault_tolerance.supervisor import build_supervisor
 from tokenyard.train.logging.expert_stats.collector import snapshot_records
 from tokenyard.train.logging.run_logger import RunLogger
 from tokenyard.train.logging.step_log import StepLog
+from tokenyard.train.logging.step_profiler import StepProfiler
 from tokenyard.train.run import train
 from tokenyard.train.session import Session
 from tokenyard.train.setup import open_session
@@ -128,7 +129,7 @@ def watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", *overrides])
     session = open_session(config, torch.device("cpu"))
     run_logger = Keeps(session)
-    train(session, run_logger, build_supervisor(session, run_logger))
+    train(session, run_logger, build_supervisor(session, run_logger), StepProfiler(session))
     return run_logger.entries
 
 
@@ -136,5 +137,5 @@ def weights_after(folder: Path, overrides: list[str]) -> list[torch.Tensor]:
     config = compose([*COMMON, f"run.dir={folder}", f"data.cache={folder.parent / 'cache'}", "precision=fp32", *overrides])
     session = open_session(config, torch.device("cpu"))
     run_logger = Keeps(session)
-    train(session, run_logger, build_supervisor(session, run_logger))
+    train(session, run_logger, build_supervisor(session, run_logger), StepProfiler(session))
     return [*session.parallel.model.state_dict().values(), torch.get_rng_state()]

@@ -13,6 +13,7 @@ from tokenyard.train.exit import ExitCode, RunStop
 from tokenyard.train.fault_tolerance.supervisor import build_supervisor
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.run_logger import build_run_logger
+from tokenyard.train.logging.step_profiler import StepProfiler
 from tokenyard.train.run import train, train_session
 from tokenyard.train.setup import open_session
 
@@ -28,7 +29,7 @@ def ended(folder: Path) -> tuple[str, int, bool]:
     session = open_session(configured(folder, *WORDS), torch.device("cpu"))
     before = state_of(session)
     with closing(session), build_run_logger(session) as run_logger, pytest.raises(RunStop) as stop:
-        train(session, run_logger, build_supervisor(session, run_logger))
+        train(session, run_logger, build_supervisor(session, run_logger), StepProfiler(session))
     after = state_of(session)
     return str(stop.value), stop.value.exit_code, all(torch.equal(before[name], after[name]) for name in before)
 

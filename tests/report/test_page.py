@@ -87,7 +87,11 @@ def test_two_runs_are_laid_over_each_other(page: Browser) -> None:
     strokes = "[...document.querySelectorAll('#loss g.series path:last-of-type')].map(line => line.getAttribute('stroke'))"
     assert page.run(f"new Set({strokes}).size") == 2
     assert page.run("[...document.querySelectorAll('.opening h2')].map(each => each.textContent).join()") == "first,second"
-    assert "optimizer.lr" in text(page, "configuration")
+    assert "optimizer.lr" in text(page, "configuration").replace("\u200b", "")
+    head = page.run("[...document.querySelectorAll('#comparison thead th')].map(each => each.textContent).join()").replace(
+        "\u200b", ""
+    )
+    assert head == "run,steps,loss,validation,tokens/s,load,verdict,end".replace("run,", "run,steps,seed,optimizer.lr,", 1)
 
 
 def test_the_legend_hides_and_shows(page: Browser) -> None:
@@ -173,6 +177,50 @@ def test_every_control_can_be_reached_and_has_a_name(page: Browser) -> None:
     assert page.run(f"{ids}.length - new Set({ids}).size") == 0
 
 
+def choose(page: Browser, id: str, value: str) -> None:
+    page.run(f"(box => {{ box.value = '{value}'; box.dispatchEvent(new Event('change')); }})(document.getElementById('{id}'))")
+
+
+def test_the_axis_is_chosen(page: Browser) -> None:
+    """All lines move; the last step of the longer run is at its tokens, and a click more brings the steps back."""
+    starts = "[...document.querySelectorAll('#loss g.series path')].map(line => line.getAttribute('d')).join()"
+    of_steps, said = page.run(starts), {}
+    for axis in ("tokens", "flops", "hours"):
+        choose(page, "axis", axis)
+        assert page.run("document.getElementById('axis').value") == axis
+        said[axis] = text(page, "loss-readout").partition(":")[0]
+        last = "[...document.querySelectorAll('#loss .tick')].map(each => each.textContent).pop()"
+        assert page.run(last) == {"tokens": "tokens", "flops": "FLOPs", "hours": "hours of training"}[axis]
+        assert page.run("document.querySelectorAll('#loss .mark').length") > 2
+    assert said["tokens"] == "1.64M tokens" and said["flops"].endswith("FLOP") and float(said["hours"].partition(" ")[0]) > 0.04
+    choose(page, "axis", "step")
+    assert page.run(starts) == of_steps and text(page, "loss-readout").startswith("step 400: ")
+
+
+def test_the_contents_lead_to_the_parts(page: Browser) -> None:
+    links = page.run("[...document.querySelectorAll('#contents a')].map(each => each.getAttribute('href').slice(1)).join()").split(
+        ","
+    )
+    sections = page.run("[...document.querySelectorAll('main > section')].map(each => each.id).join()").split(",")
+    assert links == sections and {"training", "experts", "configuration"} <= {*links}
+
+
+def test_many_runs_are_a_table(browser: Browser, tmp_path: Path) -> None:
+    sizes = {"layers": 2, "experts": 4, "steps": 40}
+    runs = [made_run(tmp_path / f"lr{i}", **sizes, seed=1, optimizer={"lr": 0.001 + 0.001 * i}) for i in range(5)]
+    write(runs[4] / "metrics.jsonl", [{"step": 41, "system/memory_peak_gb": 2.5, "system/memory_share": 0.5}])
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "all")]) == 0
+    browser.open((tmp_path / "all" / "report.html").as_uri())
+    first = "row.children[0].textContent + ' ' + row.children[1].textContent"
+    rows = f"[...document.querySelectorAll('#comparison tbody tr')].map(row => {first})"
+    assert json.loads(browser.run(f"JSON.stringify({rows})")) == [f"lr{i} 0.00{i + 1}" for i in range(5)]
+    assert "2.5 GB" in text(browser, "comparison") and browser.run("document.querySelector('h1').textContent") == "5 runs"
+    assert browser.run("document.querySelectorAll('.verdict').length") == 0
+    browser.run("document.querySelector('#openings summary').click()")
+    browser.until("document.querySelectorAll('.verdict').length === 5")
+    assert browser.complaints() == []
+
+
 def test_numbers_are_there_as_tables(page: Browser) -> None:
     assert not page.run("!!document.querySelector('#loss-table table')")
     page.run("document.querySelector('#loss-table summary').click()")
@@ -200,6 +248,7 @@ HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwn
 def test_text_of_files_does_nothing(browser: Browser, tmp_path: Path) -> None:
     folder = made_run(tmp_path / "<img src=x onerror=window.pwned=1>", steps=40, tracker={"project": HOSTILE})
     write(folder / "events.jsonl", [{"event": HOSTILE, "step": 3, "error": HOSTILE}])
+    write(folder / "events.jsonl", [{"event": "sample", "step": 3, "prompt": HOSTILE, "text": HOSTILE}])
     write(folder / "metrics.jsonl", [{"step": 41, HOSTILE: 1.0}])
     record = json.loads((folder / "telemetry.jsonl").read_text().splitlines()[-1])
     record |= {"vocabulary": {"3": [[[HOSTILE, 5]]] * 16}, "sources": {HOSTILE: record["counts_LE"]}}
@@ -212,6 +261,7 @@ def test_text_of_files_does_nothing(browser: Browser, tmp_path: Path) -> None:
     assert browser.run("document.querySelectorAll('details:not([open])').length") == 0
     assert HOSTILE.replace(" ", "\u00b7") in browser.run("document.getElementById('vocabulary').textContent")
     assert HOSTILE in browser.run("document.getElementById('configuration').textContent")
+    assert HOSTILE + HOSTILE in browser.run("document.getElementById('samples').textContent")
     assert browser.run("[window.pwned === undefined, document.querySelectorAll('img').length].join()") == "true,0"
     assert browser.complaints() == [] and len(browser.requests()) == 1
 
@@ -245,4 +295,4 @@ def test_a_run_that_goes_on_is_followed(browser: Browser, tmp_path: Path) -> Non
         finally:
             server.shutdown()
             thread.join()
-        assert {address.rpartition("/")[2] for address in browser.requests()} == {"", "data"}
+        assert {address.rpartition("/")[2].partition("?token=")[0] for address in browser.requests()} == {"", "data"}

@@ -16,6 +16,9 @@ from tokenyard.report.headline import verdict
 from tokenyard.report.page import digest, page
 from tokenyard.report.payload import payload
 from tokenyard.report.run_reader import Run
+from tokenyard.train.config.config import Config
+from tokenyard.train.config.model_summary import training_flops_per_token
+from tokenyard.train.config.serialize import config_from_plain
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,70 @@ def test_without_telemetry_the_metrics_speak(tmp_path: Path) -> None:
     run = Run(folder)
     assert verdict(run)[0].text.startswith("Layer 3 is the least balanced at step 50: its busiest expert gets")
     assert payload([run])["runs"][0]["telemetry"] is None
+
+
+@pytest.mark.parametrize(("alone", "level", "moves"), [(1.2, "good", False), (2.0, "watch", True), (4.0, "bad", True)])
+def test_an_overload_that_alternates_is_not_called_even(tmp_path: Path, alone: float, level: str, moves: bool) -> None:
+    """The sums of telemetry are even, because each expert has its turn; single steps say how uneven each of them was."""
+    folder = made_run(tmp_path / "run", steps=40, telemetry={"every": 10})
+    even = {"layers": [0, 1], "counts_LE": [[100] * 4] * 2, "dropped_L": [0, 0]}
+    for name in ("metrics", "telemetry"):
+        (folder / f"{name}.jsonl").unlink()
+    loads = [alone + 0.01 * (step == 33) for step in range(1, 41)] + [9.0]
+    named = [
+        {"step": step, "moe/load_max_over_mean": load, "moe/load_max_over_mean_layer": 0} for step, load in enumerate(loads, 1)
+    ]
+    write(folder / "metrics.jsonl", named)
+    write(folder / "telemetry.jsonl", [{"step": step, **even} for step in (10, 20, 30, 40)])
+    first = verdict(Run(folder))[0]
+    assert first.level == level and "expert 0 gets 1.00 x an even share" in first.text
+    words = f"; in single steps the busiest expert gets {alone:.2f} x (median), at most {alone + 0.01:.2f} x at step 33"
+    assert first.text.endswith(f"{words}{': the overload moves between experts or layers' if moves else ''}.")
+    (folder / "telemetry.jsonl").unlink()
+    assert verdict(Run(folder))[0].level == "bad"  # of the last step, 9
+
+
+def test_memory_is_judged(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", steps=20)
+    memory = {"system/memory_peak_gb": 61.25, "system/memory_peak_gb_mean": 58.0, "system/memory_peak_gb_rank": 3}
+    for share, retries, level in ((0.77, 0, "fact"), (0.97, 0, "watch"), (0.77, 2, "watch")):
+        write(
+            folder / "metrics.jsonl", [{"step": 21, **memory, "system/memory_share": share, "system/allocation_retries": retries}]
+        )
+        (found,) = [each for each in verdict(Run(folder)) if each.text.startswith("Memory: at most 61.2 GB on rank 3")]
+        assert found.level == level and f"{share:.0%} of a device" in found.text and ("2 times" in found.text) == (retries == 2)
+    run = payload([Run(folder)])["runs"][0]
+    assert (run["facts"]["memory_gb"], run["facts"]["memory_share"]) == (61.25, 0.77)
+    assert "system/memory_peak_gb" in run["series"] and not [name for name in run["series"] if name.endswith(("_layer", "_rank"))]
+
+
+def test_the_horizontal_axis_can_be_tokens_flops_or_hours(folder: Path) -> None:
+    run = Run(folder)
+    found, records = (
+        payload([run])["runs"][0]["axes"],
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+    assert found["tokens"]["x"] == list(range(1, 201))
+    assert found["tokens"]["y"] == pytest.approx([4096.0 * step for step in range(1, 201)], rel=1e-4)
+    hours = np.cumsum([record["step_seconds"] for record in records]) / 3600
+    assert found["hours"]["y"] == pytest.approx(hours.tolist(), rel=1e-4)
+    each = training_flops_per_token(config_from_plain({"model": run.config["model"]}).model, Config().sequence_length)
+    assert found["flops"]["y"] == pytest.approx((4096.0 * each * np.arange(1, 201)).tolist(), rel=1e-4)
+
+
+def test_samples_are_shown_and_many_runs_are_thinner(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "run", steps=2000, every=500)
+    write(
+        folder / "events.jsonl", [{"event": "sample", "step": step, "prompt": "def ", "text": f"f{step}" * 3000} for step in (5, 9)]
+    )
+    (run,) = payload([Run(folder)])["runs"]
+    assert [(sample["step"], sample["text"][:2], len(sample["text"])) for sample in run["samples"]] == [
+        (5, "f5", 4000),
+        (9, "f9", 4000),
+    ]
+    assert [event["text"] for event in run["events"] if event["kind"] == "sample"] == ["", ""]
+    nine = payload([Run(folder)] * 9)["runs"]
+    assert len(run["series"]["loss"]["x"]) > 2.5 * len(nine[0]["series"]["loss"]["x"]) > 500
 
 
 def test_a_dense_run_has_a_page(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ RECORD = {
     "grad_norm": 0.98765,
     "tokens_per_second": 12345.6,
     "mfu": 0.3417,
+    "lr": 0.005,
+    "system/memory_peak_gb": 61.234,
+    "system/memory_share": 0.766,
     "dropped_fraction": 0.0123,
     "moe/load_max_over_mean": 1.416,
     "moe/load_max_over_mean_layer": 2,
@@ -41,20 +44,22 @@ def text(lines: list[Line]) -> str:
 
 def test_step_line():
     assert step_line(RECORD, 600, 192.4) == (
-        "step   7/600  loss  6.5432   12,346 tok/s  MFU  34.2%  grad   0.988  load  1.42x L2   drop  1.23%  ETA  3m12s"
+        "step   7/600  loss  6.5432   12,346 tok/s  MFU  34.2%  lr 5.0e-3  grad   0.988  mem  77% 61.23 GB  load  1.42x L2   "
+        "drop  1.23%  ETA  3m12s"
     )
 
 
 def test_step_line_of_a_dense_model():
-    dense = {key: value for key, value in RECORD.items() if not key.startswith("moe/")} | {"dropped_fraction": 0.0}
-    assert step_line(dense, 99) == "step  7/99  loss  6.5432   12,346 tok/s  MFU  34.2%  grad   0.988  ETA      -"
+    dense = {key: value for key, value in RECORD.items() if not key.startswith(("moe/", "system/"))} | {"dropped_fraction": 0.0}
+    assert step_line(dense, 99) == "step  7/99  loss  6.5432   12,346 tok/s  MFU  34.2%  lr 5.0e-3  grad   0.988  ETA      -"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"step": 600, "loss": math.nan, "grad_norm": math.inf},
-        {"loss": 12.3456789, "grad_norm": 123456.7, "tokens_per_second": 0.4, "mfu": 0.00012},
+        {"loss": 12.3456789, "grad_norm": 123456.7, "tokens_per_second": 0.4, "mfu": 0.00012, "lr": 0.0},
+        {"system/memory_peak_gb": 0.0031, "system/memory_share": 1.0},
         {"tokens_per_second": 9.876e8, "mfu": 1.234, "moe/load_max_over_mean": 64.0, "moe/load_max_over_mean_layer": 31},
         {"moe/load_max_over_mean": 512.0, "dropped_fraction": 1.0, "grad_norm": 1e-9, "loss": 1.2e30},
     ],
@@ -62,15 +67,19 @@ def test_step_line_of_a_dense_model():
 def test_columns_stand_under_each_other(change: dict):
     """Each label begins where it does in the usual line."""
     usual, line = step_line(RECORD, 600, 9.0), step_line(RECORD | change, 600, 90_000.0)
-    labels = ("loss", "tok/s", "MFU", "grad", "load", "drop", "ETA")
+    labels = ("loss", "tok/s", "MFU", "lr", "grad", "mem", "GB", "load", "drop", "ETA")
     assert [line.index(label) for label in labels] == [usual.index(label) for label in labels]
     assert len(line) == len(usual)
 
 
 def test_a_narrow_terminal_has_fewer_columns():
-    whole, eighty = (plain(fitting_spans(RECORD, 600, 192.4, width)) for width in (None, 80))
-    assert whole == step_line(RECORD, 600, 192.4) and len(whole) > 80 >= len(eighty)
-    assert "MFU" not in eighty and "loss" in eighty and "load" in eighty and eighty.startswith("step   7/600")
+    whole, wide, eighty, long = (
+        plain(fitting_spans(RECORD, *of)) for of in ((600, 192.4, None), (600, 192.4, 160), (600, 192.4, 80), (10**6, 9.0, 80))
+    )
+    assert whole == wide == step_line(RECORD, 600, 192.4) and len(whole) > 80
+    assert eighty == "step   7/600  loss  6.5432   12,346 tok/s  lr 5.0e-3  mem  77%  load  1.42x L2"
+    assert "".join(span.text for span in fitting_spans(RECORD, 600, 192.4, 80)) == eighty, "blanks at the end would wrap"
+    assert len(long) <= 80 and "mem" in long and "load" in long and "lr" not in long
 
 
 def test_eta_is_the_pace_of_the_last_steps():

@@ -27,8 +27,10 @@ def global_flags(loss: float, squared: float = 1.0, *tellings: RankFlags) -> Any
 
 
 def test_flags_are_counted_and_a_single_rank_is_named() -> None:
-    found = global_flags(2.0, 9.0, RankFlags(), RankFlags(stop=True), RankFlags(stop=True, save=True), RankFlags(bad_data=True))
+    asks = RankFlags(snapshot=True)
+    found = global_flags(2.0, 9.0, asks, RankFlags(stop=True), RankFlags(stop=True, save=True), RankFlags(bad_data=True))
     assert (found.stop, found.save, found.bad_data, found.failed_writer, found.not_finite, found.rank) == (2, 1, 1, 0, 0, 3)
+    assert (found.snapshot, found.writing, found.overflow) == (1, 0, 0)
     assert (found.loss, found.gradient_norm) == (2.0, 3.0)
     assert global_flags(math.nan, 1.0, RankFlags(), RankFlags()).rank == 0
     assert global_flags(1.0, math.inf).not_finite == 1
@@ -68,7 +70,7 @@ def test_a_spike_is_taken_the_second_time_if_it_is_only_to_be_reported() -> None
 @pytest.mark.parametrize("tokens", [7, torch.tensor(7)])
 def test_an_overflow_that_is_fatal_stops_before_the_update(tokens: int | torch.Tensor) -> None:
     """Its count is read with the flags, whether or not the tokens are."""
-    numbers = torch.zeros(10, dtype=torch.float64)
+    numbers = torch.zeros(11, dtype=torch.float64)
     numbers[-2:] = torch.tensor([9.0, 2.0])
     found, read = read_flags(numbers, tokens, torch.tensor(5.0))
     assert (found.overflow, found.gradient_norm, found.loss, read) == (5, 3.0, 2.0, 7)

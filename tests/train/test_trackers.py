@@ -12,6 +12,7 @@ from tokenyard.train.config.config import Config, ConfigError, TrackerConfig
 from tokenyard.train.config.validate import check_rules
 from tokenyard.train.logging.journal import Journal, read_journal
 from tokenyard.train.logging.trackers.base import AbstractTracker
+from tokenyard.train.logging.trackers.sections import charted, sectioned
 from tokenyard.train.logging.trackers.trackers import Trackers, build_trackers, run_identity
 
 
@@ -175,3 +176,13 @@ def test_the_identity_is_kept_on_resume_only(tmp_path: Path):
     assert run_identity(tmp_path, resumed=True) == first
     assert run_identity(tmp_path, resumed=False) != first
     assert len(first) == 8
+
+
+def test_no_two_keys_of_a_record_share_a_place_in_the_sections() -> None:
+    keys = ["loss", "loss_z_scaled", "lr", "grad_norm_router", "tokens_per_second", "mfu", "data_wait_fraction", "padding_fraction"]
+    keys += ["dropped_fraction", "moe/dropped_fraction", "moe/load_cv_layer", "system/memory_peak_gb_rank", "data/a/share", "step"]
+    shown = charted(dict.fromkeys(keys, 1.0))
+    assert len({*map(sectioned, keys)}) == len(keys)
+    assert {key.partition("/")[0] for key in shown} == {"train", "optimizer", "perf", "data", "moe"}
+    assert list(map(sectioned, keys[:8:2])) == ["train/loss", "optimizer/lr", "perf/tokens_per_second", "perf/data_wait_fraction"]
+    assert not {*map(sectioned, keys[-4:-2])} & shown.keys() and "train/step" not in shown

@@ -95,6 +95,11 @@ BAD = [
     (4, "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.expert=2 parallel.pipeline_overlap=true "
      "parallel.exchange=symmetric",
      "parallel.pipeline_overlap=true: must be false with parallel.exchange=symmetric", "parallel.pipeline_overlap=false"),
+    (1, "profile.steps=12-1200", "profile.steps=12-1200: must be a step, or the first and the last", "profile.steps=12-1150"),
+    (1, "profile.steps=12-10", "profile.steps=12-10: must be a step, or the first and the last", "profile.steps=10-12"),
+    (1, "profile.steps=0", "profile.steps=0: must be a step, or the first and the last", "profile.steps=1"),
+    (2, "profile.ranks=[0,5]", "profile.ranks=[0,5]: must be ranks from 0 to 1", "profile.ranks=[0,1]"),
+    (1, "profile.memory=true device=cpu", "profile.memory=true: needs a GPU", "profile.memory=false"),
     (2, "parallel.pipeline=2 engine=deepspeed", "parallel.pipeline=2: must be 1 with engine=deepspeed", "parallel.pipeline=1"),
     (1, "parallel.zero=0", "parallel.zero=0: must be in [1, 3]", "parallel.zero=1"),
     (1, "parallel.zero=4", "parallel.zero=4: must be in [1, 3]", "parallel.zero=3"),

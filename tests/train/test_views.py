@@ -14,8 +14,9 @@ from tiny_run import TINY_RUN
 from tokenyard.train.config.validate import check_rules
 from tokenyard.train.logging.environment_info import git_state
 from tokenyard.train.logging.journal import read_journal
+from tokenyard.train.logging.trackers.sections import charted, is_index, sectioned
 
-KEYS = {"loss", "grad_norm", "moe/load_entropy", "moe/router_entropy_layer", "dropped_fraction", "tokens_per_second"}
+KEYS = {"loss", "grad_norm", "moe/load_entropy", "moe/router_entropy", "dropped_fraction", "tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +46,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wandb_has_the_records_the_pictures_and_the_sample(folder: Path):
     truth = {record["step"]: record for record in read_journal(folder / "run" / "metrics.jsonl")}
-    files = sorted(folder.glob("run/wandb/offline-run-*/run-*.wandb"))
-    assert len(files) == 2 and len({file.stem for file in files}) == 1, "one id for both"
-    rows = [item for file in files for item in history(inspect(file)) if "loss" in item]
+    (file,) = folder.glob("run/wandb/offline-run-*/run-*.wandb")  # of both starts
+    records = inspect(file)
+    rows = [item for item in history(records) if "train/loss" in item]
     assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
-        record = truth[row["global_step"]]
-        assert {key: row[key] for key in record if key != "step"} == pytest.approx({k: v for k, v in record.items() if k != "step"})
-    records = inspect(files[0])
+        record = {sectioned(key): value for key, value in truth[row["global_step"]].items() if key != "step"}
+        assert {key: row[key] for key in record} == pytest.approx(record)
     pictures = [item for item in history(records) if item.get("experts/load._type") == "image-file"]
-    assert [item["global_step"] for item in pictures] == [2, 3, 4]
+    assert [item["global_step"] for item in pictures] == [2, 3, 4, 6]
     others = {f"experts/{name}._type" for name in ("load_over_even", "grad_norm", "table")}
     assert all(others <= set(item) for item in pictures)
-    assert [item["global_step"] for item in history(records) if "sample._type" in item] == [4]
-    assert len(list(files[0].parent.glob("files/media/images/experts/load*.png"))) == 3
+    assert [item["global_step"] for item in history(records) if "sample._type" in item] == [4, 6]
+    assert len(list(file.parent.glob("files/media/images/experts/load*.png"))) == 4
     (header,) = [record["run"] for record in records if record["type"] == "run"]
     assert (header["run_group"], header["job_type"]) == ("views", "pretrain")
     update = header["config"]["update"]
-    assert update["layout"]["expert"] == 1 and update["config"]["steps"] == 4 and update["git"] == git_state()["git"]
+    assert update["layout"]["expert"] == 1 and update["config"]["steps"] == 6 and update["git"] == git_state()["git"]
 
 
 def test_tensorboard_has_the_scalars_and_pictures(folder: Path):
@@ -72,9 +72,9 @@ def test_tensorboard_has_the_scalars_and_pictures(folder: Path):
     reader.Reload()
     truth = read_journal(folder / "run" / "metrics.jsonl")
     for key in KEYS:
-        assert [(e.step, e.value) for e in reader.Scalars(key)] == [(r["step"], pytest.approx(r[key], rel=1e-6)) for r in truth], (
-            key
-        )
+        shown = [(e.step, e.value) for e in reader.Scalars(sectioned(key))]
+        assert shown == [(r["step"], pytest.approx(r[key], rel=1e-6)) for r in truth], key
+    assert not any(map(is_index, reader.Tags()["scalars"]))
     assert [picture.step for picture in reader.Images("experts/load")] == [2, 3, 4, 6]
     assert [histogram.step for histogram in reader.Histograms("experts/load_over_even")] == [2, 3, 4, 6]
     assert {"run/text_summary", "run", "sample", "outcome"} & set(reader.Tags()["tensors"])
@@ -83,11 +83,12 @@ def test_tensorboard_has_the_scalars_and_pictures(folder: Path):
 def test_trackio_has_the_scalars(folder: Path):
     (path,) = folder.glob("trackio/*.db")
     rows = sqlite3.connect(path).execute("select step, metrics from metrics order by id").fetchall()
-    logged = {step: found for step, text in rows if "loss" in (found := json.loads(text))}
+    logged = {step: found for step, text in rows if "train/loss" in (found := json.loads(text))}
     truth = {record["step"]: record for record in read_journal(folder / "run" / "metrics.jsonl")}
     assert logged.keys() == truth.keys()
     for at, record in truth.items():
-        assert {key: logged[at][key] for key in KEYS} == pytest.approx({key: record[key] for key in KEYS})
+        assert {key: logged[at][sectioned(key)] for key in KEYS} == pytest.approx({key: record[key] for key in KEYS})
+        assert set(logged[at]) == set(charted(record))
 
 
 def test_what_is_not_installed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):

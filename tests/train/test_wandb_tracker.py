@@ -22,7 +22,9 @@ run_dir, first = Path(sys.argv[1]), int(sys.argv[2])
 trackers = build_trackers(TrackerConfig(), run_dir, "abcd1234")
 trackers.start({"seed": 1, "model": {"width": 256}})
 for step in (first, first + 1, first + 2):
-    trackers.log({"step": step, "loss": 0.1 + step if step != 3 else math.nan, "moe/dead_experts": step})
+    loss = 0.1 + step if step != 3 else math.nan
+    trackers.log({"step": step, "loss": loss, "lr": 0.1, "moe/dead_experts": step, "moe/load_cv_layer": 1})
+    trackers.console(f"line of step {step}")
 trackers.finish(3, {"validation_loss": 2.5})
 """
 
@@ -63,7 +65,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
 
 
 def run(tmp_path: Path, first: int) -> Path:
-    """A process that logs three steps from `first` on; returns its offline file. It may print nothing and litter nowhere."""
+    """A process that logs three steps from `first` on; returns its offline file. It prints how to send it and litters nowhere."""
     run_dir, here = tmp_path / "run", tmp_path / "here"
     run_dir.mkdir(exist_ok=True)
     here.mkdir(exist_ok=True)
@@ -71,10 +73,10 @@ def run(tmp_path: Path, first: int) -> Path:
     environment = os.environ | {"PYTHONPATH": str(Path(tokenyard.__file__).parents[1])}
     command = [sys.executable, "-W", "error::DeprecationWarning:tokenyard", "-c", RUN, str(run_dir), str(first)]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(here.iterdir()) == []
-    assert [path.name for path in run_dir.iterdir()] == ["wandb"]
     (new,) = set(run_dir.glob("wandb/offline-run-*/run-abcd1234.wandb")) - before
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"to send it to W&B: wandb sync {new.parent}\n", "")
+    assert list(here.iterdir()) == []
+    assert [path.name for path in run_dir.iterdir() if path.suffix != ".jsonl"] == ["wandb"]
     return new
 
 
@@ -99,9 +101,9 @@ def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path:
     first = run(tmp_path, first=1)
     records = read(first)
     assert history(records) == [
-        {"global_step": 1, "loss": 1.1, "moe/dead_experts": 1},
-        {"global_step": 2, "loss": 2.1, "moe/dead_experts": 2},
-        {"global_step": 3, "loss": "NaN", "moe/dead_experts": 3},
+        {"global_step": 1, "train/loss": 1.1, "optimizer/lr": 0.1, "moe/dead_experts": 1, "moe/load_cv_layer": 1},
+        {"global_step": 2, "train/loss": 2.1, "optimizer/lr": 0.1, "moe/dead_experts": 2, "moe/load_cv_layer": 1},
+        {"global_step": 3, "train/loss": "NaN", "optimizer/lr": 0.1, "moe/dead_experts": 3, "moe/load_cv_layer": 1},
     ]
     (header,) = [record["run"] for record in records if record["type"] == "run"]
     assert (header["run_id"], header["project"], header["display_name"]) == ("abcd1234", "tokenyard", "run")
@@ -114,12 +116,58 @@ def test_offline_file_holds_what_was_logged(clean: pytest.MonkeyPatch, tmp_path:
         if "metric" in record
     }
     assert metrics["*"]["step_metric"] == "global_step"
+    hidden = [name for name, metric in metrics.items() if metric.get("options", {}).get("hidden")]
+    assert hidden == ["global_step", "moe/load_cv_layer"], "an index is no curve"
+    assert said(records) == [f"line of step {step}\n" for step in (1, 2, 3)]
     assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [3]
     updates = [record["summary"]["update"] for record in records if record["type"] == "summary"]
-    assert [update["validation_loss"] for update in updates if "validation_loss" in update] == [2.5]
+    assert [update["train/validation_loss"] for update in updates if "train/validation_loss" in update] == [2.5]
+
+
+@pytest.mark.usefixtures("clean")
+def test_after_a_resume_one_folder_has_the_whole_run(tmp_path: Path):
+    """The journals say what was before: steps that were lost are not in them. A folder that was sent stays as it is."""
+    first = run(tmp_path, first=1)
+    write_journals(tmp_path / "run", steps=1)
     second = run(tmp_path, first=2)
-    assert first != second
-    assert [item["global_step"] for item in history(read(second))] == [2, 3, 4]
+    assert not first.exists() and list(second.parents[1].glob("offline-run-*")) == [second.parent]
+    records = read(second)
+    items = [item for item in history(records) if "train/loss" in item]
+    assert [(item["global_step"], item["train/loss"]) for item in items] == [(1, 7.5), (2, 2.1), (3, "NaN"), (4, 4.1)]
+    assert [item["global_step"] for item in history(records) if any(key.startswith("experts/load") for key in item)] == [1]
+    assert [record["alert"]["text"] for record in records if "alert" in record] == ["step 1: slow"]
+    assert [item["global_step"] for item in history(records) if any(key.startswith("sample") for key in item)] == [1]
+    second.with_name(f"{second.name}.synced").touch()
+    write_journals(tmp_path / "run", steps=4)
+    third = run(tmp_path, first=5)
+    assert second.exists() and [item["global_step"] for item in history(read(third))] == [5, 6, 7]
+
+
+def write_journals(folder: Path, steps: int) -> None:
+    """Metrics, a probe and two alerts, the second of a step that is not in the metrics."""
+    table = {"layers": [0], "counts_LE": [[3, 5]], "dead_LE": [[0, 0]], "classes": {}}
+    journals = {
+        "metrics": [{"step": step, "loss": 7.5} for step in range(1, steps + 1)],
+        "telemetry": [{"step": 1, **table}],
+        "events": [
+            event | {"step": step, "text": f"step {step}: slow"}
+            for step in (1, steps + 1)
+            for event in ({"event": "alert", "alert": "straggler"}, {"event": "sample", "prompt": "def "})
+        ],
+    }
+    for name, lines in journals.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def said(records: list[dict]) -> list[str]:
+    """The lines of the console."""
+    return [
+        line
+        for record in records
+        for kind in ("output", "output_raw", "output_logger")
+        if kind in record
+        for line in [record[kind].get("line", record[kind].get("text", ""))]
+    ]
 
 
 def test_settings_beat_the_environment_and_the_environment_beats_defaults(clean: pytest.MonkeyPatch, tmp_path: Path):
@@ -217,7 +265,7 @@ def test_after_a_crash_the_last_step_and_the_code_are_there(tmp_path: Path) -> N
     assert done.returncode == 1 and "RuntimeError: failpoint step.begin" in done.stderr
     alerts, codes, history = told(tmp_path / "run")
     assert codes == [1]
-    assert [item["global_step"] for item in history if "loss" in item] == [1, 2, 3]
+    assert [item["global_step"] for item in history if "train/loss" in item] == [1, 2, 3]
     assert {level for _, _, level in alerts} == {"WARN"}
     assert "step 1" in [text.partition(":")[0] for title, text, _ in alerts if title == "Dead experts"]
 

@@ -262,6 +262,27 @@ class LogConfig:
 
 
 @dataclass
+class ProfileConfig:
+    steps: str | None = None
+    """Steps to trace with torch.profiler, as 10-12 or 10: a trace that Perfetto opens and a table, in RUN/profile; null: none."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """The ranks that are traced."""
+    memory: bool = False
+    """On a GPU: record allocations, and write a snapshot of them on `touch RUN/snapshot` and when memory runs out. With
+    profile.steps also the bytes of operators, on a CPU too."""
+
+    def span(self, steps: int) -> range:
+        """Returns the steps of a run of `steps` that are traced. Raises ValueError if they are not written as 10-12 or 10."""
+        if self.steps is None:
+            return range(0)
+        first, dash, last = self.steps.partition("-")
+        begin, end = int(first), int(last if dash else first)
+        if not 1 <= begin <= end <= steps:
+            raise ValueError(f"{self.steps} is not in steps 1 to {steps}")
+        return range(begin, end + 1)
+
+
+@dataclass
 class EngineConfig:
     kind: EngineKind = EngineKind.torch
     """What runs the backward pass, the gradient reduction and the update; the numbers are the same."""
@@ -317,6 +338,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     log: LogConfig = field(default_factory=LogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -12,8 +12,8 @@ from ...moe.param_count import (
     kv_cache_elements,
     moe_layers,
     sum_by_part,
-    training_flops_per_token,
 )
+from ...moe.param_count import training_flops_per_token as training_flops_per_token
 from ...parallel.config import ParallelConfig
 from ...parallel.layout import dense_ranks, fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision

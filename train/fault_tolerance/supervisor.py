@@ -89,7 +89,8 @@ class Supervisor:
             requests.stops.append("touch stop")
         save = requests.saves > requests.granted or (first and (folder / "save").exists())
         stop, seconds = bool(requests.stops), self.stragglers.seconds(step)
-        return RankFlags(stop, save, self.bad_data is not None, *self.session.saver.flags(), seconds)
+        snapshot = first and (folder / "snapshot").exists()
+        return RankFlags(stop, save, self.bad_data is not None, *self.session.saver.flags(), seconds, snapshot)
 
     def handle_flags(self, global_flags: GlobalFlags) -> None:
         """Acts after a step on the flags that are not about its numbers. Raises RunStop if the run was asked to stop."""
@@ -105,7 +106,7 @@ class Supervisor:
         self.remove_request("save")
 
     def remove_request(self, name: str) -> None:
-        """Removes RUN/save or RUN/stop, so that it is granted once; ignores a folder that cannot be written."""
+        """Removes RUN/save, RUN/stop or RUN/snapshot, so that it is granted once; ignores a folder that cannot be written."""
         if self.session.parallel.mesh.rank == 0:
             with suppress(OSError):
                 (self.session.folder / name).unlink(missing_ok=True)

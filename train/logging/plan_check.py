@@ -36,9 +36,9 @@ class PlanCheck:
     """Follows the first STEPS steps of this rank. The host never waits: `measured` answers once the device is done with them."""
 
     def __init__(self, device: torch.device) -> None:
+        """Must come after RankStats, which begins to count the peak of memory."""
         self.device = device
         self.intervals: list[Interval] = []
-        torch.cuda.reset_peak_memory_stats(device)  # those of loading, of the dry step and of initial weights do not count
 
     @contextmanager
     def step(self) -> Iterator[None]:

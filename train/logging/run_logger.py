@@ -35,6 +35,7 @@ from .journal import Journal
 from .metrics import Meter
 from .peak_flops import Peak, peak_flops
 from .plan_check import PlanCheck, compare
+from .rank_stats import rank_metrics
 from .step_log import PendingLog, StepLog
 from .summary_data import end_facts, resume_command, startup_facts, validation_record
 from .trackers.trackers import build_trackers, run_identity
@@ -153,6 +154,8 @@ class RankZeroLogger(RunLogger):
         self.trackers = build_trackers(config.tracker, folder, identity, config.run.name, self.printer.say, self.events)
         write_config(config, folder / "config.yaml")
         self.trackers.start({"config": shown_config(config), "layout": session.parallel.mesh.sizes, **git_state()})
+        self.printer.copy, self.log_copy = self.trackers.console, LogCopy(self.trackers.console)
+        logging.getLogger("tokenyard").addHandler(self.log_copy)
         here = environment(session.device, session.parallel.mesh.world)
         self.log_event("resume" if resumed else "start", step=session.step, **session.parallel.mesh.sizes, environment=here)
         world = session.parallel.mesh.world
@@ -174,6 +177,7 @@ class RankZeroLogger(RunLogger):
             self.printer.say(f"stopped after step {step} by {type(error).__name__}; to go on: {again}")
         self.log_event("accounting", step=step, **self.goodput.facts())
         self.printer.say(in_words(self.goodput.facts()))
+        logging.getLogger("tokenyard").removeHandler(self.log_copy)
         self.trackers.finish(self.code if error is None else 1, self.summary)
         for journal in (self.metrics, self.telemetry, self.events):
             journal.close()
@@ -209,6 +213,7 @@ class RankZeroLogger(RunLogger):
         config, step, evaluation, seconds = self.session.config, logged.step, logged.evaluation, logged.seconds()
         record = self.meter.record(step, logged.numbers, logged.lr, logged.tokens, seconds)
         record |= {"data_wait_fraction": logged.data_wait / seconds, **logged.counters}
+        record |= rank_metrics(logged.ranks_2K, self.session.parallel.mesh.world, self.session.device.type == "cuda", seconds)
         telemetry = None
         if logged.snapshot is not None:
             metrics, telemetry = snapshot_records(logged.numbers, logged.snapshot, config, self.session.parallel.mesh.stage.size)
@@ -290,6 +295,7 @@ class RankZeroLogger(RunLogger):
         with self.timed("evaluation"):
             sample = make_sample()
         if sample is not None:
+            self.log_event("sample", step=session.step, prompt=sample[0], text=sample[1])
             self.trackers.sample(session.step, *sample)
         self.printer.lines(end_lines(end_facts(session, evaluation, sample, seconds, code), self.printer.bars))
 
@@ -301,6 +307,19 @@ class RankZeroLogger(RunLogger):
 
     def on_rank_failure(self, code: int) -> None:
         self.trackers.finish(code, self.summary, FAILURE_SECONDS)
+
+
+@final
+class LogCopy(logging.Handler):
+    """Gives each line of the package's log to `take` too."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        super().__init__()
+        self.take = take
+        self.setFormatter(RedactingFormatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.take(self.format(record))
 
 
 def set_up_logging(first: bool) -> None:

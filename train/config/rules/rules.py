@@ -1,6 +1,7 @@
 """The rules that must hold between settings, with candidates that may fix a violation. Types and names are checked by compose."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from operator import attrgetter
@@ -10,7 +11,7 @@ from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
 from ....parallel.config import PipelineSchedule
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
-from ..config import Config, ScheduleUnit, Shape
+from ..config import Config, Device, ScheduleUnit, Shape
 from ..schema import nearest_text
 from . import launch_rules, model_rules, parallel_rules
 from .rule import Violation, divisors, multiples, valid_pairs
@@ -19,6 +20,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
 OPTIONAL = ("tensorboard", "trackio")
 """Trackers whose packages are extras of tokenyard, with the same names."""
 
+NO_SNAPSHOT = "needs a GPU, whose memory has snapshots, or profile.steps, whose table then counts bytes"
 BYTE_PIECES = 259
 """256 bytes and 3 special tokens."""
 
@@ -96,6 +98,21 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
 
+def profile(config: Config, world: int) -> Iterator[Violation]:
+    profile = config.profile
+    try:
+        profile.span(config.steps)
+    except ValueError:
+        numbers = sorted(min(max(int(number), 1), config.steps) for number in re.findall(r"\d+", profile.steps or "") or [1])
+        near = f"{numbers[0]}-{numbers[-1]}" if numbers[0] < numbers[-1] else str(numbers[0])
+        yield Violation("profile.steps", f"must be a step, or the first and the last, as 10-12, of steps={config.steps}", [near])
+    if any(not 0 <= rank < world for rank in profile.ranks):
+        near = list(dict.fromkeys(min(max(rank, 0), world - 1) for rank in profile.ranks))
+        yield Violation("profile.ranks", f"must be ranks from 0 to {world - 1}", [near])
+    if profile.memory and profile.steps is None and config.device is Device.cpu:
+        yield Violation("profile.memory", NO_SNAPSHOT, [False])
+
+
 def local_tier(config: Config, world: int) -> Iterator[Violation]:
     folder, run = config.checkpoint.local.folder, config.run.dir
     if (
@@ -160,6 +177,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     data,
     schedule,
     trackers,
+    profile,
     local_tier,
     *LAYOUT_RULES,
     batch,

@@ -12,17 +12,21 @@ from .text import ASCII_BARS, Line, Span, bar, duration, plain
 
 UNEVEN = 2.0
 """An expert with this many times its even share is highlighted."""
+FULL = 0.95
+"""A share of a device's memory above this is highlighted."""
 
 
 def fitting_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None, width: int | None) -> Line:
     """Returns `step_spans` in `width` characters, without some columns if that is narrow. None: no limit."""
     line = step_spans(record, total_steps, eta_seconds)
-    for name in ("MFU", "grad", "ETA"):
+    for name in ("MFU ", "grad ", "ETA ", " GB", "drop ", "lr "):
         if width is None or len(plain(line)) <= width:
             break
-        at = [span.text for span in line].index(f"{name} ")
-        line = line[:at] + line[at + 3 :]
-    return line
+        texts = [span.text for span in line]
+        at = texts.index(name) if name in texts else len(line)
+        line = line[: at - 1] + line[at + 1 :] if name == " GB" else line[:at] + line[at + 3 :]
+    last = max((at for at, span in enumerate(line) if span.text.strip()), default=0)  # blanks beyond the width would wrap
+    return [*line[:last], line[last]._replace(text=line[last].text.rstrip())]
 
 
 def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> Line:
@@ -32,7 +36,12 @@ def step_spans(record: Mapping[str, Any], total_steps: int, eta_seconds: float |
     line += _cell("loss", _fixed(record["loss"], 7, 4), "bold red" if record["loss"] != record["loss"] else "bold")
     line += [Span(f"{short(record['tokens_per_second']):>7}"), Span(" tok/s  ", "dim")]
     line += _cell("MFU", f"{_fixed(100 * record['mfu'], 5, 1)}%")
+    line += _cell("lr", f"{record['lr']:.1e}".replace("e-0", "e-").replace("e+0", "e+"))
     line += _cell("grad", _fixed(record["grad_norm"], 7, 3))
+    if "system/memory_peak_gb" in record:
+        share = record["system/memory_share"]
+        line += [Span("mem", "dim"), Span(f"{_fixed(100 * share, 4, 0)}%", "bold yellow" if share > FULL else "")]
+        line += [Span(f"{_fixed(record['system/memory_peak_gb'], 6, 2)}"), Span(" GB", "dim"), Span("  ")]
     if "moe/load_max_over_mean" in record:
         load, layer = record["moe/load_max_over_mean"], record["moe/load_max_over_mean_layer"]  # of the busiest expert
         line += _cell("load", f"{_fixed(load, 5, 2)}x L{layer:<2}", "bold yellow" if load > UNEVEN else "")

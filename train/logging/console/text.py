@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TextIO
 
 from ...config.complain import printable
@@ -28,6 +28,8 @@ class Printer:
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
+        self.copy: Callable[[str], None] = lambda text: None
+        """Gets each line, as plain text."""
         self._rich: Any = None
         if self._stream.isatty():
             from rich.console import Console
@@ -43,8 +45,10 @@ class Printer:
 
     def line(self, line: Line) -> None:
         """Prints a line, without wrapping or cropping it."""
+        text = self._clean(plain(line))
+        self.copy(text)
         if self._rich is None:
-            self._stream.write(self._clean(plain(line)) + "\n")
+            self._stream.write(text + "\n")
             self._stream.flush()
             return
         from rich.text import Text

@@ -17,7 +17,14 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def log(self, record: Mapping[str, Any]) -> None:
-        """Shows a record of metrics.jsonl; its `step` is the axis."""
+        """Shows a record of metrics.jsonl by the sections of sections.py; its `step` is the axis."""
+
+    def console(self, text: str) -> None:  # noqa: B027
+        """Shows a line of the console, where the service can."""
+
+    def hint(self) -> str | None:
+        """Returns what to do with a run that has finished, in one line."""
+        return None
 
     @abstractmethod
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from ..expert_stats.alerts import TITLES
 from ..expert_stats.heatmap import load_map, load_ratio, png
 from .base import AbstractTracker, summary_text
+from .sections import charted
 
 
 class TensorboardTracker(AbstractTracker):
@@ -30,7 +31,7 @@ class TensorboardTracker(AbstractTracker):
 
     def log(self, record: Mapping[str, Any]) -> None:
         self._step = record["step"]
-        numbers = {key: float(value) for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        numbers = {key: float(value) for key, value in charted(record).items() if isinstance(value, int | float)}
         self._write([{"tag": key, "simple_value": number} for key, number in numbers.items()], self._step)
 
     def telemetry(self, record: Mapping[str, Any]) -> None:

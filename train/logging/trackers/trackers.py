@@ -107,6 +107,9 @@ class Trackers(AbstractTracker):
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._call("sample", step, prompt, text)
 
+    def console(self, text: str) -> None:
+        self._call("console", text)
+
     def finish(self, exit_code: int = 0, summary: Mapping[str, Any] | None = None, patience: float | None = None) -> None:
         """Waits until the trackers have taken all records, for `patience` seconds at most."""
         deadline = monotonic() + (self._patience if patience is None else patience)
@@ -119,6 +122,8 @@ class Trackers(AbstractTracker):
                 name = worker.tracker.name
                 self._say(f"tracker {name} missed {missed} of {worker.offered} records{end}; metrics.jsonl has all")
                 self._event("tracker_incomplete", tracker=name, missed=missed, records=worker.offered, finished=done)
+            if done and worker.started and (hint := worker.tracker.hint()):
+                self._say(hint)
 
     def _call(self, method: str, *arguments: Any) -> None:
         for worker in self._workers:

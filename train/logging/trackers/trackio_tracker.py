@@ -11,6 +11,7 @@ from typing import Any
 from ...config.config import TrackerConfig
 from ..expert_stats.alerts import TITLES
 from .base import AbstractTracker
+from .sections import charted
 
 
 class TrackioTracker(AbstractTracker):
@@ -38,7 +39,7 @@ class TrackioTracker(AbstractTracker):
             )
 
     def log(self, record: Mapping[str, Any]) -> None:
-        self._run.log(finite(record), step=record["step"])
+        self._run.log(finite(charted(record)), step=record["step"])
 
     def alert(self, kind: str, text: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # the console has a line of our own
@@ -54,9 +55,5 @@ class TrackioTracker(AbstractTracker):
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record without its step, and with numbers that are not finite as text, since a chart cannot show them."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-        if key != "step"
-    }
+    """Returns a record with numbers that are not finite as text, since a chart cannot show them."""
+    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}

@@ -3,6 +3,8 @@
 import configparser
 import netrc
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from html import escape
@@ -16,7 +18,11 @@ from ...config.config import TrackerConfig
 from ...config.redact import redact, redact_plain
 from ..expert_stats.alerts import ERRORS, TITLES
 from ..expert_stats.heatmap import load_map, load_ratio
+from ..journal import readable
 from .base import AbstractTracker
+from .sections import is_index, sectioned
+
+Records = list[dict[str, Any]]
 
 LARGEST_TABLE = 1024
 """The most experts, of all layers together, that a table lists: more take longer to write than a picture is worth."""
@@ -34,6 +40,11 @@ class WandbTracker(AbstractTracker):
     def __init__(self, config: TrackerConfig, run_dir: Path, run_id: str, run_name: str | None = None):
         self._config, self._run_dir, self._run_id, self._run_name = config, run_dir, run_id, run_name
         self._run: Any = None
+        self._hidden = set[str]()
+        self._earlier = earlier_folders(run_dir, run_id)
+        """Offline folders of this run's earlier starts. A new one takes their place, with their records."""
+        self._before = [readable(run_dir / f"{name}.jsonl") for name in ("metrics", "telemetry", "events")] if self._earlier else []
+        """The journals now, as the run resumes: what is logged from here on comes through the queue."""
 
     def start(self, facts: Mapping[str, Any]) -> None:
         arguments = redact_plain(init_arguments(self._config, self._run_dir, self._run_id, self._run_name))
@@ -50,10 +61,37 @@ class WandbTracker(AbstractTracker):
         self._run = wandb.init(**arguments, config=dict(facts), settings=settings)
         self._run.define_metric("global_step", hidden=True)
         self._run.define_metric("*", step_metric="global_step")
+        if self._before and self._run.offline:
+            self._repeat(*self._before)
+            for folder in self._earlier:
+                shutil.rmtree(folder)
+        self._before = []
+
+    def _repeat(self, metrics: Records, telemetry: Records, events: Records) -> None:
+        """Logs what earlier starts have logged, up to the step from which the run goes on, so that one folder has all."""
+        pictures = {record["step"]: record for record in telemetry if record.keys() & {"classes", "attention_logit_AH"}}
+        for record in metrics:
+            self.log(record)
+            if record["step"] in pictures:
+                self.telemetry(pictures[record["step"]])
+        last = metrics[-1]["step"] if metrics else 0
+        for event in events:
+            step = event.get("step", 0)
+            if event.get("event") == "alert" and step <= last:
+                self.alert(event["alert"], event["text"])
+            elif event.get("event") == "sample" and step <= last:
+                self.sample(step, event["prompt"], event["text"])
 
     def log(self, record: Mapping[str, Any]) -> None:
+        for key in filter(is_index, record.keys() - self._hidden):
+            self._run.define_metric(sectioned(key), step_metric="global_step", hidden=True)
+            self._hidden.add(key)
         # an axis of our own: wandb's never goes back, so after a resume it would refuse the steps since the checkpoint
-        self._run.log({"global_step" if key == "step" else key: value for key, value in record.items()})
+        self._run.log({"global_step" if key == "step" else sectioned(key): value for key, value in record.items()})
+
+    def console(self, text: str) -> None:
+        if hasattr(self._run, "write_logs"):  # not before wandb 0.26
+            self._run.write_logs(text)
 
     def telemetry(self, record: Mapping[str, Any]) -> None:
         """Shows load and gradient norms, layer x expert, as a picture, a table and histograms."""
@@ -82,8 +120,20 @@ class WandbTracker(AbstractTracker):
         self._run.log({"global_step": step, "sample": wandb.Html(html, inject=False)})
 
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
-        self._run.summary.update(dict(summary))
+        self._run.summary.update({sectioned(key): value for key, value in summary.items()})
         self._run.finish(exit_code=exit_code)
+
+    def hint(self) -> str | None:
+        """How to send an offline run."""
+        if self._run is None or not self._run.offline:
+            return None
+        return f"to send it to W&B: wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+
+
+def earlier_folders(run_dir: Path, run_id: str) -> list[Path]:
+    """Returns the offline folders of a run that were not sent; those that were stay, because W&B has their records."""
+    found = [path.parent for path in sorted(run_dir.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))]
+    return [folder for folder in found if not any(folder.glob("*.synced"))]
 
 
 def table_rows(record: Mapping[str, Any]) -> list[Any]:
