@@ -147,6 +147,7 @@ LAYOUT_RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     parallel_rules.exchange,
     parallel_rules.pipeline,
     parallel_rules.recompute,
+    parallel_rules.products,
 ]
 
 RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
