@@ -47,6 +47,9 @@ REFUSED = [
      "parallel.tensor=4: must cut dense.gate_up=320 into multiples of 32 with model.products=mxfp8", "parallel.tensor=2"),
     (2, "parallel.tensor=2 model.products=fp8_rowwise",
      "parallel.tensor=2: must be 1 with model.products=fp8_rowwise, whose scales are of whole rows", "parallel.tensor=1"),
+    (4, "parallel.expert=4 parallel.exchange=symmetric parallel.exchange_dtype=fp8",
+     "parallel.exchange_dtype=fp8: must be wide with parallel.exchange=symmetric, whose kernels move rows of bf16",
+     "parallel.exchange_dtype=wide"),
 ]  # fmt: skip
 ACCEPTED = [
     (8, "parallel.expert_tensor=8 parallel.tensor=4 model.moe.products=mxfp8"),

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from ....moe.config import AttentionKind, ModelConfig, Products
 from ....moe.param_shapes import block_shapes
-from ....parallel.config import DEEPEP_LACKS, ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
+from ....parallel.config import DEEPEP_LACKS, ContextExchange, Exchange, ExchangeDtype, Overflow, PipelineSchedule, Recompute
 from ....parallel.layout import node_ranks, sliced_dim
 from ..config import Config, EngineKind, Precision
 from ..environment import local_world_size
@@ -110,6 +110,9 @@ def exchange(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(
             "parallel.node_ranks", f"must be null, only parallel.exchange={Exchange.hierarchical.value} reads it", [None]
         )
+    if p.exchange_dtype is ExchangeDtype.fp8 and p.exchange in (Exchange.symmetric, Exchange.deepep):
+        rule = f"must be wide with parallel.exchange={p.exchange.value}, whose kernels move rows of bf16"
+        yield Violation("parallel.exchange_dtype", rule, [ExchangeDtype.wide])
     if p.exchange is Exchange.deepep:
         yield from _deepep(config)
     if p.exchange is Exchange.symmetric:
