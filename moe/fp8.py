@@ -73,7 +73,8 @@ def scaled(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
 def widened(values: Tensor, scales: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """Returns the numbers that the result of `scaled` stands for."""
     R, C = values.shape[-2:]
-    wide = _in_blocks(values.to(torch.promote_types(dtype, torch.float32)), blocks) * scales.unsqueeze(-2).unsqueeze(-1)
+    wide = _in_blocks(values.to(torch.promote_types(dtype, torch.float32)), blocks)
+    wide = wide.mul_(scales.unsqueeze(-2).unsqueeze(-1))
     return wide.flatten(-4, -3).flatten(-2)[..., :R, :C].to(dtype)
 
 

@@ -45,6 +45,13 @@ def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispat
 
     It has no state from one call to the next, so all layers share it. `experts`: of a layer, on all ranks.
     """
+    dispatcher = _dispatcher_of(experts, mesh, config)
+    if isinstance(dispatcher, ExpertParallelDispatcher):
+        dispatcher.narrow = config.exchange_dtype is ExchangeDtype.fp8
+    return dispatcher
+
+
+def _dispatcher_of(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispatcher:
     chunks = config.overlap_chunks
     if config.exchange is Exchange.hierarchical:
         local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
@@ -169,8 +176,6 @@ def gradient_of(sharded: ShardedParameter) -> Tensor:
 def _apply_expert_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata], config: ParallelConfig) -> None:
     axis = mesh.place("expert")
     dispatcher = build_dispatcher(model.config.moe.experts, mesh, config)
-    if isinstance(dispatcher, ExpertParallelDispatcher):
-        dispatcher.narrow = config.exchange_dtype is ExchangeDtype.fp8
     for name, _ in list(model.named_parameters()):
         if ".experts." in name:
             slice_parameter(model, name, 0, axis, shards)
