@@ -12,6 +12,7 @@ from tokenyard.moe import fp8
 from tokenyard.moe.config import ModelConfig, MoEConfig, Products
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.experts import Experts
+from tokenyard.moe.feedforward import activate
 from tokenyard.moe.fp8 import BLOCKS, TOKENS, Blocks, pack_tokens, product, rounded, scaled, unpack_tokens
 from tokenyard.moe.layer import MoELayer
 from tokenyard.moe.linear import linear
@@ -67,7 +68,7 @@ def test_a_number_that_is_not_finite_spoils_its_block_and_no_other(blocks: Block
 
 
 @pytest.mark.parametrize("products", NARROW)
-def test_outputs_and_gradients_of_experts_are_those_of_rounded_operands(products: Products) -> None:
+def test_products_and_gradients_are_those_of_rounded_operands(products: Products) -> None:
     """The gradient of a weight is that of operands that are not rounded."""
     torch.manual_seed(0)
     rows_RK, weights_ENK = torch.randn(9, 160, dtype=torch.float64), torch.randn(3, 96, 160, dtype=torch.float64)
@@ -84,6 +85,28 @@ def test_outputs_and_gradients_of_experts_are_those_of_rounded_operands(products
     torch.testing.assert_close(y, rows @ weights[0].T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_x, by_loop(grad, of_rows) @ by_loop(weights_ENK[0].T, of_weights).T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_weight, grad.T @ rows_RK, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("products", NARROW)
+def test_experts_are_a_loop_over_experts(products: Products) -> None:
+    """Outputs and all gradients."""
+    torch.manual_seed(0)
+    experts = Experts(3, 128, 64, torch.float64, products=products, bias=True)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_RD, grad_RD, sizes = torch.randn(9, 128).double().requires_grad_(), torch.randn(9, 128).double(), [4, 0, 5]
+    assert experts.gate_up_bias is not None and experts.down_bias is not None
+    parts = zip(x_RD.split(sizes), experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias, strict=True)
+    outputs = []
+    for rows, gate_up, down, gate_up_bias, down_bias in parts:
+        hidden = activate(experts.activation, linear(rows, gate_up.flatten(0, 1), gate_up_bias.flatten(), products))
+        outputs.append(linear(hidden, down, down_bias, products))
+    expected, found = torch.cat(outputs), experts(x_RD, torch.tensor(sizes))
+    inputs = [x_RD, *experts.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients, references = (torch.autograd.grad(y_RD, inputs, grad_RD) for y_RD in (found, expected))
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
