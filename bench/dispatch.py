@@ -1,7 +1,8 @@
 """Measures the bytes and the time of each exchange: `python -m tokenyard.bench.dispatch`.
 
 Bytes are counted at the collectives, forward and backward, and compared with a lower bound: each token once to each other rank
-that has any of its experts, and one row back. Time is that of dispatch and combine, with experts that do nothing.
+that has any of its experts, and one row back. Each exchange is measured with bf16 rows and with tokens that travel in e4m3. Time is
+that of dispatch and combine, with experts that do nothing.
 """
 
 import argparse
@@ -17,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..moe.config import GroupScore, MoEConfig, RouterConfig, Score
+from ..moe.config import SCALE_BLOCK, GroupScore, MoEConfig, RouterConfig, Score
 from ..moe.dispatch import Dispatcher
 from ..moe.router import Router, Routing
 from ..parallel.apply import build_dispatcher
 from ..parallel.collectives import sum_over
-from ..parallel.config import OWN_EXCHANGES, Exchange, ParallelConfig
+from ..parallel.config import OWN_EXCHANGES, Exchange, ExchangeDtype, ParallelConfig
+from ..parallel.dispatch.base import ExpertParallelDispatcher
 from ..parallel.mesh import Axis, build_mesh
 from .comm_trace import Traffic
 from .rank_processes import answer, join, on_ranks
@@ -44,7 +46,9 @@ class ExchangeResult(NamedTuple):
     exchange: str
     forward_bytes: float
     backward_bytes: float
+    forward_bound_bytes: float
     bound_bytes: float
+    """Of the backward pass, in which all rows are bf16."""
     between_nodes_bytes: float
     """Bytes to other nodes, forward and backward."""
     seconds: float
@@ -89,19 +93,32 @@ def measure(tokens: int, width: int, repeats: int, routings: list[str]) -> list[
         world, experts = dist.get_world_size(), ROUTINGS[name].experts
         # The symmetric one writes into memory, which no collective counts.
         exchanges = [exchange for exchange in OWN_EXCHANGES if exchange is not Exchange.symmetric]
-        configs = [ParallelConfig(expert=world, exchange=exchange, node_ranks=world // 2) for exchange in exchanges]
-        makers = {config.exchange.value: build_dispatcher(experts, build_mesh(config), config) for config in configs}
+        makers = {
+            f"{exchange.value}{', e4m3' if dtype is ExchangeDtype.fp8 else ''}": made(experts, exchange, dtype)
+            for exchange in exchanges
+            for dtype in ExchangeDtype
+        }
         seconds: dict[str, list[float]] = {exchange: [] for exchange in makers}
         for _ in range(repeats):
-            for exchange, made in makers.items():
-                seconds[exchange].append(timed(functools.partial(one_pass, made, x_TD, routing)))
-        bound = mean(2.0 * len(pairs(routing, experts)) * width * x_TD.element_size())
-        for exchange, made in makers.items():
-            there, back, between = map(mean, sent_bytes(made, x_TD, routing))
+            for exchange, dispatcher in makers.items():
+                seconds[exchange].append(timed(functools.partial(one_pass, dispatcher, x_TD, routing)))
+        rows, wide = mean(len(pairs(routing, experts))), width * x_TD.element_size()
+        for exchange, dispatcher in makers.items():
+            sent = wide if not dispatcher.narrow else width + -(-width // SCALE_BLOCK)
+            there, back, between = map(mean, sent_bytes(dispatcher, x_TD, routing))
+            bounds = rows * (sent + wide), rows * 2 * wide
             lines.append(
-                ExchangeResult(name, world, exchange, there, back, bound, between, mean(statistics.median(seconds[exchange])))
+                ExchangeResult(name, world, exchange, there, back, *bounds, between, mean(statistics.median(seconds[exchange])))
             )
     return lines
+
+
+def made(experts: int, exchange: Exchange, dtype: ExchangeDtype) -> ExpertParallelDispatcher:
+    world = dist.get_world_size()
+    config = ParallelConfig(expert=world, exchange=exchange, exchange_dtype=dtype, node_ranks=world // 2)
+    dispatcher = build_dispatcher(experts, build_mesh(config), config)
+    assert isinstance(dispatcher, ExpertParallelDispatcher)
+    return dispatcher
 
 
 def routed(config: MoEConfig, tokens: int, width: int) -> tuple[Tensor, Routing]:
@@ -170,9 +187,15 @@ def table(lines: list[ExchangeResult]) -> str:
 
 def _cells(line: ExchangeResult, plain: ExchangeResult) -> list[str]:
     total = line.forward_bytes + line.backward_bytes
-    shares = f"{line.forward_bytes / line.bound_bytes:.4f}, {line.backward_bytes / line.bound_bytes:.4f}"
+    shares = f"{line.forward_bytes / line.forward_bound_bytes:.4f}, {line.backward_bytes / line.bound_bytes:.4f}"
     of_plain = f"{total / (plain.forward_bytes + plain.backward_bytes):.2f}"
-    sizes = [f"{total / 2**20:.2f}", f"{line.bound_bytes / 2**19:.2f}", shares, of_plain, f"{line.between_nodes_bytes / 2**20:.2f}"]
+    sizes = [
+        f"{total / 2**20:.2f}",
+        f"{(line.forward_bound_bytes + line.bound_bytes) / 2**20:.2f}",
+        shares,
+        of_plain,
+        f"{line.between_nodes_bytes / 2**20:.2f}",
+    ]
     return [line.routing, str(line.ranks), line.exchange, *sizes, f"{line.seconds * 1e3:.0f}"]
 
 

@@ -4,6 +4,7 @@ B sequences, S new tokens, T tokens so far (the new ones included), D width, H q
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .config import ModelConfig, QKNorm
 from .continued_attention import attend_continued
-from .device import kind_of
+from .device import constant_when_compiled, kind_of
 from .flexible_attention import attend_with_blocks, padded
-from .linear import HeadsNorm, Linear, RMSNorm, compute_dtype, constant_when_compiled
+from .linear import HeadsNorm, Linear, RMSNorm, compute_dtype
 from .param_count import head_width
 from .rotary import RotaryTables, logits_factor, rotate
 from .softmax import Softmax, apply_sinks, apply_softcap, softmax_of
@@ -33,12 +34,13 @@ class Attention(nn.Module):
         super().__init__()
         settings, width = config.attention, head_width(config)
         self.head_width, self.interleaved, self.clip = width, settings.rope.interleaved, settings.clip_qkv
-        self.q = Linear(config.width, config.heads * width, dtype, settings.qkv_bias)
-        self.k = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
-        self.v = Linear(config.width, config.kv_heads * width, dtype, settings.qkv_bias)
-        self.o = Linear(config.heads * width, config.width, dtype, settings.output_bias)
+        linear = partial(Linear, dtype=dtype, products=config.products)
+        self.q = linear(config.width, config.heads * width, bias=settings.qkv_bias)
+        self.k = linear(config.width, config.kv_heads * width, bias=settings.qkv_bias)
+        self.v = linear(config.width, config.kv_heads * width, bias=settings.qkv_bias)
+        self.o = linear(config.heads * width, config.width, bias=settings.output_bias)
         self.q_norm, self.k_norm = _norm(config, config.heads, dtype), _norm(config, config.kv_heads, dtype)
-        self.gate = Linear(config.width, config.heads * width, dtype, settings.qkv_bias) if settings.output_gate else None
+        self.gate = linear(config.width, config.heads * width, bias=settings.qkv_bias) if settings.output_gate else None
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if settings.sinks else None
         self.softmax = softmax_of(config, index, width)
         self.attend: Attend = attend
@@ -253,16 +255,17 @@ class LatentAttention(nn.Module):
         rope, mla = config.attention.rope, config.attention.mla
         query, epsilon = mla.nope_width + mla.rope_width, mla.norm_epsilon or config.norm_epsilon
         self.widths, self.interleaved, self.model_width = mla, rope.interleaved, config.width
+        linear = partial(Linear, dtype=dtype, products=config.products)
         if mla.q_rank is None:
-            self.q = Linear(config.width, config.heads * query, dtype)
+            self.q = linear(config.width, config.heads * query)
         else:
-            self.q_down = Linear(config.width, mla.q_rank, dtype)
+            self.q_down = linear(config.width, mla.q_rank)
             self.q_norm = RMSNorm(mla.q_rank, epsilon, dtype, config.zero_centered_norms)
-            self.q_up = Linear(mla.q_rank, config.heads * query, dtype)
-        self.kv_down = Linear(config.width, mla.kv_rank + mla.rope_width, dtype)
+            self.q_up = linear(mla.q_rank, config.heads * query)
+        self.kv_down = linear(config.width, mla.kv_rank + mla.rope_width)
         self.kv_norm = RMSNorm(mla.kv_rank, epsilon, dtype, config.zero_centered_norms)
-        self.kv_up = Linear(mla.kv_rank, config.heads * (mla.nope_width + mla.value_width), dtype)
-        self.o = Linear(config.heads * mla.value_width, config.width, dtype)
+        self.kv_up = linear(mla.kv_rank, config.heads * (mla.nope_width + mla.value_width))
+        self.o = linear(config.heads * mla.value_width, config.width)
         self.softmax = softmax_of(config, index, query, logits_factor(rope))
         self.attend: Attend = attend
 

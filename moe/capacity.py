@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import CapacityConfig, MoEConfig, Scope
-from .linear import constant_when_compiled
+from .device import constant_when_compiled
 
 MANTISSA_BITS = 16
 """Priorities that agree in these bits are equal."""

@@ -22,6 +22,7 @@ __all__ = [
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
+    "Products",
     "QKNorm",
     "RopeConfig",
     "RopeScaling",
@@ -190,6 +191,24 @@ class Activation(Enum):
         return 2 if "glu" in self.value else 1
 
 
+SCALE_BLOCK, MX_BLOCK = 128, 32
+"""Numbers that share a scale, of fp8_blockwise (in weights: squared), and of mxfp8."""
+
+
+class Products(Enum):
+    """The operands of products: as wide as the activations, or numbers of 8 bits with scales (moe/fp8.py)."""
+
+    wide = "wide"
+    fp8_rowwise = "fp8_rowwise"
+    fp8_blockwise = "fp8_blockwise"
+    mxfp8 = "mxfp8"
+
+    @property
+    def block(self) -> int | None:
+        """Inputs that share a scale; None: all of a row, or no scale."""
+        return {"fp8_blockwise": SCALE_BLOCK, "mxfp8": MX_BLOCK}.get(self.value)
+
+
 @dataclass
 class MoEConfig:
     experts: int = field(default=8, metadata=within("[0, 65536]"))
@@ -204,6 +223,9 @@ class MoEConfig:
     """The shared expert's output is multiplied by a sigmoid gate of the token (Qwen2-MoE)."""
     activation: Activation = Activation.swiglu
     """The experts' function."""
+    products: Products = Products.wide
+    """Products of routed and shared experts: wide, or of operands in e4m3, for outputs and gradients of inputs. A scale for each
+    row (fp8_rowwise), 128 inputs of a row and 128 x 128 weights (fp8_blockwise), 32 inputs, a power of two (mxfp8)."""
     bias: bool = False
     """The experts' projections have biases (gpt-oss)."""
     dropout: float = field(default=0.0, metadata=within("[0, 1)"))
@@ -245,6 +267,9 @@ class ModelConfig:
     """Hidden width of the feed-forward of dense layers."""
     activation: Activation = Activation.swiglu
     """Function of dense layers and of the shared expert."""
+    products: Products = Products.wide
+    """The same for dense layers' feed-forward and the projections of attention. Routers, head and embedding are never in FP8, nor
+    gated DeltaNet."""
     vocabulary: int = field(default=8192, metadata=within("[1, 16777216]"))
     """Rows of the embedding; the tokenizer must not have more pieces. Where nothing sets another number than this one, a run has as
     many as its tokenizer has pieces, rounded up to a multiple of 128."""

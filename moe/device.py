@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from .recompute import keep
 
 log = logging.getLogger("tokenyard")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass
@@ -41,6 +42,17 @@ def kind_of(x: Tensor | torch.device) -> str:
     if _dry_run is not None:
         return _dry_run.kind
     return x.type if isinstance(x, torch.device) else x.device.type
+
+
+def is_simulated() -> bool:
+    """Whether this is a dry run."""
+    return _dry_run is not None
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, but without importing the compiler, which takes a second at each start."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 KERNELS = True

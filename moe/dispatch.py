@@ -211,7 +211,8 @@ class Dispatcher(ABC):
         """Dispatch, experts, combine: (T, D) to (T, D). Calls the halves of `overlap_fn` while rows travel there and back."""
         dispatched = self.dispatch(x_TD, routing)
         y_RD = dispatched.through(experts)
-        return DispatcherOutput(self.combine(y_RD, dispatched), overlap_fn()(), len(y_RD))
+        rows = dispatched.counts_E.sum() if torch.compiler.is_compiling() else len(y_RD)
+        return DispatcherOutput(self.combine(y_RD, dispatched), overlap_fn()(), rows)
 
 
 class LocalDispatcher(Dispatcher):

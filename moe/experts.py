@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import Activation
+from .config import Activation, Products
 from .deferred import defer, defers
 from .device import kind_of, uses_kernels
 from .dispatch import Choices, RowPlan, gather_rows, row_dots, sum_rows, values_per_choice, weights_per_row
 from .dropout import Dropout
 from .feedforward import activate, activate_with_backward
-from .grouped_products import grouped_mm, grouped_outer
+from .fp8 import product
+from .grouped_products import grouped_outer
 from .kernels import operators
 from .linear import compute_dtype
 from .recompute import keep, repeats
@@ -40,7 +41,8 @@ class ExpertFunction(torch.autograd.Function):
     """See `Experts.forward`. `weights_TK` and the other tensors of a `RowPlan` are given if x are tokens, and not if x are rows.
 
     With keys_R, int64, activations are dropped by these keys of the rows; the backward pass computes the mask again. `deferred`:
-    down and gate_up, if those among the tensors are constants and their gradients are left for later (moe/deferred.py).
+    down and gate_up, if those among the tensors are constants and their gradients are left for later (moe/deferred.py). `products`
+    in FP8, which x must be rows for, leave the gradients of weights as they are.
     """
 
     @staticmethod
@@ -50,6 +52,7 @@ class ExpertFunction(torch.autograd.Function):
         dropout: Dropout,
         deferred: tuple[Tensor, Tensor] | None,
         output_is_sent: bool,
+        products: Products,
         x: Tensor,
         gate_up_END: Tensor,
         down_EDF: Tensor,
@@ -61,15 +64,16 @@ class ExpertFunction(torch.autograd.Function):
         *plan_tensors: Any,
     ) -> Tensor:
         plan, wide = _plan(plan_tensors, counts_E), compute_dtype(x)
+        assert plan is None or products is Products.wide, "the gradient of a weight by <W.T dy, a>"
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         outputs: list[Tensor] = []
 
         def inner() -> Tensor:
-            inner_RN = _biased(grouped_mm(_rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
+            inner_RN = _biased(product(products, _rows(x, plan), gate_up_END.to(wide), ends_E), gate_up_bias_EN, counts_E)
             active_RF = _activated(activation, inner_RN)
             if keys_R is not None:
                 _drop(active_RF, dropout, dropout.keep(keys_R, active_RF.shape[1]))
-            y_RD = _biased(grouped_mm(active_RF, down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
+            y_RD = _biased(product(products, active_RF, down_EDF.to(wide), ends_E), down_bias_ED, counts_E)
             outputs.append((sum_rows(y_RD, plan, weights_TK) if plan else y_RD).to(x.dtype))
             return inner_RN.to(x.dtype)
 
@@ -77,7 +81,7 @@ class ExpertFunction(torch.autograd.Function):
         if output_is_sent and repeats():
             outputs.append(x.new_empty(len(x), down_EDF.shape[1]))  # nobody reads it: what comes back is kept
         y = outputs[0] if output_is_sent else keep(outputs.pop)
-        ctx.activation, ctx.dropout, ctx.deferred = activation, dropout, deferred
+        ctx.activation, ctx.dropout, ctx.deferred, ctx.products = activation, dropout, deferred, products
         biases = gate_up_bias_EN, down_bias_ED
         ctx.save_for_backward(x, inner_RN, gate_up_END, down_EDF, *biases, weights_TK, counts_E, ends_E, keys_R, *plan_tensors)
         return y
@@ -88,7 +92,7 @@ class ExpertFunction(torch.autograd.Function):
         weights_TK, counts_E, ends_E, keys_R, *plan_tensors = rest
         plan, wide = _plan(plan_tensors, counts_E), compute_dtype(x)
         grad_y_RD = _rows(grads[0], plan)
-        grad_active_RF = grouped_mm(grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
+        grad_active_RF = product(ctx.products, grad_y_RD, down_EDF.to(wide).transpose(1, 2), ends_E)
         weights_R1 = weights_per_row(weights_TK, plan)[:, None] if plan else None
         keep_RF = None if keys_R is None else ctx.dropout.keep(keys_R, grad_active_RF.shape[1])
         if keep_RF is not None:
@@ -104,19 +108,19 @@ class ExpertFunction(torch.autograd.Function):
             grad_weights_TK = values_per_choice(grad_weights_R, plan)
         if down_bias_ED is not None:
             grad_down_bias = _sums(grad_y_RD if weights_R1 is None else grad_y_RD * weights_R1, counts_E)
-        products = [partial(grouped_outer, grad_y_RD, active_RF, ends_E)]
-        grad_down_EDF = None if ctx.deferred else products.pop()().to(x.dtype)
+        outer = [partial(grouped_outer, grad_y_RD, active_RF, ends_E)]
+        grad_down_EDF = None if ctx.deferred else outer.pop()().to(x.dtype)
         del grad_y_RD, active_RF
         if gate_up_bias_EN is not None:
             grad_gate_up_bias = _sums(grad_inner_RN, counts_E)
-        products.append(partial(_outer_of_rows, grad_inner_RN, x.detach(), plan, ends_E))
-        grad_gate_up_END = None if ctx.deferred else products.pop()().to(x.dtype)
-        for weight, product in zip(ctx.deferred or (), products, strict=True):
-            defer(weight, product)
-        grad_rows_RD = grouped_mm(grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
+        outer.append(partial(_outer_of_rows, grad_inner_RN, x.detach(), plan, ends_E))
+        grad_gate_up_END = None if ctx.deferred else outer.pop()().to(x.dtype)
+        for weight, gradient in zip(ctx.deferred or (), outer, strict=True):
+            defer(weight, gradient)
+        grad_rows_RD = product(ctx.products, grad_inner_RN, gate_up_END.to(wide).transpose(1, 2), ends_E)
         grad_x = (sum_rows(grad_rows_RD, plan) if plan else grad_rows_RD).to(x.dtype)
         gradients = grad_x, grad_gate_up_END, grad_down_EDF, grad_gate_up_bias, grad_down_bias, grad_weights_TK
-        return None, None, None, None, *gradients, None, None, *[None] * len(plan_tensors)
+        return None, None, None, None, None, *gradients, None, None, *[None] * len(plan_tensors)
 
 
 def _plan(tensors: Sequence[Any], counts_E: Tensor) -> RowPlan | None:
@@ -230,10 +234,11 @@ class Experts(nn.Module):
         activation: Activation = Activation.swiglu,
         bias: bool = False,
         dropout: float = 0.0,
+        products: Products = Products.wide,
     ) -> None:
         super().__init__()
         parts = activation.projections
-        self.activation = activation
+        self.activation, self.products = activation, products
         self.dropout = Dropout(dropout, Purpose.hidden_dropout)
         self.first_expert = 0
         """The global id of this device's first expert."""
@@ -266,7 +271,7 @@ class Experts(nn.Module):
         deferred = (down, gate_up) if defers(x, gate_up) else None
         gate_up, down = (gate_up.detach(), down.detach()) if deferred else (gate_up, down)
         tensors = x, gate_up, down, gate_up_bias, down_bias, weights_TK, counts_E, keys_R
-        settings = self.activation, self.dropout, deferred, self.output_is_sent
+        settings = self.activation, self.dropout, deferred, self.output_is_sent, self.products
         return ExpertFunction.apply(*settings, *tensors, *plan)  # pyright: ignore[reportReturnType]
 
     def _row_keys(self, counts_E: Tensor, choices: Choices | None, keys_R: Tensor | None) -> Tensor:

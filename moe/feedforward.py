@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Activation
+from .config import Activation, Products
 from .device import uses_kernels
 from .dropout import Dropout
 from .kernels import operators
@@ -118,9 +118,16 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, dtype: torch.dtype, activation: Activation = Activation.swiglu, dropout: float = 0.0
+        self,
+        width: int,
+        hidden: int,
+        dtype: torch.dtype,
+        activation: Activation = Activation.swiglu,
+        dropout: float = 0.0,
+        products: Products = Products.wide,
     ) -> None:
         super().__init__()
+        self.products = products
         self.activation = activation
         self.dropout = Dropout(dropout, Purpose.hidden_dropout)
         self.gate_up = nn.Parameter(torch.empty(activation.projections, hidden, width, dtype=dtype))
@@ -131,9 +138,9 @@ class FeedForward(nn.Module):
 
     def hidden_columns(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         """Returns what the last product takes, (..., F)."""
-        hidden = activate(self.activation, linear(x, weight_as(self.gate_up, x.dtype).flatten(0, 1)))
+        hidden = activate(self.activation, linear(x, weight_as(self.gate_up, x.dtype).flatten(0, 1), products=self.products))
         return self.dropout(hidden, keys)
 
     def down_product(self, hidden: Tensor) -> Tensor:
         """(..., F) to (..., D)."""
-        return linear(hidden, weight_as(self.down, hidden.dtype))
+        return linear(hidden, weight_as(self.down, hidden.dtype), products=self.products)

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .dispatch import Dispatcher, FusedDispatcher
+from .config import ModelConfig, Products
+from .dispatch import Dispatcher, FusedDispatcher, LocalDispatcher
 from .experts import Experts
 from .feedforward import FeedForward
+from .fp8 import round_tokens
 from .linear import Linear
 from .router import Router, RoutingStats
 from .token_info import TokenInfo, layer_keys
@@ -28,10 +29,14 @@ class MoELayer(nn.Module):
         super().__init__()
         moe = config.moe
         self.router = Router(config.width, moe, dtype)
-        self.dispatcher: Dispatcher = FusedDispatcher(moe.experts)
-        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype, moe.activation, moe.bias, moe.dropout)
-        shared = FeedForward(config.width, moe.shared_hidden, dtype, config.activation, moe.dropout) if moe.shared_hidden else None
-        self.shared = shared
+        # The fused gradient of a choice's weight takes products for the exact ones that those in FP8 are not.
+        self.dispatcher: Dispatcher = (FusedDispatcher if moe.products is Products.wide else LocalDispatcher)(moe.experts)
+        settings = moe.activation, moe.bias, moe.dropout, moe.products
+        self.experts = Experts(moe.experts, config.width, moe.hidden, dtype, *settings)
+        settings = config.activation, moe.dropout, moe.products
+        self.shared = FeedForward(config.width, moe.shared_hidden, dtype, *settings) if moe.shared_hidden else None
+        self.rounds_tokens = False
+        """Whether the experts take tokens as they arrive if they travel in FP8: on every layout, also where they do not travel."""
         self.shared_gate = Linear(config.width, 1, dtype) if moe.shared_hidden and moe.shared_gate else None
 
     def forward(self, x_BSD: Tensor, tokens: TokenInfo | None = None) -> tuple[Tensor, RoutingStats]:
@@ -41,7 +46,8 @@ class MoELayer(nn.Module):
             keys_BS = layer_keys(x_BSD, tokens or TokenInfo())
             routing = routing._replace(keys_T=keys_BS.flatten())
         shared = partial(self._start_shared, x_BSD, keys_BS)
-        y_TD, shared_BSD, rows, overflow = self.dispatcher.run(x_BSD.flatten(0, 1), routing, self.experts, shared)
+        x_TD = round_tokens(x_BSD.flatten(0, 1)) if self.rounds_tokens else x_BSD.flatten(0, 1)
+        y_TD, shared_BSD, rows, overflow = self.dispatcher.run(x_TD, routing, self.experts, shared)
         if self.router.null is not None:
             y_TD = y_TD + self.router.null(x_BSD.flatten(0, 1), routing.experts_TK, routing.weights_TK)
         y_BSD = y_TD.view_as(x_BSD)

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import Products
 from .deferred import defer_product, defers
-from .device import kind_of, uses_kernels
+from .device import constant_when_compiled, kind_of, uses_kernels
+from .fp8 import product
 from .kernels import operators
 from .weight_cast import weight_as
 
@@ -19,7 +21,6 @@ from .weight_cast import weight_as
 # numbers are computed in fp32 and rounded once, as CPUs with these instructions do internally.
 
 CPUINFO = Path("/proc/cpuinfo")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def lists_bf16(cpuinfo: str) -> bool:
@@ -37,9 +38,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if emulated else x.dtype
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, products: Products = Products.wide) -> Tensor:
     """x @ weight.T + bias for x of shape (..., inputs) and weight of shape (outputs, inputs), in the dtype of x."""
     weight, wide = weight.to(x.dtype), compute_dtype(x)
+    if products is not Products.wide:
+        y = _narrow_linear(x, weight, products)
+        return y if bias is None else y + bias
     if wide != x.dtype:
         y = wide_linear(x, weight, wide).to(x.dtype)
         return y if bias is None else y + bias
@@ -49,7 +53,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+    wide = compute_dtype(x)
+    return grad.flatten(0, -2).to(wide).T @ x.flatten(0, -2).to(wide)
+
+
+def _narrow_linear(x: Tensor, weight: Tensor, products: Products) -> Tensor:
+    """x @ weight.T, and the gradient of x, by operands in e4m3; the gradient of the weight is that of wide products."""
+    if defers(x, weight):
+        y: Any = _NarrowLinear.apply(x, weight.detach(), products)
+        return defer_product(y, x, weight, _weight_gradient)
+    return _NarrowLinear.apply(x, weight, products)  # pyright: ignore[reportReturnType]
+
+
+class _NarrowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.products = products
+        return _product_of_one_group(products, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, weight), (grad,) = ctx.saved_tensors, grads
+        grad_x = _product_of_one_group(ctx.products, grad, weight.T) if ctx.needs_input_grad[0] else None
+        return grad_x, _weight_gradient(grad, x).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def _product_of_one_group(products: Products, x: Tensor, weight: Tensor) -> Tensor:
+    wide, rows = compute_dtype(x), x.flatten(0, -2)
+    ends = torch.full((1,), len(rows), dtype=torch.int32, device=x.device)
+    y = product(products, rows.to(wide), weight.to(wide).unsqueeze(0), ends)
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def wide_linear(x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
@@ -110,12 +144,6 @@ def _product_of_parts_backward(x: Tensor, weight_ED: Tensor, grad: Tensor) -> tu
     return grad_x_TD.view_as(x), grad_weight_ED.to(weight_ED.dtype)
 
 
-def constant_when_compiled(function: Function) -> Function:
-    """torch.compiler.assume_constant_result, but without importing the compiler, which takes a second at each start."""
-    vars(function)["_dynamo_marked_constant"] = True
-    return function
-
-
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in full fp32 precision, whatever the precision of other products."""
     return full_product(left, right) if makes_tf32() else left @ right
@@ -146,8 +174,11 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 class Linear(nn.Module):
     """x @ weight.T + bias for x of shape (..., inputs); weight of shape (outputs, inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = False, products: Products = Products.wide
+    ) -> None:
         super().__init__()
+        self.products = products
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
         self.adds_bias = bias
@@ -155,7 +186,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias.to(x.dtype) if self.bias is not None and self.adds_bias else None
-        return linear(x, weight_as(self.weight, x.dtype), bias)
+        return linear(x, weight_as(self.weight, x.dtype), bias, self.products)
 
 
 class Embedding(nn.Module):

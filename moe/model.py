@@ -245,7 +245,8 @@ class Block(nn.Module):
         self.shortcut = config.moe.shortcut
         self.moe = MoELayer(config, weights) if config.moe_layer(index) else None
         dense = config.dense_layer(index)
-        self.dense = FeedForward(config.width, config.hidden, weights, config.activation, config.dropout) if dense else None
+        sizes, settings = (config.width, config.hidden, weights), (config.activation, config.dropout, config.products)
+        self.dense = FeedForward(*sizes, *settings) if dense else None
 
     def forward(
         self,

@@ -112,4 +112,5 @@ def _operators() -> tuple[set[Any], dict[Any, int]]:
     attention = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
     kept = {getattr(aten, f"_scaled_dot_product_{kind}").default for kind in attention}
     kept |= {aten._scaled_dot_product_fused_attention_overrideable.default, ours.route.default}
-    return kept, {aten.mm.default: 0, aten.addmm.default: 1, ours.full_product.default: 0, ours.wide_mm.default: 0}
+    dense = {aten.mm.default: 0, aten.addmm.default: 1, ours.full_product.default: 0, ours.wide_mm.default: 0}
+    return kept, dense | {ours.grouped_mm.default: 0, ours.scaled_grouped_mm.default: 0}  # those in FP8 are of one group

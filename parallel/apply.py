@@ -18,10 +18,11 @@ from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
 from .communicators import axes_used, replicated
 from .compile_blocks import compile_blocks
-from .config import Exchange, Overflow, ParallelConfig, Recompute
+from .config import Exchange, ExchangeDtype, Overflow, ParallelConfig, Recompute
 from .context import apply_context_parallel
 from .dispatch.all_gather import AllGatherDispatcher
 from .dispatch.all_to_all import AllToAllDispatcher
+from .dispatch.base import ExpertParallelDispatcher
 from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .dispatch.deepep import DeepEPDispatcher
 from .dispatch.symmetric import SymmetricDispatcher
@@ -44,6 +45,13 @@ def build_dispatcher(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispat
 
     It has no state from one call to the next, so all layers share it. `experts`: of a layer, on all ranks.
     """
+    dispatcher = _dispatcher_of(experts, mesh, config)
+    if isinstance(dispatcher, ExpertParallelDispatcher):
+        dispatcher.narrow = config.exchange_dtype is ExchangeDtype.fp8
+    return dispatcher
+
+
+def _dispatcher_of(experts: int, mesh: Mesh, config: ParallelConfig) -> Dispatcher:
     chunks = config.overlap_chunks
     if config.exchange is Exchange.hierarchical:
         local = node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE"))
@@ -110,13 +118,18 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
     if config.context > 1:
         apply_context_parallel(model, mesh, config.context_exchange)
         log.info("context parallel: %d ranks share sequences, %s exchange", config.context, config.context_exchange.value)
+    if config.exchange_dtype is ExchangeDtype.fp8:
+        for block in model.blocks:
+            if block.moe is not None:
+                block.moe.rounds_tokens = True
+        log.info("experts take tokens that are rounded to e4m3, in which they travel")
     if config.expert > 1:
         _apply_expert_parallel(model, mesh, shards, config)
         log.info("expert parallel: %d ranks share the experts, %s exchange", config.expert, config.exchange.value)
     # Before recomputation wraps blocks, and slices of experts wrap experts.
     one_graph = compiled and compile_blocks(model, config, mesh.stage.size, device)
     if config.expert_tensor > 1:
-        apply_expert_tensor_parallel(model, mesh, shards)
+        apply_expert_tensor_parallel(model, mesh, shards, config.exchange_dtype is ExchangeDtype.fp8)
         log.info("expert tensor parallel: %d ranks share each expert's hidden columns", config.expert_tensor)
     if config.recompute is Recompute.offload:
         offload = Offload(device)

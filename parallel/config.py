@@ -17,6 +17,13 @@ class Exchange(Enum):
     deepep = "deepep"
 
 
+class ExchangeDtype(Enum):
+    """The numbers in which tokens travel to their experts."""
+
+    wide = "wide"
+    fp8 = "fp8"
+
+
 OWN_EXCHANGES = [each for each in Exchange if each is not Exchange.deepep]
 """Those that need no other package."""
 DEEPEP_LACKS = "needs the package deep_ep, which `python setup.py install` in a clone of github.com/deepseek-ai/DeepEP installs"
@@ -77,6 +84,9 @@ class ParallelConfig:
     """A row per token and: expert (plain), rank (deduplicated), first node and then rank (hierarchical); all tokens (gather); a row
     per token and expert, put straight into room of fixed size inside a node, so that the host waits for no counts (symmetric);
     deduplicated, by the kernels of the package deep_ep, in bf16 on GPUs (deepep)."""
+    exchange_dtype: ExchangeDtype = ExchangeDtype.wide
+    """Tokens travel to their experts as they are, or (fp8) rounded to e4m3, with a scale, a power of two, for 128 numbers. Then
+    experts take rounded tokens on every layout. Outputs and gradients travel as they are."""
     exchange_rows: float = field(default=2.0, metadata=within("(0, inf)"))
     """Room for the rows of a rank's experts with exchange=symmetric, over their number at an even load; from parallel.expert on
     everything fits."""

@@ -125,8 +125,11 @@ def _slice_of(whole_BS: Tensor | None, axis: Axis) -> Tensor | None:
 # N ranks of the group, E experts of a rank, R rows of this rank, A rows of all ranks.
 
 
-def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata]) -> None:
-    """Slices the experts' hidden columns and exchanges rows around their computation. Updates `shards`."""
+def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[str, ShardMetadata], narrow: bool) -> None:
+    """Slices the experts' hidden columns and exchanges rows around their computation. Updates `shards`.
+
+    `narrow`: the rows of tokens travel in e4m3.
+    """
     axis = mesh.axis("expert_tensor")
     for name, _ in list(model.named_parameters()):
         dim = sliced_dim_of_experts(name)
@@ -140,12 +143,13 @@ def apply_expert_tensor_parallel(model: Transformer, mesh: Mesh, shards: dict[st
             experts.output_is_sent = True
             if isinstance(block.moe.dispatcher, FusedDispatcher):
                 block.moe.dispatcher = LocalDispatcher(model.config.moe.experts)  # exchanging rows needs rows
-            experts.forward = functools.partial(share_rows, experts.forward, axis)
+            experts.forward = functools.partial(share_rows, experts.forward, axis, narrow)
 
 
 def share_rows(
     experts: Callable[..., Tensor],
     axis: Axis,
+    narrow: bool,
     x: Tensor,
     counts_E: Tensor,
     choices: Choices | None = None,
@@ -162,7 +166,7 @@ def share_rows(
     if behind:  # rows of the symmetric exchange that no token fills
         x, keys_R = x[: send_N[0]], None if keys_R is None else keys_R[: send_N[0]]
     route = AllToAll(send_N, receive_N, axis)
-    pending = route.start(x.expand(axis.size, -1, -1).flatten(0, 1))
+    pending = route.start(x.expand(axis.size, -1, -1).flatten(0, 1), narrow=narrow)
     keys = None if keys_R is None else route.start(keys_R.repeat(axis.size))
     order_A, inverse_A = plan_expert_order(received_NE, sum(receive_N))
     keys_A = None if keys is None else keys.wait().index_select(0, order_A)

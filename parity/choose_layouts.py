@@ -50,7 +50,8 @@ class Layout:
     def applied(self, config: Config) -> Config:
         """Returns `config` on this layout."""
         micro = max(1, config.batch.sequences // self.data_ranks // self.accumulation)
-        batch, parallel = BatchConfig(config.batch.sequences, micro), self.parallel
+        batch = BatchConfig(config.batch.sequences, micro)
+        parallel = dataclasses.replace(self.parallel, exchange_dtype=config.parallel.exchange_dtype)
         if parallel.exchange is Exchange.symmetric and parallel.exchange_overflow is not Overflow.repair:
             # One process has room for everything.
             parallel = dataclasses.replace(parallel, exchange_rows=float(parallel.expert))
@@ -61,8 +62,9 @@ def prepare_config(config: Config) -> Config:
     """Returns `config` in fp64 and without corpus, tokenizer and launcher. Raises ConfigError for what cannot be compared."""
     _refuse_rank_scopes(config.model.moe)
     neutral = TokenizerConfig(path="none")  # ids are random: no tokenizer has to fit the vocabulary
+    parallel = ParallelConfig(exchange_dtype=config.parallel.exchange_dtype)  # which changes numbers, on every layout alike
     changed = dataclasses.replace(
-        config, precision=Precision.fp64, compile=False, tokenizer=neutral, launch=LaunchConfig(), parallel=ParallelConfig()
+        config, precision=Precision.fp64, compile=False, tokenizer=neutral, launch=LaunchConfig(), parallel=parallel
     )
     refuse_broken(changed, 1)
     return changed
@@ -187,8 +189,8 @@ def _splits(world: int) -> Iterator[Layout]:
 
 
 def _settings(parallel: ParallelConfig) -> dict[str, Any]:
-    """Returns the settings that can change a number."""
-    return {name: value for name, value in vars(parallel).items() if not isinstance(value, float)}
+    """Returns the settings that must not change a number and could."""
+    return {name: value for name, value in vars(parallel).items() if not isinstance(value, float) and name != "exchange_dtype"}
 
 
 def _refuse_rank_scopes(config: MoEConfig) -> None:

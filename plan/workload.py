@@ -5,9 +5,9 @@ D width of the model, T tokens of a micro-batch that pass a rank's layers before
 
 from dataclasses import dataclass
 
-from ..moe.config import ModelConfig
+from ..moe.config import SCALE_BLOCK, ModelConfig
 from ..moe.param_shapes import head_width
-from ..parallel.config import ContextExchange, Exchange, ParallelConfig, Recompute
+from ..parallel.config import ContextExchange, Exchange, ExchangeDtype, ParallelConfig, Recompute
 from ..parallel.layout import data_ranks, mesh_sizes
 from .gpu_cluster import Cluster
 from .model_work import LayerWork, ModelWork
@@ -129,6 +129,7 @@ def workload(
     weights, gradients, replicas, kept = _states(rank, parallel, cluster, size, gradient_bytes)
     sums = micro_batches if parallel.zero > 1 else 1
     rows = own * config.width * rank.expert_layers * BYTES
+    there = (1 + 1 / SCALE_BLOCK) / BYTES if parallel.exchange_dtype is ExchangeDtype.fp8 else 1.0
     return Workload(
         flops=3 * work.whole.flops * batch.sequences * work.length / cluster.ranks,
         tokens=batch.sequences * work.length,
@@ -145,7 +146,7 @@ def workload(
         quantized_bytes=(3 + recomputed.dense) * own * BYTES * _quantized(config, rank),
         stages=chunks if parallel.pipeline > 1 else 0,
         layers=rank.expert_layers + 0.5 * (rank.layers - rank.expert_layers),
-        exchange=copies(config, parallel, cluster) * ((4 + 2 * recomputed.exchange) * rows),
+        exchange=copies(config, parallel, cluster) * ((3 + there + recomputed.exchange * (1 + there)) * rows),
         tensor=_ring(cluster, parallel.tensor) * (5 * BYTES * T * config.width * (rank.layers + rank.dense_feedforwards)),
         context=_context(work, rank, parallel, cluster) * T,
         messages=_neighbour(cluster, cluster.ranks // parallel.pipeline) * (2 * BYTES * own * config.width * chunks)

@@ -16,6 +16,7 @@ from ..data.build import CachedCorpus, DataPipeline, open_data
 from ..data.errors import DataStop
 from ..data.stream.documents import TokenizingRanks
 from ..moe.device import kind_of, warn_of_missing_kernels
+from ..moe.fp8 import warn_of_emulated_products
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.config import ParallelConfig
@@ -59,6 +60,7 @@ def open_session(config: Config, device: torch.device) -> Session:
         check_rules(config, ranks.size)
     set_products(config, device, precision_from)
     warn_of_missing_kernels(device)
+    warn_of_emulated_products(config.model, device)
     warn_of_toy_settings(config)
     data = open_data_on_all_ranks(config, ranks)
     if (pieces := data.tokenizer.size) > config.model.vocabulary:

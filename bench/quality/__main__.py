@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...train.allocator import restart_with_kept_memory
 from .cost import causal_loss, relative_costs
-from .plan import DENSE, EXPERT_CHOICE, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
+from .plan import DENSE, EXPERT_CHOICE, FP8, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
 from .results import draw, results, table
 from .runs import Lab, complete
 
@@ -47,7 +47,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--steps", type=int, help="of a run; without it as the size says")
     parser.add_argument("--expansion", type=int, help="weights of the routed experts, as a multiple of the dense feed-forward")
-    parser.add_argument("--variants", nargs="*", help=f"in addition to {DENSE} and {TUNED} (all)")
+    parser.add_argument("--variants", nargs="*", help=f"in addition to {DENSE} and {TUNED} (all but those in FP8)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[5e-3, 1e-2], help="learning rates to begin tuning with; one: no tuning"
@@ -69,7 +69,7 @@ def laboratory(arguments: argparse.Namespace) -> Lab:
     for name in arguments.variants or []:
         if name not in known:
             raise ValueError(f"--variants {name}: must be among {', '.join(known)}")
-    chosen = {DENSE, TUNED, *(known if arguments.variants is None else arguments.variants)}
+    chosen = {DENSE, TUNED, *([name for name in known if name not in FP8] if arguments.variants is None else arguments.variants)}
     text = ["data=text", f"data.path={arguments.text}"] if arguments.text else []
     return Lab(
         arguments.out,

@@ -13,6 +13,13 @@ BOUND = 0.02
 DENSE, TUNED = "dense", "top-2"
 """The variants whose learning rates are tuned; the MoE family takes that of TUNED."""
 EXPERT_CHOICE = "expert-choice"
+FP8 = {
+    "fp8-rowwise": ["model.moe.products=fp8_rowwise", "model.products=fp8_rowwise"],
+    "fp8-blockwise": ["model.moe.products=fp8_blockwise", "model.products=fp8_blockwise"],
+    "fp8-exchange": ["model.moe.products=fp8_blockwise", "model.products=fp8_blockwise", "parallel.exchange_dtype=fp8"],
+    "mxfp8": ["model.moe.products=mxfp8", "model.products=mxfp8"],
+}
+"""TUNED in FP8; compared with it, and run if they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ def variants(size: Size) -> dict[str, list[str]]:
             "model.moe.balance.coefficient=0",
         ],
         "unbalanced": [*top_2, "model.moe.balance.coefficient=0"],
+        **{name: [*top_2, *narrow] for name, narrow in FP8.items()},
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...moe.param_count import count, training_flops_per_token
 from ..timing import markdown
-from .plan import DENSE, EXPERT_CHOICE, TUNED, QualityPlan, active, models
+from .plan import DENSE, EXPERT_CHOICE, FP8, TUNED, QualityPlan, active, models
 from .runs import Curve, Lab, crossing, deviation
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def results(lab: Lab, plan: QualityPlan, costs: dict[str, list[float]]) -> dict[
     `decayed`: the same, interpolated between the final losses of the shorter and full runs of TUNED, each with its own decay.
     """
     found, shapes = {}, models(lab.size, lab.variants, lab.more)
-    dense = _by_seed(lab, plan, DENSE)
+    dense, tuned = _by_seed(lab, plan, DENSE), _by_seed(lab, plan, TUNED)
     flops = {name: training_flops_per_token(model, lab.size.sequence_length) for name, model in shapes.items()}
     for name, model in shapes.items():
         curves = {seed: curve for seed, curve in _by_seed(lab, plan, name).items() if seed in dense}
@@ -37,6 +37,7 @@ def results(lab: Lab, plan: QualityPlan, costs: dict[str, list[float]]) -> dict[
                 "costs": costs.get(name, []),
                 **_losses([curve.losses[-1] for curve in curves.values()]),
                 "below_dense": [dense[seed].losses[-1] - curve.losses[-1] for seed, curve in curves.items()],
+                "above_tuned": [curve.losses[-1] - tuned[seed].losses[-1] for seed, curve in curves.items() if seed in tuned],
                 "imbalance": statistics.fmean([curve.imbalance for curve in curves.values()]),
                 "dropped": statistics.fmean([curve.dropped for curve in curves.values()]),
                 "shares": [_share(curve.tokens, curve.losses, dense[seed]) for seed, curve in curves.items()],
@@ -82,6 +83,11 @@ def table(found: dict[str, Any]) -> str:
     tokens, of FLOPs, of time: what a variant needs for the dense model's final loss, relative to that model.
     """
     lines = [markdown(HEAD.split(" | "), (_row(name, entry) for name, entry in found["variants"].items()))]
+    lines += [
+        f"{name} minus {TUNED}, seed by seed: {_spread(entry['above_tuned'])}"
+        for name, entry in found["variants"].items()
+        if name in FP8 and entry["above_tuned"]
+    ]
     shorter = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["shorter"].items())
     lines += ["", f"{TUNED} by its share of the tokens: {', '.join(shorter)}"]
     if found["causal"]:
@@ -124,7 +130,7 @@ def _shares(shares: list[float | None], factor: float) -> str:
 
 # The picture: the curves against tokens, FLOPs and time, and the final losses. Needs matplotlib.
 
-COLOURS = ("#222222", "#7a5c00", "#0064a6", "#00745a", "#c04a00", "#a03f84", "#6f9fd8")
+COLOURS = ("#222222", "#7a5c00", "#0064a6", "#00745a", "#c04a00", "#a03f84", "#6f9fd8", "#999933", "#5b3a8c", "#b3204d", "#2f4f2f")
 """The dense model is black."""
 
 

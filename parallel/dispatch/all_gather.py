@@ -40,7 +40,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
 
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> StartedAllGather:
         route = AllGather(_tokens_of_each(x_TD, self.axis), self.axis)
-        rows = route.start(x_TD)
+        rows = route.start(x_TD, narrow=self.narrow)
         experts_TK = experts_or_dropped(routing, self.experts)
         choices = route.start(torch.cat([routing.weights_TK, experts_TK.to(routing.weights_TK.dtype)], dim=1))
         padded = None if routing.padded_rows is None else routing.padded_rows * self.axis.size

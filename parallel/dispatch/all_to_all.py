@@ -68,7 +68,7 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         sent_NL, received_NL = sent_E.view(self.axis.size, -1), counts.wait().view(self.axis.size, -1)
         splits = read_splits(sent_NL, received_NL, len(rows_RD))
         route, keys = AllToAll(*splits, self.axis), None
-        rows = route.start(rows_RD)
+        rows = route.start(rows_RD, narrow=self.narrow)
         if routing.keys_T is not None:
             keys = route.start(routing.keys_T.index_select(0, plan.token_R))
         return StartedAllToAll(rows, plan, routing.weights_TK, received_NL, splits, keys)

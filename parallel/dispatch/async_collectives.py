@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...moe.fp8 import pack_tokens, unpack_tokens
 from ...moe.recompute import in_second_pass, keep, repeats
 from ..collectives import all_gather
 from ..mesh import Axis
@@ -25,14 +26,15 @@ class Route(ABC):
 
     axis: Axis
 
-    def start(self, rows: Tensor, ends_layer: bool = False) -> "PendingRows":
+    def start(self, rows: Tensor, ends_layer: bool = False, narrow: bool = False) -> "PendingRows":
         """Starts to send rows of shape (T, D). `ends_layer`: the layer keeps nothing of what arrives for its backward pass.
 
         Then a second pass, which ends at the last tensor that is kept, sends them where it waits for them, if it comes so far.
+        `narrow`: the rows, of `round_tokens`, travel in e4m3; their gradient does not.
         """
         if self.axis.size == 1:
             return PendingRows(rows)
-        running = _Running(self, ends_layer)
+        running = _Running(self, ends_layer, (rows.shape[1], rows.dtype) if narrow else None)
         link: Any = _Start.apply(rows, running)
         return PendingRows(link, running)
 
@@ -112,8 +114,9 @@ class ReduceScatter(Route):
 class _Running:
     """The collective that is running, first of the rows, later of the gradient. Holds its input, which must live until it ends."""
 
-    def __init__(self, route: Route, ends_layer: bool) -> None:
-        self.route, self.ends_layer = route, ends_layer
+    def __init__(self, route: Route, ends_layer: bool, narrow: tuple[int, torch.dtype] | None) -> None:
+        """`narrow`: the width and dtype of rows that travel in e4m3."""
+        self.route, self.ends_layer, self.narrow = route, ends_layer, narrow
         self.current: Any = None
 
     def start(self, rows: Tensor, route: Route, later: bool = False) -> None:
@@ -151,7 +154,8 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, running: _Running) -> Tensor:
         ctx.running = running
         if not repeats():
-            running.start(rows, running.route, later=running.ends_layer and in_second_pass())
+            sent = pack_tokens(rows) if running.narrow else rows
+            running.start(sent, running.route, later=running.ends_layer and in_second_pass())
         return rows.new_empty(0)
 
     @staticmethod
@@ -163,7 +167,8 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Tensor, running: _Running) -> Tensor:
         ctx.running = running
-        return keep(running.wait)
+        came = keep(running.wait)
+        return unpack_tokens(came, *running.narrow) if running.narrow else came
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

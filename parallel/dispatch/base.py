@@ -15,6 +15,8 @@ class ExpertParallelDispatcher(Dispatcher):
 
     def __init__(self, chunks: int) -> None:
         self.chunks = chunks
+        self.narrow = False
+        """Whether tokens travel to the experts in e4m3."""
 
     @abstractmethod
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> Any:

@@ -60,16 +60,18 @@ class Sizes(NamedTuple):
     """[k] is how many rows go to more than k ranks."""
 
 
-def start_hop(x_PD: Tensor, keys_P1: Tensor | None, choices: ExpertChoices, experts: int, axis: Axis, last: bool) -> Hop:
+def start_hop(
+    x_PD: Tensor, keys_P1: Tensor | None, choices: ExpertChoices, experts: int, axis: Axis, last: bool, narrow: bool
+) -> Hop:
     """Starts to send the rows, their keys and their choices over `axis`, whose destinations have `experts` experts each.
 
-    `last`: the destinations are the ranks of the experts.
+    `last`: the destinations are the ranks of the experts. `narrow`: the rows travel in e4m3.
     """
     counts_PN = _count(choices, experts, axis.size)
     sizes = _exchange_sizes(counts_PN, len(choices.row_C), min(choices.top_k, experts), axis, last)
     expansion = _plan(counts_PN, sizes)
     route = AllToAll([of_rank[0] for of_rank in sizes.sent], [of_rank[0] for of_rank in sizes.received], axis)
-    rows = route.start(expand(x_PD, expansion))
+    rows = route.start(expand(x_PD, expansion), narrow=narrow)
     choices_route = AllToAll([sum(of_rank) for of_rank in sizes.sent], [sum(of_rank) for of_rank in sizes.received], axis)
     packed = choices_route.start(_pack(choices, counts_PN, sizes, experts))
     depths = [sum(of_ranks) for of_ranks in zip(*sizes.received, strict=True)]
@@ -165,14 +167,15 @@ class DeduplicatedDispatcher(ExpertParallelDispatcher):
     def start_dispatch(self, x_TD: Tensor, routing: Routing) -> Hop:
         choices = choices_of(routing, self.experts, self.experts // self.reach[-1])
         keys_T1 = None if routing.keys_T is None else routing.keys_T.unsqueeze(1)
-        return start_hop(x_TD, keys_T1, choices, self.reach[0], self.axes[0], len(self.axes) == 1)
+        return start_hop(x_TD, keys_T1, choices, self.reach[0], self.axes[0], len(self.axes) == 1, self.narrow)
 
     def finish_dispatch(self, started: Hop) -> DispatchedTokens:
         hops = [started]
         for reach, axis in zip(self.reach[1:], self.axes[1:], strict=True):
             local = wait_for_choices(hops[-1])
             keys_P1 = None if hops[-1].keys is None else hops[-1].keys.wait()
-            hops.append(start_hop(hops[-1].rows.wait(), keys_P1, local.choices, reach, axis, last=True))
+            rows_PD = hops[-1].rows.wait()
+            hops.append(start_hop(rows_PD, keys_P1, local.choices, reach, axis, last=True, narrow=self.narrow))
         local = wait_for_choices(hops[-1])
         expansion, counts_L = plan_expert_rows(local, self.reach[-1])  # while the rows travel
         tokens_RD = expand(hops[-1].rows.wait(), expansion)

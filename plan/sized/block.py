@@ -3,11 +3,11 @@
 T tokens, D width, E columns of the router, K choices of a token.
 """
 
-from ...moe.config import AttentionKind
+from ...moe.config import AttentionKind, Products
 from .attention_sizes import grouped, latent
 from .autograd import Buffer, Value
 from .exchange_sizes import exchanged, start_shared_expert
-from .expert_sizes import experts, permute, shared_rows, unpermute
+from .expert_sizes import compute, experts, permute, unpermute
 from .layer_sizes import FUSED_NORMS, BlockShape, feedforward
 from .operator_sizes import INDEX, Casts, Sized
 
@@ -91,12 +91,12 @@ def router(rank: Sized, shape: BlockShape, x: Value) -> Value:
 
 
 def local(rank: Sized, shape: BlockShape, x: Value, weights: Value, plan: list[Buffer]) -> Value:
-    """All experts are on this rank; with expert tensor parallelism rows are made and shared."""
+    """All experts are on this rank. Products in FP8 take rows, and so does expert tensor parallelism, which shares them."""
     rows = shape.tokens * shape.config.moe.top_k
-    if shape.parallel.expert_tensor == 1:
+    if shape.parallel.expert_tensor == 1 and shape.config.moe.products is Products.wide:
         return experts(rank, shape, x, rows, weights, plan, sent=False)
     permuted = permute(rank, shape, x, rows, plan)
     del x
-    y = shared_rows(rank, shape, permuted, rows)
+    y = compute(rank, shape, permuted, rows, sent=False)
     del permuted
     return unpermute(rank, shape, y, rows, weights, plan)

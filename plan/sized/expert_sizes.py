@@ -5,6 +5,7 @@ T tokens, D width, L experts of this rank, K choices of a token, R rows, N ranks
 
 from collections.abc import Callable
 
+from ...moe.config import Products
 from .autograd import Buffer, Value
 from .layer_sizes import BlockShape
 from .operator_sizes import INDEX, Sized
@@ -17,12 +18,25 @@ def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Valu
     up, down = rank.weight("experts.gate_up", L * P * F * D), rank.weight("experts.down", L * D * F)
     outputs: list[Buffer] = []
 
+    def product(inputs: float, matrices: float, result: float) -> Buffer:
+        """A grouped product, and what is made of its operands before, in moe/fp8.py."""
+        operands = list[Buffer]()
+        for elements in () if moe.products is Products.wide else (inputs, matrices):
+            quotients, values = rank.bytes(4 * elements), rank.bytes(elements)
+            del quotients
+            if moe.products is Products.fp8_blockwise:  # without a kernel
+                widened = rank.bytes(4 * elements)
+                values = rank.new(elements)
+                del widened
+            operands.append(values)
+        return rank.new(result)
+
     def first() -> Buffer:
         given = rank.new(rows * D) if weights is not None else None
-        inner = rank.new(rows * P * F)
+        inner = product(rows * D, L * P * F * D, rows * P * F)
         del given
         active = rank.new(rows * F)
-        y = rank.new(rows * D)
+        y = product(rows * F, L * D * F, rows * D)
         outputs.append(rank.new(T * D) if weights is not None else y)
         del active, y
         return inner
@@ -36,7 +50,7 @@ def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Valu
 
     def backward(grad: Buffer) -> list[Buffer | None]:
         gradient = rank.new(rows * D) if weights is not None else None
-        active = rank.new(rows * F)
+        active = product(rows * D, L * D * F, rows * F)
         grad_inner = rank.new(rows * P * F)
         if rank.defers:
             rank.deferred.append((gradient or grad, active, grad_inner, x.buffer, up.buffer, down.buffer, *plan))
@@ -46,7 +60,7 @@ def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Valu
         given = rank.new(rows * D) if weights is not None and not rank.defers else None
         grad_up = None if rank.defers else rank.new(L * P * F * D)
         del given
-        grad_rows = rank.new(rows * D)
+        grad_rows = product(rows * P * F, L * P * F * D, rows * D)
         if weights is not None:
             summed = rank.new(T * D)
             grad_rows = summed

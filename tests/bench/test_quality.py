@@ -9,8 +9,9 @@ import pytest
 from forked_runs import forked
 from tiny_run import TINY_RUN
 from tokenyard.bench.quality.__main__ import laboratory, main, parse
-from tokenyard.bench.quality.plan import BOUND, DENSE, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
+from tokenyard.bench.quality.plan import BOUND, DENSE, FP8, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
 from tokenyard.bench.quality.runs import Lab, complete, crossing, deviation
+from tokenyard.moe.config import Products
 from tokenyard.moe.param_count import count
 
 
@@ -18,6 +19,7 @@ from tokenyard.moe.param_count import count
 def test_a_token_passes_as_many_parameters_in_every_variant(size: str):
     found = models(SIZES[size], variants(SIZES[size]))
     dense = active(found[DENSE])
+    assert {name for name, model in found.items() if model.products is not Products.wide} == set(FP8)
     assert {name for name, model in found.items() if abs(active(model) / dense - 1) > BOUND} == set()
     held = {count(model).experts for name, model in found.items() if name != DENSE}
     assert len(held) == 1, "all variants hold as many weights of routed experts"
@@ -74,7 +76,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Six steps of two variants, with one seed."""
     monkeypatch.setenv("TOKENYARD_CACHE", str(folder / "cache"))
-    words = ["--variants", "expert-choice", "--seeds", "1", "--steps", "6", "--rates", "1e-2", "--shorter", "--rounds", "1"]
+    words = [
+        "--variants",
+        "expert-choice",
+        "fp8-exchange",
+        "--seeds",
+        "1",
+        "--steps",
+        "6",
+        "--rates",
+        "1e-2",
+        "--shorter",
+        "--rounds",
+        "1",
+    ]
     # Narrower than this the router is too large a part.
     tiny = ["model.width=64" if word.startswith("model.width") else word for word in TINY_RUN if "moe.hidden" not in word]
     return [*tiny, "evaluate.sequences=8", *words, "--out", str(folder / "out")]
@@ -98,6 +113,8 @@ def test_runs_and_results(words: list[str], folder: Path, capsys: pytest.Capture
     assert dense["cost"] == dense["flops"] == 1 and dense["shares"] == [pytest.approx(1)] and dense["below_dense"] == [0]
     assert top_2["cost"] > 0 and top_2["flops"] == pytest.approx(1, abs=BOUND) and top_2["imbalance"] > 1
     assert top_2["losses"] != dense["losses"] and found["shorter"]["1"]["losses"] == top_2["losses"]
+    (above,), narrow = found["variants"]["fp8-exchange"]["above_tuned"], found["variants"]["fp8-exchange"]["losses"]
+    assert 0 < abs(above) < 0.1 and above == narrow[0] - top_2["losses"][0]
     assert len(found["causal"]) == 1 and found["causal"] != found["variants"]["expert-choice"]["losses"]
     assert (folder / "out" / "quality-6.png").stat().st_size > 10_000
 

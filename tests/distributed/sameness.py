@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from tokenyard.moe.config import ModelConfig
 from tokenyard.parallel.apply import Parallel, local
-from tokenyard.parallel.config import ContextExchange, Exchange, Overflow, ParallelConfig, PipelineSchedule, Recompute
+from tokenyard.parallel.config import (
+    ContextExchange,
+    Exchange,
+    ExchangeDtype,
+    Overflow,
+    ParallelConfig,
+    PipelineSchedule,
+    Recompute,
+)
 from tokenyard.parallel.mesh import build_mesh
 from tokenyard.parity import choose_layouts as layouts
 from tokenyard.parity import observe
@@ -63,6 +71,7 @@ class Case(NamedTuple):
     steps: int = STEPS
     length: int = LENGTH
     documents: bool = False
+    exchange_dtype: ExchangeDtype = ExchangeDtype.wide
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
@@ -141,6 +150,7 @@ def configured(layout: Layout, case: Case) -> Config:
         optimizer=OptimizerConfig(lr=0.01, clip_norm=None),
     )
     config.data.mask_documents = case.documents
+    config.parallel.exchange_dtype = case.exchange_dtype
     return spread(layout, case.micro_batches).applied(config)
 
 

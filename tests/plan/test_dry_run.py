@@ -109,3 +109,19 @@ def test_operators_and_host_waits(one: StepFacts, folded: StepFacts) -> None:
     assert one.waits == {"flags, loss and norm": 1}
     assert folded.waits == {"flags, loss and norm": 1, "rows of each rank": 2 * layers}
     assert one.launches == sum(one.operators.values())
+
+
+def test_tokens_in_e4m3_are_counted_as_they_travel(apart: Callable[..., Any]) -> None:
+    """In products in FP8, too, the host waits for nothing."""
+    words = f"{TINY} batch.sequences=2 parallel.expert=2"
+    wide, narrow = (
+        apart(facts_of, each, 0, 2)
+        for each in (words, f"{words} parallel.exchange_dtype=fp8 model.products=mxfp8 model.moe.products=fp8_rowwise")
+    )
+    c, rows = compose(words.split()).model, 256 * compose(words.split()).model.moe.top_k
+    sent = {each.dtype: each.bytes for each in narrow.traffic if (each.phase, each.kind) == ("forward", "alltoall")}
+    before = {each.dtype: each.bytes for each in wide.traffic if (each.phase, each.kind) == ("forward", "alltoall")}
+    layers = sum(map(c.moe_layer, range(c.layers)))
+    assert sent["uint8"] == layers * rows * (c.width + -(-c.width // 128))
+    assert before["bfloat16"] - sent["bfloat16"] == layers * rows * 2 * c.width
+    assert narrow.waits == wide.waits

@@ -28,6 +28,12 @@ PAIRS = {
         0,
     ),
     "exchange": ("model=olmoe_1b_7b model.layers=2 batch.sequences=16 parallel.expert=16 parallel.exchange=deduplicated", 16, 0),
+    "fp8": (
+        "model=qwen3_30b_a3b model.layers=2 model.vocabulary=1024 batch.sequences=8 model.moe.products=fp8_blockwise "
+        "parallel.shard=8",
+        8,
+        0,
+    ),
     "context": ("model=qwen3_30b_a3b model.layers=2 batch.sequences=4 parallel.context=2 parallel.shard=8 parallel.expert=2", 8, 1),
 }
 FEW = PAIRS if os.environ.get("TOKENYARD_TESTS") == "all" else ["expert", "folded", "pipeline"]

@@ -3,7 +3,7 @@
 import pytest
 from tokenyard.moe.config import ModelConfig, MoEConfig
 from tokenyard.moe.param_count import count
-from tokenyard.parallel.config import ContextExchange, ParallelConfig, PipelineSchedule, Recompute
+from tokenyard.parallel.config import ContextExchange, ExchangeDtype, ParallelConfig, PipelineSchedule, Recompute
 from tokenyard.plan.gpu_cluster import Cluster
 from tokenyard.plan.model_work import ModelWork
 from tokenyard.plan.workload import LinkBytes, StepBatch, Workload, workload
@@ -116,3 +116,12 @@ def test_elementwise_bytes() -> None:
     # Twice as much is read and written of each input of a product that becomes fp8.
     assert found.quantized_bytes == 3 * 2 * LENGTH * 2 * 4 * (2 * 64 + 2 * (64 + 32))
     assert counts(ParallelConfig(recompute=Recompute.selective), 1).elementwise_bytes == 4 * 2 * LENGTH * forward
+
+
+@pytest.mark.parametrize(("recompute", "share"), [(Recompute.none, 1 / 4), (Recompute.block, 2 / 6)])
+def test_tokens_in_e4m3(recompute: Recompute, share: float) -> None:
+    """The share of the ways of rows that is the one to the experts has a byte for a number, and one for 128 of them."""
+    wide, narrow = (
+        counts(ParallelConfig(expert=8, recompute=recompute, exchange_dtype=dtype), 8).exchange.inside for dtype in ExchangeDtype
+    )
+    assert narrow / wide == pytest.approx(1 - share * (1 - 129 / 256))

@@ -6,9 +6,10 @@ from enum import Enum
 from importlib.util import find_spec
 from operator import attrgetter
 
-from ....moe.config import AttentionKind, DropPolicy, ModelConfig, Selection
-from ....parallel.config import DEEPEP_LACKS, ContextExchange, Exchange, Overflow, PipelineSchedule, Recompute
-from ....parallel.layout import node_ranks
+from ....moe.config import AttentionKind, DropPolicy, ModelConfig, Products, Selection
+from ....moe.param_shapes import block_shapes
+from ....parallel.config import DEEPEP_LACKS, ContextExchange, Exchange, ExchangeDtype, Overflow, PipelineSchedule, Recompute
+from ....parallel.layout import node_ranks, sliced_dim
 from ..config import Config, EngineKind, Precision
 from ..environment import local_world_size
 from ..launch import Launcher
@@ -110,6 +111,9 @@ def exchange(config: Config, world: int) -> Iterator[Violation]:
         yield Violation(
             "parallel.node_ranks", f"must be null, only parallel.exchange={Exchange.hierarchical.value} reads it", [None]
         )
+    if p.exchange_dtype is ExchangeDtype.fp8 and p.exchange in (Exchange.symmetric, Exchange.deepep):
+        rule = f"must be wide with parallel.exchange={p.exchange.value}, whose kernels move rows of bf16"
+        yield Violation("parallel.exchange_dtype", rule, [ExchangeDtype.wide])
     if p.exchange is Exchange.deepep:
         yield from _deepep(config)
     if p.exchange is Exchange.symmetric:
@@ -263,3 +267,35 @@ def expert_tensor(config: Config, world: int) -> Iterator[Violation]:
             else f"must divide the {holders} ranks{' that hold each expert' if expert else ''}{expert}"
         )
         yield Violation(key, rule, {degree, *divisors(holders)})
+
+
+def products(config: Config, world: int) -> Iterator[Violation]:
+    """Checks that ranks cut the operands of products in FP8 where blocks with a scale of their own begin."""
+    p, c = config.parallel, config.model
+    experts = {"model.moe.hidden": c.moe.hidden} if moe_blocks(c) else {}
+    settings = (
+        ("parallel.tensor", p.tensor, "model.products", c.products, _cut_weights(c)),
+        ("parallel.expert_tensor", p.expert_tensor, "model.moe.products", c.moe.products, experts),
+    )
+    for key, degree, setting, kind, sizes in settings:
+        with_ = f"with {setting}={kind.value}"
+        if kind is Products.fp8_rowwise and degree > 1 and sizes:
+            yield Violation(key, f"must be 1 {with_}, whose scales are of whole rows", [1])
+        if kind.block is None:
+            continue
+        for name, size in sizes.items():
+            if degree > 1 and size % (degree * kind.block):
+                fitting = [each for each in divisors(degree) if not any(size % (each * kind.block) for size in sizes.values())]
+                yield Violation(key, f"must cut {name}={size} into multiples of {kind.block} {with_}", {1, *fitting})
+
+
+def _cut_weights(c: ModelConfig) -> dict[str, int]:
+    """Returns the sliced sizes of weights, by name, that model.products is about."""
+    found: dict[str, int] = {}
+    for index in range(c.layers + c.mtp_depth):
+        for name, shape in block_shapes(c, index).items():
+            dim = sliced_dim(name, c)
+            of_attention = name.startswith("attention.") and not c.linear_layer(index)
+            if dim is not None and len(shape) > 1 and (of_attention or name.startswith("dense.")):
+                found[name] = shape[dim]
+    return found

@@ -165,6 +165,7 @@ LAYOUT_RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     parallel_rules.pipeline,
     parallel_rules.recompute,
     parallel_rules.cuda_graph,
+    parallel_rules.products,
 ]
 
 RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
