@@ -16,12 +16,15 @@ from ..moe.generation import generate
 from ..moe.model import Transformer
 from ..moe.param_count import count
 from ..moe.router import Router
+from ..parallel.apply import Parallel
 from ..parallel.config import ParallelConfig
+from ..parallel.mesh import build_mesh
 from ..parallel.process_group import pick_device
 from .config.config import Config, ConfigError, EngineConfig, SampleConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
 from .derive import DTYPES, derive, set_products
+from .downstream.scorer import Scorer
 from .resume import as_checkpoint
 from .session import Session
 from .setup import build_engine, build_saver, open_data_on_all_ranks, spread_model
@@ -175,10 +178,22 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     return Session(config, checkpoint.parent, parallel.device, data, parallel, build_engine(config, parallel), saver)
 
 
+def open_for_scoring(path: str, rows: int) -> Scorer:
+    """Returns what scores and continues texts with the model of a checkpoint, `rows` at a time, on one device. No data are read.
+
+    `path` may also be a Hugging Face folder, or the name of one in the hub's cache. Raises ValueError, one line, for anything else.
+    """
+    opened = open_checkpoint(path)
+    device = opened.model.get_parameter("embedding.weight").device
+    parallel = Parallel(opened.model, build_mesh(ParallelConfig()), device)
+    return Scorer(parallel, opened.tokenizer, opened.config.sequence_length, rows)
+
+
 def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
     """Returns the settings of model, tokenizer and evaluation in a checkpoint's configuration, without the places to read from."""
     plain = plain_config(stored)
     kept = {name: plain[name] for name in ("model", "sequence_length", "precision", "seed", "batch", "evaluate")}
+    kept["evaluate"]["tasks"] = []  # files, or names that would be looked up
     kept["data"] = {name: value for name, value in plain["data"].items() if name not in PLACES}
     return kept | {"tokenizer": settings_of_saved(tokenizer) if tokenizer.is_dir() else {"kind": plain["tokenizer"]["kind"]}}
 

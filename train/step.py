@@ -257,7 +257,11 @@ def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
     targets = [targets_ahead(rows, depth) for depth in range(parallel.model.config.mtp_depth + 1)]
     if parallel.mesh.sizes["context"] > 1:
         targets = [own_chunks(target_BS, parallel.mesh.context) for target_BS in targets]
-    return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
+    scores = [rows.scores, *[None] * parallel.model.config.mtp_depth]
+    settings = {"ignore": IGNORE, "axis": parallel.mesh.tensor}
+    return [
+        partial(head_loss, targets=targets_BS, scores_2T=each, **settings) for targets_BS, each in zip(targets, scores, strict=True)
+    ]
 
 
 def update_expert_biases(parallel: Parallel, counts_LE: Tensor, position: BatchPosition | None) -> None:

@@ -19,6 +19,8 @@ TRACKERS = ("wandb", "tensorboard", "trackio", "jsonl", "none")
 OPTIONAL = ("tensorboard", "trackio")
 """Trackers whose packages are extras of tokenyard, with the same names."""
 
+PROBE_TOKENS = 64
+"""The longest questions of the probes take about as many bytes, each a token at worst."""
 BYTE_PIECES = 259
 """256 bytes and 3 special tokens."""
 
@@ -96,6 +98,26 @@ def trackers(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("tracker.names", f"{name} is not installed here, `pip install tokenyard[{name}]` does", [rest])
 
 
+def downstream(config: Config, world: int) -> Iterator[Violation]:
+    """Checks what the probes and tasks of an evaluation need."""
+    evaluate = config.evaluate
+    if evaluate.probes and config.sequence_length < PROBE_TOKENS:
+        rule = f"needs sequence_length of at least {PROBE_TOKENS}, in which its questions fit, and it is {config.sequence_length}"
+        yield Violation("evaluate.probes", rule, [0])
+    if evaluate.tasks and find_spec("lm_eval") is None:
+        yield Violation("evaluate.tasks", "needs lm-eval, which is not installed here, `pip install tokenyard[lm-eval]` does", [[]])
+    for name in evaluate.tasks:
+        if name.endswith((".yaml", ".yml")) and not Path(name).expanduser().is_file():
+            yield Violation(
+                "evaluate.tasks", f"has {name}, and there is no such file", [[other for other in evaluate.tasks if other != name]]
+            )
+    for key in ("tasks_every", "tasks_limit"):
+        if getattr(evaluate, key) is not None and not evaluate.tasks:
+            yield Violation(f"evaluate.{key}", "needs evaluate.tasks, which has none", [None])
+    if config.sample.every and not (config.sample.prompt or config.sample.prompts):
+        yield Violation("sample.every", "needs sample.prompt or sample.prompts, and both are empty", [0])
+
+
 def local_tier(config: Config, world: int) -> Iterator[Violation]:
     folder, run = config.checkpoint.local.folder, config.run.dir
     if (
@@ -159,6 +181,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     data,
     schedule,
     trackers,
+    downstream,
     local_tier,
     *LAYOUT_RULES,
     batch,
