@@ -1,5 +1,6 @@
 """Opens a checkpoint on one device, whatever layout wrote it, and continues text with it."""
 
+import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from .weight_source import HF_TOKENIZERS, hf_folder, hf_tokenizer
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
 """Settings of `data` that say where to read."""
+LONGEST = 2048
+"""Tokens of a sequence for a Hugging Face model that does not say how many it can take."""
 SAMPLE_LIMIT = 2_000_000_000
 """Models with more parameters than this are not opened on one device for the sample at the end of a run."""
 
@@ -98,9 +101,16 @@ def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
     config, tokenizer = Config(), _hf_tokenizer(path)
     derive(config, device)
     model = load_folder(path, config.precision.value, str(device))
-    config.model = model.config
+    config.model, config.sequence_length = model.config, _longest(path)
     _refuse_larger(tokenizer, model.config, path)
     return OpenedCheckpoint(model, tokenizer, config, path)
+
+
+def _longest(folder: Path) -> int:
+    """Returns the tokens of a sequence that the config.json of a folder allows; LONGEST if it does not say."""
+    about = json.loads((folder / "config.json").read_text())
+    length = about.get("text_config", about).get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 1 else LONGEST
 
 
 def _hf_tokenizer(folder: Path) -> Tokenizer:

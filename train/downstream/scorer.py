@@ -129,7 +129,7 @@ class Scorer:
                 forward_heads(self.parallel, batch, self._valid(batch), [partial(_keep_logits, kept, last_BS)])
             for rows_R, logits_RV in kept:
                 columns = logits_RV.shape[1]
-                chosen_R = torch.tensor(own, device=device)[rows_R]
+                chosen_R = torch.tensor(own, dtype=torch.int64, device=device)[rows_R]
                 found[chosen_R, mesh.tensor.rank * columns : (mesh.tensor.rank + 1) * columns] = logits_RV
         return sum_over(found, mesh.everyone)
 
