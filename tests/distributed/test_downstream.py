@@ -46,6 +46,9 @@ ROWS = [
 """One is longer than a sequence; together they fill more than a batch."""
 
 
+PROMPTS = [[2, 68], [2, 80, 81, 82]]
+
+
 class Judged(NamedTuple):
     evaluation: Evaluation
     samples: list[Sample]
@@ -75,8 +78,13 @@ def opened(folder: Path, overrides: list[str]) -> Session:
 def judged(folder: Path, overrides: list[str]) -> Judged:
     session = opened(folder, overrides)
     scorer, state = scorer_of(session), torch.get_rng_state()
-    greedy = scorer.continuations([[2, 68], [2, 80, 81, 82]], Sampling(6))
-    found = Judged(judge(session), write_samples(session, scorer), greedy, scorer.score(ROWS))
+    greedy = scorer.continuations(PROMPTS, Sampling(6))
+    likeliest = [
+        TokenRow([*prompt, *written[:place]], len(prompt) + place - 1)
+        for prompt, written in zip(PROMPTS, greedy, strict=True)
+        for place in range(1, len(written) + 1)
+    ]
+    found = Judged(judge(session), write_samples(session, scorer), greedy, scorer.score([*ROWS, *likeliest]))
     assert torch.equal(torch.get_rng_state(), state) and session.parallel.model.training
     session.close()
     return found
@@ -94,6 +102,7 @@ def test_a_layout_has_the_results_of_one_process(ranks: Any, tmp_path: Path, nam
             assert found.evaluation.sources[source] == pytest.approx(tuple(losses), rel=1e-12), source
         assert (found.samples, found.greedy) == (expected.samples, expected.greedy)
         assert [score.greedy for score in found.scores] == [score.greedy for score in expected.scores]
+        assert {score.greedy for score in expected.scores} == {True, False}
         likelihoods = [score.log_likelihood for score in expected.scores]
         assert [score.log_likelihood for score in found.scores] == pytest.approx(likelihoods, rel=1e-12)
 
@@ -121,7 +130,7 @@ def test_validation_by_plain_counting(tmp_path: Path, mixed: list[str], expected
 def test_scores_and_continuations_by_the_logits(tmp_path: Path, expected: Judged, mixed: list[str]) -> None:
     session = opened(tmp_path, mixed)
     model = session.parallel.model.eval()
-    for row, score in zip(ROWS, expected.scores, strict=True):
+    for row, score in zip(ROWS, expected.scores, strict=False):
         ids = row.ids[-65:]
         first = row.first - (len(row.ids) - len(ids))
         with torch.no_grad():
@@ -131,7 +140,7 @@ def test_scores_and_continuations_by_the_logits(tmp_path: Path, expected: Judged
         assert score.log_likelihood == pytest.approx(likelihood, rel=1e-10)
         assert score.greedy == bool((logits_SV.argmax(-1) == targets_S)[first - 1 :].all())
     scorer = scorer_of(session)
-    for prompt, written in zip([[2, 68], [2, 80, 81, 82]], expected.greedy, strict=True):
+    for prompt, written in zip(PROMPTS, expected.greedy, strict=True):
         for place in range(len(written)):
             with torch.no_grad():
                 logits_V = model(torch.tensor([[*prompt, *written[:place]]]))[0, -1]
