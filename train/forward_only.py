@@ -7,9 +7,11 @@ from ..parallel.apply import Parallel
 from ..parallel.pipeline.p2p import StageMessage
 from ..parallel.pipeline.run import run_forward
 from ..parallel.pipeline.stage_model import between_stages
+from ..parallel.progress import in_phase
 from .batch import Rows
 
 
+@in_phase("forward")
 def forward_heads(parallel: Parallel, rows: Rows, valid_BS: Tensor, heads: list[HeadLoss]) -> None:
     """Runs the model on rows for what `heads` and hooks keep, without the losses of a step. `valid_BS`: see Transformer.forward."""
     pipeline = parallel.pipeline

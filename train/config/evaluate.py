@@ -16,7 +16,7 @@ class EvaluateConfig:
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-eval: YAML files, folders of them, or names of lm-eval's own, which read their data from the hub."""
     tasks_every: int | None = field(default=None, metadata=within("[1, inf)"))
-    """Steps between runs of the tasks, which also follow the last step; null: they follow each evaluation."""
+    """Steps between runs of the tasks, each with an evaluation, and one after the last step; null: they follow each evaluation."""
     tasks_limit: int | None = field(default=None, metadata=within("[1, inf)"))
     """Questions of each task; null: all."""
 
