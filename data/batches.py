@@ -133,7 +133,7 @@ class ValidationBatches:
             yield Batch(ids_BS, targets_BS)
 
     def sources(self, sequences: int, rows: range) -> list[int]:
-        """Returns for each of the `rows` of the first global batch the source that it begins in, as an index of `source_names`."""
+        """Returns for each of the `rows`, counted over all batches, the source that it begins in, as an index of `source_names`."""
         order = self._first(sequences)
         starts = order[np.minimum(np.array(rows, dtype=np.int64), len(order) - 1)] * self._length
         return np.searchsorted(self._ends, starts, side="right").tolist()

@@ -4,16 +4,19 @@ Text that looks like a special token is ordinary text, except in a prompt.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import xxhash
 
 from .checks import refuse_outside
 from .tokenizer_path import COMPANIONS, SPECIAL_TOKENS, TOKENIZER_CONFIG, TOKENIZER_JSON
 from .tokenizer_types import Tokenizer, save_about
 
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 LARGEST_COMPANION = 1 << 24
 USUAL_ENDS = (
     "<|endoftext|>",
@@ -86,6 +89,28 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._library.decode(list(ids), skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        found, special = np.zeros(self.size, np.int64), {token.content for token in self._added() if token.special}
+        by_bytes = "ByteLevel" in str(self._library.decoder)  # each character of a token then stands for a byte
+        added = {token.content for token in self._added()}
+        anchor = self.encode("a")
+        before = len(self._library.decode(anchor).encode())
+        for token, index in self._library.get_vocab(with_added_tokens=True).items():
+            if token in special:
+                continue
+            if BYTE_TOKEN.fullmatch(token):
+                found[index] = 1
+            elif token in added:
+                found[index] = len(token.encode())
+            elif by_bytes:
+                found[index] = len(token)
+            else:
+                found[index] = len(self._library.decode([*anchor, index], skip_special_tokens=False).encode()) - before
+        return found
+
+    def _added(self) -> list[Any]:
+        return list(self._library.get_added_tokens_decoder().values())
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

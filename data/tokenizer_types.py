@@ -54,6 +54,14 @@ class Tokenizer(ABC):
         """The text of `ids` in [0, size), without special tokens; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """Returns the UTF-8 bytes of text that each id stands for, (size,) int64; 0 for special tokens.
+
+        Where ids decode to the exact text, those of a text add up to its bytes. Otherwise they are bytes of the decoded text, and a
+        space that the tokenizer puts before a text counts.
+        """
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write into `folder`, made if missing, what `load_tokenizer` reads."""
 
@@ -93,6 +101,17 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
+    def byte_lengths(self) -> np.ndarray:
+        model, found = self._processor, np.zeros(self.size, np.int64)
+        for index in range(self.size):
+            if model.is_byte(index):
+                found[index] = 1
+            elif model.is_unknown(index):
+                found[index] = len(model.decode([index]).encode())
+            elif not model.is_control(index):
+                found[index] = len(model.id_to_piece(index).replace(SPACE_MARK, " ").encode())
+        return found
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self.model)
@@ -119,6 +138,9 @@ class BytesTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(index - 3 for index in ids if index >= 3).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.size) >= 3).astype(np.int64)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -77,10 +77,15 @@ def generate(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    parser = OneLineParser("tokenyard evaluate", description="Validation loss of a checkpoint.")
+    parser = OneLineParser("tokenyard evaluate", description="Validation loss of a checkpoint, or its results in tasks of lm-eval.")
     parser.add_argument("checkpoint", help="folder of a checkpoint, of a run or of Hugging Face, or a name in the hub's cache")
     parser.add_argument("overrides", nargs="*", help="key=value, as for tokenyard train")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--tasks", metavar="A,B", help="YAML files, folders of them or names of lm-eval's, instead of the validation"
+    )
+    parser.add_argument("--limit", type=positive, help="questions of each task (all)")
+    parser.add_argument("--batch", type=positive, default=16, help="rows that are scored at a time (%(default)s)")
+    arguments = parser.parse_intermixed_args(argv)
     if code := _unreadable(arguments.checkpoint):
         return code
     from .evaluate import evaluate_command
@@ -276,7 +281,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard train [group=option ...] [key=value ...]     train; -m sweeps, --cfg job prints the settings, --from RUN takes a run's
   tokenyard parity [group=option ...] [key=value ...]    one model on many layouts: the same numbers, or where they differ
   tokenyard generate CHECKPOINT --prompt TEXT            continue a text with a trained model
-  tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model
+  tokenyard evaluate CHECKPOINT [key=value ...]          validation loss of a trained model; --tasks: lm-eval's
   tokenyard checkpoint inspect|verify|diff PATH [PATH]   what a checkpoint holds, whether it is whole, how two differ
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint

@@ -46,11 +46,25 @@ SPINE = (
         "step_flags",
         "optimizer",
     ),
-    *("loss", "batch", "exit", "step", "cuda_graph", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
+    *(
+        "loss",
+        "batch",
+        "forward_only",
+        "exit",
+        "step",
+        "cuda_graph",
+        "engine",
+        "deepspeed",
+        "session",
+        "checkpointing",
+        "evaluation",
+        "downstream",
+        "show",
+    ),
     *("logging", "resume", "local_saves", "initial_weights", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
 )
 """The folders and modules of train/ from the ground up: each may import those before it."""
-ONE_FILE_EACH = ("deepspeed", "wandb", "tensorboard", "trackio", "datasets", "transformers")
+ONE_FILE_EACH = ("deepspeed", "wandb", "tensorboard", "trackio", "datasets", "transformers", "lm_eval")
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "torch.load", "torch.save", "hydra.utils.instantiate", "hydra.utils.call"}
 FORBIDDEN_ARGUMENTS = {"allow_pickle", "trust_remote_code"}
 """May be written as False only."""

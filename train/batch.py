@@ -29,6 +29,8 @@ class Rows(NamedTuple):
     """The index of each token's document in its row, if attention stays inside documents."""
     valid: list[int] | None = None
     """The result of `valid_targets`, if the host has counted them before they went to the device."""
+    scores: Tensor | None = None
+    """(2, tokens whose logits this rank computes): receives what `head_loss` stores of each."""
 
 
 class NextRows(NamedTuple):

@@ -1,5 +1,6 @@
 """Opens a checkpoint on one device, whatever layout wrote it, and continues text with it."""
 
+import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,15 @@ from ..moe.generation import generate
 from ..moe.model import Transformer
 from ..moe.param_count import count
 from ..moe.router import Router
+from ..parallel.apply import Parallel
 from ..parallel.config import ParallelConfig
+from ..parallel.mesh import build_mesh
 from ..parallel.process_group import pick_device
 from .config.config import Config, ConfigError, EngineConfig, SampleConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
 from .derive import DTYPES, derive, set_products
+from .downstream.scorer import Scorer
 from .resume import as_checkpoint
 from .session import Session
 from .setup import build_engine, build_saver, open_data_on_all_ranks, spread_model
@@ -31,6 +35,8 @@ from .weight_source import HF_TOKENIZERS, hf_folder, hf_tokenizer
 PRECISIONS = {precision.value: dtype for precision, dtype in DTYPES.items()}
 PLACES = ("path", "name", "subset", "split", "revision", "pattern", "mix", "cache")
 """Settings of `data` that say where to read."""
+LONGEST = 2048
+"""Tokens of a sequence for a Hugging Face model that does not say how many it can take."""
 SAMPLE_LIMIT = 2_000_000_000
 """Models with more parameters than this are not opened on one device for the sample at the end of a run."""
 
@@ -95,9 +101,16 @@ def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
     config, tokenizer = Config(), _hf_tokenizer(path)
     derive(config, device)
     model = load_folder(path, config.precision.value, str(device))
-    config.model = model.config
+    config.model, config.sequence_length = model.config, _longest(path)
     _refuse_larger(tokenizer, model.config, path)
     return OpenedCheckpoint(model, tokenizer, config, path)
+
+
+def _longest(folder: Path) -> int:
+    """Returns the tokens of a sequence that the config.json of a folder allows; LONGEST if it does not say."""
+    about = json.loads((folder / "config.json").read_text())
+    length = about.get("text_config", about).get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 1 else LONGEST
 
 
 def _hf_tokenizer(folder: Path) -> Tokenizer:
@@ -175,10 +188,22 @@ def open_for_evaluation(path: str, overrides: list[str]) -> Session:
     return Session(config, checkpoint.parent, parallel.device, data, parallel, build_engine(config, parallel), saver)
 
 
+def open_for_scoring(path: str, rows: int) -> Scorer:
+    """Returns what scores and continues texts with the model of a checkpoint, `rows` at a time, on one device. No data are read.
+
+    `path` may also be a Hugging Face folder, or the name of one in the hub's cache. Raises ValueError, one line, for anything else.
+    """
+    opened = open_checkpoint(path)
+    device = opened.model.get_parameter("embedding.weight").device
+    parallel = Parallel(opened.model, build_mesh(ParallelConfig()), device)
+    return Scorer(parallel, opened.tokenizer, opened.config.sequence_length, rows)
+
+
 def _described(stored: Config, tokenizer: Path) -> dict[str, Any]:
     """Returns the settings of model, tokenizer and evaluation in a checkpoint's configuration, without the places to read from."""
     plain = plain_config(stored)
     kept = {name: plain[name] for name in ("model", "sequence_length", "precision", "seed", "batch", "evaluate")}
+    kept["evaluate"]["tasks"] = []  # files, or names that would be looked up
     kept["data"] = {name: value for name, value in plain["data"].items() if name not in PLACES}
     return kept | {"tokenizer": settings_of_saved(tokenizer) if tokenizer.is_dir() else {"kind": plain["tokenizer"]["kind"]}}
 

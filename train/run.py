@@ -20,7 +20,9 @@ from .config.complain import complain, say
 from .config.config import Config
 from .config.environment import launch_id
 from .config.private_files import CannotWrite
-from .evaluation import Evaluation, evaluate_session
+from .downstream.judge import judge, scorer_of
+from .downstream.samples import write_samples
+from .evaluation import Evaluation
 from .exit import ExitCode, RunStop, report_failure, report_stop
 from .fault_tolerance.dry_step import dry_step
 from .fault_tolerance.recovery import recover, run_step
@@ -118,12 +120,14 @@ def train(session: Session, run_logger: RunLogger, supervisor: Supervisor, profi
         stopwatch.tokens += numbers.tokens
         intervals, tokens, waits = stopwatch.take() if due.log else ([], 0, Waits(0.0, 0.0))
         with stopwatch.paused():
-            evaluation = validate(session, run_logger) if due.validate else None
+            evaluation = validate(session, run_logger, due.tasks) if due.validate or due.tasks else None
             if due.log:
                 data_wait, counters = session.batch_loader.waited(), session.data.train.metrics(session.step)
                 snapshot = expert_stats.snapshot(numbers, due.validate, due.save)
                 timing, ranks_2K = (intervals, tokens, data_wait), rank_stats.over_ranks(waits)
                 run_logger.log_step(StepLog(session.step, numbers, lr, *timing, counters, evaluation, snapshot, ranks_2K))
+            if due.sample:
+                sample(session, run_logger)
             session.validation_loss = {session.step: evaluation.loss} if evaluation else {}
             flags = numbers.global_flags
             profiler.after_step(session.step, flags.snapshot > 0)
@@ -194,10 +198,18 @@ def log_read_failures(data: DataPipeline, step: int, run_logger: RunLogger) -> N
 
 
 @in_phase("evaluation")
-def validate(session: Session, run_logger: RunLogger) -> Evaluation:
-    """Runs a validation pass, whose time does not count as training."""
+def validate(session: Session, run_logger: RunLogger, tasks: bool = True) -> Evaluation:
+    """Runs a validation pass, whose time does not count as training. Collective."""
     with run_logger.timed("evaluation"):
-        return evaluate_session(session)
+        return judge(session, tasks)
+
+
+@in_phase("evaluation")
+def sample(session: Session, run_logger: RunLogger) -> None:
+    """Continues the prompts of `sample` with the weights of this step. Collective."""
+    with run_logger.timed("evaluation"):
+        for prompt, text in write_samples(session, scorer_of(session)):
+            run_logger.log_sample(prompt, text)
 
 
 @in_phase("save")
@@ -256,6 +268,8 @@ class Due(NamedTuple):
     save: bool
     save_locally: bool
     log: bool
+    tasks: bool
+    sample: bool
 
 
 def due_after(step: int, config: Config, expert_stats: ExpertStats) -> Due:
@@ -267,7 +281,10 @@ def due_after(step: int, config: Config, expert_stats: ExpertStats) -> Due:
     validates, saves = due(config.evaluate.every), due(config.checkpoint.every)
     local = config.checkpoint.local
     locally = local.folder is not None and step % local.every == 0
-    return Due(validates, saves, locally, due(config.log.every) or validates or saves or expert_stats.due(step))
+    every = config.evaluate.tasks_every
+    tasks = bool(config.evaluate.tasks) and (validates if every is None else due(every))
+    logs = due(config.log.every) or validates or saves or tasks or expert_stats.due(step)
+    return Due(validates, saves, locally, logs, tasks, bool(config.sample.every) and step % config.sample.every == 0)
 
 
 def complain_once(error: Exception, code: int = ExitCode.bad_configuration) -> int:

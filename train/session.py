@@ -47,6 +47,8 @@ class Session:
     """The loss of this step's validation, by step; empty if there was none."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The training loop's own state, plain JSON that checkpoints contain."""
+    tasks: dict[str, Any] | None = None
+    """The tasks of evaluate.tasks as lm-eval has loaded them; None without any."""
     lock: RunLock | None = None
     """The lock of the run folder, which no other job may use; None on all ranks but the first."""
 
@@ -58,6 +60,14 @@ class Session:
     @functools.cached_property
     def batch_loader(self) -> BatchLoader:
         return BatchLoader(self.config, self.data, self.parallel.mesh.data, self.micro, self.device)
+
+    @functools.cached_property
+    def token_bytes(self) -> torch.Tensor:
+        """The bytes of text that each token id stands for, (V,) int64 on the device; 0 for ids that the tokenizer lacks."""
+        found = torch.zeros(self.config.model.vocabulary, dtype=torch.int64)
+        lengths = torch.from_numpy(self.data.tokenizer.byte_lengths())
+        found[: len(lengths)] = lengths
+        return found.to(self.device)
 
     @functools.cached_property
     def shown_config(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
 from .cuda_graph import MicroBatchGraph
 from .derive import DTYPES, derive, set_products
+from .downstream.tasks import open_tasks
 from .engine import Engine, TorchEngine
 from .exit import remove_notes
 from .initial_weights import load_initial
@@ -82,6 +84,7 @@ def open_session(config: Config, device: torch.device) -> Session:
         session.engine.optimizer.register_step_pre_hook(tier.wait_for_copies)
         tier.clear(but=session.step if newer is not None else None)
     keep_timeline(session)
+    session.tasks = open_tasks_on_all_ranks(config)
     return session
 
 
@@ -139,6 +142,24 @@ def open_data_on_all_ranks(config: Config, ranks: TokenizingRanks | None = None)
             raise failures[0]
     assert data is not None
     return data
+
+
+def open_tasks_on_all_ranks(config: Config) -> dict[str, Any] | None:
+    """Loads evaluate.tasks on rank 0, which may have to convert their data, and then on the others. Collective.
+
+    All ranks raise the ConfigError of one that cannot.
+    """
+    tasks, failure = None, None
+    for others in (False, True) if config.evaluate.tasks else ():
+        if is_first() != others:
+            try:
+                tasks = open_tasks(config.evaluate.tasks)
+            except ConfigError as error:
+                failure = error
+        wait_for_all()
+        if failures := [each for each in from_all(failure) if each is not None]:
+            raise failures[0]
+    return tasks
 
 
 def agree_on_folder(config: Config) -> tuple[Path, RunLock | None]:

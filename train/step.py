@@ -262,7 +262,8 @@ def head_losses(parallel: Parallel, rows: Rows) -> list[HeadLoss]:
     targets = [targets_ahead(rows, depth) for depth in range(parallel.model.config.mtp_depth + 1)]
     if parallel.mesh.sizes["context"] > 1:
         targets = [own_chunks(target_BS, parallel.mesh.context) for target_BS in targets]
-    return [partial(head_loss, targets=target_BS, ignore=IGNORE, axis=parallel.mesh.tensor) for target_BS in targets]
+    loss = partial(head_loss, ignore=IGNORE, axis=parallel.mesh.tensor)
+    return [partial(loss, targets=targets[0], scores_2T=rows.scores), *(partial(loss, targets=each) for each in targets[1:])]
 
 
 def update_expert_biases(parallel: Parallel, counts_LE: Tensor, position: BatchPosition | None) -> None:

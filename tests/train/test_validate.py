@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 
@@ -259,6 +260,12 @@ BAD = [
     (1, "data.max_failed_files=-1", "data.max_failed_files=-1: must be in [0, inf)", "data.max_failed_files=0"),
     (1, "tokenizer.pieces=10000", "tokenizer.pieces=10000: must be at most model.vocabulary=8192", "tokenizer.pieces=8192"),
     (1, "tokenizer=bytes model.vocabulary=100", "model.vocabulary=100: must be at least 259", "model.vocabulary=259"),
+    (1, "evaluate.probes=8 sequence_length=32", "evaluate.probes=8: needs sequence_length of at least 64", "evaluate.probes=0"),
+    (1, "evaluate.tasks_every=5", "evaluate.tasks_every=5: needs evaluate.tasks", "evaluate.tasks_every=null"),
+    (1, "evaluate.tasks_limit=5", "evaluate.tasks_limit=5: needs evaluate.tasks", "evaluate.tasks_limit=null"),
+    (1, "sample.every=5 sample.prompt=''", "sample.every=5: needs sample.prompt or sample.prompts", "sample.every=0"),
+    *[(1, "evaluate.tasks=[a]", "evaluate.tasks=[a]: needs lm-eval, which is not installed", "evaluate.tasks=[]")
+      for _ in range(find_spec("lm_eval") is None)],
     (1, "tracker.names=[wandd,wandb]", "tracker.names=[wandd,wandb]: may hold wandb, tensorboard", "tracker.names=[wandb]"),
     (1, "sample.top_p=0", "sample.top_p=0.0: must be in (0, 1]", "sample.top_p=0.95"),
     (1, "checkpoint.keep=0", "checkpoint.keep=0: must be in [1, inf)", "checkpoint.keep=1"),

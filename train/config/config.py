@@ -9,6 +9,7 @@ from ...data.config import DataConfig, TokenizerConfig
 from ...moe.config import ModelConfig
 from ...parallel.config import ParallelConfig
 from ...ranges import within
+from .evaluate import EvaluateConfig, SampleConfig
 from .launch import LaunchConfig
 
 # The statistics of experts.
@@ -193,14 +194,6 @@ class ScheduleConfig:
 
 
 @dataclass
-class EvaluateConfig:
-    every: int = field(default=250, metadata=within("[0, inf)"))
-    """Steps between evaluations; 0 evaluates only at the end."""
-    sequences: int = field(default=512, metadata=within("[1, inf)"))
-    """Validation sequences of one evaluation."""
-
-
-@dataclass
 class UpcycleConfig:
     experts: int | None = field(default=None, metadata=within("[2, 65536]"))
     """Sparse upcycling: make this many experts of each feed-forward of the dense model of checkpoint.init; null: none."""
@@ -290,18 +283,6 @@ class EngineConfig:
     """deepspeed: the ZeRO stage. 0 shards nothing, 1 the optimizer state, 2 also the gradients."""
     extra: dict[str, Any] = field(default_factory=dict)
     """deepspeed: further settings of its JSON file; the others follow from this configuration."""
-
-
-@dataclass
-class SampleConfig:
-    prompt: str = "def "
-    """The prompt of the sample at the end of a run; empty: no sample."""
-    tokens: int = field(default=64, metadata=within("[0, inf)"))
-    """Tokens of that sample."""
-    temperature: float = field(default=0.8, metadata=within("[0, inf)"))
-    """Sampling temperature; 0 takes the most likely token."""
-    top_p: float = field(default=0.95, metadata=within("(0, 1]"))
-    """Sample from the most likely tokens that together have this probability."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ..exit import ExitCode
 from ..session import Session
 from .console.startup import startup_lines
 from .console.step_line import Eta, fitting_spans, layer_lines
-from .console.summary import Sample, end_lines
+from .console.summary import Sample, end_lines, evaluation_lines, sample_lines
 from .console.text import Printer, Span
 from .environment_info import environment, git_state
 from .expert_stats.alerts import TITLES, Alerts
@@ -69,6 +69,9 @@ class RunLogger:
 
     def flush(self) -> None:
         """Writes the pending step. The host does not wait if the device has finished another step since."""
+
+    def log_sample(self, prompt: str, text: str) -> None:
+        """Logs what the model wrote after a prompt at this step."""
 
     def log_event(self, kind: str, /, **facts: Any) -> None:
         """Writes a line to events.jsonl."""
@@ -225,7 +228,8 @@ class RankZeroLogger(RunLogger):
         self.trackers.log(record)
         self.printer.line(fitting_spans(record, config.steps, self.eta.after(step), self.printer.width))
         if evaluation is not None:
-            self.printer.say(f"step {step}: validation loss {evaluation.loss:.4f} over {evaluation.tokens:,} tokens")
+            for line in evaluation_lines(evaluation):
+                self.printer.say(f"step {step}: {line}")
         if telemetry is not None:
             self.write_telemetry(telemetry, evaluation is not None)
 
@@ -239,6 +243,13 @@ class RankZeroLogger(RunLogger):
             self.printer.lines(layer_lines(record, self.printer.bars))
         for kind, text in self.alerts.check(record):
             self.alert(kind, text, step)
+
+    def log_sample(self, prompt: str, text: str) -> None:
+        step = self.session.step
+        self.flush()
+        self.log_event("sample", step=step, prompt=prompt, text=text)
+        self.trackers.sample(step, prompt, text)
+        self.printer.lines([[Span(f"  sample at step {step}", "bold")], *sample_lines(prompt, text)])
 
     def log_event(self, kind: str, /, **facts: Any) -> None:
         self.events.event(kind, **facts)

@@ -17,10 +17,13 @@ from .peak_flops import Peak
 
 
 def validation_record(config: Config, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns loss and load of a validation pass, under keys of their own."""
+    """Returns loss and load of a validation pass, and the results of probes and tasks, under keys of their own."""
     load = load_metrics(evaluation.counts_LE, [0] * len(evaluation.counts_LE), moe_layers(config))
     peak = load.get("moe/load_max_over_mean")
-    return {"validation_loss": evaluation.loss} | ({} if peak is None else {"validation/load_max_over_mean": peak})
+    record = {"validation_loss": evaluation.loss, "validation/bits_per_byte": evaluation.bits_per_byte}
+    for name, source in evaluation.sources.items():
+        record |= {f"validation/{name}/loss": source.per_token, f"validation/{name}/bits_per_byte": source.bits_per_byte}
+    return record | ({} if peak is None else {"validation/load_max_over_mean": peak}) | evaluation.scores
 
 
 def moe_layers(config: Config) -> list[int]:
@@ -56,6 +59,7 @@ def end_facts(session: Session, evaluation: Evaluation, sample: Sample | None, s
         tokens=session.tokens,
         seconds=seconds,
         validation_loss=evaluation.loss,
+        bits_per_byte=evaluation.bits_per_byte,
         unigram_entropy=session.data.facts.unigram_entropy,
         counts_LE=evaluation.counts_LE,
         layers=moe_layers(config),

@@ -21,6 +21,8 @@ OPTIONAL = ("tensorboard", "trackio")
 """Trackers whose packages are extras of tokenyard, with the same names."""
 
 NO_SNAPSHOT = "needs a GPU, whose memory has snapshots, or profile.steps, whose table then counts bytes"
+PROBE_TOKENS = 64
+"""The longest questions of the probes take about as many bytes, each a token at worst."""
 BYTE_PIECES = 259
 """256 bytes and 3 special tokens."""
 
@@ -113,6 +115,26 @@ def profile(config: Config, world: int) -> Iterator[Violation]:
         yield Violation("profile.memory", NO_SNAPSHOT, [False])
 
 
+def downstream(config: Config, world: int) -> Iterator[Violation]:
+    """Checks what the probes and tasks of an evaluation need."""
+    evaluate = config.evaluate
+    if evaluate.probes and config.sequence_length < PROBE_TOKENS:
+        rule = f"needs sequence_length of at least {PROBE_TOKENS}, in which its questions fit, and it is {config.sequence_length}"
+        yield Violation("evaluate.probes", rule, [0])
+    if evaluate.tasks and find_spec("lm_eval") is None:
+        yield Violation("evaluate.tasks", "needs lm-eval, which is not installed here, `pip install tokenyard[lm-eval]` does", [[]])
+    for name in evaluate.tasks:
+        if name.endswith((".yaml", ".yml")) and not Path(name).expanduser().is_file():
+            yield Violation(
+                "evaluate.tasks", f"has {name}, and there is no such file", [[other for other in evaluate.tasks if other != name]]
+            )
+    for key in ("tasks_every", "tasks_limit"):
+        if getattr(evaluate, key) is not None and not evaluate.tasks:
+            yield Violation(f"evaluate.{key}", "needs evaluate.tasks, which has none", [None])
+    if config.sample.every and not (config.sample.prompt or config.sample.prompts):
+        yield Violation("sample.every", "needs sample.prompt or sample.prompts, and both are empty", [0])
+
+
 def local_tier(config: Config, world: int) -> Iterator[Violation]:
     folder, run = config.checkpoint.local.folder, config.run.dir
     if (
@@ -179,6 +201,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     schedule,
     trackers,
     profile,
+    downstream,
     local_tier,
     *LAYOUT_RULES,
     batch,

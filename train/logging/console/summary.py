@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...config.number_format import short
+from ...evaluation import Evaluation
 from ..metrics import max_over_mean, min_over_mean
 from .step_line import UNEVEN, load_bar
 from .text import ASCII_BARS, Line, Span, commands, duration, printable, rows, title
@@ -27,6 +28,7 @@ class EndFacts:
     seconds: float
     """Age of this process."""
     validation_loss: float
+    bits_per_byte: float
     unigram_entropy: float
     """The loss of the best model without context, on the same tokens."""
     counts_LE: Sequence[Sequence[int]]
@@ -52,9 +54,26 @@ def end_lines(facts: EndFacts, bars: str = ASCII_BARS) -> list[Line]:
     if facts.counts_LE:
         lines += _load_table(facts, bars)
     if facts.sample:
-        lines += [[], title("Sample"), *_sample(*facts.sample)]
+        lines += [[], title("Sample"), *sample_lines(*facts.sample)]
     lines += [[], *rows([("checkpoint", facts.checkpoint or "none was written")])]
     return [*lines, *([[], title("Try next"), *commands(facts.commands)] if facts.commands else [])]
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """Returns what is said about a validation pass: its loss, that of each source, and the results of probes and tasks."""
+    about = f"{evaluation.bits_per_byte:.4f} bits a byte, over {evaluation.tokens:,} tokens"
+    lines = [f"validation loss {evaluation.loss:.4f}, {about}"]
+    for name, source in evaluation.sources.items():
+        about = f"{source.bits_per_byte:.4f} bits a byte, over {source.tokens:,.0f} tokens"
+        lines.append(f"validation on {name}: loss {source.per_token:.4f}, {about}")
+    scores = evaluation.scores
+    for key, value in scores.items():
+        kind, _, name = key.partition("/")
+        if kind == "tasks":
+            lines.append(f"task {name}: {value:.4f}")
+        elif not name.endswith("_chance"):
+            lines.append(f"probe {name.replace('_', ' ')}: {value:.1%} right, {scores[f'{key}_chance']:.1%} by chance")
+    return lines
 
 
 def _loss(facts: EndFacts) -> list[Line]:
@@ -62,7 +81,9 @@ def _loss(facts: EndFacts) -> list[Line]:
     perplexity = f"{value:.4g}" if value < 1e4 else f"{value:.2e}"
     below = 100 * (1 - facts.validation_loss / facts.unigram_entropy)
     side = f"{abs(below):.1f}% {'below' if below >= 0 else 'above'} it"
-    validation = Span(f"loss {facts.validation_loss:.4f} nats a token, perplexity {perplexity}", "bold")
+    validation = Span(
+        f"loss {facts.validation_loss:.4f} nats a token, perplexity {perplexity}, {facts.bits_per_byte:.4f} bits a byte", "bold"
+    )
     (first,) = rows([("validation", "")])
     return [
         [*first[:1], validation],
@@ -90,7 +111,7 @@ def _load_row(layer: int, counts_E: Sequence[int], shown: int, bars: str) -> Lin
     ]
 
 
-def _sample(prompt: str, text: str) -> list[Line]:
+def sample_lines(prompt: str, text: str) -> list[Line]:
     """Returns prompt and text behind a margin."""
     head, *rest = (printable(prompt) + "\0" + printable(text)).split("\n")
     lines = []

@@ -18,10 +18,8 @@ from ....moe.router import Router, Routing
 from ....parallel.apply import Parallel
 from ....parallel.collectives import max_over, sum_over
 from ....parallel.context import own_chunks
-from ....parallel.pipeline.p2p import StageMessage
-from ....parallel.pipeline.run import run_forward
-from ....parallel.pipeline.stage_model import between_stages
 from ...batch import Rows, as_rows
+from ...forward_only import forward_heads
 from ...session import Session
 
 # Token classes by the text of a piece alone. The rules hold for most programming languages, and for prose, whose words are
@@ -142,12 +140,8 @@ class Probe:
         heads: list[HeadLoss] = [lambda hidden, _weight, _head: hidden.new_zeros(())]
         parallel.model.eval()
         try:
-            if parallel.pipeline is None:
-                parallel.model(rows.ids, rows.targets != IGNORE, head_losses=heads, documents_BS=rows.documents)
-            else:
-                likes = between_stages(parallel.model, parallel.mesh, parallel.pipeline, rows.ids)
-                likes = {stage: like._replace(pooled_LBC=None) for stage, like in likes.items()}
-                run_forward(parallel.pipeline, likes, partial(run_stage, parallel, rows, heads))
+            forward_heads(parallel, rows, rows.targets != IGNORE, heads)
+            if parallel.pipeline is not None:
                 self._add_other_stages(found, rows.ids)
         finally:
             parallel.model.train()
@@ -249,12 +243,6 @@ def named(names: tuple[str, ...] | list[str], counts_LCE: Tensor) -> dict[str, l
     """Returns {name: LE}, without names that no token has."""
     by_name = zip(names, counts_LCE.long().transpose(0, 1), strict=True)
     return {name: counts_LE.tolist() for name, counts_LE in by_name if counts_LE.any()}
-
-
-def run_stage(parallel: Parallel, rows: Rows, heads: list[HeadLoss], stage: int, received: StageMessage | None) -> StageMessage:
-    """Returns what the stage of a pipeline after this one takes."""
-    valid_BS = rows.targets != IGNORE
-    return parallel.model(rows.ids, valid_BS, stage=stage, received=received, head_losses=heads, documents_BS=rows.documents)[0]
 
 
 def routers(parallel: Parallel, layers: list[int]) -> dict[int, Router]:
