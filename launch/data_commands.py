@@ -14,7 +14,7 @@ from ..data.config import TokenizerKind
 from ..train.config.complain import complain
 from ..train.config.compose import parse_arguments
 from ..train.config.config import Config, ConfigError
-from ..train.preflight import check_config
+from ..train.preflight import check_config, check_data
 from ..train.weight_source import compose_run
 from .parser import OneLineParser, positive
 
@@ -80,8 +80,11 @@ def _exit_code(command: Callable[[], None]) -> int:
 def _prepare(folder: str, processes: int, config: Config) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..data.checks import check_corpus
     from ..data.pretokenize import prepare_shards
 
+    check_corpus(config.data)
+    check_data(config)
     started, tokens = perf_counter(), 0
     columns = (
         TextColumn("{task.completed}/{task.total} parts"),
@@ -112,6 +115,7 @@ def _train_tokenizer(folder: Path, config: Config) -> None:
     from ..data.checks import check_corpus
 
     check_corpus(config.data)
+    check_data(config)
     tokenizer = open_tokenizer(config.data, config.tokenizer, cache_folder(config.data))
     tokenizer.save(folder)
     print(f"{folder}: {config.tokenizer.kind.value}, {tokenizer.size} pieces, hash {tokenizer.hash}")
@@ -125,6 +129,7 @@ def _inspect(steps: int, rows: int, config: Config) -> None:
     from ..data.build import open_data
 
     check_config(config, config.launch.nodes * config.launch.ranks)
+    check_data(config)
     sizes = config.batch.sizes(config.sequence_length)
     data = open_data(config.data, config.tokenizer, config.sequence_length, config.seed, sizes, None, config.evaluate.sequences)
     tokens = sizes.before(steps) * config.sequence_length

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import DataUnavailable
 from ..train.config.compose import Arguments, check_arguments, one_line_errors, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.elastic import check_host_counts
@@ -14,7 +15,7 @@ from ..train.config.launch import Launcher
 from ..train.config.overrides import Groups, parse_override, split_override
 from ..train.config.private_files import new_run_folder
 from ..train.config.schema import quoted
-from ..train.preflight import check_config
+from ..train.preflight import check_config, check_data
 from ..train.rank_command import refuse, run_here
 from ..train.saved_run import with_run
 from ..train.weight_source import compose_run
@@ -34,9 +35,12 @@ def train_command(argv: list[str]) -> int:
         started = config.launch.kind is not Launcher.inline
         check_config(config, config.launch.nodes * config.launch.ranks if started else world_size())
         check_host_counts(config)
+        check_data(config)
         return start(config, arguments, argv)
     except ConfigError as error:
         return refuse(error)
+    except DataUnavailable as stop:
+        return refuse(stop, stop.exit_code)
 
 
 def start(config: Config, arguments: Arguments, argv: list[str]) -> int:

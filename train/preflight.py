@@ -1,5 +1,6 @@
 """Checks before torch is imported: rules of the configuration, paths that do not exist, a checkpoint that cannot be resumed."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def check_files(config: Config) -> None:
     if folder is not None and Path(folder).is_file():
         raise ConfigError.of("run.dir", folder, "must be a folder or not exist yet", "run.dir=null")
     check_resume(config)
+
+
+def check_data(config: Config) -> None:
+    """Raises ConfigError for a file of data that is not what it claims to be, DataUnavailable for a hub that does not answer.
+
+    Opens files, so that one of the ranks is enough; a job that restarts waits for its sources instead.
+    """
+    from ..data.first_look import look_at_data
+
+    elsewhere = config.launch.kind is Launcher.kubernetes
+    if elsewhere or job_restarted() or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        look_at_data(config.data)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> None:
