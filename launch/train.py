@@ -13,9 +13,9 @@ from ..train.config.elastic import check_host_counts
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
 from ..train.config.overrides import Groups, parse_override, split_override
-from ..train.config.private_files import new_run_folder
+from ..train.config.own_files import new_run_folder
 from ..train.config.schema import quoted
-from ..train.preflight import check_config, check_data
+from ..train.preflight import check_config, check_start
 from ..train.rank_command import refuse, run_here
 from ..train.saved_run import with_run
 from ..train.weight_source import compose_run
@@ -35,7 +35,7 @@ def train_command(argv: list[str]) -> int:
         started = config.launch.kind is not Launcher.inline
         check_config(config, config.launch.nodes * config.launch.ranks if started else world_size())
         check_host_counts(config)
-        check_data(config)
+        check_start(config)
         return start(config, arguments, argv)
     except ConfigError as error:
         return refuse(error)

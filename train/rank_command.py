@@ -11,7 +11,7 @@ from .config.config import Config, ConfigError
 from .config.elastic import fit_to_ranks
 from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
-from .preflight import check_config, check_data
+from .preflight import check_config, check_start
 from .saved_run import with_run
 from .weight_source import compose_run
 
@@ -31,7 +31,7 @@ def run_rank(argv: list[str]) -> int:
         config, _ = compose_run(arguments)
         fitted = fit_to_ranks(config, world_size())
         check_config(config, world_size())
-        check_data(config)
+        check_start(config)
         if fitted is not None and os.environ.get("RANK", "0") == "0":
             say(fitted)
     except ConfigError as error:
@@ -45,7 +45,6 @@ def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
     if restarts_share_store() and os.environ.get("RANK") == "0":
         print(f"tokenyard: {SHARED_STORE}", file=sys.stderr)
-    os.umask(0o077)  # checkpoints, logs and trackers' files are for this user alone
     install_handlers()
     try:
         from .run import run  # imports torch: about two seconds, which an error above does not cost

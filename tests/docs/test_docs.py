@@ -16,6 +16,7 @@ import pytest
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
+from tokenyard.launch.parser import with_config_dir
 from tokenyard.launch.plan_command import OWN as DRY_RUN_WORDS
 from tokenyard.launch.plan_command import read_words
 from tokenyard.launch.search_command import OWN as SEARCH_WORDS
@@ -23,7 +24,8 @@ from tokenyard.launch.search_command import read_search_words
 from tokenyard.launch.serve_command import read_deployment
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import split_settings
-from tokenyard.train.config.compose import CONF, compose, parse_arguments
+from tokenyard.train.config.compose import CONF, compose, own_folders, parse_arguments
+from tokenyard.train.config.group_words import spelled_out
 from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.overrides import Groups, find_groups, parse_override
 from tokenyard.train.config.reference import reference
@@ -49,7 +51,12 @@ KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?")
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 OF_PLAN = {*DRY_RUN_WORDS, *SEARCH_WORDS}
 """Words of `tokenyard plan` alone."""
-SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
+SET_UP = {
+    'eval "$(tokenyard -sc install=bash)"',
+    "tokenyard -sc install=fish | source",
+    "source .venv/bin/activate",
+    ".venv/bin/pre-commit install",
+}
 
 
 class Part(NamedTuple):
@@ -126,6 +133,11 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mixtral").mkdir()
     (folder / "mixtral" / "tokenizer.json").write_text("{}")
     (folder / "card.json").write_text('{"total_parameters": 671e9}')
+    for block in blocks("yaml"):  # a file of the reader's own, named in its first line
+        if block.text.startswith("# mine/"):
+            file = folder / block.text.partition("\n")[0].removeprefix("# ")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
     for run in ("first", "one", "four", "stable"):
         (folder / "runs" / run).mkdir(parents=True)
     for run, steps, config in (("first", (400, 600), compose([])), ("stable", (800,), compose(["schedule=wsd"]))):
@@ -169,13 +181,15 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
         case ["tokenyard", "audit", *arguments]:
             assert main(["audit", *arguments]) in (0, 1)
         case ["tokenyard", "parity", *arguments]:
+            if arguments[:1] == ["--config-dir"]:
+                arguments = [*arguments[2:], f"--config-dir={arguments[1]}"]
             assert plan_comparison(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
         case ["tokenyard", "data", "verify", folder]:
-            monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path: int(path != folder))
+            monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path, as_json: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
             monkeypatch.setattr(
@@ -277,8 +291,10 @@ def make(target: str, arguments: list[str]) -> None:
 def trains(arguments: list[str], world: int | None) -> None:
     """Every point of a sweep composes and is valid on the ranks that the command, or its launch settings, start."""
     parsed = with_run(parse_arguments(arguments))
-    for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
-        config = compose(point)
+    folder = [f"--config-dir={parsed.config_dir}"] if parsed.config_dir else []
+    groups = find_groups([CONF, *own_folders(parsed)])
+    for point in points(parsed.overrides, groups) if parsed.multirun else [parsed.overrides]:
+        config = compose([*point, *folder])
         started = config.launch.kind is not Launcher.inline
         check_config(config, world or (config.launch.nodes * config.launch.ranks if started else 1))
         if config.launch.kind is Launcher.torchrun and world is None:
@@ -298,5 +314,5 @@ def number(flags: list[str], name: str) -> int:
 
 
 def checked_evaluation(arguments) -> int:
-    config_from_plain(plain_config(compose([])), arguments.overrides)
+    config_from_plain(plain_config(compose([])), spelled_out(parse_arguments(with_config_dir(arguments.overrides, arguments))))
     return 0

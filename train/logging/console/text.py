@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TextIO
 
-from ...config.complain import printable
+from ...config.complain import go_silent, printable
 from ...config.redact import redact
 
 
@@ -44,8 +44,11 @@ class Printer:
     def line(self, line: Line) -> None:
         """Prints a line, without wrapping or cropping it."""
         if self._rich is None:
-            self._stream.write(self._clean(plain(line)) + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(self._clean(plain(line)) + "\n")
+                self._stream.flush()
+            except BrokenPipeError:  # the run goes on without a console
+                go_silent(self._stream)
             return
         from rich.text import Text
 
