@@ -18,10 +18,11 @@ def import_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2, with one line on standard error, for a folder that cannot be imported."""
     from ..interop.import_ import import_folder
     from ..interop.upcycle import Upcycle
-    from ..train.weight_source import hf_folder
+    from ..train.weight_source import hf_folder, refuse_absent
 
     try:
         upcycling = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
+        refuse_absent(arguments.folder)
         with progress_bar("of the weights") as progress:
             folder = hf_folder(arguments.folder) or Path(arguments.folder)
             made = import_folder(folder, Path(arguments.out), upcycling, progress)

@@ -111,8 +111,10 @@ def _unreadable(path: str) -> int:
 
     from ..train.config.complain import complain
     from ..train.stored_config import check_readable
+    from ..train.weight_source import refuse_absent
 
     try:
+        refuse_absent(path)
         check_readable(Path(path))
     except (ValueError, OSError) as error:
         return complain(error)

@@ -133,11 +133,12 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mixtral").mkdir()
     (folder / "mixtral" / "tokenizer.json").write_text("{}")
     (folder / "card.json").write_text('{"total_parameters": 671e9}')
-    for block in blocks("yaml"):  # a file of the reader's own, named in its first line
-        if block.text.startswith("# mine/"):
-            file = folder / block.text.partition("\n")[0].removeprefix("# ")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text)
+    for number in range(100):
+        (folder / "texts" / f"{number}.txt").write_text(f"Text {number} of 100, with some words. " * 10)
+    for block in blocks("yaml"):
+        if named := re.search(r"^# (mine/\S+)$", block.text, re.M):  # a file of the reader's own
+            (folder / named[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / named[1]).write_text(block.text)
     for run in ("first", "one", "four", "stable"):
         (folder / "runs" / run).mkdir(parents=True)
     for run, steps, config in (("first", (400, 600), compose([])), ("stable", (800,), compose(["schedule=wsd"]))):

@@ -292,6 +292,16 @@ def test_an_impossible_run_folder(tmp_path: Path, made, capsys, monkeypatch: pyt
     assert capsys.readouterr().err == f"tokenyard: run.dir={folder}: {said}\n"
 
 
+@pytest.mark.parametrize("words", ["evaluate NAME", "generate NAME --prompt x", "import NAME out", "train checkpoint.init=NAME"])
+def test_a_model_that_is_not_in_the_cache(words: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At once and without the network: nothing is downloaded by these verbs."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(words.replace("NAME", "our/model").split()) == 2
+    said = "there is no such folder, and no model of that name in the hub's cache; nearest valid: hf download our/model"
+    assert capsys.readouterr().err == f"tokenyard: our/model: {said}\n"
+
+
 def test_cuda_where_torch_has_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("tokenyard.train.preflight.version", lambda name: "2.13.0+cpu")
     assert main(["train", *TINY, "device=cuda"]) == 2
