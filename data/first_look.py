@@ -228,7 +228,7 @@ def _last_line_fault(path: Path, lines: int) -> Fault | None:
         raw.seek(max(0, size - LAST_BYTES))
         end = raw.read()
     last = end[end.rfind(b"\n") + 1 :]
-    if not last.strip() or (len(last) == len(end) and size > len(end)) or _parsed(last) is not None or lines < 2:
+    if not last.lstrip().startswith(b"{") or (len(last) == len(end) and size > len(end)) or _parsed(last) is not None or lines < 2:
         return None
     return Fault(f"is cut off: its last line is no whole JSON object: {_excerpt(last)}", "copy it again, or remove that line")
 

@@ -123,7 +123,7 @@ REFUSED: list[tuple[str, str, bytes, str]] = [
         "jsonl",
         "a.jsonl",
         LINES[:-20],
-        'is cut off: its last line is no whole JSON object: \'{"text": "Document 19 has some wor\'; '
+        'is cut off: its last line is no whole JSON object: \'{"text": "Document 19 has some\'; '
         "nearest valid: copy it again, or remove that line",
     ),
     ("lines", "a.txt", GOOD, "holds parquet, and UTF-8 text is read; nearest valid: data=parquet"),
