@@ -118,6 +118,9 @@ def test_an_option_stands_for_its_section(mine: Path) -> None:
     words = spelled_out(parse_arguments([f"--config-dir={mine}", "data=mine_texts", "data.window=8"]))
     assert words[-1] == "data.window=8" and "data.corpus=text" in [word.replace('"', "") for word in words]
     assert all(word.startswith("data.") for word in words)
+    assert "data.corpus=stdlib" in [
+        word.replace('"', "") for word in spelled_out(parse_arguments(["data=stdlib"]))
+    ]  # the default too
 
 
 def test_json_of_the_other_verbs(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
