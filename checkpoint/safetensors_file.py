@@ -90,13 +90,14 @@ def content_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def hash_file(path: Path) -> str:
-    """Returns xxh3-128 of the file's bytes, as hexadecimal digits."""
+def hash_file(path: Path, counted: Callable[[int], None] = lambda size: None) -> str:
+    """Returns xxh3-128 of the file's bytes, as hexadecimal digits. `counted` is called with the bytes of each block."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            counted(count)
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Checks that a checkpoint is what was written: presence, sizes, headers and hashes of its files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..parallel.object_collectives import from_first, on_each_rank, rank_and_world
@@ -19,13 +20,13 @@ def verify_checkpoint(path: Path) -> None:
     on_each_rank(lambda: check_files(path, manifest, *rank_and_world()), f"checkpoint {path} was not verified")
 
 
-def check_all(path: Path) -> Manifest:
+def check_all(path: Path, count: Callable[[int], None] = lambda size: None) -> Manifest:
     """Checks every byte, header and expert hash of `path`, a part of one expert at a time in memory, and returns the manifest.
 
-    Raises DamagedCheckpoint for the first that is wrong. Not collective.
+    `count` is called with bytes that were hashed. Raises DamagedCheckpoint for the first that is wrong. Not collective.
     """
     manifest = read_manifest(path)
-    check_files(path, manifest)
+    check_files(path, manifest, count=count)
     check_unlisted(path, manifest)
     if manifest.experts:
         hashes = stored_hashes_1 if manifest.version == 1 else stored_hashes
@@ -36,13 +37,15 @@ def check_all(path: Path) -> Manifest:
     return manifest
 
 
-def check_files(path: Path, manifest: Manifest, rank: int = 0, world: int = 1) -> None:
+def check_files(
+    path: Path, manifest: Manifest, rank: int = 0, world: int = 1, count: Callable[[int], None] = lambda size: None
+) -> None:
     """Checks every `world`-th file from the `rank`-th on. Raises DamagedCheckpoint for the first that is missing or was changed."""
     share = sorted(manifest.files | manifest.attachments)[rank::world]
     check_sizes(path, manifest, share)
     check_headers(path, manifest, {name for name in share if name in manifest.files})
     for name in share:
-        if hash_file(path / name) != (manifest.files | manifest.attachments)[name].hash:
+        if hash_file(path / name, count) != (manifest.files | manifest.attachments)[name].hash:
             reason = f"checkpoint file {path / name} is damaged: its hash is not the one in {MANIFEST}"
             raise DamagedCheckpoint(path / name, reason)
 

@@ -1,11 +1,11 @@
 """The file that tokenizer.path names: itself, one in a folder, or one of the Hugging Face hub. Standard library only at the top."""
 
 import re
-import threading
 from pathlib import Path
 
 from .checks import nearest_path
 from .config import TokenizerConfig, TokenizerKind
+from .hub_answer import ask_hub
 
 MODEL_FILE = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
@@ -16,8 +16,6 @@ FILES = {TokenizerKind.huggingface: TOKENIZER_JSON, TokenizerKind.sentencepiece:
 COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json", "chat_template.jinja", "chat_template.json")
 """Files beside a tokenizer.json that are kept with it. Nothing in them is run."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-HUB_SECONDS = 1.0
-"""How long the hub may take to say that it has the file."""
 SMALLEST_PIECES = 260
 
 
@@ -66,15 +64,15 @@ def _file_in(folder: Path, kind: TokenizerKind, given: str) -> Path:
 def _hub_file(name: str) -> Path:
     """Returns the tokenizer.json of the hub's model `name` in the hub's cache, downloaded with COMPANIONS if it is not there.
 
-    Raises ValueError, one line, if the hub has none, or within about HUB_SECONDS if it cannot be reached.
+    Raises ValueError, one line, if the hub has none, or within about a second if it cannot be reached.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     cached = try_to_load_from_cache(name, TOKENIZER_JSON)
     if isinstance(cached, str):
         return Path(cached)
-    if reason := _why_not(name):
+    if reason := ask_hub(hf_hub_url(name, TOKENIZER_JSON)).error:
         rule = f"is no path here, and the Hugging Face hub gives no {TOKENIZER_JSON} of that name ({reason})"
         raise ValueError(f"tokenizer.path={name} {rule}; the nearest existing path is {nearest_path(Path(name))}")
     found = Path(hf_hub_download(name, TOKENIZER_JSON))
@@ -84,26 +82,3 @@ def _hub_file(name: str) -> Path:
         except EntryNotFoundError:
             continue
     return found
-
-
-def _why_not(name: str) -> str:
-    """Returns why the hub does not give the tokenizer.json of a model, in a few words; empty if it does."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    outcome: list[str] = []
-
-    def ask() -> None:
-        try:
-            get_hf_file_metadata(hf_hub_url(name, TOKENIZER_JSON), timeout=HUB_SECONDS)
-            outcome.append("")
-        except Exception as error:
-            first = str(error).strip().split("\n")[0]
-            outcome.append(f"{type(error).__name__}: {' '.join(first.split())[:160]}")
-
-    # A thread, because looking up a name has no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return outcome[0] if outcome else f"no answer in {HUB_SECONDS:g} s"

@@ -53,12 +53,18 @@ class Exported:
 
 
 def export_checkpoint(
-    path: Path, folder: Path, dtype: str | None = None, architecture: str | None = None, shard_bytes: int = SHARD_BYTES
+    path: Path,
+    folder: Path,
+    dtype: str | None = None,
+    architecture: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
     """Writes the new folder `folder`, complete or not at all. Memory holds a block of one tensor at a time (BLOCK_BYTES).
 
     dtype: bf16 or fp32; None keeps the stored types. architecture: one of FAMILIES; None takes the one that the model was imported
-    from, or the first that can express it. ValueError, one line, for a setting or tensor that the architecture cannot express.
+    from, or the first that can express it. `progress(done, total)`: bytes that were
+    checked or written. ValueError, one line, for a setting or tensor that the architecture cannot express.
     """
     checkpoint = checkpoint_at(path)
     manifest = read_manifest(checkpoint)
@@ -71,10 +77,23 @@ def export_checkpoint(
     _check_complete(model, ours, checkpoint)
     outputs = _outputs(family, model, ours, DTYPES[dtype] if dtype else None)
     config["dtype"] = str(outputs[next(iter(outputs))].dtype).removeprefix("torch.")
+    stored = sum(record.bytes for record in (manifest.files | manifest.attachments).values())
+    done, total = 0, stored + sum(output.bytes for output in outputs.values())
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    def content(output: Output) -> Iterator[memoryview]:
+        for block in _content(output, ours, pages.read):
+            yield block
+            count(block.nbytes)
+
     with new_folder(folder) as unfinished:
-        check_files(checkpoint, manifest)
+        check_files(checkpoint, manifest, count=count)
         with closing(_Pages(checkpoint, manifest)) as pages:
-            files = write_shards(unfinished, outputs, lambda output: _content(output, ours, pages.read), shard_bytes)
+            files = write_shards(unfinished, outputs, content, shard_bytes)
         failpoint("export.half", manifest.step)
         notes = _write_tokenizer(checkpoint, manifest, unfinished, config)
         _write_json(unfinished / CONFIG, config)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..train.config.complain import BAD_USAGE, complain, printable
 from ..train.config.number_format import gigabytes, short
-from .parser import OneLineParser
+from .parser import OneLineParser, add_json
+from .progress_bar import progress_bar
 
 if TYPE_CHECKING:
     from ..checkpoint.diff import TensorDifference
@@ -25,6 +26,7 @@ def checkpoint_command(argv: list[str]) -> int:
     one.add_argument("--json", action="store_true", help="one JSON object, with the whole configuration and all hashes of experts")
     one = verbs.add_parser("verify", help="read every byte and compare hashes, sizes, shapes and experts; exit code 1 if damaged")
     one.add_argument("path", help="folder of a checkpoint, or of a run (then all of its checkpoints)")
+    add_json(one)
     one = verbs.add_parser("diff", help="tensors that differ and by how much; exit code 0 if none does, 1 if any")
     one.add_argument("a", help="folder of a checkpoint or of a run (then its newest)")
     one.add_argument("b", help="another one, of whatever layout")
@@ -52,18 +54,36 @@ def _verify(arguments: argparse.Namespace) -> int:
         read_manifest(paths[0])  # before torch is imported
     from ..checkpoint.verify import check_all
 
-    for path in paths:
-        try:
-            manifest = check_all(path)
-        except DamagedCheckpoint as error:
-            damaged = max(damaged, BAD_USAGE if isinstance(error, NoManifest) else 1)
-            print(printable(f"{path.name}: DAMAGED, {error.file.name}: {error}"))
-            continue
-        files = manifest.files | manifest.attachments
-        size = gigabytes(sum(record.bytes for record in files.values()))
-        experts = sum(len(next(iter(kinds.values()), [])) for kinds in manifest.experts.values())
-        print(f"{printable(path.name)}: whole; {len(files)} files, {size}, {len(manifest.tensors)} tensors, {experts} experts")
+    found, say = list[dict[str, Any]](), (lambda _: None) if arguments.json else print
+    with progress_bar("of the bytes") as progress:
+        done, total = 0, sum(_size_of(path) for path in paths)
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(done, total)
+
+        for path in paths:
+            try:
+                manifest = check_all(path, count)
+            except DamagedCheckpoint as error:
+                damaged = max(damaged, BAD_USAGE if isinstance(error, NoManifest) else 1)
+                found.append({"path": str(path), "whole": False, "file": error.file.name, "fault": str(error)})
+                say(printable(f"{path.name}: DAMAGED, {error.file.name}: {error}"))
+                continue
+            files = manifest.files | manifest.attachments
+            size, tensors = sum(record.bytes for record in files.values()), len(manifest.tensors)
+            experts = sum(len(next(iter(kinds.values()), [])) for kinds in manifest.experts.values())
+            numbers = {"files": len(files), "bytes": size, "tensors": tensors, "experts": experts}
+            found.append({"path": str(path), "whole": True, **numbers})
+            say(f"{printable(path.name)}: whole; {len(files)} files, {gigabytes(size)}, {tensors} tensors, {experts} experts")
+    if arguments.json:
+        print(json.dumps({"whole": not damaged, "checkpoints": found}))
     return damaged
+
+
+def _size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _diff(arguments: argparse.Namespace) -> int:

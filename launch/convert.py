@@ -1,11 +1,14 @@
 """`tokenyard import` and `tokenyard export`: their arguments, and one line about the result."""
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..train.config.complain import complain
+from .progress_bar import progress_bar
 
 ASSIGNMENT = re.compile(r"(\w+)=(-?\d+)")
 UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
@@ -13,27 +16,21 @@ UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
 
 def import_command(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2, with one line on standard error, for a folder that cannot be imported."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..interop.import_ import import_folder
     from ..interop.upcycle import Upcycle
-    from ..train.weight_source import hf_folder
+    from ..train.weight_source import hf_folder, refuse_absent
 
     try:
         upcycling = None if arguments.upcycle is None else Upcycle(**upcycle_settings(arguments.upcycle))
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("of the weights"), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("0%", total=None)
-
-            def progress(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, description=f"{done / total:.0%}")
-
+        refuse_absent(arguments.folder)
+        with progress_bar("of the weights") as progress:
             folder = hf_folder(arguments.folder) or Path(arguments.folder)
             made = import_folder(folder, Path(arguments.out), upcycling, progress)
     except (ValueError, OSError) as error:
         return complain(error)
-    return _report(f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}", made.notes)
+    facts = {"checkpoint": str(made.checkpoint), "architecture": made.architecture, "parameters": made.parameters}
+    line = f"{made.architecture}: {made.parameters:,} parameters in {made.checkpoint}"
+    return _report(line, {**facts, "notes": made.notes}, arguments.json)
 
 
 def export_command(arguments: argparse.Namespace) -> int:
@@ -44,10 +41,14 @@ def export_command(arguments: argparse.Namespace) -> int:
         check_readable(Path(arguments.checkpoint))
         from ..interop.export import export_checkpoint  # imports torch
 
-        made = export_checkpoint(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
+        place = Path(arguments.checkpoint), Path(arguments.folder)
+        with progress_bar("of the bytes read and written") as progress:
+            made = export_checkpoint(*place, arguments.dtype, arguments.architecture, progress=progress)
     except (ValueError, OSError) as error:
         return complain(error)
-    return _report(f"{made.architecture}: {len(made.files)} files of weights in {made.folder}", made.notes)
+    facts = {"folder": str(made.folder), "architecture": made.architecture, "files": made.files}
+    line = f"{made.architecture}: {len(made.files)} files of weights in {made.folder}"
+    return _report(line, {**facts, "notes": made.notes}, arguments.json)
 
 
 def split_upcycle(argv: list[str]) -> tuple[list[str], list[str] | None]:
@@ -75,8 +76,8 @@ def upcycle_settings(words: list[str]) -> dict[str, int]:
     return found
 
 
-def _report(line: str, notes: list[str]) -> int:
-    print(line)
-    for note in notes:
+def _report(line: str, facts: dict[str, Any], as_json: bool) -> int:
+    print(json.dumps(facts) if as_json else line)
+    for note in facts["notes"]:
         print(f"tokenyard: {note}", file=sys.stderr)
     return 0

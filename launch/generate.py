@@ -1,6 +1,7 @@
 """`tokenyard generate`: text from a checkpoint, on one device."""
 
 import argparse
+import json
 import sys
 from time import perf_counter
 
@@ -16,11 +17,17 @@ def generate_command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         return complain(error)
     sampling = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)
-    print(arguments.prompt, end="", flush=True)
-    begin, count = perf_counter(), 0
+    if not arguments.json:
+        print(arguments.prompt, end="", flush=True)
+    begin, texts = perf_counter(), list[str]()
     for text in continuation(opened.model, opened.tokenizer, sampling, arguments.seed):
-        print(printable(text), end="", flush=True)
-        count += 1
-    seconds = perf_counter() - begin
+        texts.append(text)
+        if not arguments.json:
+            print(printable(text), end="", flush=True)
+    seconds, count = perf_counter() - begin, len(texts)
+    if arguments.json:
+        facts = {"checkpoint": str(opened.path), "prompt": arguments.prompt, "text": "".join(texts), "tokens": count}
+        print(json.dumps({**facts, "seconds": round(seconds, 3)}))
+        return 0
     print(f"\n\n{count} tokens, {count / max(seconds, 1e-9):.1f} tokens per second", file=sys.stderr)
     return 0

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from ..train.allocator import restart_with_kept_memory
-from ..train.config.complain import BAD_USAGE, printable
+from ..train.config.complain import BAD_USAGE, go_silent, printable
 from ..train.config.redact import redact_tracebacks
 from ..train.fault_tolerance.signals import SAVING, block_signals
 from ..version import __version__
-from .parser import OneLineParser, not_negative, port, positive, share
+from .completion import FLAGS, completion_command
+from .parser import OneLineParser, add_config_dir, add_json, not_negative, port, positive, share, with_config_dir
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"tokenyard {__version__}")
         return 0
+    if words[0] in FLAGS:
+        return completion_command(words[1:], VERBS)
     if words[0] not in VERBS:
         nearest = (get_close_matches(words[0], VERBS, 1, 0) or list(VERBS))[0]
         print(
@@ -33,7 +36,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and words[0] == "train":
         block_signals(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
-    return VERBS[words[0]](words[1:])
+    try:
+        code = VERBS[words[0]](words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        go_silent(sys.stdout)  # whoever read the output has ended, as `head` does
+        return BROKEN_PIPE
+    return code
+
+
+BROKEN_PIPE = 141
+"""The exit code of a process that SIGPIPE ends."""
 
 
 def train(argv: list[str]) -> int:
@@ -52,10 +65,11 @@ def parity(argv: list[str]) -> int:
     )
     parser.add_argument("words", nargs="*", help="overrides as for tokenyard train")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, the table on standard error")
+    add_config_dir(parser)
     arguments, flags = parser.parse_known_intermixed_args(argv)
     from ..parity.command import parity_command
 
-    return parity_command([*arguments.words, *flags], arguments.json)
+    return parity_command(with_config_dir([*arguments.words, *flags], arguments), arguments.json)
 
 
 def generate(argv: list[str]) -> int:
@@ -68,6 +82,7 @@ def generate(argv: list[str]) -> int:
         "--top-p", type=share, default=0.95, help="sample from the likeliest tokens of this probability (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the sampling (%(default)s)")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     if code := _unreadable(arguments.checkpoint):
         return code
@@ -79,12 +94,14 @@ def generate(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     parser = OneLineParser("tokenyard evaluate", description="Validation loss of a checkpoint, or its results in tasks of lm-eval.")
     parser.add_argument("checkpoint", help="folder of a checkpoint, of a run or of Hugging Face, or a name in the hub's cache")
-    parser.add_argument("overrides", nargs="*", help="key=value, as for tokenyard train")
+    parser.add_argument("overrides", nargs="*", help="group=option and key=value, as for tokenyard train")
     parser.add_argument(
         "--tasks", metavar="A,B", help="YAML files, folders of them or names of lm-eval's, instead of the validation"
     )
     parser.add_argument("--limit", type=positive, help="questions of each task (all)")
     parser.add_argument("--batch", type=positive, default=16, help="rows that are scored at a time (%(default)s)")
+    add_config_dir(parser)
+    add_json(parser)
     arguments = parser.parse_intermixed_args(argv)
     if code := _unreadable(arguments.checkpoint):
         return code
@@ -99,8 +116,10 @@ def _unreadable(path: str) -> int:
 
     from ..train.config.complain import complain
     from ..train.stored_config import check_readable
+    from ..train.weight_source import refuse_absent
 
     try:
+        refuse_absent(path)
         check_readable(Path(path))
     except (ValueError, OSError) as error:
         return complain(error)
@@ -116,7 +135,9 @@ def params(argv: list[str]) -> int:
     parser.add_argument("words", nargs="*", help="overrides as for tokenyard train; or a folder with a Hugging Face config.json")
     parser.add_argument("--json", action="store_true", help="one JSON object; parameters as numbers of elements")
     parser.add_argument("--table", action="store_true", help="all models of conf/model, as Markdown (docs/models.md)")
+    add_config_dir(parser)
     arguments = parser.parse_intermixed_args(argv)
+    arguments.words = with_config_dir(arguments.words, arguments)
     from .params import params_command
 
     return params_command(arguments)
@@ -165,9 +186,12 @@ def serve(argv: list[str]) -> int:
     )
     parser.add_argument("words", nargs="+", help="name of a model or a folder with a Hugging Face config.json; key=value")
     parser.add_argument("--json", action="store_true", help="one JSON object; bytes, seconds and tokens/s")
+    add_config_dir(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.words = with_config_dir(arguments.words, arguments)
     from .serve_command import serve_command
 
-    return serve_command(parser.parse_intermixed_args(argv))
+    return serve_command(arguments)
 
 
 def audit(argv: list[str]) -> int:
@@ -180,9 +204,12 @@ def audit(argv: list[str]) -> int:
     parser.add_argument("claim", help="a sentence of an announcement, or a JSON file with such keys as total_parameters")
     parser.add_argument("model", nargs="+", help="name of a model or a folder with a Hugging Face config.json; model.key=value")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_config_dir(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.model = with_config_dir(arguments.model, arguments)
     from .audit_command import audit_command
 
-    return audit_command(parser.parse_intermixed_args(argv))
+    return audit_command(arguments)
 
 
 def import_(argv: list[str]) -> int:
@@ -197,6 +224,7 @@ def import_(argv: list[str]) -> int:
         action="store_true",
         help="followed by experts=8 top_k=2 [granularity=G] [seed=S]: make experts of a dense model's feed-forwards",
     )
+    add_json(parser)
     arguments = parser.parse_args(words)
     arguments.upcycle = upcycle
     return import_command(arguments)
@@ -208,6 +236,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("folder", help="new folder")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (as they are in the checkpoint)")
     parser.add_argument("--architecture", help="as MixtralForCausalLM (the first that can express the model)")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     from .convert import export_command
 
@@ -299,4 +328,5 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard data verify FOLDER                           whether prepared shards are whole
   tokenyard tokenizer train FOLDER [key=value ...]       train a sentencepiece tokenizer
   tokenyard VERB --help                                  more about one of them
+  tokenyard -sc install=bash|zsh|fish                    the script that completes verbs, flags, groups and settings
   tokenyard --version"""

@@ -17,6 +17,20 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(complain(f"{verb}: {message}; see {self.prog} --help"))
 
 
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds --config-dir, with which the words that are overrides may name options of one's own groups."""
+    parser.add_argument("-cd", "--config-dir", metavar="DIR", help="folder with groups of your own, as DIR/experiment/mine.yaml")
+
+
+def with_config_dir(words: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Returns words for `parse_arguments`, with the folder of --config-dir."""
+    return words if arguments.config_dir is None else [*words, f"--config-dir={arguments.config_dir}"]
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output (docs/conventions.md has its keys)")
+
+
 def positive(text: str) -> int:
     return _checked(int(text), int(text) >= 1, "must be at least 1")
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from ..report.headline import last_validation, state
 from ..report.journal_reader import RunError
 from ..report.run_reader import Run
-from ..train.config.compose import Arguments, check_arguments, one_line_errors
+from ..train.config.compose import SEARCH_PATH, Arguments, check_arguments, one_line_errors
 from ..train.config.config import ConfigError
 from ..train.config.overrides import Groups, parse_override, split_override
-from ..train.config.private_files import new_run_folder
+from ..train.config.own_files import new_run_folder
 from ..train.config.schema import quoted
 
 SETTINGS, POINT = "sweep.json", "point.json"
@@ -117,7 +117,8 @@ def _run_point(sweep: Path, fixed: list[str], arguments: Arguments, _: Any) -> f
     point = _read(sweep / point_name(differs), differs)
     if point.code != 0 and (arguments.retry or not point.failed):
         config_dir = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-        command = [sys.executable, "-m", "tokenyard", "train", *config_dir, *own, f"run.dir={quoted(str(point.folder))}"]
+        folders = [text for text in arguments.overrides if split_override(text)[0] == SEARCH_PATH]
+        command = [sys.executable, "-m", "tokenyard", "train", *config_dir, *folders, *own, f"run.dir={quoted(str(point.folder))}"]
         code = subprocess.run(command, check=False, env={"WANDB_RUN_GROUP": sweep.resolve().name, **os.environ}).returncode
         point.folder.mkdir(exist_ok=True)
         (point.folder / POINT).write_text(json.dumps({"differs": differs, "code": code}))

@@ -1,11 +1,12 @@
 """`tokenyard train`: trains in this process, starts ranks, prints or submits a job for a cluster, or runs a sweep."""
 
+from ..data.errors import DataUnavailable
 from ..train.config.compose import Arguments, parse_arguments
 from ..train.config.config import Config, ConfigError
 from ..train.config.elastic import check_host_counts
 from ..train.config.environment import world_size
 from ..train.config.launch import Launcher
-from ..train.preflight import check_config
+from ..train.preflight import check_config, check_start
 from ..train.rank_command import refuse, run_here
 from ..train.saved_run import with_run
 from ..train.weight_source import compose_run
@@ -27,9 +28,12 @@ def train_command(argv: list[str]) -> int:
         started = config.launch.kind is not Launcher.inline
         check_config(config, config.launch.nodes * config.launch.ranks if started else world_size())
         check_host_counts(config)
+        check_start(config)
         return start(config, arguments, argv)
     except ConfigError as error:
         return refuse(error)
+    except DataUnavailable as stop:
+        return refuse(stop, stop.exit_code)
 
 
 def start(config: Config, arguments: Arguments, argv: list[str]) -> int:

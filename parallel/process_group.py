@@ -13,10 +13,18 @@ from .streams import enter_thread
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device `name`; `auto` is this rank's GPU if there is one, else the CPU."""
+    """Returns the device `name`; `auto` is this rank's GPU if there is one, else the CPU. Raises ValueError without the GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        why = "torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        raise ValueError(f"device={name}: {why} here; nearest valid: device=cpu")
+    if rank >= found:
+        raise ValueError(
+            f"launch.ranks={rank + 1}: this host has {found} GPUs, one for each rank; nearest valid: launch.ranks={found}"
+        )
+    return torch.device("cuda", rank)
 
 
 def join(

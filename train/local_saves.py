@@ -21,7 +21,7 @@ from ..parallel.object_collectives import from_all, from_first
 from .checkpointing import facts_of, finite_state
 from .config.complain import say
 from .config.config import Config, ConfigError
-from .config.private_files import write_private
+from .config.own_files import write_whole
 from .resume import announce, restore
 from .run_folder import goes_on
 from .session import Session
@@ -94,7 +94,7 @@ def _timeline(folder: Path, resume: str) -> str:
         found = json.loads(path.read_text())
     if not isinstance(found, str) or not found.isalnum() or not (resume == "auto" or goes_on(resume, folder)):
         found = secrets.token_hex(8)
-        write_private(path, json.dumps(found))
+        write_whole(path, json.dumps(found))
     return f"{key}-{found}"
 
 

@@ -1,11 +1,13 @@
 """Checks before torch is imported: rules of the configuration, paths that do not exist, a checkpoint that cannot be resumed."""
 
+import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..data.checks import check_corpus
 from ..data.tokenizer_path import check_tokenizer
-from .config.config import Config, ConfigError
+from .config.config import Config, ConfigError, Device
 from .config.environment import job_restarted
 from .config.launch import Launcher
 from .config.schema import nearest_text
@@ -36,6 +38,44 @@ def check_files(config: Config) -> None:
     if folder is not None and Path(folder).is_file():
         raise ConfigError.of("run.dir", folder, "must be a folder or not exist yet", "run.dir=null")
     check_resume(config)
+
+
+def check_start(config: Config) -> None:
+    """Raises ConfigError for what this host lacks for the run: CUDA, a folder that can be written, data as they claim to be.
+
+    DataUnavailable for a hub that does not answer.
+    """
+    if config.launch.kind not in (Launcher.slurm, Launcher.kubernetes):
+        if config.device is Device.cuda and version("torch").endswith("+cpu"):
+            raise ConfigError.of("device", "cuda", "torch is built without CUDA here", "device=cpu")
+        if config.run.dir is not None:
+            check_run_folder(Path(config.run.dir))
+    check_data(config)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises ConfigError if `folder` cannot be made or written, as far as one can tell without trying."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ConfigError.of("run.dir", folder, f"{there} is a file", f"run.dir={there.parent / 'run'}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError.of("run.dir", folder, f"{there} cannot be written", "run.dir=null, for a folder in ./runs")
+
+
+def check_data(config: Config) -> None:
+    """Raises ConfigError for a file of data that is not what it claims to be, DataUnavailable for a hub that does not answer.
+
+    Opens files, so that one of the ranks is enough; a job that restarts waits for its sources instead.
+    """
+    from ..data.first_look import look_at_data
+
+    elsewhere = config.launch.kind is Launcher.kubernetes
+    if elsewhere or job_restarted() or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        look_at_data(config.data)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> None:

@@ -4,13 +4,14 @@ import os
 import sys
 import time
 
+from ..data.errors import DataUnavailable
 from .config.complain import BAD_USAGE, complain, say
 from .config.compose import parse_arguments
 from .config.config import Config, ConfigError
 from .config.elastic import fit_to_ranks
 from .config.environment import restarts_share_store, world_size
 from .fault_tolerance.signals import ignore_signals, install_handlers
-from .preflight import check_config
+from .preflight import check_config, check_start
 from .saved_run import with_run
 from .weight_source import compose_run
 
@@ -30,10 +31,13 @@ def run_rank(argv: list[str]) -> int:
         config, _ = compose_run(arguments)
         fitted = fit_to_ranks(config, world_size())
         check_config(config, world_size())
+        check_start(config)
         if fitted is not None and os.environ.get("RANK", "0") == "0":
             say(fitted)
     except ConfigError as error:
         return refuse(error)
+    except DataUnavailable as stop:
+        return refuse(stop, stop.exit_code)
     return run_here(config)
 
 
@@ -41,7 +45,6 @@ def run_here(config: Config) -> int:
     """Trains with this process as one rank. Returns the exit code."""
     if restarts_share_store() and os.environ.get("RANK") == "0":
         print(f"tokenyard: {SHARED_STORE}", file=sys.stderr)
-    os.umask(0o077)  # checkpoints, logs and trackers' files are for this user alone
     install_handlers()
     try:
         from .run import run  # imports torch: about two seconds, which an error above does not cost
@@ -51,10 +54,10 @@ def run_here(config: Config) -> int:
         ignore_signals()
 
 
-def refuse(error: ConfigError) -> int:
-    """Prints an error of the configuration, once for all ranks. Returns the exit code."""
+def refuse(error: ConfigError | DataUnavailable, code: int = BAD_USAGE) -> int:
+    """Prints an error of the configuration or of a source, once for all ranks. Returns the exit code."""
     if os.environ.get("RANK", "0") == "0":
         complain(error)
     else:
         time.sleep(2)  # launchers end all ranks with the first, which should be the one that prints
-    return BAD_USAGE
+    return code

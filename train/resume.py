@@ -14,7 +14,7 @@ from ..parallel.object_collectives import from_first
 from ..parallel.process_group import is_first
 from ..parallel.shard import LocalShard
 from .config.config import Config, ConfigError
-from .config.private_files import write_private, writing_to
+from .config.own_files import write_whole, writing_to
 from .config.schema import written
 from .logging.journal import Journal
 from .preflight import changes, refuse_another_run, refuse_difference
@@ -131,7 +131,7 @@ def restore(
     session.data.validation.restore(data_state)
     identity = session.folder / "run_id"
     if is_first() and facts.get("run_id") and path.parent.parent == session.folder and not identity.exists():
-        write_private(identity, facts["run_id"] + "\n")  # trackers know the run by it, and its file was lost
+        write_whole(identity, facts["run_id"] + "\n")  # trackers know the run by it, and its file was lost
     session.start = f"resumed after step {session.step} from {path}"
     say_changes(session, facts)
 

@@ -16,10 +16,10 @@ from ..parallel.progress import check_before_collectives, in_phase
 from .batch import Rows
 from .busy_cores import warn_of_busy_cores
 from .checkpointing import SaveFailed, poll_save, save_and_wait, start_save
-from .config.complain import complain, say
+from .config.complain import BAD_USAGE, complain, say
 from .config.config import Config
 from .config.environment import launch_id
-from .config.private_files import CannotWrite
+from .config.own_files import CannotWrite
 from .downstream.judge import judge, scorer_of
 from .downstream.samples import write_samples
 from .evaluation import Evaluation
@@ -51,7 +51,11 @@ log = logging.getLogger("tokenyard")
 
 def run(config: Config) -> int:
     """Trains to the end as one rank of the world in the environment. Returns the exit code."""
-    device = pick_device(config.device.value)
+    try:
+        device = pick_device(config.device.value)
+    except ValueError as error:  # on each rank, or on those for which there are too few GPUs
+        first = os.environ.get("LOCAL_RANK", "0") in ("0", str(torch.cuda.device_count()))
+        return complain(error) if first else BAD_USAGE
     limit = config.parallel.timeout_seconds
     try:
         join(device, limit + GRACE_SECONDS, launch_id(), say, limit)

@@ -16,7 +16,7 @@ from ..checkpoint.folder import checkpoints_in, step_of
 from ..checkpoint.fsync import sync_folder
 from .config.config import ConfigError
 from .config.environment import job_restarted, launch_id
-from .config.private_files import refuse_links, write_private
+from .config.own_files import refuse_links, write_whole
 
 # Rank 0 locks `run.dir/lock`; the operating system releases the lock with the process.
 
@@ -42,7 +42,7 @@ def lock_run(folder: Path) -> RunLock:
     """Locks a run folder, also if a dead process has left its lock. Raises ConfigError, naming the owner, if it is in use."""
     refuse_links(folder)
     path = folder / NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -118,7 +118,7 @@ def goes_on(setting: str, folder: Path) -> bool:
 def keep_begin(setting: str, folder: Path) -> None:
     """Records that the checkpoints of `folder` are those of a run started with `setting`."""
     if _begun(folder) != _mark(setting):
-        write_private(folder / BEGUN, json.dumps(_mark(setting)))
+        write_whole(folder / BEGUN, json.dumps(_mark(setting)))
 
 
 def set_aside(folder: Path, found: Path) -> Path | None:
@@ -142,7 +142,7 @@ def _new_folder(checkpoints: Path) -> Path:
     stem = datetime.now().strftime("set_aside_%Y-%m-%dT%H-%M-%S")
     for name in (stem if attempt == 1 else f"{stem}-{attempt}" for attempt in range(1, 10_000)):
         with suppress(FileExistsError):
-            (checkpoints / name).mkdir(mode=0o700)
+            (checkpoints / name).mkdir()
             return checkpoints / name
     raise FileExistsError(checkpoints / stem)
 

@@ -26,7 +26,7 @@ from ..parallel.mesh import build_mesh
 from ..parallel.object_collectives import from_all, from_first
 from ..parallel.process_group import is_first, wait_for_all
 from .config.config import CheckpointConfig, Config, ConfigError, EngineKind, Precision
-from .config.private_files import new_run_folder, writing_to
+from .config.own_files import new_run_folder, writing_to
 from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
 from .cuda_graph import MicroBatchGraph

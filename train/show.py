@@ -83,8 +83,10 @@ def show(arguments: Arguments) -> int:
     return code
 
 
-def hydra_application(task: Callable[[Any], object], arguments: Arguments, flags: list[str], overrides: list[str]) -> int:
-    """Runs hydra.main with `flags`, and with `overrides` after those of `arguments`. Returns the exit code."""
+def hydra_application(
+    task: Callable[[Any], object], arguments: Arguments, flags: list[str], overrides: list[str], name: str = "tokenyard train"
+) -> int:
+    """Runs hydra.main as `name` with `flags`, and with `overrides` after those of `arguments`. Returns the exit code."""
     import hydra
 
     register_schema()
@@ -93,7 +95,7 @@ def hydra_application(task: Callable[[Any], object], arguments: Arguments, flags
     folder = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
     application = hydra.main(config_path=str(CONF), config_name="config", version_base=None)(task)
     # Hydra reads only the command line of the process.
-    before, sys.argv = sys.argv, ["tokenyard train", *flags, *folder, *arguments.overrides, *overrides]
+    before, sys.argv = sys.argv, [name, *flags, *folder, *arguments.overrides, *overrides]
     try:
         application()
     except SystemExit as stop:

@@ -93,6 +93,8 @@ def find_source(config: Config) -> WeightSource:
     init, folder = config.checkpoint.init, config.run.dir
     assert init is not None
     path = hf_folder(init) or Path(init).expanduser()
+    if HUB_NAME.fullmatch(init) and not path.parent.is_dir() and (folder is None or not Path(folder).is_dir()):
+        refuse_absent(init)
     if not path.exists() and folder is not None and config.checkpoint.resume == "auto" and checkpoints_of(Path(folder)):
         return _read_source(Path(folder), init)
     source, options = _read_source(path, init), upcycle_options(config)
@@ -211,6 +213,17 @@ def hf_folder(path: str | Path) -> Path | None:
     commit = main.read_text().strip() if main.is_file() else ""
     snapshot = model / "snapshots" / commit
     return snapshot if COMMIT.fullmatch(commit) and (snapshot / HF_CONFIG).is_file() else None
+
+
+def refuse_absent(path: str | Path) -> None:
+    """Raises ConfigError for a path that does not exist and is no name in the hub's cache; nothing is downloaded."""
+    folder = Path(path).expanduser()
+    if folder.exists() or hf_folder(path) is not None:
+        return
+    rule = "there is no such folder"
+    if HUB_NAME.fullmatch(str(path)) and not folder.parent.is_dir():
+        raise ConfigError(f"{path}: {rule}, and no model of that name in the hub's cache; nearest valid: hf download {path}")
+    raise ConfigError(f"{path}: {rule}; the nearest existing path is {nearest_path(folder)}")
 
 
 def hf_tokenizer(folder: Path) -> dict[str, str] | None:

@@ -7,8 +7,10 @@ import io
 import lzma
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,10 +38,18 @@ def find_files(path: str, kind: str) -> list[str]:
         # Path.glob does not take absolute patterns.
         found = [file for each in patterns for file in glob.glob(each, recursive=True) if Path(file).is_file()]  # noqa: PTH207
     if not found:
-        raise ValueError(
-            f"data.path={path} must be a file, a folder with files of kind {kind}, a pattern that matches some, or a URL"
-        )
+        wanted = f"a file, a folder with files of kind {kind} ({', '.join(ENDINGS[kind])}), a pattern that matches some, or a URL"
+        raise ValueError(f"data.path={path}: must be {wanted}; {_other_files(place)}")
     return sorted(found)
+
+
+def _other_files(place: Path) -> str:
+    """Returns what a folder without files of the wanted kind holds, in words."""
+    endings = Counter(file.suffix for file in islice(place.rglob("*"), 10_000) if file.is_file()) if place.is_dir() else Counter()
+    if not endings:
+        return "there is no file"
+    ending, count = endings.most_common(1)[0]
+    return f"it has {count} of *{ending}; nearest valid: data=text data.pattern='**/*{ending}' if they are text"
 
 
 def is_remote(path: str) -> bool:

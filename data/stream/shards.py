@@ -1,5 +1,6 @@
 """The shards of a source and their rows, read from any row on. A row that cannot be read is yielded as a BadRow, never skipped."""
 
+import gzip
 import json
 import lzma
 import zlib
@@ -97,7 +98,7 @@ class LineShards(Shards):
                         if isinstance(line, BadRow):
                             yield line
                         else:
-                            yield line.rstrip(b"\r\n") if self._key is None else _json_row(line, self._key)
+                            yield line.rstrip(b"\r\n") if self._key is None else json_row(line, self._key)
         except BROKEN_FILE as error:
             if is_transient(error):
                 raise
@@ -169,7 +170,15 @@ def no_column(column: str, names: list[str]) -> FailedShard:
 
 
 def error_text(error: BaseException) -> str:
-    """Returns the message in one line, without the path: the shard's name is added to it."""
+    """Returns the message in one line, without the path: the shard's name is added to it. In our words for what libraries say."""
+    import pyarrow as pa
+
+    if isinstance(error, EOFError) and "end-of-stream" in str(error):
+        return "it is cut off: its compressed data have no end"
+    if isinstance(error, zlib.error | lzma.LZMAError | gzip.BadGzipFile):
+        return "its compressed data are damaged"
+    if isinstance(error, pa.ArrowException) or (isinstance(error, OSError) and error.errno is None):
+        return "its data are damaged or cut off"
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
@@ -209,7 +218,8 @@ def value_row(value: Any) -> Row:
             return BadRow(f"is {type(value).__name__}, not text")
 
 
-def _json_row(line: bytes, key: str) -> Row:
+def json_row(line: bytes, key: str) -> Row:
+    """Returns the row of a line of JSON with the text at `key`."""
     try:
         record = json.loads(line)
     except UnicodeDecodeError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...train.config.compose import Arguments
 from ...train.config.config import Config, ConfigError
 from ...train.config.overrides import split_override
-from ...train.config.private_files import new_run_folder, write_private
+from ...train.config.own_files import new_run_folder, write_whole
 from ...train.config.schema import quoted
 from .cluster import cluster_arguments, print_not_started, rank_arguments, shell_command, submit, without_secrets
 
@@ -26,7 +26,7 @@ def start_deepspeed(config: Config, arguments: Arguments) -> int:
         return submit([_executable(), *one_host(config, arguments)])
     own, words = several_hosts(config, arguments)
     _hostfile(config).parent.mkdir(parents=True, exist_ok=True)
-    write_private(_hostfile(config), hostfile(config))
+    write_whole(_hostfile(config), hostfile(config))
     print(without_secrets(f"# {_hostfile(config)}\n{hostfile(config)}\n{shell_command(['deepspeed', *own], words)}"), flush=True)
     if config.launch.submit:
         return submit([_executable(), *own, *words])

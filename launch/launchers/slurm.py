@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...train.config.compose import Arguments
 from ...train.config.config import Config
-from ...train.config.private_files import write_private
+from ...train.config.own_files import write_whole
 from .cluster import cluster_arguments, job_name, print_not_started, shell_command, submit, without_secrets
 
 
@@ -16,7 +16,7 @@ def start_job(config: Config, arguments: Arguments) -> int:
     file = _folder(config) / "job.sh"
     # Slurm does not create the folder of the log, and without it a job fails silently.
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_private(file, script)
+    write_whole(file, script, 0o600)  # with the values of overrides, which may be secrets
     print(without_secrets(script), end="", flush=True)
     if config.launch.submit:
         return submit(["sbatch", str(file)])

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from ...train.config.config import Config, ConfigError
-from ...train.config.private_files import new_run_folder
+from ...train.config.own_files import new_run_folder
 from ...train.config.schema import quoted
 from ...train.fault_tolerance.processes import LAUNCHER
 from ...train.fault_tolerance.signals import SAVING, STOPPING, signals_blocked

@@ -53,7 +53,7 @@ def test_nothing_but_a_file_that_fails_from_its_first_byte(
         open_data(config, tokenizer, LENGTH, 1, 4, None, 1)
     assert "\n" not in str(error.value) and error.value.exit_code == 65
     words = [f"data={kind.value}", f"data.path={tmp_path}/rows", f"data.cache={tmp_path}/cache", "tokenizer=bytes"]
-    assert main(["data", "inspect", *words, "sequence_length=32"]) == 65
+    assert main(["data", "inspect", *words, "sequence_length=32"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

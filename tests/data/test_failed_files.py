@@ -101,10 +101,10 @@ Harm = Callable[[Path], None]
 @pytest.mark.parametrize(
     ("kind", "name", "harm", "reason"),
     [
-        (Corpus.jsonl, "3.jsonl.gz", cut, "after 0 rows: Compressed file ended"),
+        (Corpus.jsonl, "3.jsonl.gz", cut, "after 0 rows: it is cut off: its compressed data have no end"),
         (Corpus.jsonl, "3.jsonl.gz", emptied, "after 0 rows: the file is empty"),
         (Corpus.parquet, "3.parquet", no_column, "after 0 rows: no column text, there are other"),
-        (Corpus.parquet, "3.parquet", cut, "after 0 rows: Parquet"),
+        (Corpus.parquet, "3.parquet", cut, "after 0 rows: its data are damaged or cut off"),
     ],
 )
 def test_one_file_that_fails_ends_the_run(tmp_path: Path, kind: Corpus, name: str, harm: Harm, reason: str) -> None:

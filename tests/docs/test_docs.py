@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep
 from tokenyard.checkpoint.store import save_checkpoint
 from tokenyard.launch.launchers.torchrun import check_hosts
 from tokenyard.launch.main import VERBS, main
+from tokenyard.launch.parser import with_config_dir
 from tokenyard.launch.plan_command import OWN as DRY_RUN_WORDS
 from tokenyard.launch.plan_command import read_words
 from tokenyard.launch.search_command import OWN as SEARCH_WORDS
@@ -24,7 +25,8 @@ from tokenyard.launch.search_command import read_search_words
 from tokenyard.launch.serve_command import read_deployment
 from tokenyard.parity.command import plan_comparison
 from tokenyard.parity.config import split_settings
-from tokenyard.train.config.compose import CONF, compose, parse_arguments
+from tokenyard.train.config.compose import CONF, compose, own_folders, parse_arguments
+from tokenyard.train.config.group_words import spelled_out
 from tokenyard.train.config.launch import Launcher
 from tokenyard.train.config.overrides import Groups, find_groups, parse_override
 from tokenyard.train.config.reference import reference
@@ -50,7 +52,12 @@ KEY_OF_A_RECORD = re.compile(r"moe/\w+(/layer_\d)?")
 PLACEHOLDERS = {"group=option", "key=value", "model=NAME"}
 OF_PLAN = {*DRY_RUN_WORDS, *SEARCH_WORDS}
 """Words of `tokenyard plan` alone."""
-SET_UP = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}
+SET_UP = {
+    'eval "$(tokenyard -sc install=bash)"',
+    "tokenyard -sc install=fish | source",
+    "source .venv/bin/activate",
+    ".venv/bin/pre-commit install",
+}
 
 
 class Part(NamedTuple):
@@ -127,6 +134,12 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mixtral").mkdir()
     (folder / "mixtral" / "tokenizer.json").write_text("{}")
     (folder / "card.json").write_text('{"total_parameters": 671e9}')
+    for number in range(100):
+        (folder / "texts" / f"{number}.txt").write_text(f"Text {number} of 100, with some words. " * 10)
+    for block in blocks("yaml"):
+        if named := re.search(r"^# (mine/\S+)$", block.text, re.M):  # a file of the reader's own
+            (folder / named[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / named[1]).write_text(block.text)
     for run in ("first", "one", "four", "stable"):
         (folder / "runs" / run).mkdir(parents=True)
     for run, steps, config in (("first", (400, 600), compose([])), ("stable", (800,), compose(["schedule=wsd"]))):
@@ -170,13 +183,15 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
         case ["tokenyard", "audit", *arguments]:
             assert main(["audit", *arguments]) in (0, 1)
         case ["tokenyard", "parity", *arguments]:
+            if arguments[:1] == ["--config-dir"]:
+                arguments = [*arguments[2:], f"--config-dir={arguments[1]}"]
             assert plan_comparison(*split_settings(arguments))[1]
         case ["tokenyard", "import" | "export" as verb, *_]:
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
         case ["tokenyard", "data", "verify", folder]:
-            monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path: int(path != folder))
+            monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path, as_json: int(path != folder))
             assert main(words[1:]) == 0
         case ["tokenyard", "report" | "watch" as verb, *arguments]:
             monkeypatch.setattr(
@@ -280,9 +295,12 @@ def trains(arguments: list[str], world: int | None) -> None:
 
     Plugins of Hydra are not installed: tests/launch/test_sweep.py tries them where they are.
     """
-    parsed = with_run(parse_arguments([word for word in arguments if not word.startswith("hydra")]))
-    for point in points(parsed.overrides, find_groups([CONF])) if parsed.multirun else [parsed.overrides]:
-        config = compose(point)
+    plugins = ("hydra/", "hydra.sweeper", "hydra.launcher")
+    parsed = with_run(parse_arguments([word for word in arguments if not word.startswith(plugins)]))
+    folder = [f"--config-dir={parsed.config_dir}"] if parsed.config_dir else []
+    groups = find_groups([CONF, *own_folders(parsed)])
+    for point in points(parsed.overrides, groups) if parsed.multirun else [parsed.overrides]:
+        config = compose([*point, *folder])
         started = config.launch.kind is not Launcher.inline
         check_config(config, world or (config.launch.nodes * config.launch.ranks if started else 1))
         if config.launch.kind is Launcher.torchrun and world is None:
@@ -309,5 +327,5 @@ def number(flags: list[str], name: str) -> int:
 
 
 def checked_evaluation(arguments) -> int:
-    config_from_plain(plain_config(compose([])), arguments.overrides)
+    config_from_plain(plain_config(compose([])), spelled_out(parse_arguments(with_config_dir(arguments.overrides, arguments))))
     return 0

@@ -31,7 +31,7 @@ def test_damaged_journals_do_not_stop_a_resume(tmp_path: Path) -> None:
     assert [step for step, _ in losses(folder)] == [2, 4, 5, 6, 7, 8]
     for name, content in damaged.items():
         [aside] = folder.glob(f"{name}.damaged-2*")
-        assert aside.read_bytes() == content and aside.stat().st_mode & 0o077 == 0
+        assert aside.read_bytes() == content
     assert sorted(Path(event["path"]).name for event in events_of(folder, "journal_set_aside")) == sorted(JOURNALS)
     assert sum("had damaged lines" in line for line in lines) == 3
 

@@ -111,7 +111,7 @@ def no_room(path: Path, text: str) -> None:
 
 def spoiled_run_without_room(*arguments: Any) -> dict[str, Any]:
     """The same; the journals cannot be cut back."""
-    with mock.patch.object(journal, "write_private", no_room):
+    with mock.patch.object(journal, "write_whole", no_room):
         return spoiled_run(*arguments)
 
 

@@ -44,7 +44,7 @@ def test_words_of_upcycle_end_with_the_settings() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["import", "nowhere", "out"], "nowhere: must be a Hugging Face folder, it has no config.json"),
+        (["import", "nowhere", "out"], "nowhere: there is no such folder; the nearest existing path is "),
         (
             ["import", "--upcycle", "nowhere", "out"],
             "--upcycle: must say how many experts; nearest valid: --upcycle experts=8 top_k=2",

@@ -61,6 +61,9 @@ def test_an_exported_run_evaluates_as_the_run(
         assert said == f"tokenyard: {small}: its model has 200 rows, and the tokenizer 259 pieces"
 
 
+ABSENT = "there is no such folder, and no model of that name in the hub's cache; nearest valid: hf download nobody/nothing"
+
+
 def test_what_is_refused(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs, small = saved("Mixtral", vocab_size=264, num_local_experts=4), saved("Llama", vocab_size=200)
     refused = {
@@ -68,7 +71,7 @@ def test_what_is_refused(saved: Callable[..., Path], tmp_path: Path, capsys: pyt
         "model: the checkpoint's model cannot be changed by overrides": [str(theirs), *BYTES, "model.layers=1"],
         f"{small}: its model has 200 rows, and the tokenizer 259 pieces": [str(small), *BYTES, f"data.cache={tmp_path / 'cache'}"],
         f"{tmp_path}: is neither a checkpoint nor a run folder with one": [str(tmp_path)],
-        "nobody/nothing: is neither a checkpoint nor a run folder with one": ["nobody/nothing"],
+        f"nobody/nothing: {ABSENT}": ["nobody/nothing"],
     }
     for says, words in refused.items():
         assert main(["evaluate", *words]) == 2

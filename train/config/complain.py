@@ -1,7 +1,9 @@
 """Messages on standard error, without secrets and without control characters that a terminal would obey. Imports no torch."""
 
+import os
 import re
 import sys
+from typing import TextIO
 
 from .redact import redact
 
@@ -22,6 +24,11 @@ def complain(error: Exception | str, code: int = BAD_USAGE) -> int:
 def say(text: str) -> None:
     """Prints text of any length to standard error and flushes."""
     print(f"tokenyard: {printable(redact(text))}", file=sys.stderr, flush=True)
+
+
+def go_silent(stream: TextIO) -> None:
+    """Lets `stream`, which nobody reads any more, write to nowhere, also what Python still holds of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(text: str) -> str:

@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from .config import Config, ConfigError
-from .overrides import Groups, as_hydra_override, check_composed, check_overrides, find_groups, target_error
+from .overrides import (
+    Groups,
+    as_hydra_override,
+    check_composed,
+    check_overrides,
+    find_groups,
+    parse_override,
+    split_override,
+    target_error,
+)
 from .schema import nearest_text, quoted, settings, suggest, todays_value, unknown_key_error, wrong_value_error
+from .usual_names import usual_name
 
 # The flags of `tokenyard train`. All other arguments are overrides of the configuration.
 
@@ -40,6 +50,10 @@ def parse_arguments(argv: list[str]) -> "Arguments":
     arguments.overrides = [f"{key}{equals}{todays_value(key, value)}" for key, equals, value in split]
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        if key.replace("-", "_") in settings() or usual_name(key):
+            rule = "there is no such flag, settings are key=value"
+            raise ConfigError(f"{unknown[0]}: {rule}; nearest valid: {suggest(key.replace('-', '_'), value, {})}")
         raise ConfigError(f"{unknown[0]}: there is no such flag; nearest valid: {nearest_text(unknown[0], flags)}")
     if arguments.retry and not arguments.multirun:
         raise ConfigError("--retry: runs the failed points of a sweep again; nearest valid: -m --retry")
@@ -98,11 +112,12 @@ def compose_arguments(arguments: Arguments) -> Config:
 
     groups = check_arguments(arguments)
     register_schema()
-    search_path = []
-    if arguments.config_dir is not None:  # Hydra's compose function takes the folder as an override
-        search_path.append(f"hydra.searchpath=[{quoted(f'file://{Path(arguments.config_dir).resolve()}')}]")
+    # Hydra's compose function takes all folders as one override.
+    folders = [quoted(f"file://{folder}") for folder in own_folders(arguments)]
+    search_path = [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
+    overrides = [text for text in arguments.overrides if split_override(text)[0] != SEARCH_PATH]
     with one_line_errors(groups), initialize_config_dir(config_dir=str(CONF), version_base=None):
-        composed = hydra_compose("config", [*search_path, *map(as_hydra_override, arguments.overrides)])
+        composed = hydra_compose("config", [*search_path, *map(as_hydra_override, overrides)])
         check_composed(OmegaConf.to_container(composed, resolve=True), groups)
         config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
@@ -110,16 +125,31 @@ def compose_arguments(arguments: Arguments) -> Config:
 
 
 def check_arguments(arguments: Arguments, sweep: bool = False) -> Groups:
-    """Returns all groups and their options. Raises ConfigError for a wrong override or a missing --config-dir."""
-    folders = [CONF]
-    if arguments.config_dir is not None:
-        folders.append(Path(arguments.config_dir).resolve())
-    if not folders[-1].is_dir():
-        existing = next(folder for folder in folders[-1].parents if folder.is_dir())
-        raise ConfigError.of("--config-dir", folders[-1], "must be an existing folder", f"--config-dir={existing}")
-    groups = find_groups(folders)
+    """Returns all groups and their options. Raises ConfigError for a wrong override or a missing folder of --config-dir."""
+    groups = find_groups([CONF, *own_folders(arguments)])
     check_overrides(arguments.overrides, groups, sweep)
     return groups
+
+
+SEARCH_PATH = "hydra.searchpath"
+
+
+def own_folders(arguments: Arguments) -> list[Path]:
+    """Returns the folders of the user's own groups: --config-dir and hydra.searchpath. Raises ConfigError for a missing one."""
+    given = [("--config-dir", arguments.config_dir)] if arguments.config_dir is not None else []
+    for text in arguments.overrides:
+        if split_override(text)[0] == SEARCH_PATH:
+            value = parse_override(text, {}).value()
+            given += [(SEARCH_PATH, str(each).strip("'\"")) for each in (value if isinstance(value, list) else [value])]
+    folders = []
+    for key, text in given:
+        folder = Path(text.removeprefix("file://")).expanduser().resolve()
+        if not folder.is_dir():
+            existing = next(parent for parent in folder.parents if parent.is_dir())
+            nearest = f"{key}=[{existing}]" if key == SEARCH_PATH else f"{key}={existing}"
+            raise ConfigError.of(key, text, "must be an existing folder", nearest)
+        folders.append(folder)
+    return folders
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 from .config import Config, ConfigError
+from .usual_names import usual_name
 
 REMOVED = {
     "tracker.entity": ("W&B reads it from the environment", "WANDB_ENTITY={value} in the environment"),
@@ -45,7 +46,14 @@ def unknown_key_error(key: str, value: object, groups: Mapping[str, list[str]]) 
 
 
 def suggest(key: str, value: object, groups: Mapping[str, list[str]]) -> str:
-    """Returns the most similar valid override: the nearest key, with `value` if that is valid for it, else its default."""
+    """Returns the valid override that is meant: by the field's usual names, else by likeness; with `value` if that is valid."""
+    usual = usual_name(key.partition("@")[0])
+    if usual is not None and "=" in usual.rstrip("="):
+        return usual.format(value=value if accepts("launch.ranks", value) else 2)
+    if usual is not None and not usual.endswith("=") and accepts(usual, value):
+        return f"{usual}={value}"
+    if usual is not None:
+        return f"{usual.rstrip('=')}={written(attrgetter(usual.rstrip('='))(Config()))}"
     leaves = [name for name, (kind, _) in settings().items() if not dataclasses.is_dataclass(kind)]
     meant = nearest_key(key.partition("@")[0], [*leaves, *groups])
     if meant in groups:

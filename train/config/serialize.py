@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError
-from .private_files import write_private
+from .own_files import write_whole
 from .redact import redact_plain
 from .schema import CONVERSION_ERRORS, REMOVED, convert, is_mapping, unknown_key_error, written, wrong_value_error
 
@@ -106,7 +106,7 @@ def write_config(config: Config, path: Path) -> None:
     """Writes the configuration as YAML, without secrets."""
     from omegaconf import OmegaConf
 
-    write_private(path, OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(shown_config(config))))
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

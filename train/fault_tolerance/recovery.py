@@ -7,7 +7,7 @@ from ...parallel.object_collectives import from_all
 from ..batch import Rows
 from ..checkpointing import wait_for_save
 from ..config.complain import say
-from ..config.private_files import writing_to
+from ..config.own_files import writing_to
 from ..exit import ExitCode, RunStop, too_little_room
 from ..resume import keep_timeline, newest_intact, resume
 from ..session import Session

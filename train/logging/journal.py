@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..config.private_files import append_private, write_private
+from ..config.own_files import open_appending, write_whole
 from ..config.redact import NUMBERS, redact_plain
 
 log = logging.getLogger("tokenyard")
@@ -41,7 +41,7 @@ class Journal:
         self._init_buffer(Path(path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = _repair(self.path, keep_to_step)
-        self._file = append_private(self.path)
+        self._file = open_appending(self.path)
         if aside is not None:
             _log_set_aside(self.path, aside)
 
@@ -50,7 +50,7 @@ class Journal:
         """Opens a file that another Journal has open, without repairing it."""
         journal = cls.__new__(cls)
         journal._init_buffer(path)
-        journal._file = append_private(path)
+        journal._file = open_appending(path)
         return journal
 
     def _init_buffer(self, path: Path) -> None:
@@ -124,7 +124,7 @@ def _repair(path: Path, keep_to_step: int | None) -> Path | None:
     content = "".join(line + "\n" for line in kept)
     aside = _copy_aside(path) if damaged else None
     if content.encode() != path.read_bytes():
-        write_private(path, content)
+        write_whole(path, content)
     return aside
 
 

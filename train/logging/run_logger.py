@@ -16,7 +16,7 @@ from ...parallel.object_collectives import from_all
 from ...plan.own_layout import plan_own_layout
 from ..config.config import Tier
 from ..config.environment import local_world_size
-from ..config.private_files import CannotWrite, writing_to
+from ..config.own_files import CannotWrite, writing_to
 from ..config.redact import RedactingFormatter
 from ..config.serialize import shown_config, write_config
 from ..derive import DTYPES

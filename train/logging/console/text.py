@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TextIO
 
-from ...config.complain import printable
+from ...config.complain import go_silent, printable
 from ...config.redact import redact
 
 
@@ -48,8 +48,11 @@ class Printer:
         text = self._clean(plain(line))
         self.copy(text)
         if self._rich is None:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            try:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            except BrokenPipeError:  # the run goes on without a console
+                go_silent(self._stream)
             return
         from rich.text import Text
 

@@ -10,7 +10,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from ...config.config import TrackerConfig
-from ...config.private_files import write_private
+from ...config.own_files import write_whole
 from ..journal import Journal
 from .base import AbstractTracker
 
@@ -54,7 +54,7 @@ def run_identity(run_dir: Path, resumed: bool) -> str:
     """
     path = run_dir / "run_id"
     if not (resumed and path.exists()):
-        write_private(path, secrets.token_hex(4) + "\n")
+        write_whole(path, secrets.token_hex(4) + "\n")
     return path.read_text().strip()
 
 

@@ -1,10 +1,11 @@
-"""A run writes to its own folder only, readable by its owner only."""
+"""A run writes to its own folder only, with the modes that the umask allows."""
 
+import os
 from pathlib import Path
 
 import pytest
 from tokenyard.train.config.config import ConfigError
-from tokenyard.train.config.private_files import RUN_FILES, append_private, write_private
+from tokenyard.train.config.own_files import RUN_FILES, open_appending, write_whole
 from tokenyard.train.logging.trackers.trackers import run_identity
 from tokenyard.train.run_folder import lock_run
 
@@ -27,11 +28,18 @@ def test_a_link_made_later_is_not_followed_either(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(private)
     run_identity(tmp_path, resumed=False)
     with pytest.raises(OSError, match="symbolic link"):
-        append_private(tmp_path / "events.jsonl")
+        open_appending(tmp_path / "events.jsonl")
     assert private.read_text() == "precious" and not (tmp_path / "run_id").is_symlink()
 
 
-def test_others_cannot_read_what_is_written(tmp_path: Path) -> None:
-    write_private(tmp_path / "job.sh", "echo")
-    append_private(tmp_path / "log").close()
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "job.sh", "echo")
+        open_appending(tmp_path / "log").close()
+        lock = lock_run(tmp_path)
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}
+        lock.release()
+    finally:
+        os.umask(before)

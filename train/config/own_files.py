@@ -1,4 +1,4 @@
-"""Writes the files of a run folder, readable by their owner alone and never through a link. Imports no torch."""
+"""Writes the files of a run folder, never through a link; their modes follow the umask. Imports no torch."""
 
 import os
 import secrets
@@ -25,7 +25,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CannotWrite(
-            f"run.dir={folder}: {' '.join(str(error).split())}; nearest valid: a folder that can be written"
+            f"run.dir={folder}: cannot be written ({error.strerror or error}); nearest valid: a folder that can be written"
         ) from error
 
 
@@ -37,23 +37,23 @@ def refuse_links(folder: Path) -> None:
             raise ConfigError.of("run.dir", str(folder), rule, "another run.dir, or remove that link")
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replaces `path` atomically and durably by a file with mode 0600. A link of that name is replaced itself."""
+def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
+    """Replaces `path` atomically and durably by a new file of `mode`, less the umask. A link of that name is replaced itself."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+    with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
 
 
-def append_private(path: Path) -> IO[str]:
-    """Opens `path` for appending lines; a new file has mode 0600. Raises OSError if it is a link."""
+def open_appending(path: Path) -> IO[str]:
+    """Opens `path` for appending lines. Raises OSError if it is a link."""
     return _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
 
 
-def _opened(path: Path, flags: int) -> IO[str]:
-    descriptor = os.open(path, flags, 0o600)
+def _opened(path: Path, flags: int, mode: int = 0o666) -> IO[str]:
+    descriptor = os.open(path, flags, mode)
     return os.fdopen(descriptor, "a" if flags & os.O_APPEND else "w", encoding="utf-8", buffering=1)
 
 
