@@ -10,15 +10,25 @@ from .batch_sizes import BatchSizes
 from .batches import GlobalBatches, ValidationBatches, unigram_entropy
 from .cache import cache_folder
 from .checks import check_corpus
-from .config import STREAMED, Corpus, DataConfig, Packing, TokenizerConfig, mixture_sources
+from .config import STREAMED, Corpus, DataConfig, MixtureSource, Packing, TokenizerConfig, mixture_sources
 from .corpus import CorpusSurvey, survey
-from .pretokenized import open_pretokenized, tokenizer_overrides
+from .pretokenized import open_place, open_pretokenized, tokenizer_overrides
 from .stream.documents import TokenizingRanks
+from .stream.files import is_remote
 from .stream.http import RetryPolicy
-from .stream.mixture import StreamBatches
-from .stream.shards import open_shards
-from .stream.source import OpenedSource, build_mixture, concatenate_tokens, held_out_tokens, open_array, sample_texts, token_shares
-from .token_array import TokenArray, TokensManifest, map_tokens, open_tokens
+from .stream.mixture import Mixture, StreamBatches
+from .stream.shards import ShardFiles, open_shards
+from .stream.source import (
+    OpenedSource,
+    OpenedTokens,
+    build_mixture,
+    concatenate_tokens,
+    held_out_tokens,
+    open_array,
+    sample_texts,
+    token_shares,
+)
+from .token_array import TokenArray, TokensPlace, open_tokens
 from .tokenizer import Tokenizer, build_tokenizer, ready_tokenizer, trained_tokenizer
 from .tokenizer_training import sample
 
@@ -44,13 +54,24 @@ class Facts(NamedTuple):
     tokenizer_hash: str
 
 
-class CachedCorpus(NamedTuple):
-    """What rank 0 tells the others about a corpus in the cache, so that they read nothing of it but its tokens."""
+class OpenedData(NamedTuple):
+    """What rank 0 tells the others about the data, so that they read no manifest, no list of files and no document of others."""
 
     tokenizer: Tokenizer
-    splits: list[tuple[str, TokensManifest]]
-    """The files of tokens and their manifests: training, validation."""
+    train: list[TokensPlace | ShardFiles | None]
+    """Of each source; None if it has to be opened again."""
+    validation: TokensPlace | TokenArray
+    """Of several sources the tokens themselves."""
+    shares: list[int]
+    """The validation tokens of each source."""
     facts: Facts
+
+    @property
+    def here(self) -> bool:
+        """Whether this process sees the files."""
+        places = [each for each in (*self.train, self.validation) if isinstance(each, TokensPlace)]
+        local = [files.paths[0] for files in self.train if isinstance(files, ShardFiles) and not is_remote(files.paths[0])]
+        return all(Path(path).exists() for path in (*local, *(place.path for place in places)))
 
 
 class DataPipeline(NamedTuple):
@@ -60,8 +81,8 @@ class DataPipeline(NamedTuple):
     train: GlobalBatches | StreamBatches
     validation: ValidationBatches
     facts: Facts
-    cached: CachedCorpus | None = None
-    """None for data that are streamed or prepared."""
+    opened: OpenedData
+    """For other processes."""
 
 
 def open_data(
@@ -72,23 +93,21 @@ def open_data(
     batch_sequences: int | BatchSizes,
     ranks: TokenizingRanks | None = None,
     validation_sequences: int = 256,
-    cached: CachedCorpus | None = None,
+    known: OpenedData | None = None,
 ) -> DataPipeline:
     """Opens the corpus. Trains a tokenizer and tokenizes where the cache lacks the result.
 
     Any number of processes may call this at once. Call it on rank 0 first to save work: the others find everything in the cache.
-    `ranks` share the tokenizing of streamed data. `cached`: what another process has found in a cache that this one may see too.
+    `ranks` share the tokenizing of streamed data. `known`: what another process has found in files that this one may see too.
     Raises ValueError, one line, for settings that cannot work.
     """
-    check_corpus(config)
+    known = known if known is not None and known.here else None
+    if known is None:
+        check_corpus(config)
     cache = cache_folder(config)
     settings = BatchSettings(sequence_length, seed, batch_sequences, ranks or TokenizingRanks(), validation_sequences)
-    if cached is not None and all(Path(path).is_file() for path, _ in cached.splits):
-        opened = _open_cached(config, cached, settings, cache)
-    elif config.corpus in (*STREAMED, Corpus.mix):
-        opened = _open_stream(config, tokenizer_config, cache, settings)
-    else:
-        opened = _open_corpus(config, tokenizer_config, cache, settings)
+    open_kind = _open_stream if config.corpus in (*STREAMED, Corpus.mix) else _open_corpus
+    opened = open_kind(config, tokenizer_config, cache, settings, known)
     facts = opened.facts
     text = f"{facts.train_tokens} tokens" if facts.train_tokens is not None else "a stream of tokens"
     log.info("data: %s to train on, %.2f bytes each; %d to validate", text, facts.bytes_per_token, facts.validation_tokens)
@@ -130,31 +149,27 @@ def retry_policy(config: DataConfig) -> RetryPolicy:
     return RetryPolicy(config.patience_seconds, config.stall_seconds, threading.Event())
 
 
-def _open_corpus(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
-    if config.corpus is Corpus.prepared:
+def _open_corpus(
+    config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings, known: OpenedData | None
+) -> DataPipeline:
+    corpus = None
+    if known is not None:
+        places = known.train[0], known.validation
+        train, validation = (open_place(place, config.verify) for place in places if isinstance(place, TokensPlace))
+        tokenizer = known.tokenizer
+    elif config.corpus is Corpus.prepared:
         tokenizer = open_tokenizer(config, tokenizer_config, cache)
-        corpus, train, validation = (
-            None,
-            *(open_pretokenized(config, tokenizer.hash, split, settings.ranks.rank == 0) for split in ("train", "validation")),
-        )
+        train, validation = (open_pretokenized(config, tokenizer.hash, split) for split in ("train", "validation"))
     else:
         corpus = survey(config)
         tokenizer = build_tokenizer(tokenizer_config, corpus, cache)
         train, validation = (open_tokens(corpus, split, tokenizer, cache, config.verify) for split in ("train", "validation"))
     batches = _batches(config, tokenizer, train, settings, cache)
-    facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
-    arrays = [(array.ids, array.manifest) for array in (train, validation)]
-    cached = None
-    if corpus is not None:
-        cached = CachedCorpus(tokenizer, [(str(getattr(ids, "filename", "")), manifest) for ids, manifest in arrays], facts)
-    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length), facts, cached)
-
-
-def _open_cached(config: DataConfig, cached: CachedCorpus, settings: BatchSettings, cache: Path) -> DataPipeline:
-    train, validation = (map_tokens(Path(path), manifest) for path, manifest in cached.splits)
-    batches = _batches(config, cached.tokenizer, train, settings, cache)
-    validation = ValidationBatches(validation, sequence_length=settings.length)
-    return DataPipeline(cached.tokenizer, batches, validation, cached.facts, cached)
+    if known is None:
+        facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
+        known = OpenedData(tokenizer, [train.place], validation.place or validation, [], facts)
+    rows = ValidationBatches(validation, sequence_length=settings.length)
+    return DataPipeline(tokenizer, batches, rows, known.facts, known)
 
 
 def _batches(config: DataConfig, tokenizer: Tokenizer, train: TokenArray, settings: BatchSettings, cache: Path) -> GlobalBatches:
@@ -169,29 +184,50 @@ def _batches(config: DataConfig, tokenizer: Tokenizer, train: TokenArray, settin
     )
 
 
-def _open_stream(config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings) -> DataPipeline:
-    tokenizer = open_tokenizer(config, tokenizer_config, cache)
-    retry = retry_policy(config)
-    parts = [
-        OpenedSource(part, open_shards(part.config, retry)) if part.config.corpus in STREAMED else part
-        for part in mixture_sources(config)
-    ]
+def _open_stream(
+    config: DataConfig, tokenizer_config: TokenizerConfig, cache: Path, settings: BatchSettings, known: OpenedData | None
+) -> DataPipeline:
+    tokenizer = known.tokenizer if known else open_tokenizer(config, tokenizer_config, cache)
+    retry, parts = retry_policy(config), mixture_sources(config)
+    found = known.train if known else [None] * len(parts)
+    opened = [_open_source(part, each, tokenizer, cache, retry) for part, each in zip(parts, found, strict=True)]
     pool = ThreadPoolExecutor(config.workers, "tokenyard-data") if config.workers else None
-    mixture = build_mixture(parts, tokenizer, cache, settings.seed, settings.length, settings.ranks, pool)
+    mixture = build_mixture(opened, tokenizer, settings.seed, settings.length, settings.ranks, pool)
     batches = StreamBatches(mixture, sequences=settings.sequences, retry=retry, pool=pool)
-    wanted = settings.validation * settings.length + 1
+    if known is None:
+        validation, shares = _validation_of(opened, mixture, tokenizer, cache, settings.validation * settings.length + 1)
+        facts = _facts(None, validation, validation, tokenizer)
+        facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
+        places = [each.shards.files if isinstance(each, OpenedSource) else each.tokens.place for each in opened]
+        known = OpenedData(tokenizer, places, validation, shares, facts)
+    assert isinstance(known.validation, TokenArray)
+    sources = list(zip((source.label for source in mixture.sources), known.shares, strict=True))
+    rows = ValidationBatches(known.validation, sequence_length=settings.length, sources=sources)
+    return DataPipeline(tokenizer, batches, rows, known.facts, known)
+
+
+def _open_source(
+    part: MixtureSource, found: TokensPlace | ShardFiles | None, tokenizer: Tokenizer, cache: Path, retry: RetryPolicy
+) -> OpenedSource | OpenedTokens:
+    """Opens a source, or what another process has `found` of it."""
+    if part.config.corpus in STREAMED:
+        return OpenedSource(part, open_shards(part.config, retry, found if isinstance(found, ShardFiles) else None))
+    if isinstance(found, TokensPlace):
+        return OpenedTokens(part, open_place(found, part.config.verify))
+    return OpenedTokens(part, open_array(part.config, "train", tokenizer, cache))
+
+
+def _validation_of(
+    opened: list[OpenedSource | OpenedTokens], mixture: Mixture, tokenizer: Tokenizer, cache: Path, wanted: int
+) -> tuple[TokenArray, list[int]]:
+    """Returns about `wanted` validation tokens of all sources, and how many are of each."""
     held_out = [
         held_out_tokens(part, tokenizer, cache, wanted, source.add_failures)
         if isinstance(part, OpenedSource)
-        else open_array(part.config, "validation", tokenizer, cache, settings.ranks.rank == 0)
-        for part, source in zip(parts, mixture.sources, strict=True)
+        else open_array(part.part.config, "validation", tokenizer, cache)
+        for part, source in zip(opened, mixture.sources, strict=True)
     ]
-    validation = concatenate_tokens(held_out, mixture.weights, wanted)
-    facts = _facts(None, validation, validation, tokenizer)
-    facts = facts._replace(train_documents=None, train_tokens=None, train_fingerprint=batches.fingerprint)
-    shares = zip(mixture.sources, token_shares(held_out, mixture.weights, wanted), strict=True)
-    sources = [(source.label, share) for source, share in shares]
-    return DataPipeline(tokenizer, batches, ValidationBatches(validation, sequence_length=settings.length, sources=sources), facts)
+    return concatenate_tokens(held_out, mixture.weights, wanted), token_shares(held_out, mixture.weights, wanted)
 
 
 def _facts(corpus: CorpusSurvey | None, train: TokenArray, validation: TokenArray, tokenizer: Tokenizer) -> Facts:

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 import xxhash
 
 from .config import DataConfig
-from .token_array import TokenArray, TokensManifest, hash_ids
+from .token_array import ShardRecord, TokenArray, TokensManifest, TokensPlace, hash_ids, map_tokens
 from .tokenizer import settings_of_saved
 
 MANIFEST_FILE = "manifest.json"
@@ -21,25 +21,23 @@ AGAIN = "remove it and start tokenyard prepare again"
 """Advice in messages about damage."""
 
 
-class ShardRecord(NamedTuple):
-    """One .npy file of token ids, uint16 or uint32."""
+def open_place(place: TokensPlace, verify: bool) -> TokenArray:
+    """Returns tokens that another process has opened. Shards are opened, and with `verify` hashed, when they are first read.
 
-    file: str
-    tokens: int
-    documents: int
-    bytes: int
-    """UTF-8 bytes of its documents."""
-    hash: str
-    """xxh3-128 of the ids."""
-    bad: list[str]
-    """Rows that were skipped: shard, row and reason of each."""
+    Raises ValueError, one line, if a file of tokens has another number of them.
+    """
+    if place.shards is None:
+        return map_tokens(place)
+    folder, records = Path(place.path), place.shards
+    check = (lambda index, ids: _check_hash(folder, records[index], ids)) if verify else None
+    ids = ConcatenatedArrays([record.tokens for record in records], lambda index: _open(folder, records[index]), check)
+    return TokenArray(ids, place.manifest, place)  # pyright: ignore[reportArgumentType]
 
 
-def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str, opens_all: bool = True) -> TokenArray:
+def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str) -> TokenArray:
     """Returns the shards of a split in the folder `data.path`, as one array. Raises ValueError, one line, if they are damaged.
 
-    Checks sizes and the manifest's own hash; with `data.verify` also the hash of each shard, when it is first read. Without
-    `opens_all`, which one rank of a run is enough for, a shard is opened, and its size checked, when it is first read.
+    Checks sizes and the manifest's own hash; with `data.verify` also the hash of each shard, when it is first read.
     """
     folder = Path(config.path or "").expanduser()
     about = read_manifest(folder)
@@ -47,16 +45,14 @@ def open_pretokenized(config: DataConfig, tokenizer_hash: str, split: str, opens
         has = f"tokenizer {about['tokenizer_hash']}, and this one is {tokenizer_hash}"
         raise ValueError(f"data.path={folder} was made with {has}; take its own: {tokenizer_overrides(folder)}")
     records = [ShardRecord(**record) for record in about["splits"][split]]
-    check = (lambda index, ids: _check_hash(folder, records[index], ids)) if config.verify else None
-    ids = ConcatenatedArrays([record.tokens for record in records], lambda index: _open(folder, records[index]), check)
-    if opens_all:
-        ids.open_all()
     running = xxhash.xxh3_128(tokenizer_hash.encode() + b"".join(record.hash.encode() for record in records))
-    documents, size = sum(record.documents for record in records), sum(record.bytes for record in records)
-    manifest = TokensManifest(
-        documents, len(ids), size, [row for record in records for row in record.bad], 0, 0, running.hexdigest()
-    )
-    return TokenArray(ids, manifest)  # pyright: ignore[reportArgumentType]
+    documents, tokens = sum(record.documents for record in records), sum(record.tokens for record in records)
+    size, bad = sum(record.bytes for record in records), [row for record in records for row in record.bad]
+    manifest = TokensManifest(documents, tokens, size, bad, 0, 0, running.hexdigest())
+    opened = open_place(TokensPlace(str(folder), manifest, records), config.verify)
+    assert isinstance(opened.ids, ConcatenatedArrays)
+    opened.ids.open_all()
+    return opened
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

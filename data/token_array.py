@@ -41,10 +41,35 @@ class TokensManifest(NamedTuple):
     """xxh3-128 over the token ids."""
 
 
+class ShardRecord(NamedTuple):
+    """One .npy file of pretokenized ids, uint16 or uint32."""
+
+    file: str
+    tokens: int
+    documents: int
+    bytes: int
+    """UTF-8 bytes of its documents."""
+    hash: str
+    """xxh3-128 of the ids."""
+    bad: list[str]
+    """Rows that were skipped: shard, row and reason of each."""
+
+
+class TokensPlace(NamedTuple):
+    """Where tokens are, with all that another process needs to open them without reading it again."""
+
+    path: str
+    """A file of tokens, or a folder of pretokenized shards."""
+    manifest: TokensManifest
+    shards: list[ShardRecord] | None = None
+
+
 class TokenArray(NamedTuple):
     ids: np.ndarray
     """Shape (tokens,), uint16 or uint32, read-only: documents in the order of a hash of their names, each with its end token."""
     manifest: TokensManifest
+    place: TokensPlace | None = None
+    """None if they are in memory alone."""
 
 
 def open_tokens(corpus: CorpusSurvey, split: Split, tokenizer: Tokenizer, cache: Path, verify: bool = False) -> TokenArray:
@@ -78,18 +103,19 @@ def load_tokens(folder: Path, verify: bool = False) -> TokenArray:
             f"cached tokens in {folder} were changed (hash {found}, not {manifest.fingerprint}); "
             "remove the folder and they are made again"
         )
-    return TokenArray(ids, manifest)
+    return TokenArray(ids, manifest, TokensPlace(str(folder / TOKENS_FILE), manifest))
 
 
-def map_tokens(file: Path, manifest: TokensManifest) -> TokenArray:
+def map_tokens(place: TokensPlace) -> TokenArray:
     """Returns tokens that another process has loaded. Raises ValueError, one line, if the file has another number of them."""
+    file, manifest = Path(place.path), place.manifest
     try:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cached tokens in {file.parent} are damaged ({error}); remove the folder") from None
     if ids.shape != (manifest.tokens,):
         raise ValueError(f"cached tokens in {file.parent} are damaged ({ids.shape} for {manifest.tokens}); remove the folder")
-    return TokenArray(ids, manifest)
+    return TokenArray(ids, manifest, place)
 
 
 def hash_ids(ids: np.ndarray) -> str:

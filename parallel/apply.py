@@ -16,7 +16,7 @@ from ..moe.config import ModelConfig
 from ..moe.dispatch import Dispatcher
 from ..moe.model import Transformer
 from ..moe.recompute import selective_contexts
-from .communicators import axes_used, replicated
+from .communicators import Grouping, all_used, grouping, replicated
 from .compile_blocks import compile_blocks
 from .config import Exchange, ExchangeDtype, Overflow, ParallelConfig, Recompute
 from .context import apply_context_parallel
@@ -27,10 +27,11 @@ from .dispatch.deduplicated import DeduplicatedDispatcher, node_axes
 from .dispatch.deepep import DeepEPDispatcher
 from .dispatch.symmetric import SymmetricDispatcher
 from .fsdp import apply_fsdp, attributes_of_pass
-from .layout import node_ranks, shard_dim
+from .layout import members, node_ranks, shard_dim
 from .mesh import Axis, Mesh
 from .offload import Offload
 from .pipeline.overlap import Overlap
+from .pipeline.p2p import Links
 from .pipeline.run import Pipeline
 from .pipeline.stage_model import cut_model
 from .scopes import DistributedScope
@@ -101,11 +102,10 @@ class Parallel:
 
 def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: torch.device, compiled: bool = False) -> Parallel:
     """Distributes a model that was built on the meta device. Its weights are uninitialised on `device`: see `initialise`."""
-    for use in axes_used(model.config, config):
-        (mesh.sums if use.sums else mesh.axis)(*use.names)
+    shared = create_axes(model.config, config, mesh, node_ranks(config, mesh.world, os.environ.get("LOCAL_WORLD_SIZE")))
     pipeline = None
     if config.pipeline > 1:
-        pipeline = cut_model(model, mesh, config)
+        pipeline = cut_model(model, mesh, config, Links(mesh, config, shared.links_on_world, shared.links_together))
         log.info("pipeline: %d stages on %d ranks, schedule %s", pipeline.stages, pipeline.ranks, pipeline.kind.value)
     shards = {name: whole(parameter.shape) for name, parameter in model.named_parameters()}
     if mesh.stage.size > 1:
@@ -151,6 +151,18 @@ def parallelize(model: Transformer, mesh: Mesh, config: ParallelConfig, device: 
             _copy_on_ends(parameters.get(name), mesh, fsdp=config.shard > 1)
     overflow = config.exchange_overflow if config.expert > 1 and config.exchange is Exchange.symmetric else None
     return Parallel(model, mesh, device, parameters, config.zero, config.recompute.repeats, pipeline, overflow)
+
+
+def create_axes(model: ModelConfig, config: ParallelConfig, mesh: Mesh, node: int) -> Grouping:
+    """Creates the process groups of all axes that any stage uses, and says which have none. Collective. `node`: ranks of a node."""
+    found = grouping(model, config, mesh.world, node)
+    mesh.by_messages |= {members(mesh.rank, dims) for dims in found.by_messages}
+    for use in all_used(model, config, mesh.world, node):
+        if use.hop:
+            mesh.strided(use.hop)
+        else:
+            (mesh.sums if use.sums else mesh.axis)(*use.names)
+    return found
 
 
 def initialise(parallel: Parallel, seed: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .collectives import all_gather
+from .collectives import all_gather, swap_by_messages
 from .mesh import Axis
 from .progress import PROGRESS
 
@@ -43,7 +43,7 @@ def compare(name: str, axis: Axis, send: list[int] | None, receive: list[int] | 
 
 def _ranks(indices: list[int], axis: Axis) -> str:
     """Returns the global ranks of these ranks of the axis, as text."""
-    ranks: Any = dist.get_process_group_ranks(axis.group or dist.group.WORLD)
+    ranks: Any = axis.ranks or dist.get_process_group_ranks(axis.group or dist.group.WORLD)
     return "rank " + ", ".join(str(ranks[index]) for index in indices)
 
 
@@ -51,6 +51,8 @@ def _gather(numbers: list[int], axis: Axis) -> list[list[int]]:
     """Returns the numbers of each rank of the axis."""
     device = torch.device("cuda") if dist.get_backend(axis.group) == "nccl" else torch.device("cpu")
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    if axis.ranks:
+        return swap_by_messages([mine] * axis.size, axis).tolist()
     out = mine.new_empty(axis.size * len(mine))
     all_gather(out, mine, group=axis.group)
     return out.view(axis.size, -1).tolist()

@@ -5,11 +5,13 @@ On an axis of one rank each is the identity.
 B sequences, S tokens of each, N ranks of the axis.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..moe.recompute import keep
@@ -57,6 +59,8 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     Over several groups: to the first rank of each inner group, over the outer ones between these ranks, and back from them. Sums of
     sums in both groups could differ in their last bits, since groups with the same numbers may add in different orders.
     """
+    if axis.ranks:
+        return _reduce_by_messages(x, axis, op)
     *outer, inner = axis.parts or (axis,)
     if not outer:
         with collective("all_reduce", inner):
@@ -71,6 +75,43 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+def _reduce_by_messages(x: Tensor, axis: Axis, op: Any) -> Tensor:
+    """Each rank reduces one part and sends it to the others: as many bytes as a ring, and the same bits on all ranks."""
+    parts_NM = F.pad(x.flatten(), (0, -x.numel() % axis.size)).view(axis.size, -1)
+    with collective("all_reduce", axis):
+        found_NM = swap_by_messages(list(parts_NM), axis)
+        part_M = found_NM.amax(0) if op == dist.ReduceOp.MAX else found_NM.sum(0, dtype=x.dtype)
+        whole_NM = swap_by_messages([part_M] * axis.size, axis)
+    return x.copy_(whole_NM.flatten()[: x.numel()].view_as(x))
+
+
+def swap_by_messages(parts: list[Tensor], axis: Axis) -> Tensor:
+    """Sends a part to each rank of an axis whose messages go through a larger group. Returns (N, ...), what each rank sent here."""
+    out_N = parts[0].new_empty(len(parts), *parts[0].shape)
+    for work in start_swap(parts, list(out_N), axis):
+        work.wait()
+    return out_N
+
+
+def start_swap(parts: Sequence[Tensor], into: Sequence[Tensor], axis: Axis) -> list[Any]:
+    """Starts to send a part to each rank of such an axis, and to receive from each; what stays here is copied."""
+    into[axis.rank].copy_(parts[axis.rank])
+    others = [(index, rank) for index, rank in enumerate(axis.ranks) if index != axis.rank]
+    send, receive = ([(rank, side[index]) for index, rank in others if side[index].numel()] for side in (parts, into))
+    return start_messages(send, receive, axis.group)
+
+
+def start_messages(send: list[tuple[int, Tensor]], receive: list[tuple[int, Tensor]], group: Any) -> list[Any]:
+    """Starts messages to and from ranks, numbered as in the world, in a group that may have more of them. Returns what to wait for.
+
+    With NCCL they are one operation of the group's communicator: messages outside of a batch are too if the communicator was
+    made with its device, as ours are, and else each pair of ranks would get a communicator of its own (torch 2.13).
+    """
+    each = [dist.P2POp(dist.isend, tensor, rank, group) for rank, tensor in send]
+    each += [dist.P2POp(dist.irecv, tensor, rank, group) for rank, tensor in receive]
+    return dist.batch_isend_irecv(each) if each else []
+
+
 def stack_over(x: Tensor, axis: Axis) -> Tensor:
     """Stacks the `x` of all ranks to (N, ...); not differentiable."""
     return x.unsqueeze(0) if axis.alone else keep(partial(_all_gather, x, axis))
@@ -79,6 +120,10 @@ def stack_over(x: Tensor, axis: Axis) -> Tensor:
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     out = x
     for part in reversed(axis.parts or (axis,)):
+        if part.ranks:
+            with collective("all_gather", part):
+                out = swap_by_messages([out.contiguous()] * part.size, part)
+            continue
         mine, out = out, out.new_empty(part.size * out.numel())
         with collective("all_gather", part):
             all_gather(out, mine.contiguous().flatten(), group=part.group)

@@ -66,7 +66,7 @@ class _Bucket:
             # The gradients become views of the flat tensor, which frees their own memory.
             for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
                 gradient.data = part.view_as(gradient)
-        if self.axis.parts:
+        if self.axis.indirect:
             all_reduce(flat, self.axis)
             return
         with collective("all_reduce", self.axis):
@@ -114,7 +114,7 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
         if sharded.replicas.alone:
             continue
         # Apart from the others, which need not wait for the end; one group after the other would make the backward pass wait.
-        late = name.endswith(ADDED_BY_ONE) or name in copied or bool(sharded.replicas.parts)
+        late = name.endswith(ADDED_BY_ONE) or name in copied or sharded.replicas.indirect
         key = sharded.replicas, sharded.parameter.dtype, isinstance(sharded.parameter, DTensor), late
         elements = local(sharded.parameter).numel()
         if key not in current or current[key].elements + elements > BUCKET:

@@ -33,6 +33,7 @@ class Axis(NamedTuple):
     """A group of ranks that includes this one. One of a single rank has no process group and never communicates.
 
     An axis of `parts` has none either: only `all_reduce` and `stack_over` of collectives.py know how to use the groups of those.
+    They, and the exchanges of dispatch/async_collectives.py, also know an axis with `ranks`, whose group has further ranks.
     """
 
     size: int
@@ -40,6 +41,13 @@ class Axis(NamedTuple):
     group: dist.ProcessGroup | None
     parts: tuple["Axis", ...] = ()
     """The axes whose product it is, the outermost first, if it has several ranks and no group."""
+    ranks: tuple[int, ...] = ()
+    """Its ranks, if they send messages to each other in `group`, that of all ranks; otherwise the group has these ranks alone."""
+
+    @property
+    def indirect(self) -> bool:
+        """Whether the group of this axis alone does not exist."""
+        return bool(self.parts or self.ranks)
 
     @property
     def alone(self) -> bool:
@@ -61,6 +69,8 @@ class Mesh:
     """By the ranks of the group, in ascending order."""
     products: dict[tuple[str, ...], Axis] = field(default_factory=dict)
     """The answers of `sums`."""
+    by_messages: set[tuple[int, ...]] = field(default_factory=set)
+    """The groups, by their ranks in ascending order, that are not created: their messages go through the group of all ranks."""
 
     def axis(self, *names: str) -> Axis:
         """Returns the ranks that differ from this one only in the named dimensions, which are of one mesh. Collective."""
@@ -124,26 +134,24 @@ class Mesh:
         own = members(self.rank, dims)
         if own not in self.by_ranks:
             group = None
-            if len(own) == self.world > 1:
+            ranks = own if own in self.by_messages else ()
+            if ranks or len(own) == self.world > 1:
                 group = dist.group.WORLD
             elif len(own) > 1:
-                group = create_group(own, lambda: [members(first, dims) for first in firsts(range(self.world), dims)])
-            self.by_ranks[own] = Axis(len(own), own.index(self.rank), group)
+                group = self.group(*dims)
+            self.by_ranks[own] = Axis(len(own), own.index(self.rank), group, ranks=ranks)
         return self.by_ranks[own]
 
-    def ends(self, *names: str) -> Axis:
-        """Returns the ranks of `axis(*names)` on the first stage and those on the last; on another stage this rank alone.
+    def group(self, *dims: Digit) -> Any:
+        """Creates a process group of the ranks that differ from this one only in the given dimensions. Collective."""
+        return create_group(members(self.rank, dims), lambda: [members(first, dims) for first in firsts(range(self.world), dims)])
 
-        Collective.
-        """
-        stages = self.sizes["pipeline"]
-        if stages == 2:
-            return self.axis("pipeline", *names)
-        dims, inner = digits(names, self.sizes), self.world // stages
-        own, middle = ends(self.rank, dims, stages, self.world), range(inner, self.world - inner)
-        first = [*firsts(range(inner), dims), *middle]
-        group = create_group(own, lambda: [ends(rank, dims, stages, self.world) for rank in first])
-        return Axis(len(own), own.index(self.rank), group if len(own) > 1 else None)
+    def ends(self, *names: str) -> Axis:
+        """Returns the ranks of `axis(*names)` on the first stage and those on the last; on another stage this rank alone."""
+        own = ends(self.rank, digits(names, self.sizes), self.sizes["pipeline"], self.world)
+        if len(own) == 1:
+            return Axis(1, 0, None)
+        return self.by_ranks.get(own) or Axis(len(own), own.index(self.rank), dist.group.WORLD, ranks=own)
 
 
 def create_group(own: Sequence[int], groups: Callable[[], Iterable[Sequence[int]]]) -> Any:

@@ -21,7 +21,8 @@ from ..parallel.apply import Parallel, ShardedParameter
 from ..parallel.collectives import sum_over
 from ..parallel.communicators import replicated
 from ..parallel.gradients import scale_gradients, squared_norm
-from ..parallel.mesh import Axis, create_group
+from ..parallel.layout import digits
+from ..parallel.mesh import Axis
 from ..parallel.shard import LocalShard, ShardMetadata
 from .config.config import Config
 from .config.deepspeed_settings import deepspeed_settings
@@ -159,8 +160,10 @@ def _register_groups(parallel: Parallel, deepspeed: ModuleType) -> None:
     names, mesh = _group_names(parallel), parallel.mesh
     for axis, name in names.items():
         of_axis = next(parameter for parameter, sharded in parallel.parameters.items() if sharded.replicas == axis)
-        own = mesh.axis(*replicated(of_axis, False, parallel.model.config)) if axis.parts else axis
-        known[name] = own.group or create_group([mesh.rank], lambda: [[rank] for rank in range(mesh.world)])
+        if axis.indirect:
+            known[name] = mesh.group(*digits(replicated(of_axis, False, parallel.model.config), mesh.sizes))
+        else:
+            known[name] = axis.group or mesh.group()
     for sharded in parallel.parameters.values():
         if sharded.replicas in names:
             marked: Any = sharded.parameter

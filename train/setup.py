@@ -13,7 +13,7 @@ from ..checkpoint.folder import remove_leftovers, step_of
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.store import read_facts
-from ..data.build import CachedCorpus, DataPipeline, open_data
+from ..data.build import DataPipeline, OpenedData, open_data
 from ..data.errors import DataStop
 from ..data.stream.documents import TokenizingRanks
 from ..moe.device import kind_of, warn_of_missing_kernels
@@ -121,20 +121,20 @@ def spread_model(config: Config, device: torch.device) -> Parallel:
 def open_data_on_all_ranks(config: Config, ranks: TokenizingRanks | None = None) -> DataPipeline:
     """Opens the data on rank 0, which may have to tokenize them, and then on the others. Collective.
 
-    These read nothing but the tokens where rank 0 found them in a cache that they see; otherwise they open the data themselves.
+    These read only what is in their own rows, if they see the files that rank 0 has found; otherwise they open the data themselves.
 
     If one rank refuses them (ValueError), or a source does not answer (DataUnavailable), all ranks raise the error.
     """
     data: DataPipeline | None = None
     failure: Exception | None = None
     sizes = config.sequence_length, config.seed, config.batch.sizes(config.sequence_length)
-    cached: CachedCorpus | None = None
+    known: OpenedData | None = None
     for others in (False, True):
         if others:
-            cached = from_first(partial(getattr, data, "cached", None))
+            known = from_first(partial(getattr, data, "opened", None))
         if is_first() != others:
             try:
-                data = open_data(config.data, config.tokenizer, *sizes, ranks, config.evaluate.sequences, cached)
+                data = open_data(config.data, config.tokenizer, *sizes, ranks, config.evaluate.sequences, known)
             except (DataStop, ValueError) as error:
                 failure = error
         wait_for_all()

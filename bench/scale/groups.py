@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from ...parallel import apply
-from ...parallel.communicators import communicators, links
+from ...parallel.communicators import communicators, grouping
 from ...parallel.mesh import Mesh
 from ...parallel.pipeline.p2p import Links
 from ...plan import rank_step
@@ -64,10 +64,9 @@ def layout(world: int) -> Config:
 def figures(world: int) -> dict[str, float]:
     """Returns what a rank of the middle stage does for its groups when a run starts."""
     config = layout(world)
-    creating, grouping, spreading = Clock(), Clock(), Clock()
+    creating, spreading, axes = Clock(), Clock(), Clock()
     places = [(dist, "new_group", creating), (rank_step, "parallelize", spreading)]
-    places += [(Mesh, name, grouping) for name in ("axis", "sums", "strided", "ends")]
-    places += [(Links, "__init__", grouping), (apply, "axes_used", grouping)]
+    places += [(Mesh, "ends", axes), (Links, "__init__", axes), (apply, "create_axes", axes)]
     with ExitStack() as undo:
         undo.enter_context(patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(NODE)}))
         for owner, name, clock in places:
@@ -79,9 +78,11 @@ def figures(world: int) -> dict[str, float]:
         "group creations of a rank": creating.calls,
         "groups of a rank, of several ranks": sum(size > 1 for size in sizes),
         "communicators of a rank for collectives, at most": len(found),
-        "links of a rank to other stages, at most": links(config.parallel),
+        "communicators of a rank for links to other stages alone, at most": grouping(
+            config.model, config.parallel, world, NODE
+        ).links,
         "connections of a rank with gloo": sum(size - 1 for size in sizes),
-        "seconds for mesh and groups": grouping.seconds,
+        "seconds for mesh and groups": axes.seconds,
         "seconds to spread the model": spreading.seconds,
     }
 

@@ -41,6 +41,15 @@ class FailedShard(NamedTuple):
     reason: str
 
 
+class ShardFiles(NamedTuple):
+    """The files of a source, with what another process needs to read them and need not find out again."""
+
+    kind: Corpus
+    """parquet, jsonl or lines."""
+    paths: list[str]
+    versions: list[bytes]
+
+
 Row = bytes | np.ndarray | BadRow
 """The UTF-8 text of a document, its token ids, or a BadRow."""
 
@@ -50,6 +59,8 @@ class Shards(ABC):
     """Name of each shard in messages."""
     fingerprint: str
     """Hash of what identifies the data."""
+    files: ShardFiles | None = None
+    """None if `datasets` reads them."""
 
     _retry: RetryPolicy
 
@@ -65,30 +76,39 @@ class Shards(ABC):
         """Like `rows`, but raises transient errors of the source."""
 
 
-def open_shards(config: DataConfig, retry: RetryPolicy) -> Shards:
-    """Returns the shards of a streamed source. Raises ValueError, one line, if there are none."""
+def open_shards(config: DataConfig, retry: RetryPolicy, files: ShardFiles | None = None) -> Shards:
+    """Returns the shards of a streamed source; of these `files`, if another process has found them.
+
+    Raises ValueError, one line, if there are none.
+    """
+    if files is not None:
+        return file_shards(files, config, retry)
     if config.corpus is Corpus.hf:
         return open_hub(config, retry)
     assert config.path is not None
-    return file_shards(find_files(config.path, config.corpus.value), config.corpus, config, retry)
+    return find_shards(find_files(config.path, config.corpus.value), config.corpus, config, retry)
 
 
-def file_shards(paths: list[str], kind: Corpus, config: DataConfig, retry: RetryPolicy) -> Shards:
-    """Shards in the format `kind`: parquet, jsonl or lines."""
-    if kind is Corpus.parquet:
-        return ParquetShards(paths, config.column, retry)
-    return LineShards(paths, config.column if kind is Corpus.jsonl else None, retry, config.longest_row)
+def find_shards(paths: list[str], kind: Corpus, config: DataConfig, retry: RetryPolicy) -> Shards:
+    """Returns shards in the format `kind`, after a look at each of them for its version."""
+    return file_shards(ShardFiles(kind, paths, versions(paths, retry)), config, retry)
+
+
+def file_shards(files: ShardFiles, config: DataConfig, retry: RetryPolicy) -> Shards:
+    """Returns the shards of files that have been looked at. Opens none."""
+    if files.kind is Corpus.parquet:
+        return ParquetShards(files, config.column, retry)
+    return LineShards(files, config.column if files.kind is Corpus.jsonl else None, retry, config.longest_row)
 
 
 @final
 class LineShards(Shards):
     """A row for each line: a JSON object with the text at `key`, or (key None) the text itself."""
 
-    def __init__(self, paths: list[str], key: str | None, retry: RetryPolicy, longest: int = DataConfig.longest_row) -> None:
-        self.names = short_names(paths)
-        self._versions = versions(paths, retry)
-        self.fingerprint = fingerprint(paths, self._versions, "lines", str(key))
-        self._paths, self._key, self._retry, self._longest = paths, key, retry, longest
+    def __init__(self, files: ShardFiles, key: str | None, retry: RetryPolicy, longest: int = DataConfig.longest_row) -> None:
+        self.files, self.names = files, short_names(files.paths)
+        self.fingerprint = fingerprint(files.paths, files.versions, "lines", str(key))
+        self._paths, self._versions, self._key, self._retry, self._longest = files.paths, files.versions, key, retry, longest
 
     def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         try:
@@ -127,11 +147,10 @@ def bounded_lines(file: IO[bytes], longest: int, escaped: int) -> Iterator[bytes
 class ParquetShards(Shards):
     """The rows of one column. Row groups before the first wanted row are not read."""
 
-    def __init__(self, paths: list[str], column: str, retry: RetryPolicy) -> None:
-        self.names = short_names(paths)
-        self._versions = versions(paths, retry)
-        self.fingerprint = fingerprint(paths, self._versions, "parquet", column)
-        self._paths, self._column, self._retry = paths, column, retry
+    def __init__(self, files: ShardFiles, column: str, retry: RetryPolicy) -> None:
+        self.files, self.names = files, short_names(files.paths)
+        self.fingerprint = fingerprint(files.paths, files.versions, "parquet", column)
+        self._paths, self._versions, self._column, self._retry = files.paths, files.versions, column, retry
 
     def _read(self, shard: int, first: int) -> Iterator[Row | FailedShard]:
         import pyarrow as pa
@@ -251,7 +270,7 @@ def open_hub(config: DataConfig, retry: RetryPolicy) -> Shards:
         raise ValueError(f"data.split={config.split} must be one of {', '.join(map(str, splits))}, the splits of {config.name}")
     kind = _kind(builder, files)
     if kind is not None:
-        return file_shards(files, kind, config, retry)
+        return find_shards(files, kind, config, retry)
     return HubShards(config, name, files, retry)
 
 

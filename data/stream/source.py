@@ -32,25 +32,30 @@ class OpenedSource(NamedTuple):
     shards: Shards
 
 
+class OpenedTokens(NamedTuple):
+    """A source that is not streamed, and its tokens to train on."""
+
+    part: MixtureSource
+    tokens: TokenArray
+
+
 def build_mixture(
-    parts: list[MixtureSource | OpenedSource],
+    parts: list[OpenedSource | OpenedTokens],
     tokenizer: Tokenizer,
-    cache: Path,
     seed: int,
     length: int,
     ranks: TokenizingRanks,
     pool: ThreadPoolExecutor | None,
 ) -> Mixture:
     """Returns the mixture of all sources. Raises ValueError, one line, for a source without a row."""
-    sources = [_source(part, tokenizer, cache, seed, length, ranks, pool) for part in parts]
-    weights = [part.part.weight if isinstance(part, OpenedSource) else part.weight for part in parts]
-    return Mixture(sources, weights, ranks)
+    sources = [_source(opened, tokenizer, seed, length, ranks, pool) for opened in parts]
+    return Mixture(sources, [opened.part.weight for opened in parts], ranks)
 
 
-def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path, opens_all: bool = True) -> TokenArray:
+def open_array(config: DataConfig, split: str, tokenizer: Tokenizer, cache: Path) -> TokenArray:
     """Returns the tokens of a source that is not streamed: a corpus, tokenized if the cache lacks it, or pretokenized shards."""
     if config.corpus is Corpus.prepared:
-        return open_pretokenized(config, tokenizer.hash, split, opens_all)
+        return open_pretokenized(config, tokenizer.hash, split)
     return open_tokens(survey(config), "train" if split == "train" else "validation", tokenizer, cache, config.verify)
 
 
@@ -110,25 +115,21 @@ def token_shares(parts: list[TokenArray], weights: list[float], wanted: int) -> 
 
 
 def _source(
-    part: MixtureSource | OpenedSource,
+    opened: OpenedSource | OpenedTokens,
     tokenizer: Tokenizer,
-    cache: Path,
     seed: int,
     length: int,
     ranks: TokenizingRanks,
     pool: ThreadPoolExecutor | None,
 ) -> RowSource:
-    if isinstance(part, OpenedSource):
-        config = part.part.config
+    label, config = opened.part.label, opened.part.config
+    if isinstance(opened, OpenedSource):
         order, limits = (config.window, config.open_shards), (config.max_bad_fraction, config.max_failed_files)
         settings = StreamSettings(seed, length, *order, config.ahead, config.repeat, *limits)
-        return StreamRows(part.part.label, part.shards, _tokenization(config, tokenizer), settings, ranks, pool)
-    tokens = open_array(part.config, "train", tokenizer, cache, ranks.rank == 0)
-    if len(tokens.ids) <= length:
-        raise ValueError(
-            f"sequence_length={length} is more than source {part.label} has; the largest possible value is {len(tokens.ids) - 1}"
-        )
-    return ArrayRows(part.label, tokens, seed, length, part.config.repeat, ranks)
+        return StreamRows(label, opened.shards, _tokenization(config, tokenizer), settings, ranks, pool)
+    if (tokens := len(opened.tokens.ids)) <= length:
+        raise ValueError(f"sequence_length={length} is more than source {label} has; the largest possible value is {tokens - 1}")
+    return ArrayRows(label, opened.tokens, seed, length, config.repeat, ranks)
 
 
 def _tokenization(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenization:

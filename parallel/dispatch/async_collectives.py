@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...moe.fp8 import pack_tokens, unpack_tokens
 from ...moe.recompute import in_second_pass, keep, repeats
-from ..collectives import all_gather
+from ..collectives import all_gather, start_swap
 from ..mesh import Axis
 from ..pipeline.overlap import exchange_started, hand_over
 from ..progress import collective, waiting
@@ -60,6 +60,8 @@ class AllToAll(Route):
     def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
         out = rows.new_empty(sum(self.receive), *rows.shape[1:])
         with collective("all_to_all", self.axis, self.send, self.receive):
+            if self.axis.ranks:
+                return out, _All(start_swap(rows.split(self.send), out.split(self.receive), self.axis))
             return out, dist.all_to_all_single(out, rows, self.receive, self.send, group=self.axis.group, async_op=True)
 
     def reverse(self) -> Route:
@@ -76,6 +78,8 @@ class AllGather(Route):
         rows = F.pad(rows, (0, 0, 0, max(self.sizes) - len(rows)))
         out = rows.new_empty(self.axis.size * len(rows), *rows.shape[1:])
         with collective("all_gather", self.axis):
+            if self.axis.ranks:
+                return out, _All(start_swap([rows] * self.axis.size, list(out.view(self.axis.size, *rows.shape)), self.axis))
             return out, all_gather(out, rows, group=self.axis.group, async_op=True)
 
     def unpack(self, output: Tensor) -> Tensor:
@@ -109,6 +113,14 @@ class ReduceScatter(Route):
 
     def reverse(self) -> Route:
         return AllGather(self.sizes, self.axis)
+
+
+class _All(list[Any]):
+    """Messages that are waited for together."""
+
+    def wait(self) -> None:
+        for work in self:
+            work.wait()
 
 
 class _Running:

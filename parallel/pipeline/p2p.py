@@ -1,21 +1,22 @@
 """Activations and their gradients between the stages of a pipeline, asynchronous and received ahead.
 
-Each direction and kind has a process group of two ranks for each neighbour. In it one rank only sends and the other only receives,
-in the order of its schedule, so both ends see one order, and no message waits for one that goes the other way.
+Two ranks send to each other in one process group, in an order that both know (message_order.py).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..config import PipelineSchedule
+from ..collectives import start_messages
+from ..config import ParallelConfig
 from ..mesh import Mesh, create_group
 from ..progress import PROGRESS, waiting
-from .schedule import BACKWARD, FORWARD, Action, place_of, stage_hops
+from .message_order import Pair, lanes, needs_other_stage
+from .schedule import BACKWARD, FORWARD, Action, place_of
 
 
 class StageMessage(NamedTuple):
@@ -38,29 +39,37 @@ class StageMessage(NamedTuple):
 
 
 class Links:
-    """The process groups between this rank's stages and their neighbours, of two ranks each. Created by all ranks together."""
+    """The process groups in which this rank's stages send to their neighbours and receive. Created by all ranks together.
 
-    def __init__(self, mesh: Mesh, kind: PipelineSchedule, stages: int) -> None:
-        self.kind, self.ranks, self.stages = kind, mesh.sizes["pipeline"], stages
+    Two ranks have one for both directions. With `on_world` the first lane (message_order.py) is in the group of all ranks; with
+    `together` all lanes are in one, of the ranks of a pipeline if not of all.
+    """
+
+    def __init__(self, mesh: Mesh, config: ParallelConfig, on_world: bool = True, together: bool = False) -> None:
+        self.kind, self.ranks, self.stages = config.pipeline_schedule, config.pipeline, config.pipeline_stages
         self.inner = mesh.world // self.ranks
         self.rank, self.place = mesh.rank, mesh.rank // self.inner
-        self.groups: dict[tuple[str, int, int], Any] = {}
-        """By kind, and the places of the sender and of the receiver in the pipeline, one of which is this rank's."""
-        for apart in disjoint(stage_hops(kind, self.ranks, stages)):
-            for pass_kind, each in ((FORWARD, apart), (BACKWARD, [(receiver, sender) for sender, receiver in apart])):
-                mine = next((hop for hop in each if self.place in hop), (self.place,))
-                group = create_group(self._ranks(mine, mesh.rank), partial(self._pairs, each))
-                if len(mine) > 1:
-                    self.groups[pass_kind, *mine] = group
+        apart = lanes(self.kind, self.ranks, self.stages)
+        self.groups: dict[int, Any] = {}
+        """By the place of the neighbour."""
+        for lane in [[pair for pairs in apart for pair in pairs]] if together else apart:
+            if on_world and lane[0] == apart[0][0]:
+                group = mesh.everyone.group
+            elif together or self.ranks == 2:
+                group = mesh.axis("pipeline").group
+            else:
+                mine = next((pair for pair in lane if self.place in pair), (self.place,))
+                group = create_group(self._ranks(mine, mesh.rank), partial(self._of_lane, lane))
+            self.groups |= {sum(pair) - self.place: group for pair in lane if self.place in pair}
 
     def _ranks(self, places: Sequence[int], rank: int) -> list[int]:
         """Returns the ranks at `places` that have the same place inside their stages as `rank`."""
-        return sorted(place * self.inner + rank % self.inner for place in places)
+        return [place * self.inner + rank % self.inner for place in places]
 
-    def _pairs(self, hops: list[tuple[int, int]]) -> list[list[int]]:
-        """Returns the two ranks of each hop, and the ranks that no hop has, each alone."""
-        alone = [(place,) for place in range(self.ranks) if not any(place in hop for hop in hops)]
-        return [self._ranks(places, each) for places in (*hops, *alone) for each in range(self.inner)]
+    def _of_lane(self, pairs: list[Pair]) -> list[list[int]]:
+        """Returns the two ranks of each pair, and the ranks that no pair has, each alone."""
+        alone = [(place,) for place in range(self.ranks) if not any(place in pair for pair in pairs)]
+        return [self._ranks(places, each) for places in (*pairs, *alone) for each in range(self.inner)]
 
     def place_of(self, stage: int) -> int:
         """Returns the place in the pipeline of the ranks that have `stage`."""
@@ -70,43 +79,73 @@ class Links:
         """Returns the rank that has `stage` and the same place inside it as this rank."""
         return self.place_of(stage) * self.inner + self.rank % self.inner
 
-
-def disjoint(hops: Iterable[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Returns the hops in lists, in each of which every place occurs once at most."""
-    found: list[list[tuple[int, int]]] = []
-    for hop in hops:
-        fitting = next((apart for apart in found if not any(place in other for other in apart for place in hop)), None)
-        if fitting is None:
-            found.append(fitting := [])
-        fitting.append(hop)
-    return found
+    def ends(self, message: Action) -> tuple[int, int]:
+        """Returns the places of the sender and of the receiver of the message that an action needs from another stage."""
+        needed = message.needs(self.stages)
+        assert needed is not None
+        return self.place_of(needed.stage), self.place_of(message.stage)
 
 
 class Mail:
     """The messages of one pass through the pipeline. `likes`: empty tensors like the messages to and from each stage, by the one
-    to which the activations go."""
+    to which the activations go; `order`: the messages between all stages in the order in which they are posted, each by the
+    action that needs it."""
 
-    def __init__(self, links: Links, likes: Mapping[int, StageMessage]) -> None:
+    def __init__(self, links: Links, likes: Mapping[int, StageMessage], order: Iterable[Action]) -> None:
         self.links, self.likes = links, likes
+        self.waiting: dict[Any, deque[Action]] = {group: deque() for group in links.groups.values()}
+        """By group, what this rank has not posted."""
+        for message in order:
+            sender, receiver = links.ends(message)
+            if sender != receiver and links.place in (sender, receiver):
+                self.waiting[links.groups[sender + receiver - links.place]].append(message)
+        self.wanted: set[Action] = set()
+        """Of these, what is needed next, so that it and those before it are to be posted."""
+        self.made: dict[Action, StageMessage] = {}
+        """Of these, what has been computed and is to be sent."""
         self.coming: dict[Action, tuple[StageMessage, list[Any]]] = {}
-        """What is being received, by the action that needs it."""
-        self.going: list[tuple[Tensor, Any, int]] = []
+        """What is being received."""
+        self.going: list[tuple[StageMessage, list[Any], int]] = []
         """What is being sent, and to which rank, kept until it has left."""
         self.here: dict[Action, StageMessage] = {}
-        """What one stage of this rank computed for another one, by the action that needs it."""
+        """What one stage of this rank computed for another one."""
         PROGRESS.in_schedule = True
 
     def expect(self, action: Action) -> None:
-        """Begins to receive what `action` needs, if it comes from another rank."""
-        needed = action.needs(self.links.stages)
-        if needed is None or needed.kind != action.kind or action in self.coming:
+        """Begins to receive what `action` needs, if it comes from another rank, once all messages before it are posted."""
+        if not needs_other_stage(action, self.links.stages) or action in self.coming or action in self.wanted:
             return
-        place = self.links.place_of(needed.stage)
-        if place == self.links.place:
-            return
-        message = self.likes[max(action.stage, needed.stage)].each(torch.empty_like)
-        peer, group = self.links.peer(needed.stage), self.links.groups[action.kind, place, self.links.place]
-        self.coming[action] = message, [dist.irecv(tensor, peer, group=group) for tensor in message.tensors()]
+        sender, receiver = self.links.ends(action)
+        if sender != receiver:
+            self.wanted.add(action)
+            self._post(self.links.groups[sender])
+
+    def _post(self, group: Any) -> None:
+        """Posts the messages of a group in their order, as far as one of them is wanted or made, until one has to be made first."""
+        queue = self.waiting[group]
+        until = max((index for index, message in enumerate(queue) if message in self.wanted or message in self.made), default=-1)
+        for _ in range(until + 1):
+            sender, receiver = self.links.ends(queue[0])
+            if receiver == self.links.place:
+                self._receive(queue.popleft(), self._rank(sender), group)
+            elif queue[0] in self.made:
+                self._send(queue.popleft(), self._rank(receiver), group)
+            else:
+                break
+
+    def _rank(self, place: int) -> int:
+        return place * self.links.inner + self.links.rank % self.links.inner
+
+    def _receive(self, message: Action, sender: int, group: Any) -> None:
+        self.wanted.discard(message)
+        up = message.stage + (message.kind == BACKWARD)
+        into = self.likes[up].each(torch.empty_like)
+        self.coming[message] = into, start_messages([], [(sender, tensor) for tensor in into.tensors()], group)
+
+    def _send(self, message: Action, receiver: int, group: Any) -> None:
+        result = self.made.pop(message)
+        self.going = list(self._on_their_way())
+        self.going.append((result, start_messages([(receiver, tensor) for tensor in result.tensors()], [], group), receiver))
 
     def take(self, action: Action) -> StageMessage | None:
         """Returns what `action` needs from another stage; None for the first forward and the first backward pass."""
@@ -114,7 +153,7 @@ class Mail:
         if action in self.here:
             return self.here.pop(action)
         self.expect(action)
-        if action not in self.coming:
+        if not needs_other_stage(action, self.links.stages):
             return None
         message, works = self.coming.pop(action)
         what, sender = ("activations", action.stage - 1) if action.kind == FORWARD else ("gradients", action.stage + 1)
@@ -124,28 +163,31 @@ class Mail:
         return message
 
     def send(self, action: Action, result: StageMessage) -> None:
-        """Begins to send the result of `action` to the rank that needs it, unless that is this rank."""
-        to = action.stage + (1 if action.kind == FORWARD else -1)
-        result, place = result.each(lambda tensor: tensor.detach().contiguous()), self.links.place_of(to)
-        if place == self.links.place:
-            self.here[action._replace(stage=to)] = result
+        """Sends the result of `action` to the rank that needs it, unless that is this rank, once its turn has come."""
+        message = action._replace(stage=action.stage + (1 if action.kind == FORWARD else -1))
+        result = result.each(lambda tensor: tensor.detach().contiguous())
+        sender, receiver = self.links.ends(message)
+        if sender == receiver:
+            self.here[message] = result
             return
-        peer, group = self.links.peer(to), self.links.groups[action.kind, self.links.place, place]
-        self.going = list(self._on_their_way())
-        self.going += [(tensor, dist.isend(tensor, peer, group=group), peer) for tensor in result.tensors()]
+        self.made[message] = result
         PROGRESS.last = f"send of micro-batch {action.micro} from stage {action.stage}"
+        self._post(self.links.groups[receiver])
 
-    def _on_their_way(self) -> Iterator[tuple[Tensor, Any, int]]:
-        for tensor, work, to in self.going:
-            if work.is_completed():
-                work.wait()
+    def _on_their_way(self) -> Iterator[tuple[StageMessage, list[Any], int]]:
+        for result, works, to in self.going:
+            if all(work.is_completed() for work in works):
+                for work in works:
+                    work.wait()
             else:
-                yield tensor, work, to
+                yield result, works, to
 
     def close(self) -> None:
         """Waits until everything has left."""
-        for _, work, to in self.going:
+        assert not any(self.waiting.values()), "a message has not been posted"
+        for _, works, to in self.going:
             with waiting(PROGRESS.last, to):
-                work.wait()
+                for work in works:
+                    work.wait()
         self.going.clear()
         PROGRESS.in_schedule = False

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...moe.deferred import WeightGradient, add_weight_gradients
 from ..config import PipelineSchedule
 from ..progress import in_phase
+from .message_order import message_order
 from .overlap import Overlap
 from .p2p import Links, Mail, StageMessage
 from .pairs import Unit, units
@@ -75,6 +76,10 @@ class Pipeline:
         """Returns the schedule of this rank for `micros` micro-batches."""
         return units(self.kind, self.ranks, len(self.layers), micros, self.overlap is not None)[self.rank]
 
+    def messages(self, micros: int) -> list[Action]:
+        """Returns the messages between all stages in the order in which they are posted, each by the action that needs it."""
+        return message_order(self.kind, self.ranks, len(self.layers), micros, self.overlap is not None)
+
 
 class StageResult(NamedTuple):
     """What a stage computes of a micro-batch."""
@@ -104,7 +109,7 @@ def run_schedule(
     differentiates its output, with the gradient that it receives, and its own share of the objective together: no auxiliary loss
     has to travel.
     """
-    mail, schedule = Mail(pipeline.links, likes), pipeline.units(micros)
+    mail, schedule = Mail(pipeline.links, likes, pipeline.messages(micros)), pipeline.units(micros)
     kept: dict[tuple[int, int], tuple[StageMessage | None, StageResult]] = {}
     left: dict[tuple[int, int], list[WeightGradient]] = {}
 
@@ -144,7 +149,7 @@ def run_forward(
     pipeline: Pipeline, likes: Mapping[int, StageMessage], forward: Callable[[int, StageMessage | None], StageMessage]
 ) -> None:
     """Passes one micro-batch forward through this rank's stages. Collective over the pipeline. `likes`: see `Mail`."""
-    mail = Mail(pipeline.links, likes)
+    mail = Mail(pipeline.links, likes, [Action(FORWARD, stage, 0) for stage in range(1, pipeline.stages)])
     for stage in pipeline.layers:
         action = Action(FORWARD, stage, 0)
         output = forward(stage, mail.take(action))

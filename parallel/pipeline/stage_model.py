@@ -17,8 +17,8 @@ from .run import Pipeline
 from .stages import copies_embedding, cut_layers, has_embedding, layers_on
 
 
-def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipeline:
-    """Deletes what other ranks of the pipeline have, and replaces `forward` by `stage_forward`. Collective."""
+def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig, links: Links) -> Pipeline:
+    """Deletes what other ranks of the pipeline have, and replaces `forward` by `stage_forward`."""
     config, cut, ranks = model.config, cut_layers(model.config, parallel), parallel.pipeline
     rank = mesh.rank // (mesh.world // ranks)
     layers = layers_on(cut, parallel, rank)
@@ -36,7 +36,6 @@ def cut_model(model: Transformer, mesh: Mesh, parallel: ParallelConfig) -> Pipel
     if last:
         rows[len(cut) - 1] += [row for row, layer in enumerate(routing) if layer >= config.layers]
     copied = {"embedding.weight"} if copies_embedding(config, parallel) else set[str]()
-    links = Links(mesh, parallel.pipeline_schedule, len(cut))
     forward: Any = functools.partial(stage_forward, model, layers, len(cut) - 1)
     model.forward = forward
     predicting = sum(layer >= config.layers for layer in routing)

@@ -38,11 +38,20 @@ def test_groups_of_2048_ranks(apart: Callable[..., dict[str, float]]) -> None:
     from tokenyard.bench.scale import groups  # with torch, which the other tests do not need
 
     found = apart(groups.figures, 2048)
-    assert (
-        found["group creations of a rank"] == found["groups of a rank, of several ranks"] == 9
-    )  # the ends alone; the world is given
-    assert found["communicators of a rank for collectives, at most"] == 6 and found["links of a rank to other stages, at most"] == 4
+    links = "communicators of a rank for links to other stages alone, at most"
+    assert found["communicators of a rank for collectives, at most"] + found[links] == 6
+    assert found["groups of a rank, of several ranks"] == found["group creations of a rank"] + 1 == 6  # the world's is given
     assert found["seconds for mesh and groups"] < 2
+
+
+def test_a_rank_that_is_told_opens_few_files() -> None:
+    """Of 50 shards none, until it reads rows of them; of a tokenized corpus its two files, and of packed rows four more."""
+    from tokenyard.bench.scale import small_files
+
+    found = small_files.figures(1)
+    opened = {name: found[f"data={name}: files that a rank opens"] for name in ("text", "stream", "prepared", "mix")}
+    assert opened == {"text": 2, "stream": 0, "prepared": 0, "mix": 0}
+    assert all(found[f"data={name}: files that rank 0 opens"] > 50 for name in opened)
 
 
 def test_the_table_has_a_row_for_each_figure_and_a_column_for_each_world() -> None:

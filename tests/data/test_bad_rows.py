@@ -20,7 +20,7 @@ from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import BadData, EndOfData
 from tokenyard.data.stream.documents import TokenizingRanks
 from tokenyard.data.stream.http import RetryPolicy
-from tokenyard.data.stream.shards import BadRow, FailedShard, LineShards
+from tokenyard.data.stream.shards import BadRow, FailedShard, find_shards
 
 
 def good(count: int) -> list[bytes]:
@@ -196,15 +196,30 @@ def test_a_row_of_gigabytes(tmp_path: Path, ending: str, verb: str, record_prope
 
 def test_lines_that_are_too_long_are_bad_rows_and_the_next_one_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + b"x" * 9_000_000 + b'\n{"text": "two"}\n' + b"x" * 9_000_000)
-    read = list(LineShards([str(tmp_path / "a.jsonl")], "text", RetryPolicy(), 1_000_000).rows(0, 0))
+    read = list(
+        find_shards(
+            [str(tmp_path / "a.jsonl")], Corpus.jsonl, DataConfig(column="text", longest_row=1_000_000), RetryPolicy()
+        ).rows(0, 0)
+    )
     long = BadRow("9000001 bytes, more than data.longest_row=1000000"), BadRow("9000000 bytes, more than data.longest_row=1000000")
     assert read == [b"one", long[0], b"two", long[1]]
-    assert list(LineShards([str(tmp_path / "a.jsonl")], "text", RetryPolicy(), 1_000_000).rows(0, 2)) == read[2:]
+    assert (
+        list(
+            find_shards(
+                [str(tmp_path / "a.jsonl")], Corpus.jsonl, DataConfig(column="text", longest_row=1_000_000), RetryPolicy()
+            ).rows(0, 2)
+        )
+        == read[2:]
+    )
 
 
 def test_a_line_of_escapes_is_no_longer_than_its_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\x01" * 1_000_000, "n": "x" * 1_000_000}) + "\n")
-    assert list(LineShards([str(tmp_path / "a.jsonl")], "text", RetryPolicy(), 1_000_000).rows(0, 0)) == [b"\x01" * 1_000_000]
+    assert list(
+        find_shards(
+            [str(tmp_path / "a.jsonl")], Corpus.jsonl, DataConfig(column="text", longest_row=1_000_000), RetryPolicy()
+        ).rows(0, 0)
+    ) == [b"\x01" * 1_000_000]
 
 
 def test_a_line_as_long_as_what_is_read_at_once(tmp_path: Path) -> None:
@@ -212,5 +227,5 @@ def test_a_line_as_long_as_what_is_read_at_once(tmp_path: Path) -> None:
     most = 10 + (1 << 20)
     for size in (most - 2, most - 1, most, most + 1, most + (1 << 20) - 1, most + (1 << 20)):
         (tmp_path / "a.txt").write_bytes(b"x" * size + b"\nnext\n")
-        first, *rest = LineShards([str(tmp_path / "a.txt")], None, RetryPolicy(), 10).rows(0, 0)
+        first, *rest = find_shards([str(tmp_path / "a.txt")], Corpus.lines, DataConfig(longest_row=10), RetryPolicy()).rows(0, 0)
         assert rest == [b"next"] and (first == b"x" * size or first == BadRow(f"{size + 1} bytes, more than data.longest_row=10"))

@@ -10,6 +10,7 @@ import pytest
 from tokenyard.data import build, token_array, tokenizer
 from tokenyard.data.build import open_data
 from tokenyard.data.config import DataConfig, TokenizerConfig, TokenizerKind
+from tokenyard.data.token_array import TokensPlace
 
 SMALL = TokenizerConfig(pieces=320, sample_bytes=20_000)
 
@@ -76,11 +77,11 @@ def test_other_ranks_read_nothing_but_tokens(folder: DataConfig) -> None:
     """What rank 0 sends them opens the same data, without a look at the documents; in a cache of their own they make it."""
     first = open_data(folder, SMALL, 32, seed=1, batch_sequences=4)
     with mock.patch.object(build, "survey", side_effect=AssertionError):
-        cached = copy.deepcopy(first.cached)
-        assert cached is not None
-        again = open_data(folder, SMALL, 32, seed=1, batch_sequences=4, cached=cached)
+        again = open_data(folder, SMALL, 32, seed=1, batch_sequences=4, known=copy.deepcopy(first.opened))
     assert again.train.digest(3) == first.train.digest(3) and again.facts == first.facts
-    gone = cached._replace(splits=[(path + "x", manifest) for path, manifest in cached.splits])
+    place = first.opened.train[0]
+    assert isinstance(place, TokensPlace)
+    gone = first.opened._replace(train=[place._replace(path=place.path + "x")])
     with mock.patch.object(build, "survey", wraps=build.survey) as survey:
-        open_data(folder, SMALL, 32, seed=1, batch_sequences=4, cached=gone)
+        open_data(folder, SMALL, 32, seed=1, batch_sequences=4, known=gone)
     assert survey.call_count == 1

@@ -20,13 +20,13 @@ from tokenyard.data.errors import BadData, DataUnavailable, EndOfData
 from tokenyard.data.pretokenize import prepare_shards
 from tokenyard.data.stream import files
 from tokenyard.data.stream.http import RetryPolicy
-from tokenyard.data.stream.shards import LineShards, ParquetShards
+from tokenyard.data.stream.shards import Shards, find_shards
 from tokenyard.data.stream.tokenize import windows
 
 TRIALS = 300
 
 
-def damaged_shards(chance: random.Random, folder: Path) -> LineShards | ParquetShards:
+def damaged_shards(chance: random.Random, folder: Path) -> Shards:
     """Some shards of one format, each of them cut, spoiled or whole."""
     folder.mkdir()
     ending = chance.choice(["gz", "zst", "parquet"])
@@ -47,7 +47,7 @@ def damaged_shards(chance: random.Random, folder: Path) -> LineShards | ParquetS
                 packed[at : at + 20] = chance.randbytes(20)
         (folder / f"{shard}.{ending}").write_bytes(packed)
     paths = sorted(map(str, folder.iterdir()))
-    return ParquetShards(paths, "text", RetryPolicy()) if ending == "parquet" else LineShards(paths, None, RetryPolicy())
+    return find_shards(paths, Corpus.parquet if ending == "parquet" else Corpus.lines, DataConfig(column="text"), RetryPolicy())
 
 
 @pytest.mark.fault(32, f"{TRIALS} random shards, cut and spoiled, resumed at the edges of windows of many sizes: the same rows")
@@ -135,7 +135,7 @@ def test_a_file_that_is_gone_or_changed_in_the_run(tmp_path: Path, kind: Corpus,
 def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(f"row {row} {'x' * 100}\n" for row in range(20_000)))
-    rows = LineShards([str(path)], None, RetryPolicy()).rows(0, 0)
+    rows = find_shards([str(path)], Corpus.lines, DataConfig(), RetryPolicy()).rows(0, 0)
     read = [next(rows) for _ in range(100)]
     half(path)
     read += rows

@@ -11,7 +11,7 @@ from streaming import BYTES, LENGTH, ROWS, all_documents, names_in, write
 from tokenyard.data import pretokenize
 from tokenyard.data.build import open_data
 from tokenyard.data.config import Corpus, DataConfig
-from tokenyard.data.pretokenized import ConcatenatedArrays, open_pretokenized, verify
+from tokenyard.data.pretokenized import ConcatenatedArrays, open_place, open_pretokenized, verify
 from tokenyard.data.tokenizer_types import BytesTokenizer
 
 
@@ -69,15 +69,17 @@ def test_other_data_and_damage_are_refused(data: DataConfig, tmp_path: Path) -> 
         prepared(replace(data, longest_row=5), tmp_path / "out")
     with pytest.raises(ValueError, match=r"was made with tokenizer .* take its own: tokenizer\.kind=bytes"):
         open_pretokenized(config, "other", "train")
+    place = open_pretokenized(config, BytesTokenizer.hash, "train").place
     shard = max((tmp_path / "out").glob("train_*.npy"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     assert [record.file for record, fault in verify(tmp_path / "out") if fault] == [shard.name]
     shard.write_bytes(content[:-8])
+    assert place is not None
     with pytest.raises(ValueError, match=r"missing or damaged|is damaged"):
         open_pretokenized(config, BytesTokenizer.hash, "train")
-    lazy = open_pretokenized(config, BytesTokenizer.hash, "train", opens_all=False)
+    lazy = open_place(place, verify=False)
     with pytest.raises(ValueError, match=r"is missing or damaged|is damaged"):
         lazy.ids[0 : len(lazy.ids)]
 

@@ -17,7 +17,7 @@ from tokenyard.data.tokenizer_types import BytesTokenizer
 
 
 def test_tokens_are_all_documents_with_their_ends(folder: DataConfig, tmp_path: Path) -> None:
-    ids, manifest = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
+    ids, manifest, _ = open_tokens(survey(folder), "train", BytesTokenizer(), tmp_path)
     ends = np.flatnonzero(ids == BytesTokenizer.end_of_document)
     found = [BytesTokenizer().decode(part.tolist()) for part in np.split(ids, ends + 1)[:-1]]
     texts = [item.text for item in documents(folder, "train")]
@@ -39,7 +39,7 @@ def test_more_ids_than_16_bits(folder: DataConfig, tmp_path: Path, monkeypatch: 
     tokenizer = BytesTokenizer()
     monkeypatch.setattr(tokenizer, "size", 2**16 + 1, raising=False)
     monkeypatch.setattr(tokenizer, "end_of_document", 2**16, raising=False)
-    ids, _ = open_tokens(survey(folder), "validation", tokenizer, tmp_path)
+    ids, *_ = open_tokens(survey(folder), "validation", tokenizer, tmp_path)
     assert ids.dtype == np.uint32 and ids[-1] == 2**16
 
 
