@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -201,10 +202,10 @@ def code_map(signed: bool) -> CodeMap:
     for decade in range(EXPONENTS):
         count = 2**decade if signed else 2 ** (decade + 1)
         sizes += [10.0 ** (decade + 1 - EXPONENTS) * (0.1 + 0.9 * (place + 0.5) / count) for place in range(count)]
-    sizes = torch.tensor(sorted(sizes), dtype=torch.float64, device="cpu").float().tolist()
+    sizes = np.sort(np.array(sizes, np.float32)).tolist()
     middles = [(below + above) / 2 if below or signed else 0.0 for below, above in pairwise(sizes)]
     negative = [-size for size in sizes[ZERO:0:-1]] if signed else []
-    bits = torch.arange(FIRST_CELL, (127 << (23 - CELL_SHIFT)) + 1, dtype=torch.int32, device="cpu") << CELL_SHIFT
-    cells = torch.bucketize(bits.view(torch.float32), torch.tensor(middles, device="cpu")).int()
+    bits = np.arange(FIRST_CELL, (127 << (23 - CELL_SHIFT)) + 1, dtype=np.int32) << CELL_SHIFT
+    cells = np.searchsorted(np.array(middles, np.float32), bits.view(np.float32)).astype(np.int32)
     cells[0] = 0  # also of all that is less
     return CodeMap(negative + sizes, [*middles, math.inf], cells.tolist())
