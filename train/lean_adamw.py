@@ -152,7 +152,9 @@ class _Offload:
 
     def _fetch(self, chunk: dict[str, Tensor]) -> tuple[dict[str, Tensor], Event]:
         with self.coming.behind(self.returned):
-            found = {key: copy_to_device(host, torch.empty_like(host, device=self.device)) for key, host in chunk.items()}
+            found = {key: torch.empty(host.shape, dtype=host.dtype, device=self.device) for key, host in chunk.items()}
+            for key, host in chunk.items():
+                copy_to_device(host, found[key])
             return found, record_event(self.device)
 
     def _arrived(self, chunk: dict[str, Tensor], event: Event) -> dict[str, Tensor]:

@@ -100,6 +100,8 @@ def variants(size: Size) -> dict[str, list[str]]:
             "model.moe.balance.coefficient=0",
         ],
         "unbalanced": [*top_2, "model.moe.balance.coefficient=0"],
+        "states-bf16": [*top_2, "optimizer.states=bf16"],
+        "states-int8": [*top_2, "optimizer.states=int8"],
     }
 
 

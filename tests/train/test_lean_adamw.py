@@ -3,15 +3,17 @@
 from contextlib import closing
 from pathlib import Path
 
+import cuda_double
 import pytest
 import torch
 from tiny_run import TINY_RUN
 from tokenyard.checkpoint.store import read_whole
+from tokenyard.parallel.streams import host_buffer
 from tokenyard.train import moments
 from tokenyard.train.checkpointing import save
 from tokenyard.train.config.compose import compose
 from tokenyard.train.config.config import Config
-from tokenyard.train.lean_adamw import LeanAdamW
+from tokenyard.train.lean_adamw import LeanAdamW, _Offload
 from tokenyard.train.logging.journal import read_journal
 from tokenyard.train.logging.stability import StabilityStats
 from tokenyard.train.run import single_step
@@ -98,3 +100,24 @@ def test_the_ratio_of_updates_is_that_of_wide_moments(tmp_path: Path) -> None:
             assert isinstance(session.engine.optimizer, LeanAdamW) == (states == "bf16")
             found.append(StabilityStats(session).tensors(1.0)["norms_K3"])
     torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_chunks_on_a_gpu_are_there_when_they_are_used(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Copies run when somebody waits for them (cuda_double.py): who does not, updates what is not there, or saves what was.
+
+    The copy of the next chunk is queued before the one here is updated, and that of the one after it not yet.
+    """
+    cuda = cuda_double.installed(monkeypatch)
+    device, values = torch.device("cuda", 1), [torch.full((4,), float(place)) for place in range(count)]
+    cuda.set_device(1)
+    offload, host = _Offload(device), [host_buffer(16, device).view(torch.float32).copy_(each) for each in values]
+    for update in (1, 2):
+        for place, chunk in enumerate(offload.ahead({"exp_avg": each} for each in host)):
+            cuda.current_stream(device).synchronize()
+            assert chunk["exp_avg"].as_subclass(torch.Tensor).tolist() == [place + update - 1] * 4
+            assert sum(call.what == "copy to device" for call in cuda.calls) == count * (update - 1) + min(place + 2, count)
+            chunk["exp_avg"].add_(1)
+            offload.give_back({"exp_avg": host[place]}, chunk)
+    offload.returned.wait()
+    assert [each.tolist() for each in host] == [[place + 2] * 4 for place in range(count)]
