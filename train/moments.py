@@ -32,8 +32,8 @@ FIRST, SECOND = "exp_avg", "exp_avg_sq"
 FIRST_SCALE, SECOND_SCALE = "exp_avg_scale", "exp_avg_sq_scale"
 
 CHUNKS = {"cpu": 2**18}
-"""Elements of a chunk, about, by device: on a CPU its moments stay in the cache, elsewhere LARGE."""
-LARGE = 2**24
+"""Elements of a chunk, about, by device: on a CPU its moments stay in the cache; elsewhere LARGE, to keep the update small."""
+LARGE = 2**22
 ROWS = 64
 """Chunks begin at multiples of so many rows, hence where the vectors of a CPU's kernel begin in the whole, too: the same bits."""
 
