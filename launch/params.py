@@ -111,10 +111,12 @@ def _parts(found: dict[str, Any]) -> list[str]:
 def _memory(found: dict[str, Any], config: Config) -> list[str]:
     held = found["bytes_per_rank"]
     parts = ", ".join(f"{name} {gigabytes(held[name])}" for name in ("weights", "gradients", "optimizer"))
+    parts += f"; moments on the host {gigabytes(held['host'])}" if held["host"] else ""
+    each = held["total"] / found["per_rank"]["total"]
     inference, devices = found["inference_bytes"], found["devices_of_80_gb"]
     return [
         _row("layout", layout_text(config.parallel, found["world"])),
-        _row("training", f"{gigabytes(held['total'])} a rank without activations: {parts}"),
+        _row("training", f"{gigabytes(held['total'])} a rank without activations, {each:.4g} bytes a parameter: {parts}"),
         _row("inference", ", ".join(f"{kind} {gigabytes(inference[kind])}" for kind in BITS)),
         _row("held by", ", ".join(f"{devices[kind]} x {DEVICE_BYTES / 1e9:.0f} GB ({kind})" for kind in BITS)),
         _row("", f"if weights may take {SHARE:.0%} of a device and all are of that type"),

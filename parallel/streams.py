@@ -124,13 +124,14 @@ def host_buffer(size: int, device: torch.device) -> Tensor:
     """Allocates `size` bytes of host memory for copies of tensors on `device`; pinned for a GPU, until the buffer is freed.
 
     Torch's cache of pinned memory rounds to powers of two, up to twice the size. So this memory is registered with CUDA instead, as
-    torch.distributed.checkpoint does. Whoever holds the buffer waits for copies before it is freed. Raises RuntimeError.
+    torch.distributed.checkpoint does (the simulated GPU has no registry). Whoever holds the buffer waits for copies before it is
+    freed. Raises RuntimeError.
     """
-    buffer = torch.empty(size, dtype=torch.uint8)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type not in ("cpu", "cuda"))
     if device.type == "cuda" and size:
         cudart, address = cast(Any, torch.cuda.cudart()), buffer.data_ptr()
         if failed := int(cudart.cudaHostRegister(address, size, PORTABLE)):
-            raise RuntimeError(f"CUDA cannot pin {size:,} bytes of host memory for a checkpoint: error {failed}")
+            raise RuntimeError(f"CUDA cannot pin {size:,} bytes of host memory: error {failed}")
         weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, address)
     return buffer
 

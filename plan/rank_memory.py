@@ -10,19 +10,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..moe.config import ModelConfig
+from ..moe.param_shapes import shapes
 from ..parallel.config import ParallelConfig, Recompute
 from ..parallel.layout import expert_shard_ranks
 from ..parallel.pipeline.schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, schedule
 from ..parallel.pipeline.stages import cut_layers, has_embedding, layers_on
-from ..train.config.config import Config, Precision
+from ..train.config.config import Config, OptimizerConfig, Precision
+from ..train.config.state_bytes import moment_bytes
 from .held_parameters import Held
 from .sized.exchange_sizes import memory_of_exchange
 from .sized.layer_sizes import BlockShape
 from .sized.operator_sizes import Casts
 from .stage_memory import Pass, StagePlace, Stages
 
-MOMENTS = 2
-"""AdamW's, in the dtype of the weights."""
 STEADY = 4
 """Micro-batches for each rank of a pipeline after which its memory repeats."""
 
@@ -40,13 +40,25 @@ class RankMemory(NamedTuple):
 class MemoryModel:
     """Computes the memory of ranks for layouts of one model. Layouts that have blocks in common share their computation.
 
-    `hot`: rows of the rank's experts over those of an even load. `node`: ranks of a node.
+    `hot`: rows of the rank's experts over those of an even load. `node`: ranks of a node. `optimizer`: None for AdamW in fp32.
     """
 
-    def __init__(self, model: ModelConfig, precision: Precision, length: int, hot: float = 1.0, node: int = 8) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: Precision,
+        length: int,
+        hot: float = 1.0,
+        node: int = 8,
+        optimizer: OptimizerConfig | None = None,
+    ) -> None:
         self.model, self.length, self.hot, self.node = model, length, hot, node
         self.narrow = {Precision.fp32: 4, Precision.fp64: 8}.get(precision, 2)
         self.stored = max(4, self.narrow)
+        optimizer, whole = optimizer or OptimizerConfig(), shapes(model)
+        moments = 0 if optimizer.offload else moment_bytes(whole, optimizer, precision)
+        self.moments = moments / sum(map(math.prod, whole.values()))
+        """Bytes of both on the device, for a parameter."""
         self._held: dict[Any, Held] = {}
         self._stages: dict[Any, Stages] = {}
         self._cuts: dict[Any, list[range]] = {}
@@ -80,13 +92,14 @@ class MemoryModel:
         base = Counter(
             {
                 "weights": self.stored * sharded,
-                "optimizer": MOMENTS * self.stored * sharded,
+                "optimizer": round(self.moments * sharded),
                 "casts of weights": self.narrow * casts if Casts.step in self._casts(parallel, world, micros) else 0,
                 "gathered by FSDP": self.narrow * whole if parallel.shard > 1 and parallel.zero < 3 else 0,
             }
         )
-        if (MOMENTS + 2) * self.stored * sharded > most:  # with gradients: more than there is without any activation
-            return RankMemory((MOMENTS + 2) * self.stored * sharded, dict(base), rank)
+        least = base["optimizer"] + 2 * self.stored * sharded
+        if least > most:  # with gradients: more than there is without any activation
+            return RankMemory(least, dict(base), rank)
         stages = self._of_layout(parallel, world, micro, held)
         base["exchange"] = memory_of_exchange(stages.shape, self.narrow)
         return self._walk(parallel, base, stages, mine, last, micros, rank, self._casts(parallel, world, micros))
@@ -213,6 +226,6 @@ def rank_memory(config: Config, world: int, rank: int | None = None, hot: float 
     The configuration has been validated; precision=auto counts as bf16. Memory outside of tensors (the device's context, NCCL,
     fragmentation) is not counted.
     """
-    model = MemoryModel(config.model, config.precision, config.sequence_length, hot, node)
+    model = MemoryModel(config.model, config.precision, config.sequence_length, hot, node, config.optimizer)
     given = config.parallel, world, config.batch.sequences, config.batch.micro
     return model.memory(*given) if rank is None else model.of_rank(*given, rank)

@@ -42,6 +42,8 @@ SPINE = (
         "run_folder",
         "preflight",
         "derive",
+        "moments",
+        "lean_adamw",
         "state",
         "step_flags",
         "optimizer",

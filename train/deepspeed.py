@@ -24,7 +24,7 @@ from ..parallel.gradients import scale_gradients, squared_norm
 from ..parallel.layout import digits
 from ..parallel.mesh import Axis
 from ..parallel.shard import LocalShard, ShardMetadata
-from .config.config import Config
+from .config.config import Config, ConfigError, OptimizerStates
 from .config.deepspeed_settings import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
@@ -237,8 +237,11 @@ class ZeroEngine(Engine):
                     held[f"optimizer.{name}.{moment}"] = LocalShard(sharded.metadata, whole)
         return held
 
-    def state_to_load(self) -> dict[str, LocalShard]:
-        """Returns weights, and of the moments the rows in which this rank has an element."""
+    def state_to_load(self, states: OptimizerStates) -> dict[str, LocalShard]:
+        """Returns weights, and of the moments the rows in which this rank has an element. Raises ConfigError for lean ones."""
+        if states is not OptimizerStates.fp32:
+            rule = f"opens no checkpoint with optimizer.states={states.value}"
+            raise ConfigError.of("engine", "deepspeed", rule, "engine=torch")
         if not self.zero.stage:
             return local_state(self.parallel, self.optimizer)
         held = local_weights(self.parallel)
@@ -249,7 +252,7 @@ class ZeroEngine(Engine):
                     held[f"optimizer.{name}.{moment}"] = LocalShard(rows, torch.empty(rows.sizes, device=self.parallel.device))
         return held
 
-    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
+    def restore(self, loaded: dict[str, LocalShard], states: OptimizerStates, step: int) -> None:
         if not self.zero.stage:
             set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)
             return

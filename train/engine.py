@@ -7,8 +7,11 @@ import torch
 
 from ..parallel.apply import Parallel
 from ..parallel.shard import LocalShard
+from .config.config import OptimizerStates
 from .cuda_graph import MicroBatchGraph
-from .state import local_state, set_optimizer_steps
+from .lean_adamw import LeanAdamW
+from .moments import Moments
+from .state import local_state, local_weights, set_optimizer_steps
 from .step import StepInput, StepNumbers, train_step
 
 
@@ -28,12 +31,12 @@ class Engine(ABC):
         """Returns weights and moments to save, by global name; the ranks together hold every element, and copies are equal."""
 
     @abstractmethod
-    def state_to_load(self) -> dict[str, LocalShard]:
-        """Returns the tensors to read a checkpoint into; `restore` must follow."""
+    def state_to_load(self, states: OptimizerStates) -> dict[str, LocalShard]:
+        """Returns the tensors to read a checkpoint with these `optimizer.states` into; `restore` must follow."""
 
     @abstractmethod
-    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
-        """Continues from what was read into `state_to_load()`, after `step` optimizer steps."""
+    def restore(self, loaded: dict[str, LocalShard], states: OptimizerStates, step: int) -> None:
+        """Continues from what was read into `state_to_load(states)`, after `step` optimizer steps."""
 
 
 @dataclass
@@ -49,8 +52,20 @@ class TorchEngine(Engine):
     def state_to_save(self) -> dict[str, LocalShard]:
         return local_state(self.parallel, self.optimizer)
 
-    def state_to_load(self) -> dict[str, LocalShard]:
-        return self.state_to_save()
+    def state_to_load(self, states: OptimizerStates) -> dict[str, LocalShard]:
+        if states is self.states:
+            return self.state_to_save()
+        others = (Moments.of(name, sharded, states).on_host() for name, sharded in self.parallel.parameters.items())
+        return local_weights(self.parallel) | {name: shard for each in others for name, shard in each.items()}
 
-    def restore(self, loaded: dict[str, LocalShard], step: int) -> None:
+    def restore(self, loaded: dict[str, LocalShard], states: OptimizerStates, step: int) -> None:
         set_optimizer_steps(self.optimizer, [sharded.parameter for sharded in self.parallel.parameters.values()], step)
+        if states is not self.states:
+            held = self.state_to_save()
+            for name, sharded in self.parallel.parameters.items():
+                Moments.of(name, sharded, states).convert(loaded, Moments.of(name, sharded, self.states), held, step)
+
+    @property
+    def states(self) -> OptimizerStates:
+        """How the optimizer keeps its moments."""
+        return self.optimizer.states if isinstance(self.optimizer, LeanAdamW) else OptimizerStates.fp32

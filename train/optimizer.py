@@ -8,7 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..parallel.apply import Parallel, ShardedParameter
-from .config.config import OptimizerConfig
+from .config.config import OptimizerConfig, OptimizerStates
+from .lean_adamw import LeanAdamW
 
 
 def build_optimizer(
@@ -24,11 +25,14 @@ def build_optimizer(
         decays, parameter = len(sharded.metadata.shape) >= 2, sharded.parameter
         mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"
         groups[decays, mesh, tuple(mark(sharded).items())].append(parameter)
+    listed = [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
+        for (decays, _, marks), parameters in groups.items()
+    ]
+    if config.offload or config.states is not OptimizerStates.fp32:
+        return LeanAdamW(listed, parallel.parameters, config)
     return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
-            for (decays, _, marks), parameters in groups.items()
-        ],
+        listed,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

@@ -16,6 +16,7 @@ from ..parallel.shard import LocalShard
 from .config.config import Config, ConfigError
 from .config.own_files import write_whole, writing_to
 from .config.schema import written
+from .config.serialize import config_from_plain
 from .logging.journal import Journal
 from .preflight import changes, refuse_another_run, refuse_difference
 from .run_folder import goes_on, keep_begin, set_aside
@@ -119,12 +120,13 @@ def restore(
     refuse_another_run(session.config, facts, path)
     refuse_other_data(session, facts, path)
     session.saver.wait_for_copies()
-    held, same_ranks = session.engine.state_to_load(), facts["ranks"] == session.parallel.mesh.world
+    states = config_from_plain(facts["config"]).optimizer.states
+    held, same_ranks = session.engine.state_to_load(states), facts["ranks"] == session.parallel.mesh.world
     random = {name: one for name, one in random_state().items() if same_ranks and name.split(".")[1] in generators}
     load(held | random)
     restore_random(random)
     session.extra = facts.get("extra", {})
-    session.engine.restore(held, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
+    session.engine.restore(held, states, facts["step"] - session.extra.get("guard", {}).get("skipped", 0))
     session.step, session.tokens = facts["step"], facts["tokens"]
     data_state = {"rows": [], "since": [], "ended": [], "sources": [], **(facts.get("data_state") or {})}
     session.data.train.restore({**data_state, "step": session.step})

@@ -13,16 +13,19 @@ from ..parallel.apply import Parallel, gradient_of, local
 from ..parallel.collectives import sum_over
 from ..parallel.object_collectives import from_all
 from ..parallel.shard import LocalShard, whole
+from .lean_adamw import LeanAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names of AdamW's moments."""
 
 
 def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
-    """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`.
+    """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`, with scales if 8-bit.
 
     They are the tensors in use: loading into them restores weights and moments.
     """
+    if isinstance(optimizer, LeanAdamW):
+        return local_weights(parallel) | optimizer.shards()
     states = {name: optimizer_state(optimizer, sharded.parameter) for name, sharded in parallel.parameters.items()}
     return local_weights(parallel) | {
         f"optimizer.{name}.{moment}": LocalShard(parallel.parameters[name].metadata, local(state[moment]))
@@ -41,6 +44,8 @@ def local_weights(parallel: Parallel) -> dict[str, LocalShard]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
     """Returns AdamW's state of one parameter; before the first step it is created here, as AdamW would."""
+    if isinstance(optimizer, LeanAdamW):
+        return optimizer.state_of(parameter)
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
@@ -52,7 +57,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parame
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], steps: int) -> None:
     """Sets AdamW's step count, which it keeps for each parameter."""
     for parameter in parameters:
-        optimizer_state(optimizer, parameter)["step"].fill_(steps)
+        state = optimizer_state(optimizer, parameter)
+        state["step"] = steps if isinstance(optimizer, LeanAdamW) else state["step"].fill_(steps)
 
 
 def random_state() -> dict[str, LocalShard]:

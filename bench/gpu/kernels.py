@@ -7,8 +7,8 @@ import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
-from ...train.config.config import Precision
-from ...train.config.model_summary import training_bytes
+from ...train.config.config import Config
+from ...train.config.model_summary import rank_bytes
 from .recorder import Recorder
 from .steps import BATCHES, NARROW, ModelAndOptimizer, build, fitting
 from .waits import random_rows
@@ -115,8 +115,7 @@ def report_memory(recorder: Recorder, trained: ModelAndOptimizer, step: Any, tok
     step()
     torch.cuda.synchronize(recorder.device)
     peak, after = torch.cuda.max_memory_allocated(recorder.device), torch.cuda.memory_allocated(recorder.device)
-    parameters = sum(parameter.numel() for parameter in trained.parallel.model.parameters())
-    states = training_bytes(parameters, Precision.bf16)["total"]
+    states = rank_bytes(Config(model=trained.parallel.model.config), 1)["total"]
     cells = {"estimated states MiB": states >> 20, "held after a step MiB": after >> 20, "peak MiB": peak >> 20}
     rest = {"beyond the estimate MiB": (peak - states) >> 20, "of it bytes a token": (peak - states) // tokens}
     recorder.row("memory of a step", tokens=tokens, **cells, **rest)

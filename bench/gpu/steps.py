@@ -14,8 +14,8 @@ from ...moe.param_count import count, training_flops_per_token
 from ...parallel.apply import Parallel, initialise
 from ...parallel.gradients import gradient_all_reduce, squared_norm
 from ...train.batch import Rows
-from ...train.config.config import OptimizerConfig, Precision
-from ...train.config.model_summary import training_bytes
+from ...train.config.config import Config, OptimizerConfig
+from ...train.config.model_summary import rank_bytes
 from ...train.cuda_graph import WARM_STEPS, MicroBatchGraph
 from ...train.logging.peak_flops import peak_flops
 from ...train.loss import Losses
@@ -119,7 +119,7 @@ def fitting(device: torch.device) -> ModelConfig:
     """WIDE with as many layers as fit into memory."""
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**33
     models = (replace(WIDE, layers=layers) for layers in range(WIDE.layers, 1, -1))
-    fits = (model for model in models if training_bytes(count(model).total, Precision.bf16)["total"] <= SHARE * room)
+    fits = (model for model in models if rank_bytes(Config(model=model), 1)["total"] <= SHARE * room)
     return next(fits, replace(WIDE, layers=1))
 
 

@@ -108,6 +108,8 @@ def variants(size: Size) -> dict[str, list[str]]:
         ],
         "unbalanced": [*top_2, "model.moe.balance.coefficient=0"],
         **{name: [*top_2, *narrow] for name, narrow in FP8.items()},
+        "states-bf16": [*top_2, "optimizer.states=bf16"],
+        "states-int8": [*top_2, "optimizer.states=int8"],
     }
 
 

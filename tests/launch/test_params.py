@@ -35,6 +35,21 @@ def test_a_layout_is_counted_on_the_ranks_it_needs(capsys: pytest.CaptureFixture
     assert {key: spread[key] for key in ("total", "active")} == {key: whole[key] for key in ("total", "active")}
 
 
+@pytest.mark.parametrize("states", ["fp32", "bf16", "int8"])
+def test_states_are_counted_in_bytes(capsys: pytest.CaptureFixture[str], states: str) -> None:
+    """Two moments of 4, 2 or 1 bytes, with a scale of 4 bytes for 256 numbers; those of routers and norms have 4."""
+    words = "model=mixtral_8x7b", "parallel.expert=8", "parallel.shard=8", f"optimizer.states={states}"
+    found = asked(capsys, *words)
+    wide = found["per_rank"]["norms"] + found["per_rank"]["router"]
+    narrow = found["per_rank"]["total"] - wide
+    moments = round(2 * (4 * wide + {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 256}[states] * narrow))
+    held = found["bytes_per_rank"]
+    assert (held["optimizer"], held["host"]) == (moments, 0)
+    assert held["total"] == 8 * found["per_rank"]["total"] + moments
+    offloaded = asked(capsys, *words, "optimizer.offload=true")["bytes_per_rank"]
+    assert (offloaded["optimizer"], offloaded["host"], offloaded["total"]) == (0, moments, 8 * found["per_rank"]["total"])
+
+
 def test_more_ranks_than_needed_shard_experts_too(capsys: pytest.CaptureFixture[str]) -> None:
     found = asked(capsys, "model=mixtral_8x7b", "parallel.expert=8", "parallel.shard=8", "launch=torchrun", "launch.ranks=16")
     assert found["world"] == 16

@@ -15,10 +15,14 @@ from tokenyard.train.config.compose import compose
 COMMON = "precision=bf16 sequence_length=2048 batch.micro=1 launch=torchrun launch.ranks=8 launch.nodes={nodes}"
 PAIRS = {
     "one device": ("model=granite_3_0_3b_a800m model.layers=2 batch.sequences=2", 1, 0),
-    "expert": ("model=qwen3_30b_a3b model.layers=2 batch.sequences=8 parallel.expert=8 parallel.recompute=selective", 8, 0),
+    "expert": (
+        "model=qwen3_30b_a3b model.layers=2 batch.sequences=8 parallel.expert=8 parallel.recompute=selective optimizer.states=int8",
+        8,
+        0,
+    ),
     "folded": (
         "model=deepseek_v2_lite model.layers=2 batch.sequences=8 parallel.tensor=2 parallel.expert=8 parallel.shard=4 "
-        "parallel.recompute=block",
+        "parallel.recompute=block optimizer.offload=true",
         16,
         5,
     ),
@@ -49,6 +53,7 @@ def test_closed_form_is_the_dry_run(apart: Callable[..., Any], name: str) -> Non
     assert found.peak == pytest.approx(truth.peak_bytes, rel=0.03)
     assert sum(found.parts.values()) == pytest.approx(found.peak)
     assert found.parts["weights"] == pytest.approx(truth.purposes["weights"], rel=0.001)
+    assert found.parts.get("optimizer", 0) == pytest.approx(truth.purposes.get("optimizer", 0), rel=0.005)
 
 
 @pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 8, 11, 12))])

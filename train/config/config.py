@@ -158,6 +158,12 @@ class RunConfig:
     """The name in trackers; null: the name of the run folder."""
 
 
+class OptimizerStates(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 @dataclass
 class OptimizerConfig:
     lr: float = field(default=5e-3, metadata=within("(0, inf)"))
@@ -172,6 +178,10 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     clip_norm: float | None = field(default=1.0, metadata=within("(0, inf)"))
     """The norm to which larger gradients are scaled down; null: no clipping."""
+    states: OptimizerStates = OptimizerStates.fp32
+    """Moments between steps: fp32: as the weights; bf16: stochastically rounded; int8: 8 bits, in blocks (Dettmers et al. 2022)."""
+    offload: bool = False
+    """Keep moments in the memory of the host; the update copies them to the device and back, chunk by chunk."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from .config import Config, EngineKind, Precision
+from .config import Config, EngineKind, OptimizerStates, Precision
 from .rules.rule import Violation
 from .schema import nearest_text
 
@@ -91,6 +91,11 @@ def engine(config: Config, world: int) -> Iterator[Violation]:
     if config.precision is Precision.fp64:
         rule = "must be fp32 or bf16 with engine=deepspeed, which cannot sum gradients in fp64"
         yield Violation("precision", rule, [Precision.fp32])
+    if config.optimizer.states is not OptimizerStates.fp32:
+        rule = "must be fp32 with engine=deepspeed, which flattens moments with the weights"
+        yield Violation("optimizer.states", rule, [OptimizerStates.fp32])
+    if config.optimizer.offload:
+        yield Violation("optimizer.offload", "must be false with engine=deepspeed; engine=torch has it", [False])
     for path, value in _leaves(c.extra):
         complaint = _complaint(".".join(path), value)
         if complaint:

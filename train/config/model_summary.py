@@ -19,6 +19,7 @@ from ...parallel.layout import dense_ranks, fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules.rules import violations
 from .schema import written
+from .state_bytes import moment_bytes
 from .validate import nearest_valid
 
 DEVICE_BYTES = 80e9
@@ -44,7 +45,7 @@ def facts(config: Config, world: int) -> dict[str, Any]:
         "parts": vars(parts),
         "world": world,
         "per_rank": held,
-        "bytes_per_rank": training_bytes(held["total"], config.precision),
+        "bytes_per_rank": rank_bytes(config, world),
         "inference_bytes": {kind: parts.total * bits // 8 for kind, bits in BITS.items()},
         "devices_of_80_gb": {kind: math.ceil(parts.total * bits / 8 / (DEVICE_BYTES * SHARE)) for kind, bits in BITS.items()},
         "sequence_length": length,
@@ -60,11 +61,15 @@ def per_rank(config: Config, world: int) -> dict[str, int]:
     return {"total": sum(parts.values()), **parts}
 
 
-def training_bytes(parameters: int, precision: Precision) -> dict[str, int]:
-    """Returns the bytes of weights, gradients and AdamW's moments, in fp32 (fp64 with precision=fp64), without activations."""
-    each = 8 if precision is Precision.fp64 else 4
-    parts = {"weights": parameters * each, "gradients": parameters * each, "optimizer": 2 * parameters * each}
-    return {**parts, "total": sum(parts.values())}
+def rank_bytes(config: Config, world: int) -> dict[str, int]:
+    """Returns the bytes of weights, gradients and moments on the device of rank 0 of `world`, their total, and the moments on the
+    host. Weights and gradients are fp32, fp64 with precision=fp64. Activations do not count.
+    """
+    held = rank_shapes(config.model, config.parallel, world)
+    wide, moments = 8 if config.precision is Precision.fp64 else 4, moment_bytes(held, config.optimizer, config.precision)
+    weights, offload = wide * sum(map(math.prod, held.values())), config.optimizer.offload
+    parts = {"weights": weights, "gradients": weights, "optimizer": 0 if offload else moments}
+    return {**parts, "total": sum(parts.values()), "host": moments if offload else 0}
 
 
 def intended_ranks(config: Config, started: int) -> int:

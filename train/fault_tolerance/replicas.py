@@ -18,7 +18,7 @@ from ..engine import TorchEngine
 from ..exit import ExitCode, RunStop
 from ..logging.run_logger import RunLogger
 from ..session import Session
-from ..state import MOMENTS, optimizer_state
+from ..state import optimizer_state
 
 BLOCKS = {"cpu": 2**16}
 """Words that are hashed at once, by device: on a CPU as many as stay in its cache, elsewhere LARGE."""
@@ -144,7 +144,7 @@ class Replicas:
             return
         sharded = self.session.parallel.parameters[difference.name]
         moments = optimizer_state(self.session.engine.optimizer, sharded.parameter)
-        for tensor in (sharded.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
+        for tensor in (sharded.parameter.detach(), *(each for key, each in moments.items() if key != "step")):
             raw = local(tensor).view(-1).view(torch.uint8)
             if self.session.parallel.mesh.rank != difference.source:
                 raw.zero_()

@@ -3,7 +3,7 @@
 docs/stability.md says what they mean. A blocks with softmax attention, H query heads, K kinds of weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ...parallel.apply import local
 from ...parallel.collectives import max_over, sum_over
 from ..config.config import EngineKind
 from ..derive import DTYPES
+from ..lean_adamw import LeanAdamW
 from ..session import Session
 
 KINDS = {
@@ -77,7 +78,10 @@ class StabilityStats:
         for name, sharded in parallel.parameters.items():
             weight = local(sharded.parameter.data)
             gradient = None if sharded.parameter.grad is None else local(sharded.parameter.grad)
-            update = squared_update(weight, optimizer.state[sharded.parameter], groups[sharded.parameter])
+            state, pieces = optimizer.state[sharded.parameter], None
+            if isinstance(optimizer, LeanAdamW):
+                pieces = optimizer.wide_chunks(sharded.parameter)
+            update = squared_update(weight, state, groups[sharded.parameter], pieces)
             parts = [squared(weight), update.new_zeros(()) if gradient is None else squared(gradient) / scale**2, update]
             squares_K3[list(KINDS).index(kind_of_weight(name))] += torch.stack(parts) / sharded.replicas.size
         return sum_over(squares_K3, parallel.mesh.everyone).sqrt()
@@ -114,16 +118,25 @@ def squared(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x).double().square()
 
 
-def squared_update(weight: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Tensor:
+def squared_update(
+    weight: Tensor,
+    state: Mapping[str, Tensor],
+    group: Mapping[str, Any],
+    pieces: Iterable[tuple[Tensor, ...]] | None = None,
+) -> Tensor:
     """Returns the square of the norm of AdamW's last update, fp64, from what it left: weights, moments and the number of steps.
+
+    `pieces`: weights with both moments where the state has them rounded; the result is then as exact as these.
 
     The update is -lr (m / (sqrt(v) + epsilon) + decay w), with both moments corrected and w the weight before it.
     """
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     (beta1, beta2), decay, lr = group["betas"], group["weight_decay"], group["lr"]
     steps = float(state["step"])
-    pieces = (local(x).flatten().split(PIECE) for x in (weight, state["exp_avg"], state["exp_avg_sq"]))
-    for after, first, second in zip(*pieces, strict=True):
+    if pieces is None:
+        kept = weight, state["exp_avg"], state["exp_avg_sq"]
+        pieces = zip(*(local(x).flatten().split(PIECE) for x in kept), strict=True)
+    for after, first, second in pieces:
         direction = first / (1 - beta1**steps) / ((second / (1 - beta2**steps)).sqrt() + group["eps"])
         before = (after + lr * direction) / (1 - lr * decay)
         total += squared(direction + decay * before)

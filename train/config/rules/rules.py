@@ -8,11 +8,14 @@ from operator import attrgetter
 from pathlib import Path
 
 from ....data.config import STREAMED, Corpus, Packing, TokenizerKind
+from ....moe.param_shapes import shapes
 from ....parallel.config import PipelineSchedule
+from ....parallel.layout import rank_shapes
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
-from ..config import Config, Device, ScheduleUnit, Shape
+from ..config import Config, Device, OptimizerStates, ScheduleUnit, Shape
 from ..schema import nearest_text
+from ..state_bytes import block_of, states_of
 from . import launch_rules, model_rules, parallel_rules
 from .rule import Violation, divisors, multiples, valid_pairs
 
@@ -88,6 +91,20 @@ def schedule(config: Config, world: int) -> Iterator[Violation]:
             yield Violation("schedule.decay_from", rule, [None])
         if schedule.decay_from >= config.steps:
             yield Violation("schedule.decay_from", f"must be below steps={config.steps}", range(1, config.steps))
+
+
+def states(config: Config, world: int) -> Iterator[Violation]:
+    """Checks that ranks hold whole blocks of 8-bit moments, since a block has one scale and is cut on no layout."""
+    if config.optimizer.states is not OptimizerStates.int8:
+        return
+    whole, held = shapes(config.model), rank_shapes(config.model, config.parallel, world)
+    for name, shape in held.items():
+        if states_of(OptimizerStates.int8, name, len(shape)) is OptimizerStates.int8 and shape[-1] % block_of(whole[name][-1]):
+            rule = (
+                f"a rank holds {shape[-1]} of {whole[name][-1]} columns of {name}, no whole blocks of {block_of(whole[name][-1])}"
+            )
+            yield Violation("optimizer.states", rule, [OptimizerStates.bf16])
+            return
 
 
 def trackers(config: Config, world: int) -> Iterator[Violation]:
@@ -205,6 +222,7 @@ RULES: list[Callable[[Config, int], Iterator[Violation]]] = [
     local_tier,
     *LAYOUT_RULES,
     batch,
+    states,
     deepspeed_settings.engine,
     launch_rules.launchers,
 ]
