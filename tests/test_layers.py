@@ -44,6 +44,8 @@ SPINE = (
         "derive",
         "state",
         "step_flags",
+        "matrix_owners",
+        "muon",
         "optimizer",
     ),
     *("loss", "batch", "exit", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),

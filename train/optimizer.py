@@ -1,7 +1,7 @@
-"""AdamW over this rank's shards."""
+"""The optimizer over this rank's shards."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,10 +9,25 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.apply import Parallel, ShardedParameter
 from .config.config import OptimizerConfig
+from .config.matrices import OptimizerName, by_muon
+from .muon import Muon
 
 
 def build_optimizer(
     config: OptimizerConfig, parallel: Parallel, mark: Callable[[ShardedParameter], dict[str, Any]] = lambda _: {}
+) -> torch.optim.Optimizer:
+    """Returns AdamW, whose groups have the items of the `mark` of their parameters, or Muon, whose groups have none. Collective."""
+    if config.name is OptimizerName.adamw:
+        return build_adamw(config, parallel.parameters.values(), mark)
+    named = {name: one for name, one in parallel.parameters.items() if by_muon(name, one.metadata.shape, config.muon)}
+    rest = [sharded for name, sharded in parallel.parameters.items() if name not in named]
+    return Muon(config, parallel, named, build_adamw(config, rest))
+
+
+def build_adamw(
+    config: OptimizerConfig,
+    parameters: Iterable[ShardedParameter],
+    mark: Callable[[ShardedParameter], dict[str, Any]] = lambda _: {},
 ) -> torch.optim.Optimizer:
     """Returns AdamW (Loshchilov and Hutter 2019). Every parameter is in exactly one group, which has the items of its `mark`.
 
@@ -20,14 +35,14 @@ def build_optimizer(
     different FSDP meshes.
     """
     groups: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
-    for sharded in parallel.parameters.values():
+    for sharded in parameters:
         decays, parameter = len(sharded.metadata.shape) >= 2, sharded.parameter
         mesh = str(parameter.device_mesh) if isinstance(parameter, DTensor) else "plain"
         groups[decays, mesh, tuple(mark(sharded).items())].append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
-            for (decays, _, marks), parameters in groups.items()
+            {"params": members, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
+            for (decays, _, marks), members in groups.items()
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

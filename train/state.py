@@ -15,11 +15,11 @@ from ..parallel.object_collectives import from_all
 from ..parallel.shard import LocalShard, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The names of AdamW's moments."""
+"""The names of AdamW's moments; of a parameter that Muon updates, the first is its momentum and there is no other."""
 
 
 def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
-    """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`.
+    """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and, of AdamW, `.exp_avg_sq`.
 
     They are the tensors in use: loading into them restores weights and moments.
     """
@@ -28,6 +28,7 @@ def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[st
         f"optimizer.{name}.{moment}": LocalShard(parallel.parameters[name].metadata, local(state[moment]))
         for name, state in states.items()
         for moment in MOMENTS
+        if moment in state
     }
 
 
@@ -40,7 +41,7 @@ def local_weights(parallel: Parallel) -> dict[str, LocalShard]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
-    """Returns AdamW's state of one parameter; before the first step it is created here, as AdamW would."""
+    """Returns the state of one parameter; before the first step AdamW's is created here, as AdamW would."""
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
@@ -50,9 +51,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parame
 
 
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], steps: int) -> None:
-    """Sets AdamW's step count, which it keeps for each parameter."""
+    """Sets AdamW's step count, which it keeps for each parameter; Muon needs none."""
     for parameter in parameters:
-        optimizer_state(optimizer, parameter)["step"].fill_(steps)
+        if (step := optimizer_state(optimizer, parameter).get("step")) is not None:
+            step.fill_(steps)
 
 
 def random_state() -> dict[str, LocalShard]:

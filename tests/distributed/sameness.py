@@ -63,6 +63,7 @@ class Case(NamedTuple):
     steps: int = STEPS
     length: int = LENGTH
     documents: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig(lr=0.01, clip_norm=None)
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
@@ -138,7 +139,7 @@ def configured(layout: Layout, case: Case) -> Config:
         precision=Precision.fp64,
         batch=BatchConfig(SEQUENCES),
         model=case.config,
-        optimizer=OptimizerConfig(lr=0.01, clip_norm=None),
+        optimizer=case.optimizer,
     )
     config.data.mask_documents = case.documents
     return spread(layout, case.micro_batches).applied(config)

@@ -10,6 +10,7 @@ from ...moe.config import ModelConfig
 from ...parallel.config import ParallelConfig
 from ...ranges import within
 from .launch import LaunchConfig
+from .matrices import MuonConfig, OptimizerName
 
 # The statistics of experts.
 
@@ -159,8 +160,10 @@ class RunConfig:
 
 @dataclass
 class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adamw
+    """adamw; or muon for matrices, and AdamW for embedding, head, norms, biases, sinks and routers."""
     lr: float = field(default=5e-3, metadata=within("(0, inf)"))
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of AdamW and of Muon."""
     beta1: float = field(default=0.9, metadata=within("[0, 1)"))
     """Decay of the first moment."""
     beta2: float = field(default=0.95, metadata=within("[0, 1)"))
@@ -171,6 +174,9 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     clip_norm: float | None = field(default=1.0, metadata=within("(0, inf)"))
     """The norm to which larger gradients are scaled down; null: no clipping."""
+    qk_clip: float | None = field(default=None, metadata=within("(0, inf)"))
+    """After a step, heads with a larger attention logit get queries and keys scaled down to it (Kimi K2: 100); null: never."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
 
 @dataclass

@@ -144,7 +144,7 @@ class Replicas:
             return
         sharded = self.session.parallel.parameters[difference.name]
         moments = optimizer_state(self.session.engine.optimizer, sharded.parameter)
-        for tensor in (sharded.parameter.detach(), *(moments[moment] for moment in MOMENTS)):
+        for tensor in (sharded.parameter.detach(), *(moments[moment] for moment in MOMENTS if moment in moments)):
             raw = local(tensor).view(-1).view(torch.uint8)
             if self.session.parallel.mesh.rank != difference.source:
                 raw.zero_()
