@@ -75,12 +75,13 @@ def observe(
 def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[ObservedTensor]:
     """Returns `observe` for a model that is already spread over the ranks."""
     optimizer, seen = build_optimizer(config.optimizer, parallel), []
-    clip_norm = config.optimizer.clip_norm
+    clip_norm, qk_clip = config.optimizer.clip_norm, config.optimizer.qk_clip
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
         with record_outputs(parallel, rows, step) as outputs:
             position = BatchPosition(config.seed, step)
-            numbers = train_step(parallel, optimizer, StepInput(rows, config.optimizer.lr, clip_norm, position))
+            step_input = StepInput(rows, config.optimizer.lr, clip_norm, position, qk_clip=qk_clip)
+            numbers = train_step(parallel, optimizer, step_input)
         seen += [*(outputs if step == 1 else []), *observe_numbers(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)

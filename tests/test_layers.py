@@ -48,7 +48,7 @@ SPINE = (
         "muon",
         "optimizer",
     ),
-    *("loss", "batch", "exit", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
+    *("loss", "batch", "exit", "attention_logits", "step", "engine", "deepspeed", "session", "checkpointing", "evaluation", "show"),
     *("logging", "resume", "local_saves", "initial_weights", "setup", "load", "fault_tolerance", "run", "rank_command", "__main__"),
 )
 """The folders and modules of train/ from the ground up: each may import those before it."""

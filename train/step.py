@@ -31,6 +31,7 @@ from ..parallel.pipeline.stage_model import between_stages
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
+from .attention_logits import clip_heads, watching
 from .batch import Rows, targets_ahead, valid_targets
 from .loss import (
     LAYER_FIELDS,
@@ -63,6 +64,8 @@ class StepInput(NamedTuple):
     """Decides, by the same numbers on every rank, whether to update."""
     overlap_fn: Callable[[], None] = lambda: None
     """Called when the device has the whole step to do and before the host waits for it."""
+    qk_clip: float | None = None
+    """The largest attention logit that a head may have (`optimizer.qk_clip`)."""
 
 
 class StepNumbers(NamedTuple):
@@ -97,13 +100,16 @@ class StepNumbers(NamedTuple):
     """Those of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
     overflow_L: Tensor = torch.empty(0, dtype=torch.int64)
     """Choices that the exchange had no room for; without elements if it has room for all."""
+    qk_clip_2: Tensor = torch.empty(0)
+    """The largest attention logit and the number of heads that were clipped by it; without elements if none ever is."""
 
 
 def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input: StepInput) -> StepNumbers:
     """Trains on one global batch. All ranks update, or none does."""
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, step_input.rows)
-    with shared_casts() if len(step_input.rows) > 1 and not parallel.recompute else nullcontext():
+    casts = shared_casts() if len(step_input.rows) > 1 and not parallel.recompute else nullcontext()
+    with casts, nullcontext(torch.empty(0)) if (most := step_input.qk_clip) is None else watching(parallel) as logits_AH:
         shares = accumulate(parallel, step_input, totals)
     squared = squared_norm(parallel)
     step_input.overlap_fn()
@@ -114,7 +120,7 @@ def train_step(parallel: Parallel, optimizer: torch.optim.Optimizer, step_input:
         scale_gradients(parallel, clip_factor(numbers.gradient_norm, step_input.clip_norm))
     update(optimizer, step_input.lr)
     update_expert_biases(parallel, numbers.counts_LE, step_input.position)
-    return numbers
+    return numbers if most is None else numbers._replace(qk_clip_2=clip_heads(parallel, logits_AH, most))
 
 
 def accumulate(parallel: Parallel, step_input: StepInput, totals: Totals) -> list[Losses]:

@@ -26,17 +26,17 @@ LAYOUTS = {
 }
 
 
-def case(muon: MuonConfig, **model: Any) -> Case:
+def case(muon: MuonConfig, qk_clip: float | None = None, **model: Any) -> Case:
     moe = MoEConfig(experts=8, hidden=16, shared_hidden=8)
     sizes: dict[str, Any] = {"layers": 4, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "vocabulary": VOCABULARY}
-    optimizer = OptimizerConfig(OptimizerName.muon, lr=0.01, clip_norm=0.5, muon=muon)
+    optimizer = OptimizerConfig(OptimizerName.muon, lr=0.01, clip_norm=0.5, muon=muon, qk_clip=qk_clip)
     return Case(ModelConfig(**sizes, init_std=0.3, moe=moe, dense_first=1, **model), micro_batches=2, optimizer=optimizer)
 
 
 MLA = AttentionConfig(AttentionKind.mla, mla=MLAConfig(q_rank=8, kv_rank=8, nope_width=4, rope_width=2, value_width=6))
 CASES = {
-    "grouped queries": case(MuonConfig()),
-    "latents": case(MuonConfig(router=True), attention=MLA, mtp_depth=1, tie_embeddings=True),
+    "grouped queries": case(MuonConfig(), qk_clip=0.2),
+    "latents": case(MuonConfig(router=True), attention=MLA, mtp_depth=1, tie_embeddings=True, qk_clip=0.2),
     "latents, fused": case(MuonConfig(fused=True), attention=MLA),
 }
 PAIRS = [(layout, list(CASES)[index % 3]) for index, layout in enumerate([*LAYOUTS, *list(LAYOUTS)[7:]])]
