@@ -6,16 +6,21 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..moe.config import ModelConfig
+from ..moe.param_shapes import shapes
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import expert_shard_ranks, rank_shapes, stays_whole
+from ..train.config.matrices import MuonConfig, one_moment
 from .sized.operator_sizes import Gathered
 
 
 class Held:
     """Elements of the parameters that a rank holds, by layer: between steps, and gathered."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, world: int) -> None:
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, world: int, muon: MuonConfig | None = None) -> None:
+        """`muon`: of the optimizer; None: AdamW's moments are counted of all parameters."""
         self.model = model
+        self.moments, shape_of = Counter[str](), shapes(model)
+        """Elements of the optimizer's state."""
         sharded, whole = rank_shapes(model, parallel, world), rank_shapes(model, replace(parallel, shard=1), world)
         self.sharded, self.whole, self.experts, self.cast, self.cast_of_experts = (Counter[str]() for _ in range(5))
         fsdp_of_experts = expert_shard_ranks(parallel, world) > 1
@@ -26,6 +31,7 @@ class Held:
             part = _part(name, model.layers)
             own, full = math.prod(sharded[name]), math.prod(shape)
             self.sharded[part] += own
+            self.moments[part] += own if one_moment(name, shape_of[name], muon) else 2 * own
             if ".experts." in name and part != "root":
                 self.experts[part] += full if fsdp_of_experts else 0
                 self.whole_experts[part] += 0 if fsdp_of_experts else own
@@ -49,8 +55,8 @@ class Held:
         """Returns the elements of block `index` that FSDP leaves a rank between steps."""
         return self.sharded[str(index)] - self.whole_experts[str(index)]
 
-    def on(self, indices: Iterable[int], embedding: bool, head: bool, dense: bool) -> tuple[int, int, int]:
-        """Returns elements held between steps, gathered in all, and cast, of these blocks, the embedding and the end.
+    def on(self, indices: Iterable[int], embedding: bool, head: bool, dense: bool) -> tuple[int, int, int, int]:
+        """Returns elements held between steps, of moments, gathered in all, and cast, of these blocks, the embedding and the end.
 
         Cast are weights of experts, and with `dense` others too.
         """
@@ -58,6 +64,7 @@ class Held:
         whole = sum(self.whole[part] + self.experts[part] for part in parts)
         return (
             sum(self.sharded[part] for part in parts),
+            sum(self.moments[part] for part in parts),
             whole,
             sum(self.cast[part] if dense else self.cast_of_experts[part] for part in parts),
         )

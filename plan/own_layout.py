@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..train.config.config import Config, EngineKind, Precision
 from ..train.config.gpus import Gpu, gpu_of_device
-from ..train.config.model_summary import per_rank, training_bytes
+from ..train.config.model_summary import per_rank, training_bytes, without_second_moment
 from ..train.config.number_format import gigabytes
 from .coefficients import measured_on
 from .gpu_cluster import Cluster
@@ -85,7 +85,7 @@ def plan_own_layout(config: Config, world: int, node: int, device: str | None) -
         if config.engine.kind is EngineKind.deepspeed:
             return OwnPlan(unknown=("not known for DeepSpeed's engine",))
         if device is None:
-            parts = training_bytes(per_rank(config, world)["total"], config.precision)
+            parts = training_bytes(per_rank(config, world)["total"], config.precision, without_second_moment(config, world))
             return OwnPlan(parts.pop("total"), parts)
         return _on_gpus(config, world, node, device)
     except Exception as error:  # a plan is a help: its faults are no reason to end a run
@@ -101,7 +101,7 @@ def _on_gpus(config: Config, world: int, node: int, device: str) -> OwnPlan:
     elif parallel.recompute not in RECOMPUTED:
         unknown.append(f"memory and time not known with parallel.recompute={parallel.recompute.value}")
     else:
-        model = MemoryModel(config.model, config.precision, config.sequence_length, node=node)
+        model = MemoryModel(config.model, config.precision, config.sequence_length, node=node, muon=config.optimizer.of_matrices)
         given = parallel, world, config.batch.sequences, config.batch.micro
         own, most = model.of_rank(*given), model.memory(*given)
         memory, parts, fullest = own.peak, dict(own.parts), (most.peak, most.rank)

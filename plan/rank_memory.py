@@ -15,14 +15,13 @@ from ..parallel.layout import expert_shard_ranks
 from ..parallel.pipeline.schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, schedule
 from ..parallel.pipeline.stages import cut_layers, has_embedding, layers_on
 from ..train.config.config import Config, Precision
+from ..train.config.matrices import MuonConfig
 from .held_parameters import Held
 from .sized.exchange_sizes import memory_of_exchange
 from .sized.layer_sizes import BlockShape
 from .sized.operator_sizes import Casts
 from .stage_memory import Pass, StagePlace, Stages
 
-MOMENTS = 2
-"""AdamW's, in the dtype of the weights."""
 STEADY = 4
 """Micro-batches for each rank of a pipeline after which its memory repeats."""
 
@@ -40,11 +39,19 @@ class RankMemory(NamedTuple):
 class MemoryModel:
     """Computes the memory of ranks for layouts of one model. Layouts that have blocks in common share their computation.
 
-    `hot`: rows of the rank's experts over those of an even load. `node`: ranks of a node.
+    `hot`: rows of the rank's experts over those of an even load. `node`: ranks of a node. `muon`: of the optimizer; None: AdamW.
     """
 
-    def __init__(self, model: ModelConfig, precision: Precision, length: int, hot: float = 1.0, node: int = 8) -> None:
-        self.model, self.length, self.hot, self.node = model, length, hot, node
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: Precision,
+        length: int,
+        hot: float = 1.0,
+        node: int = 8,
+        muon: MuonConfig | None = None,
+    ) -> None:
+        self.model, self.length, self.hot, self.node, self.muon = model, length, hot, node, muon
         self.narrow = {Precision.fp32: 4, Precision.fp64: 8}.get(precision, 2)
         self.stored = max(4, self.narrow)
         self._held: dict[Any, Held] = {}
@@ -76,17 +83,18 @@ class MemoryModel:
         indices = [index for inside in mine.values() for index in inside]
         indices += [self.model.layers + depth for depth in range(self.model.mtp_depth)] if last in mine else []
         ends = has_embedding(self.model, 0 in mine, last in mine), last in mine
-        sharded, whole, casts = held.on(indices, *ends, Casts.step in self._casts(parallel, world, micros)[:1])
+        sharded, moments, whole, casts = held.on(indices, *ends, Casts.step in self._casts(parallel, world, micros)[:1])
         base = Counter(
             {
                 "weights": self.stored * sharded,
-                "optimizer": MOMENTS * self.stored * sharded,
+                "optimizer": self.stored * moments,
                 "casts of weights": self.narrow * casts if Casts.step in self._casts(parallel, world, micros) else 0,
                 "gathered by FSDP": self.narrow * whole if parallel.shard > 1 and parallel.zero < 3 else 0,
             }
         )
-        if (MOMENTS + 2) * self.stored * sharded > most:  # with gradients: more than there is without any activation
-            return RankMemory((MOMENTS + 2) * self.stored * sharded, dict(base), rank)
+        least = self.stored * (2 * sharded + moments)  # with gradients: more than there is without any activation
+        if least > most:
+            return RankMemory(least, dict(base), rank)
         stages = self._of_layout(parallel, world, micro, held)
         base["exchange"] = memory_of_exchange(stages.shape, self.narrow)
         return self._walk(parallel, base, stages, mine, last, micros, rank, self._casts(parallel, world, micros))
@@ -172,7 +180,7 @@ class MemoryModel:
         inner = world // parallel.pipeline
         key = parallel.tensor, parallel.expert, parallel.expert_tensor, parallel.shard, expert_shard_ranks(parallel, inner)
         if key not in self._held:
-            self._held[key] = Held(self.model, replace(parallel, pipeline=1, pipeline_layers=None), inner)
+            self._held[key] = Held(self.model, replace(parallel, pipeline=1, pipeline_layers=None), inner, self.muon)
         return self._held[key]
 
     def _of_layout(self, parallel: ParallelConfig, world: int, micro: int, held: Held) -> Stages:
@@ -213,6 +221,6 @@ def rank_memory(config: Config, world: int, rank: int | None = None, hot: float 
     The configuration has been validated; precision=auto counts as bf16. Memory outside of tensors (the device's context, NCCL,
     fragmentation) is not counted.
     """
-    model = MemoryModel(config.model, config.precision, config.sequence_length, hot, node)
+    model = MemoryModel(config.model, config.precision, config.sequence_length, hot, node, config.optimizer.of_matrices)
     given = config.parallel, world, config.batch.sequences, config.batch.micro
     return model.memory(*given) if rank is None else model.of_rank(*given, rank)

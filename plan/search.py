@@ -96,7 +96,9 @@ class Planner:
     def __post_init__(self) -> None:
         config, node = self.config, self.cluster.gpu.host
         self.work = ModelWork(config.model, config.sequence_length)
-        self.memory = MemoryModel(config.model, config.precision, config.sequence_length, self.hot, node)
+        self.memory = MemoryModel(
+            config.model, config.precision, config.sequence_length, self.hot, node, config.optimizer.of_matrices
+        )
         self.usable = self.cluster.gpu.memory_bytes - RESERVED
 
     def search(self, goal: Goal, fixed: Mapping[str, Any]) -> Found:

@@ -27,10 +27,11 @@ PAIRS = {
         16,
         0,
     ),
+    "muon": ("model=deepseek_v2_lite model.layers=2 batch.sequences=8 parallel.expert=4 parallel.shard=8 optimizer=muon", 8, 3),
     "exchange": ("model=olmoe_1b_7b model.layers=2 batch.sequences=16 parallel.expert=16 parallel.exchange=deduplicated", 16, 0),
     "context": ("model=qwen3_30b_a3b model.layers=2 batch.sequences=4 parallel.context=2 parallel.shard=8 parallel.expert=2", 8, 1),
 }
-FEW = PAIRS if os.environ.get("TOKENYARD_TESTS") == "all" else ["expert", "folded", "pipeline"]
+FEW = PAIRS if os.environ.get("TOKENYARD_TESTS") == "all" else ["expert", "folded", "pipeline", "muon"]
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -42,7 +43,8 @@ def test_closed_form_is_the_dry_run(apart: Callable[..., Any], name: str) -> Non
     truth = apart(facts_of, words, rank, world)
     assert found.peak == pytest.approx(truth.peak_bytes, rel=0.03)
     assert sum(found.parts.values()) == pytest.approx(found.peak)
-    assert found.parts["weights"] == pytest.approx(truth.purposes["weights"], rel=0.001)
+    for part in ("weights", "optimizer"):
+        assert found.parts[part] == pytest.approx(truth.purposes[part], rel=0.001)
 
 
 @pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 8, 11, 12))])

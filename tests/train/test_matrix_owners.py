@@ -83,6 +83,8 @@ def extents(ones: Any) -> list[tuple[int, int]]:
 
 
 def test_a_rank_alone_sends_nothing() -> None:
-    own = buckets(Layout(MODEL, MuonConfig(), mesh_sizes(ParallelConfig(), 1), 0), {"layers.0.dense.down": Sharding((24, 40), False)})
+    own = buckets(
+        Layout(MODEL, MuonConfig(), mesh_sizes(ParallelConfig(), 1), 0), {"layers.0.dense.down": Sharding((24, 40), False)}
+    )
     mine = Local("layers.0.dense.down", Rectangle(0, 0, 24, 40))
     assert own == [Bucket(["layers.0.dense.down"], ["layers.0.dense.down"], [(24, 40)], [(mine, own[0].stays[0][1])])]

@@ -95,6 +95,11 @@ BAD = [
     (4, "parallel.pipeline=2 parallel.pipeline_schedule=zbv parallel.expert=2 parallel.pipeline_overlap=true "
      "parallel.exchange=symmetric",
      "parallel.pipeline_overlap=true: must be false with parallel.exchange=symmetric", "parallel.pipeline_overlap=false"),
+    (1, "optimizer=muon engine=deepspeed", "optimizer.name=muon: must be adamw with engine=deepspeed", "optimizer.name=adamw"),
+    (1, "optimizer.qk_clip=100 engine=deepspeed", "optimizer.qk_clip=100.0: must be null with engine=deepspeed",
+     "optimizer.qk_clip=null"),
+    (1, "optimizer.qk_clip=100 model.attention.qk_norm=head",
+     "optimizer.qk_clip=100.0: must be null with model.attention.qk_norm=head", "optimizer.qk_clip=null"),
     (2, "parallel.pipeline=2 engine=deepspeed", "parallel.pipeline=2: must be 1 with engine=deepspeed", "parallel.pipeline=1"),
     (1, "parallel.zero=0", "parallel.zero=0: must be in [1, 3]", "parallel.zero=1"),
     (1, "parallel.zero=4", "parallel.zero=4: must be in [1, 3]", "parallel.zero=3"),

@@ -178,6 +178,11 @@ class OptimizerConfig:
     """After a step, heads with a larger attention logit get queries and keys scaled down to it (Kimi K2: 100); null: never."""
     muon: MuonConfig = field(default_factory=MuonConfig)
 
+    @property
+    def of_matrices(self) -> MuonConfig | None:
+        """The settings by which matrices are updated, if Muon does."""
+        return self.muon if self.name is OptimizerName.muon else None
+
 
 @dataclass
 class ScheduleConfig:

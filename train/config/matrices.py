@@ -60,6 +60,11 @@ def by_muon(name: str, shape: tuple[int, ...], muon: MuonConfig) -> bool:
     return matrix and (muon.router or ".router." not in name)
 
 
+def one_moment(name: str, shape: tuple[int, ...], muon: MuonConfig | None) -> bool:
+    """Whether the optimizer keeps a momentum of this parameter and no second moment. `muon`: None for AdamW."""
+    return muon is not None and by_muon(name, shape, muon)
+
+
 def matrices(
     name: str, shape: tuple[int, ...], model: ModelConfig, muon: MuonConfig, first: int = 0, end: int | None = None
 ) -> Iterator[Matrix]:

@@ -14,9 +14,11 @@ from ...moe.param_count import (
     sum_by_part,
     training_flops_per_token,
 )
+from ...moe.param_shapes import shapes
 from ...parallel.config import ParallelConfig
 from ...parallel.layout import dense_ranks, fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
+from .matrices import one_moment
 from .rules.rules import violations
 from .schema import written
 from .validate import nearest_valid
@@ -44,7 +46,7 @@ def facts(config: Config, world: int) -> dict[str, Any]:
         "parts": vars(parts),
         "world": world,
         "per_rank": held,
-        "bytes_per_rank": training_bytes(held["total"], config.precision),
+        "bytes_per_rank": training_bytes(held["total"], config.precision, without_second_moment(config, world)),
         "inference_bytes": {kind: parts.total * bits // 8 for kind, bits in BITS.items()},
         "devices_of_80_gb": {kind: math.ceil(parts.total * bits / 8 / (DEVICE_BYTES * SHARE)) for kind, bits in BITS.items()},
         "sequence_length": length,
@@ -60,10 +62,20 @@ def per_rank(config: Config, world: int) -> dict[str, int]:
     return {"total": sum(parts.values()), **parts}
 
 
-def training_bytes(parameters: int, precision: Precision) -> dict[str, int]:
-    """Returns the bytes of weights, gradients and AdamW's moments, in fp32 (fp64 with precision=fp64), without activations."""
+def without_second_moment(config: Config, world: int) -> int:
+    """Returns how many of these parameters Muon updates, with a momentum alone."""
+    whole, muon = shapes(config.model), config.optimizer.of_matrices
+    held = rank_shapes(config.model, config.parallel, world)
+    return sum(math.prod(shape) for name, shape in held.items() if one_moment(name, whole[name], muon))
+
+
+def training_bytes(parameters: int, precision: Precision, single: int = 0) -> dict[str, int]:
+    """Returns the bytes of weights, gradients and the optimizer's moments, in fp32 (fp64 with precision=fp64), without activations.
+
+    AdamW has two moments of each parameter; of `single` of them there is only one, Muon's momentum.
+    """
     each = 8 if precision is Precision.fp64 else 4
-    parts = {"weights": parameters * each, "gradients": parameters * each, "optimizer": 2 * parameters * each}
+    parts = {"weights": parameters * each, "gradients": parameters * each, "optimizer": (2 * parameters - single) * each}
     return {**parts, "total": sum(parts.values())}
 
 
