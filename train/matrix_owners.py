@@ -83,6 +83,8 @@ class Bucket:
     """The parameters of which it is the first bucket."""
     ended: list[str] = field(default_factory=list)
     """Those of which it is the last."""
+    travels: bool = False
+    """Whether several ranks hold a matrix: so it is on all ranks of the stage, as experts are spread alike."""
     shapes: list[tuple[int, int]] = field(default_factory=list)
     """Of the matrices that this rank owns."""
     stays: list[tuple[Local, Owned]] = field(default_factory=list)
@@ -197,13 +199,14 @@ def buckets(layout: Layout, named: Mapping[str, Sharding], limit: int = BUCKET) 
 
 
 def _add(bucket: Bucket, name: str, work: Work, owner: int, me: int) -> None:
-    """Adds what rank `me` does for one matrix. The rank next to the owner that holds a piece sends it."""
+    """Adds what rank `me` does for one matrix. Of the ranks that hold a piece the nearest to the owner in the grids sends it."""
     number = len(bucket.shapes)
+    bucket.travels = bucket.travels or len(work.ranks) > 1
     if owner == me:
         bucket.shapes.append(work.shape)
     for piece in work.pieces:
         mine, owned = Local(name, piece.of_parameter), Owned(number, piece.of_matrix)
-        source = min(piece.holders, key=lambda rank: abs(rank - owner))
+        source = min(piece.holders, key=lambda rank: rank ^ owner)
         if me == owner == source:
             bucket.stays.append((mine, owned))
         elif me == owner:

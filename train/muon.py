@@ -111,11 +111,13 @@ class Muon(torch.optim.Optimizer):
             return _cut(wholes[one.number], one.place)
 
         _copy([owned(whole) for _, whole in bucket.stays], [here(mine) for mine, _ in bucket.stays])
-        exchange(_all(bucket.sent, here), _all(bucket.received, owned), like, self.axis)
+        if bucket.travels:
+            exchange(_all(bucket.sent, here), _all(bucket.received, owned), like, self.axis)
         for shape, stack in stacks.items():
             stack.copy_(orthogonalize(stack).mul_(update_scale(shape)))
         _copy([here(mine) for mine, _ in bucket.stays], [owned(whole) for _, whole in bucket.stays])
-        exchange(_all(bucket.returned, owned), _all(bucket.taken, here), like, self.axis)
+        if bucket.travels:
+            exchange(_all(bucket.returned, owned), _all(bucket.taken, here), like, self.axis)
 
     def _move(self, parameter: Tensor, update: Tensor) -> None:
         weight, lr, decay = local(parameter.data), self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
@@ -132,8 +134,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def exchange(sent: Mapping[int, list[Tensor]], received: Mapping[int, list[Tensor]], like: Tensor, axis: Axis) -> None:
     """Sends tensors to ranks of the axis, and writes what comes into those of `received`, of the same sizes: one all-to-all."""
-    if axis.size == 1:
-        return
     send, receive = ([sum(x.numel() for x in of.get(rank, ())) for rank in range(axis.size)] for of in (sent, received))
     out, into = like.new_empty(sum(send)), like.new_empty(sum(receive))
     _copy(_views(out, sent), _in_order(sent))

@@ -41,6 +41,7 @@ def test_what_ranks_send_fits_and_reaches_every_copy(name: str, limit: int) -> N
     assert len({len(own) for own in all_ranks}) == 1 and (len(all_ranks[0]) > 1) == (limit == 200)
     updated = [Counter[Any]() for _ in range(world)]
     for step in zip(*all_ranks, strict=True):
+        assert len({own.travels for own in step}) == 1 and (step[0].travels or not any(own.sent or own.returned for own in step))
         for sender, here in enumerate(step):
             for receiver, there in enumerate(step):
                 assert extents(here.sent.get(receiver, ())) == extents(there.received.get(sender, ()))
@@ -87,4 +88,4 @@ def test_a_rank_alone_sends_nothing() -> None:
         Layout(MODEL, MuonConfig(), mesh_sizes(ParallelConfig(), 1), 0), {"layers.0.dense.down": Sharding((24, 40), False)}
     )
     mine = Local("layers.0.dense.down", Rectangle(0, 0, 24, 40))
-    assert own == [Bucket(["layers.0.dense.down"], ["layers.0.dense.down"], [(24, 40)], [(mine, own[0].stays[0][1])])]
+    assert own == [Bucket(["layers.0.dense.down"], ["layers.0.dense.down"], False, [(24, 40)], [(mine, own[0].stays[0][1])])]
