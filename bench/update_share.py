@@ -3,8 +3,8 @@
 Both take turns on the default model, with one thread. Its processor time counts, which depends less on other processes.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -53,14 +53,24 @@ def seconds(step: Callable[[], object]) -> float:
     return time.thread_time() - begin
 
 
-def main(words: Sequence[str]) -> None:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.update_share", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="settings of the model, as for tokenyard train")
+    parser.add_argument("--sequences", nargs="+", type=int, default=SEQUENCES, help="of a step")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    return parser.parse_intermixed_args(words)
+
+
+def main() -> None:
+    arguments = parse()
+    words = arguments.overrides
     torch.set_num_threads(1)
     print(f"products of Muon: {flops(words) / 1e9:.1f} GFLOP a step")
     rows = list[list[str]]()
-    for sequences in SEQUENCES:
+    for sequences in arguments.sequences:
         steps = {name: step_of(name, sequences, words) for name in OPTIMIZERS}
         taken: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-        for turn in range(ROUNDS + 1):
+        for turn in range(arguments.rounds + 1):
             for name, step in steps.items():
                 second = seconds(step)
                 if turn:
@@ -73,4 +83,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
