@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report.headline import last_validation, state
+from ..report.headline import last_of_end, state
 from ..report.journal_reader import RunError
 from ..report.run_reader import Run
 from ..train.config.compose import SEARCH_PATH, Arguments, check_arguments, one_line_errors
@@ -130,7 +130,7 @@ def loss_of(run: Run | None) -> float | None:
     """Returns the loss of the last validation, else of the last logged step."""
     if run is None:
         return None
-    validation = last_validation(run)
+    validation = last_of_end(run, "validation_loss")
     return run.metrics.last("loss") if validation is None else validation
 
 
@@ -188,7 +188,7 @@ def _outcome(point: Point) -> list[str]:
     run = point.run
     if run is None:
         return ["", "", "", "", f"exit code {point.code}"]
-    numbers = (run.metrics.last("loss"), last_validation(run), run.metrics.typical("tokens_per_second"))
+    numbers = (run.metrics.last("loss"), last_of_end(run, "validation_loss"), run.metrics.typical("tokens_per_second"))
     loss, validation, speed = (
         "" if value is None else f"{value:{form}}" for value, form in zip(numbers, (".4f", ".4f", ",.0f"), strict=True)
     )

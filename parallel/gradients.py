@@ -135,6 +135,11 @@ def squared_norm(parallel: Parallel) -> Tensor:
     return (norms.square() / replicas).sum()
 
 
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """Returns what gradients of this norm are multiplied by."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 def scale_gradients(parallel: Parallel, factor: Tensor) -> None:
     """Multiplies all gradients by a scalar, in place."""
     gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]

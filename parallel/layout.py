@@ -10,6 +10,7 @@ from ..moe.config import AttentionKind, ModelConfig, QKNorm
 from ..moe.param_shapes import Shapes, shapes
 from .config import ParallelConfig
 from .pipeline.stages import cut_layers, held_on
+from .shard import ShardMetadata, whole
 
 SLICED = {
     "embedding.weight": 0,
@@ -167,6 +168,25 @@ def stays_whole(name: str, dims: int) -> bool:
 def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
     """Returns the dimension that FSDP shards: the first that divides evenly, else the first."""
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def shard_of(
+    name: str, shape: tuple[int, ...], config: ModelConfig, sizes: Mapping[str, int], by_fsdp: bool, rank: int
+) -> ShardMetadata:
+    """Returns what a rank of the stage with this parameter holds of it, as parallel/apply.py cuts it. `by_fsdp`: FSDP shards it."""
+    shard, kind = whole(shape), "expert_" if ".experts." in name else ""
+    place, left = dict[str, int](), rank
+    for dim in reversed(EXPERTS if kind else DENSE):
+        left, place[dim] = divmod(left, sizes[dim])
+    if kind:
+        shard = shard.chunk(0, sizes["expert"], place["expert"])
+    sliced = sliced_dim_of_experts(name) if kind else sliced_dim(name, config)
+    if sliced is not None:
+        shard = shard.chunk(sliced, sizes[f"{kind}tensor"], place[f"{kind}tensor"])
+    ways, own = sizes[f"{kind}shard"], place[f"{kind}shard"]
+    if not kind:
+        ways, own = ways * sizes["context"], own * sizes["context"] + place["context"]
+    return shard.chunk(shard_dim(shard.sizes, ways), ways, own) if by_fsdp else shard
 
 
 def expert_shard_ranks(parallel: ParallelConfig, world: int) -> int:

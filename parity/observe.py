@@ -16,6 +16,7 @@ from ..moe.init import expert_biases
 from ..moe.token_info import BatchPosition, documents_of
 from ..parallel.apply import Parallel, gradient_of, local
 from ..parallel.context import own_runs
+from ..parallel.gradients import clip_factor
 from ..parallel.mesh import Mesh
 from ..parallel.shard import ShardMetadata, whole
 from ..parallel.streams import on_device
@@ -23,7 +24,7 @@ from ..train.batch import Rows
 from ..train.config.config import Config
 from ..train.optimizer import build_optimizer
 from ..train.setup import build_parallel
-from ..train.step import StepInput, StepNumbers, clip_factor, train_step
+from ..train.step import StepInput, StepNumbers, train_step
 from .finding import Key
 
 
@@ -75,12 +76,13 @@ def observe(
 def observe_model(parallel: Parallel, config: Config, steps: int, batch: Batch | None = None) -> list[ObservedTensor]:
     """Returns `observe` for a model that is already spread over the ranks."""
     optimizer, seen = build_optimizer(config.optimizer, parallel), []
-    clip_norm = config.optimizer.clip_norm
+    clip_norm, qk_clip = config.optimizer.clip_norm, config.optimizer.qk_clip
     for step in range(1, steps + 1):
         rows = rows_of(parallel, config, *(batch or random_batch)(config, step - 1))
         with record_outputs(parallel, rows, step) as outputs:
             position = BatchPosition(config.seed, step)
-            numbers = train_step(parallel, optimizer, StepInput(rows, config.optimizer.lr, clip_norm, position))
+            step_input = StepInput(rows, config.optimizer.lr, clip_norm, position, qk_clip=qk_clip)
+            numbers = train_step(parallel, optimizer, step_input)
         seen += [*(outputs if step == 1 else []), *observe_numbers(parallel, numbers, step)]
         if step == 1:
             factor = 1.0 if clip_norm is None else clip_factor(numbers.gradient_norm, clip_norm)

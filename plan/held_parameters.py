@@ -2,20 +2,24 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
 from ..parallel.layout import expert_shard_ranks, rank_shapes, stays_whole
+from ..train.config.state_bytes import Shapes
 from .sized.operator_sizes import Gathered
 
 
 class Held:
     """Elements of the parameters that a rank holds, by layer: between steps, and gathered."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, world: int) -> None:
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, world: int, moments: Callable[[Shapes], int]) -> None:
+        """`moments`: returns the bytes of the moments of parameters of these shapes."""
         self.model = model
+        self.moments = Counter[str]()
+        """Bytes of the optimizer's state on the device."""
         sharded, whole = rank_shapes(model, parallel, world), rank_shapes(model, replace(parallel, shard=1), world)
         self.sharded, self.whole, self.experts, self.cast, self.cast_of_experts = (Counter[str]() for _ in range(5))
         fsdp_of_experts = expert_shard_ranks(parallel, world) > 1
@@ -26,6 +30,7 @@ class Held:
             part = _part(name, model.layers)
             own, full = math.prod(sharded[name]), math.prod(shape)
             self.sharded[part] += own
+            self.moments[part] += moments({name: sharded[name]})
             if ".experts." in name and part != "root":
                 self.experts[part] += full if fsdp_of_experts else 0
                 self.whole_experts[part] += 0 if fsdp_of_experts else own
@@ -49,8 +54,8 @@ class Held:
         """Returns the elements of block `index` that FSDP leaves a rank between steps."""
         return self.sharded[str(index)] - self.whole_experts[str(index)]
 
-    def on(self, indices: Iterable[int], embedding: bool, head: bool, dense: bool) -> tuple[int, int, int]:
-        """Returns elements held between steps, gathered in all, and cast, of these blocks, the embedding and the end.
+    def on(self, indices: Iterable[int], embedding: bool, head: bool, dense: bool) -> tuple[int, int, int, int]:
+        """Returns elements held between steps, bytes of moments, elements gathered in all, and cast, of these blocks and the ends.
 
         Cast are weights of experts, and with `dense` others too.
         """
@@ -58,6 +63,7 @@ class Held:
         whole = sum(self.whole[part] + self.experts[part] for part in parts)
         return (
             sum(self.sharded[part] for part in parts),
+            sum(self.moments[part] for part in parts),
             whole,
             sum(self.cast[part] if dense else self.cast_of_experts[part] for part in parts),
         )

@@ -53,12 +53,11 @@ class MemoryModel:
         optimizer: OptimizerConfig | None = None,
     ) -> None:
         self.model, self.length, self.hot, self.node = model, length, hot, node
+        optimizer, whole = optimizer or OptimizerConfig(), shapes(model)
+        self.moments = lambda held: 0 if optimizer.offload else moment_bytes(held, whole, optimizer, precision)
+        """Returns the bytes of moments on the device, of parameters of these shapes."""
         self.narrow = {Precision.fp32: 4, Precision.fp64: 8}.get(precision, 2)
         self.stored = max(4, self.narrow)
-        optimizer, whole = optimizer or OptimizerConfig(), shapes(model)
-        moments = 0 if optimizer.offload else moment_bytes(whole, optimizer, precision)
-        self.moments = moments / sum(map(math.prod, whole.values()))
-        """Bytes of both on the device, for a parameter."""
         self._held: dict[Any, Held] = {}
         self._stages: dict[Any, Stages] = {}
         self._cuts: dict[Any, list[range]] = {}
@@ -88,16 +87,16 @@ class MemoryModel:
         indices = [index for inside in mine.values() for index in inside]
         indices += [self.model.layers + depth for depth in range(self.model.mtp_depth)] if last in mine else []
         ends = has_embedding(self.model, 0 in mine, last in mine), last in mine
-        sharded, whole, casts = held.on(indices, *ends, Casts.step in self._casts(parallel, world, micros)[:1])
+        sharded, moments, whole, casts = held.on(indices, *ends, Casts.step in self._casts(parallel, world, micros)[:1])
         base = Counter(
             {
                 "weights": self.stored * sharded,
-                "optimizer": round(self.moments * sharded),
+                "optimizer": moments,
                 "casts of weights": self.narrow * casts if Casts.step in self._casts(parallel, world, micros) else 0,
                 "gathered by FSDP": self.narrow * whole if parallel.shard > 1 and parallel.zero < 3 else 0,
             }
         )
-        least = base["optimizer"] + 2 * self.stored * sharded
+        least = moments + 2 * self.stored * sharded
         if least > most:  # with gradients: more than there is without any activation
             return RankMemory(least, dict(base), rank)
         stages = self._of_layout(parallel, world, micro, held)
@@ -185,7 +184,7 @@ class MemoryModel:
         inner = world // parallel.pipeline
         key = parallel.tensor, parallel.expert, parallel.expert_tensor, parallel.shard, expert_shard_ranks(parallel, inner)
         if key not in self._held:
-            self._held[key] = Held(self.model, replace(parallel, pipeline=1, pipeline_layers=None), inner)
+            self._held[key] = Held(self.model, replace(parallel, pipeline=1, pipeline_layers=None), inner, self.moments)
         return self._held[key]
 
     def _of_layout(self, parallel: ParallelConfig, world: int, micro: int, held: Held) -> Stages:

@@ -47,7 +47,8 @@ class DryRank:
 
     def step(self, micro_batches: int | None = None) -> StepNumbers:
         """Takes one optimizer step on rows in which every token is valid: all, or so many micro-batches of this rank."""
-        return self.engine.step(StepInput(self._rows()[:micro_batches], 1e-3, self.config.optimizer.clip_norm))
+        optimizer = self.config.optimizer
+        return self.engine.step(StepInput(self._rows()[:micro_batches], 1e-3, optimizer.clip_norm, qk_clip=optimizer.qk_clip))
 
     @property
     def micro_batches(self) -> int:

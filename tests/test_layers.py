@@ -46,6 +46,8 @@ SPINE = (
         "lean_adamw",
         "state",
         "step_flags",
+        "matrix_owners",
+        "muon",
         "optimizer",
     ),
     *(
@@ -53,6 +55,7 @@ SPINE = (
         "batch",
         "forward_only",
         "exit",
+        "attention_logits",
         "step",
         "cuda_graph",
         "engine",

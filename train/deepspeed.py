@@ -20,7 +20,7 @@ from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[re
 from ..parallel.apply import Parallel, ShardedParameter
 from ..parallel.collectives import sum_over
 from ..parallel.communicators import replicated
-from ..parallel.gradients import scale_gradients, squared_norm
+from ..parallel.gradients import clip_factor, scale_gradients, squared_norm
 from ..parallel.layout import digits
 from ..parallel.mesh import Axis
 from ..parallel.shard import LocalShard, ShardMetadata
@@ -29,7 +29,7 @@ from .config.deepspeed_settings import deepspeed_settings
 from .engine import Engine
 from .optimizer import build_optimizer, set_learning_rate
 from .state import MOMENTS, local_state, local_weights, optimizer_state, set_optimizer_steps
-from .step import StepInput, StepNumbers, add_up, clip_factor, count_totals, forward, update_expert_biases
+from .step import StepInput, StepNumbers, add_up, count_totals, forward, update_expert_biases
 
 
 class Fragment(NamedTuple):

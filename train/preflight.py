@@ -79,7 +79,7 @@ def check_data(config: Config) -> None:
 
 
 def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError, naming the setting, if the checkpoint `path` is of another model or order of the data, or an import."""
+    """Raises ConfigError, naming the setting, if `path` is of another model, optimizer or order of the data, or an import."""
     if "source" in facts:
         raise ConfigError.of("checkpoint.resume", path, "is an import, weights without a run to resume", f"checkpoint.init={path}")
     saved = config_from_plain(facts["config"])
@@ -89,6 +89,8 @@ def refuse_another_run(config: Config, facts: dict[str, Any], path: Path) -> Non
         "batch.sequences": (saved.batch.sequences, config.batch.sequences),
         "batch.schedule": (saved.batch.schedule, config.batch.schedule),
         "seed": (saved.seed, config.seed),
+        "optimizer.name": (saved.optimizer.name, config.optimizer.name),
+        "optimizer.muon.router": (saved.optimizer.muon.router, config.optimizer.muon.router),
     }
     refuse_difference(same, path)
 

@@ -16,11 +16,12 @@ from ..parallel.shard import LocalShard, whole
 from .lean_adamw import LeanAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The names of AdamW's moments."""
+"""The names of AdamW's moments; of a parameter that Muon updates, the first is its momentum and there is no other."""
 
 
 def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, LocalShard]:
-    """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and `.exp_avg_sq`, with scales if 8-bit.
+    """Returns this rank's tensors by global name: `model.NAME`, `optimizer.NAME.exp_avg` and, of AdamW, `.exp_avg_sq`, with scales
+    if they are 8-bit.
 
     They are the tensors in use: loading into them restores weights and moments.
     """
@@ -31,6 +32,7 @@ def local_state(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[st
         f"optimizer.{name}.{moment}": LocalShard(parallel.parameters[name].metadata, local(state[moment]))
         for name, state in states.items()
         for moment in MOMENTS
+        if moment in state
     }
 
 
@@ -43,7 +45,7 @@ def local_weights(parallel: Parallel) -> dict[str, LocalShard]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
-    """Returns AdamW's state of one parameter; before the first step it is created here, as AdamW would."""
+    """Returns the state of one parameter; before the first step AdamW's is created here, as AdamW would."""
     if isinstance(optimizer, LeanAdamW):
         return optimizer.state_of(parameter)
     state = optimizer.state[parameter]
@@ -55,10 +57,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parame
 
 
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], steps: int) -> None:
-    """Sets AdamW's step count, which it keeps for each parameter."""
+    """Sets AdamW's step count, which it keeps for each parameter; Muon needs none."""
     for parameter in parameters:
         state = optimizer_state(optimizer, parameter)
-        state["step"] = steps if isinstance(optimizer, LeanAdamW) else state["step"].fill_(steps)
+        if isinstance(optimizer, LeanAdamW):
+            state["step"] = steps
+        elif "step" in state:
+            state["step"].fill_(steps)
 
 
 def random_state() -> dict[str, LocalShard]:

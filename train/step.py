@@ -22,7 +22,7 @@ from ..parallel.collectives import sum_over
 from ..parallel.config import Overflow
 from ..parallel.context import own_chunks
 from ..parallel.fsdp import end_deferred_gradients, prepare_backward
-from ..parallel.gradients import gradient_all_reduce, scale_gradients, squared_norm
+from ..parallel.gradients import clip_factor, gradient_all_reduce, scale_gradients, squared_norm
 from ..parallel.mesh import Axis
 from ..parallel.pipeline.p2p import StageMessage
 from ..parallel.pipeline.run import Pipeline, StageResult, run_forward, run_schedule
@@ -31,6 +31,7 @@ from ..parallel.pipeline.stage_model import between_stages
 from ..parallel.progress import in_phase
 from ..parallel.streams import on_device
 from ..parallel.vocabulary import head_loss
+from .attention_logits import clip_heads, watching
 from .batch import Rows, targets_ahead, valid_targets
 from .loss import (
     LAYER_FIELDS,
@@ -63,6 +64,8 @@ class StepInput(NamedTuple):
     """Decides, by the same numbers on every rank, whether to update."""
     overlap_fn: Callable[[], None] = lambda: None
     """Called when the device has the whole step to do and before the host waits for it."""
+    qk_clip: float | None = None
+    """The largest attention logit that a head may have (`optimizer.qk_clip`)."""
 
 
 class StepNumbers(NamedTuple):
@@ -97,6 +100,8 @@ class StepNumbers(NamedTuple):
     """Those of THIS RANK, unlike the rest: its largest absolute router logit, and the rows that its experts computed. Fp64."""
     overflow_L: Tensor = torch.empty(0, dtype=torch.int64)
     """Choices that the exchange had no room for; without elements if it has room for all."""
+    qk_clip_2: Tensor = torch.empty(0)
+    """The largest attention logit and the number of heads that were clipped by it; without elements if none ever is."""
 
 
 AccumulateFn = Callable[[Parallel, StepInput, Totals], list[Losses]]
@@ -108,7 +113,8 @@ def train_step(
     """Trains on one global batch. All ranks update, or none does. `accumulate_fn` takes the place of `accumulate`."""
     optimizer.zero_grad(set_to_none=True)
     totals = count_totals(parallel, step_input.rows)
-    shares = (accumulate_fn or accumulate)(parallel, step_input, totals)
+    with nullcontext(torch.empty(0)) if (most := step_input.qk_clip) is None else watching(parallel) as logits_AH:
+        shares = (accumulate_fn or accumulate)(parallel, step_input, totals)
     squared = squared_norm(parallel)
     step_input.overlap_fn()
     numbers = add_up(parallel, shares, totals, squared, step_input.rank_flags)
@@ -118,7 +124,7 @@ def train_step(
         scale_gradients(parallel, clip_factor(numbers.gradient_norm, step_input.clip_norm))
     update(optimizer, step_input.lr)
     update_expert_biases(parallel, numbers.counts_LE, step_input.position)
-    return numbers
+    return numbers if most is None else numbers._replace(qk_clip_2=clip_heads(parallel, logits_AH, most))
 
 
 def accumulate(parallel: Parallel, step_input: StepInput, totals: Totals) -> list[Losses]:
@@ -148,11 +154,6 @@ def update(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Updates the weights."""
     set_learning_rate(optimizer, lr)
     optimizer.step()
-
-
-def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
-    """Returns what gradients of this norm are multiplied by."""
-    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 @in_phase("forward")

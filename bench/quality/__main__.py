@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...train.allocator import restart_with_kept_memory
 from .cost import causal_loss, relative_costs
-from .plan import DENSE, EXPERT_CHOICE, FP8, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
+from .plan import DENSE, EXPERT_CHOICE, FP8, MUON, SIZES, TUNED, QualityPlan, TrainingRun, models, variants
 from .results import draw, results, table
 from .runs import Lab, complete
 
@@ -53,7 +53,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--rates", nargs="+", type=float, default=[5e-3, 1e-2], help="learning rates to begin tuning with; one: no tuning"
     )
     parser.add_argument("--tuning", type=float, default=0.4, help="length of a tuning run, as a share of a run")
-    parser.add_argument("--shorter", nargs="*", type=float, default=[0.5, 0.25], help=f"shares of the tokens that {TUNED} has too")
+    parser.add_argument(
+        "--shorter", nargs="*", type=float, default=[0.5, 0.25], help=f"shares of the tokens that {TUNED} and {MUON} have too"
+    )
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--rounds", type=int, default=5, help="in which the costs of a step are measured")
@@ -83,7 +85,7 @@ def laboratory(arguments: argparse.Namespace) -> Lab:
 
 def train(lab: Lab, arguments: argparse.Namespace) -> None:
     """Tunes the learning rates, writes the plan, and trains all runs."""
-    tried = {name: tune(lab, name, arguments) for name in (DENSE, TUNED)}
+    tried = {name: tune(lab, name, arguments) for name in (DENSE, TUNED, MUON) if name in lab.variants}
     plan = QualityPlan(lab.size.steps, arguments.seeds, arguments.shorter, tried)
     named(lab, "plan", "json").write_text(json.dumps(asdict(plan), indent=1))
     lab.train(plan.runs(lab.variants))

@@ -10,8 +10,10 @@ from ...train.config.compose import compose
 
 BOUND = 0.02
 """By which a variant's active parameters may differ from the dense model's."""
-DENSE, TUNED = "dense", "top-2"
-"""The variants whose learning rates are tuned; the MoE family takes that of TUNED."""
+DENSE, TUNED, MUON = "dense", "top-2", "muon"
+"""The variants whose learning rates are tuned; the MoE family takes that of TUNED. MUON is TUNED with another optimizer."""
+TARGETS = {TUNED: DENSE, MUON: TUNED}
+"""Variants that are trained for shorter times too, and those whose final loss they have to reach."""
 EXPERT_CHOICE = "expert-choice"
 FP8 = {
     "fp8-rowwise": ["model.moe.products=fp8_rowwise", "model.products=fp8_rowwise"],
@@ -110,6 +112,7 @@ def variants(size: Size) -> dict[str, list[str]]:
         **{name: [*top_2, *narrow] for name, narrow in FP8.items()},
         "states-bf16": [*top_2, "optimizer.states=bf16"],
         "states-int8": [*top_2, "optimizer.states=int8"],
+        MUON: [*top_2, "optimizer=muon"],
     }
 
 
@@ -183,25 +186,26 @@ class QualityPlan:
     steps: int
     seeds: int
     shorter: list[float]
-    """Shares of the steps that TUNED is also trained for, with its learning rate decayed at their end."""
+    """Shares of the steps that TARGETS are also trained for, with their learning rates decayed at the end."""
     tried: dict[str, list[list[float]]]
-    """For DENSE and TUNED, pairs of a learning rate and its loss in the tuning runs."""
+    """For DENSE, TUNED and perhaps MUON, pairs of a learning rate and its loss in the tuning runs."""
 
     def rate(self, variant: str) -> float:
         """Returns the learning rate with the lowest loss in tuning."""
-        return min(self.tried[DENSE if variant == DENSE else TUNED], key=lambda pair: pair[1])[0]
+        return min(self.tried.get(variant, self.tried[TUNED]), key=lambda pair: pair[1])[0]
 
     def full(self, variant: str, seed: int) -> TrainingRun:
         return TrainingRun(variant, self.rate(variant), self.steps, seed)
 
-    def short(self, share: float, seed: int) -> TrainingRun:
-        return TrainingRun(TUNED, self.rate(TUNED), max(1, round(share * self.steps)), seed)
+    def short(self, variant: str, share: float, seed: int) -> TrainingRun:
+        return TrainingRun(variant, self.rate(variant), max(1, round(share * self.steps)), seed)
 
     def runs(self, chosen: Iterable[str]) -> list[TrainingRun]:
         """Returns the runs ordered by seed, so that those of the first seed finish early."""
         names = list(chosen)
+        shorter = [(name, share) for name in TARGETS if name in names for share in self.shorter]
         return [
             run
             for seed in range(1, self.seeds + 1)
-            for run in [*(self.full(name, seed) for name in names), *(self.short(share, seed) for share in self.shorter)]
+            for run in [*(self.full(name, seed) for name in names), *(self.short(*one, seed) for one in shorter)]
         ]

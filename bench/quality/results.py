@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...moe.param_count import count, training_flops_per_token
 from ..timing import markdown
-from .plan import DENSE, EXPERT_CHOICE, FP8, TUNED, QualityPlan, active, models
+from .plan import DENSE, EXPERT_CHOICE, FP8, MUON, TARGETS, TUNED, QualityPlan, active, models
 from .runs import Curve, Lab, crossing, deviation
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def results(lab: Lab, plan: QualityPlan, costs: dict[str, list[float]]) -> dict[
     `shares`: the share of the dense model's tokens after which a variant reaches the final loss of the dense run of the same seed;
     None if it never does. It is read from the evaluations of full runs, whose learning rate is still high, so it is an upper bound.
     `decayed`: the same, interpolated between the final losses of the shorter and full runs of TUNED, each with its own decay.
+    `muon`: both for MUON, with the runs of TUNED in the place of the dense ones.
     """
     found, shapes = {}, models(lab.size, lab.variants, lab.more)
     dense, tuned = _by_seed(lab, plan, DENSE), _by_seed(lab, plan, TUNED)
@@ -42,8 +43,8 @@ def results(lab: Lab, plan: QualityPlan, costs: dict[str, list[float]]) -> dict[
                 "dropped": statistics.fmean([curve.dropped for curve in curves.values()]),
                 "shares": [_share(curve.tokens, curve.losses, dense[seed]) for seed, curve in curves.items()],
             }
-    shorter, decayed = _shorter(lab, plan, dense)
-    return {"steps": plan.steps, "tried": plan.tried, "variants": found, "shorter": shorter, "decayed": decayed}
+    of = {name: dict(zip(("shorter", "decayed"), _shorter(lab, plan, name), strict=True)) for name in TARGETS if name in shapes}
+    return {"steps": plan.steps, "tried": plan.tried, "variants": found, **of[TUNED], "muon": of.get(MUON)}
 
 
 def _by_seed(lab: Lab, plan: QualityPlan, variant: str) -> dict[int, Curve]:
@@ -60,13 +61,13 @@ def _share(tokens: Sequence[float], losses: Sequence[float], dense: Curve) -> fl
     return None if reached is None else reached / dense.tokens[-1]
 
 
-def _shorter(lab: Lab, plan: QualityPlan, dense: dict[int, Curve]) -> tuple[dict[str, Any], list[float | None]]:
-    """Returns the losses for each length, and the share of the dense model's tokens for each seed with more than one length."""
+def _shorter(lab: Lab, plan: QualityPlan, name: str) -> tuple[dict[str, Any], list[float | None]]:
+    """Returns the losses for each length, and the share of the target's tokens for each seed with more than one length."""
     by_length: dict[str, list[float]] = {}
     shares: list[float | None] = []
-    for seed, other in dense.items():
-        lengths = [length for length in (*sorted(plan.shorter), 1.0) if lab.curves([plan.short(length, seed)])]
-        ends = [lab.curve(plan.short(length, seed)) for length in lengths]
+    for seed, other in _by_seed(lab, plan, TARGETS[name]).items():
+        lengths = [length for length in (*sorted(plan.shorter), 1.0) if lab.curves([plan.short(name, length, seed)])]
+        ends = [lab.curve(plan.short(name, length, seed)) for length in lengths]
         for length, curve in zip(lengths, ends, strict=True):
             by_length.setdefault(f"{length:g}", []).append(curve.losses[-1])
         if len(ends) > 1:
@@ -93,6 +94,12 @@ def table(found: dict[str, Any]) -> str:
     if found["causal"]:
         lines += [f"{EXPERT_CHOICE}, tokens choosing their experts: {_spread(found['causal'])}"]
     lines += [f"Share of the tokens at which it has the dense model's final loss, decayed: {_shares(found['decayed'], 1.0)}"]
+    if found["muon"]:
+        ends = (f"{length} of them {_spread(entry['losses'])}" for length, entry in found["muon"]["shorter"].items())
+        lines += [f"{MUON} by its share of the tokens: {', '.join(ends)}"]
+        lines += [
+            f"Share of the tokens at which it has the final loss of {TUNED}, decayed: {_shares(found['muon']['decayed'], 1.0)}"
+        ]
     return "\n".join(lines)
 
 
@@ -130,7 +137,10 @@ def _shares(shares: list[float | None], factor: float) -> str:
 
 # The picture: the curves against tokens, FLOPs and time, and the final losses. Needs matplotlib.
 
-COLOURS = ("#222222", "#7a5c00", "#0064a6", "#00745a", "#c04a00", "#a03f84", "#6f9fd8", "#999933", "#5b3a8c", "#b3204d", "#2f4f2f")
+COLOURS = (
+    *("#222222", "#7a5c00", "#0064a6", "#00745a", "#c04a00", "#a03f84", "#6f9fd8", "#999933", "#5b3a8c", "#b3204d", "#2f4f2f"),
+    *("#8a8a00", "#d08a6a", "#4aa08a"),
+)
 """The dense model is black."""
 
 

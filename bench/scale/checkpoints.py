@@ -21,7 +21,8 @@ from ...checkpoint.save_plan import SavePlan, held_shards, make_save_plan
 from ...checkpoint.tensor_groups import file_of_rank
 from ...checkpoint.tensor_reader import reads_by_file
 from ...moe.param_shapes import shapes
-from ...parallel.layout import DENSE, EXPERTS, mesh_sizes, shard_dim, sliced_dim, sliced_dim_of_experts, stays_whole
+from ...parallel import layout
+from ...parallel.layout import mesh_sizes, stays_whole
 from ...parallel.object_collectives import MESSAGE_BYTES, SUMMARY_BYTES
 from ...parallel.shard import LocalShard, ShardMetadata, whole
 from ...train.config.compose import compose
@@ -74,22 +75,9 @@ def state_of(config: Config, world: int, rank: int) -> dict[str, LocalShard]:
 
 
 def shard_of(name: str, shape: tuple[int, ...], config: Config, world: int, rank: int) -> ShardMetadata:
-    """Returns what a rank holds of a parameter, as parallel/apply.py cuts it without pipeline parallelism."""
-    sizes, shard, kind = mesh_sizes(config.parallel, world), whole(shape), "expert_" if ".experts." in name else ""
-    place, left = dict[str, int](), rank
-    for dim in reversed(EXPERTS if kind else DENSE):
-        left, place[dim] = divmod(left, sizes[dim])
-    if kind:
-        shard = shard.chunk(0, sizes["expert"], place["expert"])
-    sliced = sliced_dim_of_experts(name) if kind else sliced_dim(name, config.model)
-    if sliced is not None:
-        shard = shard.chunk(sliced, sizes[f"{kind}tensor"], place[f"{kind}tensor"])
-    ways, own = sizes[f"{kind}shard"], place[f"{kind}shard"]
-    if not kind:
-        ways, own = ways * sizes["context"], own * sizes["context"] + place["context"]
-    if ways > 1 and (kind or not stays_whole(name, len(shape))):
-        shard = shard.chunk(shard_dim(shard.sizes, ways), ways, own)
-    return shard
+    """Returns what a rank holds of a parameter; FSDP shards all that it can."""
+    by_fsdp = config.parallel.shard > 1 and not stays_whole(name, len(shape))
+    return layout.shard_of(name, shape, config.model, mesh_sizes(config.parallel, world), by_fsdp, rank)
 
 
 def rectangles_of(state: dict[str, LocalShard], config: Config, world: int, rank: int) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from forked_runs import forked
 from tiny_run import TINY_RUN
 from tokenyard.bench.quality.__main__ import laboratory, main, parse
-from tokenyard.bench.quality.plan import BOUND, DENSE, FP8, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
+from tokenyard.bench.quality.plan import BOUND, DENSE, FP8, MUON, SIZES, TUNED, QualityPlan, TrainingRun, active, models, variants
 from tokenyard.bench.quality.runs import Lab, complete, crossing, deviation
 from tokenyard.moe.config import Products
 from tokenyard.moe.param_count import count
@@ -65,6 +65,8 @@ def test_the_best_rate_of_each_kind_and_a_seed_after_the_other():
         TrainingRun(TUNED, 1e-3, 50, 1),
     ]
     assert [run._replace(seed=1) for run in runs[4:]] == runs[:4]
+    plan.tried[MUON] = [[4e-3, 3.7]]
+    assert [run.rate for run in plan.runs([DENSE, TUNED, MUON])[:5]] == [2e-3, 1e-3, 4e-3, 1e-3, 4e-3]
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +76,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Six steps of two variants, with one seed."""
+    """Six steps of the dense model, top-2 and two more variants, with one seed."""
     monkeypatch.setenv("TOKENYARD_CACHE", str(folder / "cache"))
-    words = [
-        "--variants",
-        "expert-choice",
-        "fp8-exchange",
-        "--seeds",
-        "1",
-        "--steps",
-        "6",
-        "--rates",
-        "1e-2",
-        "--shorter",
-        "--rounds",
-        "1",
-    ]
+    words = ["--variants", "expert-choice", "fp8-exchange", MUON, "--seeds", "1", "--steps", "6"]
+    words += ["--rates", "1e-2", "--shorter", "--rounds", "1"]
     # Narrower than this the router is too large a part.
     tiny = ["model.width=64" if word.startswith("model.width") else word for word in TINY_RUN if "moe.hidden" not in word]
     return [*tiny, "evaluate.sequences=8", *words, "--out", str(folder / "out")]
@@ -115,6 +105,8 @@ def test_runs_and_results(words: list[str], folder: Path, capsys: pytest.Capture
     assert top_2["losses"] != dense["losses"] and found["shorter"]["1"]["losses"] == top_2["losses"]
     (above,), narrow = found["variants"]["fp8-exchange"]["above_tuned"], found["variants"]["fp8-exchange"]["losses"]
     assert 0 < abs(above) < 0.1 and above == narrow[0] - top_2["losses"][0]
+    muon = found["variants"][MUON]["losses"]
+    assert muon != top_2["losses"] and found["muon"]["shorter"]["1"]["losses"] == muon
     assert len(found["causal"]) == 1 and found["causal"] != found["variants"]["expert-choice"]["losses"]
     assert (folder / "out" / "quality-6.png").stat().st_size > 10_000
 

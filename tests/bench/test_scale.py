@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenyard.bench.scale.__main__ import collect, main, parse, table, topics
+from tokenyard.train.config.compose import compose
+from tokenyard.train.config.matrices import newton_schulz_flops
 
 SCALE = Path(sys.modules["tokenyard.bench.scale"].__file__ or "").parent
 
@@ -52,6 +55,29 @@ def test_a_rank_that_is_told_opens_few_files() -> None:
     opened = {name: found[f"data={name}: files that a rank opens"] for name in ("text", "stream", "prepared", "mix")}
     assert opened == {"text": 2, "stream": 0, "prepared": 0, "mix": 0}
     assert all(found[f"data={name}: files that rank 0 opens"] > 50 for name in opened)
+
+
+MUON = (
+    "precision=bf16 sequence_length=64 batch.micro=1 batch.sequences=8 launch=torchrun launch.ranks=8 model=tiny_kimi_k2 "
+    "tokenizer=bytes optimizer=muon parallel.tensor=2 parallel.shard=4 parallel.expert=2"
+)
+
+
+def test_muon_sends_what_is_counted(apart: Callable[..., Any]) -> None:
+    """The bytes of the exchanges of a real step without other ranks, and the FLOPs of all ranks against those of all matrices."""
+    from dry_steps import facts_of
+    from tokenyard.bench.scale import muon_costs
+
+    config, world = compose(MUON.split()), 8
+    for rank in (0, 5):
+        plan = muon_costs.plan_of(config, world, 0, rank)
+        counted = [muon_costs.traffic(bucket) for bucket in plan if bucket.travels]
+        expected = sum(max(each.to_owners, each.received) + max(each.from_owners, each.taken) for each in counted)
+        [call] = [call for call in apart(facts_of, MUON, rank, world).traffic if (call.phase, call.kind) == ("update", "alltoall")]
+        assert (call.bytes, call.count, call.dtype) == (muon_costs.BYTES * expected, 2 * len(counted), "bfloat16")
+    plans = [muon_costs.plan_of(config, world, 0, rank) for rank in range(world)]
+    own = [sum(newton_schulz_flops(shape) for bucket in plan for shape in bucket.shapes) for plan in plans]
+    assert sum(own) == muon_costs.all_flops(config, 0) and max(own) < 1.2 * sum(own) / world
 
 
 def test_the_table_has_a_row_for_each_figure_and_a_column_for_each_world() -> None:

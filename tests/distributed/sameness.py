@@ -72,6 +72,7 @@ class Case(NamedTuple):
     length: int = LENGTH
     documents: bool = False
     exchange_dtype: ExchangeDtype = ExchangeDtype.wide
+    optimizer: OptimizerConfig = OptimizerConfig(lr=0.01, clip_norm=None)
 
 
 def assert_layout_gives_the_numbers_of_one_process(ranks: Callable[..., list[Any]], layout: Layout, case: Case) -> None:
@@ -147,7 +148,7 @@ def configured(layout: Layout, case: Case) -> Config:
         precision=Precision.fp64,
         batch=BatchConfig(SEQUENCES),
         model=case.config,
-        optimizer=OptimizerConfig(lr=0.01, clip_norm=None),
+        optimizer=case.optimizer,
     )
     config.data.mask_documents = case.documents
     config.parallel.exchange_dtype = case.exchange_dtype

@@ -31,6 +31,7 @@ PAIRS = {
         16,
         0,
     ),
+    "muon": ("model=deepseek_v2_lite model.layers=2 batch.sequences=8 parallel.expert=4 parallel.shard=8 optimizer=muon", 8, 3),
     "exchange": ("model=olmoe_1b_7b model.layers=2 batch.sequences=16 parallel.expert=16 parallel.exchange=deduplicated", 16, 0),
     "fp8": (
         "model=qwen3_30b_a3b model.layers=2 model.vocabulary=1024 batch.sequences=8 model.moe.products=fp8_blockwise "
@@ -40,7 +41,7 @@ PAIRS = {
     ),
     "context": ("model=qwen3_30b_a3b model.layers=2 batch.sequences=4 parallel.context=2 parallel.shard=8 parallel.expert=2", 8, 1),
 }
-FEW = PAIRS if os.environ.get("TOKENYARD_TESTS") == "all" else ["expert", "folded", "pipeline"]
+FEW = PAIRS if os.environ.get("TOKENYARD_TESTS") == "all" else ["expert", "folded", "pipeline", "muon"]
 
 
 @pytest.mark.parametrize("name", FEW)

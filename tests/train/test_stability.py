@@ -36,12 +36,20 @@ def test_the_largest_logit_is_that_of_the_whole_product(new: int, seen: int, win
     torch.testing.assert_close(found_H, expected_H, rtol=1e-13, atol=0)
 
 
-def test_norms_and_ratios_are_those_of_the_weights_before_and_after(tmp_path: Path) -> None:
-    words = [f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache", "precision=fp64", "model=tiny_deepseek_v3"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_norms_and_ratios_are_those_of_the_weights_before_and_after(optimizer: str, tmp_path: Path) -> None:
+    words = [
+        f"run.dir={tmp_path}/run",
+        f"data.cache={tmp_path}/cache",
+        "precision=fp64",
+        "model=tiny_deepseek_v3",
+        f"optimizer={optimizer}",
+    ]
     session = open_session(compose([*TINY_RUN, *words, "optimizer.clip_norm=0.1", "steps=5"]), CPU)
     model = session.parallel.model
     stats = StabilityStats(session)
     for _ in range(3):
+        stats.begin_step(watches=True)
         before = deepcopy(dict(model.named_parameters()))
         numbers = single_step(session)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

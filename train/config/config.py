@@ -11,6 +11,7 @@ from ...parallel.config import ParallelConfig
 from ...ranges import within
 from .evaluate import EvaluateConfig, SampleConfig
 from .launch import LaunchConfig
+from .matrices import MuonConfig, OptimizerName
 
 # The statistics of experts.
 
@@ -166,8 +167,10 @@ class OptimizerStates(Enum):
 
 @dataclass
 class OptimizerConfig:
+    name: OptimizerName = OptimizerName.adamw
+    """adamw; or muon for matrices, and AdamW for embedding, head, norms, biases, sinks and routers."""
     lr: float = field(default=5e-3, metadata=within("(0, inf)"))
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of AdamW and of Muon."""
     beta1: float = field(default=0.9, metadata=within("[0, 1)"))
     """Decay of the first moment."""
     beta2: float = field(default=0.95, metadata=within("[0, 1)"))
@@ -182,6 +185,14 @@ class OptimizerConfig:
     """Moments between steps: fp32: as the weights; bf16: stochastically rounded; int8: 8 bits, in blocks (Dettmers et al. 2022)."""
     offload: bool = False
     """Keep moments in the memory of the host; the update copies them to the device and back, chunk by chunk."""
+    qk_clip: float | None = field(default=None, metadata=within("(0, inf)"))
+    """After a step, heads with a larger attention logit get queries and keys scaled down to it (Kimi K2: 100); null: never."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+
+    @property
+    def of_matrices(self) -> MuonConfig | None:
+        """The settings by which matrices are updated, if Muon does."""
+        return self.muon if self.name is OptimizerName.muon else None
 
 
 @dataclass

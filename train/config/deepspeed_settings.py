@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .config import Config, EngineKind, OptimizerStates, Precision
+from .matrices import OptimizerName
 from .rules.rule import Violation
 from .schema import nearest_text
 
@@ -88,6 +89,12 @@ def engine(config: Config, world: int) -> Iterator[Violation]:
     if config.parallel.pipeline > 1:
         rule = "must be 1 with engine=deepspeed, whose step is not cut into stages; engine=torch has pipelines"
         yield Violation("parallel.pipeline", rule, [1])
+    if config.optimizer.name is OptimizerName.muon:
+        rule = "must be adamw with engine=deepspeed, which flattens parameters and so has no matrices; engine=torch has Muon"
+        yield Violation("optimizer.name", rule, [OptimizerName.adamw])
+    if config.optimizer.qk_clip is not None:
+        rule = "must be null with engine=deepspeed, which keeps the weights that it updates to itself"
+        yield Violation("optimizer.qk_clip", rule, [None])
     if config.precision is Precision.fp64:
         rule = "must be fp32 or bf16 with engine=deepspeed, which cannot sum gradients in fp64"
         yield Violation("precision", rule, [Precision.fp32])

@@ -14,6 +14,7 @@ from ...moe.param_count import (
     sum_by_part,
 )
 from ...moe.param_count import training_flops_per_token as training_flops_per_token
+from ...moe.param_shapes import shapes
 from ...parallel.config import ParallelConfig
 from ...parallel.layout import dense_ranks, fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
@@ -66,7 +67,8 @@ def rank_bytes(config: Config, world: int) -> dict[str, int]:
     host. Weights and gradients are fp32, fp64 with precision=fp64. Activations do not count.
     """
     held = rank_shapes(config.model, config.parallel, world)
-    wide, moments = 8 if config.precision is Precision.fp64 else 4, moment_bytes(held, config.optimizer, config.precision)
+    wide = 8 if config.precision is Precision.fp64 else 4
+    moments = moment_bytes(held, shapes(config.model), config.optimizer, config.precision)
     weights, offload = wide * sum(map(math.prod, held.values())), config.optimizer.offload
     parts = {"weights": weights, "gradients": weights, "optimizer": 0 if offload else moments}
     return {**parts, "total": sum(parts.values()), "host": moments if offload else 0}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from ...parallel.layout import stays_whole
 from .config import OptimizerConfig, OptimizerStates, Precision
+from .matrices import one_moment
 
 LARGEST_BLOCK = 256
 """Elements, as in the moments of Dettmers et al. 2022 at most 2048; a scale of 4 bytes for each."""
@@ -27,16 +28,25 @@ def states_of(states: OptimizerStates, name: str, dims: int) -> OptimizerStates:
     return OptimizerStates.fp32 if stays_whole(name, dims) else states
 
 
-def moment_bytes(shapes: Mapping[str, tuple[int, ...]], optimizer: OptimizerConfig, precision: Precision) -> int:
-    """Returns the bytes of both moments of parameters of these shapes, wherever they are."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def moment_bytes(held: Shapes, whole: Shapes, optimizer: OptimizerConfig, precision: Precision) -> int:
+    """Returns the bytes of the moments of what a rank holds of each parameter, wherever they are; of Muon there is one.
+
+    `whole`: the shapes of the parameters on all ranks.
+    """
     wide, total = 8 if precision is Precision.fp64 else 4, 0
-    for name, shape in shapes.items():
+    for name, shape in held.items():
         elements = math.prod(shape)
+        if one_moment(name, whole[name], optimizer.of_matrices):
+            total += wide * elements
+            continue
         match states_of(optimizer.states, name, len(shape)):
             case OptimizerStates.fp32:
                 total += 2 * wide * elements
             case OptimizerStates.bf16:
                 total += 2 * 2 * elements
             case OptimizerStates.int8:
-                total += 2 * (elements + 4 * elements // block_of(shape[-1]))
+                total += 2 * (elements + 4 * elements // block_of(whole[name][-1]))
     return total

@@ -85,7 +85,9 @@ def try_step(session: Session) -> None:
     micro_batches = min(config.batch.sequences // data.size // session.micro, 2 * config.parallel.pipeline)  # a full pipeline
     batches = [random_rows(session, first) for _ in range(micro_batches)]
     position = BatchPosition(config.seed, session.step + 1)
-    session.engine.step(StepInput(batches, 0.0, config.optimizer.clip_norm, position, accepts=lambda _: False))
+    session.engine.step(
+        StepInput(batches, 0.0, config.optimizer.clip_norm, position, accepts=lambda _: False, qk_clip=config.optimizer.qk_clip)
+    )
     session.engine.optimizer.zero_grad(set_to_none=True)
 
 

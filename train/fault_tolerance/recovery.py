@@ -22,7 +22,8 @@ def run_step(session: Session, supervisor: Supervisor, rows: list[Rows], lr: flo
     """Runs a step on these rows, and repeats it once if it has a fault. `updated` says whether one of the two was accepted."""
     guard, step = supervisor.guard, session.step + 1
     position, rank_flags = BatchPosition(session.config.seed, step), supervisor.rank_flags()
-    step_input = StepInput(rows, lr, session.config.optimizer.clip_norm, position, rank_flags, guard.accepts)
+    optimizer = session.config.optimizer
+    step_input = StepInput(rows, lr, optimizer.clip_norm, position, rank_flags, guard.accepts, qk_clip=optimizer.qk_clip)
     numbers = session.engine.step(step_input._replace(overlap_fn=partial(session.batch_loader.prepare, step)))
     fault = guard.fault(numbers.global_flags)
     if fault is None or fault.kind in ("bad_data", "overflow"):

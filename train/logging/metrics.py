@@ -67,6 +67,7 @@ class Meter:
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
             **load_metrics(numbers.counts_LE[:, : self.model.moe.experts], numbers.dropped_L, self.layers),
             **({"moe/overflow_rows": numbers.overflow_L.sum().item()} if len(numbers.overflow_L) else {}),
+            **qk_clip_metrics(numbers),
         }
 
 
@@ -95,6 +96,12 @@ def null_expert_metrics(model: ModelConfig, counts_LE: Tensor) -> dict[str, floa
         return {}
     null, total = counts_LE[:, model.moe.experts :].sum().item(), counts_LE.sum().item()
     return {"moe/null_fraction": null / max(1, total)}
+
+
+def qk_clip_metrics(numbers: StepNumbers) -> dict[str, float]:
+    """Returns the largest attention logit of the step and how many heads were clipped by it, with optimizer.qk_clip."""
+    names = "stability/attention_logit_max", "stability/clipped_heads"
+    return dict(zip(names, numbers.qk_clip_2.tolist(), strict=False))
 
 
 def routing_layers(model: ModelConfig) -> list[int]:

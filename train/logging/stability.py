@@ -12,9 +12,10 @@ from torch import Tensor
 from ...moe.config import ModelConfig
 from ...parallel.apply import local
 from ...parallel.collectives import max_over, sum_over
+from ..attention_logits import attention_layers, largest_logits, watch
 from ..config.config import EngineKind
-from ..derive import DTYPES
 from ..lean_adamw import LeanAdamW
+from ..muon import Muon
 from ..session import Session
 
 KINDS = {
@@ -38,34 +39,22 @@ class StabilityStats:
     """Collects on every rank, in the same order: `begin_step` before a step, `tensors` after it."""
 
     def __init__(self, session: Session) -> None:
-        model, parallel = session.config.model, session.parallel
-        self.session, self.layers = session, attention_layers(model)
-        blocks = zip(parallel.model.block_indices, parallel.model.blocks, strict=True)
-        self.attention: dict[int, Any] = {index: block.attention for index, block in blocks if index in self.layers}
-        """The attention of each block of this rank."""
-        self.heads = model.heads // parallel.mesh.tensor.size
+        self.session = session
 
     def begin_step(self, watches: bool) -> None:
         """Makes attention keep its largest logits in the coming step, or not."""
-        wide = torch.promote_types(DTYPES[self.session.config.precision], torch.float32)
-        for attention in self.attention.values():
-            largest_H = torch.full((self.heads,), -torch.inf, dtype=wide, device=self.session.device) if watches else None
-            attention.softmax = attention.softmax._replace(largest_H=largest_H)
+        watch(self.session.parallel, watches)
+        if isinstance(optimizer := self.session.engine.optimizer, Muon):
+            optimizer.squared_updates = {} if watches else None
 
     def tensors(self, scale: Tensor | float) -> dict[str, Tensor]:
         """Returns the numbers of the step that has just ended, on the device and the same on every rank. Collective.
 
         `scale`: the factor by which its gradients were clipped.
         """
-        parallel = self.session.parallel
-        tensor, found = parallel.mesh.tensor, {}
-        if self.layers:
-            shape = len(self.layers), self.heads * tensor.size
-            largest_AH = torch.full(shape, -torch.inf, dtype=torch.float64, device=parallel.device)
-            for index, attention in self.attention.items():
-                if attention.softmax.largest_H is not None:
-                    largest_AH[self.layers.index(index)].view(tensor.size, -1)[tensor.rank] = attention.softmax.largest_H
-            found["attention_logit_AH"] = max_over(largest_AH, parallel.mesh.everyone)
+        parallel, found = self.session.parallel, {}
+        if attention_layers(parallel.model.config):
+            found["attention_logit_AH"] = max_over(largest_logits(parallel), parallel.mesh.everyone)
         if self.session.config.engine.kind is EngineKind.torch:
             found["norms_K3"] = self._norms(scale)
         return found
@@ -74,14 +63,17 @@ class StabilityStats:
         """Returns the norms of weights, of gradients before clipping and of updates, fp64 (K, 3)."""
         parallel, optimizer = self.session.parallel, self.session.engine.optimizer
         squares_K3 = torch.zeros(len(KINDS), len(NORMS), dtype=torch.float64, device=parallel.device)
+        muon = (isinstance(optimizer, Muon) and optimizer.squared_updates) or {}
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         for name, sharded in parallel.parameters.items():
             weight = local(sharded.parameter.data)
             gradient = None if sharded.parameter.grad is None else local(sharded.parameter.grad)
-            state, pieces = optimizer.state[sharded.parameter], None
-            if isinstance(optimizer, LeanAdamW):
-                pieces = optimizer.wide_chunks(sharded.parameter)
-            update = squared_update(weight, state, groups[sharded.parameter], pieces)
+            update = muon.get(sharded.parameter)
+            if update is None:
+                state, pieces = optimizer.state[sharded.parameter], None
+                if isinstance(optimizer, LeanAdamW):
+                    pieces = optimizer.wide_chunks(sharded.parameter)
+                update = squared_update(weight, state, groups[sharded.parameter], pieces)
             parts = [squared(weight), update.new_zeros(()) if gradient is None else squared(gradient) / scale**2, update]
             squares_K3[list(KINDS).index(kind_of_weight(name))] += torch.stack(parts) / sharded.replicas.size
         return sum_over(squares_K3, parallel.mesh.everyone).sqrt()
@@ -101,11 +93,6 @@ def stability_metrics(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict
             record |= {f"stability/weight_norm/{kind}": weight, f"stability/grad_norm/{kind}": gradient}
             record[f"stability/update_ratio/{kind}"] = update / weight
     return record
-
-
-def attention_layers(model: ModelConfig) -> list[int]:
-    """Returns the indices of the blocks with softmax attention; blocks of multi-token prediction follow the model's own."""
-    return [index for index in range(model.layers + model.mtp_depth) if not model.linear_layer(index)]
 
 
 def kind_of_weight(name: str) -> str:

@@ -39,6 +39,10 @@ def model(config: Config, world: int) -> Iterator[Violation]:
 
 
 def attention(config: Config, world: int) -> Iterator[Violation]:
+    if config.optimizer.qk_clip is not None and config.model.attention.qk_norm is not QKNorm.none:
+        norm = config.model.attention.qk_norm.value
+        rule = f"must be null with model.attention.qk_norm={norm}, which undoes any factor of queries and keys"
+        yield Violation("optimizer.qk_clip", rule, [None])
     kind, rope = config.model.attention.kind, config.model.attention.rope
     yield from (_latent if kind is AttentionKind.mla else _grouped_query)(config.model)
     if linear_blocks(config.model):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from enum import Enum
 from importlib.util import find_spec
 from operator import attrgetter
 
@@ -13,6 +12,7 @@ from ....parallel.layout import node_ranks, sliced_dim
 from ..config import Config, EngineKind, Precision
 from ..environment import local_world_size
 from ..launch import Launcher
+from ..schema import written
 from .model_rules import linear_blocks, moe_blocks
 from .rule import Violation, divisors
 
@@ -224,6 +224,7 @@ def cuda_graph(config: Config, world: int) -> Iterator[Violation]:
     p, moe, experts = config.parallel, config.model.moe, bool(moe_blocks(config.model))
     one = ("tensor", "context", "shard", "pipeline", "expert_tensor")
     wanted: dict[str, object] = {**{f"parallel.{key}": 1 for key in one}, "engine.kind": EngineKind.torch, "model.dropout": 0.0}
+    wanted["optimizer.qk_clip"] = None
     if p.expert > 1:
         wanted["parallel.exchange"] = Exchange.symmetric
         if p.exchange_overflow is Overflow.repair:
@@ -243,8 +244,9 @@ def cuda_graph(config: Config, world: int) -> Iterator[Violation]:
             wanted |= {"model.moe.router.null_experts": 0, **({"model.moe.capacity.pad": True} if drops else {})}
     for key, value in wanted.items():
         if attrgetter(key)(config) != value:
-            shown = value.value if isinstance(value, Enum) else str(value).lower()
-            yield Violation(key, f"must be {shown} with cuda_graph=true, a graph has the same launches in each step", [value])
+            yield Violation(
+                key, f"must be {written(value)} with cuda_graph=true, a graph has the same launches in each step", [value]
+            )
 
 
 def expert_tensor(config: Config, world: int) -> Iterator[Violation]:

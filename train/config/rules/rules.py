@@ -14,7 +14,8 @@ from ....parallel.layout import rank_shapes
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
 from ..config import Config, Device, OptimizerStates, ScheduleUnit, Shape
-from ..schema import nearest_text
+from ..matrices import OptimizerName
+from ..schema import nearest_text, written
 from ..state_bytes import block_of, states_of
 from . import launch_rules, model_rules, parallel_rules
 from .rule import Violation, divisors, multiples, valid_pairs
@@ -94,7 +95,12 @@ def schedule(config: Config, world: int) -> Iterator[Violation]:
 
 
 def states(config: Config, world: int) -> Iterator[Violation]:
-    """Checks that ranks hold whole blocks of 8-bit moments, since a block has one scale and is cut on no layout."""
+    """Checks that ranks hold whole blocks of 8-bit moments, since a block has one scale and is cut on no layout; and what Muon,
+    whose momentum is as wide as the weights and stays on the device, does not do."""
+    if config.optimizer.name is OptimizerName.muon:
+        for key, value in (("states", OptimizerStates.fp32), ("offload", False)):
+            if getattr(config.optimizer, key) != value:
+                yield Violation(f"optimizer.{key}", f"must be {written(value)} with optimizer.name=muon", [value])
     if config.optimizer.states is not OptimizerStates.int8:
         return
     whole, held = shapes(config.model), rank_shapes(config.model, config.parallel, world)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ....moe.router_metrics import SUMS
 from ....parallel.collectives import max_over
+from ....parallel.gradients import clip_factor
 from ...config.config import Config, EngineKind, Tier
 from ...session import Session
-from ...step import StepNumbers, clip_factor
+from ...step import StepNumbers
 from ..metrics import brief_metrics, layer_metrics, per_token, routing_layers
 from ..stability import StabilityStats, stability_metrics
 from . import weight_stats

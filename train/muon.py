@@ -1,0 +1,168 @@
+"""Muon: matrices move along their orthogonalised momentum (Jordan et al. 2024), all other parameters as AdamW moves them.
+
+An update is scaled by 0.2 sqrt(max(rows, columns)), which makes its root mean square that of AdamW's, so learning rate and weight
+decay are AdamW's (Moonlight; Liu et al. 2025, arXiv:2502.16982). Each rank has the momentum of its own pieces of parameters; pieces
+travel to the owner of a matrix, and those of its update back (matrix_owners.py).
+
+N matrices of A rows and B columns.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, _foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.tensor import DTensor
+
+from ..moe.device import kind_of
+from ..parallel.apply import Parallel, ShardedParameter, gradient_of, local
+from ..parallel.layout import DENSE, shard_of
+from ..parallel.mesh import Axis
+from ..parallel.progress import collective
+from .config.config import OptimizerConfig
+from .config.matrices import STEPS
+from .matrix_owners import Bucket, Layout, Local, Owned, Rectangle, Sharding, buckets
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+"""Of Jordan et al.: they bring singular values into about [0.7, 1.2] in five steps, not to 1."""
+SMALLEST = 1e-7
+"""Matrices with a smaller norm have a smaller update."""
+SCALE = 0.2
+"""The root mean square of AdamW's updates, in learning rates (Liu et al. 2025, section 2.2)."""
+
+
+def orthogonalize(x_NAB: Tensor) -> Tensor:
+    """Returns U V^T of each matrix U S V^T, roughly, by Newton-Schulz in the dtype of `x_NAB`; A must be at most B."""
+    a, b, c = COEFFICIENTS
+    wide = torch.promote_types(x_NAB.dtype, torch.float32)
+    x_NAB = x_NAB / torch.linalg.vector_norm(x_NAB, dim=(1, 2), keepdim=True, dtype=wide).clamp(min=SMALLEST).to(x_NAB.dtype)
+    for _ in range(STEPS):
+        gram_NAA = x_NAB @ x_NAB.mT
+        x_NAB = torch.baddbmm(x_NAB, torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c), x_NAB, beta=a)
+    return x_NAB
+
+
+def update_scale(shape: tuple[int, int]) -> float:
+    """Returns the factor of an orthogonalised matrix of this shape."""
+    return SCALE * math.sqrt(max(shape))
+
+
+class Muon(torch.optim.Optimizer):
+    """Updates `named` itself and other parameters by `rest`. Its groups and states are those of both. Collective, as is `step`."""
+
+    def __init__(
+        self, config: OptimizerConfig, parallel: Parallel, named: Mapping[str, ShardedParameter], rest: torch.optim.Optimizer
+    ) -> None:
+        parameters = [sharded.parameter for sharded in named.values()]
+        super().__init__(
+            [{"params": parameters, "weight_decay": config.weight_decay}], {"lr": config.lr, "momentum": config.muon.momentum}
+        )
+        self.rest, self.named, self.axis = rest, dict(named), parallel.mesh.axis(*DENSE[1:])
+        rest.state.update((parameter, {"exp_avg": torch.zeros_like(parameter)}) for parameter in parameters)
+        self.state = rest.state
+        self.param_groups += rest.param_groups
+        self.squared_updates: dict[Tensor, Tensor] | None = None
+        """The squared norms of the last updates, fp64, by parameter, if this is not None when a step begins."""
+        model, rank = parallel.model.config, self.axis.rank
+        shardings = {name: Sharding(one.metadata.shape, isinstance(one.parameter, DTensor)) for name, one in named.items()}
+        for name, (shape, by_fsdp) in shardings.items():
+            assert named[name].metadata == shard_of(name, shape, model, parallel.mesh.sizes, by_fsdp, rank), name
+        self.buckets = buckets(Layout(model, config.muon, parallel.mesh.sizes, rank), shardings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates all parameters by their gradients."""
+        assert closure is None
+        directions: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            for name in bucket.names:
+                directions[name] = self._direction(self.named[name])
+            self._orthogonalize(bucket, directions)
+            for name in bucket.ended:
+                self._move(self.named[name].parameter, directions.pop(name))
+        self.rest.step()
+
+    def _direction(self, sharded: ShardedParameter) -> Tensor:
+        """Adds the gradient to the momentum. Returns where Nesterov's momentum points, in the dtype of the products."""
+        gradient, momentum = gradient_of(sharded), local(self.state[sharded.parameter]["exp_avg"])
+        decay = self.param_groups[0]["momentum"]
+        momentum.lerp_(gradient, 1 - decay)
+        return gradient.lerp(momentum, decay).to(product_dtype(gradient))
+
+    def _orthogonalize(self, bucket: Bucket, directions: Mapping[str, Tensor]) -> None:
+        """Replaces the directions of the bucket's matrices by their updates, without the learning rate."""
+        like = next(iter(directions.values()))
+        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, shape in enumerate(bucket.shapes):
+            by_shape[min(shape), max(shape)].append(number)
+        stacks = {shape: like.new_empty(len(numbers), *shape) for shape, numbers in by_shape.items()}
+        wholes: list[Tensor] = [like] * len(bucket.shapes)
+        for shape, numbers in by_shape.items():
+            for number, matrix in zip(numbers, stacks[shape].unbind(), strict=True):
+                wholes[number] = matrix if bucket.shapes[number] == shape else matrix.mT
+
+        def here(one: Local) -> Tensor:
+            return _cut(directions[one.name], one.place, self.named[one.name].metadata.offsets)
+
+        def owned(one: Owned) -> Tensor:
+            return _cut(wholes[one.number], one.place)
+
+        _copy([owned(whole) for _, whole in bucket.stays], [here(mine) for mine, _ in bucket.stays])
+        if bucket.travels:
+            exchange(_all(bucket.sent, here), _all(bucket.received, owned), like, self.axis)
+        for shape, stack in stacks.items():
+            stack.copy_(orthogonalize(stack).mul_(update_scale(shape)))
+        _copy([here(mine) for mine, _ in bucket.stays], [owned(whole) for _, whole in bucket.stays])
+        if bucket.travels:
+            exchange(_all(bucket.returned, owned), _all(bucket.taken, here), like, self.axis)
+
+    def _move(self, parameter: Tensor, update: Tensor) -> None:
+        weight, lr, decay = local(parameter.data), self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        update = update.to(weight.dtype).add_(weight, alpha=decay)
+        weight.sub_(update, alpha=lr)
+        if self.squared_updates is not None:
+            self.squared_updates[parameter] = torch.linalg.vector_norm(update).double().mul(lr).square()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which matrices of the dtype of `x` are orthogonalised."""
+    return torch.bfloat16 if kind_of(x) == "cuda" and x.dtype != torch.float64 else torch.promote_types(x.dtype, torch.float32)
+
+
+def exchange(sent: Mapping[int, list[Tensor]], received: Mapping[int, list[Tensor]], like: Tensor, axis: Axis) -> None:
+    """Sends tensors to ranks of the axis, and writes what comes into those of `received`, of the same sizes: one all-to-all."""
+    send, receive = ([sum(x.numel() for x in of.get(rank, ())) for rank in range(axis.size)] for of in (sent, received))
+    out, into = like.new_empty(sum(send)), like.new_empty(sum(receive))
+    _copy(_views(out, sent), _in_order(sent))
+    with collective("all_to_all", axis, send, receive):
+        dist.all_to_all_single(into, out, receive, send, group=axis.group)
+    _copy(_in_order(received), _views(into, received))
+
+
+def _views(flat: Tensor, of: Mapping[int, list[Tensor]]) -> list[Tensor]:
+    tensors = _in_order(of)
+    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
+
+
+def _in_order(of: Mapping[int, list[Tensor]]) -> list[Tensor]:
+    return [x for rank in sorted(of) for x in of[rank]]
+
+
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    if to:
+        _foreach_copy_(list(to), list(source))
+
+
+def _all(of: Mapping[int, Sequence[Any]], view: Callable[[Any], Tensor]) -> dict[int, list[Tensor]]:
+    return {rank: [view(one) for one in ones] for rank, ones in of.items()}
+
+
+def _cut(x: Tensor, place: Rectangle, offsets: Sequence[int] = ()) -> Tensor:
+    """Returns a rectangle, as a view; `offsets`: of the tensor in the coordinates of `place`."""
+    offsets = offsets or (0,) * x.ndim
+    for index, offset in zip(place.leading, offsets, strict=False):
+        x = x[index - offset]
+    return x.narrow(0, place.row - offsets[-2], place.rows).narrow(1, place.column - offsets[-1], place.columns)
