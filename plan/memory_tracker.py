@@ -30,6 +30,8 @@ ROUNDING = 512
 
 ROOT = f"{Path(__file__).parents[1]}{os.sep}"
 FSDP = os.path.join(os.path.dirname(torch.distributed.fsdp.__file__), "")  # noqa: PTH118, PTH120  the prefix of file names of code
+MODES = torch._compile.__file__, torch._dynamo.eval_frame.__file__  # pyright: ignore[reportAttributeAccessIssue]
+"""Code between an operator and a dispatch mode."""
 
 PASSED_OVER = (
     "plan/",
@@ -141,6 +143,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
+        if func is torch.ops.aten.add.Tensor and _last_of_its_memory(*args):
+            func = torch.ops.aten.add_.Tensor
         results = func(*args, **(kwargs or {}))
         for x in tree_leaves(results):
             if isinstance(x, Tensor) and x.device.type == self.device and not isinstance(x, DTensor):
@@ -225,6 +229,20 @@ class MemoryTracker(TorchDispatchMode):
     def _note(self) -> None:
         if self._rising is not None:
             self._rising.live, self._rising = list(self._live.values()), None
+
+
+def _last_of_its_memory(gradient: Any, _: Any) -> bool:
+    """Whether autograd is adding to a gradient that nobody else refers to.
+
+    It adds in place then (`accumulate` of torch/csrc/autograd/input_buffer.cpp), but never while a dispatch mode is on. Here
+    autograd and Python refer to the tensor, and the tensor and Python to its memory.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code.co_filename in MODES:
+        frame = frame.f_back
+    if torch.is_grad_enabled() or (frame is not None and frame.f_code.co_filename != torch.autograd.graph.__file__):
+        return False
+    return gradient._use_count() == 4 and torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == 2
 
 
 def purpose_here() -> str:
