@@ -194,10 +194,11 @@ class DeferredSums:
         """So many deferred elements of a stage came. `ends`: they are the last of the step."""
         change, narrow, whole = self.walk.change, self.narrow * deferred, self.stored * deferred
         if self.zero > 1 or ends:
-            before, kept = self._root(self.reduced)[0], self._root(self.pending)[1]
+            before, (shards, kept) = self._root(self.reduced)[0], self._root(self.pending)
+            alone = len({0, self.last} & self.pending) == 1  # torch refers to the last gradient until the sum is there
             self.reduced |= self.pending
             change("gathered by FSDP", -self.narrow * kept if ends and self.zero < 3 else 0)
-            change("gradients", 0, self.stored * kept)
+            change("gradients", 0, self.stored * (kept + (shards if alone else 0)))
             change("gradients", self.stored * (self._root(self.reduced)[0] - before - kept))
             self.pending.clear()
         if self.zero == 1 and not final:

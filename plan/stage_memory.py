@@ -241,12 +241,10 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     rank.deferred.clear()
     weights = _minus(Counter(meter.held), begun)
     weights = Counter({name: weights.get(name, 0) - ended.get(name, 0) for name in {*weights, *ended}})
-    of_fsdp, made = (
-        rank.deferred_elements[Casts.gathered],
-        [*rank.deferred_elements[Casts.each], *rank.deferred_elements[Casts.step]],
-    )
-    stays = round(place.narrow * sum(of_fsdp) + (place.stored * sum(made) if place.first else 0))
-    most = stays + round((place.narrow + (0 if place.first else place.stored)) * max(made, default=0))
+    of_fsdp, each, of_step = (rank.deferred_elements[casts] for casts in (Casts.gathered, Casts.each, Casts.step))
+    stays = round(place.narrow * sum(of_fsdp) + (place.stored * sum([*each, *of_step]) if place.first else 0))
+    wide = 0 if place.first else place.stored * max(each, default=0)  # those of a step's casts are added as they are
+    most = stays + round(place.narrow * max([*each, *of_step], default=0) + wide)
     weights["gradients"] += stays
     left = dict(kept)
     return Unit(
