@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..parallel.progress import PROGRESS
-from .ledger import phase
+from .ledger import device_type, phase
 
 ROUNDING = 512
 """Bytes that torch's CUDA allocator rounds each allocation up to (c10/cuda/CUDACachingAllocator, kMinBlockSize)."""
@@ -147,7 +147,7 @@ class MemoryTracker(TorchDispatchMode):
             func = torch.ops.aten.add_.Tensor
         results = func(*args, **(kwargs or {}))
         for x in tree_leaves(results):
-            if isinstance(x, Tensor) and x.device.type == self.device and not isinstance(x, DTensor):
+            if isinstance(x, Tensor) and not isinstance(x, DTensor) and device_type(x) == self.device:
                 self._see(x.untyped_storage(), None)
         if func._opname == "chunk_cat":  # FSDP packs whole gradients, to reduce them
             self.mark(GRADIENTS, tree_leaves(args))
@@ -157,7 +157,7 @@ class MemoryTracker(TorchDispatchMode):
         """Says what the memory of `tensors` is for, which is counted from now on at the latest."""
         for x in tensors:
             x = x.to_local() if isinstance(x, DTensor) else x
-            if isinstance(x, Tensor) and x.device.type == self.device:
+            if isinstance(x, Tensor) and device_type(x) == self.device:
                 self._see(x.untyped_storage(), purpose)
 
     def mark_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
