@@ -69,7 +69,7 @@ class Sized:
         self.repeats = False
         """Whether this is the second pass through a block that is recomputed."""
         self.saves = 0
-        """Operators that have saved something in the first pass, and in the second those that have yet to."""
+        """Operators that have saved something in the first pass; in the second those that have yet to."""
         self.allocates = True
         """Not in a second pass that has saved all: torch ends it there."""
         self.nodes: list[Node] = []
@@ -84,8 +84,7 @@ class Sized:
         self.named_casts: list[Buffer] = []
         """Casts of weights in a first pass whose graph names them, as gradients are left for them."""
         self.travels, self.flat, self.dense, self.experts, self.reduced, self.waiting = (list[Buffer]() for _ in range(6))
-        self.dropped: list[Buffer] = []
-        """Less than nothing: weights that stayed gathered from earlier on, until this backward pass."""
+        self.dropped = list[Buffer]()
         self.gradients: list[Buffer] = []
         """Of weights, in their dtype; with FSDP whole and narrow, until the block ends."""
         self.root_gradients: dict[str, Buffer] = {}
@@ -237,7 +236,7 @@ class Sized:
         """Frees the whole gradients of a group and makes the flat buffer of their reduction."""
         mine = self.expert_gradients if experts else self.gradients
         if self.whole and self.final:
-            self.dropped.append(self._gathered(-elements))
+            self.dropped.append(self._gathered(-elements))  # weights that were counted where they were gathered
         if self.reduces:
             self.reduced.clear()
             copied = self.new(self.own.copied) if experts else None
@@ -248,7 +247,6 @@ class Sized:
         mine.clear()
 
     # Products, norms, element-wise operators.
-
     def linear(self, x: Value, name: str, rows: float, inputs: float, outputs: float, width: float = 0) -> Value:
         """rows x inputs to rows x outputs. Rows of `width` numbers or more are kept by selective recomputation; 0: never."""
         weight, saved = self.weight(name, inputs * outputs), x.buffer
