@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,10 +96,11 @@ class Ledger(TorchDispatchMode):
         if name == "_pin_memory":
             return self._pin(args[0].clone())
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._place(namespace, name, tensors)
+        here = [device_type(x) == self.device for x in tensors]
+        self._place(namespace, name, here)
         if namespace == "c10d":
             self._collective(name, args, tensors)
-        elif tensors and not func.is_view and name not in IDLE and any(x.device.type == self.device for x in tensors):
+        elif any(here) and not func.is_view and name not in IDLE:
             self.operators[name] += 1
         if name in COPIES:
             self._copy(name, args, kwargs)
@@ -115,9 +116,8 @@ class Ledger(TorchDispatchMode):
         self._pinned.add(StorageWeakRef(x.untyped_storage()))
         return x
 
-    def _place(self, namespace: str, name: str, tensors: list[Tensor]) -> None:
-        here = [x.device.type == self.device for x in tensors]
-        if name in COPIES or not tensors or all(here):
+    def _place(self, namespace: str, name: str, here: list[bool]) -> None:
+        if name in COPIES or all(here):
             return
         if any(here) or (namespace == "c10d" and name != "barrier"):
             self.strangers[f"{caller()} {name}"] += 1
@@ -153,6 +153,11 @@ class Ledger(TorchDispatchMode):
         host = source if target_kind == self.device else target  # None: an asynchronous `to` allocates pinned memory
         if not asynchronous or (host is not None and StorageWeakRef(host.untyped_storage()) not in self._pinned):
             self.waits[caller()] += 1
+
+
+def device_type(x: Tensor) -> str:
+    """The type of the device of x, without an operator, which the device of a fake tensor is under a dispatch mode."""
+    return (x.fake_device if isinstance(x, FakeTensor) else x.device).type
 
 
 def phase() -> str:

@@ -23,13 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..parallel.progress import PROGRESS
-from .ledger import phase
+from .ledger import device_type, phase
 
 ROUNDING = 512
 """Bytes that torch's CUDA allocator rounds each allocation up to (c10/cuda/CUDACachingAllocator, kMinBlockSize)."""
 
 ROOT = f"{Path(__file__).parents[1]}{os.sep}"
 FSDP = os.path.join(os.path.dirname(torch.distributed.fsdp.__file__), "")  # noqa: PTH118, PTH120  the prefix of file names of code
+MODES = torch._compile.__file__, torch._dynamo.eval_frame.__file__  # pyright: ignore[reportAttributeAccessIssue]
+"""Code between an operator and a dispatch mode."""
 
 PASSED_OVER = (
     "plan/",
@@ -141,9 +143,11 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
+        if func is torch.ops.aten.add.Tensor and _last_of_its_memory(*args):
+            func = torch.ops.aten.add_.Tensor
         results = func(*args, **(kwargs or {}))
         for x in tree_leaves(results):
-            if isinstance(x, Tensor) and x.device.type == self.device and not isinstance(x, DTensor):
+            if isinstance(x, Tensor) and not isinstance(x, DTensor) and device_type(x) == self.device:
                 self._see(x.untyped_storage(), None)
         if func._opname == "chunk_cat":  # FSDP packs whole gradients, to reduce them
             self.mark(GRADIENTS, tree_leaves(args))
@@ -153,7 +157,7 @@ class MemoryTracker(TorchDispatchMode):
         """Says what the memory of `tensors` is for, which is counted from now on at the latest."""
         for x in tensors:
             x = x.to_local() if isinstance(x, DTensor) else x
-            if isinstance(x, Tensor) and x.device.type == self.device:
+            if isinstance(x, Tensor) and device_type(x) == self.device:
                 self._see(x.untyped_storage(), purpose)
 
     def mark_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -225,6 +229,20 @@ class MemoryTracker(TorchDispatchMode):
     def _note(self) -> None:
         if self._rising is not None:
             self._rising.live, self._rising = list(self._live.values()), None
+
+
+def _last_of_its_memory(gradient: Any, _: Any) -> bool:
+    """Whether autograd is adding to a gradient that nobody else refers to.
+
+    It adds in place then (`accumulate` of torch/csrc/autograd/input_buffer.cpp), but never while a dispatch mode is on. Here
+    autograd and Python refer to the tensor, and the tensor and Python to its memory.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code.co_filename in MODES:
+        frame = frame.f_back
+    if torch.is_grad_enabled() or (frame is not None and frame.f_code.co_filename != torch.autograd.graph.__file__):
+        return False
+    return gradient._use_count() == 4 and torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == 2
 
 
 def purpose_here() -> str:

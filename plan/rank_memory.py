@@ -117,46 +117,30 @@ class MemoryModel:
         """Adds up what the actions of a rank hold, one after the other."""
         actions, simulated = self._actions(parallel, len(mine), micros, rank)
         walk, fsdp, defers = _Walk(base), parallel.shard > 1, parallel.pipeline_schedule in ZERO_BUBBLE and parallel.pipeline > 1
-        begun, weighed = set[int](), set[int]()
-        roots = {each: stages.held.root(has_embedding(self.model, each == 0, each == last), each == last) for each in mine}
-        pending = set[int]()
-        """Stages whose whole gradients outside of blocks FSDP keeps until deferred ones come."""
+        begun, sizes = set[tuple[str, int]](), (self.narrow, self.stored)
+        later = DeferredSums(walk, stages, mine, last, parallel.zero, sizes) if fsdp and defers else None
         for action in actions:
             kind, index, final = action.kind, action.stage, action.micro == simulated - 1
-            there = weighed if kind == WEIGHTS else pending if fsdp and defers else begun
             sums = parallel.zero > 1 or not fsdp or final
             place = StagePlace(
-                self.narrow,
-                self.stored,
+                *sizes,
                 *casts,
-                index not in there,
+                (kind, index) not in begun if later is None or kind == WEIGHTS else not later.keeps(index),
                 fsdp and parallel.zero < 3,
                 parallel.zero == 3 or action.micro == 0,
-                sums and not (fsdp and defers),
-                final,
-                parallel.zero == 1 and fsdp and index in begun and not defers,
+                sums and later is None,
+                final and later is None,
+                parallel.zero == 1 and fsdp and (BACKWARD, index) in begun and not defers,
                 defers,
+                action is actions[-1],
             )
             stage = stages.stage(mine[index], index == 0, index == last, place, parallel.pipeline > 1)
             walk.take({FORWARD: stage.forward, BACKWARD: stage.backward, WEIGHTS: stage.weights}[kind])
-            if kind == BACKWARD:
-                begun.add(index)
-                pending.add(index)
-            if kind == WEIGHTS and fsdp:
-                shards, largest = stages.reduction(mine[index])
-                narrow, whole = self.narrow * stage.deferred, self.stored * stage.deferred
-                if not sums:
-                    walk.change("gradients", (0 if index in weighed else whole) - narrow)
-                else:
-                    kept, held = (sum(roots[each][place] for each in pending) for place in (1, 0))
-                    walk.change("gradients", 0, self.stored * kept)
-                    walk.change("gradients", self.stored * ((0 if index in weighed else held) - kept), self.stored * largest)
-                    waited = whole if parallel.zero == 1 and index in weighed else 0
-                    grown = shards if parallel.zero == 1 or index not in weighed else 0
-                    walk.change("gradients", self.stored * grown - narrow - waited)
-                    pending.clear()
-            if kind == WEIGHTS:
-                weighed.add(index)
+            if later is not None and kind == BACKWARD:
+                later.pending.add(index)
+            if later is not None and kind == WEIGHTS:
+                later.come(index, stage.deferred, (kind, index) not in begun, final, action is actions[-1])
+            begun.add((kind, index))
         return RankMemory(walk.most, {name: size for name, size in walk.at.items() if size}, rank)
 
     def _actions(self, parallel: ParallelConfig, chunks: int, micros: int, rank: int) -> tuple[list[Action], int]:
@@ -197,6 +181,51 @@ class MemoryModel:
             shape = BlockShape(self.model, parallel, micro, self.length, self.hot, self.node)
             self._stages[key] = Stages(shape, held)
         return self._stages[key]
+
+
+class DeferredSums:
+    """Gradients with FSDP and a zero-bubble schedule, whose backward passes leave those of products for later.
+
+    Backward passes make whole gradients of embedding and head, wide ones. FSDP looks at all of its groups whenever deferred
+    gradients have come: it reduces them, or with ZeRO-1 keeps wide ones until the last of a stage, of embedding and head until the
+    last of all. Then it also frees the weights that it kept gathered.
+    """
+
+    def __init__(self, walk: "_Walk", stages: Stages, mine: dict[int, range], last: int, zero: int, sizes: tuple[int, int]) -> None:
+        self.walk, self.stages, self.mine, self.last, self.zero = walk, stages, mine, last, zero
+        self.narrow, self.stored = sizes
+        self.pending, self.reduced = set[int](), set[int]()
+        """Stages whose gradients outside of blocks are whole, and those of which there are shards."""
+
+    def keeps(self, index: int) -> bool:
+        """Whether there are gradients for a backward pass through this stage to add to."""
+        embedding = has_embedding(self.stages.shape.config, False, self.last in self.pending)
+        return index in self.pending or (index == 0 and embedding)
+
+    def come(self, index: int, deferred: int, first: bool, final: bool, ends: bool) -> None:
+        """So many deferred elements of a stage came. `ends`: they are the last of the step."""
+        change, narrow, whole = self.walk.change, self.narrow * deferred, self.stored * deferred
+        if self.zero > 1 or ends:
+            before, (shards, kept) = self._root(self.reduced)[0], self._root(self.pending)
+            alone = len({0, self.last} & self.pending) == 1  # torch refers to the last gradient until the sum is there
+            self.reduced |= self.pending
+            change("gathered by FSDP", -self.narrow * kept if ends and self.zero < 3 else 0)
+            change("gradients", 0, self.stored * (kept + (shards if alone else 0)))
+            change("gradients", self.stored * (self._root(self.reduced)[0] - before - kept))
+            self.pending.clear()
+        if self.zero == 1 and not final:
+            change("gradients", (whole if first else 0) - narrow)
+            return
+        shards, gathered, largest = self.stages.reduction(self.mine[index], index == self.last)
+        change("gathered by FSDP", -self.narrow * gathered if final and self.zero < 3 else 0)
+        change("gradients", 0, self.stored * largest)
+        grown, waited = shards if self.zero == 1 or first else 0, whole if self.zero == 1 and not first else 0
+        change("gradients", self.stored * grown - narrow - waited)
+
+    def _root(self, stages: set[int]) -> tuple[int, int]:
+        """Elements outside of blocks of these stages, held between steps and gathered."""
+        first, last = 0 in stages, self.last in stages
+        return self.stages.held.root(has_embedding(self.stages.shape.config, first, last), last)
 
 
 class _Walk:

@@ -29,7 +29,7 @@ from ..train.engine import Engine
 from ..train.setup import build_engine
 from ..train.step import StepInput, StepNumbers
 from .ledger import Ledger
-from .stand_in import fused_attention_stand_in, messages_leave, shared_memory_stand_in, stand_in
+from .stand_in import fused_attention_stand_in, fused_norms_stand_in, messages_leave, shared_memory_stand_in, stand_in
 
 BEGIN, END = -1, -2
 """Marks of a step beside its units: before and after the passes through the model."""
@@ -81,7 +81,8 @@ def dry_rank(config: Config, rank: int, world: int, hot: float = 1.0) -> Iterato
         with dry_run("cuda", hot) as seam:
             with _Births(fake, device):
                 parallel = parallelize(model, build_mesh(config.parallel), config.parallel, device)
-            with fused_attention_stand_in(ledger.operators), shared_memory_stand_in(), messages_leave(), fake, ledger:
+            norms, attention = fused_norms_stand_in("PrivateUse1"), fused_attention_stand_in(ledger.operators)
+            with norms, attention, shared_memory_stand_in(), messages_leave(), fake, ledger:
                 parallel.model.train()
                 yield DryRank(config, parallel, build_engine(config, parallel), ledger, seam.waits)
     finally:

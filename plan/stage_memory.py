@@ -49,6 +49,8 @@ class StagePlace(NamedTuple):
     """FSDP has kept whole gradients of earlier micro-batches (parallel.zero=1)."""
     defers: bool
     """The gradients of weights come later."""
+    ends: bool
+    """No pass follows in this step."""
 
 
 class Unit(NamedTuple):
@@ -105,10 +107,7 @@ class Stages:
         if pipeline:
             left["residual stream"] += stream * ((not first) + (not last))
         backward = _Sum({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
-        whole = [0] * first + [place.narrow * self.held.gathered_of(index) for index in layers] + [0] * last
-        whole = whole if place.whole and place.final else [0] * len(units)
-        for unit, grown, dropped in zip(reversed(units), reversed(shards), reversed(whole), strict=True):
-            backward.now["gathered by FSDP"] -= dropped  # before its gradients are reduced
+        for unit, grown in zip(reversed(units), reversed(shards), strict=True):
             backward.add(unit.backward)
             backward.now["gradients"] += grown
         after = Counter(backward.now)
@@ -116,7 +115,7 @@ class Stages:
         if shared and not fsdp and not place.first:
             after["gradients"] -= place.stored * self.held.sharded["embedding"]
         if fsdp and root and place.reduces:
-            backward.now["gathered by FSDP"] -= gathers
+            backward.now["gathered by FSDP"] -= place.narrow * root if place.ends else gathers
             backward.now["reduced by FSDP"] += place.stored * root
             backward.note()
         if fsdp and root and place.first and not place.reduces:  # widened one after the other
@@ -174,10 +173,12 @@ class Stages:
             self._units[what, place] = run_unit(self.shape, place, run, reduced)
         return self._units[what, place]
 
-    def reduction(self, layers: range) -> tuple[int, int]:
-        """Returns, of the blocks of a stage, the elements that FSDP leaves a rank, and the most of which it reduces at once."""
-        largest = max((max(self.held.gathered(index)[:2]) for index in layers), default=0)
-        return sum(map(self.held.shards, layers)), largest
+    def reduction(self, layers: range, last: bool) -> tuple[int, int, int]:
+        """Returns elements of the blocks of a stage: that FSDP leaves a rank, gathers in all, and reduces at most at once."""
+        config = self.shape.config
+        blocks = [*layers, *(range(config.layers, config.layers + config.mtp_depth) if last else [])]
+        largest = max((max(self.held.gathered(index)[:2]) for index in blocks), default=0)
+        return sum(map(self.held.shards, blocks)), sum(map(self.held.gathered_of, blocks)), largest
 
 
 class _Sum:
@@ -204,7 +205,8 @@ class _Sum:
 def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value], list[Value]], reduced: int) -> Unit:
     """Runs a part of the model forward and backward on sizes. `reduced`: elements of FSDP's reduction before."""
     rank = Sized(shape.config.width, place.narrow, place.stored, place.casts, place.of_experts, place.first)
-    rank.whole, rank.gathers, rank.reduces, rank.defers = place.whole, place.gathers, place.reduces, place.defers
+    rank.whole, rank.gathers, rank.reduces = place.whole, place.gathers, place.reduces
+    rank.final, rank.defers = place.final, place.defers
     meter, elements, arrived = rank.meter, shape.tokens * shape.config.width, list[Buffer]()
 
     def arrive(gradient: Buffer) -> list[Buffer | None]:
@@ -239,12 +241,10 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     rank.deferred.clear()
     weights = _minus(Counter(meter.held), begun)
     weights = Counter({name: weights.get(name, 0) - ended.get(name, 0) for name in {*weights, *ended}})
-    of_fsdp, made = (
-        rank.deferred_elements[Casts.gathered],
-        [*rank.deferred_elements[Casts.each], *rank.deferred_elements[Casts.step]],
-    )
-    stays = round(place.narrow * sum(of_fsdp) + (place.stored * sum(made) if place.first else 0))
-    most = stays + round((place.narrow + (0 if place.first else place.stored)) * max(made, default=0))
+    of_fsdp, each, of_step = (rank.deferred_elements[casts] for casts in (Casts.gathered, Casts.each, Casts.step))
+    stays = round(place.narrow * sum(of_fsdp) + (place.stored * sum([*each, *of_step]) if place.first else 0))
+    wide = 0 if place.first else place.stored * max(each, default=0)  # those of a step's casts are added as they are
+    most = stays + round(place.narrow * max([*each, *of_step], default=0) + wide)
     weights["gradients"] += stays
     left = dict(kept)
     return Unit(

@@ -1,4 +1,4 @@
-"""A device that stands in for a GPU in a dry run, its attention, and the memory of other ranks.
+"""A device that stands in for a GPU in a dry run, its attention and norms, and the memory of other ranks.
 
 Its tensors have shapes and no numbers.
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # pyright: ignore[reportPrivateUsage]
 
 from ..moe import attention, flexible_attention
@@ -151,6 +152,22 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.operators["attention_backward"] += 1
         return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None, None
+
+
+@contextmanager
+def fused_norms_stand_in(key: str) -> Iterator[None]:
+    """Gives the backend of dispatch key `key` the operators of RMSNorm that torch has kernels for on CUDA and not elsewhere.
+
+    Without one, torch.rms_norm is seven operators, which save two wide copies of the input. With one, autograd has one node, which
+    saves the input and the inverse root of each row (derivatives.yaml of torch).
+    """
+    library = torch.library.Library("aten", "IMPL", key)
+    try:
+        for operator in (torch.ops.aten._fused_rms_norm.default, torch.ops.aten._fused_rms_norm_backward.default):
+            library.impl(operator, decomposition_table[operator])
+        yield
+    finally:
+        library._destroy()
 
 
 class _MemoryOfOthers(shared_memory.SharedMemory):

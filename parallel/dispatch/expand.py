@@ -102,12 +102,11 @@ def _gather(x_PD: Tensor, expansion: Expansion) -> Tensor:
 def _sum(y_RD: Tensor, expansion: Expansion, weights_R: Tensor | None) -> Tensor:
     wide = torch.promote_types(y_RD.dtype, torch.float32)
     total_PD = torch.zeros(len(expansion.place_P), y_RD.shape[1], dtype=wide, device=y_RD.device)
-    for copies in expansion.copies:
-        rows = y_RD.index_select(0, copies).to(wide)
+    for copies in expansion.copies:  # the copies have no name, which would keep them while the next ones are gathered
         if weights_R is None:
-            total_PD[: len(copies)] += rows
+            total_PD[: len(copies)] += y_RD.index_select(0, copies).to(wide)
         else:
-            total_PD[: len(copies)].addcmul_(rows, weights_R[copies].unsqueeze(-1).to(wide))
+            total_PD[: len(copies)].addcmul_(y_RD.index_select(0, copies).to(wide), weights_R[copies].unsqueeze(-1).to(wide))
     return total_PD.to(y_RD.dtype).index_select(0, expansion.place_P)
 
 

@@ -7,7 +7,7 @@ from ...moe.config import QKNorm
 from ...moe.param_shapes import head_width
 from ...parallel.config import ContextExchange
 from .autograd import Buffer, Value
-from .layer_sizes import FUSED_NORMS, BlockShape, multiply
+from .layer_sizes import BlockShape, multiply
 from .operator_sizes import Sized
 
 
@@ -18,23 +18,25 @@ def grouped(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     H, G = c.heads // t * h, c.kv_heads // t * h
     x = rank.gather(x, shape.tokens * D, t, shape.copies)
 
-    def project(x: Value, name: str, width: int, normed: bool, rotated: bool) -> Value:
+    def project(x: Value, name: str, width: int, rotated: bool, normed: QKNorm = QKNorm.none) -> Value:
         y = rank.linear(x, name, U, D, width, D)
-        if normed:
-            y = rank.norm(y, U * width, FUSED_NORMS)
+        if normed is QKNorm.head:
+            y = rank.norm(y, U * width, U * width // h)
+        if normed is QKNorm.full:
+            y = rank.wide_norm(y, U * width)
         if c.attention.clip_qkv is not None and name != "gate":
             y = rank.unary(y, U * width, U * width, "x")
         return rank.unary(y, U * width, U * width) if rotated else y
 
-    normed = c.attention.qk_norm is not QKNorm.none
-    q, k, v = project(x, "q", H, normed, True), project(x, "k", G, normed, True), project(x, "v", G, False, False)
+    normed = c.attention.qk_norm
+    q, k, v = project(x, "q", H, True, normed), project(x, "k", G, True, normed), project(x, "v", G, False)
     flexible = c.attention.sinks or c.attention.softcap is not None or c.windowed_layer(index)
     y = attention(rank, shape, [q, k, v], [H, G, G], H, c.heads // t, flexible)
     del q, k, v
     if c.attention.sinks:
         y = _sunk(rank, y, U * H)
     if c.attention.output_gate:
-        gate = rank.unary(project(x, "gate", H, False, False), U * H, U * H, "y")
+        gate = rank.unary(project(x, "gate", H, False), U * H, U * H, "y")
         y = multiply(rank, y, gate, U * H)
         del gate
     del x
@@ -74,13 +76,13 @@ def latent(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
         q = rank.linear(rank.gather(x, T * D, t, shape.copies), "q", U, D, H * query, D)
     else:
         low = rank.gather(rank.linear(x, "q_down", T, D, mla.q_rank, D), T * mla.q_rank, t, shape.copies)
-        low = rank.norm(low, U * mla.q_rank, FUSED_NORMS)
+        low = rank.norm(low, U * mla.q_rank, U)
         low = rank.unary(low, U * mla.q_rank, U * mla.q_rank) if mla.scale_latents else low
         q = rank.linear(low, "q_up", U, mla.q_rank, H * query, D)
         del low
     both = rank.gather(rank.linear(x, "kv_down", T, D, L + r, D), T * (L + r), t, shape.copies)
     del x
-    small = rank.norm(both, U * L, FUSED_NORMS)
+    small = rank.norm(both, U * L, U)
     small = rank.unary(small, U * L, U * L) if mla.scale_latents else small
     key = rank.unary(both, U * r, U * r)
     seen = U
@@ -90,9 +92,17 @@ def latent(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     rotated = rank.unary(q, U * H * r, U * H * r)
     joined = joined_heads(rank, q, rotated, U * H * query, U * H * r)
     del q, rotated
-    kv = rank.linear(small, "kv_up", seen, L, H * (mla.nope_width + mla.value_width), D)
+    both_widths = H * (mla.nope_width + mla.value_width)
+    kv = rank.linear(small, "kv_up", seen, L, both_widths, D)
     del small
-    k = joined_heads(rank, kv, key, seen * H * query, 0)
+    values = list[Buffer]()
+    k = joined_heads(rank, kv, key, seen * H * query, 0, seen * both_widths, values)
+
+    def of_values(gradient: Buffer) -> list[Buffer | None]:
+        values.append(gradient)
+        return [None]
+
+    kv = rank.value(kv.buffer, [kv], of_values)
     del key, both
     widths = [H * query, H * query, H * mla.value_width]
     y = attention(rank, shape, [joined, k, kv], widths, H * mla.value_width, H, c.windowed_layer(index), seen)
@@ -101,11 +111,19 @@ def latent(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     return rank.scatter(y, T * D, t, shape.copies)
 
 
-def joined_heads(rank: Sized, x: Value, part: Value, elements: float, rotated: float) -> Value:
-    """Concatenates parts of heads; the gradients of the parts are views, which the split of x puts together."""
+def joined_heads(
+    rank: Sized, x: Value, part: Value, elements: float, rotated: float, whole: float = 0, others: list[Buffer] | None = None
+) -> Value:
+    """Concatenates parts of heads; the gradients of the parts are views, which the split of x puts together.
+
+    `whole`: elements of x if not all of them are here; `others` has the gradient of the rest.
+    """
 
     def backward(gradient: Buffer) -> list[Buffer | None]:
-        return [rank.new(elements), rank.new(rotated) if rotated else gradient]
+        of_x = rank.new(whole or elements)
+        if others is not None:
+            others.clear()
+        return [of_x, rank.new(rotated) if rotated else gradient]
 
     return rank.value(rank.new(elements), [x, part], backward)
 

@@ -7,6 +7,7 @@ real one, a thousand times faster than with tensors without numbers.
 """
 
 import heapq
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,6 +78,10 @@ class Value:
         self.buffer, self.node = buffer, node
 
 
+ALONE = 2
+"""References to a gradient, of a node and of the one who counts, if nobody else refers to it."""
+
+
 def run_backward(roots: list[Node], gradients: list[Buffer], behind: int = -1) -> list[Node]:
     """Runs the backward pass from `roots`, and takes the gradients of their outputs out of the list. Frees what the nodes keep.
 
@@ -101,7 +106,9 @@ def run_backward(roots: list[Node], gradients: list[Buffer], behind: int = -1) -
             if source.gradient is None:
                 source.gradient = result
                 heapq.heappush(waiting, (-source.order, source))
-            del result  # the sum of gradients is made in place
+            elif sys.getrefcount(source.gradient) > ALONE:
+                source.gradient = Buffer(result.meter, result.size)
+            del result  # else the sum of gradients is made in place
         del node
     return [node for _, node in waiting]
 

@@ -8,7 +8,7 @@ from .attention_sizes import grouped, latent
 from .autograd import Buffer, Value
 from .exchange_sizes import exchanged, start_shared_expert
 from .expert_sizes import compute, experts, permute, unpermute
-from .layer_sizes import FUSED_NORMS, BlockShape, feedforward
+from .layer_sizes import BlockShape, feedforward
 from .operator_sizes import INDEX, Casts, Sized
 
 
@@ -17,7 +17,7 @@ def block(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     config, elements = shape.config, shape.tokens * shape.config.width
 
     def norm(y: Value, present: bool) -> Value:
-        return rank.norm(y, elements, FUSED_NORMS) if present else y
+        return rank.norm(y, elements, shape.tokens) if present else y
 
     def residual(x: Value, y: Value) -> Value:
         scaled = rank.unary(y, elements, elements) if config.residual_multiplier != 1.0 else y

@@ -9,7 +9,7 @@ from ...moe.config import ModelConfig
 from ...parallel.config import Recompute
 from .autograd import Buffer, Node, Value, run_backward
 from .block import block
-from .layer_sizes import FUSED_NORMS, BlockShape
+from .layer_sizes import BlockShape
 from .operator_sizes import INDEX, WIDE, Around, Casts, Gathered, Sized
 
 LOGITS = 2**27
@@ -122,19 +122,19 @@ def end(rank: Sized, shape: BlockShape, x: Value, before: Gathered, arounds: lis
     rank.behind_block(before)
     c, elements = shape.config, shape.tokens * shape.config.width
     rank.meter.label = "head"
-    losses = [_head(rank, shape, rank.norm(x, elements, FUSED_NORMS))]
+    losses = [_head(rank, shape, rank.norm(x, elements, shape.tokens))]
     for depth, around in zip(range(c.mtp_depth), arounds, strict=True):
         rank.meter.label = "prediction"
         embedded = embed(rank, shape)
         rank.meter.label = "prediction"
-        joined = _joined(rank, rank.norm(embedded, elements, FUSED_NORMS), rank.norm(x, elements, FUSED_NORMS), elements)
+        joined = _joined(rank, rank.norm(embedded, elements, shape.tokens), rank.norm(x, elements, shape.tokens), elements)
         del embedded
         y = rank.linear(joined, "projection", shape.tokens, 2 * c.width, c.width)
         del joined
         x = run_block(rank, shape, c.layers + depth, y, around)
         del y
         rank.meter.label = "head"
-        losses.append(_head(rank, shape, rank.norm(x, elements, FUSED_NORMS)))
+        losses.append(_head(rank, shape, rank.norm(x, elements, shape.tokens)))
     return losses
 
 

@@ -10,9 +10,6 @@ from ...parallel.config import ParallelConfig
 from .autograd import Buffer, Value
 from .operator_sizes import Sized
 
-FUSED_NORMS = False
-"""Whether norms run as one kernel, which saves its input alone."""
-
 
 @dataclass(frozen=True)
 class BlockShape:

@@ -54,6 +54,8 @@ class Sized:
     """Whether FSDP gathers in this forward pass: with `whole` in the first one alone."""
     reduces = True
     """Whether FSDP reduces gradients after this micro-batch (not with parallel.zero=1, but after the last)."""
+    final = False
+    """Whether it is the last micro-batch of the step, whose backward pass ends what `whole` keeps."""
 
     def __init__(self, row: int, narrow: int, stored: int, casts: Casts, of_experts: Casts, first: bool) -> None:
         self.meter, self.row = MemoryMeter(), row
@@ -67,7 +69,7 @@ class Sized:
         self.repeats = False
         """Whether this is the second pass through a block that is recomputed."""
         self.saves = 0
-        """Operators that have saved something in the first pass, and in the second those that have yet to."""
+        """Operators that have saved something in the first pass; in the second those that have yet to."""
         self.allocates = True
         """Not in a second pass that has saved all: torch ends it there."""
         self.nodes: list[Node] = []
@@ -82,6 +84,7 @@ class Sized:
         self.named_casts: list[Buffer] = []
         """Casts of weights in a first pass whose graph names them, as gradients are left for them."""
         self.travels, self.flat, self.dense, self.experts, self.reduced, self.waiting = (list[Buffer]() for _ in range(6))
+        self.dropped = list[Buffer]()
         self.gradients: list[Buffer] = []
         """Of weights, in their dtype; with FSDP whole and narrow, until the block ends."""
         self.root_gradients: dict[str, Buffer] = {}
@@ -232,6 +235,8 @@ class Sized:
     def reduce_gradients(self, elements: float, experts: bool = False) -> None:
         """Frees the whole gradients of a group and makes the flat buffer of their reduction."""
         mine = self.expert_gradients if experts else self.gradients
+        if self.whole and self.final:
+            self.dropped.append(self._gathered(-elements))  # weights that were counted where they were gathered
         if self.reduces:
             self.reduced.clear()
             copied = self.new(self.own.copied) if experts else None
@@ -242,7 +247,6 @@ class Sized:
         mine.clear()
 
     # Products, norms, element-wise operators.
-
     def linear(self, x: Value, name: str, rows: float, inputs: float, outputs: float, width: float = 0) -> Value:
         """rows x inputs to rows x outputs. Rows of `width` numbers or more are kept by selective recomputation; 0: never."""
         weight, saved = self.weight(name, inputs * outputs), x.buffer
@@ -254,7 +258,8 @@ class Sized:
             grads: list[Buffer | None] = [self.new(rows * inputs), None]
             if self.defers:
                 self.deferred.append((gradient, *held))
-                self.deferred_elements[self.casts_of(name)].append(inputs * outputs)
+                if name != "projection":  # it is outside of its block, with embedding and head
+                    self.deferred_elements[self.casts_of(name)].append(inputs * outputs)
             else:
                 grads[1] = self.new(inputs * outputs)
             held.clear()
@@ -262,17 +267,21 @@ class Sized:
 
         return self.value(product, [x, weight], backward)
 
-    def norm(self, x: Value, elements: float, fused: bool) -> Value:
-        """RMSNorm. A GPU's kernel saves its input; torch's other code two wide copies."""
-        if fused:
-            held = [x.buffer]
+    def norm(self, x: Value, elements: float, rows: float) -> Value:
+        """RMSNorm as the kernel of a GPU: saves its input and the inverse root of each row."""
+        held, out = [x.buffer], self.new(elements)
+        held.append(self.bytes(self.wide * rows))
+        self.saved()
 
-            def backward(_: Buffer) -> list[Buffer | None]:
-                grad = self.new(elements)
-                held.clear()
-                return [grad]
+        def backward(_: Buffer) -> list[Buffer | None]:
+            grad = self.new(elements)
+            held.clear()
+            return [grad]
 
-            return self.value(self.new(elements), [x], backward)
+        return self.value(out, [x], backward)
+
+    def wide_norm(self, x: Value, elements: float) -> Value:
+        """RMSNorm from single operators: saves two wide copies of its input (HeadsNorm of moe/linear.py)."""
         self.saved()
         wide = x.buffer if self.narrow == self.wide else self.bytes(self.wide * elements)
         square = self.bytes(self.wide * elements)

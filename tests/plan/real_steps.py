@@ -127,7 +127,8 @@ def _zeroed(*tensors: Any) -> Any:
 @contextmanager
 def _like_a_gpu(read: Callable[..., Any]) -> Iterator[None]:
     """On a CPU: choices by kind of device are those of a GPU, but for kernels; `read` reads numbers."""
-    with seam.dry_run("cuda"), _all_replaced((seam, "KERNELS", False), (seam, "_read", read), (stand_in, "_Fused", Zeros)):
+    replaced = _all_replaced((seam, "KERNELS", False), (seam, "_read", read), (stand_in, "_Fused", Zeros))
+    with seam.dry_run("cuda"), replaced, stand_in.fused_norms_stand_in("CPU"):
         yield
 
 
