@@ -16,7 +16,9 @@ def generate_command(arguments: argparse.Namespace) -> int:
         opened = open_checkpoint(arguments.checkpoint)
     except ValueError as error:
         return complain(error)
-    sampling = SampleConfig(arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_p)
+    sampling = SampleConfig(
+        prompt=arguments.prompt, tokens=arguments.tokens, temperature=arguments.temperature, top_p=arguments.top_p
+    )
     if not arguments.json:
         print(arguments.prompt, end="", flush=True)
     begin, texts = perf_counter(), list[str]()
