@@ -13,6 +13,7 @@ from ..train.config.model_summary import BITS, DEVICE_BYTES, SHARE, check_model_
 from ..train.config.number_format import flops, gigabytes, short
 from ..train.rank_command import refuse
 from ..train.weight_source import compose_run
+from .words import shown_name
 
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")
 """The parts of a model in the order of the table; multi-token prediction comes below the sum."""
@@ -51,8 +52,7 @@ def configured(words: list[str]) -> tuple[str, Config]:
     if folders and chosen:
         raise ConfigError(f"{chosen[0]}: {folders[0]} says what the model is; nearest valid: tokenyard params {folders[0]}")
     if not folders:
-        named = [word.partition("=")[2] for word in chosen if word.startswith("model=")]
-        return (named or ["default"])[-1], compose_run(parse_arguments(overrides))[0]
+        return shown_name(overrides), compose_run(parse_arguments(overrides))[0]
     config = compose([f"sequence_length={PUBLISHED_LENGTH}", *overrides])
     config.model = read_model(Path(folders[0]))
     return folders[0], config

@@ -19,7 +19,7 @@ from ..train.config.launch import Launcher
 from ..train.config.model_summary import count
 from ..train.config.validate import check_rules
 from ..train.weight_source import compose_run
-from .words import one_of, positive_number, split_words
+from .words import one_of, positive_number, shown_name, split_words
 
 OWN = ("cluster", "goal", "tokens", "batch.tokens", "hot", "calibrate")
 """Words of the search alone; all others are overrides as for `tokenyard train`."""
@@ -125,7 +125,6 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     if linear:
         rule = f"has {linear} layers of gated DeltaNet, whose memory only the dry run knows"
         raise ConfigError(f"plan: the model {rule}; nearest valid: tokenyard plan --dry-run")
-    named = [word.partition("=")[2] for word in rest if word.startswith("model=")]
     fixed = {key.removeprefix("parallel."): None for key in keys if key.startswith("parallel.")}
     fixed = {name: getattr(config.parallel, name) for name in fixed}
     if "batch.micro" in keys:
@@ -133,7 +132,7 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     calibration = calibrate(Path(own["calibrate"])) if "calibrate" in own else None
     tokens = positive_number("tokens", own["tokens"], "1e9") if "tokens" in own else 20.0 * count(config.model).active
     hot = positive_number("hot", own.get("hot", "1"), "1")
-    return SearchWords(config, (named or ["default"])[-1], cluster, Goal(goal), tokens, hot, fixed, calibration)
+    return SearchWords(config, shown_name(rest), cluster, Goal(goal), tokens, hot, fixed, calibration)
 
 
 def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster) -> None:

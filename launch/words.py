@@ -18,6 +18,12 @@ def named_models(words: list[str]) -> list[str]:
     return [word if "=" in word or Path(word).is_dir() else f"model={word}" for word in words]
 
 
+def shown_name(words: list[str]) -> str:
+    """Returns what a model is called: the last model=NAME of overrides, else the last experiment=NAME."""
+    named = [word.partition("=")[2] for group in ("experiment=", "model=") for word in words if word.startswith(group)]
+    return (named or ["default"])[-1]
+
+
 def one_of(key: str, text: str, known: Iterable[str]) -> str:
     """Returns `text`. Raises ConfigError if it is not among `known`."""
     known = list(known)

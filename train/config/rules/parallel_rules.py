@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from operator import attrgetter
 
@@ -276,17 +277,20 @@ def products(config: Config, world: int) -> Iterator[Violation]:
     p, c = config.parallel, config.model
     experts = {"model.moe.hidden": c.moe.hidden} if moe_blocks(c) else {}
     settings = (
-        ("parallel.tensor", p.tensor, "model.products", c.products, _cut_weights(c)),
-        ("parallel.expert_tensor", p.expert_tensor, "model.moe.products", c.moe.products, experts),
+        ("parallel.tensor", p.tensor, "model.products", c.products, partial(_cut_weights, c)),
+        ("parallel.expert_tensor", p.expert_tensor, "model.moe.products", c.moe.products, lambda: experts),
     )
-    for key, degree, setting, kind, sizes in settings:
+    for key, degree, setting, kind, sizes_of in settings:
+        if kind is Products.wide or degree == 1:
+            continue
+        sizes = sizes_of()
         with_ = f"with {setting}={kind.value}"
-        if kind is Products.fp8_rowwise and degree > 1 and sizes:
+        if kind is Products.fp8_rowwise and sizes:
             yield Violation(key, f"must be 1 {with_}, whose scales are of whole rows", [1])
         if kind.block is None:
             continue
         for name, size in sizes.items():
-            if degree > 1 and size % (degree * kind.block):
+            if size % (degree * kind.block):
                 fitting = [each for each in divisors(degree) if not any(size % (each * kind.block) for size in sizes.values())]
                 yield Violation(key, f"must cut {name}={size} into multiples of {kind.block} {with_}", {1, *fitting})
 
