@@ -36,6 +36,8 @@ class SearchWords(NamedTuple):
 
     config: Config
     model: str
+    groups: list[str]
+    """The words that choose options of groups, the experiment first."""
     cluster: Cluster
     goal: Goal
     tokens: float
@@ -85,11 +87,14 @@ def _write(arguments: Namespace, asked: SearchWords, found: Found, chosen: int) 
     key, _, name = arguments.write.partition("=")
     if key != "experiment" or not name:
         raise ConfigError.of("--write", arguments.write, "must be experiment=NAME", "--write experiment=mine")
-    config = asked.config
+    own = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    config, groups = asked.config, [word.split("=") for word in asked.groups]
+    base = compose_run(parse_arguments([*asked.groups, "launch=torchrun", *own]))[0]
     steps = max(1, round(asked.tokens / (config.batch.sequences * config.sequence_length)))
+    lines = [option if group == "experiment" else f"override /{group}: {option}" for group, option in groups]
+    wanted = replace(config, steps=steps), base, [*lines, "override /launch: torchrun"]
     folder = Path(arguments.config_dir) if arguments.config_dir else CONF
-    given = found.best[chosen - 1].candidate, asked.model, config.sequence_length, steps, asked.cluster.gpu.host
-    path = write_experiment(folder, name, *given)
+    path = write_experiment(folder, name, *wanted, found.best[chosen - 1].candidate, asked.model)
     if not arguments.json:
         option = f" --config-dir {arguments.config_dir}" if arguments.config_dir else ""
         print(f"\n{path}: tokenyard train{option} experiment={name}")
@@ -132,7 +137,11 @@ def read_search_words(words: list[str], config_dir: str | None = None) -> Search
     calibration = calibrate(Path(own["calibrate"])) if "calibrate" in own else None
     tokens = positive_number("tokens", own["tokens"], "1e9") if "tokens" in own else 20.0 * count(config.model).active
     hot = positive_number("hot", own.get("hot", "1"), "1")
-    return SearchWords(config, shown_name(rest), cluster, Goal(goal), tokens, hot, fixed, calibration)
+    groups = sorted(
+        (word for word, key in zip(rest, keys, strict=True) if key != "launch" and (CONF / key).is_dir()),
+        key=lambda word: not word.startswith("experiment="),
+    )
+    return SearchWords(config, shown_name(rest), groups, cluster, Goal(goal), tokens, hot, fixed, calibration)
 
 
 def _fill(config: Config, own: dict[str, str], keys: list[str], cluster: Cluster) -> None:

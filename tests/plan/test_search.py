@@ -126,6 +126,20 @@ def test_an_experiment_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "experiment" / "mine.yaml").read_text() == written
 
 
+def test_the_experiment_is_what_was_planned(tmp_path: Path) -> None:
+    """Also where it begins with another experiment, whose layout it replaces, and where settings were typed."""
+    words = ["experiment=deepseek_v3_256_gpus", "model.layers=8", "model.mtp_depth=0", "seed=7", "cluster=h100x64", "goal=fits"]
+    assert (
+        main(["plan", *words, "batch.tokens=1048576", "tokens=1e9", "--write", "experiment=mine", "--config-dir", str(tmp_path)])
+        == 0
+    )
+    config = compose(["experiment=mine", "--config-dir", str(tmp_path)])
+    assert (config.model.layers, config.seed, config.model.attention.kind.value) == (8, 7, "mla")
+    world = config.launch.nodes * config.launch.ranks
+    assert (world, config.batch.sequences * config.sequence_length) == (16, 1048576), "the fewest that it fits"
+    assert next(violations(config, world), None) is None and config.parallel.pipeline == 1, "theirs is 8"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
