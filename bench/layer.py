@@ -60,7 +60,7 @@ PARTS = {
     "route": ((layer.Router, "forward"),),
     "sort": ((dispatch, "plan_rows"), (dispatch, "pad_to_multiple")),
     "gather": ((experts_module, "gather_rows"),),
-    "products": ((experts_module, "grouped_mm"), (experts_module, "grouped_outer")),
+    "products": ((experts_module, "product"), (experts_module, "grouped_outer")),
     "activation": ((experts_module, "_activated"), (experts_module, "_activation_backward")),
     "weights": ((experts_module, "weights_per_row"), (experts_module, "values_per_choice")),
     "combine": ((experts_module, "sum_rows"),),

@@ -196,7 +196,7 @@ def error_text(error: BaseException) -> str:
         return "it is cut off: its compressed data have no end"
     if isinstance(error, zlib.error | lzma.LZMAError | gzip.BadGzipFile):
         return "its compressed data are damaged"
-    if isinstance(error, pa.ArrowException) or (isinstance(error, OSError) and error.errno is None):
+    if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
         return "its data are damaged or cut off"
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 

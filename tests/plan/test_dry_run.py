@@ -61,7 +61,7 @@ def test_a_stage_keeps_nothing_of_micro_batches_that_are_done(apart: Callable[..
 
 def test_a_hot_rank_receives_more(apart: Callable[..., Any]) -> None:
     """Half as many rows again, in the exchange of rows (bf16) and not in that of counts; and no less memory."""
-    words = f"{TINY} batch.sequences=8 parallel.expert=4"
+    words = f"{TINY} batch.sequences=8 parallel.expert=4 model.moe.hidden=2048"
     even, hot = (apart(facts_of, words, 0, 4, False, load) for load in (1.0, 1.5))
     sent = [{(each.phase, each.dtype): each.bytes for each in found.traffic if each.kind == "alltoall"} for found in (even, hot)]
     assert sent[1] == {key: size * 1.5 if key[1] == "bfloat16" else size for key, size in sent[0].items()}

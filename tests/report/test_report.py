@@ -256,8 +256,10 @@ def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made_run(tmp_path / "real", steps=5)
-    error = refused(tmp_path, capsys)
-    assert error == f"tokenyard: {tmp_path}: not a run folder, has no config.yaml; nearest valid: {tmp_path}/real\n"
+    (tmp_path / "other").mkdir()
+    error = refused(tmp_path / "other", capsys)
+    assert error == f"tokenyard: {tmp_path}/other: not a run folder, has no config.yaml; nearest valid: {tmp_path}/real\n"
+    assert main(["report", str(tmp_path)]) == 0, "a folder of runs, as that of a sweep"
 
 
 def broken(**wrong: Any) -> str:

@@ -65,6 +65,7 @@ def test_what_is_left_open_follows_from_checkpoint_and_device(
 
 def test_a_machine_with_a_gpu_trains_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     config = compose([])
     derive(config, pick_device(config.device.value))
     assert config.precision is Precision.bf16

@@ -1,5 +1,6 @@
 """Memory and waits of ranks: the worst, which it is, the mean; of a GPU by doubles of torch.cuda's counters."""
 
+import mmap
 import time
 from contextlib import closing
 from pathlib import Path
@@ -25,10 +26,12 @@ CPU, GIB = torch.device("cpu"), 2**30
 
 def test_a_large_tensor_is_seen_and_its_peak_stays() -> None:
     before, _ = process_memory()
-    large = torch.ones(64 * 2**20, dtype=torch.uint8)
+    large = mmap.mmap(-1, 64 * 2**20)  # not what an allocator has kept
+    for page in range(0, len(large), mmap.PAGESIZE):
+        large[page] = 1
     during, _ = process_memory()
     assert 0.9 * len(large) < during - before < 1.5 * len(large) + 2**20
-    del large
+    large.close()
     after, peak = process_memory()
     assert after < during <= peak + 2**20 and peak <= host_memory()  # Linux counts in batches
 
@@ -95,11 +98,11 @@ def test_waits_are_those_of_training_by_kind() -> None:
     with waiting("a collective"):
         time.sleep(0.02)
     with stopwatch.paused(), waiting("a validation"):
-        time.sleep(0.05)
+        time.sleep(0.5)
     with waiting_for_device():
         time.sleep(0.01)
     waits = stopwatch.take()[2]
-    assert 0.02 <= waits.exchange < 0.05 and 0.01 <= waits.device < 0.04
+    assert 0.02 <= waits.exchange < 0.5 and 0.01 <= waits.device < 0.5
     assert stopwatch.take()[2] == Waits(0.0, 0.0)
 
 
