@@ -65,7 +65,8 @@ def test_a_hot_rank_receives_more(apart: Callable[..., Any]) -> None:
     even, hot = (apart(facts_of, words, 0, 4, False, load) for load in (1.0, 1.5))
     sent = [{(each.phase, each.dtype): each.bytes for each in found.traffic if each.kind == "alltoall"} for found in (even, hot)]
     assert sent[1] == {key: size * 1.5 if key[1] == "bfloat16" else size for key, size in sent[0].items()}
-    assert hot.purposes["activations: experts"] == pytest.approx(1.5 * even.purposes["activations: experts"], rel=0.02)
+    experts = [found.purposes["activations: experts"] for found in (even, hot)]
+    assert 1.4 * experts[0] < experts[1] <= 1.5 * experts[0], "at the peak there are gradients of their weights, too"
 
 
 def rounded(sizes: Any) -> int:
