@@ -97,7 +97,8 @@ class BatchLoader:
     def empty(self, step: int) -> list[Rows]:
         """Returns micro-batches without a token that counts: `step`'s collectives need every rank, also one that has no rows."""
         ids_BS = torch.zeros(self.micro, self.config.sequence_length, dtype=torch.int64, device=self.device)
-        return [Rows(ids_BS, torch.full_like(ids_BS, IGNORE), start) for start in self._starts(step)]
+        documents_BS = ids_BS if self.config.data.mask_documents else None
+        return [Rows(ids_BS, torch.full_like(ids_BS, IGNORE), start, documents_BS) for start in self._starts(step)]
 
     def _starts(self, step: int) -> range:
         """Returns the first row of each micro-batch of this rank."""
