@@ -16,8 +16,9 @@ from .pretokenized import open_place, open_pretokenized, tokenizer_overrides
 from .stream.documents import TokenizingRanks
 from .stream.files import is_remote
 from .stream.http import RetryPolicy
+from .stream.hub_shards import open_shards
 from .stream.mixture import Mixture, StreamBatches
-from .stream.shards import ShardFiles, open_shards
+from .stream.shards import ShardFiles
 from .stream.source import (
     OpenedSource,
     OpenedTokens,

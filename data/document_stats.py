@@ -13,7 +13,7 @@ from .build import retry_policy
 from .config import STREAMED, Corpus, DataConfig, MixtureSource, mixture_sources
 from .corpus import documents
 from .pretokenized import open_pretokenized
-from .stream.shards import open_shards
+from .stream.hub_shards import open_shards
 from .tokenizer_types import Tokenizer
 
 SAMPLED_FILES = 16

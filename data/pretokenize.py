@@ -18,7 +18,8 @@ from .config import STREAMED, Corpus, DataConfig, MixtureSource, TokenizerConfig
 from .errors import BadData
 from .pretokenized import FORMAT, MANIFEST_FILE, TOKENIZER_FOLDER, VERSION, ShardRecord, manifest_hash
 from .stream.http import RetryPolicy
-from .stream.shards import FailedShard, Row, Shards, open_shards
+from .stream.hub_shards import open_shards
+from .stream.shards import FailedShard, Row, Shards
 from .stream.tokenize import Tokenization, Window, is_held_out, tokenize_share
 from .token_array import TokenArray, id_type, write_header
 from .tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ from tokenyard.data.build import open_data
 from tokenyard.data.checks import check_corpus
 from tokenyard.data.config import Corpus, DataConfig
 from tokenyard.data.errors import DataUnavailable
-from tokenyard.data.stream import shards
+from tokenyard.data.stream import hub_shards
 
 pytestmark = pytest.mark.usefixtures("nothing_online")
 NOWHERE = "http://127.0.0.1:9/x.txt"
@@ -77,8 +77,10 @@ def test_a_data_set_of_the_hub_names_its_own_files(folder: Path, monkeypatch: py
         "hf://buckets/somebody/set/0.txt",
     ):
         with pytest.raises(ValueError, match=r"data\.name=somebody/set leads out of its folder: "):
-            shards.refuse_foreign_files("somebody/set", ["hf://datasets/somebody/set@1/0.txt", other])
-    shards.refuse_foreign_files("somebody/set", ["hf://datasets/somebody/set@1/0.txt", "hf://datasets/somebody/set@1/sub/1.txt"])
+            hub_shards.refuse_foreign_files("somebody/set", ["hf://datasets/somebody/set@1/0.txt", other])
+    hub_shards.refuse_foreign_files(
+        "somebody/set", ["hf://datasets/somebody/set@1/0.txt", "hf://datasets/somebody/set@1/sub/1.txt"]
+    )
 
 
 @pytest.mark.parametrize("kind", [Corpus.hf, Corpus.lines, Corpus.text])
@@ -149,7 +151,7 @@ def test_a_hub_that_cannot_be_reached_is_no_wrong_setting(monkeypatch: pytest.Mo
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub (ConnectError)")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", down)
-    shards.refuse_outside_card(str(tmp_path))  # imports
+    hub_shards.refuse_outside_card(str(tmp_path))  # imports
     config = config_of(tmp_path, Corpus.hf, path=None, name="some/set", patience_seconds=1.0)
     with pytest.raises(DataUnavailable, match=r"data\.name=some/set did not answer for .*Couldn't reach"):
         opened(config)
