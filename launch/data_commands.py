@@ -20,6 +20,7 @@ from ..train.preflight import check_config, check_data
 from ..train.weight_source import compose_run
 from .parser import OneLineParser, add_config_dir, add_json, positive, with_config_dir
 from .progress_bar import progress_bar
+from .words import aligned
 
 
 def prepare_command(argv: list[str]) -> int:
@@ -247,12 +248,7 @@ def _table(rows: list[list[str]], note: str) -> list[str]:
     """Returns aligned lines: the first column to the left, numbers to the right. Columns without any value are left out."""
     shown = [index for index in range(len(COLUMNS)) if any(row[index] != "-" for row in rows)]
     lines = [[row[index] for index in shown] for row in [list(COLUMNS), *rows]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in lines
-    ]
-    return [*aligned, f"({note})"]
+    return [*aligned(lines), f"({note})"]
 
 
 def verify(folder: str, as_json: bool = False) -> int:

@@ -10,10 +10,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..report.headline import last_of_end, state
 from ..report.journal_reader import RunError
@@ -23,6 +24,7 @@ from ..train.config.config import ConfigError
 from ..train.config.overrides import Groups, parse_override, split_override
 from ..train.config.own_files import new_run_folder
 from ..train.config.schema import quoted
+from .words import aligned
 
 SETTINGS, POINT = "sweep.json", "point.json"
 """The settings that all points share, in the folder of the sweep; what differs, and the exit code, in the folder of a point."""
@@ -30,7 +32,8 @@ LONGEST_NAME = 120
 COLUMNS = ("loss", "validation", "tokens/s", "imbalance", "state")
 
 
-class Point(NamedTuple):
+@dataclass
+class Point:
     """A point of a sweep."""
 
     folder: Path
@@ -39,7 +42,7 @@ class Point(NamedTuple):
     code: int | None
     """The exit code; None if the point has not ended."""
 
-    @property
+    @cached_property
     def run(self) -> Run | None:
         """What its run has written; None if nothing can be read."""
         try:
@@ -123,6 +126,7 @@ def _run_point(sweep: Path, fixed: list[str], arguments: Arguments, _: Any) -> f
         point.folder.mkdir(exist_ok=True)
         (point.folder / POINT).write_text(json.dumps({"differs": differs, "code": code}))
         print(f"{' '.join(differs)}: {point.folder}, exit code {code}", flush=True)
+        point = Point(point.folder, differs, code)
     return loss_of(point.run)
 
 
@@ -163,8 +167,7 @@ def _points(sweep: Path) -> list[Point]:
     """Returns the points that have ended, those with the lowest loss first."""
     paths = sorted(sweep.glob(f"*/{POINT}"), key=lambda path: path.stat().st_mtime)
     points = [_read(path.parent, json.loads(path.read_text())["differs"]) for path in paths]
-    losses = {point.folder: loss_of(point.run) for point in points}
-    return sorted(points, key=lambda point: (losses[point.folder] is None, losses[point.folder] or 0.0))
+    return sorted(points, key=lambda point: (loss_of(point.run) is None, loss_of(point.run) or 0.0))
 
 
 def _table(points: list[Point]) -> list[str]:
@@ -174,14 +177,7 @@ def _table(points: list[Point]) -> list[str]:
     for point in points:
         values = dict(map(split_override, point.differs))
         rows.append([values.get(key, "") for key in keys] + _outcome(point))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < len(keys) else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return aligned(rows, len(keys))
 
 
 def _outcome(point: Point) -> list[str]:

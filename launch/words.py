@@ -24,6 +24,13 @@ def shown_name(words: list[str]) -> str:
     return (named or ["default"])[-1]
 
 
+def aligned(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Returns lines of cells under each other: the first `left` columns to the left, the others, of numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    place = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return ["  ".join(put(cell, width) for put, cell, width in zip(place, row, widths, strict=True)) for row in rows]
+
+
 def one_of(key: str, text: str, known: Iterable[str]) -> str:
     """Returns `text`. Raises ConfigError if it is not among `known`."""
     known = list(known)

@@ -38,11 +38,15 @@ def watch(parallel: Parallel, watches: bool) -> None:
             attention.softmax = attention.softmax._replace(largest_H=largest_H)
 
 
+def is_watched(parallel: Parallel) -> bool:
+    """Returns whether attention keeps the largest logit of each head."""
+    return any(attention.softmax.largest_H is not None for attention in _attentions(parallel).values())
+
+
 @contextmanager
 def watching(parallel: Parallel) -> Iterator[Tensor]:
     """Watches inside. Yields what `largest_logits` returns then, which is filled at the end."""
-    attentions = _attentions(parallel).values()
-    before = any(attention.softmax.largest_H is not None for attention in attentions)
+    before = is_watched(parallel)
     watch(parallel, True)
     largest_AH = torch.empty(len(attention_layers(parallel.model.config)), parallel.model.config.heads, dtype=torch.float64)
     largest_AH = largest_AH.to(parallel.device)

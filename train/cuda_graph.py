@@ -20,6 +20,7 @@ from ..parallel.dispatch.symmetric import SymmetricDispatcher
 from ..parallel.gradients import gradient_all_reduce
 from ..parallel.object_collectives import from_all
 from ..parallel.streams import Graph, capture
+from .attention_logits import is_watched
 from .batch import Rows
 from .loss import Losses, Totals, without_graph
 from .step import StepInput, backward, forward
@@ -89,11 +90,12 @@ class MicroBatchGraph:
     def _run(self, parallel: Parallel, step_input: StepInput, totals: Totals) -> Callable[[Rows], Losses]:
         """Returns what passes each micro-batch of this step forward and backward."""
         launch = partial(_launch, parallel, totals, step_input.position)
-        keys = [_key_of(parallel, rows, totals, step_input.position) for rows in step_input.rows]
-        if any(key != keys[0] for key in keys) or _watched(parallel):
+        shapes = [[x.shape for x in _inputs(rows, totals)] for rows in step_input.rows]
+        if any(each != shapes[0] for each in shapes) or is_watched(parallel):
             return launch
-        self._steps = self._steps + 1 if keys[0] == self._key else 1
-        self._key = keys[0]
+        key = _key_of(parallel, shapes[0], totals, step_input.position)
+        self._steps = self._steps + 1 if key == self._key else 1
+        self._key = key
         known = self.captured is not None and self.captured.key == self._key
         if not known and self._steps > WARM_STEPS and not self.failed:
             self._capture(
@@ -131,23 +133,17 @@ def _launch(parallel: Parallel, totals: Totals, position: BatchPosition | None, 
     return without_graph(share)
 
 
-def _key_of(parallel: Parallel, rows: Rows, totals: Totals, position: BatchPosition | None) -> _Key:
+def _key_of(parallel: Parallel, shapes: list[torch.Size], totals: Totals, position: BatchPosition | None) -> _Key:
     step, moe = (position or BatchPosition()).step, parallel.model.config.moe
     layers = [block.moe for block in parallel.model.blocks if block.moe is not None]
     return _Key(
-        [x.shape for x in _inputs(rows, totals)],
+        shapes,
         totals.micro_batches,
         moe.at(step),
         moe.capacity.factor_at(step),
         [layer.router.collects_metrics for layer in layers],
         [layer.dispatcher.buffers.half_bytes for layer in layers if isinstance(layer.dispatcher, SymmetricDispatcher)],
     )
-
-
-def _watched(parallel: Parallel) -> bool:
-    """Returns whether this step records attention logits, in tensors that are new in each such step."""
-    softmaxes = [getattr(block.attention, "softmax", None) for block in parallel.model.blocks]
-    return any(softmax is not None and softmax.largest_H is not None for softmax in softmaxes)
 
 
 def _inputs(rows: Rows, totals: Totals) -> list[Tensor]:

@@ -5,8 +5,9 @@ from typing import Any
 
 from ..checkpoint.bounded import read_regular
 from ..checkpoint.facts import DEEPEST, check_plain
-from .config.compose import Arguments, check_arguments, compose_arguments
+from .config.compose import Arguments, check_arguments
 from .config.config import Config, ConfigError, Shape
+from .config.group_words import composed_leaves
 from .config.overrides import parse_override, split_override
 from .config.redact import PLACEHOLDER
 from .config.schema import quoted, written
@@ -33,8 +34,7 @@ def with_run(arguments: Arguments) -> Arguments:
     saved, keys = _read_run(folder), [split_override(text)[0].lstrip("+~") for text in arguments.overrides]
     options = [text for text, key in zip(arguments.overrides, keys, strict=True) if key in groups]
     fixed = [text for text in options if not parse_override(text, groups).is_sweep_override()]
-    composed = (compose_arguments(Arguments(**{**vars(arguments), "overrides": overrides})) for overrides in ([], fixed))
-    default, base = (dict(leaves(plain_config(config))) for config in composed)
+    default, base = (composed_leaves(arguments, overrides) for overrides in ([], fixed))
     replaced = {key for key in keys if key in groups}
     if "checkpoint.init" in keys:
         replaced |= {"model", "tokenizer"}  # which the new source gives

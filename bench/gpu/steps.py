@@ -50,7 +50,6 @@ class ModelAndOptimizer(NamedTuple):
 
     parallel: Parallel
     optimizer: torch.optim.Optimizer
-
     graph: MicroBatchGraph | None = None
 
     def step(self, rows: Rows, micro_batches: int = 1) -> Callable[[], Any]:

@@ -6,7 +6,6 @@ FSDP over all ranks and experts over at most 64, in fp32 with both moments: no l
 
 import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from ...parallel.object_collectives import MESSAGE_BYTES, SUMMARY_BYTES
 from ...parallel.shard import LocalShard, ShardMetadata, whole
 from ...train.config.compose import compose
 from ...train.config.config import Config
+from . import print_figures
 
 Result = TypeVar("Result")
 EXPERT_RANKS = 64
@@ -140,10 +140,7 @@ def _peak_megabytes() -> float:
 
 
 def main() -> None:
-    for world in map(int, sys.argv[1:] or ["64", "512", "2048"]):
-        print(f"{world} ranks")
-        for name, figure in figures(world).items():
-            print(f"  {name:55} {figure:14,.3f}")
+    print_figures(figures)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The layout is 16 stages, with experts and FSDP over the ranks of each. Owners ar
 """
 
 import math
-import sys
 import time
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from ...train.config.compose import compose
 from ...train.config.config import Config
 from ...train.config.matrices import by_muon, matrices, newton_schulz_flops
 from ...train.matrix_owners import Bucket, Layout, Sharding, buckets
+from . import print_figures
 
 STAGES, STAGE = 16, 1
 BATCH = 67e6
@@ -106,10 +106,7 @@ def all_flops(config: Config, stage: int) -> int:
 
 
 def main() -> None:
-    for world in map(int, sys.argv[1:] or ["64", "512", "2048"]):
-        print(f"{world} ranks")
-        for name, figure in figures(world).items():
-            print(f"  {name:55} {figure:14,.3f}")
+    print_figures(figures)
 
 
 if __name__ == "__main__":

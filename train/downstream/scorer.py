@@ -101,7 +101,10 @@ class Scorer:
             if not going:
                 break
             logits = self._next_logits([prompts[index] + written[index] for index in going])[:, :pieces]
-            drawn = [sample(row, *sampling[1:3], generators[index]) for row, index in zip(logits, going, strict=True)]
+            drawn = [
+                sample(row, sampling.temperature, sampling.top_p, generators[index])
+                for row, index in zip(logits, going, strict=True)
+            ]
             for index, token in zip(list(going), torch.stack(drawn).tolist(), strict=True):
                 if token != stop:
                     written[index].append(token)

@@ -8,7 +8,6 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from ...data.tokenizer_types import Tokenizer
 from ..config.config import ConfigError
+from ..config.schema import nearest_text
 from .scorer import Sampling, Scorer, TokenRow
 
 SUFFIXES = (".yaml", ".yml")
@@ -91,7 +91,7 @@ def _load_local(library: Any, path: Path) -> dict[str, Any]:
 def _load_named(library: Any, name: str) -> dict[str, Any]:
     manager = library.TaskManager()
     if name not in manager.task_index:
-        nearest = (get_close_matches(name, manager.all_tasks, 1, 0) or ["arc_easy"])[0]
+        nearest = nearest_text(name, manager.all_tasks)
         raise ConfigError.of("evaluate.tasks", name, "is neither a file nor a task of lm-eval", f"evaluate.tasks=[{nearest}]")
     return manager.load([name])
 
