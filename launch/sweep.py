@@ -18,7 +18,7 @@ from typing import Any
 
 from ..report.headline import last_of_end, state
 from ..report.journal_reader import RunError
-from ..report.run_reader import Run
+from ..report.run_reader import POINT, Run
 from ..train.config.compose import SEARCH_PATH, Arguments, check_arguments, one_line_errors
 from ..train.config.config import ConfigError
 from ..train.config.overrides import Groups, parse_override, split_override
@@ -26,8 +26,8 @@ from ..train.config.own_files import new_run_folder
 from ..train.config.schema import quoted
 from .words import aligned
 
-SETTINGS, POINT = "sweep.json", "point.json"
-"""The settings that all points share, in the folder of the sweep; what differs, and the exit code, in the folder of a point."""
+SETTINGS = "sweep.json"
+"""The settings that all points share, in the folder of the sweep."""
 LONGEST_NAME = 120
 COLUMNS = ("loss", "validation", "tokens/s", "imbalance", "state")
 

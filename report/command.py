@@ -9,7 +9,7 @@ from ..train.config.complain import complain, printable
 from .journal_reader import RunError
 from .page import page
 from .payload import payload
-from .run_reader import Run, run_folders
+from .run_reader import Run, run_folders, without_run
 
 
 def report_command(arguments: Namespace) -> int:
@@ -19,7 +19,7 @@ def report_command(arguments: Namespace) -> int:
         runs = [Run(folder) for word in arguments.runs for folder in run_folders(Path(word))]
         out = Path(arguments.out or Path(arguments.runs[0]) / "report")
         out.mkdir(parents=True, exist_ok=True)
-        data = payload(runs)
+        data = payload(runs, without_run=sum(without_run(Path(word)) for word in arguments.runs))
         (out / "report.html").write_text(page(data), encoding="utf-8")
     except (RunError, OSError) as error:
         return refuse(error)

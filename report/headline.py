@@ -35,6 +35,15 @@ def state(run: Run) -> str:
     return ENDS.get(ends[-1], "no end recorded") if ends else "no end recorded"
 
 
+def broke_off(run: Run, code: int | None = None) -> bool:
+    """Whether it failed, ended early with an exit code other than 0 (not so at a request to stop), or, by the exit code `code` of a
+    point of a sweep, was killed."""
+    ends = [event for event in run.events if event.get("event") in {*ENDS, "start", "resume"}]
+    if not ends or ends[-1]["event"] in ("start", "resume"):
+        return bool(code)
+    return ends[-1]["event"] == "failed" or (ends[-1]["event"] == "stopped" and ends[-1].get("code", 0) != 0)
+
+
 def verdict(run: Run) -> list[Remark]:
     """Returns the remarks, the most important first."""
     window = run.telemetry.window()

@@ -20,6 +20,7 @@ SCRIPTS = (
     "balance",
     "overview",
     "compare",
+    "parallel_axes",
     "experts",
     "layer",
     "tables",

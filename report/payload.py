@@ -12,8 +12,8 @@ from ..train.config.model_summary import count, training_flops_per_token
 from ..train.config.serialize import config_from_plain, leaves, plain_config
 from ..train.logging.trackers.sections import is_index
 from .columns import Column, line, rounded
-from .headline import is_trouble, last_of_end, named, state, verdict
-from .run_reader import Run
+from .headline import broke_off, is_trouble, last_of_end, named, state, verdict
+from .run_reader import Run, read_point
 from .telemetry_reader import Sums, Telemetry, max_over_mean
 
 # The configuration and the parameters of the model, by part.
@@ -61,13 +61,14 @@ FULL_RUNS = 4
 """With more runs than these, each has fewer points."""
 
 
-def payload(runs: list[Run], live: bool = False) -> dict[str, Any]:
-    """Returns the data of the page."""
-    return {"live": live, "runs": [about(run, -(-len(runs) // FULL_RUNS)) for run in runs]}
+def payload(runs: list[Run], live: bool = False, without_run: int = 0) -> dict[str, Any]:
+    """Returns the data of the page. `without_run`: points of sweeps of which there is nothing to show."""
+    return {"live": live, "without_run": without_run, "runs": [about(run, -(-len(runs) // FULL_RUNS)) for run in runs]}
 
 
 def about(run: Run, thinner: int = 1) -> dict[str, Any]:
     """Returns the data of one run. `thinner`: divides the points of its series."""
+    point = read_point(run.folder)
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -78,6 +79,8 @@ def about(run: Run, thinner: int = 1) -> dict[str, Any]:
         "verdict": [finding._asdict() for finding in verdict(run)],
         "remarks": run.remarks(),
         "facts": facts(run),
+        "failed": broke_off(run, point["code"] if point else None),
+        "swept": point["differs"] if point else None,
         "series": drawn(run, thinner),
         "axes": axes(run, thinner),
         "samples": samples(run),

@@ -1,16 +1,20 @@
 """Reads a run folder, and what is added to it later."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.facts import check_model_numbers
+from ..train.config.overrides import split_override
 from ..train.saved_run import read_plain
 from .columns import Columns
 from .journal_reader import JournalReader, Record, RunError
 from .telemetry_reader import Telemetry
 
 NEEDED = ("config.yaml", "metrics.jsonl")
+POINT = "point.json"
+"""What differs between the points of a sweep, and the exit code, in the folder of a point that has ended."""
 
 
 class Run:
@@ -97,6 +101,27 @@ def run_folders(folder: Path) -> list[Path]:
 
 def _is_run(folder: Path) -> bool:
     return all((folder / name).is_file() for name in NEEDED)
+
+
+def read_point(folder: Path) -> dict[str, Any] | None:
+    """Returns `differs`, the overrides in which a point of a sweep differs from the others, and `code`, its exit code.
+
+    None for a run that is no point. Raises RunError if the file is not as a sweep writes it.
+    """
+    path = folder / POINT
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        differs = {key.lstrip("+~"): value for key, value in map(split_override, found["differs"])}
+        return {"differs": differs, "code": found["code"]}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: not as `tokenyard train -m` writes it ({' '.join(str(error).split())})") from error
+
+
+def without_run(folder: Path) -> int:
+    """Returns how many points of a sweep in this folder ended before their run wrote anything."""
+    return sum((child / POINT).is_file() and not _is_run(child) for child in _children(folder))
 
 
 def _nearest(folder: Path) -> str:

@@ -26,7 +26,8 @@ function comparison() {
     ...settings.map(([, values]) => values[i]), ...results.map(([, value]) => value(run))]);
   return el("div", { id: "comparison" },
     el("p", { class: "note" }, ["No setting differs", "One setting differs"][settings.length] || `${settings.length} settings differ`, "; load is that of the busiest expert of the worst layer, the median of the steps"),
-    table("Runs: settings that differ, and results", ["run", ...settings.map(([key]) => key.replaceAll(".", ".\u200b")), ...results.map(([name]) => name)], rows));
+    table("Runs: settings that differ, and results", ["run", ...settings.map(([key]) => key.replaceAll(".", ".\u200b")), ...results.map(([name]) => name)], rows),
+    parallelAxes());
 }
 
 // Where the parts of the page are.

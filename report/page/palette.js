@@ -9,6 +9,7 @@ const BELOW_AND_ABOVE = {
   light: [["#eeeeee", "#b5d4e9", "#5ba3cf", "#2070b4", "#083877"], ["#eeeeee", "#fdc692", "#f4822f", "#c84a02", "#6b2303"]],
   dark: [["#2b2f36", "#1f4a6b", "#3182bd", "#74b3dd", "#c6e2f5"], ["#2b2f36", "#6e3d12", "#c9651b", "#f79a4b", "#ffdcb3"]],
 };
+const LOW_TO_HIGH = { light: ["#083877", "#2070b4", "#8a8a8a", "#c84a02", "#6b2303"], dark: ["#c6e2f5", "#74b3dd", "#9aa0a8", "#f79a4b", "#ffdcb3"] };
 const PLAIN = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"];
 const EXTREME = 3;  // doublings at which the colour of a ratio is at its end
 
@@ -47,6 +48,9 @@ function amountColour(high) {
 function plainColour(low, high) {
   return value => value === null ? rgb(paper()) : along(PLAIN, (value - low) / (high - low || 1));
 }
+
+// Of a rank among `count`, where 0 is the lowest.
+const rankColour = (rank, count) => along(LOW_TO_HIGH[theme()], rank / Math.max(1, count - 1));
 
 function along(stops, place) {
   const at = Math.max(0, Math.min(1, place)) * (stops.length - 1), i = Math.min(stops.length - 2, Math.floor(at));
