@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import DataUnavailable
 from ..report.headline import last_of_end, state
 from ..report.journal_reader import RunError
 from ..report.run_reader import POINT, Run
@@ -52,8 +53,8 @@ class Point:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended other than by a request to stop, after which it goes on."""
-        return bool(self.code) and (self.run is None or state(self.run) != "stopped")
+        """Whether it ended with an exit code after which it does not go on by itself."""
+        return self.code not in (None, 0, DataUnavailable.exit_code)
 
 
 def multirun(arguments: Arguments) -> int:

@@ -33,8 +33,8 @@ def test_names_of_values_that_no_folder_can_have_differ() -> None:
 
 
 def test_points_that_finished_do_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    """The third point is killed and the fourth stopped by request; both go on. Only --retry runs one that failed."""
-    folder, ended = tmp_path / "sweep", {"0": ("finished", 0), "1": ("failed", 1), "2": (None, -9), "3": ("stopped", 75)}
+    """The third point is killed, the data of the fourth do not answer; both go on. Only --retry runs one that failed."""
+    folder, ended = tmp_path / "sweep", {"0": ("finished", 0), "1": ("stopped", 70), "2": (None, -9), "3": ("stopped", 75)}
     ran: list[str] = []
 
     class Done:
@@ -63,11 +63,11 @@ def test_points_that_finished_do_not_run_again(monkeypatch: pytest.MonkeyPatch, 
         ["model", "top_k", "loss", "validation", "tokens/s", "imbalance", "state"],
         ["tiny_mixtral", "2", "1.0000", "1.5000", "100", "1.50", "finished"],
         ["tiny_mixtral", "1", "2.0000", "2.5000", "100", "1.50", "stopped,", "exit", "code", "75"],
-        ["tiny_minimax_m2", "2", "4.0000", "4.5000", "100", "1.50", "failed,", "exit", "code", "1"],
+        ["tiny_minimax_m2", "2", "4.0000", "4.5000", "100", "1.50", "stopped,", "exit", "code", "70"],
         ["tiny_minimax_m2", "1", "5.0000", "5.5000", "100", "1.50", "finished"],
     ]
     assert told[-2].startswith("1 of 4 points failed") and told[-1] == f"to compare the others: tokenyard report {folder}"
-    assert main(words) == 1 and ran[5:] == [names[2]], "a run that was stopped goes on"
+    assert main(words) == 1 and ran[5:] == [names[2]], "a run that waits for its data goes on"
     assert main([*words, "--retry"]) == 0 and ran[6:] == [names[1]]
     assert [each.name for each in run_folders(folder)] == sorted(names)
 
