@@ -213,15 +213,17 @@ def by_group(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def test_a_gpu_without_a_kernel_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    config = ModelConfig(products=Products.fp8_rowwise, moe=MoEConfig(products=Products.fp8_blockwise))
+    config = ModelConfig(products=Products.fp8_blockwise, moe=MoEConfig(products=Products.mxfp8))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     fp8.warn_of_emulated_products(config, torch.device("cpu"))
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
         fp8.warn_of_emulated_products(config, torch.device("cuda", 0))
-    assert caplog.messages == [
-        "no kernel for model.moe.products=fp8_blockwise on this GPU: the rounded numbers are multiplied in bf16, slower than wide"
-    ]
+    slower = "on this GPU: the rounded numbers are multiplied in bf16, slower than wide"
+    assert caplog.messages == [f"no kernel for model.moe.products=mxfp8 {slower}"]
+    monkeypatch.setattr(fp8, "KERNELS_LACK", ["triton"])
+    fp8.warn_of_emulated_products(config, torch.device("cuda", 0))
+    assert caplog.messages[1:] == [f"no kernel for model.products=fp8_blockwise model.moe.products=mxfp8 {slower}"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
