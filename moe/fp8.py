@@ -8,6 +8,7 @@ themselves. Scales come from the operands at hand, on the device, so there is no
 R rows, E groups, K inputs, N outputs, D width of a token.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,28 +62,37 @@ def product(products: Products, rows_RK: Tensor, weights_ENK: Tensor, ends_E: Te
 
 def scaled(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Returns x (..., R, C) in e4m3, and the scales of its blocks, fp32. A block with a number that is not finite becomes NaN."""
-    R, C = x.shape[-2:]
-    x = _in_blocks(x, blocks)
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=(-3, -1), keepdim=True).float()
+    largest = torch.linalg.vector_norm(_in_blocks(x, blocks), torch.inf, dim=(-3, -1)).float()
     scales = largest.clamp(min=SMALLEST_MAGNITUDE) / LARGEST
     if blocks.power_of_two:
         powers = ((scales.view(torch.int32) + (1 << MANTISSA_BITS) - 1) & EXPONENT_BITS).view(torch.float32)
         scales = powers + 0 * scales  # NaN where they are not finite
-    values = (x / scales).to(E4M3)
-    return values.flatten(-4, -3).flatten(-2)[..., :R, :C], scales.squeeze(-1).squeeze(-2)
+    return _with_scales(torch.div, x, scales, blocks).to(E4M3), scales
 
 
 def widened(values: Tensor, scales: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """Returns the numbers that the result of `scaled` stands for."""
-    R, C = values.shape[-2:]
-    wide = _in_blocks(values.to(torch.promote_types(dtype, torch.float32)), blocks)
-    wide = wide.mul_(scales.unsqueeze(-2).unsqueeze(-1))
-    return wide.flatten(-4, -3).flatten(-2)[..., :R, :C].to(dtype)
+    wide = values.to(torch.promote_types(dtype, torch.float32))
+    return _with_scales(torch.Tensor.mul_, wide, scales, blocks).to(dtype)
 
 
 def rounded(x: Tensor, blocks: Blocks) -> Tensor:
     """Returns the numbers of e4m3 and of a scale that are the nearest to x (..., R, C), in the dtype of x."""
     return widened(*scaled(x, blocks), blocks, x.dtype)
+
+
+def _with_scales(operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, scales: Tensor, blocks: Blocks) -> Tensor:
+    """Returns the operation on x (..., R, C) and the scale of each number.
+
+    Blocks that are smaller than others are not padded, multiplied and cut off again: torch 2.13 generates wrong code for a slice of
+    the last two dimensions made one.
+    """
+    sizes = (blocks.rows, -2), (blocks.columns or x.shape[-1], -1)
+    if all(x.shape[dim] % size == 0 for size, dim in sizes):
+        return operation(_in_blocks(x, blocks), scales.unsqueeze(-2).unsqueeze(-1)).flatten(-4, -3).flatten(-2)
+    for size, dim in sizes:
+        scales = scales.index_select(dim, torch.arange(x.shape[dim], device=x.device) // size)
+    return operation(x, scales)
 
 
 def _in_blocks(x: Tensor, blocks: Blocks) -> Tensor:

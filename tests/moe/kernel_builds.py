@@ -53,6 +53,8 @@ TYPES = {
     "*fp8e4nv": ("value_ptr", "row_value_ptr", "block_value_ptr"),
     "fp32": ("scale",),
 }
+NARROW = {blockwise._scale_rows, blockwise._scale_blocks, blockwise._product_of_blocks}
+"""Kernels that fp32 has no use for."""
 OPTIONS = {
     logits._reduce_logits: {"num_warps": 8},
     logits._cross_entropy_gradient: {"num_warps": 8},
@@ -156,5 +158,6 @@ if __name__ == "__main__":
     for kernel, settings in kernels():
         whole = kernel.__name__ not in seen or os.environ.get("TOKENYARD_TESTS") == "all"
         seen.add(kernel.__name__)
-        for dtype, architecture in itertools.product(("bf16", "fp32"), ARCHITECTURES) if whole else [("bf16", "sm_90")]:
+        dtypes = ("bf16",) if kernel in NARROW else ("bf16", "fp32")
+        for dtype, architecture in itertools.product(dtypes, ARCHITECTURES) if whole else [("bf16", "sm_90")]:
             print(json.dumps(build(kernel, settings, dtype, architecture)), flush=True)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from tokenyard.bench.gpu import fused
+from tokenyard.bench.gpu.contenders import without_kernels
+from tokenyard.bench.gpu.row_error import LIMITS, worst_row
 from tokenyard.moe.config import Products
 from tokenyard.moe.device import dry_run
 from tokenyard.moe.experts import Experts
@@ -183,3 +186,14 @@ def test_experts_on_a_gpu_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     experts.bfloat16().products = Products.wide
     for result, reference, wide in zip(found, expected, outputs(), strict=True):
         assert (result - reference).norm() < 0.5 * (wide - reference).norm()
+
+
+def test_make_gpu_compares_them() -> None:
+    def of(wide: bool) -> fused.Fused:
+        found = fused.kernels(torch.device("cpu"), torch.bfloat16, *fused.SIZES["tiny"], wide=wide)
+        return next(one for one in found if one.name == "product of the experts, fp8_blockwise")
+
+    with dry_run("cuda"):
+        (product_RN,), (reference_RN,) = of(wide=False).work(), without_kernels(of(wide=True).work)()
+    assert product_RN.dtype == torch.bfloat16 and reference_RN.dtype == torch.float64
+    assert 0 < worst_row(product_RN, reference_RN) < LIMITS[torch.bfloat16] / 3
