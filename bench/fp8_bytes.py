@@ -1,8 +1,9 @@
 """Bytes that the kernels of products in FP8 by blocks move, over the least: each input once, each output once.
 
-`python -m tokenyard.bench.fp8_bytes [--cache 40] [--programs 132]`. Scaling kernels read and write each number once. Of a product, a
-program reads whole strips of rows and of weights; from memory come those that the cache of the GPU, which drops the least recently
-used, does not have. Experts have equal rows.
+`python -m tokenyard.bench.fp8_bytes [--cache 40] [--programs 132]`
+
+Scaling kernels read and write each number once. Of a product, a program reads whole strips of rows and of weights; from memory come
+those that the cache of the GPU, which drops the least recently used, does not have. Experts have equal rows.
 """
 
 import argparse
@@ -20,11 +21,15 @@ LAYERS = {  # rows, experts of a rank, width, hidden width of an expert
 }
 
 
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(prog="python -m tokenyard.bench.fp8_bytes", description=(__doc__ or "").split("\n")[0])
+    arguments.add_argument("--cache", type=float, default=40.0, help="MiB of the GPU's cache that strips may take")
+    arguments.add_argument("--programs", type=int, default=132, help="programs that run at a time, one a multiprocessor")
+    return arguments.parse_args(words)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tokenyard.bench.fp8_bytes", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cache", type=float, default=40.0, help="MiB of the GPU's cache that strips may take")
-    parser.add_argument("--programs", type=int, default=132, help="programs that run at a time, one a multiprocessor")
-    settings = parser.parse_args()
+    settings = parse()
     print("layer | gate and up: product, with scaling | down: product, with scaling | bytes/FLOP, over those of an H100's peaks")
     for name, (rows, experts, width, hidden) in LAYERS.items():
         cells, bound = [], []
