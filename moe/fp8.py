@@ -2,12 +2,13 @@
 
 A block of numbers shares a scale, which maps its largest magnitude to 448, the largest of e4m3. A product of such operands is the
 product of the numbers that they stand for, summed in fp32 or wider. So the reference, on every device, rounds both operands and
-multiplies with `grouped_mm`; where torch has a kernel it takes the e4m3 numbers and scales themselves. Scales come from the
-operands at hand, on the device, so that there is no history of them, and the host waits for nothing.
+multiplies with `grouped_mm`; a kernel, where there is one of torch or in kernels/blockwise.py, takes the e4m3 numbers and scales
+themselves. Scales come from the operands at hand, on the device, so there is no history of them, and the host waits for nothing.
 
 R rows, E groups, K inputs, N outputs, D width of a token.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MX_BLOCK, SCALE_BLOCK, ModelConfig, Products
-from .device import constant_when_compiled, is_simulated, kind_of, log
+from .device import KERNELS_LACK, constant_when_compiled, is_simulated, kind_of, log, uses_kernels
 from .grouped_products import grouped_mm
 
 E4M3 = torch.float8_e4m3fn
@@ -52,6 +53,8 @@ def product(products: Products, rows_RK: Tensor, weights_ENK: Tensor, ends_E: Te
         return grouped_mm(rows_RK, weights_ENK, ends_E)
     of_rows, of_weights = BLOCKS[products]
     if has_kernel(products, rows_RK, weights_ENK):
+        if products is Products.fp8_blockwise:
+            return product_of_blocks(*scale_rows(rows_RK), *scale_blocks(weights_ENK), ends_E)
         (rows, row_scales), (weights, weight_scales) = scaled(rows_RK, of_rows), scaled(weights_ENK, of_weights)
         return scaled_grouped_mm(rows, weights.contiguous(), row_scales, weight_scales, ends_E, products is Products.mxfp8)
     return grouped_mm(rounded(rows_RK, of_rows), rounded(weights_ENK, of_weights), ends_E)
@@ -59,28 +62,37 @@ def product(products: Products, rows_RK: Tensor, weights_ENK: Tensor, ends_E: Te
 
 def scaled(x: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Returns x (..., R, C) in e4m3, and the scales of its blocks, fp32. A block with a number that is not finite becomes NaN."""
-    R, C = x.shape[-2:]
-    x = _in_blocks(x, blocks)
-    largest = torch.linalg.vector_norm(x, torch.inf, dim=(-3, -1), keepdim=True).float()
+    largest = torch.linalg.vector_norm(_in_blocks(x, blocks), torch.inf, dim=(-3, -1)).float()
     scales = largest.clamp(min=SMALLEST_MAGNITUDE) / LARGEST
     if blocks.power_of_two:
         powers = ((scales.view(torch.int32) + (1 << MANTISSA_BITS) - 1) & EXPONENT_BITS).view(torch.float32)
         scales = powers + 0 * scales  # NaN where they are not finite
-    values = (x / scales).to(E4M3)
-    return values.flatten(-4, -3).flatten(-2)[..., :R, :C], scales.squeeze(-1).squeeze(-2)
+    return _with_scales(torch.div, x, scales, blocks).to(E4M3), scales
 
 
 def widened(values: Tensor, scales: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """Returns the numbers that the result of `scaled` stands for."""
-    R, C = values.shape[-2:]
-    wide = _in_blocks(values.to(torch.promote_types(dtype, torch.float32)), blocks)
-    wide = wide.mul_(scales.unsqueeze(-2).unsqueeze(-1))
-    return wide.flatten(-4, -3).flatten(-2)[..., :R, :C].to(dtype)
+    wide = values.to(torch.promote_types(dtype, torch.float32))
+    return _with_scales(torch.Tensor.mul_, wide, scales, blocks).to(dtype)
 
 
 def rounded(x: Tensor, blocks: Blocks) -> Tensor:
     """Returns the numbers of e4m3 and of a scale that are the nearest to x (..., R, C), in the dtype of x."""
     return widened(*scaled(x, blocks), blocks, x.dtype)
+
+
+def _with_scales(operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, scales: Tensor, blocks: Blocks) -> Tensor:
+    """Returns the operation on x (..., R, C) and the scale of each number.
+
+    Blocks that are smaller than others are not padded, multiplied and cut off again: torch 2.13 generates wrong code for a slice of
+    the last two dimensions made one.
+    """
+    sizes = (blocks.rows, -2), (blocks.columns or x.shape[-1], -1)
+    if all(x.shape[dim] % size == 0 for size, dim in sizes):
+        return operation(_in_blocks(x, blocks), scales.unsqueeze(-2).unsqueeze(-1)).flatten(-4, -3).flatten(-2)
+    for size, dim in sizes:
+        scales = scales.index_select(dim, torch.arange(x.shape[dim], device=x.device) // size)
+    return operation(x, scales)
 
 
 def _in_blocks(x: Tensor, blocks: Blocks) -> Tensor:
@@ -91,12 +103,14 @@ def _in_blocks(x: Tensor, blocks: Blocks) -> Tensor:
     return x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
 
 
-# Kernels of torch. None of them has run yet: the tests run a double with the interface.
+# Kernels. None of torch's has run yet: the tests run a double with the interface.
 
 
 def has_kernel(products: Products, rows_RK: Tensor, weights_ENK: Tensor) -> bool:
-    """Whether torch has a kernel for these operands, which must be bf16, in rows of 16 bytes of e4m3, for mxfp8 in whole blocks."""
+    """Whether there is a kernel for these operands, which must be bf16, in rows of 16 bytes of e4m3, for mxfp8 in whole blocks."""
     if kind_of(rows_RK) != "cuda" or rows_RK.dtype != torch.bfloat16:
+        return False
+    if products is Products.fp8_blockwise and not uses_kernels(rows_RK):
         return False
     unit = MX_BLOCK if products is Products.mxfp8 else 16
     return not any(size % unit for size in weights_ENK.shape[1:]) and products in _with_kernels(rows_RK.device)
@@ -104,11 +118,14 @@ def has_kernel(products: Products, rows_RK: Tensor, weights_ENK: Tensor) -> bool
 
 @constant_when_compiled
 def _with_kernels(device: torch.device) -> list[Products]:
-    """Returns what `torch._scaled_grouped_mm` does on this GPU: rowwise on sm_90, MX on sm_100. A dry run has both."""
+    """Returns what this GPU has kernels for: `torch._scaled_grouped_mm` does rowwise on sm_90 and MX on sm_100, Triton does
+    blockwise on both. A dry run has all.
+    """
     if is_simulated():
-        return [Products.fp8_rowwise, Products.mxfp8]
-    of_capability = {(9, 0): [Products.fp8_rowwise], (10, 0): [Products.mxfp8]}
-    return of_capability.get(torch.cuda.get_device_capability(device), [])
+        return [Products.fp8_rowwise, Products.fp8_blockwise, Products.mxfp8]
+    of_torch = {(9, 0): Products.fp8_rowwise, (10, 0): Products.mxfp8}.get(torch.cuda.get_device_capability(device))
+    of_triton = [] if of_torch is None or KERNELS_LACK else [Products.fp8_blockwise]
+    return of_triton if of_torch is None else [of_torch, *of_triton]
 
 
 def warn_of_emulated_products(config: ModelConfig, device: torch.device) -> None:
@@ -139,6 +156,52 @@ def scaled_grouped_mm(
 
 @scaled_grouped_mm.register_fake
 def _(rows_RK: Tensor, weights_ENK: Tensor, row_scales: Tensor, weight_scales: Tensor, ends_E: Tensor, mx: bool) -> Tensor:
+    return rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1], dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("tokenyard::scale_rows", mutates_args=())
+def scale_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 (R, K) and fp32 (blocks, R): rows in the blocks of fp8_blockwise."""
+    from .kernels import blockwise
+
+    return blockwise.scale_rows(x_RK)
+
+
+@scale_rows.register_fake
+def _(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    rows, width = x_RK.shape
+    return x_RK.new_empty(rows, width, dtype=E4M3), x_RK.new_empty(_blocks(width), rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("tokenyard::scale_blocks", mutates_args=())
+def scale_blocks(weights_ENK: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 (E, N, K), contiguous, and fp32 (E, blocks, blocks): weights in the blocks of fp8_blockwise."""
+    from .kernels import blockwise
+
+    return blockwise.scale_blocks(weights_ENK)
+
+
+@scale_blocks.register_fake
+def _(weights_ENK: Tensor) -> tuple[Tensor, Tensor]:
+    shape = weights_ENK.shape
+    scales = weights_ENK.new_empty(shape[0], _blocks(shape[1]), _blocks(shape[2]), dtype=torch.float32)
+    return torch.empty(shape, dtype=E4M3, device=weights_ENK.device), scales
+
+
+def _blocks(size: int) -> int:
+    return (size + SCALE_BLOCK - 1) // SCALE_BLOCK
+
+
+@torch.library.custom_op("tokenyard::product_of_blocks", mutates_args=())
+def product_of_blocks(rows_RK: Tensor, row_scales: Tensor, weights_ENK: Tensor, weight_scales: Tensor, ends_E: Tensor) -> Tensor:
+    """See `grouped_mm`, (R, N) in bf16, of the results of `scale_rows` and `scale_blocks`."""
+    from .kernels import blockwise
+
+    return blockwise.product_of_blocks(rows_RK, row_scales, weights_ENK, weight_scales, ends_E, torch.bfloat16)
+
+
+@product_of_blocks.register_fake
+def _(rows_RK: Tensor, row_scales: Tensor, weights_ENK: Tensor, weight_scales: Tensor, ends_E: Tensor) -> Tensor:
     return rows_RK.new_empty(rows_RK.shape[0], weights_ENK.shape[1], dtype=torch.bfloat16)
 
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...moe.config import Activation, GroupScore, MoEConfig, RouterConfig, Score
+from ...moe.config import Activation, GroupScore, MoEConfig, Products, RouterConfig, Score
 from ...moe.device import uses_kernels
 from ...moe.dispatch import gather_rows, plan_choices, sum_rows, sum_rows_backward, weights_per_row
 from ...moe.experts import _activation_backward
 from ...moe.feedforward import activate
+from ...moe.fp8 import product
 from ...moe.grouped_products import grouped_outer
 from ...moe.linear import wide_linear
 from ...moe.rotary import RotaryTables, rotate
@@ -140,6 +141,12 @@ def kernels(
     for interleaved in (False, True):
         turn = lambda interleaved=interleaved: [rotate(x_BHSh, tables, interleaved)]  # noqa: E731
         yield Fused(f"rotary{', interleaved' if interleaved else ''}", turn, 2 * x_BHSh.numel() * item)
+    if dtype is torch.bfloat16:
+        ends_E, weights_END = plan.counts_E.cumsum(0, dtype=torch.int32), draw(experts, 2 * hidden, width)
+        for products in (Products.fp8_blockwise, Products.wide):
+            multiply = lambda one=products: [product(one, y_RD, weights_END, ends_E)]  # noqa: E731
+            moved = item * (y_RD.numel() + weights_END.numel() + 2 * rows * hidden)
+            yield Fused(f"product of the experts, {products.value}", multiply, moved)
     few = torch.full((experts,), max(1, rows // experts // 8), device=device)
     few[::2] = 0
     ends_E = few.cumsum(0, dtype=torch.int32)
@@ -155,8 +162,8 @@ def kernels(
     total, narrow = draw(experts, hidden, width).to(torch.promote_types(used, torch.float32)), draw(experts, hidden, width)
     yield Fused("sum of gradients of the weights", lambda: [_added(total, narrow)], (8 + item) * total.numel())
     weight_ED, grad_TE = (one.to(total.dtype) for one in (draw(experts, width), draw(tokens, experts)))
-    product = lambda: _product_and_gradients(x_TD, weight_ED, grad_TE)  # noqa: E731
-    yield Fused("router's product, backward too", product, 3 * item * x_TD.numel() + 8 * grad_TE.numel())
+    routed = lambda: _product_and_gradients(x_TD, weight_ED, grad_TE)  # noqa: E731
+    yield Fused("router's product, backward too", routed, 3 * item * x_TD.numel() + 8 * grad_TE.numel())
 
 
 def _overwritten(logits_TV: Tensor) -> Tensor:

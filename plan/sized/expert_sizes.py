@@ -22,13 +22,9 @@ def experts(rank: Sized, shape: BlockShape, x: Value, rows: float, weights: Valu
         """A grouped product, and what is made of its operands before, in moe/fp8.py."""
         operands = list[Buffer]()
         for elements in () if moe.products is Products.wide else (inputs, matrices):
-            quotients, values = rank.bytes(4 * elements), rank.bytes(elements)
+            quotients = None if moe.products is Products.fp8_blockwise else rank.bytes(4 * elements)
+            operands.append(rank.bytes(elements))
             del quotients
-            if moe.products is Products.fp8_blockwise:  # without a kernel
-                widened = rank.bytes(4 * elements)
-                values = rank.new(elements)
-                del widened
-            operands.append(values)
         return rank.new(result)
 
     def first() -> Buffer:

@@ -19,6 +19,17 @@ def test_operators_of_a_layer_only_become_fewer(model: str, forward: int, backwa
     assert passes.waits == {"rows of each rank": 1}
 
 
+def test_a_product_in_fp8_scales_its_operands_in_one_launch_each() -> None:
+    """A product is three launches instead of one, and the host waits for nothing more."""
+    passes = layer_operators(compose(["model=qwen3_30b_a3b", "model.moe.products=fp8_blockwise"]).model, RANKS)
+    assert (len(passes.forward.launching), len(passes.backward.launching)) == (34 + 2 * 2, 24 + 2 * 2)
+    for operators in (passes.forward.launching, passes.backward.launching):
+        first = operators.index("scale_rows")
+        assert operators[first : first + 3] == ["scale_rows", "scale_blocks", "product_of_blocks"]
+        assert operators.count("product_of_blocks") == 2 and "grouped_mm" not in operators
+    assert passes.waits == {"rows of each rank": 1}
+
+
 def test_what_travels_departs_before_what_can_wait_is_planned() -> None:
     """The counts before the plan of rows, the rows before the plan of arrivals; between them the host waits, once."""
     events = layer_operators(compose(["model=qwen3_30b_a3b"]).model, RANKS).forward.events

@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 from sameness import VOCABULARY, Case, Layout, assert_close, configured, reference, rows_of, starve_expert
-from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig
+from tokenyard.moe.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, Products
 from tokenyard.moe.deferred import WeightGradient, add_weight_gradients
 from tokenyard.parallel.apply import Parallel, gradient_of
-from tokenyard.parallel.config import ContextExchange, PipelineSchedule
+from tokenyard.parallel.config import ContextExchange, ExchangeDtype, PipelineSchedule
 from tokenyard.parallel.pipeline import run
 from tokenyard.train.setup import build_parallel
 from tokenyard.train.step import StepInput, accumulate, count_totals
@@ -23,6 +23,17 @@ CASE = Case(
     ModelConfig(**SIZES, moe=MOE, dense_first=1, mtp_depth=1, attention=AttentionConfig(window=5, window_every=2)),
     micro_batches=2,
     length=16,
+)
+FP8 = Case(
+    ModelConfig(
+        **{**SIZES, "layers": 2, "width": 160, "hidden": 96, "init_std": 0.1},
+        products=Products.fp8_blockwise,
+        moe=replace(MOE, hidden=48, shared_hidden=32, products=Products.fp8_blockwise),
+        dense_first=1,
+    ),
+    micro_batches=2,
+    length=16,
+    exchange_dtype=ExchangeDtype.fp8,
 )
 KINDS = {"norm", "causal attention", "attention with a window", "dense feed-forward", "experts"}
 PIECES = {"norm", "rotated queries", "rotated keys", "causal attention", "attention with a window"}
@@ -40,6 +51,9 @@ ZERO_BUBBLE = {
         4, pipeline=2, expert=2, shard=2, recompute=True, pipeline_overlap=True, pipeline_schedule=PipelineSchedule["zbv"]
     ),
 }
+
+
+IN_FP8 = {"one process": Layout(1), "context and experts": Layout(2, context=2, expert=2)}
 
 
 class Made(NamedTuple):
@@ -61,6 +75,17 @@ def test_compiled_ranks_give_the_numbers_of_eager_ones(ranks: Any, layout: str) 
         assert not breaks, breaks
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("layout", IN_FP8)
+def test_compiled_products_in_fp8_give_the_numbers_of_eager_ones(ranks: Any, layout: str) -> None:
+    """Tokens travel in FP8 too. One process has a graph for each kind of block."""
+    for eager, compiled, graphs, breaks in ranks_make(ranks, IN_FP8[layout], FP8):
+        assert_same(compiled, eager)
+        assert 2 <= graphs[0] == graphs[1] <= len(KINDS)
+        assert not breaks, breaks
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ZERO_BUBBLE)
 def test_compiled_stages_defer_the_gradients_that_eager_ones_defer(ranks: Any, layout: str) -> None:
@@ -72,8 +97,11 @@ def test_compiled_stages_defer_the_gradients_that_eager_ones_defer(ranks: Any, l
         assert breaks and all("Linear.forward" in each for each in breaks), breaks
 
 
-def ranks_make(ranks: Any, layout: Layout) -> Any:
-    return ranks(layout.world, both_made, layout, reference(CASE)["gradients"], limit_seconds=480)
+def ranks_make(ranks: Any, layout: Layout, case: Case = CASE) -> Any:
+    one_process = reference(case)["gradients"]
+    if layout.world == 1:
+        return [both_made(layout, case, one_process)]
+    return ranks(layout.world, both_made, layout, case, one_process, limit_seconds=480)
 
 
 def assert_same(made: Made, expected: Made) -> None:
@@ -82,30 +110,30 @@ def assert_same(made: Made, expected: Made) -> None:
         assert_close(made.gradients[name], gradient, name)
 
 
-def both_made(layout: Layout, one_process: dict[str, Tensor]) -> tuple[Made, Made, list[int], list[str]]:
+def both_made(layout: Layout, case: Case, one_process: dict[str, Tensor]) -> tuple[Made, Made, list[int], list[str]]:
     """Returns eager and compiled results, the number of compiled graphs after each of two steps, and why graphs ended."""
     from torch._dynamo.utils import counters  # imports the compiler
 
     torch.compiler.reset()
     counters.clear()
-    eager, parallel = made(parallel_of(layout, False)), parallel_of(layout, True)
-    compiled, graphs = made(parallel), [counters["stats"]["unique_graphs"]]
-    assert_same(made(parallel), compiled)
+    eager, parallel = made(parallel_of(layout, case, False), case), parallel_of(layout, case, True)
+    compiled, graphs = made(parallel, case), [counters["stats"]["unique_graphs"]]
+    assert_same(made(parallel, case), compiled)
     graphs.append(counters["stats"]["unique_graphs"])
     for name, sharded in parallel.parameters.items():
         assert_close(compiled.gradients[name], sharded.metadata.cut(one_process[name]), name)
     return eager, compiled, graphs, [*counters["graph_break"], *counters["unimplemented"]]
 
 
-def parallel_of(layout: Layout, compiled: bool) -> Parallel:
-    config = replace(configured(layout, CASE), compile=compiled)
+def parallel_of(layout: Layout, case: Case, compiled: bool) -> Parallel:
+    config = replace(configured(layout, case), compile=compiled)
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
         parallel = build_parallel(config, torch.device("cpu"))
     starve_expert(parallel)
     return parallel
 
 
-def made(parallel: Parallel) -> Made:
+def made(parallel: Parallel, case: Case) -> Made:
     """Returns the objective of this rank, its gradients, and those that were deferred, of two micro-batches."""
     deferred: list[list[tuple[int, ...]]] = []
 
@@ -113,7 +141,7 @@ def made(parallel: Parallel) -> Made:
         deferred.append([tuple(gradient.weight.shape) for gradient in gradients])
         add_weight_gradients(gradients)
 
-    rows = rows_of(parallel, 0, CASE)
+    rows = rows_of(parallel, 0, case)
     with mock.patch.object(run, "add_weight_gradients", noted):
         shares = accumulate(parallel, StepInput(rows, 0.0, None), count_totals(parallel, rows))
     gradients = {name: gradient_of(each).clone() for name, each in parallel.parameters.items()}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sameness import VOCABULARY, Case, Layout, assert_layout_gives_the_numbers_of_one_process, reference
 from tokenyard.moe.config import BalanceConfig, ModelConfig, MoEConfig, Products
-from tokenyard.parallel.config import Exchange, ExchangeDtype, PipelineSchedule, Recompute
+from tokenyard.parallel.config import ContextExchange, Exchange, ExchangeDtype, PipelineSchedule, Recompute
 
 WITHIN = {
     "one process, selective": Layout(1, recompute=Recompute.selective),
@@ -16,11 +16,14 @@ WITHIN = {
     "pipeline 2, zbh1, expert 2, shard 2, zero 2": Layout(
         4, pipeline=2, pipeline_schedule=PipelineSchedule["zbh1"], expert=2, shard=2, zero=2
     ),
+    "context 2": Layout(2, context=2),
+    "context 2, heads, expert 2, shard 2": Layout(2, context=2, context_exchange=ContextExchange.heads, expert=2, shard=2),
 }
 """Layouts that cut no operand."""
 CUTTING = {
     "tensor 2 x expert 2": Layout(2, tensor=2, expert=2),
     "expert 2 x expert_tensor 2": Layout(4, expert=2, expert_tensor=2),
+    "context 2, tensor 2": Layout(4, context=2, tensor=2),
     "pipeline 2, zbv, tensor 2": Layout(4, pipeline=2, pipeline_schedule=PipelineSchedule["zbv"], tensor=2),
 }
 """Layouts that cut operands, between blocks."""
@@ -34,6 +37,7 @@ TRAVELLING = {
     "expert 2 x expert_tensor 2": Layout(4, expert=2, expert_tensor=2),
     "pipeline 2, zbh1, expert 2": Layout(4, pipeline=2, pipeline_schedule=PipelineSchedule["zbh1"], expert=2),
     "replicate 2": Layout(2),
+    "context 2, expert 2": Layout(2, context=2, expert=2),
 }
 
 
@@ -49,7 +53,7 @@ def case(products: Products, exchange_dtype: ExchangeDtype = ExchangeDtype.wide)
 
 CASES = [
     *((Products.fp8_blockwise, name) for name in [*WITHIN, *CUTTING]),
-    *((Products.mxfp8, name) for name in ("expert 4", "tensor 2 x expert 2", "expert 2 x expert_tensor 2")),
+    *((Products.mxfp8, name) for name in ("expert 4", "context 2", "tensor 2 x expert 2", "expert 2 x expert_tensor 2")),
     *((Products.fp8_rowwise, name) for name in ("one process, selective", "deduplicated 2, shard 2, zero 3, 2 chunks")),
 ]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import triton
 from tokenyard.moe.config import Activation
-from tokenyard.moe.kernels import activation, casts, logits, operators, rotation, routing, row_plan, rows
+from tokenyard.moe.kernels import activation, blockwise, casts, logits, operators, rotation, routing, row_plan, rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = {"sm_90": 90, "sm_100": 100}
 IDS = (
     "target_ptr",
@@ -41,6 +41,7 @@ IDS = (
 FLAGS = "filled_ptr", "kept_ptr", "valid_ptr"
 FP32 = "weight_ptr", "dot_ptr", "cos_ptr", "sin_ptr", "logit_ptr", "bias_ptr", "score_ptr", "z_ptr", "score_part_ptr", "z_part_ptr"
 SUMS = "total_ptr", "largest_ptr", "exps_ptr", "target_logit_ptr", "scale_ptr"
+SCALES = "row_scale_ptr", "block_scale_ptr"
 GRADIENTS = "grad_weight_ptr", "grad_score_ptr", "grad_z_ptr", "grad_logit_ptr"
 COUNTS = "counts_ptr", "best_ptr", "tokens_ptr", "counts_part_ptr", "best_part_ptr", "tokens_part_ptr", "ends_ptr", "lower_ptr"
 TYPES = {
@@ -48,10 +49,18 @@ TYPES = {
     "*i64": IDS,
     "*i32": COUNTS,
     "*i1": FLAGS,
-    "*fp32": (*FP32, *SUMS, *GRADIENTS),
+    "*fp32": (*FP32, *SUMS, *SCALES, *GRADIENTS),
+    "*fp8e4nv": ("value_ptr", "row_value_ptr", "block_value_ptr"),
     "fp32": ("scale",),
 }
-WARPS = {logits._reduce_logits: 8, logits._cross_entropy_gradient: 8}
+NARROW = {blockwise._scale_rows, blockwise._scale_blocks, blockwise._product_of_blocks}
+"""Kernels that fp32 has no use for."""
+OPTIONS = {
+    logits._reduce_logits: {"num_warps": 8},
+    logits._cross_entropy_gradient: {"num_warps": 8},
+    blockwise._scale_blocks: {"num_warps": 8},
+    blockwise._product_of_blocks: {"num_warps": 8, "num_stages": blockwise.STAGES},
+}
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -75,6 +84,11 @@ def kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
         sizes = {"K": 8, "CHUNK": operators.CHUNK, "OTHERS": row_plan.OTHERS, "BLOCK": row_plan.SCANNED}
         yield row_plan._place_rows, {**sizes, "DROPPING": flag, "PADDED": flag}
     yield from routers()
+    yield blockwise._scale_rows, {"ROWS": blockwise.SCALED_ROWS, "BLOCK": 128}
+    for transposed in (False, True):
+        yield blockwise._scale_blocks, {"TRANSPOSED": transposed, "BLOCK": 128}
+    tiles = {"ROWS": blockwise.ROWS, "BLOCK": 128, "TILES": blockwise.TILES_OF_ROWS}
+    yield blockwise._product_of_blocks, {**tiles, "LANES": 256}
     for one in Activation:
         shared = {"KIND": one.value, "GATED": one.projections == 2, "BLOCK": 1024}
         yield activation._activate, shared
@@ -108,12 +122,13 @@ def build(kernel: Any, settings: dict[str, Any], dtype: str, architecture: str) 
     aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options={"num_warps": WARPS.get(kernel, 4)}
+        source, target=GPUTarget("cuda", ARCHITECTURES[architecture], 32), options=OPTIONS.get(kernel, {"num_warps": 4})
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        shown = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", shown)
     assert usage is not None, shown
     registers, stack, _, local = map(int, usage.groups())
@@ -126,7 +141,9 @@ def build(kernel: Any, settings: dict[str, Any], dtype: str, architecture: str) 
         "registers": registers,
         "stack": stack,
         "local": local,
-        "wide_loads": len(re.findall(r"ld\.global[\w.]*\.v[48]", ptx)),
+        "shared": compiled.metadata.shared,
+        "tensor_core": sorted(set(re.findall(r"\b(?:[HQ]GMMA|UTC\w*MMA)\b", code))),
+        "wide_loads": len(re.findall(r"ld\.global[\w.]*\.v[48]|cp\.async\.cg\.shared\.global \[.*, 0x10", ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w.]*\.v[48]", ptx)),
     }
 
@@ -141,5 +158,6 @@ if __name__ == "__main__":
     for kernel, settings in kernels():
         whole = kernel.__name__ not in seen or os.environ.get("TOKENYARD_TESTS") == "all"
         seen.add(kernel.__name__)
-        for dtype, architecture in itertools.product(("bf16", "fp32"), ARCHITECTURES) if whole else [("bf16", "sm_90")]:
+        dtypes = ("bf16",) if kernel in NARROW else ("bf16", "fp32")
+        for dtype, architecture in itertools.product(dtypes, ARCHITECTURES) if whole else [("bf16", "sm_90")]:
             print(json.dumps(build(kernel, settings, dtype, architecture)), flush=True)

@@ -109,10 +109,28 @@ def test_experts_are_a_loop_over_experts(products: Products) -> None:
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
+def test_no_other_power_of_two_is_nearer_than_the_scale_of_mxfp8() -> None:
+    """Half of it cuts off the largest number. Twice it rounds to the same numbers, but for the smallest: 4 bits are 4 bits."""
+    x = torch.randn(64, 320, dtype=torch.float64)
+    x[:, 7] *= 60
+    _, scales = scaled(x, fp8.MX)
+    each = scales.double().repeat_interleave(32, 1)
+    found = {f: (x / (f * each)).clamp(-448, 448).to(torch.float8_e4m3fn).double() * f * each for f in (0.5, 1, 2)}
+    assert torch.equal(found[1], rounded(x, fp8.MX))
+    normal = x.abs() > 2 * each * 2.0**-6
+    assert torch.equal(found[1][normal], found[2][normal]) and normal.double().mean() > 0.99
+    errors = {factor: (numbers - x).square().sum() for factor, numbers in found.items()}
+    assert errors[1] <= errors[2] < 1.01 * errors[1] < 5 * errors[1] < errors[0.5]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("products", NARROW)
 def test_signal_to_quantisation_noise(products: Products, dtype: torch.dtype) -> None:
-    """Of a layer whose input has an outlier channel, 60 times the others; in dB. That of bf16 alone is about 45."""
+    """Of a layer whose input has an outlier channel, 60 times the others; in dB. That of bf16 alone is about 45.
+
+    Gradients of weights are wide products of what products in FP8 made, and have its error. With the scales of mxfp8 the outlier
+    is rounded, which all outputs of its token see alike (docs/architecture.md).
+    """
     wide, narrow = layer_results(Products.wide, torch.float32), layer_results(products, dtype)
     ratio = {name: 10 * math.log10(wide[name].square().sum() / (narrow[name] - wide[name]).square().sum()) for name in wide}
     rounding = 0 if dtype == torch.float32 else 0.5
@@ -213,15 +231,17 @@ def by_group(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def test_a_gpu_without_a_kernel_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    config = ModelConfig(products=Products.fp8_rowwise, moe=MoEConfig(products=Products.fp8_blockwise))
+    config = ModelConfig(products=Products.fp8_blockwise, moe=MoEConfig(products=Products.mxfp8))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     fp8.warn_of_emulated_products(config, torch.device("cpu"))
     assert not caplog.messages
     with caplog.at_level(logging.WARNING):
         fp8.warn_of_emulated_products(config, torch.device("cuda", 0))
-    assert caplog.messages == [
-        "no kernel for model.moe.products=fp8_blockwise on this GPU: the rounded numbers are multiplied in bf16, slower than wide"
-    ]
+    slower = "on this GPU: the rounded numbers are multiplied in bf16, slower than wide"
+    assert caplog.messages == [f"no kernel for model.moe.products=mxfp8 {slower}"]
+    monkeypatch.setattr(fp8, "KERNELS_LACK", ["triton"])
+    fp8.warn_of_emulated_products(config, torch.device("cuda", 0))
+    assert caplog.messages[1:] == [f"no kernel for model.products=fp8_blockwise model.moe.products=mxfp8 {slower}"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -260,6 +280,17 @@ def test_a_block_compiles_whole(products: Products) -> None:
         results.append([logits_BSV, *torch.autograd.grad(logits_BSV.square().mean(), list(model.parameters()))])
     for compiled, eager in zip(*reversed(results), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_generated_code_rounds_as_torch_does() -> None:
+    """Also blocks at the end that are smaller; and hands the numbers to an operator."""
+    from torch._inductor import config as inductor
+
+    torch.compiler.reset()
+    x_RK, weights_ENK, ends_E = torch.randn(9, 144), torch.randn(2, 96, 144), torch.tensor([4, 9], dtype=torch.int32)
+    with inductor.patch(compile_threads=1):  # starting a pool of compilers takes longer
+        found = torch.compile(product, fullgraph=True)(Products.fp8_blockwise, x_RK, weights_ENK, ends_E)
+    torch.testing.assert_close(found, product(Products.fp8_blockwise, x_RK, weights_ENK, ends_E), rtol=1e-5, atol=1e-5)
 
 
 def test_scales_are_fp32_whatever_the_operand() -> None:

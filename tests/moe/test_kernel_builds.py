@@ -13,8 +13,16 @@ MOST_REGISTERS = 64
 """With 4 warps, 8 programs fit on a multiprocessor, which is enough to keep its loads busy."""
 COMPUTING = {"_count_lower", "_scan_counts", "_place_rows", "_route", "_sum_chunks", "_route_backward"}
 """Kernels that compare and sum numbers, which they have in registers, rather than move rows."""
+MULTIPLYING = {"_product_of_blocks"}
+"""Kernels with products."""
+TENSOR_CORES = {"sm_90": ["QGMMA"], "sm_100": ["UTCQMMA"]}
+"""Their instructions, of e4m3: wgmma and tcgen05."""
 MOST_COMPUTING = 255
 """All that a thread has."""
+MOST_OF_A_BLOCK = 128
+"""With 8 warps, 2 programs fit on a multiprocessor: each thread holds 64 numbers."""
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory of a program, on both."""
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +37,20 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_every_kernel_is_built_for_both(builds: list[dict]) -> None:
     kernels = {"_copy_rows", "_sum_rows", "_unpermute_backward", "_zero_empty_groups", "_activate", "_activate_backward", "_rotate"}
     kernels |= {"_add_narrow", "_bf16_parts", "_reduce_logits", "_cross_entropy_gradient", "_put_rows"} | COMPUTING
+    kernels |= {"_scale_rows", "_scale_blocks"} | MULTIPLYING
     assert {(one["kernel"], one["architecture"]) for one in builds} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
 
 
 def test_nothing_is_spilled(builds: list[dict]) -> None:
     assert [one for one in builds if one["stack"] or one["local"]] == []
-    most = {True: MOST_COMPUTING, False: MOST_REGISTERS}
-    assert [one for one in builds if one["registers"] > most[one["kernel"] in COMPUTING]] == []
+    most = {**dict.fromkeys(COMPUTING | MULTIPLYING, MOST_COMPUTING), "_scale_blocks": MOST_OF_A_BLOCK}
+    assert [one for one in builds if one["registers"] > most.get(one["kernel"], MOST_REGISTERS)] == []
+
+
+def test_products_are_made_on_tensor_cores(builds: list[dict]) -> None:
+    multiplying = [one for one in builds if one["kernel"] in MULTIPLYING]
+    assert [one for one in multiplying if one["tensor_core"] != TENSOR_CORES[one["architecture"]]] == []
+    assert [one for one in multiplying if one["shared"] > MOST_SHARED] == []
 
 
 def test_rows_move_16_bytes_at_a_time(builds: list[dict]) -> None:
