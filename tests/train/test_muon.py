@@ -1,6 +1,8 @@
 """Muon: Newton-Schulz against singular values and a loop, two updates by hand, and which parameters are cut into which matrices."""
 
+import functools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from tokenyard.moe.param_shapes import shapes
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train.batch import Rows
 from tokenyard.train.config.config import OptimizerConfig
 from tokenyard.train.config.matrices import STEPS, MuonConfig, MuonProducts, OptimizerName, by_muon, matrices
 from tokenyard.train.muon import COEFFICIENTS, orthogonalize
 from tokenyard.train.optimizer import build_optimizer, set_learning_rate
+from tokenyard.train.step import StepInput, train_step
 
 MLA = AttentionConfig(AttentionKind.mla, mla=MLAConfig(q_rank=8, kv_rank=12, nope_width=4, rope_width=2, value_width=6))
 
@@ -144,15 +148,33 @@ def test_matrices_cover_a_parameter_once(fused: bool) -> None:
     assert found["layers.1.moe.router.weight"] == [(4, 16)]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning")
+def test_compiled_blocks_train_as_eager_ones() -> None:
+    rows = Rows(torch.randint(VOCABULARY, (2, 12)), torch.randint(VOCABULARY, (2, 12)))
+    weights = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+            parallel = build(model(attention=MLA), torch.float64, compiled)
+        optimizer = build_optimizer(OptimizerConfig(OptimizerName.muon), parallel)
+        for _ in range(2):
+            train_step(parallel, optimizer, StepInput([rows, rows], 0.01, 0.5, qk_clip=0.1))
+        weights.append({name: one.parameter.detach() for name, one in parallel.parameters.items()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-11, msg=name)
+
+
 def model(**settings: object) -> ModelConfig:
     moe = MoEConfig(experts=4, hidden=16, shared_hidden=8, shared_gate=True, bias=True, router=RouterConfig(bias=True))
     sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "vocabulary": VOCABULARY, "dense_first": 1}
     return ModelConfig(**{**sizes, "moe": moe, **settings})  # pyright: ignore[reportArgumentType]
 
 
-def build(config: ModelConfig, dtype: torch.dtype) -> Parallel:
+def build(config: ModelConfig, dtype: torch.dtype, compiled: bool = False) -> Parallel:
     with torch.device("meta"):
         net = Transformer(config, dtype)
-    parallel = parallelize(net, build_mesh(ParallelConfig()), ParallelConfig(), torch.device("cpu"))
+    parallel = parallelize(net, build_mesh(ParallelConfig()), ParallelConfig(), torch.device("cpu"), compiled)
     initialise(parallel, 1)
     return parallel
