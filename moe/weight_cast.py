@@ -66,7 +66,7 @@ class _SharedCast(torch.autograd.Function):
         """Hooks of the weight that wait for its gradient are called nevertheless: autograd accumulates None."""
         (weight,), (grad,) = ctx.saved_tensors, grads
         if weight.grad is None:
-            return grad.to(weight.dtype), None
+            return grad.to(weight.grad_dtype), None
         add(weight.grad, grad)
         return None, None
 

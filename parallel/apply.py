@@ -80,6 +80,8 @@ class ShardedParameter:
     """Which shard of the global tensor it is."""
     replicas: Axis
     """The ranks that hold the same shard, over which its gradient is summed."""
+    gradient_dtype: torch.dtype | None = None
+    """Of its gradient; None: that of the parameter."""
 
 
 @dataclass
@@ -181,7 +183,7 @@ def local(tensor: Tensor) -> Tensor:
 def gradient_of(sharded: ShardedParameter) -> Tensor:
     """Returns this rank's gradient of a parameter; zeros, which it then has, if no token used it."""
     if sharded.parameter.grad is None:
-        sharded.parameter.grad = torch.zeros_like(sharded.parameter)
+        sharded.parameter.grad = torch.zeros_like(sharded.parameter, dtype=sharded.gradient_dtype)
     return local(sharded.parameter.grad)
 
 

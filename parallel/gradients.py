@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, _foreach_mul_, _foreach_norm, nn  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 
 from .apply import Parallel, ShardedParameter, gradient_of, local
 from .collectives import all_reduce
-from .layout import ADDED_BY_ONE
+from .layout import ADDED_BY_ONE, stays_whole
 from .mesh import Axis
 from .progress import collective, in_phase, waiting
 from .streams import on_device
@@ -115,7 +115,7 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
             continue
         # Apart from the others, which need not wait for the end; one group after the other would make the backward pass wait.
         late = name.endswith(ADDED_BY_ONE) or name in copied or sharded.replicas.indirect
-        key = sharded.replicas, sharded.parameter.dtype, isinstance(sharded.parameter, DTensor), late
+        key = sharded.replicas, sharded.gradient_dtype or sharded.parameter.dtype, isinstance(sharded.parameter, DTensor), late
         elements = local(sharded.parameter).numel()
         if key not in current or current[key].elements + elements > BUCKET:
             current[key] = _Bucket(sharded.replicas)
@@ -130,7 +130,9 @@ def _buckets(parallel: Parallel) -> list[_Bucket]:
 def squared_norm(parallel: Parallel) -> Tensor:
     """Returns this rank's share of the squared norm of all gradients, in fp64. The shares of all ranks sum to the squared norm."""
     gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]
-    norms = torch.stack([norm.double() for norm in _foreach_norm(gradients)])
+    dtypes = {gradient.dtype for gradient in gradients}
+    wide = max(torch.float32, *dtypes, key=lambda dtype: dtype.itemsize) if torch.bfloat16 in dtypes else None
+    norms = torch.stack([norm.double() for norm in _foreach_norm(gradients, dtype=wide)])
     replicas = on_device(torch.tensor([sharded.replicas.size for sharded in parallel.parameters.values()]), norms.device)
     return (norms.square() / replicas).sum()
 
@@ -141,6 +143,31 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
 
 
 def scale_gradients(parallel: Parallel, factor: Tensor) -> None:
-    """Multiplies all gradients by a scalar, in place."""
+    """Multiplies all gradients by a scalar, in place. Those in bf16 are multiplied in fp32 and rounded."""
     gradients = [gradient_of(sharded) for sharded in parallel.parameters.values()]
-    _foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    wide = [gradient for gradient in gradients if gradient.dtype != torch.bfloat16]
+    _foreach_mul_(wide, factor.to(wide[0].dtype))
+    for gradient in gradients:
+        if gradient.dtype == torch.bfloat16:
+            gradient.mul_(factor.float().view(1))  # a scalar would be rounded to bf16 first
+
+
+def narrow_gradients(parallel: Parallel) -> None:
+    """Makes gradients bf16 from now on, as autograd adds to them, or as soon as FSDP has summed them over its ranks, wide.
+
+    Those of routers, norms and biases, which are small, stay as wide as the weights.
+    """
+    for name, sharded in parallel.parameters.items():
+        if stays_whole(name, len(sharded.metadata.shape)):
+            continue
+        sharded.gradient_dtype = torch.bfloat16
+        if isinstance(sharded.parameter, DTensor):
+            sharded.parameter.grad_dtype = None  # any: FSDP assigns the wide sum
+            sharded.parameter.register_post_accumulate_grad_hook(_round)
+        else:
+            sharded.parameter.grad_dtype = torch.bfloat16
+
+
+def _round(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad.to(torch.bfloat16)

@@ -15,7 +15,7 @@ from ..parallel.config import ParallelConfig, Recompute
 from ..parallel.layout import expert_shard_ranks
 from ..parallel.pipeline.schedule import BACKWARD, FORWARD, WEIGHTS, ZERO_BUBBLE, Action, schedule
 from ..parallel.pipeline.stages import cut_layers, has_embedding, layers_on
-from ..train.config.config import Config, OptimizerConfig, Precision
+from ..train.config.config import Config, GradientDtype, OptimizerConfig, Precision
 from ..train.config.state_bytes import moment_bytes
 from .held_parameters import Held
 from .sized.exchange_sizes import memory_of_exchange
@@ -58,6 +58,8 @@ class MemoryModel:
         """Returns the bytes of moments on the device, of parameters of these shapes."""
         self.narrow = {Precision.fp32: 4, Precision.fp64: 8}.get(precision, 2)
         self.stored = max(4, self.narrow)
+        self.kept = 0.5 if optimizer.gradients is GradientDtype.bf16 else 1.0
+        """Bytes of a gradient between passes over those of a weight."""
         self._held: dict[Any, Held] = {}
         self._stages: dict[Any, Stages] = {}
         self._cuts: dict[Any, list[range]] = {}
@@ -96,7 +98,7 @@ class MemoryModel:
                 "gathered by FSDP": self.narrow * whole if parallel.shard > 1 and parallel.zero < 3 else 0,
             }
         )
-        least = moments + 2 * self.stored * sharded
+        least = moments + int((1 + self.kept) * self.stored * sharded)
         if least > most:  # with gradients: more than there is without any activation
             return RankMemory(least, dict(base), rank)
         stages = self._of_layout(parallel, world, micro, held)
@@ -116,7 +118,9 @@ class MemoryModel:
     ) -> RankMemory:
         """Adds up what the actions of a rank hold, one after the other."""
         actions, simulated = self._actions(parallel, len(mine), micros, rank)
-        walk, fsdp, defers = _Walk(base), parallel.shard > 1, parallel.pipeline_schedule in ZERO_BUBBLE and parallel.pipeline > 1
+        fsdp = parallel.shard > 1
+        kept = 1.0 if fsdp and parallel.zero == 1 else self.kept  # FSDP keeps whole gradients in the dtype of its sums
+        walk, defers = _Walk(base, kept, 1.0 if fsdp else kept), parallel.pipeline_schedule in ZERO_BUBBLE and parallel.pipeline > 1
         begun, sizes = set[tuple[str, int]](), (self.narrow, self.stored)
         later = DeferredSums(walk, stages, mine, last, parallel.zero, sizes) if fsdp and defers else None
         for action in actions:
@@ -135,7 +139,7 @@ class MemoryModel:
                 action is actions[-1],
             )
             stage = stages.stage(mine[index], index == 0, index == last, place, parallel.pipeline > 1)
-            walk.take({FORWARD: stage.forward, BACKWARD: stage.backward, WEIGHTS: stage.weights}[kind])
+            walk.take({FORWARD: stage.forward, BACKWARD: stage.backward, WEIGHTS: stage.weights}[kind], kind)
             if later is not None and kind == BACKWARD:
                 later.pending.add(index)
             if later is not None and kind == WEIGHTS:
@@ -229,23 +233,38 @@ class DeferredSums:
 
 
 class _Walk:
-    """The level of memory through passes, and its peak."""
+    """The level of memory through passes, and its peak.
 
-    def __init__(self, base: Counter[str]) -> None:
+    `kept`: bytes of gradients between passes over those that passes leave; `inside`: the same within backward passes, which for a
+    mixture of FSDP's gradients and others is an upper bound. The gradient of the head is made by the forward pass, a wide one.
+    """
+
+    def __init__(self, base: Counter[str], kept: float, inside: float) -> None:
+        self.kept, self.inside = kept, inside
+        self.of_head = 0
         self.level, self.at = Counter(base), Counter(base)
         self.total = self.most = sum(base.values())
 
-    def take(self, change: Pass) -> None:
-        if self.total + change.peak > self.most:
-            self.most, self.at = self.total + change.peak, Counter(self.level)
-            self.at.update(change.parts)
-        self.level.update(change.left)
-        self.total += change.end
+    def take(self, change: Pass, kind: str) -> None:
+        parts, left = Counter(change.parts), Counter(change.left)
+        if kind == FORWARD:
+            self.of_head = left["gradients"] or self.of_head
+        else:
+            parts["gradients"] = round(self.inside * parts["gradients"])
+            left["gradients"] = round(self.kept * (left["gradients"] + self.of_head)) - self.of_head
+        if kind == BACKWARD:
+            self.of_head = 0
+        peak = self.total + change.peak - change.parts.get("gradients", 0) + parts["gradients"]
+        if peak > self.most:
+            self.most, self.at = peak, Counter(self.level)
+            self.at.update(parts)
+        self.level.update(left)
+        self.total += change.end - change.left.get("gradients", 0) + left["gradients"]
 
     def change(self, name: str, size: int, passing: int = 0) -> None:
         """Of gradients `passing` bytes more exist for a moment while FSDP reduces them."""
         end = {name: size}
-        self.take(Pass(max(0, size) + passing, {name: max(0, size), "reduced by FSDP": passing}, size, end))
+        self.take(Pass(max(0, size) + passing, {name: max(0, size), "reduced by FSDP": passing}, size, end), WEIGHTS)
 
 
 def rank_memory(config: Config, world: int, rank: int | None = None, hot: float = 1.0, node: int = 8) -> RankMemory:

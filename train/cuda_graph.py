@@ -58,6 +58,7 @@ class MicroBatchGraph:
 
     def __init__(self, parallel: Parallel) -> None:
         self.parameters = [sharded.parameter for sharded in parallel.parameters.values()]
+        self.dtypes = [sharded.gradient_dtype for sharded in parallel.parameters.values()]
         self.gradients: list[Tensor] = []
         self.captured: _Captured | None = None
         self.failed = False
@@ -82,7 +83,9 @@ class MicroBatchGraph:
 
     def _begin(self) -> None:
         """Makes backward passes add to the buffers, which are zero."""
-        self.gradients = self.gradients or [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.gradients = self.gradients or [
+            torch.zeros_like(parameter, dtype=dtype) for parameter, dtype in zip(self.parameters, self.dtypes, strict=True)
+        ]
         _foreach_zero_(self.gradients)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient

@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 class LeanAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) for `optimizer.states` and `optimizer.offload`. `groups`: as of torch's optimizers."""
+    """AdamW (Loshchilov and Hutter 2019) for `optimizer.states`, `gradients` and `offload`. `groups`: as of torch's optimizers."""
 
     def __init__(self, groups: list[dict[str, Any]], parameters: Mapping[str, ShardedParameter], config: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon})
@@ -74,7 +74,8 @@ class LeanAdamW(torch.optim.Optimizer):
         moments, step = self.moments[chunk.parameter], self.state_of(chunk.parameter)["step"]
         first, second = moments.read(kept)
         assert chunk.parameter.grad is not None
-        weights, gradients = chunk.of(local(chunk.parameter.detach())), chunk.of(local(chunk.parameter.grad).contiguous())
+        weights = chunk.of(local(chunk.parameter.detach()))
+        gradients = chunk.of(local(chunk.parameter.grad).contiguous()).to(weights.dtype)
         _fused_adamw_(
             *([weights], [gradients], [first], [second], []),
             [torch.full((), float(step), device=weights.device)],

@@ -97,6 +97,11 @@ class Bucket:
     taken: dict[int, list[Local]] = field(default_factory=lambda: defaultdict(list))
     """From the owners of the matrices that this rank holds a piece of."""
 
+    def stacked(self, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether its parameters are stacks of whole matrices that this rank owns. `sizes`: of this rank's pieces of parameters."""
+        whole = all(self.shapes[owned.number] == sizes[mine.name][-2:] for mine, owned in self.stays)
+        return not self.travels and self.names == self.ended and whole
+
 
 class Layout:
     """The ranks of a stage, seen from one of them. `sizes`: of both grids of ranks."""

@@ -23,26 +23,51 @@ from ..parallel.layout import DENSE, shard_of
 from ..parallel.mesh import Axis
 from ..parallel.progress import collective
 from .config.config import OptimizerConfig
-from .config.matrices import STEPS
+from .config.matrices import MuonProducts, segments
 from .matrix_owners import Bucket, Layout, Local, Owned, Rectangle, Sharding, buckets
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of Jordan et al.: they bring singular values into about [0.7, 1.2] in five steps, not to 1."""
+"""a, b, c of Jordan et al.: they bring singular values into about [0.7, 1.2] in five steps, not to 1."""
 SMALLEST = 1e-7
 """Matrices with a smaller norm have a smaller update."""
 SCALE = 0.2
 """The root mean square of AdamW's updates, in learning rates (Liu et al. 2025, section 2.2)."""
 
 
-def orthogonalize(x_NAB: Tensor) -> Tensor:
-    """Returns U V^T of each matrix U S V^T, roughly, by Newton-Schulz in the dtype of `x_NAB`; A must be at most B."""
-    a, b, c = COEFFICIENTS
-    wide = torch.promote_types(x_NAB.dtype, torch.float32)
-    x_NAB = x_NAB / torch.linalg.vector_norm(x_NAB, dim=(1, 2), keepdim=True, dtype=wide).clamp(min=SMALLEST).to(x_NAB.dtype)
-    for _ in range(STEPS):
-        gram_NAA = x_NAB @ x_NAB.mT
-        x_NAB = torch.baddbmm(x_NAB, torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c), x_NAB, beta=a)
+def orthogonalize(x_NAB: Tensor, scale: float = 1.0) -> Tensor:
+    """Returns U V^T of each matrix U S V^T, roughly, times `scale`, by Newton-Schulz in the dtype of `x_NAB`.
+
+    A step X -> a X + b (X X^T) X + c (X X^T)^2 X is P X with P = a + b G + c G^2 and G = X X^T, on the smaller side. The G of the
+    next step is P G P, so the steps of a segment need X once (Gram Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz). A
+    segment is at most two long: where roundings make G negative, it grows twelvefold in a step. The norm of X is the root of the
+    trace of its G.
+    """
+    _, rows, columns = x_NAB.shape
+    tall, taken = rows > columns, segments((rows, columns))
+    for number, steps in enumerate(taken):
+        gram = x_NAB.mT @ x_NAB if tall else x_NAB @ x_NAB.mT
+        factor: Tensor | float = scale if number == len(taken) - 1 else 1.0
+        if number == 0:
+            wide = torch.promote_types(gram.dtype, torch.float32)
+            squared = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=wide).clamp(min=SMALLEST**2)[:, None, None]
+            gram.div_(squared)
+            factor = squared.rsqrt().mul_(factor)
+        product = step = _step(gram)
+        for _ in range(steps - 1):
+            gram = step @ (step @ gram)
+            step = _step(gram)
+            product = step @ product
+        product.mul_(factor)
+        x_NAB = x_NAB @ product if tall else product @ x_NAB
     return x_NAB
+
+
+def _step(gram: Tensor) -> Tensor:
+    """Returns a + b G + c G^2."""
+    a, b, c = COEFFICIENTS
+    step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    step.diagonal(dim1=1, dim2=2).add_(a)
+    return step
 
 
 def update_scale(shape: tuple[int, int]) -> float:
@@ -70,6 +95,7 @@ class Muon(torch.optim.Optimizer):
         shardings = {name: Sharding(one.metadata.shape, isinstance(one.parameter, DTensor)) for name, one in named.items()}
         for name, (shape, by_fsdp) in shardings.items():
             assert named[name].metadata == shard_of(name, shape, model, parallel.mesh.sizes, by_fsdp, rank), name
+        self.products = config.muon.products
         self.buckets = buckets(Layout(model, config.muon, parallel.mesh.sizes, rank), shardings)
 
     @torch.no_grad()
@@ -77,10 +103,14 @@ class Muon(torch.optim.Optimizer):
         """Updates all parameters by their gradients."""
         assert closure is None
         directions: dict[str, Tensor] = {}
+        sizes = {name: sharded.metadata.sizes for name, sharded in self.named.items()}
         for bucket in self.buckets:
             for name in bucket.names:
                 directions[name] = self._direction(self.named[name])
-            self._orthogonalize(bucket, directions)
+            if bucket.stacked(sizes):
+                self._orthogonalize_here(bucket, directions)
+            else:
+                self._orthogonalize(bucket, directions)
             for name in bucket.ended:
                 self._move(self.named[name].parameter, directions.pop(name))
         self.rest.step()
@@ -90,19 +120,32 @@ class Muon(torch.optim.Optimizer):
         gradient, momentum = gradient_of(sharded), local(self.state[sharded.parameter]["exp_avg"])
         decay = self.param_groups[0]["momentum"]
         momentum.lerp_(gradient, 1 - decay)
-        return gradient.lerp(momentum, decay).to(product_dtype(gradient))
+        return gradient.lerp(momentum, decay).to(product_dtype(gradient, self.products))
+
+    def _orthogonalize_here(self, bucket: Bucket, directions: dict[str, Tensor]) -> None:
+        """Does what `_orthogonalize` does, for parameters that are stacks of matrices: those of a shape are copied as a whole."""
+        by_shape: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for name in bucket.names:
+            rows, columns = self.named[name].metadata.sizes[-2:]
+            by_shape[rows, columns].append(name)
+        for shape, names in by_shape.items():
+            stacks = [directions[name].view(-1, *shape) for name in names]
+            updates_NAB = orthogonalize(torch.cat(stacks), update_scale(shape)).split([len(stack) for stack in stacks])
+            for name, update_NAB in zip(names, updates_NAB, strict=True):
+                directions[name] = update_NAB.view_as(directions[name])
 
     def _orthogonalize(self, bucket: Bucket, directions: Mapping[str, Tensor]) -> None:
         """Replaces the directions of the bucket's matrices by their updates, without the learning rate."""
         like = next(iter(directions.values()))
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, shape in enumerate(bucket.shapes):
-            by_shape[min(shape), max(shape)].append(number)
-        stacks = {shape: like.new_empty(len(numbers), *shape) for shape, numbers in by_shape.items()}
+            by_shape[shape].append(number)
         wholes: list[Tensor] = [like] * len(bucket.shapes)
-        for shape, numbers in by_shape.items():
-            for number, matrix in zip(numbers, stacks[shape].unbind(), strict=True):
-                wholes[number] = matrix if bucket.shapes[number] == shape else matrix.mT
+        stacks = {shape: like.new_empty(len(numbers), *shape) for shape, numbers in by_shape.items()}
+
+        def use(shape: tuple[int, int], stack: Tensor) -> None:
+            for number, matrix in zip(by_shape[shape], stack.unbind(), strict=True):
+                wholes[number] = matrix
 
         def here(one: Local) -> Tensor:
             return _cut(directions[one.name], one.place, self.named[one.name].metadata.offsets)
@@ -110,26 +153,29 @@ class Muon(torch.optim.Optimizer):
         def owned(one: Owned) -> Tensor:
             return _cut(wholes[one.number], one.place)
 
+        for shape, stack in stacks.items():
+            use(shape, stack)
         _copy([owned(whole) for _, whole in bucket.stays], [here(mine) for mine, _ in bucket.stays])
         if bucket.travels:
             exchange(_all(bucket.sent, here), _all(bucket.received, owned), like, self.axis)
         for shape, stack in stacks.items():
-            stack.copy_(orthogonalize(stack).mul_(update_scale(shape)))
+            use(shape, orthogonalize(stack, update_scale(shape)))
         _copy([here(mine) for mine, _ in bucket.stays], [owned(whole) for _, whole in bucket.stays])
         if bucket.travels:
             exchange(_all(bucket.returned, owned), _all(bucket.taken, here), like, self.axis)
 
     def _move(self, parameter: Tensor, update: Tensor) -> None:
         weight, lr, decay = local(parameter.data), self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
-        update = update.to(weight.dtype).add_(weight, alpha=decay)
-        weight.sub_(update, alpha=lr)
         if self.squared_updates is not None:
-            self.squared_updates[parameter] = torch.linalg.vector_norm(update).double().mul(lr).square()
+            whole = update.to(weight.dtype).add(weight, alpha=decay)
+            self.squared_updates[parameter] = torch.linalg.vector_norm(whole).double().mul(lr).square()
+        weight.mul_(1 - lr * decay).sub_(update, alpha=lr)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which matrices of the dtype of `x` are orthogonalised."""
-    return torch.bfloat16 if kind_of(x) == "cuda" and x.dtype != torch.float64 else torch.promote_types(x.dtype, torch.float32)
+def product_dtype(x: Tensor, products: MuonProducts) -> torch.dtype:
+    """Returns the dtype in which matrices of the dtype of `x` are orthogonalised: `products`, but of fp64 fp64."""
+    narrow = products is MuonProducts.bf16 or (products is MuonProducts.auto and kind_of(x) == "cuda")
+    return torch.bfloat16 if narrow and x.dtype != torch.float64 else torch.promote_types(x.dtype, torch.float32)
 
 
 def exchange(sent: Mapping[int, list[Tensor]], received: Mapping[int, list[Tensor]], like: Tensor, axis: Axis) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..parallel.apply import Parallel, ShardedParameter
-from .config.config import OptimizerConfig, OptimizerStates
+from .config.config import GradientDtype, OptimizerConfig, OptimizerStates
 from .config.matrices import OptimizerName, by_muon
 from .lean_adamw import LeanAdamW
 from .muon import Muon
@@ -44,7 +44,7 @@ def build_adamw(
         {"params": members, "weight_decay": config.weight_decay if decays else 0.0, **dict(marks)}
         for (decays, _, marks), members in groups.items()
     ]
-    if config.offload or config.states is not OptimizerStates.fp32:
+    if config.offload or config.states is not OptimizerStates.fp32 or config.gradients is not GradientDtype.fp32:
         return LeanAdamW(listed, parameters, config)
     return torch.optim.AdamW(
         listed,

@@ -21,11 +21,12 @@ from ..moe.fp8 import warn_of_emulated_products
 from ..moe.model import Transformer
 from ..parallel.apply import Parallel, initialise, parallelize
 from ..parallel.config import ParallelConfig
+from ..parallel.gradients import narrow_gradients
 from ..parallel.layout import DENSE, mesh_sizes
 from ..parallel.mesh import build_mesh
 from ..parallel.object_collectives import from_all, from_first
 from ..parallel.process_group import is_first, wait_for_all
-from .config.config import CheckpointConfig, Config, ConfigError, EngineKind, Precision
+from .config.config import CheckpointConfig, Config, ConfigError, EngineKind, GradientDtype, Precision
 from .config.own_files import new_run_folder, writing_to
 from .config.published import warn_of_toy_settings
 from .config.validate import check_rules
@@ -188,6 +189,8 @@ def build_engine(config: Config, parallel: Parallel) -> Engine:
     """Returns the engine of `engine.kind`. Collective."""
     match config.engine.kind:
         case EngineKind.torch:
+            if config.optimizer.gradients is GradientDtype.bf16:
+                narrow_gradients(parallel)
             return TorchEngine(parallel, build_optimizer(config.optimizer, parallel), build_graph(config, parallel))
         case EngineKind.deepspeed:
             from .deepspeed import build_zero_engine

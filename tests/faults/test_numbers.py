@@ -142,6 +142,22 @@ def test_a_skipped_step_is_resumed_bit_for_bit(ranks: Any, tmp_path: Path) -> No
         assert all(torch.equal(one["state"][name], other["state"][name]) for name in one["state"])
 
 
+@pytest.mark.fault(26, "with Muon: skipped and rolled back, both end with the same weights and moments")
+def test_muon_goes_on_after_a_step_that_is_not_taken(ranks: Any, tmp_path: Path) -> None:
+    """QK-clip, which also changes weights, does not run in such a step."""
+    options = [*LAYOUT, *NO_SPIKES, "optimizer=muon", "optimizer.qk_clip=0.01"]
+    taken = {"skip": [1, 2, 3, 4, 6, 7, 8], "rollback": [1, 2, 3, 4, 4, 6, 7, 8]}
+    states = []
+    for policy, steps in taken.items():
+        results = ranks(2, spoiled_run, tmp_path / policy, [*options, f"numerics.on_nan={policy}"], 1, {5: 2}, math.nan, EXPERT)
+        assert {r["code"] for r in results} == {0} and all(r["finite"] for r in results)
+        assert all([(step, same) for step, updated, same in r["seen"] if not updated] == [(5, True)] * 2 for r in results)
+        assert [step for step, updated, _ in results[0]["seen"] if updated] == steps
+        states.append([r["state"] for r in results])
+    for skipped, rolled_back in zip(*states, strict=True):
+        assert all(torch.equal(skipped[name], rolled_back[name]) for name in skipped)
+
+
 @pytest.mark.fault(25)
 def test_a_wrong_gradient_once_changes_nothing(ranks: Any, tmp_path: Path, record_property: Any) -> None:
     """The step is repeated; the second result is the one of a healthy machine."""

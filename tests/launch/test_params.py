@@ -46,6 +46,8 @@ def test_states_are_counted_in_bytes(capsys: pytest.CaptureFixture[str], states:
     held = found["bytes_per_rank"]
     assert (held["optimizer"], held["host"]) == (moments, 0)
     assert held["total"] == 8 * found["per_rank"]["total"] + moments
+    lean = asked(capsys, *words, "optimizer.gradients=bf16")["bytes_per_rank"]
+    assert (lean["gradients"], lean["total"]) == (4 * wide + 2 * narrow, held["total"] - 2 * narrow)
     offloaded = asked(capsys, *words, "optimizer.offload=true")["bytes_per_rank"]
     assert (offloaded["optimizer"], offloaded["host"], offloaded["total"]) == (0, moments, 8 * found["per_rank"]["total"])
 

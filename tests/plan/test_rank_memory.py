@@ -16,7 +16,8 @@ COMMON = "precision=bf16 sequence_length=2048 batch.micro=1 launch=torchrun laun
 PAIRS = {
     "one device": ("model=granite_3_0_3b_a800m model.layers=2 batch.sequences=2", 1, 0),
     "expert": (
-        "model=qwen3_30b_a3b model.layers=2 batch.sequences=8 parallel.expert=8 parallel.recompute=selective optimizer.states=int8",
+        "model=qwen3_30b_a3b model.layers=2 batch.sequences=16 parallel.expert=8 parallel.recompute=selective "
+        "optimizer.states=int8 optimizer.gradients=bf16",
         8,
         0,
     ),

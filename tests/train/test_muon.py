@@ -1,6 +1,8 @@
 """Muon: Newton-Schulz against singular values and a loop, two updates by hand, and which parameters are cut into which matrices."""
 
+import functools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from tokenyard.moe.param_shapes import shapes
 from tokenyard.parallel.apply import Parallel, initialise, parallelize
 from tokenyard.parallel.config import ParallelConfig
 from tokenyard.parallel.mesh import build_mesh
+from tokenyard.train.batch import Rows
 from tokenyard.train.config.config import OptimizerConfig
-from tokenyard.train.config.matrices import MuonConfig, OptimizerName, by_muon, matrices
-from tokenyard.train.muon import COEFFICIENTS, STEPS, orthogonalize
+from tokenyard.train.config.matrices import STEPS, MuonConfig, MuonProducts, OptimizerName, by_muon, matrices
+from tokenyard.train.muon import COEFFICIENTS, orthogonalize
 from tokenyard.train.optimizer import build_optimizer, set_learning_rate
+from tokenyard.train.step import StepInput, train_step
 
 MLA = AttentionConfig(AttentionKind.mla, mla=MLAConfig(q_rank=8, kv_rank=12, nope_width=4, rope_width=2, value_width=6))
 
@@ -53,6 +57,33 @@ def test_a_batch_is_each_matrix_by_itself(dtype: torch.dtype) -> None:
             x = a * x + (b * gram + c * gram @ gram) @ x
         tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
         torch.testing.assert_close(found, x, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+def test_steep_spectra_stay_bounded_in_bf16(shape: tuple[int, int]) -> None:
+    torch.manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(4, size, 16, dtype=torch.float64)).Q for size in shape)
+    x_NAB = (u * torch.arange(1, 17, dtype=torch.float64) ** -2) @ v.mT
+    wide_NAB, narrow_NAB = orthogonalize(x_NAB), orthogonalize(x_NAB.bfloat16()).double()
+    assert (narrow_NAB - wide_NAB).norm() < 0.1 * wide_NAB.norm()
+    torch.testing.assert_close(orthogonalize(x_NAB.mT.contiguous()), wide_NAB.mT, rtol=0, atol=1e-10)
+    torch.testing.assert_close(orthogonalize(x_NAB, 3.0), 3 * wide_NAB)
+
+
+def test_products_are_as_wide_as_asked_but_fp64_in_fp64() -> None:
+    def update(dtype: torch.dtype, products: MuonProducts) -> torch.Tensor:
+        parallel = build(model(), dtype)
+        optimizer = build_optimizer(OptimizerConfig(OptimizerName.muon, muon=MuonConfig(products=products)), parallel)
+        torch.manual_seed(3)
+        before = torch.cat([one.parameter.detach().flatten() for one in parallel.parameters.values()])
+        for one in parallel.parameters.values():
+            one.parameter.grad = torch.randn(one.metadata.shape).to(dtype)
+        optimizer.step()
+        return torch.cat([one.parameter.detach().flatten() for one in parallel.parameters.values()]) - before
+
+    auto, narrow, wide = (update(torch.float32, products) for products in MuonProducts)
+    assert auto.equal(wide) and 1e-3 < (narrow - wide).norm() / wide.norm() < 0.03
+    assert update(torch.float64, MuonProducts.bf16).equal(update(torch.float64, MuonProducts.auto))
 
 
 def test_two_updates_by_hand() -> None:
@@ -117,15 +148,33 @@ def test_matrices_cover_a_parameter_once(fused: bool) -> None:
     assert found["layers.1.moe.router.weight"] == [(4, 16)]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf.*:UserWarning")
+def test_compiled_blocks_train_as_eager_ones() -> None:
+    rows = Rows(torch.randint(VOCABULARY, (2, 12)), torch.randint(VOCABULARY, (2, 12)))
+    weights = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+            parallel = build(model(attention=MLA), torch.float64, compiled)
+        optimizer = build_optimizer(OptimizerConfig(OptimizerName.muon), parallel)
+        for _ in range(2):
+            train_step(parallel, optimizer, StepInput([rows, rows], 0.01, 0.5, qk_clip=0.1))
+        weights.append({name: one.parameter.detach() for name, one in parallel.parameters.items()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-11, msg=name)
+
+
 def model(**settings: object) -> ModelConfig:
     moe = MoEConfig(experts=4, hidden=16, shared_hidden=8, shared_gate=True, bias=True, router=RouterConfig(bias=True))
     sizes = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "vocabulary": VOCABULARY, "dense_first": 1}
     return ModelConfig(**{**sizes, "moe": moe, **settings})  # pyright: ignore[reportArgumentType]
 
 
-def build(config: ModelConfig, dtype: torch.dtype) -> Parallel:
+def build(config: ModelConfig, dtype: torch.dtype, compiled: bool = False) -> Parallel:
     with torch.device("meta"):
         net = Transformer(config, dtype)
-    parallel = parallelize(net, build_mesh(ParallelConfig()), ParallelConfig(), torch.device("cpu"))
+    parallel = parallelize(net, build_mesh(ParallelConfig()), ParallelConfig(), torch.device("cpu"), compiled)
     initialise(parallel, 1)
     return parallel

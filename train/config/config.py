@@ -165,6 +165,11 @@ class OptimizerStates(Enum):
     int8 = "int8"
 
 
+class GradientDtype(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @dataclass
 class OptimizerConfig:
     name: OptimizerName = OptimizerName.adamw
@@ -185,6 +190,8 @@ class OptimizerConfig:
     """Moments between steps: fp32: as the weights; bf16: stochastically rounded; int8: 8 bits, in blocks (Dettmers et al. 2022)."""
     offload: bool = False
     """Keep moments in the memory of the host; the update copies them to the device and back, chunk by chunk."""
+    gradients: GradientDtype = GradientDtype.fp32
+    """Gradients of matrices between passes: fp32: as the weights; bf16: rounded after each micro-batch, in half the bytes."""
     qk_clip: float | None = field(default=None, metadata=within("(0, inf)"))
     """After a step, heads with a larger attention logit get queries and keys scaled down to it (Kimi K2: 100); null: never."""
     muon: MuonConfig = field(default_factory=MuonConfig)

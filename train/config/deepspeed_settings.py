@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from .config import Config, EngineKind, OptimizerStates, Precision
+from .config import Config, EngineKind, GradientDtype, OptimizerStates, Precision
 from .matrices import OptimizerName
 from .rules.rule import Violation
 from .schema import nearest_text
@@ -101,6 +101,8 @@ def engine(config: Config, world: int) -> Iterator[Violation]:
     if config.optimizer.states is not OptimizerStates.fp32:
         rule = "must be fp32 with engine=deepspeed, which flattens moments with the weights"
         yield Violation("optimizer.states", rule, [OptimizerStates.fp32])
+    if config.optimizer.gradients is not GradientDtype.fp32:
+        yield Violation("optimizer.gradients", "must be fp32 with engine=deepspeed; engine=torch has it", [GradientDtype.fp32])
     if config.optimizer.offload:
         yield Violation("optimizer.offload", "must be false with engine=deepspeed; engine=torch has it", [False])
     for path, value in _leaves(c.extra):

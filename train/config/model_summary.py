@@ -20,7 +20,7 @@ from ...parallel.layout import dense_ranks, fewest_ranks, rank_shapes
 from .config import Config, ConfigError, Precision
 from .rules.rules import violations
 from .schema import written
-from .state_bytes import moment_bytes
+from .state_bytes import gradient_bytes, moment_bytes
 from .validate import nearest_valid
 
 DEVICE_BYTES = 80e9
@@ -64,13 +64,16 @@ def per_rank(config: Config, world: int) -> dict[str, int]:
 
 def rank_bytes(config: Config, world: int) -> dict[str, int]:
     """Returns the bytes of weights, gradients and moments on the device of rank 0 of `world`, their total, and the moments on the
-    host. Weights and gradients are fp32, fp64 with precision=fp64. Activations do not count.
+    host. Weights, and gradients unless `optimizer.gradients`, are fp32, fp64 with precision=fp64. Activations do not count.
     """
     held = rank_shapes(config.model, config.parallel, world)
     wide = 8 if config.precision is Precision.fp64 else 4
     moments = moment_bytes(held, shapes(config.model), config.optimizer, config.precision)
     weights, offload = wide * sum(map(math.prod, held.values())), config.optimizer.offload
-    parts = {"weights": weights, "gradients": weights, "optimizer": 0 if offload else moments}
+    gradients = sum(
+        math.prod(shape) * gradient_bytes(name, len(shape), config.optimizer, config.precision) for name, shape in held.items()
+    )
+    parts = {"weights": weights, "gradients": gradients, "optimizer": 0 if offload else moments}
     return {**parts, "total": sum(parts.values()), "host": moments if offload else 0}
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 from ...parallel.layout import stays_whole
-from .config import OptimizerConfig, OptimizerStates, Precision
+from .config import GradientDtype, OptimizerConfig, OptimizerStates, Precision
 from .matrices import one_moment
 
 LARGEST_BLOCK = 256
@@ -26,6 +26,13 @@ def block_of(columns: int) -> int:
 def states_of(states: OptimizerStates, name: str, dims: int) -> OptimizerStates:
     """Returns how the moments of the parameter `name` are kept: fp32 stands for the dtype of the weights."""
     return OptimizerStates.fp32 if stays_whole(name, dims) else states
+
+
+def gradient_bytes(name: str, dims: int, optimizer: OptimizerConfig, precision: Precision) -> int:
+    """Returns the bytes of an element of the gradient of the parameter `name`."""
+    if optimizer.gradients is GradientDtype.bf16 and not stays_whole(name, dims):
+        return 2
+    return 8 if precision is Precision.fp64 else 4
 
 
 Shapes = Mapping[str, tuple[int, ...]]

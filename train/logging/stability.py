@@ -102,7 +102,7 @@ def kind_of_weight(name: str) -> str:
 
 def squared(x: Tensor) -> Tensor:
     """Returns the square of the norm, fp64."""
-    return torch.linalg.vector_norm(x).double().square()
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).double().square()
 
 
 def squared_update(

@@ -13,7 +13,7 @@ from ....parallel.config import PipelineSchedule
 from ....parallel.layout import rank_shapes
 from ....ranges import inside, ranges
 from .. import deepspeed_settings
-from ..config import Config, Device, OptimizerStates, ScheduleUnit, Shape
+from ..config import Config, Device, GradientDtype, OptimizerStates, Precision, ScheduleUnit, Shape
 from ..matrices import OptimizerName
 from ..schema import nearest_text, written
 from ..state_bytes import block_of, states_of
@@ -96,9 +96,11 @@ def schedule(config: Config, world: int) -> Iterator[Violation]:
 
 def states(config: Config, world: int) -> Iterator[Violation]:
     """Checks that ranks hold whole blocks of 8-bit moments, since a block has one scale and is cut on no layout; and what Muon,
-    whose momentum is as wide as the weights and stays on the device, does not do."""
+    whose momentum is as wide as the weights and stays on the device, does not do, nor a run in fp64."""
+    if config.precision is Precision.fp64 and config.optimizer.gradients is not GradientDtype.fp32:
+        yield Violation("optimizer.gradients", "must be fp32, as the weights, with precision=fp64", [GradientDtype.fp32])
     if config.optimizer.name is OptimizerName.muon:
-        for key, value in (("states", OptimizerStates.fp32), ("offload", False)):
+        for key, value in (("states", OptimizerStates.fp32), ("offload", False), ("gradients", GradientDtype.fp32)):
             if getattr(config.optimizer, key) != value:
                 yield Violation(f"optimizer.{key}", f"must be {written(value)} with optimizer.name=muon", [value])
     if config.optimizer.states is not OptimizerStates.int8:

@@ -38,8 +38,9 @@ def gradient_norms(parallel: Parallel, layers: list[int], scale: Tensor | float)
         if sharded.parameter.grad is None:
             continue
         gradient = local(sharded.parameter.grad)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
         if ".experts." in name:
-            squares_E = torch.linalg.vector_norm(gradient.flatten(1), dim=1).double().square() / sharded.replicas.size
+            squares_E = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=wide).double().square() / sharded.replicas.size
             first = sharded.metadata.offsets[0]
             squares_LE[row_of(name, parallel.model.config, layers), first : first + len(squares_E)] += squares_E
         elif ".router." in name:
