@@ -35,6 +35,7 @@ def test_the_function_writes_what_the_verb_writes(run: Path, settings: dict[str,
     model = tokenyard.load_model(run).train()
     assert tokenyard.generate(model, "def ", 5, **settings) == written == tokenyard.generate(run, "def ", tokens=5, **settings)
     assert model.training
+    assert tokenyard.generate(model, "def ", 5, top_k=1) == tokenyard.generate(model, "def ", 5, temperature=0)
     ids = model.tokenizer.encode_prompt("def ")
     found = tokenyard.generate(model, ids, 5, **settings)
     assert model.tokenizer.decode([*ids, *found]).removeprefix("def ").rstrip("\ufffd") == written.rstrip("\ufffd")

@@ -30,14 +30,16 @@ LAYER, IDS = MoELayer(MODEL), torch.zeros(1, 3, dtype=torch.int64)
 
 @pytest.mark.parametrize("seed", [1, 5])
 def test_weights_are_those_that_a_run_begins_with(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the run draws each of them once."""
+    """And each of them is drawn once."""
     drawn, fill = Counter[str](), init.fill
     monkeypatch.setattr(init, "fill", lambda local, name, *rest: (drawn.update([name]), fill(local, name, *rest))[1])
     config = compose([f"seed={seed}", "precision=fp32"])
     config.model = MODEL
     expected = build_parallel(config, torch.device("cpu")).model.state_dict()
     assert dict(drawn) == dict.fromkeys(expected, 1)
+    drawn.clear()
     found = Transformer(MODEL, seed=seed).state_dict()
+    assert dict(drawn) == dict.fromkeys(expected, 1)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert seed != 1 or all(torch.equal(tensor, found[name]) for name, tensor in Transformer(MODEL).state_dict().items())
