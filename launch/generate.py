@@ -16,9 +16,8 @@ def generate_command(arguments: argparse.Namespace) -> int:
         opened = open_checkpoint(arguments.checkpoint)
     except ValueError as error:
         return complain(error)
-    sampling = SampleConfig(
-        prompt=arguments.prompt, tokens=arguments.tokens, temperature=arguments.temperature, top_p=arguments.top_p
-    )
+    settings = {name: getattr(arguments, name) for name in ("prompt", "tokens", "temperature", "top_p", "top_k")}
+    sampling = SampleConfig(**settings)
     if not arguments.json:
         print(arguments.prompt, end="", flush=True)
     begin, texts = perf_counter(), list[str]()

@@ -81,6 +81,7 @@ def generate(argv: list[str]) -> int:
     parser.add_argument(
         "--top-p", type=share, default=0.95, help="sample from the likeliest tokens of this probability (%(default)s)"
     )
+    parser.add_argument("--top-k", type=positive, help="sample from at most so many of the likeliest tokens")
     parser.add_argument("--seed", type=int, default=1, help="of the sampling (%(default)s)")
     add_json(parser)
     arguments = parser.parse_args(argv)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..ranges import within
+from ..ranges import check_kinds, within
 
 
 class AttentionKind(Enum):
@@ -30,6 +30,7 @@ class RopeScaling(Enum):
 
 @dataclass
 class RopeConfig:
+    __post_init__ = check_kinds
     theta: float = field(default=10000.0, metadata=within("(1, inf)"))
     """Base of the wavelengths."""
     fraction: float = field(default=1.0, metadata=within("(0, 1]"))
@@ -68,6 +69,7 @@ class RopeConfig:
 class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2), for attention.kind=mla."""
 
+    __post_init__ = check_kinds
     q_rank: int | None = field(default=None, metadata=within("[1, 1048576]"))
     """Width of the latent of queries; null projects them directly (V2-Lite)."""
     kv_rank: int = field(default=64, metadata=within("[1, 1048576]"))
@@ -88,6 +90,7 @@ class MLAConfig:
 class DeltaNetConfig:
     """Gated DeltaNet (Yang et al. 2024), the linear attention of attention.linear_every and attention.linear_layers."""
 
+    __post_init__ = check_kinds
     key_heads: int = field(default=4, metadata=within("[1, 65536]"))
     """Heads of queries and keys."""
     value_heads: int = field(default=8, metadata=within("[1, 65536]"))
@@ -102,6 +105,7 @@ class DeltaNetConfig:
 
 @dataclass
 class AttentionConfig:
+    __post_init__ = check_kinds
     kind: AttentionKind = AttentionKind.gqa
     """Grouped-query or multi-head latent attention."""
     qk_norm: QKNorm = QKNorm.none

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from ..ranges import within
+from ..ranges import check_kinds, within
 from .attention_config import AttentionConfig, AttentionKind, DeltaNetConfig, MLAConfig, QKNorm, RopeConfig, RopeScaling
 
 __all__ = [
@@ -79,6 +79,7 @@ class DropPolicy(Enum):
 
 @dataclass
 class RouterConfig:
+    __post_init__ = check_kinds
     score: Score = Score.softmax
     """How logits become scores: over all experts, or for each expert separately (DeepSeek-V3: sigmoid)."""
     selection: Selection = Selection.top_k
@@ -113,6 +114,7 @@ class RouterConfig:
 
 @dataclass
 class BalanceConfig:
+    __post_init__ = check_kinds
     coefficient: float = field(default=0.01, metadata=within("[0, inf)"))
     """Factor of the load-balance loss of each MoE layer (Switch Transformer, eq. 4); 0 turns it off."""
     scope: Scope = Scope.sequence
@@ -148,6 +150,7 @@ BALANCE_COEFFICIENTS = (
 
 @dataclass
 class CapacityConfig:
+    __post_init__ = check_kinds
     factor: float | None = field(default=None, metadata=within("(0, inf)"))
     """Rows an expert takes, as a multiple of an even share (GShard); null is dropless."""
     evaluation_factor: float | None = field(default=None, metadata=within("(0, inf)"))
@@ -211,6 +214,7 @@ class Products(Enum):
 
 @dataclass
 class MoEConfig:
+    __post_init__ = check_kinds
     experts: int = field(default=8, metadata=within("[0, 65536]"))
     """Routed experts per MoE layer; 0 makes every layer dense."""
     top_k: int = field(default=2, metadata=within("[1, inf)"))
@@ -253,6 +257,7 @@ class MoEConfig:
 
 @dataclass
 class ModelConfig:
+    __post_init__ = check_kinds
     layers: int = field(default=4, metadata=within("[1, 1024]"))
     """Transformer blocks."""
     width: int = field(default=128, metadata=within("[1, 1048576]"))

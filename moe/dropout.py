@@ -26,6 +26,9 @@ class Dropout(nn.Module):
         self.first_column = 0
         """Where the columns of x begin in the tensor of one device: above 0 if x is a slice."""
 
+    def extra_repr(self) -> str:
+        return f"{self.dropped_levels / LEVELS:g}"
+
     @property
     def drops(self) -> bool:
         """Whether elements are dropped now."""

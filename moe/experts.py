@@ -251,6 +251,10 @@ class Experts(nn.Module):
         self.output_is_sent = False
         """Whether the output is only sent to other ranks: then the backward pass does not need its values."""
 
+    def extra_repr(self) -> str:
+        experts, width, hidden = self.down.shape
+        return f"{experts} x ({width} -> {hidden} -> {width}), {self.activation.value}"
+
     def forward(self, x: Tensor, counts_E: Tensor, choices: Choices | None = None, keys_R: Tensor | None = None) -> Tensor:
         """Rows (R, D) to (R, D); counts_E (int64) is the number of rows of each expert, R in all or fewer.
 

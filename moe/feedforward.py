@@ -133,6 +133,10 @@ class FeedForward(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(activation.projections, hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
+    def extra_repr(self) -> str:
+        width, hidden = self.down.shape
+        return f"{width} -> {hidden} -> {width}, {self.activation.value}"
+
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
         return self.down_product(self.hidden_columns(x, keys))
 

@@ -5,32 +5,37 @@ So the weights do not depend on the layout, the device, the order of constructio
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ModelConfig
-from .model import Transformer
 from .philox import normal, uniform, words_of_rectangle
 
 PIECE, PIECE_ON_HOST = 2**22, 2**17
 """Numbers that are drawn at a time; temporary memory is about 64 bytes for each. On the host they stay in a core's cache."""
 
 
-def initialise(model: Transformer, seed: int) -> None:
-    """Fills all weights of a model that is whole on its device."""
-    for name, parameter in model.named_parameters():
-        fill(parameter.data, name, tuple(parameter.shape), model.config, seed)
-    reset_expert_biases(model)
+def initialise(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Fills all weights of a model, or of a part with a `config`, that is whole on its device. Nothing is drawn on the meta device.
+
+    `prefix`: what precedes the names of the part's tensors in the whole model, such as "layers.0.moe.".
+    """
+    config: Any = module.config
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta:
+            fill(parameter.data, prefix + name, tuple(parameter.shape), config, seed)
+    reset_expert_biases(module)
 
 
-def reset_expert_biases(model: Transformer) -> None:
+def reset_expert_biases(model: nn.Module) -> None:
     """Zeroes the expert biases; on a model from the meta device they are uninitialised."""
     for bias in expert_biases(model).values():
         bias.zero_()
 
 
-def expert_biases(model: Transformer) -> dict[str, Tensor]:
+def expert_biases(model: nn.Module) -> dict[str, Tensor]:
     """Returns the buffers of auxiliary-loss-free balancing by name, in the order of the layers. They are whole on every rank."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.expert_bias")}
 

@@ -188,6 +188,9 @@ class Linear(nn.Module):
         bias = self.bias.to(x.dtype) if self.bias is not None and self.adds_bias else None
         return linear(x, weight_as(self.weight, x.dtype), bias, self.products)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{'' if self.bias is None else ', bias'}"
+
 
 class Embedding(nn.Module):
     """Rows of weight (vocabulary, width) by token id."""
@@ -198,6 +201,9 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} x {self.weight.shape[1]}"
 
 
 class RMSNorm(nn.Module):
@@ -213,6 +219,9 @@ class RMSNorm(nn.Module):
             wide = torch.promote_types(x.dtype, torch.float32)
             return F.rms_norm(x.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.epsilon).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}"
 
 
 class HeadsNorm(nn.Module):

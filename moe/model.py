@@ -4,20 +4,24 @@ B sequences, S tokens of each, D width, V vocabulary, T = B * S tokens, E expert
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .argument_checks import check_config, check_dtype, check_heads, check_ids
 from .attention import Attention, KeyValueCache, LatentAttention
 from .config import AttentionKind, ModelConfig
 from .delta_net import DeltaNet
 from .dropout import Dropout
 from .feedforward import FeedForward
 from .flexible_attention import block_masks
+from .init import initialise
 from .layer import MoELayer
 from .linear import Embedding, Linear, RMSNorm, linear
+from .param_count import count
 from .rotary import RotaryTables, rotary_tables
 from .router import RoutingStats, is_random, warn_of_lookahead
 from .softmax import apply_softcap
@@ -94,6 +98,10 @@ class LMHead(nn.Module):
         weight_VD = self.owner[0].get_parameter("weight")
         return self.to_logits(linear(x, weight_VD)) if loss is None else loss(x, weight_VD, self)
 
+    def extra_repr(self) -> str:
+        rows, width = self.owner[0].get_parameter("weight").shape
+        return f"{width} -> {rows}{'' if self.owner[0] is self else ', tied to the embedding'}"
+
     def to_logits(self, products: Tensor) -> Tensor:
         """Applies the multiplier and the soft cap to the products with the weight."""
         logits = products if self.multiplier == 1.0 else products * self.multiplier
@@ -107,16 +115,45 @@ class LMHead(nn.Module):
         return gradient if self.multiplier == 1.0 else gradient * self.multiplier
 
 
+def no_tokenizer() -> None:
+    """The tokenizer of a model that no file was read for."""
+
+
+class Layers(nn.ModuleDict):
+    """Blocks by their index; `repr` shows neighbours that are alike once."""
+
+    def __repr__(self) -> str:
+        runs: list[tuple[list[str], str]] = []
+        for index, block in self.items():
+            if not runs or runs[-1][1] != repr(block):
+                runs.append(([], repr(block)))
+            runs[-1][0].append(index)
+        names = [f"({each[0]}):" if len(each) == 1 else f"({each[0]} to {each[-1]}): {len(each)} x" for each, _ in runs]
+        lines = [f"{name} {text}" for name, (_, text) in zip(names, runs, strict=True)]
+        return "\n".join(["Layers(", *(f"  {line}" for text in lines for line in text.split("\n")), ")"])
+
+
 class Transformer(nn.Module):
     """A causal language model.
 
     `activations` is the dtype between the blocks; weights have the dtype `weights` and are cast where they are used, so with bf16
-    activations weights and gradients are fp32. It is built on the current device (`with torch.device("meta")`), with uninitialised
-    weights: see moe/init.py.
+    activations weights and gradients are fp32. It is built on the current device. Its weights are those that training begins with
+    at this seed (moe/init.py); seed=None leaves them uninitialised, and so does `with torch.device("meta")`. Raises TypeError or
+    ValueError, one line, for a `config` that is no ModelConfig or describes no model.
     """
 
-    def __init__(self, config: ModelConfig, activations: torch.dtype = torch.float32, weights: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        activations: torch.dtype = torch.float32,
+        weights: torch.dtype | None = None,
+        *,
+        seed: int | None = 1,
+    ) -> None:
         super().__init__()
+        check_config(config, "Transformer")
+        check_heads(config)
+        check_dtype("activations", activations)
         warn_of_lookahead(config.moe)
         self.config = config
         self.activations = activations
@@ -124,7 +161,7 @@ class Transformer(nn.Module):
         self.rotary_tables: Callable[..., RotaryTables] = rotary_tables  # context parallelism replaces this and the next
         self.block_masks: Callable[..., Any] = block_masks
         self.embedding: nn.Module = Embedding(config.vocabulary, config.width, dtype=weights)
-        self.layers = nn.ModuleDict({str(i): Block(config, i, weights) for i in range(config.layers)})
+        self.layers = Layers({str(i): Block(config, i, weights) for i in range(config.layers)})
         self.norm = residual_norm(config, weights)
         self.embedding_dropout = Dropout(config.dropout, Purpose.embedding_dropout)
         self.output_dropout = Dropout(config.dropout, Purpose.output_dropout)
@@ -133,6 +170,20 @@ class Transformer(nn.Module):
         self.head = LMHead(config.width, config.vocabulary, weights, tied, config.output_multiplier, config.output_softcap)
         further = (Block(config, config.layers + i, weights) for i in range(config.mtp_depth))
         self.mtp = nn.ModuleDict({str(i): MTPModule(config, block, weights) for i, block in enumerate(further)})
+        self.open_tokenizer: Callable[[], Any] = no_tokenizer
+        if seed is not None:
+            initialise(self, seed)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the weights, with `encode` and `decode` (data/tokenizer_types.py); None for a model made by hand."""
+        return self.open_tokenizer()
+
+    def extra_repr(self) -> str:
+        config, found = self.config, count(self.config)
+        sizes = f"{config.layers} layers, width {config.width}, vocabulary {config.vocabulary}"
+        parameters = f"{found.total:,} parameters, {found.active:,} of a token"
+        return f"{sizes}, {parameters}, {str(self.weights).removeprefix('torch.')}"
 
     @property
     def blocks(self) -> list["Block"]:
@@ -164,6 +215,7 @@ class Transformer(nn.Module):
             position: position in the run, which determines what is random in training; None: the first rows of the run.
             documents_BS: the document of each token (see moe/token_info.py); attention stays inside each document.
         """
+        check_ids(ids_BS)
         tokens = build_token_info(ids_BS, valid_BS, (position or BatchPosition()) if self.training else None, self.is_random)
         start = cache[0].length if cache else 0
         rotary = self.rotary_tables(self.config, start, ids_BS.shape[1], ids_BS.device, self.activations, documents_BS)
@@ -211,8 +263,17 @@ class Transformer(nn.Module):
         return losses
 
     def embed(self, ids_BS: Tensor, tokens: TokenInfo) -> Tensor:
-        """Returns the embeddings (B, S, D) of ids (B, S), in the type of the activations."""
-        x_BSD = self.embedding(ids_BS).to(self.activations)
+        """Returns the embeddings (B, S, D) of ids (B, S), in the type of the activations.
+
+        Raises ValueError for an id that is none; on a GPU the kernel fails instead.
+        """
+        try:
+            x_BSD = self.embedding(ids_BS).to(self.activations)
+        except IndexError:
+            least, most = ids_BS.aminmax()
+            wrong, rows = int(least if least < 0 else most), self.config.vocabulary
+            nearest = f"ids_BS.clamp(0, {rows - 1})"
+            raise ValueError(f"ids_BS: has the id {wrong}, must be in [0, {rows}); nearest valid: {nearest}") from None
         x_BSD = x_BSD if self.config.embedding_multiplier == 1.0 else x_BSD * self.config.embedding_multiplier
         return self.embedding_dropout(x_BSD, self.dropout_keys(x_BSD, tokens))
 
@@ -243,7 +304,7 @@ class Block(nn.Module):
         self.attention_dropout = Dropout(config.dropout, Purpose.attention_dropout)
         self.feedforward_dropout = Dropout(config.dropout, Purpose.feedforward_dropout)
         self.shortcut = config.moe.shortcut
-        self.moe = MoELayer(config, weights) if config.moe_layer(index) else None
+        self.moe = MoELayer(config, weights, seed=None) if config.moe_layer(index) else None
         dense = config.dense_layer(index)
         sizes, settings = (config.width, config.hidden, weights), (config.activation, config.dropout, config.products)
         self.dense = FeedForward(*sizes, *settings) if dense else None

@@ -124,6 +124,12 @@ class Router(nn.Module):
         self.is_random = is_random(config)
         self.collects_metrics = False
 
+    def extra_repr(self) -> str:
+        router = self.config.router
+        chosen = f"top_k={self.config.top_k}, {router.score.value}"
+        chosen = chosen if router.selection is Selection.top_k else f"{chosen}, {router.selection.value}"
+        return f"{self.columns} columns, {chosen}" if self.weight is None else f"{self.weight.shape[1]} -> {self.columns}, {chosen}"
+
     def add_expert_bias(self) -> None:
         """Adds the bias of auxiliary-loss-free balancing (DeepSeek-V3), always in fp32. It affects the choice, not the weights."""
         assert self.weight is not None

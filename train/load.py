@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from ..checkpoint.store import read_whole
 from ..data.config import DataConfig, TokenizerConfig, TokenizerKind
 from ..data.tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, settings_of_saved
 from ..interop.load_weights import load_folder, open_source, read_weights
+from ..moe.argument_checks import wrong_kind
 from ..moe.config import ModelConfig
 from ..moe.generation import generate
 from ..moe.model import Transformer
@@ -21,6 +23,7 @@ from ..parallel.apply import Parallel
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import build_mesh
 from ..parallel.process_group import pick_device
+from ..ranges import check_kinds, check_ranges
 from .config.config import Config, ConfigError, EngineConfig, SampleConfig
 from .config.schema import written
 from .config.serialize import config_from_plain, plain_config
@@ -50,13 +53,23 @@ class OpenedCheckpoint(NamedTuple):
     path: Path
 
 
-def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -> Transformer:
-    """Returns the model of a checkpoint (or of the newest one of a run folder), whole on one device, in evaluation mode.
+def load_model(path: str | Path, precision: str = "fp32", device: str | torch.device = "cpu") -> Transformer:
+    """Returns the model of a checkpoint (or of the newest one of a run folder) or of a Hugging Face folder, in evaluation mode.
 
-    precision: that of the activations, fp32, bf16 or fp64. Raises ValueError, one line, if it is no checkpoint or damaged.
+    precision: that of the activations, fp32, bf16 or fp64. Its `tokenizer` is read when it is first asked for. Raises ValueError,
+    one line, if it is neither or damaged, and TypeError for a path that is none.
     """
+    if not isinstance(path, str | Path):
+        nearest = "tokenyard.Transformer(config) makes a model" if isinstance(path, ModelConfig) else "path='runs/first'"
+        raise wrong_kind("path", path, "must be the path of a run, a checkpoint or a Hugging Face folder", nearest)
     if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
+        nearest = {"torch.bfloat16": "bf16", "torch.float64": "fp64"}.get(str(precision), "fp32")
+        raise ValueError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}; nearest valid: precision={nearest}")
+    device = _usable(device)
+    if hf := hf_folder(path):
+        model = load_folder(hf, precision, device)
+        model.open_tokenizer = partial(_hf_tokenizer, hf)
+        return model
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
     with torch.device("meta"):
@@ -66,7 +79,19 @@ def load_model(path: str | Path, precision: str = "fp32", device: str = "cpu") -
         weights[name] = tensor.to(device, torch.float32 if name.endswith("router.expert_bias") else model.weights)
     add_expert_biases(model, weights)
     model.load_state_dict(weights, strict=True, assign=True)
+    model.open_tokenizer = partial(_own_tokenizer, checkpoint)
     return model.eval()
+
+
+def _usable(device: str | torch.device) -> str:
+    """Returns the name of a device that torch knows and this machine has. Raises ValueError for any other."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device}: must be cpu or cuda; nearest valid: device={pick_device('auto').type}") from None
+    if found.type == "cuda" and found.index is None:
+        pick_device("cuda")  # refuses it where there is none
+    return str(found)
 
 
 def add_expert_biases(model: Transformer, names: Iterable[str]) -> None:
@@ -90,17 +115,21 @@ def open_checkpoint(path: str | Path, device: torch.device | None = None) -> Ope
     checkpoint = as_checkpoint(Path(path))
     config = read_stored(checkpoint)[1]
     derive(config, device)
-    model = load_model(checkpoint, config.precision.value, str(device))
+    model = load_model(checkpoint, config.precision.value, device)
+    _refuse_larger(model.tokenizer, model.config, checkpoint)
+    return OpenedCheckpoint(model, model.tokenizer, config, checkpoint)
+
+
+def _own_tokenizer(checkpoint: Path) -> Tokenizer:
     saved, kept = checkpoint / "tokenizer", checkpoint / "tokenizer_hf"  # an early import has only the second
-    tokenizer = load_tokenizer(saved) if saved.is_dir() or not kept.is_dir() else _hf_tokenizer(kept)
-    _refuse_larger(tokenizer, model.config, checkpoint)
-    return OpenedCheckpoint(model, tokenizer, config, checkpoint)
+    return load_tokenizer(saved) if saved.is_dir() or not kept.is_dir() else _hf_tokenizer(kept)
 
 
 def _open_hf_folder(path: Path, device: torch.device) -> OpenedCheckpoint:
     config, tokenizer = Config(), _hf_tokenizer(path)
     derive(config, device)
-    model = load_folder(path, config.precision.value, str(device))
+    model = load_model(path, config.precision.value, device)
+    model.tokenizer = tokenizer
     config.model, config.sequence_length = model.config, _longest(path)
     _refuse_larger(tokenizer, model.config, path)
     return OpenedCheckpoint(model, tokenizer, config, path)
@@ -137,13 +166,59 @@ def continuation(model: Transformer, tokenizer: Tokenizer, settings: SampleConfi
     stop = tokenizer.end_of_document
     prompt = tokenizer.encode_prompt(settings.prompt)
     ids, shown = list(prompt), tokenizer.decode(prompt)
-    sampling = partial(generate, temperature=settings.temperature, top_p=settings.top_p, seed=seed)
-    for token in sampling(model, prompt, settings.tokens, stop=stop, vocabulary=tokenizer.size):
+    for token in _sampled(model, prompt, settings, seed, stop, tokenizer.size):
         ids.append(token)
         text = tokenizer.decode(ids)
         ready = "" if text.endswith("\ufffd") else text[len(shown) :]
         shown = text if ready else shown
         yield ready
+
+
+def _sampled(
+    model: Transformer, prompt: list[int], settings: SampleConfig, seed: int, stop: int | None, vocabulary: int | None
+) -> Iterator[int]:
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k, "seed": seed}
+    return generate(model, prompt, settings.tokens, stop=stop, vocabulary=vocabulary, **sampling)
+
+
+def continue_prompts(source: Any, prompt: Any, settings: SampleConfig, seed: int) -> Any:
+    """Returns what the model `source`, or the one of a path, writes after `prompt`, as `tokenyard generate` does.
+
+    A text gives a text, token ids (integers in a list, a tensor or an array) a list of ids, and several prompts a list of these.
+    Raises TypeError or ValueError, one line, for an argument of another kind or outside its range.
+    """
+    check_kinds(settings, "generate")
+    check_ranges(settings, "generate")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise wrong_kind("seed", seed, "must be an integer", "seed=1")
+    if not isinstance(source, Transformer | str | Path):
+        rule = "must be a model of tokenyard.load_model, or the path of a run, a checkpoint or a Hugging Face folder"
+        raise wrong_kind("model", source, rule, "model=tokenyard.load_model('runs/first')")
+    model = source if isinstance(source, Transformer) else open_checkpoint(source).model
+    training = model.training
+    try:
+        return _continued(model, prompt, settings, seed)
+    finally:
+        model.train(training)
+
+
+def _continued(model: Transformer, prompt: Any, settings: SampleConfig, seed: int) -> Any:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            rule = "must be token ids, as this model was made by hand and has no tokenizer"
+            raise ValueError(f"prompt={prompt[:40]!r}: {rule}; nearest valid: prompt=[1, 2, 3]")
+        return "".join(continuation(model, model.tokenizer, replace(settings, prompt=prompt), seed))
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(ids, list | tuple) and ids and all(isinstance(each, str | list | tuple) for each in ids):
+        return [_continued(model, each, settings, seed) for each in ids]
+    if not isinstance(ids, list | tuple) or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        rule = "must be a text, token ids (integers), or a list of these"
+        raise wrong_kind("prompt", prompt, rule, "prompt='def ' or prompt=[1, 2, 3]")
+    rows, tokenizer = model.config.vocabulary, model.tokenizer
+    if wrong := [each for each in ids if not 0 <= each < rows]:
+        raise ValueError(f"prompt: has the id {wrong[0]}, must be in [0, {rows}); nearest valid: {min(max(wrong[0], 0), rows - 1)}")
+    stop, pieces = (None, None) if tokenizer is None else (tokenizer.end_of_document, tokenizer.size)
+    return list(_sampled(model, list(ids), settings, seed, stop, pieces))
 
 
 def sample_of(session: Session) -> tuple[str, str] | None:

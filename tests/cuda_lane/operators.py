@@ -121,7 +121,7 @@ def layer_operators(
 
 def rank_layer(config: ModelConfig, axis: Axis, exchange: Exchange) -> MoELayer:
     """One rank's part."""
-    layer = MoELayer(config, torch.float32)
+    layer = MoELayer(config, seed=None)
     layer.dispatcher = DISPATCHERS[exchange](config.moe.experts, axis)
     for name, weight in layer.experts.named_parameters():
         setattr(layer.experts, name, torch.nn.Parameter(weight.detach()[: config.moe.experts // axis.size]))

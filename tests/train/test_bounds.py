@@ -300,7 +300,16 @@ def test_what_a_model_generates_does_not_steer_a_terminal(
 ) -> None:
     monkeypatch.setattr(generate, "open_checkpoint", lambda *_: mock.Mock())
     monkeypatch.setattr(generate, "continuation", lambda *_: iter(["a\x1b[2J", "\x9b31m"]))
-    wish = {"checkpoint": "x", "prompt": "p", "tokens": 2, "temperature": 1.0, "top_p": 1.0, "seed": 1, "json": False}
+    wish = {
+        "checkpoint": "x",
+        "prompt": "p",
+        "tokens": 2,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": None,
+        "seed": 1,
+        "json": False,
+    }
     assert generate.generate_command(argparse.Namespace(**wish)) == 0
     assert capsys.readouterr().out.rstrip() == "pa\\x1b[2J\\x9b31m"
 

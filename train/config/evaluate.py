@@ -35,3 +35,5 @@ class SampleConfig:
     """Sampling temperature; 0 takes the most likely token."""
     top_p: float = field(default=0.95, metadata=within("(0, 1]"))
     """Sample from the most likely tokens that together have this probability."""
+    top_k: int | None = field(default=None, metadata=within("[1, inf)"))
+    """Sample from at most so many of the most likely tokens; null: from all that top_p leaves."""

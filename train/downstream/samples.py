@@ -18,7 +18,7 @@ def write_samples(session: Session, scorer: Scorer) -> list[Sample]:
     if not prompts or not settings.tokens:
         return []
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    sampling = Sampling(settings.tokens, settings.temperature, settings.top_p, session.config.seed)
+    sampling = Sampling(settings.tokens, settings.temperature, settings.top_p, session.config.seed, settings.top_k)
     found = []
     for prompt, begin, written in zip(prompts, ids, scorer.continuations(ids, sampling), strict=True):
         found.append(Sample(prompt, tokenizer.decode([*begin, *written])[len(tokenizer.decode(begin)) :]))

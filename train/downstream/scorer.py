@@ -48,6 +48,7 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 1
+    top_k: int | None = None
 
 
 class Scorer:
@@ -91,8 +92,8 @@ class Scorer:
         prompts = [prompt[-(self.length - tokens) :] for prompt in prompts]
         if self.parallel.mesh.world == 1:
             with self._evaluating():
-                settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
-                write = partial(generate, self.parallel.model, tokens=tokens, stop=stop, vocabulary=pieces, **settings)
+                settings = sampling._asdict() | {"tokens": tokens, "stop": stop, "vocabulary": pieces}
+                write = partial(generate, self.parallel.model, **settings)
                 return [_until(write(prompt), ends) for prompt in prompts]
         generators = [torch.Generator(self.parallel.device).manual_seed(sampling.seed) for _ in prompts]
         written: list[list[int]] = [[] for _ in prompts]
@@ -102,7 +103,7 @@ class Scorer:
                 break
             logits = self._next_logits([prompts[index] + written[index] for index in going])[:, :pieces]
             drawn = [
-                sample(row, sampling.temperature, sampling.top_p, generators[index])
+                sample(row, sampling.temperature, sampling.top_p, generators[index], sampling.top_k)
                 for row, index in zip(logits, going, strict=True)
             ]
             for index, token in zip(list(going), torch.stack(drawn).tolist(), strict=True):
