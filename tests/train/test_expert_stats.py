@@ -163,7 +163,7 @@ def test_alarms_are_told_once_until_it_is_over():
     assert heard(even, alive) == []
     (text,) = [text for kind, text in alerts.check({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
     assert text == "layer 5 uses only about 2.2 of its 8 experts"
-    assert experts_in_use([50, 50, 0, 0]) == pytest.approx(2.0)
+    assert experts_in_use(np.array([[50.0, 50, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])).tolist() == pytest.approx([2.0, 4.0, 4.0])
 
 
 def test_the_table_of_the_layers():
