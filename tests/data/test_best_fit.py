@@ -1,5 +1,6 @@
 """Best-fit packing: every token but the first of a document is a target once an epoch, and only long documents are cut."""
 
+import io
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -129,9 +130,17 @@ def test_the_table_is_made_once_and_mapped(tmp_path: Path, monkeypatch: pytest.M
         if number == 0:
             monkeypatch.delattr(best_fit_module, "pack")
     (table,) = (tmp_path / "packed").glob("*/*")
-    table.write_bytes(table.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"^packed rows in .* are damaged .*; remove the folder"):
-        PackedRows(tokens, LENGTH, END, tmp_path)
+    words = np.load(table)
+    for damaged in (table.read_bytes()[:200], as_file(words[:-1]), as_file(np.append(words, 0))):
+        table.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^packed rows in .* are damaged .*; remove the folder"):
+            PackedRows(tokens, LENGTH, END, tmp_path)
+
+
+def as_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def in_windows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
