@@ -39,6 +39,7 @@ class LocalOutcome(NamedTuple):
     blocked_seconds: float
     """For which the save blocked training on this rank."""
     seconds: float
+    """From its begin until this rank and its neighbour had their files."""
 
 
 class LocalTier:
@@ -51,7 +52,7 @@ class LocalTier:
         self._thread: Thread | None = None
         self._error: str | None = None
         self._step = self._bytes = 0
-        self._begin = self._blocked = 0.0
+        self._begin = self._ended = self._blocked = 0.0
 
     def start(self, step: int, shards: dict[str, LocalShard], facts: dict[str, Any]) -> None:
         """Starts a save, after `finish`. The tensors may change after `wait_for_copies`. facts: plain JSON; rank 0's are kept."""
@@ -78,8 +79,8 @@ class LocalTier:
             error = next(f"rank {rank}: {text}" for rank, text in enumerate(from_all(error)) if text is not None)
         elif self.hosts.first:
             remove_steps(self.folder, below=self._step)
-        now = perf_counter()
-        return LocalOutcome(self._step, error, self._bytes, self._blocked + now - begin, now - self._begin)
+        waited = perf_counter() - begin
+        return LocalOutcome(self._step, error, self._bytes, self._blocked + waited, self._ended - self._begin)
 
     def wait_for_copies(self, *_: object) -> None:
         """Returns when the tensors that are being saved may change. A hook of the optimizer, before its update. Not collective."""
@@ -120,6 +121,7 @@ class LocalTier:
                 self._copy(step, mine, self._ring)
         except Exception as error:
             self._error = self._error or error_text(error)
+        self._ended = perf_counter()
 
     def _copy(self, step: int, mine: list[Path], ring: Ring) -> None:
         path, note = rank_files(self.folder, step, ring.before, len(self.hosts.names))

@@ -169,6 +169,10 @@ def _open_corpus(
     if known is None:
         facts = _facts(corpus, train, validation, tokenizer)._replace(train_fingerprint=batches.fingerprint)
         known = OpenedData(tokenizer, [train.place], validation.place or validation, [], facts)
+    if batches.fingerprint != known.facts.train_fingerprint:
+        raise ValueError(
+            f"data.cache={cache}: its packed rows are of another version than those of rank 0; remove {cache / 'packed'}"
+        )
     rows = ValidationBatches(validation, sequence_length=settings.length)
     return DataPipeline(tokenizer, batches, rows, known.facts, known)
 

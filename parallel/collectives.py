@@ -66,12 +66,21 @@ def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
         with collective("all_reduce", inner):
             dist.all_reduce(x, op=op, group=inner.group)
         return x
-    with collective("reduce", inner):
-        dist.reduce(x, op=op, group=inner.group, group_dst=0)
+    if inner.ranks:
+        _reduce_by_messages(x, inner, op)
+    else:
+        with collective("reduce", inner):
+            dist.reduce(x, op=op, group=inner.group, group_dst=0)
     if inner.rank == 0:
         all_reduce(x, outer[0] if len(outer) == 1 else axis._replace(parts=tuple(outer)), op)
     with collective("broadcast", inner):
-        dist.broadcast(x, group=inner.group, group_src=0)
+        if inner.ranks:
+            first, *others = inner.ranks
+            messages = ([], [(first, x)]) if inner.rank else ([(rank, x) for rank in others], [])
+            for work in start_messages(*messages, inner.group):
+                work.wait()
+        else:
+            dist.broadcast(x, group=inner.group, group_src=0)
     return x
 
 
@@ -134,6 +143,8 @@ def _swap(x_N: Tensor, axis: Axis) -> Tensor:
     x_N = x_N.contiguous()
     out_N = torch.empty_like(x_N)
     with collective("all_to_all", axis):
+        if axis.ranks:
+            return swap_by_messages(list(x_N), axis)
         dist.all_to_all_single(out_N, x_N, group=axis.group)
     return out_N
 
@@ -146,6 +157,8 @@ def _scatter(x_BSD: Tensor, axis: Axis) -> Tensor:
     slices_NBSD = x_BSD.unflatten(1, (axis.size, -1)).transpose(0, 1).contiguous()
     out_BSD = torch.empty_like(slices_NBSD[0])
     with collective("reduce_scatter", axis):
+        if axis.ranks:
+            return swap_by_messages(list(slices_NBSD), axis).sum(0)
         _reduce_scatter(out_BSD.view(-1), slices_NBSD.view(-1), group=axis.group)
     return out_BSD
 

@@ -32,6 +32,9 @@ from .pipeline.stages import copies_embedding
 MOST = 6
 """Process groups of a rank."""
 
+LAST = 6
+"""The place in `Use.gives_way` of what gives way only where links that share a group do not suffice."""
+
 
 class Use(NamedTuple):
     """An axis that a layout uses, by its dimensions."""
@@ -87,7 +90,7 @@ def axes_used(config: ModelConfig, parallel: ParallelConfig) -> list[Use]:
     found = [
         Use(DENSE, "once a step: counts, losses, norms and flags"),
         Use(("tensor",), "every layer: sequences gathered, partial sums scattered"),
-        Use(("context",), "every attention: keys and values, or heads, of whole sequences"),
+        Use(("context",), "every attention: keys and values, or heads, of whole sequences", gives_way=LAST),
     ]
     if has_experts and parallel.exchange is not Exchange.hierarchical:
         own_memory = parallel.exchange in (Exchange.symmetric, Exchange.deepep)
@@ -134,13 +137,13 @@ def with_dims(config: ModelConfig, parallel: ParallelConfig, world: int, node: i
 def grouping(config: ModelConfig, parallel: ParallelConfig, world: int, node: int) -> Grouping:
     """Returns which axes have groups: all if they are not too many, else all but as few as possible of those that give way.
 
-    Messages between stages are posted ahead of use, so they share no group with axes that are used in a pass. If there are too many
-    groups whatever gives way, which tests/parallel/test_communicators.py counts, the fewest are returned.
+    Messages between stages are posted ahead of use, so they share no group with axes that are used in a pass.
     """
     uses, several = with_dims(config, parallel, world, node), parallel.pipeline > 1
     apart = lanes(parallel.pipeline_schedule, parallel.pipeline, parallel.pipeline_stages) if several else []
     found = Grouping([], True, False)
-    for together, place in itertools.product((False, True)[: 1 + several], sorted({use.gives_way for use, _ in uses})):
+    choices = itertools.product((False, True)[: 1 + several], sorted({use.gives_way for use, _ in uses}))
+    for together, place in sorted(choices, key=lambda choice: choice[1] == LAST):
         found = Grouping(*_given_way(uses, place), together)
         found = found._replace(links=_own_links(apart, found))
         if len(_groups(0, uses, found)) + found.links <= MOST:

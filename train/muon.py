@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from ..moe.device import kind_of
 from ..parallel.apply import Parallel, ShardedParameter, gradient_of, local
-from ..parallel.layout import DENSE, shard_of
-from ..parallel.mesh import Axis
+from ..parallel.collectives import start_swap
+from ..parallel.layout import DENSE, digits, members, shard_of
+from ..parallel.mesh import Axis, Mesh
 from ..parallel.progress import collective
 from .config.config import OptimizerConfig
 from .config.matrices import MuonProducts, segments
@@ -85,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(
             [{"params": parameters, "weight_decay": config.weight_decay}], {"lr": config.lr, "momentum": config.muon.momentum}
         )
-        self.rest, self.named, self.axis = rest, dict(named), parallel.mesh.axis(*DENSE[1:])
+        self.rest, self.named, self.axis = rest, dict(named), ranks_of_stage(parallel.mesh)
         rest.state.update((parameter, {"exp_avg": torch.zeros_like(parameter)}) for parameter in parameters)
         self.state = rest.state
         self.param_groups += rest.param_groups
@@ -178,13 +179,25 @@ def product_dtype(x: Tensor, products: MuonProducts) -> torch.dtype:
     return torch.bfloat16 if narrow and x.dtype != torch.float64 else torch.promote_types(x.dtype, torch.float32)
 
 
+def ranks_of_stage(mesh: Mesh) -> Axis:
+    """Returns the ranks of this stage; of a pipeline by messages in the group of all, which has nothing else to do in an update."""
+    stage = members(mesh.rank, digits(DENSE[1:], mesh.sizes))
+    if 1 < len(stage) < mesh.world:
+        mesh.by_messages.add(stage)
+    return mesh.axis(*DENSE[1:])
+
+
 def exchange(sent: Mapping[int, list[Tensor]], received: Mapping[int, list[Tensor]], like: Tensor, axis: Axis) -> None:
     """Sends tensors to ranks of the axis, and writes what comes into those of `received`, of the same sizes: one all-to-all."""
     send, receive = ([sum(x.numel() for x in of.get(rank, ())) for rank in range(axis.size)] for of in (sent, received))
     out, into = like.new_empty(sum(send)), like.new_empty(sum(receive))
     _copy(_views(out, sent), _in_order(sent))
     with collective("all_to_all", axis, send, receive):
-        dist.all_to_all_single(into, out, receive, send, group=axis.group)
+        if axis.ranks:
+            for work in start_swap(out.split(send), into.split(receive), axis):
+                work.wait()
+        else:
+            dist.all_to_all_single(into, out, receive, send, group=axis.group)
     _copy(_in_order(received), _views(into, received))
 
 

@@ -53,7 +53,16 @@ def kinds(folder: Path) -> dict[str, DataConfig]:
     parts = [f"corpus=lines path={stream.path} label=rows", f"corpus=prepared path={prepared.path} label=tokens"]
     mixed = replace(text, corpus=Corpus.mix, path=None, mix=[f"weight=0.5 {part}" for part in parts])
     packed = replace(text, packing=Packing.best_fit)
-    return {"text": text, "text, best fit": packed, "stream": stream, "prepared": prepared, "mix": mixed}
+    found = {"text": text, "text, best fit": packed, "stream": stream, "prepared": prepared, "mix": mixed}
+    for ending in ("csv", "jsonl"):
+        (folder / ending).mkdir()
+        for shard in range(SHARDS):
+            rows = [f"line {shard} {row}" for row in range(40)]
+            lines = ["text", *rows] if ending == "csv" else [json.dumps({"text": row}) for row in rows]
+            (folder / ending / f"train-{shard}.{ending}").write_text("\n".join(lines) + "\n")
+        hub = replace(stream, corpus=Corpus.hf, path=None, name=str(folder / ending), split="train")
+        found[f"hub, {ending}"] = hub
+    return found
 
 
 TOKENIZER = TokenizerConfig(kind=TokenizerKind.bytes)

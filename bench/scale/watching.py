@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from ...train.fault_tolerance import notices as notices_module
 from ...train.fault_tolerance.hang_diagnosis import HangDiagnosis, Position
 from ...train.fault_tolerance.notices import Notices
 from ...train.logging.expert_stats import routing_probe, weight_stats
+from ...train.logging.expert_stats.alerts import Alerts
 from ...train.logging.expert_stats.collector import telemetry_sums
 from ...train.logging.journal import Journal
 from ...train.loss import LAYER_FIELDS, Losses, Totals
@@ -41,6 +43,8 @@ CALLS = ("stat", "open", "utime", "mkdir", "link", "rename", "replace", "unlink"
 LAYERS, EXPERTS, SEQUENCE = 61, 256, 4096
 LINK, DISK, EVALUATION = 50e9, 1e9, 250
 """Bytes per second of a link and of the run folder; steps between evaluations."""
+REPEATS = 15
+"""Times that a record is written."""
 
 
 def figures(world: int) -> dict[str, float]:
@@ -147,8 +151,11 @@ def telemetry(world: int) -> dict[str, float]:
     every, logged = Config().telemetry.every, 10
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "telemetry.jsonl")
-        record_file, record_seconds = _written(journal, lambda: telemetry_sums(_tensors()))
-        probe_file, probe_seconds = _written(journal, lambda: results)
+        tensors, alerts = _tensors(), Alerts(8)
+        record_file, record_seconds = _written(
+            journal, lambda: {"layers": [*range(LAYERS)], **telemetry_sums(tensors)}, alerts.check
+        )
+        probe_file, probe_seconds = _written(journal, lambda: results, lambda _: ())
         journal.close()
     peaks = LAYERS * 2 * 8
     link = 2 * (step_bytes + peaks / logged + record_bytes / every + probe_bytes / EVALUATION) / LINK  # an all-reduce sends twice
@@ -162,7 +169,10 @@ def telemetry(world: int) -> dict[str, float]:
         "bytes of a probe": float(probe_file),
         "share of the link (%)": 100 * link,
         "share of the run folder (%)": 100 * disk,
-        "share of rank 0's host (%)": 100 * host,
+        **{
+            f"share of rank 0's host, {name} (%)": 100 * share
+            for name, share in zip(("least", "median", "most"), host.tolist(), strict=True)
+        },
     }
 
 
@@ -212,7 +222,7 @@ def _probe(parallel: Any) -> dict[str, Any]:
     probe.last = chosen
     alike = weight_stats.similarity(parallel, list(range(LAYERS)), probe.picked)
     random = {layer: torch.rand(EXPERTS, EXPERTS, generator=draw).double().round(decimals=4) for layer in alike}
-    return probe.run() | {"similarity": {str(layer): random_EE.tolist() for layer, random_EE in random.items()}}
+    return probe.run() | {"similarity": {str(layer): random_EE for layer, random_EE in random.items()}}
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -228,15 +238,19 @@ def _tensors() -> dict[str, Tensor]:
     }
 
 
-def _written(journal: Journal, make: Callable[[], dict[str, Any]]) -> tuple[int, float]:
-    """Returns the bytes of a record in the journal, and the least processor seconds of three to make and write it."""
+def _written(
+    journal: Journal, make: Callable[[], dict[str, Any]], check: Callable[[dict[str, Any]], Iterable[Any]]
+) -> tuple[int, np.ndarray]:
+    """Returns the bytes of a record in the journal, and processor seconds to make, check and write it: least, median, most."""
     seconds = []
     before = journal.path.stat().st_size
-    for _ in range(3):
+    for _ in range(REPEATS):
         begin = process_time()
-        journal.write(make())
+        record = make()
+        journal.write(record)
+        list(check(record))
         seconds.append(process_time() - begin)
-    return (journal.path.stat().st_size - before) // 3, min(seconds)
+    return (journal.path.stat().st_size - before) // REPEATS, np.percentile(seconds, (0, 50, 100))
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -47,14 +47,28 @@ def test_groups_of_2048_ranks(apart: Callable[..., dict[str, float]]) -> None:
     assert found["seconds for mesh and groups"] < 2
 
 
-def test_a_rank_that_is_told_opens_few_files() -> None:
-    """Of 50 shards none, until it reads rows of them; of a tokenized corpus its two files, and of packed rows four more."""
+def test_a_rank_that_is_told_opens_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 shards none, until it reads rows of them; of a tokenized corpus its two files, and of packed rows one more."""
     from tokenyard.bench.scale import small_files
 
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     found = small_files.figures(1)
-    opened = {name: found[f"data={name}: files that a rank opens"] for name in ("text", "stream", "prepared", "mix")}
-    assert opened == {"text": 2, "stream": 0, "prepared": 0, "mix": 0}
+    kinds = ("text", "text, best fit", "stream", "prepared", "mix", "hub, jsonl")
+    opened = {name: found[f"data={name}: files that a rank opens"] for name in kinds}
+    assert opened == {"text": 2, "text, best fit": 3, "stream": 0, "prepared": 0, "mix": 0, "hub, jsonl": 0}
+    assert found["data=hub, csv: files that a rank opens"] <= 3  # by `datasets`
     assert all(found[f"data={name}: files that rank 0 opens"] > 50 for name in opened)
+
+
+def test_packing_a_trillion_tokens_holds_a_window() -> None:
+    """Rank 0 has arrays of the documents of one window, and tables of pieces are as large as counted."""
+    from tokenyard.bench.scale import samples
+
+    found = samples.packing()
+    assert found["packing: MB of rank 0 for 1T tokens"] < 200 < 100_000 < found["before: packing: MB of rank 0 for 1T tokens"]
+    assert found["packing: % of padding"] < 0.1
+    pieces = (10**12 / samples.MEAN_DOCUMENT) * 12 + samples.CORPUS_ROWS * 8  # and one more for some documents that are cut
+    assert pieces < 1e9 * found["packing: GB of the table of 1T tokens"] < 1.25 * pieces
 
 
 MUON = (

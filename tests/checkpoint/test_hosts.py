@@ -1,12 +1,16 @@
 """Files travel around a ring of hosts, of any length and of any size."""
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from tokenyard.checkpoint import hosts
 from tokenyard.checkpoint.hosts import Hosts, Ring
+from tokenyard.checkpoint.local_tier import LocalTier
 from tokenyard.parallel.object_collectives import rank_and_world
+from tokenyard.parallel.shard import LocalShard, whole
 
 SIZES = [0, 5, 700, 4099]
 
@@ -34,3 +38,16 @@ def test_a_ring_of_any_length(ranks: Any, tmp_path: Path) -> None:
             before = (rank - 1) % world
             assert came == (before != 1)
             assert contents == ([] if before == 1 else [bytes([before]) * SIZES[(before + part) % 4] for part in range(2)])
+
+
+def test_the_seconds_of_a_save_end_when_it_has_ended(tmp_path: Path) -> None:
+    """And not when the next one begins, an interval later."""
+    tier = LocalTier(tmp_path, Hosts(0, ["a"]), 60.0)
+    begin = time.perf_counter()
+    tier.start(1, {"x": LocalShard(whole((3,)), torch.ones(3))}, {})
+    assert tier._thread is not None
+    tier._thread.join()
+    ended = time.perf_counter() - begin
+    time.sleep(0.1)
+    outcome = tier.finish()
+    assert outcome is not None and outcome.error is None and 0 < outcome.seconds <= ended

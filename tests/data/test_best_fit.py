@@ -1,5 +1,6 @@
 """Best-fit packing: every token but the first of a document is a target once an epoch, and only long documents are cut."""
 
+import io
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from tokenyard.data import best_fit as best_fit_module
 from tokenyard.data.batches import IGNORE, GlobalBatches
 from tokenyard.data.best_fit import PackedRows, best_fit
@@ -117,18 +119,70 @@ def test_pieces_of_one_length_go_where_each_alone_would(capacity: int) -> None:
 
 
 def test_the_table_is_made_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one file."""
     tokens = corpus(SIZES["many"])
-    made = PackedRows(tokens, LENGTH, END, tmp_path)
-    monkeypatch.delattr(best_fit_module, "pack")
-    for _ in range(2):
+    made = PackedRows(tokens, LENGTH, END)
+    for number in range(3):
         mapped = PackedRows(tokens, LENGTH, END, tmp_path)
         assert all(isinstance(array, np.memmap) for array in mapped._table)
         assert np.array_equal(mapped.read(np.arange(mapped.rows)), made.read(np.arange(made.rows)))
-        assert (mapped.rows, mapped.padding) == (made.rows, made.padding)
-    (table,) = (tmp_path / "packed").glob("*/starts.npy")
-    table.write_bytes(table.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"^packed rows in .* are damaged .*; remove the folder"):
-        PackedRows(tokens, LENGTH, END, tmp_path)
+        assert (mapped.rows, mapped.padding, mapped.fingerprint) == (made.rows, made.padding, made.fingerprint)
+        if number == 0:
+            monkeypatch.delattr(best_fit_module, "pack")
+    (table,) = (tmp_path / "packed").glob("*/*")
+    words = np.load(table)
+    for damaged in (table.read_bytes()[:200], as_file(words[:-1]), as_file(np.append(words, 0))):
+        table.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^packed rows in .* are damaged .*; remove the folder"):
+            PackedRows(tokens, LENGTH, END, tmp_path)
+
+
+def as_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def in_windows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(best_fit_module, "AT_ONCE", 100)
+    monkeypatch.setattr(best_fit_module, "WINDOW_ROWS", 100 * rows // LENGTH)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_windows_are_packed_as_corpora_of_their_own(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents that end in a window, one window after the other; in memory and from a file the same."""
+    whole = corpus(SIZES["many"]).ids
+    ends = np.flatnonzero(whole == END)
+    in_windows(monkeypatch, rows)
+    size = max(1, 100 * rows // LENGTH * LENGTH // 100) * 100
+    bounds = [0, *(int(ends[ends < edge][-1]) + 1 for edge in range(size, len(whole) + size, size))]
+    expected = []
+    for first, last in itertools.pairwise(bounds):
+        part = TokenArray(whole[first:last], TokensManifest(1, last - first, 0, [], 0, 0, "part"))
+        with monkeypatch.context() as once:
+            once.setattr(best_fit_module, "AT_ONCE", 1 << 24)
+            table = PackedRows(part, LENGTH, END)
+        expected.append(table.read(np.arange(table.rows)))
+    assert len(expected) > 3
+    for cache in (None, tmp_path):
+        found = PackedRows(corpus(SIZES["many"]), LENGTH, END, cache)
+        assert np.array_equal(found.read(np.arange(found.rows)), np.concatenate(expected))
+
+
+def test_a_table_of_version_1_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in progress goes on with the rows of its cache, and of several windows only with them."""
+    tokens = corpus(SIZES["many"])
+    at_once = PackedRows(tokens, LENGTH, END)
+    key = f"1 {at_once.fingerprint} {LENGTH} {END}"
+    folder = tmp_path / "old" / "packed" / xxhash.xxh3_128_hexdigest(key.encode())
+    folder.mkdir(parents=True)
+    for name, array in at_once._table._asdict().items():
+        np.save(folder / f"{name}.npy", array[:3] if name == "numbers" else array)
+    in_windows(monkeypatch, 1)
+    old, new = (PackedRows(tokens, LENGTH, END, tmp_path / name) for name in ("old", "new"))
+    assert old.fingerprint == at_once.fingerprint != new.fingerprint
+    assert old.padding == at_once.padding
+    assert np.array_equal(old.read(np.arange(old.rows)), at_once.read(np.arange(at_once.rows)))
 
 
 def test_padding_is_little_with_documents_of_many_sizes() -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from tokenyard.data import build, token_array, tokenizer
 from tokenyard.data.build import open_data
-from tokenyard.data.config import DataConfig, TokenizerConfig, TokenizerKind
+from tokenyard.data.config import DataConfig, Packing, TokenizerConfig, TokenizerKind
 from tokenyard.data.token_array import TokensPlace
 
 SMALL = TokenizerConfig(pieces=320, sample_bytes=20_000)
@@ -71,6 +71,18 @@ def test_the_default_refuses_a_path_it_would_not_read(folder: DataConfig) -> Non
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def test_packed_rows_of_another_version_than_those_of_rank_0_are_refused(folder: DataConfig) -> None:
+    packed = replace(folder, packing=Packing.best_fit)
+    told = open_data(packed, SMALL, 32, seed=1, batch_sequences=4).opened
+    again = open_data(packed, SMALL, 32, seed=1, batch_sequences=4, known=told)
+    assert again.train.fingerprint == told.facts.train_fingerprint
+    other = told._replace(facts=told.facts._replace(train_fingerprint="another"))
+    with pytest.raises(
+        ValueError, match=r"^data\.cache=.*: its packed rows are of another version than those of rank 0; remove .*packed$"
+    ):
+        open_data(packed, SMALL, 32, seed=1, batch_sequences=4, known=other)
 
 
 def test_other_ranks_read_nothing_but_tokens(folder: DataConfig) -> None:

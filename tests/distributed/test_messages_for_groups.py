@@ -11,7 +11,7 @@ import pytest
 from sameness import Case, Layout, compared_with, explained, spread, verdict_of
 from test_pipeline_parity import INTERLEAVED, MODELS, ZBH1, ZBV, all_found
 from tokenyard.parallel import communicators
-from tokenyard.parallel.config import Exchange
+from tokenyard.parallel.config import ContextExchange, Exchange
 from tokenyard.parallel.mesh import Mesh
 
 LAYOUTS = {
@@ -23,6 +23,16 @@ LAYOUTS = {
     "all tokens, two stages": (Layout(8, pipeline=2, tensor=2, expert=4, exchange=Exchange.gather, **ZBV), {2, 4}),
     "context and tensor, two stages": (
         Layout(8, pipeline=2, context=2, shard=2, expert=2, expert_tensor=2, exchange=Exchange.deduplicated, recompute=True),
+        {2},
+    ),
+    "context, two stages, experts by their own memory": (
+        Layout(8, pipeline=2, tensor=2, context=2, expert=2, exchange=Exchange.symmetric, recompute=True),
+        {2},
+    ),
+    "heads over context": (
+        Layout(
+            4, context=2, shard=4, expert=2, expert_tensor=2, exchange=Exchange.symmetric, context_exchange=ContextExchange.heads
+        ),
         {2},
     ),
     "four stages with one group": (Layout(4, pipeline=4, **ZBH1), set()),

@@ -104,6 +104,8 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 
 def flat(value: Any) -> list[float]:
+    if isinstance(value, torch.Tensor):
+        return value.flatten().tolist()
     if isinstance(value, dict):
         return [number for key in value for number in flat(value[key])]
     return [number for item in value for number in flat(item)] if isinstance(value, list) else [value]

@@ -158,12 +158,14 @@ def test_alarms_are_told_once_until_it_is_over():
 
     assert heard(even, alive) == []
     assert heard(one, alive) == ["collapse"]
-    assert heard(one, dead) == ["dead_experts"]
+    found = list(alerts.check({"layers": [0, 5], "counts_LE": one, "dead_LE": dead}))
+    assert [kind for kind, _ in found] == ["dead_experts"]
+    assert found[0][1].startswith("5 experts get no tokens any more: 3 of layer 5, 4 of layer 5, ")
     assert heard(one, dead) == []
     assert heard(even, alive) == []
     (text,) = [text for kind, text in alerts.check({"layers": [0, 5], "counts_LE": one, "dead_LE": alive}) if kind == "collapse"]
     assert text == "layer 5 uses only about 2.2 of its 8 experts"
-    assert experts_in_use([50, 50, 0, 0]) == pytest.approx(2.0)
+    assert experts_in_use(np.array([[50.0, 50, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])).tolist() == pytest.approx([2.0, 4.0, 4.0])
 
 
 def test_the_table_of_the_layers():

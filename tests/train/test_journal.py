@@ -56,6 +56,23 @@ def test_tensors_become_lists(path: Path):
 
 
 @pytest.mark.fault(29)
+@pytest.mark.parametrize("shape", [(3,), (4, 5), (2, 3, 4)])
+def test_a_tensor_of_floats_has_six_digits_and_a_list_all(path: Path, shape: tuple[int, ...]):
+    """Read back they are the floats that are nearest to these digits; other keys, text and numbers stay as they are."""
+    x = torch.randn(shape, dtype=torch.float64) * 10.0 ** torch.randint(-12, 12, shape)
+    ints = torch.randint(-(10**9), 10**9, shape)
+    journal = Journal(path)
+    journal.write({"a": x, "within": {"3": x, "text": '"[%d] 0'}, "ints": ints, "list": x.tolist(), "none": torch.zeros(0, 2)})
+    journal.write({"bad": x.masked_fill(x == x.max(), math.nan), "flags": x > 0, "one": x.flatten()[0]})
+    journal.close()
+    found, second = read_journal(path)
+    assert torch.tensor(found["a"], dtype=torch.float64).tolist() == x.clone().apply_(lambda each: float(f"{each:.6g}")).tolist()
+    assert found["within"] == {"3": found["a"], "text": '"[%d] 0'}
+    assert found["ints"] == ints.tolist() and found["list"] == x.tolist() and found["none"] == []
+    assert second["flags"] == (x > 0).tolist() and second["one"] == x.flatten()[0].item()
+    assert torch.tensor(second["bad"]).isnan().sum() == 1
+
+
 def test_resume_cuts_back_and_no_step_stands_twice(path: Path):
     write(path, range(1, 11))
     resumed = Journal(path, keep_to_step=6)

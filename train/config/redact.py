@@ -58,18 +58,18 @@ def _show(error: BaseException | None) -> None:
 
 def _plain(value: Any, key: str, secrets: Secrets) -> Any:
     """Returns `redact_plain` with the secrets of the environment, which is searched once for all texts."""
+    if isinstance(value, str):  # first, since records have ten thousand of them
+        return f"<{key}>" if value and KEY.fullmatch(key) else _without(value, secrets)
+    if isinstance(value, list | tuple):
+        if set(map(type, value)) <= NUMBERS:  # tables of the experts have a million of them
+            return value
+        return [_plain(item, key, secrets) for item in value]
     if isinstance(value, Mapping):
         return {
             _without(name, secrets) if isinstance(name, str) else name: _plain(item, str(name), secrets)
             for name, item in value.items()
         }
-    if isinstance(value, list | tuple):
-        if set(map(type, value)) <= NUMBERS:  # tables of the experts have a million of them
-            return value
-        return [_plain(item, key, secrets) for item in value]
-    if not isinstance(value, str):
-        return value
-    return f"<{key}>" if value and KEY.fullmatch(key) else _without(value, secrets)
+    return value
 
 
 def _without(text: str, secrets: Secrets) -> str:

@@ -1,13 +1,16 @@
 """Journals such as metrics.jsonl and events.jsonl: append-only files of one JSON object a line, intact after a crash or a resume.
 
 JSON has no NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and `read_journal` turns exactly
-these back into floats. Floats are written with all their digits.
+these back into floats. Floats are written with all their digits, those of tensors and arrays with DIGITS significant ones, which
+takes a fifth of the time: statistics of the experts have a hundred thousand of them.
 """
 
 import json
 import logging
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import closing
@@ -24,6 +27,10 @@ log = logging.getLogger("tokenyard")
 
 WAITING = 2**24
 """Bytes of records that a journal keeps while the disk is full."""
+DIGITS = 6
+_MARK = secrets.token_hex(16)
+_MARKED = re.compile(f'"{_MARK} ([0-9]+)"')
+"""What stands for a table, by its number, until the rest of a record is JSON."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -63,7 +70,9 @@ class Journal:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record. Tensors and arrays become lists."""
-        line = json.dumps(redact_plain(_plain(record)), allow_nan=False, ensure_ascii=False) + "\n"
+        tables: list[str] = []
+        line = json.dumps(redact_plain(_plain(record, tables)), allow_nan=False, ensure_ascii=False) + "\n"
+        line = _MARKED.sub(lambda found: tables[int(found[1])], line)
         with self._lock:
             if len(self._waiting) < WAITING:
                 self._waiting += line.encode()
@@ -167,19 +176,36 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step", 0), int | float) else None
 
 
-def _plain(value: Any) -> Any:
-    """Returns `value` in a form that JSON can represent."""
+def _plain(value: Any, tables: list[str]) -> Any:
+    """Returns `value` in a form that JSON can represent, with a mark for each table, whose JSON is appended to `tables`."""
+    if isinstance(value, str):
+        return value
     if hasattr(value, "tolist"):
+        if (table := _table(value)) is not None:
+            tables.append(table)
+            return f"{_MARK} {len(tables) - 1}"
         value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        if set(map(type, value)) <= NUMBERS and all(map(math.isfinite, value)):  # tables of the experts have a million of them
+        if set(map(type, value)) <= NUMBERS and math.isfinite(sum(value)):
             return value
-        return [_plain(item) for item in value]
+        return [_plain(item, tables) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item, tables) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _table(values: Any) -> str | None:
+    """Returns the JSON of a tensor or an array; None if it has no dimension, or something that is no finite number."""
+    flat = values.reshape(-1).tolist()
+    kinds = set(map(type, flat))
+    if not values.shape or kinds not in ({int}, {float}) or not math.isfinite(sum(flat)):
+        return None
+    template = f"%.{DIGITS}g" if kinds == {float} else "%d"
+    for size in reversed(values.shape):
+        template = f"[{', '.join([template] * size)}]"
+    return template % tuple(flat)
 
 
 def _floats(value: Any) -> Any:

@@ -3,9 +3,10 @@
 TITLES has all alerts of a run; those that are not about experts are raised where they are found.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 TITLES = {
     "not_finite": "Loss or gradient is not finite",
@@ -39,25 +40,24 @@ class Alerts:
 
     def check(self, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Yields kind and text of each alert that is new."""
-        layers, counts_LE = record["layers"], record["counts_LE"]
-        experts = len(counts_LE[0])
+        layers, counts_LE = record["layers"], np.asarray(record["counts_LE"], dtype=np.float64)
+        experts = counts_LE.shape[1]
         least = self._top_k + COLLAPSED * (experts - self._top_k)
-        in_use = {layer: experts_in_use(counts_E) for layer, counts_E in zip(layers, counts_LE, strict=True)}
+        in_use = dict(zip(layers, experts_in_use(counts_LE).tolist(), strict=True))
         collapsed = {layer for layer, used in in_use.items() if used < least}
         for layer in sorted(collapsed - self._collapsed):
             yield "collapse", f"layer {layer} uses only about {in_use[layer]:.1f} of its {experts} experts"
         self._collapsed = collapsed
-        rows = zip(layers, record.get("dead_LE", []), strict=False)
-        dead = {(layer, expert) for layer, dead_E in rows for expert, is_dead in enumerate(dead_E) if is_dead}
+        places = np.argwhere(np.asarray(record["dead_LE"])).tolist() if "dead_LE" in record else []
+        dead = {(layers[row], expert) for row, expert in places}
         if new := sorted(dead - self._dead):
             some = ", ".join(f"{expert} of layer {layer}" for layer, expert in new[:8]) + (", ..." if len(new) > 8 else "")
             yield "dead_experts", f"{len(new)} experts get no tokens any more: {some}"
         self._dead = dead
 
 
-def experts_in_use(counts_E: list[int]) -> float:
-    """Returns exp of the entropy of the load: E for an even load, n if n experts share all of it, E if nothing was routed."""
-    total = sum(counts_E)
-    if not total:
-        return float(len(counts_E))
-    return math.exp(-sum(n / total * math.log(n / total) for n in counts_E if n))
+def experts_in_use(counts_LE: np.ndarray) -> np.ndarray:
+    """Returns for each layer exp of the entropy of the load: E for an even load, n if n experts share all of it, E for no load."""
+    total_L1, experts = counts_LE.sum(1, keepdims=True), counts_LE.shape[1]
+    share_LE = np.divide(counts_LE, total_L1, out=np.full_like(counts_LE, 1 / experts), where=total_L1 > 0)
+    return np.exp(-(share_LE * np.log(np.where(share_LE > 0, share_LE, 1))).sum(1))

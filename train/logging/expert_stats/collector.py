@@ -21,9 +21,6 @@ from ..stability import StabilityStats, stability_metrics
 from . import weight_stats
 from .routing_probe import Probe, routers
 
-DIGITS = 6
-"""Significant digits of biases and norms in telemetry.jsonl."""
-
 
 class Snapshot(NamedTuple):
     """The statistics of a logged step that are not among its StepNumbers; the same on every rank."""
@@ -127,7 +124,7 @@ class ExpertStats:
             if name in found:
                 found[name] += [None] * missing
         alike = weight_stats.similarity(self.session.parallel, self.layers, probe.picked)
-        return found | {"similarity": {str(layer): cosines_EE.tolist() for layer, cosines_EE in alike.items()}}
+        return found | {"similarity": {str(layer): cosines_EE for layer, cosines_EE in alike.items()}}
 
     def _reset(self) -> None:
         """Starts new sums in new tensors: the old ones may still be on their way to the host."""
@@ -160,7 +157,7 @@ def snapshot_records(
 
 
 def telemetry_sums(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns sums, biases and norms under their keys in telemetry.jsonl."""
+    """Returns sums, biases and norms under their keys in telemetry.jsonl; tables of floats stay tensors, for a journal."""
     router_metrics_LG = tensors["router_metrics_LG"]
     record = {
         "tokens_L": router_metrics_LG[:, SUMS.index("tokens")].long().tolist(),
@@ -172,10 +169,4 @@ def telemetry_sums(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "dead_LE": tensors["dead_LE"].long().tolist(),
     }
     arrays = ("bias_LE", "grad_norm_LE", "attention_logit_AH")
-    return record | {name: rounded(tensors[name]).tolist() for name in arrays if name in tensors}
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Returns `x`, fp64, to DIGITS significant digits, which halves the time and the bytes of writing them."""
-    scale = 10.0 ** (DIGITS - 1 - x.double().abs().clamp(min=1e-30).log10().floor())
-    return torch.where(x.isfinite(), (x * scale).round() / scale, x)
+    return record | {name: tensors[name] for name in arrays if name in tensors}

@@ -117,9 +117,7 @@ class Probe:
         found: dict[str, Any] = {"classes": named(CLASSES, sums["classes"])}
         if "sources" in sums:
             found["sources"] = named(names, sums["sources"])
-        found["coactivation"] = {
-            str(layer): pairs.long().tolist() for layer, pairs in zip(self.picked, sums["coactivation"], strict=True)
-        }
+        found["coactivation"] = {str(layer): pairs.long() for layer, pairs in zip(self.picked, sums["coactivation"], strict=True)}
         if self.last is not None:
             found |= movement(sums["stability"])
         self.last = routed.experts_LTK
