@@ -243,6 +243,12 @@ def export(argv: list[str]) -> int:
     return export_command(arguments)
 
 
+def push(argv: list[str]) -> int:
+    from .push import push_command
+
+    return push_command(argv)
+
+
 def checkpoint(argv: list[str]) -> int:
     from .checkpoint import checkpoint_command
 
@@ -295,6 +301,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "import": import_,
     "export": export,
+    "push": push,
     "params": params,
     "plan": plan,
     "audit": audit,
@@ -314,6 +321,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard checkpoint inspect|verify|diff PATH [PATH]   what a checkpoint holds, whether it is whole, how two differ
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
+  tokenyard push RUN|HF_FOLDER repo=OWNER/NAME           upload an export and its model card to the hub; --dry-run, --json
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard plan cluster=h100x64 [key=value ...]         layouts that fit, their time and cost; --explain N, --write, --json
   tokenyard plan goal=loss flops=1e21                    compute-optimal size, tokens and experts by published scaling laws; --json
