@@ -15,7 +15,17 @@ from .parser import OneLineParser, add_config_dir, add_json, not_negative, port,
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; `argv` defaults to the arguments of the process. Returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        code = _call(sys.argv[1:] if argv is None else argv, alone=argv is None)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        go_silent(sys.stdout)  # whoever read the output has ended, as `head` does
+        return BROKEN_PIPE
+    return code
+
+
+def _call(words: list[str], alone: bool) -> int:
+    """Calls the verb that the words begin with. `alone`: it is all that this process does."""
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else BAD_USAGE
@@ -31,18 +41,12 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return BAD_USAGE
-    if argv is None:
+    if alone:
         redact_tracebacks()
-    if argv is None and words[0] == "train":
+    if alone and words[0] == "train":
         block_signals(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
-    try:
-        code = VERBS[words[0]](words[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        go_silent(sys.stdout)  # whoever read the output has ended, as `head` does
-        return BROKEN_PIPE
-    return code
+    return VERBS[words[0]](words[1:])
 
 
 BROKEN_PIPE = 141

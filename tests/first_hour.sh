@@ -81,5 +81,7 @@ step "its parameters" 0 '"active"' tokenyard params model=tiny --json
 step "its loss" 0 '"bits_per_byte"' tokenyard evaluate first --json evaluate.sequences=16
 step "its text" 0 'def ' tokenyard generate first --prompt "def "
 step "its page" 0 'report.html' tokenyard report first
+step "what would go to the hub" 0 'model-00001-of-00001\.safetensors +[0-9.]+ MB' tokenyard push first repo=me/first --dry-run
+step "its card" 0 '^\| loss, nats per token \| [0-9]' cat first/exports/*/README.md
 step "the same numbers on other layouts" 0 '[0-9]+ layouts' tokenyard parity model=tiny
 echo "first_hour: all steps hold, in $SECONDS s; $folder"
