@@ -142,7 +142,7 @@ FACTS = StartupFacts(
     precision_from="the default on a CPU",
 )
 STARTUP = """\
-tokenyard 0.1.0
+tokenyard 0.2.0
   model       4 layers, 256 wide, 8 heads; 8 experts, top-2, in 3 of them
   parameters  15.4M total, 8.28M active per token
               embedding 2.10M, attention 786,432, router 6,144, experts 9.44M, shared 147,456, dense 786,432, norms 2,304, head 2.10M
