@@ -16,8 +16,8 @@ class HubAnswer(NamedTuple):
     """Whether there was an answer, be it a refusal."""
 
 
-def ask_hub(url: str) -> HubAnswer:
-    """Returns whether the hub gives the file at `url`, after HUB_SECONDS at the latest."""
+def ask_hub(url: str, seconds: float = HUB_SECONDS) -> HubAnswer:
+    """Returns whether the hub gives the file at `url`, after `seconds` at the latest."""
     from huggingface_hub import constants, get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -27,7 +27,7 @@ def ask_hub(url: str) -> HubAnswer:
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(url, timeout=HUB_SECONDS)
+            get_hf_file_metadata(url, timeout=seconds)
             outcome.append(HubAnswer("", True))
         except Exception as error:
             first = str(error).strip().split("\n")[0]
@@ -37,5 +37,5 @@ def ask_hub(url: str) -> HubAnswer:
     # A thread, because looking up a name has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(HUB_SECONDS)
-    return outcome[0] if outcome else HubAnswer(f"no answer in {HUB_SECONDS:g} s", False)
+    thread.join(seconds)
+    return outcome[0] if outcome else HubAnswer(f"no answer in {seconds:g} s", False)

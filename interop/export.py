@@ -47,6 +47,7 @@ class Exported:
 
     folder: Path
     architecture: str
+    dtype: str
     files: list[str]
     notes: list[str] = field(default_factory=list)
     """One line for each thing that could not be exported, or means something else there."""
@@ -59,12 +60,13 @@ def export_checkpoint(
     architecture: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    finish: Callable[[Exported, Path], None] = lambda made, unfinished: None,
 ) -> Exported:
     """Writes the new folder `folder`, complete or not at all. Memory holds a block of one tensor at a time (BLOCK_BYTES).
 
     dtype: bf16 or fp32; None keeps the stored types. architecture: one of FAMILIES; None takes the one that the model was imported
-    from, or the first that can express it. `progress(done, total)`: bytes that were
-    checked or written. ValueError, one line, for a setting or tensor that the architecture cannot express.
+    from, or the first that can express it. `progress(done, total)`: bytes that were checked or written. `finish` may add files to
+    the unfinished folder. ValueError, one line, for a setting or tensor that the architecture cannot express.
     """
     checkpoint = checkpoint_at(path)
     manifest = read_manifest(checkpoint)
@@ -97,12 +99,15 @@ def export_checkpoint(
         failpoint("export.half", manifest.step)
         notes = _write_tokenizer(checkpoint, manifest, unfinished, config)
         _write_json(unfinished / CONFIG, config)
-    if model.mtp_depth and not model.mtp_after_norm:
-        what = "the prediction modules have learned from hidden states before the last norm"
-        notes.append(f"model.mtp_after_norm=false: {what}, {family.architecture} feeds them those after it")
-    if idle := family.idle(model):
-        notes.append(f"{len(idle)} tensors, as {next(iter(idle))}, are copies of others: transformers has them and never uses them")
-    return Exported(folder, family.architecture, files, notes)
+        if model.mtp_depth and not model.mtp_after_norm:
+            what = "the prediction modules have learned from hidden states before the last norm"
+            notes.append(f"model.mtp_after_norm=false: {what}, {family.architecture} feeds them those after it")
+        if idle := family.idle(model):
+            copies = f"{len(idle)} tensors, as {next(iter(idle))}, are copies of others"
+            notes.append(f"{copies}: transformers has them and never uses them")
+        made = Exported(folder, family.architecture, config["dtype"], files, notes)
+        finish(made, unfinished)
+    return made
 
 
 def _model(checkpoint: Path, manifest: Manifest) -> ModelConfig:

@@ -5,10 +5,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..train.config.complain import complain
 from .progress_bar import progress_bar
+
+if TYPE_CHECKING:
+    from ..interop.export import Exported
 
 ASSIGNMENT = re.compile(r"(\w+)=(-?\d+)")
 UPCYCLE_KEYS = ("experts", "top_k", "granularity", "seed")
@@ -39,16 +42,36 @@ def export_command(arguments: argparse.Namespace) -> int:
 
     try:
         check_readable(Path(arguments.checkpoint))
-        from ..interop.export import export_checkpoint  # imports torch
-
-        place = Path(arguments.checkpoint), Path(arguments.folder)
-        with progress_bar("of the bytes read and written") as progress:
-            made = export_checkpoint(*place, arguments.dtype, arguments.architecture, progress=progress)
+        made = export_with_card(Path(arguments.checkpoint), Path(arguments.folder), arguments.dtype, arguments.architecture)
     except (ValueError, OSError) as error:
         return complain(error)
     facts = {"folder": str(made.folder), "architecture": made.architecture, "files": made.files}
     line = f"{made.architecture}: {len(made.files)} files of weights in {made.folder}"
     return _report(line, {**facts, "notes": made.notes}, arguments.json)
+
+
+def export_with_card(
+    path: Path,
+    folder: Path,
+    dtype: str | None = None,
+    architecture: str | None = None,
+    repo: str | None = None,
+    license: str | None = None,
+) -> "Exported":
+    """Exports the checkpoint, or the newest undamaged one of a run, to the new folder `folder`, with its model card."""
+    from ..checkpoint.store import checkpoint_at  # imports torch
+    from ..interop.export import export_checkpoint
+    from .model_card import CARD, Weights, model_card, read_training
+
+    checkpoint = checkpoint_at(path)
+
+    def card(made: "Exported", unfinished: Path) -> None:
+        size = sum((unfinished / file).stat().st_size for file in made.files)
+        weights = Weights(made.architecture, made.dtype, size, made.notes)
+        (unfinished / CARD).write_text(model_card(read_training(checkpoint), weights, repo, license))
+
+    with progress_bar("of the bytes read and written") as progress:
+        return export_checkpoint(checkpoint, folder, dtype, architecture, progress=progress, finish=card)
 
 
 def split_upcycle(argv: list[str]) -> tuple[list[str], list[str] | None]:

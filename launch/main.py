@@ -15,7 +15,17 @@ from .parser import OneLineParser, add_config_dir, add_json, not_negative, port,
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; `argv` defaults to the arguments of the process. Returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        code = _call(sys.argv[1:] if argv is None else argv, alone=argv is None)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        go_silent(sys.stdout)  # whoever read the output has ended, as `head` does
+        return BROKEN_PIPE
+    return code
+
+
+def _call(words: list[str], alone: bool) -> int:
+    """Calls the verb that the words begin with. `alone`: it is all that this process does."""
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else BAD_USAGE
@@ -31,18 +41,12 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return BAD_USAGE
-    if argv is None:
+    if alone:
         redact_tracebacks()
-    if argv is None and words[0] == "train":
+    if alone and words[0] == "train":
         block_signals(SAVING)  # there is nothing to save yet, and by itself this signal would end the process
         restart_with_kept_memory()
-    try:
-        code = VERBS[words[0]](words[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        go_silent(sys.stdout)  # whoever read the output has ended, as `head` does
-        return BROKEN_PIPE
-    return code
+    return VERBS[words[0]](words[1:])
 
 
 BROKEN_PIPE = 141
@@ -244,6 +248,12 @@ def export(argv: list[str]) -> int:
     return export_command(arguments)
 
 
+def push(argv: list[str]) -> int:
+    from .push import push_command
+
+    return push_command(argv)
+
+
 def checkpoint(argv: list[str]) -> int:
     from .checkpoint import checkpoint_command
 
@@ -296,6 +306,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "import": import_,
     "export": export,
+    "push": push,
     "params": params,
     "plan": plan,
     "audit": audit,
@@ -315,6 +326,7 @@ USAGE = """tokenyard: Mixture-of-Experts pretraining with expert, data and tenso
   tokenyard checkpoint inspect|verify|diff PATH [PATH]   what a checkpoint holds, whether it is whole, how two differ
   tokenyard import HF_FOLDER OUT                         a checkpoint from a Hugging Face folder
   tokenyard export CHECKPOINT HF_FOLDER                  a Hugging Face folder from a checkpoint
+  tokenyard push RUN|HF_FOLDER repo=OWNER/NAME           upload an export and its model card to the hub; --dry-run, --json
   tokenyard params model=NAME|HF_FOLDER [key=value ...]  parameters, bytes and FLOPs of a model; --json
   tokenyard plan cluster=h100x64 [key=value ...]         layouts that fit, their time and cost; --explain N, --write, --json
   tokenyard plan goal=loss flops=1e21                    compute-optimal size, tokens and experts by published scaling laws; --json

@@ -9,24 +9,24 @@ mkdir -p "$folder" && cd "$folder"
 output=$folder/output.txt
 small=(model=tiny tokenizer=bytes steps=20 batch.sequences=4 sequence_length=64 evaluate.sequences=8 tracker=none log.every=5)
 
-# step TITLE CODE PATTERN COMMAND...: runs the command, which must end with the code and print the pattern.
+# step TITLE CODE PATTERN COMMAND...: runs the command, which must end with the code and print the pattern ('': anything or nothing).
 step() {
     local title=$1 code=$2 pattern=$3 found=0 begin=$SECONDS
     shift 3
     "$@" >"$output" 2>&1 || found=$?
-    if [ "$found" != "$code" ] || ! grep -qE -- "$pattern" "$output"; then
+    if [ "$found" != "$code" ] || { [ -n "$pattern" ] && ! grep -qE -- "$pattern" "$output"; }; then
         echo "first_hour: $title: exit code $found (wanted $code), or no line with: $pattern" >&2
         tail -n 30 "$output" >&2
         exit 1
     fi
-    printf '%-46s %4d s  %s\n' "$title" "$((SECONDS - begin))" "$(grep -m 1 -E -- "$pattern" "$output" | cut -c 1-110)"
+    printf '%-46s %4d s  %s\n' "$title" "$((SECONDS - begin))" "$([ -z "$pattern" ] || grep -m 1 -E -- "$pattern" "$output" | cut -c 1-110)"
 }
 
 if [ -z "${TOKENYARD:-}" ]; then
-    step "a virtual environment" 0 '^$|^' "${PYTHON:-python3}" -m venv "$folder/venv"
+    step "a virtual environment" 0 '' "${PYTHON:-python3}" -m venv "$folder/venv"
     grep '^torch==' "$repository/constraints.txt" >"$folder/torch.txt"
-    step "torch" 0 '^$|^' "$folder/venv/bin/pip" install --quiet --disable-pip-version-check -r "$folder/torch.txt"
-    step "tokenyard and its extras" 0 '^$|^' "$folder/venv/bin/pip" install --quiet --disable-pip-version-check \
+    step "torch" 0 '' "$folder/venv/bin/pip" install --quiet --disable-pip-version-check -r "$folder/torch.txt"
+    step "tokenyard and its extras" 0 '' "$folder/venv/bin/pip" install --quiet --disable-pip-version-check \
         -c "$repository/constraints.txt" "$repository[report,hf]"
     PATH=$folder/venv/bin:$PATH
 else
@@ -81,5 +81,7 @@ step "its parameters" 0 '"active"' tokenyard params model=tiny --json
 step "its loss" 0 '"bits_per_byte"' tokenyard evaluate first --json evaluate.sequences=16
 step "its text" 0 'def ' tokenyard generate first --prompt "def "
 step "its page" 0 'report.html' tokenyard report first
+step "what would go to the hub" 0 'model-00001-of-00001\.safetensors +[0-9.]+ MB' tokenyard push first repo=me/first --dry-run
+step "its card" 0 '^\| loss, nats per token \| [0-9]' cat first/exports/*/README.md
 step "the same numbers on other layouts" 0 '[0-9]+ layouts' tokenyard parity model=tiny
 echo "first_hour: all steps hold, in $SECONDS s; $folder"

@@ -1,6 +1,7 @@
-"""Hooks of mkdocs: README.md is the first page, and what a page links to outside of docs/ is named instead."""
+"""Hooks of mkdocs: README.md is the first page, links out of docs/ become names, and the search of files needs no network."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,18 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)")
+
+
+WORKER = "iframe_worker.js"
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Takes our file for the one that the theme loads from a server, for the search from files."""
+    return output.replace("https://unpkg.com/iframe-worker/shim", f"assets/{WORKER}")
+
+
+def on_post_build(config: Any) -> None:
+    shutil.copyfile(Path(__file__).with_name(WORKER), Path(config.site_dir) / "assets" / WORKER)
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -20,6 +20,7 @@ from tokenyard.launch.main import VERBS, main
 from tokenyard.launch.parser import with_config_dir
 from tokenyard.launch.plan_command import OWN as DRY_RUN_WORDS
 from tokenyard.launch.plan_command import read_words
+from tokenyard.launch.push import read_words as read_push
 from tokenyard.launch.search_command import OWN as SEARCH_WORDS
 from tokenyard.launch.search_command import read_search_words
 from tokenyard.launch.serve_command import read_deployment
@@ -191,6 +192,8 @@ def test_every_command_would_run(command: str, readers: Path, tmp_path: Path, mo
             assert verb in VERBS
         case ["tokenyard", "checkpoint", "inspect|verify|diff", *_]:
             pass
+        case ["tokenyard", "push", _, *arguments]:
+            assert read_push([each for each in arguments if each != "--dry-run"]).repo
         case ["tokenyard", "data", "verify", folder]:
             monkeypatch.setattr("tokenyard.launch.data_commands.verify", lambda path, as_json: int(path != folder))
             assert main(words[1:]) == 0

@@ -24,7 +24,7 @@ from tokenyard.train.preflight import check_config
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 SIZE = ["launch.nodes=2", "launch.ranks=8", "parallel.expert=8", "batch.sequences=128"]
 SLURM = ["launch=slurm", *SIZE, "run.dir=runs/first"]
-KUBERNETES = ["launch=kubernetes", *SIZE, "run.dir=/shared/runs/first", "launch.kubernetes.image=registry/tokenyard:0.1.0"]
+KUBERNETES = ["launch=kubernetes", *SIZE, "run.dir=/shared/runs/first", "launch.kubernetes.image=registry/tokenyard:0.2.0"]
 DEEPSPEED = ["launch=deepspeed", *SIZE, "run.dir=runs/first", "launch.hosts=[host0,host1]"]
 NASTY = """run.name='a "b" $(touch pwned) `touch pwned`; touch pwned # $HOME *'"""
 """An override that a shell must not expand."""

@@ -256,11 +256,12 @@ def test_completion_of_no_shell(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"tokenyard: -sc install=tcsh: {said}\n"
 
 
-def test_a_broken_pipe_is_silent() -> None:
+@pytest.mark.parametrize("words", [["params", "model=tiny_mixtral"], ["--help"]])
+def test_a_broken_pipe_is_silent(words: list[str]) -> None:
     """A reader that has ended before anything is written."""
     source, sink = os.pipe()
     os.close(source)
-    command = [sys.executable, "-m", "tokenyard", "params", "model=tiny_mixtral"]
+    command = [sys.executable, "-m", "tokenyard", *words]
     ended = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, timeout=60, check=False)
     os.close(sink)
     assert (ended.returncode, ended.stderr) == (BROKEN_PIPE, b"")

@@ -11,7 +11,7 @@ from tokenyard.train.config.config import BatchConfig, Config, Precision
 from tokenyard.train.logging.console.startup import StartupFacts, startup_lines
 from tokenyard.train.logging.console.step_line import Eta, fitting_spans, step_spans
 from tokenyard.train.logging.console.summary import EndFacts, end_lines
-from tokenyard.train.logging.console.text import ASCII_BARS, BLOCKS, Line, Printer, plain
+from tokenyard.train.logging.console.text import ASCII_BARS, BLOCKS, COMMAND, Line, Printer, Span, folded, plain
 
 RECORD = {
     "step": 7,
@@ -142,7 +142,7 @@ FACTS = StartupFacts(
     precision_from="the default on a CPU",
 )
 STARTUP = """\
-tokenyard 0.1.0
+tokenyard 0.2.0
   model       4 layers, 256 wide, 8 heads; 8 experts, top-2, in 3 of them
   parameters  15.4M total, 8.28M active per token
               embedding 2.10M, attention 786,432, router 6,144, experts 9.44M, shared 147,456, dense 786,432, norms 2,304, head 2.10M
@@ -207,7 +207,7 @@ Done: 600 steps, 2.46M tokens, 4m28s
   unigram     entropy 6.5000 nats a token; the loss is 40.0% below it
 
 Expert load
-  layer  max/mean  min/mean   load of each expert: _ none, = an even share, @ twice that or more
+  layer  max/mean  min/mean   each expert: _ none, = even, @ twice or more
       1      1.00      1.00   = = = =
       3      2.50      0.00   _ : @ =
 
@@ -247,7 +247,21 @@ def test_many_experts_share_columns_and_the_busiest_shows():
 
 
 def test_the_same_text_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TERM", "dumb")  # a terminal without colours
+    monkeypatch.setenv("TERM", "dumb")  # a terminal without colours, of 80 columns for rich
     stream = Terminal()
     Printer(stream).lines([*startup_lines(CONFIG, count(CONFIG.model), FACTS), *end_lines(END)])
-    assert [line.rstrip() for line in stream.getvalue().split("\n")] == (STARTUP + "\n" + SUMMARY + "\n").split("\n")
+    shown, whole = [line.rstrip() for line in stream.getvalue().split("\n")], (STARTUP + "\n" + SUMMARY + "\n").split("\n")
+    assert " ".join(shown).split() == " ".join(whole).split()
+    assert all(len(line) <= 80 or line.startswith("    tokenyard") for line in shown) and max(map(len, whole)) > 100
+
+
+def test_a_wide_line_is_parted_under_its_last_column():
+    line = [Span("  tokenizer   "), Span("bytes, 259 pieces in 384 rows of the embedding")]
+    assert text(folded(line, 40)).split("\n") == [
+        "  tokenizer   bytes, 259 pieces in 384",
+        "              rows of the embedding",
+    ]
+    assert text(folded([Span("step 40: a spike")], 12)).split("\n") == ["step 40: a", "  spike"]
+    command = [Span("    "), Span("tokenyard train --from runs/first", COMMAND)]
+    assert folded(command, 20) == [command] and folded([], 20) == [[]]
+    assert text(folded([Span("  | "), Span(" " * 30)], 20)).strip() == "|"

@@ -94,7 +94,7 @@ def _loss(facts: EndFacts) -> list[Line]:
 def _load_table(facts: EndFacts, bars: str) -> list[Line]:
     """Returns a row for each layer: max/mean, min/mean and the load of each expert, in order of their ids."""
     shown = min(COLUMNS, len(facts.counts_LE[0]))
-    scale = f"load of each expert: {bars[0]} none, {bars[len(bars) // 2]} an even share, {bars[-1]} twice that or more"
+    scale = f"each expert: {bars[0]} none, {bars[len(bars) // 2]} even, {bars[-1]} twice or more"
     head = [[], title("Expert load"), [Span(f"  {'layer':>5}  {'max/mean':>8}  {'min/mean':>8}   {scale}", "cyan")]]
     return [*head, *(_load_row(layer, row, shown, bars) for layer, row in zip(facts.layers, facts.counts_LE, strict=True))]
 

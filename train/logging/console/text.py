@@ -2,6 +2,7 @@
 
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TextIO
 
@@ -17,6 +18,9 @@ class Span(NamedTuple):
 
 
 Line = list[Span]
+
+COMMAND = "bold green"
+"""The style of a command that the reader may copy."""
 
 ASCII_BARS = "_.:-=+*#@"
 BLOCKS = "_\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -44,7 +48,7 @@ class Printer:
         return None if self._rich is None else self._rich.width
 
     def line(self, line: Line) -> None:
-        """Prints a line, without wrapping or cropping it."""
+        """Prints a line and crops nothing. A terminal gets what is too wide for it in several lines, parted at blanks."""
         text = self._clean(plain(line))
         self.copy(text)
         if self._rich is None:
@@ -56,7 +60,8 @@ class Printer:
             return
         from rich.text import Text
 
-        self._rich.print(Text.assemble(*(Span(self._clean(text), style) for text, style in line)))
+        for part in folded([Span(self._clean(text), style) for text, style in line], self._rich.width):
+            self._rich.print(Text.assemble(*part))
 
     def lines(self, lines: Iterable[Line]) -> None:
         for line in lines:
@@ -76,6 +81,21 @@ def plain(line: Line) -> str:
     return "".join(span.text for span in line).rstrip()
 
 
+def folded(line: Line, width: int) -> list[Line]:
+    """Returns a line as lines of at most `width` characters, parted at blanks of its last span and indented below that.
+
+    A command stays as it is, to be copied, and so does a word that is longer.
+    """
+    *before, last = line or [Span("")]
+    used = sum(len(span.text) for span in before)
+    if used + len(last.text) <= width or last.style == COMMAND or used > width // 2:
+        return [[*line]]
+    indent = "" if before else "  "
+    found = textwrap.wrap(last.text, width - used, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    first, *more = found or [""]
+    return [[*before, Span(first, last.style)], *([Span(" " * used), Span(text, last.style)] for text in more)]
+
+
 def rows(items: Iterable[tuple[str, str]]) -> list[Line]:
     """Returns names and values in two columns; an empty name continues the row above."""
     return [[Span(f"  {name:<12}", "cyan"), Span(value)] for name, value in items]
@@ -87,7 +107,7 @@ def title(text: str) -> Line:
 
 def commands(items: Iterable[tuple[str, str]]) -> list[Line]:
     """Returns the purpose of each command and, on a line of its own to be copied, the command."""
-    return [line for purpose, command in items for line in ([Span(f"  {purpose}")], [Span("    "), Span(command, "bold green")])]
+    return [line for purpose, command in items for line in ([Span(f"  {purpose}")], [Span("    "), Span(command, COMMAND)])]
 
 
 def duration(seconds: float | None) -> str:
