@@ -58,10 +58,16 @@ def test_closed_form_is_the_dry_run(apart: Callable[..., Any], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 8, 11, 12, 18, 42, 49, 203, 210))]
+    "seed",
+    [
+        *(0, 3, 105),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 8, 11, 12, 18, 42, 49, 99, 190, 203, 210, 224)),
+    ],
 )
 def test_random_pairs(apart: Callable[..., Any], seed: int) -> None:
-    """Of those that are quick: ZeRO-1 with tensor ranks and a deduplicated exchange, and zbv with latent attention."""
+    """Of those that are quick: ZeRO-1 with tensor ranks and a deduplicated exchange, zbv with latent attention, and a last stage
+    without layers, whose peak is that of its head.
+    """
     assert closed(draw(seed)) == pytest.approx(apart(measured, seed), rel=0.03)
 
 
