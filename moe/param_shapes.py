@@ -55,10 +55,11 @@ def rotary_width(config: ModelConfig) -> int:
 def _gqa(config: ModelConfig) -> Shapes:
     D, h, attention = config.width, head_width(config), config.attention
     widths = {"q": config.heads * h, "k": config.kv_heads * h, "v": config.kv_heads * h}
-    if attention.output_gate:
-        widths["gate"] = config.heads * h
     found: Shapes = {f"{name}.weight": (width, D) for name, width in widths.items()}
     found["o.weight"] = (D, config.heads * h)
+    if attention.output_gate:
+        widths["gate"] = config.heads * h
+        found["gate.weight"] = (widths["gate"], D)
     if attention.qkv_bias:
         found |= {f"{name}.bias": (width,) for name, width in widths.items()}
     if attention.output_bias:
@@ -88,16 +89,16 @@ def _delta_net(config: ModelConfig) -> Shapes:
 def _mla(config: ModelConfig) -> Shapes:
     D, H, mla = config.width, config.heads, config.attention.mla
     queries = H * (mla.nope_width + mla.rope_width)
-    found: Shapes = {
+    found: Shapes = {"q.weight": (queries, D)}
+    if mla.q_rank is not None:
+        found = {"q_down.weight": (mla.q_rank, D), "q_norm.weight": (mla.q_rank,), "q_up.weight": (queries, mla.q_rank)}
+    return {
+        **found,
         "kv_down.weight": (mla.kv_rank + mla.rope_width, D),
         "kv_norm.weight": (mla.kv_rank,),
         "kv_up.weight": (H * (mla.nope_width + mla.value_width), mla.kv_rank),
         "o.weight": (D, H * mla.value_width),
     }
-    if mla.q_rank is None:
-        return {**found, "q.weight": (queries, D)}
-    found |= {"q_down.weight": (mla.q_rank, D), "q_norm.weight": (mla.q_rank,), "q_up.weight": (queries, mla.q_rank)}
-    return found
 
 
 def _moe(config: ModelConfig) -> Shapes:

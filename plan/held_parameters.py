@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from ..moe.config import ModelConfig
 from ..parallel.config import ParallelConfig
-from ..parallel.layout import expert_shard_ranks, rank_shapes, stays_whole
+from ..parallel.layout import expert_shard_ranks, rank_shapes, shard_dim, stays_whole
 from ..train.config.state_bytes import Shapes
-from .sized.operator_sizes import Gathered
+from .sized.operator_sizes import Gathered, Group
 
 
 class Held:
@@ -21,34 +21,33 @@ class Held:
         self.moments = Counter[str]()
         """Bytes of the optimizer's state on the device."""
         sharded, whole = rank_shapes(model, parallel, world), rank_shapes(model, replace(parallel, shard=1), world)
-        self.sharded, self.whole, self.experts, self.cast, self.cast_of_experts = (Counter[str]() for _ in range(5))
-        fsdp_of_experts = expert_shard_ranks(parallel, world) > 1
-        self.copied = Counter[str]()
-        self.whole_experts = Counter[str]()
-        """Elements of experts that FSDP does not shard."""
+        self.sharded, self.cast, self.cast_of_experts, self.whole_experts = (Counter[str]() for _ in range(4))
+        """Elements by part; `whole_experts` are those of experts that FSDP does not shard."""
+        self.groups: dict[tuple[str, bool], Group] = {}
+        """What FSDP gathers and reduces together, by part, and whether they are experts."""
         for name, shape in whole.items():
             part = _part(name, model.layers)
             own, full = math.prod(sharded[name]), math.prod(shape)
+            of_experts = ".experts." in name and part != "root"
+            ranks = expert_shard_ranks(parallel, world) if of_experts else math.lcm(parallel.context, parallel.shard)
             self.sharded[part] += own
             self.moments[part] += moments({name: sharded[name]})
-            if ".experts." in name and part != "root":
-                self.experts[part] += full if fsdp_of_experts else 0
-                self.whole_experts[part] += 0 if fsdp_of_experts else own
+            if of_experts:
+                self.whole_experts[part] += 0 if ranks > 1 else own
                 self.cast_of_experts[part] += full
-                if fsdp_of_experts and shape[0] % expert_shard_ranks(parallel, world):
-                    self.copied[part] = full  # the last one stays
-            elif not stays_whole(name, len(shape)):
-                self.whole[part] += full
+            if not stays_whole(name, len(shape)) and (ranks > 1 or not of_experts):
+                one = Group(full, own, full, full if shard_dim(shape, ranks) else 0)
+                self.groups[part, of_experts] = self.groups.get((part, of_experts), Group()).joined(one)
             if len(shape) > 1 and ".router." not in name and "_conv." not in name and part not in ("embedding", "head"):
                 self.cast[part] += full
 
     def gathered(self, index: int) -> Gathered:
         """Returns what FSDP gathers of block `index`."""
-        return Gathered(self.whole[str(index)], self.experts[str(index)], self.copied[str(index)])
+        return Gathered(*(self.groups.get((str(index), of_experts), Group()) for of_experts in (False, True)))
 
     def gathered_of(self, index: int) -> int:
         """Returns the elements that FSDP gathers of block `index` in all."""
-        return self.whole[str(index)] + self.experts[str(index)]
+        return sum(group.whole for group in self.gathered(index))
 
     def shards(self, index: int) -> int:
         """Returns the elements of block `index` that FSDP leaves a rank between steps."""
@@ -60,7 +59,7 @@ class Held:
         Cast are weights of experts, and with `dense` others too.
         """
         parts = [*map(str, indices), *(["embedding"] if embedding else []), *(["head", "norm", "end"] if head else [])]
-        whole = sum(self.whole[part] + self.experts[part] for part in parts)
+        whole = sum(group.whole for (part, _), group in self.groups.items() if part in parts)
         return (
             sum(self.sharded[part] for part in parts),
             sum(self.moments[part] for part in parts),
@@ -68,10 +67,13 @@ class Held:
             sum(self.cast[part] if dense else self.cast_of_experts[part] for part in parts),
         )
 
-    def root(self, embedding: bool, head: bool) -> tuple[int, int]:
-        """Returns the elements outside of blocks, held between steps and gathered."""
+    def root(self, embedding: bool, head: bool) -> Group:
+        """Returns what is outside of blocks, which is one group. Its shards count the last norm too."""
         parts = (["embedding"] if embedding else []) + (["head", "norm", "end"] if head else [])
-        return sum(self.sharded[part] for part in parts), sum(self.whole[part] for part in parts)
+        group = Group()
+        for part in parts:
+            group = group.joined(self.groups.get((part, False), Group()))
+        return group._replace(shards=sum(self.sharded[part] for part in parts))
 
 
 def _part(name: str, layers: int) -> str:

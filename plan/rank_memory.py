@@ -229,7 +229,8 @@ class DeferredSums:
     def _root(self, stages: set[int]) -> tuple[int, int]:
         """Elements outside of blocks of these stages, held between steps and gathered."""
         first, last = 0 in stages, self.last in stages
-        return self.stages.held.root(has_embedding(self.stages.shape.config, first, last), last)
+        group = self.stages.held.root(has_embedding(self.stages.shape.config, first, last), last)
+        return group.shards, group.whole
 
 
 class _Walk:

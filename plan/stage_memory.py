@@ -9,7 +9,7 @@ from .held_parameters import Held
 from .sized.autograd import Buffer, Node, Value, run_backward
 from .sized.ends import embed, embedding_of, end, run_block
 from .sized.layer_sizes import BlockShape
-from .sized.operator_sizes import Around, Casts, Gathered, Sized
+from .sized.operator_sizes import Around, Casts, Gathered, Group, Sized
 
 NOTHING = Gathered()
 
@@ -84,20 +84,17 @@ class Stages:
     def _stage(self, layers: range, first: bool, last: bool, place: StagePlace, pipeline: bool) -> Unit:
         config, fsdp = self.shape.config, place.casts is Casts.gathered
         stream = place.narrow * self.shape.tokens * config.width
-        grows = fsdp and place.first and place.reduces
         shared = first and last and (config.tie_embeddings or config.mtp_depth > 0)
-        units, shards = [self._embedding(place, shared)] if first else [], [0] if first else []
+        group = self.held.root(has_embedding(config, first, last), last)
+        root = group.whole
+        units, grown = [self._embedding(layers, place, shared, group)] if first else [], [0] if first else []
+        grows = place.stored if fsdp and place.reduces and (place.first or place.waited) else 0
         for index in layers:
             units.append(self._block(index, layers, place))
-            shards.append(place.stored * self.held.shards(index) if grows else 0)
+            grown.append(grows * self.held.shards(index))
         if last:
-            units.append(self._end(layers, place, shared))
-            shards.append(
-                sum(place.stored * self.held.shards(config.layers + depth) for depth in range(config.mtp_depth))
-                if fsdp and place.first and place.reduces
-                else 0
-            )
-        root_shards, root = self.held.root(has_embedding(config, first, last), last)
+            units.append(self._end(layers, place, shared, group))
+            grown.append(grows * sum(self.held.shards(config.layers + depth) for depth in range(config.mtp_depth)))
         gathers = place.narrow * root if fsdp and not place.whole else 0
         forward = _Sum({"gathered by FSDP": gathers, "residual stream": stream})
         for unit in units:
@@ -107,27 +104,19 @@ class Stages:
         if pipeline:
             left["residual stream"] += stream * ((not first) + (not last))
         backward = _Sum({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
-        for unit, grown in zip(reversed(units), reversed(shards), strict=True):
+        for unit, shards in zip(reversed(units), reversed(grown), strict=True):
             backward.add(unit.backward)
-            backward.now["gradients"] += grown
+            backward.now["gradients"] += shards
         after = Counter(backward.now)
         after.subtract({"gathered by FSDP": gathers, "gradients of activations": 0 if last else stream})
         if shared and not fsdp and not place.first:
             after["gradients"] -= place.stored * self.held.sharded["embedding"]
-        if fsdp and root and place.reduces:
-            backward.now["gathered by FSDP"] -= place.narrow * root if place.ends else gathers
-            backward.now["reduced by FSDP"] += place.stored * root
-            backward.note()
-        if fsdp and root and place.first and not place.reduces:  # widened one after the other
-            narrow = [unit.root for unit in units]
-            backward.now["gradients"] += place.stored * root + max(narrow) - sum(narrow)
-            backward.note()
-        if fsdp:
-            kept = root_shards if place.reduces else root
-            after["gradients"] += (place.stored * kept if place.first else 0) - sum(unit.root for unit in units)
-        if place.waited and place.reduces:  # the sums become shards
-            shards_of = sum(self.held.shards(index) for index in layers) + root_shards
-            after["gradients"] += place.stored * (shards_of - root - sum(map(self.held.gathered_of, layers)))
+        if fsdp and root:
+            self._reduce_root(backward, group, [unit.root for unit in units], place)
+            kept = group.shards if place.reduces else root
+            made = place.stored * kept if place.first or (place.waited and place.reduces) else 0
+            after["gradients"] += made - sum(unit.root for unit in units)
+            after["gradients"] -= place.stored * root if place.waited and place.reduces else 0
         if pipeline:
             after["residual stream"] -= stream * ((not first) + (not last))
         weights = _Sum({})
@@ -140,19 +129,44 @@ class Stages:
             sum(unit.deferred for unit in units),
         )
 
+    def _reduce_root(self, backward: "_Sum", group: Group, narrow: list[int], place: StagePlace) -> None:
+        """Gradients of weights outside of blocks, `narrow` bytes of each, are reduced last, as those of a block are."""
+        now, stored = backward.now, place.stored
+        if not place.reduces:
+            if place.first:  # widened one after the other
+                now["gradients"] += stored * group.whole + max(narrow) - sum(narrow)
+                backward.note()
+            return
+        now["gathered by FSDP"] -= place.narrow * group.whole if place.ends or not place.whole else 0
+        now["gradients"] -= sum(narrow) if place.waited else 0  # added in place
+        size = stored if place.waited else place.narrow
+        flat = {"reduced by FSDP": stored * group.whole}
+        now.update(flat)
+        backward.add(Pass(size * group.copied, {"gradients": size * group.copied}, 0, {}))
+        now["gradients"] += size * group.last + stored * group.shards - (stored * group.whole if place.waited else sum(narrow))
+        backward.note()
+
     def _block(self, index: int, layers: range, place: StagePlace) -> Unit:
         around = None
         if place.casts is Casts.gathered:
             after, before = (self.held.gathered(near) if near in layers else NOTHING for near in (index + 1, index - 1))
             around = Around(self.held.gathered(index), after, before)
-        reduced = self.held.gathered(index + 1).dense if around is not None and index + 1 in layers else 0
+        reduced = self.held.gathered(index + 1).dense.whole if around is not None and index + 1 in layers else 0
         kind = self.shape.config.layer_kind(index)
         return self._unit((kind, around, reduced), place, lambda rank, x: [run_block(rank, self.shape, index, x, around)], reduced)
 
-    def _embedding(self, place: StagePlace, shared: bool) -> Unit:
-        return self._unit(("embedding", shared), place, lambda rank, _: [embed(rank, self.shape, shared)], 0)
+    def _embedding(self, layers: range, place: StagePlace, shared: bool, root: Group) -> Unit:
+        """What FSDP gathers of the first block is under way, and the flat buffer of the root module lives until it is there."""
+        following = self.held.gathered(layers[0]) if layers else NOTHING
 
-    def _end(self, layers: range, place: StagePlace, shared: bool) -> Unit:
+        def run(rank: Sized, _: Value) -> list[Value]:
+            if place.casts is Casts.gathered:
+                rank.begin_stage(root, following)
+            return [embed(rank, self.shape, shared)]
+
+        return self._unit(("embedding", shared, root, following), place, run, 0)
+
+    def _end(self, layers: range, place: StagePlace, shared: bool, root: Group) -> Unit:
         """The backward pass of a module of multi-token prediction gathers the block before it."""
         further = range(self.shape.config.layers, self.shape.config.layers + self.shape.config.mtp_depth)
         fsdp, held = place.casts is Casts.gathered, self.held.gathered
@@ -160,7 +174,7 @@ class Stages:
             Around(held(index), NOTHING, held(index - 1) if layers or depth else NOTHING) if fsdp else None
             for depth, index in enumerate(further)
         ]
-        before = held(layers[-1]) if fsdp and layers else NOTHING
+        before = (held(layers[-1]) if layers else Gathered(root)) if fsdp else NOTHING
 
         def run(rank: Sized, x: Value) -> list[Value]:
             rank.shared_root = {embedding_of(self.shape.config)} if shared else set()
@@ -177,7 +191,7 @@ class Stages:
         """Returns elements of the blocks of a stage: that FSDP leaves a rank, gathers in all, and reduces at most at once."""
         config = self.shape.config
         blocks = [*layers, *(range(config.layers, config.layers + config.mtp_depth) if last else [])]
-        largest = max((max(self.held.gathered(index)[:2]) for index in blocks), default=0)
+        largest = max((group.whole for index in blocks for group in self.held.gathered(index)), default=0)
         return sum(map(self.held.shards, blocks)), sum(map(self.held.gathered_of, blocks)), largest
 
 
@@ -206,7 +220,7 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     """Runs a part of the model forward and backward on sizes. `reduced`: elements of FSDP's reduction before."""
     rank = Sized(shape.config.width, place.narrow, place.stored, place.casts, place.of_experts, place.first)
     rank.whole, rank.gathers, rank.reduces = place.whole, place.gathers, place.reduces
-    rank.final, rank.defers = place.final, place.defers
+    rank.final, rank.waited, rank.defers = place.final, place.waited, place.defers
     meter, elements, arrived = rank.meter, shape.tokens * shape.config.width, list[Buffer]()
 
     def arrive(gradient: Buffer) -> list[Buffer | None]:
@@ -224,6 +238,7 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     nodes = [y.node for y in outputs if y.node is not None]
     loss = outputs[0].buffer.size <= rank.wide
     del x, outputs
+    rank.release_block()
     rank.flat.clear()
     kept = Counter(meter.held)
     meter.label = "gradients of activations"
@@ -237,6 +252,7 @@ def run_unit(shape: BlockShape, place: StagePlace, run: Callable[[Sized, Value],
     run_backward(nodes, gradients)
     backward_most = _minus(meter.at_peak, begun)
     rank.reduced.clear()
+    rank.sharded.clear()
     ended = _minus(meter.held, begun)
     rank.deferred.clear()
     weights = _minus(Counter(meter.held), begun)

@@ -7,7 +7,7 @@ from ...moe.config import QKNorm
 from ...moe.param_shapes import head_width
 from ...parallel.config import ContextExchange
 from .autograd import Buffer, Value
-from .layer_sizes import BlockShape, multiply
+from .layer_sizes import BlockShape, gather, multiply, scatter
 from .operator_sizes import Sized
 
 
@@ -16,14 +16,14 @@ def grouped(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     c, t, U, D = shape.config, shape.parallel.tensor, shape.seen, shape.config.width
     h = head_width(c)
     H, G = c.heads // t * h, c.kv_heads // t * h
-    x = rank.gather(x, shape.tokens * D, t, shape.copies)
+    x = gather(rank, x, shape.tokens * D, t, shape.copies)
 
     def project(x: Value, name: str, width: int, rotated: bool, normed: QKNorm = QKNorm.none) -> Value:
         y = rank.linear(x, name, U, D, width, D)
         if normed is QKNorm.head:
             y = rank.norm(y, U * width, U * width // h)
         if normed is QKNorm.full:
-            y = rank.wide_norm(y, U * width)
+            y = wide_norm(rank, y, U * width)
         if c.attention.clip_qkv is not None and name != "gate":
             y = rank.unary(y, U * width, U * width, "x")
         return rank.unary(y, U * width, U * width) if rotated else y
@@ -41,7 +41,30 @@ def grouped(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
         del gate
     del x
     y = rank.linear(y, "o", U, H, D, D)
-    return rank.scatter(y, shape.tokens * D, t, shape.copies)
+    return scatter(rank, y, shape.tokens * D, t, shape.copies)
+
+
+def wide_norm(rank: Sized, x: Value, elements: float) -> Value:
+    """RMSNorm from single operators: saves two wide copies of its input (HeadsNorm of moe/linear.py)."""
+    rank.saved()
+    wide = x.buffer if rank.narrow == rank.wide else rank.bytes(rank.wide * elements)
+    square = rank.bytes(rank.wide * elements)
+    del square
+    normed = rank.bytes(rank.wide * elements)
+    out = rank.bytes(rank.wide * elements)
+    out = out if rank.narrow == rank.wide else rank.new(elements)
+    kept = [wide, normed]
+
+    def composite_backward(gradient: Buffer) -> list[Buffer | None]:
+        first = gradient if rank.narrow == rank.wide else rank.bytes(rank.wide * elements)
+        second, temporary = rank.bytes(rank.wide * elements), rank.bytes(rank.wide * elements)
+        del first, temporary
+        third, fourth = rank.bytes(rank.wide * elements), rank.bytes(rank.wide * elements)
+        kept.clear()
+        del second, fourth
+        return [third if rank.narrow == rank.wide else rank.new(elements)]
+
+    return rank.value(out, [x], composite_backward)
 
 
 def _sunk(rank: Sized, y: Value, elements: float) -> Value:
@@ -73,14 +96,14 @@ def latent(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     )
     H, query, L, r = c.heads // t, mla.nope_width + mla.rope_width, mla.kv_rank, mla.rope_width
     if mla.q_rank is None:
-        q = rank.linear(rank.gather(x, T * D, t, shape.copies), "q", U, D, H * query, D)
+        q = rank.linear(gather(rank, x, T * D, t, shape.copies), "q", U, D, H * query, D)
     else:
-        low = rank.gather(rank.linear(x, "q_down", T, D, mla.q_rank, D), T * mla.q_rank, t, shape.copies)
+        low = gather(rank, rank.linear(x, "q_down", T, D, mla.q_rank, D), T * mla.q_rank, t, shape.copies)
         low = rank.norm(low, U * mla.q_rank, U)
         low = rank.unary(low, U * mla.q_rank, U * mla.q_rank) if mla.scale_latents else low
         q = rank.linear(low, "q_up", U, mla.q_rank, H * query, D)
         del low
-    both = rank.gather(rank.linear(x, "kv_down", T, D, L + r, D), T * (L + r), t, shape.copies)
+    both = gather(rank, rank.linear(x, "kv_down", T, D, L + r, D), T * (L + r), t, shape.copies)
     del x
     small = rank.norm(both, U * L, U)
     small = rank.unary(small, U * L, U * L) if mla.scale_latents else small
@@ -108,7 +131,7 @@ def latent(rank: Sized, shape: BlockShape, index: int, x: Value) -> Value:
     y = attention(rank, shape, [joined, k, kv], widths, H * mla.value_width, H, c.windowed_layer(index), seen)
     del joined, k, kv
     y = rank.linear(y, "o", U, H * mla.value_width, D, D)
-    return rank.scatter(y, T * D, t, shape.copies)
+    return scatter(rank, y, T * D, t, shape.copies)
 
 
 def joined_heads(
@@ -171,7 +194,7 @@ def _gathered(rank: Sized, shape: BlockShape, given: list[Value], own: float) ->
     """Keys and values of all tokens, in the order of the tokens."""
     context = shape.parallel.context
     packed = rank.value(rank.new(own), given, lambda gradient: [gradient] * len(given))
-    came = rank.gather(packed, own, context, shape.copies)
+    came = gather(rank, packed, own, context, shape.copies)
     del packed
     return rank.unary(came, own * context, own * context)
 

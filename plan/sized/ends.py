@@ -9,7 +9,7 @@ from ...moe.config import ModelConfig
 from ...parallel.config import Recompute
 from .autograd import Buffer, Node, Value, run_backward
 from .block import block
-from .layer_sizes import BlockShape
+from .layer_sizes import BlockShape, gather
 from .operator_sizes import INDEX, WIDE, Around, Casts, Gathered, Sized
 
 LOGITS = 2**27
@@ -24,7 +24,7 @@ def run_block(rank: Sized, shape: BlockShape, index: int, x: Value, around: Arou
         if around is not None:
             rank.release_block()
             rank.flat.clear()
-            rank.reduce_gradients(around.own.dense)
+            rank.reduce_gradients(around.own.dense, rank.gradients)
         return [gradient]
 
     def begins(gradient: Buffer) -> list[Buffer | None]:
@@ -158,7 +158,7 @@ def _bytes_of_logit(rank: Sized, config: ModelConfig, chunks: bool) -> tuple[int
 def _head(rank: Sized, shape: BlockShape, x: Value) -> Value:
     """Head and loss, which compute their gradients in the forward pass, a chunk of tokens at a time."""
     c, t = shape.config, shape.parallel.tensor
-    x = rank.gather(x, shape.tokens * c.width, t, shape.copies)
+    x = gather(rank, x, shape.tokens * c.width, t, shape.copies)
     columns, elements = c.vocabulary // t, shape.seen * c.width
     weight, gathered = columns * c.width, rank.casts is Casts.gathered
     cast = rank.new(weight) if not gathered and rank.narrow != rank.stored else None

@@ -43,13 +43,13 @@ class BlockShape:
 def feedforward(rank: Sized, shape: BlockShape, x: Value, name: str, hidden: int, ranks: int) -> Value:
     """The dense feed-forward, over gathered tokens."""
     D, T, P = shape.config.width, shape.tokens, shape.config.activation.projections
-    x = rank.gather(x, T * D, ranks, shape.copies)
+    x = gather(rank, x, T * D, ranks, shape.copies)
     U = T * ranks
     active = hidden_columns(rank, x, name, U, D, hidden, P)
     del x
     y = rank.linear(active, f"{name}.down", U, hidden, D, D)
     del active
-    return rank.scatter(y, T * D, ranks, shape.copies)
+    return scatter(rank, y, T * D, ranks, shape.copies)
 
 
 def hidden_columns(rank: Sized, x: Value, name: str, rows: int, width: int, hidden: int, projections: int) -> Value:
@@ -68,3 +68,36 @@ def multiply(rank: Sized, x: Value, y: Value, elements: float) -> Value:
         return grads
 
     return rank.value(rank.new(elements), [x, y], backward)
+
+
+def gather(rank: Sized, x: Value, own: float, ranks: int, copies: bool = True) -> Value:
+    """All-gather of sequences; the gradient is reduce-scattered. `copies`: parts of several sequences are put in order."""
+    if ranks == 1:
+        return x
+
+    def forward() -> Buffer:
+        return rank.labelled("exchange", lambda: rank.new(own * ranks))
+
+    out = rank.keep(forward)
+    out = rank.new(own * ranks) if copies else out
+    return rank.value(out, [x], lambda _: [_scattered(rank, own, ranks, copies)])
+
+
+def scatter(rank: Sized, x: Value, own: float, ranks: int, copies: bool = True) -> Value:
+    """Reduce-scatter of sequences; the gradient is gathered."""
+    if ranks == 1:
+        return x
+    out = rank.keep(lambda: _scattered(rank, own, ranks, copies))
+
+    def backward(_: Buffer) -> list[Buffer | None]:
+        gathered = rank.labelled("exchange", lambda: rank.new(own * ranks))
+        return [rank.new(own * ranks) if copies else gathered]
+
+    return rank.value(out, [x], backward)
+
+
+def _scattered(rank: Sized, own: float, ranks: int, copies: bool) -> Buffer:
+    parts = rank.labelled("exchange", lambda: rank.new(own * ranks)) if copies else None
+    result = rank.new(own)
+    del parts
+    return result

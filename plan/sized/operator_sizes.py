@@ -27,13 +27,28 @@ class Casts(Enum):
     """FSDP gathers them, and takes the narrow gradients away when the backward pass of the block ends."""
 
 
-class Gathered(NamedTuple):
-    """Elements of the whole weights of a block that FSDP gathers: its own, and its experts', which are a group of their own."""
+class Group(NamedTuple):
+    """Elements of weights that FSDP gathers together, and whose gradients it reduces together."""
 
-    dense: int = 0
-    experts: int = 0
+    whole: int = 0
+    shards: int = 0
+    """Of them, those that a rank holds between steps."""
+    last: int = 0
+    """The last of the weights. While FSDP reduces the group's gradients it refers to that of this one, for a variable of its loop
+    over them lives as long."""
     copied: int = 0
-    """Of its experts, those of the last gradient that a reduction copies, since it is not sharded in its first dimension."""
+    """The same if it is not sharded in its first dimension: then what is reduced is a copy of its gradient."""
+
+    def joined(self, other: "Group") -> "Group":
+        """Returns one group of both, `other` behind."""
+        return Group(self.whole + other.whole, self.shards + other.shards, other.last, other.copied) if other.whole else self
+
+
+class Gathered(NamedTuple):
+    """What FSDP gathers of a block: its own weights, and those of its experts, which are a group of their own."""
+
+    dense: Group = Group()
+    experts: Group = Group()
 
 
 class Around(NamedTuple):
@@ -54,6 +69,8 @@ class Sized:
     """Whether FSDP gathers in this forward pass: with `whole` in the first one alone."""
     reduces = True
     """Whether FSDP reduces gradients after this micro-batch (not with parallel.zero=1, but after the last)."""
+    waited = False
+    """Whether FSDP has kept whole gradients of earlier micro-batches, which it reduces after this one."""
     final = False
     """Whether it is the last micro-batch of the step, whose backward pass ends what `whole` keeps."""
 
@@ -84,6 +101,8 @@ class Sized:
         self.named_casts: list[Buffer] = []
         """Casts of weights in a first pass whose graph names them, as gradients are left for them."""
         self.travels, self.flat, self.dense, self.experts, self.reduced, self.waiting = (list[Buffer]() for _ in range(6))
+        self.sharded = list[Buffer]()
+        """Gradients that FSDP has reduced."""
         self.dropped = list[Buffer]()
         self.gradients: list[Buffer] = []
         """Of weights, in their dtype; with FSDP whole and narrow, until the block ends."""
@@ -187,15 +206,15 @@ class Sized:
         self.own = own
         if self.whole and (backward or not self.gathers):
             return
-        self.travels = [self._gathered(elements) for elements in (own.experts, following.dense, following.experts)]
-        self.flat, self.dense = [self._gathered(own.dense)], [self._gathered(0 if self.whole else own.dense)]
+        self.travels = [self._gathered(group.whole) for group in (own.experts, following.dense, following.experts)]
+        self.flat, self.dense = [self._gathered(own.dense.whole)], [self._gathered(0 if self.whole else own.dense.whole)]
         if backward:
             self.flat.clear()
 
     def gather_experts(self) -> None:
         """The weights of the experts are copied out of their flat buffer."""
-        if self.own.experts and self.travels and not self.experts and self.allocates:
-            self.experts = [self._gathered(0 if self.whole else self.own.experts)]
+        if self.own.experts.whole and self.travels and not self.experts and self.allocates:
+            self.experts = [self._gathered(0 if self.whole else self.own.experts.whole)]
             self.flat, self.travels = self.travels[:1], self.travels[1:]
 
     def _gathered(self, elements: float) -> Buffer:
@@ -206,23 +225,28 @@ class Sized:
         for buffers in (self.travels, self.dense, self.experts):
             buffers.clear()
 
-    def behind_block(self, last: Gathered) -> None:
-        """The block before has gathered these weights."""
+    def begin_stage(self, root: Group, following: Gathered) -> None:
+        """The root module has gathered its weights, and asked for those of the first block."""
         if self.gathers:
-            self.flat = [self._gathered(last.experts or last.dense)]
+            self.flat, self.travels = [self._gathered(root.whole)], [self._gathered(group.whole) for group in following]
+
+    def behind_block(self, last: Gathered) -> None:
+        """The block before, or the root module if there is none, has gathered these weights."""
+        if self.gathers:
+            self.flat = [self._gathered(last.experts.whole or last.dense.whole)]
 
     def enter_experts(self, x: Value) -> Value:
         """The experts of the block are gathered. Backward, their gradients are reduced here."""
-        if self.casts is not Casts.gathered or not self.own.experts:
+        if self.casts is not Casts.gathered or not self.own.experts.whole:
             return x
-        elements = self.own.experts
+        group = self.own.experts
         self.gather_experts()
         if self.repeats and self.allocates:
             self.flat.clear()
 
         def backward(gradient: Buffer) -> list[Buffer | None]:
             self.experts.clear()
-            self.reduce_gradients(elements, experts=True)
+            self.reduce_gradients(group, self.expert_gradients)
             return [gradient]
 
         return self.value(x.buffer, [x], backward)
@@ -232,19 +256,38 @@ class Sized:
         if not self.repeats:
             self.experts.clear()
 
-    def reduce_gradients(self, elements: float, experts: bool = False) -> None:
-        """Frees the whole gradients of a group and makes the flat buffer of their reduction."""
-        mine = self.expert_gradients if experts else self.gradients
+    def reduce_gradients(self, group: Group, gradients: list[Buffer]) -> None:
+        """What FSDP does with the whole gradients of a group: it packs them into a flat buffer, frees them, and makes the shards.
+
+        Shards to which later micro-batches add stay. Gradients that wait for the last micro-batch have the dtype of the weights;
+        they are widened one after the other, and later ones are added in place.
+        """
         if self.whole and self.final:
-            self.dropped.append(self._gathered(-elements))  # weights that were counted where they were gathered
+            self.dropped.append(self._gathered(-group.whole))  # weights that were counted where they were gathered
+        size = self.stored if self.waited else self.narrow
+        if self.waited:
+            gradients.clear()
         if self.reduces:
             self.reduced.clear()
-            copied = self.new(self.own.copied) if experts else None
-            self.reduced.append(self.labelled("reduced by FSDP", lambda: self.bytes(self.stored * elements)))
-            del copied
-        elif self.first and not self.defers:  # they wait for the last micro-batch, in the dtype of the weights
-            self.waiting.append(self.labelled("gradients", lambda: self.bytes(self.stored * elements)))
-        mine.clear()
+            copy = self.bytes(size * group.copied)
+            self.reduced.append(self.labelled("reduced by FSDP", lambda: self.bytes(self.stored * group.whole)))
+            del copy
+        elif self.defers or not self.first:
+            gradients.clear()
+            return
+        gradients.clear()
+        if self.waited:  # those that were counted where they were widened
+            self.dropped.append(self._of_gradients(-self.stored * group.whole))
+        last = self._of_gradients(size * group.last)
+        made = self._of_gradients(self.stored * (group.shards if self.reduces else group.whole))
+        del last
+        if not self.reduces:
+            self.waiting.append(made)
+        elif self.first or self.waited:
+            self.sharded.append(made)
+
+    def _of_gradients(self, size: float) -> Buffer:
+        return self.labelled("gradients", lambda: self.bytes(size))
 
     # Products, norms, element-wise operators.
     def linear(self, x: Value, name: str, rows: float, inputs: float, outputs: float, width: float = 0) -> Value:
@@ -280,28 +323,6 @@ class Sized:
 
         return self.value(out, [x], backward)
 
-    def wide_norm(self, x: Value, elements: float) -> Value:
-        """RMSNorm from single operators: saves two wide copies of its input (HeadsNorm of moe/linear.py)."""
-        self.saved()
-        wide = x.buffer if self.narrow == self.wide else self.bytes(self.wide * elements)
-        square = self.bytes(self.wide * elements)
-        del square
-        normed = self.bytes(self.wide * elements)
-        out = self.bytes(self.wide * elements)
-        out = out if self.narrow == self.wide else self.new(elements)
-        kept = [wide, normed]
-
-        def composite_backward(gradient: Buffer) -> list[Buffer | None]:
-            first = gradient if self.narrow == self.wide else self.bytes(self.wide * elements)
-            second, temporary = self.bytes(self.wide * elements), self.bytes(self.wide * elements)
-            del first, temporary
-            third, fourth = self.bytes(self.wide * elements), self.bytes(self.wide * elements)
-            kept.clear()
-            del second, fourth
-            return [third if self.narrow == self.wide else self.new(elements)]
-
-        return self.value(out, [x], composite_backward)
-
     def unary(self, x: Value, before: float, after: float, saves: str = "") -> Value:
         """before elements to after. `saves`: x, or y, the result; empty: nothing."""
         out = self.new(after)
@@ -316,35 +337,3 @@ class Sized:
 
     def add(self, x: Value, y: Value, elements: float) -> Value:
         return self.value(self.new(elements), [x, y], lambda gradient: [gradient, gradient])
-
-    # Exchanges.
-
-    def gather(self, x: Value, own: float, ranks: int, copies: bool = True) -> Value:
-        """All-gather of sequences; the gradient is reduce-scattered. `copies`: parts of several sequences are put in order."""
-        if ranks == 1:
-            return x
-
-        def forward() -> Buffer:
-            return self.labelled("exchange", lambda: self.new(own * ranks))
-
-        out = self.keep(forward)
-        out = self.new(own * ranks) if copies else out
-        return self.value(out, [x], lambda _: [self._scattered(own, ranks, copies)])
-
-    def scatter(self, x: Value, own: float, ranks: int, copies: bool = True) -> Value:
-        """Reduce-scatter of sequences; the gradient is gathered."""
-        if ranks == 1:
-            return x
-        out = self.keep(lambda: self._scattered(own, ranks, copies))
-
-        def backward(_: Buffer) -> list[Buffer | None]:
-            gathered = self.labelled("exchange", lambda: self.new(own * ranks))
-            return [self.new(own * ranks) if copies else gathered]
-
-        return self.value(out, [x], backward)
-
-    def _scattered(self, own: float, ranks: int, copies: bool) -> Buffer:
-        parts = self.labelled("exchange", lambda: self.new(own * ranks)) if copies else None
-        result = self.new(own)
-        del parts
-        return result

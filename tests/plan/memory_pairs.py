@@ -1,6 +1,7 @@
 """Random pairs of a preset and a layout, and the memory of a rank of each: in closed form, and by the dry run.
 
-`python tests/plan/memory_pairs.py 200` compares as many; the tests take a few that are quick.
+`python tests/plan/memory_pairs.py 200` compares as many, `memory_pairs.py 100 200` those from seed 100 on; the tests take a few
+that are quick.
 """
 
 import copy
@@ -72,6 +73,6 @@ def measured(seed: int) -> float:
 
 
 if __name__ == "__main__":
-    for seed in range(int(sys.argv[1])):
+    for seed in range(*map(int, sys.argv[1:])):
         pair = draw(seed)
-        print(f"{closed(pair) / measured(seed) - 1:+.2%} {pair.words}", flush=True)
+        print(f"{seed} {closed(pair) / measured(seed) - 1:+.2%} {pair.words}", flush=True)

@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 from tokenyard.plan.memory_tracker import MemoryTracker
 
@@ -53,3 +54,33 @@ def test_other_devices_do_not_count() -> None:
         torch.ones(1000).sum()
     assert memory.now == 0
     assert not memory.peaks
+
+
+def test_a_gradient_that_nobody_else_has_is_added_to_in_place() -> None:
+    """As autograd does while no dispatch mode is on."""
+    x = torch.ones(128, requires_grad=True)
+    gradients = [torch.ones(128), torch.ones(128)]
+    with MemoryTracker("cpu") as memory:
+        y = x * 1
+        outputs = [y * 2, y * 3]
+        del y
+        before = memory.now
+        memory.restart()
+        (found,) = torch.autograd.grad(outputs, x, gradients)
+    (peak,) = memory.peaks.values()
+    assert peak.bytes == before + 2 * BLOCK
+    assert found.eq(5).all()
+
+
+@pytest.mark.parametrize("shape", [(128,), (2, 64)])
+def test_a_gradient_that_two_nodes_have_is_not_added_to_in_place(shape: tuple[int, ...]) -> None:
+    """Nor if theirs are two views of the same memory."""
+    x, other = torch.ones(128, requires_grad=True), torch.ones(128, requires_grad=True)
+    with MemoryTracker("cpu"):
+        y, z = x * 1, other * 1
+        twice = y * 2
+        views = [y, z] if shape == y.shape else [y.view(shape), z.view(shape)]
+        outputs = [twice, views[0] + views[1]]  # the gradient of the sum, which comes first, is that of both
+        found = torch.autograd.grad(outputs, [x, other], [torch.ones(128), torch.ones(shape)])
+    assert found[0].eq(3).all()
+    assert found[1].eq(1).all()

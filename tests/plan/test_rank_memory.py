@@ -10,6 +10,7 @@ from memory_pairs import closed, draw, measured
 from tokenyard.parallel.vocabulary import LOGITS
 from tokenyard.plan.rank_memory import rank_memory
 from tokenyard.plan.sized import ends
+from tokenyard.plan.sized.operator_sizes import Casts, Group, Sized
 from tokenyard.train.config.compose import compose
 
 COMMON = "precision=bf16 sequence_length=2048 batch.micro=1 launch=torchrun launch.ranks=8 launch.nodes={nodes}"
@@ -59,11 +60,44 @@ def test_closed_form_is_the_dry_run(apart: Callable[..., Any], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 8, 11, 12, 18, 42, 49, 203, 210))]
+    "seed",
+    [
+        *(0, 3, 105),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 4, 5, 8, 11, 12, 18, 42, 49, 99, 190, 203, 210, 224)),
+    ],
 )
 def test_random_pairs(apart: Callable[..., Any], seed: int) -> None:
-    """Of those that are quick: ZeRO-1 with tensor ranks and a deduplicated exchange, and zbv with latent attention."""
+    """Of those that are quick: ZeRO-1 with tensor ranks and a deduplicated exchange, zbv with latent attention, and a last stage
+    without layers, whose peak is that of its head.
+    """
     assert closed(draw(seed)) == pytest.approx(apart(measured, seed), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "waited", "most", "kept"),
+    [
+        (2, False, 4 * 800 + 2 * 320 + 4 * 400, 4 * 400),
+        (8, False, 2 * 800 + 4 * 800, 4 * 100),
+        (8, True, 4 * 800, 4 * 100 - 4 * 800),
+    ],
+)
+def test_a_reduction_has_two_moments(ranks: int, waited: bool, most: int, kept: int) -> None:
+    """Of 800 weights, the last of them 320: all narrow gradients and the flat buffer, or the last gradient, the buffer and the
+    shards. Narrow ones are added to those that waited, which the stage counted before.
+    """
+    rank = Sized(1, 2, 4, Casts.gathered, Casts.gathered, first=True)
+    rank.waited, gradients = waited, [rank.bytes(2 * 800)]
+    rank.reduce_gradients(Group(800, 800 // ranks, 320), gradients)
+    assert rank.meter.peak == most
+    rank.reduced.clear()
+    assert rank.meter.now == kept
+
+
+def test_gradients_that_wait_are_widened_one_after_the_other() -> None:
+    rank = Sized(1, 2, 4, Casts.gathered, Casts.gathered, first=True)
+    rank.reduces, gradients = False, [rank.bytes(2 * 800)]
+    rank.reduce_gradients(Group(800, 100, 320), gradients)
+    assert (rank.meter.peak, rank.meter.now) == (2 * 320 + 4 * 800, 4 * 800)
 
 
 def test_pairs_are_legal_and_differ() -> None:
