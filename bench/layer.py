@@ -50,7 +50,7 @@ class LayerShape(NamedTuple):
 def our_layer(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> MoELayer:
     """Returns an MoE layer with random normal weights."""
     moe = MoEConfig(experts=shape.experts, top_k=shape.top_k, hidden=shape.hidden, shared_hidden=shape.shared)
-    layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype).to_empty(device=device)
+    layer = MoELayer(ModelConfig(width=shape.width, moe=moe), dtype, seed=None).to_empty(device=device)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=shape.width**-0.5)
     return layer

@@ -16,7 +16,11 @@ def test_a_wheel_has_all_files_of_the_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", build], cwd=copied, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tokenyard/")}
-    files = [file.relative_to(copied) for kind in ("*.py", "*.yaml", "*.js", "py.typed") for file in copied.rglob(kind)]
+    files = [
+        file.relative_to(copied)
+        for kind in ("*.py", "*.yaml", "*.json", "*.js", "*.css", "py.typed")
+        for file in copied.rglob(kind)
+    ]
     wanted = {f"tokenyard/{file.as_posix()}" for file in files if file.parts[0] != "build"}
     assert "tokenyard/py.typed" in wanted and len(wanted) > 200
     assert wanted - held == set()

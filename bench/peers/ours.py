@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ...data.batches import IGNORE
 from ...moe.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig, Scope
-from ...moe.init import initialise
 from ...moe.layer import MoELayer
 from ...moe.model import Transformer
 from ...parallel.mesh import Axis
@@ -47,9 +46,7 @@ def build_with(case: Case, convert: Callable[[MoELayer], nn.Module]) -> Built:
 
 def transformer(case: Case, dense: bool = False, drops: bool = False, weights: torch.dtype | None = None) -> Transformer:
     """Returns our transformer with initial weights."""
-    model = Transformer(model_config(case, dense, drops), DTYPES[case.precision], weights)
-    initialise(model, SEED)
-    return model
+    return Transformer(model_config(case, dense, drops), DTYPES[case.precision], weights, seed=SEED)
 
 
 def model_config(case: Case, dense: bool, drops: bool) -> ModelConfig:

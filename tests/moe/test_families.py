@@ -196,7 +196,7 @@ def pair(family: Family) -> tuple[Any, Transformer]:
     if family.module is gpt_oss:
         for layer in theirs.model.layers:
             torch.nn.init.zeros_(layer.mlp.router.bias)
-    ours = Transformer(family.ours, torch.float64).eval()
+    ours = Transformer(family.ours, torch.float64, seed=None).eval()
     used: set[str] = set()
     for name, parameter in ours.named_parameters():
         value = their_value(theirs, name, used)

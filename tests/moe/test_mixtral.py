@@ -133,7 +133,7 @@ def pair(layers: int, dtype: torch.dtype, widen: Callable[..., None]) -> tuple[A
     theirs = mixtral.MixtralForCausalLM(config).to(dtype)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    ours = Transformer(model_config(layers), dtype)
+    ours = Transformer(model_config(layers), dtype, seed=None)
     for name, parameter in ours.named_parameters():
         parameter.data.copy_(theirs.get_parameter(their_name(name)).view_as(parameter))
     return theirs, ours
