@@ -282,6 +282,7 @@ def test_a_block_compiles_whole(products: Products) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_generated_code_rounds_as_torch_does() -> None:
     """Also blocks at the end that are smaller; and hands the numbers to an operator."""
     from torch._inductor import config as inductor
